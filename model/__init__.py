@@ -1,0 +1,1 @@
+"""The mathematics and the network of unfog. Knows neither the service nor the scripts."""

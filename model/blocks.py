@@ -1,0 +1,149 @@
+"""The bricks of the U-Net. Each takes and returns images (B, C, H, W); conditioning is a vector a row."""
+
+import math
+
+import torch
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NUM_GROUPS = 8
+
+
+class GELUConvBlock(nn.Module):
+    """Conv2d, GroupNorm, GELU; between norm and GELU a scale and shift a row where it is modulated.
+
+    A modulated block reads its own columns of the conditioning vector (adaptive group norm,
+    Dhariwal & Nichol 2021, section 3); the U-Net deals the columns out.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, modulated: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm's shift is the bias
+        self.norm = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.num_columns = 2 * out_channels if modulated else 0
+        self.columns = slice(0, 0)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # x (B, C_in, H, W), c (B, D) -> (B, C_out, H, W)
+        h = self.norm(self.conv(x))  # (B, C_out, H, W)
+        if self.num_columns:
+            scale, shift = c[:, self.columns, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1) each
+            h = h * (1 + scale) + shift
+        return F.gelu(h, approximate="tanh")
+
+
+class ConvPair(nn.Module):
+    """Two convolutions, the unit that levels are made of.
+
+    Plain: two GELUConvBlocks. Residual: a GELUConvBlock and a convolution that starts at zero,
+    added to the input, so that the untrained block is the identity.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, residual: bool, modulated: bool) -> None:
+        super().__init__()
+        self.residual = residual
+        self.first = GELUConvBlock(in_channels, out_channels, modulated=modulated)
+        if residual:
+            self.second: nn.Module = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        else:
+            self.second = GELUConvBlock(out_channels, out_channels, modulated=modulated)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, C_in, H, W), (B, D) -> (B, C_out, H, W)
+        h = self.first(x, c)
+        if self.residual:
+            return self.shortcut(x) + self.second(h)
+        return self.second(h, c)
+
+
+class RearrangePoolBlock(nn.Module):
+    """Halves the image without losing a pixel: each 2x2 patch goes into the channels, a convolution maps them back."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.rearrange = Rearrange("b c (h p1) (w p2) -> b (c p1 p2) h w", p1=2, p2=2)
+        self.conv = nn.Conv2d(4 * in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
+        return self.conv(self.rearrange(x))
+
+
+class DownBlock(nn.Module):
+    """One level of the encoder: pairs of convolutions, whose result is the skip, and a pool to the next level."""
+
+    def __init__(
+        self, channels: int, pool_to: int | None, *, num_pairs: int, residual: bool, modulated: bool
+    ) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(
+            ConvPair(channels, channels, residual=residual, modulated=modulated) for _ in range(num_pairs)
+        )
+        self.pool = RearrangePoolBlock(channels, pool_to) if pool_to else nn.Identity()
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # -> (B, pool_to, H/2, W/2), (B, C, H, W)
+        for pair in self.pairs:
+            x = pair(x, c)
+        return self.pool(x), x
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder: pairs of convolutions over the level's skip, enlarged towards the next level."""
+
+    def __init__(
+        self, channels: int, enlarge_to: int | None, *, num_pairs: int, residual: bool, modulated: bool
+    ) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(
+            ConvPair(2 * channels if i == 0 else channels, channels, residual=residual, modulated=modulated)
+            for i in range(num_pairs)
+        )
+        # Nearest neighbour after a 1x1 convolution: no checkerboard, a quarter of the cost of the reverse order.
+        self.enlarge = (
+            nn.Sequential(nn.Conv2d(channels, enlarge_to, 1), nn.Upsample(scale_factor=2)) if enlarge_to else nn.Identity()
+        )
+
+    def forward(self, x: Tensor, skip: Tensor, c: Tensor) -> Tensor:  # -> (B, enlarge_to, 2H, 2W)
+        x = torch.cat([x, skip], dim=1)  # (B, 2C, H, W)
+        for pair in self.pairs:
+            x = pair(x, c)
+        return self.enlarge(x)
+
+
+class SelfAttention(nn.Module):
+    """Lets every position of the smallest level see every other (Vaswani 2017); starts as the identity."""
+
+    def __init__(self, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.GroupNorm(NUM_GROUPS, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, C, H, W), (B, D) -> (B, C, H, W)
+        qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
+        q, k, v = rearrange(qkv, "b (three n d) h w -> three b n (h w) d", three=3, n=self.num_heads)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, C/heads)
+        h = rearrange(h, "b n (h w) d -> b (n d) h w", h=x.shape[2])  # (B, C, H, W)
+        return x + self.proj(h)
+
+
+class SinusoidalEmbedding(nn.Module):
+    """t as sines and cosines of falling frequency (Vaswani 2017, section 3.5), t stretched to 0..1000."""
+
+    def __init__(self, dim: int, num_steps: int) -> None:
+        super().__init__()
+        frequency = torch.exp(-math.log(10_000) * torch.arange(dim // 2) / (dim // 2))  # (dim / 2,)
+        self.register_buffer("frequency", frequency * (1000 / num_steps), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:  # (B,) -> (B, dim)
+        angle = t[:, None].float() * self.frequency  # (B, dim / 2)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution, with all its parameters at zero."""
+    nn.init.zeros_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv

@@ -1,0 +1,176 @@
+"""Checkpoints: one safetensors file that holds the weights to serve and all that is needed to serve them."""
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from model.sampler import SAMPLERS, Guidance, Sampler, sample
+from model.schedule import Schedule, ScheduleConfig
+from model.unet import UNet, UNetConfig
+
+FORMAT_VERSION = 1
+SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
+METADATA_KEY = "unfog"
+
+
+class CheckpointError(Exception):
+    """The file cannot be served; the message is one sentence for the person who named it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A picture that the weights are known to draw: whoever loads them can see that the machine draws it too."""
+
+    digit: int = 7
+    seed: int = 2**53 - 1
+    num_steps: int = 10
+    sampler: Sampler = "ddim"
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """The metadata: what the tensors alone do not say."""
+
+    unet: UNetConfig
+    schedule: ScheduleConfig
+    class_names: tuple[str, ...] = tuple("0123456789")
+    guidance: Guidance = Guidance()  # the recommended one
+    samplers: tuple[Sampler, ...] = SAMPLERS
+    training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
+    probe: Probe = Probe()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded checkpoint: `network` is called as (x_t, t, y), in evaluation mode, float32, on the CPU."""
+
+    network: UNet
+    schedule: Schedule
+    config: CheckpointConfig
+    sha256: str  # of the file
+    probe_image: Tensor  # (C, H, W) in [-1, 1], quantised to 8 bits
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        unet = self.config.unet
+        return unet.image_channels, unet.image_size, unet.image_size
+
+
+def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
+    """Draws the probe's picture with the network as it is, (C, H, W) in [-1, 1]."""
+    probe, device = config.probe, next(network.parameters()).device
+    x_0 = sample(
+        network,
+        Schedule(config.schedule),
+        torch.tensor([probe.digit], device=device),
+        seed=torch.tensor([probe.seed], device=device),
+        index=torch.tensor([0], device=device),
+        image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
+        sampler=probe.sampler,
+        num_steps=probe.num_steps,
+        guidance=config.guidance,
+        null_label=network.null_label,
+    )
+    return x_0[0]
+
+
+def save(path: Path, network: UNet, config: CheckpointConfig) -> None:
+    """Writes the checkpoint atomically: a crash leaves the old file or the new one, never a part."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    image = ((draw_probe(network, config).cpu() + 1) * 127.5).round().to(torch.uint8)
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "digest": _digest(tensors),
+        "probe_image": base64.b64encode(image.numpy().tobytes()).decode(),
+        **dataclasses.asdict(config),
+    }
+    write_atomically(path, serialize(tensors, {METADATA_KEY: json.dumps(metadata)}))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes beside the target and renames over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def load(path: Path) -> Checkpoint:
+    """Loads and verifies a checkpoint whole; CheckpointError, in one sentence, for whatever is wrong with it."""
+    tensors, metadata, sha256 = _read(path)
+    version = metadata.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
+    if metadata.pop("digest", None) != _digest(tensors):
+        raise CheckpointError(f"{path} is damaged: its tensors do not match the digest stored with them")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CheckpointError(f"{path} has NaN or infinite values in its weights")
+    try:
+        probe_bytes = base64.b64decode(metadata.pop("probe_image"), validate=True)
+        config = _parse_config(metadata)
+        network, schedule = UNet(config.unet), Schedule(config.schedule)
+        network.load_state_dict(tensors)
+        shape = (config.unet.image_channels, config.unet.image_size, config.unet.image_size)
+        probe_image = torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape) / 127.5 - 1
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, binascii.Error) as error:
+        raise CheckpointError(f"{path} is not a checkpoint of unfog: its metadata and tensors disagree") from error
+    return Checkpoint(network.eval().requires_grad_(False), schedule, config, sha256, probe_image)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file") from error
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog")
+    return tensors, metadata, sha256
+
+
+def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
+    """Unknown and missing fields raise TypeError: a newer writer is noticed, not half understood."""
+    metadata["unet"]["widths"] = tuple(metadata["unet"]["widths"])
+    return CheckpointConfig(
+        unet=UNetConfig(**metadata.pop("unet")),
+        schedule=ScheduleConfig(**metadata.pop("schedule")),
+        class_names=tuple(metadata.pop("class_names")),
+        guidance=Guidance(**metadata.pop("guidance")),
+        samplers=tuple(metadata.pop("samplers")),
+        probe=Probe(**metadata.pop("probe")),
+        **metadata,
+    )
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

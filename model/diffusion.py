@@ -1,0 +1,68 @@
+"""The forward process and what training asks of the network (Ho 2020)."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.schedule import Schedule
+
+
+class Diffusion:
+    """Adds noise, draws timesteps and states the loss; draws all of it from one generator, so a seed repeats it."""
+
+    def __init__(self, schedule: Schedule, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.num_steps = schedule.num_steps
+        self.alpha_bar = schedule.alpha_bar.float().to(generator.device)  # (T + 1,)
+
+    def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..T -> x_t and the noise eps in it (Ho 2020, eq. 4)."""
+        if eps is None:
+            eps = torch.randn(x_0.shape, generator=self.generator, device=x_0.device)
+        alpha_bar_t = self.alpha_bar[t][:, None, None, None]  # (B, 1, 1, 1)
+        x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps  # (B, C, H, W)
+        return x_t, eps
+
+    def draw_timesteps(self, num_rows: int) -> Tensor:
+        """A random t in 1..T for each row, (num_rows,)."""
+        return torch.randint(1, self.num_steps + 1, (num_rows,), generator=self.generator, device=self.generator.device)
+
+    def draw_label_mask(self, num_rows: int, drop_probability: float) -> Tensor:
+        """True where the row's label is dropped, (num_rows,); whole labels, never parts of their embedding."""
+        draws = torch.rand(num_rows, generator=self.generator, device=self.generator.device)
+        return draws < drop_probability
+
+    def train_step(
+        self, denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], x_0: Tensor, y: Tensor, c_mask: Tensor, null_label: int
+    ) -> Tensor:
+        """The mean squared error of the noise predicted at a random t per image (Ho 2020, eq. 14), a scalar.
+
+        x_0 (B, C, H, W); y (B,) integer labels, those under c_mask (B,) replaced by `null_label`.
+        """
+        t = self.draw_timesteps(len(x_0))  # (B,)
+        x_t, eps = self.add_noise(x_0, t)
+        predicted_eps = denoiser(x_t, t, torch.where(c_mask, null_label, y))
+        return F.mse_loss(predicted_eps.float(), eps)
+
+
+class EMA:
+    """The running average of a network's parameters, the only weights that are served.
+
+    The decay 1 - (1 + step)^(-2/3), at most `max_decay`, forgets the random start within
+    a few steps and still averages over a growing share of the run.
+    """
+
+    def __init__(self, network: nn.Module, max_decay: float) -> None:
+        self.max_decay = max_decay
+        self.step = 0
+        self.shadow = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Moves the average towards the network's present parameters."""
+        self.step += 1
+        decay = min(self.max_decay, 1 - (1 + self.step) ** (-2 / 3))
+        current: Iterable[Tensor] = network.state_dict().values()
+        torch._foreach_lerp_(list(self.shadow.values()), list(current), 1 - decay)

@@ -1,0 +1,148 @@
+"""The reverse process, one step for every row at once; rows may differ in step, sampler and guidance.
+
+Every sampler is one affine line, x_prev = a x_t + b x_0 + c x_0_prev + s eps, whose coefficients
+depend on the schedule alone: a plan holds them, a row points into it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from model.noise import normal
+from model.schedule import Schedule
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps
+Sampler = Literal["ddpm", "ddim", "dpmpp"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Classifier-free guidance (Ho & Salimans 2022): how strong, and between which timesteps it acts.
+
+    1 is off. Outside start..stop (both included) the conditional prediction stands alone
+    (Kynkaanniemi 2024): guidance harms at high noise and is useless at low noise.
+    """
+
+    scale: float = 1.0
+    start: int = 1
+    stop: int = 100
+
+    def acts_at(self, t: int) -> bool:
+        """Whether step t needs the second evaluation."""
+        return self.scale != 1.0 and self.start <= t <= self.stop
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The steps of one sampler: at step k x goes from timesteps[k] to timesteps[k + 1]."""
+
+    timesteps: tuple[int, ...]  # num_steps + 1 falling, 0 last
+    coefficients: Tensor  # (num_steps, 4) float32: a, b, c, s
+
+    @property
+    def num_steps(self) -> int:
+        """How often the network is called."""
+        return len(self.timesteps) - 1
+
+
+def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
+    """The plan of `num_steps` network calls; ValueError for an unknown sampler or a num_steps out of range."""
+    if sampler == "dpmpp":
+        timesteps = schedule.log_snr_timesteps(num_steps)
+        rows = _dpmpp_coefficients(schedule.half_log_snr, schedule.alpha_bar, timesteps)
+    elif sampler in SAMPLERS:
+        timesteps = schedule.even_timesteps(num_steps)
+        step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
+        alpha_bar = schedule.alpha_bar[timesteps]  # (num_steps + 1,)
+        rows = [step(*pair) for pair in zip(alpha_bar[:-1], alpha_bar[1:], strict=True)]
+    else:
+        raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
+    return Plan(tuple(timesteps), torch.tensor(rows, dtype=torch.float64).float())
+
+
+def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, ...]:
+    """The posterior q(x_prev | x_t, x_0), Ho 2020, eq. 6 and 7, for a step of any length."""
+    alpha_t = alpha_bar_t / alpha_bar_prev
+    a = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+    b = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
+    s = ((1 - alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()  # 0 at the last step
+    return a, b, torch.zeros_like(a), s
+
+
+def _ddim_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, ...]:
+    """Song 2021 (DDIM), eq. 12 with sigma_t = 0, eps written in x_t and x_0."""
+    a = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
+    b = alpha_bar_prev.sqrt() - a * alpha_bar_t.sqrt()
+    return a, b, torch.zeros_like(a), torch.zeros_like(a)
+
+
+def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list[int]) -> list[tuple[Tensor, ...]]:
+    """DPM-Solver++(2M), Lu 2022b, algorithm 2; first order at the first step and at the last, where h is infinite."""
+    rows = []
+    h_before = None
+    for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
+        h = half_log_snr[t_prev] - half_log_snr[t]
+        a = ((1 - alpha_bar[t_prev]) / (1 - alpha_bar[t])).sqrt()
+        weight = -alpha_bar[t_prev].sqrt() * torch.expm1(-h)
+        correction = torch.zeros_like(h) if h_before is None or t_prev == 0 else h / (2 * h_before)  # 1 / (2 r)
+        rows.append((a, weight * (1 + correction), -weight * correction, torch.zeros_like(a)))
+        h_before = h
+    return rows
+
+
+def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance_scale: Tensor) -> Tensor:
+    """eps away from "no class" and past the class; guidance_scale broadcasts against (B, C, H, W), 1 is off."""
+    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+
+
+def predict_x_0(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
+    """The image that eps implies, Ho 2020, eq. 15; clipped, as near t = T an error of eps is multiplied by hundreds."""
+    return ((x_t - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()).clamp(-1, 1)
+
+
+def reverse_step(x_t: Tensor, x_0: Tensor, x_0_prev: Tensor, z: Tensor, coefficients: Tensor) -> Tensor:
+    """One step of any sampler; images (B, C, H, W), fresh noise z likewise, coefficients (B, 4) -> x_prev."""
+    a, b, c, s = coefficients[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
+    return a * x_t + b * x_0 + c * x_0_prev + s * z
+
+
+@torch.inference_mode()
+def sample(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    y: Tensor,
+    *,
+    seed: Tensor,
+    index: Tensor,
+    image_shape: tuple[int, int, int],
+    sampler: Sampler = "ddpm",
+    num_steps: int = 100,
+    guidance: Guidance | None = None,
+    null_label: int = 10,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """x_T -> x_0 (B, C, H, W) for labels y, seeds and indices (B,): the whole reverse process, for offline work.
+
+    `on_step(t, x_t, x_0)` sees each step's input and the image predicted from it.
+    """
+    guidance = guidance or Guidance()
+    plan = make_plan(schedule, sampler, num_steps)
+    alpha_bar = schedule.alpha_bar.float().to(y.device)  # (T + 1,)
+    coefficients = plan.coefficients.to(y.device)  # (num_steps, 4)
+    x_t = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
+    x_0 = torch.zeros_like(x_t)
+    for k, step_t in enumerate(plan.timesteps[:-1]):
+        t = torch.full_like(y, step_t)  # (B,)
+        eps = denoiser(x_t, t, y)
+        if guidance.acts_at(step_t):
+            eps = guide(eps, denoiser(x_t, t, torch.full_like(y, null_label)), torch.tensor(guidance.scale))
+        x_0_prev, x_0 = x_0, predict_x_0(x_t, eps, alpha_bar[step_t])
+        if on_step:
+            on_step(step_t, x_t, x_0)
+        z = normal(seed, index, torch.full_like(seed, k + 1), image_shape)
+        x_t = reverse_step(x_t, x_0, x_0_prev, z, coefficients[k].expand(len(y), 4))
+    return x_t

@@ -1,0 +1,1 @@
+"""What a person runs offline: training, sampling, judging and plotting. Knows the model, never the service."""

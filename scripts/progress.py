@@ -1,0 +1,84 @@
+"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_SECONDS = 30
+
+
+class Reporter:
+    """Shows how far a long task is; `with Reporter() as reporter: with reporter.task(...) as advance: ...`."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+
+    def __enter__(self) -> "Reporter":
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def line(self, text: str) -> None:
+        """One line that stays."""
+        if self._console.is_terminal:
+            self._console.print(text, highlight=False)
+        else:
+            print(text, flush=True)
+
+    @contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator["Task"]:
+        """A task of `total` units; advance it through what is yielded."""
+        task = Task(self, description, total, unit)
+        try:
+            yield task
+        finally:
+            task.close()
+
+
+class Task:
+    """One task of a reporter."""
+
+    def __init__(self, reporter: Reporter, description: str, total: int, unit: str) -> None:
+        self._reporter, self._description, self._total, self._unit = reporter, description, total, unit
+        self._done, self._start = 0, time.perf_counter()
+        self._last_line = self._start
+        self._bar_task = reporter._bar.add_task(description, total=total, note="")
+
+    def advance(self, amount: int, note: str = "") -> None:
+        """`amount` more units are done; `note` is shown beside them."""
+        self._done += amount
+        now = time.perf_counter()
+        rate = self._done / (now - self._start)
+        note = f"{note} {rate:.0f} {self._unit}/s".strip()
+        self._reporter._bar.update(self._bar_task, advance=amount, note=note)
+        if not self._reporter._console.is_terminal and now - self._last_line > LINE_EVERY_SECONDS:
+            self._last_line = now
+            left = (self._total - self._done) / rate
+            print(f"{self._description} {self._done}/{self._total} {note}, {left:.0f} s left", flush=True)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._reporter._bar.remove_task(self._bar_task)
+
+
+def fail(message: str) -> "SystemExit":
+    """The exit of a script that cannot go on: one sentence on stderr, status 2."""
+    print(message, file=sys.stderr)
+    return SystemExit(2)

@@ -1,0 +1,120 @@
+"""The folder of a training run: what goes on from it, what is served from it, what is looked at in it.
+
+state.pt           all that a later start needs to go on
+model.safetensors  the checkpoint of the best validation loss
+losses.csv         one line an epoch
+epochs/NN.png      ten digits from the same noise after each epoch
+"""
+
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.sampler import sample
+from scripts.mnist import NUM_VALIDATION
+from scripts.pictures import save_grid
+from scripts.recipe import Recipe
+from scripts.trainer import EpochResult, Trainer
+
+GRID_SEED = 2026
+
+
+class RunError(Exception):
+    """The run's folder cannot be used; one sentence."""
+
+
+class Run:
+    """One training run on disk. All files are written atomically: a kill leaves the last epoch whole."""
+
+    def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int) -> None:
+        self.folder, self.preset, self.recipe, self.seed = folder, preset, recipe, seed
+        self.results: list[EpochResult] = []
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Puts the trainer where the folder's last epoch left it; False where there is none yet."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location=trainer.device, weights_only=True)
+        except Exception as error:
+            raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
+        if state["identity"] != self.identity:
+            raise RunError(f"{self.folder} holds a run of another recipe or seed; name another --out")
+        trainer.load_state_dict(state["trainer"])
+        self.results = [EpochResult(**result) for result in state["results"]]
+        return True
+
+    def record(self, trainer: Trainer, result: EpochResult) -> bool:
+        """Keeps an epoch; returns whether its validation loss is the best so far."""
+        best = all(result.validation_loss < earlier.validation_loss for earlier in self.results)
+        self.results.append(result)
+        if best:
+            self.safe_save_model(trainer)
+        save_grid(self._digits(trainer), self.folder / "epochs" / f"{result.epoch:02d}.png", columns=10)
+        checkpoint.write_atomically(self.folder / "losses.csv", self._csv().encode())
+        state = {
+            "identity": self.identity,
+            "trainer": trainer.state_dict(),
+            "results": [asdict(result) for result in self.results],
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        checkpoint.write_atomically(self.folder / "state.pt", buffer.getvalue())
+        return best
+
+    def safe_save_model(self, trainer: Trainer) -> None:
+        """A copy of the weights to serve, with all that serving needs."""
+        config = checkpoint.CheckpointConfig(
+            unet=self.recipe.unet,
+            schedule=self.recipe.schedule,
+            guidance=self.recipe.guidance,
+            training={
+                "preset": self.preset,
+                "data": f"MNIST, training split less the last {NUM_VALIDATION} images",
+                "epochs": trainer.epoch,
+                "seed": self.seed,
+                "label_drop": self.recipe.label_drop,
+                "final_losses": {
+                    "train": self.results[-1].train_loss,
+                    "validation": self.results[-1].validation_loss,
+                },
+            },
+        )
+        checkpoint.save(self.folder / "model.safetensors", trainer.averaged, config)
+
+    def _digits(self, trainer: Trainer) -> Tensor:
+        y = torch.arange(self.recipe.unet.num_classes, device=trainer.device)
+        size = self.recipe.unet.image_size
+        return sample(
+            trainer.denoise_averaged,
+            trainer.schedule,
+            y,
+            seed=torch.full_like(y, GRID_SEED),
+            index=y,
+            image_shape=(self.recipe.unet.image_channels, size, size),
+            num_steps=self.recipe.schedule.num_steps,
+            guidance=self.recipe.guidance,
+            null_label=trainer.averaged.null_label,
+        )
+
+    def _csv(self) -> str:
+        out = io.StringIO()
+        bands = [f"validation_loss_band_{i + 1}" for i in range(len(self.results[0].band_losses))]
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["epoch", "train_loss", "validation_loss", *bands, "learning_rate"])
+        for r in self.results:
+            losses = (r.train_loss, r.validation_loss, *r.band_losses)
+            writer.writerow([r.epoch, *(f"{loss:.6f}" for loss in losses), f"{r.learning_rate:.3e}"])
+        return out.getvalue()

@@ -1,0 +1,96 @@
+"""Trains a network on MNIST by a preset: `python -m scripts.train --preset default --out runs/default`.
+
+Started again with the same arguments it goes on from the last whole epoch, bit by bit as if never stopped.
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from scripts.mnist import DataError, load_mnist
+from scripts.progress import Reporter, fail
+from scripts.recipe import RecipeError, load_recipe, preset_names
+from scripts.run import Run, RunError
+from scripts.trainer import EpochResult, Trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments, trains, and leaves the run in its folder."""
+    args = _parse(argv)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    try:
+        recipe = load_recipe(args.preset)
+        if args.epochs:
+            recipe = recipe.model_copy(update={"epochs": args.epochs})
+        images, labels = load_mnist("train", args.data_dir)
+        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+        compiled = args.compile == "on" or (args.compile == "auto" and _can_compile(device))
+        trainer = Trainer(recipe, images, labels, seed=args.seed, device=device, compiled=compiled)
+        run = Run(args.out, Path(args.preset).stem, recipe, args.seed)
+        with Reporter() as reporter:
+            train(trainer, run, reporter, time_limit=args.time_limit)
+    except (DataError, RecipeError, RunError, OSError, RuntimeError) as error:
+        raise fail(f"train: {error}".splitlines()[0]) from error
+
+
+def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
+    """Runs the epochs that are left; stops before an epoch that would not fit into `time_limit` minutes."""
+    start = time.perf_counter()
+    if run.resume(trainer):
+        reporter.line(f"going on after epoch {trainer.epoch} of {run.folder}")
+    num_parameters = sum(p.numel() for p in trainer.network.parameters())
+    reporter.line(f"{num_parameters:,} parameters, {len(trainer.images):,} images, on {trainer.device}")
+    longest_epoch = 0.0
+    while trainer.epoch < run.recipe.epochs:
+        epoch_start = time.perf_counter()
+        if time_limit and (epoch_start - start + longest_epoch) > 60 * time_limit:
+            reporter.line(f"the time limit is near: stopped after epoch {trainer.epoch}; start again to go on")
+            return
+        result = _epoch(trainer, run, reporter)
+        seconds = time.perf_counter() - epoch_start
+        longest_epoch = max(longest_epoch, seconds)
+        best = run.record(trainer, result)
+        reporter.line(
+            f"epoch {result.epoch}/{run.recipe.epochs}  train {result.train_loss:.5f}  "
+            f"validation {result.validation_loss:.5f}{'  best' if best else ''}  "
+            f"lr {result.learning_rate:.1e}  {seconds:.0f} s"
+        )
+
+
+def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
+    batch_size = run.recipe.batch_size
+    total = trainer.steps_per_epoch * batch_size
+    with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images") as task:
+        return trainer.run_epoch(lambda step, loss: task.advance(batch_size, f"loss {loss:.4f}"))
+
+
+def _can_compile(device: torch.device) -> bool:
+    return device.type == "cuda" or shutil.which("g++") is not None
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scripts.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="default", help=f"{', '.join(preset_names())}, or a path to a .toml file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
+    parser.add_argument("--epochs", type=_positive_int, help="instead of the preset's")
+    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop before an epoch that would not fit")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same machine: same weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: where a compiler is found")
+    parser.add_argument("--num-threads", type=_positive_int, help="compute threads on a CPU")
+    return parser.parse_args(argv)
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+if __name__ == "__main__":
+    main()
