@@ -72,9 +72,7 @@ class RearrangePoolBlock(nn.Module):
 class DownBlock(nn.Module):
     """One level of the encoder: pairs of convolutions, whose result is the skip, and a pool to the next level."""
 
-    def __init__(
-        self, channels: int, pool_to: int | None, *, num_pairs: int, residual: bool, modulated: bool
-    ) -> None:
+    def __init__(self, channels: int, pool_to: int | None, *, num_pairs: int, residual: bool, modulated: bool) -> None:
         super().__init__()
         self.pairs = nn.ModuleList(
             ConvPair(channels, channels, residual=residual, modulated=modulated) for _ in range(num_pairs)
@@ -100,7 +98,9 @@ class UpBlock(nn.Module):
         )
         # Nearest neighbour after a 1x1 convolution: no checkerboard, a quarter of the cost of the reverse order.
         self.enlarge = (
-            nn.Sequential(nn.Conv2d(channels, enlarge_to, 1), nn.Upsample(scale_factor=2)) if enlarge_to else nn.Identity()
+            nn.Sequential(nn.Conv2d(channels, enlarge_to, 1), nn.Upsample(scale_factor=2))
+            if enlarge_to
+            else nn.Identity()
         )
 
     def forward(self, x: Tensor, skip: Tensor, c: Tensor) -> Tensor:  # -> (B, enlarge_to, 2H, 2W)
@@ -130,6 +130,8 @@ class SelfAttention(nn.Module):
 
 class SinusoidalEmbedding(nn.Module):
     """t as sines and cosines of falling frequency (Vaswani 2017, section 3.5), t stretched to 0..1000."""
+
+    frequency: Tensor
 
     def __init__(self, dim: int, num_steps: int) -> None:
         super().__init__()

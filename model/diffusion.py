@@ -35,7 +35,12 @@ class Diffusion:
         return draws < drop_probability
 
     def train_step(
-        self, denoiser: Callable[[Tensor, Tensor, Tensor], Tensor], x_0: Tensor, y: Tensor, c_mask: Tensor, null_label: int
+        self,
+        denoiser: Callable[[Tensor, Tensor, Tensor], Tensor],
+        x_0: Tensor,
+        y: Tensor,
+        c_mask: Tensor,
+        null_label: int,
     ) -> Tensor:
         """The mean squared error of the noise predicted at a random t per image (Ho 2020, eq. 14), a scalar.
 

@@ -6,6 +6,7 @@ depend on the schedule alone: a plan holds them, a row points into it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -58,7 +59,7 @@ def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
         timesteps = schedule.even_timesteps(num_steps)
         step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
         alpha_bar = schedule.alpha_bar[timesteps]  # (num_steps + 1,)
-        rows = [step(*pair) for pair in zip(alpha_bar[:-1], alpha_bar[1:], strict=True)]
+        rows = [step(*pair) for pair in pairwise(alpha_bar)]
     else:
         raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
     return Plan(tuple(timesteps), torch.tensor(rows, dtype=torch.float64).float())
@@ -82,9 +83,9 @@ def _ddim_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Ten
 
 def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list[int]) -> list[tuple[Tensor, ...]]:
     """DPM-Solver++(2M), Lu 2022b, algorithm 2; first order at the first step and at the last, where h is infinite."""
-    rows = []
+    rows: list[tuple[Tensor, ...]] = []
     h_before = None
-    for t, t_prev in zip(timesteps[:-1], timesteps[1:], strict=True):
+    for t, t_prev in pairwise(timesteps):
         h = half_log_snr[t_prev] - half_log_snr[t]
         a = ((1 - alpha_bar[t_prev]) / (1 - alpha_bar[t])).sqrt()
         weight = -alpha_bar[t_prev].sqrt() * torch.expm1(-h)

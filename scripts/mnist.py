@@ -61,7 +61,9 @@ def _download(data_dir: Path) -> Path:
 
         MNIST(str(data_dir), download=True)
     except ImportError as error:
-        raise DataError(f"no MNIST files in {data_dir}, and torchvision, which downloads them, is not installed") from error
+        raise DataError(
+            f"no MNIST files in {data_dir}, and torchvision, which downloads them, is not installed"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise DataError(f"no MNIST files in {data_dir}, and the download failed: {error}".splitlines()[0]) from error
     return data_dir / "MNIST" / "raw"

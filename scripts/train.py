@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.epochs:
             recipe = recipe.model_copy(update={"epochs": args.epochs})
         images, labels = load_mnist("train", args.data_dir)
-        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu"))
+        device = torch.device(
+            "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+        )
         compiled = args.compile == "on" or (args.compile == "auto" and _can_compile(device))
         trainer = Trainer(recipe, images, labels, seed=args.seed, device=device, compiled=compiled)
         run = Run(args.out, Path(args.preset).stem, recipe, args.seed)
@@ -81,7 +83,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop before an epoch that would not fit")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same machine: same weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="auto: where a compiler is found")
+    parser.add_argument(
+        "--compile", choices=["auto", "on", "off"], default="auto", help="auto: where a compiler is found"
+    )
     parser.add_argument("--num-threads", type=_positive_int, help="compute threads on a CPU")
     return parser.parse_args(argv)
 

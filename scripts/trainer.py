@@ -48,13 +48,17 @@ class Trainer:
         self.images, self.labels = learn[0].to(device), learn[1].to(device)
         self.validation = _ValidationSet(*validate, Schedule(recipe.schedule), device)
         self.schedule = Schedule(recipe.schedule)
-        self.network = UNet(recipe.unet).to(device, memory_format=torch.channels_last)
-        self.averaged = UNet(recipe.unet).to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.network = _new_network(recipe, device)
+        self.averaged = _new_network(recipe, device).eval().requires_grad_(False)
         self.ema = EMA(self.network, recipe.ema_max_decay) if recipe.ema_max_decay else None
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer.name]
         constants = recipe.optimizer
         self.optimizer = optimizer(
-            self.network.parameters(), lr=constants.lr, betas=constants.betas, weight_decay=constants.weight_decay, fused=True
+            self.network.parameters(),
+            lr=constants.lr,
+            betas=constants.betas,
+            weight_decay=constants.weight_decay,
+            fused=True,
         )
         self.plateau = ReduceLROnPlateau(
             self.optimizer, patience=recipe.lr_schedule.patience, factor=recipe.lr_schedule.factor
@@ -144,6 +148,11 @@ class Trainer:
 
     def _refresh_averaged(self) -> None:
         self.averaged.load_state_dict(self.ema.shadow if self.ema else self.network.state_dict())
+
+
+def _new_network(recipe: Recipe, device: torch.device) -> UNet:
+    network = UNet(recipe.unet).to(device)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return] # not in the stubs
 
 
 class _ValidationSet:
