@@ -89,7 +89,9 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
 
 def save(path: Path, network: UNet, config: CheckpointConfig) -> None:
     """Writes the checkpoint atomically: a crash leaves the old file or the new one, never a part."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in network.state_dict().items()}
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in network.state_dict().items()
+    }
     image = ((draw_probe(network, config).cpu() + 1) * 127.5).round().to(torch.uint8)
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -172,5 +174,5 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

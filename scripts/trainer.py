@@ -152,7 +152,7 @@ class Trainer:
 
 def _new_network(recipe: Recipe, device: torch.device) -> UNet:
     network = UNet(recipe.unet).to(device)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return] # not in the stubs
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
 
 
 class _ValidationSet:
