@@ -1,0 +1,271 @@
+"""scripts/serve and the set-up that it shares with scripts/test, in a copy of the project.
+
+Nothing is installed: the Python that they find makes real venvs whose pip is a few lines that keep a log.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHONS = ["python3", *(f"python3.{minor}" for minor in range(11, 15))]
+
+# Stands in for pip: logs its arguments, makes the project importable, and can give up or die half-way.
+FAKE_PIP = """
+import json, os, pathlib, signal, sys, sysconfig, time
+site = pathlib.Path(sysconfig.get_path("purelib"))
+with open(os.environ["PIP_LOG"], "a") as log:
+    print(json.dumps(sys.argv[1:]), file=log)
+ending = os.environ.get("PIP_ENDING")
+if ending == "no network":
+    sys.exit("no network")
+if ending == "slow":
+    time.sleep(0.5)
+info = site / "thing-1.dist-info"
+info.mkdir(exist_ok=True)
+(info / "METADATA").write_text("Metadata-Version: 2.1\\nName: thing\\nVersion: 1\\n")
+if ending == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+(site / "thing.py").write_text("print()")
+(info / "RECORD").write_text("thing.py,,7\\n")
+(site / "project.pth").write_text(os.getcwd())
+"""
+
+# Stands in for a Python that makes venvs.
+FAKE_PYTHON = f"""
+import pathlib, subprocess, sys
+if sys.argv[1:3] != ["-m", "venv"]:
+    sys.exit(subprocess.run([{sys.executable!r}, *sys.argv[1:]]).returncode)
+subprocess.run([{sys.executable!r}, "-m", "venv", "--without-pip", sys.argv[3]], check=True)
+pip = next(pathlib.Path(sys.argv[3]).glob("lib/python*/site-packages")) / "pip"
+pip.mkdir()
+(pip / "__init__.py").touch()
+(pip / "__main__.py").write_text({FAKE_PIP!r})
+"""
+
+# Stands in for the service: says what reached it.
+FAKE_APP = """
+import json, os
+settings = {name: value for name, value in os.environ.items() if name.startswith("UNFOG_")}
+print(json.dumps({"settings": settings, "folder": os.getcwd()}))
+"""
+
+
+class Project:
+    """A copy of the project's scripts, and a search path on which `python3` is FAKE_PYTHON."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "pro ject"
+        self.bin = folder / "bin"
+        self.pip_log = folder / "pip.log"
+        self.venv = self.root / ".venv"
+        self.pyproject = self.root / "pyproject.toml"
+        (self.root / "scripts").mkdir(parents=True)
+        (self.root / "app").mkdir()
+        self.bin.mkdir()
+        for name in ("serve", "test", "check", "setup.sh"):
+            shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", self.pyproject)
+        (self.root / "app" / "__main__.py").write_text(FAKE_APP)
+        (folder / "fake.py").write_text(FAKE_PYTHON)
+        for name in PYTHONS:
+            self.give(name, f'exec "{sys.executable}" "{folder / "fake.py"}" "$@"')
+
+    def give(self, name: str, script: str) -> None:
+        """Puts a command on the search path, before the machine's own."""
+        path = self.bin / name
+        path.write_text(f"#!/bin/sh\n{textwrap.dedent(script)}\n")
+        path.chmod(0o755)
+
+    def start(self, *arguments: str, script: str = "serve", **variables: str) -> "subprocess.Popen[str]":
+        """Starts a script in a folder that is not the project's."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("UNFOG_", "PIP_"))}
+        return subprocess.Popen(
+            [str(self.root / "scripts" / script), *arguments],
+            env=clean | {"PATH": f"{self.bin}:{clean['PATH']}", "PIP_LOG": str(self.pip_log)} | variables,
+            cwd=self.bin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, script: str = "serve", **variables: str) -> tuple[int, str, str]:
+        """A script's exit status, its output and its errors."""
+        process = self.start(*arguments, script=script, **variables)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def serve(self, *arguments: str, **variables: str) -> dict[str, object]:
+        """What reached the service."""
+        status, out, err = self.run(*arguments, **variables)
+        assert status == 0, err
+        seen: dict[str, object] = json.loads(out)
+        return seen
+
+    @property
+    def installs(self) -> list[list[str]]:
+        """The arguments of every `pip install`."""
+        lines = self.pip_log.read_text().splitlines() if self.pip_log.exists() else []
+        return [json.loads(line)[1:] for line in lines]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--verbose"], ["8000"], ["--port"], ["--port="], ["--host", ""], ["--port", "1", "more"], ["--ports=1"]],
+    ids=" ".join,
+)
+def test_a_wrong_argument_is_status_2_with_usage_and_no_set_up(project: Project, arguments: list[str]) -> None:
+    status, out, err = project.run(*arguments)
+    assert (status, out) == (2, "")
+    assert "usage: scripts/serve" in err
+    assert not project.venv.exists()
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_usage_on_stdout_and_no_set_up(project: Project, flag: str) -> None:
+    status, out, err = project.run(flag)
+    assert (status, err) == (0, "")
+    assert out.startswith("usage: scripts/serve")
+    assert not project.venv.exists()
+
+
+def test_options_reach_the_service_as_settings(project: Project) -> None:
+    seen = project.serve("--host", "::1", "--port=9001", "--checkpoint", "a b.safetensors", UNFOG_MAX_BATCH="8")
+    assert seen["settings"] == {
+        "UNFOG_HOST": "::1",
+        "UNFOG_PORT": "9001",
+        "UNFOG_CHECKPOINT": "a b.safetensors",
+        "UNFOG_MAX_BATCH": "8",
+    }
+
+
+def test_the_service_runs_in_the_callers_folder_so_that_relative_paths_hold(project: Project) -> None:
+    (project.bin / "app").mkdir()
+    (project.bin / "app" / "__main__.py").write_text("raise SystemExit('the wrong app')")
+    assert project.serve()["folder"] == str(project.bin)
+
+
+def test_a_second_start_installs_nothing(project: Project) -> None:
+    project.serve()
+    assert project.installs == [["--editable", "."]]
+    project.serve()
+    assert len(project.installs) == 1
+
+
+def test_a_start_after_the_gates_set_up_installs_nothing(project: Project) -> None:
+    project.run(script="check")  # stops at ruff, which the fake pip does not bring
+    assert project.installs == [["--editable", ".[dev]"]]
+    project.serve()
+    assert len(project.installs) == 1
+
+
+def test_the_gates_set_up_after_a_start_adds_the_extras(project: Project) -> None:
+    project.serve()
+    project.run(script="check")
+    assert project.installs == [["--editable", "."], ["--editable", ".[dev]"]]
+
+
+def test_a_changed_pyproject_installs_again_into_the_same_venv(project: Project) -> None:
+    project.serve()
+    (project.venv / "kept").touch()
+    project.pyproject.write_text(project.pyproject.read_text() + "\n# changed\n")
+    project.serve()
+    assert len(project.installs) == 2
+    assert (project.venv / "kept").exists()
+
+
+def test_a_moved_project_installs_again(project: Project) -> None:
+    project.serve()
+    project.root = project.root.rename(project.root.with_name("elsewhere"))
+    project.serve()
+    assert len(project.installs) == 2
+
+
+def test_a_venv_whose_python_is_gone_is_made_anew(project: Project) -> None:
+    project.serve()
+    (project.venv / "bin" / "python").unlink()
+    project.serve()
+    assert len(project.installs) == 2
+
+
+def test_an_install_that_was_killed_is_made_anew(project: Project) -> None:
+    status, out, _ = project.run(PIP_ENDING="killed")
+    assert (status, out) == (1, "")
+    (project.venv / "gone").touch()
+    project.serve()
+    assert not (project.venv / "gone").exists()
+
+
+def test_a_package_cut_short_by_an_interrupted_install_is_made_anew(project: Project) -> None:
+    project.serve()
+    (project.venv / "unfinished").touch()
+    next(project.venv.glob("lib/*/site-packages/thing.py")).write_text("pri")
+    (project.venv / "gone").touch()
+    project.serve()
+    assert not (project.venv / "gone").exists()
+
+
+def test_extras_that_cannot_be_had_leave_the_service_as_it_was(project: Project) -> None:
+    project.serve()
+    status, _, err = project.run(script="check", PIP_ENDING="no network")
+    assert status == 1
+    assert "the installation failed" in err
+    project.serve(PIP_ENDING="no network")
+    assert len(project.installs) == 2
+
+
+def test_two_first_starts_at_once_install_once(project: Project) -> None:
+    starts = [project.start(PIP_ENDING="slow") for _ in range(2)]
+    errors = [start.communicate(timeout=60)[1] for start in starts]
+    assert [start.returncode for start in starts] == [0, 0], errors
+    assert len(project.installs) == 1
+
+
+def test_pytorch_comes_from_the_index_that_is_named(project: Project) -> None:
+    project.serve(UNFOG_TORCH_INDEX="https://index.example/cpu")
+    first, second = project.installs
+    assert first[:2] == ["--index-url", "https://index.example/cpu"]
+    assert [requirement.split(">")[0] for requirement in first[2:]] == ["torch"]
+    assert second == ["--editable", "."]
+
+
+def test_the_gates_torchvision_comes_from_the_index_too(project: Project) -> None:
+    project.run(script="check", UNFOG_TORCH_INDEX="https://index.example/cpu")
+    assert [requirement.split(">")[0] for requirement in project.installs[0][2:]] == ["torch", "torchvision"]
+
+
+def test_a_python_that_is_too_old_is_one_sentence(project: Project) -> None:
+    for name in PYTHONS:
+        # Its answer to `-c`, be the question its version or its modules.
+        project.give(name, "exit 1")
+    status, out, err = project.run()
+    assert (status, out) == (1, "")
+    assert err == "unfog: Python 3.11 or newer is needed and none was found: install python3 and python3-venv\n"
+
+
+def test_a_missing_venv_module_is_one_sentence_with_the_package(project: Project) -> None:
+    for name in PYTHONS:
+        project.give(name, f"""case "$2" in *ensurepip*) exit 1 ;; *) exec "{sys.executable}" "$@" ;; esac""")
+    status, out, err = project.run()
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 1
+    assert "python3-venv" in err
+
+
+def test_a_newer_python_beside_an_old_one_is_found(project: Project) -> None:
+    project.give("python3", "exit 1")
+    for name in PYTHONS[2:]:
+        project.give(name, "exit 127")
+    project.serve()
+    assert len(project.installs) == 1
