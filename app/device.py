@@ -1,0 +1,47 @@
+"""Which device and which precision serve, and what the device's failures mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class RunnerError(Exception):
+    """The device or the checkpoint cannot serve; one sentence."""
+
+
+class OutOfMemoryError(Exception):
+    """The batch was too large for the device; a smaller one may do."""
+
+
+class DeviceLostError(Exception):
+    """The device answers no more; nothing that it held can be saved."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; RunnerError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunnerError(f"UNFOG_DEVICE={name}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it: a fact of the processor, never a timing."""
+    if name == "auto":
+        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        name = "bfloat16" if fast else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Turns what torch raises for the device's sake into what the engine understands."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemoryError from error
+    except torch.AcceleratorError as error:
+        raise DeviceLostError(str(error).splitlines()[0]) from error

@@ -1,0 +1,276 @@
+"""The loop: admit, step, retire, in one thread, for as long as the service lives.
+
+Everything that is shared between the threads is touched under one condition; the runner is the
+engine thread's alone. Callers wait on futures, the thread on the condition: nothing polls.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from enum import StrEnum
+
+from app import errors
+from app.batcher import Batcher, QueueFullError
+from app.device import RunnerError
+from app.forecast import retry_after, seconds_to_finish, seconds_to_room
+from app.metrics import Metrics
+from app.pace import Pace
+from app.runner import ModelInfo
+from app.stepping import R, StepRunner, isolate
+from app.trajectory import Job, Trajectory
+
+log = logging.getLogger(__name__)
+
+STARTING_SECONDS = 5  # Retry-After where no backlog tells it: about what loading takes,
+RESTART_SECONDS = 10  # and what a restart takes
+AUTO_BATCH_TOLERANCE = 0.2  # a smaller batch is worth a fifth of the throughput: newcomers wait less
+
+
+class EngineState(StrEnum):
+    """What the engine takes: new work only while it is `ok`."""
+
+    STARTING = "starting"
+    OK = "ok"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class Engine:
+    """Runs jobs; all methods but the thread's own may be called from any thread and do not block."""
+
+    def __init__(
+        self,
+        load: Callable[[], StepRunner],
+        *,
+        capacity: int,
+        max_batch: int | None,
+        watchdog_seconds: float,
+        metrics: Metrics,
+    ) -> None:
+        self.state = EngineState.STARTING
+        self.info: ModelInfo | None = None
+        self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
+        self.max_batch = max_batch or 1
+        self._load, self._auto_batch = load, max_batch is None
+        self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
+        self._pace = Pace({1: 1.0})
+        self._batcher = Batcher(capacity)
+        self._condition = threading.Condition()
+        self._abandoned: list[Trajectory] = []  # their jobs were answered early; the thread frees their slots
+        self._idle: Future[None] | None = None  # asked for by drain
+        self._stopping = False
+        self._num_steps = 0
+        self._last_beat: float | None = time.monotonic()  # None while it has nothing to do
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Loads and warms up in the thread; returns at once."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
+        with self._condition:
+            self.refuse_unless_ok()
+            job.position, job.eta_seconds = (
+                self._batcher.waiting,
+                seconds_to_finish(self._batcher, job, self.max_batch, self._pace),
+            )
+            late = job.eta_seconds - job.timeout
+            if late > 0:
+                detail = f"the backlog would end {late:.0f} s after the request's own deadline"
+                raise errors.Overloaded(retry_after(late), detail)
+            try:
+                self._batcher.add(job)
+            except QueueFullError as full:
+                wait = seconds_to_room(self._batcher, full.missing, self.max_batch, self._pace)
+                raise errors.Overloaded(retry_after(wait)) from full
+            job.submitted_at_step = self._num_steps
+            self._condition.notify()
+
+    def cancel(self, job: Job, error: Exception) -> None:
+        """Ends a job early, with the error as its answer; its rows are gone from the next step on."""
+        with self._condition:
+            self._end(job, error)
+            self._condition.notify()
+
+    def drain(self) -> Future[None]:
+        """Takes no more work; the future is done when all that was admitted is answered."""
+        with self._condition:
+            if self.state is not EngineState.FAILED:
+                self.state = EngineState.DRAINING
+            self._idle = self._idle or Future()
+            self._note_idle()
+            return self._idle
+
+    def give_up(self, error: Exception) -> None:
+        """Answers everyone who still waits with the error."""
+        with self._condition:
+            for job in self._batcher.jobs:
+                self._end(job, error)
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread after its present step; False if it is still busy after `timeout` seconds."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread has not failed and its last step, if it is in one, began not long ago."""
+        beat = self._last_beat
+        return self.state is not EngineState.FAILED and (
+            beat is None or time.monotonic() - beat < self._watchdog_seconds
+        )
+
+    @property
+    def waiting(self) -> int:
+        """Images without a step yet."""
+        return self._batcher.waiting
+
+    @property
+    def running(self) -> int:
+        """Images between their steps."""
+        return self._batcher.running
+
+    @property
+    def capacity(self) -> int:
+        """Images that may wait."""
+        return self._batcher.capacity
+
+    @property
+    def device_memory(self) -> Callable[[], int] | None:
+        """Reads the bytes held on a GPU; None without one."""
+        return self._runner.device_memory
+
+    def _run(self) -> None:
+        try:
+            self._runner = self._load()
+            pace = self._runner.warm_up(lambda: self._stopping)
+            self._open(pace)
+            while not self._stopping:
+                self._tick()
+        except BaseException as error:
+            self._die(error)
+
+    def _open(self, pace: Pace) -> None:
+        with self._condition:
+            self._pace, self.info = pace, self._runner.info
+            if self._auto_batch:
+                self.max_batch = pace.best_batch(AUTO_BATCH_TOLERANCE)
+            if self.state is EngineState.STARTING:
+                self.state = EngineState.OK
+        self.ready.set_result(None)
+
+    def _tick(self) -> None:
+        """One turn: wait for work, choose rows, run their step, answer those that are done."""
+        rows, abandoned = self._admit()
+        self._runner.release(abandoned)
+        stepped = self._isolated(rows, self._step)
+        for trajectory, finite in stepped:
+            if not finite:
+                self._fail(trajectory, ArithmeticError("NaN or infinite values"))
+        self._retire([trajectory for trajectory, finite in stepped if finite])
+
+    def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
+        """The rows of the next step, and what the runner may forget; waits until there is either."""
+        with self._condition:
+            self._last_beat = None
+            self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
+            self._last_beat = time.monotonic()
+            abandoned, self._abandoned = self._abandoned, []
+            rows = [] if self._stopping else self._batcher.select(self.max_batch)
+            for trajectory in rows:
+                if not trajectory.started:
+                    self._batcher.start(trajectory)
+                    self._note_start(trajectory.job)
+            return rows, abandoned
+
+    def _note_start(self, job: Job) -> None:
+        job.started_at = job.started_at or self._last_beat
+        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - job.submitted_at))
+        self._metrics.admission_wait.observe(self._num_steps - job.submitted_at_step)
+
+    def _isolated(
+        self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
+    ) -> list[tuple[Trajectory, R]]:
+        return isolate(rows, compute, self._fail, self._lower_max_batch)
+
+    def _lower_max_batch(self, rows: int) -> None:
+        self.max_batch = rows
+        log.warning("out of device memory: at most %d rows a step from now on", rows)
+
+    def _step(self, rows: list[Trajectory]) -> list[bool]:
+        self._last_beat = start = time.monotonic()
+        finite = self._runner.step(rows)
+        seconds = time.monotonic() - start
+        self._num_steps += 1
+        self._pace.observe(len(rows), seconds)
+        self._metrics.denoise_steps.inc()
+        self._metrics.step_duration.observe(seconds)
+        self._metrics.batch_rows.observe(len(rows))
+        return finite
+
+    def _retire(self, rows: list[Trajectory]) -> None:
+        with self._condition:
+            rows = [trajectory for trajectory in rows if not trajectory.job.closed]
+            for trajectory in rows:
+                self._batcher.advance(trajectory)
+        self._send_previews(rows)
+        done = self._isolated([trajectory for trajectory in rows if not trajectory.steps_left], self._runner.pixels)
+        with self._condition:
+            for trajectory, pixels in done:
+                if not trajectory.job.closed:
+                    self._batcher.retire(trajectory)
+                    trajectory.job.finish(trajectory, pixels)
+                    self._metrics.images.labels(str(trajectory.job.options.digit)).inc()
+            self._note_idle()
+        self._runner.release([trajectory for trajectory, _ in done])
+
+    def _send_previews(self, rows: list[Trajectory]) -> None:
+        for job in dict.fromkeys(trajectory.job for trajectory in rows):
+            if job.listener and job.preview_due():
+                drawn = dict(self._isolated(job.unfinished, self._runner.pixels))
+                job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in drawn.items()}))
+
+    def _fail(self, trajectory: Trajectory, error: Exception) -> None:
+        log.error("a row failed at step %d", trajectory.step, exc_info=error)
+        with self._condition:
+            self._end(trajectory.job, errors.InternalError())
+
+    def _end(self, job: Job, error: Exception) -> None:
+        """Answers a job early; the condition is held."""
+        if not self._batcher.remove(job):
+            return
+        for trajectory in job.unfinished:
+            self._metrics.cancelled.labels("running" if trajectory.started else "waiting").inc()
+        self._abandoned += job.unfinished
+        job.fail(error)
+        self._note_idle()
+
+    def _die(self, error: BaseException) -> None:
+        if not isinstance(error, RunnerError):
+            log.critical("the engine has failed", exc_info=error)
+        with self._condition:
+            self.state = EngineState.FAILED
+            for job in self._batcher.jobs:
+                self._end(job, errors.EngineFailed(RESTART_SECONDS))
+        if not self.ready.done():
+            self.ready.set_exception(error)
+
+    def _note_idle(self) -> None:
+        if self._idle and not self._idle.done() and not self._batcher.num_jobs:
+            self._idle.set_result(None)
+
+    def refuse_unless_ok(self) -> None:
+        """Starting, Draining or EngineFailed where no new work is taken."""
+        if self.state is EngineState.STARTING:
+            raise errors.Starting(STARTING_SECONDS)
+        if self.state is EngineState.DRAINING:
+            raise errors.Draining(RESTART_SECONDS)
+        if self.state is EngineState.FAILED:
+            raise errors.EngineFailed(RESTART_SECONDS)

@@ -1,0 +1,167 @@
+"""Every error that a client can be told, each with its status and code.
+
+UnfogError
+├── MalformedJSON         400  the body is not JSON
+├── NotFound              404
+├── MethodNotAllowed      405
+├── NotAcceptable         406  none of the formats asked for can be given
+├── BodyTooLarge          413
+├── UnsupportedMediaType  415
+├── InvalidRequest        422  understood, but not possible; says which field
+├── InternalError         500  a bug; tells nothing of it
+├── DeadlineExceeded      504
+└── Unavailable                comes with Retry-After
+    ├── Overloaded        429
+    ├── Starting          503
+    ├── Draining          503
+    └── EngineFailed      503
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+
+class UnfogError(Exception):
+    """What a client is told: a problem document (RFC 9457)."""
+
+    status: int = 500
+    code: str = "internal_error"
+    detail: str = "something went wrong on our side"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail or self.detail)
+        self.detail = detail or self.detail
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers beside the body."""
+        return {}
+
+    def problem(self, request_id: str) -> dict[str, Any]:
+        """The body, application/problem+json."""
+        return {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+            "request_id": request_id,
+        }
+
+
+class MalformedJSON(UnfogError):
+    """The body is empty or not JSON."""
+
+    status, code, detail = 400, "malformed_json", "the body is not JSON"
+
+
+class NotFound(UnfogError):
+    """No such route."""
+
+    status, code, detail = 404, "not_found", "there is nothing at this path"
+
+
+class MethodNotAllowed(UnfogError):
+    """The route exists, the method does not."""
+
+    status, code, detail = 405, "method_not_allowed", "this path does not take this method"
+
+    def __init__(self, allow: str) -> None:
+        super().__init__()
+        self.allow = allow
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The methods that the path takes."""
+        return {"Allow": self.allow}
+
+
+class NotAcceptable(UnfogError):
+    """The Accept header rules out every format."""
+
+    status, code = 406, "not_acceptable"
+
+    def __init__(self, available: tuple[str, ...]) -> None:
+        super().__init__(f"Accept must allow one of {', '.join(available)}")
+
+
+class BodyTooLarge(UnfogError):
+    """The body passed the limit while it arrived."""
+
+    status, code = 413, "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the body is larger than {limit} bytes")
+
+
+class UnsupportedMediaType(UnfogError):
+    """The body is not declared as JSON."""
+
+    status, code, detail = 415, "unsupported_media_type", "Content-Type must be application/json"
+
+
+class InvalidRequest(UnfogError):
+    """Understood, but not possible; `errors` says where: [{"loc": [...], "msg": ...}]."""
+
+    status, code = 422, "invalid_request"
+
+    def __init__(self, errors: list[dict[str, Any]]) -> None:
+        first = errors[0]
+        super().__init__(f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}")
+        self.errors = errors
+
+    @classmethod
+    def of(cls, field: str, message: str) -> "InvalidRequest":
+        """One field that is wrong."""
+        return cls([{"loc": ["body", field], "msg": message}])
+
+    def problem(self, request_id: str) -> dict[str, Any]:
+        """The problem with every wrong field."""
+        return {**super().problem(request_id), "errors": self.errors}
+
+
+class InternalError(UnfogError):
+    """A bug. What it was stands in the log, never in the answer."""
+
+
+class DeadlineExceeded(UnfogError):
+    """The request's time ran out before its last image was done."""
+
+    status, code, detail = 504, "deadline_exceeded", "the request's time ran out"
+
+
+class Unavailable(UnfogError):
+    """Not now; `retry_after` says in whole seconds when to come back."""
+
+    def __init__(self, retry_after: int, detail: str | None = None) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """When to come back."""
+        return {"Retry-After": str(self.retry_after)}
+
+
+class Overloaded(Unavailable):
+    """The queue is full, or too long for the request's own deadline."""
+
+    status, code, detail = 429, "overloaded", "the queue has no room for this request"
+
+
+class Starting(Unavailable):
+    """The checkpoint is being loaded and warmed up."""
+
+    status, code, detail = 503, "starting", "the service is starting"
+
+
+class Draining(Unavailable):
+    """The service is about to stop and finishes what it has."""
+
+    status, code, detail = 503, "draining", "the service is shutting down"
+
+
+class EngineFailed(Unavailable):
+    """The engine died; only a restart helps."""
+
+    status, code, detail = 503, "engine_failed", "the engine has failed"

@@ -1,0 +1,97 @@
+"""Reading requests: the body, the format that is wanted, and whether the client is still there."""
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+import mimeparse
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from app.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MalformedJSON,
+    NotAcceptable,
+    UnsupportedMediaType,
+)
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+async def read_json(request: Request, schema: type[M], max_bytes: int) -> M:
+    """The body as `schema`; UnsupportedMediaType, BodyTooLarge, MalformedJSON or InvalidRequest."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaType
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise BodyTooLarge(max_bytes)
+    try:
+        return schema.model_validate(_parse(bytes(body)))
+    except ValidationError as error:
+        raise InvalidRequest(_describe(error)) from error
+
+
+def _parse(body: bytes) -> Any:
+    """JSON, with NaN and Infinity let through for the schema to name their field."""
+    try:
+        return json.loads(body.decode("utf-8"), parse_int=_parse_int)
+    except (ValueError, RecursionError) as error:
+        raise MalformedJSON from error
+
+
+def _parse_int(digits: str) -> int | float:
+    """An integer too long for Python's parser is out of every range: infinite is near enough."""
+    return int(digits) if len(digits) <= 400 else float(digits)
+
+
+def _describe(error: ValidationError) -> list[dict[str, Any]]:
+    """Where and what, without what was sent: that need not even be text that can be sent back."""
+    return [
+        {"loc": ["body", *(_printable(part) for part in item["loc"])], "msg": _printable(item["msg"])}
+        for item in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+
+
+def _printable(part: int | str) -> int | str:
+    return part if isinstance(part, int) else part[:200].encode("utf-8", "backslashreplace").decode()
+
+
+def negotiate(request: Request, available: tuple[str, ...]) -> str:
+    """The best of the media types that Accept allows, the first on a tie; NotAcceptable where it allows none."""
+    accept = ", ".join(request.headers.getlist("accept")).strip() or "*/*"
+    try:
+        best: str = mimeparse.best_match(list(reversed(available)), accept.lower())
+    except mimeparse.MimeTypeParseException:
+        best = ""
+    if not best:
+        raise NotAcceptable(available)
+    return best
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What the work gives; ClientGoneError, and the work cancelled, as soon as the client closes the connection."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,71 @@
+"""Every metric of the service, declared here and nowhere else."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+
+from app.errors import UnfogError
+
+disable_created_metrics()  # a gauge beside every counter says nothing that a scrape does not
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+STEP_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1)
+POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+STEPS = (0, 1, 2, 5, 10, 25, 50, 100, 250, 500, 1000)
+REJECTIONS = {"overloaded": "overloaded", "draining": "draining", "deadline_exceeded": "deadline"}
+
+
+class Metrics:
+    """One set of metrics with its own registry, so that two apps in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("requests", "HTTP requests answered.", "route", "code")
+        self.request_duration = self._histogram("request_duration_seconds", "Time of a request.", SECONDS, "route")
+        self.requests_in_progress = self._gauge("requests_in_progress", "HTTP requests being answered.")
+        self.images = self._counter("images", "Images finished.", "digit")
+        self.queue_depth = self._gauge("queue_depth_images", "Images that wait for their first step.")
+        self.queue_capacity = self._gauge("queue_capacity_images", "Images that may wait.")
+        self.running_images = self._gauge("running_images", "Images between their first step and their last.")
+        self.queue_wait = self._histogram("queue_wait_seconds", "An image's wait for its first step.", SECONDS)
+        self.admission_wait = self._histogram(
+            "admission_wait_steps", "Steps that ran between an image's admission and its first step.", STEPS
+        )
+        self.rejected = self._counter("rejected", "Requests refused or timed out.", "reason")
+        self.cancelled = self._counter("cancelled", "Images given up before they were done.", "stage")
+        self.denoise_steps = self._counter("denoise_steps", "Reverse steps run, each for a batch of rows.")
+        self.step_duration = self._histogram("denoise_step_duration_seconds", "Time of a reverse step.", STEP_SECONDS)
+        self.batch_rows = self._histogram("batch_rows", "Images in a reverse step.", POWERS_OF_TWO)
+        self.encode_duration = self._histogram(
+            "encode_duration_seconds", "Time to encode a response's images.", SECONDS
+        )
+        self.model_info = self._gauge(
+            "model_info", "The model that is served.", "name", "sha256", "device", "dtype", "version"
+        )
+        self.ready = self._gauge("ready", "1 while new work is taken.")
+        for reason in (*REJECTIONS.values(), "rate_limited"):
+            self.rejected.labels(reason)
+        for stage in ("waiting", "running"):
+            self.cancelled.labels(stage)
+
+    def count_rejection(self, error: UnfogError) -> None:
+        """Counts the errors that refuse or give up work; others are only requests with that code."""
+        if error.code in REJECTIONS:
+            self.rejected.labels(REJECTIONS[error.code]).inc()
+
+    def watch_device_memory(self, read: Callable[[], float]) -> None:
+        """Adds the gauge of memory held on a GPU."""
+        self._gauge("device_memory_bytes", "Memory that the service holds on its device.").set_function(read)
+
+    def render(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace="unfog", registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace="unfog", registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, text, labels, namespace="unfog", registry=self.registry, buckets=buckets)

@@ -1,0 +1,76 @@
+"""What surrounds every request: its id, its metrics, its line in the log, and the answer to a bug."""
+
+import logging
+import re
+import time
+import uuid
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.errors import InternalError, UnfogError
+from app.metrics import Metrics
+
+log = logging.getLogger("unfog.access")
+
+CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+PROBLEM_JSON = "application/problem+json"
+
+
+def problem_response(error: UnfogError, request_id: str) -> JSONResponse:
+    """The answer that tells a client of the error."""
+    return JSONResponse(error.problem(request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+
+
+class RequestContext:
+    """Plain ASGI, so that disconnects reach the handler as they come; leaves the id in scope["state"]["request_id"]."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        status, start = 0, time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        with self._metrics.requests_in_progress.track_inprogress():
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception:
+                log.exception("a request failed", extra={"request_id": request_id})
+                if not status:
+                    await problem_response(InternalError(), request_id)(scope, receive, send_with_id)
+        self._record(scope, status, time.perf_counter() - start, request_id)
+
+    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        code = str(status or 499)  # 499: the client left before there was an answer
+        self._metrics.requests.labels(route, code).inc()
+        self._metrics.request_duration.labels(route).observe(seconds)
+        log.info(
+            "%s %s %s %.0f ms",
+            scope["method"],
+            scope["path"],
+            code,
+            seconds * 1000,
+            extra={"request_id": request_id, "route": route, "status": int(code), "seconds": round(seconds, 6)},
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """The caller's id if it is one that a log can hold, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and CALLERS_ID.fullmatch(value.decode("latin-1")):
+            return str(value.decode("latin-1"))
+    return uuid.uuid4().hex

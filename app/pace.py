@@ -1,0 +1,36 @@
+"""How long a step takes, and so how long a backlog does: steps are fixed, which makes the future predictable."""
+
+from bisect import bisect_left
+
+SMOOTHING = 0.05  # weight of the newest step
+
+
+class Pace:
+    """Seconds a step against rows a step: the curve seen while warming up, times how slow the machine is now."""
+
+    def __init__(self, seconds_by_rows: dict[int, float]) -> None:
+        self._rows = sorted(seconds_by_rows)
+        self._seconds = [seconds_by_rows[rows] for rows in self._rows]
+        self.slowdown = 1.0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A step of `rows` images took `seconds`."""
+        self.slowdown += SMOOTHING * (seconds / self._expected(rows) - self.slowdown)
+
+    def step_seconds(self, rows: int) -> float:
+        """What a step of that many rows takes now."""
+        return self.slowdown * self._expected(rows)
+
+    def best_batch(self, tolerance: float) -> int:
+        """The smallest measured batch whose rows a second come within `tolerance` (0 to 1) of the best."""
+        rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
+        return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates))
+
+    def _expected(self, rows: int) -> float:
+        """Linear between the measured batches, flat outside them."""
+        right = bisect_left(self._rows, rows)
+        if right == 0 or right == len(self._rows):
+            return self._seconds[min(right, len(self._rows) - 1)]
+        low, high = self._rows[right - 1 : right + 1]
+        share = (rows - low) / (high - low)
+        return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share

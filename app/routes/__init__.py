@@ -1,0 +1,1 @@
+"""The routes: each translates between HTTP and the engine, and decides nothing."""

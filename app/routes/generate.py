@@ -1,0 +1,110 @@
+"""POST /generate: digits as JSON, PNG, ZIP or a stream of events."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse, Response
+
+from app.http import ClientGoneError, negotiate, read_json
+from app.images import Provenance, encode_base64, encode_images, encode_sheet, encode_zip
+from app.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem
+from app.service import Service, finish, timing
+from app.stream import EventStream, JobEvents
+from app.trajectory import Job, Pixels
+
+router = APIRouter()
+
+JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
+FORMATS = (JSON, PNG, ZIP, EVENTS)  # the first wins a tie
+Encoder = Callable[[list[Pixels], Provenance, int], bytes]
+CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that left; nobody reads it but the log
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text, "content": _PROBLEM}
+    for status, text in {
+        400: "malformed_json",
+        406: "not_acceptable",
+        413: "body_too_large",
+        415: "unsupported_media_type",
+        422: "invalid_request",
+        429: "overloaded, with Retry-After",
+        500: "internal_error",
+        503: "starting, draining or engine_failed, with Retry-After",
+        504: "deadline_exceeded",
+    }.items()
+}
+
+
+@router.post(
+    "/generate",
+    response_class=JSONResponse,
+    responses={
+        200: {
+            "model": GenerateResponse,
+            "description": "the images, in the format that Accept asks for",
+            "content": {PNG: _BINARY, ZIP: _BINARY, EVENTS: {"schema": {"type": "string"}}},
+        },
+        **_ERRORS,
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}},
+        }
+    },
+)
+async def generate(
+    request: Request, previews: Annotated[int, Query(ge=0, le=100, description="progress events, of a stream")] = 10
+) -> Response:
+    """Draws digits of a class. The same request with the same seed gives the same bytes, under any load."""
+    service: Service = request.app.state.service
+    media_type = negotiate(request, FORMATS)
+    body = await read_json(request, GenerateRequest, service.settings.max_body_bytes)
+    if media_type == EVENTS:
+        events = JobEvents()
+        job = service.submit(body, previews, events.put)
+        return EventStream(service, job, events, body.scale)
+    job = service.submit(body)
+    try:
+        images = await finish(service, request, job)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return await _respond(service, job, images, media_type, body.scale)
+
+
+async def _respond(service: Service, job: Job, images: list[Pixels], media_type: str, scale: int) -> Response:
+    start = time.perf_counter()
+    encoders: dict[str, Encoder] = {JSON: partial(_encode_json, service, job), PNG: encode_sheet, ZIP: encode_zip}
+    content = await asyncio.to_thread(encoders[media_type], images, service.provenance(job), scale)
+    seconds = time.perf_counter() - start
+    service.metrics.encode_duration.observe(seconds)
+    times = timing(job)
+    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": seconds}
+    headers = {
+        "X-Seed": str(job.options.seed),
+        "Server-Timing": ", ".join(f"{phase};dur={1000 * duration:.3f}" for phase, duration in phases.items()),
+    }
+    return Response(content, media_type=media_type, headers=headers)
+
+
+def _encode_json(service: Service, job: Job, images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
+    pngs = encode_images(images, provenance, scale)
+    options = job.options
+    answer = GenerateResponse(
+        digit=options.digit,
+        count=job.count,
+        seed=options.seed,
+        num_steps=options.num_steps,
+        sampler=options.sampler,
+        guidance_scale=options.guidance_scale,
+        model=ModelName(name=service.info.name, sha256=service.info.sha256),
+        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
+        timing=timing(job),
+    )
+    return answer.model_dump_json().encode()

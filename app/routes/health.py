@@ -1,0 +1,48 @@
+"""The probes: /health for people, /livez, /readyz and /startupz for orchestrators."""
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from app import VERSION
+from app.engine import EngineState
+from app.schemas import Health, HealthModel, Liveness, Queue, Readiness
+from app.service import Service
+
+router = APIRouter()
+
+
+@router.get("/health", response_model=Health, responses={503: {"model": Health}})
+async def health(request: Request) -> JSONResponse:
+    """The state of the service; 200 while it takes work."""
+    service: Service = request.app.state.service
+    engine, info = service.engine, service.engine.info
+    answer = Health(
+        status=engine.state.value,
+        version=VERSION,
+        model=HealthModel(name=info.name, sha256=info.sha256, num_parameters=info.num_parameters) if info else None,
+        device=info.device if info else None,
+        dtype=info.dtype if info else None,
+        queue=Queue(waiting=engine.waiting, running=engine.running, capacity=engine.capacity),
+        uptime_seconds=round(service.uptime_seconds, 3),
+    )
+    return _answer(answer.model_dump(exclude_none=True), engine.state is EngineState.OK)
+
+
+@router.get("/livez", response_model=Liveness, responses={503: {"model": Liveness}})
+async def livez(request: Request) -> JSONResponse:
+    """200 while the engine's heartbeat is fresh; load never fails it, only a restart mends it."""
+    service: Service = request.app.state.service
+    return _answer({"alive": service.engine.alive}, service.engine.alive)
+
+
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+@router.get("/startupz", response_model=Readiness, responses={503: {"model": Readiness}})
+async def readyz(request: Request) -> JSONResponse:
+    """200 while the checkpoint is loaded and warm and the service does not drain."""
+    service: Service = request.app.state.service
+    ready = service.engine.state is EngineState.OK
+    return _answer({"ready": ready}, ready)
+
+
+def _answer(body: dict[str, object], good: bool) -> JSONResponse:
+    return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

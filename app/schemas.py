@@ -1,0 +1,139 @@
+"""Requests and answers as JSON."""
+
+import secrets
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from model.sampler import Sampler
+
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps whole
+
+
+def _whole(value: Any) -> Any:
+    """7.0 is the integer 7 (JSON Schema draft 2020-12, section 6.1.1)."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default")
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class GenerateRequest(BaseModel):
+    """What to draw. The same fields with the same seed give the same bytes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    digit: Annotated[Integer, Field(ge=0, le=9, description="the class to draw")]
+    count: Annotated[Integer, Field(ge=1, description="how many images, at most UNFOG_MAX_COUNT")] = 1
+    seed: Annotated[Integer, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent")] = Field(
+        default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
+    )
+    num_steps: Annotated[Integer, Field(ge=1, le=100, description="steps of the reverse process")] = 100
+    sampler: Sampler = Field(
+        default="ddpm", description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M)"
+    )
+    guidance_scale: Annotated[Number, Field(ge=1, le=10)] = Field(
+        default=None, description="1 = off; the checkpoint's when absent", json_schema_extra=_without_default
+    )
+    scale: Annotated[Integer, Field(ge=1, le=16, description="enlarges each image by whole pixels")] = 1
+    model: str = Field(default="default", max_length=128, description="which loaded checkpoint draws")
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
+        default=None,
+        description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",
+        json_schema_extra=_without_default,
+    )
+
+    def given(self, field: str) -> bool:
+        """Whether the client named it: what has no default here takes the checkpoint's or the server's."""
+        return field in self.model_fields_set
+
+
+class ModelName(BaseModel):
+    """Which weights drew."""
+
+    name: str
+    sha256: str
+
+
+class GeneratedImage(BaseModel):
+    """One image, a PNG in base64."""
+
+    index: int
+    png: str
+
+
+class Timing(BaseModel):
+    """Where the time went, in seconds."""
+
+    queue_seconds: float
+    denoise_seconds: float
+    total_seconds: float
+
+
+class GenerateResponse(BaseModel):
+    """The images, and all that is needed to draw them again."""
+
+    digit: int
+    count: int
+    seed: int
+    num_steps: int
+    sampler: Sampler
+    guidance_scale: float
+    model: ModelName
+    images: list[GeneratedImage]
+    timing: Timing
+
+
+class HealthModel(ModelName):
+    """The model that is served."""
+
+    num_parameters: int
+
+
+class Queue(BaseModel):
+    """Images waiting for their first step, images between their steps, and how many may wait."""
+
+    waiting: int
+    running: int
+    capacity: int
+
+
+class Health(BaseModel):
+    """The state of the service; model, device and dtype are absent while it starts."""
+
+    status: Literal["ok", "starting", "draining", "failed"]
+    version: str
+    model: HealthModel | None = None
+    device: str | None = None
+    dtype: str | None = None
+    queue: Queue
+    uptime_seconds: float
+
+
+class Liveness(BaseModel):
+    """Whether the process is alive: the answer itself, and the engine's heartbeat."""
+
+    alive: bool
+
+
+class Readiness(BaseModel):
+    """Whether new work is taken."""
+
+    ready: bool
+
+
+class Problem(BaseModel):
+    """An error, RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    errors: list[dict[str, Any]] | None = None

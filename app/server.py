@@ -1,0 +1,100 @@
+"""Runs the application under uvicorn, with signals of our own: on SIGTERM we keep answering until all is answered."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from app import errors
+from app.config import Settings
+from app.device import RunnerError
+from app.engine import Engine
+from app.service import Service
+
+log = logging.getLogger("unfog")
+
+LAST_ANSWERS_SECONDS = 5  # for responses that are being sent when the drain is over
+BACKLOG = 2048
+
+
+class StartError(Exception):
+    """The service cannot start; one sentence."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn would close its listener at SIGTERM; we tell it when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves the signals alone."""
+        yield
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything is loaded; StartError where the address cannot be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StartError(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; StartError if the engine cannot start."""
+    service: Service = app.state.service
+    engine = service.engine
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+    )
+    server = _Uvicorn(config)
+    stop = _stop_signal(server)
+    serving = asyncio.ensure_future(server.serve([listener]))
+    ready = asyncio.wrap_future(engine.ready)
+    await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
+    if ready.done() and not ready.exception() and engine.info:
+        host, port = listener.getsockname()[:2]
+        log.info("ready on http://%s:%d, %s on %s", host, port, engine.info.dtype, engine.info.device)
+        await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
+    await _drain(engine, settings.drain_timeout)
+    server.should_exit = True
+    await serving
+    if ready.done() and (failure := ready.exception()):
+        known = isinstance(failure, RunnerError)
+        raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
+
+
+def _stop_signal(server: uvicorn.Server) -> "asyncio.Future[None]":
+    """Done at the first signal; the second one ends the process without waiting for anybody."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+
+    def on_signal() -> None:
+        if stop.done():
+            server.force_exit = True
+        else:
+            stop.set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+async def _drain(engine: Engine, seconds: float) -> None:
+    log.info("draining: %d images left", engine.waiting + engine.running)
+    try:
+        async with asyncio.timeout(seconds):
+            await asyncio.wrap_future(engine.drain())
+    except TimeoutError:
+        log.warning("the drain timeout has passed with %d images left", engine.waiting + engine.running)
+    engine.give_up(errors.Draining(1))

@@ -1,0 +1,100 @@
+"""What the routes share: the settings, the engine, the metrics, and how a request becomes a finished job."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from app import errors
+from app.config import Settings
+from app.engine import Engine
+from app.http import ClientGoneError, unless_gone
+from app.images import Provenance
+from app.metrics import Metrics
+from app.runner import ModelInfo
+from app.schemas import GenerateRequest, Timing
+from app.trajectory import Job, Listener, Options, Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One running service."""
+
+    settings: Settings
+    engine: Engine
+    metrics: Metrics
+    started_at: float
+
+    @property
+    def uptime_seconds(self) -> float:
+        """Since the process took its first request."""
+        return time.monotonic() - self.started_at
+
+    @property
+    def info(self) -> ModelInfo:
+        """What is served; Starting or EngineFailed before it is known."""
+        if self.engine.info is None:
+            self.engine.refuse_unless_ok()
+            raise errors.Starting(1)
+        return self.engine.info
+
+    def submit(self, body: GenerateRequest, num_previews: int = 0, listener: Listener | None = None) -> Job:
+        """Admits what is asked for; InvalidRequest for what can never be drawn, Overloaded for what cannot now."""
+        self._check(body)
+        options = Options(
+            digit=body.digit,
+            seed=body.seed,
+            num_steps=body.num_steps,
+            sampler=body.sampler,
+            guidance_scale=body.guidance_scale if body.given("guidance_scale") else self.info.guidance_scale,
+        )
+        timeout = body.timeout_seconds if body.given("timeout_seconds") else self.settings.request_timeout
+        job = Job(options, body.count, timeout, num_previews, listener)
+        self.engine.submit(job)
+        return job
+
+    def provenance(self, job: Job) -> Provenance:
+        """What goes into the job's files."""
+        return Provenance(job.options, self.info.sha256)
+
+    def _check(self, body: GenerateRequest) -> None:
+        """What only the settings and the checkpoint can tell."""
+        limit = min(self.settings.max_count, self.settings.queue_capacity)
+        if body.count > limit:
+            raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
+        longest = self.settings.request_timeout
+        if body.given("timeout_seconds") and body.timeout_seconds > longest:
+            raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
+        if body.model != self.info.name:
+            raise errors.InvalidRequest.of("model", f"Input should be '{self.info.name}'")
+        if body.num_steps > self.info.max_steps:
+            raise errors.InvalidRequest.of("num_steps", f"Input should be less than or equal to {self.info.max_steps}")
+        if body.sampler not in self.info.samplers:
+            raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(self.info.samplers)}")
+        if body.given("guidance_scale") and body.guidance_scale != 1 and not self.info.guidable:
+            raise errors.InvalidRequest.of("guidance_scale", "Input should be 1: this checkpoint cannot be guided")
+
+
+async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
+    """The job's images; DeadlineExceeded when the time is over, ClientGoneError when the client is.
+
+    However this ends, the job's rows do not outlive it.
+    """
+    try:
+        async with asyncio.timeout(job.timeout):
+            return await unless_gone(request, asyncio.wrap_future(job.future))
+    except TimeoutError:
+        raise errors.DeadlineExceeded from None
+    finally:
+        service.engine.cancel(job, ClientGoneError())
+
+
+def timing(job: Job) -> Timing:
+    """Where a finished job's time went; total until now."""
+    started, finished = job.started_at or job.submitted_at, job.finished_at or job.submitted_at
+    return Timing(
+        queue_seconds=round(started - job.submitted_at, 6),
+        denoise_seconds=round(finished - started, 6),
+        total_seconds=round(time.monotonic() - job.submitted_at, 6),
+    )

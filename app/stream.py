@@ -1,0 +1,93 @@
+"""A job's progress as server-sent events: accepted, progress, image, then done or error."""
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.errors import DeadlineExceeded, UnfogError
+from app.http import ClientGoneError, unless_gone
+from app.images import Provenance, encode_base64, encode_png
+from app.service import Service, timing
+from app.trajectory import ImageDone, Job, Progress
+
+
+class JobEvents:
+    """Carries what the engine's thread tells into the event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Progress | ImageDone | None] = asyncio.Queue()
+
+    def put(self, event: Progress | ImageDone | None) -> None:
+        """Called from the engine's thread; a loop that was closed has nobody left to tell. None is the last."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+
+    async def get(self) -> Progress | ImageDone | None:
+        """The next one."""
+        return await self._queue.get()
+
+
+class EventStream(Response):
+    """Plain ASGI: the client's leaving is awaited beside the events, and frees the rows at once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, job: Job, events: JobEvents, scale: int) -> None:
+        super().__init__(headers={"X-Seed": str(job.options.seed), "Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._service, self._job, self._events = service, job, events
+        self._scale = scale
+        self._provenance: Provenance = service.provenance(job)
+        job.future.add_done_callback(lambda _: events.put(None))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events until the last."""
+        request = Request(scope, receive)
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            await unless_gone(request, self._send_all(request, send))
+        except ClientGoneError:
+            return
+        finally:
+            self._service.engine.cancel(self._job, ClientGoneError())
+
+    async def _send_all(self, request: Request, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._job.timeout):
+                await self._send_work(send)
+        except TimeoutError:
+            await self._send_error(request, send, DeadlineExceeded())
+        except UnfogError as error:
+            await self._send_error(request, send, error)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _send_work(self, send: Send) -> None:
+        job = self._job
+        position = {"seed": job.options.seed, "position": job.position, "eta_seconds": round(job.eta_seconds, 3)}
+        await _send_event(send, "accepted", position)
+        while (event := await self._events.get()) is not None:
+            await _send_event(send, *await asyncio.to_thread(self._encode, event))
+        job.future.result()  # raises what the job was ended with
+        await _send_event(send, "done", {"seed": job.options.seed, "timing": timing(job).model_dump()})
+
+    def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
+        with self._service.metrics.encode_duration.time():
+            if isinstance(event, Progress):
+                previews = [encode_base64(encode_png(pixels)) for pixels in event.previews]
+                return "progress", {"step": event.step, "of": event.of, "previews": previews}
+            png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
+            return "image", {"index": event.index, "png": encode_base64(png)}
+
+    async def _send_error(self, request: Request, send: Send, error: UnfogError) -> None:
+        self._service.metrics.count_rejection(error)
+        await _send_event(send, "error", error.problem(request.state.request_id))
+
+
+async def _send_event(send: Send, name: str, data: dict[str, Any]) -> None:
+    body = f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+    await send({"type": "http.response.body", "body": body, "more_body": True})

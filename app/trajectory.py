@@ -1,0 +1,124 @@
+"""One image's path x_T -> x_0, and the job of which it is a part. No tensors: the runner keeps those."""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from model.sampler import Sampler
+
+Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is drawn; with an index it decides every bit of an image."""
+
+    digit: int
+    seed: int
+    num_steps: int
+    sampler: Sampler
+    guidance_scale: float
+
+
+@dataclass(eq=False, slots=True)
+class Trajectory:
+    """One image between x_T and x_0."""
+
+    job: "Job"
+    index: int
+    step: int = 0  # reverse steps done
+    started: bool = False  # it has had, or is having, its first step
+    slot: int | None = None  # the runner's place for its state
+
+    @property
+    def steps_left(self) -> int:
+        """Network calls until x_0."""
+        return self.job.options.num_steps - self.step
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A look at a running job: step `step` of `of`, the predicted x_0 of every image."""
+
+    step: int
+    of: int
+    previews: list[Pixels]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDone:
+    """One image is finished."""
+
+    index: int
+    pixels: Pixels
+
+
+Listener = Callable[[Progress | ImageDone], None]  # called by the engine's thread; must not block
+
+
+@dataclass(eq=False)
+class Job:
+    """A request's images, admitted whole, answered once through `future`."""
+
+    options: Options
+    count: int
+    timeout: float = math.inf  # seconds after which it is given up
+    num_previews: int = 0
+    listener: Listener | None = None
+    future: "Future[list[Pixels]]" = field(default_factory=Future)
+    submitted_at: float = field(default_factory=time.monotonic)
+    submitted_at_step: int = 0  # the engine's count of steps
+    position: int = 0  # images that waited before it when it was admitted
+    eta_seconds: float = 0.0  # and how long it would take if nobody came after it
+    started_at: float | None = None
+    finished_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # from here on only the engine ends it
+        self.unfinished = [Trajectory(self, index) for index in range(self.count)]
+        self.pixels: list[Pixels | None] = [None] * self.count
+        self.steps_done = 0  # of all its images together
+        self._previews_sent = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been answered."""
+        return self.future.done()
+
+    def preview_due(self) -> bool:
+        """Whether the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""
+        marks = self.num_previews * self.steps_done // (self.count * self.options.num_steps)
+        due = marks > self._previews_sent
+        self._previews_sent = max(marks, self._previews_sent)
+        return due
+
+    def progress(self, previews: dict[int, Pixels]) -> Progress:
+        """How far the job is; `previews` are those of its unfinished images, by index."""
+        images = [previews.get(index, pixels) for index, pixels in enumerate(self.pixels)]
+        step = self.steps_done // self.count
+        return Progress(step, self.options.num_steps, [image for image in images if image is not None])
+
+    def finish(self, trajectory: Trajectory, pixels: Pixels) -> None:
+        """Takes one image; answers when it was the last."""
+        self.unfinished.remove(trajectory)
+        self.pixels[trajectory.index] = pixels
+        self.tell(ImageDone(trajectory.index, pixels))
+        if not self.unfinished:
+            self.finished_at = time.monotonic()
+            self.future.set_result([image for image in self.pixels if image is not None])
+
+    def fail(self, error: Exception) -> None:
+        """Answers with an error; a job that was answered stays as it is."""
+        if not self.closed:
+            self.finished_at = time.monotonic()
+            self.future.set_exception(error)
+
+    def tell(self, event: Progress | ImageDone) -> None:
+        """Passes an event to whoever listens."""
+        if self.listener:
+            self.listener(event)
