@@ -37,12 +37,12 @@ class GenerateRequest(BaseModel):
     sampler: Sampler = Field(
         default="ddpm", description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M)"
     )
-    guidance_scale: Annotated[Number, Field(ge=1, le=10)] = Field(
+    guidance_scale: Annotated[Number, Field(ge=1, le=10)] = Field(  # type: ignore[assignment] # see `given`
         default=None, description="1 = off; the checkpoint's when absent", json_schema_extra=_without_default
     )
     scale: Annotated[Integer, Field(ge=1, le=16, description="enlarges each image by whole pixels")] = 1
     model: str = Field(default="default", max_length=128, description="which loaded checkpoint draws")
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(  # type: ignore[assignment] # see `given`
         default=None,
         description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",
         json_schema_extra=_without_default,
