@@ -20,6 +20,15 @@ class ScheduleConfig:
     beta_start: float = 1e-3  # linear only: 1e-4 and 0.02, made for T = 1000, scaled to T = 100
     beta_end: float = 0.2
 
+    def __post_init__(self) -> None:
+        """ValueError for a schedule that cannot be made."""
+        if self.kind not in ("cosine", "linear"):
+            raise ValueError(f"unknown schedule kind {self.kind!r}: linear or cosine")
+        if self.num_steps < 1:
+            raise ValueError("num_steps must be at least 1")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError("betas must rise between 0 and 1")
+
 
 class Schedule:
     """alpha_bar_t for t = 0..T, with alpha_bar_0 = 1: the clean image needs no special case.
@@ -73,10 +82,8 @@ def _alpha_bar(config: ScheduleConfig) -> Tensor:
     T = config.num_steps
     if config.kind == "linear":
         beta = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)  # (T,)
-    elif config.kind == "cosine":
+    else:
         u = torch.arange(T + 1, dtype=torch.float64) / T  # (T + 1,)
         f = torch.cos((u + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2  # (T + 1,)
         beta = (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)  # (T,)
-    else:
-        raise ValueError(f"unknown schedule kind {config.kind!r}: linear or cosine")
     return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, dim=0)])

@@ -6,7 +6,16 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.blocks import ConvPair, DownBlock, GELUConvBlock, SelfAttention, SinusoidalEmbedding, UpBlock, zero_init
+from model.blocks import (
+    NUM_GROUPS,
+    ConvPair,
+    DownBlock,
+    GELUConvBlock,
+    SelfAttention,
+    SinusoidalEmbedding,
+    UpBlock,
+    zero_init,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +36,24 @@ class UNetConfig:
     embed_dim: int = 128
 
     def __post_init__(self) -> None:
+        """ValueError for a shape that no network has."""
+        for name in (
+            "image_channels",
+            "image_size",
+            "num_classes",
+            "num_steps",
+            "stem_patch",
+            "num_pairs",
+            "embed_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not self.widths or any(width < 1 or width % NUM_GROUPS for width in self.widths):
+            raise ValueError(f"widths must be multiples of {NUM_GROUPS}")
+        if self.attention_heads < 0 or (self.attention_heads and self.widths[-1] % self.attention_heads):
+            raise ValueError("attention_heads must divide the last width, or be 0")
+        if self.time_dim < 2 or self.time_dim % 2:
+            raise ValueError("time_dim must be even")
         smallest_level = self.stem_patch * 2 ** (len(self.widths) - 1)
         if self.image_size % smallest_level:
             raise ValueError(f"image_size {self.image_size} must be a multiple of {smallest_level}")

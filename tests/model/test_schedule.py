@@ -1,0 +1,125 @@
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from model.schedule import Schedule, ScheduleConfig
+
+LINEAR = ScheduleConfig(kind="linear")
+COSINE = ScheduleConfig(kind="cosine")
+BOTH = pytest.mark.parametrize("config", [LINEAR, COSINE], ids=["linear", "cosine"])
+EVERY_NUM_STEPS = range(1, 101)
+
+
+@BOTH
+def test_the_clean_image_is_step_0_and_every_step_takes_signal_away(config: ScheduleConfig) -> None:
+    alpha_bar = Schedule(config).alpha_bar
+    assert alpha_bar.shape == (101,)
+    assert alpha_bar[0] == 1
+    assert (alpha_bar.diff() < 0).all()
+    assert (alpha_bar > 0).all()
+
+
+@BOTH
+def test_nothing_is_left_of_the_image_at_the_last_step(config: ScheduleConfig) -> None:
+    assert Schedule(config).alpha_bar[100] < 1e-3
+
+
+def test_the_betas_made_for_1000_steps_leave_a_third_of_the_image_at_100() -> None:
+    naive = Schedule(ScheduleConfig(kind="linear", beta_start=1e-4, beta_end=0.02))
+    assert naive.alpha_bar[100].item() == pytest.approx(0.364, abs=5e-4)
+
+
+def test_the_linear_schedule_is_the_running_product_of_1_minus_beta() -> None:
+    product = 1.0
+    for t in range(1, 101):
+        product *= 1 - (1e-3 + (0.2 - 1e-3) * (t - 1) / 99)
+        assert Schedule(LINEAR).alpha_bar[t].item() == pytest.approx(product, rel=1e-12)
+
+
+def test_the_cosine_schedule_is_the_papers_until_beta_is_clipped_at_the_last_step() -> None:
+    def f(t: int) -> float:
+        return math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alpha_bar = Schedule(COSINE).alpha_bar
+    for t in range(1, 100):
+        assert alpha_bar[t].item() == pytest.approx(f(t) / f(0), rel=1e-9)
+    assert (1 - alpha_bar[100] / alpha_bar[99]).item() == pytest.approx(0.999)
+
+
+@BOTH
+def test_half_log_snr_inverts_to_alpha_bar(config: ScheduleConfig) -> None:
+    schedule = Schedule(config)
+    assert schedule.half_log_snr[0] == torch.inf
+    torch.testing.assert_close(torch.sigmoid(2 * schedule.half_log_snr), schedule.alpha_bar)
+
+
+@BOTH
+@pytest.mark.parametrize("spacing", ["even_timesteps", "log_snr_timesteps"])
+def test_every_number_of_steps_has_that_many_distinct_falling_timesteps(config: ScheduleConfig, spacing: str) -> None:
+    schedule = Schedule(config)
+    for num_steps in EVERY_NUM_STEPS:
+        timesteps = getattr(schedule, spacing)(num_steps)
+        assert len(timesteps) == num_steps + 1
+        assert all(t > t_prev for t, t_prev in pairwise(timesteps))
+        assert timesteps[0] <= 100
+        assert timesteps[-1] == 0
+
+
+@BOTH
+def test_even_timesteps_start_at_pure_noise_and_lie_within_half_a_step_of_even(config: ScheduleConfig) -> None:
+    for num_steps in EVERY_NUM_STEPS:
+        timesteps = Schedule(config).even_timesteps(num_steps)
+        assert timesteps[0] == 100
+        for i, t in enumerate(timesteps):
+            assert abs(t - 100 * (num_steps - i) / num_steps) <= 0.5
+
+
+@BOTH
+def test_log_snr_timesteps_are_the_nearest_to_an_even_grid_that_starts_at_the_cap(config: ScheduleConfig) -> None:
+    half_log_snr = Schedule(config).half_log_snr.tolist()
+    start = max(half_log_snr[100], -5.1)
+    for num_steps in (1, 2, 5, 9, 18):
+        *timesteps, _ = Schedule(config).log_snr_timesteps(num_steps)
+        for i, t in enumerate(timesteps):
+            target = start + (half_log_snr[1] - start) * (i / (num_steps - 1) if i else 0)
+            nearest = min(range(1, 101), key=lambda s: abs(half_log_snr[s] - target))
+            # Near t = 0 the grid is finer than the integers: there a timestep makes room for those that follow.
+            assert t == max(nearest, num_steps - i) or (nearest >= timesteps[i - 1] and t == timesteps[i - 1] - 1)
+
+
+def test_log_snr_timesteps_leave_out_the_noise_beyond_the_cap() -> None:
+    schedule = Schedule(COSINE)
+    first = schedule.log_snr_timesteps(10)[0]
+    assert schedule.half_log_snr[100] < -5.1
+    assert first < 100
+    assert abs(schedule.half_log_snr[first] + 5.1) <= abs(schedule.half_log_snr[first - 1] + 5.1)
+
+
+def test_all_timesteps_are_visited_when_there_are_as_many_as_steps() -> None:
+    assert Schedule(COSINE).even_timesteps(100) == list(range(100, -1, -1))
+    assert Schedule(COSINE).log_snr_timesteps(100) == list(range(100, -1, -1))
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 101])
+@pytest.mark.parametrize("spacing", ["even_timesteps", "log_snr_timesteps"])
+def test_a_number_of_steps_out_of_range_is_refused(num_steps: int, spacing: str) -> None:
+    with pytest.raises(ValueError, match="num_steps must be 1 to 100"):
+        getattr(Schedule(COSINE), spacing)(num_steps)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"kind": "sigmoid"}, "unknown schedule kind 'sigmoid': linear or cosine"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"beta_start": 0.3, "beta_end": 0.2}, "betas must rise between 0 and 1"),
+        ({"beta_end": 1.0}, "betas must rise between 0 and 1"),
+        ({"beta_start": float("nan")}, "betas must rise between 0 and 1"),
+    ],
+)
+def test_a_schedule_that_cannot_be_made_is_refused(field: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**field)
