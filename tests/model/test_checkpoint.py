@@ -1,0 +1,284 @@
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig, CheckpointError, Probe, draw_probe, load, save, write_atomically
+from model.sampler import Guidance
+from model.schedule import ScheduleConfig
+from model.unet import UNet
+from tests.tiny import tiny_unet
+
+
+def config_of(network: UNet, **fields: Any) -> CheckpointConfig:
+    return CheckpointConfig(
+        unet=network.config,
+        schedule=ScheduleConfig(kind="linear"),
+        guidance=Guidance(scale=1.5, start=10, stop=90),
+        training={"preset": "tiny", "epochs": 3, "final_losses": {"train": 0.5}},
+        **fields,
+    )
+
+
+@pytest.fixture
+def saved(network: UNet, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save(path, network, config_of(network))
+    return path
+
+
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """The safetensors header and where the tensors begin."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), start
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The same tensors with changed metadata."""
+    header, _ = header_of(path)
+    metadata = json.loads(header["__metadata__"]["unfog"])
+    change(metadata)
+    save_file(load_file(path), path, {"unfog": json.dumps(metadata)})
+
+
+def refusal(path: Path) -> str:
+    """The one sentence with which the file is refused."""
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert str(path) in message
+    return message
+
+
+def test_what_is_saved_is_loaded(network: UNet, saved: Path) -> None:
+    loaded = load(saved)
+    assert loaded.config == config_of(network)
+    assert loaded.schedule.config == ScheduleConfig(kind="linear")
+    assert loaded.image_shape == (1, 8, 8)
+    before, after = network.state_dict(), loaded.network.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not loaded.network.training
+    assert not any(p.requires_grad for p in loaded.network.parameters())
+
+
+def test_a_loaded_network_is_called_as_the_saved_one(network: UNet, saved: Path) -> None:
+    batch = torch.randn(3, 1, 8, 8), torch.tensor([1, 50, 100]), torch.tensor([0, 9, 10])
+    assert torch.equal(load(saved).network(*batch), network(*batch))
+
+
+def test_weights_in_channels_last_are_saved_as_any_others(network: UNet, saved: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save(other, network.to(memory_format=torch.channels_last), config_of(network))  # type: ignore[call-overload]
+    before, after = load(saved).network.state_dict(), load(other).network.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_sha256_is_the_files(saved: Path) -> None:
+    printed = subprocess.run(["sha256sum", saved], capture_output=True, text=True, check=True).stdout
+    assert load(saved).sha256 == printed.split()[0]
+
+
+def test_saving_twice_writes_the_same_bytes(network: UNet, saved: Path, tmp_path: Path) -> None:
+    save(tmp_path / "again.safetensors", network, config_of(network))
+    assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_the_probe_image_is_what_a_fresh_draw_gives(saved: Path) -> None:
+    loaded = load(saved)
+    fresh = draw_probe(loaded.network, loaded.config)
+    assert fresh.std() > 0.1  # a picture, not an even grey
+    assert loaded.probe_image.shape == fresh.shape == (1, 8, 8)
+    assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # half of one grey level
+
+
+def test_the_probe_image_shows_other_weights(network: UNet, tmp_path: Path) -> None:
+    config = config_of(network, probe=Probe(digit=3, seed=5, num_steps=4, sampler="dpmpp"))
+    save(tmp_path / "other.safetensors", network, config)
+    other = tiny_unet(seed=1, conditioning=network.config.conditioning)
+    loaded = load(tmp_path / "other.safetensors")
+    assert loaded.config.probe == config.probe
+    assert (loaded.probe_image - draw_probe(other, config)).abs().max() > 0.1
+
+
+def test_a_file_truncated_anywhere_is_refused(saved: Path) -> None:
+    content = saved.read_bytes()
+    _, start = header_of(saved)
+    for length in (0, 1, 7, 8, 9, start // 2, start - 1, start, (start + len(content)) // 2, len(content) - 1):
+        saved.write_bytes(content[:length])
+        assert "not a whole safetensors file" in refusal(saved)
+
+
+def test_bytes_after_the_end_are_refused(saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes() + b"\0")
+    refusal(saved)
+
+
+def test_one_flipped_bit_in_any_tensor_is_noticed(saved: Path) -> None:
+    content = saved.read_bytes()
+    header, start = header_of(saved)
+    del header["__metadata__"]
+    assert len(header) > 20
+    for place, field in enumerate(header.values()):
+        begin, end = field["data_offsets"]
+        flipped = bytearray(content)
+        flipped[start + begin + place % (end - begin)] ^= 1 << place % 8
+        saved.write_bytes(flipped)
+        assert "is damaged" in refusal(saved)
+
+
+def test_two_tensors_in_each_others_place_are_noticed(saved: Path) -> None:
+    tensors, metadata = load_file(saved), header_of(saved)[0]["__metadata__"]
+    a, b = "time_embed.1.bias", "time_embed.3.bias"
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+    save_file(tensors, saved, metadata)
+    assert "is damaged" in refusal(saved)
+
+
+def test_a_flipped_bit_in_the_header_is_no_other_kind_of_error(saved: Path) -> None:
+    """It may go unnoticed, as in a class's name; if it is noticed then in one sentence."""
+    content = saved.read_bytes()
+    _, start = header_of(saved)
+    for place in range(0, start, 13):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        saved.write_bytes(flipped)
+        try:
+            load(saved)
+        except CheckpointError as error:
+            assert len(str(error).splitlines()) == 1
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"unfog": "{"}, {"unfog": "[]"}], ids=str)
+def test_a_foreign_safetensors_file_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.ones(3)}, path, metadata)
+    assert "not a checkpoint of unfog" in refusal(path)
+
+
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "sprung",)
+
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Trap()))
+    assert "not a whole safetensors file" in refusal(path)
+    torch.save({"weight": torch.ones(3)}, path)
+    assert "not a whole safetensors file" in refusal(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("version", [2, 0, "1", None])
+def test_another_format_version_is_refused_by_its_number(saved: Path, version: object) -> None:
+    rewrite(saved, lambda metadata: metadata.update(format_version=version))
+    message = refusal(saved)
+    assert f"format version {version}" in message
+    assert "reads version 1" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(network: UNet, tmp_path: Path, value: float) -> None:
+    path = tmp_path / "nan.safetensors"
+    network.mids[0].first.norm.bias[3] = value
+    save(path, network, config_of(network, probe=Probe(num_steps=1)))
+    assert "NaN or infinite" in refusal(path)
+
+
+def test_a_missing_file_a_folder_and_a_file_as_folder_are_refused_with_the_reason(saved: Path, tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "missing.safetensors")
+    assert "Is a directory" in refusal(tmp_path)
+    assert "Not a directory" in refusal(saved / "deeper")
+
+
+@pytest.mark.parametrize("part", [None, "unet", "schedule", "guidance", "probe"])
+def test_an_unknown_field_of_the_configuration_is_refused(saved: Path, part: str | None) -> None:
+    rewrite(saved, lambda metadata: (metadata[part] if part else metadata).update(invented=1))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize("field", [field for field in asdict(CheckpointConfig(None, None)) if field != "training"])  # type: ignore[arg-type]
+def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str) -> None:
+    rewrite(saved, lambda metadata: metadata.pop(field))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("unet", "widths", [8, 24]),
+        ("unet", "widths", []),
+        ("unet", "widths", [0, 0]),
+        ("unet", "widths", 8),
+        ("unet", "num_pairs", 2),
+        ("unet", "stem_patch", 0),
+        ("unet", "num_steps", 0),
+        ("unet", "num_classes", "ten"),
+        ("unet", "conditioning", "top"),
+        ("unet", "image_size", 16),
+        ("unet", "residual", False),
+        ("schedule", "kind", "sigmoid"),
+        ("schedule", "num_steps", 0),
+        ("schedule", "num_steps", -1),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
+    saved: Path, part: str, field: str, value: object
+) -> None:
+    rewrite(saved, lambda metadata: metadata[part].update({field: value}))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize("image", ["", "AAAA", "not base64!", 7, None], ids=str)
+def test_a_probe_image_of_another_size_or_none_is_refused(saved: Path, image: object) -> None:
+    rewrite(saved, lambda metadata: metadata.update(probe_image=image))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_litter(
+    network: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    before = saved.read_bytes()
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(type(error)):
+        save(saved, network, replace(config_of(network), class_names=("other",)))
+    monkeypatch.undo()
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = (
+        "import os, pathlib, signal, sys; from model.checkpoint import write_atomically;"
+        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
+        "write_atomically(pathlib.Path(sys.argv[1]), b'new')"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(checkpoint.__file__).parents[1])
+    assert killed.returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_a_write_makes_the_folders_on_its_way_and_a_file_that_all_may_read(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "new" / "file"
+    write_atomically(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert path.stat().st_mode & 0o777 == 0o644

@@ -1,0 +1,272 @@
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.noise import normal
+from model.sampler import SAMPLERS, Guidance, Sampler, guide, make_plan, predict_x_0, reverse_step, sample
+from model.schedule import Schedule, ScheduleConfig
+from tests.tiny import IdealDenoiser
+
+SHAPE = (1, 4, 4)
+SCHEDULES = {kind: Schedule(ScheduleConfig(kind=kind)) for kind in ("cosine", "linear")}
+COSINE = SCHEDULES["cosine"]
+EVERY_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
+EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+@pytest.fixture
+def points() -> Tensor:
+    """Two images of each of three labels; any two differ in half of their pixels (Hadamard's matrix)."""
+    bits = torch.arange(16)[None] & torch.arange(1, 7)[:, None]  # (6, 16)
+    parity = sum((bits >> i) & 1 for i in range(4)) % 2
+    return (parity * 1.6 - 0.8).reshape(6, *SHAPE)
+
+
+LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def draw(denoiser: Any, schedule: Schedule, y: list[int], **options: Any) -> Tensor:
+    """Samples (B, 16) of labels y from seed 11, index 0, 1, ..."""
+    rows = len(y)
+    keys = {"seed": torch.full((rows,), 11), "index": torch.arange(rows), "image_shape": SHAPE}
+    return sample(denoiser, schedule, torch.tensor(y), **keys | options).flatten(1)
+
+
+def noise(row: int, step: int) -> Tensor:
+    """The noise that `draw` gives a row, (16,) in float64."""
+    return normal(torch.tensor([11]), torch.tensor([row]), torch.tensor([step]), SHAPE).double().flatten()
+
+
+class Gaussian:
+    """The best denoiser of data N(0, std^2), whose probability flow has a solution in closed form."""
+
+    def __init__(self, std: float, schedule: Schedule) -> None:
+        self.variance, self.alpha_bar = std**2, schedule.alpha_bar
+
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        alpha_bar_t = self.alpha_bar[t][:, None, None, None]
+        return (1 - alpha_bar_t).sqrt() * x_t / (alpha_bar_t * self.variance + 1 - alpha_bar_t)
+
+    def end_of_flow(self, x_t: Tensor, t: int) -> Tensor:
+        alpha_bar_t = self.alpha_bar[t]
+        return x_t * (self.variance / (alpha_bar_t * self.variance + 1 - alpha_bar_t)).sqrt()
+
+
+@EVERY_SCHEDULE
+@EVERY_SAMPLER
+@pytest.mark.parametrize("num_steps", [100, 20, 8])
+def test_samples_of_the_ideal_denoiser_land_on_the_points_of_their_label(
+    points: Tensor, schedule: Schedule, sampler: Sampler, num_steps: int
+) -> None:
+    y = [0, 1, 2] * 8
+    samples = draw(IdealDenoiser(points, LABELS, schedule), schedule, y, sampler=sampler, num_steps=num_steps)
+    distance = (samples[:, None] - points.flatten(1)).abs().amax(dim=2)  # (B, 6)
+    nearest = distance.argmin(dim=1)
+    assert distance.amin(dim=1).max() < 0.02
+    assert LABELS[nearest].tolist() == y
+    assert set(nearest.tolist()) == set(range(6))
+
+
+@EVERY_SAMPLER
+def test_samples_are_shared_among_the_points_as_the_data_are(points: Tensor, sampler: Sampler) -> None:
+    one_to_three = IdealDenoiser(points[[0, 1, 1, 1]], torch.zeros(4).long(), COSINE)
+    samples = draw(one_to_three, COSINE, [0] * 400, sampler=sampler, num_steps=50)
+    share = ((samples - points[0].flatten()).abs().amax(dim=1) < 0.02).double().mean()
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5
+
+
+@EVERY_SCHEDULE
+def test_ddpm_is_the_textbooks_ancestral_loop(points: Tensor, schedule: Schedule) -> None:
+    """Ho 2020, algorithm 2, with sigma_t^2 of eq. 7; beta as variance would not do."""
+    denoiser, alpha_bar = IdealDenoiser(points, LABELS, schedule), schedule.alpha_bar.tolist()
+    samples = draw(denoiser, schedule, [0, 1, 2])
+    for row in range(3):
+        x_t = noise(row, 0)
+        for k, t in enumerate(range(100, 0, -1), start=1):
+            alpha_t = alpha_bar[t] / alpha_bar[t - 1]
+            beta_t = 1 - alpha_t
+            eps = denoiser(x_t.reshape(1, *SHAPE), torch.tensor([t]), torch.tensor([row])).flatten()
+            mean = (x_t - beta_t / math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(alpha_t)
+            sigma_t = math.sqrt((1 - alpha_bar[t - 1]) / (1 - alpha_bar[t]) * beta_t)
+            x_t = mean + sigma_t * (noise(row, k) if t > 1 else 0)
+        torch.testing.assert_close(samples[row].double(), x_t, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_steps", [100, 13, 1])
+def test_a_wild_prediction_is_clipped_before_the_posterior_is_formed(num_steps: int) -> None:
+    """Ho 2020, eq. 6 and 7, between any two of the visited steps."""
+    alpha_bar = COSINE.alpha_bar.tolist()
+    samples = draw(lambda x_t, t, y: 2 * x_t.flip(3) - 0.3, COSINE, [0, 1], num_steps=num_steps)
+    for row in range(2):
+        x_t = noise(row, 0)
+        for k, (t, t_prev) in enumerate(pairwise(COSINE.even_timesteps(num_steps)), start=1):
+            eps = 2 * x_t.reshape(SHAPE).flip(2).flatten() - 0.3
+            x_0 = (x_t - math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(alpha_bar[t])
+            x_0 = x_0.clip(-1, 1)
+            beta = 1 - alpha_bar[t] / alpha_bar[t_prev]
+            mean = math.sqrt(alpha_bar[t_prev]) * beta * x_0 + math.sqrt(1 - beta) * (1 - alpha_bar[t_prev]) * x_t
+            variance = beta * (1 - alpha_bar[t_prev]) / (1 - alpha_bar[t])
+            x_t = mean / (1 - alpha_bar[t]) + math.sqrt(variance) * noise(row, k)
+        torch.testing.assert_close(samples[row].double(), x_t, rtol=0, atol=1e-3)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("num_steps", [100, 20, 7])
+def test_ddim_is_the_papers_equation_12(points: Tensor, schedule: Schedule, num_steps: int) -> None:
+    denoiser, alpha_bar = IdealDenoiser(points, LABELS, schedule), schedule.alpha_bar
+    samples = draw(denoiser, schedule, [0, 1, 2], sampler="ddim", num_steps=num_steps)
+    for row in range(3):
+        x_t = noise(row, 0)
+        for t, t_prev in pairwise(schedule.even_timesteps(num_steps)):
+            eps = denoiser(x_t.reshape(1, *SHAPE), torch.tensor([t]), torch.tensor([row])).flatten()
+            predicted_x_0 = (x_t - (1 - alpha_bar[t]).sqrt() * eps) / alpha_bar[t].sqrt()
+            x_t = alpha_bar[t_prev].sqrt() * predicted_x_0 + (1 - alpha_bar[t_prev]).sqrt() * eps
+        torch.testing.assert_close(samples[row].double(), x_t, rtol=0, atol=1e-3)
+
+
+@EVERY_SCHEDULE
+@pytest.mark.parametrize("num_steps", [100, 20, 9, 2, 1])
+def test_dpmpp_is_the_papers_algorithm_2_in_lambda(points: Tensor, schedule: Schedule, num_steps: int) -> None:
+    """Lu 2022b, with the first and, as lambda_0 is infinite, the last step of first order."""
+    denoiser = IdealDenoiser(points, LABELS, schedule)
+    samples = draw(denoiser, schedule, [0, 1, 2], sampler="dpmpp", num_steps=num_steps)
+    steps = schedule.log_snr_timesteps(num_steps)
+    alpha = {t: math.sqrt(schedule.alpha_bar[t]) for t in steps}
+    sigma = {t: math.sqrt(1 - schedule.alpha_bar[t]) for t in steps}
+    lamb = {t: math.log(alpha[t] / sigma[t]) if t else math.inf for t in steps}
+
+    def x_theta(x: Tensor, t: int, row: int) -> Tensor:
+        eps = denoiser(x.reshape(1, *SHAPE), torch.tensor([t]), torch.tensor([row])).flatten()
+        return (x - sigma[t] * eps) / alpha[t]
+
+    for row in range(3):
+        x, history = noise(row, 0), []
+        for i in range(1, num_steps + 1):
+            s, t = steps[i - 1], steps[i]
+            history.append(x_theta(x, s, row))
+            h = lamb[t] - lamb[s]
+            D = history[-1]
+            if 1 < i < num_steps:
+                r = (lamb[s] - lamb[steps[i - 2]]) / h
+                D = (1 + 1 / (2 * r)) * history[-1] - 1 / (2 * r) * history[-2]
+            x = sigma[t] / sigma[s] * x - alpha[t] * (math.exp(-h) - 1) * D
+        torch.testing.assert_close(samples[row].double(), x, rtol=0, atol=1e-3)
+
+
+def test_the_deterministic_samplers_follow_the_probability_flow_and_the_second_order_one_closer() -> None:
+    gaussian, errors = Gaussian(0.2, COSINE), {}
+    for sampler, num_steps in (("ddim", 20), ("ddim", 100), ("dpmpp", 20)):
+        samples = draw(gaussian, COSINE, [0] * 4, sampler=sampler, num_steps=num_steps).double()
+        start = make_plan(COSINE, sampler, num_steps).timesteps[0]
+        exact = torch.stack([gaussian.end_of_flow(noise(row, 0), start) for row in range(4)])
+        errors[sampler, num_steps] = ((samples - exact).abs().max() / exact.abs().max()).item()
+    assert errors["ddim", 100] < errors["ddim", 20] / 3 < 0.15
+    assert errors["dpmpp", 20] < errors["ddim", 20] / 3
+
+
+@EVERY_SAMPLER
+def test_rows_draw_the_same_image_alone_and_in_company(points: Tensor, sampler: Sampler) -> None:
+    denoiser = IdealDenoiser(points, LABELS, COSINE)
+    together = draw(denoiser, COSINE, [0, 1, 2, 0], sampler=sampler, num_steps=10)
+    for row, label in enumerate([0, 1, 2, 0]):
+        alone = draw(denoiser, COSINE, [label], sampler=sampler, num_steps=10, index=torch.tensor([row]))
+        torch.testing.assert_close(alone[0], together[row], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+def test_deterministic_samplers_take_no_noise_after_the_first(sampler: Sampler) -> None:
+    assert not make_plan(COSINE, sampler, 30).coefficients[:, 3].any()
+
+
+@EVERY_SCHEDULE
+@EVERY_SAMPLER
+def test_every_number_of_steps_is_that_many_calls_at_falling_timesteps(schedule: Schedule, sampler: Sampler) -> None:
+    for num_steps in range(1, 101):
+        plan = make_plan(schedule, sampler, num_steps)
+        assert plan.num_steps == num_steps == len(plan.coefficients)
+        assert sorted(set(plan.timesteps), reverse=True) == list(plan.timesteps)
+        assert plan.timesteps[-1] == 0
+        assert plan.coefficients.isfinite().all()
+        # The last step is the predicted image itself, without noise.
+        torch.testing.assert_close(plan.coefficients[-1], torch.tensor([0.0, 1.0, 0.0, 0.0]))
+
+
+@EVERY_SAMPLER
+def test_the_denoiser_is_called_at_the_plans_timesteps_and_watched_there(points: Tensor, sampler: Sampler) -> None:
+    denoiser, watched = IdealDenoiser(points, LABELS, COSINE), []
+    draw(denoiser, COSINE, [2, 0], sampler=sampler, num_steps=9, on_step=lambda t, x_t, x_0: watched.append(t))
+    *timesteps, _ = make_plan(COSINE, sampler, 9).timesteps
+    assert [t.tolist() for t, _ in denoiser.calls] == [[t, t] for t in timesteps]
+    assert [y.tolist() for _, y in denoiser.calls] == [[2, 0]] * 9
+    assert watched == timesteps
+
+
+def test_guidance_of_1_is_off(points: Tensor) -> None:
+    guided, plain = (IdealDenoiser(points, LABELS, COSINE) for _ in range(2))
+    one = draw(guided, COSINE, [0, 1], num_steps=10, guidance=Guidance(scale=1.0))
+    assert torch.equal(one, draw(plain, COSINE, [0, 1], num_steps=10))
+    assert len(guided.calls) == 10
+    eps = torch.randn(2, 2, *SHAPE)
+    torch.testing.assert_close(guide(eps[0], eps[1], torch.tensor(1.0)), eps[0])
+
+
+def test_guidance_goes_past_the_class_away_from_no_class() -> None:
+    eps_cond, eps_uncond = torch.randn(2, 3, *SHAPE)
+    scale = torch.tensor([0.0, 1.0, 3.0])[:, None, None, None]
+    guided = guide(eps_cond, eps_uncond, scale)
+    torch.testing.assert_close(guided[0], eps_uncond[0])
+    torch.testing.assert_close(guided[1], eps_cond[1])
+    torch.testing.assert_close(guided[2] - eps_cond[2], 2 * (eps_cond[2] - eps_uncond[2]))
+
+
+def test_guidance_acts_inside_its_interval_and_nowhere_else(points: Tensor) -> None:
+    denoiser = IdealDenoiser(points, LABELS, COSINE)
+    draw(denoiser, COSINE, [0, 2], guidance=Guidance(scale=2.0, start=20, stop=80))
+    without_class = [t[0].item() for t, y in denoiser.calls if y.tolist() == [10, 10]]
+    assert without_class == list(range(80, 19, -1))
+    assert [t[0].item() for t, y in denoiser.calls if y.tolist() == [0, 2]] == list(range(100, 0, -1))
+
+
+def test_a_guided_sample_is_one_of_the_guided_denoiser(points: Tensor) -> None:
+    ideal = IdealDenoiser(points, LABELS, COSINE)
+
+    def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        eps = ideal(x_t, t, y)
+        null = ideal(x_t, t, torch.full_like(y, 10))
+        return torch.where((t >= 30)[:, None, None, None], 2.5 * eps - 1.5 * null, eps)
+
+    expected = draw(guided, COSINE, [0, 1, 2], num_steps=25)
+    samples = draw(ideal, COSINE, [0, 1, 2], num_steps=25, guidance=Guidance(scale=2.5, start=30))
+    torch.testing.assert_close(samples, expected, rtol=0, atol=1e-4)
+
+
+def test_rows_of_one_step_may_differ_in_their_coefficients() -> None:
+    x_t, x_0, x_0_prev, z = torch.randn(4, 3, *SHAPE)
+    coefficients = torch.randn(3, 4)
+    x_prev = reverse_step(x_t, x_0, x_0_prev, z, coefficients)
+    for row, (a, b, c, s) in enumerate(coefficients.tolist()):
+        torch.testing.assert_close(x_prev[row], a * x_t[row] + b * x_0[row] + c * x_0_prev[row] + s * z[row])
+
+
+def test_the_predicted_image_undoes_the_forward_process_and_stays_in_range() -> None:
+    x_0, eps = torch.rand(2, *SHAPE) * 2 - 1, torch.randn(2, *SHAPE)
+    alpha_bar_t = COSINE.alpha_bar[[30, 60]][:, None, None, None].float()
+    x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps
+    torch.testing.assert_close(predict_x_0(x_t, eps, alpha_bar_t), x_0, rtol=0, atol=1e-5)
+    assert predict_x_0(x_t, -3 * eps, alpha_bar_t).abs().max() == 1
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown sampler 'euler': ddpm, ddim, dpmpp"):
+        make_plan(COSINE, "euler", 10)  # type: ignore[arg-type]
+
+
+@EVERY_SAMPLER
+@pytest.mark.parametrize("num_steps", [0, 101])
+def test_a_number_of_steps_out_of_range_is_refused(sampler: Sampler, num_steps: int) -> None:
+    with pytest.raises(ValueError, match="num_steps must be 1 to 100"):
+        make_plan(COSINE, sampler, num_steps)
