@@ -1,21 +1,45 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+"""What every script says to people: a progress bar on a terminal, plain lines elsewhere, one sentence where it ends."""
 
+import importlib
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from types import ModuleType, TracebackType
 
 LINE_EVERY_SECONDS = 30
 
 
+def fail(message: str) -> "SystemExit":
+    """The exit of a script that cannot go on: one sentence on stderr, status 2."""
+    print(message, file=sys.stderr)
+    return SystemExit(2)
+
+
+def require(module: str) -> ModuleType:
+    """Imports what only the training extra installs; where it is missing, the script ends with the line to type."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise fail(f"{package} is not installed: pip install -e '.[train]' brings it") from error
+
+
 class Reporter:
-    """Shows how far a long task is; `with Reporter() as reporter: with reporter.task(...) as advance: ...`."""
+    """Shows how far a long task is; `with Reporter() as reporter: with reporter.task(...) as task: ...`."""
 
     def __init__(self) -> None:
+        require("rich")
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         self._console = Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -35,12 +59,13 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._console.is_terminal:
+            self._bar.stop()
 
     def line(self, text: str) -> None:
         """One line that stays."""
         if self._console.is_terminal:
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
 
@@ -78,9 +103,3 @@ class Task:
     def close(self) -> None:
         """Takes the bar away."""
         self._reporter._bar.remove_task(self._bar_task)
-
-
-def fail(message: str) -> "SystemExit":
-    """The exit of a script that cannot go on: one sentence on stderr, status 2."""
-    print(message, file=sys.stderr)
-    return SystemExit(2)

@@ -1,0 +1,57 @@
+"""Command lines: arguments that several scripts share, each checked, a wrong one answered in one sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from model.checkpoint import SHIPPED
+from model.sampler import SAMPLERS
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose error is one sentence, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong; exit status 2."""
+        print(f"{self.prog}: {message} (--help shows all arguments)", file=sys.stderr)
+        sys.exit(2)
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of an argument that is an integer from low to high."""
+    wanted = f"an integer from {low} to {high}" if high is not None else f"an integer of {low} or more"
+
+    def parse(text: str) -> int:
+        # int() would take 1_000 and Arabic-Indic figures too; 20 figures are more than any argument has
+        if not (text.isascii() and text.isdecimal() and len(text) <= 20 and low <= int(text) <= (high or int(text))):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return int(text)
+
+    return parse
+
+
+def guidance_scale(text: str) -> float:
+    """The type of --guidance-scale: 1 to 10."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 10")
+    return value
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None) -> None:
+    """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read."""
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a .safetensors file; default: what ships")
+    parser.add_argument("--num-steps", type=integer(1), help="steps of the reverse process; default: all")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm, ancestral")
+    parser.add_argument("--guidance-scale", type=guidance_scale, help="1 to 10, 1 = off; default: the checkpoint's")
+    parser.add_argument("--guidance-start", type=integer(1), metavar="T", help="lowest timestep that is guided")
+    parser.add_argument("--guidance-stop", type=integer(1), metavar="T", help="highest timestep that is guided")
+    default = "drawn at random" if seed is None else str(seed)
+    parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=seed, help=f"default: {default}")
+    parser.add_argument("--batch-size", type=integer(1, 10_000), default=250, help="images drawn at once; default: 250")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")

@@ -1,0 +1,137 @@
+"""Draws digits with a checkpoint, many at once, in the arithmetic that serves them."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.sampler import Guidance, Sampler, sample
+from scripts.progress import Reporter
+
+OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
+
+
+class DrawingError(Exception):
+    """These options cannot be drawn with; one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawingOptions:
+    """How digits are drawn."""
+
+    sampler: Sampler
+    num_steps: int
+    guidance: Guidance
+
+
+class Drawer:
+    """A checkpoint on its way to pictures.
+
+    The network computes in bfloat16 where the hardware multiplies it, else in float32; what depends
+    on t and y alone is a table made in float32; the state stays float32.
+    """
+
+    def __init__(self, loaded: Checkpoint) -> None:
+        self.checkpoint = loaded
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        fast = self.device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
+        self.dtype = torch.bfloat16 if fast else torch.float32
+        self._condition = _condition_table(loaded).to(self.device, self.dtype)  # (T + 1, num_classes + 1, D)
+        network = loaded.network.to(self.device, self.dtype)
+        self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the checkpoint can draw."""
+        return self.checkpoint.config.class_names
+
+    def denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """x_t (B, C, H, W), t (B,), y (B,) -> eps (B, C, H, W), float32."""
+        x_t = x_t.to(self.dtype, memory_format=torch.channels_last)
+        return self._network.denoise(x_t, self._condition[t, y]).float()
+
+    def draw(
+        self,
+        y: Tensor,
+        index: Tensor,
+        options: DrawingOptions,
+        reporter: Reporter,
+        *,
+        seed: int,
+        batch_size: int = 250,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
+
+        `on_step(t, x_t, x_0)` is called for each batch at each step.
+        """
+        x_0 = []
+        with reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
+
+            def step(t: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
+                task.advance(len(x_t))
+                if on_step:
+                    on_step(t, x_t, predicted_x_0)
+
+            for rows in torch.arange(len(y)).split(batch_size):
+                x_0.append(self._draw_batch(y[rows], index[rows], options, seed, step))
+        return torch.cat(x_0)
+
+    def _draw_batch(self, y: Tensor, index: Tensor, options: DrawingOptions, seed: int, on_step: OnStep) -> Tensor:
+        y = y.to(self.device)
+        x_0 = sample(
+            self.denoise,
+            self.checkpoint.schedule,
+            y,
+            seed=torch.full_like(y, seed),
+            index=index.to(self.device),
+            image_shape=self.checkpoint.image_shape,
+            sampler=options.sampler,
+            num_steps=options.num_steps,
+            guidance=options.guidance,
+            null_label=self.checkpoint.network.null_label,
+            on_step=on_step,
+        )
+        return x_0.cpu()
+
+
+def open_drawer(args: argparse.Namespace) -> Drawer:
+    """The drawer of --checkpoint; CheckpointError."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    return Drawer(checkpoint.load(args.checkpoint))
+
+
+def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
+    """What the arguments ask for, the checkpoint's own where they do not; DrawingError for what it cannot do."""
+    T, own = loaded.schedule.num_steps, loaded.config.guidance
+    num_steps = args.num_steps or T
+    if num_steps > T:
+        raise DrawingError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
+    if args.sampler not in loaded.config.samplers:
+        raise DrawingError(f"this checkpoint does not permit --sampler {args.sampler}")
+    guidance = replace(
+        own,
+        scale=own.scale if args.guidance_scale is None else args.guidance_scale,
+        start=args.guidance_start or own.start,
+        stop=args.guidance_stop or own.stop,
+    )
+    if guidance.scale != 1 and loaded.config.training.get("label_drop") == 0:
+        raise DrawingError(
+            "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
+        )
+    if guidance.start > guidance.stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
+        raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
+    return DrawingOptions(args.sampler, num_steps, guidance)
+
+
+@torch.inference_mode()
+def _condition_table(loaded: Checkpoint) -> Tensor:
+    num_labels = loaded.config.unet.num_classes + 1
+    t = torch.arange(loaded.schedule.num_steps + 1)
+    rows = [loaded.network.condition(t, torch.full_like(t, label)) for label in range(num_labels)]  # (T + 1, D) each
+    return torch.stack(rows, dim=1)

@@ -1,0 +1,73 @@
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.sampler import Guidance, sample
+from scripts.drawing import Drawer, DrawingError, DrawingOptions, options_from
+from scripts.progress import Reporter
+from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
+
+GUIDANCE = Guidance(1.5, start=2, stop=8)
+
+
+def arguments(**given: Any) -> Namespace:
+    names = ("num_steps", "guidance_scale", "guidance_start", "guidance_stop")
+    return Namespace(**{"sampler": "ddpm", **dict.fromkeys(names), **given})
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: Any, fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": fast})
+    path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
+    y, index = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([0, 1, 2, 3, 9])
+    options = DrawingOptions(sampler, 4, GUIDANCE)
+    with Reporter() as reporter:
+        drawn = Drawer(checkpoint.load(path)).draw(y, index, options, reporter, seed=6, batch_size=2)
+    loaded = checkpoint.load(path)
+    expected = sample(
+        loaded.network,
+        loaded.schedule,
+        y,
+        seed=torch.full_like(y, 6),
+        index=index,
+        image_shape=(1, 28, 28),
+        sampler=sampler,
+        num_steps=4,
+        guidance=GUIDANCE,
+    )
+    error = (drawn - expected).abs().mean()
+    assert error < (0.05 if fast else 1e-4)
+    # another order of the same rows is another picture, in either precision
+    assert (drawn - expected.flip(0)).abs().mean() > 0.2
+
+
+def test_options_are_the_checkpoints_where_nothing_is_asked(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    assert options_from(arguments(), loaded) == DrawingOptions("ddpm", NUM_STEPS, GUIDANCE)
+    asked = arguments(num_steps=3, sampler="ddim", guidance_scale=2.0, guidance_start=1, guidance_stop=5)
+    assert options_from(asked, loaded) == DrawingOptions("ddim", 3, Guidance(2.0, 1, 5))
+
+
+def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "b.safetensors", label_drop=0, guidance=Guidance()))
+    assert options_from(arguments(), loaded).guidance.scale == 1
+    assert options_from(arguments(guidance_scale=1.0), loaded).guidance.scale == 1
+    with pytest.raises(DrawingError, match="cannot be guided"):
+        options_from(arguments(guidance_scale=1.5), loaded)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_steps": 11}, {"guidance_start": 9}, {"guidance_stop": 11}, {"guidance_stop": 1}], ids=str
+)
+def test_steps_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    with pytest.raises(DrawingError):
+        options_from(arguments(**wrong), loaded)

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scripts import sample
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors")
+
+
+def pixels(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width)
+
+
+def draw(tiny: Path, out: Path, *arguments: str) -> None:
+    sample.main(["--checkpoint", str(tiny), "--out", str(out), "--num-steps", "2", "--seed", "5", *arguments])
+
+
+def test_one_digit_fills_a_square_and_the_rest_is_black(tiny: Path, tmp_path: Path) -> None:
+    draw(tiny, tmp_path / "a.png", "--digit", "7", "--count", "5")
+    sheet = pixels(tmp_path / "a.png")
+    assert sheet.shape == (2 * 28, 3 * 28)
+    assert not sheet[28:, 56:].any()
+    assert all(cell.any() for cell in (sheet[:28, :28], sheet[28:, 28:56]))
+
+
+def test_several_digits_get_a_row_each(tiny: Path, tmp_path: Path) -> None:
+    draw(tiny, tmp_path / "two.png", "--digit", "7", "--digit", "2", "--count", "3")
+    draw(tiny, tmp_path / "two", "--digit", "2", "--count", "3")
+    sheet = pixels(tmp_path / "two.png")
+    assert sheet.shape == (2 * 28, 3 * 28)
+    for i in range(3):
+        alone = pixels(tmp_path / "two" / f"digit-2-seed-5-{i}.png").int()
+        cell = sheet[28:, 28 * i : 28 * (i + 1)].int()
+        assert (alone - cell).abs().float().mean() < 2  # other batches may round differently
+
+
+def test_all_is_every_digit_once(tiny: Path, tmp_path: Path) -> None:
+    draw(tiny, tmp_path / "all", "--digit", "all", "--digit", "3")
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"digit-{d}-seed-5-0.png" for d in range(10)]
+
+
+def test_a_picture_says_where_it_comes_from(tiny: Path, tmp_path: Path) -> None:
+    draw(tiny, tmp_path / "out", "--digit", "4", "--count", "2", "--sampler", "ddim", "--guidance-scale", "2.5")
+    with Image.open(tmp_path / "out" / "digit-4-seed-5-1.png") as image:
+        text = image.text  # type: ignore[attr-defined]
+    facts = {"Digit": "4", "Seed": "5", "Index": "1", "Sampler": "ddim", "Steps": "2", "Guidance-Scale": "2.5"}
+    assert {name: text[name] for name in facts} == facts
+    assert text["Software"].startswith("unfog ") and len(text["Model-SHA256"]) == 64
+
+
+def test_scale_enlarges_by_whole_pixels(tiny: Path, tmp_path: Path) -> None:
+    draw(tiny, tmp_path / "small.png", "--digit", "1")
+    draw(tiny, tmp_path / "large.png", "--digit", "1", "--scale", "3")
+    small, large = pixels(tmp_path / "small.png"), pixels(tmp_path / "large.png")
+    assert torch.equal(large, small.repeat_interleave(3, 0).repeat_interleave(3, 1))
+
+
+def test_a_seed_repeats_the_file_and_another_does_not(tiny: Path, tmp_path: Path) -> None:
+    for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
+        draw(tiny, tmp_path / name, "--digit", "all", "--seed", seed)
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+
+
+def test_without_a_seed_one_is_drawn_and_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--checkpoint", str(tiny), "--num-steps", "1", "--digit", "1", "--out"]
+    sample.main([*arguments, str(tmp_path / "a")])
+    sample.main([*arguments, str(tmp_path / "b")])
+    a, b = next((tmp_path / "a").iterdir()), next((tmp_path / "b").iterdir())
+    assert a.name != b.name
+    told = [line.split("seed ")[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert [a.name, b.name] == [f"digit-1-seed-{seed}-0.png" for seed in told]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--digit", "11"],
+        ["--digit", "seven"],
+        ["--digit", "1", "--count", "0"],
+        ["--digit", "1", "--num-steps", "11"],
+        ["--digit", "1", "--seed", "-1"],
+        ["--digit", "1", "--seed", str(2**53)],
+        ["--digit", "1", "--seed", "9" * 10_000],
+        ["--digit", "1", "--guidance-scale", "nan"],
+        ["--digit", "1", "--guidance-scale", "0.5"],
+        ["--digit", "1", "--sampler", "euler"],
+        ["--digit", "1", "--checkpoint", "nowhere.safetensors"],
+        ["--digit", "1", "--colour", "red"],
+        [],
+    ],
+    ids=lambda wrong: " ".join(wrong)[:40] or "nothing",
+)
+def test_a_wrong_argument_is_one_sentence_and_status_2(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        sample.main(["--checkpoint", str(tiny), "--out", str(tmp_path / "x.png"), *wrong])
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_guiding_a_network_that_cannot_be_guided_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = save_tiny_checkpoint(tmp_path / "plain.safetensors", label_drop=0)
+    with pytest.raises(SystemExit) as exit_:
+        draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1.3")
+    assert exit_.value.code == 2
+    assert "cannot be guided" in capsys.readouterr().err
+    draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1")
+    assert (tmp_path / "x.png").exists()
