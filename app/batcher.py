@@ -1,6 +1,7 @@
 """Decides which rows run: what waits, what runs, how much fits, who is next. No tensors, no threads, no clock."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 from app.trajectory import Job, Trajectory
 
@@ -49,9 +50,9 @@ class Batcher:
         no more jobs than rows; with more, the oldest run to their end.
         """
         rows: list[Trajectory] = []
-        turns = [iter(job.unfinished) for job in self._jobs]
+        turns = [iter(job.unfinished) for job in islice(self._jobs, max_rows)]  # each has at least one
         while turns and len(rows) < max_rows:
-            turns = [turn for turn in turns[: max_rows - len(rows)] if _take(turn, rows)]
+            turns = [turn for turn in turns if len(rows) < max_rows and _take(turn, rows)]
         return rows
 
     def start(self, trajectory: Trajectory) -> None:

@@ -1,0 +1,138 @@
+"""A runner whose images are known in closed form, and engines that run on it with and without their thread."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from app.batcher import Batcher
+from app.engine import Engine
+from app.metrics import Metrics
+from app.pace import Pace
+from app.runner import ModelInfo
+from app.trajectory import Job, Options, Pixels, Trajectory
+
+INFO = ModelInfo(
+    name="default",
+    sha256="0" * 64,
+    num_parameters=0,
+    device="cpu",
+    dtype="float32",
+    version="0",
+    max_steps=100,
+    samplers=("ddpm", "ddim", "dpmpp"),
+    guidance_scale=1.0,
+    guidable=True,
+)
+WAIT_SECONDS = 60  # until a test gives up on another thread; never a measure of anything
+
+Rows = list[Trajectory]
+
+
+def image(seed: int, index: int, num_steps: int) -> Pixels:
+    """What the fake draws: it tells whose image it is and how many steps were made."""
+    return np.array([[seed % 256, seed // 256, index, num_steps]], dtype=np.uint8)
+
+
+def images(job: Job) -> list[Pixels]:
+    """What the job must be answered with."""
+    return [image(job.options.seed, index, job.options.num_steps) for index in range(job.count)]
+
+
+def same(left: list[Pixels], right: list[Pixels]) -> bool:
+    """Whether both are the same images in the same order."""
+    return len(left) == len(right) and all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def new_job(count: int = 1, num_steps: int = 3, seed: int = 0, digit: int = 0, **fields: Any) -> Job:
+    """A job with the fields that a test is about."""
+    return Job(Options(digit, seed, num_steps, "ddpm", 1.0), count, **fields)
+
+
+@dataclass
+class FakeRunner:
+    """Counts the steps of each row. `on_step` and `on_pixels` are called first and may raise or block."""
+
+    pace: Pace = field(default_factory=lambda: Pace({1: 1e-6}))
+    on_step: Callable[[Rows], None] = lambda rows: None
+    on_pixels: Callable[[Rows], None] = lambda rows: None
+    on_warm_up: Callable[[Callable[[], bool]], None] = lambda should_stop: None
+    not_finite: Callable[[Trajectory], bool] = lambda row: False
+    calls: list[Rows] = field(default_factory=list)  # the rows of each step that succeeded
+    held: Counter[Trajectory] = field(default_factory=Counter)  # steps of those that have begun
+    info: ModelInfo = INFO
+    device_memory: Callable[[], int] | None = None
+
+    def step(self, trajectories: Rows) -> list[bool]:
+        self.on_step(trajectories)
+        self.calls.append(list(trajectories))
+        assert len(set(trajectories)) == len(trajectories), "a row twice in one step"
+        self.held.update(trajectories)
+        return [not self.not_finite(trajectory) for trajectory in trajectories]
+
+    def pixels(self, trajectories: Rows) -> list[Pixels]:
+        self.on_pixels(trajectories)
+        return [image(t.job.options.seed, t.index, self.held[t]) for t in trajectories]
+
+    def release(self, trajectories: Rows) -> None:
+        for trajectory in trajectories:
+            self.held.pop(trajectory, None)
+
+    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
+        self.on_warm_up(should_stop)
+        return self.pace
+
+
+def new_engine(runner: FakeRunner, **options: Any) -> Engine:
+    """An engine that was not started."""
+    defaults = {"capacity": 1024, "max_batch": 64, "watchdog_seconds": 1000.0, "metrics": Metrics()}
+    return Engine(lambda: runner, **defaults | options)
+
+
+def opened(engine: Engine) -> Engine:
+    """The engine as it is after warming up, but without its thread: `tick` runs it."""
+    engine._runner = engine._load()
+    engine._open(engine._runner.warm_up(lambda: False))
+    return engine
+
+
+def tick(engine: Engine) -> None:
+    """One turn of the loop, where the thread would not wait."""
+    if engine._batcher.num_jobs or engine._abandoned:
+        engine._tick()
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[Engine]:
+    """The engine with its thread."""
+    engine.start()
+    try:
+        yield engine
+    finally:
+        assert engine.stop(WAIT_SECONDS)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for what another thread does after it has answered."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def step_batcher(batcher: Batcher, max_batch: int) -> Rows:
+    """One step of all that the batcher selects, without an engine."""
+    rows = batcher.select(max_batch)
+    for row in rows:
+        if not row.started:
+            batcher.start(row)
+        batcher.advance(row)
+    for row in rows:
+        if not row.steps_left:
+            batcher.retire(row)
+            row.job.finish(row, image(row.job.options.seed, row.index, row.step))
+    return rows
