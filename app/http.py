@@ -35,8 +35,11 @@ async def read_json(request: Request, schema: type[M], max_bytes: int) -> M:
         body += chunk
         if len(body) > max_bytes:
             raise BodyTooLarge(max_bytes)
+    document = _parse(bytes(body))
+    if not isinstance(document, dict):  # pydantic's own message would name a class
+        raise InvalidRequest([{"loc": ["body"], "msg": "Input should be an object"}])
     try:
-        return schema.model_validate(_parse(bytes(body)))
+        return schema.model_validate(document)
     except ValidationError as error:
         raise InvalidRequest(_describe(error)) from error
 

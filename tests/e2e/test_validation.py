@@ -1,0 +1,168 @@
+"""What /generate takes and refuses, field by field."""
+
+import json
+
+import pytest
+
+from tests.e2e.service import Service, assert_invalid, assert_problem, open_png
+
+BOUNDS = {
+    "digit": (0, 9),
+    "count": (1, 64),
+    "seed": (0, 2**53 - 1),
+    "num_steps": (1, 100),
+    "guidance_scale": (1, 10),
+    "scale": (1, 16),
+}
+INTEGERS = ("digit", "count", "seed", "num_steps", "scale")
+NUMBERS = (*BOUNDS, "timeout_seconds")
+NO_NUMBERS = {
+    "null": "null",
+    "string": '"1"',
+    "true": "true",
+    "false": "false",
+    "list": "[1]",
+    "object": '{"1": 1}',
+    "NaN": "NaN",
+    "Infinity": "Infinity",
+    "minus Infinity": "-Infinity",
+    "1e999": "1e999",
+    "thousands of digits": "1" * 5000,
+    "minus thousands of digits": "-" + "1" * 5000,
+    "hundreds of digits": "1" * 390,
+    "thousands of decimals": "-0." + "1" * 5000,
+    "lone surrogate": r'"\ud800"',
+}
+
+
+def body(**fields: str) -> bytes:
+    """A request from raw JSON, so that what no JSON writer writes can be sent; cheap unless it says otherwise."""
+    cheap = {"digit": "7", "num_steps": "1"}
+    return ("{" + ", ".join(f'"{name}": {value}' for name, value in (cheap | fields).items()) + "}").encode()
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS.values(), ids=NO_NUMBERS)
+@pytest.mark.parametrize("field", NUMBERS)
+def test_what_is_no_number_in_range_is_refused_by_field(service: Service, field: str, value: str) -> None:
+    assert_invalid(service.post(body(**{field: value})), "body", field)
+
+
+@pytest.mark.parametrize("field", INTEGERS)
+@pytest.mark.parametrize("value", ["7.5", "1e-3"])
+def test_a_fraction_is_no_integer(service: Service, field: str, value: str) -> None:
+    assert_invalid(service.post(body(**{field: value})), "body", field)
+
+
+@pytest.mark.parametrize("field", INTEGERS)
+def test_a_whole_float_is_an_integer(service: Service, field: str) -> None:
+    answer = service.post(body(**{field: "7.0"}))
+    assert answer.status_code == 200
+    assert field == "scale" or repr(answer.json()[field]) == "7"
+
+
+@pytest.mark.parametrize(("field", "bounds"), BOUNDS.items(), ids=BOUNDS)
+def test_both_bounds_are_taken_and_nothing_beyond_them(service: Service, field: str, bounds: tuple[int, int]) -> None:
+    low, high = bounds
+    for value in (low, high):
+        answer = service.post(body(**{field: str(value)}))
+        assert answer.status_code == 200, answer.text
+        assert field == "scale" or answer.json()[field] == value
+    for value in (low - 1, high + 1):
+        assert_invalid(service.post(body(**{field: str(value)})), "body", field)
+
+
+def test_guidance_scale_may_lie_between_the_integers_but_not_beyond_its_bounds(service: Service) -> None:
+    assert service.post(body(guidance_scale="1.25")).json()["guidance_scale"] == 1.25
+    for value in ("0.99", "10.01"):
+        assert_invalid(service.post(body(guidance_scale=value)), "body", "guidance_scale")
+
+
+def test_a_timeout_is_positive_and_at_most_the_servers_own(service: Service) -> None:
+    assert service.post(body(timeout_seconds="300")).status_code == 200
+    for value in ("0", "-1", "300.001"):
+        assert_invalid(service.post(body(timeout_seconds=value)), "body", "timeout_seconds")
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_every_sampler_is_taken(service: Service, sampler: str) -> None:
+    assert service.post(body(sampler=f'"{sampler}"')).json()["sampler"] == sampler
+
+
+@pytest.mark.parametrize("field", ["sampler", "model"])
+@pytest.mark.parametrize("value", ["null", "7", "true", '""', '"DDPM"', '"other"', "[]", r'"\ud800"', '"\\u0000"'])
+def test_an_unknown_name_is_refused(service: Service, field: str, value: str) -> None:
+    assert_invalid(service.post(body(**{field: value})), "body", field)
+
+
+def test_the_loaded_model_has_the_name_default(service: Service) -> None:
+    assert service.post(body(model='"default"')).json()["model"]["name"] == "default"
+
+
+@pytest.mark.parametrize("field", ["digits", "Digit", "prompt", "", "ü", "a.b"])
+@pytest.mark.parametrize("value", ["1", "null", "9" * 5000])
+def test_an_unknown_field_is_an_error(service: Service, field: str, value: str) -> None:
+    assert_invalid(service.post(body(**{field: value})), "body", field)
+
+
+def test_an_unknown_field_whose_name_is_no_text_is_an_error(service: Service) -> None:
+    assert_problem(service.post(body(**{r"\ud800": "1"})), 422, "invalid_request")
+
+
+def test_the_digit_is_required(service: Service) -> None:
+    assert_invalid(service.post(b"{}"), "body", "digit")
+
+
+def test_every_wrong_field_is_named(service: Service) -> None:
+    problem = assert_problem(service.post(body(digit="10", count="0", colour='"red"')), 422, "invalid_request")
+    assert {error["loc"][-1] for error in problem["errors"]} == {"digit", "count", "colour"}
+
+
+@pytest.mark.parametrize("document", ["[]", "7", '"digit"', "null", "true", '[{"digit": 7}]', "NaN"])
+def test_json_that_is_no_object_is_refused(service: Service, document: str) -> None:
+    assert_problem(service.post(document.encode()), 422, "invalid_request")
+
+
+MALFORMED = {
+    "empty": b"",
+    "blank": b" \n",
+    "no JSON": b"digit=7",
+    "half": b'{"digit": 7',
+    "more than one": b'{"digit": 7}{}',
+    "comma": b'{"digit": 7,}',
+    "single quotes": b"{'digit': 7}",
+    "no UTF-8": b'{"digit": 7, "\xff": 1}',
+    "UTF-16": '{"digit": 7}'.encode("utf-16"),
+    "a hundred thousand brackets": b"[" * 100_000,
+    "deep": b'{"digit":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("document", MALFORMED.values(), ids=MALFORMED)
+def test_what_is_no_json_is_400(service: Service, document: bytes) -> None:
+    assert_problem(service.post(document), 400, "malformed_json")
+
+
+@pytest.mark.parametrize("value", ["-1", "101", "many", "1.5", "", "1" * 5000])
+def test_previews_out_of_range_are_refused(service: Service, value: str) -> None:
+    assert_invalid(service.post(body(), query=f"?previews={value}"), "query", "previews")
+
+
+def test_a_missing_seed_is_drawn_by_the_server_and_can_be_used_again(service: Service) -> None:
+    first, second = service.post(body()).json(), service.post(body()).json()
+    assert first["seed"] != second["seed"]
+    assert all(0 <= answer["seed"] < 2**53 for answer in (first, second))
+    assert service.post(body(seed=json.dumps(first["seed"]))).json()["images"] == first["images"]
+
+
+def test_defaults_are_those_of_the_contract(service: Service) -> None:
+    answer = service.post(b'{"digit": 3}').json()
+    del answer["seed"], answer["timing"], answer["model"]
+    (image,) = answer.pop("images")
+    assert image["index"] == 0
+    assert answer == {"digit": 3, "count": 1, "num_steps": 100, "sampler": "ddpm", "guidance_scale": 2.0}
+
+
+def test_the_largest_request_is_drawn(service: Service) -> None:
+    answer = service.post(body(count="64", scale="16"), accept="image/png")
+    pixels, _, _ = open_png(answer.content)
+    assert pixels.shape == (8 * 28 * 16, 8 * 28 * 16)
