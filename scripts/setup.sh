@@ -79,7 +79,7 @@ find_python() {
     package=${package:-$candidate-venv}
   done
   if [[ -n $package ]]; then
-    say "${package%-venv} has no venv module: install the package $package (Debian, Ubuntu: apt-get install $package)"
+    say "${package%-venv} comes without its venv module: install the package $package"
   else
     say "Python 3.11 or newer is needed and none was found: install python3 and python3-venv"
   fi
