@@ -100,7 +100,9 @@ class Engine:
         with self._condition:
             if self.state is not EngineState.FAILED:
                 self.state = EngineState.DRAINING
-            self._idle = self._idle or Future()
+            if not self._idle:
+                self._idle = Future()
+                self._idle.set_running_or_notify_cancel()  # whoever stops waiting for it must not end it
             self._note_idle()
             return self._idle
 
@@ -201,8 +203,8 @@ class Engine:
         return isolate(rows, compute, self._fail, self._lower_max_batch)
 
     def _lower_max_batch(self, rows: int) -> None:
-        self.max_batch = rows
-        log.warning("out of device memory: at most %d rows a step from now on", rows)
+        self.max_batch = min(rows, self.max_batch)  # previews read more rows at once than a step has
+        log.warning("out of device memory: at most %d rows a step from now on", self.max_batch)
 
     def _step(self, rows: list[Trajectory]) -> list[bool]:
         self._last_beat = start = time.monotonic()

@@ -89,7 +89,7 @@ class FakeRunner:
 
 def new_engine(runner: FakeRunner, **options: Any) -> Engine:
     """An engine that was not started."""
-    defaults = {"capacity": 1024, "max_batch": 64, "watchdog_seconds": 1000.0, "metrics": Metrics()}
+    defaults: dict[str, Any] = {"capacity": 1024, "max_batch": 64, "watchdog_seconds": 1000.0, "metrics": Metrics()}
     return Engine(lambda: runner, **defaults | options)
 
 
