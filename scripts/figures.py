@@ -26,7 +26,7 @@ PIXELS_PER_LETTER = 7
 class Panel:
     """A grid of images with a label over each column and, for the first panel of a figure, beside each row."""
 
-    pixels: Tensor  # (H, W) uint8
+    pixels: Tensor  # (H, W, C) uint8, C = 1 or 3
     columns: Sequence[str]
     rows: Sequence[str] = ()
     title: str = ""
@@ -57,8 +57,9 @@ def draw_panels(panels: Sequence[Panel], *, scale: int) -> "Figure":
 
 def _draw_panel(figure: "Figure", panel: Panel, box: tuple[float, float, float, float]) -> None:
     axes = figure.add_axes(box)
-    height, width = panel.pixels.shape
-    axes.imshow(panel.pixels.numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+    height, width, _ = panel.pixels.shape
+    colours = panel.pixels.expand(height, width, 3).numpy()  # as they are: a colour map would round them
+    axes.imshow(colours, interpolation="nearest", aspect="auto")
     axes.xaxis.tick_top()
     axes.set_xticks(_centres(width, len(panel.columns)), panel.columns, fontsize=LABEL_SIZE)
     axes.set_yticks(_centres(height, len(panel.rows)), panel.rows, fontsize=LABEL_SIZE)

@@ -42,7 +42,7 @@ def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) ->
     eps = torch.randn(x_0.shape, generator=diffusion.generator).expand(len(t), *x_0.shape)
     x_t, _ = diffusion.add_noise(x_0.expand_as(eps), t, eps)  # (11, C, H, W)
     labels = [f"t = {step}" for step in t.tolist()]
-    return draw_panels([Panel(grid(x_t, len(t))[..., 0], labels)], scale=3)
+    return draw_panels([Panel(grid(x_t, len(t)), labels)], scale=3)
 
 
 def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, seed: int) -> "Figure":
@@ -60,8 +60,8 @@ def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Repo
     now = rearrange([x_t for _, x_t, _ in shown], "k b c h w -> (b k) c h w")
     predicted = rearrange([x_0 for _, _, x_0 in shown], "k b c h w -> (b k) c h w")
     panels = [
-        Panel(grid(now, len(shown))[..., 0], columns, drawer.class_names, "$x_t$"),
-        Panel(grid(predicted, len(shown))[..., 0], columns, title="predicted $x_0$"),
+        Panel(grid(now, len(shown)), columns, drawer.class_names, "$x_t$"),
+        Panel(grid(predicted, len(shown)), columns, title="predicted $x_0$"),
     ]
     return draw_panels(panels, scale=2)
 
@@ -126,7 +126,7 @@ def show_epochs(run: Path, epochs: Sequence[int]) -> "Figure":
     if len({pixels.shape for pixels in grids}) > 1:
         raise PlotError(f"the pictures in {folder} differ in size: they are of different runs")
     labels = [f"epoch {epoch}" for epoch in epochs]
-    return draw_panels([Panel(torch.cat(grids), [str(digit) for digit in range(10)], labels)], scale=1)
+    return draw_panels([Panel(torch.cat(grids)[..., None], [str(digit) for digit in range(10)], labels)], scale=1)
 
 
 def main(argv: list[str] | None = None) -> None:

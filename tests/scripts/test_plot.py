@@ -1,0 +1,210 @@
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.schedule import Schedule, ScheduleConfig
+from scripts import plot, sample
+from scripts.figures import Panel, draw_panels, save_figure
+from scripts.pictures import save_grid
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny.safetensors")
+
+
+def pixels(path: Path) -> Tensor:
+    with Image.open(path) as image:
+        return torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(
+            image.height, image.width
+        )
+
+
+def contains(picture: Tensor, part: Tensor) -> bool:
+    """Whether the part stands somewhere in the picture, pixel by pixel."""
+    height, width = part.shape
+    starts = (picture[: picture.shape[0] - height + 1, : picture.shape[1] - width + 1] == part[0, 0]).nonzero()
+    return any(torch.equal(picture[y : y + height, x : x + width], part) for y, x in starts.tolist())
+
+
+def test_each_pixel_of_an_image_is_a_whole_number_of_the_figures(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randint(0, 256, (2, 20, 30), generator=generator, dtype=torch.uint8)
+    figure = draw_panels([Panel(left[..., None], ["a", "b"], ["row"], "left"), Panel(right[..., None], ["c"])], scale=3)
+    save_figure(figure, tmp_path / "figure.png", grey=True)
+    picture = pixels(tmp_path / "figure.png")
+    assert contains(picture, left.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    assert contains(picture, right.repeat_interleave(3, 0).repeat_interleave(3, 1))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_noise_progression_goes_from_the_image_to_static(kind: str) -> None:
+    x_0 = torch.full((1, 28, 28), -1.0)
+    x_0[0, 6:22, 12:16] = 1.0
+    figure = plot.show_noise_progression(x_0, Schedule(ScheduleConfig(kind)), seed=1)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"t = {t}" for t in range(0, 101, 10)]
+    cells = torch.tensor(axes.images[0].get_array())[..., 0].float().split(28, dim=1)
+    assert len(cells) == 11
+    assert torch.equal(cells[0] / 127.5 - 1, x_0[0])
+    clean = cells[0].flatten()
+    likeness = [torch.corrcoef(torch.stack([cell.flatten(), clean]))[0, 1].item() for cell in cells]
+    assert all(earlier > later - 0.01 for earlier, later in pairwise(likeness))
+    assert abs(likeness[-1]) < 0.1
+
+
+def test_the_noise_progression_of_a_drawn_digit_begins_with_it(tiny: Path, tmp_path: Path) -> None:
+    common = ["--checkpoint", str(tiny), "--digit", "3", "--seed", "9", "--num-steps", "3"]
+    plot.main(["noise", *common, "--out", str(tmp_path / "noise.png")])
+    sample.main([*common, "--scale", "3", "--out", str(tmp_path / "digit.png")])
+    assert contains(pixels(tmp_path / "noise.png"), pixels(tmp_path / "digit.png"))
+
+
+def test_the_noise_progression_of_a_real_digit_shows_one(tiny: Path, tmp_path: Path, mnist_dir: Path) -> None:
+    path = tmp_path / "noise.png"
+    plot.main(["noise", "--checkpoint", str(tiny), "--data-dir", str(mnist_dir), "--out", str(path)])
+    first_seven = 0  # the first test image is a 7
+    raw = plot.load_mnist("test", mnist_dir)[0][first_seven, 0]
+    assert contains(pixels(path), raw.repeat_interleave(3, 0).repeat_interleave(3, 1))
+
+
+def test_the_reverse_process_ends_in_the_digits_that_a_sample_gives(tiny: Path, tmp_path: Path) -> None:
+    common = ["--checkpoint", str(tiny), "--seed", "4"]
+    plot.main(["reverse", *common, "--out", str(tmp_path / "reverse.png")])
+    sample.main([*common, "--digit", "all", "--batch-size", "10", "--out", str(tmp_path / "digits")])
+    column = torch.cat([pixels(tmp_path / "digits" / f"digit-{digit}-seed-4-0.png") for digit in range(10)])
+    column = column.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    picture = pixels(tmp_path / "reverse.png")
+    assert contains(picture[:, : picture.shape[1] // 2], column)  # x_t at t = 0
+    assert contains(picture[:, picture.shape[1] // 2 :], column)  # predicted x_0
+    assert (tmp_path / "reverse.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize(
+    "count, wanted, chosen",
+    [(101, 6, [0, 20, 40, 60, 80, 100]), (3, 6, [0, 1, 2]), (1, 6, [0]), (11, 6, [0, 2, 4, 6, 8, 10])],
+)
+def test_columns_are_spread_evenly(count: int, wanted: int, chosen: list[int]) -> None:
+    assert plot.spread(count, wanted) == chosen
+
+
+def test_a_sheet_has_a_row_of_ten_for_each_digit(tiny: Path, tmp_path: Path) -> None:
+    common = ["--checkpoint", str(tiny), "--seed", "2", "--num-steps", "2"]
+    plot.main(["sheet", *common, "--out", str(tmp_path / "sheet.png")])
+    sample.main([*common, "--digit", "all", "--count", "10", "--scale", "2", "--out", str(tmp_path / "same.png")])
+    sheet = pixels(tmp_path / "sheet.png")
+    assert sheet.shape == (560, 560)
+    assert torch.equal(sheet, pixels(tmp_path / "same.png"))
+
+
+def write_losses(folder: Path, rows: list[tuple[int, float, float]]) -> Path:
+    folder.mkdir()
+    lines = [f"{epoch},{train},{validation},1e-3" for epoch, train, validation in rows]
+    (folder / "losses.csv").write_text("\n".join(["epoch,train_loss,validation_loss,learning_rate", *lines]) + "\n")
+    return folder
+
+
+def test_loss_curves_are_those_of_the_runs(tmp_path: Path) -> None:
+    first = write_losses(tmp_path / "first", [(1, 0.2, 0.1), (2, 0.06, 0.05), (3, 0.05, 0.04)])
+    second = write_losses(tmp_path / "second", [(1, 0.3, 0.2)])
+    figure = plot.show_losses({"first": plot.read_losses(first), "second": plot.read_losses(second / "losses.csv")})
+    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
+    assert curves == {
+        "first, training": ([1, 2, 3], [0.2, 0.06, 0.05]),
+        "first, validation": ([1, 2, 3], [0.1, 0.05, 0.04]),
+        "second, training": ([1], [0.3]),
+        "second, validation": ([1], [0.2]),
+    }
+    plot.main(["losses", str(first), str(second), "--out", str(tmp_path / "losses.png")])
+    assert 2_000 < (tmp_path / "losses.png").stat().st_size < 150_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "epoch,train_loss\n1,0.2\n",
+        "epoch,train_loss,validation_loss\n",
+        "epoch,train_loss,validation_loss\n1,a,b\n",
+    ],
+)
+def test_another_file_has_no_losses(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text(content)
+    with pytest.raises(plot.PlotError):
+        plot.read_losses(path)
+
+
+def test_epochs_stand_under_each_other_in_the_order_asked(tmp_path: Path) -> None:
+    grids = torch.rand(3, 10, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for epoch, x_0 in zip((1, 5, 15), grids, strict=True):
+        save_grid(x_0, tmp_path / "epochs" / f"{epoch:02d}.png", columns=10)
+    plot.main(["epochs", str(tmp_path), "--epochs", "1", "15", "5", "--out", str(tmp_path / "out.png")])
+    rows = [pixels(tmp_path / "epochs" / name) for name in ("01.png", "15.png", "05.png")]
+    gap = torch.full((plot.ROW_GAP, 560), 255, dtype=torch.uint8)
+    assert contains(pixels(tmp_path / "out.png"), torch.cat([rows[0], gap, rows[1], gap, rows[2]]))
+
+
+def test_an_epoch_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_grid(torch.zeros(10, 1, 28, 28), tmp_path / "epochs" / "01.png", columns=10)
+    with pytest.raises(SystemExit) as exit_:
+        plot.main(["epochs", str(tmp_path), "--out", str(tmp_path / "out.png")])
+    assert exit_.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "epoch 5" in sentence
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["portrait"],
+        ["noise"],
+        ["noise", "--out", "picture.jpg"],
+        ["noise", "--digit", "10", "--out", "x.png"],
+        ["sheet", "--checkpoint", "nowhere.safetensors", "--out", "x.png"],
+        ["losses", "nowhere", "--out", "x.png"],
+        ["losses", "--out", "x.png"],
+        ["epochs", "nowhere", "--out", "x.png"],
+        ["noise", "--data-dir", "nowhere", "--digit", "seven", "--out", "x.png"],
+    ],
+    ids=lambda wrong: " ".join(wrong) or "nothing",
+)
+def test_a_wrong_argument_is_one_sentence_and_status_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        plot.main(wrong)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_missing_extra_is_named_with_the_line_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+) -> None:
+    run = write_losses(tmp_path / "run", [(1, 0.2, 0.1)])
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
+    with pytest.raises(SystemExit) as exit_:
+        plot.main(["losses", str(run), "--out", str(tmp_path / "losses.png")])
+    assert exit_.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert package in sentence and "pip install -e '.[train]'" in sentence
+
+
+def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("rich", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as exit_:
+        plot.main(["--help"])
+    assert exit_.value.code == 0
+    assert "noise|reverse|losses|epochs|sheet" in capsys.readouterr().out
