@@ -2,9 +2,9 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
@@ -18,7 +18,10 @@ class RecipeError(Exception):
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerRecipe(_Strict):
@@ -26,7 +29,7 @@ class OptimizerRecipe(_Strict):
 
     name: Literal["adam", "adamw"]
     lr: float = Field(gt=0)
-    betas: tuple[float, float]
+    betas: tuple[Share, Share]
     weight_decay: float = Field(ge=0)
 
 
@@ -43,16 +46,24 @@ class Recipe(_Strict):
     """All that decides a training run but its seed and its machine."""
 
     epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
+    batch_size: int = Field(ge=1, le=10_000)
     precision: Literal["float32", "bfloat16"]
-    label_drop: float = Field(ge=0, lt=1)
+    label_drop: Share
     grad_clip: float = Field(ge=0)
-    ema_max_decay: float = Field(ge=0, lt=1)
+    ema_max_decay: Share
     optimizer: OptimizerRecipe
     lr_schedule: LRScheduleRecipe
     guidance: Guidance
     schedule: ScheduleConfig
     unet: UNetConfig
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.unet.num_steps != self.schedule.num_steps:
+            raise ValueError("unet.num_steps and schedule.num_steps must be equal")
+        if not 1 <= self.guidance.scale <= 10:
+            raise ValueError("guidance.scale must be 1 to 10")
+        return self
 
 
 def preset_names() -> list[str]:
@@ -64,12 +75,12 @@ def load_recipe(preset: str) -> Recipe:
     """The recipe of that name, or of that path when it ends in .toml; RecipeError in one sentence."""
     path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text()))
+        return Recipe.model_validate(tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
         raise RecipeError(f"no preset {preset!r}: {', '.join(preset_names())}, or a path to a .toml file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{path}: {where}: {first['msg']}") from error
+        raise RecipeError(f"{path}: {where or 'recipe'}: {first['msg'].removeprefix('Value error, ')}") from error

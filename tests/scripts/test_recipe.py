@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+
+from model.unet import UNet
+from scripts.recipe import RecipeError, load_recipe, preset_names
+from tests.scripts.tiny_training import COSINE, NUM_STEPS
+
+
+def refusal(preset: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(preset)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_the_presets_are_baseline_and_default() -> None:
+    assert {"baseline", "default"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_describes_a_network_of_digits(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.schedule.num_steps, recipe.unet.image_size, recipe.unet.num_classes) == (100, 28, 10)
+    assert sum(p.numel() for p in UNet(recipe.unet).parameters()) * 4 < 12e6  # all that ships fits into 12 MB
+
+
+def test_baseline_is_the_textbooks_recipe() -> None:
+    recipe = load_recipe("baseline")
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer.name) == (30, 64, "adam")
+    assert (recipe.lr_schedule.name, recipe.lr_schedule.patience) == ("plateau", 5)
+    assert (recipe.schedule.kind, recipe.unet.conditioning) == ("linear", "bottom")
+    assert (recipe.label_drop, recipe.ema_max_decay, recipe.guidance.scale) == (0, 0, 1)
+
+
+def test_a_path_to_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(COSINE)
+    recipe = load_recipe(str(path))
+    assert recipe.unet.widths == (8, 16)
+    assert recipe.guidance.scale == 1.3
+    assert recipe.optimizer.betas == (0.9, 0.99)
+
+
+@pytest.mark.parametrize("preset", ["nonsense", "../presets/none", "missing.toml", ""])
+def test_an_unknown_preset_is_refused_with_those_there_are(preset: str) -> None:
+    assert f"no preset {preset!r}: baseline, default" in refusal(preset)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs = 3", "epochs = 0", "epochs: "),
+        ("epochs = 3", "epoch = 3", "epoch"),
+        ("epochs = 3", 'epochs = "many"', "epochs: "),
+        ("epochs = 3", "epochs = 3\nmomentum = 1", "momentum: "),
+        ("batch_size = 8", "batch_size = 1_000_000", "batch_size: "),
+        ("label_drop = 0.2", "label_drop = 1.0", "label_drop: "),
+        ("lr = 1e-2", "lr = inf", "optimizer.lr: "),
+        ("lr = 1e-2", "lr = -1e-2", "optimizer.lr: "),
+        ("betas = [0.9, 0.99]", "betas = [0.9, 1.0]", "optimizer.betas.1: "),
+        ('name = "adamw"', 'name = "sgd"', "optimizer.name: "),
+        ("scale = 1.3", "scale = nan", "guidance"),
+        ("scale = 1.3", "scale = 0.5", "guidance.scale must be 1 to 10"),
+        ("scale = 1.3", "scale = 1.3\nend = 9", "guidance.end: "),
+        ('kind = "cosine"', 'kind = "sigmoid"', "unknown schedule kind 'sigmoid'"),
+        ("widths = [8, 16]", "withs = [8, 16]", "unet.withs: "),
+        ("widths = [8, 16]", "widths = [8, 20]", "widths must be multiples of 8"),
+        (f"[unet]\nnum_steps = {NUM_STEPS}", "[unet]\nnum_steps = 99", "num_steps must be equal"),
+        ("[unet]", "[unet", "is not TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in COSINE
+    path = tmp_path / "wrong.toml"
+    path.write_text(COSINE.replace(old, new, 1))
+    assert message in refusal(str(path))
+    assert str(path) in refusal(str(path))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert "is not TOML" in refusal(str(tmp_path / "binary.toml"))

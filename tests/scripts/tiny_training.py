@@ -1,0 +1,148 @@
+"""A training run that takes a second: 52 made-up images, a tiny network. As a program it kills itself on the way.
+
+python -m tests.scripts.tiny_training WHERE ARGUMENTS...
+"""
+
+import gzip
+import hashlib
+import os
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model import checkpoint
+from scripts import mnist, train
+from scripts.trainer import Trainer
+
+NUM_IMAGES, NUM_VALIDATION, NUM_STEPS = 52, 20, 12
+
+COSINE = f"""
+epochs = 3
+batch_size = 8
+precision = "bfloat16"
+label_drop = 0.2
+grad_clip = 1.0
+ema_max_decay = 0.999
+[optimizer]
+name = "adamw"
+lr = 1e-2
+betas = [0.9, 0.99]
+weight_decay = 1e-4
+[lr_schedule]
+name = "cosine"
+warmup_steps = 3
+[guidance]
+scale = 1.3
+[schedule]
+kind = "cosine"
+num_steps = {NUM_STEPS}
+[unet]
+num_steps = {NUM_STEPS}
+widths = [8, 16]
+num_pairs = 1
+attention_heads = 2
+time_dim = 8
+embed_dim = 8
+"""
+
+PLATEAU = f"""
+epochs = 3
+batch_size = 8
+precision = "float32"
+label_drop = 0.0
+grad_clip = 0.0
+ema_max_decay = 0.0
+[optimizer]
+name = "adam"
+lr = 0.1
+betas = [0.9, 0.999]
+weight_decay = 0.0
+[lr_schedule]
+name = "plateau"
+patience = 0
+factor = 0.5
+[guidance]
+scale = 1.0
+[schedule]
+kind = "linear"
+num_steps = {NUM_STEPS}
+[unet]
+num_steps = {NUM_STEPS}
+stem_patch = 4
+widths = [8]
+num_pairs = 1
+residual = false
+conditioning = "bottom"
+attention_heads = 0
+time_dim = 8
+embed_dim = 8
+"""
+
+RECIPES = {"cosine": COSINE, "plateau": PLATEAU}
+
+
+def idx_files(num_images: int = NUM_IMAGES) -> dict[str, bytes]:
+    """Both splits in the IDX format (LeCun's page): magic number, sizes, bytes; each label a bar in its own row."""
+    files = {}
+    for prefix in ("train", "t10k"):
+        random = np.random.default_rng(len(prefix))
+        labels = random.permutation(np.arange(num_images, dtype=np.uint8) % 10)
+        images = random.integers(0, 40, (num_images, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 4 : 2 * label + 7, 4:24] = 255
+        files[f"{prefix}-images-idx3-ubyte"] = struct.pack(">4i", 2051, num_images, 28, 28) + images.tobytes()
+        files[f"{prefix}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, num_images) + labels.tobytes()
+    return files
+
+
+def write_idx_files(folder: Path, *, packed: bool = False) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in idx_files().items():
+        path = folder / (f"{name}.gz" if packed else name)
+        path.write_bytes(gzip.compress(content) if packed else content)
+
+
+def trust_idx_files(patch: pytest.MonkeyPatch) -> None:
+    """Puts the made-up images in MNIST's place."""
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in idx_files().items()}
+    patch.setattr(mnist, "CHECKSUMS", sums)
+    patch.setattr(mnist, "NUM_VALIDATION", NUM_VALIDATION)
+
+
+def kill_at(where: str, patch: pytest.MonkeyPatch) -> None:
+    """Lets this process be killed in the middle of the second epoch, or of writing that epoch's state."""
+
+    def kill(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    calls = iter(range(1000))
+    if where == "epoch":
+        learn = Trainer._learn_from
+        steps = (NUM_IMAGES - NUM_VALIDATION) // 8
+        patch.setattr(
+            Trainer, "_learn_from", lambda *args: kill() if next(calls) == steps + steps // 2 else learn(*args)
+        )
+    elif where == "write":
+        write = checkpoint.write_atomically
+
+        def write_or_die(path: Path, data: bytes) -> None:
+            if path.name == "state.pt" and next(calls) == 1:
+                patch.setattr(os, "fsync", kill)
+            write(path, data)
+
+        patch.setattr(checkpoint, "write_atomically", write_or_die)
+    else:
+        raise ValueError(where)
+
+
+if __name__ == "__main__":
+    where, *arguments = sys.argv[1:]
+    with pytest.MonkeyPatch.context() as patch:
+        trust_idx_files(patch)
+        kill_at(where, patch)
+        train.main(arguments)
