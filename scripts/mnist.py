@@ -49,10 +49,13 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def _find_folder(data_dir: Path) -> Path | None:
-    for folder in (data_dir, data_dir / "mnist", data_dir / "MNIST" / "raw"):
+    for folder in (data_dir, data_dir / "mnist"):
         if any(folder.glob("*-idx?-ubyte*")):
             return folder
-    return None
+    downloaded = data_dir / "MNIST" / "raw"
+    # Of a download that broke off some files are there: torchvision brings the others.
+    whole = all((downloaded / name).exists() or (downloaded / f"{name}.gz").exists() for name in CHECKSUMS)
+    return downloaded if whole else None
 
 
 def _download(data_dir: Path) -> Path:
@@ -65,7 +68,8 @@ def _download(data_dir: Path) -> Path:
             f"no MNIST files in {data_dir}, and torchvision, which downloads them, is not installed"
         ) from error
     except (OSError, RuntimeError) as error:
-        raise DataError(f"no MNIST files in {data_dir}, and the download failed: {error}".splitlines()[0]) from error
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise DataError(f"no MNIST files in {data_dir}, and the download failed: {reason}") from error
     return data_dir / "MNIST" / "raw"
 
 
