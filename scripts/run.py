@@ -48,9 +48,10 @@ class Run:
             return False
         try:
             state = torch.load(path, map_location=trainer.device, weights_only=True)
+            identity = state["identity"]
         except Exception as error:
             raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
-        if state["identity"] != self.identity:
+        if identity != self.identity:
             raise RunError(f"{self.folder} holds a run of another recipe or seed; name another --out")
         trainer.load_state_dict(state["trainer"])
         self.results = [EpochResult(**result) for result in state["results"]]

@@ -4,12 +4,14 @@ Started again with the same arguments it goes on from the last whole epoch, bit 
 """
 
 import argparse
+import math
 import shutil
 import time
 from pathlib import Path
 
 import torch
 
+from scripts.arguments import Parser, integer
 from scripts.mnist import DataError, load_mnist
 from scripts.progress import Reporter, fail
 from scripts.recipe import RecipeError, load_recipe, preset_names
@@ -26,10 +28,9 @@ def main(argv: list[str] | None = None) -> None:
         recipe = load_recipe(args.preset)
         if args.epochs:
             recipe = recipe.model_copy(update={"epochs": args.epochs})
+        device = _device(args.device)
         images, labels = load_mnist("train", args.data_dir)
-        device = torch.device(
-            "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
-        )
+        args.out.mkdir(parents=True, exist_ok=True)
         compiled = args.compile == "on" or (args.compile == "auto" and _can_compile(device))
         trainer = Trainer(recipe, images, labels, seed=args.seed, device=device, compiled=compiled)
         run = Run(args.out, Path(args.preset).stem, recipe, args.seed)
@@ -70,30 +71,45 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
         return trainer.run_epoch(lambda step, loss: task.advance(batch_size, f"loss {loss:.4f}"))
 
 
+def _device(name: str) -> torch.device:
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if device.type not in ("cpu", "cuda"):
+        raise RuntimeError(f"--device {name}: auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {name}: no CUDA device is there")
+    return device
+
+
 def _can_compile(device: torch.device) -> bool:
     return device.type == "cuda" or shutil.which("g++") is not None
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.train", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m scripts.train", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="default", help=f"{', '.join(preset_names())}, or a path to a .toml file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
-    parser.add_argument("--epochs", type=_positive_int, help="instead of the preset's")
-    parser.add_argument("--time-limit", type=float, metavar="MINUTES", help="stop before an epoch that would not fit")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same machine: same weights")
+    parser.add_argument("--epochs", type=integer(1), help="instead of the preset's")
+    parser.add_argument(
+        "--time-limit", type=_minutes, metavar="MINUTES", help="stop before an epoch that would not fit"
+    )
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="same seed, same machine: same weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--compile", choices=["auto", "on", "off"], default="auto", help="auto: where a compiler is found"
     )
-    parser.add_argument("--num-threads", type=_positive_int, help="compute threads on a CPU")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     return parser.parse_args(argv)
 
 
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
+    return minutes
 
 
 if __name__ == "__main__":
