@@ -1,9 +1,8 @@
 import json
 import pickle
 import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import checkpoint
-from model.checkpoint import CheckpointConfig, CheckpointError, Probe, draw_probe, load, save, write_atomically
+from model.checkpoint import CheckpointConfig, CheckpointError, Probe, draw_probe, load, save
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNet
@@ -244,41 +242,3 @@ def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
 def test_a_probe_image_of_another_size_or_none_is_refused(saved: Path, image: object) -> None:
     rewrite(saved, lambda metadata: metadata.update(probe_image=image))
     assert "not a checkpoint of unfog" in refusal(saved)
-
-
-@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_litter(
-    network: UNet, saved: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
-) -> None:
-    before = saved.read_bytes()
-
-    def fail(*args: object) -> None:
-        raise error
-
-    monkeypatch.setattr(failing, fail)
-    with pytest.raises(type(error)):
-        save(saved, network, replace(config_of(network), class_names=("other",)))
-    monkeypatch.undo()
-    assert saved.read_bytes() == before
-    assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    code = (
-        "import os, pathlib, signal, sys; from model.checkpoint import write_atomically;"
-        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
-        "write_atomically(pathlib.Path(sys.argv[1]), b'new')"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(checkpoint.__file__).parents[1])
-    assert killed.returncode == -9
-    assert path.read_text() == "old"
-
-
-def test_a_write_makes_the_folders_on_its_way_and_a_file_that_all_may_read(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / "new" / "file"
-    write_atomically(path, b"content")
-    assert path.read_bytes() == b"content"
-    assert path.stat().st_mode & 0o777 == 0o644

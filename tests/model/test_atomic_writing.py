@@ -1,0 +1,51 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import CheckpointConfig, save, write_atomically
+from model.schedule import ScheduleConfig
+from tests.tiny import tiny_unet
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+) -> None:
+    network, path = tiny_unet(), tmp_path / "tiny.safetensors"
+    config = CheckpointConfig(unet=network.config, schedule=ScheduleConfig())
+    save(path, network, config)
+    before = path.read_bytes()
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(type(error)):
+        save(path, network, replace(config, class_names=("other",)))
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    code = (
+        "import os, pathlib, signal, sys; from model.checkpoint import write_atomically;"
+        "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
+        "write_atomically(pathlib.Path(sys.argv[1]), b'new')"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(path)], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -9
+    assert path.read_text() == "old"
+
+
+def test_a_write_makes_the_folders_on_its_way_and_a_file_that_all_may_read(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "new" / "file"
+    write_atomically(path, b"content")
+    assert path.read_bytes() == b"content"
+    assert path.stat().st_mode & 0o777 == 0o644

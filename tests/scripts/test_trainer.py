@@ -1,0 +1,122 @@
+import math
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint
+from scripts.recipe import Recipe
+from scripts.run import Run
+from scripts.trainer import EpochResult, Trainer
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, RECIPES, trust_idx_files
+
+STEPS = (NUM_IMAGES - NUM_VALIDATION) // 8
+MakeTrainer = Callable[..., Trainer]
+
+
+def recipe_of(name: str, **fields: Any) -> Recipe:
+    return Recipe.model_validate(tomllib.loads(RECIPES[name]) | fields)
+
+
+@pytest.fixture
+def make_trainer(monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+    trust_idx_files(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(NUM_IMAGES) % 10
+
+    def make(name: str, **fields: Any) -> Trainer:
+        recipe = recipe_of(name, **fields)
+        return Trainer(recipe, images, labels, seed=0, device=torch.device("cpu"), compiled=False)
+
+    return make
+
+
+def test_the_cosine_learning_rate_warms_up_and_falls_to_nothing(make_trainer: MakeTrainer) -> None:
+    trainer, rates = make_trainer("cosine"), []
+    for _ in range(3):
+        trainer.run_epoch(lambda step, loss: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    total = 3 * STEPS
+    warmup = [1 / 3, 2 / 3] + [1] * (total - 2)
+    expected = [1e-2 * w * (1 + math.cos(math.pi * i / total)) / 2 for i, w in enumerate(warmup)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_plateau_lowers_the_learning_rate(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("plateau")
+    losses = iter([0.5, 0.4, 0.4, 0.3])
+    monkeypatch.setattr(trainer.validation, "losses", lambda denoiser: (next(losses), (0.0,) * 4))
+    rates = [trainer.run_epoch().learning_rate for _ in range(4)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05])
+
+
+def test_each_training_image_is_seen_once_an_epoch_and_no_validation_image(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = make_trainer("plateau"), []
+    learn = trainer._learn_from
+
+    def watch(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(rows)
+        return learn(rows, *args)
+
+    monkeypatch.setattr(trainer, "_learn_from", watch)
+    trainer.run_epoch()
+    trainer.run_epoch()
+    first, second = torch.cat(seen[:STEPS]), torch.cat(seen[STEPS:])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(NUM_IMAGES - NUM_VALIDATION))
+    assert first.tolist() != second.tolist()
+
+
+def test_what_is_validated_is_the_average_where_there_is_one(make_trainer: MakeTrainer) -> None:
+    averaging, plain = make_trainer("cosine"), make_trainer("plateau")
+    for trainer in (averaging, plain):
+        trainer.run_epoch()
+    average, network = averaging.averaged.state_dict(), averaging.network.state_dict()
+    assert averaging.ema is not None
+    assert all(torch.equal(average[name], averaging.ema.shadow[name]) for name in average)
+    assert not any(torch.equal(average[name], network[name]) for name in average)
+    average, network = plain.averaged.state_dict(), plain.network.state_dict()
+    assert all(torch.equal(average[name], network[name]) for name in average)
+
+
+def test_an_untrained_network_loses_the_noises_variance_in_every_band(make_trainer: MakeTrainer) -> None:
+    validation_loss, band_losses = make_trainer("cosine").validation.losses(lambda x_t, t, y: torch.zeros_like(x_t))
+    n = NUM_VALIDATION * 784
+    assert abs(validation_loss - 1) < 5 * (2 / n) ** 0.5
+    assert all(abs(loss - 1) < 5 * (2 / (n / 8)) ** 0.5 for loss in band_losses)
+
+
+def test_bands_are_the_quarters_of_the_steps_with_little_noise_first(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("cosine")
+    validation = trainer.validation
+    _, band_losses = validation.losses(lambda x_t, t, y: validation.eps[: len(x_t)] + t[:, None, None, None])
+    quarter = NUM_STEPS // 4
+    for band, loss in enumerate(band_losses):
+        steps = [t for t in validation.t.tolist() if band * quarter < t <= (band + 1) * quarter]
+        assert loss == pytest.approx(sum(t * t for t in steps) / len(steps), rel=1e-4)
+
+
+def test_a_trained_network_predicts_better_than_an_untrained_one(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("cosine", epochs=12)
+    losses = [trainer.run_epoch().train_loss for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_only_a_better_validation_loss_replaces_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer("plateau")
+    run = Run(tmp_path, "tiny", trainer.recipe, seed=0)
+    result = EpochResult(1, train_loss=0.9, validation_loss=0.5, band_losses=(0.5,) * 4, learning_rate=0.1)
+    kept = []
+    for epoch, loss in enumerate([0.5, 0.6, 0.5, 0.4], start=1):
+        trainer.epoch = epoch
+        with torch.no_grad():
+            trainer.averaged.stem[1].bias.fill_(epoch)
+        best = run.record(trainer, replace(result, epoch=epoch, validation_loss=loss))
+        loaded = checkpoint.load(tmp_path / "model.safetensors")
+        kept.append((best, loaded.network.stem[1].bias[0].item(), loaded.config.training["epochs"]))
+    assert kept == [(True, 1, 1), (False, 1, 1), (False, 1, 1), (True, 4, 4)]

@@ -1,0 +1,58 @@
+"""Promises about the sources themselves; test_import_arrows.py holds those about who imports whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("app", "model", "scripts")
+MAX_LINES = 280
+# The modules of the service that handle tensors: the runner and what it is made of.
+MAY_IMPORT_TORCH = {"app/runner.py", "app/slots.py", "app/device.py"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(source: str) -> set[str]:
+    """The top-level names of all modules that a source imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_a_file_fits_into_the_head() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*FOLDERS)}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+
+
+def test_torch_is_named_only_where_the_service_handles_tensors() -> None:
+    named = {str(path.relative_to(ROOT)) for path in sources("app") if "torch" in imported(path.read_text())}
+    assert "app/runner.py" in named
+    assert named <= MAY_IMPORT_TORCH
+
+
+def test_the_model_needs_nothing_beyond_torch_einops_and_safetensors() -> None:
+    standard = {"base64", "binascii", "collections", "dataclasses", "hashlib", "itertools", "json", "math", "os"}
+    allowed = standard | {"pathlib", "tempfile", "typing", "model", "torch", "einops", "safetensors"}
+    used = {str(path.relative_to(ROOT)): imported(path.read_text()) - allowed for path in sources("model")}
+    assert {name: more for name, more in used.items() if more} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("import torch.nn as nn", {"torch"}),
+        ("def f():\n    from torch import Tensor", {"torch"}),
+        ("from .torch import x", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, names: set[str]) -> None:
+    assert imported(source) == names
