@@ -109,9 +109,7 @@ def test_a_wrong_argument_is_one_sentence_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_guiding_a_network_that_cannot_be_guided_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_guiding_a_network_that_cannot_be_guided_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = save_tiny_checkpoint(tmp_path / "plain.safetensors", label_drop=0)
     with pytest.raises(SystemExit) as exit_:
         draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1.3")
