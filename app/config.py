@@ -72,6 +72,7 @@ def load_settings() -> Settings:
         name = f"{PREFIX}{first['loc'][0]}".upper()
         raise SettingsError(f"{name}={first['input']!r} is wrong: {first['msg']}") from error
     for field in sorted(NOT_YET):
-        if getattr(settings, field) not in (None, "off"):
+        value = getattr(settings, field)
+        if value is not None and (field, value) != ("rate_limit", "off"):
             raise SettingsError(f"{PREFIX}{field.upper()} is set, but this release does not have it yet")
     return settings

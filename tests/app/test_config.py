@@ -1,0 +1,145 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from app.config import NOT_YET, Settings, SettingsError, load_settings
+from model.checkpoint import SHIPPED
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("UNFOG_"):
+            monkeypatch.delenv(name)
+
+
+# Contract, section 6.
+DEFAULTS = {
+    "UNFOG_CHECKPOINT": ("checkpoint", SHIPPED),
+    "UNFOG_DEVICE": ("device", "auto"),
+    "UNFOG_DTYPE": ("dtype", "auto"),
+    "UNFOG_COMPILE": ("compile", "auto"),
+    "UNFOG_NUM_THREADS": ("num_threads", None),
+    "UNFOG_MAX_BATCH": ("max_batch", None),  # auto
+    "UNFOG_QUEUE_CAPACITY": ("queue_capacity", 1024),
+    "UNFOG_MAX_COUNT": ("max_count", 64),
+    "UNFOG_MAX_BODY_BYTES": ("max_body_bytes", 2**20),
+    "UNFOG_REQUEST_TIMEOUT": ("request_timeout", 30.0),
+    "UNFOG_DRAIN_TIMEOUT": ("drain_timeout", 25.0),
+    "UNFOG_WATCHDOG_SECONDS": ("watchdog_seconds", 10.0),
+    "UNFOG_API_KEYS": ("api_keys", None),
+    "UNFOG_RATE_LIMIT": ("rate_limit", None),
+    "UNFOG_CORS_ORIGINS": ("cors_origins", None),
+    "UNFOG_LOG_FORMAT": ("log_format", "auto"),
+    "UNFOG_LOG_LEVEL": ("log_level", "info"),
+    "UNFOG_HOST": ("host", "127.0.0.1"),
+    "UNFOG_PORT": ("port", 8000),
+}
+
+
+@pytest.mark.parametrize("variable", DEFAULTS)
+def test_the_defaults_are_the_promised_ones(variable: str) -> None:
+    field, default = DEFAULTS[variable]
+    assert getattr(load_settings(), field) == default
+
+
+@pytest.mark.parametrize("variable", DEFAULTS)
+def test_an_empty_variable_is_the_default(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "")
+    field, default = DEFAULTS[variable]
+    assert getattr(load_settings(), field) == default
+
+
+def test_every_setting_is_in_the_table() -> None:
+    assert {field for field, _ in DEFAULTS.values()} == set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("UNFOG_CHECKPOINT", "/tmp/a b.safetensors", Path("/tmp/a b.safetensors")),
+        ("UNFOG_DEVICE", "cpu", "cpu"),
+        ("UNFOG_DEVICE", "cuda", "cuda"),
+        ("UNFOG_DEVICE", "cuda:1", "cuda:1"),
+        ("UNFOG_DTYPE", "bfloat16", "bfloat16"),
+        ("UNFOG_COMPILE", "off", "off"),
+        ("UNFOG_NUM_THREADS", "3", 3),
+        ("UNFOG_MAX_BATCH", "auto", None),
+        ("UNFOG_MAX_BATCH", "1", 1),
+        ("UNFOG_QUEUE_CAPACITY", "1", 1),
+        ("UNFOG_MAX_COUNT", "128", 128),
+        ("UNFOG_MAX_BODY_BYTES", "100", 100),
+        ("UNFOG_REQUEST_TIMEOUT", "0.5", 0.5),
+        ("UNFOG_DRAIN_TIMEOUT", "0", 0.0),
+        ("UNFOG_WATCHDOG_SECONDS", "2", 2.0),
+        ("UNFOG_RATE_LIMIT", "off", "off"),
+        ("UNFOG_LOG_FORMAT", "json", "json"),
+        ("UNFOG_LOG_LEVEL", "debug", "debug"),
+        ("UNFOG_HOST", "::1", "::1"),
+        ("UNFOG_PORT", "0", 0),
+    ],
+)
+def test_a_good_value_is_taken(variable: str, value: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    assert getattr(load_settings(), DEFAULTS[variable][0]) == expected
+
+
+WRONG = {
+    "UNFOG_DEVICE": ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "CPU", "cuda:1:2", ":"],
+    "UNFOG_DTYPE": ["float16", "fp32"],
+    "UNFOG_COMPILE": ["yes", "1"],
+    "UNFOG_NUM_THREADS": ["0", "-1", "1.5", "many", "100000"],
+    "UNFOG_MAX_BATCH": ["0", "-4", "2.5", "big", "4097", "AUTO"],
+    "UNFOG_QUEUE_CAPACITY": ["0", "-1", "x", "1e3"],
+    "UNFOG_MAX_COUNT": ["0", "x"],
+    "UNFOG_MAX_BODY_BYTES": ["0", "1MiB"],
+    "UNFOG_REQUEST_TIMEOUT": ["0", "-1", "nan", "inf", "30s"],
+    "UNFOG_DRAIN_TIMEOUT": ["-1", "nan", "inf", "x"],
+    "UNFOG_WATCHDOG_SECONDS": ["0", "nan", "inf", "x"],
+    "UNFOG_API_KEYS": ["secret"],
+    "UNFOG_RATE_LIMIT": ["600/minute"],
+    "UNFOG_CORS_ORIGINS": ["*"],
+    "UNFOG_LOG_FORMAT": ["xml"],
+    "UNFOG_LOG_LEVEL": ["loud", "7"],
+    "UNFOG_PORT": ["-1", "65536", "http", "80.5", "8000\nx"],
+}
+
+
+@pytest.mark.parametrize(("variable", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_one_line_that_names_the_variable(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as wrong:
+        load_settings()
+    sentence = str(wrong.value)
+    assert len(sentence.splitlines()) == 1
+    assert sentence.startswith(variable)
+    assert "Error" not in sentence  # nothing of Python's
+
+
+def test_every_variable_that_can_be_wrong_is_tried() -> None:
+    assert set(DEFAULTS) - set(WRONG) == {"UNFOG_CHECKPOINT", "UNFOG_HOST"}  # any text may be a path or a name
+    assert {f"UNFOG_{field.upper()}" for field in NOT_YET} <= set(WRONG)
+
+
+def test_a_promise_of_protection_is_never_taken_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_API_KEYS", "off")  # a key like any other
+    with pytest.raises(SettingsError, match="UNFOG_API_KEYS"):
+        load_settings()
+
+
+def test_a_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_API_KEYS", "hunter2")
+    with pytest.raises(SettingsError) as wrong:
+        load_settings()
+    assert "hunter2" not in str(wrong.value)
+
+
+def test_settings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings()
+    monkeypatch.setenv("UNFOG_PORT", "9000")
+    assert settings.port == 8000
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 9000
