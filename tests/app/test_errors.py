@@ -1,0 +1,78 @@
+import json
+from http import HTTPStatus
+
+import pytest
+
+from app import errors
+from app.errors import UnfogError
+
+# Contract, section 3. 401, 403 and 429 rate_limited belong to a later release.
+EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
+    (errors.MalformedJSON(), 400, "malformed_json"),
+    (errors.NotFound(), 404, "not_found"),
+    (errors.MethodNotAllowed("POST"), 405, "method_not_allowed"),
+    (errors.NotAcceptable(("image/png",)), 406, "not_acceptable"),
+    (errors.BodyTooLarge(10), 413, "body_too_large"),
+    (errors.UnsupportedMediaType(), 415, "unsupported_media_type"),
+    (errors.InvalidRequest.of("digit", "too large"), 422, "invalid_request"),
+    (errors.Overloaded(3), 429, "overloaded"),
+    (errors.InternalError(), 500, "internal_error"),
+    (errors.Starting(3), 503, "starting"),
+    (errors.Draining(3), 503, "draining"),
+    (errors.EngineFailed(3), 503, "engine_failed"),
+    (errors.DeadlineExceeded(), 504, "deadline_exceeded"),
+]
+cases = pytest.mark.parametrize(
+    ("error", "status", "code"), [pytest.param(*case, id=f"{case[1]}-{case[2]}") for case in EVERY_ERROR]
+)
+
+
+def leaves(kind: type[UnfogError]) -> set[type[UnfogError]]:
+    children = kind.__subclasses__()
+    return set.union(*map(leaves, children)) if children else {kind}
+
+
+@cases
+def test_every_error_has_its_status_and_code(error: UnfogError, status: int, code: str) -> None:
+    assert (error.status, error.code) == (status, code)
+
+
+def test_the_table_is_complete() -> None:
+    assert {type(error) for error, _, _ in EVERY_ERROR} == leaves(UnfogError)
+
+
+@cases
+def test_the_problem_is_what_rfc_9457_asks_for(error: UnfogError, status: int, code: str) -> None:
+    problem = json.loads(json.dumps(error.problem("an-id")))
+    extra = problem.pop("errors", None)
+    assert problem == {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": error.detail,
+        "code": code,
+        "request_id": "an-id",
+    }
+    assert (extra is not None) is (status == 422)
+    assert error.detail
+    assert str(error) == error.detail
+
+
+@cases
+def test_what_is_worth_trying_again_says_when(error: UnfogError, status: int, code: str) -> None:
+    assert error.headers.get("Retry-After") == ("3" if status in (429, 503) else None)
+
+
+def test_a_wrong_method_names_the_right_ones() -> None:
+    assert errors.MethodNotAllowed("GET, HEAD").headers == {"Allow": "GET, HEAD"}
+
+
+def test_an_invalid_request_says_which_field() -> None:
+    problem = errors.InvalidRequest.of("count", "Input should be less").problem("an-id")
+    assert problem["errors"] == [{"loc": ["body", "count"], "msg": "Input should be less"}]
+    assert problem["detail"] == "body.count: Input should be less"
+
+
+def test_a_detail_of_its_own_replaces_the_usual_one() -> None:
+    assert errors.Overloaded(1, "too long a backlog").problem("an-id")["detail"] == "too long a backlog"
+    assert errors.Overloaded(1).detail == "the queue has no room for this request"

@@ -1,0 +1,101 @@
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from app import errors
+from app.metrics import Metrics
+
+# Contract, section 5: attribute of Metrics, name, type, labels.
+EVERY_METRIC = [
+    ("requests", "unfog_requests_total", "counter", ("route", "code")),
+    ("request_duration", "unfog_request_duration_seconds", "histogram", ("route",)),
+    ("requests_in_progress", "unfog_requests_in_progress", "gauge", ()),
+    ("images", "unfog_images_total", "counter", ("digit",)),
+    ("queue_depth", "unfog_queue_depth_images", "gauge", ()),
+    ("queue_capacity", "unfog_queue_capacity_images", "gauge", ()),
+    ("running_images", "unfog_running_images", "gauge", ()),
+    ("queue_wait", "unfog_queue_wait_seconds", "histogram", ()),
+    ("admission_wait", "unfog_admission_wait_steps", "histogram", ()),
+    ("rejected", "unfog_rejected_total", "counter", ("reason",)),
+    ("cancelled", "unfog_cancelled_total", "counter", ("stage",)),
+    ("denoise_steps", "unfog_denoise_steps_total", "counter", ()),
+    ("step_duration", "unfog_denoise_step_duration_seconds", "histogram", ()),
+    ("batch_rows", "unfog_batch_rows", "histogram", ()),
+    ("encode_duration", "unfog_encode_duration_seconds", "histogram", ()),
+    ("model_info", "unfog_model_info", "gauge", ("name", "sha256", "device", "dtype", "version")),
+    ("ready", "unfog_ready", "gauge", ()),
+]
+
+
+def rendered(metrics: Metrics) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
+
+
+def touched() -> Metrics:
+    """Metrics in which every one with labels has a child."""
+    metrics = Metrics()
+    for attribute, _, _, labels in EVERY_METRIC:
+        if labels:
+            getattr(metrics, attribute).labels(**dict.fromkeys(labels, "x"))
+    return metrics
+
+
+@pytest.mark.parametrize(("attribute", "name", "kind", "labels"), EVERY_METRIC)
+def test_every_metric_has_its_name_type_and_labels(
+    attribute: str, name: str, kind: str, labels: tuple[str, ...]
+) -> None:
+    family = rendered(touched())[name.removesuffix("_total")]
+    assert family.type == kind
+    assert family.documentation
+    assert {sample.name for sample in family.samples} == (
+        {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
+    )
+    assert {key for sample in family.samples for key in sample.labels} - {"le"} == set(labels)
+
+
+def test_there_are_no_others() -> None:
+    names = {name.removesuffix("_total") for _, name, _, _ in EVERY_METRIC}
+    assert set(rendered(touched())) == names
+    on_a_gpu = touched()
+    on_a_gpu.watch_device_memory(lambda: 12.0)
+    families = rendered(on_a_gpu)
+    assert set(families) - names == {"unfog_device_memory_bytes"}
+    assert families["unfog_device_memory_bytes"].type == "gauge"
+    assert families["unfog_device_memory_bytes"].samples[0].value == 12
+
+
+def test_no_time_of_creation_is_exposed() -> None:
+    assert b"_created" not in touched().render()
+
+
+def test_reasons_and_stages_are_there_from_the_start() -> None:
+    families = rendered(Metrics())
+    reasons = {sample.labels["reason"]: sample.value for sample in families["unfog_rejected"].samples}
+    assert reasons == dict.fromkeys(("overloaded", "rate_limited", "draining", "deadline"), 0)
+    stages = {sample.labels["stage"]: sample.value for sample in families["unfog_cancelled"].samples}
+    assert stages == {"waiting": 0, "running": 0}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errors.Overloaded(1), "overloaded"),
+        (errors.Draining(1), "draining"),
+        (errors.DeadlineExceeded(), "deadline"),
+        (errors.Starting(1), None),
+        (errors.EngineFailed(1), None),
+        (errors.InternalError(), None),
+        (errors.MalformedJSON(), None),
+    ],
+)
+def test_only_what_refuses_or_gives_up_work_counts_as_rejected(error: errors.UnfogError, reason: str | None) -> None:
+    metrics = Metrics()
+    metrics.count_rejection(error)
+    counts = {s.labels["reason"]: s.value for s in rendered(metrics)["unfog_rejected"].samples if s.value}
+    assert counts == ({reason: 1} if reason else {})
+
+
+def test_two_sets_do_not_mix() -> None:
+    first, second = Metrics(), Metrics()
+    first.denoise_steps.inc()
+    assert second.registry.get_sample_value("unfog_denoise_steps_total") == 0

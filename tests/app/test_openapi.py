@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+from typing import Any
+
+from app.config import Settings
+from app.main import create_app
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "openapi.json"
+
+
+def document() -> dict[str, Any]:
+    return create_app(Settings()).openapi()
+
+
+def references(node: Any) -> set[str]:
+    """Every $ref below a node."""
+    if isinstance(node, dict):
+        found = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
+        return found.union(*map(references, node.values()))
+    return set().union(*map(references, node)) if isinstance(node, list) else set()
+
+
+def test_the_committed_document_is_the_one_that_is_served() -> None:
+    assert json.loads(COMMITTED.read_text()) == document(), "run python -m app --openapi > docs/openapi.json"
+
+
+def test_every_reference_leads_somewhere() -> None:
+    served = document()
+    assert references(served) <= {f"#/components/schemas/{name}" for name in served["components"]["schemas"]}
+
+
+def test_every_route_is_described() -> None:
+    assert set(document()["paths"]) == {"/generate", "/health", "/livez", "/readyz", "/startupz", "/metrics"}
+
+
+def test_the_body_and_the_answers_of_generate_are_described() -> None:
+    served = document()
+    generate = served["paths"]["/generate"]["post"]
+    body = generate["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/GenerateRequest"}
+    fields = served["components"]["schemas"]["GenerateRequest"]["properties"]
+    assert set(fields) == {
+        "digit",
+        "count",
+        "seed",
+        "num_steps",
+        "sampler",
+        "guidance_scale",
+        "scale",
+        "model",
+        "timeout_seconds",
+    }
+    assert set(generate["responses"]) == {"200", "400", "406", "413", "415", "422", "429", "500", "503", "504"}
+    assert set(generate["responses"]["200"]["content"]) == {
+        "application/json",
+        "image/png",
+        "application/zip",
+        "text/event-stream",
+    }

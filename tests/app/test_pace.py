@@ -1,0 +1,53 @@
+import pytest
+
+from app.pace import Pace
+
+CURVE = {1: 1.0, 4: 2.5, 8: 3.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"), [(1, 1.0), (2, 1.5), (3, 2.0), (4, 2.5), (6, 2.75), (8, 3.0), (500, 3.0), (0, 1.0)]
+)
+def test_a_step_takes_what_the_curve_says(rows: int, seconds: float) -> None:
+    assert Pace(CURVE).step_seconds(rows) == pytest.approx(seconds)
+
+
+def test_the_curve_may_come_in_any_order() -> None:
+    assert Pace(dict(reversed(CURVE.items()))).step_seconds(2) == pytest.approx(1.5)
+
+
+def test_a_slower_machine_is_learned_for_all_batches() -> None:
+    pace = Pace(CURVE)
+    for _ in range(200):
+        pace.observe(4, 5.0)  # twice as long as when warming up
+    assert pace.step_seconds(1) == pytest.approx(2.0, rel=0.01)
+    assert pace.step_seconds(8) == pytest.approx(6.0, rel=0.01)
+
+
+def test_one_slow_step_changes_little() -> None:
+    pace = Pace(CURVE)
+    pace.observe(1, 3.0)
+    assert 1.0 < pace.step_seconds(1) < 1.2
+
+
+def test_steps_as_expected_change_nothing() -> None:
+    pace = Pace(CURVE)
+    for rows in (1, 2, 8, 64):
+        pace.observe(rows, pace.step_seconds(rows))
+    assert pace.slowdown == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("curve", "tolerance", "best"),
+    [
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 0.2, 1),  # nothing is gained
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 0.2, 4),  # all is gained
+        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.2, 16),  # 8, 10, 11 rows a second
+        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.0, 32),
+        ({1: 1.0, 8: 1.0, 64: 100.0}, 0.2, 8),  # larger is worse
+    ],
+)
+def test_the_best_batch_is_the_smallest_near_the_best_rate(
+    curve: dict[int, float], tolerance: float, best: int
+) -> None:
+    assert Pace(curve).best_batch(tolerance) == best
