@@ -34,3 +34,4 @@ def configure_logging(log_format: str, level: str) -> None:
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True  # ours carries the request id
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # ours says what matters

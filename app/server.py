@@ -29,6 +29,17 @@ class StartError(Exception):
 class _Uvicorn(uvicorn.Server):
     """uvicorn would close its listener at SIGTERM; we tell it when to stop."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()  # told to stop before it, uvicorn would leave the lifespan to be cancelled
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to answer, and says so."""
+        try:
+            await super().startup(sockets)
+        finally:
+            self.up.set()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leaves the signals alone."""
@@ -61,12 +72,14 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     stop = _stop_signal(server)
     serving = asyncio.ensure_future(server.serve([listener]))
     ready = asyncio.wrap_future(engine.ready)
+    await server.up.wait()
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and not ready.exception() and engine.info:
         host, port = listener.getsockname()[:2]
         log.info("ready on http://%s:%d, %s on %s", host, port, engine.info.dtype, engine.info.device)
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
-    await _drain(engine, settings.drain_timeout)
+    if stop.done():
+        await _drain(engine, settings.drain_timeout)
     server.should_exit = True
     await serving
     if ready.done() and (failure := ready.exception()):

@@ -1,0 +1,165 @@
+"""From the first moment to the last: starting, serving, draining, gone; and what the probes say of each."""
+
+import json
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import pytest
+
+from model.unet import UNet
+from tests.e2e.conftest import Start
+from tests.e2e.process import PATIENCE, Process, eventually
+from tests.e2e.service import Service, assert_problem, pngs
+
+PROBES = ("/health", "/livez", "/readyz", "/startupz")
+WORK = {"digit": 4, "count": 10, "seed": 11}
+ONE_ROW = {"UNFOG_MAX_BATCH": "1", "UNFOG_REQUEST_TIMEOUT": "300"}  # so that work takes long
+
+
+def statuses(client: httpx.Client) -> list[int]:
+    return [client.get(probe).status_code for probe in PROBES]
+
+
+def images_inside(service: Service) -> float:
+    metrics = service.metrics()
+    return metrics.of("queue_depth_images") + metrics.of("running_images")
+
+
+class Loading:
+    """A process that reads its checkpoint from a pipe, and so loads until it is given the bytes."""
+
+    def __init__(self, checkpoint: Path, folder: Path) -> None:
+        self._checkpoint, self._pipe = checkpoint, folder / "checkpoint"
+        os.mkfifo(self._pipe)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        self.process = Process(UNFOG_CHECKPOINT=str(self._pipe), UNFOG_PORT=str(port))
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE)
+        self._writer = -1
+        eventually(self._is_read, "the process reads its checkpoint")
+
+    def go_on(self) -> None:
+        """Gives it what it waits for; what it opens next is the file itself."""
+        self._pipe.unlink()
+        self._pipe.symlink_to(self._checkpoint)
+        with os.fdopen(self._writer, "wb") as file:
+            os.set_blocking(self._writer, True)
+            file.write(self._checkpoint.read_bytes())
+
+    def end(self) -> None:
+        """Leaves nothing behind."""
+        self.client.close()
+        self.process.end()
+
+    def _is_read(self) -> bool:
+        try:
+            self._writer = os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        return True
+
+
+@pytest.fixture
+def loading(checkpoint: Path, tmp_path: Path) -> Iterator[Loading]:
+    process = Loading(checkpoint, tmp_path)
+    yield process
+    process.end()
+
+
+def test_http_answers_while_the_checkpoint_is_loaded(loading: Loading, checkpoint: Path) -> None:
+    client = loading.client
+    health = client.get("/health")
+    assert (health.status_code, health.json()["status"]) == (503, "starting")
+    assert health.json()["version"] == version("unfog")
+    assert statuses(client) == [503, 200, 503, 503]
+    assert_problem(client.post("/generate", json={"digit": 7}), 503, "starting")
+    assert_problem(client.post("/generate", json={"digit": 10}), 422, "invalid_request")
+    assert "unfog_ready 0.0" in client.get("/metrics").text
+    loading.go_on()
+    loading.process.wait_until_ready()
+    assert statuses(client) == [200] * 4
+    assert client.post("/generate", json={"digit": 7, "num_steps": 1}).status_code == 200
+    assert "unfog_ready 1.0" in client.get("/metrics").text
+
+
+def test_sigterm_while_the_checkpoint_is_loaded_is_a_clean_end(loading: Loading) -> None:
+    assert loading.client.get("/livez").status_code == 200
+    loading.process.signal(signal.SIGTERM)
+    loading.go_on()
+    assert loading.process.wait() == 0
+    assert "Traceback" not in "".join(loading.process.lines)
+
+
+def test_health_tells_what_is_served_and_how_busy_it_is(service: Service, network: UNet) -> None:
+    service.wait_until_idle()
+    health = service.client.get("/health").json()
+    assert health.pop("uptime_seconds") > 0
+    sha256 = health["model"].pop("sha256")
+    assert health == {
+        "status": "ok",
+        "version": version("unfog"),
+        "model": {"name": "default", "num_parameters": sum(p.numel() for p in network.parameters())},
+        "device": "cpu",
+        "dtype": health["dtype"],
+        "queue": {"waiting": 0, "running": 0, "capacity": 1024},
+    }
+    assert health["dtype"] in ("float32", "bfloat16")
+    assert service.post({"digit": 1, "num_steps": 1}).json()["model"]["sha256"] == sha256
+    with service.events({"digit": 1, "count": 64}) as events:
+        next(event for event in events if event[0] == "progress")
+        queue = service.client.get("/health").json()["queue"]
+        assert queue["waiting"] + queue["running"] > 0
+        assert statuses(service.client) == [200] * 4
+    service.wait_until_idle()
+
+
+def test_sigterm_finishes_what_was_admitted_and_takes_nothing_new(start: Start, service: Service) -> None:
+    draining = start(**ONE_ROW)
+    with ThreadPoolExecutor() as pool, draining.events({**WORK, "count": 2}) as events:
+        admitted = pool.submit(draining.post, WORK)
+        assert next(events)[0] == "accepted"
+        eventually(lambda: images_inside(draining) > 2, "both requests are admitted")
+        draining.process.signal(signal.SIGTERM)
+        eventually(lambda: draining.client.get("/readyz").status_code == 503, "it is not ready")
+        assert statuses(draining.client) == [503, 200, 503, 503]
+        assert draining.client.get("/health").json()["status"] == "draining"
+        assert_problem(draining.post({"digit": 1}), 503, "draining")
+        metrics = draining.metrics()
+        assert metrics.of("ready") == 0
+        assert metrics.of("rejected_total", reason="draining") == 1
+        assert not admitted.done()
+        assert [name for name, _ in events][-1] == "done"
+        answer = admitted.result(PATIENCE)
+    assert answer.status_code == 200
+    assert draining.process.wait() == 0
+    assert "Traceback" not in "".join(draining.process.lines)
+    assert pngs(answer) == service.images(**WORK)
+
+
+def test_what_is_unfinished_after_the_drain_timeout_is_answered(start: Start) -> None:
+    draining = start(**ONE_ROW, UNFOG_DRAIN_TIMEOUT="0.1")
+    with ThreadPoolExecutor() as pool, draining.events({"digit": 1, "count": 64}) as events:
+        unfinished = pool.submit(draining.post, {"digit": 1, "count": 64})
+        eventually(lambda: images_inside(draining) > 64, "both requests are admitted")
+        draining.process.signal(signal.SIGINT)
+        assert_problem(unfinished.result(PATIENCE), 503, "draining")
+        name, problem = list(events)[-1]
+        assert (name, problem["code"], problem["status"]) == ("error", "draining", 503)
+    assert draining.process.wait() == 0
+    assert "Traceback" not in "".join(draining.process.lines)
+
+
+def test_every_line_of_the_log_is_json_with_what_a_log_is_searched_for(service: Service) -> None:
+    service.post({"digit": 7, "num_steps": 1}, **{"x-request-id": "find-me"})
+    eventually(lambda: any("find-me" in line for line in service.process.lines), "the request is logged")
+    lines = [json.loads(line) for line in service.process.lines]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    (line,) = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (line["route"], line["status"], line["level"]) == ("/generate", 200, "info")
+    assert line["seconds"] > 0
