@@ -98,10 +98,10 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(workplace: Pa
 def test_a_time_limit_stops_between_epochs_and_the_next_start_goes_on(
     workplace: Path, unbroken: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a clock that moves on by a minute whenever it is read: an epoch takes one."""
+    """By a clock that a reading moves on by a minute: the third epoch would begin in time and end too late."""
     minutes = iter(range(1000))
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes)))
-    argv = arguments(workplace, "cosine", workplace / "limited", "--time-limit", "4")
+    argv = arguments(workplace, "cosine", workplace / "limited", "--time-limit", "5")
     train.main(argv)
     assert state_of(workplace / "limited")["trainer"]["epoch"] == 2
     assert "the time limit is near: stopped after epoch 2" in capsys.readouterr().out
