@@ -1,9 +1,11 @@
 """What surrounds every request: its id, its metrics, its line in the log, and the answer to a bug."""
 
+import asyncio
 import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
@@ -15,6 +17,7 @@ from app.metrics import Metrics
 log = logging.getLogger("unfog.access")
 
 CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # for a client that goes on sending after its answer
 PROBLEM_JSON = "application/problem+json"
 
 
@@ -36,17 +39,18 @@ class RequestContext:
             return
         request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
         status, start = 0, time.perf_counter()
+        body = _Body(scope, receive)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
-            await send(message)
+            await body.send(message, send)
 
         with self._metrics.requests_in_progress.track_inprogress():
             try:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, body.receive, send_with_id)
             except Exception:
                 log.exception("a request failed", extra={"request_id": request_id})
                 if not status:
@@ -66,6 +70,42 @@ class RequestContext:
             seconds * 1000,
             extra={"request_id": request_id, "route": route, "status": int(code), "seconds": round(seconds, 6)},
         )
+
+
+class _Body:
+    """The request's body, which may be refused before it has ended, and may never end.
+
+    Then the connection is closed after the answer; not at once, as that would take the answer
+    from a client that still sends.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        headers = dict(scope["headers"])
+        self._unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        self._receive = receive
+
+    async def receive(self) -> Message:
+        """The next piece, for the handler."""
+        message = await self._receive()
+        self._unread = self._unread and message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message, send: Send) -> None:
+        """Sends the handler's message."""
+        if self._unread and message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Connection"] = "close"
+        elif self._unread and not message.get("more_body"):
+            await send({**message, "more_body": True})
+            await self._discard()
+            message = {"type": "http.response.body"}
+        await send(message)
+
+    async def _discard(self) -> None:
+        num_bytes = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self._unread and num_bytes < LINGER_BYTES:
+                    num_bytes += len((await self.receive()).get("body", b""))
 
 
 def _request_id(scope: Scope) -> str:

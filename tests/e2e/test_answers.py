@@ -1,0 +1,184 @@
+"""The four answers hold the same images, and say where they come from."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.service import EVENTS, PNG, ZIP, Service, open_png, pngs
+
+BODY = {"digit": 7, "count": 5, "seed": 2**53 - 1, "num_steps": 12, "sampler": "ddim", "guidance_scale": 1.5}
+TIMES = ("queue_seconds", "denoise_seconds", "total_seconds")
+
+
+@pytest.fixture(scope="module")
+def drawn(service: Service) -> dict[str, Any]:
+    """The JSON answer to BODY."""
+    answer: dict[str, Any] = service.post(BODY).json()
+    return answer
+
+
+@pytest.fixture(scope="module")
+def images(drawn: dict[str, Any]) -> list[bytes]:
+    """Its files."""
+    return [base64.b64decode(image["png"]) for image in drawn["images"]]
+
+
+def test_json_says_what_was_drawn_and_how(drawn: dict[str, Any], checkpoint: Path) -> None:
+    sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    fields = {name: value for name, value in drawn.items() if name not in ("images", "timing")}
+    assert fields == {**BODY, "model": {"name": "default", "sha256": sha256}}
+    assert [set(image) for image in drawn["images"]] == [{"index", "png"}] * 5
+    assert [image["index"] for image in drawn["images"]] == [0, 1, 2, 3, 4]
+
+
+def test_times_are_told_and_add_up(drawn: dict[str, Any]) -> None:
+    assert set(drawn["timing"]) == set(TIMES)
+    queue, denoise, total = (drawn["timing"][name] for name in TIMES)
+    assert queue >= 0
+    assert denoise > 0
+    assert queue + denoise <= total + 1e-5  # each is rounded
+
+
+def test_an_image_is_28_by_28_greyscale_and_differs_from_the_next(images: list[bytes]) -> None:
+    for png in images:
+        pixels, _, mode = open_png(png)
+        assert (pixels.shape, mode) == ((28, 28), "L")
+    assert len(set(images)) == 5
+
+
+def test_every_png_carries_its_provenance(images: list[bytes], checkpoint: Path) -> None:
+    for index, png in enumerate(images):
+        assert open_png(png)[1] == {
+            "Software": f"unfog {version('unfog')}",
+            "Digit": "7",
+            "Seed": str(2**53 - 1),
+            "Index": str(index),
+            "Sampler": "ddim",
+            "Steps": "12",
+            "Guidance-Scale": "1.5",
+            "Model-SHA256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        }
+
+
+def test_one_image_as_png_is_the_file_in_the_json(service: Service, images: list[bytes]) -> None:
+    assert service.post({**BODY, "count": 1}, PNG).content == images[0]
+
+
+def test_several_images_as_png_are_a_contact_sheet(service: Service, images: list[bytes]) -> None:
+    sheet, chunks, mode = open_png(service.post(BODY, PNG).content)
+    assert (sheet.shape, mode) == ((2 * 28, 3 * 28), "L")
+    cells = [
+        sheet[28 * row : 28 * (row + 1), 28 * column : 28 * (column + 1)] for row in (0, 1) for column in (0, 1, 2)
+    ]
+    for cell, png in zip(cells, images, strict=False):
+        assert (cell == open_png(png)[0]).all()
+    assert not cells[5].any()
+    assert chunks == {**open_png(images[0])[1], "Index": "0-4"}
+
+
+@pytest.mark.parametrize(
+    ("count", "rows", "columns"), [(2, 1, 2), (3, 2, 2), (4, 2, 2), (9, 3, 3), (10, 3, 4), (13, 4, 4)]
+)
+def test_a_sheet_has_as_many_columns_as_the_square_root_rounded_up(
+    service: Service, count: int, rows: int, columns: int
+) -> None:
+    answer = service.post({"digit": 0, "count": count, "num_steps": 1}, PNG)
+    assert open_png(answer.content)[0].shape == (28 * rows, 28 * columns)
+
+
+def test_a_zip_holds_the_same_files_by_name(service: Service, images: list[bytes]) -> None:
+    with zipfile.ZipFile(io.BytesIO(service.post(BODY, ZIP).content)) as archive:
+        assert archive.testzip() is None
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files == {f"digit-7-seed-{2**53 - 1}-{index}.png": png for index, png in enumerate(images)}
+
+
+@pytest.mark.parametrize("scale", [2, 5])
+def test_scale_enlarges_by_whole_pixels_and_changes_nothing_else(
+    service: Service, images: list[bytes], scale: int
+) -> None:
+    for large, small in zip(pngs(service.post({**BODY, "scale": scale})), images, strict=True):
+        (large_pixels, large_chunks, _), (small_pixels, small_chunks, _) = open_png(large), open_png(small)
+        assert (large_pixels == small_pixels.repeat(scale, axis=0).repeat(scale, axis=1)).all()
+        assert large_chunks == small_chunks
+
+
+def test_a_sheet_is_enlarged_as_a_whole(service: Service) -> None:
+    small, large = (open_png(service.post({**BODY, "scale": scale}, PNG).content)[0] for scale in (1, 3))
+    assert (large == small.repeat(3, axis=0).repeat(3, axis=1)).all()
+
+
+@pytest.mark.parametrize("accept", ["application/json", PNG, ZIP])
+def test_headers_tell_the_seed_and_where_the_time_went(service: Service, accept: str) -> None:
+    answer = service.post(BODY, accept)
+    assert answer.headers["x-seed"] == str(BODY["seed"])
+    number = r"\d+(\.\d+)?"
+    assert re.fullmatch(
+        f"queue;dur={number}, denoise;dur={number}, encode;dur={number}", answer.headers["server-timing"]
+    )
+
+
+def test_the_seed_in_the_header_is_the_one_that_was_drawn(service: Service) -> None:
+    answer = service.post({"digit": 7, "num_steps": 1})
+    assert answer.headers["x-seed"] == str(answer.json()["seed"])
+
+
+def test_events_come_in_order_and_bring_the_same_images(service: Service, images: list[bytes]) -> None:
+    with service.events({**BODY, "scale": 1}) as stream:
+        events = list(stream)
+    names = [name for name, _ in events]
+    assert re.fullmatch("(accepted )(progress )+(image ){5}(done )", "".join(f"{name} " for name in names))
+    accepted, done = events[0][1], events[-1][1]
+    assert set(accepted) == {"seed", "position", "eta_seconds"}
+    assert (accepted["seed"], accepted["position"]) == (BODY["seed"], 0)
+    assert accepted["eta_seconds"] > 0
+    assert set(done) == {"seed", "timing"}
+    assert done["seed"] == BODY["seed"]
+    assert set(done["timing"]) == set(TIMES)
+    finished = {data["index"]: base64.b64decode(data["png"]) for name, data in events if name == "image"}
+    assert [finished[index] for index in range(5)] == images
+
+
+@pytest.mark.parametrize(
+    ("query", "num_steps", "expected"),
+    [("", 100, 10), ("?previews=0", 30, 0), ("?previews=4", 30, 4), ("?previews=100", 100, 100), ("?previews=9", 3, 3)],
+)
+def test_previews_are_about_as_many_as_asked_for(service: Service, query: str, num_steps: int, expected: int) -> None:
+    with service.events({"digit": 2, "count": 2, "num_steps": num_steps, "scale": 4}, query) as stream:
+        progress = [data for name, data in stream if name == "progress"]
+    assert abs(len(progress) - expected) <= 1
+    steps = [data["step"] for data in progress]
+    assert steps == sorted(set(steps))
+    for data in progress:
+        assert set(data) == {"step", "of", "previews"}
+        assert (data["of"], len(data["previews"])) == (num_steps, 2)
+        assert 0 < data["step"] <= num_steps
+    for preview in (data["previews"][-1] for data in progress):
+        pixels, chunks, mode = open_png(base64.b64decode(preview))
+        assert (pixels.shape, chunks, mode) == ((28, 28), {}, "L")  # unscaled, without provenance
+
+
+def test_the_last_preview_of_a_deterministic_path_is_nearly_the_image(service: Service) -> None:
+    """What is predicted at the last step is x_0 itself."""
+    with service.events({"digit": 2, "num_steps": 10, "sampler": "ddim"}, "?previews=10") as stream:
+        events = list(stream)
+    (image,) = [data["png"] for name, data in events if name == "image"]
+    last = [data for name, data in events if name == "progress"][-1]
+    assert last["step"] == 10
+    assert (open_png(base64.b64decode(last["previews"][0]))[0] == open_png(base64.b64decode(image))[0]).all()
+
+
+def test_an_event_stream_says_so_and_is_not_stored(service: Service) -> None:
+    answer = service.post({**BODY, "num_steps": 1}, EVENTS)
+    assert answer.headers["content-type"].partition(";")[0] == EVENTS
+    assert answer.headers["cache-control"] == "no-store"
+    assert answer.headers["x-seed"] == str(BODY["seed"])
+    assert json.loads(answer.text.split("\n")[1].removeprefix("data: "))["seed"] == BODY["seed"]

@@ -1,0 +1,158 @@
+"""What HTTP itself promises: paths, methods, media types, sizes, negotiation, request ids."""
+
+import re
+import select
+import socket
+
+import pytest
+
+from tests.e2e.process import PATIENCE
+from tests.e2e.service import EVENTS, JSON, PNG, ZIP, Service, assert_problem
+
+CHEAP = {"digit": 7, "num_steps": 1, "seed": 1}
+LIMIT = 1024 * 1024  # UNFOG_MAX_BODY_BYTES
+ENOUGH = 256 * LIMIT  # a server that has taken so much takes everything
+
+
+@pytest.mark.parametrize("path", ["/", "/generate/", "/Generate", "/generate/7", "/v3", "/health/x", "/../etc/passwd"])
+def test_an_unknown_path_is_404(service: Service, path: str) -> None:
+    assert_problem(service.client.get(path), 404, "not_found")
+    assert_problem(service.client.post(path, json=CHEAP), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("GET", "/generate", "POST"),
+        ("PUT", "/generate", "POST"),
+        ("DELETE", "/generate", "POST"),
+        ("POST", "/health", "GET"),
+        ("POST", "/metrics", "GET"),
+        ("DELETE", "/readyz", "GET"),
+    ],
+)
+def test_another_method_is_405_and_told_which_one(service: Service, method: str, path: str, allow: str) -> None:
+    answer = service.client.request(method, path)
+    assert_problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == allow
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/jsonp", "json"],
+)
+def test_a_body_that_is_not_declared_as_json_is_415(service: Service, content_type: str | None) -> None:
+    headers = {} if content_type is None else {"content-type": content_type}
+    answer = service.client.post("/generate", content=b'{"digit": 7, "num_steps": 1}', headers=headers)
+    assert_problem(answer, 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "Application/JSON", "application/json;"])
+def test_json_may_be_declared_in_any_spelling(service: Service, content_type: str) -> None:
+    assert service.post(CHEAP, **{"content-type": content_type}).status_code == 200
+
+
+ACCEPTS = {
+    "application/json": JSON,
+    "image/png": PNG,
+    "application/zip": ZIP,
+    "text/event-stream": EVENTS,
+    "*/*": JSON,
+    "": JSON,
+    "application/*": JSON,
+    "image/*": PNG,
+    "text/*": EVENTS,
+    "IMAGE/PNG": PNG,
+    "image/png, application/json": JSON,  # a tie
+    "image/png, application/json;q=0.9": PNG,
+    "application/json;q=0.5, application/zip;q=0.6, image/png;q=0.4": ZIP,
+    "application/json;q=0.2, */*;q=0.8": PNG,  # the more specific range decides about JSON
+    "application/*;q=0.9, application/zip;q=1": ZIP,
+    "application/*, application/json;q=0": ZIP,
+    "image/*;q=0, */*": JSON,
+    "text/html, application/xhtml+xml, image/webp, */*;q=0.8": JSON,
+    "image/webp, image/png;q=0.1": PNG,
+    "text/html,image/png;q=0.5": PNG,
+}
+
+
+@pytest.mark.parametrize(("accept", "media_type"), ACCEPTS.items(), ids=ACCEPTS)
+def test_accept_chooses_the_answer(service: Service, accept: str, media_type: str) -> None:
+    answer = service.post(CHEAP, accept)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].partition(";")[0] == media_type
+
+
+def test_no_accept_at_all_is_json(service: Service) -> None:
+    request = service.client.build_request("POST", "/generate", json=CHEAP)
+    del request.headers["accept"]
+    assert service.client.send(request).headers["content-type"] == JSON
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "text/html",
+        "image/jpeg",
+        "image/webp, text/plain",
+        "application/json;q=0",
+        "*/*;q=0",
+        "png",
+        "image/png;q=0, a/b",
+    ],
+)
+def test_what_cannot_be_given_is_406(service: Service, accept: str) -> None:
+    assert_problem(service.post(CHEAP, accept), 406, "not_acceptable")
+
+
+def test_a_body_may_be_as_large_as_the_limit_and_no_larger(service: Service) -> None:
+    document = b'{"digit": 7, "num_steps": 1}'
+    assert service.post(document.ljust(LIMIT)).status_code == 200
+    assert_problem(service.post(document.ljust(LIMIT + 1)), 413, "body_too_large")
+
+
+@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", "Content-Length: 999999999999"])
+@pytest.mark.parametrize(
+    ("content_type", "status", "code"),
+    [("application/json", 413, "body_too_large"), ("text/plain", 415, "unsupported_media_type")],
+)
+def test_a_body_without_end_is_cut_off_while_it_arrives(
+    service: Service, framing: str, content_type: str, status: int, code: str
+) -> None:
+    head = f"POST /generate HTTP/1.1\r\nHost: test\r\nContent-Type: {content_type}\r\n{framing}\r\n\r\n"
+    piece = b" " * 65536
+    part = b"10000\r\n" + piece + b"\r\n" if "chunked" in framing else piece
+    answer = b""
+    with socket.create_connection(service.address, timeout=PATIENCE) as connection:
+        connection.sendall(head.encode())
+        with pytest.raises(ConnectionError):  # it hangs up
+            for _ in range(ENOUGH // len(piece)):
+                connection.sendall(part)
+                if select.select([connection], [], [], 0)[0]:
+                    answer += connection.recv(65536)
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert code.encode() in answer
+    assert service.client.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/generate", "/health", "/livez", "/readyz", "/startupz", "/metrics", "/nowhere"])
+def test_every_answer_has_a_request_id(service: Service, path: str) -> None:
+    answers = [service.client.get(path), service.client.get(path)]
+    ids = {answer.headers["x-request-id"] for answer in answers}
+    assert len(ids) == 2
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]{1,128}", request_id) for request_id in ids)
+
+
+@pytest.mark.parametrize("request_id", ["a", "7", "Az09._-", "x" * 128])
+@pytest.mark.parametrize("accept", [JSON, PNG, EVENTS, "text/html"])
+def test_the_callers_request_id_comes_back(service: Service, accept: str, request_id: str) -> None:
+    assert service.post(CHEAP, accept, **{"x-request-id": request_id}).headers["x-request-id"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 129, "a b", "a/b", "a;b", "<b>", '"', "a,b", "é"])
+def test_an_id_that_no_log_should_hold_is_replaced(service: Service, request_id: str) -> None:
+    headers = {b"x-request-id": request_id.encode("latin-1")}
+    answer = service.client.get("/nowhere", headers=headers)
+    made = assert_problem(answer, 404, "not_found")["request_id"]
+    assert made != request_id
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", made)
