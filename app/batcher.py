@@ -1,9 +1,11 @@
 """Decides which rows run: what waits, what runs, how much fits, who is next. No tensors, no threads, no clock."""
 
-from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, zip_longest
+from typing import TypeVar
 
 from app.trajectory import Job, Trajectory
+
+T = TypeVar("T")
 
 
 class QueueFullError(Exception):
@@ -49,11 +51,7 @@ class Batcher:
         So a newcomer takes part in the next step and in every step after it while there are
         no more jobs than rows; with more, the oldest run to their end.
         """
-        rows: list[Trajectory] = []
-        turns = [iter(job.unfinished) for job in islice(self._jobs, max_rows)]  # each has at least one
-        while turns and len(rows) < max_rows:
-            turns = [turn for turn in turns if len(rows) < max_rows and _take(turn, rows)]
-        return rows
+        return take_turns([job.unfinished for job in islice(self._jobs, max_rows)], max_rows)
 
     def start(self, trajectory: Trajectory) -> None:
         """An image that waited has its first step."""
@@ -87,8 +85,7 @@ class Batcher:
         return True
 
 
-def _take(turn: Iterator[Trajectory], rows: list[Trajectory]) -> bool:
-    trajectory = next(turn, None)
-    if trajectory is not None:
-        rows.append(trajectory)
-    return trajectory is not None
+def take_turns(queues: list[list[T]], limit: int) -> list[T]:
+    """The first of each queue, then the second of each, until there are `limit`."""
+    rounds = zip_longest(*queues)
+    return list(islice((item for items in rounds for item in items if item is not None), limit))

@@ -90,6 +90,11 @@ class Job:
         """Whether it has been answered."""
         return self.future.done()
 
+    @property
+    def steps_left(self) -> int:
+        """Network calls until its last x_0, each for one image."""
+        return self.count * self.options.num_steps - self.steps_done
+
     def preview_due(self) -> bool:
         """Whether the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""
         marks = self.num_previews * self.steps_done // (self.count * self.options.num_steps)
