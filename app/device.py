@@ -1,5 +1,6 @@
 """Which device and which precision serve, and what the device's failures mean."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,6 +35,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
         name = "bfloat16" if fast else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def check_compiler() -> None:
+    """RunnerError where torch.compile would find nothing to compile with."""
+    if not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
+        raise RunnerError("UNFOG_COMPILE=on needs a C++ compiler, and there is neither g++ nor clang++")
 
 
 @contextmanager

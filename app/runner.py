@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app import VERSION
 from app.config import Settings
-from app.device import RunnerError, choose_device, choose_dtype, device_errors
+from app.device import RunnerError, check_compiler, choose_device, choose_dtype, device_errors
 from app.pace import Pace
 from app.slots import Slots
 from app.trajectory import Job, Options, Pixels, Trajectory
@@ -22,6 +22,7 @@ from model.sampler import Sampler, guide, make_plan, predict_x_0, reverse_step
 
 # Below eight rows float32 kernels sum in another order: fewer are padded, so that a row's bits never change.
 MIN_ROWS = {torch.float32: 8, torch.bfloat16: 1}
+MIN_ROWS_COMPILED = 2  # torch.compile makes a kernel of its own for one row
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP_REPEATS = 3
@@ -63,6 +64,7 @@ class Runner:
         self._slots = Slots(loaded.image_shape, device)
         network = loaded.network.to(device, dtype)
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+        self._min_rows = max(MIN_ROWS[dtype], MIN_ROWS_COMPILED if compiled else 1)
         self._denoise = torch.compile(network.denoise, dynamic=True) if compiled else network.denoise
 
     @classmethod
@@ -75,6 +77,8 @@ class Runner:
         except CheckpointError as error:
             raise RunnerError(str(error)) from error
         device = choose_device(settings.device)
+        if settings.compile == "on":
+            check_compiler()
         return cls(loaded, device, choose_dtype(settings.dtype, device), compiled=settings.compile == "on")
 
     @property
@@ -187,7 +191,7 @@ class Runner:
     def _call(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(N, C, H, W), (N,), (N,) -> eps (N, C, H, W) float32, in one call of the network."""
         c = self._condition[t, y]  # (N, D)
-        padding = max(MIN_ROWS[self.dtype] - len(t), 0)
+        padding = max(self._min_rows - len(t), 0)
         if padding:
             x_t = torch.cat([x_t, x_t.new_zeros(padding, *self.image_shape)])
             c = torch.cat([c, c.new_zeros(padding, c.shape[1])])

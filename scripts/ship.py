@@ -1,0 +1,62 @@
+"""Makes the checkpoint that ships from a run's: `python -m scripts.ship runs/default/model.safetensors`.
+
+The weights stay as they are; the recommended guidance and the evaluation go into the metadata,
+and the known picture is drawn anew with that guidance.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model import checkpoint
+from model.checkpoint import SHIPPED, CheckpointError
+from model.sampler import Guidance
+from scripts.arguments import Parser, guidance_scale, integer
+from scripts.progress import fail
+
+MAX_BYTES = 12_000_000  # all that ships, so that a clone stays small
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments and writes the checkpoint."""
+    args = _parse(argv)
+    try:
+        ship(args.checkpoint, args.out, _guidance(args), _evaluation(args.evaluation))
+    except (CheckpointError, OSError, ValueError) as error:
+        raise fail(f"ship: {error}".splitlines()[0]) from error
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+
+
+def ship(source: Path, target: Path, guidance: Guidance, evaluation: dict[str, Any]) -> None:
+    """Writes `source` with another guidance and with its evaluation to `target`; ValueError if it is too large."""
+    loaded = checkpoint.load(source)
+    training = {**loaded.config.training, "evaluation": evaluation}
+    config = replace(loaded.config, guidance=guidance, training=training)
+    if source.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{source} has more than {MAX_BYTES:,} bytes")
+    checkpoint.save(target, loaded.network, config)
+
+
+def _guidance(args: argparse.Namespace) -> Guidance:
+    return Guidance(args.guidance_scale, args.guidance_start, args.guidance_stop)
+
+
+def _evaluation(path: Path | None) -> dict[str, Any]:
+    return dict(json.loads(path.read_text("utf-8"))) if path else {}
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m scripts.ship", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a run's model.safetensors")
+    parser.add_argument("--guidance-scale", type=guidance_scale, required=True, help="the recommended one; 1 = off")
+    parser.add_argument("--guidance-start", type=integer(1), default=1, metavar="T", help="lowest timestep guided")
+    parser.add_argument("--guidance-stop", type=integer(1), default=100, metavar="T", help="highest timestep guided")
+    parser.add_argument("--evaluation", type=Path, help="JSON of `python -m scripts.judge score --out`")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help=f"default: {SHIPPED.name}, where it is served from")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
