@@ -78,7 +78,7 @@ class Engine:
                 seconds_to_finish(self._batcher, job, self.max_batch, self._pace),
             )
             late = job.eta_seconds - job.timeout
-            if late > 0:
+            if late > 0 and self._batcher.num_jobs:  # an idle engine always tries: only steps correct the pace
                 detail = f"the backlog would end {late:.0f} s after the request's own deadline"
                 raise errors.Overloaded(retry_after(late), detail)
             try:

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 
 SMOOTHING = 0.05  # weight of the newest step
+MAX_JUMP = 4.0  # a step that takes longer than so many says that the machine stood still, not how slow it is
 
 
 class Pace:
@@ -15,7 +16,8 @@ class Pace:
 
     def observe(self, rows: int, seconds: float) -> None:
         """A step of `rows` images took `seconds`."""
-        self.slowdown += SMOOTHING * (seconds / self._expected(rows) - self.slowdown)
+        seen = min(seconds / self._expected(rows), MAX_JUMP * self.slowdown)
+        self.slowdown += SMOOTHING * (seen - self.slowdown)
 
     def step_seconds(self, rows: int) -> float:
         """What a step of that many rows takes now."""

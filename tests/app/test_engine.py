@@ -210,13 +210,22 @@ def test_giving_up_answers_all_who_wait() -> None:
 
 def test_a_request_that_would_end_past_its_deadline_is_refused() -> None:
     engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0}))))  # a second a step
+    engine.submit(new_job(num_steps=10))
     with pytest.raises(errors.Overloaded) as refused:
         engine.submit(new_job(num_steps=10, timeout=6.5))
     assert refused.value.retry_after == 4
-    assert engine.waiting == 0
+    assert engine.waiting == 1
     job = new_job(num_steps=10, timeout=10)
     engine.submit(job)
     assert job.eta_seconds == 10
+
+
+def test_an_idle_engine_refuses_nobody_for_a_forecast() -> None:
+    """It would refuse for ever: what corrects a wrong pace is steps."""
+    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0}))))
+    job = new_job(num_steps=10, timeout=6.5)
+    engine.submit(job)
+    assert engine.waiting == 1
 
 
 def test_a_full_queue_refuses_with_the_time_until_there_is_room() -> None:

@@ -30,6 +30,19 @@ def test_one_slow_step_changes_little() -> None:
     assert 1.0 < pace.step_seconds(1) < 1.2
 
 
+def test_a_machine_that_stood_still_for_an_hour_is_not_taken_for_a_slow_one() -> None:
+    pace = Pace(CURVE)
+    pace.observe(1, 3600.0)
+    assert 1.0 < pace.step_seconds(1) < 1.2
+
+
+def test_a_machine_that_is_much_slower_is_learned_all_the_same() -> None:
+    pace = Pace(CURVE)
+    for _ in range(200):
+        pace.observe(1, 50.0)
+    assert pace.step_seconds(1) == pytest.approx(50.0, rel=0.01)
+
+
 def test_steps_as_expected_change_nothing() -> None:
     pace = Pace(CURVE)
     for rows in (1, 2, 8, 64):

@@ -28,7 +28,7 @@ Pixels = npt.NDArray[np.uint8]
 class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
     """One scrape: a value for each name and set of labels."""
 
-    def of(self, name: str, **labels: str) -> float:
+    def of(self, name: str, /, **labels: str) -> float:
         """A sample, 0 where there is none yet."""
         return self.get((f"unfog_{name}", frozenset(labels.items())), 0.0)
 
@@ -71,7 +71,7 @@ class Service:
             for sample in family.samples
         )
 
-    def wait_for(self, value: float, name: str, **labels: str) -> None:
+    def wait_for(self, value: float, name: str, /, **labels: str) -> None:
         """Waits until a metric has the value."""
         eventually(lambda: self.metrics().of(name, **labels) == value, f"{name} {labels} is {value}")
 
