@@ -37,18 +37,19 @@ def checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def service(checkpoint: Path) -> Iterator[Service]:
     """One for all tests that leave it as they found it: rows enough for the largest request."""
     with ExitStack() as stack:
-        yield _start(stack, UNFOG_CHECKPOINT=str(checkpoint), UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
+        yield start_service(stack, checkpoint, UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
 
 
 @pytest.fixture
 def start(checkpoint: Path) -> Iterator[Start]:
     """Starts services with variables of one's own; all have ended when the test has."""
     with ExitStack() as stack:
-        yield lambda **variables: _start(stack, **{"UNFOG_CHECKPOINT": str(checkpoint)} | variables)
+        yield lambda **variables: start_service(stack, checkpoint, **variables)
 
 
-def _start(stack: ExitStack, **variables: str) -> Service:
-    process = Process(**variables)
+def start_service(stack: ExitStack, checkpoint: Path, **variables: str) -> Service:
+    """A service that is ready, and has ended when the stack is closed."""
+    process = Process(UNFOG_CHECKPOINT=str(checkpoint), **variables)
     stack.callback(process.end)
     service = Service(process)
     stack.callback(service.client.close)
