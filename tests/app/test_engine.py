@@ -197,6 +197,14 @@ def test_whoever_gives_a_drain_up_does_not_disturb_it() -> None:
     assert idle.done()
 
 
+def test_a_drain_is_over_when_the_last_job_leaves() -> None:
+    engine, job = opened(new_engine(FakeRunner())), new_job()
+    engine.submit(job)
+    idle = engine.drain()
+    engine.cancel(job, ClientGoneError())
+    assert idle.done()
+
+
 def test_giving_up_answers_all_who_wait() -> None:
     engine, error = opened(new_engine(FakeRunner(), max_batch=1)), errors.Draining(1)
     jobs = [new_job(seed=seed) for seed in range(3)]
