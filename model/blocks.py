@@ -3,7 +3,7 @@
 import math
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,7 +48,8 @@ class ConvPair(nn.Module):
             self.second: nn.Module = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         else:
             self.second = GELUConvBlock(out_channels, out_channels, modulated=modulated)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        widens = residual and in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if widens else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, C_in, H, W), (B, D) -> (B, C_out, H, W)
         h = self.first(x, c)
@@ -67,6 +68,20 @@ class RearrangePoolBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
         return self.conv(self.rearrange(x))
+
+
+class EnlargeBlock(nn.Module):
+    """Doubles the image: a convolution maps the channels, each pixel becomes a 2x2 patch, and no checkerboard.
+
+    nn.Upsample would do the same, but compiled in bfloat16 on a CPU (torch 2.13) its gradient is zero.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, 2H, 2W)
+        return repeat(self.conv(x), "b c h w -> b c (h p1) (w p2)", p1=2, p2=2)
 
 
 class DownBlock(nn.Module):
@@ -96,12 +111,7 @@ class UpBlock(nn.Module):
             ConvPair(2 * channels if i == 0 else channels, channels, residual=residual, modulated=modulated)
             for i in range(num_pairs)
         )
-        # Nearest neighbour after a 1x1 convolution: no checkerboard, a quarter of the cost of the reverse order.
-        self.enlarge = (
-            nn.Sequential(nn.Conv2d(channels, enlarge_to, 1), nn.Upsample(scale_factor=2))
-            if enlarge_to
-            else nn.Identity()
-        )
+        self.enlarge = EnlargeBlock(channels, enlarge_to) if enlarge_to else nn.Identity()
 
     def forward(self, x: Tensor, skip: Tensor, c: Tensor) -> Tensor:  # -> (B, enlarge_to, 2H, 2W)
         x = torch.cat([x, skip], dim=1)  # (B, 2C, H, W)
