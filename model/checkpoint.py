@@ -51,6 +51,18 @@ class CheckpointConfig:
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
 
+    def __post_init__(self) -> None:
+        """ValueError where the parts contradict each other."""
+        T, guidance, probe = self.schedule.num_steps, self.guidance, self.probe
+        if self.unet.num_steps != T or len(self.class_names) != self.unet.num_classes:
+            raise ValueError("network, schedule and class names do not fit together")
+        if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
+            raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
+        if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop <= T:
+            raise ValueError(f"guidance.scale must be 1 to 10, its interval within 1 to {T}")
+        if not (0 <= probe.digit < self.unet.num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
+            raise ValueError("the probe asks for what the network cannot draw")
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -95,10 +107,10 @@ def save(path: Path, network: UNet, config: CheckpointConfig) -> None:
     image = ((draw_probe(network, config).cpu() + 1) * 127.5).round().to(torch.uint8)
     metadata = {
         "format_version": FORMAT_VERSION,
-        "digest": _digest(tensors),
         "probe_image": base64.b64encode(image.numpy().tobytes()).decode(),
         **dataclasses.asdict(config),
     }
+    metadata["digest"] = _digest(tensors, metadata)
     write_atomically(path, serialize(tensors, {METADATA_KEY: json.dumps(metadata)}))
 
 
@@ -120,15 +132,16 @@ def write_atomically(path: Path, data: bytes) -> None:
 def load(path: Path) -> Checkpoint:
     """Loads and verifies a checkpoint whole; CheckpointError, in one sentence, for whatever is wrong with it."""
     tensors, metadata, sha256 = _read(path)
-    version = metadata.pop("format_version", None)
+    version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
-    if metadata.pop("digest", None) != _digest(tensors):
-        raise CheckpointError(f"{path} is damaged: its tensors do not match the digest stored with them")
+    if metadata.pop("digest", None) != _digest(tensors, metadata):
+        raise CheckpointError(f"{path} is damaged: its content does not match the digest stored with it")
     if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise CheckpointError(f"{path} has NaN or infinite values in its weights")
     try:
         probe_bytes = base64.b64decode(metadata.pop("probe_image"), validate=True)
+        del metadata["format_version"]
         config = _parse_config(metadata)
         network, schedule = UNet(config.unet), Schedule(config.schedule)
         network.load_state_dict(tensors)
@@ -170,8 +183,9 @@ def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
     )
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Over everything but the digest itself."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())

@@ -23,6 +23,7 @@ from scripts.recipe import Recipe
 from scripts.trainer import EpochResult, Trainer
 
 GRID_SEED = 2026
+PROBE_STEPS = 10
 
 
 class RunError(Exception):
@@ -81,6 +82,7 @@ class Run:
             unet=self.recipe.unet,
             schedule=self.recipe.schedule,
             guidance=self.recipe.guidance,
+            probe=checkpoint.Probe(num_steps=min(PROBE_STEPS, self.recipe.schedule.num_steps)),
             training={
                 "preset": self.preset,
                 "data": f"MNIST, training split less the last {NUM_VALIDATION} images",

@@ -25,7 +25,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_litter(
 
     monkeypatch.setattr(failing, fail)
     with pytest.raises(type(error)):
-        save(path, network, replace(config, class_names=("other",)))
+        save(path, network, replace(config, class_names=tuple("abcdefghij")))
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

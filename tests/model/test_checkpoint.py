@@ -2,7 +2,7 @@ import json
 import pickle
 import subprocess
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointConfig, CheckpointError, Probe, draw_probe, load, save
+from model.checkpoint import CheckpointConfig, CheckpointError, Probe, _digest, draw_probe, load, save
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNet
@@ -42,11 +42,14 @@ def header_of(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The same tensors with changed metadata."""
+    """The same tensors with changed metadata and the digest that belongs to both."""
     header, _ = header_of(path)
     metadata = json.loads(header["__metadata__"]["unfog"])
+    del metadata["digest"]
     change(metadata)
-    save_file(load_file(path), path, {"unfog": json.dumps(metadata)})
+    tensors = load_file(path)
+    metadata["digest"] = _digest(tensors, metadata)
+    save_file(tensors, path, {"unfog": json.dumps(metadata)})
 
 
 def refusal(path: Path) -> str:
@@ -144,18 +147,25 @@ def test_two_tensors_in_each_others_place_are_noticed(saved: Path) -> None:
     assert "is damaged" in refusal(saved)
 
 
-def test_a_flipped_bit_in_the_header_is_no_other_kind_of_error(saved: Path) -> None:
-    """It may go unnoticed, as in a class's name; if it is noticed then in one sentence."""
+def test_a_flipped_bit_in_the_header_is_noticed(saved: Path) -> None:
     content = saved.read_bytes()
+    original = load(saved).config
     _, start = header_of(saved)
     for place in range(0, start, 13):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         saved.write_bytes(flipped)
         try:
-            load(saved)
+            assert load(saved).config == original  # only where the JSON means the same, as 1e-05 and 1E-05
         except CheckpointError as error:
             assert len(str(error).splitlines()) == 1
+
+
+def test_a_changed_guidance_is_noticed(saved: Path) -> None:
+    content = saved.read_bytes()
+    assert content.count(b'\\"scale\\": 1.5') == 1
+    saved.write_bytes(content.replace(b'\\"scale\\": 1.5', b'\\"scale\\": 9.5'))
+    assert "is damaged" in refusal(saved)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"unfog": "{"}, {"unfog": "[]"}], ids=str)
@@ -206,7 +216,7 @@ def test_an_unknown_field_of_the_configuration_is_refused(saved: Path, part: str
     assert "not a checkpoint of unfog" in refusal(saved)
 
 
-@pytest.mark.parametrize("field", [field for field in asdict(CheckpointConfig(None, None)) if field != "training"])  # type: ignore[arg-type]
+@pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name != "training"])
 def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str) -> None:
     rewrite(saved, lambda metadata: metadata.pop(field))
     assert "not a checkpoint of unfog" in refusal(saved)
@@ -229,12 +239,26 @@ def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str
         ("schedule", "kind", "sigmoid"),
         ("schedule", "num_steps", 0),
         ("schedule", "num_steps", -1),
+        ("schedule", "num_steps", 50),
+        ("guidance", "scale", 0.5),
+        ("guidance", "start", 0),
+        ("guidance", "stop", 101),
+        ("probe", "sampler", "euler"),
+        ("probe", "num_steps", 101),
+        ("probe", "digit", 10),
+        ("probe", "seed", -1),
     ],
 )
 def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
     saved: Path, part: str, field: str, value: object
 ) -> None:
     rewrite(saved, lambda metadata: metadata[part].update({field: value}))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize("samplers", [[], ["euler"], ["ddpm", "euler"]], ids=str)
+def test_samplers_that_nobody_knows_are_refused(saved: Path, samplers: list[str]) -> None:
+    rewrite(saved, lambda metadata: metadata.update(samplers=samplers))
     assert "not a checkpoint of unfog" in refusal(saved)
 
 
