@@ -25,7 +25,7 @@ def _device(value: str) -> str:
     kind, _, number = value.partition(":")
     if (
         kind not in ("auto", "cpu", "cuda")
-        or (number and (kind != "cuda" or not number.isdecimal()))
+        or (number and (kind != "cuda" or not (number.isascii() and number.isdecimal())))
         or value[-1:] == ":"
     ):
         raise ValueError("must be auto, cpu, cuda or cuda:N")

@@ -62,7 +62,7 @@ class Engine:
         self._idle: Future[None] | None = None  # asked for by drain
         self._stopping = False
         self._num_steps = 0
-        self._last_beat: float | None = time.monotonic()  # None while it has nothing to do
+        self._last_beat: float | None = None  # None while it has nothing to do, and while it is started
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:

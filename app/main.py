@@ -43,6 +43,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
+        engine.drain()
         engine.give_up(errors.Draining(1))
         await asyncio.to_thread(engine.stop, STOP_SECONDS)
 

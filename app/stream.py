@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
@@ -24,7 +25,7 @@ class JobEvents:
 
     def put(self, event: Progress | ImageDone | None) -> None:
         """Called from the engine's thread; a loop that was closed has nobody left to tell. None is the last."""
-        if not self._loop.is_closed():
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     async def get(self) -> Progress | ImageDone | None:

@@ -65,7 +65,8 @@ def _download(data_dir: Path) -> Path:
         MNIST(str(data_dir), download=True)
     except ImportError as error:
         raise DataError(
-            f"no MNIST files in {data_dir}, and torchvision, which downloads them, is not installed"
+            f"no MNIST files in {data_dir}, and torchvision, which downloads them, is not installed: "
+            "pip install -e '.[train]' brings it"
         ) from error
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
