@@ -1,41 +1,11 @@
-"""`python -m app`: the service, configured by UNFOG_* variables. `python -m app --openapi` prints its document."""
+"""`python -m app`: see cli.py."""
 
-import asyncio
-import json
 import os
-import sys
+import signal
 
-from app.config import Settings, SettingsError, load_settings
-from app.logs import configure_logging
-from app.main import create_app
-from app.server import StartError, bind, serve
+# The imports take seconds, in which nothing has been promised to anybody: a stop is a clean one.
+signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
+from app.cli import main  # noqa: E402
 
-def main() -> None:
-    """Serves; one sentence and status 2 where that is not possible."""
-    if sys.argv[1:] == ["--openapi"]:
-        print(json.dumps(create_app(Settings()).openapi(), indent=2))
-        return
-    if sys.argv[1:]:
-        _fail("python -m app takes no arguments: it is configured by UNFOG_* variables")
-    try:
-        settings = load_settings()
-        configure_logging(settings.log_format, settings.log_level)
-        app = create_app(settings)
-        listener = bind(settings.host, settings.port)
-        asyncio.run(serve(app, settings, listener))
-    except (SettingsError, StartError) as error:
-        _fail(str(error))
-    # A step that hangs in the device must not keep the process: its thread cannot be joined.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-def _fail(sentence: str) -> None:
-    print(f"unfog: {sentence}", file=sys.stderr, flush=True)
-    os._exit(2)
-
-
-if __name__ == "__main__":
-    main()
+main()

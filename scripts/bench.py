@@ -25,6 +25,7 @@ from scripts.progress import fail
 
 READY = re.compile(rb"ready on (http://[^\s,\"]+)")
 LARGEST_REQUEST = 64
+BODY: dict[str, object] = {"digit": 7}  # 100 steps, as by default
 
 
 class BenchError(Exception):
@@ -41,7 +42,8 @@ class Running:
 
     def draw(self, count: int, guidance_scale: float | None) -> float:
         """Seconds that one request takes."""
-        body = {"digit": 7, "count": count, **({"guidance_scale": guidance_scale} if guidance_scale else {})}
+        guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+        body = {**BODY, "count": count, **guidance}
         headers = {"Content-Type": "application/json", "Accept": "application/zip"}
         request = urllib.request.Request(f"{self.url}/generate", json.dumps(body).encode(), headers)
         start = time.perf_counter()
@@ -60,20 +62,18 @@ def started(arguments: dict[str, str]) -> Iterator[Running]:
     """Starts the service on a free port of loopback and stops it again."""
     env = {**os.environ, "UNFOG_PORT": "0", "UNFOG_HOST": "127.0.0.1", "UNFOG_REQUEST_TIMEOUT": "600", **arguments}
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "app"], env=env, stderr=subprocess.PIPE)
-    assert process.stderr is not None, "asked for a pipe"
-    try:
+    with subprocess.Popen([sys.executable, "-m", "app"], env=env, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None, "asked for a pipe"
         url = next((found[1].decode() for line in process.stderr if (found := READY.search(line))), None)
         if url is None:
             raise BenchError("the service did not become ready: `python -m app` says why")
         ready_seconds = time.perf_counter() - start
         with ThreadPoolExecutor(1) as drain:  # a full pipe would stop the service
             drain.submit(process.stderr.read)
-            yield Running(url, process.pid, ready_seconds)
-            process.send_signal(signal.SIGTERM)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+            try:
+                yield Running(url, process.pid, ready_seconds)
+            finally:
+                process.send_signal(signal.SIGTERM)
 
 
 def images_a_second(service: Running, clients: int, guidance_scale: float | None) -> float:

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -163,3 +165,14 @@ def test_every_line_of_the_log_is_json_with_what_a_log_is_searched_for(service: 
     (line,) = [line for line in lines if line.get("request_id") == "find-me"]
     assert (line["route"], line["status"], line["level"]) == ("/generate", 200, "info")
     assert line["seconds"] > 0
+
+
+def test_sigterm_while_it_still_imports_ends_it_with_status_0(checkpoint: Path) -> None:
+    variables = {"UNFOG_PORT": "0", "UNFOG_CHECKPOINT": str(checkpoint)}
+    command = [sys.executable, "-X", "importtime", "-m", "app"]  # says on stderr what it has imported
+    with subprocess.Popen(command, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        next(line for line in process.stderr if "torch" in line)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0

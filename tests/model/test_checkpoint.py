@@ -242,7 +242,7 @@ def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str
         ("schedule", "num_steps", 50),
         ("guidance", "scale", 0.5),
         ("guidance", "start", 0),
-        ("guidance", "stop", 101),
+        ("guidance", "stop", 9),
         ("probe", "sampler", "euler"),
         ("probe", "num_steps", 101),
         ("probe", "digit", 10),

@@ -1,0 +1,69 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import draw_probe, load
+from model.sampler import Guidance
+from scripts import ship
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+
+
+def test_the_shipped_checkpoint_has_the_same_weights_the_guidance_and_the_evaluation(tmp_path: Path) -> None:
+    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
+    evaluation = tmp_path / "score.json"
+    evaluation.write_text(json.dumps({"recognised": 0.5}))
+    ship.main(
+        [
+            str(source),
+            "--guidance-scale",
+            "1.5",
+            "--guidance-stop",
+            "80",
+            f"--evaluation={evaluation}",
+            f"--out={target}",
+        ]
+    )
+    before, after = load(source), load(target)
+    assert after.config.guidance == Guidance(1.5, 1, 80)
+    assert after.config.training == {**before.config.training, "evaluation": {"recognised": 0.5}}
+    for name, tensor in before.network.state_dict().items():
+        assert torch.equal(tensor, after.network.state_dict()[name])
+    drawn = draw_probe(after.network, after.config)
+    assert (drawn - after.probe_image).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["missing.safetensors", "--guidance-scale", "1"], "No such file"),
+        (["{source}", "--guidance-scale", "0.5"], "not a number from 1 to 10"),
+        (
+            ["{source}", "--guidance-scale", "2", "--guidance-start", "9", "--guidance-stop", "8"],
+            "begin before it ends",
+        ),
+        (["{source}", "--guidance-scale", "2", "--evaluation", "missing.json"], "No such file"),
+    ],
+)
+def test_what_cannot_ship_is_one_sentence_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
+) -> None:
+    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "out.safetensors"
+    with pytest.raises(SystemExit) as ended:
+        ship.main([argument.format(source=source) for argument in arguments] + [f"--out={target}"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert reason in message
+    assert len(message.splitlines()) == 1
+    assert not target.exists()
+
+
+def test_a_checkpoint_that_is_too_large_does_not_ship(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny_checkpoint(tmp_path / "run.safetensors")
+    monkeypatch.setattr(ship, "MAX_BYTES", source.stat().st_size - 1)
+    with pytest.raises(SystemExit):
+        ship.main([str(source), "--guidance-scale", "1", f"--out={tmp_path / 'out.safetensors'}"])
+    assert "more than" in capsys.readouterr().err
