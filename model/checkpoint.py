@@ -58,8 +58,8 @@ class CheckpointConfig:
             raise ValueError("network, schedule and class names do not fit together")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
-        if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop <= T:
-            raise ValueError(f"guidance.scale must be 1 to 10, its interval within 1 to {T}")
+        if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
+            raise ValueError("guidance.scale must be 1 to 10, and its interval must begin before it ends")
         if not (0 <= probe.digit < self.unet.num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
             raise ValueError("the probe asks for what the network cannot draw")
 
