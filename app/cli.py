@@ -14,7 +14,7 @@ from app.server import StartError, bind, serve
 def main() -> None:
     """Serves; one sentence and status 2 where that is not possible."""
     if sys.argv[1:] == ["--openapi"]:
-        print(json.dumps(create_app(Settings()).openapi(), indent=2))
+        print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
     if sys.argv[1:]:
         _fail("python -m app takes no arguments: it is configured by UNFOG_* variables")

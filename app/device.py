@@ -1,10 +1,15 @@
 """Which device and which precision serve, and what the device's failures mean."""
 
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+log = logging.getLogger(__name__)
+
+MAX_FLOAT32_THREADS = 2
 
 
 class RunnerError(Exception):
@@ -35,6 +40,20 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
         name = "bfloat16" if fast else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Sets the compute threads of a CPU.
+
+    On three and more, torch's float32 kernels end a thread's share with scalar code where the share
+    is no whole number of vectors: a row's last bits would depend on the batch. bfloat16's do not.
+    """
+    most = torch.get_num_threads()
+    if device.type == "cpu" and dtype == torch.float32:
+        most = min(most, MAX_FLOAT32_THREADS)
+        if wanted and wanted > most:
+            log.warning("with %d threads in float32 a seed's bytes depend on the load; up to %d do not", wanted, most)
+    torch.set_num_threads(wanted or most)
 
 
 def check_compiler() -> None:

@@ -65,7 +65,7 @@ class RequestContext:
         log.info(
             "%s %s %s %.0f ms",
             scope["method"],
-            scope["path"],
+            scope["raw_path"].decode("ascii", "backslashreplace"),  # as it came: decoded it could forge a line
             code,
             seconds * 1000,
             extra={"request_id": request_id, "route": route, "status": int(code), "seconds": round(seconds, 6)},

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from app import VERSION
 from app.config import Settings
-from app.device import RunnerError, check_compiler, choose_device, choose_dtype, device_errors
+from app.device import (
+    DeviceLostError,
+    OutOfMemoryError,
+    RunnerError,
+    check_compiler,
+    choose_device,
+    choose_dtype,
+    choose_num_threads,
+    device_errors,
+)
 from app.pace import Pace
 from app.slots import Slots
 from app.trajectory import Job, Options, Pixels, Trajectory
@@ -38,6 +47,7 @@ class ModelInfo:
     device: str
     dtype: str
     version: str
+    num_classes: int
     max_steps: int
     samplers: tuple[Sampler, ...]
     guidance_scale: float  # the recommended one
@@ -58,7 +68,7 @@ class Runner:
         self._probe, self._probe_image = loaded.config.probe, loaded.probe_image
         self._null_label = loaded.network.null_label
         self._alpha_bar = loaded.schedule.alpha_bar.float().to(device)  # (T + 1,)
-        self._condition = _condition_table(loaded).to(device, dtype)  # (T + 1, num_classes + 1, D)
+        self._condition = loaded.network.condition_table().to(device, dtype)  # (T + 1, num_classes + 1, D)
         self._plan_starts: dict[tuple[Sampler, int], int] = {}  # where each plan begins in the table
         self._plan_table = torch.empty(0, 5, device=device)  # a row a step: t and the coefficients a, b, c, s
         self._slots = Slots(loaded.image_shape, device)
@@ -70,8 +80,6 @@ class Runner:
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
         """The runner that the settings ask for; RunnerError in one sentence where it cannot be had."""
-        if settings.num_threads:
-            torch.set_num_threads(settings.num_threads)
         try:
             loaded = checkpoint.load(settings.checkpoint)
         except CheckpointError as error:
@@ -79,7 +87,9 @@ class Runner:
         device = choose_device(settings.device)
         if settings.compile == "on":
             check_compiler()
-        return cls(loaded, device, choose_dtype(settings.dtype, device), compiled=settings.compile == "on")
+        dtype = choose_dtype(settings.dtype, device)
+        choose_num_threads(settings.num_threads, device, dtype)
+        return cls(loaded, device, dtype, compiled=settings.compile == "on")
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
@@ -103,8 +113,15 @@ class Runner:
             z = normal(rows.seed, rows.index, rows.step + 1, self.image_shape)
             x_prev = reverse_step(rows.x_t, x_0, rows.x_0, z, plan[:, 1:])
             finite: list[bool] = eps.isfinite().flatten(1).all(dim=1).tolist()
-            self._slots.write(slots, x_t=x_prev, x_0=x_0, step=rows.step + 1)
+            self._commit(slots, x_t=x_prev, x_0=x_0, step=rows.step + 1)
         return finite
+
+    def _commit(self, slots: Tensor, **rows: Tensor) -> None:
+        """Writes a step's results; state that was half written cannot be stepped again."""
+        try:
+            self._slots.write(slots, **rows)
+        except Exception as error:
+            raise DeviceLostError("a step was written in part") from error
 
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
@@ -130,7 +147,10 @@ class Runner:
         for rows in WARM_UP_BATCHES:
             if should_stop():
                 break
-            seconds[rows] = self._time_step(Job(Options(0, 0, self.info.max_steps, "ddpm", 1.0), rows).unfinished)
+            try:
+                seconds[rows] = self._time_step(Job(Options(0, 0, self.info.max_steps, "ddpm", 1.0), rows).unfinished)
+            except OutOfMemoryError:
+                break
         return Pace(seconds or {1: 1.0})
 
     def _check_probe(self) -> None:
@@ -147,11 +167,13 @@ class Runner:
 
     def _time_step(self, trajectories: list[Trajectory]) -> float:
         durations = []
-        for _ in range(WARM_UP_REPEATS):
-            start = time.perf_counter()
-            self.step(trajectories)
-            durations.append(time.perf_counter() - start)
-        self.release(trajectories)
+        try:
+            for _ in range(WARM_UP_REPEATS):
+                start = time.perf_counter()
+                self.step(trajectories)
+                durations.append(time.perf_counter() - start)
+        finally:
+            self.release(trajectories)
         return min(durations)
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
@@ -166,8 +188,8 @@ class Runner:
         step = torch.zeros_like(seed)
         x_T = normal(seed, index, step, self.image_shape)  # (B, C, H, W)
         scale = torch.tensor([o.guidance_scale for o in options], device=self.device)  # (B,)
-        self._slots.write(
-            self._slots.take(trajectories),
+        self._slots.begin(
+            trajectories,
             x_t=x_T,
             x_0=torch.zeros_like(x_T),
             seed=seed,
@@ -219,17 +241,9 @@ def _describe(loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> M
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         version=VERSION,
+        num_classes=config.unet.num_classes,
         max_steps=config.schedule.num_steps,
         samplers=config.samplers,
         guidance_scale=config.guidance.scale,
         guidable=config.training.get("label_drop", 0) > 0,
     )
-
-
-@torch.inference_mode()
-def _condition_table(loaded: Checkpoint) -> Tensor:
-    """condition(t, y) for every t and y, (T + 1, num_classes + 1, D): it depends on nothing else."""
-    num_labels = loaded.config.unet.num_classes + 1
-    t = torch.arange(loaded.schedule.num_steps + 1)
-    pairs = torch.cartesian_prod(t, torch.arange(num_labels))  # ((T + 1) * num_labels, 2)
-    return loaded.network.condition(*pairs.unbind(dim=1)).unflatten(0, (len(t), num_labels))

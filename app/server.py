@@ -51,7 +51,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no host has such a name
         reason = getattr(error, "strerror", None) or error
         raise StartError(f"cannot listen on {host}:{port}: {reason}") from error
 
@@ -69,7 +69,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
     )
     server = _Uvicorn(config)
-    stop = _stop_signal(server)
+    stop, hurry = _signals()
     serving = asyncio.ensure_future(server.serve([listener]))
     ready = asyncio.wrap_future(engine.ready)
     await server.up.wait()
@@ -79,7 +79,8 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         log.info("ready on http://%s:%d, %s on %s", host, port, engine.info.dtype, engine.info.device)
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
-        await _drain(engine, settings.drain_timeout)
+        await _drain(engine, settings.drain_timeout, hurry)
+        server.force_exit = hurry.done()
     server.should_exit = True
     await serving
     if ready.done() and (failure := ready.exception()):
@@ -87,27 +88,25 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
 
 
-def _stop_signal(server: uvicorn.Server) -> "asyncio.Future[None]":
-    """Done at the first signal; the second one ends the process without waiting for anybody."""
+def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
+    """Done at the first SIGTERM or SIGINT, which drains, and at the second, which waits for nobody."""
     loop = asyncio.get_running_loop()
-    stop: asyncio.Future[None] = loop.create_future()
+    futures: tuple[asyncio.Future[None], asyncio.Future[None]] = (loop.create_future(), loop.create_future())
 
     def on_signal() -> None:
-        if stop.done():
-            server.force_exit = True
-        else:
-            stop.set_result(None)
+        waiting = [future for future in futures if not future.done()]
+        if waiting:
+            waiting[0].set_result(None)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    return stop
+    return futures
 
 
-async def _drain(engine: Engine, seconds: float) -> None:
+async def _drain(engine: Engine, seconds: float, hurry: "asyncio.Future[None]") -> None:
     log.info("draining: %d images left", engine.waiting + engine.running)
-    try:
-        async with asyncio.timeout(seconds):
-            await asyncio.wrap_future(engine.drain())
-    except TimeoutError:
-        log.warning("the drain timeout has passed with %d images left", engine.waiting + engine.running)
+    drained = asyncio.wrap_future(engine.drain())
+    await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if not drained.done():
+        log.warning("gave up %d images", engine.waiting + engine.running)
     engine.give_up(errors.Draining(1))

@@ -28,7 +28,7 @@ class Service:
 
     @property
     def uptime_seconds(self) -> float:
-        """Since the process took its first request."""
+        """Since the application was made."""
         return time.monotonic() - self.started_at
 
     @property
@@ -66,6 +66,8 @@ class Service:
         longest = self.settings.request_timeout
         if body.given("timeout_seconds") and body.timeout_seconds > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
+        if body.digit >= self.info.num_classes:
+            raise errors.InvalidRequest.of("digit", f"Input should be less than {self.info.num_classes}")
         if body.model != self.info.name:
             raise errors.InvalidRequest.of("model", f"Input should be '{self.info.name}'")
         if body.num_steps > self.info.max_steps:

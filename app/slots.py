@@ -41,13 +41,15 @@ class Slots:
         self._free = list(range(FIRST_SLOTS))
         self._device = device
 
-    def take(self, trajectories: list[Trajectory]) -> Tensor:
-        """A slot for each trajectory, (B,)."""
+    def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
+        """Gives each trajectory a slot with its row of state in it; all of them, or none where it raises."""
         while len(self._free) < len(trajectories):
             self._grow()
-        for trajectory in trajectories:
-            trajectory.slot = self._free.pop()
-        return self.of(trajectories)
+        slots = self._free[-len(trajectories) :]
+        self.write(torch.tensor(slots, device=self._device), **rows)
+        del self._free[-len(trajectories) :]
+        for trajectory, slot in zip(trajectories, slots, strict=True):
+            trajectory.slot = slot
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Takes the slots back from those that have one."""
@@ -71,7 +73,6 @@ class Slots:
 
     def _grow(self) -> None:
         size = len(self.state.seed)
-        for field in fields(State):
-            old = getattr(self.state, field.name)
-            setattr(self.state, field.name, torch.cat([old, torch.zeros_like(old)]))
+        old = [getattr(self.state, field.name) for field in fields(State)]
+        self.state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in old))
         self._free += range(size, 2 * size)

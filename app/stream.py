@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from contextlib import suppress
 from typing import Any
 
@@ -9,11 +10,15 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.errors import DeadlineExceeded, UnfogError
+from app.errors import DeadlineExceeded, InternalError, UnfogError
 from app.http import ClientGoneError, unless_gone
 from app.images import Provenance, encode_base64, encode_png
 from app.service import Service, timing
 from app.trajectory import ImageDone, Job, Progress
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 5
 
 
 class JobEvents:
@@ -49,8 +54,8 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the last."""
         request = Request(scope, receive)
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await unless_gone(request, self._send_all(request, send))
         except ClientGoneError:
             return
@@ -58,14 +63,20 @@ class EventStream(Response):
             self._service.engine.cancel(self._job, ClientGoneError())
 
     async def _send_all(self, request: Request, send: Send) -> None:
+        error: UnfogError | None = None
         try:
             async with asyncio.timeout(self._job.timeout):
                 await self._send_work(send)
         except TimeoutError:
-            await self._send_error(request, send, DeadlineExceeded())
-        except UnfogError as error:
-            await self._send_error(request, send, error)
-        await send({"type": "http.response.body", "body": b""})
+            error = DeadlineExceeded()
+        except UnfogError as known:
+            error = known
+        except Exception:
+            log.exception("a stream failed", extra={"request_id": request.state.request_id})
+            error = InternalError()
+        with suppress(TimeoutError):  # a client that does not read is not waited for
+            async with asyncio.timeout(LAST_WORDS_SECONDS):
+                await self._send_end(request, send, error)
 
     async def _send_work(self, send: Send) -> None:
         job = self._job
@@ -84,9 +95,11 @@ class EventStream(Response):
             png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
             return "image", {"index": event.index, "png": encode_base64(png)}
 
-    async def _send_error(self, request: Request, send: Send, error: UnfogError) -> None:
-        self._service.metrics.count_rejection(error)
-        await _send_event(send, "error", error.problem(request.state.request_id))
+    async def _send_end(self, request: Request, send: Send, error: UnfogError | None) -> None:
+        if error:
+            self._service.metrics.count_rejection(error)
+            await _send_event(send, "error", error.problem(request.state.request_id))
+        await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_event(send: Send, name: str, data: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -56,6 +57,8 @@ class CheckpointConfig:
         T, guidance, probe = self.schedule.num_steps, self.guidance, self.probe
         if self.unet.num_steps != T or len(self.class_names) != self.unet.num_classes:
             raise ValueError("network, schedule and class names do not fit together")
+        if not isinstance(self.training, dict):
+            raise ValueError("training must be a mapping")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
         if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
@@ -154,19 +157,19 @@ def load(path: Path) -> Checkpoint:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        content = path.read_bytes()
+        tensors = deserialize(content)
+        header_end = 8 + int.from_bytes(content[:8], "little")
+        metadata = json.loads(json.loads(content[8:header_end])["__metadata__"][METADATA_KEY])
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog") from error
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog")
-    return tensors, metadata, sha256
+    return tensors, metadata, hashlib.sha256(content).hexdigest()
 
 
 def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,6 +118,13 @@ class UNet(nn.Module):
         """t (B,), y (B,) -> all that the network hears of them, (B, D)."""
         embedding = self.time_embed(t) + self.class_embed(y)  # (B, embed_dim)
         return self.condition_proj(F.silu(embedding))
+
+    @torch.inference_mode()
+    def condition_table(self) -> Tensor:
+        """`condition` for every t in 0..T and every label, (T + 1, num_classes + 1, D): it depends on nothing else."""
+        t, y = torch.arange(self.config.num_steps + 1), torch.arange(self.config.num_classes + 1)
+        pairs = torch.cartesian_prod(t, y).to(self.class_embed.weight.device)  # ((T + 1) * (num_classes + 1), 2)
+        return self.condition(*pairs.unbind(dim=1)).unflatten(0, (len(t), len(y)))
 
     def denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
         """x_t (B, C, H, W), c (B, D) from `condition` -> eps (B, C, H, W)."""

@@ -40,7 +40,7 @@ class Drawer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         fast = self.device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
         self.dtype = torch.bfloat16 if fast else torch.float32
-        self._condition = _condition_table(loaded).to(self.device, self.dtype)  # (T + 1, num_classes + 1, D)
+        self._condition = loaded.network.condition_table().to(self.device, self.dtype)  # (T + 1, num_classes + 1, D)
         network = loaded.network.to(self.device, self.dtype)
         self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
 
@@ -127,11 +127,3 @@ def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions
     if guidance.start > guidance.stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
         raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
     return DrawingOptions(args.sampler, num_steps, guidance)
-
-
-@torch.inference_mode()
-def _condition_table(loaded: Checkpoint) -> Tensor:
-    num_labels = loaded.config.unet.num_classes + 1
-    t = torch.arange(loaded.schedule.num_steps + 1)
-    rows = [loaded.network.condition(t, torch.full_like(t, label)) for label in range(num_labels)]  # (T + 1, D) each
-    return torch.stack(rows, dim=1)

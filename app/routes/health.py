@@ -16,8 +16,9 @@ async def health(request: Request) -> JSONResponse:
     """The state of the service; 200 while it takes work."""
     service: Service = request.app.state.service
     engine, info = service.engine, service.engine.info
+    state = engine.state if engine.alive else EngineState.FAILED
     answer = Health(
-        status=engine.state.value,
+        status=state.value,
         version=VERSION,
         model=HealthModel(name=info.name, sha256=info.sha256, num_parameters=info.num_parameters) if info else None,
         device=info.device if info else None,
@@ -25,7 +26,7 @@ async def health(request: Request) -> JSONResponse:
         queue=Queue(waiting=engine.waiting, running=engine.running, capacity=engine.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )
-    return _answer(answer.model_dump(exclude_none=True), engine.state is EngineState.OK)
+    return _answer(answer.model_dump(exclude_none=True), state is EngineState.OK)
 
 
 @router.get("/livez", response_model=Liveness, responses={503: {"model": Liveness}})
@@ -40,7 +41,7 @@ async def livez(request: Request) -> JSONResponse:
 async def readyz(request: Request) -> JSONResponse:
     """200 while the checkpoint is loaded and warm and the service does not drain."""
     service: Service = request.app.state.service
-    ready = service.engine.state is EngineState.OK
+    ready = service.engine.state is EngineState.OK and service.engine.alive
     return _answer({"ready": ready}, ready)
 
 

@@ -23,6 +23,7 @@ INFO = ModelInfo(
     device="cpu",
     dtype="float32",
     version="0",
+    num_classes=10,
     max_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance_scale=1.0,
