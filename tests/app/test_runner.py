@@ -329,3 +329,38 @@ def test_a_precision_that_is_named_is_the_one_that_serves() -> None:
 def test_what_the_device_raises_is_translated(raised: Exception, understood: type[Exception]) -> None:
     with pytest.raises(understood), device_errors():
         raise raised
+
+
+def test_a_row_whose_beginning_failed_begins_anew(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot may hold what another image left there."""
+    runner = new_runner(loaded)
+    expected = draw(runner, rows_of(4, seed=5))
+    rows, write = rows_of(4, seed=5), runner._slots.write
+
+    def fail(*args: object, **named: object) -> None:
+        monkeypatch.setattr(runner._slots, "write", write)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(runner._slots, "write", fail)
+    with pytest.raises(OutOfMemoryError):
+        runner.step(rows)
+    assert all(row.slot is None for row in rows)
+    assert all(np.array_equal(a, b) for a, b in zip(draw(runner, rows), expected, strict=True))
+
+
+def test_a_step_that_was_written_in_part_is_never_run_again(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, rows = new_runner(loaded), rows_of(2)
+    step(runner, rows)
+
+    def fail(*args: object, **named: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(runner._slots, "write", fail)
+    with pytest.raises(DeviceLostError):
+        runner.step(rows)
+
+
+def test_the_service_draws_only_the_classes_that_the_checkpoint_has(loaded: Checkpoint) -> None:
+    assert new_runner(loaded).info.num_classes == loaded.config.unet.num_classes

@@ -157,6 +157,18 @@ def test_what_is_unfinished_after_the_drain_timeout_is_answered(start: Start) ->
     assert "Traceback" not in "".join(draining.process.lines)
 
 
+def test_a_second_signal_waits_for_nobody_and_still_answers_everyone(start: Start) -> None:
+    draining = start(**ONE_ROW, UNFOG_DRAIN_TIMEOUT="1000")
+    with ThreadPoolExecutor() as pool:
+        unfinished = pool.submit(draining.post, {"digit": 1, "count": 64})
+        eventually(lambda: images_inside(draining) > 0, "the request is admitted")
+        draining.process.signal(signal.SIGTERM)
+        eventually(lambda: draining.client.get("/readyz").status_code == 503, "it drains")
+        draining.process.signal(signal.SIGTERM)
+        assert_problem(unfinished.result(PATIENCE), 503, "draining")
+    assert draining.process.wait() == 0
+
+
 def test_every_line_of_the_log_is_json_with_what_a_log_is_searched_for(service: Service) -> None:
     service.post({"digit": 7, "num_steps": 1}, **{"x-request-id": "find-me"})
     eventually(lambda: any("find-me" in line for line in service.process.lines), "the request is logged")

@@ -1,0 +1,137 @@
+"""The application in this process, on a runner that fails as a device would."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from app.config import Settings
+from app.device import DeviceLostError
+from app.main import create_app
+from tests.app.fakes import INFO, FakeRunner, Rows
+
+WORK = {"digit": 3, "num_steps": 3, "seed": 1}
+
+
+@asynccontextmanager
+async def client_of(runner: FakeRunner, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application that is ready."""
+    app = create_app(Settings(**settings), lambda: runner)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+    ):
+        await asyncio.wrap_future(app.state.service.engine.ready)
+        yield client
+
+
+def run(check: Callable[[httpx.AsyncClient], Awaitable[None]], runner: FakeRunner, **settings: Any) -> None:
+    async def main() -> None:
+        async with client_of(runner, **settings) as client:
+            await check(client)
+
+    asyncio.run(main())
+
+
+def fails_for(seed: int, error: Exception) -> Callable[[Rows], None]:
+    def on_step(rows: Rows) -> None:
+        if any(row.job.options.seed == seed for row in rows):
+            raise error
+
+    return on_step
+
+
+def test_a_bug_costs_its_own_request_and_says_nothing_of_itself() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        bad, good = await asyncio.gather(
+            client.post("/generate", json={**WORK, "seed": 13, "count": 3}), client.post("/generate", json=WORK)
+        )
+        assert (bad.status_code, bad.json()["code"]) == (500, "internal_error")
+        assert "secret" not in bad.text
+        assert good.status_code == 200
+        assert (await client.get("/health")).status_code == 200
+
+    run(check, FakeRunner(on_step=fails_for(13, KeyError("secret"))))
+
+
+def test_a_lost_device_answers_everyone_and_turns_the_probes() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        lost = await client.post("/generate", json={**WORK, "seed": 13})
+        later = await client.post("/generate", json=WORK)
+        for answer in (lost, later):
+            assert (answer.status_code, answer.json()["code"]) == (503, "engine_failed")
+            assert int(answer.headers["retry-after"]) >= 1
+        for probe in ("/health", "/livez", "/readyz", "/startupz"):
+            assert (await client.get(probe)).status_code == 503
+        assert (await client.get("/health")).json()["status"] == "failed"
+
+    run(check, FakeRunner(on_step=fails_for(13, DeviceLostError("gone"))))
+
+
+def test_an_engine_that_hangs_is_neither_alive_nor_ready_and_its_waiters_are_answered() -> None:
+    hung, release = threading.Event(), threading.Event()
+
+    def hang(rows: Rows) -> None:
+        hung.set()
+        release.wait()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        try:
+            answer = await client.post("/generate", json={**WORK, "timeout_seconds": 0.3})
+            assert (answer.status_code, answer.json()["code"]) == (504, "deadline_exceeded")
+            assert hung.is_set()
+            for probe in ("/health", "/livez", "/readyz"):
+                assert (await client.get(probe)).status_code == 503
+        finally:
+            release.set()
+
+    run(check, FakeRunner(on_step=hang), watchdog_seconds=0.01)
+
+
+def test_a_digit_that_the_checkpoint_has_not_is_refused() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**WORK, "digit": 5})
+        assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "digit"])
+        assert (await client.post("/generate", json={**WORK, "digit": 4})).status_code == 200
+
+    run(check, FakeRunner(info=replace(INFO, num_classes=5)))
+
+
+def test_guidance_is_refused_where_no_label_was_dropped_in_training() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**WORK, "guidance_scale": 2})
+        assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "guidance_scale"])
+        assert (await client.post("/generate", json={**WORK, "guidance_scale": 1})).status_code == 200
+
+    run(check, FakeRunner(info=replace(INFO, guidable=False)))
+
+
+def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> bytes:
+        raise ValueError("secret")
+
+    monkeypatch.setattr("app.stream.encode_png", fail)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json=WORK, headers={"accept": "text/event-stream"})
+        events = answer.text.strip().split("\n\n")
+        assert events[-1].startswith("event: error\n")
+        assert '"internal_error"' in events[-1]
+        assert "secret" not in answer.text
+
+    run(check, FakeRunner())
+
+
+def test_thousands_of_fields_are_one_error() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={f"field-{i}": i for i in range(10_000)})
+        assert answer.status_code == 422
+        assert len(answer.json()["errors"]) == 1
+
+    run(check, FakeRunner())
