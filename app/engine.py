@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from enum import StrEnum
 
 from app import errors
 from app.batcher import Batcher, QueueFullError
@@ -18,23 +17,13 @@ from app.forecast import retry_after, seconds_to_finish, seconds_to_room
 from app.metrics import Metrics
 from app.pace import Pace
 from app.runner import ModelInfo
+from app.state import RESTART_SECONDS, EngineState
 from app.stepping import R, StepRunner, isolate
 from app.trajectory import Job, Trajectory
 
 log = logging.getLogger(__name__)
 
-STARTING_SECONDS = 5  # Retry-After where no backlog tells it: about what loading takes,
-RESTART_SECONDS = 10  # and what a restart takes
 AUTO_BATCH_TOLERANCE = 0.2  # a smaller batch is worth a fifth of the throughput: newcomers wait less
-
-
-class EngineState(StrEnum):
-    """What the engine takes: new work only while it is `ok`."""
-
-    STARTING = "starting"
-    OK = "ok"
-    DRAINING = "draining"
-    FAILED = "failed"
 
 
 class Engine:
@@ -72,7 +61,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
-            self.refuse_unless_ok()
+            self.state.refuse_unless_ok()
             job.position, job.eta_seconds = (
                 self._batcher.waiting,
                 seconds_to_finish(self._batcher, job, self.max_batch, self._pace),
@@ -267,12 +256,3 @@ class Engine:
     def _note_idle(self) -> None:
         if self._idle and not self._idle.done() and not self._batcher.num_jobs:
             self._idle.set_result(None)
-
-    def refuse_unless_ok(self) -> None:
-        """Starting, Draining or EngineFailed where no new work is taken."""
-        if self.state is EngineState.STARTING:
-            raise errors.Starting(STARTING_SECONDS)
-        if self.state is EngineState.DRAINING:
-            raise errors.Draining(RESTART_SECONDS)
-        if self.state is EngineState.FAILED:
-            raise errors.EngineFailed(RESTART_SECONDS)

@@ -14,13 +14,14 @@ from starlette.responses import Response
 
 from app import VERSION, errors
 from app.config import Settings
-from app.engine import Engine, EngineState
+from app.engine import Engine
 from app.metrics import Metrics
 from app.middleware import RequestContext, problem_response
 from app.openapi import add_openapi
 from app.routes import generate, health, metrics
 from app.runner import Runner
 from app.service import Service
+from app.state import EngineState
 from app.stepping import StepRunner
 
 STOP_SECONDS = 5.0  # for a step in progress

@@ -35,7 +35,7 @@ class Service:
     def info(self) -> ModelInfo:
         """What is served; Starting or EngineFailed before it is known."""
         if self.engine.info is None:
-            self.engine.refuse_unless_ok()
+            self.engine.state.refuse_unless_ok()
             raise errors.Starting(1)
         return self.engine.info
 

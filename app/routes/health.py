@@ -4,9 +4,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from app import VERSION
-from app.engine import EngineState
 from app.schemas import Health, HealthModel, Liveness, Queue, Readiness
 from app.service import Service
+from app.state import EngineState
 
 router = APIRouter()
 

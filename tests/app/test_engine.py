@@ -5,9 +5,9 @@ import pytest
 
 from app import errors
 from app.device import DeviceLostError, OutOfMemoryError, RunnerError
-from app.engine import EngineState
 from app.http import ClientGoneError
 from app.pace import Pace
+from app.state import EngineState
 from app.trajectory import ImageDone, Job, Progress
 from tests.app.fakes import (
     WAIT_SECONDS,

@@ -13,8 +13,8 @@ from prometheus_client import Counter
 
 from app import errors
 from app.device import OutOfMemoryError
-from app.engine import EngineState
 from app.http import ClientGoneError
+from app.state import EngineState
 from app.trajectory import ImageDone, Job, Progress
 from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job, opened, same, tick
 
