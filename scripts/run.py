@@ -8,6 +8,7 @@ epochs/NN.png      ten digits from the same noise after each epoch
 
 import csv
 import io
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ class Run:
     def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int) -> None:
         self.folder, self.preset, self.recipe, self.seed = folder, preset, recipe, seed
         self.results: list[EpochResult] = []
+        self.earlier_arithmetic: str | None = None  # of the part that was gone on from
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -56,11 +58,13 @@ class Run:
             raise RunError(f"{self.folder} holds a run of another recipe or seed; name another --out")
         trainer.load_state_dict(state["trainer"])
         self.results = [EpochResult(**result) for result in state["results"]]
+        self.earlier_arithmetic = state.get("arithmetic")
         return True
 
     def record(self, trainer: Trainer, result: EpochResult) -> bool:
         """Keeps an epoch; returns whether its validation loss is the best so far."""
-        best = all(result.validation_loss < earlier.validation_loss for earlier in self.results)
+        loss = result.validation_loss
+        best = math.isfinite(loss) and not any(earlier.validation_loss <= loss for earlier in self.results)
         self.results.append(result)
         if best:
             self.safe_save_model(trainer)
@@ -68,6 +72,7 @@ class Run:
         checkpoint.write_atomically(self.folder / "losses.csv", self._csv().encode())
         state = {
             "identity": self.identity,
+            "arithmetic": trainer.arithmetic,
             "trainer": trainer.state_dict(),
             "results": [asdict(result) for result in self.results],
         }

@@ -45,6 +45,8 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
     start = time.perf_counter()
     if run.resume(trainer):
         reporter.line(f"going on after epoch {trainer.epoch} of {run.folder}")
+        if run.earlier_arithmetic != trainer.arithmetic:
+            reporter.line(f"not bit by bit: before it was {run.earlier_arithmetic}, now {trainer.arithmetic}")
     num_parameters = sum(p.numel() for p in trainer.network.parameters())
     reporter.line(f"{num_parameters:,} parameters, {len(trainer.images):,} images, on {trainer.device}")
     longest_epoch = 0.0

@@ -65,6 +65,9 @@ class Trainer:
         )
         self.epoch = 0
         self.denoiser = torch.compile(self._denoise) if compiled else self._denoise
+        self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
+            ", compiled" if compiled else ""
+        )  # what decides the last bits beside the recipe and the seed
 
     @property
     def steps_per_epoch(self) -> int:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from model import checkpoint
+from scripts.progress import Reporter
 from scripts.recipe import Recipe
 from scripts.run import Run
+from scripts.train import train
 from scripts.trainer import EpochResult, Trainer
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, RECIPES, trust_idx_files
 
@@ -112,11 +114,32 @@ def test_only_a_better_validation_loss_replaces_the_checkpoint(make_trainer: Mak
     run = Run(tmp_path, "tiny", trainer.recipe, seed=0)
     result = EpochResult(1, train_loss=0.9, validation_loss=0.5, band_losses=(0.5,) * 4, learning_rate=0.1)
     kept = []
-    for epoch, loss in enumerate([0.5, 0.6, 0.5, 0.4], start=1):
+    for epoch, loss in enumerate([0.5, 0.6, 0.5, float("nan"), 0.4], start=1):
         trainer.epoch = epoch
         with torch.no_grad():
             trainer.averaged.stem[1].bias.fill_(epoch)
         best = run.record(trainer, replace(result, epoch=epoch, validation_loss=loss))
         loaded = checkpoint.load(tmp_path / "model.safetensors")
         kept.append((best, loaded.network.stem[1].bias[0].item(), loaded.config.training["epochs"]))
-    assert kept == [(True, 1, 1), (False, 1, 1), (False, 1, 1), (True, 4, 4)]
+    assert kept == [(True, 1, 1), (False, 1, 1), (False, 1, 1), (False, 1, 1), (True, 5, 5)]
+
+
+def test_a_diverged_first_epoch_is_no_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer("plateau")
+    run = Run(tmp_path, "tiny", trainer.recipe, seed=0)
+    assert not run.record(trainer, EpochResult(1, float("nan"), float("nan"), (float("nan"),) * 4, 0.1))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_going_on_with_other_arithmetic_is_said(
+    make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer("plateau", epochs=1)
+    with Reporter() as reporter:
+        train(trainer, Run(tmp_path, "tiny", trainer.recipe, seed=0), reporter)
+        again = make_trainer("plateau", epochs=1)
+        train(again, Run(tmp_path, "tiny", again.recipe, seed=0), reporter)
+        assert "not bit by bit" not in capsys.readouterr().out
+        again.arithmetic += ", compiled"
+        train(again, Run(tmp_path, "tiny", again.recipe, seed=0), reporter)
+    assert "not bit by bit" in capsys.readouterr().out
