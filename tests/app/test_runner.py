@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def test_a_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: t
     for _ in range(3):
         step(runner, [row for row in crowd if row.steps_left])
     assert equal(draw(runner, [*crowd, *late])[-1:], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
+@DTYPES
+def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(loaded: Checkpoint, dtype: torch.dtype) -> None:
+    runner = Runner(loaded, CPU, dtype, compiled=True)
+    alone = [draw(runner, [row])[0] for row in company()]
+    for max_batch, order in [(64, 1), (7, 3), (1, 6)]:
+        assert equal(draw(runner, company(), max_batch, order), alone)
 
 
 def test_another_runner_draws_the_same(path: Path) -> None:
