@@ -79,6 +79,17 @@ def test_a_loaded_network_is_called_as_the_saved_one(network: UNet, saved: Path)
     assert torch.equal(load(saved).network(*batch), network(*batch))
 
 
+def test_weights_stored_in_float16_are_float32_again_when_loaded_and_drew_the_probe(
+    network: UNet, tmp_path: Path
+) -> None:
+    save(tmp_path / "half.safetensors", network, config_of(network), dtype=torch.float16)
+    loaded = load(tmp_path / "half.safetensors")
+    before, after = network.state_dict(), loaded.network.state_dict()
+    assert all(torch.equal(before[name].half().float(), after[name]) for name in before)
+    fresh = draw_probe(loaded.network, loaded.config)
+    assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # half of one grey level
+
+
 def test_weights_in_channels_last_are_saved_as_any_others(network: UNet, saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save(other, network.to(memory_format=torch.channels_last), config_of(network))  # type: ignore[call-overload]
