@@ -40,7 +40,18 @@ def test_torch_is_named_only_where_the_service_handles_tensors() -> None:
 
 
 def test_the_model_needs_nothing_beyond_torch_einops_and_safetensors() -> None:
-    standard = {"base64", "binascii", "collections", "dataclasses", "hashlib", "itertools", "json", "math", "os"}
+    standard = {
+        "base64",
+        "binascii",
+        "collections",
+        "copy",
+        "dataclasses",
+        "hashlib",
+        "itertools",
+        "json",
+        "math",
+        "os",
+    }
     allowed = standard | {"pathlib", "tempfile", "typing", "model", "torch", "einops", "safetensors"}
     used = {str(path.relative_to(ROOT)): imported(path.read_text()) - allowed for path in sources("model")}
     assert {name: more for name, more in used.items() if more} == {}
