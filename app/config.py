@@ -69,8 +69,9 @@ def load_settings() -> Settings:
         settings = Settings()
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"{PREFIX}{first['loc'][0]}".upper()
-        raise SettingsError(f"{name}={first['input']!r} is wrong: {first['msg']}") from error
+        name, reason = f"{PREFIX}{first['loc'][0]}".upper(), first["msg"].removeprefix("Value error, ")
+        also = ", or auto" if first["loc"][0] == "max_batch" else ""
+        raise SettingsError(f"{name}={first['input']!r} is wrong: {reason}{also}") from error
     for field in sorted(NOT_YET):
         value = getattr(settings, field)
         if value is not None and (field, value) != ("rate_limit", "off"):

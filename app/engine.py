@@ -119,6 +119,11 @@ class Engine:
         )
 
     @property
+    def takes_work(self) -> bool:
+        """Whether a new job would be admitted and run."""
+        return self.state is EngineState.OK and self.alive
+
+    @property
     def waiting(self) -> int:
         """Images without a step yet."""
         return self._batcher.waiting

@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Route
 
 from app import VERSION, errors
 from app.config import Settings
@@ -21,7 +22,6 @@ from app.openapi import add_openapi
 from app.routes import generate, health, metrics
 from app.runner import Runner
 from app.service import Service
-from app.state import EngineState
 from app.stepping import StepRunner
 
 STOP_SECONDS = 5.0  # for a step in progress
@@ -54,7 +54,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         app.include_router(module.router)
     _handle_errors(app, meters)
     add_openapi(app)
-    app.add_middleware(RequestContext, metrics=meters)
+    plain_paths = frozenset(route.path for route in app.routes if isinstance(route, Route))  # /docs and its like
+    app.add_middleware(RequestContext, metrics=meters, plain_paths=plain_paths)
     return app
 
 
@@ -63,7 +64,7 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.queue_depth.set_function(lambda: engine.waiting)
     meters.queue_capacity.set(engine.capacity)
     meters.running_images.set_function(lambda: engine.running)
-    meters.ready.set_function(lambda: engine.state is EngineState.OK)
+    meters.ready.set_function(lambda: engine.takes_work)
 
     def describe(ready: "Future[None]") -> None:
         if engine.info and not ready.exception():

@@ -37,7 +37,7 @@ class Metrics:
         self.step_duration = self._histogram("denoise_step_duration_seconds", "Time of a reverse step.", STEP_SECONDS)
         self.batch_rows = self._histogram("batch_rows", "Images in a reverse step.", POWERS_OF_TWO)
         self.encode_duration = self._histogram(
-            "encode_duration_seconds", "Time to encode a response's images.", SECONDS
+            "encode_duration_seconds", "Time to encode a response's images, or one event of a stream.", SECONDS
         )
         self.model_info = self._gauge(
             "model_info", "The model that is served.", "name", "sha256", "device", "dtype", "version"

@@ -5,13 +5,13 @@ import logging
 import re
 import time
 import uuid
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import InternalError, UnfogError
+from app.errors import Draining, InternalError, UnfogError
 from app.metrics import Metrics
 
 log = logging.getLogger("unfog.access")
@@ -27,17 +27,22 @@ def problem_response(error: UnfogError, request_id: str) -> JSONResponse:
 
 
 class RequestContext:
-    """Plain ASGI, so that disconnects reach the handler as they come; leaves the id in scope["state"]["request_id"]."""
+    """Plain ASGI, so that disconnects reach the handler as they come.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    Leaves in the request's state its `request_id`, and `answered`, a stack that is closed when the
+    answer has been sent or the client is gone. `plain_paths` are those of routes that are not FastAPI's.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, plain_paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._plain_paths = app, metrics, plain_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        request_id, answered = _request_id(scope), ExitStack()
+        scope.setdefault("state", {}).update(request_id=request_id, answered=answered)
         status, start = 0, time.perf_counter()
         body = _Body(scope, receive)
 
@@ -48,17 +53,26 @@ class RequestContext:
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
             await body.send(message, send)
 
-        with self._metrics.requests_in_progress.track_inprogress():
+        async def fail_with(error: UnfogError) -> None:
+            await problem_response(error, request_id)(scope, receive, send_with_id)
+
+        with self._metrics.requests_in_progress.track_inprogress(), answered:
             try:
                 await self._app(scope, body.receive, send_with_id)
+            except asyncio.CancelledError:  # uvicorn's, when the time for the last answers is over
+                if status:
+                    raise
+                await fail_with(Draining(1))
             except Exception:
                 log.exception("a request failed", extra={"request_id": request_id})
                 if not status:
-                    await problem_response(InternalError(), request_id)(scope, receive, send_with_id)
-        self._record(scope, status, time.perf_counter() - start, request_id)
+                    await fail_with(InternalError())
+            finally:
+                self._record(scope, status, time.perf_counter() - start, request_id)
 
     def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        route = getattr(scope.get("route"), "path", "other")
+        plain = scope["path"] if scope["path"] in self._plain_paths else "other"
+        route = getattr(scope.get("route"), "path", plain)
         code = str(status or 499)  # 499: the client left before there was an answer
         self._metrics.requests.labels(route, code).inc()
         self._metrics.request_duration.labels(route).observe(seconds)

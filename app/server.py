@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -13,12 +14,11 @@ from fastapi import FastAPI
 from app import errors
 from app.config import Settings
 from app.device import RunnerError
-from app.engine import Engine
 from app.service import Service
 
 log = logging.getLogger("unfog")
 
-LAST_ANSWERS_SECONDS = 5  # for responses that are being sent when the drain is over
+LAST_ANSWERS_SECONDS = 5  # for what is still to be said when the drain's time is over
 BACKLOG = 2048
 
 
@@ -52,8 +52,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no host has such a name
-        reason = getattr(error, "strerror", None) or error
-        raise StartError(f"cannot listen on {host}:{port}: {reason}") from error
+        number = getattr(error, "errno", None) or 0  # create_server adds the address to the text, in Python's words
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+        raise StartError(f"cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): {reason}") from error
 
 
 async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
@@ -70,6 +71,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     )
     server = _Uvicorn(config)
     stop, hurry = _signals()
+    hurry.add_done_callback(lambda _: setattr(server, "force_exit", True))
     serving = asyncio.ensure_future(server.serve([listener]))
     ready = asyncio.wrap_future(engine.ready)
     await server.up.wait()
@@ -79,8 +81,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         log.info("ready on http://%s:%d, %s on %s", host, port, engine.info.dtype, engine.info.device)
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
-        await _drain(engine, settings.drain_timeout, hurry)
-        server.force_exit = hurry.done()
+        await _drain(service, settings.drain_timeout, hurry)
     server.should_exit = True
     await serving
     if ready.done() and (failure := ready.exception()):
@@ -103,10 +104,13 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
     return futures
 
 
-async def _drain(engine: Engine, seconds: float, hurry: "asyncio.Future[None]") -> None:
+async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
+    """Waits until every job is done and its answer sent, at most so long; then whoever still waits is told."""
+    engine = service.engine
     log.info("draining: %d images left", engine.waiting + engine.running)
-    drained = asyncio.wrap_future(engine.drain())
+    drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.owed.none())
     await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    if not drained.done():
-        log.warning("gave up %d images", engine.waiting + engine.running)
+    if left := engine.waiting + engine.running:
+        log.warning("gave up %d images", left)
     engine.give_up(errors.Draining(1))
+    drained.cancel()

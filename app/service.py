@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 
@@ -12,6 +12,7 @@ from app.engine import Engine
 from app.http import ClientGoneError, unless_gone
 from app.images import Provenance
 from app.metrics import Metrics
+from app.owed import Owed
 from app.runner import ModelInfo
 from app.schemas import GenerateRequest, Timing
 from app.trajectory import Job, Listener, Options, Pixels
@@ -25,6 +26,7 @@ class Service:
     engine: Engine
     metrics: Metrics
     started_at: float
+    owed: Owed = field(default_factory=Owed)
 
     @property
     def uptime_seconds(self) -> float:

@@ -69,8 +69,10 @@ async def generate(
     if media_type == EVENTS:
         events = JobEvents()
         job = service.submit(body, previews, events.put)
+        request.state.answered.enter_context(service.owed.one())
         return EventStream(service, job, events, body.scale)
     job = service.submit(body)
+    request.state.answered.enter_context(service.owed.one())
     try:
         images = await finish(service, request, job)
     except ClientGoneError:

@@ -41,8 +41,7 @@ async def livez(request: Request) -> JSONResponse:
 async def readyz(request: Request) -> JSONResponse:
     """200 while the checkpoint is loaded and warm and the service does not drain."""
     service: Service = request.app.state.service
-    ready = service.engine.state is EngineState.OK and service.engine.alive
-    return _answer({"ready": ready}, ready)
+    return _answer({"ready": service.engine.takes_work}, service.engine.takes_work)
 
 
 def _answer(body: dict[str, object], good: bool) -> JSONResponse:

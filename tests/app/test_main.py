@@ -88,6 +88,7 @@ def test_an_engine_that_hangs_is_neither_alive_nor_ready_and_its_waiters_are_ans
             assert hung.is_set()
             for probe in ("/health", "/livez", "/readyz"):
                 assert (await client.get(probe)).status_code == 503
+            assert "unfog_ready 0.0" in (await client.get("/metrics")).text
         finally:
             release.set()
 
@@ -124,6 +125,22 @@ def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pyt
         assert events[-1].startswith("event: error\n")
         assert '"internal_error"' in events[-1]
         assert "secret" not in answer.text
+
+    run(check, FakeRunner())
+
+
+def test_routes_are_counted_by_name_and_paths_that_nobody_knows_together() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        for path in ("/health", "/docs", "/openapi.json", "/docs/", "/a", "/b"):
+            await client.get(path)
+        text = (await client.get("/metrics")).text
+        counted = {line for line in text.splitlines() if line.startswith("unfog_requests_total")}
+        assert counted == {
+            'unfog_requests_total{code="200",route="/health"} 1.0',
+            'unfog_requests_total{code="200",route="/docs"} 1.0',
+            'unfog_requests_total{code="200",route="/openapi.json"} 1.0',
+            'unfog_requests_total{code="404",route="other"} 3.0',
+        }
 
     run(check, FakeRunner())
 

@@ -1,6 +1,17 @@
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+
+import httpx
 import pytest
 
-from app.server import StartError, bind
+from app.config import Settings
+from app.main import create_app
+from app.metrics import Metrics
+from app.server import StartError, bind, serve
+from tests.app.fakes import WAIT_SECONDS, FakeRunner
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "256.256.256.256", "no.such.host.invalid"])
@@ -19,3 +30,58 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 def test_ipv6_is_a_host_like_any_other() -> None:
     with bind("::1", 0) as listener:
         assert listener.getsockname()[0] == "::1"
+
+
+class Drain:
+    """A service in this process that was told to stop while it encodes an answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.encoding, self.go_on = threading.Event(), threading.Event()
+
+        def encode(*args: object) -> bytes:
+            self.encoding.set()
+            assert self.go_on.wait(WAIT_SECONDS)
+            return b"encoded"
+
+        monkeypatch.setattr("app.routes.generate.encode_sheet", encode)
+        monkeypatch.setattr("app.server.LAST_ANSWERS_SECONDS", 0)
+
+    def run(self, drain_timeout: float, and_then: Callable[[], None]) -> tuple[httpx.Response, Metrics]:
+        """Asks for a PNG, sends SIGTERM while it is encoded, does `and_then`; the answer."""
+        settings = Settings(drain_timeout=drain_timeout)
+        app = create_app(settings, FakeRunner)
+        listener = bind("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+
+        async def main() -> httpx.Response:
+            serving = asyncio.ensure_future(serve(app, settings, listener))
+            await asyncio.wrap_future(app.state.service.engine.ready)
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_SECONDS) as client:
+                body, accept = {"digit": 1, "num_steps": 1, "seed": 1}, {"accept": "image/png"}
+                asked = asyncio.ensure_future(client.post("/generate", json=body, headers=accept))
+                await asyncio.to_thread(self.encoding.wait, WAIT_SECONDS)
+                os.kill(os.getpid(), signal.SIGTERM)
+                while (await client.get("/readyz")).status_code != 503:
+                    pass
+                and_then()
+                answer = await asked
+            self.go_on.set()
+            await serving
+            return answer
+
+        return asyncio.run(main()), app.state.service.metrics
+
+
+def test_an_answer_that_is_still_being_encoded_is_waited_for_as_long_as_the_drain_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drain = Drain(monkeypatch)
+    answer, _ = drain.run(WAIT_SECONDS, and_then=drain.go_on.set)
+    assert (answer.status_code, answer.content) == (200, b"encoded")
+
+
+def test_an_answer_that_is_not_ready_when_all_time_is_over_says_draining(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, metrics = Drain(monkeypatch).run(1, and_then=lambda: None)
+    assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+    assert answer.headers["x-request-id"] == answer.json()["request_id"]
+    assert 'unfog_requests_total{code="503",route="/generate"} 1.0' in metrics.render().decode()

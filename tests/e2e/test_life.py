@@ -122,7 +122,7 @@ def test_health_tells_what_is_served_and_how_busy_it_is(service: Service, networ
 
 
 def test_sigterm_finishes_what_was_admitted_and_takes_nothing_new(start: Start, service: Service) -> None:
-    draining = start(**ONE_ROW)
+    draining = start(**ONE_ROW, UNFOG_DRAIN_TIMEOUT="1000")
     with ThreadPoolExecutor() as pool, draining.events({**WORK, "count": 2}) as events:
         admitted = pool.submit(draining.post, WORK)
         assert next(events)[0] == "accepted"

@@ -92,5 +92,5 @@ def test_two_services_cannot_share_a_port_and_the_first_goes_on(service: Service
     finally:
         second.end()
     (line,) = second.lines
-    assert line.startswith(f"unfog: cannot listen on {host}:{port}: ")
+    assert line.startswith(f"unfog: cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): ")
     assert service.client.get("/readyz").status_code == 200

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from tests.tiny import tiny_unet
 
 
+@pytest.mark.timeout(1200)  # on a starved machine the compiler alone takes minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 # What torch itself warns of while it compiles is not ours to mend.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
