@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from model.precision import fast_dtype
+
 log = logging.getLogger(__name__)
 
 MAX_FLOAT32_THREADS = 2
@@ -35,18 +37,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it: a fact of the processor, never a timing."""
-    if name == "auto":
-        fast = device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
-        name = "bfloat16" if fast else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    """`auto` is what the hardware multiplies fast."""
+    return fast_dtype(device) if name == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dtype) -> None:
     """Sets the compute threads of a CPU.
 
     On three and more, torch's float32 kernels end a thread's share with scalar code where the share
-    is no whole number of vectors: a row's last bits would depend on the batch. bfloat16's do not.
+    is no whole number of vectors: a row's last bits would depend on its place. bfloat16's do not.
     """
     most = torch.get_num_threads()
     if device.type == "cpu" and dtype == torch.float32:

@@ -27,11 +27,9 @@ from app.trajectory import Job, Options, Pixels, Trajectory
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.noise import normal
+from model.precision import CallRows
 from model.sampler import Sampler, guide, make_plan, predict_x_0, reverse_step
 
-# Below eight rows float32 kernels sum in another order: fewer are padded, so that a row's bits never change.
-MIN_ROWS = {torch.float32: 8, torch.bfloat16: 1}
-MIN_ROWS_COMPILED = 2  # torch.compile makes a kernel of its own for one row
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP_REPEATS = 3
@@ -74,7 +72,7 @@ class Runner:
         self._slots = Slots(loaded.image_shape, device)
         network = loaded.network.to(device, dtype)
         network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-        self._min_rows = max(MIN_ROWS[dtype], MIN_ROWS_COMPILED if compiled else 1)
+        self._rows = CallRows.of(device, dtype, compiled=compiled)
         self._denoise = torch.compile(network.denoise, dynamic=True) if compiled else network.denoise
 
     @classmethod
@@ -83,7 +81,7 @@ class Runner:
         try:
             loaded = checkpoint.load(settings.checkpoint)
         except CheckpointError as error:
-            raise RunnerError(str(error)) from error
+            raise RunnerError(f"UNFOG_CHECKPOINT: {error}") from error
         device = choose_device(settings.device)
         if settings.compile == "on":
             check_compiler()
@@ -168,7 +166,7 @@ class Runner:
     def _time_step(self, trajectories: list[Trajectory]) -> float:
         durations = []
         try:
-            for _ in range(WARM_UP_REPEATS):
+            for _ in range(min(WARM_UP_REPEATS, self.info.max_steps)):
                 start = time.perf_counter()
                 self.step(trajectories)
                 durations.append(time.perf_counter() - start)
@@ -211,14 +209,12 @@ class Runner:
         return eps_cond.index_copy(0, guided, guide(eps_cond[guided], eps_uncond, scale))
 
     def _call(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(N, C, H, W), (N,), (N,) -> eps (N, C, H, W) float32, in one call of the network."""
-        c = self._condition[t, y]  # (N, D)
-        padding = max(self._min_rows - len(t), 0)
-        if padding:
-            x_t = torch.cat([x_t, x_t.new_zeros(padding, *self.image_shape)])
-            c = torch.cat([c, c.new_zeros(padding, c.shape[1])])
-        eps: Tensor = self._denoise(x_t.to(self.dtype).contiguous(memory_format=torch.channels_last), c)
-        return eps[: len(t)].float()
+        """(N, C, H, W), (N,), (N,) -> eps (N, C, H, W) float32, in as few calls of the network as may be."""
+
+        def denoise(x: Tensor, c: Tensor) -> Tensor:
+            return self._denoise(x.contiguous(memory_format=torch.channels_last), c)
+
+        return self._rows.call(denoise, x_t.to(self.dtype), self._condition[t, y]).float()
 
     def _plan_row(self, sampler: Sampler, num_steps: int) -> int:
         """Where in the table this plan starts; it is made the first time that it is asked for."""
@@ -245,5 +241,5 @@ def _describe(loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> M
         max_steps=config.schedule.num_steps,
         samplers=config.samplers,
         guidance_scale=config.guidance.scale,
-        guidable=config.training.get("label_drop", 0) > 0,
+        guidable=config.guidable,
     )

@@ -64,8 +64,17 @@ class CheckpointConfig:
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
         if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
             raise ValueError("guidance.scale must be 1 to 10, and its interval must begin before it ends")
+        if not isinstance(self.training.get("label_drop", 0), int | float):
+            raise ValueError("training.label_drop must be a number")
+        if guidance.scale != 1 and not self.guidable:
+            raise ValueError("guidance needs training.label_drop above 0")
         if not (0 <= probe.digit < self.unet.num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
             raise ValueError("the probe asks for what the network cannot draw")
+
+    @property
+    def guidable(self) -> bool:
+        """Whether labels were dropped in training: without that, guidance has nothing to lean on."""
+        return bool(self.training.get("label_drop", 0) > 0)
 
 
 @dataclass(frozen=True, slots=True)

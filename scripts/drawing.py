@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
+from model.precision import CallRows, fast_dtype
 from model.sampler import Guidance, Sampler, sample
 from scripts.progress import Reporter
 
@@ -31,15 +32,15 @@ class DrawingOptions:
 class Drawer:
     """A checkpoint on its way to pictures.
 
-    The network computes in bfloat16 where the hardware multiplies it, else in float32; what depends
-    on t and y alone is a table made in float32; the state stays float32.
+    The network computes in the precision that the hardware multiplies fast; what depends on t and y
+    alone is a table made in float32; the state stays float32.
     """
 
     def __init__(self, loaded: Checkpoint) -> None:
         self.checkpoint = loaded
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        fast = self.device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
-        self.dtype = torch.bfloat16 if fast else torch.float32
+        self.dtype = fast_dtype(self.device)
+        self._rows = CallRows.of(self.device, self.dtype)
         self._condition = loaded.network.condition_table().to(self.device, self.dtype)  # (T + 1, num_classes + 1, D)
         network = loaded.network.to(self.device, self.dtype)
         self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
@@ -51,8 +52,11 @@ class Drawer:
 
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x_t (B, C, H, W), t (B,), y (B,) -> eps (B, C, H, W), float32."""
-        x_t = x_t.to(self.dtype, memory_format=torch.channels_last)
-        return self._network.denoise(x_t, self._condition[t, y]).float()
+
+        def denoise(x: Tensor, c: Tensor) -> Tensor:
+            return self._network.denoise(x.contiguous(memory_format=torch.channels_last), c)
+
+        return self._rows.call(denoise, x_t.to(self.dtype), self._condition[t, y]).float()
 
     def draw(
         self,
@@ -120,7 +124,7 @@ def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions
         start=args.guidance_start or own.start,
         stop=args.guidance_stop or own.stop,
     )
-    if guidance.scale != 1 and loaded.config.training.get("label_drop") == 0:
+    if guidance.scale != 1 and not loaded.config.guidable:
         raise DrawingError(
             "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
         )

@@ -22,7 +22,7 @@ def config_of(network: UNet, **fields: Any) -> CheckpointConfig:
         unet=network.config,
         schedule=ScheduleConfig(kind="linear"),
         guidance=Guidance(scale=1.5, start=10, stop=90),
-        training={"preset": "tiny", "epochs": 3, "final_losses": {"train": 0.5}},
+        training={"preset": "tiny", "epochs": 3, "label_drop": 0.1, "final_losses": {"train": 0.5}},
         **fields,
     )
 

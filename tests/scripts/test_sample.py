@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.sampler import Guidance
 from scripts import sample
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
@@ -110,7 +111,7 @@ def test_a_wrong_argument_is_one_sentence_and_status_2(
 
 
 def test_guiding_a_network_that_cannot_be_guided_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = save_tiny_checkpoint(tmp_path / "plain.safetensors", label_drop=0)
+    plain = save_tiny_checkpoint(tmp_path / "plain.safetensors", label_drop=0, guidance=Guidance())
     with pytest.raises(SystemExit) as exit_:
         draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1.3")
     assert exit_.value.code == 2

@@ -1,0 +1,46 @@
+"""The arithmetic that draws: which precision, and calls in which a row's bits do not depend on the other rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT32_ROWS = 16  # of a call on a CPU: other numbers of rows are summed in other orders
+COMPILED_ROWS = 2  # torch.compile makes a kernel of its own for one row
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32: a fact of the processor, never a timing."""
+    has = torch.cpu.get_capabilities()
+    fast = device.type == "cuda" or has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class CallRows:
+    """How many rows a call of the network has: fewer are padded with zeros, more are several calls.
+
+    In bfloat16 torch's CPU kernels give a row the same bits in any batch. In float32 they do not, so
+    there every call has the same shape.
+    """
+
+    least: int = 1
+    most: int | None = None
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, *, compiled: bool = False) -> "CallRows":
+        """The rule for a device and a precision."""
+        if device.type == "cpu" and dtype == torch.float32:
+            return cls(FLOAT32_ROWS, FLOAT32_ROWS)
+        return cls(COMPILED_ROWS if compiled else 1)
+
+    def call(self, denoise: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, c: Tensor) -> Tensor:
+        """denoise(x_t (N, C, H, W), c (N, D)) -> (N, C, H, W) for any number of rows."""
+        rows = self.most or len(x_t)
+        calls = zip(x_t.split(rows), c.split(rows), strict=True)
+        return torch.cat([denoise(self._pad(x), self._pad(c))[: len(x)] for x, c in calls])
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        missing = max(self.least - len(rows), 0)
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows

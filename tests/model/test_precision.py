@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import Tensor
+
+from model.precision import CallRows, fast_dtype
+from model.unet import UNet, UNetConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "device", "expected"),
+    [
+        ({}, CPU, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False}, CPU, torch.float32),
+        ({"avx512_bf16": True}, CPU, torch.bfloat16),
+        ({"amx_bf16": True}, CPU, torch.bfloat16),
+        ({}, CUDA, torch.bfloat16),
+    ],
+)
+def test_bfloat16_is_taken_where_the_hardware_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], device: torch.device, expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert fast_dtype(device) is expected
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_rows", "calls"),
+    [
+        (CallRows.of(CPU, torch.float32), 1, [16]),
+        (CallRows.of(CPU, torch.float32), 16, [16]),
+        (CallRows.of(CPU, torch.float32), 35, [16, 16, 16]),
+        (CallRows.of(CPU, torch.float32, compiled=True), 35, [16, 16, 16]),
+        (CallRows.of(CPU, torch.bfloat16), 1, [1]),
+        (CallRows.of(CPU, torch.bfloat16), 35, [35]),
+        (CallRows.of(CPU, torch.bfloat16, compiled=True), 1, [2]),
+        (CallRows.of(CUDA, torch.float32), 35, [35]),
+    ],
+)
+def test_every_row_is_answered_in_its_place_however_the_calls_are_cut(
+    rule: CallRows, num_rows: int, calls: list[int]
+) -> None:
+    seen: list[int] = []
+
+    def denoise(x_t: Tensor, c: Tensor) -> Tensor:
+        seen.append(len(x_t))
+        return x_t + c[:, :1, None, None]
+
+    x_t, c = torch.arange(num_rows * 4.0).reshape(num_rows, 1, 2, 2), torch.arange(num_rows)[:, None] * 100.0
+    assert torch.equal(rule.call(denoise, x_t, c), x_t + c[:, :, None, None])
+    assert seen == calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_row_of_the_network_that_ships_has_the_same_bits_in_any_batch_on_one_thread_and_on_two(
+    dtype: torch.dtype,
+) -> None:
+    """Widths decide which kernels run: a tiny network would not show it."""
+    torch.manual_seed(0)
+    network = UNet(UNetConfig()).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.05)  # what training starts at zero, too
+    c = network.condition(torch.arange(1, 71), torch.arange(70) % 11).to(dtype)
+    x_t = torch.randn(70, 1, 28, 28).to(dtype)
+    network = network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def denoise(x: Tensor, c: Tensor) -> Tensor:
+        return network.denoise(x.contiguous(memory_format=torch.channels_last), c)
+
+    rule, threads = CallRows.of(CPU, dtype), torch.get_num_threads()
+    expected = torch.cat([rule.call(denoise, x_t[i : i + 1], c[i : i + 1]) for i in range(70)])
+    assert expected.isfinite().all() and expected.std() > 0.1
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            for start, stop in [(0, 2), (3, 10), (0, 15), (5, 21), (1, 34), (0, 70)]:
+                assert torch.equal(rule.call(denoise, x_t[start:stop], c[start:stop]), expected[start:stop])
+    finally:
+        torch.set_num_threads(threads)
