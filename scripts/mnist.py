@@ -70,7 +70,10 @@ def _download(data_dir: Path) -> Path:
         ) from error
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
-        raise DataError(f"no MNIST files in {data_dir}, and the download failed: {reason}") from error
+        raise DataError(
+            f"no MNIST files in {data_dir}, and the download failed ({reason}): "
+            "it needs a network, or --data-dir the folder with the IDX files"
+        ) from error
     return data_dir / "MNIST" / "raw"
 
 

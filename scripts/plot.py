@@ -26,6 +26,7 @@ from scripts.progress import Reporter, fail, require
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+USUAL_EPOCHS = (1, 5, 15, 30)
 ROW_GAP = 4  # white pixels between the grids of two epochs
 NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
 Losses = dict[str, list[float]]  # column -> a value an epoch
@@ -111,13 +112,19 @@ def read_losses(path: Path) -> Losses:
     return columns
 
 
-def show_epochs(run: Path, epochs: Sequence[int]) -> "Figure":
-    """The same ten digits after several epochs, a row each; PlotError for an epoch that the run does not have."""
+def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
+    """The same ten digits after several epochs, a row each; PlotError for an epoch that the run does not have.
+
+    Epochs 1, 5, 15 and 30 by default, and the run's last instead of those that it does not have.
+    """
     folder = run / "epochs"
     there = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d+", path.stem))
+    if not there:
+        raise PlotError(f"{folder} has no picture of an epoch")
+    epochs = epochs or sorted({min(epoch, there[-1]) for epoch in USUAL_EPOCHS})
     missing = sorted(set(epochs) - set(there))
     if missing:
-        raise PlotError(f"{folder} has no picture of epoch {missing[0]}: its last is {max(there, default='none')}")
+        raise PlotError(f"{folder} has no picture of epoch {missing[0]}: its last is {there[-1]}")
     grids = []
     for epoch in epochs:
         with Image.open(folder / f"{epoch:02d}.png") as image:
@@ -198,7 +205,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     losses.set_defaults(run=_losses)
     epochs = commands.add_parser("epochs", help="the same digits after several epochs of a run")
     epochs.add_argument("folder", type=Path, help="folder of the run")
-    epochs.add_argument("--epochs", type=integer(1), nargs="+", default=[1, 5, 15, 30], help="default: 1 5 15 30")
+    epochs.add_argument("--epochs", type=integer(1), nargs="+", help="default: 1 5 15 30, or the last")
     epochs.set_defaults(run=_epochs)
     for command in (noise, reverse, sheet, losses, epochs):
         command.add_argument("--out", type=Path, required=True, help="the .png to write")

@@ -1,11 +1,12 @@
 """What every script says to people: a progress bar on a terminal, plain lines elsewhere, one sentence where it ends."""
 
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import ModuleType, TracebackType
+from contextlib import ExitStack, contextmanager
+from types import FrameType, ModuleType, TracebackType
 
 LINE_EVERY_SECONDS = 30
 
@@ -26,9 +27,12 @@ def require(module: str) -> ModuleType:
 
 
 class Reporter:
-    """Shows how far a long task is; `with Reporter() as reporter: with reporter.task(...) as task: ...`."""
+    """Shows how far a long task is; `with Reporter() as reporter: with reporter.task(...) as task: ...`.
 
-    def __init__(self) -> None:
+    Told to stop meanwhile, the script ends with the sentence `if_stopped`.
+    """
+
+    def __init__(self, if_stopped: str = "stopped") -> None:
         require("rich")
         from rich.console import Console
         from rich.progress import (
@@ -40,7 +44,7 @@ class Reporter:
             TimeRemainingColumn,
         )
 
-        self._console = Console()
+        self._console, self._if_stopped, self._open = Console(), if_stopped, ExitStack()
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,15 +56,15 @@ class Reporter:
         )
 
     def __enter__(self) -> "Reporter":
+        self._open.enter_context(_stoppable(self._if_stopped))
         if self._console.is_terminal:
-            self._bar.start()
+            self._open.enter_context(self._bar)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
+        self._open.__exit__(kind, error, trace)
 
     def line(self, text: str) -> None:
         """One line that stays."""
@@ -103,3 +107,24 @@ class Task:
     def close(self) -> None:
         """Takes the bar away."""
         self._reporter._bar.remove_task(self._bar_task)
+
+
+@contextmanager
+def _stoppable(sentence: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end what runs here with that sentence; status 130 or 143, as a shell has it."""
+
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{sentence}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except SystemExit as exit:
+        if exit.code == 128 + signal.SIGTERM:
+            print(sentence, file=sys.stderr)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)

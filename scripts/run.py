@@ -56,9 +56,12 @@ class Run:
             raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
         if identity != self.identity:
             raise RunError(f"{self.folder} holds a run of another recipe or seed; name another --out")
-        trainer.load_state_dict(state["trainer"])
-        self.results = [EpochResult(**result) for result in state["results"]]
-        self.earlier_arithmetic = state.get("arithmetic")
+        try:
+            trainer.load_state_dict(state["trainer"])
+            self.results = [EpochResult(**result) for result in state["results"]]
+            self.earlier_arithmetic = state["arithmetic"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(f"{path} is of another release: name another --out") from error
         return True
 
     def record(self, trainer: Trainer, result: EpochResult) -> bool:

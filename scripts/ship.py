@@ -46,7 +46,10 @@ def _guidance(args: argparse.Namespace) -> Guidance:
 
 
 def _evaluation(path: Path | None) -> dict[str, Any]:
-    return dict(json.loads(path.read_text("utf-8"))) if path else {}
+    """Without the SHA-256 of the file that was judged: what ships has another."""
+    evaluation = dict(json.loads(path.read_text("utf-8"))) if path else {}
+    evaluation.pop("checkpoint_sha256", None)
+    return evaluation
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

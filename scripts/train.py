@@ -34,9 +34,12 @@ def main(argv: list[str] | None = None) -> None:
         compiled = args.compile == "on" or (args.compile == "auto" and _can_compile(device))
         trainer = Trainer(recipe, images, labels, seed=args.seed, device=device, compiled=compiled)
         run = Run(args.out, Path(args.preset).stem, recipe, args.seed)
-        with Reporter() as reporter:
-            train(trainer, run, reporter, time_limit=args.time_limit)
     except (DataError, RecipeError, RunError, OSError, RuntimeError) as error:
+        raise fail(f"train: {error}".splitlines()[0]) from error
+    try:
+        with Reporter("train: stopped; start again to go on after the last whole epoch") as reporter:
+            train(trainer, run, reporter, time_limit=args.time_limit)
+    except (RunError, OSError) as error:
         raise fail(f"train: {error}".splitlines()[0]) from error
 
 

@@ -106,6 +106,7 @@ def test_a_download_that_fails_is_one_sentence(tmp_path: Path) -> None:
     message = refusal(tmp_path / "data")
     assert "no MNIST files in" in message
     assert "the download failed" in message
+    assert "--data-dir" in message
 
 
 @pytest.mark.usefixtures("no_network")

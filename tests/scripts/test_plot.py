@@ -1,4 +1,5 @@
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,10 +155,25 @@ def test_epochs_stand_under_each_other_in_the_order_asked(tmp_path: Path) -> Non
 def test_an_epoch_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_grid(torch.zeros(10, 1, 28, 28), tmp_path / "epochs" / "01.png", columns=10)
     with pytest.raises(SystemExit) as exit_:
-        plot.main(["epochs", str(tmp_path), "--out", str(tmp_path / "out.png")])
+        plot.main(["epochs", str(tmp_path), "--epochs", "1", "5", "--out", str(tmp_path / "out.png")])
     assert exit_.value.code == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert "epoch 5" in sentence
+
+
+@pytest.mark.parametrize(
+    ("there", "shown"),
+    [([1], [1]), ([1, 2, 3], [1, 3]), (range(1, 19), [1, 5, 15, 18]), (range(1, 41), [1, 5, 15, 30])],
+)
+def test_without_being_asked_the_usual_epochs_are_shown_as_far_as_there_are_any(
+    tmp_path: Path, there: Sequence[int], shown: list[int]
+) -> None:
+    for epoch in there:
+        level = torch.full((10, 1, 28, 28), epoch / 50)
+        save_grid(level, tmp_path / "epochs" / f"{epoch:02d}.png", columns=10)
+    plot.main(["epochs", str(tmp_path), "--out", str(tmp_path / "usual.png")])
+    plot.main(["epochs", str(tmp_path), "--epochs", *map(str, shown), "--out", str(tmp_path / "asked.png")])
+    assert torch.equal(pixels(tmp_path / "usual.png"), pixels(tmp_path / "asked.png"))
 
 
 @pytest.mark.parametrize(

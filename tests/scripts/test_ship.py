@@ -13,7 +13,7 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evaluation(tmp_path: Path) -> None:
     source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
     evaluation = tmp_path / "score.json"
-    evaluation.write_text(json.dumps({"recognised": 0.5}))
+    evaluation.write_text(json.dumps({"recognised": 0.5, "checkpoint_sha256": "another's"}))
     ship.main(
         [
             str(source),

@@ -78,13 +78,34 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit_as_if_never_stopped(
 ) -> None:
     out = workplace / f"killed-{recipe}-{where}"
     argv = arguments(workplace, recipe, out)
-    command = [sys.executable, "-m", "tests.scripts.tiny_training", where, *argv]
+    command = [sys.executable, "-m", "tests.scripts.tiny_training", where, "SIGKILL", *argv]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert state_of(out)["trainer"]["epoch"] == 1
     train.main(argv)
     assert state_of(out)["trainer"]["epoch"] == 3
     assert differences(out, unbroken[recipe]) == []
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_run_that_is_told_to_stop_says_how_it_goes_on(workplace: Path, number: str, status: int) -> None:
+    out = workplace / f"stopped-{number}"
+    command = [sys.executable, "-m", "tests.scripts.tiny_training", "epoch", number]
+    stopped = subprocess.run([*command, *arguments(workplace, "cosine", out)], cwd=ROOT, capture_output=True, text=True)
+    assert stopped.returncode == status, stopped.stderr
+    assert stopped.stderr.strip().splitlines() == ["train: stopped; start again to go on after the last whole epoch"]
+    assert state_of(out)["trainer"]["epoch"] == 1
+
+
+def test_a_state_of_another_release_is_one_sentence(workplace: Path, unbroken: dict[str, Path]) -> None:
+    out = workplace / "older"
+    out.mkdir()
+    state = state_of(unbroken["cosine"])
+    del state["trainer"]["optimizer"]
+    torch.save(state, out / "state.pt")
+    with pytest.raises(SystemExit) as exit_:
+        train.main(arguments(workplace, "cosine", out))
+    assert exit_.value.code == 2
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(workplace: Path, unbroken: dict[str, Path]) -> None:

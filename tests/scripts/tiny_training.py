@@ -114,11 +114,11 @@ def trust_idx_files(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mnist, "NUM_VALIDATION", NUM_VALIDATION)
 
 
-def kill_at(where: str, patch: pytest.MonkeyPatch) -> None:
-    """Lets this process be killed in the middle of the second epoch, or of writing that epoch's state."""
+def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
+    """Lets this process be sent a signal in the middle of the second epoch, or of writing that epoch's state."""
 
     def kill(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
     calls = iter(range(1000))
     if where == "epoch":
@@ -141,8 +141,8 @@ def kill_at(where: str, patch: pytest.MonkeyPatch) -> None:
 
 
 if __name__ == "__main__":
-    where, *arguments = sys.argv[1:]
+    where, number, *arguments = sys.argv[1:]
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch)
-        kill_at(where, patch)
+        end_at(where, signal.Signals[number], patch)
         train.main(arguments)
