@@ -107,14 +107,14 @@ class EngineMachine(RuleBasedStateMachine):
         assert {(row.job, row.index) for row in self.runner.held if row not in ended} == begun
         assert ended <= set(self.engine._abandoned)
 
-    def fail(self, guilty: set[Image]) -> None:
+    def fail(self, guilty: set[Image], error: type[Exception] = errors.InternalError) -> None:
         """The jobs of the guilty images end before the turn: what it does to their other images is nobody's loss."""
         for truth in dict.fromkeys(truth for truth, _ in guilty):
             started = {index for owner, index in self.expected_rows() if owner is truth}
             for index in truth.unfinished:
                 self.cancelled["running" if truth.steps[index] or index in started else "waiting"] += 1
         for truth, _ in guilty:
-            truth.error = errors.InternalError
+            truth.error = error
 
     @rule(
         count=st.integers(1, 6),
@@ -229,6 +229,39 @@ class EngineMachine(RuleBasedStateMachine):
         self.cancelled["running"] += len(finished) - len(told)
         if blamed:
             self.end(suspect, errors.InternalError)
+
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def somebody_leaves_during_a_step(self, data: st.DataObject) -> None:
+        rows = self.expected_rows()
+        leaver = data.draw(st.sampled_from(self.living))
+        self.runner.on_step = lambda batch: self.engine.cancel(leaver.job, ClientGoneError())
+        self.fail({(leaver, 0)}, ClientGoneError)
+        self.turn(rows)
+
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def somebody_leaves_while_images_are_read(self, data: st.DataObject) -> None:
+        """After the step has been counted, before what it finished is handed out."""
+        rows, before = self.expected_rows(), {truth: truth.unfinished for truth in self.living}
+        leaver = data.draw(st.sampled_from(self.living))
+        left = False
+
+        def leave(batch: Rows) -> None:
+            nonlocal left
+            left = True
+            self.engine.cancel(leaver.job, ClientGoneError())
+
+        self.runner.on_pixels = leave
+        for truth, index in rows:
+            truth.steps[index] += 1
+        tick(self.engine)
+        self.runner.on_pixels = lambda rows: None
+        if left:
+            leaver.error = ClientGoneError
+            self.cancelled.update("running" if leaver.steps[index] else "waiting" for index in before[leaver])
+        finished = [truth for truth, index in rows if index not in truth.unfinished and truth.error is None]
+        self.images_done.update(str(truth.job.options.digit) for truth in finished)
 
     @rule(often=st.integers(0, 7))
     def give_up(self, often: int) -> None:

@@ -146,4 +146,3 @@ def test_a_newcomer_takes_part_in_the_next_step(service: Service) -> None:
         for bound in ("1.0", "+Inf")
     }
     assert waited == {"1.0": 1, "+Inf": 1}  # the step that was running when it came, at most
-    assert after.of("denoise_steps_total") - before.of("denoise_steps_total") >= 100
