@@ -28,7 +28,8 @@ from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.noise import normal
 from model.precision import CallRows
-from model.sampler import Sampler, guide, make_plan, predict_x_0, reverse_step
+from model.prediction import predict_x_0
+from model.sampler import Sampler, guide, make_plan, reverse_step
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -65,7 +66,7 @@ class Runner:
         self._schedule, self._guidance = loaded.schedule, loaded.config.guidance
         self._probe, self._probe_image = loaded.config.probe, loaded.probe_image
         self._null_label = loaded.network.null_label
-        self._alpha_bar = loaded.schedule.alpha_bar.float().to(device)  # (T + 1,)
+        self._mix = loaded.prediction.table(device)  # (T + 1, 3)
         self._condition = loaded.network.condition_table().to(device, dtype)  # (T + 1, num_classes + 1, D)
         self._plan_starts: dict[tuple[Sampler, int], int] = {}  # where each plan begins in the table
         self._plan_table = torch.empty(0, 5, device=device)  # a row a step: t and the coefficients a, b, c, s
@@ -106,11 +107,11 @@ class Runner:
             rows = self._slots.read(slots)
             plan = self._plan_table[rows.plan_row + rows.step]  # (B, 5)
             t = plan[:, 0].long()  # (B,)
-            eps = self._predict_eps(rows.x_t, t, rows.y, rows.guidance_scale)  # (B, C, H, W)
-            x_0 = predict_x_0(rows.x_t, eps, self._alpha_bar[t][:, None, None, None])
+            output = self._predict(rows.x_t, t, rows.y, rows.guidance_scale)  # (B, C, H, W)
+            x_0 = predict_x_0(rows.x_t, output, self._mix[t])
             z = normal(rows.seed, rows.index, rows.step + 1, self.image_shape)
             x_prev = reverse_step(rows.x_t, x_0, rows.x_0, z, plan[:, 1:])
-            finite: list[bool] = eps.isfinite().flatten(1).all(dim=1).tolist()
+            finite: list[bool] = output.isfinite().flatten(1).all(dim=1).tolist()
             self._commit(slots, x_t=x_prev, x_0=x_0, step=rows.step + 1)
         return finite
 
@@ -198,18 +199,18 @@ class Runner:
             guidance_scale=scale,
         )
 
-    def _predict_eps(self, x_t: Tensor, t: Tensor, y: Tensor, guidance_scale: Tensor) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, y: Tensor, guidance_scale: Tensor) -> Tensor:
         """Rows whose guidance acts at their step are evaluated a second time, without label, in the same call."""
         acts = (guidance_scale != 1) & (t >= self._guidance.start) & (t <= self._guidance.stop)
         guided = acts.nonzero()[:, 0]  # (G,)
         null = torch.full_like(guided, self._null_label)
-        eps = self._call(torch.cat([x_t, x_t[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
-        eps_cond, eps_uncond = eps.split([len(x_t), len(guided)])
+        output = self._call(torch.cat([x_t, x_t[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
+        cond, uncond = output.split([len(x_t), len(guided)])
         scale = guidance_scale[guided][:, None, None, None]  # (G, 1, 1, 1)
-        return eps_cond.index_copy(0, guided, guide(eps_cond[guided], eps_uncond, scale))
+        return cond.index_copy(0, guided, guide(cond[guided], uncond, scale))
 
     def _call(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(N, C, H, W), (N,), (N,) -> eps (N, C, H, W) float32, in as few calls of the network as may be."""
+        """(N, C, H, W), (N,), (N,) -> (N, C, H, W) float32, in as few calls of the network as may be."""
 
         def denoise(x: Tensor, c: Tensor) -> Tensor:
             return self._denoise(x.contiguous(memory_format=torch.channels_last), c)

@@ -18,6 +18,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from model.prediction import Prediction, PredictionConfig
 from model.sampler import SAMPLERS, Guidance, Sampler, sample
 from model.schedule import Schedule, ScheduleConfig
 from model.unet import UNet, UNetConfig
@@ -47,6 +48,7 @@ class CheckpointConfig:
 
     unet: UNetConfig
     schedule: ScheduleConfig
+    prediction: PredictionConfig = PredictionConfig()
     class_names: tuple[str, ...] = tuple("0123456789")
     guidance: Guidance = Guidance()  # the recommended one
     samplers: tuple[Sampler, ...] = SAMPLERS
@@ -83,6 +85,7 @@ class Checkpoint:
 
     network: UNet
     schedule: Schedule
+    prediction: Prediction
     config: CheckpointConfig
     sha256: str  # of the file
     probe_image: Tensor  # (C, H, W) in [-1, 1], quantised to 8 bits
@@ -107,6 +110,7 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
         sampler=probe.sampler,
         num_steps=probe.num_steps,
         guidance=config.guidance,
+        prediction=Prediction(config.prediction, Schedule(config.schedule)),
         null_label=network.null_label,
     )
     return x_0[0]
@@ -169,7 +173,8 @@ def load(path: Path) -> Checkpoint:
         probe_image = torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape) / 127.5 - 1
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, binascii.Error) as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog: its metadata and tensors disagree") from error
-    return Checkpoint(network.eval().requires_grad_(False), schedule, config, sha256, probe_image)
+    prediction = Prediction(config.prediction, schedule)
+    return Checkpoint(network.eval().requires_grad_(False), schedule, prediction, config, sha256, probe_image)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -195,6 +200,7 @@ def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
     return CheckpointConfig(
         unet=UNetConfig(**metadata.pop("unet")),
         schedule=ScheduleConfig(**metadata.pop("schedule")),
+        prediction=PredictionConfig(**metadata.pop("prediction", {})),  # the first files predict eps and do not say so
         class_names=tuple(metadata.pop("class_names")),
         guidance=Guidance(**metadata.pop("guidance")),
         samplers=tuple(metadata.pop("samplers")),

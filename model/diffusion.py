@@ -4,16 +4,30 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from model.prediction import Prediction, PredictionConfig
 from model.schedule import Schedule
 
 
 class Diffusion:
-    """Adds noise, draws timesteps and states the loss; draws all of it from one generator, so a seed repeats it."""
+    """Adds noise, draws timesteps and states the loss; draws all of it from one generator, so a seed repeats it.
 
-    def __init__(self, schedule: Schedule, generator: torch.Generator) -> None:
+    `prediction` is what the network predicts, eps by default; `min_snr_gamma` weights the loss (0 = not).
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        generator: torch.Generator,
+        prediction: Prediction | None = None,
+        min_snr_gamma: float = 0.0,
+    ) -> None:
         self.generator = generator
+        self.prediction = prediction or Prediction(PredictionConfig(), schedule)
+        weights = (
+            self.prediction.min_snr_weights(min_snr_gamma) if min_snr_gamma else torch.ones_like(schedule.alpha_bar)
+        )
+        self.weights = weights.float().to(generator.device)  # (T + 1,)
         self.num_steps = schedule.num_steps
         self.alpha_bar = schedule.alpha_bar.float().to(generator.device)  # (T + 1,)
 
@@ -42,14 +56,19 @@ class Diffusion:
         c_mask: Tensor,
         null_label: int,
     ) -> Tensor:
-        """The mean squared error of the noise predicted at a random t per image (Ho 2020, eq. 14), a scalar.
+        """The mean squared error of what is predicted at a random t per image (Ho 2020, eq. 14), a scalar.
 
         x_0 (B, C, H, W); y (B,) integer labels, those under c_mask (B,) replaced by `null_label`.
         """
         t = self.draw_timesteps(len(x_0))  # (B,)
         x_t, eps = self.add_noise(x_0, t)
-        predicted_eps = denoiser(x_t, t, torch.where(c_mask, null_label, y))
-        return F.mse_loss(predicted_eps.float(), eps)
+        output = denoiser(x_t, t, torch.where(c_mask, null_label, y))
+        return self.errors(output.float(), x_0, eps, t).mean()
+
+    def errors(self, output: Tensor, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """Each row's squared error, weighted, (B,), for an output (B, C, H, W) at timesteps t (B,)."""
+        target = self.prediction.target(x_0, eps, t)  # (B, C, H, W)
+        return self.weights[t] * (output - target).square().mean(dim=(1, 2, 3))
 
 
 class EMA:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from model.noise import normal
+from model.prediction import Prediction, PredictionConfig, predict_x_0
 from model.schedule import Schedule
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps, or what else is predicted
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
@@ -95,14 +96,12 @@ def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list
     return rows
 
 
-def guide(eps_cond: Tensor, eps_uncond: Tensor, guidance_scale: Tensor) -> Tensor:
-    """eps away from "no class" and past the class; guidance_scale broadcasts against (B, C, H, W), 1 is off."""
-    return eps_uncond + guidance_scale * (eps_cond - eps_uncond)
+def guide(cond: Tensor, uncond: Tensor, guidance_scale: Tensor) -> Tensor:
+    """Away from "no class" and past the class; guidance_scale broadcasts against (B, C, H, W), 1 is off.
 
-
-def predict_x_0(x_t: Tensor, eps: Tensor, alpha_bar_t: Tensor) -> Tensor:
-    """The image that eps implies, Ho 2020, eq. 15; clipped, as near t = T an error of eps is multiplied by hundreds."""
-    return ((x_t - (1 - alpha_bar_t).sqrt() * eps) / alpha_bar_t.sqrt()).clamp(-1, 1)
+    For a given x_t every prediction is affine in eps, so this guides eps whatever the network predicts.
+    """
+    return uncond + guidance_scale * (cond - uncond)
 
 
 def reverse_step(x_t: Tensor, x_0: Tensor, x_0_prev: Tensor, z: Tensor, coefficients: Tensor) -> Tensor:
@@ -123,6 +122,7 @@ def sample(
     sampler: Sampler = "ddpm",
     num_steps: int = 100,
     guidance: Guidance | None = None,
+    prediction: Prediction | None = None,
     null_label: int = 10,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
@@ -131,17 +131,17 @@ def sample(
     `on_step(t, x_t, x_0)` sees each step's input and the image predicted from it.
     """
     guidance = guidance or Guidance()
+    mix = (prediction or Prediction(PredictionConfig(), schedule)).table(y.device)  # (T + 1, 3)
     plan = make_plan(schedule, sampler, num_steps)
-    alpha_bar = schedule.alpha_bar.float().to(y.device)  # (T + 1,)
     coefficients = plan.coefficients.to(y.device)  # (num_steps, 4)
     x_t = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
     x_0 = torch.zeros_like(x_t)
     for k, step_t in enumerate(plan.timesteps[:-1]):
         t = torch.full_like(y, step_t)  # (B,)
-        eps = denoiser(x_t, t, y)
+        output = denoiser(x_t, t, y)
         if guidance.acts_at(step_t):
-            eps = guide(eps, denoiser(x_t, t, torch.full_like(y, null_label)), torch.tensor(guidance.scale))
-        x_0_prev, x_0 = x_0, predict_x_0(x_t, eps, alpha_bar[step_t])
+            output = guide(output, denoiser(x_t, t, torch.full_like(y, null_label)), torch.tensor(guidance.scale))
+        x_0_prev, x_0 = x_0, predict_x_0(x_t, output, mix[t])
         if on_step:
             on_step(step_t, x_t, x_0)
         z = normal(seed, index, torch.full_like(seed, k + 1), image_shape)

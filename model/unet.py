@@ -63,7 +63,7 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """Predicts eps from x_t for each row's own timestep t and label y (Ho 2020, eq. 12).
+    """Predicts eps, or what else its training asked for, from x_t, for each row's own timestep t and label y.
 
     `forward` is `denoise(x_t, condition(t, y))`: what depends on t and y alone is one vector a row,
     which whoever calls the network often can keep in a table.

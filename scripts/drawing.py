@@ -51,7 +51,7 @@ class Drawer:
         return self.checkpoint.config.class_names
 
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x_t (B, C, H, W), t (B,), y (B,) -> eps (B, C, H, W), float32."""
+        """x_t (B, C, H, W), t (B,), y (B,) -> what the network predicts (B, C, H, W), float32."""
 
         def denoise(x: Tensor, c: Tensor) -> Tensor:
             return self._network.denoise(x.contiguous(memory_format=torch.channels_last), c)
@@ -97,6 +97,7 @@ class Drawer:
             sampler=options.sampler,
             num_steps=options.num_steps,
             guidance=options.guidance,
+            prediction=self.checkpoint.prediction,
             null_label=self.checkpoint.network.null_label,
             on_step=on_step,
         )

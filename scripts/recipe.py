@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNetConfig
@@ -53,8 +54,10 @@ class Recipe(_Strict):
     ema_max_decay: Share
     optimizer: OptimizerRecipe
     lr_schedule: LRScheduleRecipe
+    min_snr_gamma: float = Field(default=0.0, ge=0)  # weights the loss; 0 = not
     guidance: Guidance
     schedule: ScheduleConfig
+    prediction: PredictionConfig = PredictionConfig()
     unet: UNetConfig
 
     @model_validator(mode="after")

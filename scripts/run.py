@@ -89,6 +89,7 @@ class Run:
         config = checkpoint.CheckpointConfig(
             unet=self.recipe.unet,
             schedule=self.recipe.schedule,
+            prediction=self.recipe.prediction,
             guidance=self.recipe.guidance,
             probe=checkpoint.Probe(num_steps=min(PROBE_STEPS, self.recipe.schedule.num_steps)),
             training={
@@ -117,6 +118,7 @@ class Run:
             image_shape=(self.recipe.unet.image_channels, size, size),
             num_steps=self.recipe.schedule.num_steps,
             guidance=self.recipe.guidance,
+            prediction=trainer.prediction,
             null_label=trainer.averaged.null_label,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from model.diffusion import EMA, Diffusion
+from model.prediction import Prediction
 from model.sampler import Denoiser
 from model.schedule import Schedule
 from model.unet import UNet
@@ -27,7 +28,7 @@ OnStep = Callable[[int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class EpochResult:
-    """What one epoch gave; the losses are mean squared errors of the noise."""
+    """What one epoch gave; the losses are mean squared errors of what is predicted, weighted as in training."""
 
     epoch: int
     train_loss: float
@@ -46,8 +47,9 @@ class Trainer:
         self.recipe, self.seed, self.device = recipe, seed, device
         learn, validate = split_validation(images, labels)
         self.images, self.labels = learn[0].to(device), learn[1].to(device)
-        self.validation = _ValidationSet(*validate, Schedule(recipe.schedule), device)
         self.schedule = Schedule(recipe.schedule)
+        self.prediction = Prediction(recipe.prediction, self.schedule)
+        self.validation = _ValidationSet(*validate, self._new_diffusion(torch.Generator().manual_seed(0)), device)
         self.network = _new_network(recipe, device)
         self.averaged = _new_network(recipe, device).eval().requires_grad_(False)
         self.ema = EMA(self.network, recipe.ema_max_decay) if recipe.ema_max_decay else None
@@ -77,7 +79,7 @@ class Trainer:
     def run_epoch(self, on_step: OnStep = lambda step, loss: None) -> EpochResult:
         """One pass over the training images, then the validation loss of the weights to serve."""
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.epoch)
-        diffusion = Diffusion(self.schedule, generator)
+        diffusion = self._new_diffusion(generator)
         order = torch.randperm(len(self.images), generator=generator, device=self.device)
         total = torch.zeros((), device=self.device)
         for step in range(self.steps_per_epoch):
@@ -115,6 +117,9 @@ class Trainer:
             self.ema.shadow = {name: tensor.to(self.device) for name, tensor in state["ema"]["shadow"].items()}
         self._refresh_averaged()
 
+    def _new_diffusion(self, generator: torch.Generator) -> Diffusion:
+        return Diffusion(self.schedule, generator, self.prediction, self.recipe.min_snr_gamma)
+
     def _learn_from(self, rows: Tensor, diffusion: Diffusion, global_step: int) -> Tensor:
         x_0, y = to_model_range(self.images[rows]), self.labels[rows]
         c_mask = diffusion.draw_label_mask(len(rows), self.recipe.label_drop)
@@ -133,7 +138,7 @@ class Trainer:
         return self._in_precision(self.network, x_t, t, y)
 
     def denoise_averaged(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """eps by the weights to serve, in the recipe's precision."""
+        """What the weights to serve predict, in the recipe's precision."""
         return self._in_precision(self.averaged, x_t, t, y).float()
 
     def _in_precision(self, network: UNet, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -161,18 +166,18 @@ def _new_network(recipe: Recipe, device: torch.device) -> UNet:
 class _ValidationSet:
     """Held-out images, each with one t and one eps that never change: losses of two epochs can be compared."""
 
-    def __init__(self, images: Tensor, labels: Tensor, schedule: Schedule, device: torch.device) -> None:
-        diffusion = Diffusion(schedule, torch.Generator().manual_seed(0))
-        self.t = torch.arange(len(images)) % schedule.num_steps + 1  # (N,)
-        self.x_t, self.eps = (rows.to(device) for rows in diffusion.add_noise(to_model_range(images), self.t))
-        self.t, self.y = self.t.to(device), labels.to(device)
-        self.band = (self.t - 1) * NUM_NOISE_BANDS // schedule.num_steps  # (N,)
+    def __init__(self, images: Tensor, labels: Tensor, diffusion: Diffusion, device: torch.device) -> None:
+        x_0, t = to_model_range(images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
+        x_t, eps = diffusion.add_noise(x_0, t)
+        self.x_t, self.t, self.y = x_t.to(device), t.to(device), labels.to(device)
+        self.target, self.weights = diffusion.prediction.target(x_0, eps, t).to(device), diffusion.weights[t].to(device)
+        self.band = (self.t - 1) * NUM_NOISE_BANDS // diffusion.num_steps  # (N,)
 
     @torch.inference_mode()
     def losses(self, denoiser: Denoiser) -> tuple[float, tuple[float, ...]]:
         """The mean squared error over all rows, and over the rows of each band of noise."""
         batches = zip(*(rows.split(VALIDATION_BATCH) for rows in (self.x_t, self.t, self.y)), strict=True)
-        eps = torch.cat([denoiser(*batch) for batch in batches])  # (N, C, H, W)
-        errors = (eps - self.eps).square().mean(dim=(1, 2, 3))  # (N,)
+        output = torch.cat([denoiser(*batch) for batch in batches])  # (N, C, H, W)
+        errors = self.weights * (output - self.target).square().mean(dim=(1, 2, 3))  # (N,)
         bands = tuple(errors[self.band == band].mean().item() for band in range(NUM_NOISE_BANDS))
         return errors.mean().item(), bands

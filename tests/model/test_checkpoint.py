@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CheckpointConfig, CheckpointError, Probe, _digest, draw_probe, load, save
+from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNet
@@ -221,13 +222,21 @@ def test_a_missing_file_a_folder_and_a_file_as_folder_are_refused_with_the_reaso
     assert "Not a directory" in refusal(saved / "deeper")
 
 
-@pytest.mark.parametrize("part", [None, "unet", "schedule", "guidance", "probe"])
+@pytest.mark.parametrize("part", [None, "unet", "schedule", "prediction", "guidance", "probe"])
 def test_an_unknown_field_of_the_configuration_is_refused(saved: Path, part: str | None) -> None:
     rewrite(saved, lambda metadata: (metadata[part] if part else metadata).update(invented=1))
     assert "not a checkpoint of unfog" in refusal(saved)
 
 
-@pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name != "training"])
+def test_the_first_files_do_not_say_that_they_predict_eps(saved: Path) -> None:
+    rewrite(saved, lambda metadata: metadata.pop("prediction"))
+    assert load(saved).config.prediction == PredictionConfig("eps")
+
+
+OPTIONAL = {"training", "prediction"}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name not in OPTIONAL])
 def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str) -> None:
     rewrite(saved, lambda metadata: metadata.pop(field))
     assert "not a checkpoint of unfog" in refusal(saved)

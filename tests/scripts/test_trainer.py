@@ -96,7 +96,7 @@ def test_an_untrained_network_loses_the_noises_variance_in_every_band(make_train
 def test_bands_are_the_quarters_of_the_steps_with_little_noise_first(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("cosine")
     validation = trainer.validation
-    _, band_losses = validation.losses(lambda x_t, t, y: validation.eps[: len(x_t)] + t[:, None, None, None])
+    _, band_losses = validation.losses(lambda x_t, t, y: validation.target[: len(x_t)] + t[:, None, None, None])
     quarter = NUM_STEPS // 4
     for band, loss in enumerate(band_losses):
         steps = [t for t in validation.t.tolist() if band * quarter < t <= (band + 1) * quarter]
