@@ -17,13 +17,13 @@ def fail(message: str) -> "SystemExit":
     return SystemExit(2)
 
 
-def require(module: str) -> ModuleType:
-    """Imports what only the training extra installs; where it is missing, the script ends with the line to type."""
+def require(module: str, extra: str = "train") -> ModuleType:
+    """Imports what only an extra installs; where it is missing, the script ends with the line to type."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise fail(f"{package} is not installed: pip install -e '.[train]' brings it") from error
+        raise fail(f"{package} is not installed: pip install -e '.[{extra}]' brings it") from error
 
 
 class Reporter:

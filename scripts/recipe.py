@@ -1,8 +1,11 @@
-"""A training recipe, read from a TOML file and checked before anything starts."""
+"""A training recipe, read from a TOML file and checked before anything starts.
+
+A recipe may say `base = "another"`, a preset's name: then it states only what is different.
+"""
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -12,6 +15,7 @@ from model.schedule import ScheduleConfig
 from model.unet import UNetConfig
 
 PRESETS = Path(__file__).parent / "presets"
+MAX_BASES = 10
 
 
 class RecipeError(Exception):
@@ -76,14 +80,40 @@ def preset_names() -> list[str]:
 
 def load_recipe(preset: str) -> Recipe:
     """The recipe of that name, or of that path when it ends in .toml; RecipeError in one sentence."""
-    path = Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text("utf-8")))
+        return Recipe.model_validate(_read(preset, depth=0))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(f"{_path(preset)}: {where or 'recipe'}: {reason}") from error
+
+
+def _path(preset: str) -> Path:
+    return Path(preset) if preset.endswith(".toml") else PRESETS / f"{preset}.toml"
+
+
+def _read(preset: str, depth: int) -> dict[str, Any]:
+    """The tables of a recipe over those of its base."""
+    path = _path(preset)
+    try:
+        own = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise RecipeError(f"no preset {preset!r}: {', '.join(preset_names())}, or a path to a .toml file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RecipeError(f"{path}: {where or 'recipe'}: {first['msg'].removeprefix('Value error, ')}") from error
+    base = own.pop("base", None)
+    if base is None:
+        return own
+    if not isinstance(base, str) or depth == MAX_BASES:
+        raise RecipeError(f"{path}: base: must name a recipe, and bases must come to an end")
+    return _over(_read(base, depth + 1), own)
+
+
+def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Table by table: what is named in `own` replaces what `base` says."""
+    merged = dict(base)
+    for name, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _over(base[name], value) if both else value
+    return merged

@@ -124,11 +124,11 @@ packages() { ls -A -- "$venv"/lib/python*/site-packages; }
 # The requirements that come from PyTorch's index: torch, for development torchvision too.
 torch_requirements() {
   "$python" -I - "$1" "$root/pyproject.toml" <<'PYTHON'
-import sys, tomllib
+import re, sys, tomllib
 project = tomllib.load(open(sys.argv[2], "rb"))["project"]
 wanted = project["dependencies"]
 if sys.argv[1] == "dev":
     wanted += sum(project["optional-dependencies"].values(), [])
-print(*(requirement for requirement in wanted if requirement.startswith("torch")), sep="\n")
+print(*(requirement for requirement in wanted if re.match(r"torch(vision)?\b", requirement)), sep="\n")
 PYTHON
 }

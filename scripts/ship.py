@@ -58,7 +58,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=guidance_scale, required=True, help="the recommended one; 1 = off")
     parser.add_argument("--guidance-start", type=integer(1), default=1, metavar="T", help="lowest timestep guided")
     parser.add_argument("--guidance-stop", type=integer(1), default=100, metavar="T", help="highest timestep guided")
-    parser.add_argument("--evaluation", type=Path, help="JSON of `python -m scripts.judge score --out`")
+    parser.add_argument("--evaluation", type=Path, help="evaluation.json of `python -m scripts.evaluate digits`")
     parser.add_argument("--out", type=Path, default=SHIPPED, help=f"default: {SHIPPED.name}, where it is served from")
     return parser.parse_args(argv)
 

@@ -1,4 +1,6 @@
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +35,42 @@ def test_baseline_is_the_textbooks_recipe() -> None:
     assert (recipe.label_drop, recipe.ema_max_decay, recipe.guidance.scale) == (0, 0, 1)
 
 
+def differences(one: str, other: str) -> set[str]:
+    """Where two presets differ, as dotted names."""
+
+    def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from leaves(part, f"{place}.{key}".lstrip("."))
+        else:
+            yield place, value
+
+    a, b = (dict(leaves(load_recipe(name).model_dump(mode="json"))) for name in (one, other))
+    return {place for place in a.keys() | b.keys() if a.get(place) != b.get(place)}
+
+
+@pytest.mark.parametrize(
+    ("below", "rung", "different"),
+    [
+        ("naive", "baseline", {"schedule.beta_start", "schedule.beta_end"}),
+        ("baseline", "baseline-ema", {"ema_max_decay"}),
+        ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
+        ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
+        ("default", "default-v", {"prediction.kind", "min_snr_gamma"}),
+        ("default", "default-edm", {"prediction.kind"}),
+    ],
+)
+def test_a_rung_of_the_ladder_changes_what_it_says_and_nothing_else(below: str, rung: str, different: set[str]) -> None:
+    assert differences(below, rung) == different
+
+
+@pytest.mark.parametrize("base", ['"circle"', "7", '"nonsense"'])
+def test_a_base_that_leads_nowhere_is_refused(tmp_path: Path, base: str) -> None:
+    path = tmp_path / "circle.toml"
+    path.write_text(f"base = {base}".replace("circle", str(path)))
+    assert refusal(str(path))
+
+
 def test_a_path_to_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
     path.write_text(COSINE)
@@ -44,7 +82,7 @@ def test_a_path_to_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", ["nonsense", "../presets/none", "missing.toml", ""])
 def test_an_unknown_preset_is_refused_with_those_there_are(preset: str) -> None:
-    assert f"no preset {preset!r}: baseline, default" in refusal(preset)
+    assert f"no preset {preset!r}: baseline, baseline-conditioned" in refusal(preset)
 
 
 @pytest.mark.parametrize(

@@ -100,16 +100,16 @@ def idx_files(num_images: int = NUM_IMAGES) -> dict[str, bytes]:
     return files
 
 
-def write_idx_files(folder: Path, *, packed: bool = False) -> None:
+def write_idx_files(folder: Path, *, packed: bool = False, num_images: int = NUM_IMAGES) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in idx_files().items():
+    for name, content in idx_files(num_images).items():
         path = folder / (f"{name}.gz" if packed else name)
         path.write_bytes(gzip.compress(content) if packed else content)
 
 
-def trust_idx_files(patch: pytest.MonkeyPatch) -> None:
+def trust_idx_files(patch: pytest.MonkeyPatch, num_images: int = NUM_IMAGES) -> None:
     """Puts the made-up images in MNIST's place."""
-    sums = {name: hashlib.md5(content).hexdigest() for name, content in idx_files().items()}
+    sums = {name: hashlib.md5(content).hexdigest() for name, content in idx_files(num_images).items()}
     patch.setattr(mnist, "CHECKSUMS", sums)
     patch.setattr(mnist, "NUM_VALIDATION", NUM_VALIDATION)
 

@@ -1,0 +1,1 @@
+"""How good drawn digits are: networks that look at them, and figures computed from what those see."""

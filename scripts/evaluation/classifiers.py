@@ -1,0 +1,159 @@
+"""Two small networks that tell digits apart, independent of those that draw them and of each other.
+
+The judge counts what is recognised in the tables that are published; the extractor's features are
+what distances between sets of images are measured in, and its answers are what choices are made by.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from model.checkpoint import write_atomically
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
+METADATA_KEY = "unfog_classifier"
+NUM_CLASSES = 10
+BATCH_SIZE = 500
+
+
+class ClassifierError(Exception):
+    """The classifier cannot be loaded or cannot see these images; one sentence."""
+
+
+class Classifier(nn.Module):
+    """Images (B, 1, 28, 28) in [0, 1] -> features (B, 128) -> logits (B, 10)."""
+
+    num_features = 128
+
+    def __init__(self, body: nn.Sequential, dropout: float) -> None:
+        super().__init__()
+        self.body = body
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(self.num_features, NUM_CLASSES)
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head sees of the images, (B, 128)."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, (B, 10)."""
+        return self.head(self.dropout(self.features(x)))
+
+
+class Judge(Classifier):
+    """Five convolutions with batch norm, and the mean of the last one's maps."""
+
+    def __init__(self) -> None:
+        body = nn.Sequential(
+            *_conv(1, 32, 5),
+            nn.MaxPool2d(2),
+            *_conv(32, 64, 3),
+            *_conv(64, 64, 3),
+            nn.MaxPool2d(2),
+            *_conv(64, 128, 3),
+            *_conv(128, self.num_features, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        super().__init__(body, dropout=0.2)
+
+
+class Extractor(Classifier):
+    """LeNet-5's way (LeCun 1998), with batch norm: two convolutions, then a layer that sees where things are."""
+
+    def __init__(self) -> None:
+        body = nn.Sequential(
+            *_conv(1, 32, 5),
+            nn.MaxPool2d(2),
+            *_conv(32, 64, 5),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * 7 * 7, self.num_features, bias=False),
+            nn.BatchNorm1d(self.num_features),
+            nn.ReLU(inplace=True),
+        )
+        super().__init__(body, dropout=0.3)
+
+
+KINDS: dict[str, Callable[[], Classifier]] = {"judge": Judge, "extractor": Extractor}
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    return conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained classifier: its network, float32 and in evaluation mode, and what is known of it."""
+
+    network: Classifier
+    facts: dict[str, Any]  # accuracy on real test digits, how it was trained
+    sha256: str  # of the file
+
+    @property
+    def accuracy(self) -> float:
+        """The share of MNIST's 10,000 test digits that it recognises, measured when it was trained."""
+        return float(self.facts["test_accuracy"])
+
+
+@torch.inference_mode()
+def features_of(network: Classifier, images: Tensor) -> Tensor:
+    """uint8 (N, 1, 28, 28) -> (N, 128); ClassifierError for images of another kind."""
+    if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
+        kind = f"{images.dtype} of {tuple(images.shape[1:])}"
+        raise ClassifierError(f"classifiers see 8-bit images of 1x28x28, not {kind}")
+    return torch.cat([network.features(batch / 255) for batch in images.split(BATCH_SIZE)])
+
+
+@torch.inference_mode()
+def probabilities_of(network: Classifier, images: Tensor) -> Tensor:
+    """uint8 (N, 1, 28, 28) -> how likely each image is each digit, (N, 10)."""
+    return network.head(features_of(network, images)).softmax(dim=1)
+
+
+def recognise(network: Classifier, images: Tensor) -> Tensor:
+    """The digit seen in each image: uint8 (N, 1, 28, 28) -> int64 (N,)."""
+    return probabilities_of(network, images).argmax(dim=1)
+
+
+def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
+    """The share of images that are recognised as their labels."""
+    return (recognise(network, images) == labels).double().mean().item()
+
+
+def save_classifier(path: Path, kind: str, network: Classifier, facts: dict[str, Any]) -> None:
+    """Writes weights and facts as one safetensors file, atomically."""
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in network.state_dict().items()
+    }
+    write_atomically(path, serialize(tensors, {METADATA_KEY: json.dumps({"kind": kind, **facts})}))
+
+
+def load_classifier(kind: str, path: Path | None = None) -> Trained:
+    """The classifier in that file, or the one that ships; ClassifierError, in one sentence, where it is none."""
+    path = path or WEIGHTS / f"{kind}.safetensors"
+    network = KINDS[kind]()
+    try:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[METADATA_KEY])
+            if facts.pop("kind") != kind:
+                raise KeyError(kind)
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+        float(facts["test_accuracy"])
+    except OSError as error:
+        raise ClassifierError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        message = f"{path} does not hold a digit {kind}: train one with python -m scripts.train_classifiers"
+        raise ClassifierError(message) from error
+    return Trained(network.eval().requires_grad_(False), facts, sha256)

@@ -1,0 +1,106 @@
+"""The digits that are evaluated: drawn by a checkpoint, or read from a folder."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from scripts.drawing import Drawer, DrawingOptions
+from scripts.evaluation.classifiers import NUM_CLASSES
+from scripts.mnist import load_mnist, split_validation
+from scripts.pictures import to_pixels
+from scripts.progress import Reporter
+
+FEWEST_OF_EACH = 10  # that neighbours can be looked for among
+NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
+
+
+class SamplesError(Exception):
+    """These images cannot be evaluated; one sentence."""
+
+
+class Digits(NamedTuple):
+    """Images and what they are, or were asked to be."""
+
+    images: Tensor  # uint8 (N, 1, 28, 28)
+    labels: Tensor  # int64 (N,)
+
+
+@dataclass(frozen=True, slots=True)
+class References:
+    """Real digits: those that were learned from, and those that were never seen."""
+
+    learned: Digits
+    held_out: Digits
+    name: str  # of the split that was held out
+
+
+def draw_samples(
+    drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, num_images: int, seed: int, batch_size: int
+) -> Digits:
+    """num_images digits, as many of each, in 8 bits as they would be served."""
+    if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
+        raise SamplesError("this checkpoint does not draw digits of 1x28x28, and nothing else is known here")
+    labels = torch.arange(num_images) % NUM_CLASSES  # (N,)
+    index = torch.arange(num_images)
+    x_0 = drawer.draw(labels, index, options, reporter, seed=seed, batch_size=batch_size)
+    return Digits(to_pixels(x_0), labels)
+
+
+def read_samples(folder: Path) -> Digits:
+    """The PNGs of a folder: `digit-<d>-….png`, or in folders named 0 to 9; SamplesError for anything else."""
+    paths = sorted(folder.rglob("*.png"))
+    if not paths:
+        raise SamplesError(f"{folder} holds no PNG")
+    images, labels = [], []
+    for path in paths:
+        labels.append(_digit_of(path))
+        images.append(_read(path))
+    counts = [labels.count(digit) for digit in range(NUM_CLASSES)]
+    if min(counts) < FEWEST_OF_EACH:
+        scarce = counts.index(min(counts))
+        raise SamplesError(f"{folder} holds {min(counts)} images of a {scarce}: {FEWEST_OF_EACH} of each are needed")
+    return Digits(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
+
+
+def load_references(split: str, data_dir: Path) -> References:
+    """MNIST's training images less the last 5,000, and the split that is held out: validation or test."""
+    learned, validation = (Digits(*digits) for digits in split_validation(*load_mnist("train", data_dir)))
+    held_out = validation if split == "validation" else Digits(*load_mnist("test", data_dir))
+    return References(learned, held_out, split)
+
+
+def balanced(digits: Digits, count: int) -> Digits:
+    """The first count / 10 of each digit, in turn; SamplesError where there are not so many."""
+    each = count // NUM_CLASSES
+    rows = [(digits.labels == digit).nonzero()[:each, 0] for digit in range(NUM_CLASSES)]
+    fewest = min(len(of_digit) for of_digit in rows)
+    if fewest < each:
+        raise SamplesError(f"{each} images of each digit are needed, and of one there are {fewest}")
+    order = torch.stack(rows, dim=1).flatten()  # (count,)
+    return Digits(digits.images[order], digits.labels[order])
+
+
+def _digit_of(path: Path) -> int:
+    named = NAMED.match(path.name)
+    if named:
+        return int(named[1])
+    if path.parent.name in map(str, range(NUM_CLASSES)):
+        return int(path.parent.name)
+    raise SamplesError(f"{path} does not say its digit: name it digit-<d>-….png, or put it into a folder 0 to 9")
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, UnidentifiedImageError) as error:
+        raise SamplesError(f"{path} cannot be read as a PNG") from error
+    if pixels.shape != (28, 28) or pixels.dtype != np.uint8:
+        raise SamplesError(f"{path} is not an 8-bit grey image of 28x28")
+    return pixels

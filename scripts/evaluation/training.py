@@ -1,0 +1,101 @@
+"""Trains a classifier on MNIST's training split alone: the test split is looked at once, when all is done."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from scripts.evaluation.classifiers import Classifier, accuracy
+from scripts.progress import Reporter
+
+MAX_ROTATION = math.radians(12)
+MAX_SCALING = 0.1
+MAX_SHIFT = 2 / 14  # two pixels, where half the image's edge is 1
+BATCH_SIZE = 256
+WEIGHT_DECAY = 0.02
+LABEL_SMOOTHING = 0.05
+MAX_EMA_DECAY = 0.998  # two epochs or so
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+Digits = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
+
+
+def train_classifier(
+    network: Classifier,
+    learn: Digits,
+    reporter: Reporter,
+    *,
+    augmented: bool,
+    epochs: int,
+    batch_size: int | None = None,
+    max_lr: float = 4e-3,
+    seed: int = 0,
+) -> Classifier:
+    """Learns from these digits; returns the running average of the weights after the last epoch.
+
+    `augmented` turns, scales and shifts each image a little: more is recognised, less is told apart.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+    averaged = AveragedModel(network, multi_avg_fn=_average, use_buffers=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
+    batch_size = batch_size or BATCH_SIZE
+    num_batches = len(learn[0]) // batch_size
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr, total_steps=epochs * num_batches, pct_start=0.2
+    )
+    with reporter.task("training a classifier", epochs * num_batches * batch_size, "images") as task:
+        for _ in range(epochs):
+            order = torch.randperm(len(learn[0]), generator=generator)
+            for rows in order[: num_batches * batch_size].split(batch_size):
+                images, labels = learn[0][rows], learn[1][rows]
+                x = augment(images, generator) if augmented else images / 255
+                loss = _learn_from(network, optimizer, x, labels)
+                lr_schedule.step()
+                averaged.update_parameters(network)
+                task.advance(batch_size, f"loss {loss:.4f}")
+    network.load_state_dict(averaged.module.state_dict())
+    return network.eval().requires_grad_(False)
+
+
+def _average(averaged: Tensors, current: Tensors, step: Tensor | int) -> None:
+    """An EMA that forgets the random start within a few steps."""
+    decay = min(MAX_EMA_DECAY, 1 - (1 + int(step)) ** (-2 / 3))
+    get_ema_multi_avg_fn(decay)(averaged, current, step)
+
+
+def facts_of(network: Classifier, choose: Digits, test: Digits, **training: Any) -> dict[str, Any]:
+    """What is stored beside the weights: how well it does on digits that it never saw, and how it was trained."""
+    return {
+        "test_accuracy": accuracy(network, *test),
+        "num_test": len(test[0]),
+        "validation_accuracy": accuracy(network, *choose),
+        "data": f"MNIST, training split less the last {len(choose[0])} images",
+        **training,
+    }
+
+
+def _learn_from(network: Classifier, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> float:
+    network.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(x.contiguous(memory_format=torch.channels_last))
+    loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (B, 1, 28, 28) -> [0, 1], each turned, scaled and shifted a little at random."""
+    draws = 2 * torch.rand(4, len(images), generator=generator) - 1  # (4, B) in [-1, 1]
+    angle, scaling, shift_x, shift_y = draws.unbind()  # (B,) each
+    angle, zoom = MAX_ROTATION * angle, 1 + MAX_SCALING * scaling
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    top = torch.stack([cos, -sin, MAX_SHIFT * shift_x], dim=1)  # (B, 3)
+    bottom = torch.stack([sin, cos, MAX_SHIFT * shift_y], dim=1)  # (B, 3)
+    positions = F.affine_grid(torch.stack([top, bottom], dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images / 255, positions, align_corners=False)

@@ -1,0 +1,57 @@
+"""Trains the judge and the extractor that evaluate digits: `python -m scripts.train_classifiers judge`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from scripts.arguments import Parser, integer
+from scripts.evaluation.classifiers import KINDS, WEIGHTS, save_classifier
+from scripts.evaluation.training import facts_of, train_classifier
+from scripts.mnist import DataError, load_mnist, split_validation
+from scripts.progress import Reporter, fail
+
+# The extractor sees images as they are: slant, size and place are part of what it is to measure.
+RECIPES = {"judge": {"augmented": True, "epochs": 30}, "extractor": {"augmented": False, "epochs": 20}}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments, trains and saves."""
+    args = _parse(argv)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    torch.manual_seed(args.seed)  # the first weights, and dropout
+    recipe = {**RECIPES[args.kind], **({"epochs": args.epochs} if args.epochs else {})}
+    path = args.out or WEIGHTS / f"{args.kind}.safetensors"
+    try:
+        train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
+        learn, choose = split_validation(*train)
+        with Reporter() as reporter:
+            network = train_classifier(
+                KINDS[args.kind](),
+                learn,
+                reporter,
+                augmented=bool(recipe["augmented"]),
+                epochs=int(recipe["epochs"]),
+                seed=args.seed,
+            )
+            facts = facts_of(network, choose, test, **recipe, seed=args.seed)
+            save_classifier(path, args.kind, network, facts)
+            reporter.line(f"{facts['test_accuracy']:.2%} of the test digits recognised; saved as {path}")
+    except (DataError, OSError) as error:
+        raise fail(f"train_classifiers: {error}".splitlines()[0]) from error
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m scripts.train_classifiers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("kind", choices=sorted(KINDS), help="which of the two")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
+    parser.add_argument("--out", type=Path, help="default: where `scripts.evaluate` looks for it")
+    parser.add_argument("--epochs", type=integer(1), help="default: 30 for the judge, 20 for the extractor")
+    parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scripts import mnist
+from scripts.evaluation.classifiers import (
+    KINDS,
+    ClassifierError,
+    accuracy,
+    features_of,
+    load_classifier,
+    probabilities_of,
+    recognise,
+    save_classifier,
+)
+from tests.scripts.evaluation.bars import bars
+
+EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
+FACTS = {"test_accuracy": 0.25, "epochs": 3}
+
+
+@torch.inference_mode()
+@EVERY_KIND
+def test_what_the_head_makes_of_the_features_is_what_the_network_says(kind: str) -> None:
+    network, images = KINDS[kind]().eval(), bars(20, 0).images
+    features = features_of(network, images)
+    assert features.shape == (20, network.num_features)
+    logits = network(images / 255)
+    torch.testing.assert_close(logits, network.head(features))
+    torch.testing.assert_close(probabilities_of(network, images), logits.softmax(dim=1))
+    assert torch.equal(recognise(network, images), logits.argmax(dim=1))
+    assert accuracy(network, images, logits.argmax(dim=1)) == 1
+
+
+@EVERY_KIND
+def test_a_saved_classifier_is_the_same_classifier(tmp_path: Path, kind: str) -> None:
+    network, path = KINDS[kind]().eval(), tmp_path / "saved.safetensors"
+    save_classifier(path, kind, network, FACTS)
+    loaded, images = load_classifier(kind, path), bars(20, 0).images
+    assert torch.equal(loaded.network(images / 255), network(images / 255))
+    assert loaded.accuracy == 0.25 and loaded.facts == FACTS
+    assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "text", "the other"])
+def test_a_file_without_the_classifier_is_one_sentence(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "judge.safetensors"
+    if damage == "truncated":
+        save_classifier(path, "judge", KINDS["judge"](), FACTS)
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "foreign":
+        save_file({"weight": torch.ones(2)}, path)
+    elif damage == "text":
+        path.write_text("seven")
+    elif damage == "the other":
+        save_classifier(path, "extractor", KINDS["extractor"](), FACTS)
+    with pytest.raises(ClassifierError) as error:
+        load_classifier("judge", path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], ids=str)
+def test_classifiers_see_8_bit_digits_only(images: Tensor) -> None:
+    with pytest.raises(ClassifierError):
+        recognise(KINDS["judge"]().eval(), images)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("judge", 0.996), ("extractor", 0.99)])
+def test_those_that_ship_are_as_good_as_they_say(mnist_dir: Path, kind: str, least: float) -> None:
+    shipped = load_classifier(kind)
+    measured = accuracy(shipped.network, *mnist.load_mnist("test", mnist_dir))
+    assert measured == pytest.approx(shipped.accuracy, abs=3e-4)  # other kernels round otherwise
+    assert measured >= least

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from scripts.evaluation.distances import (
+    compare_manifolds,
+    frechet_distance,
+    memorised_share,
+    nearest_learned,
+)
+
+
+def gaussian(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(6, 6, generator=generator)
+    return torch.randn(count, 6, generator=generator) @ mix * scale
+
+
+def test_the_frechet_distance_is_the_papers_formula() -> None:
+    """Heusel 2017, eq. 6, by scipy's matrix root."""
+    ours, real = gaussian(300, 1).numpy().astype(float), gaussian(400, 2, 1.3).numpy().astype(float) + 0.5
+    covariances = np.cov(ours.T), np.cov(real.T)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = np.square(ours.mean(0) - real.mean(0)).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    measured = frechet_distance(torch.from_numpy(ours).float(), torch.from_numpy(real).float())
+    assert measured == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_shift_is_its_square_and_nothing_is_nothing() -> None:
+    features = gaussian(200, 3)
+    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(features + 0.25, features) == pytest.approx(6 * 0.25**2, rel=1e-4)
+
+
+def test_a_set_that_is_the_real_one_covers_it_and_one_far_away_does_not() -> None:
+    features, labels = gaussian(400, 4), torch.arange(400) % 10
+    same = compare_manifolds(features, labels, features, labels)
+    assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
+    far = compare_manifolds(features + 100, labels, features, labels)
+    assert (far.precision, far.recall, far.coverage) == (0, 0, 0)
+
+
+def test_a_set_that_stays_at_one_of_two_modes_is_precise_and_recalls_half() -> None:
+    labels = torch.arange(800) % 10
+    second = (torch.arange(800) >= 400)[:, None] * 50.0  # half of each digit's real images are elsewhere
+    real = gaussian(800, 5) + second
+    ours = real[:400].repeat(2, 1) + 0.01
+    manifold = compare_manifolds(ours, labels, real, labels)
+    assert manifold.precision > 0.95
+    assert 0.45 < manifold.recall < 0.55
+    assert 0.45 < manifold.coverage < 0.55
+
+
+def test_digits_are_compared_with_their_own_kind() -> None:
+    features, labels = gaussian(400, 7), torch.arange(400) % 10
+    apart = features + 100.0 * labels[:, None]
+    swapped = compare_manifolds(apart, (labels + 1) % 10, apart, labels)
+    assert (swapped.precision, swapped.recall, swapped.coverage) == (0, 0, 0)
+
+
+def test_the_nearest_learned_images_are_those_of_a_search_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    learned = torch.randint(0, 256, (90, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (7, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    images[3] = learned[42]
+    nearest = nearest_learned(images, learned)
+    for image, indices, distances in zip(images, nearest.indices, nearest.distances, strict=True):
+        expected = np.sqrt([np.square(image.numpy() - other.numpy().astype(float)).sum() for other in learned]) / 255
+        assert indices.tolist() == np.argsort(expected)[:2].tolist()
+        assert distances.tolist() == pytest.approx(np.sort(expected)[:2].tolist(), abs=0.02)
+    assert nearest.ratio[3] < 0.01
+
+
+def test_what_was_copied_counts_as_memorised() -> None:
+    generator = torch.Generator().manual_seed(1)
+    learned = torch.randint(0, 256, (90, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 256, (8, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    images[[1, 5]] = learned[[4, 7]]
+    assert memorised_share(nearest_learned(images, learned)) == 2 / 8

@@ -1,0 +1,65 @@
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from model.schedule import Schedule, ScheduleConfig
+from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
+from scripts.evaluation.samples import Digits
+from scripts.progress import Reporter
+from tests.scripts.evaluation.bars import Witness, bars
+
+SCHEDULE = Schedule(ScheduleConfig())
+
+
+def mean_clipped(mean: float, deviation: float) -> float:
+    """The mean of a normal variable clipped to [0, 1]."""
+    if deviation < 1e-6:
+        return min(max(mean, 0), 1)
+    normal, low, high = NormalDist(), -mean / deviation, (1 - mean) / deviation
+    between = normal.cdf(high) - normal.cdf(low)
+    return mean * between + deviation * (normal.pdf(low) - normal.pdf(high)) + 1 - normal.cdf(high)
+
+
+class Threshold(Witness):
+    """Sees the digit while the bar stands out from the image by enough, and a 0 after that."""
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        contrast = torch.stack([image[0, self.bar].mean() - image[0, ~self.bar].mean() for image in x])
+        return torch.nn.functional.one_hot(torch.where(contrast > 0.25, 7, 0), 10) * 50.0
+
+
+def test_what_is_recognised_falls_with_the_signal_that_is_left() -> None:
+    digits = bars(400, 0)
+    sevens = digits.images[digits.labels == 7]
+    network = Threshold(torch.empty(0))
+    network.bar = sevens[0, 0] > 100
+    # every digit must be there: the others' bars are elsewhere, and what is seen of them does not matter
+    shown = Digits(
+        torch.cat([sevens, digits.images[:10]]), torch.cat([torch.full((len(sevens),), 7), torch.arange(10)])
+    )
+    steps = [0, 20, 40, 60, 80, 100]
+    with Reporter() as reporter:
+        shares = recognised_in_fog(network.eval(), shown, SCHEDULE, steps, reporter)
+    assert shares.shape == (6, 10)
+    seen = []
+    for t in steps:
+        signal, noise = math.sqrt(SCHEDULE.alpha_bar[t]), math.sqrt(1 - SCHEDULE.alpha_bar[t])
+        bar, rest = (mean_clipped((signal * x_0 + 1) / 2, noise / 2) for x_0 in (1, 2 * 19.5 / 255 - 1))
+        seen.append(bar - rest > 0.25)
+    assert [share > 0.5 for share in shares[:, 7].tolist()] == seen
+    assert lost_at(steps, shares)[7] == steps[seen.index(False)]
+
+
+def test_a_digit_that_is_never_lost_is_lost_at_the_end() -> None:
+    shares = torch.ones(3, 10)
+    shares[1:, 4] = 0.2
+    assert lost_at([0, 50, 100], shares) == [100, 100, 100, 100, 50, 100, 100, 100, 100, 100]
+
+
+def test_the_figure_has_a_line_a_digit() -> None:
+    shares = torch.rand(3, 10)
+    lines = {line.get_label(): line.get_ydata() for line in show_fog([0, 50, 100], shares).axes[0].lines}
+    for digit in range(10):
+        assert list(lines[str(digit)]) == pytest.approx(shares[:, digit].tolist())

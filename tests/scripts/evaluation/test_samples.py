@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from model import checkpoint
+from model.sampler import Guidance
+from scripts.drawing import Drawer, DrawingOptions
+from scripts.evaluation.samples import Digits, SamplesError, balanced, draw_samples, read_samples
+from scripts.progress import Reporter
+from tests.scripts.evaluation.bars import bars
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def test_drawn_digits_are_as_many_of_each_in_8_bits(tmp_path: Path) -> None:
+    drawer = Drawer(checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors")))
+    options = DrawingOptions("ddim", 2, Guidance())
+    with Reporter() as reporter:
+        digits = draw_samples(drawer, options, reporter, num_images=30, seed=1, batch_size=7)
+        x_0 = drawer.draw(torch.tensor([4]), torch.tensor([14]), options, reporter, seed=1)[0]
+    assert digits.labels.bincount().tolist() == [3] * 10
+    assert (digits.images.dtype, digits.images.shape) == (torch.uint8, (30, 1, 28, 28))
+    assert ((digits.images[14] / 127.5 - 1) - x_0).abs().max() <= 1 / 127.5
+
+
+def test_a_folder_is_read_by_the_names_of_its_files_or_of_its_folders(tmp_path: Path) -> None:
+    images, labels = bars(100, 0)
+    for i, (image, label) in enumerate(zip(images[:, 0].numpy(), labels.tolist(), strict=True)):
+        write(tmp_path / "by file" / f"digit-{label}-seed-5-{i // 10}.png", image)
+        write(tmp_path / "by folder" / str(label) / f"{i // 10}.png", image)
+    order = labels.argsort(stable=True)
+    for folder in ("by file", "by folder"):
+        digits = read_samples(tmp_path / folder)
+        assert torch.equal(digits.labels, labels[order])
+        assert torch.equal(digits.images, images[order])
+
+
+GREY = np.zeros((28, 28), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "holds no PNG"),
+        ({"seven.png": GREY}, "does not say its digit"),
+        ({"digit-7-a.png": np.zeros((28, 28, 3), dtype=np.uint8)}, "not an 8-bit grey image"),
+        ({"digit-7-a.png": np.zeros((56, 56), dtype=np.uint8)}, "not an 8-bit grey image"),
+        ({f"{digit}/a.png": GREY for digit in range(10)}, "holds 1 images of a 0: 10 of each"),
+    ],
+    ids=["empty", "unnamed", "colour", "size", "missing digit"],
+)
+def test_a_folder_that_cannot_be_evaluated_says_why(tmp_path: Path, files: dict[str, np.ndarray], reason: str) -> None:
+    for name, pixels in files.items():
+        write(tmp_path / name, pixels)
+    with pytest.raises(SamplesError, match=reason):
+        read_samples(tmp_path)
+
+
+def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+    (tmp_path / "digit-1-a.png").write_text("one")
+    with pytest.raises(SamplesError, match=r"digit-1-a\.png cannot be read"):
+        read_samples(tmp_path)
+
+
+def test_balanced_takes_as_many_of_each_and_refuses_what_is_not_there() -> None:
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 28, 28)
+    labels = torch.cat([torch.zeros(30), torch.arange(30) % 10]).long()
+    chosen = balanced(Digits(images, labels), 30)
+    assert chosen.labels.tolist() == [*range(10)] * 3
+    assert chosen.images[:, 0, 0, 0].tolist() == [0, *range(31, 40), 1, *range(41, 50), 2, *range(51, 60)]
+    with pytest.raises(SamplesError, match="4 images of each digit"):
+        balanced(Digits(images, labels), 40)

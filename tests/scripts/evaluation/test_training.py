@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from scripts.evaluation.classifiers import KINDS, Classifier, accuracy
+from scripts.evaluation.training import augment, facts_of, train_classifier
+from scripts.progress import Reporter
+from tests.scripts.evaluation.bars import bars
+
+EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
+
+
+def train(kind: str, *, augmented: bool, seed: int = 0) -> Classifier:
+    torch.manual_seed(seed)
+    with Reporter() as reporter:
+        return train_classifier(
+            KINDS[kind](), bars(640, 1), reporter, augmented=augmented, epochs=4, batch_size=8, seed=seed
+        )
+
+
+@EVERY_KIND
+def test_it_learns_and_its_facts_are_of_digits_that_it_never_saw(kind: str) -> None:
+    network = train(kind, augmented=False)
+    facts = facts_of(network, bars(100, 2), bars(200, 3), epochs=4)
+    assert facts["test_accuracy"] == accuracy(network, *bars(200, 3)) > 0.9
+    assert facts["validation_accuracy"] == accuracy(network, *bars(100, 2)) > 0.9
+    assert (facts["num_test"], facts["epochs"]) == (200, 4)
+
+
+@pytest.mark.parametrize("augmented", [True, False])
+def test_a_seed_repeats_the_training(augmented: bool) -> None:
+    first, again, other = (train("extractor", augmented=augmented, seed=seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_augmentation_moves_the_image_a_little_and_keeps_its_levels() -> None:
+    images = torch.zeros(500, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, 11:17, 11:17] = 200
+    moved = augment(images, torch.Generator().manual_seed(0))
+    assert moved.min() == 0 and moved.max() <= 200 / 255 + 1e-6
+    mass = moved.sum(dim=(1, 2, 3))  # (B,)
+    place = torch.arange(28.0)
+    centre_x = (moved * place).sum(dim=(1, 2, 3)) / mass
+    centre_y = (moved * place[:, None]).sum(dim=(1, 2, 3)) / mass
+    furthest = torch.hypot(centre_x - 13.5, centre_y - 13.5).max()
+    assert 2 < furthest < 2 * 2**0.5 / 0.9 + 0.1  # two pixels each way, over the smallest zoom
+    assert min(centre_x.std(), centre_y.std()) > 0.8
+    assert mass.std() / mass.mean() > 0.05  # the scale's doing

@@ -1,0 +1,134 @@
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from scripts import evaluate, make_dataset, sample, train_classifiers
+from scripts.evaluation import training
+from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
+
+NUM_IMAGES = 200
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with made-up data, trusted as if they were MNIST's, a checkpoint, and classifiers that know nothing."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_idx_files(folder / "data", num_images=NUM_IMAGES)
+    save_tiny_checkpoint(folder / "tiny.safetensors")
+    for kind, new in KINDS.items():
+        torch.manual_seed(0)
+        save_classifier(folder / f"{kind}.safetensors", kind, new(), {"test_accuracy": 0.125, "num_test": 80})
+    with pytest.MonkeyPatch.context() as patch:
+        trust_idx_files(patch, NUM_IMAGES)
+        yield folder
+
+
+def arguments(workplace: Path, *more: str) -> list[str]:
+    networks = [f"--{kind}={workplace / kind}.safetensors" for kind in KINDS]
+    return [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}", *networks, *more]
+
+
+def run(workplace: Path, out: Path, *more: str) -> dict[str, object]:
+    evaluate.main(["digits", *arguments(workplace, f"--out={out}", *more)])
+    written: dict[str, object] = json.loads((out / "evaluation.json").read_text())
+    return written
+
+
+def test_a_folder_of_pngs_has_the_figures_of_the_checkpoint_that_drew_it(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--num-steps", "2", "--guidance-scale", "2", "--guidance-stop", "7", "--seed", "5"]
+    drawn = run(workplace, tmp_path / "drawn", "--num-images", "100", *options)
+    assert (tmp_path / "drawn" / "evaluation.md").read_text().strip() in capsys.readouterr().out
+    guidance = {"scale": 2.0, "start": 2, "stop": 7}
+    assert drawn["options"] == {"sampler": "ddpm", "num_steps": 2, "guidance": guidance}
+    assert drawn["checkpoint_sha256"] == hashlib.sha256((workplace / "tiny.safetensors").read_bytes()).hexdigest()
+    for name in ("confusion.png", "nearest.png"):
+        with Image.open(tmp_path / "drawn" / name) as image:
+            assert min(image.size) > 100
+    sample.main(
+        [
+            f"--checkpoint={workplace / 'tiny.safetensors'}",
+            f"--out={tmp_path / 'pngs'}",
+            *("--digit", "all", "--count", "10"),
+            *options,
+        ]
+    )
+    read = run(workplace, tmp_path / "read", "--images", str(tmp_path / "pngs"))
+    assert read["images"] == "pngs"
+    assert read["num_images"] == drawn["num_images"] == 100
+    assert read["real_frechet"] == drawn["real_frechet"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (["--num-images", "105"], "multiple of 10"),
+        (["--num-images", "50"], "100 to"),
+        (["--split", "train"], "invalid choice"),
+        (["--judge", "nowhere.safetensors"], "cannot be read"),
+        (["--checkpoint", "nowhere.safetensors"], "cannot be read"),
+        (["--images", "nowhere"], "holds no PNG"),
+        (["--data-dir", "nowhere"], "no MNIST files"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_and_status_2(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str], reason: str
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(["digits", *arguments(workplace, *wrong)])
+    assert exit_.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert reason in sentence
+
+
+def test_the_fog_is_drawn_and_said(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}"]
+    evaluate.main(["fog", *given, f"--judge={workplace / 'judge.safetensors'}", f"--out={tmp_path / 'fog.png'}"])
+    said = [line for line in capsys.readouterr().out.splitlines() if "fewer than half" in line]
+    assert [line[:2] for line in said] == [f"{digit}:" for digit in range(10)]
+    with Image.open(tmp_path / "fog.png") as image:
+        assert min(image.size) > 100
+
+
+def test_what_a_drawn_set_teaches_stands_beside_what_real_digits_teach(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "BATCH_SIZE", 8)
+    drawing = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1", "--count=50"]
+    make_dataset.main([f"--out={tmp_path / 'set'}", *drawing])
+    evaluate.main(["synthetic", str(tmp_path / "set"), f"--data-dir={workplace / 'data'}", "--epochs=3"])
+    drawn, real = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learned from")]
+    assert drawn.startswith("learned from 50 drawn digits: ")
+    assert real.startswith(f"learned from {NUM_IMAGES - NUM_VALIDATION} real digits: ")
+    assert float(real.split()[5].rstrip("%")) > 2 * float(drawn.split()[5].rstrip("%"))
+
+
+def test_a_classifier_is_trained_and_found_again(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "BATCH_SIZE", 8)
+    out = tmp_path / "extractor.safetensors"
+    train_classifiers.main(["extractor", f"--data-dir={workplace / 'data'}", f"--out={out}", "--epochs", "2"])
+    trained = load_classifier("extractor", out)
+    assert f"{trained.accuracy:.2%} of the test digits" in capsys.readouterr().out
+    assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
+
+
+@pytest.mark.parametrize("wrong", [[], ["critic"], ["judge", "--epochs", "many"], ["judge", "--data-dir", "nowhere"]])
+def test_a_wrong_argument_of_the_training_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str]
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
+    with pytest.raises(SystemExit) as exit_:
+        train_classifiers.main(wrong)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

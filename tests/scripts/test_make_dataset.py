@@ -1,0 +1,107 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets.mnist import read_image_file, read_label_file
+
+from model import checkpoint
+from model.sampler import Guidance
+from scripts import make_dataset
+from scripts.drawing import Drawer, DrawingOptions
+from scripts.progress import Reporter
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+
+COUNT = 25
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Makes a small set, ten images a part."""
+    monkeypatch.setattr(make_dataset, "PART", 10)
+    tiny = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
+
+    def run(name: str, *more: str, count: int = COUNT) -> Path:
+        out = tmp_path / name
+        drawing = [f"--checkpoint={tiny}", "--num-steps=2", "--sampler=ddim", "--seed=3"]
+        make_dataset.main([f"--out={out}", f"--count={count}", *drawing, *more])
+        return out
+
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_idx_files_are_read_by_torchvision_and_hold_what_the_checkpoint_draws(make: Make, tmp_path: Path) -> None:
+    out = make("set")
+    images = read_image_file(str(out / "train-images-idx3-ubyte"))
+    labels = read_label_file(str(out / "train-labels-idx1-ubyte"))
+    assert labels.tolist() == [i % 10 for i in range(COUNT)]
+    assert set(files(out)) == {"train-images-idx3-ubyte", "train-labels-idx1-ubyte", "dataset.json"}
+    drawer = Drawer(checkpoint.load(tmp_path / "tiny.safetensors"))
+    index = torch.arange(COUNT)
+    with Reporter() as reporter:
+        options = DrawingOptions("ddim", 2, Guidance(1.5, start=2, stop=8))
+        x_0 = drawer.draw(index % 10, index, options, reporter, seed=3)
+    expected = (x_0[:, 0] + 1) * 127.5
+    assert (images.float() - expected).abs().max() <= 0.51
+
+
+def test_the_folders_hold_the_same_images(make: Make) -> None:
+    images, folder = read_image_file(str(make("set") / "train-images-idx3-ubyte")), make("png", "--format=png")
+    for i, image in enumerate(images):
+        with Image.open(folder / str(i % 10) / f"{i // 10:05d}.png") as png:
+            assert np.array_equal(np.asarray(png), image.numpy())
+    assert len(files(folder)) == COUNT + 1
+
+
+@pytest.mark.parametrize("where", ["drawing", "writing"])
+def test_a_set_that_was_stopped_goes_on_and_is_the_same(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    whole, calls = files(make("whole")), iter(range(100))
+    draw = Drawer.draw
+
+    def draw_or_stop(*args: Any, **options: Any) -> Any:
+        if where == "drawing" and next(calls) == 1:
+            raise KeyboardInterrupt
+        return draw(*args, **options)
+
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Drawer, "draw", draw_or_stop)
+        if where == "writing":
+            patch.setattr(make_dataset, "write_idx", stop)
+        with pytest.raises(SystemExit) as exit_:
+            make("stopped")
+        assert exit_.value.code == 130
+    parts = sorted(path.name for path in (tmp_path / "stopped" / "parts").iterdir())
+    assert parts == ["0000000", "0000010", "0000020"][: 1 if where == "drawing" else 3]
+    assert files(make("stopped")) == whole
+
+
+def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = make("set")
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    make("set")
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    capsys.readouterr()
+    for name, more in (("set", ["--seed=4"]), ("set", ["--format=png"]), ("mine", [])):
+        with pytest.raises(SystemExit) as exit_:
+            make(name, *more)
+        assert exit_.value.code == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert json.loads((out / "dataset.json").read_text())["seed"] == 3
