@@ -54,6 +54,7 @@ class RequestContext:
             await body.send(message, send)
 
         async def fail_with(error: UnfogError) -> None:
+            self._metrics.count_rejection(error)
             await problem_response(error, request_id)(scope, receive, send_with_id)
 
         with self._metrics.requests_in_progress.track_inprogress(), answered:

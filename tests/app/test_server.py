@@ -85,3 +85,4 @@ def test_an_answer_that_is_not_ready_when_all_time_is_over_says_draining(monkeyp
     assert (answer.status_code, answer.json()["code"]) == (503, "draining")
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
     assert 'unfog_requests_total{code="503",route="/generate"} 1.0' in metrics.render().decode()
+    assert 'unfog_rejected_total{reason="draining"} 1.0' in metrics.render().decode()

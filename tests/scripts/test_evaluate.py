@@ -121,6 +121,7 @@ def test_a_classifier_is_trained_and_found_again(
     trained = load_classifier("extractor", out)
     assert f"{trained.accuracy:.2%} of the test digits" in capsys.readouterr().out
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
+    assert trained.facts["seed"] == load_classifier("extractor").facts["seed"]  # the command makes what ships
 
 
 @pytest.mark.parametrize("wrong", [[], ["critic"], ["judge", "--epochs", "many"], ["judge", "--data-dir", "nowhere"]])
