@@ -15,8 +15,8 @@ from app.batcher import Batcher, QueueFullError
 from app.device import RunnerError
 from app.forecast import retry_after, seconds_to_finish, seconds_to_room
 from app.metrics import Metrics
+from app.network import ModelInfo
 from app.pace import Pace
-from app.runner import ModelInfo
 from app.state import RESTART_SECONDS, EngineState
 from app.stepping import R, StepRunner, isolate
 from app.trajectory import Job, Trajectory
@@ -39,7 +39,7 @@ class Engine:
         metrics: Metrics,
     ) -> None:
         self.state = EngineState.STARTING
-        self.info: ModelInfo | None = None
+        self.models: dict[str, ModelInfo] = {}  # what is served, by name; empty until it is ready
         self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
         self.max_batch = max_batch or 1
         self._load, self._auto_batch = load, max_batch is None
@@ -155,7 +155,7 @@ class Engine:
 
     def _open(self, pace: Pace) -> None:
         with self._condition:
-            self._pace, self.info = pace, self._runner.info
+            self._pace, self.models = pace, self._runner.models
             if self._auto_batch:
                 self.max_batch = pace.best_batch(AUTO_BATCH_TOLERANCE)
             if self.state is EngineState.STARTING:

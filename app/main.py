@@ -67,9 +67,9 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.ready.set_function(lambda: engine.takes_work)
 
     def describe(ready: "Future[None]") -> None:
-        if engine.info and not ready.exception():
-            info = engine.info
-            meters.model_info.labels(info.name, info.sha256, info.device, info.dtype, info.version).set(1)
+        if not ready.exception():
+            for info in engine.models.values():
+                meters.model_info.labels(info.name, info.sha256, info.device, info.dtype, info.version).set(1)
             if engine.device_memory:
                 meters.watch_device_memory(engine.device_memory)
 

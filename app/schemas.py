@@ -33,15 +33,22 @@ class GenerateRequest(BaseModel):
     seed: Annotated[Integer, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent")] = Field(
         default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
     )
-    num_steps: Annotated[Integer, Field(ge=1, le=100, description="steps of the reverse process")] = 100
+    num_steps: Annotated[Integer, Field(ge=1, le=100)] = Field(  # type: ignore[assignment] # see `given`
+        default=None,
+        description="steps of the reverse process; the model's own when absent: 100 of `default`",
+        json_schema_extra=_without_default,
+    )
     sampler: Sampler = Field(
-        default="ddpm", description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M)"
+        default=None,  # type: ignore[arg-type] # see `given`
+        description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M); the model's own when "
+        "absent: ddpm of `default`",
+        json_schema_extra=_without_default,
     )
     guidance_scale: Annotated[Number, Field(ge=1, le=10)] = Field(  # type: ignore[assignment] # see `given`
         default=None, description="1 = off; the checkpoint's when absent", json_schema_extra=_without_default
     )
     scale: Annotated[Integer, Field(ge=1, le=16, description="enlarges each image by whole pixels")] = 1
-    model: str = Field(default="default", max_length=128, description="which loaded checkpoint draws")
+    model: str = Field(default="default", max_length=128, description="which loaded checkpoint draws: default or fast")
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(  # type: ignore[assignment] # see `given`
         default=None,
         description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",
@@ -104,11 +111,12 @@ class Queue(BaseModel):
 
 
 class Health(BaseModel):
-    """The state of the service; model, device and dtype are absent while it starts."""
+    """The state of the service; models, device and dtype are absent while it starts."""
 
     status: Literal["ok", "starting", "draining", "failed"]
     version: str
-    model: HealthModel | None = None
+    model: HealthModel | None = None  # the default one
+    models: list[HealthModel] | None = None
     device: str | None = None
     dtype: str | None = None
     queue: Queue

@@ -76,9 +76,10 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     ready = asyncio.wrap_future(engine.ready)
     await server.up.wait()
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
-    if ready.done() and not ready.exception() and engine.info:
+    if ready.done() and not ready.exception():
         host, port = listener.getsockname()[:2]
-        log.info("ready on http://%s:%d, %s on %s", host, port, engine.info.dtype, engine.info.device)
+        info = engine.models["default"]
+        log.info("ready on http://%s:%d, %s on %s", host, port, info.dtype, info.device)
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
         await _drain(service, settings.drain_timeout, hurry)

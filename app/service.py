@@ -12,8 +12,8 @@ from app.engine import Engine
 from app.http import ClientGoneError, unless_gone
 from app.images import Provenance
 from app.metrics import Metrics
+from app.network import ModelInfo
 from app.owed import Owed
-from app.runner import ModelInfo
 from app.schemas import GenerateRequest, Timing
 from app.trajectory import Job, Listener, Options, Pixels
 
@@ -33,24 +33,21 @@ class Service:
         """Since the application was made."""
         return time.monotonic() - self.started_at
 
-    @property
-    def info(self) -> ModelInfo:
-        """What is served; Starting or EngineFailed before it is known."""
-        if self.engine.info is None:
+    def info(self, model: str) -> ModelInfo:
+        """What is served under that name; InvalidRequest where nothing is, Starting or EngineFailed too early."""
+        models = self.engine.models
+        if not models:
             self.engine.state.refuse_unless_ok()
             raise errors.Starting(1)
-        return self.engine.info
+        if model not in models:
+            names = " or ".join(f"'{name}'" for name in models)
+            raise errors.InvalidRequest.of("model", f"Input should be {names}")
+        return models[model]
 
     def submit(self, body: GenerateRequest, num_previews: int = 0, listener: Listener | None = None) -> Job:
         """Admits what is asked for; InvalidRequest for what can never be drawn, Overloaded for what cannot now."""
         self._check(body)
-        options = Options(
-            digit=body.digit,
-            seed=body.seed,
-            num_steps=body.num_steps,
-            sampler=body.sampler,
-            guidance_scale=body.guidance_scale if body.given("guidance_scale") else self.info.guidance_scale,
-        )
+        options = self._options(body, self.info(body.model))
         timeout = body.timeout_seconds if body.given("timeout_seconds") else self.settings.request_timeout
         job = Job(options, body.count, timeout, num_previews, listener)
         self.engine.submit(job)
@@ -58,26 +55,39 @@ class Service:
 
     def provenance(self, job: Job) -> Provenance:
         """What goes into the job's files."""
-        return Provenance(job.options, self.info.sha256)
+        return Provenance(job.options, self.info(job.options.model).sha256)
+
+    def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
+        """What is asked for, the checkpoint's own where it is not; InvalidRequest for what it cannot draw."""
+        options = Options(
+            digit=body.digit,
+            seed=body.seed,
+            num_steps=body.num_steps if body.given("num_steps") else info.default_steps,
+            sampler=body.sampler if body.given("sampler") else info.samplers[0],
+            guidance_scale=body.guidance_scale if body.given("guidance_scale") else info.guidance_scale,
+            model=info.name,
+        )
+        if options.digit >= info.num_classes:
+            raise errors.InvalidRequest.of("digit", f"Input should be less than {info.num_classes}")
+        if options.num_steps > info.max_steps:
+            raise errors.InvalidRequest.of("num_steps", f"Input should be less than or equal to {info.max_steps}")
+        if info.steps and options.num_steps not in info.steps:
+            permitted = " or ".join(map(str, info.steps))
+            raise errors.InvalidRequest.of("num_steps", f"Input should be {permitted} for model '{info.name}'")
+        if options.sampler not in info.samplers:
+            raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(info.samplers)}")
+        if options.guidance_scale != 1 and not info.guidable:
+            raise errors.InvalidRequest.of("guidance_scale", "Input should be 1: this checkpoint cannot be guided")
+        return options
 
     def _check(self, body: GenerateRequest) -> None:
-        """What only the settings and the checkpoint can tell."""
+        """What the settings tell."""
         limit = min(self.settings.max_count, self.settings.queue_capacity)
         if body.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
         longest = self.settings.request_timeout
         if body.given("timeout_seconds") and body.timeout_seconds > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
-        if body.digit >= self.info.num_classes:
-            raise errors.InvalidRequest.of("digit", f"Input should be less than {self.info.num_classes}")
-        if body.model != self.info.name:
-            raise errors.InvalidRequest.of("model", f"Input should be '{self.info.name}'")
-        if body.num_steps > self.info.max_steps:
-            raise errors.InvalidRequest.of("num_steps", f"Input should be less than or equal to {self.info.max_steps}")
-        if body.sampler not in self.info.samplers:
-            raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(self.info.samplers)}")
-        if body.given("guidance_scale") and body.guidance_scale != 1 and not self.info.guidable:
-            raise errors.InvalidRequest.of("guidance_scale", "Input should be 1: this checkpoint cannot be guided")
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:

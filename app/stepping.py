@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from app.device import DeviceLostError, OutOfMemoryError
+from app.network import ModelInfo
 from app.pace import Pace
-from app.runner import ModelInfo
 from app.trajectory import Pixels, Trajectory
 
 R = TypeVar("R")
@@ -15,8 +15,8 @@ class StepRunner(Protocol):
     """Computes; knows neither jobs nor threads. A call that raises has changed no row."""
 
     @property
-    def info(self) -> ModelInfo:
-        """What is served."""
+    def models(self) -> dict[str, ModelInfo]:
+        """What is served, by name; one is `default`."""
 
     @property
     def device_memory(self) -> Callable[[], int] | None:

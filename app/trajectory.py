@@ -23,6 +23,7 @@ class Options:
     num_steps: int
     sampler: Sampler
     guidance_scale: float
+    model: str = "default"
 
 
 @dataclass(eq=False, slots=True)

@@ -51,7 +51,8 @@ class CheckpointConfig:
     prediction: PredictionConfig = PredictionConfig()
     class_names: tuple[str, ...] = tuple("0123456789")
     guidance: Guidance = Guidance()  # the recommended one
-    samplers: tuple[Sampler, ...] = SAMPLERS
+    samplers: tuple[Sampler, ...] = SAMPLERS  # those permitted, the recommended one first
+    steps: tuple[int, ...] = ()  # likewise numbers of steps; empty = all of 1..T, and T is recommended
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
 
@@ -64,6 +65,8 @@ class CheckpointConfig:
             raise ValueError("training must be a mapping")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
+        if not all(1 <= num_steps <= T for num_steps in self.steps):
+            raise ValueError("steps must be within the schedule")
         if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
             raise ValueError("guidance.scale must be 1 to 10, and its interval must begin before it ends")
         if not isinstance(self.training.get("label_drop", 0), int | float):
@@ -204,6 +207,7 @@ def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
         class_names=tuple(metadata.pop("class_names")),
         guidance=Guidance(**metadata.pop("guidance")),
         samplers=tuple(metadata.pop("samplers")),
+        steps=tuple(metadata.pop("steps", ())),
         probe=Probe(**metadata.pop("probe")),
         **metadata,
     )

@@ -105,7 +105,7 @@ def _encode_json(service: Service, job: Job, images: list[Pixels], provenance: P
         num_steps=options.num_steps,
         sampler=options.sampler,
         guidance_scale=options.guidance_scale,
-        model=ModelName(name=service.info.name, sha256=service.info.sha256),
+        model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
         images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
         timing=timing(job),
     )

@@ -15,14 +15,17 @@ router = APIRouter()
 async def health(request: Request) -> JSONResponse:
     """The state of the service; 200 while it takes work."""
     service: Service = request.app.state.service
-    engine, info = service.engine, service.engine.info
+    engine = service.engine
+    infos = list(engine.models.values())
+    models = [HealthModel(name=i.name, sha256=i.sha256, num_parameters=i.num_parameters) for i in infos]
     state = engine.state if engine.alive else EngineState.FAILED
     answer = Health(
         status=state.value,
         version=VERSION,
-        model=HealthModel(name=info.name, sha256=info.sha256, num_parameters=info.num_parameters) if info else None,
-        device=info.device if info else None,
-        dtype=info.dtype if info else None,
+        model=models[0] if models else None,
+        models=models or None,
+        device=infos[0].device if infos else None,
+        dtype=infos[0].dtype if infos else None,
         queue=Queue(waiting=engine.waiting, running=engine.running, capacity=engine.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )

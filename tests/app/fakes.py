@@ -12,8 +12,8 @@ import numpy as np
 from app.batcher import Batcher
 from app.engine import Engine
 from app.metrics import Metrics
+from app.network import ModelInfo
 from app.pace import Pace
-from app.runner import ModelInfo
 from app.trajectory import Job, Options, Pixels, Trajectory
 
 INFO = ModelInfo(
@@ -25,6 +25,7 @@ INFO = ModelInfo(
     version="0",
     num_classes=10,
     max_steps=100,
+    steps=(),
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance_scale=1.0,
     guidable=True,
@@ -65,7 +66,7 @@ class FakeRunner:
     not_finite: Callable[[Trajectory], bool] = lambda row: False
     calls: list[Rows] = field(default_factory=list)  # the rows of each step that succeeded
     held: Counter[Trajectory] = field(default_factory=Counter)  # steps of those that have begun
-    info: ModelInfo = INFO
+    models: dict[str, ModelInfo] = field(default_factory=lambda: {"default": INFO})
     device_memory: Callable[[], int] | None = None
 
     def step(self, trajectories: Rows) -> list[bool]:

@@ -17,6 +17,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 # Contract, section 6.
 DEFAULTS = {
     "UNFOG_CHECKPOINT": ("checkpoint", SHIPPED),
+    "UNFOG_FAST_CHECKPOINT": ("fast_checkpoint", None),
     "UNFOG_DEVICE": ("device", "auto"),
     "UNFOG_DTYPE": ("dtype", "auto"),
     "UNFOG_COMPILE": ("compile", "auto"),
@@ -120,7 +121,11 @@ def test_a_wrong_value_is_one_line_that_names_the_variable(
 
 
 def test_every_variable_that_can_be_wrong_is_tried() -> None:
-    assert set(DEFAULTS) - set(WRONG) == {"UNFOG_CHECKPOINT", "UNFOG_HOST"}  # any text may be a path or a name
+    assert set(DEFAULTS) - set(WRONG) == {
+        "UNFOG_CHECKPOINT",
+        "UNFOG_FAST_CHECKPOINT",
+        "UNFOG_HOST",
+    }  # any text may be a path or a name
     assert {f"UNFOG_{field.upper()}" for field in NOT_YET} <= set(WRONG)
 
 

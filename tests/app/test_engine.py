@@ -120,7 +120,7 @@ def test_what_stops_the_loading_is_what_ready_fails_with(error: Exception) -> No
         assert engine.ready.exception(WAIT_SECONDS) is error
         assert engine.state is EngineState.FAILED
         assert not engine.alive
-        assert engine.info is None
+        assert not engine.models
         with pytest.raises(errors.EngineFailed):
             engine.submit(new_job())
 

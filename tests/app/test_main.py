@@ -101,7 +101,7 @@ def test_a_digit_that_the_checkpoint_has_not_is_refused() -> None:
         assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "digit"])
         assert (await client.post("/generate", json={**WORK, "digit": 4})).status_code == 200
 
-    run(check, FakeRunner(info=replace(INFO, num_classes=5)))
+    run(check, FakeRunner(models={"default": replace(INFO, num_classes=5)}))
 
 
 def test_guidance_is_refused_where_no_label_was_dropped_in_training() -> None:
@@ -110,7 +110,50 @@ def test_guidance_is_refused_where_no_label_was_dropped_in_training() -> None:
         assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "guidance_scale"])
         assert (await client.post("/generate", json={**WORK, "guidance_scale": 1})).status_code == 200
 
-    run(check, FakeRunner(info=replace(INFO, guidable=False)))
+    run(check, FakeRunner(models={"default": replace(INFO, guidable=False)}))
+
+
+FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), samplers=("ddim",), guidable=False)
+
+
+def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing() -> None:
+    runner = FakeRunner(models={"default": replace(INFO, guidance_scale=1.5), "fast": FAST})
+
+    async def check(client: httpx.AsyncClient) -> None:
+        for model, expected in (("default", (100, "ddpm", 1.5, "0")), ("fast", (4, "ddim", 1.0, "f"))):
+            answer = (await client.post("/generate", json={"digit": 3, "seed": 1, "model": model})).json()
+            drawn = answer["num_steps"], answer["sampler"], answer["guidance_scale"], answer["model"]["sha256"][0]
+            assert drawn == expected
+            assert answer["model"]["name"] == model
+        assert {row.job.options.model for rows in runner.calls for row in rows} == {"default", "fast"}
+        models = (await client.get("/health")).json()["models"]
+        assert [(m["name"], m["sha256"][0]) for m in models] == [("default", "0"), ("fast", "f")]
+        assert 'unfog_model_info{device="cpu",dtype="float32",name="fast"' in (await client.get("/metrics")).text
+
+    run(check, runner)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong", "right"), [("num_steps", 3, 2), ("sampler", "ddpm", "ddim"), ("guidance_scale", 2, 1)]
+)
+def test_what_a_model_does_not_permit_is_refused_by_name(field: str, wrong: object, right: object) -> None:
+    body = {"digit": 3, "seed": 1, "model": "fast"}
+
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**body, field: wrong})
+        assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", field])
+        assert (await client.post("/generate", json={**body, field: right})).status_code == 200
+
+    run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
+
+
+def test_an_unknown_model_is_answered_with_those_that_there_are() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**WORK, "model": "slow"})
+        assert answer.status_code == 422
+        assert "'default' or 'fast'" in answer.json()["errors"][0]["msg"]
+
+    run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
 def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The real runner on a tiny network: its rows against each other and against the offline sampler."""
 
+import copy
 import dataclasses
 import random
 import shutil
@@ -17,6 +18,7 @@ from app.runner import Runner
 from app.trajectory import Job, Options, Pixels, Trajectory
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
+from model.prediction import PredictionConfig
 from model.sampler import SAMPLERS, Guidance, Sampler, sample
 from model.schedule import ScheduleConfig
 from tests.tiny import tiny_unet
@@ -46,7 +48,7 @@ def loaded(path: Path) -> Checkpoint:
 
 
 def new_runner(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> Runner:
-    return Runner(loaded, CPU, dtype, compiled=False)
+    return Runner({"default": loaded}, CPU, dtype, compiled=False)
 
 
 def rows_of(
@@ -57,8 +59,9 @@ def rows_of(
     num_steps: int = 5,
     sampler: Sampler = "ddpm",
     guidance_scale: float = 1.0,
+    model: str = "default",
 ) -> list[Trajectory]:
-    return Job(Options(digit, seed, num_steps, sampler, guidance_scale), count).unfinished
+    return Job(Options(digit, seed, num_steps, sampler, guidance_scale, model), count).unfinished
 
 
 def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
@@ -111,6 +114,46 @@ def test_a_row_has_the_same_pixels_alone_and_in_any_company(loaded: Checkpoint, 
         assert equal(draw(runner, company(), max_batch, order), alone)
 
 
+@pytest.fixture
+def other(loaded: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """Another network, which predicts v for another schedule and draws in four steps only."""
+    torch.manual_seed(5)
+    network = tiny_unet(image_channels=loaded.config.unet.image_channels, widths=(8, 24), seed=5)
+    config = CheckpointConfig(
+        unet=network.config,
+        schedule=ScheduleConfig(kind="cosine"),
+        prediction=PredictionConfig("v"),
+        samplers=("ddim",),
+        steps=(4,),
+    )
+    checkpoint.save(tmp_path / "other.safetensors", network, config)
+    return checkpoint.load(tmp_path / "other.safetensors")
+
+
+@DTYPES
+def test_two_models_in_one_loop_draw_what_each_draws_alone(
+    loaded: Checkpoint, other: Checkpoint, dtype: torch.dtype
+) -> None:
+    def fast_rows(model: str) -> list[Trajectory]:
+        return rows_of(5, seed=9, num_steps=4, sampler="ddim", model=model)
+
+    expected = draw(new_runner(copy.deepcopy(other), dtype), fast_rows("default"))
+    beside = draw(new_runner(copy.deepcopy(loaded), dtype), company())
+    both = Runner({"default": loaded, "fast": other}, CPU, dtype, compiled=False)
+    both.warm_up(lambda: False)
+    assert equal(draw(both, fast_rows("fast")), expected)
+    for max_batch, order in [(64, None), (64, 1), (7, 2), (3, 3)]:
+        images = draw(both, [*fast_rows("fast"), *company()], max_batch, order)
+        assert equal(images[:5], expected)
+        assert equal(images[5:], beside)
+
+
+def test_the_picture_that_is_known_of_each_model_is_drawn_by_that_model(loaded: Checkpoint, other: Checkpoint) -> None:
+    wrong = dataclasses.replace(other, probe_image=-other.probe_image)
+    with pytest.raises(RunnerError, match="known picture of model 'fast'"):
+        Runner({"default": loaded, "fast": wrong}, CPU, torch.float32, compiled=False).warm_up(lambda: True)
+
+
 @DTYPES
 def test_a_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: torch.dtype) -> None:
     runner = new_runner(loaded, dtype)
@@ -126,7 +169,7 @@ def test_a_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: t
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
 @DTYPES
 def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(loaded: Checkpoint, dtype: torch.dtype) -> None:
-    runner = Runner(loaded, CPU, dtype, compiled=True)
+    runner = Runner({"default": loaded}, CPU, dtype, compiled=True)
     alone = [draw(runner, [row])[0] for row in company()]
     for max_batch, order in [(64, 1), (7, 3), (1, 6)]:
         assert equal(draw(runner, company(), max_batch, order), alone)
@@ -180,8 +223,8 @@ class Counting:
 
     def __init__(self, runner: Runner) -> None:
         self.rows: list[int] = []
-        self._denoise = runner._denoise
-        runner._denoise = self
+        self._denoise = runner._networks["default"]._denoise
+        runner._networks["default"]._denoise = self
 
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
         self.rows.append(len(x))
@@ -249,15 +292,16 @@ def test_a_step_that_raises_has_changed_nothing(loaded: Checkpoint) -> None:
     expected = draw(runner, rows_of(3, num_steps=4))
     rows = rows_of(3, num_steps=4)
     step(runner, rows[:2])
-    network = runner._denoise
+    served = runner._networks["default"]
+    network = served._denoise
 
     def fail(x: Tensor, c: Tensor) -> Tensor:
         raise RuntimeError
 
-    runner._denoise = fail
+    served._denoise = fail
     with pytest.raises(RuntimeError):
         runner.step(rows)
-    runner._denoise = network
+    served._denoise = network
     assert equal(draw(runner, rows), expected)
 
 
@@ -302,20 +346,45 @@ def test_a_known_picture_of_nan_is_wrong(loaded: Checkpoint) -> None:
 
 
 def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
-    info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16")).info
+    info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16")).models["default"]
     assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")
     assert (info.max_steps, info.samplers, info.guidance_scale, info.guidable) == (100, SAMPLERS, 2.0, True)
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
 
 
+def test_a_model_that_draws_in_few_steps_says_so(other: Checkpoint) -> None:
+    info = Runner({"default": other}, CPU, torch.float32, compiled=False).models["default"]
+    assert (info.steps, info.default_steps, info.samplers, info.guidable) == ((4,), 4, ("ddim",), False)
+
+
 def test_without_dropped_labels_there_is_nothing_to_guide_by(loaded: Checkpoint) -> None:
     config = dataclasses.replace(loaded.config, training={}, guidance=Guidance())
-    assert not new_runner(dataclasses.replace(loaded, config=config)).info.guidable
+    assert not new_runner(dataclasses.replace(loaded, config=config)).models["default"].guidable
 
 
 def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"nothing\.safetensors cannot be read"):
         Runner.load(Settings(checkpoint=tmp_path / "nothing.safetensors"))
+
+
+def test_a_second_checkpoint_is_served_beside_the_first(path: Path) -> None:
+    models = Runner.load(Settings(checkpoint=path, fast_checkpoint=path, device="cpu")).models
+    assert list(models) == ["default", "fast"]
+    assert models["fast"].name == "fast"
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_second_checkpoint_of_another_size_is_one_sentence(path: Path, tmp_path: Path, size: int) -> None:
+    network = tiny_unet(image_size=size)
+    file = tmp_path / "larger.safetensors"
+    checkpoint.save(file, network, CheckpointConfig(unet=network.config, schedule=ScheduleConfig()))
+    with pytest.raises(RunnerError, match="UNFOG_FAST_CHECKPOINT draws images of another size"):
+        Runner.load(Settings(checkpoint=path, fast_checkpoint=file, device="cpu"))
+
+
+def test_a_missing_second_checkpoint_names_its_own_variable(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"UNFOG_FAST_CHECKPOINT: .*nothing\.safetensors cannot be read"):
+        Runner.load(Settings(checkpoint=path, fast_checkpoint=tmp_path / "nothing.safetensors"))
 
 
 def test_a_device_that_is_not_there_is_one_sentence() -> None:
@@ -375,4 +444,4 @@ def test_a_step_that_was_written_in_part_is_never_run_again(
 
 
 def test_the_service_draws_only_the_classes_that_the_checkpoint_has(loaded: Checkpoint) -> None:
-    assert new_runner(loaded).info.num_classes == loaded.config.unet.num_classes
+    assert new_runner(loaded).models["default"].num_classes == loaded.config.unet.num_classes

@@ -233,7 +233,7 @@ def test_the_first_files_do_not_say_that_they_predict_eps(saved: Path) -> None:
     assert load(saved).config.prediction == PredictionConfig("eps")
 
 
-OPTIONAL = {"training", "prediction"}
+OPTIONAL = {"training", "prediction", "steps"}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name not in OPTIONAL])
