@@ -53,11 +53,17 @@ class Plan:
 
 def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
     """The plan of `num_steps` network calls; ValueError for an unknown sampler or a num_steps out of range."""
+    even = sampler != "dpmpp"
+    return plan_through(
+        schedule, sampler, schedule.even_timesteps(num_steps) if even else schedule.log_snr_timesteps(num_steps)
+    )
+
+
+def plan_through(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> Plan:
+    """The plan through these falling timesteps, 0 last; ValueError for an unknown sampler."""
     if sampler == "dpmpp":
-        timesteps = schedule.log_snr_timesteps(num_steps)
         rows = _dpmpp_coefficients(schedule.half_log_snr, schedule.alpha_bar, timesteps)
     elif sampler in SAMPLERS:
-        timesteps = schedule.even_timesteps(num_steps)
         step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
         alpha_bar = schedule.alpha_bar[timesteps]  # (num_steps + 1,)
         rows = [step(*pair) for pair in pairwise(alpha_bar)]
@@ -121,6 +127,7 @@ def sample(
     image_shape: tuple[int, int, int],
     sampler: Sampler = "ddpm",
     num_steps: int = 100,
+    timesteps: list[int] | None = None,
     guidance: Guidance | None = None,
     prediction: Prediction | None = None,
     null_label: int = 10,
@@ -128,11 +135,12 @@ def sample(
 ) -> Tensor:
     """x_T -> x_0 (B, C, H, W) for labels y, seeds and indices (B,): the whole reverse process, for offline work.
 
+    `timesteps`, falling to 0, stand in for those that `num_steps` would give.
     `on_step(t, x_t, x_0)` sees each step's input and the image predicted from it.
     """
     guidance = guidance or Guidance()
     mix = (prediction or Prediction(PredictionConfig(), schedule)).table(y.device)  # (T + 1, 3)
-    plan = make_plan(schedule, sampler, num_steps)
+    plan = plan_through(schedule, sampler, timesteps) if timesteps else make_plan(schedule, sampler, num_steps)
     coefficients = plan.coefficients.to(y.device)  # (num_steps, 4)
     x_t = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
     x_0 = torch.zeros_like(x_t)

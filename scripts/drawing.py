@@ -27,6 +27,7 @@ class DrawingOptions:
     sampler: Sampler
     num_steps: int
     guidance: Guidance
+    timesteps: tuple[int, ...] | None = None  # falling to 0; None = those that num_steps gives
 
 
 class Drawer:
@@ -96,6 +97,7 @@ class Drawer:
             image_shape=self.checkpoint.image_shape,
             sampler=options.sampler,
             num_steps=options.num_steps,
+            timesteps=list(options.timesteps) if options.timesteps else None,
             guidance=options.guidance,
             prediction=self.checkpoint.prediction,
             null_label=self.checkpoint.network.null_label,

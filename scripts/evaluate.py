@@ -93,7 +93,7 @@ def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
     schedule = checkpoint.load(args.checkpoint).schedule
     timesteps = list(range(0, schedule.num_steps + 1, max(schedule.num_steps // 50, 1)))
     digits = load_references(args.split, args.data_dir).held_out
-    shares = recognised_in_fog(load_classifier("judge", args.judge).network, digits, schedule, timesteps, reporter)
+    shares = recognised_in_fog(load_classifier("fog_judge", args.judge).network, digits, schedule, timesteps, reporter)
     for digit, t in enumerate(lost_at(timesteps, shares)):
         reporter.line(f"{digit}: fewer than half are recognised from t = {t} on")
     save_figure(show_fog(timesteps, shares), args.out, grey=False)

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.prediction import PredictionConfig
-from model.sampler import Guidance
+from model.sampler import Guidance, Sampler
 from model.schedule import ScheduleConfig
 from model.unet import UNetConfig
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
+STUDENT_SAMPLER: Sampler = "ddim"  # a stride of it is one line: the image that leads to a state is known
 
 
 class RecipeError(Exception):
@@ -47,6 +48,14 @@ class LRScheduleRecipe(_Strict):
     factor: float = Field(default=0.1, gt=0, lt=1)
 
 
+class DistillationRecipe(_Strict):
+    """A student that goes in `num_steps` steps where its teacher goes in more."""
+
+    num_steps: int = Field(ge=1, le=100)
+    teacher_steps: int = Field(ge=1, le=100)
+    num_trajectories: int = Field(ge=10)
+
+
 class Recipe(_Strict):
     """All that decides a training run but its seed and its machine."""
 
@@ -62,6 +71,7 @@ class Recipe(_Strict):
     guidance: Guidance
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
+    distillation: DistillationRecipe | None = None
     unet: UNetConfig
 
     @model_validator(mode="after")

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.sampler import sample
-from scripts.mnist import NUM_VALIDATION
+from model.sampler import SAMPLERS, sample
 from scripts.pictures import save_grid
-from scripts.recipe import Recipe
+from scripts.recipe import STUDENT_SAMPLER, Recipe
 from scripts.trainer import EpochResult, Trainer
 
 GRID_SEED = 2026
@@ -34,15 +33,15 @@ class RunError(Exception):
 class Run:
     """One training run on disk. All files are written atomically: a kill leaves the last epoch whole."""
 
-    def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int) -> None:
-        self.folder, self.preset, self.recipe, self.seed = folder, preset, recipe, seed
+    def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int, data: str) -> None:
+        self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
         self.results: list[EpochResult] = []
         self.earlier_arithmetic: str | None = None  # of the part that was gone on from
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of one run."""
-        return {"recipe": self.recipe.model_dump(mode="json"), "seed": self.seed}
+        return {"recipe": self.recipe.model_dump(mode="json"), "seed": self.seed, "data": self.data}
 
     def resume(self, trainer: Trainer) -> bool:
         """Puts the trainer where the folder's last epoch left it; False where there is none yet."""
@@ -55,7 +54,7 @@ class Run:
         except Exception as error:
             raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
         if identity != self.identity:
-            raise RunError(f"{self.folder} holds a run of another recipe or seed; name another --out")
+            raise RunError(f"{self.folder} holds a run of another recipe, seed or teacher; name another --out")
         try:
             trainer.load_state_dict(state["trainer"])
             self.results = [EpochResult(**result) for result in state["results"]]
@@ -86,15 +85,20 @@ class Run:
 
     def safe_save_model(self, trainer: Trainer) -> None:
         """A copy of the weights to serve, with all that serving needs."""
+        distillation = self.recipe.distillation
         config = checkpoint.CheckpointConfig(
             unet=self.recipe.unet,
             schedule=self.recipe.schedule,
             prediction=self.recipe.prediction,
             guidance=self.recipe.guidance,
-            probe=checkpoint.Probe(num_steps=min(PROBE_STEPS, self.recipe.schedule.num_steps)),
+            samplers=(STUDENT_SAMPLER,) if distillation else SAMPLERS,
+            steps=(distillation.num_steps,) if distillation else (),
+            probe=checkpoint.Probe(
+                num_steps=distillation.num_steps if distillation else min(PROBE_STEPS, self.recipe.schedule.num_steps)
+            ),
             training={
                 "preset": self.preset,
-                "data": f"MNIST, training split less the last {NUM_VALIDATION} images",
+                "data": self.data,
                 "epochs": trainer.epoch,
                 "seed": self.seed,
                 "label_drop": self.recipe.label_drop,
@@ -108,17 +112,18 @@ class Run:
 
     def _digits(self, trainer: Trainer) -> Tensor:
         y = torch.arange(self.recipe.unet.num_classes, device=trainer.device)
-        size = self.recipe.unet.image_size
+        size, distillation = self.recipe.unet.image_size, self.recipe.distillation
         return sample(
             trainer.denoise_averaged,
-            trainer.schedule,
+            trainer.objective.schedule,
             y,
             seed=torch.full_like(y, GRID_SEED),
             index=y,
             image_shape=(self.recipe.unet.image_channels, size, size),
-            num_steps=self.recipe.schedule.num_steps,
+            sampler=STUDENT_SAMPLER if distillation else "ddpm",
+            num_steps=distillation.num_steps if distillation else self.recipe.schedule.num_steps,
             guidance=self.recipe.guidance,
-            prediction=trainer.prediction,
+            prediction=trainer.objective.prediction,
             null_label=trainer.averaged.null_label,
         )
 

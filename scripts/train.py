@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from scripts.arguments import Parser, integer
-from scripts.mnist import DataError, load_mnist
+from scripts.mnist import NUM_VALIDATION, DataError, load_mnist
+from scripts.objective import DenoisingObjective
 from scripts.progress import Reporter, fail
 from scripts.recipe import RecipeError, load_recipe, preset_names
 from scripts.run import Run, RunError
@@ -28,12 +29,14 @@ def main(argv: list[str] | None = None) -> None:
         recipe = load_recipe(args.preset)
         if args.epochs:
             recipe = recipe.model_copy(update={"epochs": args.epochs})
-        device = _device(args.device)
+        device = choose_device(args.device)
         images, labels = load_mnist("train", args.data_dir)
         args.out.mkdir(parents=True, exist_ok=True)
-        compiled = args.compile == "on" or (args.compile == "auto" and _can_compile(device))
-        trainer = Trainer(recipe, images, labels, seed=args.seed, device=device, compiled=compiled)
-        run = Run(args.out, Path(args.preset).stem, recipe, args.seed)
+        compiled = should_compile(args.compile, device)
+        objective = DenoisingObjective(recipe, images, labels, device)
+        trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled)
+        data = f"MNIST, training split less the last {NUM_VALIDATION} images"
+        run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
     except (DataError, RecipeError, RunError, OSError, RuntimeError) as error:
         raise fail(f"train: {error}".splitlines()[0]) from error
     try:
@@ -51,7 +54,7 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
         if run.earlier_arithmetic != trainer.arithmetic:
             reporter.line(f"not bit by bit: before it was {run.earlier_arithmetic}, now {trainer.arithmetic}")
     num_parameters = sum(p.numel() for p in trainer.network.parameters())
-    reporter.line(f"{num_parameters:,} parameters, {len(trainer.images):,} images, on {trainer.device}")
+    reporter.line(f"{num_parameters:,} parameters, {trainer.objective.num_examples:,} examples, on {trainer.device}")
     longest_epoch = 0.0
     while trainer.epoch < run.recipe.epochs:
         epoch_start = time.perf_counter()
@@ -76,7 +79,8 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
         return trainer.run_epoch(lambda step, loss: task.advance(batch_size, f"loss {loss:.4f}"))
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of --device; RuntimeError in one sentence where there is none of that name."""
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type not in ("cpu", "cuda"):
         raise RuntimeError(f"--device {name}: auto, cpu, cuda or cuda:N")
@@ -85,15 +89,22 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _can_compile(device: torch.device) -> bool:
-    return device.type == "cuda" or shutil.which("g++") is not None
+def should_compile(wanted: str, device: torch.device) -> bool:
+    """Whether --compile says so: auto is on where a compiler is found."""
+    return wanted == "on" or (wanted == "auto" and (device.type == "cuda" or shutil.which("g++") is not None))
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.train", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="default", help=f"{', '.join(preset_names())}, or a path to a .toml file")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
+    add_training_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every training takes."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
     parser.add_argument("--epochs", type=integer(1), help="instead of the preset's")
     parser.add_argument(
         "--time-limit", type=_minutes, metavar="MINUTES", help="stop before an epoch that would not fit"
@@ -104,7 +115,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile", choices=["auto", "on", "off"], default="auto", help="auto: where a compiler is found"
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
-    return parser.parse_args(argv)
 
 
 def _minutes(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Trains the judge and the extractor that evaluate digits: `python -m scripts.train_classifiers judge`."""
+"""Trains the judges and the extractor that evaluate digits: `python -m scripts.train_classifiers judge`."""
 
 import argparse
 from pathlib import Path
@@ -15,6 +15,7 @@ from scripts.progress import Reporter, fail
 RECIPES = {
     "judge": {"augmented": True, "epochs": 30, "seed": 0},
     "extractor": {"augmented": False, "epochs": 20, "seed": 1},
+    "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
 }
 
 
@@ -36,6 +37,7 @@ def main(argv: list[str] | None = None) -> None:
                 learn,
                 reporter,
                 augmented=bool(recipe["augmented"]),
+                fogged=bool(recipe.get("fogged", False)),
                 epochs=int(recipe["epochs"]),
                 seed=recipe["seed"],
             )
@@ -48,11 +50,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.train_classifiers", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kind", choices=sorted(KINDS), help="which of the two")
+    parser.add_argument("kind", choices=sorted(KINDS), help="which of them")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
     parser.add_argument("--out", type=Path, help="default: where `scripts.evaluate` looks for it")
-    parser.add_argument("--epochs", type=integer(1), help="default: 30 for the judge, 20 for the extractor")
-    parser.add_argument("--seed", type=integer(0, 2**53 - 1), help="default: 0 for the judge, 1 for the extractor")
+    parser.add_argument("--epochs", type=integer(1), help="default: 30 for the judge, 20 for the others")
+    parser.add_argument(
+        "--seed", type=integer(0, 2**53 - 1), help="default: 0 for the judge, 1 for the extractor, 2 for the fog judge"
+    )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     return parser.parse_args(argv)
 

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from model.diffusion import EMA, Diffusion
-from model.prediction import Prediction
-from model.sampler import Denoiser
-from model.schedule import Schedule
+from model.diffusion import EMA
 from model.unet import UNet
-from scripts.mnist import split_validation, to_model_range
+from scripts.objective import LossOf, Objective
 from scripts.recipe import Recipe
 
-NUM_NOISE_BANDS = 4  # the validation loss is also given for each quarter of the steps
-VALIDATION_BATCH = 500
 OnStep = Callable[[int, float], None]
 
 
@@ -38,19 +33,23 @@ class EpochResult:
 
 
 class Trainer:
-    """The state of a run: network, EMA, optimizer, learning rate, epoch."""
+    """The state of a run: network, EMA, optimizer, learning rate, epoch. `start` is the weights that it begins with."""
 
     def __init__(
-        self, recipe: Recipe, images: Tensor, labels: Tensor, *, seed: int, device: torch.device, compiled: bool
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        *,
+        seed: int,
+        device: torch.device,
+        compiled: bool,
+        start: dict[str, Tensor] | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self.recipe, self.seed, self.device = recipe, seed, device
-        learn, validate = split_validation(images, labels)
-        self.images, self.labels = learn[0].to(device), learn[1].to(device)
-        self.schedule = Schedule(recipe.schedule)
-        self.prediction = Prediction(recipe.prediction, self.schedule)
-        self.validation = _ValidationSet(*validate, self._new_diffusion(torch.Generator().manual_seed(0)), device)
+        self.recipe, self.objective, self.seed, self.device = recipe, objective, seed, device
         self.network = _new_network(recipe, device)
+        if start:
+            self.network.load_state_dict(start)
         self.averaged = _new_network(recipe, device).eval().requires_grad_(False)
         self.ema = EMA(self.network, recipe.ema_max_decay) if recipe.ema_max_decay else None
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer.name]
@@ -74,22 +73,22 @@ class Trainer:
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches only: the rest of an epoch's shuffle is left out."""
-        return len(self.images) // self.recipe.batch_size
+        return self.objective.num_examples // self.recipe.batch_size
 
     def run_epoch(self, on_step: OnStep = lambda step, loss: None) -> EpochResult:
         """One pass over the training images, then the validation loss of the weights to serve."""
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.epoch)
-        diffusion = self._new_diffusion(generator)
-        order = torch.randperm(len(self.images), generator=generator, device=self.device)
+        loss_of = self.objective.loss_of(generator)
+        order = torch.randperm(self.objective.num_examples, generator=generator, device=self.device)
         total = torch.zeros((), device=self.device)
         for step in range(self.steps_per_epoch):
             rows = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
-            loss = self._learn_from(rows, diffusion, self.epoch * self.steps_per_epoch + step)
+            loss = self._learn_from(rows, loss_of, self.epoch * self.steps_per_epoch + step)
             total += loss
             on_step(step, loss.item())
         self.epoch += 1
         self._refresh_averaged()
-        validation_loss, band_losses = self.validation.losses(self.denoise_averaged)
+        validation_loss, band_losses = self.objective.validation_losses(self.denoise_averaged)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if self.recipe.lr_schedule.name == "plateau":
             self.plateau.step(validation_loss)
@@ -117,14 +116,9 @@ class Trainer:
             self.ema.shadow = {name: tensor.to(self.device) for name, tensor in state["ema"]["shadow"].items()}
         self._refresh_averaged()
 
-    def _new_diffusion(self, generator: torch.Generator) -> Diffusion:
-        return Diffusion(self.schedule, generator, self.prediction, self.recipe.min_snr_gamma)
-
-    def _learn_from(self, rows: Tensor, diffusion: Diffusion, global_step: int) -> Tensor:
-        x_0, y = to_model_range(self.images[rows]), self.labels[rows]
-        c_mask = diffusion.draw_label_mask(len(rows), self.recipe.label_drop)
+    def _learn_from(self, rows: Tensor, loss_of: LossOf, global_step: int) -> Tensor:
         self._set_learning_rate(global_step)
-        loss = diffusion.train_step(self.denoiser, x_0, y, c_mask, self.network.null_label)
+        loss = loss_of(self.denoiser, rows)
         self.optimizer.zero_grad()
         loss.backward()
         if self.recipe.grad_clip:
@@ -161,23 +155,3 @@ class Trainer:
 def _new_network(recipe: Recipe, device: torch.device) -> UNet:
     network = UNet(recipe.unet).to(device)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-
-
-class _ValidationSet:
-    """Held-out images, each with one t and one eps that never change: losses of two epochs can be compared."""
-
-    def __init__(self, images: Tensor, labels: Tensor, diffusion: Diffusion, device: torch.device) -> None:
-        x_0, t = to_model_range(images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
-        x_t, eps = diffusion.add_noise(x_0, t)
-        self.x_t, self.t, self.y = x_t.to(device), t.to(device), labels.to(device)
-        self.target, self.weights = diffusion.prediction.target(x_0, eps, t).to(device), diffusion.weights[t].to(device)
-        self.band = (self.t - 1) * NUM_NOISE_BANDS // diffusion.num_steps  # (N,)
-
-    @torch.inference_mode()
-    def losses(self, denoiser: Denoiser) -> tuple[float, tuple[float, ...]]:
-        """The mean squared error over all rows, and over the rows of each band of noise."""
-        batches = zip(*(rows.split(VALIDATION_BATCH) for rows in (self.x_t, self.t, self.y)), strict=True)
-        output = torch.cat([denoiser(*batch) for batch in batches])  # (N, C, H, W)
-        errors = self.weights * (output - self.target).square().mean(dim=(1, 2, 3))  # (N,)
-        bands = tuple(errors[self.band == band].mean().item() for band in range(NUM_NOISE_BANDS))
-        return errors.mean().item(), bands

@@ -1,7 +1,8 @@
-"""Two small networks that tell digits apart, independent of those that draw them and of each other.
+"""Small networks that tell digits apart, independent of those that draw them and of each other.
 
 The judge counts what is recognised in the tables that are published; the extractor's features are
-what distances between sets of images are measured in, and its answers are what choices are made by.
+what distances between sets of images are measured in, and its answers are what choices are made by;
+the fog judge, which learned from noisy digits, is asked how far into the noise a digit can be read.
 """
 
 import hashlib
@@ -84,7 +85,7 @@ class Extractor(Classifier):
         super().__init__(body, dropout=0.3)
 
 
-KINDS: dict[str, Callable[[], Classifier]] = {"judge": Judge, "extractor": Extractor}
+KINDS: dict[str, Callable[[], Classifier]] = {"judge": Judge, "extractor": Extractor, "fog_judge": Judge}
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Module, ...]:

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from model.diffusion import Diffusion
+from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.classifiers import Classifier, accuracy
+from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 
 MAX_ROTATION = math.radians(12)
@@ -29,6 +32,7 @@ def train_classifier(
     reporter: Reporter,
     *,
     augmented: bool,
+    fogged: bool = False,
     epochs: int,
     batch_size: int | None = None,
     max_lr: float = 4e-3,
@@ -37,10 +41,12 @@ def train_classifier(
     """Learns from these digits; returns the running average of the weights after the last epoch.
 
     `augmented` turns, scales and shifts each image a little: more is recognised, less is told apart.
+    `fogged` sends each some way into the noise of the cosine schedule.
     """
     generator = torch.Generator().manual_seed(seed)
+    diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    averaged = AveragedModel(network, multi_avg_fn=_average, use_buffers=True)
+    averaged = AveragedModel(network, multi_avg_fn=running_average, use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
     batch_size = batch_size or BATCH_SIZE
     num_batches = len(learn[0]) // batch_size
@@ -53,6 +59,7 @@ def train_classifier(
             for rows in order[: num_batches * batch_size].split(batch_size):
                 images, labels = learn[0][rows], learn[1][rows]
                 x = augment(images, generator) if augmented else images / 255
+                x = _fog(x, diffusion) if fogged else x
                 loss = _learn_from(network, optimizer, x, labels)
                 lr_schedule.step()
                 averaged.update_parameters(network)
@@ -61,7 +68,7 @@ def train_classifier(
     return network.eval().requires_grad_(False)
 
 
-def _average(averaged: Tensors, current: Tensors, step: Tensor | int) -> None:
+def running_average(averaged: Tensors, current: Tensors, step: Tensor | int) -> None:
     """An EMA that forgets the random start within a few steps."""
     decay = min(MAX_EMA_DECAY, 1 - (1 + int(step)) ** (-2 / 3))
     get_ema_multi_avg_fn(decay)(averaged, current, step)
@@ -87,6 +94,12 @@ def _learn_from(network: Classifier, optimizer: torch.optim.Optimizer, x: Tensor
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:
+    """(B, 1, 28, 28) in [0, 1] -> x_t at a random t in 1..T, as 8 bits show it."""
+    x_t, _ = diffusion.add_noise(2 * x - 1, diffusion.draw_timesteps(len(x)))
+    return to_pixels(x_t) / 255
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,5 +1,4 @@
 import math
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,19 +8,15 @@ import pytest
 import torch
 
 from model import checkpoint
+from scripts.objective import DenoisingObjective
 from scripts.progress import Reporter
-from scripts.recipe import Recipe
 from scripts.run import Run
 from scripts.train import train
 from scripts.trainer import EpochResult, Trainer
-from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, RECIPES, trust_idx_files
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, recipe_of, trust_idx_files
 
 STEPS = (NUM_IMAGES - NUM_VALIDATION) // 8
 MakeTrainer = Callable[..., Trainer]
-
-
-def recipe_of(name: str, **fields: Any) -> Recipe:
-    return Recipe.model_validate(tomllib.loads(RECIPES[name]) | fields)
 
 
 @pytest.fixture
@@ -33,7 +28,8 @@ def make_trainer(monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
 
     def make(name: str, **fields: Any) -> Trainer:
         recipe = recipe_of(name, **fields)
-        return Trainer(recipe, images, labels, seed=0, device=torch.device("cpu"), compiled=False)
+        objective = DenoisingObjective(recipe, images, labels, torch.device("cpu"))
+        return Trainer(recipe, objective, seed=0, device=torch.device("cpu"), compiled=False)
 
     return make
 
@@ -51,7 +47,7 @@ def test_the_cosine_learning_rate_warms_up_and_falls_to_nothing(make_trainer: Ma
 def test_a_plateau_lowers_the_learning_rate(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer("plateau")
     losses = iter([0.5, 0.4, 0.4, 0.3])
-    monkeypatch.setattr(trainer.validation, "losses", lambda denoiser: (next(losses), (0.0,) * 4))
+    monkeypatch.setattr(trainer.objective, "validation_losses", lambda denoiser: (next(losses), (0.0,) * 4))
     rates = [trainer.run_epoch().learning_rate for _ in range(4)]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05])
 
@@ -86,23 +82,6 @@ def test_what_is_validated_is_the_average_where_there_is_one(make_trainer: MakeT
     assert all(torch.equal(average[name], network[name]) for name in average)
 
 
-def test_an_untrained_network_loses_the_noises_variance_in_every_band(make_trainer: MakeTrainer) -> None:
-    validation_loss, band_losses = make_trainer("cosine").validation.losses(lambda x_t, t, y: torch.zeros_like(x_t))
-    n = NUM_VALIDATION * 784
-    assert abs(validation_loss - 1) < 5 * (2 / n) ** 0.5
-    assert all(abs(loss - 1) < 5 * (2 / (n / 8)) ** 0.5 for loss in band_losses)
-
-
-def test_bands_are_the_quarters_of_the_steps_with_little_noise_first(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("cosine")
-    validation = trainer.validation
-    _, band_losses = validation.losses(lambda x_t, t, y: validation.target[: len(x_t)] + t[:, None, None, None])
-    quarter = NUM_STEPS // 4
-    for band, loss in enumerate(band_losses):
-        steps = [t for t in validation.t.tolist() if band * quarter < t <= (band + 1) * quarter]
-        assert loss == pytest.approx(sum(t * t for t in steps) / len(steps), rel=1e-4)
-
-
 def test_a_trained_network_predicts_better_than_an_untrained_one(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("cosine", epochs=12)
     losses = [trainer.run_epoch().train_loss for _ in range(12)]
@@ -111,7 +90,7 @@ def test_a_trained_network_predicts_better_than_an_untrained_one(make_trainer: M
 
 def test_only_a_better_validation_loss_replaces_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer("plateau")
-    run = Run(tmp_path, "tiny", trainer.recipe, seed=0)
+    run = Run(tmp_path, "tiny", trainer.recipe, seed=0, data="")
     result = EpochResult(1, train_loss=0.9, validation_loss=0.5, band_losses=(0.5,) * 4, learning_rate=0.1)
     kept = []
     for epoch, loss in enumerate([0.5, 0.6, 0.5, float("nan"), 0.4], start=1):
@@ -126,7 +105,7 @@ def test_only_a_better_validation_loss_replaces_the_checkpoint(make_trainer: Mak
 
 def test_a_diverged_first_epoch_is_no_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     trainer = make_trainer("plateau")
-    run = Run(tmp_path, "tiny", trainer.recipe, seed=0)
+    run = Run(tmp_path, "tiny", trainer.recipe, seed=0, data="")
     assert not run.record(trainer, EpochResult(1, float("nan"), float("nan"), (float("nan"),) * 4, 0.1))
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -136,10 +115,10 @@ def test_going_on_with_other_arithmetic_is_said(
 ) -> None:
     trainer = make_trainer("plateau", epochs=1)
     with Reporter() as reporter:
-        train(trainer, Run(tmp_path, "tiny", trainer.recipe, seed=0), reporter)
+        train(trainer, Run(tmp_path, "tiny", trainer.recipe, seed=0, data=""), reporter)
         again = make_trainer("plateau", epochs=1)
-        train(again, Run(tmp_path, "tiny", again.recipe, seed=0), reporter)
+        train(again, Run(tmp_path, "tiny", again.recipe, seed=0, data=""), reporter)
         assert "not bit by bit" not in capsys.readouterr().out
         again.arithmetic += ", compiled"
-        train(again, Run(tmp_path, "tiny", again.recipe, seed=0), reporter)
+        train(again, Run(tmp_path, "tiny", again.recipe, seed=0, data=""), reporter)
     assert "not bit by bit" in capsys.readouterr().out

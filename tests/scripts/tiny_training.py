@@ -9,6 +9,7 @@ import os
 import signal
 import struct
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from model import checkpoint
 from scripts import mnist, train
+from scripts.recipe import Recipe
 from scripts.trainer import Trainer
 
 NUM_IMAGES, NUM_VALIDATION, NUM_STEPS = 52, 20, 12
@@ -84,6 +86,11 @@ embed_dim = 8
 """
 
 RECIPES = {"cosine": COSINE, "plateau": PLATEAU}
+
+
+def recipe_of(name: str, **fields: Any) -> Recipe:
+    """One of the two, with other fields."""
+    return Recipe.model_validate(tomllib.loads(RECIPES[name]) | fields)
 
 
 def idx_files(num_images: int = NUM_IMAGES) -> dict[str, bytes]:

@@ -1,0 +1,71 @@
+"""Distils a checkpoint into one that draws in few steps: `python -m scripts.distil --out runs/fast`.
+
+Needs no images: the teacher draws what the student learns from. Started again it goes on.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from model import checkpoint
+from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
+from scripts.arguments import Parser
+from scripts.distillation import DistillationObjective, draw_paths
+from scripts.drawing import Drawer
+from scripts.progress import Reporter, fail
+from scripts.recipe import DistillationRecipe, Recipe, RecipeError, load_recipe, preset_names
+from scripts.run import Run, RunError
+from scripts.train import add_training_arguments, choose_device, should_compile, train
+from scripts.trainer import Trainer
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments, draws the paths, trains the student, and leaves all in the run's folder."""
+    args = _parse(argv)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    try:
+        recipe = load_recipe(args.preset)
+        if args.epochs:
+            recipe = recipe.model_copy(update={"epochs": args.epochs})
+        teacher = checkpoint.load(args.teacher)
+        distillation = _distillation(recipe, teacher)
+        device = choose_device(args.device)
+        with Reporter("distil: stopped; start again to go on") as reporter:
+            start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
+            folder = args.out / "paths"
+            states, y = draw_paths(Drawer(teacher), distillation, folder, reporter, seed=args.seed)
+            objective = DistillationObjective(recipe, states, y, device)
+            compiled = should_compile(args.compile, device)
+            trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
+            data = f"{len(states)} guided paths of the checkpoint {teacher.sha256}"
+            run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
+            train(trainer, run, reporter, time_limit=args.time_limit)
+    except (CheckpointError, RecipeError, RunError, OSError, RuntimeError) as error:
+        raise fail(f"distil: {error}".splitlines()[0]) from error
+
+
+def _distillation(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:
+    """How to distil; RecipeError where the recipe does not say it, or says it for another network."""
+    if not recipe.distillation:
+        raise RecipeError("the recipe has no [distillation]")
+    if recipe.prediction.kind == "eps":
+        raise RecipeError("a student cannot predict eps: at t = T that tells nothing of the image")
+    own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config
+    for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
+        if mine != theirs:
+            raise RecipeError(f"the student begins as its teacher, which is of another kind: {theirs}")
+    return recipe.distillation
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m scripts.distil", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", default="fast", help=f"{', '.join(preset_names())}, or a path to a .toml file")
+    parser.add_argument("--teacher", type=Path, default=SHIPPED, help="a checkpoint; default: what ships")
+    add_training_arguments(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Pictures of digits in many states, and the captions that are true, false or undecided of each.
+
+What the small CLIP learns from: a picture is made in a known state, and a caption says something about
+states, so its truth is known for every pair and no true caption counts against a picture.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.diffusion import Diffusion
+from scripts.evaluation.classifiers import NUM_CLASSES
+from scripts.evaluation.training import augment
+from scripts.pictures import to_pixels
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CLEAR, NOISY = "a clear picture", "a noisy, blurry picture"
+CLEAR_UNTIL, NOISY_FROM = 4, 12  # timesteps; between them a caption is neither true nor false
+DIGIT_UNTIL, STATIC_FROM = 60, 90
+FOGGED_SHARE, BLURRED_SHARE = 0.4, 0.1  # of the pictures
+MAX_SHEAR = 0.4
+BOLDNESS = 0.42, 0.58  # up to the first fine, from the second on bold: about a third of the digits each
+LEAN = 0.12, 0.3  # up to the first upright, from the second on slanted: likewise
+TRUE, FALSE, UNDECIDED = 1.0, -1.0, 0.0
+
+
+def digit_prompt(digit: int) -> str:
+    """What a picture of the digit is asked to be like."""
+    return f"a handwritten digit {WORDS[digit]}"
+
+
+DIGIT_CAPTIONS = (
+    "a handwritten digit {}",
+    "the digit {}",
+    "a handwritten {}",
+    "a picture of the number {}",
+    "the number {}, written by hand",
+)
+STATE_CAPTIONS = {
+    "clear": (CLEAR, "a clear picture of a handwritten digit", "a sharp picture"),
+    "degraded": (NOISY, "a noisy, blurry picture of a handwritten digit", "a bad picture"),
+    "noisy": ("a noisy picture", "a grainy picture of a digit"),
+    "blurry": ("a blurry picture", "a blurred digit"),
+    "static": ("random noise", "pure static"),
+    "written": ("a handwritten digit", "handwriting"),
+    "bold": ("a thick digit", "a digit in bold strokes"),
+    "fine": ("a thin digit", "a digit in fine strokes"),
+    "slanted": ("a slanted digit", "a digit that leans"),
+    "upright": ("an upright digit",),
+}
+CAPTIONS = [
+    *(form.format(name) for form in DIGIT_CAPTIONS for d in range(NUM_CLASSES) for name in (WORDS[d], str(d))),
+    *(f"{CLEAR} of a handwritten digit {WORDS[d]}" for d in range(NUM_CLASSES)),
+    *(f"{NOISY} of a handwritten digit {WORDS[d]}" for d in range(NUM_CLASSES)),
+    *(caption for captions in STATE_CAPTIONS.values() for caption in captions),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A batch of pictures, and in which states they are."""
+
+    pictures: Tensor  # (B, 1, 28, 28) float32 in [0, 1], as 8 bits show them
+    digit: Tensor  # (B,) int64
+    t: Tensor  # (B,) int64, how far the picture went into the fog
+    blurred: Tensor  # (B,) bool
+    boldness: Tensor  # (B,) as `boldness` measures it before fog and blur
+    lean: Tensor  # (B,) as `lean` measures it before fog and blur
+
+
+def make_scene(images: Tensor, digit: Tensor, diffusion: Diffusion) -> Scene:
+    """uint8 (B, 1, 28, 28) -> half of them clear, the others in the fog or blurred, all moved and leant a little."""
+
+    def draw() -> Tensor:
+        return torch.rand(len(images), generator=diffusion.generator)  # (B,)
+
+    kind = draw()
+    t = torch.where(kind < FOGGED_SHARE, diffusion.draw_timesteps(len(images)), 0)  # (B,)
+    blurred = (kind >= FOGGED_SHARE) & (kind < FOGGED_SHARE + BLURRED_SHARE)
+    shear = torch.where(draw() < 0.5, (2 * draw() - 1) * MAX_SHEAR, 0)
+    x = _restroke(_sheared(augment(images, diffusion.generator), shear), draw())
+    hazy = torch.where(blurred[:, None, None, None], F.avg_pool2d(x, 5, stride=1, padding=2), x)
+    x_t, _ = diffusion.add_noise(2 * hazy - 1, t)
+    return Scene(to_pixels(x_t) / 255, digit, t, blurred, boldness(x), lean(x))
+
+
+def boldness(x: Tensor) -> Tensor:
+    """The share of a digit's ink that is left when its strokes are thinned by a pixel: (B, 1, 28, 28) -> (B,)."""
+    return _thinned(x).sum(dim=(1, 2, 3)) / x.sum(dim=(1, 2, 3)).clamp(min=1e-6)
+
+
+def lean(x: Tensor) -> Tensor:
+    """How far a digit's ink moves to the right per row upwards, by its second moments: (B, 1, 28, 28) -> (B,)."""
+    ink = x[:, 0] / x.sum(dim=(1, 2, 3)).clamp(min=1e-6)[:, None, None]  # (B, H, W)
+    row, column = torch.arange(28.0)[:, None], torch.arange(28.0)
+    mean_row, mean_column = (ink * row).sum(dim=(1, 2)), (ink * column).sum(dim=(1, 2))  # (B,)
+    up, right = mean_row[:, None, None] - row, column - mean_column[:, None, None]  # (B, H, 1), (B, 1, W)
+    return (ink * up * right).sum(dim=(1, 2)) / (ink * up.square()).sum(dim=(1, 2)).clamp(min=1e-6)
+
+
+def truth(scene: Scene) -> Tensor:
+    """TRUE, FALSE or UNDECIDED for each picture and each of CAPTIONS, (B, len(CAPTIONS))."""
+    states = _states(scene)  # (B,) each
+    is_digit = F.one_hot(scene.digit, NUM_CLASSES) * 2.0 - 1  # (B, 10)
+    shown = torch.where(is_digit == TRUE, states["written"][:, None], FALSE)  # (B, 10): in static there is no digit
+    by_digit = shown.repeat_interleave(2, dim=1).repeat(1, len(DIGIT_CAPTIONS))  # in words and in figures
+    clear_digit = torch.minimum(shown, states["clear"][:, None])
+    noisy_digit = torch.minimum(shown, states["degraded"][:, None])
+    by_state = [states[name] for name, captions in STATE_CAPTIONS.items() for _ in captions]
+    return torch.cat([by_digit, clear_digit, noisy_digit, torch.stack(by_state, dim=1)], dim=1)
+
+
+def _states(scene: Scene) -> dict[str, Tensor]:
+    fogged = _rising(scene.t, CLEAR_UNTIL, NOISY_FROM)
+    degraded = torch.where(scene.blurred, TRUE, fogged)
+    clear = degraded == FALSE
+    blurry = torch.where(scene.blurred, TRUE, torch.where(clear, FALSE, UNDECIDED))  # noise may hide a blur
+    static = _rising(scene.t, DIGIT_UNTIL, STATIC_FROM)
+    bold, leaning = _rising(scene.boldness, *BOLDNESS), _rising(scene.lean.abs(), *LEAN)
+    return {
+        "clear": -degraded,
+        "degraded": degraded,
+        "noisy": fogged,
+        "blurry": blurry,
+        "static": static,
+        "written": -static,
+        "bold": torch.where(clear, bold, UNDECIDED),
+        "fine": torch.where(clear, -bold, UNDECIDED),
+        "slanted": torch.where(clear, leaning, UNDECIDED),
+        "upright": torch.where(clear, -leaning, UNDECIDED),
+    }
+
+
+def _rising(x: Tensor, until: float, start: float) -> Tensor:
+    """FALSE up to `until`, TRUE from `start` on."""
+    return torch.where(x <= until, FALSE, torch.where(x >= start, TRUE, UNDECIDED))
+
+
+def _restroke(x: Tensor, draw: Tensor) -> Tensor:
+    """Strokes of a fifth of the pictures a pixel finer, of a fifth a pixel bolder; draw (B,) in [0, 1)."""
+    draw = draw[:, None, None, None]
+    bold = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, stride=1)
+    return torch.where(draw < 0.2, _thinned(x), torch.where(draw > 0.8, bold, x))
+
+
+def _thinned(x: Tensor) -> Tensor:
+    return -F.max_pool2d(F.pad(-x, (0, 1, 0, 1)), 2, stride=1)
+
+
+def _sheared(x: Tensor, shear: Tensor) -> Tensor:
+    one, zero = torch.ones_like(shear), torch.zeros_like(shear)
+    rows = [torch.stack([one, shear, zero], dim=1), torch.stack([zero, one, zero], dim=1)]  # (B, 3) each
+    positions = F.affine_grid(torch.stack(rows, dim=1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, positions, align_corners=False)

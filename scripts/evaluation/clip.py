@@ -1,0 +1,96 @@
+"""CLIP as judge (Radford 2021): how alike pictures and sentences are, by any model that open_clip loads.
+
+A score means something beside real digits only: of those, OpenAI's ViT-B/32 recognises about half.
+"""
+
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
+from scripts.evaluation.classifiers import NUM_CLASSES, WEIGHTS
+from scripts.evaluation.samples import Digits
+from scripts.progress import require
+
+EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loads it anywhere
+BATCH_SIZE = 250
+
+
+class ClipError(Exception):
+    """The CLIP model cannot be loaded; one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipScores:
+    """What CLIP sees in digits; a score means something beside real digits' only."""
+
+    recognised: float  # share whose most similar of ten prompts names the digit that was asked for
+    clear: float  # share more similar to CLEAR than to NOISY
+    similarity: float  # mean cosine between a picture and the prompt of its digit
+
+
+class ClipScorer:
+    """Cosines between 8-bit pictures and sentences."""
+
+    def __init__(self, name: str = "embedded") -> None:
+        """`embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ClipError."""
+        self.name = name
+        architecture, _, weights = name.partition(":")
+        if not weights:
+            architecture = f"local-dir:{EMBEDDED if name == 'embedded' else name}"
+        self.model, self._preprocess, self._tokenizer = _load(architecture, weights or None)
+
+    @torch.inference_mode()
+    def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """uint8 (N, 1, H, W) -> (N, len(prompts))."""
+        texts = F.normalize(self.model.encode_text(self._tokenizer(prompts)), dim=1)  # (P, E)
+        return torch.cat([self._embed(batch) @ texts.T for batch in images.split(BATCH_SIZE)])
+
+    def score(self, digits: Digits) -> ClipScores:
+        """All scores of these digits."""
+        prompts = [*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY]
+        similarities = self.similarities(digits.images, prompts)  # (N, 12)
+        by_digit, clear, noisy = similarities[:, :NUM_CLASSES], similarities[:, -2], similarities[:, -1]
+        return ClipScores(
+            recognised=(by_digit.argmax(dim=1) == digits.labels).double().mean().item(),
+            clear=(clear > noisy).double().mean().item(),
+            similarity=by_digit.gather(1, digits.labels[:, None]).mean().item(),
+        )
+
+    def _embed(self, images: Tensor) -> Tensor:
+        pictures = [self._preprocess(Image.fromarray(image[0].numpy())) for image in images]
+        return F.normalize(self.model.encode_image(torch.stack(pictures)), dim=1)  # (B, E)
+
+
+def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
+    open_clip = require("open_clip", extra="clip")
+    logging.getLogger().setLevel(logging.ERROR)  # the library reports each step of loading to the root logger
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            model, preprocess = open_clip.create_model_from_pretrained(architecture, weights)
+            tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # whatever a missing file, a broken one, an unknown name or no network leads to
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ClipError(f"no CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
+    return model.eval().requires_grad_(False), preprocess, tokenizer
+
+
+def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores) -> dict[str, Any]:
+    """Scores of drawn digits beside those of real ones."""
+    return {"model": scorer.name, "drawn": asdict(drawn), "real": asdict(real)}
+
+
+def as_markdown(scorer: ClipScorer, drawn: ClipScores, real: ClipScores) -> str:
+    """Rows for the table of figures."""
+    rows = [
+        ("names the digit, of ten", f"{drawn.recognised:.2%}", f"{real.recognised:.2%}"),
+        ("clear rather than noisy", f"{drawn.clear:.2%}", f"{real.clear:.2%}"),
+        ("likeness to the digit's prompt", f"{drawn.similarity:.3f}", f"{real.similarity:.3f}"),
+    ]
+    return "\n".join(f"| CLIP {scorer.name}: {name} | {value} | {beside} |" for name, value, beside in rows)

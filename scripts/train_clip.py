@@ -1,0 +1,136 @@
+"""Trains the small CLIP that judges digits: `python -m scripts.train_clip`.
+
+Of each picture it is known which of all captions hold, so every pair counts: the sigmoid loss of
+SigLIP (Zhai 2023, eq. 1), a pair's sign the caption's truth.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from model.checkpoint import write_atomically
+from model.diffusion import Diffusion
+from model.schedule import Schedule, ScheduleConfig
+from scripts.arguments import Parser, integer
+from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
+from scripts.evaluation.clip import EMBEDDED, ClipScorer
+from scripts.evaluation.samples import Digits
+from scripts.evaluation.training import running_average
+from scripts.mnist import DataError, load_mnist, split_validation
+from scripts.progress import Reporter, fail, require
+
+MODEL: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": 28,
+        "patch_size": 4,
+        "width": 96,
+        "layers": 4,
+        "head_width": 32,
+        "pool_type": "avg",
+    },
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    "init_logit_bias": 0.0,
+}
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
+BATCH_SIZE = 256
+MAX_LR, WEIGHT_DECAY = 2e-3, 0.05
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments, trains, saves, and measures what was saved on real test digits."""
+    args = _parse(argv)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    open_clip = require("open_clip", extra="clip")
+    torch.manual_seed(args.seed)
+    try:
+        train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
+        learn, _ = split_validation(*train)
+        with Reporter() as reporter:
+            model = open_clip.CLIP(**MODEL)
+            tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
+            train_clip(model, tokens, learn, reporter, epochs=args.epochs, seed=args.seed)
+            save_clip(args.out, model, {"epochs": args.epochs, "seed": args.seed})
+            scores = ClipScorer(str(args.out)).score(Digits(*test))
+            reporter.line(f"{scores.recognised:.2%} of the test digits recognised; saved in {args.out}")
+    except (DataError, OSError) as error:
+        raise fail(f"train_clip: {error}".splitlines()[0]) from error
+
+
+def train_clip(
+    model: nn.Module,
+    tokens: Tensor,
+    learn: tuple[Tensor, Tensor],
+    reporter: Reporter,
+    *,
+    epochs: int,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+) -> None:
+    """Learns from digits, uint8 (N, 1, 28, 28) and labels (N,), and the captions' tokens; leaves averaged weights."""
+    diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
+    averaged = AveragedModel(model, multi_avg_fn=running_average)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY)
+    num_batches = len(learn[0]) // batch_size
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, MAX_LR, total_steps=epochs * num_batches, pct_start=0.1
+    )
+    with reporter.task("training a CLIP", epochs * num_batches * batch_size, "images") as task:
+        for _ in range(epochs):
+            order = torch.randperm(len(learn[0]), generator=diffusion.generator)
+            for rows in order[: num_batches * batch_size].split(batch_size):
+                scene = make_scene(learn[0][rows], learn[1][rows], diffusion)
+                loss = _pair_loss(model, tokens, scene)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                lr_schedule.step()
+                averaged.update_parameters(model)
+                task.advance(batch_size, f"loss {loss.item():.4f}")
+    model.load_state_dict(averaged.module.state_dict())
+
+
+def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
+    """Zhai 2023, eq. 1, over the pairs whose truth is known; those that hold count as much as those that do not."""
+    x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16):
+        pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
+        texts = F.normalize(model.encode_text(tokens).float(), dim=1)  # (P, E)
+    logits = model.logit_scale.exp() * pictures @ texts.T + model.logit_bias  # (B, P)
+    sign = truth(scene)  # (B, P)
+    losses = -F.logsigmoid(sign * logits)
+    return losses[sign > 0].mean() + losses[sign < 0].mean()
+
+
+def save_clip(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+    """Weights in float16 and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them."""
+    tensors = {name: t.detach().half().contiguous() for name, t in model.state_dict().items()}
+    config = {
+        "model_cfg": MODEL,
+        "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"},
+        "training": facts,
+    }
+    write_atomically(folder / "open_clip_model.safetensors", serialize(tensors))
+    write_atomically(folder / "open_clip_config.json", f"{json.dumps(config, indent=2)}\n".encode())
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m scripts.train_clip", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
+    parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder; default: where `scripts.evaluate` looks")
+    parser.add_argument("--epochs", type=integer(1), default=20, help="default: 20")
+    parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
