@@ -27,7 +27,6 @@ class DrawingOptions:
     sampler: Sampler
     num_steps: int
     guidance: Guidance
-    timesteps: tuple[int, ...] | None = None  # falling to 0; None = those that num_steps gives
 
 
 class Drawer:
@@ -68,11 +67,13 @@ class Drawer:
         *,
         seed: int,
         batch_size: int = 250,
+        timesteps: list[int] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
 
-        `on_step(t, x_t, x_0)` is called for each batch at each step.
+        `timesteps`, falling to 0, stand in for those that num_steps gives; `on_step(t, x_t, x_0)` is called
+        for each batch at each step.
         """
         x_0 = []
         with reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
@@ -83,10 +84,18 @@ class Drawer:
                     on_step(t, x_t, predicted_x_0)
 
             for rows in torch.arange(len(y)).split(batch_size):
-                x_0.append(self._draw_batch(y[rows], index[rows], options, seed, step))
+                x_0.append(self._draw_batch(y[rows], index[rows], options, seed, timesteps, step))
         return torch.cat(x_0)
 
-    def _draw_batch(self, y: Tensor, index: Tensor, options: DrawingOptions, seed: int, on_step: OnStep) -> Tensor:
+    def _draw_batch(
+        self,
+        y: Tensor,
+        index: Tensor,
+        options: DrawingOptions,
+        seed: int,
+        timesteps: list[int] | None,
+        on_step: OnStep,
+    ) -> Tensor:
         y = y.to(self.device)
         x_0 = sample(
             self.denoise,
@@ -97,7 +106,7 @@ class Drawer:
             image_shape=self.checkpoint.image_shape,
             sampler=options.sampler,
             num_steps=options.num_steps,
-            timesteps=list(options.timesteps) if options.timesteps else None,
+            timesteps=timesteps,
             guidance=options.guidance,
             prediction=self.checkpoint.prediction,
             null_label=self.checkpoint.network.null_label,

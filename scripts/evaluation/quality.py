@@ -42,7 +42,7 @@ class Quality:
     num_images: int
     split: str  # the real digits that it is compared with
     judge: Recognition
-    extractor_accuracy: float
+    extractor: Recognition
     frechet: float
     real_frechet: float  # the floor, at the same number of images
     noise_frechet: float
@@ -100,7 +100,7 @@ class Evaluator:
             num_images=len(digits.images),
             split=self.references.name,
             judge=judged,
-            extractor_accuracy=recognition(self.extractor.network, digits).accuracy,
+            extractor=recognition(self.extractor.network, digits),
             frechet=frechet_distance(features, self._held_out_features),
             real_frechet=self._floor,
             noise_frechet=self._noise,
@@ -138,7 +138,7 @@ def as_markdown(quality: Quality, evaluator: Evaluator) -> str:
         ("recognised as asked", f"{judge.accuracy:.2%}", f"{real.accuracy:.2%}"),
         ("worst digit", f"{worst}: {judge.per_digit[worst]:.2%}", f"{real_worst}: {real.per_digit[real_worst]:.2%}"),
         ("the judge's doubt, nats", f"{judge.entropy:.3f}", f"{real.entropy:.3f}"),
-        ("recognised by the extractor", f"{quality.extractor_accuracy:.2%}", f"{evaluator.extractor.accuracy:.2%}"),
+        ("recognised by the extractor", f"{quality.extractor.accuracy:.2%}", f"{evaluator.extractor.accuracy:.2%}"),
         ("Fréchet distance", f"{quality.frechet:.4f}", floor),
         ("as a multiple of the floor", f"{quality.frechet_ratio:.2f}", "1"),
         ("precision", f"{ours.precision:.3f}", f"{theirs.precision:.3f}"),

@@ -31,7 +31,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def arguments(workplace: Path, *more: str) -> list[str]:
-    networks = [f"--{kind}={workplace / kind}.safetensors" for kind in KINDS]
+    networks = [f"--{kind}={workplace / kind}.safetensors" for kind in ("judge", "extractor")]
     return [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}", *networks, *more]
 
 
@@ -92,7 +92,7 @@ def test_a_wrong_argument_is_one_sentence_and_status_2(
 
 def test_the_fog_is_drawn_and_said(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}"]
-    evaluate.main(["fog", *given, f"--judge={workplace / 'judge.safetensors'}", f"--out={tmp_path / 'fog.png'}"])
+    evaluate.main(["fog", *given, f"--judge={workplace / 'fog_judge.safetensors'}", f"--out={tmp_path / 'fog.png'}"])
     said = [line for line in capsys.readouterr().out.splitlines() if "fewer than half" in line]
     assert [line[:2] for line in said] == [f"{digit}:" for digit in range(10)]
     with Image.open(tmp_path / "fog.png") as image:

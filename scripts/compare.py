@@ -1,0 +1,193 @@
+"""Compares ways to draw, and checkpoints: `python -m scripts.compare steps --out sweep/`.
+
+steps     each sampler at 1, 2, 4, 6, 10, 20, 50 and 100 steps: a table and a figure
+guidance  scales and intervals of steps in which they act: a table
+runs      the evaluations that scripts.evaluate left, side by side: a table
+
+A sweep that was stopped goes on where it was. Sweeps choose: they see the validation split only.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.checkpoint import CheckpointError, write_atomically
+from model.sampler import SAMPLERS, Guidance
+from scripts.arguments import Parser, add_drawing_arguments, guidance_scale, integer
+from scripts.drawing import DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.evaluation.classifiers import ClassifierError, load_classifier
+from scripts.evaluation.samples import SamplesError, load_references
+from scripts.figures import save_figure
+from scripts.mnist import DataError
+from scripts.progress import Reporter, fail, require
+
+if TYPE_CHECKING:
+    from scripts.evaluation.sweep import Sweep
+
+STEPS = (1, 2, 4, 6, 10, 20, 50, 100)
+SCALES = (1.25, 1.5, 2.0, 3.0)
+INTERVALS = ((1, 100), (1, 80), (20, 100), (20, 80), (30, 90), (10, 60))
+
+
+RUN_COLUMNS = ("run", "guidance", "as asked", "worst digit", "Fréchet ÷ floor", "precision", "recall", "coverage")
+
+
+class CompareError(Exception):
+    """There is nothing to compare; one sentence."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments and runs the subcommand."""
+    args = _parse(argv)
+    for module in ("torchmetrics", "prdc"):
+        require(module, extra="evaluate")
+    from scripts.evaluation.sweep import SweepError
+
+    try:
+        with Reporter("compare: stopped; start again to go on") as reporter:
+            args.run(args, reporter)
+    except (
+        CheckpointError,
+        ClassifierError,
+        CompareError,
+        DataError,
+        DrawingError,
+        SamplesError,
+        SweepError,
+        OSError,
+    ) as error:
+        raise fail(f"compare: {error}".splitlines()[0]) from error
+
+
+def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
+    from scripts.evaluation.sweep import as_markdown, show_steps
+
+    sweep = _sweep(args)
+    own = options_from(args, sweep.drawer.checkpoint)
+    T = sweep.drawer.checkpoint.schedule.num_steps
+    samplers = args.samplers or sweep.drawer.checkpoint.config.samplers
+    settings = [
+        replace(own, sampler=sampler, num_steps=num_steps)
+        for sampler in samplers
+        for num_steps in args.steps
+        if num_steps <= T
+    ]
+    rows = sweep.run(settings, reporter)
+    write_atomically(args.out / "steps.md", as_markdown(rows).encode())
+    save_figure(show_steps(rows), args.out / "steps.png", grey=False)
+
+
+def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
+    from scripts.evaluation.sweep import as_markdown
+
+    sweep = _sweep(args)
+    own = options_from(args, sweep.drawer.checkpoint)
+    guidances = [
+        Guidance(),
+        *(Guidance(scale, start, stop) for scale in args.scales for start, stop in args.intervals),
+    ]
+    rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
+    write_atomically(args.out / "guidance.md", as_markdown(rows).encode())
+
+
+def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
+    table = tabulate([_read_evaluation(path) for path in args.evaluations])
+    reporter.line(table)
+    if args.out:
+        write_atomically(args.out, table.encode())
+
+
+def tabulate(evaluations: list[tuple[str, dict[str, Any]]]) -> str:
+    """A line an evaluation, by name; CompareError where they cannot be compared."""
+    for field in ("num_images", "split", "networks"):
+        if len({json.dumps(content[field]) for _, content in evaluations}) > 1:
+            raise CompareError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")
+    lines = [f"| {' | '.join(_figures(name, content))} |" for name, content in evaluations]
+    return f"| {' | '.join(RUN_COLUMNS)} |\n|{' --- |' * len(RUN_COLUMNS)}\n" + "\n".join(lines) + "\n"
+
+
+def _figures(name: str, content: dict[str, Any]) -> list[str]:
+    judge, manifold = content["judge"], content["manifold"]
+    worst = min(range(10), key=judge["per_digit"].__getitem__)
+    guidance = content.get("options", {}).get("guidance", {"scale": 1})
+    return [
+        name,
+        "off" if guidance["scale"] == 1 else f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}",
+        f"{judge['accuracy']:.2%}",
+        f"{judge['per_digit'][worst]:.1%} ({worst})",
+        f"{content['frechet_ratio']:.2f}",
+        *(f"{manifold[figure]:.3f}" for figure in ("precision", "recall", "coverage")),
+    ]
+
+
+def _read_evaluation(path: Path) -> tuple[str, dict[str, Any]]:
+    """The evaluation in a folder, by the folder's name."""
+    file = path / "evaluation.json" if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text())
+        _figures("", content)
+        return file.parent.name, {"split": None, **content}
+    except OSError as error:
+        raise CompareError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompareError(f"{file} is not what scripts.evaluate leaves") from error
+
+
+def _sweep(args: argparse.Namespace) -> "Sweep":
+    from scripts.evaluation.quality import Evaluator
+    from scripts.evaluation.sweep import Sweep
+
+    drawer = open_drawer(args)
+    references = load_references("validation", args.data_dir)
+    evaluator = Evaluator(references, load_classifier("judge"), load_classifier("extractor"), args.num_images)
+    return Sweep(drawer, evaluator, args.out / f"{args.command}.json", args.seed, args.batch_size)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="steps|guidance|runs", dest="command")
+    steps = commands.add_parser("steps", help="quality against the number of steps, for each sampler")
+    steps.add_argument("--steps", type=integer(1), nargs="+", default=STEPS, help=f"default: {_listed(STEPS)}")
+    steps.add_argument("--samplers", choices=SAMPLERS, nargs="+", help="default: all that the checkpoint permits")
+    steps.set_defaults(run=_steps)
+    guidance = commands.add_parser("guidance", help="quality against scale and interval")
+    guidance.add_argument(
+        "--scales", type=guidance_scale, nargs="+", default=SCALES, help=f"default: {_listed(SCALES)}"
+    )
+    pairs = [f"{start}-{stop}" for start, stop in INTERVALS]
+    guidance.add_argument(
+        "--intervals", type=_interval, nargs="+", default=INTERVALS, metavar="A-B", help=f"default: {_listed(pairs)}"
+    )
+    guidance.set_defaults(run=_guidance)
+    for command in (steps, guidance):
+        command.add_argument(
+            "--num-images", type=integer(100, 50_000), default=2_000, help="a multiple of 10; default: 2000"
+        )
+        command.add_argument("--out", type=Path, required=True, help="folder for the figures; a sweep in it goes on")
+        command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
+        add_drawing_arguments(command, seed=0)
+    runs = commands.add_parser("runs", help="evaluations side by side")
+    runs.add_argument("evaluations", type=Path, nargs="+", help="folders that hold an evaluation.json")
+    runs.add_argument("--out", type=Path, help="a .md file for the table")
+    runs.set_defaults(run=_runs)
+    return parser.parse_args(argv)
+
+
+def _listed(values: Iterable[object]) -> str:
+    return " ".join(map(str, values))
+
+
+def _interval(text: str) -> tuple[int, int]:
+    start, _, stop = text.partition("-")
+    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval of timesteps like 20-80")
+    return int(start), int(stop)
+
+
+if __name__ == "__main__":
+    main()

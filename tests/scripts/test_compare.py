@@ -1,0 +1,145 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from scripts import compare, evaluate
+from scripts.drawing import Drawer, DrawingOptions
+from scripts.evaluation import sweep
+from scripts.evaluation.samples import Digits
+from scripts.evaluation.sweep import show_steps
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+from tests.scripts.tiny_training import trust_idx_files, write_idx_files
+
+NUM_IMAGES = 400
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("comparison")
+    write_idx_files(folder / "data", num_images=NUM_IMAGES)
+    save_tiny_checkpoint(folder / "tiny.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        trust_idx_files(patch, NUM_IMAGES)
+        patch.setattr("scripts.mnist.NUM_VALIDATION", 100)
+        yield folder
+
+
+def arguments(workplace: Path, out: Path) -> list[str]:
+    data, checkpoint = workplace / "data", workplace / "tiny.safetensors"
+    return [f"--data-dir={data}", f"--checkpoint={checkpoint}", f"--out={out}", "--num-images=100"]
+
+
+def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        compare.main(argv)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def swept(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("swept")
+    compare.main(["steps", *arguments(workplace, out), "--steps", "1", "2", "99", "--samplers", "ddim", "ddpm"])
+    return out
+
+
+def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_has(swept: Path) -> None:
+    rows = json.loads((swept / "steps.json").read_text())["figures"]
+    drawn = [(row["options"]["sampler"], row["options"]["num_steps"]) for row in rows]
+    assert drawn == [("ddim", 1), ("ddim", 2), ("ddpm", 1), ("ddpm", 2)]
+    table = (swept / "steps.md").read_text().splitlines()
+    assert len(table) == 2 + 4
+    assert table[2].startswith(f"| ddim | 1 | 1.5 in 2-8 | {rows[0]['extractor']:.2%} |")
+    with Image.open(swept / "steps.png") as image:
+        assert min(image.size) > 100
+
+
+def test_what_is_evaluated_is_what_scripts_evaluate_gives(workplace: Path, swept: Path, tmp_path: Path) -> None:
+    options = ["--split=validation", "--sampler=ddim", "--num-steps=2"]
+    evaluate.main(["digits", *arguments(workplace, tmp_path), *options])
+    alone = json.loads((tmp_path / "evaluation.json").read_text())
+    row = json.loads((swept / "steps.json").read_text())["figures"][1]
+    assert row["frechet_ratio"] == alone["frechet_ratio"]
+    assert row["judge"] == alone["judge"]["accuracy"]
+    assert row["extractor_worst"] == min(alone["extractor"]["per_digit"])
+
+
+def test_a_sweep_goes_on_with_what_is_missing(
+    workplace: Path, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
+    drawn: list[int] = []
+    draw = sweep.draw_samples
+
+    def watch(drawer: Drawer, options: DrawingOptions, *args: Any, **named: Any) -> Digits:
+        drawn.append(options.num_steps)
+        return draw(drawer, options, *args, **named)
+
+    monkeypatch.setattr(sweep, "draw_samples", watch)
+    compare.main(["steps", *arguments(workplace, tmp_path), "--steps", "1", "3", "--samplers", "ddim"])
+    assert drawn == [3]
+    assert len((tmp_path / "steps.md").read_text().splitlines()) == 2 + 2
+
+
+def test_figures_of_another_seed_are_not_gone_on_with(
+    workplace: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
+    assert "another checkpoint, seed" in sentence(["steps", *arguments(workplace, tmp_path), "--seed=1"], capsys)
+    (tmp_path / "steps.json").write_text("[]")
+    assert "does not hold the figures" in sentence(["steps", *arguments(workplace, tmp_path)], capsys)
+
+
+def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path, tmp_path: Path) -> None:
+    swept = ["--scales", "2", "--intervals", "1-10", "3-5", "--num-steps=2", "--sampler=dpmpp"]
+    compare.main(["guidance", *arguments(workplace, tmp_path), *swept])
+    guidances = [row["options"]["guidance"] for row in json.loads((tmp_path / "guidance.json").read_text())["figures"]]
+    assert [(g["scale"], g["start"], g["stop"]) for g in guidances] == [(1, 1, 100), (2, 1, 10), (2, 3, 5)]
+    assert [line.split(" | ")[2] for line in (tmp_path / "guidance.md").read_text().splitlines()[2:]] == [
+        "off",
+        "2 in 1-10",
+        "2 in 3-5",
+    ]
+
+
+def test_the_figure_has_a_line_a_sampler() -> None:
+    def row(sampler: str, num_steps: int, extractor: float, ratio: float) -> dict[str, Any]:
+        options = {"sampler": sampler, "num_steps": num_steps}
+        return {"options": options, "extractor": extractor, "frechet_ratio": ratio}
+
+    rows = [row("ddpm", 10, 0.75, 4), row("ddpm", 20, 0.875, 2), row("ddim", 10, 0.5, 3)]
+    left, right = show_steps(rows).axes
+    assert [list(line.get_ydata()) for line in left.lines] == [[0.25, 0.125], [0.5]]
+    assert [list(line.get_ydata()) for line in right.lines[:2]] == [[4, 2], [3]]
+    assert [list(line.get_xdata()) for line in left.lines] == [[10, 20], [10]]
+
+
+def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, scale in (("one", "1"), ("two", "2")):
+        options = ["--num-steps=1", f"--guidance-scale={scale}", "--split=validation"]
+        evaluate.main(["digits", *arguments(workplace, tmp_path / name), *options])
+    one, two = tmp_path / "one", tmp_path / "two"
+    compare.main(["runs", str(one), str(two), f"--out={tmp_path / 'table.md'}"])
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    content = json.loads((two / "evaluation.json").read_text())
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| one", "off"], ["| two", "2 in 2-8"]]
+    assert f"{content['judge']['accuracy']:.2%}" in lines[3]
+    assert lines[2] in capsys.readouterr().out
+    content["num_images"] = 50
+    (two / "evaluation.json").write_text(json.dumps(content))
+    assert "differ in num_images" in sentence(["runs", str(one), str(two)], capsys)
+    (two / "evaluation.json").write_text("{}")
+    assert "not what scripts.evaluate leaves" in sentence(["runs", str(two)], capsys)
+    assert "cannot be read" in sentence(["runs", str(tmp_path / "none")], capsys)
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], ["guidance", "--intervals", "80-20"], ["guidance", "--scales", "0.5"], ["steps", "--samplers", "x"]]
+)
+def test_a_wrong_argument_is_one_sentence(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert sentence(wrong, capsys).startswith("python -m scripts.compare")
