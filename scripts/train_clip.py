@@ -39,6 +39,7 @@ MODEL: dict[str, Any] = {
     "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
     "init_logit_bias": 0.0,
 }
+WORDS = "token_embedding.weight"
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
 BATCH_SIZE = 256
 MAX_LR, WEIGHT_DECAY = 2e-3, 0.05
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
             model = open_clip.CLIP(**MODEL)
             tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
             train_clip(model, tokens, learn, reporter, epochs=args.epochs, seed=args.seed)
-            save_clip(args.out, model, {"epochs": args.epochs, "seed": args.seed})
+            save_clip(args.out, model, tokens, {"epochs": args.epochs, "seed": args.seed})
             scores = ClipScorer(str(args.out)).score(Digits(*test))
             reporter.line(f"{scores.recognised:.2%} of the test digits recognised; saved in {args.out}")
     except (DataError, OSError) as error:
@@ -110,9 +111,15 @@ def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
     return losses[sign > 0].mean() + losses[sign < 0].mean()
 
 
-def save_clip(folder: Path, model: nn.Module, facts: dict[str, Any]) -> None:
-    """Weights in float16 and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them."""
-    tensors = {name: t.detach().half().contiguous() for name, t in model.state_dict().items()}
+def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, Any]) -> None:
+    """Weights in float16 and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them.
+
+    Words that no caption has mean nothing: their embeddings are zero, and pack to nothing.
+    """
+    tensors = {name: t.detach().half().clone() for name, t in model.state_dict().items()}
+    known = torch.zeros(len(tensors[WORDS]), 1, dtype=torch.float16)
+    known[tokens.unique()] = 1
+    tensors[WORDS] *= known
     config = {
         "model_cfg": MODEL,
         "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"},

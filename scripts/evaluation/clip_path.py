@@ -1,0 +1,65 @@
+"""What CLIP sees along the reverse process: static at first, a clear handwritten digit at the end."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from scripts.drawing import Drawer, DrawingOptions
+from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
+from scripts.evaluation.classifiers import NUM_CLASSES
+from scripts.evaluation.clip import ClipScorer
+from scripts.evaluation.samples import Digits
+from scripts.figures import new_figure
+from scripts.pictures import to_pixels
+from scripts.progress import Reporter
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PROMPTS = ("its own digit", CLEAR, NOISY)  # what a line of the figure is called
+
+
+def scores_along(
+    drawer: Drawer, options: DrawingOptions, scorer: ClipScorer, real: Digits, reporter: Reporter, *, seed: int
+) -> tuple[list[int], Tensor, Tensor]:
+    """t falling to 0, the mean similarity of x_t to each of PROMPTS (K, 3), and that of real digits (3,).
+
+    As many digits are drawn as `real` holds, of the same classes.
+    """
+    timesteps: list[int] = []
+    means: list[Tensor] = []
+
+    def look(t: int, x_t: Tensor, x_0: Tensor) -> None:
+        timesteps.append(t)
+        means.append(_mean_scores(scorer, Digits(to_pixels(x_t.cpu()), real.labels)))
+
+    index = torch.arange(len(real.labels))
+    x_0 = drawer.draw(real.labels, index, options, reporter, seed=seed, batch_size=len(index), on_step=look)
+    means.append(_mean_scores(scorer, Digits(to_pixels(x_0), real.labels)))
+    return [*timesteps, 0], torch.stack(means), _mean_scores(scorer, real)
+
+
+def _mean_scores(scorer: ClipScorer, digits: Digits) -> Tensor:
+    prompts = [*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY]
+    similarities = scorer.similarities(digits.images, prompts)  # (N, 12)
+    own = similarities.gather(1, digits.labels[:, None])  # (N, 1)
+    return torch.cat([own, similarities[:, NUM_CLASSES:]], dim=1).mean(dim=0)
+
+
+def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) -> "Figure":
+    """A line a prompt from static to digit, and where real digits lie."""
+    figure = new_figure(760, 400)
+    axes = figure.add_subplot()
+    for i, prompt in enumerate(PROMPTS):
+        axes.plot(timesteps, means[:, i].tolist(), f"C{i}", linewidth=1.4, label=prompt)
+        axes.axhline(real[i].item(), color=f"C{i}", linestyle=":", linewidth=1)
+    axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="real digits")
+    axes.set_xlim(timesteps[0], 0)
+    axes.set_xlabel("t")
+    axes.set_ylabel(f"cosine between $x_t$ and the prompt ({name})")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    return figure

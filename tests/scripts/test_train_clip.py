@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scripts import train_clip as script
+from scripts.evaluation.captions import CAPTIONS
+from scripts.evaluation.clip import ClipScorer
+from scripts.evaluation.samples import Digits
+from scripts.progress import Reporter
+from scripts.train_clip import MODEL, save_clip, train_clip
+from tests.scripts.evaluation.bars import bars
+
+open_clip = pytest.importorskip("open_clip")
+
+
+TOKENS = open_clip.SimpleTokenizer(context_length=24)(CAPTIONS)
+
+
+def trained(epochs: int, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    model: torch.nn.Module = open_clip.CLIP(**MODEL)
+    with Reporter() as reporter:
+        train_clip(model, TOKENS, bars(640, 1), reporter, epochs=epochs, batch_size=32, seed=seed)
+    return model
+
+
+def test_it_learns_which_captions_hold_and_is_read_back_by_the_library(tmp_path: Path) -> None:
+    save_clip(tmp_path, trained(5), TOKENS, {"epochs": 5})
+    digits = bars(200, 2)
+    static = torch.randint(0, 256, digits.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scorer = ClipScorer(str(tmp_path))
+    assert scorer.score(digits).clear > 0.9 > 0.1 > scorer.score(Digits(static, digits.labels)).clear
+    words = load_file(tmp_path / "open_clip_model.safetensors")["token_embedding.weight"]
+    known = words.any(dim=1).nonzero()[:, 0]
+    assert torch.equal(known, TOKENS.unique())
+
+
+def test_a_seed_repeats_the_training() -> None:
+    first, again, other = (trained(1, seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["visual.conv1.weight"], other["visual.conv1.weight"])
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--data-dir", "nowhere"]])
+def test_a_wrong_argument_is_one_sentence(
+    wrong: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
+    with pytest.raises(SystemExit) as exit_:
+        script.main(wrong)
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
