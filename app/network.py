@@ -24,15 +24,11 @@ class ModelInfo:
     version: str
     num_classes: int
     max_steps: int
-    steps: tuple[int, ...]  # the only numbers of steps that it draws in, the recommended one first; () = 1..max_steps
+    steps: tuple[int, ...]  # the only numbers of steps that it draws in; () = all of 1..max_steps
+    default_steps: int  # the recommended number
     samplers: tuple[Sampler, ...]  # the recommended one first
     guidance_scale: float  # the recommended one
     guidable: bool  # whether labels were dropped in training: without it guidance has nothing to lean on
-
-    @property
-    def default_steps(self) -> int:
-        """The recommended number of steps."""
-        return self.steps[0] if self.steps else self.max_steps
 
 
 class Network:
@@ -86,6 +82,7 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         num_classes=config.unet.num_classes,
         max_steps=config.schedule.num_steps,
         steps=config.steps,
+        default_steps=config.recommended_steps,
         samplers=config.samplers,
         guidance_scale=config.guidance.scale,
         guidable=config.guidable,

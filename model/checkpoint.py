@@ -77,6 +77,11 @@ class CheckpointConfig:
             raise ValueError("the probe asks for what the network cannot draw")
 
     @property
+    def recommended_steps(self) -> int:
+        """How many steps are made where nobody asks for a number."""
+        return self.steps[0] if self.steps else self.schedule.num_steps
+
+    @property
     def guidable(self) -> bool:
         """Whether labels were dropped in training: without that, guidance has nothing to lean on."""
         return bool(self.training.get("label_drop", 0) > 0)

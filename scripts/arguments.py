@@ -46,8 +46,10 @@ def guidance_scale(text: str) -> float:
 def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None) -> None:
     """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read."""
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a .safetensors file; default: what ships")
-    parser.add_argument("--num-steps", type=integer(1), help="steps of the reverse process; default: all")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="default: ddpm, ancestral")
+    parser.add_argument(
+        "--num-steps", type=integer(1), help="steps of the reverse process; default: the checkpoint's own, or all"
+    )
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's own, ddpm of most")
     parser.add_argument("--guidance-scale", type=guidance_scale, help="1 to 10, 1 = off; default: the checkpoint's")
     parser.add_argument("--guidance-start", type=integer(1), metavar="T", help="lowest timestep that is guided")
     parser.add_argument("--guidance-stop", type=integer(1), metavar="T", help="highest timestep that is guided")

@@ -125,11 +125,14 @@ def open_drawer(args: argparse.Namespace) -> Drawer:
 def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
     """What the arguments ask for, the checkpoint's own where they do not; DrawingError for what it cannot do."""
     T, own = loaded.schedule.num_steps, loaded.config.guidance
-    num_steps = args.num_steps or T
+    num_steps, permitted = args.num_steps or loaded.config.recommended_steps, loaded.config.steps
     if num_steps > T:
         raise DrawingError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
-    if args.sampler not in loaded.config.samplers:
-        raise DrawingError(f"this checkpoint does not permit --sampler {args.sampler}")
+    if permitted and num_steps not in permitted:
+        raise DrawingError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
+    sampler = args.sampler or loaded.config.samplers[0]
+    if sampler not in loaded.config.samplers:
+        raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
     guidance = replace(
         own,
         scale=own.scale if args.guidance_scale is None else args.guidance_scale,
@@ -142,4 +145,4 @@ def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions
         )
     if guidance.start > guidance.stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
         raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
-    return DrawingOptions(args.sampler, num_steps, guidance)
+    return DrawingOptions(sampler, num_steps, guidance)

@@ -26,6 +26,7 @@ INFO = ModelInfo(
     num_classes=10,
     max_steps=100,
     steps=(),
+    default_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance_scale=1.0,
     guidable=True,

@@ -113,7 +113,7 @@ def test_guidance_is_refused_where_no_label_was_dropped_in_training() -> None:
     run(check, FakeRunner(models={"default": replace(INFO, guidable=False)}))
 
 
-FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), samplers=("ddim",), guidable=False)
+FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
 
 
 def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing() -> None:

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.prediction import PredictionConfig
+from model.sampler import Guidance
+from model.schedule import ScheduleConfig
+from scripts import distil, sample
+from tests.scripts.tiny_training import COSINE, NUM_STEPS
+from tests.tiny import tiny_unet
+
+DISTILLATION = """
+[prediction]
+kind = "v"
+[distillation]
+num_steps = 3
+teacher_steps = 6
+num_trajectories = 60
+"""
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    recipe = COSINE.replace("scale = 1.3", "scale = 1.0").replace("label_drop = 0.2", "label_drop = 0.0")
+    (tmp_path / "tiny.toml").write_text(recipe + DISTILLATION)
+    return tmp_path / "tiny.toml"
+
+
+def save_teacher(path: Path, kind: str = "v") -> Path:
+    network = tiny_unet(image_size=28, num_steps=NUM_STEPS, time_dim=8, embed_dim=8)
+    config = CheckpointConfig(
+        unet=network.config,
+        schedule=ScheduleConfig(kind="cosine", num_steps=NUM_STEPS),
+        prediction=PredictionConfig(kind),
+        guidance=Guidance(1.5, 1, NUM_STEPS),
+        training={"label_drop": 0.1},
+    )
+    checkpoint.save(path, network, config)
+    return path
+
+
+def run(preset: Path, teacher: Path, out: Path, *more: str) -> None:
+    distil.main([f"--preset={preset}", f"--teacher={teacher}", f"--out={out}", "--compile=off", *more])
+
+
+def test_the_student_begins_as_its_teacher_and_says_in_how_many_steps_it_draws(preset: Path, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    run(preset, teacher, tmp_path / "run")
+    student = checkpoint.load(tmp_path / "run" / "model.safetensors")
+    assert (student.config.samplers, student.config.steps, student.config.guidable) == (("ddim",), (3,), False)
+    assert student.config.training["data"] == f"60 guided paths of the checkpoint {checkpoint.load(teacher).sha256}"
+    before, after = (loaded.network.state_dict() for loaded in (checkpoint.load(teacher), student))
+    moved = [torch.nn.functional.cosine_similarity(before[n].flatten(), after[n].flatten(), dim=0) for n in before]
+    assert 0.5 < torch.stack(moved).mean() < 0.99999
+
+
+def test_the_student_is_drawn_with_as_it_says(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(preset, save_teacher(tmp_path / "teacher.safetensors"), tmp_path / "run", "--epochs=1")
+    drawing = [f"--checkpoint={tmp_path / 'run' / 'model.safetensors'}", "--digit=3", "--seed=1"]
+    sample.main([*drawing, f"--out={tmp_path / 'own.png'}"])
+    sample.main([*drawing, f"--out={tmp_path / 'said.png'}", "--num-steps=3", "--sampler=ddim"])
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "said.png").read_bytes()
+    for wrong in ("--num-steps=2", "--sampler=ddpm", "--guidance-scale=2"):
+        with pytest.raises(SystemExit):
+            sample.main([*drawing, f"--out={tmp_path / 'wrong.png'}", wrong])
+        assert "this checkpoint" in capsys.readouterr().err
+
+
+def test_started_again_it_goes_on_as_if_it_had_never_stopped(preset: Path, tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    run(preset, teacher, tmp_path / "whole")
+    run(preset, teacher, tmp_path / "parts", "--time-limit=1e-9")
+    run(preset, teacher, tmp_path / "parts")
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+@pytest.mark.parametrize("kind", ["eps", "edm"])
+def test_a_teacher_of_another_kind_is_one_sentence(
+    preset: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(preset, save_teacher(tmp_path / "teacher.safetensors", kind), tmp_path / "run")
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the student begins as its teacher" in line
+    assert kind in line
+
+
+@pytest.mark.parametrize("preset_name", ["default", "baseline", "nowhere"])
+def test_a_recipe_that_distils_nothing_is_one_sentence(
+    tmp_path: Path, preset_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        distil.main([f"--preset={preset_name}", f"--out={tmp_path}"])
+    assert exit_.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
