@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> None:
         teacher = checkpoint.load(args.teacher)
         distillation = _distillation(recipe, teacher)
         device = choose_device(args.device)
+        compiled = should_compile(args.compile, device)
         with Reporter("distil: stopped; start again to go on") as reporter:
             start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
             folder = args.out / "paths"
-            states, y = draw_paths(Drawer(teacher), distillation, folder, reporter, seed=args.seed)
+            states, y = draw_paths(Drawer(teacher, compiled=compiled), distillation, folder, reporter, seed=args.seed)
             objective = DistillationObjective(recipe, states, y, device)
-            compiled = should_compile(args.compile, device)
             trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
             data = f"{len(states)} guided paths of the checkpoint {teacher.sha256}"
             run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)

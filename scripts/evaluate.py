@@ -95,6 +95,7 @@ def _samples(args: argparse.Namespace, reporter: Reporter) -> tuple[Digits, dict
         "seed": args.seed,
         "device": drawer.device.type,
         "dtype": str(drawer.dtype).removeprefix("torch."),
+        "compiled": args.compile,
     }
     return digits, source
 

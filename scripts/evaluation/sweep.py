@@ -58,6 +58,7 @@ class Sweep:
             "extractor_sha256": evaluator.extractor.sha256,
             "seed": self.seed,
             "dtype": str(self.drawer.dtype).removeprefix("torch."),
+            "compiled": self.drawer.compiled,
         }
 
     def _evaluate(self, options: DrawingOptions, reporter: Reporter) -> Figures:

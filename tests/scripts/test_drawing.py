@@ -1,3 +1,4 @@
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,20 @@ def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
     assert error < (0.05 if fast else 1e-4)
     # another order of the same rows is another picture, in either precision
     assert (drawn - expected.flip(0)).abs().mean() > 0.2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path) -> None:
+    path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
+    y, options = torch.arange(9), DrawingOptions("ddim", 2, GUIDANCE)
+    with Reporter() as reporter:
+        plain, compiled = (
+            Drawer(checkpoint.load(path), compiled=compiled).draw(y, y, options, reporter, seed=6, batch_size=4)
+            for compiled in (False, True)
+        )
+    assert (plain - compiled).abs().mean() < 0.02
+    assert (plain - compiled.flip(0)).abs().mean() > 0.2
 
 
 def test_options_are_the_checkpoints_where_nothing_is_asked(tmp_path: Path) -> None:
