@@ -1,19 +1,22 @@
 import pytest
 import torch
 
+from model.diffusion import Diffusion
+from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.classifiers import KINDS, Classifier, accuracy
 from scripts.evaluation.training import augment, facts_of, train_classifier
+from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
 
 
-def train(kind: str, *, augmented: bool, seed: int = 0) -> Classifier:
+def train(kind: str, *, augmented: bool, fogged: bool = False, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
     with Reporter() as reporter:
         return train_classifier(
-            KINDS[kind](), bars(640, 1), reporter, augmented=augmented, epochs=4, batch_size=8, seed=seed
+            KINDS[kind](), bars(640, 1), reporter, augmented=augmented, fogged=fogged, epochs=4, batch_size=8, seed=seed
         )
 
 
@@ -31,6 +34,16 @@ def test_a_seed_repeats_the_training(augmented: bool) -> None:
     first, again, other = (train("extractor", augmented=augmented, seed=seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_who_has_learned_in_the_fog_reads_in_it() -> None:
+    digits = bars(500, 2)
+    diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(9))
+    x_t, _ = diffusion.add_noise(digits.images / 127.5 - 1, torch.full((500,), 60))
+    plain, fogged = (
+        accuracy(train("judge", augmented=False, fogged=f), to_pixels(x_t), digits.labels) for f in (False, True)
+    )
+    assert fogged > 0.9 > plain
 
 
 def test_augmentation_moves_the_image_a_little_and_keeps_its_levels() -> None:
