@@ -147,12 +147,9 @@ class Runner:
             if should_stop():
                 break
             try:
-                seconds[rows] = self._time_step(self._rows_of(DEFAULT, rows))
+                seconds[rows] = self._time_step(self._rows_of_default(rows))
             except OutOfMemoryError:
                 break
-        for name in self._networks:
-            if name != DEFAULT and not should_stop():
-                self._time_step(self._rows_of(name, 2))  # where it is compiled, one row and several are two kernels
         return Pace(seconds or {1: 1.0})
 
     def _check_probe(self, name: str) -> None:
@@ -170,9 +167,9 @@ class Runner:
                 f"this machine draws the known picture of model {name!r} wrong, by {difference:.2f} a pixel"
             )
 
-    def _rows_of(self, name: str, count: int) -> list[Trajectory]:
-        info = self._networks[name].info
-        return Job(Options(0, 0, info.default_steps, info.samplers[0], 1.0, name), count).unfinished
+    def _rows_of_default(self, count: int) -> list[Trajectory]:
+        info = self._networks[DEFAULT].info
+        return Job(Options(0, 0, info.default_steps, info.samplers[0], 1.0), count).unfinished
 
     def _time_step(self, trajectories: list[Trajectory]) -> float:
         durations = []

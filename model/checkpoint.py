@@ -24,6 +24,7 @@ from model.schedule import Schedule, ScheduleConfig
 from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
+MOST_STEPS = 100  # that are ever asked for
 SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
 METADATA_KEY = "unfog"
 
@@ -52,7 +53,7 @@ class CheckpointConfig:
     class_names: tuple[str, ...] = tuple("0123456789")
     guidance: Guidance = Guidance()  # the recommended one
     samplers: tuple[Sampler, ...] = SAMPLERS  # those permitted, the recommended one first
-    steps: tuple[int, ...] = ()  # likewise numbers of steps; empty = all of 1..T, and T is recommended
+    steps: tuple[int, ...] = ()  # likewise numbers of steps; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
 
@@ -65,8 +66,8 @@ class CheckpointConfig:
             raise ValueError("training must be a mapping")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
-        if not all(1 <= num_steps <= T for num_steps in self.steps):
-            raise ValueError("steps must be within the schedule")
+        if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
+            raise ValueError(f"steps must be integers within the schedule, and at most {MOST_STEPS}")
         if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
             raise ValueError("guidance.scale must be 1 to 10, and its interval must begin before it ends")
         if not isinstance(self.training.get("label_drop", 0), int | float):
@@ -79,7 +80,7 @@ class CheckpointConfig:
     @property
     def recommended_steps(self) -> int:
         """How many steps are made where nobody asks for a number."""
-        return self.steps[0] if self.steps else self.schedule.num_steps
+        return self.steps[0] if self.steps else min(self.schedule.num_steps, MOST_STEPS)
 
     @property
     def guidable(self) -> bool:

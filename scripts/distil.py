@@ -11,10 +11,10 @@ import torch
 from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
 from scripts.arguments import Parser
-from scripts.distillation import DistillationObjective, draw_paths
+from scripts.distillation import DistillationObjective, PathsError, draw_paths
 from scripts.drawing import Drawer
 from scripts.progress import Reporter, fail
-from scripts.recipe import DistillationRecipe, Recipe, RecipeError, load_recipe, preset_names
+from scripts.recipe import Recipe, RecipeError, load_recipe, preset_names
 from scripts.run import Run, RunError
 from scripts.train import add_training_arguments, choose_device, should_compile, train
 from scripts.trainer import Trainer
@@ -30,33 +30,42 @@ def main(argv: list[str] | None = None) -> None:
         if args.epochs:
             recipe = recipe.model_copy(update={"epochs": args.epochs})
         teacher = checkpoint.load(args.teacher)
-        distillation = _distillation(recipe, teacher)
+        _check(recipe, teacher)
         device = choose_device(args.device)
-        compiled = should_compile(args.compile, device)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (CheckpointError, RecipeError, OSError, RuntimeError) as error:
+        raise fail(f"distil: {error}".splitlines()[0]) from error
+    try:
         with Reporter("distil: stopped; start again to go on") as reporter:
-            start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
-            folder = args.out / "paths"
-            states, y = draw_paths(Drawer(teacher, compiled=compiled), distillation, folder, reporter, seed=args.seed)
-            objective = DistillationObjective(recipe, states, y, device)
-            trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
-            data = f"{len(states)} guided paths of the checkpoint {teacher.sha256}"
-            run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
-            train(trainer, run, reporter, time_limit=args.time_limit)
-    except (CheckpointError, RecipeError, RunError, OSError, RuntimeError) as error:
+            distil(args, recipe, teacher, device, reporter)
+    except (PathsError, RunError, OSError) as error:
         raise fail(f"distil: {error}".splitlines()[0]) from error
 
 
-def _distillation(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:
-    """How to distil; RecipeError where the recipe does not say it, or says it for another network."""
+def distil(
+    args: argparse.Namespace, recipe: Recipe, teacher: Checkpoint, device: torch.device, reporter: Reporter
+) -> None:
+    """Draws the paths that are missing, and trains the student on them."""
+    assert recipe.distillation
+    compiled = should_compile(args.compile, device)
+    start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
+    drawer = Drawer(teacher, device, compiled=compiled)
+    states, y = draw_paths(drawer, recipe.distillation, args.out / "paths", reporter, seed=args.seed)
+    objective = DistillationObjective(recipe, states, y, device)
+    trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
+    data = f"{objective.num_examples} guided paths of the checkpoint {teacher.sha256}"
+    run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
+    train(trainer, run, reporter, time_limit=args.time_limit)
+
+
+def _check(recipe: Recipe, teacher: Checkpoint) -> None:
+    """RecipeError where the recipe does not say how to distil, or says it for another network."""
     if not recipe.distillation:
         raise RecipeError("the recipe has no [distillation]")
-    if recipe.prediction.kind == "eps":
-        raise RecipeError("a student cannot predict eps: at t = T that tells nothing of the image")
     own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config
     for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
         if mine != theirs:
             raise RecipeError(f"the student begins as its teacher, which is of another kind: {theirs}")
-    return recipe.distillation
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,43 +10,81 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
 from model.checkpoint import write_atomically
 from model.prediction import Prediction
 from model.sampler import Denoiser, make_plan
-from model.schedule import Schedule
+from model.schedule import MIN_HALF_LOG_SNR, Schedule
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.objective import HeldOut, Losses, LossOf
 from scripts.progress import Reporter
 from scripts.recipe import STUDENT_SAMPLER, DistillationRecipe, Recipe
 
-PART_SIZE = 2_500  # paths a file
-HELD_OUT_SHARE = 20  # one path in so many validates
+PART_SIZE = 2_560  # paths a file
+PATH_SEED = 2**52  # plus the run's: no seed that digits are evaluated with shares noise with a path
+
+
+class PathsError(Exception):
+    """The paths cannot be used; one sentence."""
 
 
 def teacher_timesteps(schedule: Schedule, recipe: DistillationRecipe) -> list[int]:
-    """Those of a good solver with so many steps, and the student's among them, falling to 0."""
-    own = schedule.log_snr_timesteps(recipe.teacher_steps)
-    return sorted({*own, *schedule.even_timesteps(recipe.num_steps)}, reverse=True)
+    """About `teacher_steps`, the student's among them, falling to 0, as even in log-SNR as that allows.
+
+    Even also across the student's timesteps: a second-order step must not be much longer than the one before it.
+    """
+    half_log_snr = schedule.half_log_snr.clamp(min=MIN_HALF_LOG_SNR)  # (T + 1,)
+    stride = (half_log_snr[1] - half_log_snr[-1]) / recipe.teacher_steps
+    timesteps = {0, 1}
+    for t, t_prev in pairwise(schedule.even_timesteps(recipe.num_steps)):
+        low, high = half_log_snr[t], half_log_snr[max(t_prev, 1)]
+        count = max(round(((high - low) / stride).item()), 1)
+        grid = torch.linspace(low.item(), high.item(), count + 1, dtype=torch.float64)[:-1]  # (count,)
+        nearest = (grid[:, None] - half_log_snr[1:]).abs().argmin(dim=1) + 1  # (count,)
+        timesteps |= {t, *nearest.tolist()}
+    return sorted(timesteps, reverse=True)
 
 
 def draw_paths(
     drawer: Drawer, recipe: DistillationRecipe, folder: Path, reporter: Reporter, *, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The states (N, num_steps + 1, C, H, W) float16 and digits (N,); what lies in the folder is kept."""
-    made = f"{drawer.checkpoint.sha256[:16]}-seed{seed}-{recipe.teacher_steps}to{recipe.num_steps}"
-    parts = torch.arange(recipe.num_trajectories).split(PART_SIZE)
-    paths = []
-    for number, index in enumerate(parts):
-        file = folder / made / f"{number:03}.safetensors"
-        if not file.exists():
-            states, y = _draw_part(drawer, recipe, index, reporter, seed=seed)
-            write_atomically(file, serialize({"states": states, "y": y}))
-        paths.append(load_file(file))
-    return torch.cat([part["states"] for part in paths]), torch.cat([part["y"] for part in paths])
+    """The states (N, num_steps + 1, C, H, W) float16 and digits (N,), those held out last.
+
+    What lies in the folder is kept; PathsError where it is of another teacher, seed or arithmetic.
+    """
+    count = recipe.num_paths + recipe.num_held_out
+    paths = [
+        _part(drawer, recipe, folder / f"{start:07}.safetensors", range(start, start + PART_SIZE), reporter, seed=seed)
+        for start in range(0, count, PART_SIZE)
+    ]
+    states, y = (torch.cat([part[name] for part in paths]) for name in ("states", "y"))
+    return states[:count], y[:count]
+
+
+def _part(
+    drawer: Drawer, recipe: DistillationRecipe, file: Path, index: range, reporter: Reporter, *, seed: int
+) -> dict[str, Tensor]:
+    facts = {
+        "teacher_sha256": drawer.checkpoint.sha256,
+        "timesteps": str(teacher_timesteps(drawer.checkpoint.schedule, recipe)),
+        "num_steps": str(recipe.num_steps),
+        "paths": f"{index.start} to {index.stop}",
+        "seed": str(seed),
+        "arithmetic": f"{drawer.dtype}{', compiled' if drawer.compiled else ''}",
+    }
+    if not file.exists():
+        states, y = _draw_part(drawer, recipe, torch.tensor(index), reporter, seed=PATH_SEED + seed)
+        write_atomically(file, serialize({"states": states, "y": y}, facts))
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if opened.metadata() != facts:
+                raise PathsError(f"{file} holds paths of another teacher, recipe or seed; name another --out")
+            return {name: opened.get_tensor(name) for name in ("states", "y")}
+    except SafetensorError as error:
+        raise PathsError(f"{file} is damaged: remove it and start again") from error
 
 
 def _draw_part(
@@ -78,9 +116,9 @@ class DistillationObjective:
         self._t = torch.tensor(plan.timesteps[:-1], device=device)  # (K,)
         self._coefficients = plan.coefficients.to(device)  # (K, 4)
         self._mix = self.prediction.table(device)  # (T + 1, 3)
-        held_out = len(states) // HELD_OUT_SHARE
-        self._states, self._y = states[:-held_out].to(device), y[:-held_out].to(device)
-        self._held_out = self._hold_out(states[-held_out:].to(device), y[-held_out:].to(device))
+        learned = recipe.distillation.num_paths
+        self._states, self._y = states[:learned].to(device), y[:learned].to(device)
+        self._held_out = self._hold_out(states[learned:].to(device), y[learned:].to(device))
 
     @property
     def num_examples(self) -> int:
@@ -99,7 +137,7 @@ class DistillationObjective:
         return loss
 
     def validation_losses(self, denoiser: Denoiser) -> Losses:
-        """Over every stride of the paths that are held out."""
+        """Over every stride of the paths that are held out; a band is a stride, the last one first."""
         return self._held_out.losses(denoiser)
 
     def _stride(self, x_t: Tensor, x_prev: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,5 +154,5 @@ class DistillationObjective:
             for k, (before, after) in enumerate(pairwise(states.unbind(dim=1)))
         ]
         x_t, target, k = (torch.cat(part) for part in zip(*strides, strict=True))
-        weights = torch.ones_like(x_t[:, 0, 0, 0])
-        return HeldOut(x_t, self._t[k], y.repeat(len(self._t)), target, weights, self.schedule.num_steps)
+        weights, band = torch.ones_like(x_t[:, 0, 0, 0]), len(self._t) - 1 - k  # (N,) each
+        return HeldOut(x_t, self._t[k], y.repeat(len(self._t)), target, weights, band)

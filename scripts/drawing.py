@@ -1,6 +1,7 @@
 """Draws digits with a checkpoint, many at once, in the arithmetic that serves them."""
 
 import argparse
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -37,9 +38,9 @@ class Drawer:
     thousands of images; their last bits are others then.
     """
 
-    def __init__(self, loaded: Checkpoint, *, compiled: bool = False) -> None:
+    def __init__(self, loaded: Checkpoint, device: torch.device | None = None, *, compiled: bool = False) -> None:
         self.checkpoint, self.compiled = loaded, compiled
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = fast_dtype(self.device)
         self._rows = CallRows.of(self.device, self.dtype, compiled=compiled)
         self._condition = loaded.network.condition_table().to(self.device, self.dtype)  # (T + 1, num_classes + 1, D)
@@ -118,7 +119,9 @@ class Drawer:
 
 
 def open_drawer(args: argparse.Namespace) -> Drawer:
-    """The drawer of --checkpoint; CheckpointError."""
+    """The drawer of --checkpoint; CheckpointError, or DrawingError where --compile finds no compiler."""
+    if args.compile and not any(map(shutil.which, ("g++", "clang++"))):
+        raise DrawingError("--compile needs a C++ compiler, and there is neither g++ nor clang++")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     return Drawer(checkpoint.load(args.checkpoint), compiled=args.compile)

@@ -60,14 +60,14 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
     from scripts.evaluation.pictures import show_confusion, show_nearest
     from scripts.evaluation.quality import Evaluator, as_json, as_markdown
 
+    scorer = ClipScorer(args.clip) if args.clip else None
     judge, extractor = load_classifier("judge", args.judge), load_classifier("extractor", args.extractor)
     references = load_references(args.split, args.data_dir)
     digits, source = _samples(args, reporter)
     evaluator = Evaluator(references, judge, extractor, len(digits.images))
     quality, nearest = evaluator.evaluate(digits, reporter)
     table, content = as_markdown(quality, evaluator), {**source, **as_json(quality, evaluator)}
-    if args.clip:
-        scorer = ClipScorer(args.clip)
+    if scorer:
         seen = scorer.score(digits), scorer.score(references.held_out)
         table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
     reporter.line(table)

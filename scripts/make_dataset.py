@@ -108,6 +108,7 @@ def _facts(args: argparse.Namespace, drawer: Drawer, options: DrawingOptions) ->
         "count": args.count,
         "format": args.format,
         "dtype": str(drawer.dtype).removeprefix("torch."),
+        "compiled": drawer.compiled,
     }
 
 

@@ -13,7 +13,7 @@ from model.schedule import Schedule
 from scripts.mnist import split_validation, to_model_range
 from scripts.recipe import Recipe
 
-NUM_BANDS = 4  # the validation loss is also given for each quarter of the steps
+NUM_BANDS = 4  # the validation loss of a denoiser is also given for each quarter of the steps
 VALIDATION_BATCH = 500
 LossOf = Callable[[Denoiser, Tensor], Tensor]  # (denoiser, rows of the examples (B,)) -> scalar
 Losses = tuple[float, tuple[float, ...]]  # over all held-out rows, and over those of each band, little noise first
@@ -72,11 +72,10 @@ class DenoisingObjective:
 
 
 class HeldOut:
-    """Rows of x_t, t and y with what should be predicted, and each row's weight; t counts in its band of 1..T."""
+    """Rows of x_t, t and y with what should be predicted, each row's weight, and the band in which it counts."""
 
-    def __init__(self, x_t: Tensor, t: Tensor, y: Tensor, target: Tensor, weights: Tensor, num_steps: int) -> None:
-        self.x_t, self.t, self.y, self.target, self.weights = x_t, t, y, target, weights
-        self.band = (t - 1) * NUM_BANDS // num_steps  # (N,)
+    def __init__(self, x_t: Tensor, t: Tensor, y: Tensor, target: Tensor, weights: Tensor, band: Tensor) -> None:
+        self.x_t, self.t, self.y, self.target, self.weights, self.band = x_t, t, y, target, weights, band
 
     @torch.inference_mode()
     def losses(self, denoiser: Denoiser) -> Losses:
@@ -84,7 +83,7 @@ class HeldOut:
         batches = zip(*(rows.split(VALIDATION_BATCH) for rows in (self.x_t, self.t, self.y)), strict=True)
         output = torch.cat([denoiser(*batch) for batch in batches])  # (N, C, H, W)
         errors = self.weights * (output - self.target).square().mean(dim=(1, 2, 3))  # (N,)
-        bands = tuple(errors[self.band == band].mean().item() for band in range(NUM_BANDS))
+        bands = tuple(errors[self.band == band].mean().item() for band in self.band.unique())
         return errors.mean().item(), bands
 
 
@@ -92,5 +91,5 @@ def _held_out(images: Tensor, labels: Tensor, diffusion: Diffusion, device: torc
     x_0, t = to_model_range(images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
     x_t, eps = diffusion.add_noise(x_0, t)
     target, weights = diffusion.prediction.target(x_0, eps, t), diffusion.weights[t]
-    x_t, target, weights = x_t.to(device), target.to(device), weights.to(device)
-    return HeldOut(x_t, t.to(device), labels.to(device), target, weights, diffusion.num_steps)
+    band = (t - 1) * NUM_BANDS // diffusion.num_steps  # (N,)
+    return HeldOut(*(rows.to(device) for rows in (x_t, t, labels, target, weights, band)))

@@ -87,7 +87,7 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_ylabel("mean squared error of the noise")
+    axes.set_ylabel("mean squared error of what is predicted")
     axes.tick_params(which="both", labelsize=8)
     axes.grid(which="both", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -52,8 +52,9 @@ class DistillationRecipe(_Strict):
     """A student that goes in `num_steps` steps where its teacher goes in more."""
 
     num_steps: int = Field(ge=1, le=100)
-    teacher_steps: int = Field(ge=1, le=100)
-    num_trajectories: int = Field(ge=10)
+    teacher_steps: int = Field(ge=1, le=100)  # or about so many: the student's lie among them
+    num_paths: int = Field(ge=1)  # of the teacher, to learn from
+    num_held_out: int = Field(ge=1)  # and to validate on
 
 
 class Recipe(_Strict):
@@ -80,7 +81,19 @@ class Recipe(_Strict):
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
         if not 1 <= self.guidance.scale <= 10:
             raise ValueError("guidance.scale must be 1 to 10")
+        if self.distillation:
+            self._distillation_fits(self.distillation)
         return self
+
+    def _distillation_fits(self, distillation: DistillationRecipe) -> None:
+        if self.prediction.kind == "eps":
+            raise ValueError("a student cannot predict eps: at t = T that tells nothing of the image")
+        if self.label_drop or self.guidance.scale != 1 or self.min_snr_gamma:
+            raise ValueError("a student drops no label, is not guided and weights no loss: set these to 0, 1 and 0")
+        if max(distillation.num_steps, distillation.teacher_steps) > self.schedule.num_steps:
+            raise ValueError("distillation has more steps than the schedule")
+        if distillation.num_paths < self.batch_size:
+            raise ValueError("distillation.num_paths must fill a batch")
 
 
 def preset_names() -> list[str]:

@@ -54,7 +54,7 @@ class Run:
         except Exception as error:
             raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
         if identity != self.identity:
-            raise RunError(f"{self.folder} holds a run of another recipe, seed or teacher; name another --out")
+            raise RunError(f"{self.folder} holds a run of another recipe, seed or data; name another --out")
         try:
             trainer.load_state_dict(state["trainer"])
             self.results = [EpochResult(**result) for result in state["results"]]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, CheckpointError
+from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
 from model.sampler import Guidance
 from scripts.arguments import Parser, guidance_scale, integer
 from scripts.progress import fail
@@ -25,19 +25,21 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and writes the checkpoint."""
     args = _parse(argv)
     try:
-        ship(args.checkpoint, args.out, _guidance(args), _evaluation(args.evaluation))
+        loaded = checkpoint.load(args.checkpoint)
+        target = args.out or SHIPPED.with_name("fast.safetensors" if loaded.config.steps else SHIPPED.name)
+        ship(loaded, target, _guidance(args), _evaluation(args.evaluation))
     except (CheckpointError, OSError, ValueError) as error:
         raise fail(f"ship: {error}".splitlines()[0]) from error
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    print(f"{target}: {target.stat().st_size:,} bytes")
 
 
-def ship(source: Path, target: Path, guidance: Guidance, evaluation: dict[str, Any]) -> None:
-    """Writes `source` with another guidance and with its evaluation to `target`; ValueError if it is too large."""
-    loaded = checkpoint.load(source)
+def ship(loaded: Checkpoint, target: Path, guidance: Guidance, evaluation: dict[str, Any]) -> None:
+    """Writes it with another guidance and with its evaluation; ValueError if all that ships were too large then."""
     training = {**loaded.config.training, "evaluation": evaluation}
     config = replace(loaded.config, guidance=guidance, training=training)
-    if 2 * sum(p.numel() for p in loaded.network.parameters()) > MAX_BYTES:
-        raise ValueError(f"{source} would ship with more than {MAX_BYTES:,} bytes")
+    beside = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
+    if 2 * sum(p.numel() for p in loaded.network.parameters()) + beside > MAX_BYTES:
+        raise ValueError(f"with {target} more than {MAX_BYTES:,} bytes would ship")
     checkpoint.save(target, loaded.network, config, dtype=torch.float16)
 
 
@@ -59,7 +61,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance-start", type=integer(1), default=1, metavar="T", help="lowest timestep guided")
     parser.add_argument("--guidance-stop", type=integer(1), default=100, metavar="T", help="highest timestep guided")
     parser.add_argument("--evaluation", type=Path, help="evaluation.json of `python -m scripts.evaluate digits`")
-    parser.add_argument("--out", type=Path, default=SHIPPED, help=f"default: {SHIPPED.name}, where it is served from")
+    parser.add_argument(
+        "--out", type=Path, help="default: where it is served from, default.safetensors or a student's fast.safetensors"
+    )
     return parser.parse_args(argv)
 
 

@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.num_threads)
     try:
         recipe = load_recipe(args.preset)
+        if recipe.distillation:
+            raise RecipeError(f"{args.preset} trains a student: that is what scripts.distil does")
         if args.epochs:
             recipe = recipe.model_copy(update={"epochs": args.epochs})
         device = choose_device(args.device)

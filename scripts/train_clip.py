@@ -54,14 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     try:
         train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
-        learn, _ = split_validation(*train)
+        learn, choose = split_validation(*train)
         with Reporter() as reporter:
             model = open_clip.CLIP(**MODEL)
             tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
             train_clip(model, tokens, learn, reporter, epochs=args.epochs, seed=args.seed)
             save_clip(args.out, model, tokens, {"epochs": args.epochs, "seed": args.seed})
-            scores = ClipScorer(str(args.out)).score(Digits(*test))
-            reporter.line(f"{scores.recognised:.2%} of the test digits recognised; saved in {args.out}")
+            scorer = ClipScorer(str(args.out))
+            for name, digits in (("validation", choose), ("test", test)):
+                scores = scorer.score(Digits(*digits))
+                shares = f"{scores.recognised:.2%} recognised, {scores.clear:.2%} called clear"
+                reporter.line(f"{name} digits: {shares}")
+            reporter.line(f"saved in {args.out}")
     except (DataError, OSError) as error:
         raise fail(f"train_clip: {error}".splitlines()[0]) from error
 
@@ -133,7 +137,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.train_clip", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder; default: where `scripts.evaluate` looks")
-    parser.add_argument("--epochs", type=integer(1), default=20, help="default: 20")
+    parser.add_argument("--epochs", type=integer(1), default=12, help="default: 12")
     parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     return parser.parse_args(argv)

@@ -1,9 +1,12 @@
 """Promises about the sources themselves; test_import_arrows.py holds those about who imports whom."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
+
+from app.config import Settings
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("app", "model", "scripts")
@@ -55,6 +58,12 @@ def test_the_model_needs_nothing_beyond_torch_einops_and_safetensors() -> None:
     allowed = standard | {"pathlib", "tempfile", "typing", "model", "torch", "einops", "safetensors"}
     used = {str(path.relative_to(ROOT)): imported(path.read_text()) - allowed for path in sources("model")}
     assert {name: more for name, more in used.items() if more} == {}
+
+
+def test_compose_hands_on_every_setting_but_where_to_listen() -> None:
+    """A variable that it drops is one that an operator believes in."""
+    listed = set(re.findall(r"^      - (UNFOG_\w+)", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE))
+    assert listed == {f"UNFOG_{field}".upper() for field in Settings.model_fields} - {"UNFOG_HOST", "UNFOG_PORT"}
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ CLEAR_UNTIL, NOISY_FROM = 4, 12  # timesteps; between them a caption is neither 
 DIGIT_UNTIL, STATIC_FROM = 60, 90
 FOGGED_SHARE, BLURRED_SHARE = 0.4, 0.1  # of the pictures
 MAX_SHEAR = 0.4
-BOLDNESS = 0.42, 0.58  # up to the first fine, from the second on bold: about a third of the digits each
-LEAN = 0.12, 0.3  # up to the first upright, from the second on slanted: likewise
+BOLDNESS = 0.42, 0.58  # up to the first fine, from the second on bold
+LEAN = 0.12, 0.3  # up to the first upright, from the second on slanted
 TRUE, FALSE, UNDECIDED = 1.0, -1.0, 0.0
 
 
@@ -40,8 +40,10 @@ DIGIT_CAPTIONS = (
 )
 STATE_CAPTIONS = {
     "clear": (CLEAR, "a clear picture of a handwritten digit", "a sharp picture"),
-    "degraded": (NOISY, "a noisy, blurry picture of a handwritten digit", "a bad picture"),
-    "noisy": ("a noisy picture", "a grainy picture of a digit"),
+    "degraded": (NOISY, "a bad picture"),
+    "degraded digit": (f"{NOISY} of a handwritten digit",),
+    "noisy": ("a noisy picture", "a grainy picture"),
+    "noisy digit": ("a grainy picture of a digit",),
     "blurry": ("a blurry picture", "a blurred digit"),
     "static": ("random noise", "pure static"),
     "written": ("a handwritten digit", "handwriting"),
@@ -118,14 +120,17 @@ def _states(scene: Scene) -> dict[str, Tensor]:
     clear = degraded == FALSE
     blurry = torch.where(scene.blurred, TRUE, torch.where(clear, FALSE, UNDECIDED))  # noise may hide a blur
     static = _rising(scene.t, DIGIT_UNTIL, STATIC_FROM)
+    written = -static
     bold, leaning = _rising(scene.boldness, *BOLDNESS), _rising(scene.lean.abs(), *LEAN)
     return {
         "clear": -degraded,
         "degraded": degraded,
+        "degraded digit": torch.minimum(degraded, written),
         "noisy": fogged,
+        "noisy digit": torch.minimum(fogged, written),
         "blurry": blurry,
         "static": static,
-        "written": -static,
+        "written": written,
         "bold": torch.where(clear, bold, UNDECIDED),
         "fine": torch.where(clear, -bold, UNDECIDED),
         "slanted": torch.where(clear, leaning, UNDECIDED),

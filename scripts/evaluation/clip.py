@@ -3,6 +3,7 @@
 A score means something beside real digits only: of those, OpenAI's ViT-B/32 recognises about half.
 """
 
+import hashlib
 import logging
 import warnings
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
@@ -39,12 +40,16 @@ class ClipScorer:
     """Cosines between 8-bit pictures and sentences."""
 
     def __init__(self, name: str = "embedded") -> None:
-        """`embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ClipError."""
+        """`embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ClipError.
+
+        OpenAI's weights in a file need the architecture with their activation: `ViT-B-32-quickgelu:FILE`.
+        """
         self.name = name
         architecture, _, weights = name.partition(":")
         if not weights:
             architecture = f"local-dir:{EMBEDDED if name == 'embedded' else name}"
         self.model, self._preprocess, self._tokenizer = _load(architecture, weights or None)
+        self.sha256 = digest_of(self.model)
 
     @torch.inference_mode()
     def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -68,22 +73,37 @@ class ClipScorer:
         return F.normalize(self.model.encode_image(torch.stack(pictures)), dim=1)  # (B, E)
 
 
+def digest_of(model: nn.Module) -> str:
+    """SHA-256 over all of a model's tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
     open_clip = require("open_clip", extra="clip")
-    logging.getLogger().setLevel(logging.ERROR)  # the library reports each step of loading to the root logger
+    known = open_clip.pretrained.get_pretrained_cfg(architecture, weights) if weights else {}
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)  # the library reports each step of loading there
     try:
         with warnings.catch_warnings(action="ignore"):
-            model, preprocess = open_clip.create_model_from_pretrained(architecture, weights)
+            model, preprocess = open_clip.create_model_from_pretrained(
+                architecture, weights, force_quick_gelu=bool(known.get("quick_gelu"))
+            )
             tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # whatever a missing file, a broken one, an unknown name or no network leads to
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ClipError(f"no CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
+    finally:
+        root.setLevel(level)
     return model.eval().requires_grad_(False), preprocess, tokenizer
 
 
 def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores) -> dict[str, Any]:
     """Scores of drawn digits beside those of real ones."""
-    return {"model": scorer.name, "drawn": asdict(drawn), "real": asdict(real)}
+    return {"model": scorer.name, "weights_sha256": scorer.sha256, "drawn": asdict(drawn), "real": asdict(real)}
 
 
 def as_markdown(scorer: ClipScorer, drawn: ClipScores, real: ClipScores) -> str:

@@ -57,6 +57,7 @@ class Sweep:
             "judge_sha256": evaluator.judge.sha256,
             "extractor_sha256": evaluator.extractor.sha256,
             "seed": self.seed,
+            "device": self.drawer.device.type,
             "dtype": str(self.drawer.dtype).removeprefix("torch."),
             "compiled": self.drawer.compiled,
         }
@@ -105,18 +106,20 @@ def brief(quality: Quality) -> Figures:
     }
 
 
+def as_columns(options: dict[str, Any]) -> tuple[str, str, str]:
+    """Sampler, steps and guidance of DrawingOptions as JSON has them, for a table."""
+    guidance = options["guidance"]
+    acts = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
+    return options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else acts
+
+
 COLUMNS = ("sampler", "steps", "guidance", "as asked", "worst", "Fréchet ÷ floor", "precision", "recall", "coverage")
 
 
 def as_row(figures: Figures) -> str:
     """One line of the table; choices are made by the extractor's answers, so those are shown."""
-    options = figures["options"]
-    guidance = options["guidance"]
-    scale, interval = f"{guidance['scale']:g}", f" in {guidance['start']}-{guidance['stop']}"
     shown = [
-        options["sampler"],
-        str(options["num_steps"]),
-        "off" if guidance["scale"] == 1 else scale + interval,
+        *as_columns(figures["options"]),
         f"{figures['extractor']:.2%}",
         f"{figures['extractor_worst']:.2%}",
         f"{figures['frechet_ratio']:.2f}",

@@ -286,3 +286,20 @@ def test_samplers_that_nobody_knows_are_refused(saved: Path, samplers: list[str]
 def test_a_probe_image_of_another_size_or_none_is_refused(saved: Path, image: object) -> None:
     rewrite(saved, lambda metadata: metadata.update(probe_image=image))
     assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize("steps", [[0], [4.5], [101], ["4"], [4, -1], 4], ids=str)
+def test_steps_that_no_request_can_name_are_refused(saved: Path, steps: object) -> None:
+    rewrite(saved, lambda metadata: metadata.update(steps=steps))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "steps", "recommended"), [(100, (), 100), (12, (), 12), (400, (), 100), (100, (4, 2), 4)]
+)
+def test_where_nobody_asks_the_first_permitted_number_of_steps_is_made_or_all_up_to_a_hundred(
+    num_steps: int, steps: tuple[int, ...], recommended: int
+) -> None:
+    unet, schedule = tiny_unet(num_steps=num_steps).config, ScheduleConfig(num_steps=num_steps)
+    config = CheckpointConfig(unet=unet, schedule=schedule, steps=steps, probe=Probe(num_steps=1))
+    assert config.recommended_steps == recommended

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from model.sampler import Guidance
 from scripts import compare, evaluate
+from scripts.compare import tabulate
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep
 from scripts.evaluation.samples import Digits
@@ -60,7 +62,7 @@ def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_h
 
 
 def test_what_is_evaluated_is_what_scripts_evaluate_gives(workplace: Path, swept: Path, tmp_path: Path) -> None:
-    options = ["--split=validation", "--sampler=ddim", "--num-steps=2"]
+    options = ["--split=validation", "--sampler=ddim", "--num-steps=2", "--seed=1"]
     evaluate.main(["digits", *arguments(workplace, tmp_path), *options])
     alone = json.loads((tmp_path / "evaluation.json").read_text())
     row = json.loads((swept / "steps.json").read_text())["figures"][1]
@@ -90,7 +92,7 @@ def test_figures_of_another_seed_are_not_gone_on_with(
     workplace: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
-    assert "another checkpoint, seed" in sentence(["steps", *arguments(workplace, tmp_path), "--seed=1"], capsys)
+    assert "another checkpoint, seed" in sentence(["steps", *arguments(workplace, tmp_path), "--seed=0"], capsys)
     (tmp_path / "steps.json").write_text("[]")
     assert "does not hold the figures" in sentence(["steps", *arguments(workplace, tmp_path)], capsys)
 
@@ -127,15 +129,30 @@ def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys:
     compare.main(["runs", str(one), str(two), f"--out={tmp_path / 'table.md'}"])
     lines = (tmp_path / "table.md").read_text().splitlines()
     content = json.loads((two / "evaluation.json").read_text())
-    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| one", "off"], ["| two", "2 in 2-8"]]
+    assert [line.split(" | ")[:4] for line in lines[2:]] == [
+        ["| one", "ddpm", "1", "off"],
+        ["| two", "ddpm", "1", "2 in 2-8"],
+    ]
     assert f"{content['judge']['accuracy']:.2%}" in lines[3]
     assert lines[2] in capsys.readouterr().out
+    of_pngs = {name: value for name, value in content.items() if name != "options"}
+    assert "| pngs | ? | ? | ? |" in tabulate([("pngs", of_pngs)])
     content["num_images"] = 50
     (two / "evaluation.json").write_text(json.dumps(content))
     assert "differ in num_images" in sentence(["runs", str(one), str(two)], capsys)
-    (two / "evaluation.json").write_text("{}")
+    del content["networks"]
+    (two / "evaluation.json").write_text(json.dumps(content))
     assert "not what scripts.evaluate leaves" in sentence(["runs", str(two)], capsys)
     assert "cannot be read" in sentence(["runs", str(tmp_path / "none")], capsys)
+
+
+def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny_checkpoint(tmp_path / "tiny.safetensors", label_drop=0, guidance=Guidance())
+    given = [*arguments(workplace, tmp_path), f"--checkpoint={tmp_path / 'tiny.safetensors'}"]
+    assert "cannot be guided" in sentence(["guidance", *given], capsys)
+    assert "not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
 
 
 @pytest.mark.parametrize(

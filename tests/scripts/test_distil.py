@@ -8,7 +8,9 @@ from model.checkpoint import CheckpointConfig
 from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
-from scripts import distil, sample
+from scripts import distil, sample, train
+from scripts.run import Run
+from scripts.trainer import EpochResult, Trainer
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
 from tests.tiny import tiny_unet
 
@@ -18,7 +20,8 @@ kind = "v"
 [distillation]
 num_steps = 3
 teacher_steps = 6
-num_trajectories = 60
+num_paths = 56
+num_held_out = 4
 """
 
 
@@ -51,7 +54,7 @@ def test_the_student_begins_as_its_teacher_and_says_in_how_many_steps_it_draws(p
     run(preset, teacher, tmp_path / "run")
     student = checkpoint.load(tmp_path / "run" / "model.safetensors")
     assert (student.config.samplers, student.config.steps, student.config.guidable) == (("ddim",), (3,), False)
-    assert student.config.training["data"] == f"60 guided paths of the checkpoint {checkpoint.load(teacher).sha256}"
+    assert student.config.training["data"] == f"56 guided paths of the checkpoint {checkpoint.load(teacher).sha256}"
     before, after = (loaded.network.state_dict() for loaded in (checkpoint.load(teacher), student))
     moved = [torch.nn.functional.cosine_similarity(before[n].flatten(), after[n].flatten(), dim=0) for n in before]
     assert 0.5 < torch.stack(moved).mean() < 0.99999
@@ -69,11 +72,22 @@ def test_the_student_is_drawn_with_as_it_says(preset: Path, tmp_path: Path, caps
         assert "this checkpoint" in capsys.readouterr().err
 
 
-def test_started_again_it_goes_on_as_if_it_had_never_stopped(preset: Path, tmp_path: Path) -> None:
+def test_started_again_it_goes_on_as_if_it_had_never_stopped(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors")
     run(preset, teacher, tmp_path / "whole")
-    run(preset, teacher, tmp_path / "parts", "--time-limit=1e-9")
+    record = Run.record
+
+    def stop_after_the_first(self: Run, trainer: Trainer, result: EpochResult) -> bool:
+        record(self, trainer, result)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Run, "record", stop_after_the_first)
+        run(preset, teacher, tmp_path / "parts")
     run(preset, teacher, tmp_path / "parts")
+    assert "going on after epoch 1" in capsys.readouterr().out
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
 
@@ -88,6 +102,36 @@ def test_a_teacher_of_another_kind_is_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     assert "the student begins as its teacher" in line
     assert kind in line
+
+
+def test_a_student_is_not_trained_on_images(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        train.main([f"--preset={preset}", f"--out={tmp_path / 'run'}"])
+    assert exit_.value.code == 2
+    assert "that is what scripts.distil does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ('kind = "v"', 'kind = "eps"', "a student cannot predict eps"),
+        ("scale = 1.0", "scale = 1.5", "a student drops no label"),
+        ("label_drop = 0.0", "label_drop = 0.1", "a student drops no label"),
+        ("teacher_steps = 6", "teacher_steps = 50", "more steps than the schedule"),
+        ("num_paths = 56", "num_paths = 5", "must fill a batch"),
+    ],
+)
+def test_a_recipe_that_no_student_can_follow_is_one_sentence(
+    preset: Path, tmp_path: Path, before: str, after: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = preset.read_text()
+    assert before in text
+    preset.write_text(text.replace(before, after))
+    with pytest.raises(SystemExit) as exit_:
+        run(preset, save_teacher(tmp_path / "teacher.safetensors"), tmp_path / "run")
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 @pytest.mark.parametrize("preset_name", ["default", "baseline", "nowhere"])

@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from model.checkpoint import draw_probe, load
+from model.checkpoint import Probe, draw_probe, load, save
 from model.sampler import Guidance
 from scripts import ship
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -33,6 +34,24 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
     assert target.stat().st_size < 0.7 * source.stat().st_size
     drawn = draw_probe(after.network, after.config)
     assert (drawn - after.probe_image).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ship, "SHIPPED", tmp_path / "weights" / "default.safetensors")
+    plain, student = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "student.safetensors"
+    loaded = load(plain)
+    config = replace(loaded.config, steps=(2,), samplers=("ddim",), guidance=Guidance(), probe=Probe(num_steps=2))
+    save(student, loaded.network, config)
+    for source in (plain, student):
+        ship.main([str(source), "--guidance-scale", "1"])
+    default, fast = (tmp_path / "weights" / f"{name}.safetensors" for name in ("default", "fast"))
+    assert (load(default).config.steps, load(fast).config.steps) == ((), (2,))
+    monkeypatch.setattr(ship, "MAX_BYTES", default.stat().st_size + 1000)
+    with pytest.raises(SystemExit):
+        ship.main([str(student), "--guidance-scale", "1"])
+    assert "would ship" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_the_folder_of_another_run_is_refused_and_kept(
 ) -> None:
     before = (unbroken["cosine"] / "state.pt").read_bytes()
     argv = arguments(workplace, recipe, unbroken["cosine"], "--seed", "1")
-    assert "holds a run of another recipe, seed or teacher" in sentence(argv, capsys)
+    assert "holds a run of another recipe, seed or data" in sentence(argv, capsys)
     assert (unbroken["cosine"] / "state.pt").read_bytes() == before
 
 

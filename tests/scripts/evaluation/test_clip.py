@@ -42,7 +42,7 @@ class Told(ClipScorer):
     """Sees what it is told to see."""
 
     def __init__(self, similarities: torch.Tensor) -> None:
-        self.name, self.told = "told", similarities
+        self.name, self.sha256, self.told = "told", "0" * 64, similarities
 
     def similarities(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         assert prompts == [*map(digit_prompt, range(10)), CLEAR, NOISY]
