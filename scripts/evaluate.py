@@ -165,8 +165,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
     synthetic.set_defaults(run=_synthetic)
 
-    for command in (digits, fog):
-        command.add_argument("--judge", type=Path, help="weights that judge; default: those that ship")
+    digits.add_argument("--judge", type=Path, help="weights of the judge; default: those that ship")
+    fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: those that ship")
     for command in (fog, synthetic):
         command.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     for command in (digits, fog, clip_path, synthetic):

@@ -19,8 +19,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 CLEAR, NOISY = "a clear picture", "a noisy, blurry picture"
 CLEAR_UNTIL, NOISY_FROM = 4, 12  # timesteps; between them a caption is neither true nor false
 DIGIT_UNTIL, STATIC_FROM = 60, 90
-FOGGED_SHARE, BLURRED_SHARE = 0.4, 0.1  # of the pictures
-MAX_SHEAR = 0.4
+FOGGED_SHARE, BLURRED_SHARE, RESTROKED_SHARE = 0.4, 0.1, 0.15  # of the pictures
+MAX_SHEAR = 0.25
 BOLDNESS = 0.42, 0.58  # up to the first fine, from the second on bold
 LEAN = 0.12, 0.3  # up to the first upright, from the second on slanted
 TRUE, FALSE, UNDECIDED = 1.0, -1.0, 0.0
@@ -144,10 +144,10 @@ def _rising(x: Tensor, until: float, start: float) -> Tensor:
 
 
 def _restroke(x: Tensor, draw: Tensor) -> Tensor:
-    """Strokes of a fifth of the pictures a pixel finer, of a fifth a pixel bolder; draw (B,) in [0, 1)."""
+    """Strokes of some pictures a pixel finer, of as many a pixel bolder; draw (B,) in [0, 1)."""
     draw = draw[:, None, None, None]
     bold = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, stride=1)
-    return torch.where(draw < 0.2, _thinned(x), torch.where(draw > 0.8, bold, x))
+    return torch.where(draw < RESTROKED_SHARE, _thinned(x), torch.where(draw > 1 - RESTROKED_SHARE, bold, x))
 
 
 def _thinned(x: Tensor) -> Tensor:

@@ -99,6 +99,32 @@ def test_the_fog_is_drawn_and_said(workplace: Path, tmp_path: Path, capsys: pyte
         assert min(image.size) > 100
 
 
+def test_clip_judges_beside_the_others_where_it_is_asked(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("open_clip")
+    written = run(workplace, tmp_path / "drawn", "--num-images", "100", "--num-steps", "2", "--clip")
+    assert set(written["clip"]) == {"model", "weights_sha256", "drawn", "real"}  # type: ignore[call-overload]
+    assert "| CLIP embedded: clear rather than noisy | " in capsys.readouterr().out
+    given = [a for a in arguments(workplace) if not a.startswith(("--judge", "--extractor"))]
+    evaluate.main(["clip", *given, "--num-steps=3", "--num-images=10", f"--out={tmp_path / 'clip.png'}"])
+    assert len([line for line in capsys.readouterr().out.splitlines() if "at t = 10," in line]) == 3
+    with Image.open(tmp_path / "clip.png") as image:
+        assert min(image.size) > 100
+
+
+def test_a_clip_that_is_not_there_is_said_before_anything_is_drawn(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("open_clip")
+    with pytest.raises(SystemExit) as exit_:
+        run(workplace, tmp_path, "--clip", "nowhere")
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert "no CLIP model 'nowhere'" in said.err
+    assert said.out == ""
+
+
 def test_what_a_drawn_set_teaches_stands_beside_what_real_digits_teach(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from scripts.evaluation.clip import EMBEDDED, ClipError, ClipScorer, ClipScores,
 from scripts.evaluation.samples import Digits
 from scripts.mnist import load_mnist
 from scripts.pictures import to_pixels
+from scripts.train_clip import EPOCHS, MODEL
 from tests.scripts.evaluation.bars import bars
 
 open_clip = pytest.importorskip("open_clip")
@@ -36,6 +37,12 @@ def test_similarities_are_the_librarys_own(scorer: ClipScorer) -> None:
 
 def test_it_needs_no_network_and_few_bytes() -> None:
     assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 6_000_000
+
+
+def test_the_command_makes_the_one_that_ships() -> None:
+    facts = json.loads((EMBEDDED / "open_clip_config.json").read_text())
+    assert facts["training"] == {"epochs": EPOCHS, "seed": 0}
+    assert facts["model_cfg"] == MODEL
 
 
 class Told(ClipScorer):
@@ -90,8 +97,8 @@ def test_weights_in_a_file_are_loaded_for_the_architecture_that_is_named(tmp_pat
     assert scorer.similarities(bars(2, 0).images, ["a dog", "a cat"]).shape == (2, 2)
 
 
-def test_the_one_that_ships_knows_real_digits_and_tells_clear_from_noisy(scorer: ClipScorer, mnist: Path) -> None:
-    images, labels = load_mnist("test", mnist)
+def test_the_one_that_ships_knows_real_digits_and_tells_clear_from_noisy(scorer: ClipScorer, mnist_dir: Path) -> None:
+    images, labels = load_mnist("test", mnist_dir)
     scores = scorer.score(Digits(images, labels))
     assert scores.recognised >= 0.99
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
