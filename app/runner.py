@@ -22,13 +22,12 @@ from app.device import (
 from app.network import ModelInfo, Network
 from app.pace import Pace
 from app.slots import Slots
-from app.trajectory import Job, Options, Pixels, Trajectory
+from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Job, Options, Pixels, Trajectory
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.noise import normal
 from model.sampler import make_plan, reverse_step
 
-DEFAULT = "default"  # the model that draws where a request names none
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 WARM_UP_REPEATS = 3
@@ -44,7 +43,7 @@ class Runner:
     def __init__(
         self, models: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype, *, compiled: bool
     ) -> None:
-        self.device, self.image_shape = device, models[DEFAULT].image_shape
+        self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._networks = {
             name: Network(name, loaded, device, dtype, compiled=compiled) for name, loaded in models.items()
         }
@@ -55,10 +54,10 @@ class Runner:
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
         """The runner that the settings ask for; RunnerError in one sentence where it cannot be had."""
-        models = {DEFAULT: _load(settings, "checkpoint")}
+        models = {DEFAULT_MODEL: _load(settings, "checkpoint")}
         if settings.fast_checkpoint:
-            models["fast"] = _load(settings, "fast_checkpoint")
-            if models["fast"].image_shape != models[DEFAULT].image_shape:
+            models[FAST_MODEL] = _load(settings, "fast_checkpoint")
+            if models[FAST_MODEL].image_shape != models[DEFAULT_MODEL].image_shape:
                 raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
         device = choose_device(settings.device)
         if settings.compile == "on":
@@ -168,7 +167,7 @@ class Runner:
             )
 
     def _rows_of_default(self, count: int) -> list[Trajectory]:
-        info = self._networks[DEFAULT].info
+        info = self._networks[DEFAULT_MODEL].info
         return Job(Options(0, 0, info.default_steps, info.samplers[0], 1.0), count).unfinished
 
     def _time_step(self, trajectories: list[Trajectory]) -> float:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from app.trajectory import DEFAULT_MODEL, FAST_MODEL
 from model.sampler import Sampler
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps whole
@@ -48,7 +49,9 @@ class GenerateRequest(BaseModel):
         default=None, description="1 = off; the checkpoint's when absent", json_schema_extra=_without_default
     )
     scale: Annotated[Integer, Field(ge=1, le=16, description="enlarges each image by whole pixels")] = 1
-    model: str = Field(default="default", max_length=128, description="which loaded checkpoint draws: default or fast")
+    model: str = Field(
+        default=DEFAULT_MODEL, max_length=128, description=f"which checkpoint draws: {DEFAULT_MODEL} or {FAST_MODEL}"
+    )
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(  # type: ignore[assignment] # see `given`
         default=None,
         description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",

@@ -15,6 +15,7 @@ from app import errors
 from app.config import Settings
 from app.device import RunnerError
 from app.service import Service
+from app.trajectory import DEFAULT_MODEL
 
 log = logging.getLogger("unfog")
 
@@ -78,7 +79,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
     if ready.done() and not ready.exception():
         host, port = listener.getsockname()[:2]
-        info = engine.models["default"]
+        info = engine.models[DEFAULT_MODEL]
         log.info("ready on http://%s:%d, %s on %s", host, port, info.dtype, info.device)
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from model.sampler import Sampler
 
+DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # what draws where a request names none, and what draws in few steps
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
 
 
@@ -23,7 +24,7 @@ class Options:
     num_steps: int
     sampler: Sampler
     guidance_scale: float
-    model: str = "default"
+    model: str = DEFAULT_MODEL
 
 
 @dataclass(eq=False, slots=True)

@@ -4,6 +4,7 @@ Needs no images: the teacher draws what the student learns from. Started again i
 """
 
 import argparse
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from scripts.recipe import Recipe, RecipeError, load_recipe, preset_names
 from scripts.run import Run, RunError
 from scripts.train import add_training_arguments, choose_device, should_compile, train
 from scripts.trainer import Trainer
+
+NO_TIME = 1e-9  # minutes: no epoch fits
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,6 +50,7 @@ def distil(
 ) -> None:
     """Draws the paths that are missing, and trains the student on them."""
     assert recipe.distillation
+    begun = time.perf_counter()
     compiled = should_compile(args.compile, device)
     start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
     drawer = Drawer(teacher, device, compiled=compiled)
@@ -55,7 +59,8 @@ def distil(
     trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
     data = f"{objective.num_examples} guided paths of the checkpoint {teacher.sha256}"
     run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
-    train(trainer, run, reporter, time_limit=args.time_limit)
+    minutes = (time.perf_counter() - begun) / 60
+    train(trainer, run, reporter, time_limit=args.time_limit and max(args.time_limit - minutes, NO_TIME))
 
 
 def _check(recipe: Recipe, teacher: Checkpoint) -> None:
