@@ -56,8 +56,8 @@ def differences(one: str, other: str) -> set[str]:
         ("baseline", "baseline-ema", {"ema_max_decay"}),
         ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
         ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
-        ("default", "default-v", {"prediction.kind", "min_snr_gamma"}),
-        ("default", "default-edm", {"prediction.kind"}),
+        ("default-eps", "default", {"prediction.kind", "min_snr_gamma"}),
+        ("default-eps", "default-edm", {"prediction.kind"}),
     ],
 )
 def test_a_rung_of_the_ladder_changes_what_it_says_and_nothing_else(below: str, rung: str, different: set[str]) -> None:
