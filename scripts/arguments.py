@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from model.checkpoint import SHIPPED
 from model.sampler import SAMPLERS
@@ -43,18 +43,29 @@ def guidance_scale(text: str) -> float:
     return value
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None) -> None:
-    """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read."""
-    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a .safetensors file; default: what ships")
-    parser.add_argument(
-        "--num-steps", type=integer(1), help="steps of the reverse process; default: the checkpoint's own, or all"
-    )
-    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's own, ddpm of most")
-    parser.add_argument("--guidance-scale", type=guidance_scale, help="1 to 10, 1 = off; default: the checkpoint's")
-    parser.add_argument("--guidance-start", type=integer(1), metavar="T", help="lowest timestep that is guided")
-    parser.add_argument("--guidance-stop", type=integer(1), metavar="T", help="highest timestep that is guided")
+def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
+    """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read.
+
+    `without` names the options that the command decides itself: they are refused.
+    """
     default = "drawn at random" if seed is None else str(seed)
-    parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=seed, help=f"default: {default}")
-    parser.add_argument("--batch-size", type=integer(1, 10_000), default=64, help="images drawn at once; default: 64")
-    parser.add_argument("--compile", action="store_true", help="compile first, which pays for thousands of images")
-    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
+    options: dict[str, dict[str, Any]] = {
+        "--checkpoint": {"type": Path, "default": SHIPPED, "help": "a .safetensors file; default: what ships"},
+        "--num-steps": {
+            "type": integer(1),
+            "help": "steps of the reverse process; default: the checkpoint's own, or all",
+        },
+        "--sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's own, ddpm of most"},
+        "--guidance-scale": {"type": guidance_scale, "help": "1 to 10, 1 = off; default: the checkpoint's"},
+        "--guidance-start": {"type": integer(1), "metavar": "T", "help": "lowest timestep that is guided"},
+        "--guidance-stop": {"type": integer(1), "metavar": "T", "help": "highest timestep that is guided"},
+        "--seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"default: {default}"},
+        "--batch-size": {"type": integer(1, 10_000), "default": 64, "help": "images drawn at once; default: 64"},
+        "--compile": {"action": "store_true", "help": "compile first, which pays for thousands of images"},
+        "--num-threads": {"type": integer(1, 1024), "help": "compute threads on a CPU"},
+    }
+    for name, how in options.items():
+        if name in without:
+            parser.set_defaults(**{name.removeprefix("--").replace("-", "_"): None})
+        else:
+            parser.add_argument(name, **how)

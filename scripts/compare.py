@@ -33,12 +33,16 @@ SCALES = (1.25, 1.5, 2.0, 3.0)
 INTERVALS = ((1, 100), (1, 80), (20, 100), (20, 80), (30, 90), (10, 60))
 
 
+SWEPT = {  # options that take many values in a sweep, in lists of their own
+    "steps": ("--sampler", "--num-steps"),
+    "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop"),
+}
 RUN_COLUMNS = (
     "run",
     "sampler",
     "steps",
     "guidance",
-    "as asked",
+    "as asked, by the judge",
     "worst digit",
     "Fréchet ÷ floor",
     "precision",
@@ -75,28 +79,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
-    from scripts.evaluation.sweep import as_markdown, show_steps
+    from scripts.evaluation.sweep import show_steps
 
     sweep = _sweep(args)
     own = options_from(args, sweep.drawer.checkpoint)
     config, T = sweep.drawer.checkpoint.config, sweep.drawer.checkpoint.schedule.num_steps
+    permitted = config.steps or range(1, T + 1)
     samplers = args.samplers or config.samplers
-    if not set(samplers) <= set(config.samplers) or (config.steps and not set(args.steps) <= set(config.steps)):
+    steps = args.steps or sorted(config.steps) or [num_steps for num_steps in STEPS if num_steps <= T]
+    if not set(samplers) <= set(config.samplers) or not set(steps) <= set(permitted):
         raise CompareError("this checkpoint does not permit those samplers or numbers of steps")
-    settings = [
-        replace(own, sampler=sampler, num_steps=num_steps)
-        for sampler in samplers
-        for num_steps in args.steps
-        if num_steps <= T
-    ]
-    rows = sweep.run(settings, reporter)
-    write_atomically(args.out / "steps.md", as_markdown(rows).encode())
+    rows = sweep.run([replace(own, sampler=name, num_steps=n) for name in samplers for n in steps], reporter)
+    write_atomically(args.out / "steps.md", sweep.as_markdown(rows).encode())
     save_figure(show_steps(rows), args.out / "steps.png", grey=False)
 
 
 def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
-    from scripts.evaluation.sweep import as_markdown
-
     sweep = _sweep(args)
     if not sweep.drawer.checkpoint.config.guidable:
         raise CompareError("this checkpoint cannot be guided: no label was dropped in its training")
@@ -106,7 +104,7 @@ def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
         *(Guidance(scale, start, stop) for scale in args.scales for start, stop in args.intervals),
     ]
     rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
-    write_atomically(args.out / "guidance.md", as_markdown(rows).encode())
+    write_atomically(args.out / "guidance.md", sweep.as_markdown(rows).encode())
 
 
 def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -173,7 +171,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="steps|guidance|runs", dest="command")
     steps = commands.add_parser("steps", help="quality against the number of steps, for each sampler")
-    steps.add_argument("--steps", type=integer(1), nargs="+", default=STEPS, help=f"default: {_listed(STEPS)}")
+    steps.add_argument("--steps", type=integer(1), nargs="+", help=f"default: {_listed(STEPS)}, or a student's own")
     steps.add_argument("--samplers", choices=SAMPLERS, nargs="+", help="default: all that the checkpoint permits")
     steps.set_defaults(run=_steps)
     guidance = commands.add_parser("guidance", help="quality against scale and interval")
@@ -185,13 +183,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--intervals", type=_interval, nargs="+", default=INTERVALS, metavar="A-B", help=f"default: {_listed(pairs)}"
     )
     guidance.set_defaults(run=_guidance)
-    for command in (steps, guidance):
+    for name, command in (("steps", steps), ("guidance", guidance)):
         command.add_argument(
             "--num-images", type=integer(100, 50_000), default=2_000, help="a multiple of 10; default: 2000"
         )
         command.add_argument("--out", type=Path, required=True, help="folder for the figures; a sweep in it goes on")
         command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
-        add_drawing_arguments(command, seed=SEED)
+        add_drawing_arguments(command, seed=SEED, without=SWEPT[name])
     runs = commands.add_parser("runs", help="evaluations side by side")
     runs.add_argument("evaluations", type=Path, nargs="+", help="folders that hold an evaluation.json")
     runs.add_argument("--out", type=Path, help="a .md file for the table")

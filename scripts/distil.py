@@ -4,6 +4,7 @@ Needs no images: the teacher draws what the student learns from. Started again i
 """
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -50,17 +51,28 @@ def distil(
 ) -> None:
     """Draws the paths that are missing, and trains the student on them."""
     assert recipe.distillation
-    begun = time.perf_counter()
+    end = time.perf_counter() + (60 * args.time_limit if args.time_limit else math.inf)
     compiled = should_compile(args.compile, device)
     start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
     drawer = Drawer(teacher, device, compiled=compiled)
-    states, y = draw_paths(drawer, recipe.distillation, args.out / "paths", reporter, seed=args.seed)
-    objective = DistillationObjective(recipe, states, y, device)
+
+    paths = draw_paths(
+        drawer,
+        recipe.distillation,
+        args.out / "paths",
+        reporter,
+        seed=args.seed,
+        has_time=lambda: time.perf_counter() < end,
+    )
+    if not paths:
+        reporter.line("the time limit is there, not all paths: start again to go on")
+        return
+    objective = DistillationObjective(recipe, *paths, device)
     trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
     data = f"{objective.num_examples} guided paths of the checkpoint {teacher.sha256}"
     run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
-    minutes = (time.perf_counter() - begun) / 60
-    train(trainer, run, reporter, time_limit=args.time_limit and max(args.time_limit - minutes, NO_TIME))
+    minutes_left = (end - time.perf_counter()) / 60
+    train(trainer, run, reporter, time_limit=max(minutes_left, NO_TIME) if args.time_limit else None)
 
 
 def _check(recipe: Recipe, teacher: Checkpoint) -> None:

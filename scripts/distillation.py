@@ -6,6 +6,7 @@ from each to the next (Salimans & Ho 2022, section 3, all strides at once; Meng 
 which is in the paths, so that the student needs no second evaluation).
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from scripts.progress import Reporter
 from scripts.recipe import STUDENT_SAMPLER, DistillationRecipe, Recipe
 
 PART_SIZE = 2_560  # paths a file
-PATH_SEED = 2**52  # plus the run's: no seed that digits are evaluated with shares noise with a path
+PATH_SEED = 2**52  # plus the run's: digits that are evaluated with a smaller seed share no noise with a path
 
 
 class PathsError(Exception):
@@ -49,17 +50,25 @@ def teacher_timesteps(schedule: Schedule, recipe: DistillationRecipe) -> list[in
 
 
 def draw_paths(
-    drawer: Drawer, recipe: DistillationRecipe, folder: Path, reporter: Reporter, *, seed: int
-) -> tuple[Tensor, Tensor]:
-    """The states (N, num_steps + 1, C, H, W) float16 and digits (N,), those held out last.
+    drawer: Drawer,
+    recipe: DistillationRecipe,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    seed: int,
+    has_time: Callable[[], bool] = lambda: True,
+) -> tuple[Tensor, Tensor] | None:
+    """The states (N, num_steps + 1, C, H, W) float16 and digits (N,), those held out last; None if time ran out.
 
     What lies in the folder is kept; PathsError where it is of another teacher, seed or arithmetic.
     """
     count = recipe.num_paths + recipe.num_held_out
-    paths = [
-        _part(drawer, recipe, folder / f"{start:07}.safetensors", range(start, start + PART_SIZE), reporter, seed=seed)
-        for start in range(0, count, PART_SIZE)
-    ]
+    paths = []
+    for start in range(0, count, PART_SIZE):
+        file = folder / f"{start:07}.safetensors"
+        if not file.exists() and not has_time():
+            return None
+        paths.append(_part(drawer, recipe, file, range(start, start + PART_SIZE), reporter, seed=seed))
     states, y = (torch.cat([part[name] for part in paths]) for name in ("states", "y"))
     return states[:count], y[:count]
 
@@ -73,7 +82,7 @@ def _part(
         "num_steps": str(recipe.num_steps),
         "paths": f"{index.start} to {index.stop}",
         "seed": str(seed),
-        "arithmetic": f"{drawer.dtype}{', compiled' if drawer.compiled else ''}",
+        "arithmetic": f"{drawer.device.type}, {drawer.dtype}{', compiled' if drawer.compiled else ''}",
     }
     if not file.exists():
         states, y = _draw_part(drawer, recipe, torch.tensor(index), reporter, seed=PATH_SEED + seed)
@@ -81,7 +90,9 @@ def _part(
     try:
         with safe_open(file, framework="pt") as opened:
             if opened.metadata() != facts:
-                raise PathsError(f"{file} holds paths of another teacher, recipe or seed; name another --out")
+                raise PathsError(
+                    f"{file} holds paths of another teacher, recipe, seed or arithmetic; name another --out"
+                )
             return {name: opened.get_tensor(name) for name in ("states", "y")}
     except SafetensorError as error:
         raise PathsError(f"{file} is damaged: remove it and start again") from error

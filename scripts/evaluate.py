@@ -10,6 +10,7 @@ Choices are made on the validation split; the test split is for the figures that
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from model.checkpoint import SHIPPED, CheckpointError, write_atomically
 from scripts.arguments import Parser, add_drawing_arguments, integer
 from scripts.drawing import DrawingError, open_drawer, options_from
 from scripts.evaluation import clip
-from scripts.evaluation.classifiers import NUM_CLASSES, ClassifierError, load_classifier
+from scripts.evaluation.classifiers import NUM_CLASSES, ClassifierError, Trained, load_classifier
 from scripts.evaluation.clip import ClipError, ClipScorer
 from scripts.evaluation.clip_path import PROMPTS, scores_along, show_scores
 from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
@@ -32,13 +33,16 @@ from scripts.evaluation.samples import (
     balanced,
     draw_samples,
     load_references,
+    read_facts,
     read_samples,
 )
-from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from, read_synthetic
+from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from
 from scripts.figures import save_figure
 from scripts.mnist import DataError
 from scripts.progress import Reporter, fail, require
 
+SOURCE = ("checkpoint_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
+MOST_IMAGES = 49_000  # so that as many real digits, as many of each, stand beside them
 CLIP_HELP = "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE; default: the small one that ships"
 
 
@@ -60,57 +64,85 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
     from scripts.evaluation.pictures import show_confusion, show_nearest
     from scripts.evaluation.quality import Evaluator, as_json, as_markdown
 
+    # All that can fail fails before anything is drawn.
     scorer = ClipScorer(args.clip) if args.clip else None
     judge, extractor = load_classifier("judge", args.judge), load_classifier("extractor", args.extractor)
+    num_images, draw, source = _folder(args) if args.images else _checkpoint(args, reporter)
     references = load_references(args.split, args.data_dir)
-    digits, source = _samples(args, reporter)
-    evaluator = Evaluator(references, judge, extractor, len(digits.images))
+    evaluator = Evaluator(references, judge, extractor, num_images)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    digits = draw()
     quality, nearest = evaluator.evaluate(digits, reporter)
-    table, content = as_markdown(quality, evaluator), {**source, **as_json(quality, evaluator)}
+    table, content = as_markdown(quality), {**source, **as_json(quality, evaluator)}
     if scorer:
-        seen = scorer.score(digits), scorer.score(references.held_out)
+        real = references.held_out
+        seen = scorer.score(digits), scorer.score(real), scorer.tells_noise(real)
         table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
     reporter.line(table)
     if args.out:
-        write_atomically(args.out / "evaluation.json", f"{json.dumps(content, indent=2)}\n".encode())
+        _write_json(args.out / "evaluation.json", content)
         write_atomically(args.out / "evaluation.md", f"{table}\n".encode())
         save_figure(show_confusion(quality.judge), args.out / "confusion.png", grey=False)
         save_figure(show_nearest(digits, nearest, references.learned.images), args.out / "nearest.png", grey=True)
 
 
-def _samples(args: argparse.Namespace, reporter: Reporter) -> tuple[Digits, dict[str, Any]]:
-    """The images, and where they come from."""
-    if args.images:
-        return read_samples(args.images), {"images": args.images.name}
+Samples = tuple[int, Callable[[], Digits], dict[str, Any]]  # how many, the images, where they come from
+
+
+def _folder(args: argparse.Namespace) -> Samples:
+    given = [name for name, default in args.drawing_defaults.items() if getattr(args, name) != default]
+    if given:
+        raise SamplesError(f"--images are drawn already: leave out --{given[0].replace('_', '-')}")
+    digits, facts = read_samples(args.images), read_facts(args.images)
+    known = {name: facts[name] for name in SOURCE if name in facts}
+    return len(digits.images), lambda: digits, {"images": args.images.name, **known}
+
+
+def _checkpoint(args: argparse.Namespace, reporter: Reporter) -> Samples:
     if args.num_images % NUM_CLASSES:
         raise SamplesError(f"--num-images {args.num_images} is not a multiple of 10: each digit counts alike")
     drawer = open_drawer(args)
     options = options_from(args, drawer.checkpoint)
-    digits = draw_samples(
-        drawer, options, reporter, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size
-    )
-    source = {
+
+    def draw() -> Digits:
+        return draw_samples(
+            drawer, options, reporter, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size
+        )
+
+    facts = {
         "checkpoint_sha256": drawer.checkpoint.sha256,
         "options": asdict(options),
         "seed": args.seed,
         "device": drawer.device.type,
         "dtype": str(drawer.dtype).removeprefix("torch."),
-        "compiled": args.compile,
+        "compiled": drawer.compiled,
     }
-    return digits, source
+    return args.num_images, draw, {name: facts[name] for name in SOURCE}
 
 
 def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
     schedule = checkpoint.load(args.checkpoint).schedule
     timesteps = list(range(0, schedule.num_steps + 1, max(schedule.num_steps // 50, 1)))
-    digits = load_references(args.split, args.data_dir).held_out
-    shares = recognised_in_fog(load_classifier("fog_judge", args.judge).network, digits, schedule, timesteps, reporter)
-    for digit, t in enumerate(lost_at(timesteps, shares)):
-        reporter.line(f"{digit}: fewer than half are recognised from t = {t} on")
+    digits, judge = load_references(args.split, args.data_dir).held_out, load_classifier("fog_judge", args.judge)
+    shares = recognised_in_fog(judge.network, digits, schedule, timesteps, reporter)
+    lost = lost_at(timesteps, shares)
+    for digit, t in enumerate(lost):
+        reporter.line(f"{digit}: {'never lost' if t is None else f'half are lost from t = {t} on'}")
     save_figure(show_fog(timesteps, shares), args.out, grey=False)
+    content = {
+        "split": args.split,
+        "judge": _of(judge),
+        "t": timesteps,
+        "told": shares.T.tolist(),
+        "half_lost_at": lost,
+    }
+    _write_json(args.out.with_suffix(".json"), content)
 
 
 def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
+    if args.num_images % NUM_CLASSES:
+        raise SamplesError(f"--num-images {args.num_images} is not a multiple of 10: each digit counts alike")
     scorer, drawer = ClipScorer(args.clip), open_drawer(args)
     real = balanced(load_references(args.split, args.data_dir).held_out, args.num_images)
     options = options_from(args, drawer.checkpoint)
@@ -118,15 +150,31 @@ def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
     for prompt, first, last, beside in zip(PROMPTS, means[0], means[-1], of_real, strict=True):
         reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {beside:.3f}")
     save_figure(show_scores(args.clip, timesteps, means, of_real), args.out, grey=False)
+    scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(PROMPTS)}
+    content = {"model": scorer.name, "weights_sha256": scorer.sha256, "t": timesteps, "scores": scores}
+    _write_json(args.out.with_suffix(".json"), content)
 
 
 def _synthetic(args: argparse.Namespace, reporter: Reporter) -> None:
-    references = load_references(args.split, args.data_dir)
-    for name, digits in (("drawn", read_synthetic(args.folder)), ("real", references.learned)):
-        learned = accuracy_learned_from(digits, references.held_out, reporter, epochs=args.epochs, seed=args.seed)
+    references, drawn = load_references(args.split, args.data_dir), read_samples(args.folder)
+    learned = {}
+    for name, digits in (("drawn", drawn), ("real", references.learned)):
+        share = accuracy_learned_from(digits, references.held_out, reporter, epochs=args.epochs, seed=args.seed)
+        learned[name] = {"num_images": len(digits.labels), "accuracy": share}
         reporter.line(
-            f"learned from {len(digits.labels)} {name} digits: {learned:.2%} of the {args.split} split recognised"
+            f"learned from {len(digits.labels)} {name} digits: {share:.2%} of the {args.split} split recognised"
         )
+    if args.out:
+        training = {"split": args.split, "epochs": args.epochs, "seed": args.seed}
+        _write_json(args.out, {**training, **learned, "drawn_with": read_facts(args.folder)})
+
+
+def _of(trained: Trained) -> dict[str, Any]:
+    return {"sha256": trained.sha256, "test_accuracy": trained.accuracy}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -134,39 +182,21 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="digits|fog|clip|synthetic")
-
     digits = commands.add_parser("digits", help="evaluate drawn digits: a table, JSON and pictures")
-    digits.add_argument("--images", type=Path, help="a folder of PNGs instead of a checkpoint")
-    lowest = NUM_CLASSES * FEWEST_OF_EACH
-    digits.add_argument(
-        "--num-images", type=integer(lowest, 50_000), default=10_000, help="a multiple of 10; default: 10000"
-    )
-    digits.add_argument("--out", type=Path, help="folder for evaluation.json, evaluation.md and the pictures")
-    digits.add_argument("--extractor", type=Path, help="weights whose features count; default: those that ship")
-    digits.add_argument("--clip", nargs="?", const="embedded", metavar="MODEL", help=f"judge by CLIP too; {CLIP_HELP}")
-    add_drawing_arguments(digits, seed=0)
-    digits.set_defaults(run=_digits)
-
+    _add_digits(digits)
     fog = commands.add_parser("fog", help="how long real digits are recognised on their way into the noise")
     fog.add_argument("--checkpoint", type=Path, default=SHIPPED, help="whose schedule; default: what ships")
-    fog.add_argument("--out", type=Path, required=True, help="the .png to write")
+    fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: those that ship")
+    fog.add_argument("--out", type=Path, required=True, help="the .png to write; its numbers go into a .json beside it")
     fog.set_defaults(run=_fog)
-
     clip_path = commands.add_parser("clip", help="what CLIP sees along the reverse process")
-    clip_path.add_argument("--num-images", type=integer(NUM_CLASSES, 5_000), default=200, help="default: 200")
-    clip_path.add_argument("--out", type=Path, required=True, help="the .png to write")
-    clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=CLIP_HELP)
-    add_drawing_arguments(clip_path, seed=0)
-    clip_path.set_defaults(run=_clip)
-
+    _add_clip(clip_path)
     synthetic = commands.add_parser("synthetic", help="what a classifier learns from drawn digits alone")
-    synthetic.add_argument("folder", type=Path, help="what scripts.make_dataset wrote, as IDX files")
+    synthetic.add_argument("folder", type=Path, help="what scripts.make_dataset wrote")
     synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"default: {EPOCHS}")
     synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
+    synthetic.add_argument("--out", type=Path, help="a .json to write")
     synthetic.set_defaults(run=_synthetic)
-
-    digits.add_argument("--judge", type=Path, help="weights of the judge; default: those that ship")
-    fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: those that ship")
     for command in (fog, synthetic):
         command.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     for command in (digits, fog, clip_path, synthetic):
@@ -177,6 +207,31 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing"
         )
     return parser.parse_args(argv)
+
+
+def _add_digits(digits: argparse.ArgumentParser) -> None:
+    digits.add_argument("--images", type=Path, help="a folder of PNGs, or one of scripts.make_dataset, is not drawn")
+    digits.add_argument("--out", type=Path, help="folder for evaluation.json, evaluation.md and the pictures")
+    digits.add_argument("--judge", type=Path, help="weights of the judge; default: those that ship")
+    digits.add_argument("--extractor", type=Path, help="weights whose features count; default: those that ship")
+    digits.add_argument("--clip", nargs="?", const="embedded", metavar="MODEL", help=f"judge by CLIP too; {CLIP_HELP}")
+    before = set(vars(digits.parse_args([])))
+    lowest = NUM_CLASSES * FEWEST_OF_EACH
+    digits.add_argument(
+        "--num-images", type=integer(lowest, MOST_IMAGES), default=10_000, help="a multiple of 10; default: 10000"
+    )
+    add_drawing_arguments(digits, seed=0)
+    defaults = {name: value for name, value in vars(digits.parse_args([])).items() if name not in before}
+    defaults.pop("num_threads")
+    digits.set_defaults(run=_digits, drawing_defaults=defaults)
+
+
+def _add_clip(clip_path: argparse.ArgumentParser) -> None:
+    clip_path.add_argument("--num-images", type=integer(NUM_CLASSES, 5_000), default=200, help="default: 200")
+    clip_path.add_argument("--out", type=Path, required=True, help="the .png to write; its numbers go into a .json")
+    clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=CLIP_HELP)
+    add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
+    clip_path.set_defaults(run=_clip)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from PIL import Image
 from model.checkpoint import CheckpointError, write_atomically
 from scripts.arguments import Parser, add_drawing_arguments, integer
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.evaluation.samples import FACTS, IDX
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter, fail
 
 PART = 1000  # images that are drawn before they are kept
 NUM_CLASSES = 10
-FACTS = "dataset.json"  # what the set was drawn with; there from the beginning
 PARTS = "parts"  # the images so far; gone when all are there
 
 
@@ -57,8 +57,8 @@ def write_idx(folder: Path, images: np.ndarray) -> None:
     count = len(images)
     labels = (np.arange(count) % NUM_CLASSES).astype(np.uint8)
     header = struct.pack(">4i", 2051, *images.shape)
-    write_atomically(folder / "train-images-idx3-ubyte", header + images.tobytes())
-    write_atomically(folder / "train-labels-idx1-ubyte", struct.pack(">2i", 2049, count) + labels.tobytes())
+    write_atomically(folder / IDX[0], header + images.tobytes())
+    write_atomically(folder / IDX[1], struct.pack(">2i", 2049, count) + labels.tobytes())
 
 
 def write_pngs(folder: Path, images: np.ndarray) -> None:
@@ -76,9 +76,9 @@ def _begin(folder: Path, facts: dict[str, Any]) -> bool:
         if json.loads(path.read_text("utf-8")) != facts:
             raise DatasetError(f"{folder} holds another set; name another --out")
         return (folder / PARTS).exists()
-    if folder.exists() and any(folder.iterdir()):
+    if any(found != folder / PARTS for found in folder.rglob("*")):
         raise DatasetError(f"{folder} is not empty, and holds no set to go on with")
-    (folder / PARTS).mkdir(parents=True)
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{json.dumps(facts, indent=2)}\n".encode())
     return True
 
@@ -107,6 +107,7 @@ def _facts(args: argparse.Namespace, drawer: Drawer, options: DrawingOptions) ->
         "seed": args.seed,
         "count": args.count,
         "format": args.format,
+        "device": drawer.device.type,
         "dtype": str(drawer.dtype).removeprefix("torch."),
         "compiled": drawer.compiled,
     }

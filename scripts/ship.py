@@ -27,15 +27,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         loaded = checkpoint.load(args.checkpoint)
         target = args.out or SHIPPED.with_name("fast.safetensors" if loaded.config.steps else SHIPPED.name)
-        ship(loaded, target, _guidance(args), _evaluation(args.evaluation))
+        ship(loaded, target, _guidance(args), [_evaluation(path, loaded) for path in args.evaluation])
     except (CheckpointError, OSError, ValueError) as error:
         raise fail(f"ship: {error}".splitlines()[0]) from error
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 
-def ship(loaded: Checkpoint, target: Path, guidance: Guidance, evaluation: dict[str, Any]) -> None:
-    """Writes it with another guidance and with its evaluation; ValueError if all that ships were too large then."""
-    training = {**loaded.config.training, "evaluation": evaluation}
+def ship(loaded: Checkpoint, target: Path, guidance: Guidance, evaluations: list[dict[str, Any]]) -> None:
+    """Writes it with another guidance and with its evaluations; ValueError if all that ships were too large then."""
+    training = {**loaded.config.training, "evaluation": evaluations}
     config = replace(loaded.config, guidance=guidance, training=training)
     beside = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
     if 2 * sum(p.numel() for p in loaded.network.parameters()) + beside > MAX_BYTES:
@@ -47,10 +47,11 @@ def _guidance(args: argparse.Namespace) -> Guidance:
     return Guidance(args.guidance_scale, args.guidance_start, args.guidance_stop)
 
 
-def _evaluation(path: Path | None) -> dict[str, Any]:
-    """Without the SHA-256 of the file that was judged: what ships has another."""
-    evaluation = dict(json.loads(path.read_text("utf-8"))) if path else {}
-    evaluation.pop("checkpoint_sha256", None)
+def _evaluation(path: Path, loaded: Checkpoint) -> dict[str, Any]:
+    """Without the SHA-256 of the file that was judged, which ships under another; ValueError if it was not this one."""
+    evaluation = dict(json.loads(path.read_text("utf-8")))
+    if evaluation.pop("checkpoint_sha256", None) != loaded.sha256:
+        raise ValueError(f"{path} is not an evaluation of this checkpoint")
     return evaluation
 
 
@@ -60,7 +61,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=guidance_scale, required=True, help="the recommended one; 1 = off")
     parser.add_argument("--guidance-start", type=integer(1), default=1, metavar="T", help="lowest timestep guided")
     parser.add_argument("--guidance-stop", type=integer(1), default=100, metavar="T", help="highest timestep guided")
-    parser.add_argument("--evaluation", type=Path, help="evaluation.json of `python -m scripts.evaluate digits`")
+    parser.add_argument(
+        "--evaluation", type=Path, nargs="+", default=[], help="evaluation.json of `python -m scripts.evaluate digits`"
+    )
     parser.add_argument(
         "--out", type=Path, help="default: where it is served from, default.safetensors or a student's fast.safetensors"
     )

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
             )
             facts = facts_of(network, choose, test, **recipe)
             save_classifier(path, args.kind, network, facts)
-            reporter.line(f"{facts['test_accuracy']:.2%} of the test digits recognised; saved as {path}")
+            reporter.line(f"{facts['validation_accuracy']:.2%} of the validation digits recognised; saved as {path}")
     except (DataError, OSError) as error:
         raise fail(f"train_classifiers: {error}".splitlines()[0]) from error
 

@@ -61,12 +61,15 @@ def main(argv: list[str] | None = None) -> None:
             model = open_clip.CLIP(**MODEL)
             tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
             train_clip(model, tokens, learn, reporter, epochs=args.epochs, seed=args.seed)
-            save_clip(args.out, model, tokens, {"epochs": args.epochs, "seed": args.seed})
+            data = f"MNIST, training split less the last {len(choose[0])} images"
+            facts: dict[str, Any] = {"data": data, "epochs": args.epochs, "seed": args.seed}
+            save_clip(args.out, model, tokens, facts)
             scorer = ClipScorer(str(args.out))
-            for name, digits in (("validation", choose), ("test", test)):
-                scores = scorer.score(Digits(*digits))
-                shares = f"{scores.recognised:.2%} recognised, {scores.clear:.2%} called clear"
-                reporter.line(f"{name} digits: {shares}")
+            for name, digits in (("validation", Digits(*choose)), ("test", Digits(*test))):
+                recognised, told = scorer.score(digits).recognised, scorer.tells_noise(digits)
+                facts[name] = {"recognised": recognised, "tells_noise": told}
+                reporter.line(f"{name} digits: {recognised:.2%} recognised, {told:.2%} told from noisy ones")
+            save_config(args.out, facts)
             reporter.line(f"saved in {args.out}")
     except (DataError, OSError) as error:
         raise fail(f"train_clip: {error}".splitlines()[0]) from error
@@ -126,12 +129,14 @@ def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, A
     known = torch.zeros(len(tensors[WORDS]), 1, dtype=torch.float16)
     known[tokens.unique()] = 1
     tensors[WORDS] *= known
-    config = {
-        "model_cfg": MODEL,
-        "preprocess_cfg": {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"},
-        "training": facts,
-    }
     write_atomically(folder / "open_clip_model.safetensors", serialize(tensors))
+    save_config(folder, facts)
+
+
+def save_config(folder: Path, facts: dict[str, Any]) -> None:
+    """What open_clip builds the model by, and what is known of it."""
+    preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
+    config = {"model_cfg": MODEL, "preprocess_cfg": preprocess, "training": facts}
     write_atomically(folder / "open_clip_config.json", f"{json.dumps(config, indent=2)}\n".encode())
 
 

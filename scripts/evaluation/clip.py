@@ -14,13 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.diffusion import Diffusion
+from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
 from scripts.evaluation.classifiers import NUM_CLASSES, WEIGHTS
 from scripts.evaluation.samples import Digits
+from scripts.mnist import to_model_range
+from scripts.pictures import to_pixels
 from scripts.progress import require
 
 EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loads it anywhere
 BATCH_SIZE = 250
+NOISY_FROM = 20  # timestep of the cosine schedule, of 100: from here on a picture is called noisy
 
 
 class ClipError(Exception):
@@ -68,9 +73,21 @@ class ClipScorer:
             similarity=by_digit.gather(1, digits.labels[:, None]).mean().item(),
         )
 
+    def tells_noise(self, digits: Digits) -> float:
+        """Of real digits, each clear and at one of t = 20 to 100: the share called clear and noisy as they are."""
+        return (self.score(digits).clear + 1 - self.score(noised(digits)).clear) / 2
+
     def _embed(self, images: Tensor) -> Tensor:
         pictures = [self._preprocess(Image.fromarray(image[0].numpy())) for image in images]
         return F.normalize(self.model.encode_image(torch.stack(pictures)), dim=1)  # (B, E)
+
+
+def noised(digits: Digits) -> Digits:
+    """x_t of the cosine schedule, t = 20 to 100 in turn, the same noise every time."""
+    diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
+    t = NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - NOISY_FROM)  # (N,)
+    x_t, _ = diffusion.add_noise(to_model_range(digits.images), t)
+    return Digits(to_pixels(x_t), digits.labels)
 
 
 def digest_of(model: nn.Module) -> str:
@@ -101,16 +118,18 @@ def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
     return model.eval().requires_grad_(False), preprocess, tokenizer
 
 
-def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores) -> dict[str, Any]:
+def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores, tells_noise: float) -> dict[str, Any]:
     """Scores of drawn digits beside those of real ones."""
-    return {"model": scorer.name, "weights_sha256": scorer.sha256, "drawn": asdict(drawn), "real": asdict(real)}
+    of_real = {**asdict(real), "tells_noise": tells_noise}
+    return {"model": scorer.name, "weights_sha256": scorer.sha256, "drawn": asdict(drawn), "real": of_real}
 
 
-def as_markdown(scorer: ClipScorer, drawn: ClipScores, real: ClipScores) -> str:
+def as_markdown(scorer: ClipScorer, drawn: ClipScores, real: ClipScores, tells_noise: float) -> str:
     """Rows for the table of figures."""
     rows = [
         ("names the digit, of ten", f"{drawn.recognised:.2%}", f"{real.recognised:.2%}"),
         ("clear rather than noisy", f"{drawn.clear:.2%}", f"{real.clear:.2%}"),
+        ("tells clear from noisy (t of 20 to 100)", "", f"{tells_noise:.2%}"),
         ("likeness to the digit's prompt", f"{drawn.similarity:.3f}", f"{real.similarity:.3f}"),
     ]
     return "\n".join(f"| CLIP {scorer.name}: {name} | {value} | {beside} |" for name, value, beside in rows)

@@ -19,7 +19,7 @@ NUM_PAIRS = 12  # images shown beside what they come nearest to
 
 
 def show_confusion(judged: Recognition) -> "Figure":
-    """Asked for by row, seen by column; the colour is the share of a row's mistakes, so that a few are seen."""
+    """Asked for by row, seen by column; the colour counts mistakes alone, so that a few are seen."""
     counts = torch.tensor(judged.confusion)  # (10, 10)
     mistakes = counts.clone().fill_diagonal_(0)
     figure = new_figure(460, 440)

@@ -27,7 +27,7 @@ class Recognition:
     accuracy: float  # share recognised as asked
     per_digit: tuple[float, ...]
     confusion: tuple[tuple[int, ...], ...]  # [asked][seen] -> images
-    entropy: float  # mean of the classifier's doubt, in nats
+    entropy: float  # mean of the predicted distribution's, in nats
 
     @property
     def worst_digit(self) -> int:
@@ -37,14 +37,20 @@ class Recognition:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Figures of a set of digits; `real_…` is the same figure of real digits that were learned from."""
+    """Figures of a set of digits, and the same of real ones.
+
+    Distances and manifolds of as many digits that were learned from, against those held out; both sides hold
+    each digit as often, since other shares of the ten would be a distance too.
+    """
 
     num_images: int
-    split: str  # the real digits that it is compared with
+    split: str  # the real digits that are held out
     judge: Recognition
+    real_judge: Recognition  # of all that are held out
     extractor: Recognition
+    real_extractor: Recognition
     frechet: float
-    real_frechet: float  # the floor, at the same number of images
+    real_frechet: float  # the floor
     noise_frechet: float
     manifold: Manifold
     real_manifold: Manifold
@@ -77,14 +83,16 @@ class Evaluator:
 
     def __init__(self, references: References, judge: Trained, extractor: Trained, num_images: int) -> None:
         self.references, self.judge, self.extractor, self.num_images = references, judge, extractor, num_images
-        self._real = balanced(references.learned, num_images)
-        self._real_features = self._features(self._real.images)  # (N, F)
-        self._held_out_features = self._features(references.held_out.images)  # (M, F)
-        noise = torch.randn(self._real.images.shape, generator=torch.Generator().manual_seed(0))
-        self._floor = frechet_distance(self._real_features, self._held_out_features)
+        self.real_judge, self.real_extractor = (recognition(n.network, references.held_out) for n in (judge, extractor))
+        fewest = min(sum(row) for row in self.real_judge.confusion)
+        held_out, real = balanced(references.held_out, NUM_CLASSES * fewest), balanced(references.learned, num_images)
+        self._held_out_features, self._held_out_labels = self._features(held_out.images), held_out.labels  # (M, F)
+        real_features = self._features(real.images)  # (N, F)
+        noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
+        self._floor = frechet_distance(real_features, self._held_out_features)
         self._noise = frechet_distance(self._features(to_pixels(noise)), self._held_out_features)
-        self._real_manifold = self._manifold(self._real_features, self._real.labels)
-        self._held_out_nearest = nearest_learned(references.held_out.images[:num_images], references.learned.images)
+        self.real_manifold = self._manifold(real_features, real.labels)
+        self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
 
     def evaluate(self, digits: Digits, reporter: Reporter) -> tuple[Quality, Nearest]:
         """The figures of these digits, and the learned images that are nearest to them."""
@@ -100,12 +108,14 @@ class Evaluator:
             num_images=len(digits.images),
             split=self.references.name,
             judge=judged,
+            real_judge=self.real_judge,
             extractor=recognition(self.extractor.network, digits),
+            real_extractor=self.real_extractor,
             frechet=frechet_distance(features, self._held_out_features),
             real_frechet=self._floor,
             noise_frechet=self._noise,
             manifold=manifold,
-            real_manifold=self._real_manifold,
+            real_manifold=self.real_manifold,
             memorised=memorised_share(nearest),
             held_out_memorised=memorised_share(self._held_out_nearest),
         )
@@ -115,7 +125,7 @@ class Evaluator:
         return features_of(self.extractor.network, images)
 
     def _manifold(self, features: Tensor, labels: Tensor) -> Manifold:
-        return compare_manifolds(features, labels, self._held_out_features, self.references.held_out.labels)
+        return compare_manifolds(features, labels, self._held_out_features, self._held_out_labels)
 
 
 def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
@@ -128,17 +138,14 @@ def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
-def as_markdown(quality: Quality, evaluator: Evaluator) -> str:
+def as_markdown(quality: Quality) -> str:
     """A table: each figure beside that of real digits."""
-    judge, real = quality.judge, recognition(evaluator.judge.network, evaluator.references.held_out)
-    worst, real_worst = judge.worst_digit, real.worst_digit
     ours, theirs = quality.manifold, quality.real_manifold
     floor = f"{quality.real_frechet:.4f} (noise {quality.noise_frechet:.0f})"
     rows = [
-        ("recognised as asked", f"{judge.accuracy:.2%}", f"{real.accuracy:.2%}"),
-        ("worst digit", f"{worst}: {judge.per_digit[worst]:.2%}", f"{real_worst}: {real.per_digit[real_worst]:.2%}"),
-        ("the judge's doubt, nats", f"{judge.entropy:.3f}", f"{real.entropy:.3f}"),
-        ("recognised by the extractor", f"{quality.extractor.accuracy:.2%}", f"{evaluator.extractor.accuracy:.2%}"),
+        *_beside("recognised as asked", quality.judge, quality.real_judge),
+        ("entropy of the judge, nats", f"{quality.judge.entropy:.3f}", f"{quality.real_judge.entropy:.3f}"),
+        *_beside("recognised by the extractor", quality.extractor, quality.real_extractor)[:1],
         ("Fréchet distance", f"{quality.frechet:.4f}", floor),
         ("as a multiple of the floor", f"{quality.frechet_ratio:.2f}", "1"),
         ("precision", f"{ours.precision:.3f}", f"{theirs.precision:.3f}"),
@@ -148,3 +155,14 @@ def as_markdown(quality: Quality, evaluator: Evaluator) -> str:
     ]
     head = f"| figure | {quality.num_images:,} images | real digits ({quality.split} split) |\n| --- | --- | --- |\n"
     return head + "\n".join(f"| {name} | {value} | {beside} |" for name, value, beside in rows)
+
+
+def _beside(name: str, ours: Recognition, real: Recognition) -> list[tuple[str, str, str]]:
+    """Rows of the table: all digits, the worst one, each."""
+    worst, real_worst = (f"{r.worst_digit}: {r.per_digit[r.worst_digit]:.2%}" for r in (ours, real))
+    each, real_each = (", ".join(f"{d}: {share:.1%}" for d, share in enumerate(r.per_digit)) for r in (ours, real))
+    return [
+        (name, f"{ours.accuracy:.2%}", f"{real.accuracy:.2%}"),
+        ("worst digit", worst, real_worst),
+        ("each digit", each, real_each),
+    ]

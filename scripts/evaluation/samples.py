@@ -1,9 +1,10 @@
 """The digits that are evaluated: drawn by a checkpoint, or read from a folder."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 
 FEWEST_OF_EACH = 10  # that neighbours can be looked for among
+IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
 NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
 
 
@@ -53,26 +56,65 @@ def draw_samples(
 
 
 def read_samples(folder: Path) -> Digits:
-    """The PNGs of a folder: `digit-<d>-….png`, or in folders named 0 to 9; SamplesError for anything else."""
+    """What a folder holds, as IDX files or as PNGs; SamplesError for anything else.
+
+    PNGs are called `digit-<d>-….png`, or lie in folders named 0 to 9.
+    """
+    digits = _read_idx(folder) if (folder / IDX[0]).exists() else _read_pngs(folder)
+    counts = digits.labels.bincount(minlength=NUM_CLASSES)
+    if counts.min() < FEWEST_OF_EACH:
+        scarce = int(counts.argmin())
+        raise SamplesError(f"{folder} holds {counts[scarce]} images of a {scarce}: {FEWEST_OF_EACH} of each are needed")
+    return digits
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Which checkpoint drew the images of a folder, and how, as far as scripts.make_dataset has left it there."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text("utf-8"))
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise SamplesError(f"{folder / FACTS} is not JSON") from error
+    return facts
+
+
+def _read_idx(folder: Path) -> Digits:
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    try:
+        images, labels = read_image_file(str(folder / IDX[0])), read_label_file(str(folder / IDX[1]))
+    except (OSError, ValueError, AssertionError, KeyError) as error:
+        raise SamplesError(f"{folder} does not hold the IDX files that scripts.make_dataset writes") from error
+    if len(images) != len(labels) or not len(labels) or labels.max() >= NUM_CLASSES:
+        raise SamplesError(f"{folder} holds {len(images)} images and labels that do not fit them")
+    return Digits(images[:, None], labels)
+
+
+def _read_pngs(folder: Path) -> Digits:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
-        raise SamplesError(f"{folder} holds no PNG")
+        raise SamplesError(f"{folder} holds no PNG and no IDX files")
     images, labels = [], []
     for path in paths:
         labels.append(_digit_of(path))
         images.append(_read(path))
-    counts = [labels.count(digit) for digit in range(NUM_CLASSES)]
-    if min(counts) < FEWEST_OF_EACH:
-        scarce = counts.index(min(counts))
-        raise SamplesError(f"{folder} holds {min(counts)} images of a {scarce}: {FEWEST_OF_EACH} of each are needed")
     return Digits(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
 
 
 def load_references(split: str, data_dir: Path) -> References:
-    """MNIST's training images less the last 5,000, and the split that is held out: validation or test."""
-    learned, validation = (Digits(*digits) for digits in split_validation(*load_mnist("train", data_dir)))
-    held_out = validation if split == "validation" else Digits(*load_mnist("test", data_dir))
-    return References(learned, held_out, split)
+    """MNIST's training images less the last 5,000, and the split that is held out: validation or test.
+
+    Each in an order of its own, always the same: the files begin with other writers than they end with.
+    """
+    learned, validation = split_validation(*load_mnist("train", data_dir))
+    held_out = validation if split == "validation" else load_mnist("test", data_dir)
+    return References(_shuffled(*learned), _shuffled(*held_out), split)
+
+
+def _shuffled(images: Tensor, labels: Tensor) -> Digits:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return Digits(images[order], labels[order])
 
 
 def balanced(digits: Digits, count: int) -> Digits:

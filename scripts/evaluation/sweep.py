@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Figures = dict[str, Any]
+FEWEST_MISTAKES = 1e-4  # that an axis of powers of ten can show
 
 
 class SweepError(Exception):
@@ -45,6 +46,23 @@ class Sweep:
                 reporter.line(as_row(row))
             figures.append(next(row for row in self._read() if row["options"] == key))
         return figures
+
+    def as_markdown(self, rows: list[Figures]) -> str:
+        """The rows under their heads, real digits last, and what was compared with what."""
+        evaluator = self.evaluator
+        manifold, seen = evaluator.real_manifold, evaluator.real_extractor
+        beside = {
+            "extractor": seen.accuracy,
+            "extractor_worst": min(seen.per_digit),
+            "frechet_ratio": 1.0,
+            **asdict(manifold),
+        }
+        lines = [*(as_row(row) for row in rows), as_line(("real digits", "", ""), beside)]
+        caption = (
+            f"{evaluator.num_images:,} digits a line, seed {self.seed}, against the {evaluator.references.name} split; "
+            "recognised by the extractor, in whose features distances are measured."
+        )
+        return f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n" + "\n".join(lines) + f"\n\n{caption}\n"
 
     @property
     def _identity(self) -> Figures:
@@ -113,25 +131,34 @@ def as_columns(options: dict[str, Any]) -> tuple[str, str, str]:
     return options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else acts
 
 
-COLUMNS = ("sampler", "steps", "guidance", "as asked", "worst", "Fréchet ÷ floor", "precision", "recall", "coverage")
+COLUMNS = (
+    "sampler",
+    "steps",
+    "guidance",
+    "as asked, by the extractor",
+    "worst digit",
+    "Fréchet ÷ floor",
+    "precision",
+    "recall",
+    "coverage",
+)
 
 
 def as_row(figures: Figures) -> str:
     """One line of the table; choices are made by the extractor's answers, so those are shown."""
+    return as_line(as_columns(figures["options"]), figures)
+
+
+def as_line(what: tuple[str, str, str], figures: Figures) -> str:
+    """The figures after three columns that say what they are of."""
     shown = [
-        *as_columns(figures["options"]),
+        *what,
         f"{figures['extractor']:.2%}",
         f"{figures['extractor_worst']:.2%}",
         f"{figures['frechet_ratio']:.2f}",
         *(f"{figures[name]:.3f}" for name in ("precision", "recall", "coverage")),
     ]
     return f"| {' | '.join(shown)} |"
-
-
-def as_markdown(rows: list[Figures]) -> str:
-    """All lines under their heads."""
-    head = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n"
-    return head + "\n".join(map(as_row, rows)) + "\n"
 
 
 def show_steps(rows: list[Figures]) -> "Figure":
@@ -141,7 +168,8 @@ def show_steps(rows: list[Figures]) -> "Figure":
     for i, sampler in enumerate(dict.fromkeys(row["options"]["sampler"] for row in rows)):
         of_it = [row for row in rows if row["options"]["sampler"] == sampler]
         steps = [row["options"]["num_steps"] for row in of_it]
-        left.plot(steps, [1 - row["extractor"] for row in of_it], f"C{i}o-", markersize=3, label=sampler)
+        mistakes = [max(1 - row["extractor"], FEWEST_MISTAKES) for row in of_it]
+        left.plot(steps, mistakes, f"C{i}o-", markersize=3, label=sampler)
         right.plot(steps, [row["frechet_ratio"] for row in of_it], f"C{i}o-", markersize=3, label=sampler)
     left.set_ylabel("not recognised as asked")
     right.set_ylabel("Fréchet distance ÷ floor")

@@ -46,7 +46,7 @@ def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def swept(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("swept")
-    compare.main(["steps", *arguments(workplace, out), "--steps", "1", "2", "99", "--samplers", "ddim", "ddpm"])
+    compare.main(["steps", *arguments(workplace, out), "--steps", "1", "2", "--samplers", "ddim", "ddpm"])
     return out
 
 
@@ -55,7 +55,10 @@ def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_h
     drawn = [(row["options"]["sampler"], row["options"]["num_steps"]) for row in rows]
     assert drawn == [("ddim", 1), ("ddim", 2), ("ddpm", 1), ("ddpm", 2)]
     table = (swept / "steps.md").read_text().splitlines()
-    assert len(table) == 2 + 4
+    assert len(table) == 2 + 4 + 1 + 2
+    assert table[6].startswith("| real digits |  |  | ")
+    assert " | 1.00 | " in table[6]
+    assert table[8].startswith("100 digits a line, seed 1, against the validation split; recognised by the extractor")
     assert table[2].startswith(f"| ddim | 1 | 1.5 in 2-8 | {rows[0]['extractor']:.2%} |")
     with Image.open(swept / "steps.png") as image:
         assert min(image.size) > 100
@@ -85,7 +88,7 @@ def test_a_sweep_goes_on_with_what_is_missing(
     monkeypatch.setattr(sweep, "draw_samples", watch)
     compare.main(["steps", *arguments(workplace, tmp_path), "--steps", "1", "3", "--samplers", "ddim"])
     assert drawn == [3]
-    assert len((tmp_path / "steps.md").read_text().splitlines()) == 2 + 2
+    assert len((tmp_path / "steps.md").read_text().splitlines()) == 2 + 2 + 1 + 2
 
 
 def test_figures_of_another_seed_are_not_gone_on_with(
@@ -102,7 +105,7 @@ def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path
     compare.main(["guidance", *arguments(workplace, tmp_path), *swept])
     guidances = [row["options"]["guidance"] for row in json.loads((tmp_path / "guidance.json").read_text())["figures"]]
     assert [(g["scale"], g["start"], g["stop"]) for g in guidances] == [(1, 1, 100), (2, 1, 10), (2, 3, 5)]
-    assert [line.split(" | ")[2] for line in (tmp_path / "guidance.md").read_text().splitlines()[2:]] == [
+    assert [line.split(" | ")[2] for line in (tmp_path / "guidance.md").read_text().splitlines()[2:5]] == [
         "off",
         "2 in 1-10",
         "2 in 3-5",
@@ -152,11 +155,20 @@ def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
     save_tiny_checkpoint(tmp_path / "tiny.safetensors", label_drop=0, guidance=Guidance())
     given = [*arguments(workplace, tmp_path), f"--checkpoint={tmp_path / 'tiny.safetensors'}"]
     assert "cannot be guided" in sentence(["guidance", *given], capsys)
+    assert "does not permit" in sentence(["steps", *given, "--steps", "2", "99"], capsys)
     assert "not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
 
 
 @pytest.mark.parametrize(
-    "wrong", [[], ["guidance", "--intervals", "80-20"], ["guidance", "--scales", "0.5"], ["steps", "--samplers", "x"]]
+    "wrong",
+    [
+        [],
+        ["guidance", "--intervals", "80-20"],
+        ["guidance", "--scales", "0.5"],
+        ["guidance", "--guidance-scale=2", "--out=here"],
+        ["steps", "--samplers", "x"],
+        ["steps", "--num-steps=10", "--out=here"],
+    ],
 )
 def test_a_wrong_argument_is_one_sentence(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert sentence(wrong, capsys).startswith("python -m scripts.compare")

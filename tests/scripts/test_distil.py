@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
@@ -9,6 +10,9 @@ from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from scripts import distil, sample, train
+from scripts.distillation import PATH_SEED
+from scripts.drawing import Drawer, DrawingOptions
+from scripts.progress import Reporter
 from scripts.run import Run
 from scripts.trainer import EpochResult, Trainer
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
@@ -32,8 +36,11 @@ def preset(tmp_path: Path) -> Path:
     return tmp_path / "tiny.toml"
 
 
-def save_teacher(path: Path, kind: str = "v") -> Path:
+def save_teacher(path: Path, kind: str = "v", *, loud: bool = False) -> Path:
+    """`loud`: it hears of the digit as of anything else, so that guidance is seen in what it draws."""
     network = tiny_unet(image_size=28, num_steps=NUM_STEPS, time_dim=8, embed_dim=8)
+    if loud:
+        network.class_embed.weight.mul_(10)
     config = CheckpointConfig(
         unet=network.config,
         schedule=ScheduleConfig(kind="cosine", num_steps=NUM_STEPS),
@@ -58,6 +65,36 @@ def test_the_student_begins_as_its_teacher_and_says_in_how_many_steps_it_draws(p
     before, after = (loaded.network.state_dict() for loaded in (checkpoint.load(teacher), student))
     moved = [torch.nn.functional.cosine_similarity(before[n].flatten(), after[n].flatten(), dim=0) for n in before]
     assert 0.5 < torch.stack(moved).mean() < 0.99999
+
+
+def test_the_student_comes_nearer_to_its_teachers_paths_than_the_teacher_in_as_many_steps(
+    preset: Path, tmp_path: Path
+) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors", loud=True)
+    preset.write_text(preset.read_text().replace("num_paths = 56", "num_paths = 1600"))
+    run(preset, teacher, tmp_path / "run")
+    (part,) = (tmp_path / "run" / "paths").iterdir()
+    paths = load_file(part)
+    index = torch.arange(1_700, 1_900)  # that were not learned from
+    options = DrawingOptions("ddim", 3, Guidance())
+    distances = []
+    for path in (tmp_path / "run" / "model.safetensors", teacher):
+        with Reporter() as reporter:
+            x_0 = Drawer(checkpoint.load(path)).draw(paths["y"][index], index, options, reporter, seed=PATH_SEED)
+        distances.append((x_0 - paths["states"][index, -1].float()).square().mean().item())
+    student, itself = distances
+    assert student < 0.7 * itself
+
+
+def test_time_that_runs_out_among_the_paths_is_said_and_they_are_gone_on_with(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = save_teacher(tmp_path / "teacher.safetensors")
+    run(preset, teacher, tmp_path / "run", "--time-limit=0.0000001")
+    assert "not all paths" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    run(preset, teacher, tmp_path / "run")
+    assert (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_the_student_is_drawn_with_as_it_says(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

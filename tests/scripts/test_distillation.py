@@ -49,7 +49,9 @@ def paths_of(
     teacher: Path, folder: Path, recipe: DistillationRecipe = DISTILLATION, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with Reporter() as reporter:
-        return draw_paths(Drawer(checkpoint.load(teacher)), recipe, folder, reporter, seed=seed)
+        paths = draw_paths(Drawer(checkpoint.load(teacher)), recipe, folder, reporter, seed=seed)
+    assert paths
+    return paths
 
 
 @pytest.mark.parametrize("teacher_steps", [8, 12, 16])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import evaluate, make_dataset, sample, train_classifiers
+from scripts import evaluate, make_dataset, train_classifiers
 from scripts.evaluation import training
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -41,7 +41,14 @@ def run(workplace: Path, out: Path, *more: str) -> dict[str, object]:
     return written
 
 
-def test_a_folder_of_pngs_has_the_figures_of_the_checkpoint_that_drew_it(
+def evaluate_folder(workplace: Path, out: Path, images: Path) -> dict[str, object]:
+    given = [argument for argument in arguments(workplace) if not argument.startswith("--checkpoint")]
+    evaluate.main(["digits", *given, f"--images={images}", f"--out={out}"])
+    written: dict[str, object] = json.loads((out / "evaluation.json").read_text())
+    return written
+
+
+def test_a_folder_has_the_figures_of_the_checkpoint_that_drew_it(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--num-steps", "2", "--guidance-scale", "2", "--guidance-stop", "7", "--seed", "5"]
@@ -53,18 +60,20 @@ def test_a_folder_of_pngs_has_the_figures_of_the_checkpoint_that_drew_it(
     for name in ("confusion.png", "nearest.png"):
         with Image.open(tmp_path / "drawn" / name) as image:
             assert min(image.size) > 100
-    sample.main(
-        [
-            f"--checkpoint={workplace / 'tiny.safetensors'}",
-            f"--out={tmp_path / 'pngs'}",
-            *("--digit", "all", "--count", "10"),
-            *options,
-        ]
-    )
-    read = run(workplace, tmp_path / "read", "--images", str(tmp_path / "pngs"))
-    assert read["images"] == "pngs"
-    assert read["num_images"] == drawn["num_images"] == 100
-    assert read["real_frechet"] == drawn["real_frechet"]
+    for form in ("png", "idx"):
+        made = tmp_path / form
+        given = [f"--checkpoint={workplace / 'tiny.safetensors'}", f"--out={made}", "--count=100"]
+        make_dataset.main([*given, f"--format={form}", *options])
+        read = evaluate_folder(workplace, tmp_path / f"read {form}", made)
+        assert read.pop("images") == form
+        for name in ("frechet", "frechet_ratio"):  # a sum in another order
+            assert read.pop(name) == pytest.approx(drawn[name], rel=1e-9)
+        assert read == {name: value for name, value in drawn.items() if name in read}
+        assert len(read) == len(drawn) - 2
+    (made / "dataset.json").unlink()
+    unknown = evaluate_folder(workplace, tmp_path / "unknown", made)
+    assert "options" not in unknown
+    assert unknown["judge"] == drawn["judge"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +84,9 @@ def test_a_folder_of_pngs_has_the_figures_of_the_checkpoint_that_drew_it(
         (["--split", "train"], "invalid choice"),
         (["--judge", "nowhere.safetensors"], "cannot be read"),
         (["--checkpoint", "nowhere.safetensors"], "cannot be read"),
-        (["--images", "nowhere"], "holds no PNG"),
+        (["--images", "nowhere"], "drawn already: leave out --checkpoint"),
+        (["--num-images", "50000"], "100 to 49000"),
+        (["--num-images", "100", "--out", "/proc/none"], "No such file"),
         (["--data-dir", "nowhere"], "no MNIST files"),
     ],
 )
@@ -93,8 +104,10 @@ def test_a_wrong_argument_is_one_sentence_and_status_2(
 def test_the_fog_is_drawn_and_said(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}"]
     evaluate.main(["fog", *given, f"--judge={workplace / 'fog_judge.safetensors'}", f"--out={tmp_path / 'fog.png'}"])
-    said = [line for line in capsys.readouterr().out.splitlines() if "fewer than half" in line]
+    said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
     assert [line[:2] for line in said] == [f"{digit}:" for digit in range(10)]
+    content = json.loads((tmp_path / "fog.json").read_text())
+    assert [len(told) for told in content["told"]] == [len(content["t"])] * 10
     with Image.open(tmp_path / "fog.png") as image:
         assert min(image.size) > 100
 
@@ -111,6 +124,8 @@ def test_clip_judges_beside_the_others_where_it_is_asked(
     assert len([line for line in capsys.readouterr().out.splitlines() if "at t = 10," in line]) == 3
     with Image.open(tmp_path / "clip.png") as image:
         assert min(image.size) > 100
+    content = json.loads((tmp_path / "clip.json").read_text())
+    assert [len(lines["drawn"]) for lines in content["scores"].values()] == [len(content["t"])] * 3
 
 
 def test_a_clip_that_is_not_there_is_said_before_anything_is_drawn(
@@ -129,12 +144,16 @@ def test_what_a_drawn_set_teaches_stands_beside_what_real_digits_teach(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "BATCH_SIZE", 8)
-    drawing = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1", "--count=50"]
+    drawing = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1", "--count=100"]
     make_dataset.main([f"--out={tmp_path / 'set'}", *drawing])
-    evaluate.main(["synthetic", str(tmp_path / "set"), f"--data-dir={workplace / 'data'}", "--epochs=3"])
+    given = [f"--data-dir={workplace / 'data'}", "--epochs=3", f"--out={tmp_path / 'learned.json'}"]
+    evaluate.main(["synthetic", str(tmp_path / "set"), *given])
     drawn, real = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learned from")]
-    assert drawn.startswith("learned from 50 drawn digits: ")
+    assert drawn.startswith("learned from 100 drawn digits: ")
     assert real.startswith(f"learned from {NUM_IMAGES - NUM_VALIDATION} real digits: ")
+    written = json.loads((tmp_path / "learned.json").read_text())
+    assert f"{written['drawn']['accuracy']:.2%}" in drawn
+    assert written["drawn_with"]["options"]["num_steps"] == 1
     assert float(real.split()[5].rstrip("%")) > 2 * float(drawn.split()[5].rstrip("%"))
 
 
@@ -145,7 +164,7 @@ def test_a_classifier_is_trained_and_found_again(
     out = tmp_path / "extractor.safetensors"
     train_classifiers.main(["extractor", f"--data-dir={workplace / 'data'}", f"--out={out}", "--epochs", "2"])
     trained = load_classifier("extractor", out)
-    assert f"{trained.accuracy:.2%} of the test digits" in capsys.readouterr().out
+    assert f"{trained.facts['validation_accuracy']:.2%} of the validation digits" in capsys.readouterr().out
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
     assert trained.facts["seed"] == load_classifier("extractor").facts["seed"]  # the command makes what ships
 

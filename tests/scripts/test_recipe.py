@@ -56,8 +56,8 @@ def differences(one: str, other: str) -> set[str]:
         ("baseline", "baseline-ema", {"ema_max_decay"}),
         ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
         ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
-        ("default-eps", "default", {"prediction.kind", "min_snr_gamma"}),
-        ("default-eps", "default-edm", {"prediction.kind"}),
+        ("default-eps", "default", {"prediction.kind", "min_snr_gamma", "guidance.scale"}),
+        ("default-edm", "default", {"prediction.kind", "min_snr_gamma"}),
     ],
 )
 def test_a_rung_of_the_ladder_changes_what_it_says_and_nothing_else(below: str, rung: str, different: set[str]) -> None:
@@ -101,6 +101,9 @@ def test_an_unknown_preset_is_refused_with_those_there_are(preset: str) -> None:
         ("scale = 1.3", "scale = nan", "guidance"),
         ("scale = 1.3", "scale = 0.5", "guidance.scale must be 1 to 10"),
         ("scale = 1.3", "scale = 1.3\nend = 9", "guidance.end: "),
+        ("scale = 1.3", "scale = 1.3\nstart = 90\nstop = 20", "not above guidance.stop"),
+        ("label_drop = 0.2", "label_drop = 0.0", "guidance needs label_drop"),
+        ("widths = [8, 16]", "widths = [8, 16]\nnum_classes = 11", "unet.num_classes must be 10"),
         ('kind = "cosine"', 'kind = "sigmoid"', "unknown schedule kind 'sigmoid'"),
         ("widths = [8, 16]", "withs = [8, 16]", "unet.withs: "),
         ("widths = [8, 16]", "widths = [8, 20]", "widths must be multiples of 8"),

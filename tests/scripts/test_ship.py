@@ -13,8 +13,9 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evaluation(tmp_path: Path) -> None:
     source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
-    evaluation = tmp_path / "score.json"
-    evaluation.write_text(json.dumps({"recognised": 0.5, "checkpoint_sha256": "another's"}))
+    evaluations = [tmp_path / "guided.json", tmp_path / "off.json"]
+    for path, share in zip(evaluations, (0.5, 0.25), strict=True):
+        path.write_text(json.dumps({"recognised": share, "checkpoint_sha256": load(source).sha256}))
     ship.main(
         [
             str(source),
@@ -22,18 +23,34 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
             "1.5",
             "--guidance-stop",
             "80",
-            f"--evaluation={evaluation}",
             f"--out={target}",
+            "--evaluation",
+            *map(str, evaluations),
         ]
     )
     before, after = load(source), load(target)
     assert after.config.guidance == Guidance(1.5, 1, 80)
-    assert after.config.training == {**before.config.training, "evaluation": {"recognised": 0.5}}
+    assert after.config.training == {
+        **before.config.training,
+        "evaluation": [{"recognised": 0.5}, {"recognised": 0.25}],
+    }
     for name, tensor in before.network.state_dict().items():
         assert torch.equal(tensor.half().float(), after.network.state_dict()[name])
     assert target.stat().st_size < 0.7 * source.stat().st_size
     drawn = draw_probe(after.network, after.config)
     assert (drawn - after.probe_image).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_the_evaluation_of_another_checkpoint_does_not_ship(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "out.safetensors"
+    for content in ({"checkpoint_sha256": "0" * 64}, {"recognised": 0.5}):
+        (tmp_path / "of another.json").write_text(json.dumps(content))
+        with pytest.raises(SystemExit):
+            ship.main(
+                [str(source), "--guidance-scale=1", f"--out={target}", f"--evaluation={tmp_path}/of another.json"]
+            )
+        assert "not an evaluation of this checkpoint" in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(

@@ -52,6 +52,24 @@ def test_a_set_that_stays_at_one_of_two_modes_is_precise_and_recalls_half() -> N
     assert 0.45 < manifold.coverage < 0.55
 
 
+def test_precision_recall_and_coverage_are_what_the_papers_count() -> None:
+    """Kynkäänniemi 2019, eq. 2, with k = 3; Naeem 2020, eq. 4, with k = 5; counted pair by pair for one digit."""
+    ours, real = gaussian(40, 8).numpy().astype(float), gaussian(40, 9, 1.2).numpy().astype(float)
+
+    def radius(points: np.ndarray, k: int) -> np.ndarray:
+        return np.array([np.sort(np.linalg.norm(points - point, axis=1))[k] for point in points])  # [0] is itself
+
+    between = np.linalg.norm(ours[:, None] - real[None], axis=2)  # (ours, real)
+    precision = (between < radius(real, 3)).any(axis=1).mean()
+    recall = (between < radius(ours, 3)[:, None]).any(axis=0).mean()
+    coverage = (between.min(axis=0) < radius(real, 5)).mean()
+    assert 0 < min(precision, recall, coverage) <= max(precision, recall, coverage) < 1
+    labels = torch.arange(10).repeat_interleave(40)
+    features = [torch.from_numpy(points).float().repeat(10, 1) for points in (ours, real)]
+    manifold = compare_manifolds(features[0], labels, features[1], labels)
+    assert (manifold.precision, manifold.recall, manifold.coverage) == pytest.approx((precision, recall, coverage))
+
+
 def test_digits_are_compared_with_their_own_kind() -> None:
     features, labels = gaussian(400, 7), torch.arange(400) % 10
     apart = features + 100.0 * labels[:, None]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.schedule import Schedule, ScheduleConfig
-from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
+from scripts.evaluation.fog import informedness, lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import Digits
 from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import Witness, bars
@@ -49,13 +49,25 @@ def test_what_is_recognised_falls_with_the_signal_that_is_left() -> None:
         bar, rest = (mean_clipped((signal * x_0 + 1) / 2, noise / 2) for x_0 in (1, 2 * 19.5 / 255 - 1))
         seen.append(bar - rest > 0.25)
     assert [share > 0.5 for share in shares[:, 7].tolist()] == seen
+    assert shares[-1, 0].abs() < 0.05  # all are called a 0 then, which tells nothing of a 0
     assert lost_at(steps, shares)[7] == steps[seen.index(False)]
 
 
-def test_a_digit_that_is_never_lost_is_lost_at_the_end() -> None:
+def test_a_digit_is_lost_at_the_first_step_that_loses_it_or_never() -> None:
     shares = torch.ones(3, 10)
     shares[1:, 4] = 0.2
-    assert lost_at([0, 50, 100], shares) == [100, 100, 100, 100, 50, 100, 100, 100, 100, 100]
+    assert lost_at([0, 50, 100], shares) == [None, None, None, None, 50, None, None, None, None, None]
+
+
+def test_a_constant_answer_tells_nothing_and_half_right_tells_half() -> None:
+    always_eight = torch.zeros(10, 10, dtype=torch.long)
+    always_eight[:, 8] = torch.tensor([10, 11, 9, 10, 10, 8, 10, 10, 10, 12])
+    assert informedness(always_eight).tolist() == pytest.approx([0] * 10)
+    assert informedness(torch.eye(10) * 7).tolist() == pytest.approx([1] * 10)
+    half = torch.eye(10) * 10
+    half[3, 3], half[3, 5] = 5, 5  # five 3s are taken for a 5
+    assert informedness(half)[3].item() == pytest.approx(0.5)
+    assert informedness(half)[5].item() == pytest.approx(1 - 5 / 90)
 
 
 def test_the_figure_has_a_line_a_digit() -> None:

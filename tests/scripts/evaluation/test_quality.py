@@ -55,6 +55,18 @@ def test_real_digits_are_at_the_floor_and_noise_is_far_above(evaluator: Evaluato
     assert other.manifold.coverage < 0.1 < real.manifold.coverage
 
 
+def test_a_surplus_of_one_digit_among_the_real_ones_is_no_distance(evaluator: Evaluator) -> None:
+    held_out, more = bars(200, 2), bars(1000, 6)
+    surplus = more.images[more.labels == 0]
+    images, labels = torch.cat([held_out.images, surplus]), torch.cat([held_out.labels, torch.zeros(100).long()])
+    unequal = References(LEARNED, Digits(images, labels), "validation")
+    other = Evaluator(unequal, evaluator.judge, evaluator.extractor, num_images=100)
+    ours, theirs = (evaluate(e, bars(100, 5)) for e in (evaluator, other))
+    assert (theirs.frechet, theirs.real_frechet) == (ours.frechet, ours.real_frechet)
+    assert (theirs.manifold, theirs.real_manifold) == (ours.manifold, ours.real_manifold)
+    assert sum(map(sum, theirs.real_judge.confusion)) == 300
+
+
 def test_copies_are_memorised_and_held_out_digits_are_not(evaluator: Evaluator) -> None:
     quality = evaluate(evaluator, Digits(LEARNED.images[:100], LEARNED.labels[:100]))
     assert (quality.memorised, quality.held_out_memorised) == (1, 0)
@@ -62,8 +74,10 @@ def test_copies_are_memorised_and_held_out_digits_are_not(evaluator: Evaluator) 
 
 def test_table_and_json_say_the_same(evaluator: Evaluator) -> None:
     quality = evaluate(evaluator, bars(100, 5))
-    table, content = as_markdown(quality, evaluator), as_json(quality, evaluator)
+    table, content = as_markdown(quality), as_json(quality, evaluator)
     assert f"| recognised as asked | {content['judge']['accuracy']:.2%} |" in table
+    real = recognition(evaluator.extractor.network, evaluator.references.held_out).accuracy
+    assert f"| recognised by the extractor | {content['extractor']['accuracy']:.2%} | {real:.2%} |" in table
     assert f"| as a multiple of the floor | {content['frechet_ratio']:.2f} | 1 |" in table
     assert content["networks"]["judge"] == {"sha256": "0" * 64, "test_accuracy": 0.125}
     assert len({line.count("|") for line in table.splitlines()}) == 1

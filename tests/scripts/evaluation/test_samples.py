@@ -8,7 +8,8 @@ from PIL import Image
 from model import checkpoint
 from model.sampler import Guidance
 from scripts.drawing import Drawer, DrawingOptions
-from scripts.evaluation.samples import Digits, SamplesError, balanced, draw_samples, read_samples
+from scripts.evaluation.samples import IDX, Digits, SamplesError, balanced, draw_samples, read_samples
+from scripts.make_dataset import write_idx
 from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -40,6 +41,31 @@ def test_a_folder_is_read_by_the_names_of_its_files_or_of_its_folders(tmp_path: 
         digits = read_samples(tmp_path / folder)
         assert torch.equal(digits.labels, labels[order])
         assert torch.equal(digits.images, images[order])
+
+
+def test_idx_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+    digits = bars(100, 2)
+    write_idx(tmp_path, digits.images[:, 0].numpy())
+    read = read_samples(tmp_path)
+    assert read.images.equal(digits.images)
+    assert read.labels.equal(digits.labels)
+
+
+@pytest.mark.parametrize("content", [b"", b"seven"])
+def test_idx_files_that_are_none_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+    for name in IDX:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SamplesError, match="does not hold the IDX files"):
+        read_samples(tmp_path)
+
+
+def test_labels_that_do_not_fit_their_images_are_one_sentence(tmp_path: Path) -> None:
+    write_idx(tmp_path, bars(100, 2).images[:, 0].numpy())
+    labels = (tmp_path / IDX[1]).read_bytes()
+    write_idx(tmp_path, bars(110, 2).images[:, 0].numpy())
+    (tmp_path / IDX[1]).write_bytes(labels)
+    with pytest.raises(SamplesError, match="110 images and labels that do not fit"):
+        read_samples(tmp_path)
 
 
 GREY = np.zeros((28, 28), dtype=np.uint8)
