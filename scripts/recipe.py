@@ -82,14 +82,14 @@ class Recipe(_Strict):
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
         if not 1 <= self.guidance.scale <= 10:
             raise ValueError("guidance.scale must be 1 to 10")
+        if self.distillation:
+            self._distillation_fits(self.distillation)
         if not 1 <= self.guidance.start <= self.guidance.stop:
             raise ValueError("guidance.start must be 1 or more, and not above guidance.stop")
         if self.guidance.scale != 1 and not self.label_drop:
             raise ValueError("guidance needs label_drop above 0")
         if self.unet.num_classes != NUM_CLASSES:
             raise ValueError(f"unet.num_classes must be {NUM_CLASSES}: that is what is trained on")
-        if self.distillation:
-            self._distillation_fits(self.distillation)
         return self
 
     def _distillation_fits(self, distillation: DistillationRecipe) -> None:

@@ -133,7 +133,7 @@ def test_paths_of_another_seed_teacher_or_recipe_are_refused(teacher: Path, tmp_
     if field == "teacher":
         loaded = checkpoint.load(teacher)
         checkpoint.save(teacher, loaded.network, dataclasses.replace(loaded.config, guidance=Guidance(3.0)))
-    with pytest.raises(PathsError, match="another teacher, recipe or seed"):
+    with pytest.raises(PathsError, match="another teacher, recipe, seed or arithmetic"):
         paths_of(teacher, tmp_path / "paths", recipe, seed=int(field == "seed"))
 
 
