@@ -102,6 +102,7 @@ def test_health_tells_what_is_served_and_how_busy_it_is(service: Service, networ
     service.wait_until_idle()
     health = service.client.get("/health").json()
     assert health.pop("uptime_seconds") > 0
+    assert health.pop("models") == [health["model"]]
     sha256 = health["model"].pop("sha256")
     assert health == {
         "status": "ok",
