@@ -4,6 +4,7 @@ import argparse
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,16 @@ class Drawer:
     def class_names(self) -> tuple[str, ...]:
         """What the checkpoint can draw."""
         return self.checkpoint.config.class_names
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the images beside options and seed, as JSON keeps it."""
+        return {
+            "checkpoint_sha256": self.checkpoint.sha256,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compiled": self.compiled,
+        }
 
     def denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """x_t (B, C, H, W), t (B,), y (B,) -> what the network predicts (B, C, H, W), float32."""

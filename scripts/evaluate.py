@@ -110,15 +110,7 @@ def _checkpoint(args: argparse.Namespace, reporter: Reporter) -> Samples:
             drawer, options, reporter, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size
         )
 
-    facts = {
-        "checkpoint_sha256": drawer.checkpoint.sha256,
-        "options": asdict(options),
-        "seed": args.seed,
-        "device": drawer.device.type,
-        "dtype": str(drawer.dtype).removeprefix("torch."),
-        "compiled": drawer.compiled,
-    }
-    return args.num_images, draw, {name: facts[name] for name in SOURCE}
+    return args.num_images, draw, {**drawer.facts, "options": asdict(options), "seed": args.seed}
 
 
 def _fog(args: argparse.Namespace, reporter: Reporter) -> None:

@@ -102,14 +102,11 @@ def _read_parts(folder: Path) -> np.ndarray:
 
 def _facts(args: argparse.Namespace, drawer: Drawer, options: DrawingOptions) -> dict[str, Any]:
     return {
-        "checkpoint_sha256": drawer.checkpoint.sha256,
+        **drawer.facts,
         "options": asdict(options),
         "seed": args.seed,
         "count": args.count,
         "format": args.format,
-        "device": drawer.device.type,
-        "dtype": str(drawer.dtype).removeprefix("torch."),
-        "compiled": drawer.compiled,
     }
 
 

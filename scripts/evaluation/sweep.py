@@ -69,15 +69,12 @@ class Sweep:
         """What must not change between the parts of one sweep."""
         evaluator = self.evaluator
         return {
-            "checkpoint_sha256": self.drawer.checkpoint.sha256,
+            **self.drawer.facts,
             "num_images": evaluator.num_images,
             "split": evaluator.references.name,
             "judge_sha256": evaluator.judge.sha256,
             "extractor_sha256": evaluator.extractor.sha256,
             "seed": self.seed,
-            "device": self.drawer.device.type,
-            "dtype": str(self.drawer.dtype).removeprefix("torch."),
-            "compiled": self.drawer.compiled,
         }
 
     def _evaluate(self, options: DrawingOptions, reporter: Reporter) -> Figures:

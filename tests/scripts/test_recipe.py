@@ -56,7 +56,7 @@ def differences(one: str, other: str) -> set[str]:
         ("baseline", "baseline-ema", {"ema_max_decay"}),
         ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
         ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
-        ("default-eps", "default", {"prediction.kind", "min_snr_gamma", "guidance.scale"}),
+        ("default-eps", "default", {"prediction.kind", "min_snr_gamma", "guidance.scale", "guidance.start"}),
         ("default-edm", "default", {"prediction.kind", "min_snr_gamma"}),
     ],
 )
