@@ -26,6 +26,7 @@ from model.unet import UNet, UNetConfig
 FORMAT_VERSION = 1
 MOST_STEPS = 100  # that are ever asked for
 SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
+SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # its student
 METADATA_KEY = "unfog"
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from model.checkpoint import SHIPPED
 from model.sampler import SAMPLERS
+from scripts.mnist import NUM_CLASSES
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,6 +31,18 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def num_images(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argument that is a number of images, as many of each digit."""
+    parse = integer(low, high)
+
+    def parse_multiple(text: str) -> int:
+        if parse(text) % NUM_CLASSES:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {NUM_CLASSES}: each digit counts alike")
+        return parse(text)
+
+    return parse_multiple
 
 
 def guidance_scale(text: str) -> float:

@@ -19,10 +19,10 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, CheckpointError, write_atomically
-from scripts.arguments import Parser, add_drawing_arguments, integer
+from scripts.arguments import Parser, add_drawing_arguments, integer, num_images
 from scripts.drawing import DrawingError, open_drawer, options_from
 from scripts.evaluation import clip
-from scripts.evaluation.classifiers import NUM_CLASSES, ClassifierError, Trained, load_classifier
+from scripts.evaluation.classifiers import ClassifierError, Trained, load_classifier
 from scripts.evaluation.clip import ClipError, ClipScorer
 from scripts.evaluation.clip_path import PROMPTS, scores_along, show_scores
 from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
@@ -38,7 +38,7 @@ from scripts.evaluation.samples import (
 )
 from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from
 from scripts.figures import save_figure
-from scripts.mnist import DataError
+from scripts.mnist import NUM_CLASSES, DataError
 from scripts.progress import Reporter, fail, require
 
 SOURCE = ("checkpoint_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
@@ -100,8 +100,6 @@ def _folder(args: argparse.Namespace) -> Samples:
 
 
 def _checkpoint(args: argparse.Namespace, reporter: Reporter) -> Samples:
-    if args.num_images % NUM_CLASSES:
-        raise SamplesError(f"--num-images {args.num_images} is not a multiple of 10: each digit counts alike")
     drawer = open_drawer(args)
     options = options_from(args, drawer.checkpoint)
 
@@ -133,8 +131,6 @@ def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
 
 
 def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
-    if args.num_images % NUM_CLASSES:
-        raise SamplesError(f"--num-images {args.num_images} is not a multiple of 10: each digit counts alike")
     scorer, drawer = ClipScorer(args.clip), open_drawer(args)
     real = balanced(load_references(args.split, args.data_dir).held_out, args.num_images)
     options = options_from(args, drawer.checkpoint)
@@ -210,7 +206,7 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     before = set(vars(digits.parse_args([])))
     lowest = NUM_CLASSES * FEWEST_OF_EACH
     digits.add_argument(
-        "--num-images", type=integer(lowest, MOST_IMAGES), default=10_000, help="a multiple of 10; default: 10000"
+        "--num-images", type=num_images(lowest, MOST_IMAGES), default=10_000, help="a multiple of 10; default: 10000"
     )
     add_drawing_arguments(digits, seed=0)
     defaults = {name: value for name, value in vars(digits.parse_args([])).items() if name not in before}
@@ -219,7 +215,7 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
 
 
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:
-    clip_path.add_argument("--num-images", type=integer(NUM_CLASSES, 5_000), default=200, help="default: 200")
+    clip_path.add_argument("--num-images", type=num_images(NUM_CLASSES, 4_000), default=200, help="default: 200")
     clip_path.add_argument("--out", type=Path, required=True, help="the .png to write; its numbers go into a .json")
     clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=CLIP_HELP)
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))

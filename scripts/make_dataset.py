@@ -21,11 +21,11 @@ from model.checkpoint import CheckpointError, write_atomically
 from scripts.arguments import Parser, add_drawing_arguments, integer
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.evaluation.samples import FACTS, IDX
+from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter, fail
 
 PART = 1000  # images that are drawn before they are kept
-NUM_CLASSES = 10
 PARTS = "parts"  # the images so far; gone when all are there
 
 

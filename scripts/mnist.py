@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 NUM_VALIDATION = 5_000
+NUM_CLASSES = 10
 # MD5 of the unpacked files, the originals'.
 CHECKSUMS = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",

@@ -13,10 +13,10 @@ from model.prediction import PredictionConfig
 from model.sampler import Guidance, Sampler
 from model.schedule import ScheduleConfig
 from model.unet import UNetConfig
+from scripts.mnist import NUM_CLASSES
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
-NUM_CLASSES = 10
 STUDENT_SAMPLER: Sampler = "ddim"  # a stride of it is one line: the image that leads to a state is known
 
 

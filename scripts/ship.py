@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
+from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointError
 from model.sampler import Guidance
 from scripts.arguments import Parser, guidance_scale, integer
 from scripts.progress import fail
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     try:
         loaded = checkpoint.load(args.checkpoint)
-        target = args.out or SHIPPED.with_name("fast.safetensors" if loaded.config.steps else SHIPPED.name)
+        target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
         ship(loaded, target, _guidance(args), [_evaluation(path, loaded) for path in args.evaluation])
     except (CheckpointError, OSError, ValueError) as error:
         raise fail(f"ship: {error}".splitlines()[0]) from error

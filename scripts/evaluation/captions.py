@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.diffusion import Diffusion
-from scripts.evaluation.classifiers import NUM_CLASSES
 from scripts.evaluation.training import augment
+from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -18,10 +18,10 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from model.checkpoint import write_atomically
+from scripts.mnist import NUM_CLASSES
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
 METADATA_KEY = "unfog_classifier"
-NUM_CLASSES = 10
 BATCH_SIZE = 500
 
 

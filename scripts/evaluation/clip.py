@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
-from scripts.evaluation.classifiers import NUM_CLASSES, WEIGHTS
+from scripts.evaluation.classifiers import WEIGHTS
 from scripts.evaluation.samples import Digits
-from scripts.mnist import to_model_range
+from scripts.mnist import NUM_CLASSES, to_model_range
 from scripts.pictures import to_pixels
 from scripts.progress import require
 

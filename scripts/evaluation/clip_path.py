@@ -7,10 +7,10 @@ from torch import Tensor
 
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
-from scripts.evaluation.classifiers import NUM_CLASSES
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.samples import Digits
 from scripts.figures import new_figure
+from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 

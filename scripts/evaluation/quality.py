@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.evaluation.classifiers import NUM_CLASSES, Classifier, Trained, features_of, probabilities_of
+from scripts.evaluation.classifiers import Classifier, Trained, features_of, probabilities_of
 from scripts.evaluation.distances import (
     Manifold,
     Nearest,
@@ -16,6 +16,7 @@ from scripts.evaluation.distances import (
     nearest_learned,
 )
 from scripts.evaluation.samples import Digits, References, balanced
+from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 

@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from scripts.drawing import Drawer, DrawingOptions
-from scripts.evaluation.classifiers import NUM_CLASSES
-from scripts.mnist import load_mnist, split_validation
+from scripts.mnist import NUM_CLASSES, load_mnist, split_validation
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 

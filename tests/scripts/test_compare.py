@@ -156,7 +156,7 @@ def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
     given = [*arguments(workplace, tmp_path), f"--checkpoint={tmp_path / 'tiny.safetensors'}"]
     assert "cannot be guided" in sentence(["guidance", *given], capsys)
     assert "does not permit" in sentence(["steps", *given, "--steps", "2", "99"], capsys)
-    assert "not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
+    assert "is not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,8 @@ def test_the_evaluation_of_another_checkpoint_does_not_ship(tmp_path: Path, caps
 def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ship, "SHIPPED", tmp_path / "weights" / "default.safetensors")
+    for name in ("SHIPPED", "SHIPPED_FAST"):
+        monkeypatch.setattr(ship, name, tmp_path / "weights" / getattr(ship, name).name)
     plain, student = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "student.safetensors"
     loaded = load(plain)
     config = replace(loaded.config, steps=(2,), samplers=("ddim",), guidance=Guidance(), probe=Probe(num_steps=2))
