@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from model.checkpoint import SHIPPED
+from model.checkpoint import SHIPPED, SHIPPED_FAST
 
 PREFIX = "UNFOG_"
 # Promised for a later release: whoever sets one must not believe that it protects anything.
@@ -42,7 +42,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     checkpoint: Path = SHIPPED
-    fast_checkpoint: Path | None = None  # a second model, `fast`, that draws in few steps
+    # A second model, `fast`, that draws in few steps. `auto`: the shipped one beside the shipped default.
+    fast_checkpoint: Literal["auto", "none"] | Path = "auto"
     device: Annotated[str, AfterValidator(_device)] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
@@ -62,6 +63,14 @@ class Settings(BaseSettings):
     api_keys: str | None = None
     rate_limit: str | None = None
     cors_origins: str | None = None
+
+    @property
+    def fast_path(self) -> Path | None:
+        """The second checkpoint, where one is to be served."""
+        if isinstance(self.fast_checkpoint, Path):
+            return self.fast_checkpoint
+        beside_its_teacher = self.checkpoint.resolve() == SHIPPED.resolve()
+        return SHIPPED_FAST if self.fast_checkpoint == "auto" and beside_its_teacher else None
 
 
 def load_settings() -> Settings:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -54,9 +55,9 @@ class Runner:
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
         """The runner that the settings ask for; RunnerError in one sentence where it cannot be had."""
-        models = {DEFAULT_MODEL: _load(settings, "checkpoint")}
-        if settings.fast_checkpoint:
-            models[FAST_MODEL] = _load(settings, "fast_checkpoint")
+        models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
+        if settings.fast_path:
+            models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
             if models[FAST_MODEL].image_shape != models[DEFAULT_MODEL].image_shape:
                 raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
         device = choose_device(settings.device)
@@ -218,8 +219,8 @@ class Runner:
         return self._plan_starts[key]
 
 
-def _load(settings: Settings, field: str) -> Checkpoint:
+def _load(path: Path, variable: str) -> Checkpoint:
     try:
-        return checkpoint.load(getattr(settings, field))
+        return checkpoint.load(path)
     except CheckpointError as error:
-        raise RunnerError(f"UNFOG_{field.upper()}: {error}") from error
+        raise RunnerError(f"{variable}: {error}") from error

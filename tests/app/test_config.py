@@ -1,10 +1,11 @@
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from app.config import NOT_YET, Settings, SettingsError, load_settings
-from model.checkpoint import SHIPPED
+from model.checkpoint import SHIPPED, SHIPPED_FAST
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 # Contract, section 6.
 DEFAULTS = {
     "UNFOG_CHECKPOINT": ("checkpoint", SHIPPED),
-    "UNFOG_FAST_CHECKPOINT": ("fast_checkpoint", None),
+    "UNFOG_FAST_CHECKPOINT": ("fast_checkpoint", "auto"),
     "UNFOG_DEVICE": ("device", "auto"),
     "UNFOG_DTYPE": ("dtype", "auto"),
     "UNFOG_COMPILE": ("compile", "auto"),
@@ -60,6 +61,8 @@ def test_every_setting_is_in_the_table() -> None:
     ("variable", "value", "expected"),
     [
         ("UNFOG_CHECKPOINT", "/tmp/a b.safetensors", Path("/tmp/a b.safetensors")),
+        ("UNFOG_FAST_CHECKPOINT", "/tmp/a b.safetensors", Path("/tmp/a b.safetensors")),
+        ("UNFOG_FAST_CHECKPOINT", "none", "none"),
         ("UNFOG_DEVICE", "cpu", "cpu"),
         ("UNFOG_DEVICE", "cuda", "cuda"),
         ("UNFOG_DEVICE", "cuda:1", "cuda:1"),
@@ -84,6 +87,23 @@ def test_every_setting_is_in_the_table() -> None:
 def test_a_good_value_is_taken(variable: str, value: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, value)
     assert getattr(load_settings(), DEFAULTS[variable][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fast", "served"),
+    [
+        (SHIPPED, "auto", SHIPPED_FAST),
+        (Path(os.path.relpath(SHIPPED)), "auto", SHIPPED_FAST),
+        (Path("own.safetensors"), "auto", None),
+        (SHIPPED, "none", None),
+        (SHIPPED, Path("own.safetensors"), Path("own.safetensors")),
+        (Path("own.safetensors"), SHIPPED_FAST, SHIPPED_FAST),
+    ],
+)
+def test_the_shipped_student_is_served_beside_its_teacher_unless_told_otherwise(
+    checkpoint: Path, fast: Path | Literal["auto", "none"], served: Path | None
+) -> None:
+    assert Settings(checkpoint=checkpoint, fast_checkpoint=fast).fast_path == served
 
 
 WRONG = {
