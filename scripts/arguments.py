@@ -56,29 +56,33 @@ def guidance_scale(text: str) -> float:
     return value
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
+def add_drawing_arguments(
+    parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()
+) -> dict[str, Any]:
     """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read.
 
-    `without` names the options that the command decides itself: they are refused.
+    `without` names the options that the command decides itself: they are refused. Returns each option's default.
     """
     default = "drawn at random" if seed is None else str(seed)
     options: dict[str, dict[str, Any]] = {
-        "--checkpoint": {"type": Path, "default": SHIPPED, "help": "a .safetensors file; default: what ships"},
-        "--num-steps": {
+        "checkpoint": {"type": Path, "default": SHIPPED, "help": "a .safetensors file; default: what ships"},
+        "num_steps": {
             "type": integer(1),
             "help": "steps of the reverse process; default: the checkpoint's own, or all",
         },
-        "--sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's own, ddpm of most"},
-        "--guidance-scale": {"type": guidance_scale, "help": "1 to 10, 1 = off; default: the checkpoint's"},
-        "--guidance-start": {"type": integer(1), "metavar": "T", "help": "lowest timestep that is guided"},
-        "--guidance-stop": {"type": integer(1), "metavar": "T", "help": "highest timestep that is guided"},
-        "--seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"default: {default}"},
-        "--batch-size": {"type": integer(1, 10_000), "default": 64, "help": "images drawn at once; default: 64"},
-        "--compile": {"action": "store_true", "help": "compile first, which pays for thousands of images"},
-        "--num-threads": {"type": integer(1, 1024), "help": "compute threads on a CPU"},
+        "sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's own, ddpm of most"},
+        "guidance_scale": {"type": guidance_scale, "help": "1 to 10, 1 = off; default: the checkpoint's"},
+        "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep that is guided"},
+        "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep that is guided"},
+        "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"default: {default}"},
+        "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images drawn at once; default: 64"},
+        "compile": {"action": "store_true", "help": "compile first, which pays for thousands of images"},
+        "num_threads": {"type": integer(1, 1024), "help": "compute threads on a CPU"},
     }
     for name, how in options.items():
-        if name in without:
-            parser.set_defaults(**{name.removeprefix("--").replace("-", "_"): None})
+        option = f"--{name.replace('_', '-')}"
+        if option in without:
+            parser.set_defaults(**{name: None})
         else:
-            parser.add_argument(name, **how)
+            parser.add_argument(option, **how)
+    return {name: parser.get_default(name) for name in options}

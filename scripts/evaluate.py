@@ -203,14 +203,12 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     digits.add_argument("--judge", type=Path, help="weights of the judge; default: those that ship")
     digits.add_argument("--extractor", type=Path, help="weights whose features count; default: those that ship")
     digits.add_argument("--clip", nargs="?", const="embedded", metavar="MODEL", help=f"judge by CLIP too; {CLIP_HELP}")
-    before = set(vars(digits.parse_args([])))
     lowest = NUM_CLASSES * FEWEST_OF_EACH
     digits.add_argument(
         "--num-images", type=num_images(lowest, MOST_IMAGES), default=10_000, help="a multiple of 10; default: 10000"
     )
-    add_drawing_arguments(digits, seed=0)
-    defaults = {name: value for name, value in vars(digits.parse_args([])).items() if name not in before}
-    defaults.pop("num_threads")
+    defaults = {"num_images": digits.get_default("num_images"), **add_drawing_arguments(digits, seed=0)}
+    del defaults["num_threads"]  # of the evaluation too
     digits.set_defaults(run=_digits, drawing_defaults=defaults)
 
 
