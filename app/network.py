@@ -27,7 +27,7 @@ class ModelInfo:
     steps: tuple[int, ...]  # the only numbers of steps that it draws in; () = all of 1..max_steps
     default_steps: int  # the recommended number
     samplers: tuple[Sampler, ...]  # the recommended one first
-    guidance_scale: float  # the recommended one
+    guidance_scale: dict[Sampler, float]  # the recommended one of each
     guidable: bool  # whether labels were dropped in training: without it guidance has nothing to lean on
 
 
@@ -39,7 +39,7 @@ class Network:
     ) -> None:
         self.checkpoint, self.dtype = loaded, dtype
         self.info = _describe(name, loaded, device, dtype)
-        self._guidance, self._null_label = loaded.config.guidance, loaded.network.null_label
+        self._null_label = loaded.network.null_label
         self._mix = loaded.prediction.table(device)  # (T + 1, 3)
         self._condition = loaded.network.condition_table().to(device, dtype)  # (T + 1, num_classes + 1, D)
         network = loaded.network.to(device, dtype)
@@ -50,10 +50,9 @@ class Network:
     def predict(self, x_t: Tensor, t: Tensor, y: Tensor, guidance_scale: Tensor) -> tuple[Tensor, Tensor]:
         """x_t (B, C, H, W), the others (B,) -> x_0 (B, C, H, W), and which rows' outputs are finite (B,).
 
-        Rows whose guidance acts at their step are evaluated a second time, without label, in the same call.
+        Rows that are guided (guidance_scale is not 1) are evaluated a second time, without label, in the same call.
         """
-        acts = (guidance_scale != 1) & (t >= self._guidance.start) & (t <= self._guidance.stop)
-        guided = acts.nonzero()[:, 0]  # (G,)
+        guided = (guidance_scale != 1).nonzero()[:, 0]  # (G,)
         null = torch.full_like(guided, self._null_label)
         output = self._call(torch.cat([x_t, x_t[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
         cond, uncond = output.split([len(x_t), len(guided)])
@@ -84,6 +83,6 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         steps=config.steps,
         default_steps=config.recommended_steps,
         samplers=config.samplers,
-        guidance_scale=config.guidance.scale,
+        guidance_scale={sampler: config.guidance_of(sampler).scale for sampler in config.samplers},
         guidable=config.guidable,
     )

@@ -49,7 +49,7 @@ class Runner:
             name: Network(name, loaded, device, dtype, compiled=compiled) for name, loaded in models.items()
         }
         self._plan_starts: dict[tuple[str, str, int], int] = {}  # where each plan begins in the table
-        self._plan_table = torch.empty(0, 5, device=device)  # a row a step: t and the coefficients a, b, c, s
+        self._plan_table = torch.empty(0, 6, device=device)  # a row a step: t, whether guidance acts, a, b, c, s
         self._slots = Slots(self.image_shape, device)
 
     @classmethod
@@ -87,11 +87,11 @@ class Runner:
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
             slots = self._slots.of(trajectories)  # (B,)
             rows = self._slots.read(slots)
-            plan = self._plan_table[rows.plan_row + rows.step]  # (B, 5)
-            t = plan[:, 0].long()  # (B,)
-            x_0, finite = self._predict(trajectories, rows.x_t, t, rows.y, rows.guidance_scale)
+            plan = self._plan_table[rows.plan_row + rows.step]  # (B, 6)
+            t, guidance_scale = plan[:, 0].long(), rows.guidance_scale.where(plan[:, 1] != 0, 1)  # (B,) each
+            x_0, finite = self._predict(trajectories, rows.x_t, t, rows.y, guidance_scale)
             z = normal(rows.seed, rows.index, rows.step + 1, self.image_shape)
-            x_prev = reverse_step(rows.x_t, x_0, rows.x_0, z, plan[:, 1:])
+            x_prev = reverse_step(rows.x_t, x_0, rows.x_0, z, plan[:, 2:])
             all_finite: list[bool] = finite.tolist()
             self._commit(slots, x_t=x_prev, x_0=x_0, step=rows.step + 1)
         return all_finite
@@ -154,7 +154,8 @@ class Runner:
 
     def _check_probe(self, name: str) -> None:
         loaded = self._networks[name].checkpoint
-        probe, scale = loaded.config.probe, loaded.config.guidance.scale
+        probe = loaded.config.probe
+        scale = loaded.config.guidance_of(probe.sampler).scale
         options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, name)
         trajectory = Job(options, 1).unfinished[0]
         for _ in range(probe.num_steps):
@@ -210,11 +211,13 @@ class Runner:
         """Where in the table this plan starts; it is made the first time that it is asked for."""
         key = (options.model, options.sampler, options.num_steps)
         if key not in self._plan_starts:
-            schedule = self._networks[options.model].checkpoint.schedule
-            plan = make_plan(schedule, options.sampler, options.num_steps)
+            loaded = self._networks[options.model].checkpoint
+            plan = make_plan(loaded.schedule, options.sampler, options.num_steps)
+            guidance = loaded.config.guidance_of(options.sampler)
             t = torch.tensor(plan.timesteps[:-1])[:, None]  # (num_steps, 1)
+            acts = (t >= guidance.start) & (t <= guidance.stop)  # (num_steps, 1)
             self._plan_starts[key] = len(self._plan_table)
-            rows = torch.cat([t, plan.coefficients], dim=1).to(self.device)  # (num_steps, 5)
+            rows = torch.cat([t, acts, plan.coefficients], dim=1).to(self.device)  # (num_steps, 6)
             self._plan_table = torch.cat([self._plan_table, rows])
         return self._plan_starts[key]
 

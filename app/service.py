@@ -59,12 +59,15 @@ class Service:
 
     def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
         """What is asked for, the checkpoint's own where it is not; InvalidRequest for what it cannot draw."""
+        sampler = body.sampler if body.given("sampler") else info.samplers[0]
+        if sampler not in info.samplers:
+            raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(info.samplers)}")
         options = Options(
             digit=body.digit,
             seed=body.seed,
             num_steps=body.num_steps if body.given("num_steps") else info.default_steps,
-            sampler=body.sampler if body.given("sampler") else info.samplers[0],
-            guidance_scale=body.guidance_scale if body.given("guidance_scale") else info.guidance_scale,
+            sampler=sampler,
+            guidance_scale=body.guidance_scale if body.given("guidance_scale") else info.guidance_scale[sampler],
             model=info.name,
         )
         if options.digit >= info.num_classes:
@@ -74,8 +77,6 @@ class Service:
         if info.steps and options.num_steps not in info.steps:
             permitted = " or ".join(map(str, info.steps))
             raise errors.InvalidRequest.of("num_steps", f"Input should be {permitted} for model '{info.name}'")
-        if options.sampler not in info.samplers:
-            raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(info.samplers)}")
         if options.guidance_scale != 1 and not info.guidable:
             raise errors.InvalidRequest.of("guidance_scale", "Input should be 1: this checkpoint cannot be guided")
         return options

@@ -53,6 +53,7 @@ class CheckpointConfig:
     prediction: PredictionConfig = PredictionConfig()
     class_names: tuple[str, ...] = tuple("0123456789")
     guidance: Guidance = Guidance()  # the recommended one
+    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # of those that want another
     samplers: tuple[Sampler, ...] = SAMPLERS  # those permitted, the recommended one first
     steps: tuple[int, ...] = ()  # likewise numbers of steps; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
@@ -60,7 +61,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """ValueError where the parts contradict each other."""
-        T, guidance, probe = self.schedule.num_steps, self.guidance, self.probe
+        T, probe = self.schedule.num_steps, self.probe
         if self.unet.num_steps != T or len(self.class_names) != self.unet.num_classes:
             raise ValueError("network, schedule and class names do not fit together")
         if not isinstance(self.training, dict):
@@ -69,12 +70,15 @@ class CheckpointConfig:
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
         if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
             raise ValueError(f"steps must be integers within the schedule, and at most {MOST_STEPS}")
-        if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
-            raise ValueError("guidance.scale must be 1 to 10, and its interval must begin before it ends")
         if not isinstance(self.training.get("label_drop", 0), int | float):
             raise ValueError("training.label_drop must be a number")
-        if guidance.scale != 1 and not self.guidable:
-            raise ValueError("guidance needs training.label_drop above 0")
+        if not set(self.guidance_by_sampler) <= set(SAMPLERS):
+            raise ValueError(f"guidance_by_sampler must be of samplers among {', '.join(SAMPLERS)}")
+        for guidance in (self.guidance, *self.guidance_by_sampler.values()):
+            if not 1 <= guidance.scale <= 10 or not 1 <= guidance.start <= guidance.stop:
+                raise ValueError("guidance.scale must be 1 to 10, and its interval must begin before it ends")
+            if guidance.scale != 1 and not self.guidable:
+                raise ValueError("guidance needs training.label_drop above 0")
         if not (0 <= probe.digit < self.unet.num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
             raise ValueError("the probe asks for what the network cannot draw")
 
@@ -82,6 +86,10 @@ class CheckpointConfig:
     def recommended_steps(self) -> int:
         """How many steps are made where nobody asks for a number."""
         return self.steps[0] if self.steps else min(self.schedule.num_steps, MOST_STEPS)
+
+    def guidance_of(self, sampler: Sampler) -> Guidance:
+        """The recommended one, and the only interval in which this sampler's rows are ever guided."""
+        return self.guidance_by_sampler.get(sampler, self.guidance)
 
     @property
     def guidable(self) -> bool:
@@ -119,7 +127,7 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
         image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
         sampler=probe.sampler,
         num_steps=probe.num_steps,
-        guidance=config.guidance,
+        guidance=config.guidance_of(probe.sampler),
         prediction=Prediction(config.prediction, Schedule(config.schedule)),
         null_label=network.null_label,
     )
@@ -213,6 +221,7 @@ def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
         prediction=PredictionConfig(**metadata.pop("prediction", {})),  # the first files predict eps and do not say so
         class_names=tuple(metadata.pop("class_names")),
         guidance=Guidance(**metadata.pop("guidance")),
+        guidance_by_sampler={name: Guidance(**own) for name, own in metadata.pop("guidance_by_sampler", {}).items()},
         samplers=tuple(metadata.pop("samplers")),
         steps=tuple(metadata.pop("steps", ())),
         probe=Probe(**metadata.pop("probe")),

@@ -111,7 +111,7 @@ def _draw_part(
 
     y = index % num_classes  # (N,)
     timesteps = teacher_timesteps(schedule, recipe)
-    options = DrawingOptions("dpmpp", len(timesteps) - 1, drawer.checkpoint.config.guidance)
+    options = DrawingOptions("dpmpp", len(timesteps) - 1, drawer.checkpoint.config.guidance_of("dpmpp"))
     x_0 = drawer.draw(y, index, options, reporter, seed=seed, timesteps=timesteps, on_step=keep)  # (N, C, H, W)
     return torch.stack([*(torch.cat(states[t]) for t in kept), x_0.half()], dim=1), y
 

@@ -140,7 +140,7 @@ def open_drawer(args: argparse.Namespace) -> Drawer:
 
 def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
     """What the arguments ask for, the checkpoint's own where they do not; DrawingError for what it cannot do."""
-    T, own = loaded.schedule.num_steps, loaded.config.guidance
+    T = loaded.schedule.num_steps
     num_steps, permitted = args.num_steps or loaded.config.recommended_steps, loaded.config.steps
     if num_steps > T:
         raise DrawingError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
@@ -149,6 +149,7 @@ def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions
     sampler = args.sampler or loaded.config.samplers[0]
     if sampler not in loaded.config.samplers:
         raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
+    own = loaded.config.guidance_of(sampler)
     guidance = replace(
         own,
         scale=own.scale if args.guidance_scale is None else args.guidance_scale,

@@ -71,6 +71,7 @@ class Recipe(_Strict):
     lr_schedule: LRScheduleRecipe
     min_snr_gamma: float = Field(default=0.0, ge=0)  # weights the loss; 0 = not
     guidance: Guidance
+    guidance_by_sampler: dict[Sampler, Guidance] = {}  # of those that want another
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
     distillation: DistillationRecipe | None = None
@@ -80,14 +81,15 @@ class Recipe(_Strict):
     def _parts_fit(self) -> Self:
         if self.unet.num_steps != self.schedule.num_steps:
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
-        if not 1 <= self.guidance.scale <= 10:
-            raise ValueError("guidance.scale must be 1 to 10")
         if self.distillation:
             self._distillation_fits(self.distillation)
-        if not 1 <= self.guidance.start <= self.guidance.stop:
-            raise ValueError("guidance.start must be 1 or more, and not above guidance.stop")
-        if self.guidance.scale != 1 and not self.label_drop:
-            raise ValueError("guidance needs label_drop above 0")
+        for guidance in (self.guidance, *self.guidance_by_sampler.values()):
+            if not 1 <= guidance.scale <= 10:
+                raise ValueError("guidance.scale must be 1 to 10")
+            if not 1 <= guidance.start <= guidance.stop:
+                raise ValueError("guidance.start must be 1 or more, and not above guidance.stop")
+            if guidance.scale != 1 and not self.label_drop:
+                raise ValueError("guidance needs label_drop above 0")
         if self.unet.num_classes != NUM_CLASSES:
             raise ValueError(f"unet.num_classes must be {NUM_CLASSES}: that is what is trained on")
         return self

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.sampler import SAMPLERS, sample
+from model.sampler import SAMPLERS, Sampler, sample
 from scripts.pictures import save_grid
 from scripts.recipe import STUDENT_SAMPLER, Recipe
 from scripts.trainer import EpochResult, Trainer
@@ -91,6 +91,7 @@ class Run:
             schedule=self.recipe.schedule,
             prediction=self.recipe.prediction,
             guidance=self.recipe.guidance,
+            guidance_by_sampler=self.recipe.guidance_by_sampler,
             samplers=(STUDENT_SAMPLER,) if distillation else SAMPLERS,
             steps=(distillation.num_steps,) if distillation else (),
             probe=checkpoint.Probe(
@@ -113,6 +114,7 @@ class Run:
     def _digits(self, trainer: Trainer) -> Tensor:
         y = torch.arange(self.recipe.unet.num_classes, device=trainer.device)
         size, distillation = self.recipe.unet.image_size, self.recipe.distillation
+        sampler: Sampler = STUDENT_SAMPLER if distillation else "ddpm"
         return sample(
             trainer.denoise_averaged,
             trainer.objective.schedule,
@@ -120,9 +122,9 @@ class Run:
             seed=torch.full_like(y, GRID_SEED),
             index=y,
             image_shape=(self.recipe.unet.image_channels, size, size),
-            sampler=STUDENT_SAMPLER if distillation else "ddpm",
+            sampler=sampler,
             num_steps=distillation.num_steps if distillation else self.recipe.schedule.num_steps,
-            guidance=self.recipe.guidance,
+            guidance=self.recipe.guidance_by_sampler.get(sampler, self.recipe.guidance),
             prediction=trainer.objective.prediction,
             null_label=trainer.averaged.null_label,
         )

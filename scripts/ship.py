@@ -1,7 +1,7 @@
 """Makes the checkpoint that ships from a run's: `python -m scripts.ship runs/default/model.safetensors`.
 
-The weights are stored in float16, half the bytes; the recommended guidance and the evaluation go into
-the metadata, and the known picture is drawn anew with that guidance.
+The weights are stored in float16, half the bytes; the evaluation goes into the metadata, and so does the
+guidance that a preset recommends, where a sweep has found a better one than was trained with.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointError
-from model.sampler import Guidance
-from scripts.arguments import Parser, guidance_scale, integer
+from scripts.arguments import Parser
 from scripts.progress import fail
+from scripts.recipe import Recipe, RecipeError, load_recipe
 
 MAX_BYTES = 12_000_000  # all that ships, so that a clone stays small
 
@@ -27,24 +27,22 @@ def main(argv: list[str] | None = None) -> None:
     try:
         loaded = checkpoint.load(args.checkpoint)
         target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
-        ship(loaded, target, _guidance(args), [_evaluation(path, loaded) for path in args.evaluation])
-    except (CheckpointError, OSError, ValueError) as error:
+        recipe = load_recipe(args.guidance_of) if args.guidance_of else None
+        ship(loaded, target, recipe, [_evaluation(path, loaded) for path in args.evaluation])
+    except (CheckpointError, RecipeError, OSError, ValueError) as error:
         raise fail(f"ship: {error}".splitlines()[0]) from error
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 
-def ship(loaded: Checkpoint, target: Path, guidance: Guidance, evaluations: list[dict[str, Any]]) -> None:
-    """Writes it with another guidance and with its evaluations; ValueError if all that ships were too large then."""
-    training = {**loaded.config.training, "evaluation": evaluations}
-    config = replace(loaded.config, guidance=guidance, training=training)
+def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: list[dict[str, Any]]) -> None:
+    """Writes it with its evaluations and the recipe's guidance; ValueError if all that ships were too large then."""
+    config = replace(loaded.config, training={**loaded.config.training, "evaluation": evaluations})
+    if recipe:
+        config = replace(config, guidance=recipe.guidance, guidance_by_sampler=recipe.guidance_by_sampler)
     beside = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
     if 2 * sum(p.numel() for p in loaded.network.parameters()) + beside > MAX_BYTES:
         raise ValueError(f"with {target} more than {MAX_BYTES:,} bytes would ship")
     checkpoint.save(target, loaded.network, config, dtype=torch.float16)
-
-
-def _guidance(args: argparse.Namespace) -> Guidance:
-    return Guidance(args.guidance_scale, args.guidance_start, args.guidance_stop)
 
 
 def _evaluation(path: Path, loaded: Checkpoint) -> dict[str, Any]:
@@ -58,9 +56,9 @@ def _evaluation(path: Path, loaded: Checkpoint) -> dict[str, Any]:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.ship", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a run's model.safetensors")
-    parser.add_argument("--guidance-scale", type=guidance_scale, required=True, help="the recommended one; 1 = off")
-    parser.add_argument("--guidance-start", type=integer(1), default=1, metavar="T", help="lowest timestep guided")
-    parser.add_argument("--guidance-stop", type=integer(1), default=100, metavar="T", help="highest timestep guided")
+    parser.add_argument(
+        "--guidance-of", metavar="PRESET", help="whose guidance is recommended; default: the checkpoint keeps its own"
+    )
     parser.add_argument(
         "--evaluation", type=Path, nargs="+", default=[], help="evaluation.json of `python -m scripts.evaluate digits`"
     )

@@ -28,7 +28,7 @@ INFO = ModelInfo(
     steps=(),
     default_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
-    guidance_scale=1.0,
+    guidance_scale={"ddpm": 1.0, "ddim": 1.0, "dpmpp": 1.0},
     guidable=True,
 )
 WAIT_SECONDS = 60  # until a test gives up on another thread; never a measure of anything

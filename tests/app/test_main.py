@@ -13,6 +13,7 @@ import pytest
 from app.config import Settings
 from app.device import DeviceLostError
 from app.main import create_app
+from model.sampler import Sampler
 from tests.app.fakes import INFO, FakeRunner, Rows
 
 WORK = {"digit": 3, "num_steps": 3, "seed": 1}
@@ -113,13 +114,16 @@ def test_guidance_is_refused_where_no_label_was_dropped_in_training() -> None:
     run(check, FakeRunner(models={"default": replace(INFO, guidable=False)}))
 
 
+SCALES: dict[Sampler, float] = {"ddpm": 1.5, "ddim": 3.0, "dpmpp": 2.0}
 FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
 
 
 def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing() -> None:
-    runner = FakeRunner(models={"default": replace(INFO, guidance_scale=1.5), "fast": FAST})
+    runner = FakeRunner(models={"default": replace(INFO, guidance_scale=SCALES), "fast": FAST})
 
     async def check(client: httpx.AsyncClient) -> None:
+        own = (await client.post("/generate", json={"digit": 3, "seed": 1, "sampler": "dpmpp"})).json()
+        assert (own["sampler"], own["guidance_scale"]) == ("dpmpp", 2.0)
         for model, expected in (("default", (100, "ddpm", 1.5, "0")), ("fast", (4, "ddim", 1.0, "f"))):
             answer = (await client.post("/generate", json={"digit": 3, "seed": 1, "model": model})).json()
             drawn = answer["num_steps"], answer["sampler"], answer["guidance_scale"], answer["model"]["sha256"][0]

@@ -242,6 +242,20 @@ def test_a_row_pays_for_guidance_only_where_it_acts(loaded: Checkpoint) -> None:
     assert network.rows == [11, 11] + [14] * 7 + [11]
 
 
+def test_each_samplers_rows_are_guided_in_its_own_interval(loaded: Checkpoint) -> None:
+    config = dataclasses.replace(loaded.config, guidance_by_sampler={"ddim": Guidance(3.0, 15, 35)})
+    runner = new_runner(dataclasses.replace(loaded, config=config), torch.bfloat16)
+    network = Counting(runner)
+    assert [runner.models["default"].guidance_scale[sampler] for sampler in ("ddpm", "ddim")] == [2.0, 3.0]
+    rows = [
+        *rows_of(2, num_steps=10, guidance_scale=2.0),
+        *rows_of(3, num_steps=10, guidance_scale=2.0, sampler="ddim"),
+    ]
+    for _ in range(10):  # t = 100, 90, ... 10: 80 to 20 are guided, 30 and 20 of ddim's
+        step(runner, rows)
+    assert network.rows == [5, 5] + [7] * 5 + [10] * 2 + [5]
+
+
 def test_without_guidance_there_is_one_evaluation_a_row(loaded: Checkpoint) -> None:
     runner = new_runner(loaded, torch.bfloat16)
     network = Counting(runner)
@@ -348,7 +362,12 @@ def test_a_known_picture_of_nan_is_wrong(loaded: Checkpoint) -> None:
 def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
     info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16")).models["default"]
     assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")
-    assert (info.max_steps, info.samplers, info.guidance_scale, info.guidable) == (100, SAMPLERS, 2.0, True)
+    assert (info.max_steps, info.samplers, info.guidance_scale, info.guidable) == (
+        100,
+        SAMPLERS,
+        dict.fromkeys(SAMPLERS, 2.0),
+        True,
+    )
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
 
 

@@ -71,6 +71,12 @@ class Service:
             for sample in family.samples
         )
 
+    def mean_rows_since(self, before: Samples) -> float:
+        """Rows a step, averaged over the steps since a scrape."""
+        after = self.metrics()
+        rows, steps = (after.of(f"batch_rows_{part}") - before.of(f"batch_rows_{part}") for part in ("sum", "count"))
+        return rows / steps
+
     def wait_for(self, value: float, name: str, /, **labels: str) -> None:
         """Waits until a metric has the value."""
         eventually(lambda: self.metrics().of(name, **labels) == value, f"{name} {labels} is {value}")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import SHIPPED, load
+from model.checkpoint import load
 from model.sampler import Guidance, sample
 from tests.e2e.conftest import GUIDANCE, Start, start_service
 from tests.e2e.service import Service, open_png
@@ -116,21 +116,6 @@ def test_images_are_those_of_the_models_own_sampler(
     assert (np.abs(drawn - expected) <= 1).mean() > 0.99
 
 
-@pytest.mark.skipif(not SHIPPED.exists(), reason="needs the shipped checkpoint")
-def test_the_shipped_checkpoint_draws_the_same_bytes_in_company() -> None:
-    with ExitStack() as stack:
-        service = start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32")
-        asked = [{"digit": 7, "seed": 7, "count": 2, "num_steps": 12}, {"digit": 2, "seed": 9, "num_steps": 30}]
-        alone = [service.images(**body) for body in asked]
-        before = service.metrics()
-        with ThreadPoolExecutor() as pool:
-            others = [pool.submit(service.images, digit=digit, count=16, num_steps=15) for digit in range(4)]
-            in_company = list(pool.map(lambda body: service.images(**body), asked))
-            assert all(len(other.result()) == 16 for other in others)
-        assert _mean_rows(service, before) >= ENOUGH_ROWS
-        assert in_company == alone
-
-
 def draw_in_company(
     service: Service, num_others: int, steps: tuple[int, int]
 ) -> tuple[dict[str, list[bytes]], int, float]:
@@ -155,13 +140,7 @@ def draw_in_company(
         last = [pool.submit(service.images, **body) for body in others[1::2]]
         drawn = {name: answer.result() for name, answer in asked.items()}
         num_drawn = sum(len(answer.result()) for answer in first + last)
-    return drawn, num_drawn, _mean_rows(service, before)
-
-
-def _mean_rows(service: Service, before: Any) -> float:
-    after = service.metrics()
-    rows, steps = (after.of(f"batch_rows_{part}") - before.of(f"batch_rows_{part}") for part in ("sum", "count"))
-    return rows / steps
+    return drawn, num_drawn, service.mean_rows_since(before)
 
 
 def _dtype(service: Service) -> str:

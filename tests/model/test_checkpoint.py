@@ -228,12 +228,34 @@ def test_an_unknown_field_of_the_configuration_is_refused(saved: Path, part: str
     assert "not a checkpoint of unfog" in refusal(saved)
 
 
+def test_a_sampler_may_have_a_guidance_of_its_own(network: UNet, tmp_path: Path) -> None:
+    own = Guidance(4.0, 20, 60)
+    save(tmp_path / "tiny.safetensors", network, config_of(network, guidance_by_sampler={"ddpm": own}))
+    config = load(tmp_path / "tiny.safetensors").config
+    assert [config.guidance_of(sampler) for sampler in ("ddpm", "ddim")] == [own, Guidance(1.5, 10, 90)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"euler": {}}, {"ddpm": {"scale": 0.5}}, {"ddpm": {"start": 9, "stop": 8}}, {"ddpm": {"invented": 1}}, [], 7],
+    ids=str,
+)
+def test_guidance_of_a_sampler_that_cannot_be_is_refused(saved: Path, wrong: object) -> None:
+    rewrite(saved, lambda metadata: metadata.update(guidance_by_sampler=wrong))
+    assert "not a checkpoint of unfog" in refusal(saved)
+
+
+def test_guidance_of_one_sampler_needs_dropped_labels_too(network: UNet) -> None:
+    with pytest.raises(ValueError, match="label_drop"):
+        CheckpointConfig(network.config, ScheduleConfig(), guidance_by_sampler={"ddpm": Guidance(2.0)})
+
+
 def test_the_first_files_do_not_say_that_they_predict_eps(saved: Path) -> None:
     rewrite(saved, lambda metadata: metadata.pop("prediction"))
     assert load(saved).config.prediction == PredictionConfig("eps")
 
 
-OPTIONAL = {"training", "prediction", "steps"}
+OPTIONAL = {"training", "prediction", "steps", "guidance_by_sampler"}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name not in OPTIONAL])

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -69,6 +70,15 @@ def test_options_are_the_checkpoints_where_nothing_is_asked(tmp_path: Path) -> N
     assert options_from(arguments(), loaded) == DrawingOptions("ddpm", NUM_STEPS, GUIDANCE)
     asked = arguments(num_steps=3, sampler="ddim", guidance_scale=2.0, guidance_start=1, guidance_stop=5)
     assert options_from(asked, loaded) == DrawingOptions("ddim", 3, Guidance(2.0, 1, 5))
+
+
+def test_the_guidance_is_that_of_the_sampler(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    config = dataclasses.replace(loaded.config, guidance_by_sampler={"dpmpp": Guidance(3.0, 4, 6)})
+    loaded = dataclasses.replace(loaded, config=config)
+    assert options_from(arguments(), loaded).guidance == GUIDANCE
+    assert options_from(arguments(sampler="dpmpp"), loaded).guidance == Guidance(3.0, 4, 6)
+    assert options_from(arguments(sampler="dpmpp", guidance_scale=2.0), loaded).guidance == Guidance(2.0, 4, 6)
 
 
 def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> None:

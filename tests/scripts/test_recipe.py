@@ -49,6 +49,13 @@ def differences(one: str, other: str) -> set[str]:
     return {place for place in a.keys() | b.keys() if a.get(place) != b.get(place)}
 
 
+GUIDANCE = {  # which is another rung, between these two
+    "guidance.scale",
+    "guidance.start",
+    *(f"guidance_by_sampler.ddpm.{field}" for field in ("scale", "start")),
+}
+
+
 @pytest.mark.parametrize(
     ("below", "rung", "different"),
     [
@@ -56,7 +63,7 @@ def differences(one: str, other: str) -> set[str]:
         ("baseline", "baseline-ema", {"ema_max_decay"}),
         ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
         ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
-        ("default-eps", "default", {"prediction.kind", "min_snr_gamma", "guidance.scale", "guidance.start"}),
+        ("default-eps", "default", {"prediction.kind", "min_snr_gamma", *GUIDANCE}),
         ("default-edm", "default", {"prediction.kind", "min_snr_gamma"}),
     ],
 )

@@ -8,6 +8,7 @@ import torch
 from model.checkpoint import Probe, draw_probe, load, save
 from model.sampler import Guidance
 from scripts import ship
+from scripts.recipe import load_recipe
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -19,17 +20,16 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
     ship.main(
         [
             str(source),
-            "--guidance-scale",
-            "1.5",
-            "--guidance-stop",
-            "80",
+            "--guidance-of=default",
             f"--out={target}",
             "--evaluation",
             *map(str, evaluations),
         ]
     )
     before, after = load(source), load(target)
-    assert after.config.guidance == Guidance(1.5, 1, 80)
+    recipe = load_recipe("default")
+    assert (after.config.guidance, after.config.guidance_by_sampler) == (recipe.guidance, recipe.guidance_by_sampler)
+    assert before.config.guidance != after.config.guidance
     assert after.config.training == {
         **before.config.training,
         "evaluation": [{"recognised": 0.5}, {"recognised": 0.25}],
@@ -46,9 +46,7 @@ def test_the_evaluation_of_another_checkpoint_does_not_ship(tmp_path: Path, caps
     for content in ({"checkpoint_sha256": "0" * 64}, {"recognised": 0.5}):
         (tmp_path / "of another.json").write_text(json.dumps(content))
         with pytest.raises(SystemExit):
-            ship.main(
-                [str(source), "--guidance-scale=1", f"--out={target}", f"--evaluation={tmp_path}/of another.json"]
-            )
+            ship.main([str(source), f"--out={target}", f"--evaluation={tmp_path}/of another.json"])
         assert "not an evaluation of this checkpoint" in capsys.readouterr().err
     assert not target.exists()
 
@@ -63,25 +61,21 @@ def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
     config = replace(loaded.config, steps=(2,), samplers=("ddim",), guidance=Guidance(), probe=Probe(num_steps=2))
     save(student, loaded.network, config)
     for source in (plain, student):
-        ship.main([str(source), "--guidance-scale", "1"])
+        ship.main([str(source)])
     default, fast = (tmp_path / "weights" / f"{name}.safetensors" for name in ("default", "fast"))
     assert (load(default).config.steps, load(fast).config.steps) == ((), (2,))
     monkeypatch.setattr(ship, "MAX_BYTES", default.stat().st_size + 1000)
     with pytest.raises(SystemExit):
-        ship.main([str(student), "--guidance-scale", "1"])
+        ship.main([str(student)])
     assert "would ship" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["missing.safetensors", "--guidance-scale", "1"], "No such file"),
-        (["{source}", "--guidance-scale", "0.5"], "not a number from 1 to 10"),
-        (
-            ["{source}", "--guidance-scale", "2", "--guidance-start", "9", "--guidance-stop", "8"],
-            "begin before it ends",
-        ),
-        (["{source}", "--guidance-scale", "2", "--evaluation", "missing.json"], "No such file"),
+        (["missing.safetensors"], "No such file"),
+        (["{source}", "--guidance-of", "missing"], "missing"),
+        (["{source}", "--evaluation", "missing.json"], "No such file"),
     ],
 )
 def test_what_cannot_ship_is_one_sentence_and_status_2(
@@ -103,5 +97,5 @@ def test_a_checkpoint_that_is_too_large_does_not_ship(
     source = save_tiny_checkpoint(tmp_path / "run.safetensors")
     monkeypatch.setattr(ship, "MAX_BYTES", 2 * sum(p.numel() for p in load(source).network.parameters()) - 1)
     with pytest.raises(SystemExit):
-        ship.main([str(source), "--guidance-scale", "1", f"--out={tmp_path / 'out.safetensors'}"])
+        ship.main([str(source), f"--out={tmp_path / 'out.safetensors'}"])
     assert "more than" in capsys.readouterr().err

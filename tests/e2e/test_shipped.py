@@ -1,0 +1,56 @@
+"""What ships, as it ships: both models in a real process, their digits read by the judge."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.checkpoint import SHIPPED, SHIPPED_FAST, load
+from scripts.evaluation.classifiers import accuracy, load_classifier
+from tests.e2e.conftest import start_service
+from tests.e2e.service import Service, open_png
+
+FEW_STEPS = [{"sampler": "dpmpp", "num_steps": 10}, {"model": "fast"}]
+EACH = 16
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[Service]:
+    with ExitStack() as stack:
+        yield start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32", UNFOG_REQUEST_TIMEOUT="300")
+
+
+def test_the_default_and_its_student_are_served_without_being_asked_for(shipped: Service) -> None:
+    models = {model["name"]: model["sha256"] for model in shipped.client.get("/health").json()["models"]}
+    assert models == {"default": load(SHIPPED).sha256, "fast": load(SHIPPED_FAST).sha256}
+
+
+@pytest.mark.parametrize("how", FEW_STEPS, ids=["default", "fast"])
+def test_the_judge_reads_the_digits_that_were_asked_for(shipped: Service, how: dict[str, Any]) -> None:
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(shipped.images, digit=digit, seed=digit, count=EACH, **how) for digit in range(10)]
+        pngs = [png for request in asked for png in request.result()]
+    images = torch.from_numpy(np.stack([open_png(png)[0] for png in pngs]))[:, None]  # (10 * EACH, 1, 28, 28)
+    told = accuracy(load_classifier("judge").network, images, torch.arange(10).repeat_interleave(EACH))
+    assert told >= 0.96  # where 99 in a hundred are told, as good as always
+
+
+def test_both_draw_the_same_bytes_in_each_others_company(shipped: Service) -> None:
+    asked: list[dict[str, Any]] = [
+        {"digit": 7, "seed": 7, "count": 2, "num_steps": 12},
+        {"digit": 2, "seed": 9, "num_steps": 30},
+        {"digit": 5, "seed": 3, "count": 2, "model": "fast"},
+    ]
+    alone = [shipped.images(**body) for body in asked]
+    before = shipped.metrics()
+    with ThreadPoolExecutor() as pool:
+        others = [pool.submit(shipped.images, digit=digit, count=16, num_steps=15) for digit in range(4)]
+        others += [pool.submit(shipped.images, digit=digit, count=16, model="fast") for digit in range(4)]
+        in_company = list(pool.map(lambda body: shipped.images(**body), asked))
+        assert all(len(other.result()) == 16 for other in others)
+    assert shipped.mean_rows_since(before) >= 16
+    assert in_company == alone
