@@ -69,7 +69,7 @@ def test_classifiers_see_8_bit_digits_only(images: Tensor) -> None:
         recognise(KINDS["judge"]().eval(), images)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("judge", 0.996), ("extractor", 0.99)])
+@pytest.mark.parametrize(("kind", "least"), [("judge", 0.996), ("extractor", 0.99), ("fog_judge", 0.99)])
 def test_those_that_ship_are_as_good_as_they_say(mnist_dir: Path, kind: str, least: float) -> None:
     shipped = load_classifier(kind)
     measured = accuracy(shipped.network, *mnist.load_mnist("test", mnist_dir))
