@@ -10,7 +10,6 @@ A sweep that was stopped goes on where it was. Sweeps choose: they see the valid
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,14 +81,19 @@ def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
     from scripts.evaluation.sweep import show_steps
 
     sweep = _sweep(args)
-    own = options_from(args, sweep.drawer.checkpoint)
-    config, T = sweep.drawer.checkpoint.config, sweep.drawer.checkpoint.schedule.num_steps
+    loaded = sweep.drawer.checkpoint
+    config, T = loaded.config, loaded.schedule.num_steps
     permitted = config.steps or range(1, T + 1)
     samplers = args.samplers or config.samplers
     steps = args.steps or sorted(config.steps) or [num_steps for num_steps in STEPS if num_steps <= T]
     if not set(samplers) <= set(config.samplers) or not set(steps) <= set(permitted):
         raise CompareError("this checkpoint does not permit those samplers or numbers of steps")
-    rows = sweep.run([replace(own, sampler=name, num_steps=n) for name in samplers for n in steps], reporter)
+    settings = [
+        options_from(argparse.Namespace(**{**vars(args), "sampler": sampler, "num_steps": num_steps}), loaded)
+        for sampler in samplers  # each with the guidance that is recommended for it
+        for num_steps in steps
+    ]
+    rows = sweep.run(settings, reporter)
     write_atomically(args.out / "steps.md", sweep.as_markdown(rows).encode())
     save_figure(show_steps(rows), args.out / "steps.png", grey=False)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from model.checkpoint import load, save
 from model.sampler import Guidance
 from scripts import compare, evaluate
 from scripts.compare import tabulate
@@ -110,6 +112,16 @@ def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path
         "2 in 1-10",
         "2 in 3-5",
     ]
+
+
+def test_each_sampler_is_guided_as_is_recommended_for_it(workplace: Path, tmp_path: Path) -> None:
+    loaded = load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    config = dataclasses.replace(loaded.config, guidance_by_sampler={"ddpm": Guidance(3.0, 4, 6)})
+    save(tmp_path / "own.safetensors", loaded.network, config)
+    options = [f"--checkpoint={tmp_path / 'own.safetensors'}", "--samplers", "ddim", "ddpm", "--steps", "1"]
+    compare.main(["steps", *arguments(workplace, tmp_path), *options])
+    rows = json.loads((tmp_path / "steps.json").read_text())["figures"]
+    assert [row["options"]["guidance"]["scale"] for row in rows] == [1.5, 3.0]
 
 
 def test_the_figure_has_a_line_a_sampler() -> None:
