@@ -33,6 +33,13 @@ class Guidance:
     start: int = 1
     stop: int = 100
 
+    def __post_init__(self) -> None:
+        """ValueError for a scale or an interval that means nothing."""
+        if not 1 <= self.scale <= 10:
+            raise ValueError("guidance.scale must be 1 to 10")
+        if not 1 <= self.start <= self.stop:
+            raise ValueError("guidance.start must be 1 or more, and not above guidance.stop")
+
     def acts_at(self, t: int) -> bool:
         """Whether step t needs the second evaluation."""
         return self.scale != 1.0 and self.start <= t <= self.stop

@@ -3,7 +3,7 @@
 import argparse
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,16 +150,12 @@ def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions
     if sampler not in loaded.config.samplers:
         raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
     own = loaded.config.guidance_of(sampler)
-    guidance = replace(
-        own,
-        scale=own.scale if args.guidance_scale is None else args.guidance_scale,
-        start=args.guidance_start or own.start,
-        stop=args.guidance_stop or own.stop,
-    )
-    if guidance.scale != 1 and not loaded.config.guidable:
+    scale = own.scale if args.guidance_scale is None else args.guidance_scale
+    start, stop = args.guidance_start or own.start, args.guidance_stop or own.stop
+    if scale != 1 and not loaded.config.guidable:
         raise DrawingError(
             "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
         )
-    if guidance.start > guidance.stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
+    if start > stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
         raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
-    return DrawingOptions(sampler, num_steps, guidance)
+    return DrawingOptions(sampler, num_steps, Guidance(scale, start, stop))

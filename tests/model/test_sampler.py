@@ -295,3 +295,9 @@ def test_what_the_network_predicts_does_not_matter_to_the_samples(
 def test_a_number_of_steps_out_of_range_is_refused(sampler: Sampler, num_steps: int) -> None:
     with pytest.raises(ValueError, match="num_steps must be 1 to 100"):
         make_plan(COSINE, sampler, num_steps)
+
+
+@pytest.mark.parametrize("wrong", [(0.5, 1, 100), (11.0, 1, 100), (2.0, 0, 100), (2.0, 50, 49)])
+def test_a_guidance_that_means_nothing_cannot_be_made(wrong: tuple[float, int, int]) -> None:
+    with pytest.raises(ValueError, match=r"guidance\.(scale|start)"):
+        Guidance(*wrong)
