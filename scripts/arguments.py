@@ -45,6 +45,20 @@ def num_images(low: int, high: int) -> Callable[[str], int]:
     return parse_multiple
 
 
+def file_to_write(suffix: str) -> Callable[[str], Path]:
+    """The type of an argument that names a file to write, whose name ends in .png or the like."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if path.suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"{text} does not end in {suffix}")
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder")
+        return path
+
+    return parse
+
+
 def guidance_scale(text: str) -> float:
     """The type of --guidance-scale: 1 to 10."""
     try:

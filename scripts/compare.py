@@ -4,7 +4,7 @@ steps     each sampler at 1, 2, 4, 6, 10, 20, 50 and 100 steps: a table and a fi
 guidance  scales and intervals of steps in which they act: a table
 runs      the evaluations that scripts.evaluate left, side by side: a table
 
-A sweep that was stopped goes on where it was. Sweeps choose: they see the validation split only.
+A sweep that was stopped goes on where it was. Sweeps choose: they never see the test split.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from model.sampler import SAMPLERS, Guidance
 from scripts.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
 from scripts.drawing import DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.evaluation.classifiers import ClassifierError, load_classifier
-from scripts.evaluation.samples import SamplesError, load_references
+from scripts.evaluation.samples import SPLITS, SamplesError, load_references
 from scripts.figures import save_figure
 from scripts.mnist import DataError
 from scripts.progress import Reporter, fail, require
@@ -153,7 +153,7 @@ def _read_evaluation(path: Path) -> tuple[str, dict[str, Any]]:
         return file.parent.name, content
     except OSError as error:
         raise CompareError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CompareError(f"{file} is not what scripts.evaluate leaves") from error
 
 
@@ -162,7 +162,7 @@ def _sweep(args: argparse.Namespace) -> "Sweep":
     from scripts.evaluation.sweep import Sweep
 
     drawer = open_drawer(args)
-    references = load_references("validation", args.data_dir)
+    references = load_references(args.split, args.data_dir)
     evaluator = Evaluator(references, load_classifier("judge"), load_classifier("extractor"), args.num_images)
     return Sweep(drawer, evaluator, args.out / f"{args.command}.json", args.seed, args.batch_size)
 
@@ -188,6 +188,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for name, command in (("steps", steps), ("guidance", guidance)):
         command.add_argument(
             "--num-images", type=num_images(100, 49_000), default=2_000, help="a multiple of 10; default: 2000"
+        )
+        command.add_argument(
+            "--split",
+            choices=[split for split in SPLITS if split != "test"],
+            default="validation",
+            help="the real digits beside: of few writers that nobody learned from (default), or of all writers",
         )
         command.add_argument("--out", type=Path, required=True, help="folder for the figures; a sweep in it goes on")
         command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")

@@ -19,7 +19,7 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, CheckpointError, write_atomically
-from scripts.arguments import Parser, add_drawing_arguments, integer, num_images
+from scripts.arguments import Parser, add_drawing_arguments, file_to_write, integer, num_images
 from scripts.drawing import DrawingError, open_drawer, options_from
 from scripts.evaluation import clip
 from scripts.evaluation.classifiers import ClassifierError, Trained, load_classifier
@@ -28,6 +28,7 @@ from scripts.evaluation.clip_path import PROMPTS, scores_along, show_scores
 from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import (
     FEWEST_OF_EACH,
+    SPLITS,
     Digits,
     SamplesError,
     balanced,
@@ -42,7 +43,9 @@ from scripts.mnist import NUM_CLASSES, DataError
 from scripts.progress import Reporter, fail, require
 
 SOURCE = ("checkpoint_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
+NUM_IMAGES = 10_000
 MOST_IMAGES = 49_000  # so that as many real digits, as many of each, stand beside them
+PICTURE_HELP = "the .png to write; its numbers go into a .json beside it"
 CLIP_HELP = "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE; default: the small one that ships"
 
 
@@ -67,7 +70,7 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
     # All that can fail fails before anything is drawn.
     scorer = ClipScorer(args.clip) if args.clip else None
     judge, extractor = load_classifier("judge", args.judge), load_classifier("extractor", args.extractor)
-    num_images, draw, source = _folder(args) if args.images else _checkpoint(args, reporter)
+    num_images, draw, source = (_folder if args.images else _checkpoint)(args, reporter)
     references = load_references(args.split, args.data_dir)
     evaluator = Evaluator(references, judge, extractor, num_images)
     if args.out:
@@ -90,32 +93,34 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
 Samples = tuple[int, Callable[[], Digits], dict[str, Any]]  # how many, the images, where they come from
 
 
-def _folder(args: argparse.Namespace) -> Samples:
+def _folder(args: argparse.Namespace, reporter: Reporter) -> Samples:
     given = [name for name, default in args.drawing_defaults.items() if getattr(args, name) != default]
     if given:
         raise SamplesError(f"--images are drawn already: leave out --{given[0].replace('_', '-')}")
-    digits, facts = read_samples(args.images), read_facts(args.images)
+    read, facts = read_samples(args.images), read_facts(args.images)
+    fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
+    digits = balanced(read, args.num_images or min(NUM_IMAGES, NUM_CLASSES * fewest))
+    if len(digits.labels) < len(read.labels):
+        reporter.line(f"the first {len(digits.labels) // NUM_CLASSES} of each digit, of {len(read.labels)} images")
     known = {name: facts[name] for name in SOURCE if name in facts}
-    return len(digits.images), lambda: digits, {"images": args.images.name, **known}
+    return len(digits.labels), lambda: digits, {"images": args.images.name, **known}
 
 
 def _checkpoint(args: argparse.Namespace, reporter: Reporter) -> Samples:
-    drawer = open_drawer(args)
+    drawer, count = open_drawer(args), args.num_images or NUM_IMAGES
     options = options_from(args, drawer.checkpoint)
 
     def draw() -> Digits:
-        return draw_samples(
-            drawer, options, reporter, num_images=args.num_images, seed=args.seed, batch_size=args.batch_size
-        )
+        return draw_samples(drawer, options, reporter, num_images=count, seed=args.seed, batch_size=args.batch_size)
 
-    return args.num_images, draw, {**drawer.facts, "options": asdict(options), "seed": args.seed}
+    return count, draw, {**drawer.facts, "options": asdict(options), "seed": args.seed}
 
 
 def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
     schedule = checkpoint.load(args.checkpoint).schedule
     timesteps = list(range(0, schedule.num_steps + 1, max(schedule.num_steps // 50, 1)))
     digits, judge = load_references(args.split, args.data_dir).held_out, load_classifier("fog_judge", args.judge)
-    shares = recognised_in_fog(judge.network, digits, schedule, timesteps, reporter)
+    recognised, shares = recognised_in_fog(judge.network, digits, schedule, timesteps, reporter)
     lost = lost_at(timesteps, shares)
     for digit, t in enumerate(lost):
         reporter.line(f"{digit}: {'never lost' if t is None else f'half are lost from t = {t} on'}")
@@ -124,6 +129,7 @@ def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
         "split": args.split,
         "judge": _of(judge),
         "t": timesteps,
+        "recognised": recognised.T.tolist(),
         "told": shares.T.tolist(),
         "half_lost_at": lost,
     }
@@ -139,7 +145,17 @@ def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
         reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {beside:.3f}")
     save_figure(show_scores(args.clip, timesteps, means, of_real), args.out, grey=False)
     scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(PROMPTS)}
-    content = {"model": scorer.name, "weights_sha256": scorer.sha256, "t": timesteps, "scores": scores}
+    content = {
+        **drawer.facts,
+        "options": asdict(options),
+        "seed": args.seed,
+        "num_images": args.num_images,
+        "split": args.split,
+        "model": scorer.name,
+        "weights_sha256": scorer.sha256,
+        "t": timesteps,
+        "scores": scores,
+    }
     _write_json(args.out.with_suffix(".json"), content)
 
 
@@ -175,7 +191,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     fog = commands.add_parser("fog", help="how long real digits are recognised on their way into the noise")
     fog.add_argument("--checkpoint", type=Path, default=SHIPPED, help="whose schedule; default: what ships")
     fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: those that ship")
-    fog.add_argument("--out", type=Path, required=True, help="the .png to write; its numbers go into a .json beside it")
+    fog.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     fog.set_defaults(run=_fog)
     clip_path = commands.add_parser("clip", help="what CLIP sees along the reverse process")
     _add_clip(clip_path)
@@ -183,14 +199,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     synthetic.add_argument("folder", type=Path, help="what scripts.make_dataset wrote")
     synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"default: {EPOCHS}")
     synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
-    synthetic.add_argument("--out", type=Path, help="a .json to write")
+    synthetic.add_argument("--out", type=file_to_write(".json"), help="a .json to write")
     synthetic.set_defaults(run=_synthetic)
     for command in (fog, synthetic):
         command.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     for command in (digits, fog, clip_path, synthetic):
-        command.add_argument(
-            "--split", choices=["test", "validation"], default="test", help="the real digits beside; default: test"
-        )
+        command.add_argument("--split", choices=SPLITS, default="test", help="the real digits beside; default: test")
         command.add_argument(
             "--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing"
         )
@@ -205,16 +219,18 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     digits.add_argument("--clip", nargs="?", const="embedded", metavar="MODEL", help=f"judge by CLIP too; {CLIP_HELP}")
     lowest = NUM_CLASSES * FEWEST_OF_EACH
     digits.add_argument(
-        "--num-images", type=num_images(lowest, MOST_IMAGES), default=10_000, help="a multiple of 10; default: 10000"
+        "--num-images",
+        type=num_images(lowest, MOST_IMAGES),
+        help=f"a multiple of 10; default: {NUM_IMAGES}, or what --images holds of them",
     )
-    defaults = {"num_images": digits.get_default("num_images"), **add_drawing_arguments(digits, seed=0)}
+    defaults = add_drawing_arguments(digits, seed=0)
     del defaults["num_threads"]  # of the evaluation too
     digits.set_defaults(run=_digits, drawing_defaults=defaults)
 
 
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:
     clip_path.add_argument("--num-images", type=num_images(NUM_CLASSES, 4_000), default=200, help="default: 200")
-    clip_path.add_argument("--out", type=Path, required=True, help="the .png to write; its numbers go into a .json")
+    clip_path.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=CLIP_HELP)
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
     clip_path.set_defaults(run=_clip)

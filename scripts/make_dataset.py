@@ -73,7 +73,7 @@ def _begin(folder: Path, facts: dict[str, Any]) -> bool:
     """Whether there is something left to do; DatasetError for a folder that holds something else."""
     path = folder / FACTS
     if path.exists():
-        if json.loads(path.read_text("utf-8")) != facts:
+        if _read_facts(path) != facts:
             raise DatasetError(f"{folder} holds another set; name another --out")
         return (folder / PARTS).exists()
     if any(found != folder / PARTS for found in folder.rglob("*")):
@@ -81,6 +81,13 @@ def _begin(folder: Path, facts: dict[str, Any]) -> bool:
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     write_atomically(path, f"{json.dumps(facts, indent=2)}\n".encode())
     return True
+
+
+def _read_facts(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DatasetError(f"{path} is damaged: name another --out") from error
 
 
 def _draw_parts(args: argparse.Namespace, drawer: Drawer, options: DrawingOptions, reporter: Reporter) -> None:

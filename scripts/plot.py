@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from model.checkpoint import CheckpointError
 from model.diffusion import Diffusion
 from model.schedule import Schedule
-from scripts.arguments import Parser, add_drawing_arguments, integer
+from scripts.arguments import Parser, add_drawing_arguments, file_to_write, integer
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.figures import Panel, draw_panels, new_figure, save_figure
 from scripts.mnist import DataError, load_mnist, to_model_range
@@ -140,8 +140,6 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and draws the picture."""
     args = _parse(argv)
     try:
-        if args.out.suffix.lower() != ".png":
-            raise PlotError(f"--out {args.out} does not end in .png")
         with Reporter() as reporter:
             args.run(args, reporter)
             reporter.line(f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB")
@@ -208,7 +206,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     epochs.add_argument("--epochs", type=integer(1), nargs="+", help="default: 1 5 15 30, or the last")
     epochs.set_defaults(run=_epochs)
     for command in (noise, reverse, sheet, losses, epochs):
-        command.add_argument("--out", type=Path, required=True, help="the .png to write")
+        command.add_argument("--out", type=file_to_write(".png"), required=True, help="the .png to write")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
 """Makes the checkpoint that ships from a run's: `python -m scripts.ship runs/default/model.safetensors`.
 
-The weights are stored in float16, half the bytes; the evaluation goes into the metadata, and so does the
-guidance that a preset recommends, where a sweep has found a better one than was trained with.
+The weights are stored in float16, half the bytes; the guidance is the preset's that is named, where a sweep has
+found a better one than was trained with. Then evaluate what ships, and ship that once more with its evaluations:
+they go into the metadata.
 """
 
 import argparse
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: list[dict[str, Any]]) -> None:
     """Writes it with its evaluations and the recipe's guidance; ValueError if all that ships were too large then."""
+    if evaluations and not all(torch.equal(p, p.half().float()) for p in loaded.network.parameters()):
+        raise ValueError("shipping rounds these weights: ship them first, then what ships with its evaluation")
     config = replace(loaded.config, training={**loaded.config.training, "evaluation": evaluations})
     if recipe:
         config = replace(config, guidance=recipe.guidance, guidance_by_sampler=recipe.guidance_by_sampler)

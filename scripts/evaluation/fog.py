@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 
 def recognised_in_fog(
     network: Classifier, digits: Digits, schedule: Schedule, timesteps: list[int], reporter: Reporter
-) -> Tensor:
-    """How well each digit is told from x_t, (len(timesteps), 10), the same noise at every t.
+) -> tuple[Tensor, Tensor]:
+    """The share of each digit that is recognised in x_t, and how well it is told, (len(timesteps), 10) both.
 
-    The share that is recognised, less the share of other digits that is taken for it (informedness,
-    Youden 1950): whoever calls all static an 8 recognises every 8, and tells none.
+    The same noise at every t. Told is the share that is recognised, less the share of other digits that is
+    taken for it (informedness, Youden 1950): whoever calls all static an 8 recognises every 8, and tells none.
     """
     diffusion = Diffusion(schedule, torch.Generator().manual_seed(0))
     x_0 = to_model_range(digits.images)  # (N, 1, 28, 28)
     eps = torch.randn(x_0.shape, generator=diffusion.generator)
-    shares = []
+    recognised, told = [], []
     with reporter.task("looking into the fog", len(timesteps), "steps") as task:
         for t in timesteps:
             x_t, _ = diffusion.add_noise(x_0, torch.full((len(x_0),), t), eps)
             seen = recognition(network, Digits(to_pixels(x_t), digits.labels))
-            shares.append(informedness(torch.tensor(seen.confusion)))
+            recognised.append(torch.tensor(seen.per_digit))
+            told.append(informedness(torch.tensor(seen.confusion)))
             task.advance(1)
-    return torch.stack(shares)
+    return torch.stack(recognised), torch.stack(told)
 
 
 def informedness(confusion: Tensor) -> Tensor:

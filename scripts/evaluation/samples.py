@@ -18,6 +18,8 @@ from scripts.progress import Reporter
 
 FEWEST_OF_EACH = 10  # that neighbours can be looked for among
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
+NUM_COMPARED = 20_000  # learned digits that stand for the held-out ones where those of the training split are asked for
+SPLITS = ("test", "validation", "training")
 FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
 NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
 
@@ -35,7 +37,7 @@ class Digits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Real digits: those that were learned from, and those that were never seen."""
+    """Real digits: those that were learned from, and those that are compared with."""
 
     learned: Digits
     held_out: Digits
@@ -102,13 +104,21 @@ def _read_pngs(folder: Path) -> Digits:
 
 
 def load_references(split: str, data_dir: Path) -> References:
-    """MNIST's training images less the last 5,000, and the split that is held out: validation or test.
+    """MNIST's training images less the last 5,000, and those that are held out: a split of SPLITS.
 
-    Each in an order of its own, always the same: the files begin with other writers than they end with.
+    Each in an order of its own, always the same: the files begin with other writers than they end with. So
+    validation is of few writers; training, 20,000 of the learned digits, is of all, and nobody saw the test split.
     """
-    learned, validation = split_validation(*load_mnist("train", data_dir))
-    held_out = validation if split == "validation" else load_mnist("test", data_dir)
-    return References(_shuffled(*learned), _shuffled(*held_out), split)
+    train, validation = split_validation(*load_mnist("train", data_dir))
+    learned = _shuffled(*train)
+    if split == "training":
+        of_all, rest = (
+            Digits(*(part[rows] for part in learned)) for rows in (slice(NUM_COMPARED), slice(NUM_COMPARED, None))
+        )
+        return References(rest, of_all, split)
+    return References(
+        learned, _shuffled(*(validation if split == "validation" else load_mnist("test", data_dir))), split
+    )
 
 
 def _shuffled(images: Tensor, labels: Tensor) -> Digits:
@@ -139,9 +149,9 @@ def _digit_of(path: Path) -> int:
 def _read(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image)
-    except (OSError, UnidentifiedImageError) as error:
+            mode, pixels = image.mode, np.asarray(image)
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise SamplesError(f"{path} cannot be read as a PNG") from error
-    if pixels.shape != (28, 28) or pixels.dtype != np.uint8:
+    if pixels.shape != (28, 28) or mode != "L":  # a palette's indices would look like grey
         raise SamplesError(f"{path} is not an 8-bit grey image of 28x28")
     return pixels

@@ -48,7 +48,7 @@ def train_classifier(
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
     averaged = AveragedModel(network, multi_avg_fn=running_average, use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
-    batch_size = batch_size or BATCH_SIZE
+    batch_size = min(batch_size or BATCH_SIZE, len(learn[0]))
     num_batches = len(learn[0]) // batch_size
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=epochs * num_batches, pct_start=0.2

@@ -155,6 +155,10 @@ def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys:
     content["num_images"] = 50
     (two / "evaluation.json").write_text(json.dumps(content))
     assert "differ in num_images" in sentence(["runs", str(one), str(two)], capsys)
+    content["judge"]["per_digit"] = []
+    (two / "evaluation.json").write_text(json.dumps(content))
+    assert "not what scripts.evaluate leaves" in sentence(["runs", str(two)], capsys)
+    content = json.loads((one / "evaluation.json").read_text())
     del content["networks"]
     (two / "evaluation.json").write_text(json.dumps(content))
     assert "not what scripts.evaluate leaves" in sentence(["runs", str(two)], capsys)
@@ -180,6 +184,7 @@ def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
         ["guidance", "--guidance-scale=2", "--out=here"],
         ["steps", "--samplers", "x"],
         ["steps", "--num-steps=10", "--out=here"],
+        ["steps", "--split=test", "--out=here"],
     ],
 )
 def test_a_wrong_argument_is_one_sentence(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,9 +41,9 @@ def run(workplace: Path, out: Path, *more: str) -> dict[str, object]:
     return written
 
 
-def evaluate_folder(workplace: Path, out: Path, images: Path) -> dict[str, object]:
+def evaluate_folder(workplace: Path, out: Path, images: Path, *more: str) -> dict[str, object]:
     given = [argument for argument in arguments(workplace) if not argument.startswith("--checkpoint")]
-    evaluate.main(["digits", *given, f"--images={images}", f"--out={out}"])
+    evaluate.main(["digits", *given, f"--images={images}", f"--out={out}", *more])
     written: dict[str, object] = json.loads((out / "evaluation.json").read_text())
     return written
 
@@ -74,6 +74,32 @@ def test_a_folder_has_the_figures_of_the_checkpoint_that_drew_it(
     unknown = evaluate_folder(workplace, tmp_path / "unknown", made)
     assert "options" not in unknown
     assert unknown["judge"] == drawn["judge"]
+
+
+def test_a_folder_is_evaluated_by_as_many_of_each_digit(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1"]
+    make_dataset.main([*given, f"--out={tmp_path / 'large'}", "--count=125", "--format=png"])
+    make_dataset.main([*given, f"--out={tmp_path / 'small'}", "--count=100"])
+    large, small = (evaluate_folder(workplace, tmp_path / f"of {n}", tmp_path / n) for n in ("large", "small"))
+    assert "the first 12 of each digit, of 125 images" in capsys.readouterr().out
+    assert (large["num_images"], small["num_images"]) == (120, 100)
+    asked = evaluate_folder(workplace, tmp_path / "asked", tmp_path / "large", "--num-images=100")
+    assert {**asked, "images": "small"} == small
+
+
+@pytest.mark.parametrize("command", [["fog"], ["clip"], ["synthetic", "set"]], ids=" ".join)
+@pytest.mark.parametrize("out", ["figures", "figures.txt", "folder.png", "folder.json"])
+def test_where_the_answer_cannot_be_written_nothing_is_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], out: str
+) -> None:
+    for name in ("folder.png", "folder.json"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main([*command, f"--out={tmp_path / out}"])
+    assert exit_.value.code == 2
+    assert "does not end in" in (said := capsys.readouterr().err) or "is a folder" in said
 
 
 @pytest.mark.parametrize(
@@ -107,7 +133,8 @@ def test_the_fog_is_drawn_and_said(workplace: Path, tmp_path: Path, capsys: pyte
     said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
     assert [line[:2] for line in said] == [f"{digit}:" for digit in range(10)]
     content = json.loads((tmp_path / "fog.json").read_text())
-    assert [len(told) for told in content["told"]] == [len(content["t"])] * 10
+    for lines in (content["recognised"], content["told"]):
+        assert [len(line) for line in lines] == [len(content["t"])] * 10
     with Image.open(tmp_path / "fog.png") as image:
         assert min(image.size) > 100
 
@@ -125,6 +152,7 @@ def test_clip_judges_beside_the_others_where_it_is_asked(
     with Image.open(tmp_path / "clip.png") as image:
         assert min(image.size) > 100
     content = json.loads((tmp_path / "clip.json").read_text())
+    assert (content["options"]["num_steps"], content["num_images"], content["split"]) == (3, 10, "test")
     assert [len(lines["drawn"]) for lines in content["scores"].values()] == [len(content["t"])] * 3
 
 

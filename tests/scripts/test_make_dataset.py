@@ -105,3 +105,7 @@ def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
         assert exit_.value.code == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert json.loads((out / "dataset.json").read_text())["seed"] == 3
+    (out / "dataset.json").write_text('{"seed": 3')
+    with pytest.raises(SystemExit):
+        make("set")
+    assert "is damaged" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from model.sampler import Guidance
 from model.unet import UNet
 from scripts.recipe import RecipeError, load_recipe, preset_names
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
@@ -52,7 +53,7 @@ def differences(one: str, other: str) -> set[str]:
 GUIDANCE = {  # which is another rung, between these two
     "guidance.scale",
     "guidance.start",
-    *(f"guidance_by_sampler.ddpm.{field}" for field in ("scale", "start")),
+    *(f"guidance_by_sampler.ddpm.{field}" for field in ("scale", "start", "stop")),
 }
 
 
@@ -64,11 +65,18 @@ GUIDANCE = {  # which is another rung, between these two
         ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
         ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
         ("default-eps", "default", {"prediction.kind", "min_snr_gamma", *GUIDANCE}),
-        ("default-edm", "default", {"prediction.kind", "min_snr_gamma"}),
+        ("default-eps", "default-edm", {"prediction.kind"}),
     ],
 )
 def test_a_rung_of_the_ladder_changes_what_it_says_and_nothing_else(below: str, rung: str, different: set[str]) -> None:
     assert differences(below, rung) == different
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_where_guidance_is_off_no_interval_waits_for_whoever_turns_it_on(preset: str) -> None:
+    recipe = load_recipe(preset)
+    off = [g for g in (recipe.guidance, *recipe.guidance_by_sampler.values()) if g.scale == 1]
+    assert off in ([], [Guidance()])
 
 
 @pytest.mark.parametrize("base", ['"circle"', "7", '"nonsense"'])

@@ -13,7 +13,9 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 
 def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evaluation(tmp_path: Path) -> None:
-    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
+    run, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
+    source = tmp_path / "shipped.safetensors"
+    ship.main([str(run), f"--out={source}"])
     evaluations = [tmp_path / "guided.json", tmp_path / "off.json"]
     for path, share in zip(evaluations, (0.5, 0.25), strict=True):
         path.write_text(json.dumps({"recognised": share, "checkpoint_sha256": load(source).sha256}))
@@ -26,7 +28,7 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
             *map(str, evaluations),
         ]
     )
-    before, after = load(source), load(target)
+    before, after = load(run), load(target)
     recipe = load_recipe("default")
     assert (after.config.guidance, after.config.guidance_by_sampler) == (recipe.guidance, recipe.guidance_by_sampler)
     assert before.config.guidance != after.config.guidance
@@ -36,9 +38,20 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
     }
     for name, tensor in before.network.state_dict().items():
         assert torch.equal(tensor.half().float(), after.network.state_dict()[name])
-    assert target.stat().st_size < 0.7 * source.stat().st_size
+    assert target.stat().st_size < 0.7 * run.stat().st_size
     drawn = draw_probe(after.network, after.config)
     assert (drawn - after.probe_image).abs().max() <= 1 / 255 + 1e-6
+
+
+def test_the_evaluation_of_weights_that_shipping_rounds_does_not_ship(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "out.safetensors"
+    (tmp_path / "its own.json").write_text(json.dumps({"checkpoint_sha256": load(source).sha256}))
+    with pytest.raises(SystemExit):
+        ship.main([str(source), f"--out={target}", f"--evaluation={tmp_path}/its own.json"])
+    assert "rounds these weights" in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_the_evaluation_of_another_checkpoint_does_not_ship(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

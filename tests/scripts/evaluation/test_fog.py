@@ -41,7 +41,7 @@ def test_what_is_recognised_falls_with_the_signal_that_is_left() -> None:
     )
     steps = [0, 20, 40, 60, 80, 100]
     with Reporter() as reporter:
-        shares = recognised_in_fog(network.eval(), shown, SCHEDULE, steps, reporter)
+        recognised, shares = recognised_in_fog(network.eval(), shown, SCHEDULE, steps, reporter)
     assert shares.shape == (6, 10)
     seen = []
     for t in steps:
@@ -49,6 +49,8 @@ def test_what_is_recognised_falls_with_the_signal_that_is_left() -> None:
         bar, rest = (mean_clipped((signal * x_0 + 1) / 2, noise / 2) for x_0 in (1, 2 * 19.5 / 255 - 1))
         seen.append(bar - rest > 0.25)
     assert [share > 0.5 for share in shares[:, 7].tolist()] == seen
+    assert [share > 0.5 for share in recognised[:, 7].tolist()] == seen
+    assert recognised[-1, 0] == 1  # who calls all a 0 recognises every 0
     assert shares[-1, 0].abs() < 0.05  # all are called a 0 then, which tells nothing of a 0
     assert lost_at(steps, shares)[7] == steps[seen.index(False)]
 

@@ -8,16 +8,30 @@ from PIL import Image
 from model import checkpoint
 from model.sampler import Guidance
 from scripts.drawing import Drawer, DrawingOptions
-from scripts.evaluation.samples import IDX, Digits, SamplesError, balanced, draw_samples, read_samples
+from scripts.evaluation.samples import (
+    IDX,
+    SPLITS,
+    Digits,
+    SamplesError,
+    balanced,
+    draw_samples,
+    load_references,
+    read_samples,
+)
 from scripts.make_dataset import write_idx
 from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
 
 
 def write(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def pictures(digits: Digits) -> set[bytes]:
+    return {image.numpy().tobytes() for image in digits.images}
 
 
 def test_drawn_digits_are_as_many_of_each_in_8_bits(tmp_path: Path) -> None:
@@ -78,9 +92,10 @@ GREY = np.zeros((28, 28), dtype=np.uint8)
         ({"seven.png": GREY}, "does not say its digit"),
         ({"digit-7-a.png": np.zeros((28, 28, 3), dtype=np.uint8)}, "not an 8-bit grey image"),
         ({"digit-7-a.png": np.zeros((56, 56), dtype=np.uint8)}, "not an 8-bit grey image"),
+        ({"digit-7-a.png": np.ones((28, 28), dtype=bool)}, "not an 8-bit grey image"),
         ({f"{digit}/a.png": GREY for digit in range(10)}, "holds 1 images of a 0: 10 of each"),
     ],
-    ids=["empty", "unnamed", "colour", "size", "missing digit"],
+    ids=["empty", "unnamed", "colour", "size", "black and white", "missing digit"],
 )
 def test_a_folder_that_cannot_be_evaluated_says_why(tmp_path: Path, files: dict[str, np.ndarray], reason: str) -> None:
     for name, pixels in files.items():
@@ -89,10 +104,46 @@ def test_a_folder_that_cannot_be_evaluated_says_why(tmp_path: Path, files: dict[
         read_samples(tmp_path)
 
 
+def test_the_indices_of_a_palette_are_not_taken_for_grey(tmp_path: Path) -> None:
+    Image.fromarray(GREY).quantize(16).save(tmp_path / "digit-7-a.png")
+    with pytest.raises(SamplesError, match="not an 8-bit grey image"):
+        read_samples(tmp_path)
+
+
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "digit-1-a.png").write_text("one")
     with pytest.raises(SamplesError, match=r"digit-1-a\.png cannot be read"):
         read_samples(tmp_path)
+
+
+def test_a_damaged_picture_is_named_whatever_bit_fell(tmp_path: Path) -> None:
+    write(tmp_path / "digit-1-a.png", GREY)
+    whole = (tmp_path / "digit-1-a.png").read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "digit-1-a.png").write_bytes(damaged)
+        with pytest.raises(SamplesError, match=r"digit-1-a\.png|holds 0 images"):
+            read_samples(tmp_path)
+
+
+def test_each_split_is_compared_with_digits_that_no_other_role_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx_files(tmp_path, num_images=200)
+    trust_idx_files(monkeypatch, 200)
+    monkeypatch.setattr("scripts.evaluation.samples.NUM_COMPARED", 60)
+    found = {split: load_references(split, tmp_path) for split in SPLITS}
+    everything = {split: pictures(of.held_out) | pictures(of.learned) for split, of in found.items()}
+    assert not any(pictures(of.held_out) & pictures(of.learned) for of in found.values())
+    assert everything["training"] == pictures(found["test"].learned) == pictures(found["validation"].learned)
+    assert {split: len(of.held_out.labels) for split, of in found.items()} == {
+        "test": 200,
+        "validation": NUM_VALIDATION,
+        "training": 60,
+    }
+    of_file = [load_references("training", tmp_path).held_out for _ in range(2)]
+    assert torch.equal(of_file[0].images, of_file[1].images)
 
 
 def test_balanced_takes_as_many_of_each_and_refuses_what_is_not_there() -> None:

@@ -36,6 +36,13 @@ def test_a_seed_repeats_the_training(augmented: bool) -> None:
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
+def test_what_does_not_fill_a_batch_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    with Reporter() as reporter:
+        network = train_classifier(KINDS["extractor"](), bars(100, 1), reporter, augmented=False, epochs=8)
+    assert accuracy(network, *bars(200, 3)) > 0.5
+
+
 def test_who_has_learned_in_the_fog_reads_in_it() -> None:
     digits = bars(500, 2)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(9))
