@@ -41,8 +41,9 @@ RUN_COLUMNS = (
     "sampler",
     "steps",
     "guidance",
-    "as asked, by the judge",
-    "worst digit",
+    "as asked, by the extractor",
+    "by the judge",
+    "its worst digit",
     "Fréchet ÷ floor",
     "precision",
     "recall",
@@ -135,6 +136,7 @@ def _figures(name: str, content: dict[str, Any]) -> list[str]:
     return [
         name,
         *(as_columns(content["options"]) if "options" in content else ("?", "?", "?")),  # of a folder of PNGs
+        f"{content['extractor']['accuracy']:.2%}",
         f"{judge['accuracy']:.2%}",
         f"{judge['per_digit'][worst]:.1%} ({worst})",
         f"{content['frechet_ratio']:.2f}",

@@ -148,7 +148,8 @@ def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys:
         ["| one", "ddpm", "1", "off"],
         ["| two", "ddpm", "1", "2 in 2-8"],
     ]
-    assert f"{content['judge']['accuracy']:.2%}" in lines[3]
+    shares = [f"{content[network]['accuracy']:.2%}" for network in ("extractor", "judge")]
+    assert lines[3].split(" | ")[4:6] == shares
     assert lines[2] in capsys.readouterr().out
     of_pngs = {name: value for name, value in content.items() if name != "options"}
     assert "| pngs | ? | ? | ? |" in tabulate([("pngs", of_pngs)])
