@@ -36,7 +36,7 @@ def test_a_seed_repeats_the_training(augmented: bool) -> None:
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_what_does_not_fill_a_batch_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fill_a_batch_is_one() -> None:
     torch.manual_seed(0)
     with Reporter() as reporter:
         network = train_classifier(KINDS["extractor"](), bars(100, 1), reporter, augmented=False, epochs=8)
