@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.sampler import SAMPLERS, Sampler, sample
+from model.sampler import SAMPLERS, sample
 from scripts.pictures import save_grid
 from scripts.recipe import STUDENT_SAMPLER, Recipe
 from scripts.trainer import EpochResult, Trainer
@@ -85,8 +85,12 @@ class Run:
 
     def safe_save_model(self, trainer: Trainer) -> None:
         """A copy of the weights to serve, with all that serving needs."""
+        checkpoint.save(self.folder / "model.safetensors", trainer.averaged, self._config(trainer))
+
+    def _config(self, trainer: Trainer) -> checkpoint.CheckpointConfig:
         distillation = self.recipe.distillation
-        config = checkpoint.CheckpointConfig(
+        last = self.results[-1]
+        return checkpoint.CheckpointConfig(
             unet=self.recipe.unet,
             schedule=self.recipe.schedule,
             prediction=self.recipe.prediction,
@@ -103,28 +107,24 @@ class Run:
                 "epochs": trainer.epoch,
                 "seed": self.seed,
                 "label_drop": self.recipe.label_drop,
-                "final_losses": {
-                    "train": self.results[-1].train_loss,
-                    "validation": self.results[-1].validation_loss,
-                },
+                "final_losses": {"train": last.train_loss, "validation": last.validation_loss},
             },
         )
-        checkpoint.save(self.folder / "model.safetensors", trainer.averaged, config)
 
     def _digits(self, trainer: Trainer) -> Tensor:
-        y = torch.arange(self.recipe.unet.num_classes, device=trainer.device)
-        size, distillation = self.recipe.unet.image_size, self.recipe.distillation
-        sampler: Sampler = STUDENT_SAMPLER if distillation else "ddpm"
+        config = self._config(trainer)
+        y = torch.arange(config.unet.num_classes, device=trainer.device)
+        sampler = config.samplers[0]
         return sample(
             trainer.denoise_averaged,
             trainer.objective.schedule,
             y,
             seed=torch.full_like(y, GRID_SEED),
             index=y,
-            image_shape=(self.recipe.unet.image_channels, size, size),
+            image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
             sampler=sampler,
-            num_steps=distillation.num_steps if distillation else self.recipe.schedule.num_steps,
-            guidance=self.recipe.guidance_by_sampler.get(sampler, self.recipe.guidance),
+            num_steps=config.recommended_steps,
+            guidance=config.guidance_of(sampler),
             prediction=trainer.objective.prediction,
             null_label=trainer.averaged.null_label,
         )
