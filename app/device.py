@@ -1,13 +1,12 @@
 """Which device and which precision serve, and what the device's failures mean."""
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from model.precision import fast_dtype
+from model.precision import can_compile, cpp_compiler, fast_dtype
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +56,8 @@ def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dt
 
 def check_compiler() -> None:
     """RunnerError where torch.compile would find nothing to compile with."""
-    if not any(shutil.which(compiler) for compiler in ("g++", "clang++")):
-        raise RunnerError("UNFOG_COMPILE=on needs a C++ compiler, and there is neither g++ nor clang++")
+    if not can_compile():
+        raise RunnerError(f"UNFOG_COMPILE=on needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one")
 
 
 @contextmanager

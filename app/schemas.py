@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from app.trajectory import DEFAULT_MODEL, FAST_MODEL
-from model.sampler import Sampler
+from model.sampler import MAX_GUIDANCE_SCALE, Sampler
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps whole
 
@@ -45,8 +45,10 @@ class GenerateRequest(BaseModel):
         "absent: ddpm of `default`",
         json_schema_extra=_without_default,
     )
-    guidance_scale: Annotated[Number, Field(ge=1, le=10)] = Field(  # type: ignore[assignment] # see `given`
-        default=None, description="1 = off; the checkpoint's when absent", json_schema_extra=_without_default
+    guidance_scale: Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] = Field(  # type: ignore[assignment]
+        default=None,  # see `given`
+        description="1 = off; the checkpoint's when absent",
+        json_schema_extra=_without_default,
     )
     scale: Annotated[Integer, Field(ge=1, le=16, description="enlarges each image by whole pixels")] = 1
     model: str = Field(

@@ -103,6 +103,7 @@ class Checkpoint:
     prediction: Prediction
     config: CheckpointConfig
     sha256: str  # of the file
+    weights_sha256: str  # of the weights alone, which draw the same whatever stands beside them
     probe_image: Tensor  # (C, H, W) in [-1, 1], quantised to 8 bits
 
     @property
@@ -189,7 +190,8 @@ def load(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, binascii.Error) as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog: its metadata and tensors disagree") from error
     prediction = Prediction(config.prediction, schedule)
-    return Checkpoint(network.eval().requires_grad_(False), schedule, prediction, config, sha256, probe_image)
+    network.eval().requires_grad_(False)
+    return Checkpoint(network, schedule, prediction, config, sha256, weights_sha256(network), probe_image)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
@@ -210,12 +212,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
 
 
 def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
-    """Unknown and missing fields raise TypeError: a newer writer is noticed, not half understood."""
+    """Unknown fields raise TypeError: a newer writer is noticed, not half understood. So do missing ones, but for
+    those that came later: the first files have no prediction, no steps and no sampler's own guidance."""
     metadata["unet"]["widths"] = tuple(metadata["unet"]["widths"])
     return CheckpointConfig(
         unet=UNetConfig(**metadata.pop("unet")),
         schedule=ScheduleConfig(**metadata.pop("schedule")),
-        prediction=PredictionConfig(**metadata.pop("prediction", {})),  # the first files predict eps and do not say so
+        prediction=PredictionConfig(**metadata.pop("prediction", {})),
         class_names=tuple(metadata.pop("class_names")),
         guidance=Guidance(**metadata.pop("guidance")),
         guidance_by_sampler={name: Guidance(**own) for name, own in metadata.pop("guidance_by_sampler", {}).items()},
@@ -226,8 +229,13 @@ def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
     )
 
 
+def weights_sha256(network: UNet, stored_as: torch.dtype = torch.float32) -> str:
+    """Of the weights as they are once loaded again from a file that stores them in this precision."""
+    return _digest({name: tensor.to(stored_as).float() for name, tensor in network.state_dict().items()}, {})
+
+
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """Over everything but the digest itself."""
+    """Of both, but for a digest that stands in the metadata."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

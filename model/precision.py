@@ -1,5 +1,8 @@
-"""The arithmetic that draws: which precision, and calls in which a row's bits do not depend on the other rows."""
+"""The arithmetic that draws: in which precision, compiled or not, a row's bits the same whatever the other rows."""
 
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +18,16 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     has = torch.cpu.get_capabilities()
     fast = device.type == "cuda" or has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
+
+
+def cpp_compiler() -> str:
+    """The program that torch.compile calls for a CPU's kernels."""
+    return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+
+
+def can_compile() -> bool:
+    """Whether that program is there."""
+    return shutil.which(cpp_compiler()) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from model.schedule import Schedule
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps, or what else is predicted
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+MAX_GUIDANCE_SCALE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Guidance:
 
     def __post_init__(self) -> None:
         """ValueError for a scale or an interval that means nothing."""
-        if not 1 <= self.scale <= 10:
-            raise ValueError("guidance.scale must be 1 to 10")
+        if not 1 <= self.scale <= MAX_GUIDANCE_SCALE:
+            raise ValueError(f"guidance.scale must be 1 to {MAX_GUIDANCE_SCALE}")
         if not 1 <= self.start <= self.stop:
             raise ValueError("guidance.start must be 1 or more, and not above guidance.stop")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model.checkpoint import SHIPPED
-from model.sampler import SAMPLERS
+from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
 from scripts.mnist import NUM_CLASSES
 
 
@@ -60,13 +60,13 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
 
 
 def guidance_scale(text: str) -> float:
-    """The type of --guidance-scale: 1 to 10."""
+    """The type of --guidance-scale."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 1 <= value <= 10:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 10")
+    if not 1 <= value <= MAX_GUIDANCE_SCALE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_GUIDANCE_SCALE}")
     return value
 
 
@@ -85,7 +85,10 @@ def add_drawing_arguments(
             "help": "steps of the reverse process; default: the checkpoint's own, or all",
         },
         "sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's own, ddpm of most"},
-        "guidance_scale": {"type": guidance_scale, "help": "1 to 10, 1 = off; default: the checkpoint's"},
+        "guidance_scale": {
+            "type": guidance_scale,
+            "help": f"1 to {MAX_GUIDANCE_SCALE}, 1 = off; default: the checkpoint's",
+        },
         "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep that is guided"},
         "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep that is guided"},
         "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"default: {default}"},

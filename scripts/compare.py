@@ -8,19 +8,27 @@ A sweep that was stopped goes on where it was. Sweeps choose: they never see the
 """
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model.checkpoint import CheckpointError, write_atomically
 from model.sampler import SAMPLERS, Guidance
 from scripts.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
 from scripts.drawing import DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.evaluation.classifiers import ClassifierError, load_classifier
-from scripts.evaluation.samples import SPLITS, SamplesError, load_references
+from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, SamplesError, load_references
+from scripts.evaluation.tables import (
+    RUN_COLUMNS,
+    EvaluationError,
+    across,
+    as_run,
+    as_table,
+    check_comparable,
+    read_evaluation,
+)
 from scripts.figures import save_figure
-from scripts.mnist import DataError
+from scripts.mnist import NUM_CLASSES, DataError
 from scripts.progress import Reporter, fail, require
 
 if TYPE_CHECKING:
@@ -36,19 +44,6 @@ SWEPT = {  # options that take many values in a sweep, in lists of their own
     "steps": ("--sampler", "--num-steps"),
     "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop"),
 }
-RUN_COLUMNS = (
-    "run",
-    "sampler",
-    "steps",
-    "guidance",
-    "as asked, by the extractor",
-    "by the judge",
-    "its worst digit",
-    "Fréchet ÷ floor",
-    "precision",
-    "recall",
-    "coverage",
-)
 
 
 class CompareError(Exception):
@@ -71,6 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         CompareError,
         DataError,
         DrawingError,
+        EvaluationError,
         SamplesError,
         SweepError,
         OSError,
@@ -103,60 +99,25 @@ def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
     sweep = _sweep(args)
     if not sweep.drawer.checkpoint.config.guidable:
         raise CompareError("this checkpoint cannot be guided: no label was dropped in its training")
-    own = options_from(args, sweep.drawer.checkpoint)
-    guidances = [
-        Guidance(),
-        *(Guidance(scale, start, stop) for scale in args.scales for start, stop in args.intervals),
-    ]
+    own, T = options_from(args, sweep.drawer.checkpoint), sweep.drawer.checkpoint.schedule.num_steps
+    if max(stop for _, stop in args.intervals) > T:
+        raise CompareError(f"this checkpoint has {T} steps: no interval may end above")
+    swept = [(scale, *interval) for scale in args.scales if scale != 1 for interval in args.intervals]
+    guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
     rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
     write_atomically(args.out / "guidance.md", sweep.as_markdown(rows).encode())
 
 
 def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
-    table = tabulate([_read_evaluation(path) for path in args.evaluations])
+    read = {(path.parent if path.is_file() else path).name: read_evaluation(path) for path in args.evaluations}
+    if len(read) < len(args.evaluations):
+        raise CompareError("evaluations are told apart by the names of their folders, and two have the same")
+    check_comparable(list(read.values()))
+    rows = [as_run(name, evaluation) for name, evaluation in read.items()]
+    table = across(read) if args.across else as_table(RUN_COLUMNS, rows)
     reporter.line(table)
     if args.out:
         write_atomically(args.out, table.encode())
-
-
-def tabulate(evaluations: list[tuple[str, dict[str, Any]]]) -> str:
-    """A line an evaluation, by name; CompareError where they cannot be compared."""
-    for field in ("num_images", "split", "networks"):
-        if len({json.dumps(content[field]) for _, content in evaluations}) > 1:
-            raise CompareError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")
-    lines = [f"| {' | '.join(_figures(name, content))} |" for name, content in evaluations]
-    return f"| {' | '.join(RUN_COLUMNS)} |\n|{' --- |' * len(RUN_COLUMNS)}\n" + "\n".join(lines) + "\n"
-
-
-def _figures(name: str, content: dict[str, Any]) -> list[str]:
-    from scripts.evaluation.sweep import as_columns
-
-    judge, manifold = content["judge"], content["manifold"]
-    worst = min(range(10), key=judge["per_digit"].__getitem__)
-    return [
-        name,
-        *(as_columns(content["options"]) if "options" in content else ("?", "?", "?")),  # of a folder of PNGs
-        f"{content['extractor']['accuracy']:.2%}",
-        f"{judge['accuracy']:.2%}",
-        f"{judge['per_digit'][worst]:.1%} ({worst})",
-        f"{content['frechet_ratio']:.2f}",
-        *(f"{manifold[figure]:.3f}" for figure in ("precision", "recall", "coverage")),
-    ]
-
-
-def _read_evaluation(path: Path) -> tuple[str, dict[str, Any]]:
-    """The evaluation in a folder, by the folder's name."""
-    file = path / "evaluation.json" if path.is_dir() else path
-    try:
-        content = json.loads(file.read_text())
-        _figures("", content)
-        if not {"num_images", "split", "networks"} <= set(content):
-            raise KeyError
-        return file.parent.name, content
-    except OSError as error:
-        raise CompareError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CompareError(f"{file} is not what scripts.evaluate leaves") from error
 
 
 def _sweep(args: argparse.Namespace) -> "Sweep":
@@ -189,7 +150,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     guidance.set_defaults(run=_guidance)
     for name, command in (("steps", steps), ("guidance", guidance)):
         command.add_argument(
-            "--num-images", type=num_images(100, 49_000), default=2_000, help="a multiple of 10; default: 2000"
+            "--num-images",
+            type=num_images(NUM_CLASSES * FEWEST_OF_EACH, MOST_IMAGES),
+            default=2_000,
+            help="a multiple of 10; default: 2000",
         )
         command.add_argument(
             "--split",
@@ -202,6 +166,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         add_drawing_arguments(command, seed=SEED, without=SWEPT[name])
     runs = commands.add_parser("runs", help="evaluations side by side")
     runs.add_argument("evaluations", type=Path, nargs="+", help="folders that hold an evaluation.json")
+    runs.add_argument("--across", action="store_true", help="a column each, beside real digits; default: a line each")
     runs.add_argument("--out", type=Path, help="a .md file for the table")
     runs.set_defaults(run=_runs)
     return parser.parse_args(argv)

@@ -16,7 +16,7 @@ from scripts.arguments import Parser
 from scripts.distillation import DistillationObjective, PathsError, draw_paths
 from scripts.drawing import Drawer
 from scripts.progress import Reporter, fail
-from scripts.recipe import Recipe, RecipeError, load_recipe, preset_names
+from scripts.recipe import TEACHER_SAMPLER, Recipe, RecipeError, load_recipe, preset_names
 from scripts.run import Run, RunError
 from scripts.train import add_training_arguments, choose_device, should_compile, train
 from scripts.trainer import Trainer
@@ -36,23 +36,28 @@ def main(argv: list[str] | None = None) -> None:
         teacher = checkpoint.load(args.teacher)
         _check(recipe, teacher)
         device = choose_device(args.device)
+        compiled = should_compile(args.compile, device)
         args.out.mkdir(parents=True, exist_ok=True)
     except (CheckpointError, RecipeError, OSError, RuntimeError) as error:
         raise fail(f"distil: {error}".splitlines()[0]) from error
     try:
         with Reporter("distil: stopped; start again to go on") as reporter:
-            distil(args, recipe, teacher, device, reporter)
+            distil(args, recipe, teacher, device, compiled, reporter)
     except (PathsError, RunError, OSError) as error:
         raise fail(f"distil: {error}".splitlines()[0]) from error
 
 
 def distil(
-    args: argparse.Namespace, recipe: Recipe, teacher: Checkpoint, device: torch.device, reporter: Reporter
+    args: argparse.Namespace,
+    recipe: Recipe,
+    teacher: Checkpoint,
+    device: torch.device,
+    compiled: bool,
+    reporter: Reporter,
 ) -> None:
     """Draws the paths that are missing, and trains the student on them."""
     assert recipe.distillation
     end = time.perf_counter() + (60 * args.time_limit if args.time_limit else math.inf)
-    compiled = should_compile(args.compile, device)
     start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
     drawer = Drawer(teacher, device, compiled=compiled)
 
@@ -69,7 +74,11 @@ def distil(
         return
     objective = DistillationObjective(recipe, *paths, device)
     trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled, start=start)
-    data = f"{objective.num_examples} guided paths of the checkpoint {teacher.sha256}"
+    guidance = recipe.distillation.guidance
+    data = (
+        f"{objective.num_examples} paths of the weights {teacher.weights_sha256}, "
+        f"guided by {guidance.scale:g} at t = {guidance.start} to {guidance.stop}"
+    )
     run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
     minutes_left = (end - time.perf_counter()) / 60
     train(trainer, run, reporter, time_limit=max(minutes_left, NO_TIME) if args.time_limit else None)
@@ -83,6 +92,12 @@ def _check(recipe: Recipe, teacher: Checkpoint) -> None:
     for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
         if mine != theirs:
             raise RecipeError(f"the student begins as its teacher, which is of another kind: {theirs}")
+    if its.steps or TEACHER_SAMPLER not in its.samplers:
+        raise RecipeError(
+            f"the teacher draws in {TEACHER_SAMPLER}'s steps, any number of them, which this one does not permit"
+        )
+    if recipe.distillation.guidance.scale != 1 and not its.guidable:
+        raise RecipeError("this teacher cannot be guided: no label was dropped in its training")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from model.schedule import MIN_HALF_LOG_SNR, Schedule
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.objective import HeldOut, Losses, LossOf
 from scripts.progress import Reporter
-from scripts.recipe import STUDENT_SAMPLER, DistillationRecipe, Recipe
+from scripts.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
 
 PART_SIZE = 2_560  # paths a file
 PATH_SEED = 2**52  # plus the run's: digits that are evaluated with a smaller seed share no noise with a path
@@ -77,7 +77,8 @@ def _part(
     drawer: Drawer, recipe: DistillationRecipe, file: Path, index: range, reporter: Reporter, *, seed: int
 ) -> dict[str, Tensor]:
     facts = {
-        "teacher_sha256": drawer.checkpoint.sha256,
+        "teacher_sha256": drawer.checkpoint.weights_sha256,
+        "guidance": str(recipe.guidance),
         "timesteps": str(teacher_timesteps(drawer.checkpoint.schedule, recipe)),
         "num_steps": str(recipe.num_steps),
         "paths": f"{index.start} to {index.stop}",
@@ -111,7 +112,7 @@ def _draw_part(
 
     y = index % num_classes  # (N,)
     timesteps = teacher_timesteps(schedule, recipe)
-    options = DrawingOptions("dpmpp", len(timesteps) - 1, drawer.checkpoint.config.guidance_of("dpmpp"))
+    options = DrawingOptions(TEACHER_SAMPLER, len(timesteps) - 1, recipe.guidance)
     x_0 = drawer.draw(y, index, options, reporter, seed=seed, timesteps=timesteps, on_step=keep)  # (N, C, H, W)
     return torch.stack([*(torch.cat(states[t]) for t in kept), x_0.half()], dim=1), y
 

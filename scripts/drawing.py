@@ -1,7 +1,6 @@
 """Draws digits with a checkpoint, many at once, in the arithmetic that serves them."""
 
 import argparse
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.precision import CallRows, fast_dtype
+from model.precision import CallRows, can_compile, cpp_compiler, fast_dtype
 from model.sampler import Guidance, Sampler, sample
 from scripts.progress import Reporter
 
@@ -58,7 +57,7 @@ class Drawer:
     def facts(self) -> dict[str, Any]:
         """What decides the images beside options and seed, as JSON keeps it."""
         return {
-            "checkpoint_sha256": self.checkpoint.sha256,
+            "weights_sha256": self.checkpoint.weights_sha256,
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "compiled": self.compiled,
@@ -131,8 +130,8 @@ class Drawer:
 
 def open_drawer(args: argparse.Namespace) -> Drawer:
     """The drawer of --checkpoint; CheckpointError, or DrawingError where --compile finds no compiler."""
-    if args.compile and not any(map(shutil.which, ("g++", "clang++"))):
-        raise DrawingError("--compile needs a C++ compiler, and there is neither g++ nor clang++")
+    if args.compile and not can_compile():
+        raise DrawingError(f"--compile needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     return Drawer(checkpoint.load(args.checkpoint), compiled=args.compile)

@@ -28,6 +28,8 @@ from scripts.evaluation.clip_path import PROMPTS, scores_along, show_scores
 from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import (
     FEWEST_OF_EACH,
+    HELD_OUT_SPLITS,
+    MOST_IMAGES,
     SPLITS,
     Digits,
     SamplesError,
@@ -42,9 +44,8 @@ from scripts.figures import save_figure
 from scripts.mnist import NUM_CLASSES, DataError
 from scripts.progress import Reporter, fail, require
 
-SOURCE = ("checkpoint_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
+SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
 NUM_IMAGES = 10_000
-MOST_IMAGES = 49_000  # so that as many real digits, as many of each, stand beside them
 PICTURE_HELP = "the .png to write; its numbers go into a .json beside it"
 CLIP_HELP = "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE; default: the small one that ships"
 
@@ -204,7 +205,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     for command in (fog, synthetic):
         command.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     for command in (digits, fog, clip_path, synthetic):
-        command.add_argument("--split", choices=SPLITS, default="test", help="the real digits beside; default: test")
+        splits = SPLITS if command is digits else HELD_OUT_SPLITS  # the others judge what was not learned from
+        command.add_argument("--split", choices=splits, default="test", help="the real digits beside; default: test")
         command.add_argument(
             "--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing"
         )

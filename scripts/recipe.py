@@ -18,6 +18,7 @@ from scripts.mnist import NUM_CLASSES
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
 STUDENT_SAMPLER: Sampler = "ddim"  # a stride of it is one line: the image that leads to a state is known
+TEACHER_SAMPLER: Sampler = "dpmpp"  # good in few steps, and deterministic
 
 
 class RecipeError(Exception):
@@ -54,6 +55,7 @@ class DistillationRecipe(_Strict):
 
     num_steps: int = Field(ge=1, le=100)
     teacher_steps: int = Field(ge=1, le=100)  # or about so many: the student's lie among them
+    guidance: Guidance  # of the paths: the student has it inside
     num_paths: int = Field(ge=1)  # of the teacher, to learn from
     num_held_out: int = Field(ge=1)  # and to validate on
 

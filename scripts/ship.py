@@ -2,23 +2,23 @@
 
 The weights are stored in float16, half the bytes; the guidance is the preset's that is named, where a sweep has
 found a better one than was trained with. Then evaluate what ships, and ship that once more with its evaluations:
-they go into the metadata.
+they go into the metadata, and name the weights that they are of.
 """
 
 import argparse
-import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointError
+from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointConfig, CheckpointError, weights_sha256
 from scripts.arguments import Parser
+from scripts.evaluation.tables import Evaluation, EvaluationError, read_evaluation
 from scripts.progress import fail
 from scripts.recipe import Recipe, RecipeError, load_recipe
 
+STORED_AS = torch.float16
 MAX_BYTES = 12_000_000  # all that ships, so that a clone stays small
 
 
@@ -29,31 +29,34 @@ def main(argv: list[str] | None = None) -> None:
         loaded = checkpoint.load(args.checkpoint)
         target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
         recipe = load_recipe(args.guidance_of) if args.guidance_of else None
-        ship(loaded, target, recipe, [_evaluation(path, loaded) for path in args.evaluation])
-    except (CheckpointError, RecipeError, OSError, ValueError) as error:
+        ship(loaded, target, recipe, {path: read_evaluation(path) for path in args.evaluation})
+    except (CheckpointError, EvaluationError, RecipeError, OSError, ValueError) as error:
         raise fail(f"ship: {error}".splitlines()[0]) from error
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 
-def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: list[dict[str, Any]]) -> None:
+def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: dict[Path, Evaluation]) -> None:
     """Writes it with its evaluations and the recipe's guidance; ValueError if all that ships were too large then."""
-    if evaluations and not all(torch.equal(p, p.half().float()) for p in loaded.network.parameters()):
-        raise ValueError("shipping rounds these weights: ship them first, then what ships with its evaluation")
-    config = replace(loaded.config, training={**loaded.config.training, "evaluation": evaluations})
+    config = replace(loaded.config, training={**loaded.config.training, "evaluation": [*evaluations.values()]})
     if recipe:
         config = replace(config, guidance=recipe.guidance, guidance_by_sampler=recipe.guidance_by_sampler)
+    weights = weights_sha256(loaded.network, STORED_AS)
+    for path, evaluation in evaluations.items():
+        _check(path, evaluation, config, weights)
     beside = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
     if 2 * sum(p.numel() for p in loaded.network.parameters()) + beside > MAX_BYTES:
         raise ValueError(f"with {target} more than {MAX_BYTES:,} bytes would ship")
-    checkpoint.save(target, loaded.network, config, dtype=torch.float16)
+    checkpoint.save(target, loaded.network, config, dtype=STORED_AS)
 
 
-def _evaluation(path: Path, loaded: Checkpoint) -> dict[str, Any]:
-    """Without the SHA-256 of the file that was judged, which ships under another; ValueError if it was not this one."""
-    evaluation = dict(json.loads(path.read_text("utf-8")))
-    if evaluation.pop("checkpoint_sha256", None) != loaded.sha256:
-        raise ValueError(f"{path} is not an evaluation of this checkpoint")
-    return evaluation
+def _check(path: Path, evaluation: Evaluation, config: CheckpointConfig, weights: str) -> None:
+    """ValueError for an evaluation of other weights, or of what will not be recommended."""
+    options = evaluation.get("options")
+    if evaluation.get("weights_sha256") != weights or not options:
+        raise ValueError(f"{path} is not an evaluation of these weights, rounded as they ship")
+    recommended = config.guidance_of(options["sampler"])
+    if options["guidance"]["scale"] != 1 and options["guidance"] != asdict(recommended):
+        raise ValueError(f"{path} was guided otherwise than what ships recommends: {recommended}")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

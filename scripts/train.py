@@ -5,12 +5,12 @@ Started again with the same arguments it goes on from the last whole epoch, bit 
 
 import argparse
 import math
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
+from model.precision import can_compile, cpp_compiler
 from scripts.arguments import Parser, integer
 from scripts.mnist import NUM_VALIDATION, DataError, load_mnist
 from scripts.objective import DenoisingObjective
@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.epochs:
             recipe = recipe.model_copy(update={"epochs": args.epochs})
         device = choose_device(args.device)
+        compiled = should_compile(args.compile, device)
         images, labels = load_mnist("train", args.data_dir)
         args.out.mkdir(parents=True, exist_ok=True)
-        compiled = should_compile(args.compile, device)
         objective = DenoisingObjective(recipe, images, labels, device)
         trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled)
         data = f"MNIST, training split less the last {NUM_VALIDATION} images"
@@ -92,8 +92,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def should_compile(wanted: str, device: torch.device) -> bool:
-    """Whether --compile says so: auto is on where a compiler is found."""
-    return wanted == "on" or (wanted == "auto" and (device.type == "cuda" or shutil.which("g++") is not None))
+    """Whether --compile says so: auto is on where a compiler is found; RuntimeError where it must be and is not."""
+    possible = device.type == "cuda" or can_compile()
+    if wanted == "on" and not possible:
+        raise RuntimeError(f"--compile on needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one")
+    return possible and wanted != "off"
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

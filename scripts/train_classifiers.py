@@ -53,12 +53,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("kind", choices=sorted(KINDS), help="which of them")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
     parser.add_argument("--out", type=Path, help="default: where `scripts.evaluate` looks for it")
-    parser.add_argument("--epochs", type=integer(1), help="default: 30 for the judge, 20 for the others")
-    parser.add_argument(
-        "--seed", type=integer(0, 2**53 - 1), help="default: 0 for the judge, 1 for the extractor, 2 for the fog judge"
-    )
+    parser.add_argument("--epochs", type=integer(1), help=f"default: {_each('epochs')}")
+    parser.add_argument("--seed", type=integer(0, 2**53 - 1), help=f"default: {_each('seed')}")
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     return parser.parse_args(argv)
+
+
+def _each(part: str) -> str:
+    return ", ".join(f"{recipe[part]} for the {kind}" for kind, recipe in RECIPES.items())
 
 
 if __name__ == "__main__":

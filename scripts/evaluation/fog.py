@@ -8,7 +8,7 @@ from torch import Tensor
 from model.diffusion import Diffusion
 from model.schedule import Schedule
 from scripts.evaluation.classifiers import Classifier
-from scripts.evaluation.quality import recognition
+from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits
 from scripts.figures import new_figure
 from scripts.mnist import NUM_CLASSES, to_model_range

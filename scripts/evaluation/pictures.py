@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from scripts.evaluation.distances import Nearest
-from scripts.evaluation.quality import Recognition
+from scripts.evaluation.recognition import Recognition
 from scripts.evaluation.samples import Digits
 from scripts.figures import Panel, draw_panels, new_figure
 from scripts.mnist import NUM_CLASSES

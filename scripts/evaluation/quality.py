@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.evaluation.classifiers import Classifier, Trained, features_of, probabilities_of
+from scripts.evaluation.classifiers import Trained, features_of
 from scripts.evaluation.distances import (
     Manifold,
     Nearest,
@@ -15,25 +15,11 @@ from scripts.evaluation.distances import (
     memorised_share,
     nearest_learned,
 )
+from scripts.evaluation.recognition import Recognition, recognition
 from scripts.evaluation.samples import Digits, References, balanced
 from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter
-
-
-@dataclass(frozen=True, slots=True)
-class Recognition:
-    """What a classifier sees in digits."""
-
-    accuracy: float  # share recognised as asked
-    per_digit: tuple[float, ...]
-    confusion: tuple[tuple[int, ...], ...]  # [asked][seen] -> images
-    entropy: float  # mean of the predicted distribution's, in nats
-
-    @property
-    def worst_digit(self) -> int:
-        """The digit with the smallest share."""
-        return self.per_digit.index(min(self.per_digit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +31,8 @@ class Quality:
     """
 
     num_images: int
-    split: str  # the real digits that are held out
+    num_held_out: int  # real digits that distances are measured to: as many of each as of the scarcest
+    split: str  # where they are from
     judge: Recognition
     real_judge: Recognition  # of all that are held out
     extractor: Recognition
@@ -64,21 +51,6 @@ class Quality:
         return self.frechet / self.real_frechet
 
 
-def recognition(network: Classifier, digits: Digits) -> Recognition:
-    """Of digits of which there is at least one of each."""
-    probabilities = probabilities_of(network, digits.images)  # (N, 10)
-    seen = probabilities.argmax(dim=1)
-    pairs = digits.labels * NUM_CLASSES + seen  # (N,)
-    confusion = pairs.bincount(minlength=NUM_CLASSES**2).view(NUM_CLASSES, NUM_CLASSES)
-    per_digit = confusion.diagonal().double() / confusion.sum(dim=1)
-    return Recognition(
-        accuracy=(seen == digits.labels).double().mean().item(),
-        per_digit=tuple(per_digit.tolist()),
-        confusion=tuple(tuple(row) for row in confusion.tolist()),
-        entropy=torch.special.entr(probabilities).sum(dim=1).mean().item(),
-    )
-
-
 class Evaluator:
     """Real digits, looked at once, beside which any number of sets is evaluated."""
 
@@ -93,6 +65,7 @@ class Evaluator:
         self._floor = frechet_distance(real_features, self._held_out_features)
         self._noise = frechet_distance(self._features(to_pixels(noise)), self._held_out_features)
         self.real_manifold = self._manifold(real_features, real.labels)
+        self.num_held_out = len(held_out.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
 
     def evaluate(self, digits: Digits, reporter: Reporter) -> tuple[Quality, Nearest]:
@@ -103,10 +76,11 @@ class Evaluator:
             task.advance(1)
             manifold = self._manifold(features, digits.labels)
             task.advance(1)
-            nearest = nearest_learned(digits.images, self.references.learned.images)
+            nearest = nearest_learned(digits.images, self.references.all_learned.images)
             task.advance(1)
         quality = Quality(
             num_images=len(digits.images),
+            num_held_out=self.num_held_out,
             split=self.references.name,
             judge=judged,
             real_judge=self.real_judge,

@@ -17,9 +17,11 @@ from scripts.pictures import to_pixels
 from scripts.progress import Reporter
 
 FEWEST_OF_EACH = 10  # that neighbours can be looked for among
+MOST_IMAGES = 49_000  # so that as many learned digits, as many of each, stand beside them
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 NUM_COMPARED = 20_000  # learned digits that stand for the held-out ones where those of the training split are asked for
-SPLITS = ("test", "validation", "training")
+HELD_OUT_SPLITS = ("test", "validation")
+SPLITS = (*HELD_OUT_SPLITS, "training")
 FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
 NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
 
@@ -37,11 +39,12 @@ class Digits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Real digits: those that were learned from, and those that are compared with."""
+    """Real digits: those that are compared with, and others that were learned from, which make the floor."""
 
     learned: Digits
     held_out: Digits
     name: str  # of the split that was held out
+    all_learned: Digits  # what may have been memorised: more than `learned` where that split was learned from too
 
 
 def draw_samples(
@@ -115,10 +118,9 @@ def load_references(split: str, data_dir: Path) -> References:
         of_all, rest = (
             Digits(*(part[rows] for part in learned)) for rows in (slice(NUM_COMPARED), slice(NUM_COMPARED, None))
         )
-        return References(rest, of_all, split)
-    return References(
-        learned, _shuffled(*(validation if split == "validation" else load_mnist("test", data_dir))), split
-    )
+        return References(rest, of_all, split, learned)
+    held_out = _shuffled(*(validation if split == "validation" else load_mnist("test", data_dir)))
+    return References(learned, held_out, split, learned)
 
 
 def _shuffled(images: Tensor, labels: Tensor) -> Digits:

@@ -4,19 +4,19 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model.checkpoint import write_atomically
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
+from scripts.evaluation.tables import SWEEP_COLUMNS, Figures, as_setting, as_sweep_row, as_table
 from scripts.figures import new_figure
 from scripts.progress import Reporter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Figures = dict[str, Any]
 FEWEST_MISTAKES = 1e-4  # that an axis of powers of ten can show
 
 
@@ -43,7 +43,7 @@ class Sweep:
             if json.dumps(key, sort_keys=True) not in kept:
                 row = {"options": key, **self._evaluate(options, reporter)}
                 self._write([*kept.values(), row])
-                reporter.line(as_row(row))
+                reporter.line(" | ".join(as_sweep_row(as_setting(key), row)))
             figures.append(next(row for row in self._read() if row["options"] == key))
         return figures
 
@@ -57,12 +57,12 @@ class Sweep:
             "frechet_ratio": 1.0,
             **asdict(manifold),
         }
-        lines = [*(as_row(row) for row in rows), as_line(("real digits", "", ""), beside)]
+        lines = [as_sweep_row(as_setting(row["options"]), row) for row in rows]
         caption = (
             f"{evaluator.num_images:,} digits a line, seed {self.seed}, against the {evaluator.references.name} split; "
             "recognised by the extractor, in whose features distances are measured."
         )
-        return f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n" + "\n".join(lines) + f"\n\n{caption}\n"
+        return f"{as_table(SWEEP_COLUMNS, [*lines, as_sweep_row(['real digits', '', ''], beside)])}\n{caption}\n"
 
     @property
     def _identity(self) -> Figures:
@@ -119,43 +119,6 @@ def brief(quality: Quality) -> Figures:
         "coverage": quality.manifold.coverage,
         "precision": quality.manifold.precision,
     }
-
-
-def as_columns(options: dict[str, Any]) -> tuple[str, str, str]:
-    """Sampler, steps and guidance of DrawingOptions as JSON has them, for a table."""
-    guidance = options["guidance"]
-    acts = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
-    return options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else acts
-
-
-COLUMNS = (
-    "sampler",
-    "steps",
-    "guidance",
-    "as asked, by the extractor",
-    "worst digit",
-    "Fréchet ÷ floor",
-    "precision",
-    "recall",
-    "coverage",
-)
-
-
-def as_row(figures: Figures) -> str:
-    """One line of the table; choices are made by the extractor's answers, so those are shown."""
-    return as_line(as_columns(figures["options"]), figures)
-
-
-def as_line(what: tuple[str, str, str], figures: Figures) -> str:
-    """The figures after three columns that say what they are of."""
-    shown = [
-        *what,
-        f"{figures['extractor']:.2%}",
-        f"{figures['extractor_worst']:.2%}",
-        f"{figures['frechet_ratio']:.2f}",
-        *(f"{figures[name]:.3f}" for name in ("precision", "recall", "coverage")),
-    ]
-    return f"| {' | '.join(shown)} |"
 
 
 def show_steps(rows: list[Figures]) -> "Figure":

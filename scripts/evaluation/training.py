@@ -23,12 +23,12 @@ LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # two epochs or so
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
-Digits = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
+Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
 
 
 def train_classifier(
     network: Classifier,
-    learn: Digits,
+    learn: Labelled,
     reporter: Reporter,
     *,
     augmented: bool,
@@ -74,7 +74,7 @@ def running_average(averaged: Tensors, current: Tensors, step: Tensor | int) -> 
     get_ema_multi_avg_fn(decay)(averaged, current, step)
 
 
-def facts_of(network: Classifier, choose: Digits, test: Digits, **training: Any) -> dict[str, Any]:
+def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
     """What is stored beside the weights: how well it does on digits that it never saw, and how it was trained."""
     return {
         "test_accuracy": accuracy(network, *test),

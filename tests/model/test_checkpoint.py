@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointConfig, CheckpointError, Probe, _digest, draw_probe, load, save
+from model.checkpoint import CheckpointConfig, CheckpointError, Probe, _digest, draw_probe, load, save, weights_sha256
 from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
@@ -325,3 +326,13 @@ def test_where_nobody_asks_the_first_permitted_number_of_steps_is_made_or_all_up
     unet, schedule = tiny_unet(num_steps=num_steps).config, ScheduleConfig(num_steps=num_steps)
     config = CheckpointConfig(unet=unet, schedule=schedule, steps=steps, probe=Probe(num_steps=1))
     assert config.recommended_steps == recommended
+
+
+def test_the_weights_have_a_digest_of_their_own_whatever_stands_beside_them(network: UNet, tmp_path: Path) -> None:
+    one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
+    save(one, network, config_of(network))
+    save(other, network, dataclasses.replace(config_of(network), guidance=Guidance(3.0)))
+    assert load(one).sha256 != load(other).sha256
+    assert load(one).weights_sha256 == load(other).weights_sha256
+    save(other, network, config_of(network), dtype=torch.float16)
+    assert load(other).weights_sha256 == weights_sha256(network, torch.float16) != load(one).weights_sha256

@@ -10,7 +10,6 @@ from PIL import Image
 from model.checkpoint import load, save
 from model.sampler import Guidance
 from scripts import compare, evaluate
-from scripts.compare import tabulate
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep
 from scripts.evaluation.samples import Digits
@@ -103,7 +102,7 @@ def test_figures_of_another_seed_are_not_gone_on_with(
 
 
 def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path, tmp_path: Path) -> None:
-    swept = ["--scales", "2", "--intervals", "1-10", "3-5", "--num-steps=2", "--sampler=dpmpp"]
+    swept = ["--scales", "1", "2", "--intervals", "1-10", "3-5", "--num-steps=2", "--sampler=dpmpp"]
     compare.main(["guidance", *arguments(workplace, tmp_path), *swept])
     guidances = [row["options"]["guidance"] for row in json.loads((tmp_path / "guidance.json").read_text())["figures"]]
     assert [(g["scale"], g["start"], g["stop"]) for g in guidances] == [(1, 1, 100), (2, 1, 10), (2, 3, 5)]
@@ -151,18 +150,21 @@ def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys:
     shares = [f"{content[network]['accuracy']:.2%}" for network in ("extractor", "judge")]
     assert lines[3].split(" | ")[4:6] == shares
     assert lines[2] in capsys.readouterr().out
-    of_pngs = {name: value for name, value in content.items() if name != "options"}
-    assert "| pngs | ? | ? | ? |" in tabulate([("pngs", of_pngs)])
+    compare.main(["runs", str(one), str(two / "evaluation.json"), "--across", f"--out={tmp_path / 'across.md'}"])
+    across = [line.split(" | ") for line in (tmp_path / "across.md").read_text().splitlines()]
+    assert across[0][1:] == ["one", "two", "real digits |"]
+    assert across[2][2] == f"{content['judge']['accuracy']:.2%}"
+    assert "two have the same" in sentence(["runs", str(two), str(two / "evaluation.json")], capsys)
     content["num_images"] = 50
     (two / "evaluation.json").write_text(json.dumps(content))
     assert "differ in num_images" in sentence(["runs", str(one), str(two)], capsys)
     content["judge"]["per_digit"] = []
     (two / "evaluation.json").write_text(json.dumps(content))
-    assert "not what scripts.evaluate leaves" in sentence(["runs", str(two)], capsys)
+    assert "not what scripts.evaluate digits leaves" in sentence(["runs", str(two)], capsys)
     content = json.loads((one / "evaluation.json").read_text())
     del content["networks"]
     (two / "evaluation.json").write_text(json.dumps(content))
-    assert "not what scripts.evaluate leaves" in sentence(["runs", str(two)], capsys)
+    assert "not what scripts.evaluate digits leaves" in sentence(["runs", str(two)], capsys)
     assert "cannot be read" in sentence(["runs", str(tmp_path / "none")], capsys)
 
 
@@ -172,6 +174,7 @@ def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
     save_tiny_checkpoint(tmp_path / "tiny.safetensors", label_drop=0, guidance=Guidance())
     given = [*arguments(workplace, tmp_path), f"--checkpoint={tmp_path / 'tiny.safetensors'}"]
     assert "cannot be guided" in sentence(["guidance", *given], capsys)
+    assert "10 steps" in sentence(["guidance", *arguments(workplace, tmp_path), "--intervals", "2-11"], capsys)
     assert "does not permit" in sentence(["steps", *given, "--steps", "2", "99"], capsys)
     assert "is not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
 

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,10 @@ num_steps = 3
 teacher_steps = 6
 num_paths = 56
 num_held_out = 4
+[distillation.guidance]
+scale = 1.5
+start = 1
+stop = 12
 """
 
 
@@ -66,7 +71,8 @@ def test_the_student_begins_as_its_teacher_and_says_in_how_many_steps_it_draws(p
     run(preset, teacher, tmp_path / "run")
     student = checkpoint.load(tmp_path / "run" / "model.safetensors")
     assert (student.config.samplers, student.config.steps, student.config.guidable) == (("ddim",), (3,), False)
-    assert student.config.training["data"] == f"56 guided paths of the checkpoint {checkpoint.load(teacher).sha256}"
+    paths = f"56 paths of the weights {checkpoint.load(teacher).weights_sha256}, guided by 1.5 at t = 1 to 12"
+    assert student.config.training["data"] == paths
     before, after = (loaded.network.state_dict() for loaded in (checkpoint.load(teacher), student))
     moved = [torch.nn.functional.cosine_similarity(before[n].flatten(), after[n].flatten(), dim=0) for n in before]
     assert 0.5 < torch.stack(moved).mean() < 0.99999
@@ -143,6 +149,23 @@ def test_a_teacher_of_another_kind_is_one_sentence(
     (line,) = capsys.readouterr().err.splitlines()
     assert "the student begins as its teacher" in line
     assert kind in line
+
+
+def test_a_teacher_that_may_not_draw_the_paths_is_one_sentence(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = checkpoint.load(save_teacher(tmp_path / "teacher.safetensors"))
+    for change, said in (
+        ({"steps": (3,), "samplers": ("ddim",), "guidance": Guidance()}, "does not permit"),
+        ({"training": {}, "guidance": Guidance()}, "cannot be guided"),
+    ):
+        teacher = tmp_path / "other.safetensors"
+        checkpoint.save(teacher, loaded.network, dataclasses.replace(loaded.config, **change))
+        with pytest.raises(SystemExit) as exit_:
+            run(preset, teacher, tmp_path / "run")
+        assert exit_.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
 
 
 def test_a_student_is_not_trained_on_images(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

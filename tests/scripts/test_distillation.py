@@ -1,4 +1,3 @@
-import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from scripts.recipe import DistillationRecipe
 from tests.scripts.tiny_training import NUM_STEPS, recipe_of
 from tests.tiny import tiny_unet
 
-DISTILLATION = DistillationRecipe(num_steps=3, teacher_steps=6, num_paths=38, num_held_out=2)
+DISTILLATION = DistillationRecipe(
+    num_steps=3, teacher_steps=6, num_paths=38, num_held_out=2, guidance=Guidance(2.0, 3, NUM_STEPS)
+)
 RECIPE = recipe_of(
     "cosine",
     prediction=PredictionConfig("v"),
@@ -38,7 +39,7 @@ def teacher(tmp_path: Path) -> Path:
         unet=network.config,
         schedule=RECIPE.schedule,
         prediction=PredictionConfig("v"),
-        guidance=Guidance(2.0, 3, NUM_STEPS),
+        guidance=Guidance(1.2),  # for whoever draws with it: the paths have their own
         training={"label_drop": 0.1},
     )
     checkpoint.save(tmp_path / "teacher.safetensors", network, config)
@@ -126,13 +127,15 @@ def test_more_paths_are_drawn_beside_those_that_lie_there(
     assert len({state.numpy().tobytes() for state in more[:, 0]}) == 62
 
 
-@pytest.mark.parametrize("field", ["seed", "teacher", "steps"])
+@pytest.mark.parametrize("field", ["seed", "teacher", "steps", "guidance"])
 def test_paths_of_another_seed_teacher_or_recipe_are_refused(teacher: Path, tmp_path: Path, field: str) -> None:
     paths_of(teacher, tmp_path / "paths")
-    recipe = DISTILLATION.model_copy(update={"teacher_steps": 9 if field == "steps" else 6})
+    changed = {"steps": {"teacher_steps": 9}, "guidance": {"guidance": Guidance(3.0)}}.get(field, {})
+    recipe = DISTILLATION.model_copy(update=changed)
     if field == "teacher":
         loaded = checkpoint.load(teacher)
-        checkpoint.save(teacher, loaded.network, dataclasses.replace(loaded.config, guidance=Guidance(3.0)))
+        loaded.network.class_embed.weight.mul_(1.5)
+        checkpoint.save(teacher, loaded.network, loaded.config)
     with pytest.raises(PathsError, match="another teacher, recipe, seed or arithmetic"):
         paths_of(teacher, tmp_path / "paths", recipe, seed=int(field == "seed"))
 

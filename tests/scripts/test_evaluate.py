@@ -1,5 +1,6 @@
-import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.checkpoint import load
 from scripts import evaluate, make_dataset, train_classifiers
 from scripts.evaluation import training
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
@@ -56,7 +58,7 @@ def test_a_folder_has_the_figures_of_the_checkpoint_that_drew_it(
     assert (tmp_path / "drawn" / "evaluation.md").read_text().strip() in capsys.readouterr().out
     guidance = {"scale": 2.0, "start": 2, "stop": 7}
     assert drawn["options"] == {"sampler": "ddpm", "num_steps": 2, "guidance": guidance}
-    assert drawn["checkpoint_sha256"] == hashlib.sha256((workplace / "tiny.safetensors").read_bytes()).hexdigest()
+    assert drawn["weights_sha256"] == load(workplace / "tiny.safetensors").weights_sha256
     for name in ("confusion.png", "nearest.png"):
         with Image.open(tmp_path / "drawn" / name) as image:
             assert min(image.size) > 100
@@ -194,7 +196,11 @@ def test_a_classifier_is_trained_and_found_again(
     trained = load_classifier("extractor", out)
     assert f"{trained.facts['validation_accuracy']:.2%} of the validation digits" in capsys.readouterr().out
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
-    assert trained.facts["seed"] == load_classifier("extractor").facts["seed"]  # the command makes what ships
+
+
+@pytest.mark.parametrize("kind", train_classifiers.RECIPES)
+def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
+    assert train_classifiers.RECIPES[kind].items() <= load_classifier(kind).facts.items()
 
 
 @pytest.mark.parametrize("wrong", [[], ["critic"], ["judge", "--epochs", "many"], ["judge", "--data-dir", "nowhere"]])
@@ -206,3 +212,23 @@ def test_a_wrong_argument_of_the_training_is_one_sentence(
         train_classifiers.main(wrong)
     assert exit_.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["fog", "--help"], ["fog", "--out=fog.png", "--data-dir=nowhere"]])
+def test_what_needs_no_distances_needs_none_of_their_packages(arguments: list[str]) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('joblib', 'prdc', 'torchmetrics'):\n"
+        "    sys.modules[name] = None\n"
+        "from scripts import evaluate, ship\n"
+        f"evaluate.main({arguments})"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "Traceback" not in ended.stderr
+
+
+def test_without_the_packages_of_distances_a_sentence_says_what_to_install() -> None:
+    script = "import sys\nsys.modules['prdc'] = None\nfrom scripts import evaluate\nevaluate.main(['digits'])"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "prdc is not installed: pip install -e '.[evaluate]' brings it\n"

@@ -53,7 +53,21 @@ def differences(one: str, other: str) -> set[str]:
 GUIDANCE = {  # which is another rung, between these two
     "guidance.scale",
     "guidance.start",
+    "guidance.stop",
     *(f"guidance_by_sampler.ddpm.{field}" for field in ("scale", "start", "stop")),
+}
+
+
+STEM_AND_RECIPE = {  # rung 5
+    *("batch_size", "grad_clip", "optimizer.name", "optimizer.lr", "optimizer.betas", "optimizer.weight_decay"),
+    *("lr_schedule.name", "lr_schedule.warmup_steps"),
+    *("unet.stem_patch", "unet.widths", "unet.num_pairs", "unet.residual", "unet.attention_heads"),
+}
+
+STUDENT = {
+    *("epochs", "label_drop", "optimizer.lr", "prediction.kind"),
+    *(f"distillation.{field}" for field in ("num_steps", "teacher_steps", "num_paths", "num_held_out")),
+    *(f"distillation.guidance.{field}" for field in ("scale", "start", "stop")),
 }
 
 
@@ -64,6 +78,8 @@ GUIDANCE = {  # which is another rung, between these two
         ("baseline", "baseline-ema", {"ema_max_decay"}),
         ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
         ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
+        ("baseline-cosine", "default-eps", STEM_AND_RECIPE),
+        ("default-eps", "fast", STUDENT),
         ("default-eps", "default", {"prediction.kind", "min_snr_gamma", *GUIDANCE}),
         ("default-eps", "default-edm", {"prediction.kind"}),
     ],

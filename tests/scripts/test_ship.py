@@ -1,6 +1,7 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,30 +13,54 @@ from scripts.recipe import load_recipe
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 
-def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evaluation(tmp_path: Path) -> None:
+def evaluation_of(
+    path: Path, *, sampler: str = "ddpm", guidance: Guidance = Guidance(), **facts: Any
+) -> dict[str, Any]:
+    """As scripts.evaluate leaves it, of the weights in this file."""
+    seen = {"accuracy": 0.5, "per_digit": [0.5] * 10}
+    manifold = {"precision": 0.5, "recall": 0.5, "coverage": 0.5}
+    return {
+        "weights_sha256": load(path).weights_sha256,
+        "options": {"sampler": sampler, "num_steps": 2, "guidance": asdict(guidance)},
+        "num_images": 100,
+        "split": "test",
+        "networks": {},
+        "noise_frechet": 9.0,
+        "frechet_ratio": 2.0,
+        **dict.fromkeys(("judge", "real_judge", "extractor"), seen),
+        **dict.fromkeys(("manifold", "real_manifold"), manifold),
+        **dict.fromkeys(("frechet", "real_frechet", "memorised", "held_out_memorised"), 0.5),
+        **facts,
+    }
+
+
+def refusal(source: Path, content: Any, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of an evaluation that does not ship."""
+    file, target = source.parent / "evaluation.json", source.parent / "out.safetensors"
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as ended:
+        ship.main([str(source), f"--out={target}", f"--evaluation={file}", *arguments])
+    assert ended.value.code == 2
+    assert not target.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evaluations(tmp_path: Path) -> None:
     run, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
-    source = tmp_path / "shipped.safetensors"
+    source, recipe = tmp_path / "shipped.safetensors", load_recipe("default")
     ship.main([str(run), f"--out={source}"])
-    evaluations = [tmp_path / "guided.json", tmp_path / "off.json"]
-    for path, share in zip(evaluations, (0.5, 0.25), strict=True):
-        path.write_text(json.dumps({"recognised": share, "checkpoint_sha256": load(source).sha256}))
-    ship.main(
-        [
-            str(source),
-            "--guidance-of=default",
-            f"--out={target}",
-            "--evaluation",
-            *map(str, evaluations),
-        ]
-    )
+    guided = evaluation_of(source, guidance=recipe.guidance_by_sampler["ddpm"])
+    off = evaluation_of(source, guidance=Guidance())
+    for path, content in ((tmp_path / "guided.json", guided), (tmp_path / "off.json", off)):
+        path.write_text(json.dumps(content))
+    evaluations = ["--evaluation", str(tmp_path / "guided.json"), str(tmp_path / "off.json")]
+    ship.main([str(source), "--guidance-of=default", f"--out={target}", *evaluations])
     before, after = load(run), load(target)
-    recipe = load_recipe("default")
     assert (after.config.guidance, after.config.guidance_by_sampler) == (recipe.guidance, recipe.guidance_by_sampler)
     assert before.config.guidance != after.config.guidance
-    assert after.config.training == {
-        **before.config.training,
-        "evaluation": [{"recognised": 0.5}, {"recognised": 0.25}],
-    }
+    assert after.config.training == {**before.config.training, "evaluation": [guided, off]}
+    assert after.weights_sha256 == guided["weights_sha256"]
     for name, tensor in before.network.state_dict().items():
         assert torch.equal(tensor.half().float(), after.network.state_dict()[name])
     assert target.stat().st_size < 0.7 * run.stat().st_size
@@ -46,22 +71,35 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
 def test_the_evaluation_of_weights_that_shipping_rounds_does_not_ship(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "out.safetensors"
-    (tmp_path / "its own.json").write_text(json.dumps({"checkpoint_sha256": load(source).sha256}))
-    with pytest.raises(SystemExit):
-        ship.main([str(source), f"--out={target}", f"--evaluation={tmp_path}/its own.json"])
-    assert "rounds these weights" in capsys.readouterr().err
-    assert not target.exists()
+    source = save_tiny_checkpoint(tmp_path / "run.safetensors")
+    assert "not an evaluation of these weights" in refusal(source, evaluation_of(source), capsys=capsys)
 
 
-def test_the_evaluation_of_another_checkpoint_does_not_ship(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "out.safetensors"
-    for content in ({"checkpoint_sha256": "0" * 64}, {"recognised": 0.5}):
-        (tmp_path / "of another.json").write_text(json.dumps(content))
-        with pytest.raises(SystemExit):
-            ship.main([str(source), f"--out={target}", f"--evaluation={tmp_path}/of another.json"])
-        assert "not an evaluation of this checkpoint" in capsys.readouterr().err
-    assert not target.exists()
+@pytest.mark.parametrize("wrong", [{"weights_sha256": "0" * 64}, {"options": None}])
+def test_the_evaluation_of_something_else_does_not_ship(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]
+) -> None:
+    source = tmp_path / "shipped.safetensors"
+    ship.main([str(save_tiny_checkpoint(tmp_path / "run.safetensors")), f"--out={source}"])
+    content = {name: value for name, value in evaluation_of(source, **wrong).items() if value is not None}
+    assert "not an evaluation of these weights" in refusal(source, content, capsys=capsys)
+
+
+def test_an_evaluation_under_another_guidance_than_ships_does_not_ship(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "shipped.safetensors"
+    ship.main([str(save_tiny_checkpoint(tmp_path / "run.safetensors")), f"--out={source}"])
+    content = evaluation_of(source, guidance=load(source).config.guidance)
+    assert "guided otherwise" in refusal(source, content, "--guidance-of=default", capsys=capsys)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"scores": {}}, "no evaluation"])
+def test_what_is_no_evaluation_does_not_ship(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
+) -> None:
+    source = save_tiny_checkpoint(tmp_path / "run.safetensors")
+    assert "not what scripts.evaluate digits leaves" in refusal(source, content, capsys=capsys)
 
 
 def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
@@ -88,7 +126,7 @@ def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
     [
         (["missing.safetensors"], "No such file"),
         (["{source}", "--guidance-of", "missing"], "missing"),
-        (["{source}", "--evaluation", "missing.json"], "No such file"),
+        (["{source}", "--evaluation", "missing.json"], "cannot be read"),
     ],
 )
 def test_what_cannot_ship_is_one_sentence_and_status_2(

@@ -3,7 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from model import checkpoint
-from scripts import train
+from scripts import distil, train
+from scripts.train import should_compile
 from tests.scripts.tiny_training import NUM_STEPS, RECIPES, trust_idx_files, write_idx_files
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,19 @@ def differences(one: Path, other: Path) -> list[str]:
     states = [place for place in sorted(a.keys() | b.keys()) if a.get(place) != b.get(place)]
     names = ["losses.csv", "model.safetensors", *(f"epochs/{epoch:02d}.png" for epoch in (1, 2, 3))]
     return states + [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()]
+
+
+@pytest.mark.parametrize("script", [train, distil])
+def test_compiling_without_a_compiler_is_one_sentence(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not should_compile("auto", torch.device("cpu"))
+    with pytest.raises(SystemExit) as exit_:
+        script.main(["--compile=on", "--device=cpu", f"--out={tmp_path}"])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "there is no no-such-compiler" in line
 
 
 @pytest.mark.parametrize(("recipe", "where"), [("cosine", "epoch"), ("plateau", "epoch"), ("cosine", "write")])

@@ -36,7 +36,7 @@ def test_it_needs_no_network_and_few_bytes() -> None:
     assert sum(path.stat().st_size for path in EMBEDDED.iterdir()) < 6_000_000
 
 
-def test_the_command_makes_the_one_that_ships() -> None:
+def test_what_ships_says_by_which_recipe_and_how_well_it_learned() -> None:
     facts = json.loads((EMBEDDED / "open_clip_config.json").read_text())
     assert (facts["training"]["epochs"], facts["training"]["seed"]) == (EPOCHS, 0)
     for name in ("validation", "test"):

@@ -1,0 +1,116 @@
+"""Figures as tables: evaluations and settings side by side, whatever they were computed with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, Any]
+Evaluation = dict[str, Any]  # as `scripts.evaluate digits` leaves it
+
+SETTING = ("sampler", "steps", "guidance")
+MANIFOLD = ("precision", "recall", "coverage")
+SWEEP_COLUMNS = (*SETTING, "as asked, by the extractor", "worst digit", "Fréchet ÷ floor", *MANIFOLD)
+RUN_COLUMNS = (
+    "run",
+    *SETTING,
+    "as asked, by the extractor",
+    "by the judge",
+    "its worst digit",
+    "Fréchet ÷ floor",
+    *MANIFOLD,
+)
+
+
+class EvaluationError(Exception):
+    """The file holds no evaluation, or those cannot be compared; one sentence."""
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """The evaluation in a file, or in a folder's evaluation.json."""
+    file = path / "evaluation.json" if path.is_dir() else path
+    try:
+        content: Evaluation = json.loads(file.read_text("utf-8"))
+        as_run("", content)
+        as_column(content)
+        as_column(content, real=True)
+        if not {"num_images", "split", "networks"} <= set(content):
+            raise KeyError
+    except OSError as error:
+        raise EvaluationError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"{file} is not what scripts.evaluate digits leaves") from error
+    return content
+
+
+def check_comparable(evaluations: list[Evaluation]) -> None:
+    """EvaluationError where distances and shares of these cannot be compared."""
+    for field in ("num_images", "split", "networks"):
+        if len({json.dumps(evaluation[field]) for evaluation in evaluations}) > 1:
+            raise EvaluationError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")
+
+
+def as_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return "\n".join([lines[0], f"|{' --- |' * len(columns)}", *lines[1:]]) + "\n"
+
+
+def as_setting(options: dict[str, Any]) -> list[str]:
+    """Sampler, steps and guidance of DrawingOptions as JSON has them."""
+    guidance = options["guidance"]
+    acts = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
+    return [options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else acts]
+
+
+def as_sweep_row(setting: list[str], figures: Figures) -> list[str]:
+    """A line of a sweep: choices are made by the extractor's answers, so those are shown."""
+    return [
+        *setting,
+        f"{figures['extractor']:.2%}",
+        f"{figures['extractor_worst']:.2%}",
+        f"{figures['frechet_ratio']:.2f}",
+        *(f"{figures[name]:.3f}" for name in MANIFOLD),
+    ]
+
+
+def as_run(name: str, evaluation: Evaluation) -> list[str]:
+    """A line an evaluation."""
+    judge = evaluation["judge"]
+    worst = _worst(judge)
+    return [
+        name,
+        *(as_setting(evaluation["options"]) if "options" in evaluation else "???"),  # of a folder of PNGs
+        f"{evaluation['extractor']['accuracy']:.2%}",
+        f"{judge['accuracy']:.2%}",
+        f"{judge['per_digit'][worst]:.1%} ({worst})",
+        f"{evaluation['frechet_ratio']:.2f}",
+        *(f"{evaluation['manifold'][name]:.3f}" for name in MANIFOLD),
+    ]
+
+
+def as_column(evaluation: Evaluation, *, real: bool = False) -> dict[str, str]:
+    """A column an evaluation, by the names of its lines; `real`: that of the real digits beside it."""
+    of = "real_" if real else ""
+    judge = evaluation[f"{of}judge"]
+    worst = _worst(judge)
+    distance = f"{evaluation[f'{of}frechet']:.4f}"
+    return {
+        "recognised as asked": f"{judge['accuracy']:.2%}",
+        "worst digit": f"{worst}: {judge['per_digit'][worst]:.1%}",
+        "Fréchet distance": f"{distance} (noise {evaluation['noise_frechet']:.0f})" if real else distance,
+        "as a multiple of real digits'": "1" if real else f"{evaluation['frechet_ratio']:.2f}",
+        **{name: f"{evaluation[f'{of}manifold'][name]:.3f}" for name in MANIFOLD},
+        "memorised": f"{evaluation['held_out_memorised' if real else 'memorised']:.2%}",
+    }
+
+
+def across(evaluations: dict[str, Evaluation]) -> str:
+    """A column an evaluation by name, real digits last; all of one split, number of images and networks."""
+    columns = [as_column(evaluation) for evaluation in evaluations.values()]
+    columns.append(as_column(next(iter(evaluations.values())), real=True))
+    rows = [[line, *(column[line] for column in columns)] for line in columns[0]]
+    return as_table(("", *evaluations, "real digits"), rows)
+
+
+def _worst(recognition: dict[str, Any]) -> int:
+    return min(range(10), key=recognition["per_digit"].__getitem__)

@@ -1,0 +1,30 @@
+import math
+
+import pytest
+import torch
+
+from scripts.evaluation.classifiers import Judge
+from scripts.evaluation.recognition import recognition
+from scripts.evaluation.samples import Digits
+from tests.scripts.evaluation.bars import Witness, bars, untrained
+
+
+def test_what_is_seen_is_counted_by_what_was_asked() -> None:
+    asked = torch.arange(40) % 10
+    seen = asked.clone()
+    seen[[4, 14]] = 9
+    seen[7] = 1
+    judged = recognition(Witness(seen).eval(), Digits(bars(40, 0).images, asked))
+    assert judged.accuracy == pytest.approx(37 / 40)
+    assert judged.per_digit == pytest.approx((1, 1, 1, 1, 0.5, 1, 1, 0.75, 1, 1))
+    assert judged.worst_digit == 4
+    assert judged.confusion[4] == (0, 0, 0, 0, 2, 0, 0, 0, 0, 2)
+    assert (judged.confusion[7][1], judged.confusion[7][7]) == (1, 3)
+    assert judged.entropy == pytest.approx(0, abs=1e-6)
+
+
+def test_a_judge_that_cannot_tell_doubts_by_the_logarithm_of_ten() -> None:
+    judge = untrained(Judge).network
+    judge.head.weight.zero_()
+    judge.head.bias.zero_()
+    assert recognition(judge, bars(20, 0)).entropy == pytest.approx(math.log(10))
