@@ -1,0 +1,45 @@
+"""Figures in the documents are those that were measured: each stands in a JSON file beside them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.evaluation.tables import as_column, as_run, as_setting, as_sweep_row, read_evaluation
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+FINAL = {  # the columns of the table of 10,000 digits
+    "README.md": ("ddpm", "dpmpp", "dpmpp-off", "fast"),
+    "docs/model-card.md": ("ddpm", "dpmpp", "dpmpp-off"),
+}
+
+
+def named(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(DOCS)) for path in paths]
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("document", FINAL)
+def test_the_final_table_has_the_figures_of_its_evaluations(document: str) -> None:
+    evaluations = [read_evaluation(DOCS / "final" / name) for name in FINAL[document]]
+    columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
+    rows = [cells(line) for line in (ROOT / document).read_text().splitlines() if line.startswith("|")]
+    for name in columns[0]:
+        assert [name, *(column[name] for column in columns)] in rows
+
+
+@pytest.mark.parametrize("file", named(sorted((DOCS / "ladder").rglob("evaluation.json"))))
+def test_each_evaluation_of_the_ladder_has_its_line(file: str) -> None:
+    line = as_run("", read_evaluation(DOCS / file))[4:]  # its name and its setting may be said otherwise
+    assert f"| {' | '.join(line)} |" in (DOCS / "ladder.md").read_text()
+
+
+@pytest.mark.parametrize("file", named(sorted({*DOCS.rglob("guidance.json"), *DOCS.rglob("steps.json")})))
+def test_each_setting_of_a_sweep_has_its_line(file: str) -> None:
+    document = (DOCS / "ladder.md").read_text()
+    for figures in json.loads((DOCS / file).read_text())["figures"]:
+        assert f"| {' | '.join(as_sweep_row(as_setting(figures['options']), figures))} |" in document
