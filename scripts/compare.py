@@ -34,7 +34,7 @@ from scripts.progress import Reporter, fail, require
 if TYPE_CHECKING:
     from scripts.evaluation.sweep import Sweep
 
-SEED = 1  # choices are made on other noise than the figures that are published, which is seed 0's
+SEED = 1  # choices are made on other noise than the figures that are published
 STEPS = (1, 2, 4, 6, 10, 20, 50, 100)
 SCALES = (1.25, 1.5, 2.0, 3.0)
 INTERVALS = ((1, 100), (1, 80), (20, 100), (20, 80), (30, 90), (10, 60))

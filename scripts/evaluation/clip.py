@@ -25,7 +25,7 @@ from scripts.progress import require
 
 EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loads it anywhere
 BATCH_SIZE = 250
-NOISY_FROM = 20  # timestep of the cosine schedule, of 100: from here on a picture is called noisy
+PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule, of 100: captions say so from 12 on, where one may doubt
 
 
 class ClipError(Exception):
@@ -85,7 +85,7 @@ class ClipScorer:
 def noised(digits: Digits) -> Digits:
     """x_t of the cosine schedule, t = 20 to 100 in turn, the same noise every time."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
-    t = NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - NOISY_FROM)  # (N,)
+    t = PLAINLY_NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - PLAINLY_NOISY_FROM)  # (N,)
     x_t, _ = diffusion.add_noise(to_model_range(digits.images), t)
     return Digits(to_pixels(x_t), digits.labels)
 
