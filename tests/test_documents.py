@@ -9,10 +9,11 @@ from scripts.evaluation.tables import as_column, as_run, as_setting, as_sweep_ro
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-FINAL = {  # the columns of the table of 10,000 digits
-    "README.md": ("ddpm", "dpmpp", "dpmpp-off", "fast"),
-    "docs/model-card.md": ("ddpm", "dpmpp", "dpmpp-off"),
-}
+FINAL = [  # the columns of the tables of 10,000 digits
+    ("README.md", ("ddpm", "dpmpp", "dpmpp-off", "fast")),
+    ("docs/model-card.md", ("ddpm", "dpmpp", "dpmpp-off")),
+    ("docs/model-card.md", ("fast",)),
+]
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -23,9 +24,9 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("document", FINAL)
-def test_the_final_table_has_the_figures_of_its_evaluations(document: str) -> None:
-    evaluations = [read_evaluation(DOCS / "final" / name) for name in FINAL[document]]
+@pytest.mark.parametrize(("document", "names"), FINAL)
+def test_a_final_table_has_the_figures_of_its_evaluations(document: str, names: tuple[str, ...]) -> None:
+    evaluations = [read_evaluation(DOCS / "final" / name) for name in names]
     columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
     rows = [cells(line) for line in (ROOT / document).read_text().splitlines() if line.startswith("|")]
     for name in columns[0]:
