@@ -1,10 +1,12 @@
 """Figures in the documents are those that were measured: each stands in a JSON file beside them."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from model.checkpoint import SHIPPED, SHIPPED_FAST, load
 from scripts.evaluation.tables import as_column, as_run, as_setting, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,19 @@ def test_a_final_table_has_the_figures_of_its_evaluations(document: str, names: 
     rows = [cells(line) for line in (ROOT / document).read_text().splitlines() if line.startswith("|")]
     for name in columns[0]:
         assert [name, *(column[name] for column in columns)] in rows
+
+
+@pytest.mark.parametrize(("shipped", "names"), [(SHIPPED, ("ddpm", "dpmpp", "dpmpp-off")), (SHIPPED_FAST, ("fast",))])
+def test_the_final_figures_are_of_what_ships_and_stand_in_it(shipped: Path, names: tuple[str, ...]) -> None:
+    loaded = load(shipped)
+    evaluations = [read_evaluation(DOCS / "final" / name) for name in names]
+    assert loaded.config.training["evaluation"] == evaluations
+    for evaluation in evaluations:
+        options = evaluation["options"]
+        recommended = asdict(loaded.config.guidance_of(options["sampler"]))
+        assert evaluation["weights_sha256"] == loaded.weights_sha256
+        assert evaluation["num_images"] == 10_000
+        assert options["guidance"] == recommended or options["guidance"]["scale"] == 1
 
 
 @pytest.mark.parametrize("file", named(sorted((DOCS / "ladder").rglob("evaluation.json"))))
