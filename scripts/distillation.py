@@ -77,7 +77,7 @@ def _part(
     drawer: Drawer, recipe: DistillationRecipe, file: Path, index: range, reporter: Reporter, *, seed: int
 ) -> dict[str, Tensor]:
     facts = {
-        "teacher_sha256": drawer.checkpoint.weights_sha256,
+        "teacher_weights_sha256": drawer.checkpoint.weights_sha256,
         "guidance": str(recipe.guidance),
         "timesteps": str(teacher_timesteps(drawer.checkpoint.schedule, recipe)),
         "num_steps": str(recipe.num_steps),

@@ -24,7 +24,7 @@ def recognised_in_fog(
 ) -> tuple[Tensor, Tensor]:
     """The share of each digit that is recognised in x_t, and how well it is told, (len(timesteps), 10) both.
 
-    The same noise at every t. Told is the share that is recognised, less the share of other digits that is
+    x_t is seen as 8 bits show it, with the same noise at every t. Told is the share that is recognised, less the share of other digits that is
     taken for it (informedness, Youden 1950): whoever calls all static an 8 recognises every 8, and tells none.
     """
     diffusion = Diffusion(schedule, torch.Generator().manual_seed(0))

@@ -65,7 +65,6 @@ class Evaluator:
         self._floor = frechet_distance(real_features, self._held_out_features)
         self._noise = frechet_distance(self._features(to_pixels(noise)), self._held_out_features)
         self.real_manifold = self._manifold(real_features, real.labels)
-        self.num_held_out = len(held_out.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
 
     def evaluate(self, digits: Digits, reporter: Reporter) -> tuple[Quality, Nearest]:
@@ -80,7 +79,7 @@ class Evaluator:
             task.advance(1)
         quality = Quality(
             num_images=len(digits.images),
-            num_held_out=self.num_held_out,
+            num_held_out=len(self._held_out_labels),
             split=self.references.name,
             judge=judged,
             real_judge=self.real_judge,
