@@ -24,8 +24,9 @@ def recognised_in_fog(
 ) -> tuple[Tensor, Tensor]:
     """The share of each digit that is recognised in x_t, and how well it is told, (len(timesteps), 10) both.
 
-    x_t is seen as 8 bits show it, with the same noise at every t. Told is the share that is recognised, less the share of other digits that is
-    taken for it (informedness, Youden 1950): whoever calls all static an 8 recognises every 8, and tells none.
+    x_t is seen as 8 bits show it, with the same noise at every t. Told is the share that is recognised, less
+    the share of other digits that is taken for it (informedness, Youden 1950): whoever calls all static an 8
+    recognises every 8, and tells none.
     """
     diffusion = Diffusion(schedule, torch.Generator().manual_seed(0))
     x_0 = to_model_range(digits.images)  # (N, 1, 28, 28)
