@@ -205,7 +205,7 @@ class Engine:
         finite = self._runner.step(rows)
         seconds = time.monotonic() - start
         self._num_steps += 1
-        self._pace.observe(len(rows), seconds)
+        self._pace.observe(sum(trajectory.evaluations for trajectory in rows), seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.batch_rows.observe(len(rows))

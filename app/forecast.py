@@ -31,7 +31,7 @@ def seconds_to_finish(batcher: Batcher, job: Job, max_batch: int, pace: Pace) ->
         if is_own:
             break
     rows = min(max_batch, batcher.waiting + batcher.running + job.count)
-    return max(job.options.num_steps, num_steps) * pace.step_seconds(rows)
+    return max(job.options.num_steps, num_steps) * pace.step_seconds(rows * _evaluations_a_step([*batcher.jobs, job]))
 
 
 def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) -> float:
@@ -40,7 +40,7 @@ def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) 
     The batcher's own rule, run ahead: from one image's end to the next, the same rows step together.
     """
     jobs = [[[image.steps_left, image.started] for image in job.unfinished] for job in batcher.jobs]
-    num_steps = 0
+    num_steps, evaluations = 0, max_batch * _evaluations_a_step(batcher.jobs)
     while missing > 0 and jobs:
         rows = take_turns(jobs[:max_batch], max_batch)
         missing -= sum(not started for _, started in rows)
@@ -49,7 +49,13 @@ def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) 
             row[:] = row[0] - stride, True
         jobs[:max_batch] = [left for job in jobs[:max_batch] if (left := [row for row in job if row[0]])]
         num_steps += stride
-    return num_steps * pace.step_seconds(max_batch)
+    return num_steps * pace.step_seconds(evaluations)
+
+
+def _evaluations_a_step(jobs: list[Job]) -> float:
+    """Of the network, for one row, on the average of the steps that these jobs have left."""
+    evaluations = sum(job.steps_left * job.evaluations_a_step for job in jobs)
+    return evaluations / max(1, sum(job.steps_left for job in jobs))
 
 
 def retry_after(seconds: float) -> int:

@@ -1,6 +1,8 @@
 """One checkpoint's network on its device: what it predicts for rows of any step, digit and guidance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from app import VERSION
 from model.checkpoint import Checkpoint
 from model.precision import CallRows
 from model.prediction import predict_x_0
-from model.sampler import Sampler, guide
+from model.sampler import Sampler, guide, timesteps_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class ModelInfo:
     default_steps: int  # the recommended number
     samplers: tuple[Sampler, ...]  # the recommended one first
     guidance_scale: dict[Sampler, float]  # the recommended one of each
+    guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance acts
     guidable: bool  # whether labels were dropped in training: without it guidance has nothing to lean on
 
 
@@ -84,5 +87,15 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         default_steps=config.recommended_steps,
         samplers=config.samplers,
         guidance_scale={sampler: config.guidance_of(sampler).scale for sampler in config.samplers},
+        guided_steps=_guided_steps(loaded),
         guidable=config.guidable,
     )
+
+
+def _guided_steps(loaded: Checkpoint) -> Callable[[Sampler, int], range]:
+    @cache
+    def guided_steps(sampler: Sampler, num_steps: int) -> range:
+        timesteps = timesteps_of(loaded.schedule, sampler, num_steps)
+        return loaded.config.guidance_of(sampler).interval_of(timesteps[:-1])
+
+    return guided_steps

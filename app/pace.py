@@ -7,7 +7,10 @@ MAX_JUMP = 4.0  # a step that takes longer than so many says that the machine st
 
 
 class Pace:
-    """Seconds a step against rows a step: the curve seen while warming up, times how slow the machine is now."""
+    """Seconds a step against rows a step: the curve seen while warming up, times how slow the machine is now.
+
+    A guided row counts twice: it is evaluated twice.
+    """
 
     def __init__(self, seconds_by_rows: dict[int, float]) -> None:
         self._rows = sorted(seconds_by_rows)
@@ -15,12 +18,12 @@ class Pace:
         self.slowdown = 1.0
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step of `rows` images took `seconds`."""
+        """A step of `rows` evaluations took `seconds`."""
         seen = min(seconds / self._expected(rows), MAX_JUMP * self.slowdown)
         self.slowdown += SMOOTHING * (seen - self.slowdown)
 
-    def step_seconds(self, rows: int) -> float:
-        """What a step of that many rows takes now."""
+    def step_seconds(self, rows: float) -> float:
+        """What a step of that many evaluations takes now."""
         return self.slowdown * self._expected(rows)
 
     def best_batch(self, tolerance: float) -> int:
@@ -28,11 +31,13 @@ class Pace:
         rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
         return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates))
 
-    def _expected(self, rows: int) -> float:
-        """Linear between the measured batches, flat outside them."""
+    def _expected(self, rows: float) -> float:
+        """Linear between the measured batches, flat below them, in proportion above."""
         right = bisect_left(self._rows, rows)
-        if right == 0 or right == len(self._rows):
-            return self._seconds[min(right, len(self._rows) - 1)]
+        if right == 0:
+            return self._seconds[0]
+        if right == len(self._rows):
+            return self._seconds[-1] * rows / self._rows[-1]
         low, high = self._rows[right - 1 : right + 1]
         share = (rows - low) / (high - low)
         return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share

@@ -213,9 +213,9 @@ class Runner:
         if key not in self._plan_starts:
             loaded = self._networks[options.model].checkpoint
             plan = make_plan(loaded.schedule, options.sampler, options.num_steps)
-            guidance = loaded.config.guidance_of(options.sampler)
+            guided = self._networks[options.model].info.guided_steps(options.sampler, options.num_steps)
             t = torch.tensor(plan.timesteps[:-1])[:, None]  # (num_steps, 1)
-            acts = (t >= guidance.start) & (t <= guidance.stop)  # (num_steps, 1)
+            acts = torch.tensor([[k in guided] for k in range(options.num_steps)])  # (num_steps, 1)
             self._plan_starts[key] = len(self._plan_table)
             rows = torch.cat([t, acts, plan.coefficients], dim=1).to(self.device)  # (num_steps, 6)
             self._plan_table = torch.cat([self._plan_table, rows])

@@ -47,9 +47,12 @@ class Service:
     def submit(self, body: GenerateRequest, num_previews: int = 0, listener: Listener | None = None) -> Job:
         """Admits what is asked for; InvalidRequest for what can never be drawn, Overloaded for what cannot now."""
         self._check(body)
-        options = self._options(body, self.info(body.model))
+        info = self.info(body.model)
+        options = self._options(body, info)
+        guided = options.guidance_scale != 1
+        guided_steps = info.guided_steps(options.sampler, options.num_steps) if guided else range(0)
         timeout = body.timeout_seconds if body.given("timeout_seconds") else self.settings.request_timeout
-        job = Job(options, body.count, timeout, num_previews, listener)
+        job = Job(options, body.count, timeout, num_previews, listener, guided_steps)
         self.engine.submit(job)
         return job
 

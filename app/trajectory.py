@@ -42,6 +42,11 @@ class Trajectory:
         """Network calls until x_0."""
         return self.job.options.num_steps - self.step
 
+    @property
+    def evaluations(self) -> int:
+        """Of the network, in the next step: guidance takes a second one."""
+        return 2 if self.step in self.job.guided_steps else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -72,6 +77,7 @@ class Job:
     timeout: float = math.inf  # seconds after which it is given up
     num_previews: int = 0
     listener: Listener | None = None
+    guided_steps: range = range(0)  # those that take a second evaluation
     future: "Future[list[Pixels]]" = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.monotonic)
     submitted_at_step: int = 0  # the engine's count of steps
@@ -96,6 +102,11 @@ class Job:
     def steps_left(self) -> int:
         """Network calls until its last x_0, each for one image."""
         return self.count * self.options.num_steps - self.steps_done
+
+    @property
+    def evaluations_a_step(self) -> float:
+        """Of the network, for one of its images, on the average of all steps."""
+        return 1 + len(self.guided_steps) / self.options.num_steps
 
     def preview_due(self) -> bool:
         """Whether the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""

@@ -45,6 +45,11 @@ class Guidance:
         """Whether step t needs the second evaluation."""
         return self.scale != 1.0 and self.start <= t <= self.stop
 
+    def interval_of(self, timesteps: list[int]) -> range:
+        """Which of the falling timesteps lie within start..stop: their places."""
+        places = [k for k, t in enumerate(timesteps) if self.start <= t <= self.stop]
+        return range(places[0], places[-1] + 1) if places else range(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -61,10 +66,12 @@ class Plan:
 
 def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
     """The plan of `num_steps` network calls; ValueError for an unknown sampler or a num_steps out of range."""
-    even = sampler != "dpmpp"
-    return plan_through(
-        schedule, sampler, schedule.even_timesteps(num_steps) if even else schedule.log_snr_timesteps(num_steps)
-    )
+    return plan_through(schedule, sampler, timesteps_of(schedule, sampler, num_steps))
+
+
+def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int) -> list[int]:
+    """num_steps + 1 falling timesteps, 0 last, spaced as the sampler likes; ValueError for a num_steps out of range."""
+    return schedule.log_snr_timesteps(num_steps) if sampler == "dpmpp" else schedule.even_timesteps(num_steps)
 
 
 def plan_through(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> Plan:

@@ -29,6 +29,7 @@ INFO = ModelInfo(
     default_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance_scale={"ddpm": 1.0, "ddim": 1.0, "dpmpp": 1.0},
+    guided_steps=lambda sampler, num_steps: range(num_steps // 2),
     guidable=True,
 )
 WAIT_SECONDS = 60  # until a test gives up on another thread; never a measure of anything
@@ -60,7 +61,7 @@ def new_job(count: int = 1, num_steps: int = 3, seed: int = 0, digit: int = 0, *
 class FakeRunner:
     """Counts the steps of each row. `on_step` and `on_pixels` are called first and may raise or block."""
 
-    pace: Pace = field(default_factory=lambda: Pace({1: 1e-6}))
+    pace: Pace = field(default_factory=lambda: Pace({1: 1e-6, 1024: 1e-6}))
     on_step: Callable[[Rows], None] = lambda rows: None
     on_pixels: Callable[[Rows], None] = lambda rows: None
     on_warm_up: Callable[[Callable[[], bool]], None] = lambda should_stop: None

@@ -12,7 +12,7 @@ from app.forecast import retry_after, seconds_to_finish, seconds_to_room
 from app.pace import Pace
 from tests.app.fakes import new_job, step_batcher
 
-ONE_SECOND = Pace({1: 1.0})  # a step, whatever its rows
+ONE_SECOND = Pace({1: 1.0, 1024: 1.0})  # a step, whatever its rows
 PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=80)
 
 
@@ -74,6 +74,22 @@ def test_time_is_counted_at_the_pace_of_that_many_rows() -> None:
     assert seconds_to_finish(Batcher(8), new_job(8, num_steps=10), 8, pace) == 30
     pace.slowdown = 2.0
     assert seconds_to_finish(Batcher(8), new_job(1, num_steps=10), 8, pace) == 20
+
+
+@pytest.mark.parametrize("max_batch", [64, 8])
+def test_guided_steps_count_twice(max_batch: int) -> None:
+    pace = Pace({1: 1.0, 64: 64.0})  # a second an evaluation
+    job = new_job(64, num_steps=10, guided_steps=range(3, 8))
+    assert seconds_to_finish(Batcher(64), job, max_batch, pace) == pytest.approx(64 * (10 + 5))
+
+
+def test_a_backlog_that_is_guided_makes_room_later() -> None:
+    pace, waits = Pace({1: 1.0, 8: 8.0}), []
+    for guided_steps in (range(0), range(10)):
+        batcher = Batcher(16)
+        batcher.add(new_job(16, num_steps=10, guided_steps=guided_steps))
+        waits.append(seconds_to_room(batcher, 16, 8, pace))
+    assert waits[1] == pytest.approx(2 * waits[0])
 
 
 def test_a_single_image_does_not_wait_for_a_crowd() -> None:

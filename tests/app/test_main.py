@@ -137,6 +137,20 @@ def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing(
     run(check, runner)
 
 
+def test_guided_steps_are_forecast_where_guidance_is_on() -> None:
+    runner = FakeRunner()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        for scale in (1, 2):
+            await client.post("/generate", json={**WORK, "num_steps": 4, "guidance_scale": scale})
+        assert list(dict.fromkeys(row.job.guided_steps for rows in runner.calls for row in rows)) == [
+            range(0),
+            range(2),  # by the fake's rule
+        ]
+
+    run(check, runner)
+
+
 @pytest.mark.parametrize(
     ("field", "wrong", "right"), [("num_steps", 3, 2), ("sampler", "ddpm", "ddim"), ("guidance_scale", 2, 1)]
 )

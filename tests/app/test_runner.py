@@ -256,6 +256,22 @@ def test_each_samplers_rows_are_guided_in_its_own_interval(loaded: Checkpoint) -
     assert network.rows == [5, 5] + [7] * 5 + [10] * 2 + [5]
 
 
+@pytest.mark.parametrize(("sampler", "num_steps"), [("ddpm", 10), ("ddim", 7), ("dpmpp", 10), ("ddpm", 1)])
+def test_the_evaluations_that_are_forecast_are_those_that_are_made(
+    loaded: Checkpoint, sampler: Sampler, num_steps: int
+) -> None:
+    runner = new_runner(loaded, torch.bfloat16)
+    network = Counting(runner)
+    guided_steps = runner.models["default"].guided_steps(sampler, num_steps)
+    job = Job(Options(1, 0, num_steps, sampler, 2.0), 3, guided_steps=guided_steps)
+    forecast = []
+    for _ in range(num_steps):
+        forecast.append(sum(row.evaluations for row in job.unfinished))
+        step(runner, job.unfinished)
+    assert network.rows == forecast
+    assert sum(forecast) == pytest.approx(3 * num_steps * job.evaluations_a_step)
+
+
 def test_without_guidance_there_is_one_evaluation_a_row(loaded: Checkpoint) -> None:
     runner = new_runner(loaded, torch.bfloat16)
     network = Counting(runner)

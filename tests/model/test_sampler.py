@@ -209,6 +209,14 @@ def test_the_denoiser_is_called_at_the_plans_timesteps_and_watched_there(points:
     assert watched == timesteps
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "places"),
+    [(1, 100, [0, 1, 2, 3, 4]), (40, 80, [1, 2, 3]), (41, 59, []), (100, 100, [0]), (1, 20, [4])],
+)
+def test_the_guided_steps_are_those_within_the_interval(start: int, stop: int, places: list[int]) -> None:
+    assert list(Guidance(2.0, start, stop).interval_of([100, 80, 60, 40, 20])) == places
+
+
 def test_guidance_of_1_is_off(points: Tensor) -> None:
     guided, plain = (IdealDenoiser(points, LABELS, COSINE) for _ in range(2))
     one = draw(guided, COSINE, [0, 1], num_steps=10, guidance=Guidance(scale=1.0))
