@@ -70,6 +70,11 @@ def guidance_scale(text: str) -> float:
     return value
 
 
+def given_options(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
+    """Which of the options with these defaults were given, as they are typed."""
+    return [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
+
+
 def add_drawing_arguments(
     parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()
 ) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from model.checkpoint import CheckpointError, write_atomically
 from model.sampler import SAMPLERS, Guidance
 from scripts.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
-from scripts.drawing import DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.evaluation.classifiers import ClassifierError, load_classifier
 from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, SamplesError, load_references
 from scripts.evaluation.tables import (
@@ -53,10 +53,6 @@ class CompareError(Exception):
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
-    for module in ("torchmetrics", "prdc"):
-        require(module, extra="evaluate")
-    from scripts.evaluation.sweep import SweepError
-
     try:
         with Reporter("compare: stopped; start again to go on") as reporter:
             args.run(args, reporter)
@@ -68,17 +64,14 @@ def main(argv: list[str] | None = None) -> None:
         DrawingError,
         EvaluationError,
         SamplesError,
-        SweepError,
         OSError,
     ) as error:
         raise fail(f"compare: {error}".splitlines()[0]) from error
 
 
 def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
-    from scripts.evaluation.sweep import show_steps
-
-    sweep = _sweep(args)
-    loaded = sweep.drawer.checkpoint
+    drawer = open_drawer(args)
+    loaded = drawer.checkpoint
     config, T = loaded.config, loaded.schedule.num_steps
     permitted = config.steps or range(1, T + 1)
     samplers = args.samplers or config.samplers
@@ -90,20 +83,24 @@ def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
         for sampler in samplers  # each with the guidance that is recommended for it
         for num_steps in steps
     ]
+    sweep = _sweep(args, drawer)
     rows = sweep.run(settings, reporter)
+    from scripts.evaluation.sweep import show_steps
+
     write_atomically(args.out / "steps.md", sweep.as_markdown(rows).encode())
     save_figure(show_steps(rows), args.out / "steps.png", grey=False)
 
 
 def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
-    sweep = _sweep(args)
-    if not sweep.drawer.checkpoint.config.guidable:
+    drawer = open_drawer(args)
+    if not drawer.checkpoint.config.guidable:
         raise CompareError("this checkpoint cannot be guided: no label was dropped in its training")
-    own, T = options_from(args, sweep.drawer.checkpoint), sweep.drawer.checkpoint.schedule.num_steps
+    own, T = options_from(args, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
     if max(stop for _, stop in args.intervals) > T:
         raise CompareError(f"this checkpoint has {T} steps: no interval may end above")
     swept = [(scale, *interval) for scale in args.scales if scale != 1 for interval in args.intervals]
     guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
+    sweep = _sweep(args, drawer)
     rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
     write_atomically(args.out / "guidance.md", sweep.as_markdown(rows).encode())
 
@@ -120,11 +117,12 @@ def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
         write_atomically(args.out, table.encode())
 
 
-def _sweep(args: argparse.Namespace) -> "Sweep":
+def _sweep(args: argparse.Namespace, drawer: Drawer) -> "Sweep":
+    for module in ("torchmetrics", "prdc"):
+        require(module, extra="evaluate")
     from scripts.evaluation.quality import Evaluator
     from scripts.evaluation.sweep import Sweep
 
-    drawer = open_drawer(args)
     references = load_references(args.split, args.data_dir)
     evaluator = Evaluator(references, load_classifier("judge"), load_classifier("extractor"), args.num_images)
     return Sweep(drawer, evaluator, args.out / f"{args.command}.json", args.seed, args.batch_size)

@@ -148,13 +148,19 @@ def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions
     sampler = args.sampler or loaded.config.samplers[0]
     if sampler not in loaded.config.samplers:
         raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
-    own = loaded.config.guidance_of(sampler)
+    return DrawingOptions(sampler, num_steps, _guidance_from(args, loaded, sampler))
+
+
+def _guidance_from(args: argparse.Namespace, loaded: Checkpoint, sampler: Sampler) -> Guidance:
+    own, T = loaded.config.guidance_of(sampler), loaded.schedule.num_steps
     scale = own.scale if args.guidance_scale is None else args.guidance_scale
     start, stop = args.guidance_start or own.start, args.guidance_stop or own.stop
     if scale != 1 and not loaded.config.guidable:
         raise DrawingError(
             "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
         )
+    if scale == 1 and (args.guidance_start or args.guidance_stop):
+        raise DrawingError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
     if start > stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
         raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
-    return DrawingOptions(sampler, num_steps, Guidance(scale, start, stop))
+    return Guidance(scale, start, stop)

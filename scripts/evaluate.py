@@ -19,12 +19,12 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, CheckpointError, write_atomically
-from scripts.arguments import Parser, add_drawing_arguments, file_to_write, integer, num_images
+from scripts.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer, num_images
 from scripts.drawing import DrawingError, open_drawer, options_from
 from scripts.evaluation import clip
 from scripts.evaluation.classifiers import ClassifierError, Trained, load_classifier
 from scripts.evaluation.clip import ClipError, ClipScorer
-from scripts.evaluation.clip_path import PROMPTS, scores_along, show_scores
+from scripts.evaluation.clip_path import LINES, scores_along, show_scores
 from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import (
     FEWEST_OF_EACH,
@@ -47,7 +47,10 @@ from scripts.progress import Reporter, fail, require
 SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
 NUM_IMAGES = 10_000
 PICTURE_HELP = "the .png to write; its numbers go into a .json beside it"
-CLIP_HELP = "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE; default: the small one that ships"
+CLIP_HELP = (
+    "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (of OpenAI's weights: "
+    "ViT-B-32-quickgelu:FILE); default: the small one that ships"
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +84,8 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
     table, content = as_markdown(quality), {**source, **as_json(quality, evaluator)}
     if scorer:
         real = references.held_out
-        seen = scorer.score(digits), scorer.score(real), scorer.tells_noise(real)
+        of_real = scorer.score(real)
+        seen = scorer.score(digits), of_real, scorer.tells_noise(real, of_real)
         table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
     reporter.line(table)
     if args.out:
@@ -95,9 +99,9 @@ Samples = tuple[int, Callable[[], Digits], dict[str, Any]]  # how many, the imag
 
 
 def _folder(args: argparse.Namespace, reporter: Reporter) -> Samples:
-    given = [name for name, default in args.drawing_defaults.items() if getattr(args, name) != default]
+    given = given_options(args, args.drawing_defaults)
     if given:
-        raise SamplesError(f"--images are drawn already: leave out --{given[0].replace('_', '-')}")
+        raise SamplesError(f"--images are drawn already: leave out {given[0]}")
     read, facts = read_samples(args.images), read_facts(args.images)
     fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
     digits = balanced(read, args.num_images or min(NUM_IMAGES, NUM_CLASSES * fewest))
@@ -142,18 +146,17 @@ def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
     real = balanced(load_references(args.split, args.data_dir).held_out, args.num_images)
     options = options_from(args, drawer.checkpoint)
     timesteps, means, of_real = scores_along(drawer, options, scorer, real, reporter, seed=args.seed)
-    for prompt, first, last, beside in zip(PROMPTS, means[0], means[-1], of_real, strict=True):
+    for prompt, first, last, beside in zip(LINES, means[0], means[-1], of_real, strict=True):
         reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {beside:.3f}")
     save_figure(show_scores(args.clip, timesteps, means, of_real), args.out, grey=False)
-    scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(PROMPTS)}
+    scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(LINES)}
     content = {
         **drawer.facts,
         "options": asdict(options),
         "seed": args.seed,
         "num_images": args.num_images,
         "split": args.split,
-        "model": scorer.name,
-        "weights_sha256": scorer.sha256,
+        "clip": {"model": scorer.name, "weights_sha256": scorer.sha256},
         "t": timesteps,
         "scores": scores,
     }

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.diffusion import Diffusion
 from model.schedule import Schedule
-from scripts.arguments import Parser, add_drawing_arguments, file_to_write, integer
+from scripts.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.figures import Panel, draw_panels, new_figure, save_figure
 from scripts.mnist import DataError, load_mnist, to_model_range
@@ -87,7 +88,7 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
-    axes.set_ylabel("mean squared error of what is predicted")
+    axes.set_ylabel("loss")
     axes.tick_params(which="both", labelsize=8)
     axes.grid(which="both", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -148,16 +149,17 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _noise(args: argparse.Namespace, reporter: Reporter) -> None:
-    drawer = open_drawer(args)
     if args.data_dir:
+        given = given_options(args, args.drawing_defaults)
+        if given:
+            raise PlotError(f"the digit of --data-dir is not drawn: leave out {given[0]}")
         images, labels = load_mnist("test", args.data_dir)
-        x_0 = to_model_range(images[labels == args.digit][0])  # (1, 28, 28)
+        x_0, schedule = to_model_range(images[labels == args.digit][0]), checkpoint.load(args.checkpoint).schedule
     else:
-        y = torch.tensor([args.digit])
-        options = options_from(args, drawer.checkpoint)
+        y, drawer = torch.tensor([args.digit]), open_drawer(args)
+        options, schedule = options_from(args, drawer.checkpoint), drawer.checkpoint.schedule
         x_0 = drawer.draw(y, torch.zeros_like(y), options, reporter, seed=args.seed)[0]  # (C, H, W)
-    figure = show_noise_progression(x_0, drawer.checkpoint.schedule, seed=args.seed)
-    save_figure(figure, args.out, grey=True)
+    save_figure(show_noise_progression(x_0, schedule, seed=args.seed), args.out, grey=True)
 
 
 def _reverse(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -195,8 +197,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     reverse = commands.add_parser("reverse", help="the reverse process: ten digits from static, step by step")
     sheet = commands.add_parser("sheet", help="ten images of each digit")
     for command, run in ((noise, _noise), (reverse, _reverse), (sheet, _sheet)):
-        add_drawing_arguments(command, seed=0)
-        command.set_defaults(run=run)
+        defaults = add_drawing_arguments(command, seed=0, without=() if run is _sheet else ("--batch-size",))
+        kept = ("checkpoint", "seed")  # by a digit that is not drawn
+        drawing = {name: default for name, default in defaults.items() if name not in kept}
+        command.set_defaults(run=run, drawing_defaults=drawing)
 
     losses = commands.add_parser("losses", help="training and validation loss by epoch")
     losses.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their losses.csv")

@@ -112,7 +112,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
     parser.add_argument("--epochs", type=integer(1), help="instead of the preset's")
     parser.add_argument(
-        "--time-limit", type=_minutes, metavar="MINUTES", help="stop before an epoch that would not fit"
+        "--time-limit",
+        type=_minutes,
+        metavar="MINUTES",
+        help="stop before an epoch that, as long as those before, would not fit",
     )
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="same seed, same machine: same weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

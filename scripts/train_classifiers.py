@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.arguments import Parser, integer
+from scripts.arguments import Parser, file_to_write, integer
 from scripts.evaluation.classifiers import KINDS, WEIGHTS, save_classifier
 from scripts.evaluation.training import facts_of, train_classifier
 from scripts.mnist import DataError, load_mnist, split_validation
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(recipe["seed"])  # the first weights, and dropout
     path = args.out or WEIGHTS / f"{args.kind}.safetensors"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
         learn, choose = split_validation(*train)
         with Reporter() as reporter:
@@ -52,7 +53,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.train_classifiers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("kind", choices=sorted(KINDS), help="which of them")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
-    parser.add_argument("--out", type=Path, help="default: where `scripts.evaluate` looks for it")
+    parser.add_argument(
+        "--out",
+        type=file_to_write(".safetensors"),
+        help="a .safetensors file; default: where `scripts.evaluate` looks for it",
+    )
     parser.add_argument("--epochs", type=integer(1), help=f"default: {_each('epochs')}")
     parser.add_argument("--seed", type=integer(0, 2**53 - 1), help=f"default: {_each('seed')}")
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")

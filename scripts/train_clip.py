@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     open_clip = require("open_clip", extra="clip")
     torch.manual_seed(args.seed)
     try:
+        args.out.mkdir(parents=True, exist_ok=True)
         train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
         learn, choose = split_validation(*train)
         with Reporter() as reporter:
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
             save_clip(args.out, model, tokens, facts)
             scorer = ClipScorer(str(args.out))
             for name, digits in (("validation", Digits(*choose)), ("test", Digits(*test))):
-                recognised, told = scorer.score(digits).recognised, scorer.tells_noise(digits)
+                scores = scorer.score(digits)
+                recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
                 facts[name] = {"recognised": recognised, "tells_noise": told}
                 reporter.line(f"{name} digits: {recognised:.2%} recognised, {told:.2%} told from noisy ones")
             save_config(args.out, facts)
@@ -143,11 +145,17 @@ def save_config(folder: Path, facts: dict[str, Any]) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.train_clip", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
-    parser.add_argument("--out", type=Path, default=EMBEDDED, help="folder; default: where `scripts.evaluate` looks")
+    parser.add_argument("--out", type=_folder, default=EMBEDDED, help="folder; default: where `scripts.evaluate` looks")
     parser.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"default: {EPOCHS}")
     parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     return parser.parse_args(argv)
+
+
+def _folder(text: str) -> Path:
+    if ":" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has a colon: a model of that name could not be loaded again")
+    return Path(text)
 
 
 if __name__ == "__main__":

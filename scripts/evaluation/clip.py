@@ -25,6 +25,7 @@ from scripts.progress import require
 
 EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loads it anywhere
 BATCH_SIZE = 250
+PROMPTS = (*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY)
 PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule, of 100: captions say so from 12 on, where one may doubt
 
 
@@ -64,8 +65,7 @@ class ClipScorer:
 
     def score(self, digits: Digits) -> ClipScores:
         """All scores of these digits."""
-        prompts = [*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY]
-        similarities = self.similarities(digits.images, prompts)  # (N, 12)
+        similarities = self.similarities(digits.images, list(PROMPTS))  # (N, 12)
         by_digit, clear, noisy = similarities[:, :NUM_CLASSES], similarities[:, -2], similarities[:, -1]
         return ClipScores(
             recognised=(by_digit.argmax(dim=1) == digits.labels).double().mean().item(),
@@ -73,9 +73,9 @@ class ClipScorer:
             similarity=by_digit.gather(1, digits.labels[:, None]).mean().item(),
         )
 
-    def tells_noise(self, digits: Digits) -> float:
-        """Of real digits, each clear and at one of t = 20 to 100: the share called clear and noisy as they are."""
-        return (self.score(digits).clear + 1 - self.score(noised(digits)).clear) / 2
+    def tells_noise(self, digits: Digits, scores: ClipScores) -> float:
+        """Of digits, each clear (their scores) and at one of t = 20 to 100: the share called clear and noisy so."""
+        return (scores.clear + 1 - self.score(noised(digits)).clear) / 2
 
     def _embed(self, images: Tensor) -> Tensor:
         pictures = [self._preprocess(Image.fromarray(image[0].numpy())) for image in images]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from scripts.drawing import Drawer, DrawingOptions
-from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
-from scripts.evaluation.clip import ClipScorer
+from scripts.evaluation.captions import CLEAR, NOISY
+from scripts.evaluation.clip import PROMPTS, ClipScorer
 from scripts.evaluation.samples import Digits
 from scripts.figures import new_figure
 from scripts.mnist import NUM_CLASSES
@@ -17,13 +17,13 @@ from scripts.progress import Reporter
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PROMPTS = ("its own digit", CLEAR, NOISY)  # what a line of the figure is called
+LINES = ("its own digit", CLEAR, NOISY)  # of the figure
 
 
 def scores_along(
     drawer: Drawer, options: DrawingOptions, scorer: ClipScorer, real: Digits, reporter: Reporter, *, seed: int
 ) -> tuple[list[int], Tensor, Tensor]:
-    """t falling to 0, the mean similarity of x_t to each of PROMPTS (K, 3), and that of real digits (3,).
+    """t falling to 0, the mean similarity of x_t to each of LINES (K, 3), and that of real digits (3,).
 
     As many digits are drawn as `real` holds, of the same classes.
     """
@@ -41,8 +41,7 @@ def scores_along(
 
 
 def _mean_scores(scorer: ClipScorer, digits: Digits) -> Tensor:
-    prompts = [*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY]
-    similarities = scorer.similarities(digits.images, prompts)  # (N, 12)
+    similarities = scorer.similarities(digits.images, list(PROMPTS))  # (N, 12)
     own = similarities.gather(1, digits.labels[:, None])  # (N, 1)
     return torch.cat([own, similarities[:, NUM_CLASSES:]], dim=1).mean(dim=0)
 
@@ -51,7 +50,7 @@ def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) ->
     """A line a prompt from static to digit, and where real digits lie."""
     figure = new_figure(760, 400)
     axes = figure.add_subplot()
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(LINES):
         axes.plot(timesteps, means[:, i].tolist(), f"C{i}", linewidth=1.4, label=prompt)
         axes.axhline(real[i].item(), color=f"C{i}", linestyle=":", linewidth=1)
     axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="real digits")

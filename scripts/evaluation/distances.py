@@ -17,6 +17,7 @@ from scripts.mnist import NUM_CLASSES
 
 NEAREST_PRECISION = 3  # neighbours that make the manifold of precision and recall,
 NEAREST_COVERAGE = 5  # and the balls of coverage: the papers' own choices
+SHARES = ("precision", "recall", "coverage")
 DISTANCE_ROWS = 500  # images compared with all others at once
 
 
@@ -41,11 +42,12 @@ def frechet_distance(features: Tensor, real: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Manifold:
-    """Shares between 0 and 1, means over the digits."""
+    """Shares between 0 and 1, means over the digits; beside them those of each digit."""
 
     precision: float  # of the images that lie among real ones
     recall: float  # of the real images that lie among these
     coverage: float  # of the real images that have one of these nearby
+    per_digit: dict[str, list[float]]  # name of a share -> that of 0, of 1, ... of 9
 
 
 def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> Manifold:
@@ -59,7 +61,9 @@ def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_label
             near = compute_prdc(theirs[:count], ours[:count], NEAREST_PRECISION)
             wide = compute_prdc(theirs[:count], ours[:count], NEAREST_COVERAGE)
         shares.append([near["precision"], near["recall"], wide["coverage"]])
-    return Manifold(*torch.tensor(shares, dtype=torch.float64).mean(dim=0).tolist())
+    per_digit = {name: list(each) for name, each in zip(SHARES, zip(*shares, strict=True), strict=True)}
+    means = {name: sum(each) / NUM_CLASSES for name, each in per_digit.items()}
+    return Manifold(**means, per_digit=per_digit)
 
 
 @dataclass(frozen=True, slots=True)

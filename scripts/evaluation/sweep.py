@@ -10,7 +10,7 @@ from model.checkpoint import write_atomically
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
-from scripts.evaluation.tables import SWEEP_COLUMNS, Figures, as_setting, as_sweep_row, as_table
+from scripts.evaluation.tables import SWEEP_COLUMNS, EvaluationError, Figures, as_setting, as_sweep_row, as_table
 from scripts.figures import new_figure
 from scripts.progress import Reporter
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FEWEST_MISTAKES = 1e-4  # that an axis of powers of ten can show
 
 
-class SweepError(Exception):
+class SweepError(EvaluationError):
     """The file of earlier figures cannot be gone on with; one sentence."""
 
 
@@ -36,15 +36,15 @@ class Sweep:
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
         """The figures of each setting, in order; SweepError where the file is of another sweep."""
-        figures = []
+        kept, figures = self._read(), []
         for options in settings:
-            kept = {json.dumps(row["options"], sort_keys=True): row for row in self._read()}
-            key = json.loads(json.dumps(asdict(options)))
-            if json.dumps(key, sort_keys=True) not in kept:
-                row = {"options": key, **self._evaluate(options, reporter)}
-                self._write([*kept.values(), row])
-                reporter.line(" | ".join(as_sweep_row(as_setting(key), row)))
-            figures.append(next(row for row in self._read() if row["options"] == key))
+            row = next((row for row in kept if row["options"] == asdict(options)), None)
+            if row is None:
+                row = {"options": asdict(options), **self._evaluate(options, reporter)}
+                kept.append(row)
+                self._write(kept)
+                reporter.line(" | ".join(as_sweep_row(as_setting(row["options"]), row)))
+            figures.append(row)
         return figures
 
     def as_markdown(self, rows: list[Figures]) -> str:

@@ -77,9 +77,10 @@ def as_run(name: str, evaluation: Evaluation) -> list[str]:
     """A line an evaluation."""
     judge = evaluation["judge"]
     worst = _worst(judge)
+    setting = as_setting(evaluation["options"]) if "options" in evaluation else ["?"] * len(SETTING)  # a folder's
     return [
         name,
-        *(as_setting(evaluation["options"]) if "options" in evaluation else "???"),  # of a folder of PNGs
+        *setting,
         f"{evaluation['extractor']['accuracy']:.2%}",
         f"{judge['accuracy']:.2%}",
         f"{judge['per_digit'][worst]:.1%} ({worst})",

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,18 @@ def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
     assert "10 steps" in sentence(["guidance", *arguments(workplace, tmp_path), "--intervals", "2-11"], capsys)
     assert "does not permit" in sentence(["steps", *given, "--steps", "2", "99"], capsys)
     assert "is not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
+
+
+def test_evaluations_are_compared_without_what_computes_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in ("torchmetrics", "prdc"):
+        for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+            monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
+    published = Path(__file__).parents[2] / "docs" / "final"
+    compare.main(["runs", str(published / "ddpm"), str(published / "fast")])
+    assert "| fast |" in capsys.readouterr().out
+    assert "torchmetrics is not installed" in sentence(["steps", "--out=nowhere"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,17 @@ def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_steps": 11}, {"guidance_start": 9}, {"guidance_stop": 11}, {"guidance_stop": 1}], ids=str
+    "wrong",
+    [
+        {"num_steps": 11},
+        {"guidance_start": 9},
+        {"guidance_stop": 11},
+        {"guidance_stop": 1},
+        {"guidance_scale": 1, "guidance_stop": 5},
+    ],
+    ids=str,
 )
-def test_steps_that_the_checkpoint_does_not_have_are_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+def test_what_the_checkpoint_cannot_do_or_would_ignore_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     with pytest.raises(DrawingError):
         options_from(arguments(**wrong), loaded)

@@ -155,6 +155,8 @@ def test_clip_judges_beside_the_others_where_it_is_asked(
         assert min(image.size) > 100
     content = json.loads((tmp_path / "clip.json").read_text())
     assert (content["options"]["num_steps"], content["num_images"], content["split"]) == (3, 10, "test")
+    assert content["weights_sha256"] == load(workplace / "tiny.safetensors").weights_sha256
+    assert content["clip"] == {name: written["clip"][name] for name in ("model", "weights_sha256")}  # type: ignore[index]
     assert [len(lines["drawn"]) for lines in content["scores"].values()] == [len(content["t"])] * 3
 
 
@@ -203,7 +205,10 @@ def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
     assert train_classifiers.RECIPES[kind].items() <= load_classifier(kind).facts.items()
 
 
-@pytest.mark.parametrize("wrong", [[], ["critic"], ["judge", "--epochs", "many"], ["judge", "--data-dir", "nowhere"]])
+@pytest.mark.parametrize(
+    "wrong",
+    [[], ["critic"], ["judge", "--epochs", "many"], ["judge", "--data-dir", "nowhere"], ["judge", "--out", "x"]],
+)
 def test_a_wrong_argument_of_the_training_is_one_sentence(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str]
 ) -> None:

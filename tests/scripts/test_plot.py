@@ -189,6 +189,9 @@ def test_without_being_asked_the_usual_epochs_are_shown_as_far_as_there_are_any(
         ["losses", "--out", "x.png"],
         ["epochs", "nowhere", "--out", "x.png"],
         ["noise", "--data-dir", "nowhere", "--digit", "seven", "--out", "x.png"],
+        ["noise", "--data-dir", "nowhere", "--sampler", "ddim", "--out", "x.png"],
+        ["noise", "--batch-size", "8", "--out", "x.png"],
+        ["reverse", "--batch-size", "8", "--out", "x.png"],
     ],
     ids=lambda wrong: " ".join(wrong) or "nothing",
 )

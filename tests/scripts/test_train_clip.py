@@ -43,7 +43,7 @@ def test_a_seed_repeats_the_training() -> None:
     assert not torch.equal(first["visual.conv1.weight"], other["visual.conv1.weight"])
 
 
-@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--data-dir", "nowhere"]])
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--data-dir", "nowhere"], ["--out", "my:clip"]])
 def test_a_wrong_argument_is_one_sentence(
     wrong: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from model import checkpoint
 from model.sampler import Guidance
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation.clip import ClipScorer
-from scripts.evaluation.clip_path import PROMPTS, scores_along, show_scores
+from scripts.evaluation.clip_path import LINES, scores_along, show_scores
 from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
@@ -44,7 +44,7 @@ def test_every_step_is_scored_for_its_own_digit_and_for_clear_and_noisy(tmp_path
 def test_the_figure_has_a_line_a_prompt_and_one_for_real_digits() -> None:
     means, real = torch.rand(3, 3), torch.rand(3)
     lines = show_scores("told", [10, 5, 0], means, real).axes[0].lines
-    for i, prompt in enumerate(PROMPTS):
+    for i, prompt in enumerate(LINES):
         drawn, beside = lines[2 * i : 2 * i + 2]
         assert drawn.get_label() == prompt
         assert list(drawn.get_ydata()) == pytest.approx(means[:, i].tolist())

@@ -77,6 +77,15 @@ def test_digits_are_compared_with_their_own_kind() -> None:
     assert (swapped.precision, swapped.recall, swapped.coverage) == (0, 0, 0)
 
 
+def test_each_digit_has_shares_of_its_own_and_the_mean_stands_for_all() -> None:
+    features, labels = gaussian(400, 7), torch.arange(400) % 10
+    moved = compare_manifolds(features + 100.0 * (labels == 3)[:, None], labels, features, labels)
+    for name in ("precision", "recall", "coverage"):
+        each = moved.per_digit[name]
+        assert [share > 0 for share in each] == [digit != 3 for digit in range(10)]
+        assert getattr(moved, name) == pytest.approx(sum(each) / 10)
+
+
 def test_the_nearest_learned_images_are_those_of_a_search_one_by_one() -> None:
     generator = torch.Generator().manual_seed(0)
     learned = torch.randint(0, 256, (90, 1, 28, 28), generator=generator, dtype=torch.uint8)
