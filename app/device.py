@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model.precision import can_compile, cpp_compiler, fast_dtype
+from model.precision import can_compile, fast_dtype, no_compiler
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dt
 def check_compiler() -> None:
     """RunnerError where torch.compile would find nothing to compile with."""
     if not can_compile():
-        raise RunnerError(f"UNFOG_COMPILE=on needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one")
+        raise RunnerError(f"UNFOG_COMPILE=on {no_compiler()}")
 
 
 @contextmanager

@@ -25,6 +25,11 @@ def cpp_compiler() -> str:
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
+def no_compiler() -> str:
+    """What to say to whoever asked for it where there is none."""
+    return f"needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one"
+
+
 def can_compile() -> bool:
     """Whether that program is there."""
     return shutil.which(cpp_compiler()) is not None

@@ -27,7 +27,7 @@ class Guidance:
     """Classifier-free guidance (Ho & Salimans 2022): how strong, and between which timesteps it acts.
 
     1 is off. Outside start..stop (both included) the conditional prediction stands alone
-    (Kynkaanniemi 2024): guidance harms at high noise and is useless at low noise.
+    (Kynkäänniemi 2024): guidance harms at high noise and is useless at low noise.
     """
 
     scale: float = 1.0

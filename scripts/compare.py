@@ -3,6 +3,7 @@
 steps     each sampler at 1, 2, 4, 6, 10, 20, 50 and 100 steps: a table and a figure
 guidance  scales and intervals of steps in which they act: a table
 runs      the evaluations that scripts.evaluate left, side by side: a table
+networks  weights, arithmetic and time of a step of each recipe's network: a table
 
 A sweep that was stopped goes on where it was. Sweeps choose: they never see the test split.
 """
@@ -12,8 +13,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from model.checkpoint import CheckpointError, write_atomically
+from model.precision import can_compile, no_compiler
 from model.sampler import SAMPLERS, Guidance
+from model.unet import UNet
 from scripts.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.evaluation.classifiers import ClassifierError, load_classifier
@@ -30,6 +35,8 @@ from scripts.evaluation.tables import (
 from scripts.figures import save_figure
 from scripts.mnist import NUM_CLASSES, DataError
 from scripts.progress import Reporter, fail, require
+from scripts.recipe import RecipeError, load_recipe
+from scripts.step_time import COLUMNS, as_row, costs_of
 
 if TYPE_CHECKING:
     from scripts.evaluation.sweep import Sweep
@@ -63,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         DataError,
         DrawingError,
         EvaluationError,
+        RecipeError,
         SamplesError,
         OSError,
     ) as error:
@@ -117,6 +125,18 @@ def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
         write_atomically(args.out, table.encode())
 
 
+def _networks(args: argparse.Namespace, reporter: Reporter) -> None:
+    if args.compile and not can_compile():
+        raise CompareError(f"--compile {no_compiler()}")
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    networks = {Path(preset).stem: UNet(load_recipe(preset).unet) for preset in args.presets}
+    if len(networks) < len(args.presets):
+        raise CompareError("recipes are told apart by their names, and two have the same")
+    costs = costs_of(networks, reporter, rows=args.rows, compiled=args.compile)
+    reporter.line(as_table(COLUMNS, [as_row(name, cost) for name, cost in costs.items()]))
+
+
 def _sweep(args: argparse.Namespace, drawer: Drawer) -> "Sweep":
     for module in ("torchmetrics", "prdc"):
         require(module, extra="evaluate")
@@ -132,7 +152,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="steps|guidance|runs", dest="command")
+    commands = parser.add_subparsers(required=True, metavar="steps|guidance|runs|networks", dest="command")
     steps = commands.add_parser("steps", help="quality against the number of steps, for each sampler")
     steps.add_argument("--steps", type=integer(1), nargs="+", help=f"default: {_listed(STEPS)}, or a student's own")
     steps.add_argument("--samplers", choices=SAMPLERS, nargs="+", help="default: all that the checkpoint permits")
@@ -167,7 +187,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     runs.add_argument("--across", action="store_true", help="a column each, beside real digits; default: a line each")
     runs.add_argument("--out", type=Path, help="a .md file for the table")
     runs.set_defaults(run=_runs)
+    _add_networks(commands.add_parser("networks", help="weights, arithmetic and time of networks"))
     return parser.parse_args(argv)
+
+
+def _add_networks(networks: argparse.ArgumentParser) -> None:
+    networks.add_argument("presets", nargs="+", help="names of recipes, or paths to .toml files")
+    networks.add_argument("--rows", type=integer(1, 10_000), default=64, help="of a step; default: 64")
+    networks.add_argument("--compile", action="store_true", help="compile first, as where it is served fastest")
+    networks.add_argument("--num-threads", type=integer(1, 1024), help="compute threads")
+    networks.set_defaults(run=_networks)
 
 
 def _listed(values: Iterable[object]) -> str:

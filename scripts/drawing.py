@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.precision import CallRows, can_compile, cpp_compiler, fast_dtype
+from model.precision import CallRows, can_compile, fast_dtype, no_compiler
 from model.sampler import Guidance, Sampler, sample
 from scripts.progress import Reporter
 
@@ -131,7 +131,7 @@ class Drawer:
 def open_drawer(args: argparse.Namespace) -> Drawer:
     """The drawer of --checkpoint; CheckpointError, or DrawingError where --compile finds no compiler."""
     if args.compile and not can_compile():
-        raise DrawingError(f"--compile needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one")
+        raise DrawingError(f"--compile {no_compiler()}")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     return Drawer(checkpoint.load(args.checkpoint), compiled=args.compile)

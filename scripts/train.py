@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from model.precision import can_compile, cpp_compiler
+from model.precision import can_compile, no_compiler
 from scripts.arguments import Parser, integer
 from scripts.mnist import NUM_VALIDATION, DataError, load_mnist
 from scripts.objective import DenoisingObjective
@@ -95,7 +95,7 @@ def should_compile(wanted: str, device: torch.device) -> bool:
     """Whether --compile says so: auto is on where a compiler is found; RuntimeError where it must be and is not."""
     possible = device.type == "cuda" or can_compile()
     if wanted == "on" and not possible:
-        raise RuntimeError(f"--compile on needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one")
+        raise RuntimeError(f"--compile on {no_compiler()}")
     return possible and wanted != "off"
 
 
