@@ -36,11 +36,14 @@ def test_attention_is_counted_too() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_networks_are_timed_side_by_side(compiled: bool) -> None:
+def test_networks_are_timed_side_by_side(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda denoise: asked.append(denoise) or denoise)
     small, large = (UNet(UNetConfig(stem_patch=2, widths=widths)) for widths in ((8, 16), (64, 128)))
     weights = [parameter.clone() for parameter in small.parameters()]
     with Reporter() as reporter:
         costs = costs_of({"small": small, "large": large}, reporter, rows=4, compiled=compiled)
+    assert len(asked) == (2 if compiled else 0)
     assert costs["small"].seconds < costs["large"].seconds
     assert costs["large"].num_parameters == sum(p.numel() for p in large.parameters())
     assert all(torch.equal(p, before) for p, before in zip(small.parameters(), weights, strict=True))
