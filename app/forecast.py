@@ -15,8 +15,8 @@ def seconds_to_finish(batcher: Batcher, job: Job, max_batch: int, pace: Pace) ->
     a job that finds all rows taken starts in the place of the first that ends. Time is counted in
     steps of one row a job, then stretched by how many jobs share the rows.
     """
-    own_steps = job.count * job.options.num_steps
-    *older, last = [(other.steps_left, False) for other in batcher.jobs] + [(own_steps, True)]
+    jobs, own_steps = batcher.jobs, job.count * job.options.num_steps
+    *older, last = [(other.steps_left, False) for other in jobs] + [(own_steps, True)]
     running = older[:max_batch]
     heapq.heapify(running)
     now = 0  # in steps of one row a job
@@ -31,7 +31,7 @@ def seconds_to_finish(batcher: Batcher, job: Job, max_batch: int, pace: Pace) ->
         if is_own:
             break
     rows = min(max_batch, batcher.waiting + batcher.running + job.count)
-    return max(job.options.num_steps, num_steps) * pace.step_seconds(rows * _evaluations_a_step([*batcher.jobs, job]))
+    return max(job.options.num_steps, num_steps) * pace.step_seconds(rows * _evaluations_a_step([*jobs, job]))
 
 
 def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) -> float:

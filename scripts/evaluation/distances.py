@@ -13,11 +13,11 @@ from prdc import compute_prdc
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from scripts.evaluation.tables import MANIFOLD
 from scripts.mnist import NUM_CLASSES
 
 NEAREST_PRECISION = 3  # neighbours that make the manifold of precision and recall,
 NEAREST_COVERAGE = 5  # and the balls of coverage: the papers' own choices
-SHARES = ("precision", "recall", "coverage")
 DISTANCE_ROWS = 500  # images compared with all others at once
 
 
@@ -61,7 +61,7 @@ def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_label
             near = compute_prdc(theirs[:count], ours[:count], NEAREST_PRECISION)
             wide = compute_prdc(theirs[:count], ours[:count], NEAREST_COVERAGE)
         shares.append([near["precision"], near["recall"], wide["coverage"]])
-    per_digit = {name: list(each) for name, each in zip(SHARES, zip(*shares, strict=True), strict=True)}
+    per_digit = {name: list(each) for name, each in zip(MANIFOLD, zip(*shares, strict=True), strict=True)}
     means = {name: sum(each) / NUM_CLASSES for name, each in per_digit.items()}
     return Manifold(**means, per_digit=per_digit)
 
