@@ -236,8 +236,13 @@ def weights_sha256(network: UNet, stored_as: torch.dtype = torch.float32) -> str
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """Of both, but for a digest that stands in the metadata."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    return tensors_sha256(tensors, json.dumps(metadata, sort_keys=True).encode())
+
+
+def tensors_sha256(tensors: dict[str, Tensor], first: bytes = b"") -> str:
+    """Of these bytes, then of each tensor on the CPU, in the order of their names: name, type, shape, content."""
+    digest = hashlib.sha256(first)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

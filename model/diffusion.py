@@ -71,11 +71,18 @@ class Diffusion:
         return self.weights[t] * (output - target).square().mean(dim=(1, 2, 3))
 
 
+def ema_decay(step: int, max_decay: float) -> float:
+    """The share of the past that is kept at this step, 1 the first.
+
+    1 - (1 + step)^(-2/3) forgets the random start within a few steps and still averages over a growing share of a run.
+    """
+    return min(max_decay, 1 - (1 + step) ** (-2 / 3))
+
+
 class EMA:
     """The running average of a network's parameters, the only weights that are served.
 
-    The decay 1 - (1 + step)^(-2/3), at most `max_decay`, forgets the random start within
-    a few steps and still averages over a growing share of the run.
+    Its decay is `ema_decay`, at most `max_decay`.
     """
 
     def __init__(self, network: nn.Module, max_decay: float) -> None:
@@ -87,6 +94,6 @@ class EMA:
     def update(self, network: nn.Module) -> None:
         """Moves the average towards the network's present parameters."""
         self.step += 1
-        decay = min(self.max_decay, 1 - (1 + self.step) ** (-2 / 3))
+        decay = ema_decay(self.step, self.max_decay)
         current: Iterable[Tensor] = network.state_dict().values()
         torch._foreach_lerp_(list(self.shadow.values()), list(current), 1 - decay)

@@ -26,8 +26,8 @@ MAX_GUIDANCE_SCALE = 10
 class Guidance:
     """Classifier-free guidance (Ho & Salimans 2022): how strong, and between which timesteps it acts.
 
-    1 is off. Outside start..stop (both included) the conditional prediction stands alone
-    (Kynkäänniemi 2024): guidance harms at high noise and is useless at low noise.
+    1 is off. Outside start..stop (both included) the conditional prediction stands alone (Kynkäänniemi 2024):
+    at low noise guidance is useless, at high noise it costs variety.
     """
 
     scale: float = 1.0
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """How often the network is called."""
+        """Of the reverse process: in each the network is called once, and where guidance acts once more."""
         return len(self.timesteps) - 1
 
 

@@ -58,7 +58,7 @@ class Schedule:
     def log_snr_timesteps(self, num_steps: int) -> list[int]:
         """num_steps + 1 falling timesteps, 0 last, each the nearest to an even grid of log-SNR.
 
-        DPM-Solver (Lu 2022, section 3.4). Near t = 0 the grid is finer than the integers are,
+        DPM-Solver (Lu 2022, section 3.3). Near t = 0 the grid is finer than the integers are,
         so each timestep gives way just as far as it must to keep all of them distinct.
         """
         self._check(num_steps)

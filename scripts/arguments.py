@@ -70,17 +70,25 @@ def guidance_scale(text: str) -> float:
     return value
 
 
-def given_options(args: argparse.Namespace, defaults: dict[str, Any]) -> list[str]:
-    """Which of the options with these defaults were given, as they are typed."""
-    return [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
+class _Given(argparse.Action):
+    """Stores the value, and that the option was given: also where the value is the default, it was meant to count."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        namespace.given = (*namespace.given, self.dest)
 
 
-def add_drawing_arguments(
-    parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()
-) -> dict[str, Any]:
+def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> list[str]:
+    """Which of the options of `add_drawing_arguments` were given, but for those kept, as they are typed."""
+    return [f"--{name.replace('_', '-')}" for name in args.given if name not in kept]
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
     """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read.
 
-    `without` names the options that the command decides itself: they are refused. Returns each option's default.
+    `without` names the options that the command decides itself: they are refused.
     """
     default = "drawn at random" if seed is None else str(seed)
     options: dict[str, dict[str, Any]] = {
@@ -98,7 +106,12 @@ def add_drawing_arguments(
         "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep that is guided"},
         "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"default: {default}"},
         "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images drawn at once; default: 64"},
-        "compile": {"action": "store_true", "help": "compile first, which pays for thousands of images"},
+        "compile": {
+            "nargs": 0,
+            "const": True,
+            "default": False,
+            "help": "compile first, which pays for thousands of images",
+        },
         "num_threads": {"type": integer(1, 1024), "help": "compute threads on a CPU"},
     }
     for name, how in options.items():
@@ -106,5 +119,5 @@ def add_drawing_arguments(
         if option in without:
             parser.set_defaults(**{name: None})
         else:
-            parser.add_argument(option, **how)
-    return {name: parser.get_default(name) for name in options}
+            parser.add_argument(option, action=_Given, **how)
+    parser.set_defaults(given=())

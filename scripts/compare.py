@@ -167,20 +167,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     guidance.set_defaults(run=_guidance)
     for name, command in (("steps", steps), ("guidance", guidance)):
-        command.add_argument(
-            "--num-images",
-            type=num_images(NUM_CLASSES * FEWEST_OF_EACH, MOST_IMAGES),
-            default=2_000,
-            help="a multiple of 10; default: 2000",
-        )
-        command.add_argument(
-            "--split",
-            choices=[split for split in SPLITS if split != "test"],
-            default="validation",
-            help="the real digits beside: of few writers that nobody learned from (default), or of all writers",
-        )
-        command.add_argument("--out", type=Path, required=True, help="folder for the figures; a sweep in it goes on")
-        command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
+        _add_sweep(command)
         add_drawing_arguments(command, seed=SEED, without=SWEPT[name])
     runs = commands.add_parser("runs", help="evaluations side by side")
     runs.add_argument("evaluations", type=Path, nargs="+", help="folders that hold an evaluation.json")
@@ -189,6 +176,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     runs.set_defaults(run=_runs)
     _add_networks(commands.add_parser("networks", help="weights, arithmetic and time of networks"))
     return parser.parse_args(argv)
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--num-images",
+        type=num_images(NUM_CLASSES * FEWEST_OF_EACH, MOST_IMAGES),
+        default=2_000,
+        help="a multiple of 10; default: 2000",
+    )
+    command.add_argument(
+        "--split",
+        choices=[split for split in SPLITS if split != "test"],
+        default="validation",
+        help="the real digits beside: of few writers that nobody learned from (default), or of all writers",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder for the figures; a sweep in it goes on")
+    command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
 
 
 def _add_networks(networks: argparse.ArgumentParser) -> None:

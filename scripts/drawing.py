@@ -11,7 +11,8 @@ from torch import Tensor
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.precision import CallRows, can_compile, fast_dtype, no_compiler
-from model.sampler import Guidance, Sampler, sample
+from model.sampler import Guidance, Sampler, sample, timesteps_of
+from model.schedule import Schedule
 from scripts.progress import Reporter
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
@@ -28,6 +29,11 @@ class DrawingOptions:
     sampler: Sampler
     num_steps: int
     guidance: Guidance
+
+    def evaluations(self, schedule: Schedule) -> int:
+        """Of the network, for one image: guidance takes a second one at each step in which it acts."""
+        timesteps = timesteps_of(schedule, self.sampler, self.num_steps)[:-1]
+        return len(timesteps) + sum(self.guidance.acts_at(t) for t in timesteps)
 
 
 class Drawer:

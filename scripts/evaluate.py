@@ -9,7 +9,6 @@ Choices are made on the validation split; the test split is for the figures that
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +40,7 @@ from scripts.evaluation.samples import (
 )
 from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from
 from scripts.figures import save_figure
+from scripts.files import write_json
 from scripts.mnist import NUM_CLASSES, DataError
 from scripts.progress import Reporter, fail, require
 
@@ -89,7 +89,7 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
         table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
     reporter.line(table)
     if args.out:
-        _write_json(args.out / "evaluation.json", content)
+        write_json(args.out / "evaluation.json", content)
         write_atomically(args.out / "evaluation.md", f"{table}\n".encode())
         save_figure(show_confusion(quality.judge), args.out / "confusion.png", grey=False)
         save_figure(show_nearest(digits, nearest, references.learned.images), args.out / "nearest.png", grey=True)
@@ -99,7 +99,7 @@ Samples = tuple[int, Callable[[], Digits], dict[str, Any]]  # how many, the imag
 
 
 def _folder(args: argparse.Namespace, reporter: Reporter) -> Samples:
-    given = given_options(args, args.drawing_defaults)
+    given = given_options(args, kept=["num_threads"])  # which the evaluation uses too
     if given:
         raise SamplesError(f"--images are drawn already: leave out {given[0]}")
     read, facts = read_samples(args.images), read_facts(args.images)
@@ -138,7 +138,7 @@ def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
         "told": shares.T.tolist(),
         "half_lost_at": lost,
     }
-    _write_json(args.out.with_suffix(".json"), content)
+    write_json(args.out.with_suffix(".json"), content)
 
 
 def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -160,7 +160,7 @@ def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
         "t": timesteps,
         "scores": scores,
     }
-    _write_json(args.out.with_suffix(".json"), content)
+    write_json(args.out.with_suffix(".json"), content)
 
 
 def _synthetic(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -174,15 +174,11 @@ def _synthetic(args: argparse.Namespace, reporter: Reporter) -> None:
         )
     if args.out:
         training = {"split": args.split, "epochs": args.epochs, "seed": args.seed}
-        _write_json(args.out, {**training, **learned, "drawn_with": read_facts(args.folder)})
+        write_json(args.out, {**training, **learned, "drawn_with": read_facts(args.folder)})
 
 
 def _of(trained: Trained) -> dict[str, Any]:
     return {"sha256": trained.sha256, "test_accuracy": trained.accuracy}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -228,9 +224,8 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
         type=num_images(lowest, MOST_IMAGES),
         help=f"a multiple of 10; default: {NUM_IMAGES}, or what --images holds of them",
     )
-    defaults = add_drawing_arguments(digits, seed=0)
-    del defaults["num_threads"]  # of the evaluation too
-    digits.set_defaults(run=_digits, drawing_defaults=defaults)
+    add_drawing_arguments(digits, seed=0)
+    digits.set_defaults(run=_digits)
 
 
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from model.checkpoint import CheckpointError, write_atomically
 from scripts.arguments import Parser, add_drawing_arguments, integer
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.evaluation.samples import FACTS, IDX
+from scripts.files import write_json
 from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter, fail
@@ -79,7 +80,7 @@ def _begin(folder: Path, facts: dict[str, Any]) -> bool:
     if any(found != folder / PARTS for found in folder.rglob("*")):
         raise DatasetError(f"{folder} is not empty, and holds no set to go on with")
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    write_atomically(path, f"{json.dumps(facts, indent=2)}\n".encode())
+    write_json(path, facts)
     return True
 
 

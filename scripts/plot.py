@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _noise(args: argparse.Namespace, reporter: Reporter) -> None:
     if args.data_dir:
-        given = given_options(args, args.drawing_defaults)
+        given = given_options(args, kept=["checkpoint", "seed"])
         if given:
             raise PlotError(f"the digit of --data-dir is not drawn: leave out {given[0]}")
         images, labels = load_mnist("test", args.data_dir)
@@ -197,10 +197,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     reverse = commands.add_parser("reverse", help="the reverse process: ten digits from static, step by step")
     sheet = commands.add_parser("sheet", help="ten images of each digit")
     for command, run in ((noise, _noise), (reverse, _reverse), (sheet, _sheet)):
-        defaults = add_drawing_arguments(command, seed=0, without=() if run is _sheet else ("--batch-size",))
-        kept = ("checkpoint", "seed")  # by a digit that is not drawn
-        drawing = {name: default for name, default in defaults.items() if name not in kept}
-        command.set_defaults(run=run, drawing_defaults=drawing)
+        add_drawing_arguments(command, seed=0, without=() if run is _sheet else ("--batch-size",))
+        command.set_defaults(run=run)
 
     losses = commands.add_parser("losses", help="training and validation loss by epoch")
     losses.add_argument("runs", type=Path, nargs="+", help="folders of runs, or their losses.csv")

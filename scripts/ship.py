@@ -19,7 +19,7 @@ from scripts.progress import fail
 from scripts.recipe import Recipe, RecipeError, load_recipe
 
 STORED_AS = torch.float16
-MAX_BYTES = 12_000_000  # all that ships, so that a clone stays small
+MAX_BYTES = 12_000_000  # of all checkpoints that ship: a clone stays small
 
 
 def main(argv: list[str] | None = None) -> None:

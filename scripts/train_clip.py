@@ -1,11 +1,10 @@
 """Trains the small CLIP that judges digits: `python -m scripts.train_clip`.
 
 Of each picture it is known which of all captions hold, so every pair counts: the sigmoid loss of
-SigLIP (Zhai 2023, eq. 1), a pair's sign the caption's truth.
+SigLIP (Zhai 2023, section 3.2), a pair's sign the caption's truth.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.clip import EMBEDDED, ClipScorer
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.training import running_average
+from scripts.files import write_json
 from scripts.mnist import DataError, load_mnist, split_validation
 from scripts.progress import Reporter, fail, require
 
@@ -111,7 +111,7 @@ def train_clip(
 
 
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
-    """Zhai 2023, eq. 1, over the pairs whose truth is known; those that hold count as much as those that do not."""
+    """Zhai 2023, section 3.2, over the pairs whose truth is known: those that hold count as much as those that do not."""
     x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the other one's gradient is slow here
         pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
@@ -139,7 +139,7 @@ def save_config(folder: Path, facts: dict[str, Any]) -> None:
     """What open_clip builds the model by, and what is known of it."""
     preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
     config = {"model_cfg": MODEL, "preprocess_cfg": preprocess, "training": facts}
-    write_atomically(folder / "open_clip_config.json", f"{json.dumps(config, indent=2)}\n".encode())
+    write_json(folder / "open_clip_config.json", config)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

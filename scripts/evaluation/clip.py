@@ -3,7 +3,6 @@
 A score means something beside real digits only: of those, OpenAI's ViT-B/32 recognises about half.
 """
 
-import hashlib
 import logging
 import warnings
 from dataclasses import asdict, dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from model.checkpoint import tensors_sha256
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
@@ -55,7 +55,7 @@ class ClipScorer:
         if not weights:
             architecture = f"local-dir:{EMBEDDED if name == 'embedded' else name}"
         self.model, self._preprocess, self._tokenizer = _load(architecture, weights or None)
-        self.sha256 = digest_of(self.model)
+        self.sha256 = tensors_sha256(self.model.state_dict())
 
     @torch.inference_mode()
     def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -88,15 +88,6 @@ def noised(digits: Digits) -> Digits:
     t = PLAINLY_NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - PLAINLY_NOISY_FROM)  # (N,)
     x_t, _ = diffusion.add_noise(to_model_range(digits.images), t)
     return Digits(to_pixels(x_t), digits.labels)
-
-
-def digest_of(model: nn.Module) -> str:
-    """SHA-256 over all of a model's tensors, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:

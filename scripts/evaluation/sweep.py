@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.checkpoint import write_atomically
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
-from scripts.evaluation.tables import SWEEP_COLUMNS, EvaluationError, Figures, as_setting, as_sweep_row, as_table
+from scripts.evaluation.tables import MANIFOLD, SWEEP_COLUMNS, EvaluationError, Figures, as_sweep_row, as_table
 from scripts.figures import new_figure
+from scripts.files import write_json
 from scripts.progress import Reporter
 
 if TYPE_CHECKING:
@@ -40,29 +40,34 @@ class Sweep:
         for options in settings:
             row = next((row for row in kept if row["options"] == asdict(options)), None)
             if row is None:
-                row = {"options": asdict(options), **self._evaluate(options, reporter)}
+                evaluations = options.evaluations(self.drawer.checkpoint.schedule)
+                row = {"options": asdict(options), "evaluations": evaluations, **self._evaluate(options, reporter)}
                 kept.append(row)
                 self._write(kept)
-                reporter.line(" | ".join(as_sweep_row(as_setting(row["options"]), row)))
+                reporter.line(" | ".join(as_sweep_row(row)))
             figures.append(row)
         return figures
 
     def as_markdown(self, rows: list[Figures]) -> str:
         """The rows under their heads, real digits last, and what was compared with what."""
         evaluator = self.evaluator
-        manifold, seen = evaluator.real_manifold, evaluator.real_extractor
-        beside = {
-            "extractor": seen.accuracy,
-            "extractor_worst": min(seen.per_digit),
-            "frechet_ratio": 1.0,
-            **asdict(manifold),
-        }
-        lines = [as_sweep_row(as_setting(row["options"]), row) for row in rows]
+        lines = [as_sweep_row(row) for row in (*rows, self._real)]
         caption = (
             f"{evaluator.num_images:,} digits a line, seed {self.seed}, against the {evaluator.references.name} split; "
             "recognised by the extractor, in whose features distances are measured."
         )
-        return f"{as_table(SWEEP_COLUMNS, [*lines, as_sweep_row(['real digits', '', ''], beside)])}\n{caption}\n"
+        return f"{as_table(SWEEP_COLUMNS, lines)}\n{caption}\n"
+
+    @property
+    def _real(self) -> Figures:
+        """The same figures of real digits."""
+        manifold, seen = self.evaluator.real_manifold, self.evaluator.real_extractor
+        return {
+            "extractor": seen.accuracy,
+            "extractor_worst": min(seen.per_digit),
+            "frechet_ratio": 1.0,
+            **{name: getattr(manifold, name) for name in MANIFOLD},
+        }
 
     @property
     def _identity(self) -> Figures:
@@ -95,6 +100,8 @@ class Sweep:
             if content["sweep"] != self._identity:
                 raise SweepError(f"{self.file} holds figures of another checkpoint, seed, split or number of images")
             rows: list[Figures] = content["figures"]
+            for row in rows:
+                as_sweep_row(row)
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -102,8 +109,7 @@ class Sweep:
         return rows
 
     def _write(self, rows: list[Figures]) -> None:
-        content = {"sweep": self._identity, "figures": rows}
-        write_atomically(self.file, f"{json.dumps(content, indent=1)}\n".encode())
+        write_json(self.file, {"sweep": self._identity, "real": self._real, "figures": rows})
 
 
 def brief(quality: Quality) -> Figures:
@@ -122,7 +128,7 @@ def brief(quality: Quality) -> Figures:
 
 
 def show_steps(rows: list[Figures]) -> "Figure":
-    """Errors and Fréchet distance against the number of network calls, a line a sampler."""
+    """Errors and Fréchet distance against the number of steps, a line a sampler."""
     figure = new_figure(900, 380)
     left, right = figure.subplots(1, 2)
     for i, sampler in enumerate(dict.fromkeys(row["options"]["sampler"] for row in rows)):

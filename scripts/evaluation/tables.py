@@ -9,7 +9,7 @@ Evaluation = dict[str, Any]  # as `scripts.evaluate digits` leaves it
 
 SETTING = ("sampler", "steps", "guidance")
 MANIFOLD = ("precision", "recall", "coverage")
-SWEEP_COLUMNS = (*SETTING, "as asked, by the extractor", "worst digit", "Fréchet ÷ floor", *MANIFOLD)
+SWEEP_COLUMNS = (*SETTING, "calls", "as asked, by the extractor", "worst digit", "Fréchet ÷ floor", *MANIFOLD)
 RUN_COLUMNS = (
     "run",
     *SETTING,
@@ -62,8 +62,13 @@ def as_setting(options: dict[str, Any]) -> list[str]:
     return [options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else acts]
 
 
-def as_sweep_row(setting: list[str], figures: Figures) -> list[str]:
-    """A line of a sweep: choices are made by the extractor's answers, so those are shown."""
+def as_sweep_row(figures: Figures) -> list[str]:
+    """A line of a sweep: choices are made by the extractor's answers, so those are shown.
+
+    Of real digits, which have no options, too.
+    """
+    drawn = "options" in figures
+    setting = [*as_setting(figures["options"]), str(figures["evaluations"])] if drawn else ["real digits", "", "", ""]
     return [
         *setting,
         f"{figures['extractor']:.2%}",

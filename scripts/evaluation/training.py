@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from model.diffusion import Diffusion
+from model.diffusion import Diffusion, ema_decay
 from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.classifiers import Classifier, accuracy
 from scripts.pictures import to_pixels
@@ -70,8 +70,7 @@ def train_classifier(
 
 def running_average(averaged: Tensors, current: Tensors, step: Tensor | int) -> None:
     """An EMA that forgets the random start within a few steps."""
-    decay = min(MAX_EMA_DECAY, 1 - (1 + int(step)) ** (-2 / 3))
-    get_ema_multi_avg_fn(decay)(averaged, current, step)
+    get_ema_multi_avg_fn(ema_decay(int(step), MAX_EMA_DECAY))(averaged, current, step)
 
 
 def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:

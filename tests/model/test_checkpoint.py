@@ -1,6 +1,8 @@
 import dataclasses
+import hashlib
 import json
 import pickle
+import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,7 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.checkpoint import CheckpointConfig, CheckpointError, Probe, _digest, draw_probe, load, save, weights_sha256
+from model.checkpoint import (
+    CheckpointConfig,
+    CheckpointError,
+    Probe,
+    _digest,
+    draw_probe,
+    load,
+    save,
+    tensors_sha256,
+    weights_sha256,
+)
 from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
@@ -326,6 +338,12 @@ def test_where_nobody_asks_the_first_permitted_number_of_steps_is_made_or_all_up
     unet, schedule = tiny_unet(num_steps=num_steps).config, ScheduleConfig(num_steps=num_steps)
     config = CheckpointConfig(unet=unet, schedule=schedule, steps=steps, probe=Probe(num_steps=1))
     assert config.recommended_steps == recommended
+
+
+def test_a_digest_is_of_names_types_shapes_and_bytes_in_the_order_of_the_names() -> None:
+    tensors = {"b": torch.tensor([1.0, -2.0]), "a": torch.tensor([[3]])}
+    content = b"{}a torch.int64 (1, 1);" + struct.pack("<q", 3) + b"b torch.float32 (2,);" + struct.pack("<2f", 1, -2)
+    assert tensors_sha256(tensors, b"{}") == hashlib.sha256(content).hexdigest()
 
 
 def test_the_weights_have_a_digest_of_their_own_whatever_stands_beside_them(network: UNet, tmp_path: Path) -> None:

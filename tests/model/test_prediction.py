@@ -35,7 +35,7 @@ def test_the_targets_are_the_papers() -> None:
     alpha, sigma = (root[T][:, None, None, None] for root in (ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()))
     targets = {kind: Prediction(PredictionConfig(kind, 0.5), SCHEDULE).target(x_0, eps, T) for kind in KINDS}
     torch.testing.assert_close(targets["eps"], eps, rtol=0, atol=1e-6)
-    torch.testing.assert_close(targets["v"], alpha * eps - sigma * x_0, rtol=0, atol=1e-6)  # Salimans & Ho, eq. 10
+    torch.testing.assert_close(targets["v"], alpha * eps - sigma * x_0, rtol=0, atol=1e-6)  # Salimans & Ho, section 4
     # Karras 2022, table 1 and eq. 8, of x_t / alpha, whose noise is sigma / alpha; the sign is v's
     noise, data = sigma / alpha, 0.5
     c_skip, c_out = data**2 / (noise**2 + data**2), noise * data / (noise**2 + data**2).sqrt()

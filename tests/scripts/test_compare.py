@@ -58,10 +58,13 @@ def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_h
     assert drawn == [("ddim", 1), ("ddim", 2), ("ddpm", 1), ("ddpm", 2)]
     table = (swept / "steps.md").read_text().splitlines()
     assert len(table) == 2 + 4 + 1 + 2
-    assert table[6].startswith("| real digits |  |  | ")
+    assert table[6].startswith("| real digits |  |  |  | ")
     assert " | 1.00 | " in table[6]
     assert table[8].startswith("100 digits a line, seed 1, against the validation split; recognised by the extractor")
-    assert table[2].startswith(f"| ddim | 1 | 1.5 in 2-8 | {rows[0]['extractor']:.2%} |")
+    assert table[2].startswith(f"| ddim | 1 | 1.5 in 2-8 | 1 | {rows[0]['extractor']:.2%} |")  # at t = 12 alone
+    assert table[3].startswith(
+        f"| ddim | 2 | 1.5 in 2-8 | 3 | {rows[1]['extractor']:.2%} |"
+    )  # at t = 12, and twice at 6
     with Image.open(swept / "steps.png") as image:
         assert min(image.size) > 100
 
@@ -98,8 +101,11 @@ def test_figures_of_another_seed_are_not_gone_on_with(
 ) -> None:
     (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
     assert "another checkpoint, seed" in sentence(["steps", *arguments(workplace, tmp_path), "--seed=0"], capsys)
-    (tmp_path / "steps.json").write_text("[]")
-    assert "does not hold the figures" in sentence(["steps", *arguments(workplace, tmp_path)], capsys)
+    content = json.loads((swept / "steps.json").read_text())
+    del content["figures"][0]["evaluations"]
+    for damaged in ([], content):
+        (tmp_path / "steps.json").write_text(json.dumps(damaged))
+        assert "does not hold the figures" in sentence(["steps", *arguments(workplace, tmp_path)], capsys)
 
 
 def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path, tmp_path: Path) -> None:

@@ -104,6 +104,16 @@ def test_where_the_answer_cannot_be_written_nothing_is_begun(
     assert "does not end in" in (said := capsys.readouterr().err) or "is a folder" in said
 
 
+@pytest.mark.parametrize("option", ["--seed=0", "--batch-size=64", "--guidance-scale=2", "--compile"])
+def test_an_option_that_images_which_lie_there_cannot_heed_is_refused_also_at_its_default(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        evaluate_folder(workplace, tmp_path, tmp_path, option)
+    assert exit_.value.code == 2
+    assert f"leave out {option.partition('=')[0]}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
