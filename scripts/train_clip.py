@@ -111,7 +111,7 @@ def train_clip(
 
 
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
-    """Zhai 2023, section 3.2, over the pairs whose truth is known: those that hold count as much as those that do not."""
+    """Zhai 2023, section 3.2, over the pairs whose truth is known; true ones count as much as false ones."""
     x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the other one's gradient is slow here
         pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
