@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 
-from app.config import Settings, SettingsError, load_settings
+from app.config import Settings, SettingsError, load_settings, unknown_variables
 from app.logs import configure_logging
 from app.main import create_app
 from app.server import StartError, bind, serve
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -21,6 +24,8 @@ def main() -> None:
     try:
         settings = load_settings()
         configure_logging(settings.log_format, settings.log_level)
+        for name in unknown_variables():
+            log.warning("%s is no setting of this release, and changes nothing", name)
         app = create_app(settings)
         listener = bind(settings.host, settings.port)
         asyncio.run(serve(app, settings, listener))

@@ -1,5 +1,6 @@
 """Settings, read once from UNFOG_* variables at the edge and handed down."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,12 @@ class Settings(BaseSettings):
             return self.fast_checkpoint
         beside_its_teacher = self.checkpoint.resolve() == SHIPPED.resolve()
         return SHIPPED_FAST if self.fast_checkpoint == "auto" and beside_its_teacher else None
+
+
+def unknown_variables() -> list[str]:
+    """UNFOG_* variables that are no setting: mistyped, or of another release."""
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
 def load_settings() -> Settings:

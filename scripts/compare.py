@@ -95,7 +95,7 @@ def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
     rows = sweep.run(settings, reporter)
     from scripts.evaluation.sweep import show_steps
 
-    write_atomically(args.out / "steps.md", sweep.as_markdown(rows).encode())
+    _write_table(args, sweep.as_markdown(rows), reporter)
     save_figure(show_steps(rows), args.out / "steps.png", grey=False)
 
 
@@ -110,7 +110,13 @@ def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
     guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
     sweep = _sweep(args, drawer)
     rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
-    write_atomically(args.out / "guidance.md", sweep.as_markdown(rows).encode())
+    _write_table(args, sweep.as_markdown(rows), reporter)
+
+
+def _write_table(args: argparse.Namespace, table: str, reporter: Reporter) -> None:
+    path = args.out / f"{args.command}.md"
+    write_atomically(path, table.encode())
+    reporter.line(f"the table, with real digits beside: {path}")
 
 
 def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -183,7 +189,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         "--num-images",
         type=num_images(NUM_CLASSES * FEWEST_OF_EACH, MOST_IMAGES),
         default=2_000,
-        help="a multiple of 10; default: 2000",
+        help="100 or more, a multiple of 10; default: 2000",
     )
     command.add_argument(
         "--split",

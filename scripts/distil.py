@@ -102,7 +102,9 @@ def _check(recipe: Recipe, teacher: Checkpoint) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.distil", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", default="fast", help=f"{', '.join(preset_names())}, or a path to a .toml file")
+    parser.add_argument(
+        "--preset", default="fast", help=f"{', '.join(preset_names(of_students=True))}, or a path to a .toml file"
+    )
     parser.add_argument("--teacher", type=Path, default=SHIPPED, help="a checkpoint; default: what ships")
     add_training_arguments(parser)
     return parser.parse_args(argv)

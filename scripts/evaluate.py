@@ -167,14 +167,15 @@ def _synthetic(args: argparse.Namespace, reporter: Reporter) -> None:
     references, drawn = load_references(args.split, args.data_dir), read_samples(args.folder)
     learned = {}
     for name, digits in (("drawn", drawn), ("real", references.learned)):
-        share = accuracy_learned_from(digits, references.held_out, reporter, epochs=args.epochs, seed=args.seed)
+        training = {"epochs": args.epochs, "seed": args.seed, "title": f"training a classifier on {name} digits"}
+        share = accuracy_learned_from(digits, references.held_out, reporter, **training)
         learned[name] = {"num_images": len(digits.labels), "accuracy": share}
         reporter.line(
             f"learned from {len(digits.labels)} {name} digits: {share:.2%} of the {args.split} split recognised"
         )
     if args.out:
-        training = {"split": args.split, "epochs": args.epochs, "seed": args.seed}
-        write_json(args.out, {**training, **learned, "drawn_with": read_facts(args.folder)})
+        facts = {"split": args.split, "epochs": args.epochs, "seed": args.seed}
+        write_json(args.out, {**facts, **learned, "drawn_with": read_facts(args.folder)})
 
 
 def _of(trained: Trained) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     digits.add_argument(
         "--num-images",
         type=num_images(lowest, MOST_IMAGES),
-        help=f"a multiple of 10; default: {NUM_IMAGES}, or what --images holds of them",
+        help=f"{lowest} or more, a multiple of 10; default: {NUM_IMAGES}, or what --images holds of them",
     )
     add_drawing_arguments(digits, seed=0)
     digits.set_defaults(run=_digits)

@@ -102,9 +102,10 @@ class Recipe(_Strict):
             raise ValueError("distillation.num_paths must fill a batch")
 
 
-def preset_names() -> list[str]:
-    """The recipes that the repository brings."""
-    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+def preset_names(*, of_students: bool | None = None) -> list[str]:
+    """The recipes that the repository brings: all, or those that train a student, or those that do not."""
+    names = sorted(path.stem for path in PRESETS.glob("*.toml"))
+    return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
 
 
 def load_recipe(preset: str) -> Recipe:

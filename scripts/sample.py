@@ -22,6 +22,8 @@ from scripts.progress import Reporter, fail
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, draws, and writes a sheet or a folder."""
     args = _parse(argv)
+    if args.out.suffix.lower() not in ("", ".png"):
+        raise fail(f"sample: --out {args.out} is neither a .png nor a folder's name")
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
     try:
         with Reporter() as reporter:

@@ -101,7 +101,9 @@ def should_compile(wanted: str, device: torch.device) -> bool:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.train", description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="default", help=f"{', '.join(preset_names())}, or a path to a .toml file")
+    parser.add_argument(
+        "--preset", default="default", help=f"{', '.join(preset_names(of_students=False))}, or a path to a .toml file"
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
     add_training_arguments(parser)
     return parser.parse_args(argv)

@@ -37,6 +37,7 @@ class Sweep:
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
         """The figures of each setting, in order; SweepError where the file is of another sweep."""
         kept, figures = self._read(), []
+        reporter.line(" | ".join(SWEEP_COLUMNS))
         for options in settings:
             row = next((row for row in kept if row["options"] == asdict(options)), None)
             if row is None:

@@ -10,8 +10,10 @@ from scripts.progress import Reporter
 EPOCHS = 10
 
 
-def accuracy_learned_from(digits: Digits, test: Digits, reporter: Reporter, *, epochs: int, seed: int) -> float:
+def accuracy_learned_from(
+    digits: Digits, test: Digits, reporter: Reporter, *, epochs: int, seed: int, title: str = "training a classifier"
+) -> float:
     """Trains a judge on these digits alone, always by the same recipe; its accuracy on `test`."""
     torch.manual_seed(seed)
-    network = train_classifier(Judge(), digits, reporter, augmented=True, epochs=epochs, seed=seed)
+    network = train_classifier(Judge(), digits, reporter, augmented=True, epochs=epochs, seed=seed, title=title)
     return accuracy(network, *test)

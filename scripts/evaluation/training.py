@@ -37,6 +37,7 @@ def train_classifier(
     batch_size: int | None = None,
     max_lr: float = 4e-3,
     seed: int = 0,
+    title: str = "training a classifier",
 ) -> Classifier:
     """Learns from these digits; returns the running average of the weights after the last epoch.
 
@@ -53,7 +54,7 @@ def train_classifier(
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr, total_steps=epochs * num_batches, pct_start=0.2
     )
-    with reporter.task("training a classifier", epochs * num_batches * batch_size, "images") as task:
+    with reporter.task(title, epochs * num_batches * batch_size, "images") as task:
         for _ in range(epochs):
             order = torch.randperm(len(learn[0]), generator=generator)
             for rows in order[: num_batches * batch_size].split(batch_size):

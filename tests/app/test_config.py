@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from app.config import NOT_YET, Settings, SettingsError, load_settings
+from app.config import NOT_YET, Settings, SettingsError, load_settings, unknown_variables
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 
 
@@ -160,6 +160,14 @@ def test_a_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as wrong:
         load_settings()
     assert "hunter2" not in str(wrong.value)
+
+
+def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("UNFOG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("UNFOG_PORT", "9000")
+    monkeypatch.setenv("UNFOG_CHEKPOINT", "mine.safetensors")
+    assert unknown_variables() == ["UNFOG_CHEKPOINT"]
 
 
 def test_settings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ def refusal(preset: str) -> str:
 
 
 def test_the_presets_are_baseline_and_default() -> None:
-    assert {"baseline", "default"} <= set(preset_names())
+    assert {"baseline", "default"} <= set(preset_names(of_students=False))
+    assert preset_names(of_students=True) == ["fast"]
+    assert sorted([*preset_names(of_students=False), "fast"]) == preset_names()
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -96,6 +96,7 @@ def test_without_a_seed_one_is_drawn_and_told(tiny: Path, tmp_path: Path, capsys
         ["--digit", "1", "--sampler", "euler"],
         ["--digit", "1", "--checkpoint", "nowhere.safetensors"],
         ["--digit", "1", "--colour", "red"],
+        ["--digit", "1", "--out", "picture.jpg"],
         [],
     ],
     ids=lambda wrong: " ".join(wrong)[:40] or "nothing",
