@@ -87,6 +87,17 @@ def test_each_line_of_the_ladder_was_measured() -> None:
     assert claimed <= measured
 
 
+def test_what_was_learned_from_drawn_digits_alone_stands_in_the_readme() -> None:
+    learned = json.loads((DOCS / "synthetic.json").read_text())
+    text = (ROOT / "README.md").read_text()
+    for name in ("drawn", "real"):
+        assert f"{learned[name]['num_images']:,}" in text
+        assert f"{100 * learned[name]['accuracy']:.2f} %" in text
+    assert learned["drawn_with"]["weights_sha256"] == load(SHIPPED).weights_sha256
+    recommended = load(SHIPPED).config.guidance_of("dpmpp")
+    assert learned["drawn_with"]["options"] == {"sampler": "dpmpp", "num_steps": 10, "guidance": asdict(recommended)}
+
+
 def test_the_networks_that_judged_are_those_that_ship() -> None:
     shipped = {name: load_classifier(name).sha256 for name in ("judge", "extractor", "fog_judge")}
     for path in (*DOCS.glob("final/*/evaluation.json"), *EVALUATIONS):
