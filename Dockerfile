@@ -31,6 +31,14 @@ COPY model model
 COPY scripts scripts
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 
+# The step, compiled for the processor that this runs on; on another one the service says that it is not compiled.
+FROM build AS compiled
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /
+RUN UNFOG_CACHE_DIR=/opt/unfog UNFOG_DEVICE=cpu python -m app --compile
+
 FROM python:3.11-slim
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -41,8 +49,10 @@ LABEL org.opencontainers.image.title="unfog" \
       org.opencontainers.image.revision="$REVISION"
 RUN useradd --uid 10001 --user-group --create-home unfog
 COPY --from=build /opt/venv /opt/venv
+COPY --from=compiled /opt/unfog /opt/unfog
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    UNFOG_CACHE_DIR=/opt/unfog \
     UNFOG_HOST=0.0.0.0 \
     UNFOG_PORT=8000
 WORKDIR /home/unfog

@@ -1,4 +1,7 @@
-"""`python -m app`: the service, configured by UNFOG_* variables. `python -m app --openapi` prints its document."""
+"""`python -m app`: the service, configured by UNFOG_* variables.
+
+`python -m app --openapi` prints its document, `--compile` leaves in UNFOG_CACHE_DIR what a start would compile.
+"""
 
 import asyncio
 import json
@@ -7,9 +10,12 @@ import os
 import sys
 
 from app.config import Settings, SettingsError, load_settings, unknown_variables
+from app.device import RunnerError
 from app.logs import configure_logging
 from app.main import create_app
+from app.runner import Runner
 from app.server import StartError, bind, serve
+from model.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -19,17 +25,21 @@ def main() -> None:
     if sys.argv[1:] == ["--openapi"]:
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
-    if sys.argv[1:]:
-        _fail("python -m app takes no arguments: it is configured by UNFOG_* variables")
+    if sys.argv[1:] not in ([], ["--compile"]):
+        _fail("python -m app takes no arguments but --openapi or --compile: it is configured by UNFOG_* variables")
     try:
         settings = load_settings()
         configure_logging(settings.log_format, settings.log_level)
         for name in unknown_variables():
             log.warning("%s is no setting of this release, and changes nothing", name)
+        if sys.argv[1:]:
+            Runner.load(settings.model_copy(update={"compile": "on"}))
+            return
+        keep_freed_memory()
         app = create_app(settings)
         listener = bind(settings.host, settings.port)
         asyncio.run(serve(app, settings, listener))
-    except (SettingsError, StartError) as error:
+    except (SettingsError, StartError, RunnerError) as error:
         _fail(str(error))
     # A step that hangs in the device must not keep the process: its thread cannot be joined.
     sys.stdout.flush()

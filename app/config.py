@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST
+from model.compiler import default_cache
 
 PREFIX = "UNFOG_"
 # Promised for a later release: whoever sets one must not believe that it protects anything.
@@ -47,7 +48,9 @@ class Settings(BaseSettings):
     fast_checkpoint: Literal["auto", "none"] | Path = "auto"
     device: Annotated[str, AfterValidator(_device)] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # `auto`: on a CPU compiled, where a compiled step lies in the cache or a C++ compiler can make one.
     compile: Literal["auto", "on", "off"] = "auto"
+    cache_dir: Path = Field(default_factory=default_cache)  # of compiled code: nobody else may write there
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # compute threads on a CPU; torch decides
     # Rows a step. None is `auto`: the smallest batch within 20 % of the best throughput seen while warming up.
     max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_max_batch)] = None

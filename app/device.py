@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from model.precision import can_compile, fast_dtype, no_compiler
+from model.precision import fast_dtype
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +52,6 @@ def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dt
         if wanted and wanted > most:
             log.warning("with %d threads in float32 a seed's bytes depend on the load; up to %d do not", wanted, most)
     torch.set_num_threads(wanted or most)
-
-
-def check_compiler() -> None:
-    """RunnerError where torch.compile would find nothing to compile with."""
-    if not can_compile():
-        raise RunnerError(f"UNFOG_COMPILE=on {no_compiler()}")
 
 
 @contextmanager

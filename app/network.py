@@ -1,17 +1,16 @@
-"""One checkpoint's network on its device: what it predicts for rows of any step, digit and guidance."""
+"""One checkpoint's network on its device, and what is to be known of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from app import VERSION
+from app.trajectory import Options
 from model.checkpoint import Checkpoint
-from model.precision import CallRows
-from model.prediction import predict_x_0
-from model.sampler import Sampler, guide, timesteps_of
+from model.sampler import Sampler, timesteps_of
+from model.step import ReverseStep, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +23,7 @@ class ModelInfo:
     device: str
     dtype: str
     version: str
+    compiled: bool
     num_classes: int
     max_steps: int
     steps: tuple[int, ...]  # the only numbers of steps that it draws in; () = all of 1..max_steps
@@ -33,43 +33,23 @@ class ModelInfo:
     guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance acts
     guidable: bool  # whether labels were dropped in training: without it guidance has nothing to lean on
 
+    def guided_steps_of(self, options: Options) -> range:
+        """The steps of these images that take a second evaluation."""
+        guided = options.guidance_scale != 1
+        return self.guided_steps(options.sampler, options.num_steps) if guided else range(0)
+
 
 class Network:
-    """The network in the precision that serves it; what depends on t and y alone is looked up."""
+    """The network on its device, and the reverse step that it makes: as it is, until a compiled one takes its place."""
 
-    def __init__(
-        self, name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype, *, compiled: bool
-    ) -> None:
-        self.checkpoint, self.dtype = loaded, dtype
-        self.info = _describe(name, loaded, device, dtype)
-        self._null_label = loaded.network.null_label
-        self._mix = loaded.prediction.table(device)  # (T + 1, 3)
-        self._condition = loaded.network.condition_table().to(device, dtype)  # (T + 1, num_classes + 1, D)
-        network = loaded.network.to(device, dtype)
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-        self._rows = CallRows.of(device, dtype, compiled=compiled)
-        self._denoise = torch.compile(network.denoise, dynamic=True) if compiled else network.denoise
+    def __init__(self, name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.info = loaded, _describe(name, loaded, device, dtype)
+        self.program = ReverseStep(loaded, device, dtype)
+        self.step: Step = self.program
 
-    def predict(self, x_t: Tensor, t: Tensor, y: Tensor, guidance_scale: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t (B, C, H, W), the others (B,) -> x_0 (B, C, H, W), and which rows' outputs are finite (B,).
-
-        Rows that are guided (guidance_scale is not 1) are evaluated a second time, without label, in the same call.
-        """
-        guided = (guidance_scale != 1).nonzero()[:, 0]  # (G,)
-        null = torch.full_like(guided, self._null_label)
-        output = self._call(torch.cat([x_t, x_t[guided]]), torch.cat([t, t[guided]]), torch.cat([y, null]))
-        cond, uncond = output.split([len(x_t), len(guided)])
-        scale = guidance_scale[guided][:, None, None, None]  # (G, 1, 1, 1)
-        output = cond.index_copy(0, guided, guide(cond[guided], uncond, scale))  # (B, C, H, W)
-        return predict_x_0(x_t, output, self._mix[t]), output.isfinite().flatten(1).all(dim=1)
-
-    def _call(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """(N, C, H, W), (N,), (N,) -> (N, C, H, W) float32, in as few calls of the network as may be."""
-
-        def denoise(x: Tensor, c: Tensor) -> Tensor:
-            return self._denoise(x.contiguous(memory_format=torch.channels_last), c)
-
-        return self._rows.call(denoise, x_t.to(self.dtype), self._condition[t, y]).float()
+    def use(self, compiled: Step) -> None:
+        """From now on steps are made by this."""
+        self.step, self.info = compiled, replace(self.info, compiled=True)
 
 
 def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> ModelInfo:
@@ -81,6 +61,7 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         version=VERSION,
+        compiled=False,
         num_classes=config.unet.num_classes,
         max_steps=config.schedule.num_steps,
         steps=config.steps,

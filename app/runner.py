@@ -1,8 +1,10 @@
 """Computes one reverse step for a batch of rows, and keeps their state on the device."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +16,6 @@ from app.device import (
     DeviceLostError,
     OutOfMemoryError,
     RunnerError,
-    check_compiler,
     choose_device,
     choose_dtype,
     choose_num_threads,
@@ -26,8 +27,12 @@ from app.slots import Slots
 from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Job, Options, Pixels, Trajectory
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
+from model.compiler import CompilerError, compiled_step
 from model.noise import normal
-from model.sampler import make_plan, reverse_step
+from model.sampler import make_plan
+from model.step import Rows, Stepped
+
+log = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -41,15 +46,11 @@ class Runner:
     state after all else has succeeded, so it can be run again with other rows.
     """
 
-    def __init__(
-        self, models: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype, *, compiled: bool
-    ) -> None:
+    def __init__(self, models: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
-        self._networks = {
-            name: Network(name, loaded, device, dtype, compiled=compiled) for name, loaded in models.items()
-        }
+        self._networks = {name: Network(name, loaded, device, dtype) for name, loaded in models.items()}
         self._plan_starts: dict[tuple[str, str, int], int] = {}  # where each plan begins in the table
-        self._plan_table = torch.empty(0, 6, device=device)  # a row a step: t, whether guidance acts, a, b, c, s
+        self._plans = torch.empty(0, 5, device=device)  # (P, 5), a row a step: t, a, b, c, s
         self._slots = Slots(self.image_shape, device)
 
     @classmethod
@@ -61,11 +62,22 @@ class Runner:
             if models[FAST_MODEL].image_shape != models[DEFAULT_MODEL].image_shape:
                 raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
         device = choose_device(settings.device)
-        if settings.compile == "on":
-            check_compiler()
         dtype = choose_dtype(settings.dtype, device)
         choose_num_threads(settings.num_threads, device, dtype)
-        return cls(models, device, dtype, compiled=settings.compile == "on")
+        runner = cls(models, device, dtype)
+        if settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu"):
+            runner.compile(settings.cache_dir, must=settings.compile == "on")
+        return runner
+
+    def compile(self, cache: Path, *, must: bool) -> None:
+        """Each network's step compiled; RunnerError where it cannot be and must, a warning where it need not."""
+        for network in self._networks.values():
+            try:
+                network.use(compiled_step(network.program, cache))
+            except CompilerError as error:
+                if must:
+                    raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+                log.warning("model %r is not compiled, and takes longer: %s", network.info.name, error)
 
     @property
     def models(self) -> dict[str, ModelInfo]:
@@ -79,42 +91,41 @@ class Runner:
 
     @torch.inference_mode()
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """One reverse step for each row; True where its values are finite.
+        """One reverse step for each row, a call for each network; True where a row's values are finite.
 
         OutOfMemoryError and DeviceLostError for what the device did; anything else is a bug.
         """
+        by_model: dict[str, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
-            slots = self._slots.of(trajectories)  # (B,)
-            rows = self._slots.read(slots)
-            plan = self._plan_table[rows.plan_row + rows.step]  # (B, 6)
-            t, guidance_scale = plan[:, 0].long(), rows.guidance_scale.where(plan[:, 1] != 0, 1)  # (B,) each
-            x_0, finite = self._predict(trajectories, rows.x_t, t, rows.y, guidance_scale)
-            z = normal(rows.seed, rows.index, rows.step + 1, self.image_shape)
-            x_prev = reverse_step(rows.x_t, x_0, rows.x_0, z, plan[:, 2:])
-            all_finite: list[bool] = finite.tolist()
-            self._commit(slots, x_t=x_prev, x_0=x_0, step=rows.step + 1)
-        return all_finite
+            parts = []
+            for name, own in by_model.items():
+                rows = self._rows_of(own)
+                parts.append((rows.slots, self._networks[name].step(*self._slots.state, self._plans, *rows)))
+            finite = torch.cat([finite for _, (_, _, finite) in parts]).tolist()
+            self._commit(parts)
+        of_row = dict(zip(chain(*by_model.values()), finite, strict=True))
+        return [of_row[trajectory] for trajectory in trajectories]
 
-    def _predict(self, trajectories: list[Trajectory], *rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Each network predicts x_0 for its own rows, in a call of its own."""
-        places: dict[str, list[int]] = {}
-        for place, trajectory in enumerate(trajectories):
-            places.setdefault(trajectory.job.options.model, []).append(place)
-        if len(places) == 1:
-            return self._networks[next(iter(places))].predict(*rows)
-        order, parts = [], []
-        for name, own in places.items():
-            order += own
-            parts.append(self._networks[name].predict(*(row[torch.tensor(own, device=self.device)] for row in rows)))
-        back = torch.tensor(order, device=self.device).argsort()  # (B,)
-        x_0, finite = (torch.cat(part)[back] for part in zip(*parts, strict=True))
-        return x_0, finite
+    def _rows_of(self, trajectories: list[Trajectory]) -> Rows:
+        """Of one network: these rows, and a second evaluation for each that is guided at its next step."""
+        count = len(trajectories)
+        guided = [place for place, trajectory in enumerate(trajectories) if trajectory.evaluations == 2]
+        second = list(range(count))
+        for evaluation, place in enumerate(guided, start=count):
+            second[place] = evaluation
+        indices = (range(count), guided, second)
+        places = torch.tensor([place for part in indices for place in part], device=self.device)  # (N + B,)
+        source, of_second = places.split([count + len(guided), count])
+        return Rows(self._slots.of(trajectories), source, of_second)
 
-    def _commit(self, slots: Tensor, **rows: Tensor) -> None:
-        """Writes a step's results; state that was half written cannot be stepped again."""
+    def _commit(self, parts: list[tuple[Tensor, Stepped]]) -> None:
+        """Writes the results of a step; state that was half written cannot be stepped again."""
         try:
-            self._slots.write(slots, **rows)
+            for slots, (x_prev, x_0, _) in parts:
+                self._slots.write(slots, x_t=x_prev, x_0=x_0, step=self._slots.state.step[slots] + 1)
         except Exception as error:
             raise DeviceLostError("a step was written in part") from error
 
@@ -157,9 +168,11 @@ class Runner:
         probe = loaded.config.probe
         scale = loaded.config.guidance_of(probe.sampler).scale
         options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, name)
-        trajectory = Job(options, 1).unfinished[0]
+        info = self._networks[name].info
+        trajectory = Job(options, 1, guided_steps=info.guided_steps_of(options)).unfinished[0]
         for _ in range(probe.num_steps):
             self.step([trajectory])
+            trajectory.step += 1
         drawn = self._slots.state.x_0[trajectory.slot].cpu()
         self.release([trajectory])
         difference = (drawn - loaded.probe_image).abs().mean().item()
@@ -213,12 +226,8 @@ class Runner:
         if key not in self._plan_starts:
             loaded = self._networks[options.model].checkpoint
             plan = make_plan(loaded.schedule, options.sampler, options.num_steps)
-            guided = self._networks[options.model].info.guided_steps(options.sampler, options.num_steps)
-            t = torch.tensor(plan.timesteps[:-1])[:, None]  # (num_steps, 1)
-            acts = torch.tensor([[k in guided] for k in range(options.num_steps)])  # (num_steps, 1)
-            self._plan_starts[key] = len(self._plan_table)
-            rows = torch.cat([t, acts, plan.coefficients], dim=1).to(self.device)  # (num_steps, 6)
-            self._plan_table = torch.cat([self._plan_table, rows])
+            self._plan_starts[key] = len(self._plans)
+            self._plans = torch.cat([self._plans, plan.table(self.device)])
         return self._plan_starts[key]
 
 

@@ -116,7 +116,7 @@ class Queue(BaseModel):
 
 
 class Health(BaseModel):
-    """The state of the service; models, device and dtype are absent while it starts."""
+    """The state of the service; models, device, dtype and compiled are absent while it starts."""
 
     status: Literal["ok", "starting", "draining", "failed"]
     version: str
@@ -124,6 +124,7 @@ class Health(BaseModel):
     models: list[HealthModel] | None = None
     device: str | None = None
     dtype: str | None = None
+    compiled: bool | None = None  # the step of every model; other bits than not compiled
     queue: Queue
     uptime_seconds: float
 

@@ -80,7 +80,8 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     if ready.done() and not ready.exception():
         host, port = listener.getsockname()[:2]
         info = engine.models[DEFAULT_MODEL]
-        log.info("ready on http://%s:%d, %s on %s", host, port, info.dtype, info.device)
+        how = "compiled" if info.compiled else "not compiled"
+        log.info("ready on http://%s:%d, %s on %s, %s", host, port, info.dtype, info.device, how)
         await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
         await _drain(service, settings.drain_timeout, hurry)

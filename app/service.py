@@ -49,10 +49,8 @@ class Service:
         self._check(body)
         info = self.info(body.model)
         options = self._options(body, info)
-        guided = options.guidance_scale != 1
-        guided_steps = info.guided_steps(options.sampler, options.num_steps) if guided else range(0)
         timeout = body.timeout_seconds if body.given("timeout_seconds") else self.settings.request_timeout
-        job = Job(options, body.count, timeout, num_previews, listener, guided_steps)
+        job = Job(options, body.count, timeout, num_previews, listener, info.guided_steps_of(options))
         self.engine.submit(job)
         return job
 

@@ -58,6 +58,11 @@ class Plan:
     timesteps: tuple[int, ...]  # num_steps + 1 falling, 0 last
     coefficients: Tensor  # (num_steps, 4) float32: a, b, c, s
 
+    def table(self, device: torch.device) -> Tensor:
+        """A row a step: t, a, b, c, s; (num_steps, 5) float32."""
+        t = torch.tensor(self.timesteps[:-1])[:, None]  # (num_steps, 1)
+        return torch.cat([t, self.coefficients], dim=1).to(device)
+
     @property
     def num_steps(self) -> int:
         """Of the reverse process: in each the network is called once, and where guidance acts once more."""

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.precision import CallRows, can_compile, fast_dtype, no_compiler
-from model.sampler import Guidance, Sampler, sample, timesteps_of
+from model.compiler import CompilerError, compiled_step, default_cache
+from model.noise import normal
+from model.precision import fast_dtype
+from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
+from model.step import ReverseStep, State, Step
 from scripts.progress import Reporter
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
@@ -39,20 +42,17 @@ class DrawingOptions:
 class Drawer:
     """A checkpoint on its way to pictures.
 
-    The network computes in the precision that the hardware multiplies fast; what depends on t and y
-    alone is a table made in float32; the state stays float32. Compiling takes a minute and pays for
-    thousands of images; their last bits are others then.
+    It takes the steps that the service takes, and so draws the same images. Compiling takes half a minute, once for
+    a checkpoint and a machine, and pays for hundreds of images; their last bits are others then.
     """
 
     def __init__(self, loaded: Checkpoint, device: torch.device | None = None, *, compiled: bool = False) -> None:
+        """CompilerError where it cannot be compiled."""
         self.checkpoint, self.compiled = loaded, compiled
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = fast_dtype(self.device)
-        self._rows = CallRows.of(self.device, self.dtype, compiled=compiled)
-        self._condition = loaded.network.condition_table().to(self.device, self.dtype)  # (T + 1, num_classes + 1, D)
-        network = loaded.network.to(self.device, self.dtype)
-        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-        self._denoise = torch.compile(network.denoise) if compiled else network.denoise
+        program = ReverseStep(loaded, self.device, self.dtype)
+        self._step: Step = compiled_step(program, default_cache()) if compiled else program
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -68,14 +68,6 @@ class Drawer:
             "dtype": str(self.dtype).removeprefix("torch."),
             "compiled": self.compiled,
         }
-
-    def denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x_t (B, C, H, W), t (B,), y (B,) -> what the network predicts (B, C, H, W), float32."""
-
-        def denoise(x: Tensor, c: Tensor) -> Tensor:
-            return self._denoise(x.contiguous(memory_format=torch.channels_last), c)
-
-        return self._rows.call(denoise, x_t.to(self.dtype), self._condition[t, y]).float()
 
     def draw(
         self,
@@ -106,6 +98,7 @@ class Drawer:
                 x_0.append(self._draw_batch(y[rows], index[rows], options, seed, timesteps, step))
         return torch.cat(x_0)
 
+    @torch.inference_mode()
     def _draw_batch(
         self,
         y: Tensor,
@@ -115,32 +108,30 @@ class Drawer:
         timesteps: list[int] | None,
         on_step: OnStep,
     ) -> Tensor:
-        y = y.to(self.device)
-        x_0 = sample(
-            self.denoise,
-            self.checkpoint.schedule,
-            y,
-            seed=torch.full_like(y, seed),
-            index=index.to(self.device),
-            image_shape=self.checkpoint.image_shape,
-            sampler=options.sampler,
-            num_steps=options.num_steps,
-            timesteps=timesteps,
-            guidance=options.guidance,
-            prediction=self.checkpoint.prediction,
-            null_label=self.checkpoint.network.null_label,
-            on_step=on_step,
-        )
-        return x_0.cpu()
+        schedule, rows = self.checkpoint.schedule, torch.arange(len(y), device=self.device)  # (B,)
+        timesteps = timesteps or timesteps_of(schedule, options.sampler, options.num_steps)
+        plans = plan_through(schedule, options.sampler, timesteps).table(self.device)  # (num_steps, 5)
+        state = State.zeros(len(y), self.checkpoint.image_shape, self.device)
+        state.seed, state.index, state.y = torch.full_like(rows, seed), index.to(self.device), y.to(self.device)
+        state.guidance_scale = torch.full_like(state.guidance_scale, options.guidance.scale)
+        state.x_t = normal(state.seed, state.index, state.step, self.checkpoint.image_shape)  # (B, C, H, W)
+        for t in timesteps[:-1]:
+            guided = options.guidance.acts_at(t)
+            source, second = (torch.cat([rows, rows]), rows + len(rows)) if guided else (rows, rows)
+            x_prev, x_0, _ = self._step(*state, plans, rows, source, second)
+            on_step(t, state.x_t, x_0)
+            state.x_t, state.x_0, state.step = x_prev, x_0, state.step + 1
+        return state.x_0.cpu()
 
 
 def open_drawer(args: argparse.Namespace) -> Drawer:
     """The drawer of --checkpoint; CheckpointError, or DrawingError where --compile finds no compiler."""
-    if args.compile and not can_compile():
-        raise DrawingError(f"--compile {no_compiler()}")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    return Drawer(checkpoint.load(args.checkpoint), compiled=args.compile)
+    try:
+        return Drawer(checkpoint.load(args.checkpoint), compiled=args.compile)
+    except CompilerError as error:
+        raise DrawingError(f"--compile: {error}") from error
 
 
 def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:

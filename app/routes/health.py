@@ -26,6 +26,7 @@ async def health(request: Request) -> JSONResponse:
         models=models or None,
         device=infos[0].device if infos else None,
         dtype=infos[0].dtype if infos else None,
+        compiled=all(i.compiled for i in infos) if infos else None,
         queue=Queue(waiting=engine.waiting, running=engine.running, capacity=engine.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )

@@ -23,6 +23,7 @@ INFO = ModelInfo(
     device="cpu",
     dtype="float32",
     version="0",
+    compiled=False,
     num_classes=10,
     max_steps=100,
     steps=(),

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import random
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,7 +47,7 @@ def loaded(path: Path) -> Checkpoint:
 
 
 def new_runner(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> Runner:
-    return Runner({"default": loaded}, CPU, dtype, compiled=False)
+    return Runner({"default": loaded}, CPU, dtype)
 
 
 def rows_of(
@@ -65,7 +64,9 @@ def rows_of(
 
 
 def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
-    """A step as the engine makes it."""
+    """A step as the engine makes it, of jobs as the service makes them."""
+    for row in rows:
+        row.job.guided_steps = runner.models[row.job.options.model].guided_steps_of(row.job.options)
     finite = runner.step(rows)
     for row in rows:
         row.step += 1
@@ -139,7 +140,7 @@ def test_two_models_in_one_loop_draw_what_each_draws_alone(
 
     expected = draw(new_runner(copy.deepcopy(other), dtype), fast_rows("default"))
     beside = draw(new_runner(copy.deepcopy(loaded), dtype), company())
-    both = Runner({"default": loaded, "fast": other}, CPU, dtype, compiled=False)
+    both = Runner({"default": loaded, "fast": other}, CPU, dtype)
     both.warm_up(lambda: False)
     assert equal(draw(both, fast_rows("fast")), expected)
     for max_batch, order in [(64, None), (64, 1), (7, 2), (3, 3)]:
@@ -151,7 +152,7 @@ def test_two_models_in_one_loop_draw_what_each_draws_alone(
 def test_the_picture_that_is_known_of_each_model_is_drawn_by_that_model(loaded: Checkpoint, other: Checkpoint) -> None:
     wrong = dataclasses.replace(other, probe_image=-other.probe_image)
     with pytest.raises(RunnerError, match="known picture of model 'fast'"):
-        Runner({"default": loaded, "fast": wrong}, CPU, torch.float32, compiled=False).warm_up(lambda: True)
+        Runner({"default": loaded, "fast": wrong}, CPU, torch.float32).warm_up(lambda: True)
 
 
 @DTYPES
@@ -162,17 +163,6 @@ def test_a_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: t
     for _ in range(3):
         step(runner, [row for row in crowd if row.steps_left])
     assert equal(draw(runner, [*crowd, *late])[-1:], alone)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
-@DTYPES
-def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(loaded: Checkpoint, dtype: torch.dtype) -> None:
-    runner = Runner({"default": loaded}, CPU, dtype, compiled=True)
-    alone = [draw(runner, [row])[0] for row in company()]
-    for max_batch, order in [(64, 1), (7, 3), (1, 6)]:
-        assert equal(draw(runner, company(), max_batch, order), alone)
 
 
 def test_another_runner_draws_the_same(path: Path) -> None:
@@ -223,8 +213,8 @@ class Counting:
 
     def __init__(self, runner: Runner) -> None:
         self.rows: list[int] = []
-        self._denoise = runner._networks["default"]._denoise
-        runner._networks["default"]._denoise = self
+        self._denoise = runner._networks["default"].program.denoise
+        runner._networks["default"].program.denoise = self
 
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
         self.rows.append(len(x))
@@ -322,16 +312,16 @@ def test_a_step_that_raises_has_changed_nothing(loaded: Checkpoint) -> None:
     expected = draw(runner, rows_of(3, num_steps=4))
     rows = rows_of(3, num_steps=4)
     step(runner, rows[:2])
-    served = runner._networks["default"]
-    network = served._denoise
+    program = runner._networks["default"].program
+    denoise = program.denoise
 
     def fail(x: Tensor, c: Tensor) -> Tensor:
         raise RuntimeError
 
-    served._denoise = fail
+    program.denoise = fail
     with pytest.raises(RuntimeError):
         runner.step(rows)
-    served._denoise = network
+    program.denoise = denoise
     assert equal(draw(runner, rows), expected)
 
 
@@ -388,7 +378,7 @@ def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
 
 
 def test_a_model_that_draws_in_few_steps_says_so(other: Checkpoint) -> None:
-    info = Runner({"default": other}, CPU, torch.float32, compiled=False).models["default"]
+    info = Runner({"default": other}, CPU, torch.float32).models["default"]
     assert (info.steps, info.default_steps, info.samplers, info.guidable) == ((4,), 4, ("ddim",), False)
 
 

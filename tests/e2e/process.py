@@ -14,7 +14,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds after which something that should happen does not; never a measure of speed
-BASE = {"OMP_NUM_THREADS": "1", "UNFOG_NUM_THREADS": "1", "UNFOG_PORT": "0", "UNFOG_DEVICE": "cpu"}
+BASE = {
+    "OMP_NUM_THREADS": "1",
+    "UNFOG_NUM_THREADS": "1",
+    "UNFOG_PORT": "0",
+    "UNFOG_DEVICE": "cpu",
+    "UNFOG_COMPILE": "off",  # which takes half a minute; test_compiled.py is about it
+}
 
 
 class Process:

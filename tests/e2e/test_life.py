@@ -110,6 +110,7 @@ def test_health_tells_what_is_served_and_how_busy_it_is(service: Service, networ
         "model": {"name": "default", "num_parameters": sum(p.numel() for p in network.parameters())},
         "device": "cpu",
         "dtype": health["dtype"],
+        "compiled": False,
         "queue": {"waiting": 0, "running": 0, "capacity": 1024},
     }
     assert health["dtype"] in ("float32", "bfloat16")

@@ -51,9 +51,9 @@ def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
     assert (drawn - expected.flip(0)).abs().mean() > 0.2
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, while it compiles
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path) -> None:
+def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
     y, options = torch.arange(9), DrawingOptions("ddim", 2, GUIDANCE)
     with Reporter() as reporter:

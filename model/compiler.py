@@ -1,0 +1,168 @@
+"""The reverse step compiled ahead of time: once for an architecture and a processor, then loaded in no time.
+
+Weights are no part of it: checkpoints of one architecture share a library. It is found by everything that its bits
+depend on, so that none is taken for another. It is machine code: only the service's own user may be able to write
+its folder.
+"""
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from model.checkpoint import write_atomically
+from model.native import NativeProgram
+from model.precision import can_compile, no_compiler
+from model.step import ReverseStep, State, Step
+
+log = logging.getLogger(__name__)
+
+OPTIONS = {
+    "cpp.dynamic_threads": True,  # as many as serve, not as many as compiled
+    "compile_threads": 1,  # no pool of processes for one program
+    "always_keep_tensor_constants": True,  # no weight is written into the code, however short
+}
+
+
+class CompilerError(Exception):
+    """The step cannot be compiled; one sentence."""
+
+
+def default_cache() -> Path:
+    """Where a user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "unfog"
+
+
+def compiled_step(program: ReverseStep, cache: Path) -> Step:
+    """The step from the cache, compiled first where it is missing or damaged; CompilerError.
+
+    On a GPU it is compiled while it is first called, and nothing is kept.
+    """
+    if program.device.type != "cpu":
+        return cast(Step, torch.compile(program, dynamic=True))
+    library = library_of(program, cache)
+    if library.exists():
+        try:
+            return load(program, library)
+        except (OSError, AttributeError, KeyError, RuntimeError) as error:
+            log.warning("%s is made anew: %s", library, error)
+    if not can_compile():
+        raise CompilerError(f"compiling {no_compiler()}")
+    try:
+        build(program, library)
+        return load(program, library)
+    except Exception as error:  # whatever a full disk, a compiler of its own kind or torch itself does
+        raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
+
+
+def library_of(program: ReverseStep, cache: Path) -> Path:
+    """Where the compiled step lies, or would."""
+    facts = (
+        program.checkpoint.config.unet,
+        {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in program.state_dict().items()},
+        torch.__version__,
+        platform.machine(),
+        _processor_features(),
+        _digest_of_sources(),
+        OPTIONS,
+    )
+    return cache / f"step-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
+
+
+def build(program: ReverseStep, library: Path) -> None:
+    """Compiles it; takes half a minute and a C++ compiler."""
+    start = time.monotonic()
+    log.info("compiling for this machine, once")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, _quiet(), torch.no_grad():
+        exported = _export_denoise(program) if program.call_rows.most else _export_step(program)
+        package = torch._inductor.aoti_compile_and_package(
+            exported,
+            package_path=f"{folder}/step.pt2",
+            inductor_configs=dict(OPTIONS),  # torch writes into it
+        )
+        with ZipFile(package) as content:
+            (name,) = (name for name in content.namelist() if name.endswith(".so"))
+            code = content.read(name)
+    write_atomically(_digest_beside(library), hashlib.sha256(code).hexdigest().encode())
+    write_atomically(library, code)
+    log.info("compiled in %.0f s", time.monotonic() - start)
+
+
+def load(program: ReverseStep, library: Path) -> Step:
+    """The step that the library holds; OSError or RuntimeError where it is damaged."""
+    if hashlib.sha256(library.read_bytes()).hexdigest() != _digest_beside(library).read_text():
+        raise RuntimeError("it is damaged")
+    constants = program.state_dict()
+    if not program.call_rows.most:
+        return cast(Step, NativeProgram(library, constants, num_outputs=3))
+    compiled = NativeProgram(library, {f"program.{name}": constants[name] for name in constants}, num_outputs=1)
+    program.denoise = lambda x_t, c: compiled(x_t, c)[0]
+    return program
+
+
+def _digest_beside(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
+    """The whole step, for any number of rows."""
+    B, N = 8, 11  # neither 0 nor 1, nor equal: what is equal is taken for the same
+    state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
+    plans = torch.zeros(4, 5, device=program.device)
+    slots, source, second = (torch.arange(n, device=program.device) % B for n in (B, N, B))
+    rows, evaluations = Dim("B", min=1), Dim("N", min=1)
+    shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, {0: rows}, {0: evaluations}, {0: rows})
+    return torch.export.export(program, (*state, plans, slots, source, second), dynamic_shapes=shapes)
+
+
+class _Denoise(nn.Module):
+    """The network alone, where every call has the same number of rows."""
+
+    def __init__(self, program: ReverseStep) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, x_t: Tensor, c: Tensor) -> Tensor:
+        return self.program.denoise(x_t, c)
+
+
+def _export_denoise(program: ReverseStep) -> torch.export.ExportedProgram:
+    rows = program.call_rows.most
+    assert rows, "only where it is fixed"
+    x_t = torch.zeros(rows, *program.checkpoint.image_shape, dtype=program.dtype, device=program.device)
+    c = torch.zeros(rows, program.condition.shape[-1], dtype=program.dtype, device=program.device)
+    return torch.export.export(_Denoise(program), (x_t, c))
+
+
+def _processor_features() -> str:
+    """What the processor can do: the code is made for exactly that."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _digest_of_sources() -> str:
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that torch gives of itself while it compiles."""
+    with warnings.catch_warnings(action="ignore"):
+        yield

@@ -1,0 +1,107 @@
+"""One reverse step of any rows as one tensor program: what is compiled, and then called once a step.
+
+No branch depends on a value, so that one compilation serves every batch: which rows take part, and which
+of them the network sees a second time, come in as indices.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.checkpoint import Checkpoint
+from model.noise import normal
+from model.precision import CallRows
+from model.prediction import predict_x_0
+from model.sampler import guide, reverse_step
+
+
+@dataclass(slots=True)
+class State:
+    """S rows: x_t, the last predicted x_0, and what each row was asked to be."""
+
+    x_t: Tensor  # (S, C, H, W) float32
+    x_0: Tensor  # (S, C, H, W) float32
+    seed: Tensor  # (S,) int64, as all below
+    index: Tensor
+    y: Tensor
+    plan_row: Tensor  # where in the table of plans the row's own starts
+    step: Tensor  # reverse steps done
+    guidance_scale: Tensor  # (S,) float32
+
+    @classmethod
+    def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
+        """Rows that nobody has asked for."""
+        x_t, x_0 = (torch.zeros(count, *image_shape, device=device) for _ in range(2))
+        seed, index, y, plan_row, step = torch.zeros(5, count, dtype=torch.int64, device=device).unbind()
+        return cls(x_t, x_0, seed, index, y, plan_row, step, torch.ones(count, device=device))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """In the order in which the step takes them."""
+        return (getattr(self, field.name) for field in fields(self))
+
+
+class Rows(NamedTuple):
+    """Which rows of the state take a step, and what the network sees: each of them, then the guided ones once more."""
+
+    slots: Tensor  # (B,) int64: their places in the state
+    source: Tensor  # (N,) int64: whose each evaluation is, 0..B-1 and then the guided rows again
+    second: Tensor  # (B,) int64: which evaluation is the row's without label; its first one where it is not guided
+
+
+Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), whether the row is finite (B,)
+Step = Callable[..., Stepped]  # a ReverseStep, or what was compiled of it
+
+
+class ReverseStep(nn.Module):
+    """x_t -> x_prev by one checkpoint's network; state and update in float32, the network in its own precision.
+
+    What depends on t and y alone is looked up.
+    """
+
+    def __init__(self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.checkpoint, self.device, self.dtype = loaded, device, dtype
+        self.null_label = loaded.network.null_label
+        self.mix = nn.Buffer(loaded.prediction.table(device))  # (T + 1, 3)
+        condition = loaded.network.condition_table().clone()  # a tensor of inference mode cannot be exported
+        self.condition = nn.Buffer(condition.to(device, dtype))  # (T + 1, num_classes + 1, D)
+        network = loaded.network.to(device, dtype)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+        self.call_rows = CallRows.of(device, dtype)
+        self.denoise: Callable[[Tensor, Tensor], Tensor] = self._denoise
+
+    def forward(
+        self,
+        x_t: Tensor,
+        x_0: Tensor,
+        seed: Tensor,
+        index: Tensor,
+        y: Tensor,
+        plan_row: Tensor,
+        step: Tensor,
+        guidance_scale: Tensor,
+        plans: Tensor,
+        slots: Tensor,
+        source: Tensor,
+        second: Tensor,
+    ) -> Stepped:
+        """A State; every plan's t, a, b, c and s, (P, 5); Rows. Flat, as a compiled program is called."""
+        x_t, x_0_prev, y, k = x_t[slots], x_0[slots], y[slots], step[slots]  # (B, ...) each
+        plan = plans[plan_row[slots] + k]  # (B, 5)
+        t = plan[:, 0].long()  # (B,)
+        is_first = torch.arange(source.shape[0], device=source.device) < slots.shape[0]  # (N,)
+        label = y[source].where(is_first, self.null_label)  # (N,)
+        c = self.condition[t[source], label]  # (N, D)
+        output = self.call_rows.call(self.denoise, x_t[source].to(self.dtype), c).float()  # (N, C, H, W)
+        cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
+        output = guide(cond, uncond, guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
+        x_0 = predict_x_0(x_t, output, self.mix[t])  # (B, C, H, W)
+        z = normal(seed[slots], index[slots], k + 1, self.checkpoint.image_shape)  # (B, C, H, W)
+        x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
+        return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
+
+    def _denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
+        return self.network.denoise(x_t.contiguous(memory_format=torch.channels_last), c)

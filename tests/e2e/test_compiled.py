@@ -1,0 +1,90 @@
+"""The compiled step in a real process: found again without a compiler, and the same bytes under any load."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load
+from model.compiler import compiled_step
+from model.precision import can_compile, fast_dtype
+from model.step import ReverseStep
+from tests.e2e.conftest import Start, start_service
+from tests.e2e.process import BASE, PATIENCE
+from tests.e2e.service import Service
+from tests.e2e.test_identity import ENOUGH_ROWS, draw_alone, draw_in_company
+
+pytestmark = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def variables(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of a service that finds the compiled step, and could not make it."""
+    cache = tmp_path_factory.mktemp("cache")
+    device = torch.device("cpu")
+    compiled_step(ReverseStep(load(checkpoint), device, fast_dtype(device)), cache)
+    return {"UNFOG_COMPILE": "auto", "UNFOG_CACHE_DIR": str(cache), "CXX": "no-such-compiler"}
+
+
+@pytest.fixture(scope="module")
+def compiled(checkpoint: Path, variables: dict[str, str]) -> Iterator[Service]:
+    with ExitStack() as stack:
+        yield start_service(stack, checkpoint, UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300", **variables)
+
+
+@pytest.fixture(scope="module")
+def alone(compiled: Service) -> dict[str, list[bytes]]:
+    return draw_alone(compiled)
+
+
+def test_health_says_that_it_is_compiled(compiled: Service) -> None:
+    assert compiled.client.get("/health").json()["compiled"] is True
+
+
+def test_compiled_bytes_are_the_same_in_the_company_of_hundreds(
+    compiled: Service, alone: dict[str, list[bytes]]
+) -> None:
+    in_company, num_others, mean_rows = draw_in_company(compiled, num_others=320, steps=(15, 35))
+    assert num_others >= 300
+    assert mean_rows >= ENOUGH_ROWS
+    assert in_company == alone
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_compiled_bytes_are_the_same_after_a_restart_with_other_threads_and_batches(
+    alone: dict[str, list[bytes]], start: Start, variables: dict[str, str], threads: int
+) -> None:
+    own = {"UNFOG_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads), "UNFOG_MAX_BATCH": "7"}
+    again = start(**variables, **own)
+    assert draw_in_company(again, num_others=20, steps=(1, 10))[0] == alone
+
+
+def test_without_a_compiler_it_serves_not_compiled_and_says_so(start: Start, tmp_path: Path) -> None:
+    plain = start(UNFOG_COMPILE="auto", UNFOG_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
+    assert plain.client.get("/health").json()["compiled"] is False
+    assert any("is not compiled, and takes longer" in line for line in plain.process.lines)
+    assert not list(tmp_path.iterdir())
+
+
+def compile_only(checkpoint: Path, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """`python -m app --compile`."""
+    own = {**BASE, "UNFOG_CHECKPOINT": str(checkpoint), **variables}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("UNFOG_")}
+    command = [sys.executable, "-m", "app", "--compile"]
+    return subprocess.run(command, env=clean | own, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_compiling_beforehand_leaves_what_a_start_needs(checkpoint: Path, variables: dict[str, str]) -> None:
+    assert compile_only(checkpoint, **variables).returncode == 0  # it lies there
+
+
+def test_compiling_beforehand_without_a_compiler_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    done = compile_only(checkpoint, UNFOG_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("unfog: UNFOG_COMPILE=on: compiling needs a C++ compiler")

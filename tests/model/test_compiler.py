@@ -1,0 +1,187 @@
+"""The compiled step against itself in other company, and against the one that is not compiled."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from app.device import RunnerError
+from app.runner import Runner
+from model import checkpoint, compiler
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.compiler import CompilerError, library_of
+from model.precision import can_compile
+from model.sampler import Guidance
+from model.schedule import ScheduleConfig
+from model.step import ReverseStep
+from tests.app.test_runner import company, draw, equal
+from tests.tiny import tiny_unet
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def tiny_checkpoint(folder: Path, **config: Any) -> Path:
+    network = tiny_unet(**config)
+    for parameter in network.parameters():
+        parameter.mul_(0.6)  # so that not all pixels are clipped
+    guidance = Guidance(scale=2.0, start=20, stop=80)
+    config = CheckpointConfig(network.config, ScheduleConfig(), guidance=guidance, training={"label_drop": 0.1})
+    checkpoint.save(folder / "tiny.safetensors", network, config)
+    return folder / "tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def loaded(path: Path) -> Checkpoint:
+    return checkpoint.load(path)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all tests keep what they compile: it takes long."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def compiled_runner(loaded: Checkpoint, cache: Path, dtype: torch.dtype = torch.bfloat16) -> Runner:
+    runner = Runner({"default": loaded}, CPU, dtype)
+    runner.compile(cache, must=True)
+    return runner
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(
+    loaded: Checkpoint, cache: Path, dtype: str
+) -> None:
+    runner = compiled_runner(loaded, cache, DTYPES[dtype])
+    assert runner.models["default"].compiled
+    alone = [draw(runner, [row])[0] for row in company()]
+    assert len({image.tobytes() for image in alone}) == len(alone)
+    for max_batch, order in [(64, None), (64, 1), (7, 3), (2, 5), (1, 6)]:
+        assert equal(draw(runner, company(), max_batch, order), alone)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_it_draws_what_it_draws_otherwise_but_for_rounding(path: Path, cache: Path, dtype: str) -> None:
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]), company())
+    compiled = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company())
+    difference = np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean()
+    assert difference < (8 if dtype == "bfloat16" else 0.01)  # of 255 levels
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
+    path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    compiled_runner(checkpoint.load(path), cache, DTYPES[dtype])
+    monkeypatch.setattr(compiler, "build", lambda program, library: pytest.fail("it lies there"))
+    other = tiny_checkpoint(tmp_path, seed=1)
+    plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), company())
+    compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), company())
+    assert np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean() < (8 if dtype == "bfloat16" else 0.01)
+    first = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company())
+    assert np.abs(np.stack(first).astype(float) - np.stack(compiled)).mean() > 20
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2])
+def test_with_one_thread_and_with_two_the_pixels_are_the_same(
+    path: Path, cache: Path, threads: int, tmp_path: Path
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        images = draw(compiled_runner(checkpoint.load(path), cache), company())
+    finally:
+        torch.set_num_threads(before)
+    assert equal(images, draw(compiled_runner(checkpoint.load(path), cache), company()))
+
+
+@needs_compiler
+def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = draw(compiled_runner(checkpoint.load(path), cache), company())
+    monkeypatch.setattr(compiler, "build", lambda program, library: pytest.fail("it lies there"))
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    assert equal(draw(compiled_runner(checkpoint.load(path), cache), company()), first)
+
+
+@needs_compiler
+def test_a_damaged_library_is_made_anew(
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    library = library_of(program, tmp_path)
+    library.write_bytes(b"half of it")
+    built: list[Path] = []
+    monkeypatch.setattr(compiler, "build", lambda program, library: built.append(library))
+    with pytest.raises(CompilerError, match="compiling failed"):  # what was built here is nothing
+        compiler.compiled_step(program, tmp_path)
+    assert built == [library]
+    assert "is made anew" in caplog.text
+
+
+def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), company())
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    with pytest.raises(RunnerError, match=r"UNFOG_COMPILE=on: compiling needs a C\+\+ compiler"):
+        runner.compile(tmp_path, must=True)
+    with caplog.at_level(logging.WARNING):
+        runner.compile(tmp_path, must=False)
+    assert "is not compiled, and takes longer: compiling needs a C++ compiler" in caplog.text
+    assert not runner.models["default"].compiled
+    assert equal(draw(runner, company()), plain)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(loaded: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    with pytest.raises(CompilerError) as refused:
+        compiler.compiled_step(program, tmp_path / "file" / "cache")
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_on_a_gpu_torch_compiles_while_it_is_called(
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, dict[str, object]]] = []
+    monkeypatch.setattr(torch, "compile", lambda program, **how: asked.append((program, how)) or program)
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    program.device = torch.device("cuda")
+    assert compiler.compiled_step(program, tmp_path) is program
+    assert asked == [(program, {"dynamic": True})]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Libraries that must not be taken for each other."""
+
+    def name(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> str:
+        return library_of(ReverseStep(loaded, CPU, dtype), tmp_path).name
+
+    (tmp_path / "other").mkdir()
+    other = checkpoint.load(tiny_checkpoint(tmp_path / "other", num_pairs=2))
+    found = [name(checkpoint.load(path)), name(checkpoint.load(path), torch.bfloat16), name(other)]
+    monkeypatch.setattr(compiler, "_processor_features", lambda: "flags: fewer")
+    found.append(name(checkpoint.load(path)))
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    yield [*found, name(checkpoint.load(path))]
+
+
+def test_a_library_is_of_one_architecture_precision_processor_and_torch(names: list[str]) -> None:
+    assert len(set(names)) == len(names)
