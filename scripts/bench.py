@@ -1,133 +1,195 @@
-"""Measures the service as a user meets it: `python -m scripts.bench` starts it and prints a table.
+"""Measures the service over HTTP on loopback: `python -m scripts.bench closed --out bench.json`.
 
-Seconds to ready, resident memory, the time of one image, images a second under load. Over HTTP only,
-on loopback; each figure is a median with its range over the repeats.
+closed        clients that ask again as soon as they are answered, 1 to 64 of them
+open          requests at random times, at shares of the capacity, latency counted from when each was due
+alternatives  the same beside what a user would pick instead, of the same weights, in one run
+
+Each figure is a median with its range over the repeats; every repeat starts the service anew. Raw results go into
+the JSON file, with the machine and the rate at which it multiplies matrices. UNFOG_* variables reach the service.
 """
 
 import argparse
-import json
-import os
-import re
-import signal
 import statistics
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from model.checkpoint import SHIPPED, load
 from scripts.arguments import Parser, integer
-from scripts.progress import fail
+from scripts.benchmark.contestants import BenchError, Contestant, alternative, this_service
+from scripts.benchmark.load import Ask
+from scripts.benchmark.machine import matrix_rate, this_machine
+from scripts.benchmark.report import with_spread
+from scripts.benchmark.runs import Asks, Load, measure
+from scripts.evaluation.tables import as_table
+from scripts.files import write_json
+from scripts.progress import Reporter, fail
+from scripts.step_time import flop_of
 
-READY = re.compile(rb"ready on (http://[^\s,\"]+)")
+CLIENTS = (1, 4, 16, 64)
+SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
 LARGEST_REQUEST = 64
-BODY: dict[str, object] = {"digit": 7}  # 100 steps, as by default
-
-
-class BenchError(Exception):
-    """The service did not do what is to be measured; one sentence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A service that was started to be measured."""
-
-    url: str
-    pid: int
-    ready_seconds: float
-
-    def draw(self, count: int, guidance_scale: float | None) -> float:
-        """Seconds that one request takes."""
-        guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-        body = {**BODY, "count": count, **guidance}
-        headers = {"Content-Type": "application/json", "Accept": "application/zip"}
-        request = urllib.request.Request(f"{self.url}/generate", json.dumps(body).encode(), headers)
-        start = time.perf_counter()
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            answer.read()
-        return time.perf_counter() - start
-
-    def resident_megabytes(self) -> float:
-        """Memory that the process holds now."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
-
-
-@contextmanager
-def started(arguments: dict[str, str]) -> Iterator[Running]:
-    """Starts the service on a free port of loopback and stops it again."""
-    env = {**os.environ, "UNFOG_PORT": "0", "UNFOG_HOST": "127.0.0.1", "UNFOG_REQUEST_TIMEOUT": "600", **arguments}
-    start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", "app"], env=env, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None, "asked for a pipe"
-        url = next((found[1].decode() for line in process.stderr if (found := READY.search(line))), None)
-        if url is None:
-            raise BenchError("the service did not become ready: `python -m app` says why")
-        ready_seconds = time.perf_counter() - start
-        with ThreadPoolExecutor(1) as drain:  # a full pipe would stop the service
-            drain.submit(process.stderr.read)
-            try:
-                yield Running(url, process.pid, ready_seconds)
-            finally:
-                process.send_signal(signal.SIGTERM)
-
-
-def images_a_second(service: Running, clients: int, guidance_scale: float | None) -> float:
-    """Closed loop: each client asks for the largest request, once."""
-    start = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(lambda _: service.draw(LARGEST_REQUEST, guidance_scale), range(clients)))
-    return clients * LARGEST_REQUEST / (time.perf_counter() - start)
-
-
-def measure(repeats: int, clients: int, arguments: dict[str, str]) -> dict[str, list[float]]:
-    """Every figure, once a repeat; each repeat is a fresh start."""
-    figures: dict[str, list[float]] = {}
-
-    def add(name: str, value: float) -> None:
-        figures.setdefault(name, []).append(value)
-
-    for _ in range(repeats):
-        with started(arguments) as service:
-            add("seconds from start to ready", service.ready_seconds)
-            add("resident memory when idle, MB", service.resident_megabytes())
-            for name, scale in (("guidance off", 1.0), ("recommended guidance", None)):
-                service.draw(1, scale)
-                add(f"seconds for one image, {name}", service.draw(1, scale))
-                add(f"images a second, {clients} x {LARGEST_REQUEST}, {name}", images_a_second(service, clients, scale))
-            add("resident memory after load, MB", service.resident_megabytes())
-    return figures
-
-
-def table(figures: dict[str, list[float]]) -> str:
-    """Markdown: median and range of each figure."""
-    rows = [
-        f"| {name} | {statistics.median(values):.3g} | {min(values):.3g} - {max(values):.3g} |"
-        for name, values in figures.items()
-    ]
-    return "\n".join(["| figure | median | range |", "| --- | --- | --- |", *rows])
+UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
+FEW_STEPS = {"num_steps": 10, "sampler": "ddim"}
+COLUMNS = (
+    "contestant",
+    "load",
+    "images a second",
+    "p50, s",
+    "p95, s",
+    "p99, s",
+    "rows a step",
+    "ready after, s",
+    "memory, MB",
+)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, measures, prints the table."""
-    parser = Parser(prog="python -m scripts.bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
-    parser.add_argument("--clients", type=integer(1, 64), default=8, help="requests at once under load; default: 8")
-    parser.add_argument("--checkpoint", type=Path, help="default: what ships")
-    args = parser.parse_args(argv)
+    args = _parse(argv)
     try:
-        figures = measure(args.repeats, args.clients, _settings(args))
+        with Reporter() as reporter:
+            args.run(args, reporter)
     except (BenchError, OSError) as error:
         raise fail(f"bench: {error}") from error
-    print(table(figures))
 
 
-def _settings(args: argparse.Namespace) -> dict[str, str]:
-    return {"UNFOG_CHECKPOINT": str(args.checkpoint)} if args.checkpoint else {}
+def one(k: int) -> Ask:
+    """One image in 100 steps."""
+    return Ask("one", {**UNGUIDED, "digit": k % 10, "seed": k})
+
+
+def many(k: int) -> Ask:
+    """The largest request."""
+    return Ask("64", {**one(k).body, "count": LARGEST_REQUEST})
+
+
+def guided(asks: Asks) -> Asks:
+    """The same with the guidance that the checkpoint recommends."""
+
+    def ask(k: int) -> Ask:
+        asked = asks(k)
+        return Ask(asked.kind, {name: value for name, value in asked.body.items() if name != "guidance_scale"})
+
+    return ask
+
+
+def mixed(k: int) -> Ask:
+    """Every other request is one of ten steps."""
+    return Ask("10 steps", {**one(k).body, **FEW_STEPS}) if k % 2 else Ask("100 steps", one(k).body)
+
+
+def closed_loads(clients: Sequence[int], seconds: float) -> list[Load]:
+    """One image a request by ever more clients, then two that ask for the most; then guided."""
+    of_one = [Load(f"clients: {count}", one, seconds, clients=count) for count in clients]
+    alike = {"clients: 1, guided": (guided(one), 1), "clients: 2, of 64 images, guided": (guided(many), 2)}
+    of_guided = [Load(name, asks, seconds, clients=count) for name, (asks, count) in alike.items()]
+    return [*of_one, Load("clients: 2, of 64 images", many, seconds, clients=2), *of_guided]
+
+
+def open_loads(capacity: float, shares: Sequence[float], seconds: float) -> list[Load]:
+    """Poisson arrivals of one image each, at shares of so many images a second."""
+    return [Load(f"{share:g} of capacity", one, seconds, rate=share * capacity) for share in shares]
+
+
+def _closed(args: argparse.Namespace, reporter: Reporter) -> None:
+    rows = _repeat(args, [this_service(), *_at_batches(args)], closed_loads(args.clients, args.seconds), reporter)
+    _finish(args, rows, reporter)
+
+
+def _open(args: argparse.Namespace, reporter: Reporter) -> None:
+    rows = _repeat(args, [this_service()], [_saturated(args)], reporter)
+    capacity = statistics.median(row["images_a_second"] for row in rows)
+    rows += _repeat(args, [this_service()], open_loads(capacity, args.shares, args.seconds), reporter)
+    _finish(args, rows, reporter)
+
+
+def _alternatives(args: argparse.Namespace, reporter: Reporter) -> None:
+    own, best = this_service(), [*_at_batches(args)]
+    others = [alternative("locked"), alternative("batched"), alternative("litserve")]
+    pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
+    rows = _repeat(args, [own, *best, *others], [_saturated(args)], reporter)
+    slowest = min(row["images_a_second"] for row in rows if row["contestant"] in ("unfog", "litserve"))
+    poisson = Load("0.7 of the slower's capacity", one, args.seconds, rate=0.7 * slowest)
+    mix = Load("the same, every other of 10 steps", mixed, args.seconds, rate=0.7 * slowest)
+    rows += _repeat(args, [own, *others[1:]], [poisson, mix], reporter)
+    large = Load("clients: 2, of 64 images", many, args.seconds, clients=2)
+    rows += _repeat(args, [own, *best, *others, *pipelines], [large], reporter)
+    _finish(args, rows, reporter)
+
+
+def _saturated(args: argparse.Namespace) -> Load:
+    return Load("clients: 64", one, args.seconds, clients=64)
+
+
+def _at_batches(args: argparse.Namespace) -> list[Contestant]:
+    return [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in args.max_batch]
+
+
+def _repeat(
+    args: argparse.Namespace, contestants: Sequence[Contestant], loads: Sequence[Load], reporter: Reporter
+) -> list[dict[str, Any]]:
+    """The contestants take turns, so that what else the machine does meets all alike."""
+    rows = []
+    for repeat in range(args.repeats):
+        for contestant in contestants:
+            for row in measure(contestant, loads, seed=repeat):
+                reporter.line(f"{contestant.name}, {row['load']}: {row['images_a_second']:.2f} images/s")
+                rows.append({"repeat": repeat, **row})
+    return rows
+
+
+def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], reporter: Reporter) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = {**this_machine().as_json(), "matrix_rate": matrix_rate(device), "flop_a_call": _flop_a_call()}
+    reporter.line(as_table(COLUMNS, table_of(rows)))
+    write_json(args.out, {"machine": facts, "seconds": args.seconds, "rows": rows})
+
+
+def _flop_a_call() -> int:
+    return flop_of(load(SHIPPED).network)
+
+
+def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line for each contestant under each load, and for each kind of request in it."""
+    lines = []
+    for contestant, load_name in dict.fromkeys((row["contestant"], row["load"]) for row in rows):
+        of_it = [row for row in rows if (row["contestant"], row["load"]) == (contestant, load_name)]
+        for kind in of_it[0]["latencies"]:
+            latencies = [row["latencies"][kind] for row in of_it]
+            lines.append(
+                [
+                    contestant,
+                    load_name if len(of_it[0]["latencies"]) == 1 else f"{load_name}: {kind}",
+                    with_spread([row["images_a_second"] for row in of_it]),
+                    *(with_spread([found[share] for found in latencies]) for share in ("p50", "p95", "p99")),
+                    with_spread([row["rows_a_step"] for row in of_it if "rows_a_step" in row] or [float("nan")]),
+                    with_spread([row["ready_seconds"] for row in of_it]),
+                    with_spread([row["resident_megabytes"] for row in of_it]),
+                ]
+            )
+    return lines
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="closed|open|alternatives")
+    for name, run in (("closed", _closed), ("open", _open), ("alternatives", _alternatives)):
+        command = commands.add_parser(name)
+        command.set_defaults(run=run)
+        command.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
+        command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="of each window; default: 20")
+        command.add_argument("--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also at these batches")
+        command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
+        if name == "closed":
+            command.add_argument("--clients", type=integer(1, 1024), nargs="+", default=CLIENTS)
+        if name == "open":
+            command.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""`python -m scripts.benchmark.alternatives NAME PORT`: serves one alternative until it is told to stop."""
+
+import argparse
+import os
+
+import torch
+
+from scripts.arguments import Parser, integer
+
+NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned")
+
+
+def main() -> None:
+    """Parses the arguments and serves."""
+    parser = Parser(prog="python -m scripts.benchmark.alternatives")
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("port", type=integer(1, 65535))
+    parser.add_argument("--max-images", type=integer(1), default=64, help="of a batch; default: 64")
+    parser.add_argument("--batch-timeout", type=float, default=0.01, help="LitServe's, in seconds; default: 0.01")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads")
+    args = parser.parse_args()
+    if args.num_threads:
+        os.environ["OMP_NUM_THREADS"] = str(args.num_threads)  # for a worker process too
+        torch.set_num_threads(args.num_threads)
+    _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    if args.name == "locked":
+        from scripts.benchmark.alternatives import locked
+
+        locked.serve(args.port)
+    elif args.name == "batched":
+        from scripts.benchmark.alternatives import batched
+
+        batched.serve(args.port, args.max_images)
+    elif args.name == "litserve":
+        from scripts.benchmark.alternatives import litserve
+
+        litserve.serve(args.port, args.max_images, args.batch_timeout)
+    else:
+        from scripts.benchmark.alternatives import diffusers
+
+        diffusers.serve(args.port, tuned=args.name == "diffusers-tuned")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""diffusers' DDPMPipeline around a UNet2DModel of as many weights, behind the same FastAPI and lock.
+
+Its weights are random: it is timed, its pictures are not looked at. As it comes, or tuned as its documentation says:
+bfloat16, channels_last, no progress bar.
+"""
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+import uvicorn
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from fastapi import FastAPI, Response
+from torch import nn
+
+from scripts.benchmark.alternatives.painter import Request, sheet_of
+
+WIDTHS = (32, 64, 96)  # 2.7 million weights, as `default` has
+
+
+def new_pipeline(*, tuned: bool) -> Any:
+    """For 28x28 grey images in at most 100 steps."""
+    unet: Any = UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=WIDTHS,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    )
+    pipeline: Any = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100))
+    unet.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    if tuned:
+        unet.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+        unet.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
+        unet.register_forward_hook(_in_float32)  # NumPy, to which the pipeline turns, knows no bfloat16
+    return pipeline
+
+
+def _in_float32(unet: nn.Module, given: Any, output: Any) -> Any:
+    output.sample = output.sample.float()
+    return output
+
+
+def create_app(*, tuned: bool) -> FastAPI:
+    """One request after the other, each as one batch."""
+    app, pipeline, lock = FastAPI(), new_pipeline(tuned=tuned), threading.Lock()
+
+    @app.post("/generate")
+    def generate(request: Request) -> Response:
+        generator = torch.Generator().manual_seed(request.seed)
+        with lock:
+            drawn = pipeline(
+                batch_size=request.count,
+                generator=generator,
+                num_inference_steps=request.num_steps,
+                output_type="np",
+            ).images  # (B, H, W, 1) in [0, 1]
+        return Response(sheet_of((255 * drawn[..., 0]).round().astype(np.uint8)), media_type="image/png")
+
+    return app
+
+
+def serve(port: int, *, tuned: bool) -> None:
+    """Until it is told to stop."""
+    uvicorn.run(create_app(tuned=tuned), host="127.0.0.1", port=port, log_level="warning")

@@ -1,0 +1,88 @@
+"""Draws whole requests, many at once, from x_T to x_0: what every alternative puts a server around."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from model.checkpoint import SHIPPED, load
+from model.compiler import compiled_step, default_cache
+from model.noise import normal
+from model.precision import fast_dtype
+from model.sampler import Sampler, make_plan
+from model.step import ReverseStep, State, Step
+
+
+class Request(BaseModel):
+    """What this service's POST /generate takes, as far as a benchmark asks it; guidance is off."""
+
+    digit: int = Field(ge=0, le=9)
+    count: int = Field(default=1, ge=1, le=64)
+    seed: int = 0
+    num_steps: int = Field(default=100, ge=1, le=100)
+    sampler: Sampler = "ddpm"
+    guidance_scale: float = Field(default=1, ge=1, le=1)
+
+
+class Painter:
+    """The compiled step, and the state of one batch at a time; not for two threads at once."""
+
+    def __init__(self, path: Path = SHIPPED, *, compiled: bool = True) -> None:
+        """In the precision that is fast here; CompilerError."""
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.checkpoint = load(path)
+        program = ReverseStep(self.checkpoint, self.device, fast_dtype(self.device))
+        self._step: Step = compiled_step(program, default_cache()) if compiled else program
+
+    @torch.inference_mode()
+    def draw(self, requests: list[Request]) -> list[bytes]:
+        """A PNG each, of all its images; a row that has reached x_0 is not computed on."""
+        state, plans, num_steps = self._begin(requests)
+        for k in range(max(num_steps.tolist())):
+            slots = (num_steps > k).nonzero()[:, 0]  # (B,)
+            rows = torch.arange(len(slots), device=self.device)  # (B,)
+            x_prev, x_0, _ = self._step(*state, plans, slots, rows, rows)
+            state.x_t[slots], state.x_0[slots] = x_prev, x_0
+            state.step += 1
+        images = to_levels(state.x_0)
+        ends = np.cumsum([request.count for request in requests])
+        return [sheet_of(part) for part in np.split(images, ends[:-1])]
+
+    def _begin(self, requests: list[Request]) -> tuple[State, Tensor, Tensor]:
+        """x_T of every image, the requests' plans one after the other (P, 5), and the steps of each image (B,)."""
+        shape = self.checkpoint.image_shape
+        plans = [make_plan(self.checkpoint.schedule, asked.sampler, asked.num_steps) for asked in requests]
+        starts = np.cumsum([0, *(plan.num_steps for plan in plans)]).tolist()
+        rows = [
+            (asked.seed, index, asked.digit, start, asked.num_steps)
+            for asked, start in zip(requests, starts, strict=False)
+            for index in range(asked.count)
+        ]
+        state = State.zeros(len(rows), shape, self.device)
+        columns = torch.tensor(rows, device=self.device).T.contiguous().unbind()  # (B,) each
+        state.seed, state.index, state.y, state.plan_row, num_steps = columns
+        state.x_t = normal(state.seed, state.index, state.step, shape)  # (B, C, H, W)
+        return state, torch.cat([plan.table(self.device) for plan in plans]), num_steps
+
+
+def to_levels(x_0: Tensor) -> np.ndarray:
+    """(B, 1, H, W) in [-1, 1] -> uint8 (B, H, W)."""
+    levels: np.ndarray = ((x_0[:, 0] + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return levels
+
+
+def sheet_of(images: np.ndarray) -> bytes:
+    """uint8 (B, H, W) -> one PNG, row by row."""
+    columns = math.ceil(math.sqrt(len(images)))
+    count, height, width = images.shape
+    cells = np.zeros((math.ceil(count / columns) * columns, height, width), np.uint8)
+    cells[:count] = images
+    sheet = np.vstack([np.hstack(list(row)) for row in cells.reshape(-1, columns, height, width)])
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,73 @@
+"""What the machine is, and how fast it multiplies matrices: the measure that a step is held against."""
+
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.precision import fast_dtype
+
+SIZE = 2048  # of the square matrices: large enough that nothing but the multiplication counts
+REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine that a benchmark ran on."""
+
+    processor: str
+    cores: int
+    features: tuple[str, ...]  # those that bfloat16 is multiplied with
+    gpu: str | None
+    torch: str
+    threads: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For the file of raw results."""
+        return asdict(self)
+
+
+def this_machine() -> Machine:
+    """The one that this runs on."""
+    has = torch.cpu.get_capabilities()
+    features = tuple(name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if has.get(name))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return Machine(
+        _processor(), len(_usable_cores()), features, gpu, torch.__version__, threads=torch.get_num_threads()
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
+    """Floating point operations a second in a large product, the best of three; a multiply-add is two."""
+    dtype = dtype or fast_dtype(device)
+    left, right = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(REPEATS + 1):  # the first warms up
+            _wait(device)
+            start = time.perf_counter()
+            torch.mm(left, right)
+            _wait(device)
+            seconds.append(time.perf_counter() - start)
+    return 2 * SIZE**3 / min(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _usable_cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
