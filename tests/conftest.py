@@ -31,6 +31,15 @@ def one_compute_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing that tests compile is kept where programs of the same user look."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(params=["every_block", "bottom"])
 def network(request: pytest.FixtureRequest) -> UNet:
     """A tiny U-Net of either conditioning, every one of whose parameters matters."""

@@ -52,8 +52,7 @@ def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path) -> None:
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
     y, options = torch.arange(9), DrawingOptions("ddim", 2, GUIDANCE)
     with Reporter() as reporter:
