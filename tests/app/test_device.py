@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from app.device import MAX_FLOAT32_THREADS, RunnerError, check_compiler, choose_num_threads
+from app.device import MAX_FLOAT32_THREADS, choose_num_threads
 
 CPU = torch.device("cpu")
 
@@ -41,9 +41,3 @@ def test_an_operator_who_wants_more_is_told_what_it_costs(
 ) -> None:
     choose_num_threads(wanted, CPU, torch.float32)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * lines
-
-
-def test_compiling_without_a_compiler_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(RunnerError, match="C\\+\\+ compiler"):
-        check_compiler()
