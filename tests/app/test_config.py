@@ -54,7 +54,19 @@ def test_an_empty_variable_is_the_default(variable: str, monkeypatch: pytest.Mon
 
 
 def test_every_setting_is_in_the_table() -> None:
-    assert {field for field, _ in DEFAULTS.values()} == set(Settings.model_fields)
+    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir"} == set(Settings.model_fields)
+
+
+def test_compiled_code_is_kept_where_a_users_programs_keep_such_things(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert load_settings().cache_dir == tmp_path / ".cache" / "unfog"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert load_settings().cache_dir == tmp_path / "elsewhere" / "unfog"
+    monkeypatch.setenv("UNFOG_CACHE_DIR", "/opt/unfog")
+    assert load_settings().cache_dir == Path("/opt/unfog")
 
 
 @pytest.mark.parametrize(
