@@ -2,9 +2,9 @@
 
 import io
 import math
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -16,6 +16,7 @@ from model.noise import normal
 from model.precision import fast_dtype
 from model.sampler import Sampler, make_plan
 from model.step import ReverseStep, State, Step
+from scripts.pictures import grid
 
 
 class Request(BaseModel):
@@ -49,15 +50,13 @@ class Painter:
             x_prev, x_0, _ = self._step(*state, plans, slots, rows, rows)
             state.x_t[slots], state.x_0[slots] = x_prev, x_0
             state.step += 1
-        images = to_levels(state.x_0)
-        ends = np.cumsum([request.count for request in requests])
-        return [sheet_of(part) for part in np.split(images, ends[:-1])]
+        return [sheet_of(part) for part in state.x_0.split([request.count for request in requests])]
 
     def _begin(self, requests: list[Request]) -> tuple[State, Tensor, Tensor]:
         """x_T of every image, the requests' plans one after the other (P, 5), and the steps of each image (B,)."""
         shape = self.checkpoint.image_shape
         plans = [make_plan(self.checkpoint.schedule, asked.sampler, asked.num_steps) for asked in requests]
-        starts = np.cumsum([0, *(plan.num_steps for plan in plans)]).tolist()
+        starts = accumulate((plan.num_steps for plan in plans), initial=0)
         rows = [
             (asked.seed, index, asked.digit, start, asked.num_steps)
             for asked, start in zip(requests, starts, strict=False)
@@ -70,19 +69,10 @@ class Painter:
         return state, torch.cat([plan.table(self.device) for plan in plans]), num_steps
 
 
-def to_levels(x_0: Tensor) -> np.ndarray:
-    """(B, 1, H, W) in [-1, 1] -> uint8 (B, H, W)."""
-    levels: np.ndarray = ((x_0[:, 0] + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    return levels
-
-
-def sheet_of(images: np.ndarray) -> bytes:
-    """uint8 (B, H, W) -> one PNG, row by row."""
-    columns = math.ceil(math.sqrt(len(images)))
-    count, height, width = images.shape
-    cells = np.zeros((math.ceil(count / columns) * columns, height, width), np.uint8)
-    cells[:count] = images
-    sheet = np.vstack([np.hstack(list(row)) for row in cells.reshape(-1, columns, height, width)])
+def sheet_of(x_0: Tensor) -> bytes:
+    """(B, 1, H, W) in [-1, 1] -> one PNG, row by row, as near to a square as may be."""
+    columns = math.ceil(math.sqrt(len(x_0)))
+    black = x_0.new_full((-len(x_0) % columns, *x_0.shape[1:]), -1)
     buffer = io.BytesIO()
-    Image.fromarray(sheet).save(buffer, "PNG")
+    Image.fromarray(grid(torch.cat([x_0, black]).cpu(), columns)[..., 0].numpy()).save(buffer, "PNG")
     return buffer.getvalue()
