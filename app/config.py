@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     compile: Literal["auto", "on", "off"] = "auto"
     cache_dir: Path = Field(default_factory=default_cache)  # of compiled code: nobody else may write there
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # compute threads on a CPU; torch decides
-    # Rows a step. None is `auto`: the smallest batch within 20 % of the best throughput seen while warming up.
+    # Rows a step. None is `auto`: from steps timed while warming up, and from who is there (app.limits).
     max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_max_batch)] = None
     queue_capacity: Count = 1024  # images waiting
     max_count: Count = 64  # images a request

@@ -14,6 +14,7 @@ from app import errors
 from app.batcher import Batcher, QueueFullError
 from app.device import RunnerError
 from app.forecast import retry_after, seconds_to_finish, seconds_to_room
+from app.limits import Limits
 from app.metrics import Metrics
 from app.network import ModelInfo
 from app.pace import Pace
@@ -22,8 +23,6 @@ from app.stepping import R, StepRunner, isolate
 from app.trajectory import Job, Trajectory
 
 log = logging.getLogger(__name__)
-
-AUTO_BATCH_TOLERANCE = 0.2  # a smaller batch is worth a fifth of the throughput: newcomers wait less
 
 
 class Engine:
@@ -41,8 +40,8 @@ class Engine:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # what is served, by name; empty until it is ready
         self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
-        self.max_batch = max_batch or 1
-        self._load, self._auto_batch = load, max_batch is None
+        self._load, self._auto_limits = load, max_batch is None
+        self._limits = Limits.fixed(max_batch or 1)
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         self._pace = Pace({1: 1.0})
         self._batcher = Batcher(capacity)
@@ -62,10 +61,9 @@ class Engine:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
             self.state.refuse_unless_ok()
-            job.position, job.eta_seconds = (
-                self._batcher.waiting,
-                seconds_to_finish(self._batcher, job, self.max_batch, self._pace),
-            )
+            max_rows = self._limits.rows([*self._batcher.images, job.count])
+            job.position = self._batcher.waiting
+            job.eta_seconds = seconds_to_finish(self._batcher, job, max_rows, self._pace)
             late = job.eta_seconds - job.timeout
             if late > 0 and self._batcher.num_jobs:  # an idle engine always tries: only steps correct the pace
                 detail = f"the backlog would end {late:.0f} s after the request's own deadline"
@@ -73,7 +71,7 @@ class Engine:
             try:
                 self._batcher.add(job)
             except QueueFullError as full:
-                wait = seconds_to_room(self._batcher, full.missing, self.max_batch, self._pace)
+                wait = seconds_to_room(self._batcher, full.missing, max_rows, self._pace)
                 raise errors.Overloaded(retry_after(wait)) from full
             job.submitted_at_step = self._num_steps
             self._condition.notify()
@@ -124,6 +122,11 @@ class Engine:
         return self.state is EngineState.OK and self.alive
 
     @property
+    def max_batch(self) -> int:
+        """Rows that a step may have."""
+        return self._limits.most
+
+    @property
     def waiting(self) -> int:
         """Images without a step yet."""
         return self._batcher.waiting
@@ -156,8 +159,8 @@ class Engine:
     def _open(self, pace: Pace) -> None:
         with self._condition:
             self._pace, self.models = pace, self._runner.models
-            if self._auto_batch:
-                self.max_batch = pace.best_batch(AUTO_BATCH_TOLERANCE)
+            if self._auto_limits:
+                self._limits = Limits.auto(pace)
             if self.state is EngineState.STARTING:
                 self.state = EngineState.OK
         self.ready.set_result(None)
@@ -179,7 +182,7 @@ class Engine:
             self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
-            rows = [] if self._stopping else self._batcher.select(self.max_batch)
+            rows = [] if self._stopping else self._batcher.select(self._limits.rows(self._batcher.images))
             for trajectory in rows:
                 if not trajectory.started:
                     self._batcher.start(trajectory)
@@ -197,7 +200,7 @@ class Engine:
         return isolate(rows, compute, self._fail, self._lower_max_batch)
 
     def _lower_max_batch(self, rows: int) -> None:
-        self.max_batch = min(rows, self.max_batch)  # previews read more rows at once than a step has
+        self._limits = self._limits.lowered_to(rows)
         log.warning("out of device memory: at most %d rows a step from now on", self.max_batch)
 
     def _step(self, rows: list[Trajectory]) -> list[bool]:

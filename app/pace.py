@@ -31,6 +31,11 @@ class Pace:
         rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
         return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates))
 
+    def largest_batch(self, slowdown: float) -> int:
+        """The largest, within what was measured, whose step takes at most so many times as long as that of one row."""
+        longest = slowdown * self._expected(1)
+        return max(rows for rows in range(1, self._rows[-1] + 1) if self._expected(rows) <= longest)
+
     def _expected(self, rows: float) -> float:
         """Linear between the measured batches, flat below them, in proportion above."""
         right = bisect_left(self._rows, rows)

@@ -320,10 +320,27 @@ def test_out_of_memory_never_raises_the_batch() -> None:
     assert same(job.future.result(0), images(job))
 
 
-def test_auto_takes_the_smallest_batch_near_the_best_throughput() -> None:
-    pace = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.5})  # 1, 2, 2.67 and 2.91 rows a second
-    assert opened(new_engine(FakeRunner(pace=pace), max_batch=None)).max_batch == 8
-    assert opened(new_engine(FakeRunner(pace=pace), max_batch=3)).max_batch == 3
+def test_auto_makes_large_steps_for_many_and_small_ones_where_somebody_is_small() -> None:
+    pace = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})
+    runner = FakeRunner(pace=pace)
+    engine = opened(new_engine(runner, max_batch=None))
+    assert engine.max_batch == 16
+    engine.submit(new_job(64, num_steps=9))
+    tick(engine)
+    engine.submit(new_job(1, num_steps=2))
+    for _ in range(3):
+        tick(engine)
+    assert [len(rows) for rows in runner.calls] == [16, 8, 8, 16]
+
+
+def test_a_number_of_rows_that_was_asked_for_is_kept() -> None:
+    runner = FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}))
+    engine = opened(new_engine(runner, max_batch=3))
+    engine.submit(new_job(64))
+    tick(engine)
+    engine.submit(new_job(1))
+    tick(engine)
+    assert [len(rows) for rows in runner.calls] == [3, 3]
 
 
 def test_rows_that_left_during_a_step_are_forgotten() -> None:

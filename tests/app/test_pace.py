@@ -66,3 +66,16 @@ def test_the_best_batch_is_the_smallest_near_the_best_rate(
     curve: dict[int, float], tolerance: float, best: int
 ) -> None:
     assert Pace(curve).best_batch(tolerance) == best
+
+
+@pytest.mark.parametrize(
+    ("curve", "slowdown", "largest"),
+    [
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 3.0, 3),  # between what was measured
+        ({1: 1.0, 8: 1.0, 64: 2.0}, 3.0, 64),  # no further than what was measured
+        ({1: 1.0, 8: 8.0}, 1.0, 1),
+        ({16: 1.0, 32: 2.0}, 1.5, 24),  # a row takes as long as the smallest that was measured
+    ],
+)
+def test_the_largest_batch_within_a_slowdown(curve: dict[int, float], slowdown: float, largest: int) -> None:
+    assert Pace(curve).largest_batch(slowdown) == largest
