@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from app.threads import ComputeThreads
 from model.precision import fast_dtype
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Sets the compute threads of a CPU.
+def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dtype) -> ComputeThreads:
+    """The compute threads of a CPU: as many as are wanted, else all, or one fewer where that is faster.
 
     On three and more, torch's float32 kernels end a thread's share with scalar code where the share
     is no whole number of vectors: a row's last bits would depend on its place. bfloat16's do not.
@@ -51,7 +52,10 @@ def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dt
         most = min(most, MAX_FLOAT32_THREADS)
         if wanted and wanted > most:
             log.warning("with %d threads in float32 a seed's bytes depend on the load; up to %d do not", wanted, most)
-    torch.set_num_threads(wanted or most)
+    may_vary = device.type == "cpu" and most > 1 and not wanted
+    threads = ComputeThreads((most, most - 1) if may_vary else (wanted or most,))
+    threads.set(threads.counts[0])
+    return threads
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """How long a step takes, and so how long a backlog does: steps are fixed, which makes the future predictable."""
 
 from bisect import bisect_left
+from copy import copy
 
 SMOOTHING = 0.05  # weight of the newest step
 MAX_JUMP = 4.0  # a step that takes longer than so many says that the machine stood still, not how slow it is
@@ -17,10 +18,14 @@ class Pace:
         self._seconds = [seconds_by_rows[rows] for rows in self._rows]
         self.slowdown = 1.0
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def copy(self) -> "Pace":
+        """The same, to observe by itself."""
+        return copy(self)
+
+    def observe(self, rows: int, seconds: float, weight: float = SMOOTHING) -> None:
         """A step of `rows` evaluations took `seconds`."""
         seen = min(seconds / self._expected(rows), MAX_JUMP * self.slowdown)
-        self.slowdown += SMOOTHING * (seen - self.slowdown)
+        self.slowdown += weight * (seen - self.slowdown)
 
     def step_seconds(self, rows: float) -> float:
         """What a step of that many evaluations takes now."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from app.config import Settings
 from app.device import (
     DeviceLostError,
-    OutOfMemoryError,
     RunnerError,
     choose_device,
     choose_dtype,
@@ -24,7 +23,9 @@ from app.device import (
 from app.network import ModelInfo, Network
 from app.pace import Pace
 from app.slots import Slots
-from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Job, Options, Pixels, Trajectory
+from app.threads import ComputeThreads
+from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Options, Pixels, Trajectory
+from app.warm_up import check_probe, measure_paces
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.compiler import CompilerError, compiled_step
@@ -34,10 +35,6 @@ from model.step import Rows, Stepped
 
 log = logging.getLogger(__name__)
 
-PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
-WARM_UP_BATCHES = (1, 2, 4, 8, 16, 32, 64)
-WARM_UP_REPEATS = 3
-
 
 class Runner:
     """Holds the networks and, in slots, the state of every image that has begun.
@@ -46,7 +43,14 @@ class Runner:
     state after all else has succeeded, so it can be run again with other rows.
     """
 
-    def __init__(self, models: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: ComputeThreads | None = None,
+    ) -> None:
+        self._threads = threads or ComputeThreads((torch.get_num_threads(),))
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._networks = {name: Network(name, loaded, device, dtype) for name, loaded in models.items()}
         self._plan_starts: dict[tuple[str, str, int], int] = {}  # where each plan begins in the table
@@ -63,8 +67,8 @@ class Runner:
                 raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
-        choose_num_threads(settings.num_threads, device, dtype)
-        runner = cls(models, device, dtype)
+        threads = choose_num_threads(settings.num_threads, device, dtype)
+        runner = cls(models, device, dtype, threads)
         if settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu"):
             runner.compile(settings.cache_dir, must=settings.compile == "on")
         return runner
@@ -89,12 +93,18 @@ class Runner:
         """Reads the bytes held on a GPU; None without one."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
-    @torch.inference_mode()
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
         """One reverse step for each row, a call for each network; True where a row's values are finite.
 
         OutOfMemoryError and DeviceLostError for what the device did; anything else is a bug.
         """
+        start = time.perf_counter()
+        finite = self._step(trajectories)
+        self._threads.observe(sum(row.evaluations for row in trajectories), time.perf_counter() - start)
+        return finite
+
+    @torch.inference_mode()
+    def _step(self, trajectories: list[Trajectory]) -> list[bool]:
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
@@ -151,50 +161,15 @@ class Runner:
 
         The pace is the default model's.
         """
-        for name in self._networks:
-            self._check_probe(name)
-        seconds: dict[int, float] = {}
-        for rows in WARM_UP_BATCHES:
-            if should_stop():
-                break
-            try:
-                seconds[rows] = self._time_step(self._rows_of_default(rows))
-            except OutOfMemoryError:
-                break
-        return Pace(seconds or {1: 1.0})
+        for network in self._networks.values():
+            check_probe(self, network)
+        self._threads.learn(paces := measure_paces(self, self._threads, should_stop))
+        return paces[self._threads.count].copy()
 
-    def _check_probe(self, name: str) -> None:
-        loaded = self._networks[name].checkpoint
-        probe = loaded.config.probe
-        scale = loaded.config.guidance_of(probe.sampler).scale
-        options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, name)
-        info = self._networks[name].info
-        trajectory = Job(options, 1, guided_steps=info.guided_steps_of(options)).unfinished[0]
-        for _ in range(probe.num_steps):
-            self.step([trajectory])
-            trajectory.step += 1
-        drawn = self._slots.state.x_0[trajectory.slot].cpu()
-        self.release([trajectory])
-        difference = (drawn - loaded.probe_image).abs().mean().item()
-        if not difference <= PROBE_TOLERANCE:
-            raise RunnerError(
-                f"this machine draws the known picture of model {name!r} wrong, by {difference:.2f} a pixel"
-            )
-
-    def _rows_of_default(self, count: int) -> list[Trajectory]:
-        info = self._networks[DEFAULT_MODEL].info
-        return Job(Options(0, 0, info.default_steps, info.samplers[0], 1.0), count).unfinished
-
-    def _time_step(self, trajectories: list[Trajectory]) -> float:
-        durations = []
-        try:
-            for _ in range(min(WARM_UP_REPEATS, trajectories[0].job.options.num_steps)):
-                start = time.perf_counter()
-                self.step(trajectories)
-                durations.append(time.perf_counter() - start)
-        finally:
-            self.release(trajectories)
-        return min(durations)
+    def predicted(self, trajectory: Trajectory) -> Tensor:
+        """x_0 as it is predicted now, (C, H, W); the trajectory has begun."""
+        assert trajectory.slot is not None
+        return self._slots.state.x_0[trajectory.slot].cpu()
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         """Gives each a slot with x_T in it."""

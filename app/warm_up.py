@@ -1,0 +1,88 @@
+"""Before it is ready: each network draws a picture that is known, and steps are timed."""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from app.device import OutOfMemoryError, RunnerError
+from app.network import ModelInfo, Network
+from app.pace import Pace
+from app.threads import ComputeThreads
+from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
+
+PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+REPEATS = 3
+
+
+class Stepper(Protocol):
+    """What is warmed up."""
+
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """What is served, by name."""
+
+    def step(self, trajectories: list[Trajectory]) -> list[bool]:
+        """One reverse step for each."""
+
+    def release(self, trajectories: list[Trajectory]) -> None:
+        """Forgets their state."""
+
+    def predicted(self, trajectory: Trajectory) -> Tensor:
+        """x_0 as it is predicted now."""
+
+
+def check_probe(stepper: Stepper, network: Network) -> None:
+    """RunnerError where the picture is another one than the checkpoint's own."""
+    probe, info = network.checkpoint.config.probe, network.info
+    scale = info.guidance_scale[probe.sampler]
+    options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, info.name)
+    (trajectory,) = Job(options, 1, guided_steps=info.guided_steps_of(options)).unfinished
+    for _ in range(probe.num_steps):
+        stepper.step([trajectory])
+        trajectory.step += 1
+    drawn = stepper.predicted(trajectory)
+    stepper.release([trajectory])
+    difference = (drawn - network.checkpoint.probe_image).abs().mean().item()
+    if not difference <= PROBE_TOLERANCE:
+        raise RunnerError(
+            f"this machine draws the known picture of model {info.name!r} wrong, by {difference:.2f} a pixel"
+        )
+
+
+def measure_paces(stepper: Stepper, threads: ComputeThreads, should_stop: Callable[[], bool]) -> dict[int, Pace]:
+    """How long steps of the default model take with each number of threads; with all of them it goes on."""
+    paces = {}
+    for count in reversed(threads.counts):
+        threads.set(count)
+        paces[count] = _measure_pace(stepper, should_stop)
+    return paces
+
+
+def _measure_pace(stepper: Stepper, should_stop: Callable[[], bool]) -> Pace:
+    seconds: dict[int, float] = {}
+    for rows in BATCHES:
+        if should_stop():
+            break
+        try:
+            seconds[rows] = _time_step(stepper, rows)
+        except OutOfMemoryError:
+            break
+    return Pace(seconds or {1: 1.0})
+
+
+def _time_step(stepper: Stepper, rows: int) -> float:
+    """The best of a few."""
+    info = stepper.models[DEFAULT_MODEL]
+    trajectories = Job(Options(0, 0, info.default_steps, info.samplers[0], 1.0), rows).unfinished
+    durations = []
+    try:
+        for _ in range(min(REPEATS, info.default_steps)):
+            start = time.perf_counter()
+            stepper.step(trajectories)
+            durations.append(time.perf_counter() - start)
+    finally:
+        stepper.release(trajectories)
+    return min(durations)
