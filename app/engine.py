@@ -205,12 +205,14 @@ class Engine:
 
     def _step(self, rows: list[Trajectory]) -> list[bool]:
         self._last_beat = start = time.monotonic()
+        in_network = self._runner.network_seconds
         finite = self._runner.step(rows)
         seconds = time.monotonic() - start
         self._num_steps += 1
         self._pace.observe(sum(trajectory.evaluations for trajectory in rows), seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
+        self._metrics.network.inc(self._runner.network_seconds - in_network)
         self._metrics.batch_rows.observe(len(rows))
         return finite
 

@@ -35,6 +35,7 @@ class Metrics:
         self.cancelled = self._counter("cancelled", "Images given up before they were done.", "stage")
         self.denoise_steps = self._counter("denoise_steps", "Reverse steps run, each for a batch of rows.")
         self.step_duration = self._histogram("denoise_step_duration_seconds", "Time of a reverse step.", STEP_SECONDS)
+        self.network = self._counter("network_seconds", "Time within the networks' calls; on a GPU, to enqueue them.")
         self.batch_rows = self._histogram("batch_rows", "Images in a reverse step.", POWERS_OF_TWO)
         self.encode_duration = self._histogram(
             "encode_duration_seconds", "Time to encode a response's images, or one event of a stream.", SECONDS

@@ -22,18 +22,23 @@ from app.device import (
 )
 from app.network import ModelInfo, Network
 from app.pace import Pace
+from app.rows import rows_of
 from app.slots import Slots
 from app.threads import ComputeThreads
 from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Options, Pixels, Trajectory
-from app.warm_up import check_probe, measure_paces
+from app.transfers import Shapes, Transfers
+from app.warm_up import check_probe, measure_paces, record_guided
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.compiler import CompilerError, compiled_step
 from model.noise import normal
 from model.sampler import make_plan
-from model.step import Rows, Stepped
+from model.step import Stepped
 
 log = logging.getLogger(__name__)
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of which steps are timed
+BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # on a GPU
 
 
 class Runner:
@@ -49,13 +54,19 @@ class Runner:
         device: torch.device,
         dtype: torch.dtype,
         threads: ComputeThreads | None = None,
+        *,
+        runs_ahead: bool | None = None,
     ) -> None:
+        """With `runs_ahead`, as on a GPU, shapes are rounded and no step is waited for but where an image ends."""
+        self.network_seconds = 0.0  # within the networks' calls
         self._threads = threads or ComputeThreads((torch.get_num_threads(),))
+        self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._networks = {name: Network(name, loaded, device, dtype) for name, loaded in models.items()}
         self._plan_starts: dict[tuple[str, str, int], int] = {}  # where each plan begins in the table
         self._plans = torch.empty(0, 5, device=device)  # (P, 5), a row a step: t, a, b, c, s
-        self._slots = Slots(self.image_shape, device)
+        self._slots = Slots(self.image_shape, device, self._transfers)
 
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
@@ -110,34 +121,42 @@ class Runner:
             by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
-            parts = []
-            for name, own in by_model.items():
-                rows = self._rows_of(own)
-                parts.append((rows.slots, self._networks[name].step(*self._slots.state, self._plans, *rows)))
-            finite = torch.cat([finite for _, (_, _, finite) in parts]).tolist()
+            parts = [self._call(self._networks[name], own) for name, own in by_model.items()]
+            finite = None if self._runs_ahead else torch.cat([finite for _, (_, _, finite) in parts]).tolist()
             self._commit(parts)
+            self._transfers.note_step()
+        if finite is None:
+            return self._finite_so_far(trajectories)
         of_row = dict(zip(chain(*by_model.values()), finite, strict=True))
         return [of_row[trajectory] for trajectory in trajectories]
 
-    def _rows_of(self, trajectories: list[Trajectory]) -> Rows:
-        """Of one network: these rows, and a second evaluation for each that is guided at its next step."""
-        count = len(trajectories)
-        guided = [place for place, trajectory in enumerate(trajectories) if trajectory.evaluations == 2]
-        second = list(range(count))
-        for evaluation, place in enumerate(guided, start=count):
-            second[place] = evaluation
-        indices = (range(count), guided, second)
-        places = torch.tensor([place for part in indices for place in part], device=self.device)  # (N + B,)
-        source, of_second = places.split([count + len(guided), count])
-        return Rows(self._slots.of(trajectories), source, of_second)
+    def _call(self, network: Network, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
+        """Where the results belong, (B,), and the results."""
+        rows = rows_of(trajectories, self._shapes, self._transfers)
+        start = time.perf_counter()
+        stepped = network.step(*self._slots.state, self._plans, *rows)
+        self.network_seconds += time.perf_counter() - start
+        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is nobody's
+        return rows.slots[: len(trajectories)], (x_prev, x_0, finite)
 
     def _commit(self, parts: list[tuple[Tensor, Stepped]]) -> None:
         """Writes the results of a step; state that was half written cannot be stepped again."""
         try:
-            for slots, (x_prev, x_0, _) in parts:
+            for slots, (x_prev, x_0, finite) in parts:
                 self._slots.write(slots, x_t=x_prev, x_0=x_0, step=self._slots.state.step[slots] + 1)
+                if self._runs_ahead:
+                    self._slots.finite[slots] &= finite
         except Exception as error:
             raise DeviceLostError("a step was written in part") from error
+
+    def _finite_so_far(self, trajectories: list[Trajectory]) -> list[bool]:
+        """Read, and waited for, only of those that reach x_0 with this step; the others are believed until then."""
+        ending = [trajectory for trajectory in trajectories if trajectory.steps_left == 1]
+        if not ending:
+            return [True] * len(trajectories)
+        finite = self._transfers.download(self._slots.finite[self._slots.of(ending)]).tolist()
+        of_row = dict(zip(ending, finite, strict=True))
+        return [of_row.get(trajectory, True) for trajectory in trajectories]
 
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
@@ -148,7 +167,7 @@ class Runner:
             x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # the last one is black
             levels = ((x_0 + 1) * 127.5).round().to(torch.uint8)
             layout = "b 1 h w -> b h w" if self.image_shape[0] == 1 else "b c h w -> b h w c"
-            images = rearrange(levels, layout).cpu().numpy()
+            images = self._transfers.download(rearrange(levels, layout).contiguous()).numpy()
         place = {trajectory: i for i, trajectory in enumerate(begun)}
         return [images[place.get(trajectory, -1)] for trajectory in trajectories]
 
@@ -163,8 +182,20 @@ class Runner:
         """
         for network in self._networks.values():
             check_probe(self, network)
-        self._threads.learn(paces := measure_paces(self, self._threads, should_stop))
+        if self._runs_ahead:
+            record_guided(self, self.batches, should_stop)
+        paces = measure_paces(self, self.batches, self._threads, should_stop)
+        self._threads.learn(paces)
         return paces[self._threads.count].copy()
+
+    def wait(self) -> None:
+        """Until the steps that were made are done."""
+        self._transfers.wait()
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The numbers of rows of which steps are timed."""
+        return BATCHES_AHEAD if self._runs_ahead else BATCHES
 
     def predicted(self, trajectory: Trajectory) -> Tensor:
         """x_0 as it is predicted now, (C, H, W); the trajectory has begun."""
@@ -176,10 +207,11 @@ class Runner:
         if not trajectories:
             return
         options = [trajectory.job.options for trajectory in trajectories]
-        seed, y, plan_row = torch.tensor(
-            [[o.seed, o.digit, self._plan_row(o)] for o in options], device=self.device
-        ).unbind(dim=1)  # (B,) each
-        index = torch.tensor([trajectory.index for trajectory in trajectories], device=self.device)  # (B,)
+        columns = zip(
+            *((o.seed, o.digit, self._plan_row(o), t.index) for o, t in zip(options, trajectories, strict=True)),
+            strict=True,
+        )
+        seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
         step = torch.zeros_like(seed)
         x_T = normal(seed, index, step, self.image_shape)  # (B, C, H, W)
         scale = torch.tensor([o.guidance_scale for o in options], device=self.device)  # (B,)

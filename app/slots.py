@@ -4,25 +4,30 @@ import torch
 from torch import Tensor
 
 from app.trajectory import Trajectory
+from app.transfers import Transfers
 from model.step import State
 
 FIRST_SLOTS = 64
+NOBODY = 0  # the slot of rows that fill up a step
 
 
 class Slots:
     """One state whose rows are dealt out to trajectories; it grows when all are taken."""
 
-    def __init__(self, image_shape: tuple[int, int, int], device: torch.device) -> None:
-        self.state = State.zeros(FIRST_SLOTS, image_shape, device)
-        self._free = list(range(FIRST_SLOTS))
-        self._device = device
+    def __init__(self, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers) -> None:
+        self.state = State.zeros(1 + FIRST_SLOTS, image_shape, device)
+        self.finite = torch.ones(1 + FIRST_SLOTS, dtype=torch.bool, device=device)  # (S,) all that was computed so far
+        self._free = list(range(NOBODY + 1, 1 + FIRST_SLOTS))
+        self._transfers = transfers
 
     def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
         """Gives each trajectory a slot with its row of state in it; all of them, or none where it raises."""
         while len(self._free) < len(trajectories):
             self._grow()
         slots = self._free[-len(trajectories) :]
-        self.write(torch.tensor(slots, device=self._device), **rows)
+        places = self._transfers.upload(slots)
+        self.write(places, **rows)
+        self.finite[places] = True
         del self._free[-len(trajectories) :]
         for trajectory, slot in zip(trajectories, slots, strict=True):
             trajectory.slot = slot
@@ -35,8 +40,8 @@ class Slots:
                 trajectory.slot = None
 
     def of(self, trajectories: list[Trajectory]) -> Tensor:
-        """The slots that the trajectories have, (B,)."""
-        return torch.tensor([trajectory.slot for trajectory in trajectories], dtype=torch.int64, device=self._device)
+        """The slots of those that have one, (B,)."""
+        return self._transfers.upload([trajectory.slot for trajectory in trajectories if trajectory.slot is not None])
 
     def write(self, slots: Tensor, **rows: Tensor) -> None:
         """Puts the named rows (B, ...) into the slots (B,)."""
@@ -46,4 +51,5 @@ class Slots:
     def _grow(self) -> None:
         size = len(self.state.seed)
         self.state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
+        self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
         self._free += range(size, 2 * size)

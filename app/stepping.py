@@ -22,6 +22,10 @@ class StepRunner(Protocol):
     def device_memory(self) -> Callable[[], int] | None:
         """Reads the bytes held on a GPU; None without one."""
 
+    @property
+    def network_seconds(self) -> float:
+        """Time within the networks' calls until now."""
+
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
         """One reverse step for each; True where its values are finite."""
 

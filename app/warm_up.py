@@ -1,7 +1,8 @@
 """Before it is ready: each network draws a picture that is known, and steps are timed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from torch import Tensor
@@ -13,7 +14,6 @@ from app.threads import ComputeThreads
 from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 REPEATS = 3
 
 
@@ -32,6 +32,9 @@ class Stepper(Protocol):
 
     def predicted(self, trajectory: Trajectory) -> Tensor:
         """x_0 as it is predicted now."""
+
+    def wait(self) -> None:
+        """Until the steps that were made are done."""
 
 
 def check_probe(stepper: Stepper, network: Network) -> None:
@@ -52,36 +55,52 @@ def check_probe(stepper: Stepper, network: Network) -> None:
         )
 
 
-def measure_paces(stepper: Stepper, threads: ComputeThreads, should_stop: Callable[[], bool]) -> dict[int, Pace]:
+def measure_paces(
+    stepper: Stepper, batches: Sequence[int], threads: ComputeThreads, should_stop: Callable[[], bool]
+) -> dict[int, Pace]:
     """How long steps of the default model take with each number of threads; with all of them it goes on."""
     paces = {}
     for count in reversed(threads.counts):
         threads.set(count)
-        paces[count] = _measure_pace(stepper, should_stop)
+        paces[count] = _measure_pace(stepper, batches, should_stop)
     return paces
 
 
-def _measure_pace(stepper: Stepper, should_stop: Callable[[], bool]) -> Pace:
-    seconds: dict[int, float] = {}
-    for rows in BATCHES:
+def record_guided(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:
+    """A guided step of each number of rows and each model, where the first of a shape takes long."""
+    for name, info in stepper.models.items():
+        for rows in batches if info.guidable else ():
+            if should_stop():
+                return
+            with suppress(OutOfMemoryError):
+                _time_step(stepper, _rows_of(info, name, rows, guided_steps=range(info.max_steps)))
+
+
+def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> Pace:
+    info, seconds = stepper.models[DEFAULT_MODEL], dict[int, float]()
+    for rows in batches:
         if should_stop():
             break
         try:
-            seconds[rows] = _time_step(stepper, rows)
+            seconds[rows] = _time_step(stepper, _rows_of(info, DEFAULT_MODEL, rows))
         except OutOfMemoryError:
             break
     return Pace(seconds or {1: 1.0})
 
 
-def _time_step(stepper: Stepper, rows: int) -> float:
+def _rows_of(info: ModelInfo, name: str, rows: int, guided_steps: range = range(0)) -> list[Trajectory]:
+    options = Options(0, 0, info.default_steps, info.samplers[0], 1.0, name)
+    return Job(options, rows, guided_steps=guided_steps).unfinished
+
+
+def _time_step(stepper: Stepper, trajectories: list[Trajectory]) -> float:
     """The best of a few."""
-    info = stepper.models[DEFAULT_MODEL]
-    trajectories = Job(Options(0, 0, info.default_steps, info.samplers[0], 1.0), rows).unfinished
     durations = []
     try:
-        for _ in range(min(REPEATS, info.default_steps)):
+        for _ in range(min(REPEATS, trajectories[0].job.options.num_steps)):
             start = time.perf_counter()
             stepper.step(trajectories)
+            stepper.wait()
             durations.append(time.perf_counter() - start)
     finally:
         stepper.release(trajectories)

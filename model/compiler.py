@@ -25,7 +25,7 @@ from torch.export import Dim
 from model.checkpoint import write_atomically
 from model.native import NativeProgram
 from model.precision import can_compile, no_compiler
-from model.step import ReverseStep, State, Step
+from model.step import ReverseStep, State, Step, Stepped
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def compiled_step(program: ReverseStep, cache: Path) -> Step:
     On a GPU it is compiled while it is first called, and nothing is kept.
     """
     if program.device.type != "cpu":
-        return cast(Step, torch.compile(program, dynamic=True))
+        return _compiled_with_graphs(program)
     library = library_of(program, cache)
     if library.exists():
         try:
@@ -65,6 +65,18 @@ def compiled_step(program: ReverseStep, cache: Path) -> Step:
         return load(program, library)
     except Exception as error:  # whatever a full disk, a compiler of its own kind or torch itself does
         raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
+
+
+def _compiled_with_graphs(program: ReverseStep) -> Step:
+    """Compiled once for all shapes; for each of them a graph of its launches is recorded at its first call."""
+    compiled = torch.compile(program, mode="reduce-overhead", dynamic=True)
+
+    def step(*inputs: Tensor) -> Stepped:
+        torch.compiler.cudagraph_mark_step_begin()
+        x_prev, x_0, finite = compiled(*inputs)
+        return x_prev.clone(), x_0.clone(), finite.clone()  # the next call writes where these lie
+
+    return step
 
 
 def library_of(program: ReverseStep, cache: Path) -> Path:

@@ -1,7 +1,8 @@
 """Measures the service over HTTP on loopback: `python -m scripts.bench closed --out bench.json`.
 
-closed        clients that ask again as soon as they are answered, 1 to 64 of them
-open          requests at random times, at shares of the capacity, latency counted from when each was due
+closed        clients that ask again as soon as they are answered, 1 to 64 of them, alone and disturbed
+open          requests at random times, at shares of the capacity, latency counted from when each was due,
+              beside what a simulation of the loop on the measured step times says
 alternatives  the same beside what a user would pick instead, of the same weights, in one run
 
 Each figure is a median with its range over the repeats; every repeat starts the service anew. Raw results go into
@@ -10,7 +11,7 @@ the JSON file, with the machine and the rate at which it multiplies matrices. UN
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,24 @@ import torch
 
 from model.checkpoint import SHIPPED, load
 from scripts.arguments import Parser, integer
+from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, alternative, this_service
-from scripts.benchmark.load import Ask
+from scripts.benchmark.load import arrivals
+from scripts.benchmark.loads import FEW, Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
-from scripts.benchmark.report import with_spread
-from scripts.benchmark.runs import Asks, Load, measure
+from scripts.benchmark.report import COLUMNS, percentile, table_of, without_empty
+from scripts.benchmark.runs import Times, measure
+from scripts.benchmark.simulation import simulate, step_times
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
 from scripts.progress import Reporter, fail
 from scripts.step_time import flop_of
 
 CLIENTS = (1, 4, 16, 64)
+SATURATING = 64  # clients of one image
+NUM_STEPS = 100
+STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
-LARGEST_REQUEST = 64
-UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
-FEW_STEPS = {"num_steps": 10, "sampler": "ddim"}
-COLUMNS = (
-    "contestant",
-    "load",
-    "images a second",
-    "p50, s",
-    "p95, s",
-    "p99, s",
-    "rows a step",
-    "ready after, s",
-    "memory, MB",
-)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,143 +44,104 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     try:
         with Reporter() as reporter:
-            args.run(args, reporter)
+            Bench(args, reporter).run()
     except (BenchError, OSError) as error:
         raise fail(f"bench: {error}") from error
 
 
-def one(k: int) -> Ask:
-    """One image in 100 steps."""
-    return Ask("one", {**UNGUIDED, "digit": k % 10, "seed": k})
+class Bench:
+    """One run: the machine's rate, the measurements, the table."""
 
+    def __init__(self, args: argparse.Namespace, reporter: Reporter) -> None:
+        self._args, self._reporter = args, reporter
+        self._times = Times(args.seconds, args.settle, args.objective)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._own = this_service()
+        self._at_batches = [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in args.max_batch]
+        self._matrix_rate = matrix_rate(self._device)  # while nothing else runs
+        self._flop = flop_of(load(SHIPPED).network)
+        self._rows: list[dict[str, Any]] = []
 
-def many(k: int) -> Ask:
-    """The largest request."""
-    return Ask("64", {**one(k).body, "count": LARGEST_REQUEST})
+    def run(self) -> None:
+        """The mode that was asked for; the table is printed and the JSON written."""
+        facts = {**this_machine().as_json(), "matrix_rate": self._matrix_rate, "flop_a_call": self._flop}
+        self._reporter.line(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        {"closed": self._closed, "open": self._open, "alternatives": self._alternatives}[self._args.mode]()
+        self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
+        times = {"window": self._times.window, "settle": self._times.settle, "objective": self._times.objective}
+        write_json(self._args.out, {"machine": facts, "seconds": times, "rows": self._rows})
 
+    def _closed(self) -> None:
+        self._repeat([self._own, *self._at_batches], closed_loads(self._args.clients))
 
-def guided(asks: Asks) -> Asks:
-    """The same with the guidance that the checkpoint recommends."""
+    def _open(self) -> None:
+        saturated = self._repeat([self._own], [clients_of_one(SATURATING)])
+        capacity = statistics.median(row["images_a_second"] for row in saturated)
+        loads = open_loads(capacity, self._args.shares)
+        step_seconds = step_times(Painter().measure_steps(STEP_ROWS))
+        for row in self._repeat([self._own], loads):
+            row["predicted_p95"] = self._predicted_p95(row, step_seconds)
 
-    def ask(k: int) -> Ask:
-        asked = asks(k)
-        return Ask(asked.kind, {name: value for name, value in asked.body.items() if name != "guidance_scale"})
+    def _alternatives(self) -> None:
+        others = [alternative("locked"), alternative("batched"), alternative("litserve")]
+        pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
+        rows = self._repeat([self._own, *self._at_batches, *others], [clients_of_one(SATURATING)])
+        slower = min(self._median(rows, name) for name in ("unfog", "litserve"))
+        poisson = [
+            Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower),
+            Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
+        ]
+        self._repeat([self._own, *others[1:]], poisson)
+        self._repeat([self._own, *self._at_batches, others[-1], *pipelines], [large()])
 
-    return ask
+    def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
+        """The contestants take turns, so that what else the machine does meets all alike."""
+        rows = []
+        for repeat in range(self._args.repeats):
+            for contestant in contestants:
+                for row in measure(contestant, loads, self._times, seed=repeat):
+                    found = f"{row['images_a_second']:.2f} images/s"
+                    self._reporter.line(f"{repeat + 1}: {contestant.name}, {row['load']}: {found}")
+                    rows.append({"repeat": repeat, **row, **self._share_of(row)})
+        self._rows += rows
+        return rows
 
+    def _share_of(self, row: dict[str, Any]) -> dict[str, float]:
+        """Of the matrix rate, reached by the arithmetic of the images that were asked for; where all have 100 steps."""
+        if row["contestant"].startswith("diffusers") or FEW in row["latencies"]:
+            return {}
+        return {"matrix_share": row["images_a_second"] * NUM_STEPS * self._flop / self._matrix_rate}
 
-def mixed(k: int) -> Ask:
-    """Every other request is one of ten steps."""
-    return Ask("10 steps", {**one(k).body, **FEW_STEPS}) if k % 2 else Ask("100 steps", one(k).body)
+    def _predicted_p95(self, row: dict[str, Any], step_seconds: Callable[[int], float]) -> float:
+        """For the same arrivals, if the steps were all that takes time."""
+        opens, ends = self._times.settle, self._times.settle + self._times.window
+        fates = simulate(arrivals(row["rate"], row["repeat"]), ends, NUM_STEPS, STEP_ROWS[-1], step_seconds)
+        return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)
 
-
-def closed_loads(clients: Sequence[int], seconds: float) -> list[Load]:
-    """One image a request by ever more clients, then two that ask for the most; then guided."""
-    of_one = [Load(f"clients: {count}", one, seconds, clients=count) for count in clients]
-    alike = {"clients: 1, guided": (guided(one), 1), "clients: 2, of 64 images, guided": (guided(many), 2)}
-    of_guided = [Load(name, asks, seconds, clients=count) for name, (asks, count) in alike.items()]
-    return [*of_one, Load("clients: 2, of 64 images", many, seconds, clients=2), *of_guided]
-
-
-def open_loads(capacity: float, shares: Sequence[float], seconds: float) -> list[Load]:
-    """Poisson arrivals of one image each, at shares of so many images a second."""
-    return [Load(f"{share:g} of capacity", one, seconds, rate=share * capacity) for share in shares]
-
-
-def _closed(args: argparse.Namespace, reporter: Reporter) -> None:
-    rows = _repeat(args, [this_service(), *_at_batches(args)], closed_loads(args.clients, args.seconds), reporter)
-    _finish(args, rows, reporter)
-
-
-def _open(args: argparse.Namespace, reporter: Reporter) -> None:
-    rows = _repeat(args, [this_service()], [_saturated(args)], reporter)
-    capacity = statistics.median(row["images_a_second"] for row in rows)
-    rows += _repeat(args, [this_service()], open_loads(capacity, args.shares, args.seconds), reporter)
-    _finish(args, rows, reporter)
-
-
-def _alternatives(args: argparse.Namespace, reporter: Reporter) -> None:
-    own, best = this_service(), [*_at_batches(args)]
-    others = [alternative("locked"), alternative("batched"), alternative("litserve")]
-    pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
-    rows = _repeat(args, [own, *best, *others], [_saturated(args)], reporter)
-    slowest = min(row["images_a_second"] for row in rows if row["contestant"] in ("unfog", "litserve"))
-    poisson = Load("0.7 of the slower's capacity", one, args.seconds, rate=0.7 * slowest)
-    mix = Load("the same, every other of 10 steps", mixed, args.seconds, rate=0.7 * slowest)
-    rows += _repeat(args, [own, *others[1:]], [poisson, mix], reporter)
-    large = Load("clients: 2, of 64 images", many, args.seconds, clients=2)
-    rows += _repeat(args, [own, *best, *others, *pipelines], [large], reporter)
-    _finish(args, rows, reporter)
-
-
-def _saturated(args: argparse.Namespace) -> Load:
-    return Load("clients: 64", one, args.seconds, clients=64)
-
-
-def _at_batches(args: argparse.Namespace) -> list[Contestant]:
-    return [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in args.max_batch]
-
-
-def _repeat(
-    args: argparse.Namespace, contestants: Sequence[Contestant], loads: Sequence[Load], reporter: Reporter
-) -> list[dict[str, Any]]:
-    """The contestants take turns, so that what else the machine does meets all alike."""
-    rows = []
-    for repeat in range(args.repeats):
-        for contestant in contestants:
-            for row in measure(contestant, loads, seed=repeat):
-                reporter.line(f"{contestant.name}, {row['load']}: {row['images_a_second']:.2f} images/s")
-                rows.append({"repeat": repeat, **row})
-    return rows
-
-
-def _finish(args: argparse.Namespace, rows: list[dict[str, Any]], reporter: Reporter) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    facts = {**this_machine().as_json(), "matrix_rate": matrix_rate(device), "flop_a_call": _flop_a_call()}
-    reporter.line(as_table(COLUMNS, table_of(rows)))
-    write_json(args.out, {"machine": facts, "seconds": args.seconds, "rows": rows})
-
-
-def _flop_a_call() -> int:
-    return flop_of(load(SHIPPED).network)
-
-
-def table_of(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """A line for each contestant under each load, and for each kind of request in it."""
-    lines = []
-    for contestant, load_name in dict.fromkeys((row["contestant"], row["load"]) for row in rows):
-        of_it = [row for row in rows if (row["contestant"], row["load"]) == (contestant, load_name)]
-        for kind in of_it[0]["latencies"]:
-            latencies = [row["latencies"][kind] for row in of_it]
-            lines.append(
-                [
-                    contestant,
-                    load_name if len(of_it[0]["latencies"]) == 1 else f"{load_name}: {kind}",
-                    with_spread([row["images_a_second"] for row in of_it]),
-                    *(with_spread([found[share] for found in latencies]) for share in ("p50", "p95", "p99")),
-                    with_spread([row["rows_a_step"] for row in of_it if "rows_a_step" in row] or [float("nan")]),
-                    with_spread([row["ready_seconds"] for row in of_it]),
-                    with_spread([row["resident_megabytes"] for row in of_it]),
-                ]
-            )
-    return lines
+    def _median(self, rows: Sequence[dict[str, Any]], contestant: str) -> float:
+        return statistics.median(row["images_a_second"] for row in rows if row["contestant"] == contestant)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="closed|open|alternatives")
-    for name, run in (("closed", _closed), ("open", _open), ("alternatives", _alternatives)):
-        command = commands.add_parser(name)
-        command.set_defaults(run=run)
+    commands = parser.add_subparsers(required=True, metavar="closed|open|alternatives", dest="mode")
+    for mode in ("closed", "open", "alternatives"):
+        command = commands.add_parser(mode)
         command.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
         command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="of each window; default: 20")
+        command.add_argument(
+            "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
+        )
+        command.add_argument(
+            "--objective", type=float, default=5.0, help="seconds within which an answer is in time; default: 5"
+        )
         command.add_argument("--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also at these batches")
         command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
-        if name == "closed":
+        if mode == "closed":
             command.add_argument("--clients", type=integer(1, 1024), nargs="+", default=CLIENTS)
-        if name == "open":
+        if mode == "open":
             command.add_argument("--shares", type=float, nargs="+", default=SHARES)
     return parser.parse_args(argv)
 

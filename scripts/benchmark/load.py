@@ -2,13 +2,15 @@
 
 Closed loop: each client asks again as soon as it is answered. Open loop: requests are sent at times that were drawn
 beforehand, whatever the service does, and a latency counts from the time that was planned, so that a service cannot
-slow down the clock that measures it (Tene 2015, "coordinated omission").
+slow down the clock that measures it (Tene 2015, "coordinated omission"). Both go on with what is not counted until all
+that is counted has been answered: the last answers come under the same load as the first.
 """
 
 import asyncio
+import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,15 +51,16 @@ class Ask:
     body: dict[str, Any]
 
 
+Asks = Callable[[int], Ask]  # the k-th request of a run
 Send = Callable[[Ask, float], Awaitable[Answer]]
 
 
-def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
-    """Times of a Poisson process within so many seconds, `rate` a second on the average."""
-    draw, times, at = random.Random(seed), list[float](), 0.0
-    while (at := at + draw.expovariate(rate)) < seconds:
-        times.append(at)
-    return times
+def arrivals(rate: float, seed: int) -> Iterator[float]:
+    """The times of a Poisson process, `rate` a second on the average, without end."""
+    draw, at = random.Random(seed), 0.0
+    while True:
+        at += draw.expovariate(rate)
+        yield at
 
 
 @asynccontextmanager
@@ -79,31 +82,42 @@ async def _send(session: "ClientSession", url: str, ask: Ask, planned: float) ->
     return Answer(ask.kind, count, planned, sent, done, status, float(queue) / 1000 if queue else None)
 
 
-async def closed_loop(send: Send, asks: Callable[[int], Ask], clients: int, seconds: float) -> list[Answer]:
-    """`clients` that ask one after the other for so many seconds; `asks(k)` is the k-th request of all."""
-    until, answers, count = time.perf_counter() + seconds, list[Answer](), 0
+async def closed_loop(send: Send, clients: Sequence[Asks], seconds: float) -> list[Answer]:
+    """Each client asks one after the other; those due within so many seconds are counted."""
+    until, counted, numbers = time.perf_counter() + seconds, _Counted(), itertools.count(1)
 
-    async def client() -> None:
-        nonlocal count
-        while (now := time.perf_counter()) < until:
-            count += 1
-            answers.append(await send(asks(count), now))
+    async def client(asks: Asks) -> None:
+        while (now := time.perf_counter()) < until or counted.left:
+            await counted.wait_for(send(asks(next(numbers)), now), is_counted=now < until)
 
     async with asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(client())
-    return answers
+        for asks in clients:
+            group.create_task(client(asks))
+    return counted.answers
 
 
-async def open_loop(send: Send, asks: Callable[[int], Ask], times: Sequence[float]) -> list[Answer]:
-    """One request at each of these times, counted from now."""
-    start, tasks = time.perf_counter(), list[asyncio.Task[Answer]]()
+async def open_loop(send: Send, asks: Asks, times: Iterable[float], seconds: float) -> list[Answer]:
+    """One request at each of these times, counted from now; those due within so many seconds are counted."""
+    start, counted = time.perf_counter(), _Counted()
     async with asyncio.TaskGroup() as group:
         for k, at in enumerate(times):
             await asyncio.sleep(max(start + at - time.perf_counter(), 0))
-            tasks.append(group.create_task(_as_coroutine(send(asks(k), start + at))))
-    return [task.result() for task in tasks]
+            if at >= seconds and not counted.left:
+                break
+            group.create_task(counted.wait_for(send(asks(k), start + at), is_counted=at < seconds))
+    return counted.answers
 
 
-async def _as_coroutine(answer: Awaitable[Answer]) -> Answer:
-    return await answer
+class _Counted:
+    """The answers that count, and how many are still to come."""
+
+    def __init__(self) -> None:
+        self.answers: list[Answer] = []
+        self.left = 0
+
+    async def wait_for(self, answer: Awaitable[Answer], *, is_counted: bool) -> None:
+        self.left += is_counted
+        got = await answer
+        if is_counted:
+            self.answers.append(got)
+            self.left -= 1

@@ -2,47 +2,49 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scripts.benchmark.contestants import BenchError, Contestant, Running, started
-from scripts.benchmark.load import Ask, arrivals, closed_loop, connected, open_loop
-from scripts.benchmark.report import Window, percentile
+from scripts.benchmark.disturbances import disturbance
+from scripts.benchmark.load import arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.loads import Load
+from scripts.benchmark.report import Window, percentile, quantile
 
 STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
-SETTLE_SECONDS = 2.0  # before a window opens: queues fill, threads wake
-
-Asks = Callable[[int], Ask]  # the k-th request of a run
+NETWORK = "unfog_network_seconds_total"
+SHARES = (50, 95, 99)
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """One kind of load; `rate` requests a second, or `clients` that ask one after the other."""
+class Times:
+    """Of a measurement, in seconds: how long its window is, and how long the load goes on before it opens."""
 
-    name: str
-    asks: Asks
-    seconds: float
-    clients: int = 0
-    rate: float = 0.0
+    window: float
+    settle: float
+    objective: float  # a request that takes longer counts for nothing in goodput
 
 
-def measure(contestant: Contestant, loads: Sequence[Load], seed: int) -> list[dict[str, Any]]:
+def measure(contestant: Contestant, loads: Sequence[Load], times: Times, seed: int) -> list[dict[str, Any]]:
     """A fresh start of it, then each load in turn; BenchError where a request fails."""
     figures = []
     with started(contestant) as running:
         for load in loads:
-            before = running.metrics()
-            window = asyncio.run(_under(running, load, seed))
+            before, begin = running.metrics(), time.perf_counter()
+            with disturbance(load.beside, running.url):
+                window = asyncio.run(_under(running, load, times, seed))
+            seconds = time.perf_counter() - begin
             if window.failures:
                 raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
             figures.append(
                 {
                     "contestant": contestant.name,
                     "load": load.name,
-                    **_figures_of(window),
-                    **_said_by(running.metrics(), before),
+                    "rate": load.rate,
+                    **_figures_of(window, times.objective),
+                    **_said_by(running.metrics(), before, seconds),
                     "resident_megabytes": running.resident_megabytes(),
                     "ready_seconds": running.ready_seconds,
                 }
@@ -50,24 +52,25 @@ def measure(contestant: Contestant, loads: Sequence[Load], seed: int) -> list[di
     return figures
 
 
-async def _under(running: Running, load: Load, seed: int) -> Window:
+async def _under(running: Running, load: Load, times: Times, seed: int) -> Window:
+    seconds = times.settle + times.window
     async with connected(running.url) as send:
         begin = time.perf_counter()
-        start, end = begin + SETTLE_SECONDS, begin + SETTLE_SECONDS + load.seconds
-        if load.rate:
-            times = arrivals(load.rate, end - begin, seed)
-            return Window(start, end, tuple(await open_loop(send, load.asks, times)), due_from=start)
-        answers = await closed_loop(send, load.asks, load.clients, end - begin)
-        return Window(start, end, tuple(answers), due_from=begin)
+        if load.asks:
+            answers = await open_loop(send, load.asks, arrivals(load.rate, seed), seconds)
+        else:
+            answers = await closed_loop(send, load.clients, seconds)
+    return Window(begin + times.settle, begin + seconds, tuple(answers))
 
 
-def _figures_of(window: Window) -> dict[str, Any]:
+def _figures_of(window: Window, objective: float) -> dict[str, Any]:
     kinds = sorted({answer.kind for answer in window.answers})
     waits = [answer.queue for answer in window.answers if answer.queue is not None]
     return {
         "images_a_second": window.images_a_second,
+        "goodput": window.goodput(objective),
         "latencies": {
-            kind: {f"p{share}": percentile(window.latencies(kind), share / 100) for share in (50, 95, 99)}
+            kind: {f"p{share}": percentile(window.latencies(kind), share / 100) for share in SHARES}
             | {"count": len(window.latencies(kind))}
             for kind in kinds
         },
@@ -75,13 +78,21 @@ def _figures_of(window: Window) -> dict[str, Any]:
     }
 
 
-def _said_by(after: dict[str, float], before: dict[str, float]) -> dict[str, Any]:
-    """Rows a step, and seconds a step, by the service's own metrics; nothing of one that has none."""
-
-    def grown(series: str) -> float:
-        return after[series] - before.get(series, 0)
-
-    if f"{ROWS}_count" not in after or not grown(f"{ROWS}_count"):
+def _said_by(after: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
+    """Rows a step, seconds a step, and the share of the time outside the network; nothing of one without metrics."""
+    grown = {series: value - before.get(series, 0) for series, value in after.items()}
+    steps = grown.get(f"{ROWS}_count")
+    if not steps:
         return {}
-    steps = grown(f"{ROWS}_count")
-    return {"rows_a_step": grown(f"{ROWS}_sum") / steps, "seconds_a_step": grown(f"{STEPS}_sum") / steps}
+    buckets = {bound: grown[f'{STEPS}_bucket{{le="{bound}"}}'] for bound in _bounds(after)}
+    return {
+        "rows_a_step": grown[f"{ROWS}_sum"] / steps,
+        "seconds_a_step": grown[f"{STEPS}_sum"] / steps,
+        "p95_of_steps": quantile({float(bound): count for bound, count in buckets.items()}, 0.95),
+        "outside_network": 1 - grown[NETWORK] / seconds,
+    }
+
+
+def _bounds(metrics: dict[str, float]) -> list[str]:
+    head = f'{STEPS}_bucket{{le="'
+    return [series.removeprefix(head).removesuffix('"}') for series in metrics if series.startswith(head)]

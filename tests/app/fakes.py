@@ -71,10 +71,12 @@ class FakeRunner:
     held: Counter[Trajectory] = field(default_factory=Counter)  # steps of those that have begun
     models: dict[str, ModelInfo] = field(default_factory=lambda: {"default": INFO})
     device_memory: Callable[[], int] | None = None
+    network_seconds: float = 0.0
 
     def step(self, trajectories: Rows) -> list[bool]:
         self.on_step(trajectories)
         self.calls.append(list(trajectories))
+        self.network_seconds += 0.25
         assert len(set(trajectories)) == len(trajectories), "a row twice in one step"
         self.held.update(trajectories)
         return [not self.not_finite(trajectory) for trajectory in trajectories]

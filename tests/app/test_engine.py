@@ -369,5 +369,6 @@ def test_every_step_is_measured() -> None:
     assert sample("unfog_denoise_steps_total") == 4
     assert sample("unfog_batch_rows_sum") == 6
     assert sample("unfog_denoise_step_duration_seconds_count") == 4
+    assert sample("unfog_network_seconds_total") == 4 * 0.25
     assert sample("unfog_queue_wait_seconds_count") == 3
     assert sample("unfog_images_total", {"digit": "0"}) == 3

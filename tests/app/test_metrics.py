@@ -20,6 +20,7 @@ EVERY_METRIC = [
     ("cancelled", "unfog_cancelled_total", "counter", ("stage",)),
     ("denoise_steps", "unfog_denoise_steps_total", "counter", ()),
     ("step_duration", "unfog_denoise_step_duration_seconds", "histogram", ()),
+    ("network", "unfog_network_seconds_total", "counter", ()),
     ("batch_rows", "unfog_batch_rows", "histogram", ()),
     ("encode_duration", "unfog_encode_duration_seconds", "histogram", ()),
     ("model_info", "unfog_model_info", "gauge", ("name", "sha256", "device", "dtype", "version")),

@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 
@@ -30,6 +31,14 @@ def test_a_port_that_is_taken_is_one_sentence() -> None:
 def test_ipv6_is_a_host_like_any_other() -> None:
     with bind("::1", 0) as listener:
         assert listener.getsockname()[0] == "::1"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_an_answer_is_not_kept_back_until_its_head_is_acknowledged(host: str) -> None:
+    with bind(host, 0) as listener, socket.create_connection(listener.getsockname()[:2]):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 class Drain:

@@ -25,6 +25,7 @@ METRICS = {
     "unfog_cancelled": ("counter", {"stage"}),
     "unfog_denoise_steps": ("counter", set()),
     "unfog_denoise_step_duration_seconds": ("histogram", set()),
+    "unfog_network_seconds": ("counter", set()),
     "unfog_batch_rows": ("histogram", set()),
     "unfog_encode_duration_seconds": ("histogram", set()),
     "unfog_model_info": ("gauge", {"name", "sha256", "device", "dtype", "version"}),

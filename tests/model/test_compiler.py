@@ -1,13 +1,14 @@
 """The compiled step against itself in other company, and against the one that is not compiled."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from app.device import RunnerError
 from app.runner import Runner
@@ -155,15 +156,24 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(loaded: Checkpoint, tmp
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_on_a_gpu_torch_compiles_while_it_is_called(
+def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_the_next_call_writes(
     loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[object, dict[str, object]]] = []
-    monkeypatch.setattr(torch, "compile", lambda program, **how: asked.append((program, how)) or program)
+    memory = tuple(torch.zeros(2) for _ in range(3))
+    asked: list[dict[str, object]] = []
+
+    def compile_(program: ReverseStep, **how: object) -> Callable[..., tuple[Tensor, ...]]:
+        asked.append(how)
+        return lambda number: tuple(part.fill_(number) for part in memory)
+
+    monkeypatch.setattr(torch, "compile", compile_)
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     program.device = torch.device("cuda")
-    assert compiler.compiled_step(program, tmp_path) is program
-    assert asked == [(program, {"dynamic": True})]
+    step = compiler.compiled_step(program, tmp_path)
+    first = step(1.0)
+    step(2.0)
+    assert all(part.tolist() == [1.0, 1.0] for part in first)
+    assert asked == [{"mode": "reduce-overhead", "dynamic": True}]
     assert not list(tmp_path.iterdir())
 
 

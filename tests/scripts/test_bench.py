@@ -1,11 +1,11 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from scripts import bench
-from scripts.benchmark import contestants
+from scripts.benchmark import contestants, loads
+from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, started, this_service
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
@@ -16,49 +16,54 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
     for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
         monkeypatch.setenv(f"UNFOG_{name}", value)
-    monkeypatch.setattr(bench, "UNGUIDED", {"digit": 7, "guidance_scale": 1, "num_steps": 3})
-    monkeypatch.setattr(bench, "LARGEST_REQUEST", 2)
+    monkeypatch.setattr(loads, "UNGUIDED", {"digit": 7, "guidance_scale": 1, "num_steps": 3})
+    monkeypatch.setattr(loads, "LARGEST_REQUEST", 2)
     monkeypatch.setattr(bench, "matrix_rate", lambda device: 1e12)
     return path
-
-
-def row(repeat: int, load: str, rate: float, **kinds: float) -> dict[str, Any]:
-    latencies = {kind: {"p50": p50, "p95": 2 * p50, "p99": 3 * p50} for kind, p50 in kinds.items()}
-    known = {"repeat": repeat, "contestant": "unfog", "load": load, "images_a_second": rate, "latencies": latencies}
-    return {**known, "rows_a_step": 8.0, "resident_megabytes": 300.0, "ready_seconds": 2.0}
-
-
-def test_the_table_has_the_median_and_the_range_over_repeats_a_line_a_kind_of_request() -> None:
-    rows = [row(k, "mix", rate, short=rate / 10, long=rate) for k, rate in enumerate([3.0, 1.0, 2.0])]
-    short, long = bench.table_of(rows)
-    assert short[:4] == ["unfog", "mix: short", "2 (1 - 3)", "0.2 (0.1 - 0.3)"]
-    assert long[1:6] == ["mix: long", "2 (1 - 3)", "2 (1 - 3)", "4 (2 - 6)", "6 (3 - 9)"]
-    assert len(short) == len(bench.COLUMNS)
 
 
 def test_a_real_service_is_started_measured_and_stopped(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    bench.main(["closed", "--repeats=2", "--seconds=1", "--clients", "1", "3", f"--out={out}"])
+    bench.main(["closed", "--repeats=2", "--seconds=1", "--settle=0", "--clients", "1", "3", f"--out={out}"])
     content = json.loads(out.read_text())
     assert [found["load"] for found in content["rows"]] == 2 * [
-        "clients: 1",
-        "clients: 3",
-        "clients: 2, of 64 images",
-        "clients: 1, guided",
-        "clients: 2, of 64 images, guided",
+        "1 x 1 image",
+        "3 x 1 image",
+        "2 x 2 images",
+        "1 x 1 image beside 1 x 2",
+        "1 x 1 image, guided",
+        "1 x 1 image beside 1 x 2, guided",
+        "2 x 2 images, guided",
+        "2 x 2 images, another process on one core",
+        "2 x 2 images, a flood of GET /livez",
     ]
     assert all(found["images_a_second"] > 0 and found["resident_megabytes"] > 50 for found in content["rows"])
     assert all(1 <= found["rows_a_step"] <= 4 for found in content["rows"])
+    assert all(0 < found["outside_network"] < 1 for found in content["rows"])
     assert content["machine"]["flop_a_call"] > 1e8
-    assert capsys.readouterr().out.count("| unfog |") == 5
+    assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two kinds of request beside each other
+
+
+def test_arrivals_at_random_are_held_against_a_simulation(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "SATURATING", 4)
+    monkeypatch.setattr(bench, "NUM_STEPS", 3)
+    monkeypatch.setattr(bench, "Painter", lambda: Painter(tiny, compiled=False))
+    bench.main(["open", "--repeats=1", "--seconds=2", "--settle=0", "--shares", "0.5", f"--out={out}"])
+    saturated, half = json.loads(out.read_text())["rows"]
+    assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
+    assert half["latencies"]["one"]["p95"] > 0
+    assert half["predicted_p95"] > 0
 
 
 def test_what_is_not_asked_for_otherwise_is_unguided() -> None:
-    assert bench.one(13).body == {"digit": 3, "seed": 13, "guidance_scale": 1}
-    assert bench.guided(bench.many)(13).body == {"digit": 3, "seed": 13, "count": 64}
-    assert [bench.mixed(k).kind for k in range(2)] == ["100 steps", "10 steps"]
+    assert loads.one(13).body == {"digit": 3, "seed": 13, "guidance_scale": 1}
+    assert loads.guided(loads.many)(13).body == {"digit": 3, "seed": 13, "count": 64}
+    assert [loads.mixed(k).kind for k in range(2)] == ["100 steps", "10 steps"]
 
 
 def test_a_service_is_gone_when_its_measurement_is_over_even_by_an_error(tiny: Path) -> None:

@@ -2,6 +2,9 @@
 
 import io
 import math
+import statistics
+import time
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +20,8 @@ from model.precision import fast_dtype
 from model.sampler import Sampler, make_plan
 from model.step import ReverseStep, State, Step
 from scripts.pictures import grid
+
+STEP_REPEATS = 20
 
 
 class Request(BaseModel):
@@ -51,6 +56,21 @@ class Painter:
             state.x_t[slots], state.x_0[slots] = x_prev, x_0
             state.step += 1
         return [sheet_of(part) for part in state.x_0.split([request.count for request in requests])]
+
+    @torch.inference_mode()
+    def measure_steps(self, rows: Sequence[int]) -> dict[int, float]:
+        """Seconds of a step of each of these numbers of rows, the median of a few."""
+        return {count: self._time(count) for count in rows}
+
+    def _time(self, count: int) -> float:
+        state, plans, _ = self._begin([Request(digit=0, count=count, num_steps=1)])
+        slots, seconds = torch.arange(count, device=self.device), []  # (B,)
+        for _ in range(STEP_REPEATS):
+            start = time.perf_counter()
+            _, _, finite = self._step(*state, plans, slots, slots, slots)
+            finite.cpu()  # waits for a GPU
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
     def _begin(self, requests: list[Request]) -> tuple[State, Tensor, Tensor]:
         """x_T of every image, the requests' plans one after the other (P, 5), and the steps of each image (B,)."""

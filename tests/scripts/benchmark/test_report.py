@@ -1,10 +1,10 @@
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from scripts.benchmark.load import Answer
-from scripts.benchmark.report import Window, percentile, with_spread
+from scripts.benchmark.report import COLUMNS, Window, percentile, quantile, table_of, with_spread, without_empty
 
 
 def answer(planned: float, done: float, *, images: int = 1, kind: str = "one", status: int = 200) -> Answer:
@@ -21,7 +21,6 @@ WINDOW = Window(
         answer(18, 25),  # two sevenths within
         answer(19, 19.5, images=64, status=429),
     ),
-    due_from=10,
 )
 
 
@@ -29,7 +28,6 @@ def test_images_count_as_far_as_they_were_drawn_within_and_latencies_where_they_
     assert WINDOW.images_a_second == pytest.approx((4 * 2 / 4 + 2 + 1 + 2 / 7) / 10)
     assert WINDOW.latencies() == [2, 7, 7, 0.5]
     assert WINDOW.latencies("two") == [7]
-    assert replace(WINDOW, due_from=8).latencies() == [4, 2, 7, 7, 0.5]
 
 
 def test_goodput_is_what_was_answered_in_time() -> None:
@@ -47,3 +45,31 @@ def test_percentiles() -> None:
 def test_a_figure_has_its_median_and_its_range() -> None:
     assert with_spread([3.0, 1.0, 2.0]) == "2 (1 - 3)"
     assert with_spread([1.23456]) == "1.23"
+    assert with_spread([]) == "-"
+
+
+def test_a_quantile_of_a_histogram_is_where_prometheus_would_see_it() -> None:
+    buckets = {0.1: 10.0, 0.2: 30.0, 0.4: 40.0, math.inf: 40.0}  # 10 below 0.1, 20 from there to 0.2, 10 to 0.4
+    assert quantile(buckets, 0.5) == pytest.approx(0.15)
+    assert quantile(buckets, 0.875) == pytest.approx(0.3)
+    assert quantile({0.1: 1.0, math.inf: 2.0}, 0.95) == 0.1  # beyond what the buckets tell apart
+
+
+def row(repeat: int, load: str, rate: float, **kinds: float) -> dict[str, Any]:
+    latencies = {kind: {"p50": p50, "p95": 2 * p50, "p99": 3 * p50} for kind, p50 in kinds.items()}
+    known = {"repeat": repeat, "contestant": "unfog", "load": load, "images_a_second": rate, "latencies": latencies}
+    return {**known, "goodput": rate / 2, "rows_a_step": 8.0, "outside_network": 0.05, "resident_megabytes": 300.0}
+
+
+def test_the_table_has_the_median_and_the_range_over_repeats_a_line_a_kind_of_request() -> None:
+    rows = [row(k, "mix", rate, short=rate / 10, long=rate) for k, rate in enumerate([3.0, 1.0, 2.0])]
+    columns, (short, long) = without_empty(COLUMNS, table_of(rows))
+    first = dict(zip(columns, short, strict=True))
+    assert (first["contestant"], first["load"], first["images a second"]) == ("unfog", "mix: short", "2 (1 - 3)")
+    assert (first["in time"], first["p50, s"], first["outside the network"]) == (
+        "1 (0.5 - 1.5)",
+        "0.2 (0.1 - 0.3)",
+        "5.0%",
+    )
+    assert dict(zip(columns, long, strict=True))["p95, s"] == "4 (2 - 6)"
+    assert {"p95 simulated, s", "first step, s"}.isdisjoint(columns)  # of which nobody has a figure

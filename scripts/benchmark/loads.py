@@ -1,0 +1,77 @@
+"""The loads: who asks for what, how often, and what else the machine does meanwhile."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from scripts.benchmark.load import Ask, Asks
+
+LARGEST_REQUEST = 64
+UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
+FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Clients that ask one after the other, or requests at random times, `rate` a second."""
+
+    name: str
+    clients: tuple[Asks, ...] = ()
+    asks: Asks | None = None
+    rate: float = 0.0
+    beside: Literal["", "busy core", "flood"] = ""  # what else goes on
+
+
+def one(k: int) -> Ask:
+    """One image in 100 steps."""
+    return Ask("one", {**UNGUIDED, "digit": k % 10, "seed": k})
+
+
+def many(k: int) -> Ask:
+    """The largest request."""
+    return Ask("64", {**one(k).body, "count": LARGEST_REQUEST})
+
+
+def guided(asks: Asks) -> Asks:
+    """The same with the guidance that the checkpoint recommends."""
+
+    def ask(k: int) -> Ask:
+        asked = asks(k)
+        return Ask(asked.kind, {name: value for name, value in asked.body.items() if name != "guidance_scale"})
+
+    return ask
+
+
+def mixed(k: int) -> Ask:
+    """Every other request is one of ten steps."""
+    return Ask(FEW, {**one(k).body, **FEW_STEPS}) if k % 2 else Ask("100 steps", one(k).body)
+
+
+def clients_of_one(count: int) -> Load:
+    """So many clients of one image a request."""
+    return Load(f"{count} x 1 image", (one,) * count)
+
+
+def large() -> Load:
+    """Two clients of the largest requests: there is always one that waits."""
+    return Load(f"2 x {LARGEST_REQUEST} images", (many,) * 2)
+
+
+def closed_loads(clients: Sequence[int]) -> list[Load]:
+    """Ever more clients of one image; large requests; an image beside them; guided; on a disturbed machine."""
+    of_many = large()
+    return [
+        *map(clients_of_one, clients),
+        of_many,
+        Load(f"1 x 1 image beside 1 x {LARGEST_REQUEST}", (one, many)),
+        Load("1 x 1 image, guided", (guided(one),)),
+        Load(f"1 x 1 image beside 1 x {LARGEST_REQUEST}, guided", (guided(one), guided(many))),
+        Load(f"{of_many.name}, guided", (guided(many),) * 2),
+        Load(f"{of_many.name}, another process on one core", of_many.clients, beside="busy core"),
+        Load(f"{of_many.name}, a flood of GET /livez", of_many.clients, beside="flood"),
+    ]
+
+
+def open_loads(capacity: float, shares: Sequence[float]) -> list[Load]:
+    """Poisson arrivals of one image each, at shares of so many images a second."""
+    return [Load(f"{share:g} of capacity", asks=one, rate=share * capacity) for share in shares]

@@ -1,0 +1,49 @@
+"""The simulation against cases that can be reckoned by hand, and against queueing theory."""
+
+import itertools
+import statistics
+
+import pytest
+
+from scripts.benchmark.load import arrivals
+from scripts.benchmark.simulation import simulate, step_times
+
+NEVER = itertools.repeat(float("inf"))
+
+
+def of(*times: float) -> "itertools.chain[float]":
+    return itertools.chain(times, NEVER)
+
+
+def test_a_lone_request_takes_its_steps() -> None:
+    (fate,) = simulate(of(3.0), 10, num_steps=5, most_rows=8, step_seconds=lambda rows: 0.5)
+    assert (fate.due, fate.done, fate.latency) == (3.0, 5.5, 2.5)
+
+
+def test_a_newcomer_joins_at_the_next_step() -> None:
+    fates = simulate(of(0.0, 0.25), 10, num_steps=2, most_rows=8, step_seconds=lambda rows: float(rows))
+    assert [(fate.due, fate.done) for fate in fates] == [(0.0, 3.0), (0.25, 4.0)]  # steps of 1, 2 and 1 seconds
+
+
+def test_of_more_than_a_step_has_rows_the_oldest_run_first() -> None:
+    fates = simulate(of(0.0, 0.0, 0.0), 10, num_steps=2, most_rows=2, step_seconds=lambda rows: 1.0)
+    assert [fate.done for fate in fates] == [2.0, 2.0, 4.0]
+
+
+def test_those_who_come_too_late_to_count_are_in_the_way_all_the_same() -> None:
+    alone = simulate(of(0.0), 1, num_steps=4, most_rows=8, step_seconds=lambda rows: float(rows))
+    crowded = simulate(of(0.0, 1.5, 1.5), 1, num_steps=4, most_rows=8, step_seconds=lambda rows: float(rows))
+    assert [fate.done for fate in alone] == [4.0]
+    assert [fate.done for fate in crowded] == [1 + 1 + 3 + 3]
+
+
+def test_one_row_a_step_is_a_queue_with_one_server() -> None:
+    rate, service = 0.7, 1.0
+    fates = simulate(arrivals(rate, seed=3), 200_000, num_steps=1, most_rows=1, step_seconds=lambda rows: service)
+    mean = service + rate * service**2 / (2 * (1 - rate * service))  # Pollaczek and Khinchine, of fixed service
+    assert statistics.mean(fate.latency for fate in fates) == pytest.approx(mean, rel=0.03)
+
+
+@pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (3, 2.0), (4, 2.5), (6, 2.75), (8, 3.0), (16, 6.0)])
+def test_step_times_are_linear_between_those_measured(rows: int, seconds: float) -> None:
+    assert step_times({1: 1.0, 4: 2.5, 8: 3.0})(rows) == pytest.approx(seconds)
