@@ -4,6 +4,7 @@ closed        clients that ask again as soon as they are answered, 1 to 64 of th
 open          requests at random times, at shares of the capacity, latency counted from when each was due,
               beside what a simulation of the loop on the measured step times says
 alternatives  the same beside what a user would pick instead, of the same weights, in one run
+training      images a second of scripts.train beside a plain loop's and what the matrix rate would allow
 
 Each figure is a median with its range over the repeats; every repeat starts the service anew. Raw results go into
 the JSON file, with the machine and the rate at which it multiplies matrices. UNFOG_* variables reach the service.
@@ -18,18 +19,22 @@ from typing import Any
 import torch
 
 from model.checkpoint import SHIPPED, load
+from model.unet import UNet
 from scripts.arguments import Parser, integer
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, alternative, this_service
 from scripts.benchmark.load import arrivals
 from scripts.benchmark.loads import FEW, Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
-from scripts.benchmark.report import COLUMNS, percentile, table_of, without_empty
+from scripts.benchmark.report import COLUMNS, percentile, table_of, with_spread, without_empty
 from scripts.benchmark.runs import Times, measure
 from scripts.benchmark.simulation import simulate, step_times
+from scripts.benchmark.training import CONTESTANTS, PASSES, images_a_second
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
+from scripts.mnist import DataError, load_mnist
 from scripts.progress import Reporter, fail
+from scripts.recipe import RecipeError, load_recipe
 from scripts.step_time import flop_of
 
 CLIENTS = (1, 4, 16, 64)
@@ -44,8 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     try:
         with Reporter() as reporter:
-            Bench(args, reporter).run()
-    except (BenchError, OSError) as error:
+            if args.mode == "training":
+                bench_training(args, reporter)
+            else:
+                Bench(args, reporter).run()
+    except (BenchError, DataError, RecipeError, OSError) as error:
         raise fail(f"bench: {error}") from error
 
 
@@ -122,14 +130,35 @@ class Bench:
         return statistics.median(row["images_a_second"] for row in rows if row["contestant"] == contestant)
 
 
+def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
+    """The contestants take turns; the limit is the matrix rate over the arithmetic of an image."""
+    recipe, device = load_recipe(args.preset), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = load_mnist("train", args.data_dir)
+    limit = matrix_rate(device) / (PASSES * flop_of(UNet(recipe.unet)))
+    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for repeat in range(args.repeats):
+        for name, found in rates.items():
+            found.append(images_a_second(name, recipe, images, labels, device, args.steps))
+            reporter.line(f"{repeat + 1}: {name}: {found[-1]:.1f} images/s")
+    lines = [[name, with_spread(found), f"{statistics.median(found) / limit:.0%}"] for name, found in rates.items()]
+    reporter.line(as_table(("training", "images a second", "of the limit"), lines))
+    write_json(args.out, {"machine": this_machine().as_json(), "limit": limit, "images_a_second": rates})
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="closed|open|alternatives", dest="mode")
-    for mode in ("closed", "open", "alternatives"):
+    commands = parser.add_subparsers(required=True, metavar="closed|open|alternatives|training", dest="mode")
+    for mode in ("closed", "open", "alternatives", "training"):
         command = commands.add_parser(mode)
         command.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
+        command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
+        if mode == "training":
+            command.add_argument("--preset", default="default", help="default: default")
+            command.add_argument("--steps", type=integer(1, 100_000), default=30, help="of each repeat; default: 30")
+            command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
+            continue
         command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="of each window; default: 20")
         command.add_argument(
             "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
@@ -138,7 +167,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "--objective", type=float, default=5.0, help="seconds within which an answer is in time; default: 5"
         )
         command.add_argument("--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also at these batches")
-        command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
         if mode == "closed":
             command.add_argument("--clients", type=integer(1, 1024), nargs="+", default=CLIENTS)
         if mode == "open":

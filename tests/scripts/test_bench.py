@@ -8,6 +8,7 @@ from scripts.benchmark import contestants, loads
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, started, this_service
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
 
 
 @pytest.fixture
@@ -58,6 +59,23 @@ def test_arrivals_at_random_are_held_against_a_simulation(
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
     assert half["latencies"]["one"]["p95"] > 0
     assert half["predicted_p95"] > 0
+
+
+def test_trainings_are_timed_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_idx_files(tmp_path / "data")
+    trust_idx_files(monkeypatch)
+    (tmp_path / "tiny.toml").write_text(RECIPES["cosine"])
+    uncompiled = ("scripts.train, not compiled", "a plain loop")
+    monkeypatch.setattr(bench, "CONTESTANTS", uncompiled)
+    monkeypatch.setattr(bench, "matrix_rate", lambda device: 1e12)
+    out, preset, data = tmp_path / "out.json", f"--preset={tmp_path / 'tiny.toml'}", f"--data-dir={tmp_path / 'data'}"
+    bench.main(["training", "--repeats=2", "--steps=6", preset, data, f"--out={out}"])
+    content = json.loads(out.read_text())
+    assert set(content["images_a_second"]) == set(uncompiled)
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in content["images_a_second"].values())
+    assert capsys.readouterr().out.count("%") == 2
 
 
 def test_what_is_not_asked_for_otherwise_is_unguided() -> None:

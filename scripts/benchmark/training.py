@@ -1,0 +1,77 @@
+"""How fast training goes, beside a loop as one would first write it: `python -m scripts.bench training`."""
+
+import time
+from collections.abc import Iterator
+from itertools import islice, pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from model.schedule import Schedule
+from model.unet import UNet
+from scripts.mnist import to_model_range
+from scripts.objective import DenoisingObjective
+from scripts.recipe import Recipe
+from scripts.trainer import Trainer
+
+CONTESTANTS = ("scripts.train", "scripts.train, not compiled", "a plain loop")
+WARM_UP_STEPS = 5  # in which it compiles
+PASSES = 3  # a backward pass costs two forward ones
+
+
+class _EnoughError(Exception):
+    """All steps were made."""
+
+
+def images_a_second(
+    name: str, recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device, num_steps: int
+) -> float:
+    """Of one contestant, over so many steps; images uint8 (N, C, H, W), labels (N,)."""
+    if name == "a plain loop":
+        times = list(islice(plain_loop(recipe, images, labels, device), WARM_UP_STEPS + num_steps + 1))
+    else:
+        times = of_trainer(recipe, images, labels, device, num_steps, compiled=name == "scripts.train")
+    steps = [later - earlier for earlier, later in pairwise(times[WARM_UP_STEPS:])]
+    return recipe.batch_size * len(steps) / sum(steps)
+
+
+def of_trainer(
+    recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device, num_steps: int, *, compiled: bool
+) -> list[float]:
+    """When each step of a training by the recipe was done."""
+    times: list[float] = []
+
+    def note(step: int, loss: float) -> None:
+        times.append(time.perf_counter())
+        if len(times) > WARM_UP_STEPS + num_steps:
+            raise _EnoughError
+
+    objective = DenoisingObjective(recipe, images, labels, device)
+    trainer = Trainer(recipe, objective, seed=0, device=device, compiled=compiled)
+    try:
+        while True:
+            trainer.run_epoch(note)
+    except _EnoughError:
+        return times
+
+
+def plain_loop(recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device) -> Iterator[float]:
+    """The same network learns eps from a DataLoader's shuffled batches in float32; when each step was done."""
+    network, schedule = UNet(recipe.unet).to(device), Schedule(recipe.schedule)
+    alpha_bar = schedule.alpha_bar.float().to(device)  # (T + 1,)
+    optimizer = torch.optim.Adam(network.parameters(), lr=recipe.optimizer.lr)
+    examples = TensorDataset(to_model_range(images), labels.long())
+    while True:
+        for x_0, y in DataLoader(examples, recipe.batch_size, shuffle=True, drop_last=True):
+            x_0, y = x_0.to(device), y.to(device)  # (B, C, H, W), (B,)
+            t = torch.randint(1, schedule.num_steps + 1, (len(x_0),), device=device)  # (B,)
+            eps = torch.randn_like(x_0)  # (B, C, H, W)
+            alpha_bar_t = alpha_bar[t][:, None, None, None]  # (B, 1, 1, 1)
+            x_t = alpha_bar_t.sqrt() * x_0 + (1 - alpha_bar_t).sqrt() * eps  # (B, C, H, W)
+            loss = nn.functional.mse_loss(network(x_t, t, y), eps)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            yield time.perf_counter()

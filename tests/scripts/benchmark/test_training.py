@@ -1,0 +1,52 @@
+"""What is timed is training: both loops learn."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.benchmark import training
+from scripts.benchmark.training import WARM_UP_STEPS, images_a_second, of_trainer, plain_loop
+from scripts.mnist import load_mnist
+from tests.scripts.tiny_training import recipe_of, trust_idx_files, write_idx_files
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
+    write_idx_files(tmp_path)
+    trust_idx_files(monkeypatch)
+    return load_mnist("train", tmp_path)
+
+
+def test_the_plain_loop_learns(examples: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    losses: list[float] = []
+    mse_loss = torch.nn.functional.mse_loss
+
+    def note(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        loss = mse_loss(output, target)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(training.nn.functional, "mse_loss", note)
+    torch.manual_seed(0)
+    times = list(itertools.islice(plain_loop(recipe_of("cosine"), *examples, CPU), 60))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert times == sorted(times)
+
+
+def test_a_training_is_timed_step_by_step_over_as_many_epochs_as_it_takes(
+    examples: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    times = of_trainer(recipe_of("cosine"), *examples, CPU, num_steps=9, compiled=False)  # four steps an epoch
+    assert len(times) == WARM_UP_STEPS + 9 + 1
+    assert times == sorted(times)
+
+
+def test_images_a_second_leave_the_first_steps_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [100.0 * k for k in range(WARM_UP_STEPS)] + [1000.0 + 0.5 * k for k in range(5)]
+    monkeypatch.setattr(training, "of_trainer", lambda *args, compiled: times)
+    empty = torch.empty(0)
+    assert images_a_second("scripts.train", recipe_of("cosine"), empty, empty, CPU, 4) == 8 / 0.5
