@@ -1,8 +1,16 @@
-"""Every metric of the service, declared here and nowhere else."""
+"""Every metric of the service, declared here and nowhere else, beside the usual ones of a process."""
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from app.errors import UnfogError
 
@@ -20,6 +28,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # process_*: memory, processor time, open files
         self.requests = self._counter("requests", "HTTP requests answered.", "route", "code")
         self.request_duration = self._histogram("request_duration_seconds", "Time of a request.", SECONDS, "route")
         self.requests_in_progress = self._gauge("requests_in_progress", "HTTP requests being answered.")

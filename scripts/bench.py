@@ -5,12 +5,14 @@ open          requests at random times, at shares of the capacity, latency count
               beside what a simulation of the loop on the measured step times says
 alternatives  the same beside what a user would pick instead, of the same weights, in one run
 training      images a second of scripts.train beside a plain loop's and what the matrix rate would allow
+endurance     load of every kind for an hour: whether memory grows, and whether a picture changes
 
 Each figure is a median with its range over the repeats; every repeat starts the service anew. Raw results go into
 the JSON file, with the machine and the rate at which it multiplies matrices. UNFOG_* variables reach the service.
 """
 
 import argparse
+import asyncio
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,8 @@ from model.checkpoint import SHIPPED, load
 from model.unet import UNet
 from scripts.arguments import Parser, integer
 from scripts.benchmark.alternatives.painter import Painter
-from scripts.benchmark.contestants import BenchError, Contestant, alternative, this_service
+from scripts.benchmark.contestants import BenchError, Contestant, alternative, started, this_service
+from scripts.benchmark.endurance import endure
 from scripts.benchmark.load import arrivals
 from scripts.benchmark.loads import FEW, Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
@@ -37,6 +40,7 @@ from scripts.progress import Reporter, fail
 from scripts.recipe import RecipeError, load_recipe
 from scripts.step_time import flop_of
 
+MODES = ("closed", "open", "alternatives", "training", "endurance")
 CLIENTS = (1, 4, 16, 64)
 SATURATING = 64  # clients of one image
 NUM_STEPS = 100
@@ -49,10 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     try:
         with Reporter() as reporter:
-            if args.mode == "training":
-                bench_training(args, reporter)
-            else:
-                Bench(args, reporter).run()
+            runs = {"training": bench_training, "endurance": bench_endurance}
+            runs.get(args.mode, lambda args, reporter: Bench(args, reporter).run())(args, reporter)
     except (BenchError, DataError, RecipeError, OSError) as error:
         raise fail(f"bench: {error}") from error
 
@@ -145,15 +147,32 @@ def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
     write_json(args.out, {"machine": this_machine().as_json(), "limit": limit, "images_a_second": rates})
 
 
+def bench_endurance(args: argparse.Namespace, reporter: Reporter) -> None:
+    """One start, `--minutes` of load; BenchError where a picture changed."""
+    with started(this_service()) as running:
+        idle = running.resident_megabytes()
+        log = asyncio.run(endure(running, 60 * args.minutes, reporter))
+    found = {"machine": this_machine().as_json(), "minutes": args.minutes, "megabytes_idle": idle, **log.as_json()}
+    write_json(args.out, found)
+    answers = ", ".join(f"{count} x {status or 'left'}" for status, count in sorted(log.answers.items()))
+    reporter.line(f"{answers}; {idle:.0f} MB idle, then {log.looks[0][1]:.0f} to {log.looks[-1][1]:.0f} MB")
+    reporter.line(f"growth in the second half: {found['megabytes_an_hour']:.2f} MB an hour")
+    if len(log.pictures) != 1:
+        raise BenchError(f"the same request gave {len(log.pictures)} pictures")
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="closed|open|alternatives|training", dest="mode")
-    for mode in ("closed", "open", "alternatives", "training"):
+    commands = parser.add_subparsers(required=True, metavar="|".join(MODES), dest="mode")
+    for mode in MODES:
         command = commands.add_parser(mode)
-        command.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
         command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
+        if mode == "endurance":
+            command.add_argument("--minutes", type=float, default=60.0, help="default: 60")
+            continue
+        command.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
         if mode == "training":
             command.add_argument("--preset", default="default", help="default: default")
             command.add_argument("--steps", type=integer(1, 100_000), default=30, help="of each repeat; default: 30")

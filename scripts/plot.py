@@ -1,7 +1,8 @@
-"""Pictures of what the model does: `python -m scripts.plot noise|reverse|losses|epochs|sheet --out picture.png`."""
+"""Pictures: `python -m scripts.plot noise|reverse|losses|epochs|sheet|bench --out picture.png`."""
 
 import argparse
 import csv
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from model.checkpoint import CheckpointError
 from model.diffusion import Diffusion
 from model.schedule import Schedule
 from scripts.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer
+from scripts.benchmark.figures import show_bench
 from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.figures import Panel, draw_panels, new_figure, save_figure
 from scripts.mnist import DataError, load_mnist, to_model_range
@@ -177,6 +179,15 @@ def _epochs(args: argparse.Namespace, reporter: Reporter) -> None:
     save_figure(show_epochs(args.folder, args.epochs), args.out, grey=True)
 
 
+def _bench(args: argparse.Namespace, reporter: Reporter) -> None:
+    try:
+        rows = json.loads(args.file.read_text("utf-8"))["rows"]
+        figure = show_bench(rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlotError(f"{args.file} is none of scripts.bench's files") from error
+    save_figure(figure, args.out, grey=False)
+
+
 def _sheet(args: argparse.Namespace, reporter: Reporter) -> None:
     drawer = open_drawer(args)
     num_classes, columns = len(drawer.class_names), 10
@@ -189,7 +200,7 @@ def _sheet(args: argparse.Namespace, reporter: Reporter) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.plot", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="noise|reverse|losses|epochs|sheet")
+    commands = parser.add_subparsers(required=True, metavar="noise|reverse|losses|epochs|sheet|bench")
 
     noise = commands.add_parser("noise", help="the forward process: one digit at t = 0, 10, ... 100")
     noise.add_argument("--digit", type=integer(0, 9), default=7, help="default: 7")
@@ -207,7 +218,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     epochs.add_argument("folder", type=Path, help="folder of the run")
     epochs.add_argument("--epochs", type=integer(1), nargs="+", help="default: 1 5 15 30, or the last")
     epochs.set_defaults(run=_epochs)
-    for command in (noise, reverse, sheet, losses, epochs):
+    bench = commands.add_parser("bench", help="what scripts.bench measured")
+    bench.add_argument("file", type=Path, help="its JSON")
+    bench.set_defaults(run=_bench)
+    for command in (noise, reverse, sheet, losses, epochs, bench):
         command.add_argument("--out", type=file_to_write(".png"), required=True, help="the .png to write")
     return parser.parse_args(argv)
 

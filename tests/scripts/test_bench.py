@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from scripts import bench
-from scripts.benchmark import contestants, loads
+from scripts.benchmark import contestants, endurance, loads
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, started, this_service
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -59,6 +59,23 @@ def test_arrivals_at_random_are_held_against_a_simulation(
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
     assert half["latencies"]["one"]["p95"] > 0
     assert half["predicted_p95"] > 0
+
+
+def test_a_service_under_load_of_every_kind_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_tiny_checkpoint(tmp_path / "tiny.safetensors", num_steps=100)
+    for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(f"UNFOG_{name}", value)
+    monkeypatch.setattr(endurance, "LOOK_SECONDS", 1.0)
+    out = tmp_path / "endurance.json"
+    bench.main(["endurance", "--minutes=0.1", f"--out={out}"])
+    found = json.loads(out.read_text())
+    assert set(found["answers"]) <= {"0", "200", "422", "429"}
+    assert found["answers"]["200"] > 5
+    assert found["pictures"] == 1
+    assert len(found["megabytes"]) >= 3
+    assert "MB an hour" in capsys.readouterr().out
 
 
 def test_trainings_are_timed_side_by_side(

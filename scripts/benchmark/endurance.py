@@ -1,0 +1,94 @@
+"""Hours of load of every kind, with memory and a picture that must not change looked at all the while."""
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from scripts.benchmark.contestants import BenchError, Running
+from scripts.progress import Reporter, require
+
+if TYPE_CHECKING:
+    from aiohttp import ClientSession
+
+CLIENTS = 8
+LOOK_SECONDS = 15.0  # between two looks at memory and at the picture
+SAMPLERS = ("ddpm", "ddim", "dpmpp")
+FORMATS = ("application/json", "image/png", "application/zip", "text/event-stream")
+LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # shares of the requests
+PROBE = {"digit": 3, "seed": 11, "num_steps": 10, "sampler": "dpmpp"}
+
+
+@dataclass(slots=True)
+class Log:
+    """What was seen."""
+
+    looks: list[tuple[float, float]] = field(default_factory=list)  # (seconds, resident megabytes)
+    pictures: set[bytes] = field(default_factory=set)
+    answers: dict[int, int] = field(default_factory=dict)  # by status; 0 for a client that left
+
+    def count(self, status: int) -> None:
+        """One more."""
+        self.answers[status] = self.answers.get(status, 0) + 1
+
+    def as_json(self) -> dict[str, Any]:
+        """With the growth of the second half, when all that is kept for good has been made."""
+        later = self.looks[len(self.looks) // 2 :]
+        return {
+            "answers": {str(status): count for status, count in sorted(self.answers.items())},
+            "pictures": len(self.pictures),
+            "megabytes": [round(megabytes, 1) for _, megabytes in self.looks],
+            "megabytes_an_hour": growth(later),
+        }
+
+
+def growth(looks: Sequence[tuple[float, float]]) -> float:
+    """Megabytes an hour: the slope of the line through (seconds, megabytes) that Theil and Sen would draw."""
+    pairs = ((a, b) for i, a in enumerate(looks) for b in looks[i + 1 :] if b[0] > a[0])
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
+    return 3600 * statistics.median(slopes) if slopes else float("nan")
+
+
+async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:
+    """Clients ask, leave and err at random for so long; BenchError where an answer is one that must not be."""
+    aiohttp, log, end = require("aiohttp", extra="bench"), Log(), time.monotonic() + seconds
+    async with aiohttp.ClientSession(running.url, timeout=aiohttp.ClientTimeout(600)) as session:
+        with reporter.task("under load", round(seconds), "s") as task:
+            async with asyncio.TaskGroup() as group:
+                for client in range(CLIENTS):
+                    group.create_task(_client(session, random.Random(f"{seed}-{client}"), end, log))
+                start = time.monotonic()
+                while (now := time.monotonic()) < end:
+                    async with session.post("/generate", json=PROBE, headers={"Accept": FORMATS[1]}) as answer:
+                        log.pictures.add(await answer.read())
+                    log.looks.append((now - start, running.resident_megabytes()))
+                    task.advance(round(min(LOOK_SECONDS, end - now)), f"{log.looks[-1][1]:.0f} MB")
+                    await asyncio.sleep(min(LOOK_SECONDS, max(0.0, end - time.monotonic())))
+    unexpected = set(log.answers) - {0, 200, 422, 429}
+    if unexpected:
+        raise BenchError(f"answers of {sorted(unexpected)} under load")
+    return log
+
+
+async def _client(session: "ClientSession", choose: random.Random, end: float, log: Log) -> None:
+    while time.monotonic() < end:
+        body: dict[str, Any] = {
+            "digit": choose.randrange(10),
+            "count": choose.choice([1, 1, 1, 2, 4, 16, 64]),
+            "num_steps": choose.choice([1, 5, 10, 20, 50]),
+            "sampler": choose.choice(SAMPLERS),
+            "guidance_scale": choose.choice([1, 1, 1.5, 3]),
+        }
+        if choose.random() < IS_WRONG:
+            body["digit"] = 10
+        patience = choose.uniform(0.0, 0.5) if choose.random() < LEAVES_EARLY else None
+        try:
+            async with asyncio.timeout(patience):
+                async with session.post("/generate", json=body, headers={"Accept": choose.choice(FORMATS)}) as answer:
+                    await answer.read()
+                    log.count(answer.status)
+        except TimeoutError:
+            log.count(0)

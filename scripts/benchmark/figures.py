@@ -1,0 +1,90 @@
+"""Figures of a benchmark's JSON: bars a load and a contestant, or lines over the load where it rose."""
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from scripts.figures import LABEL_SIZE, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 900, 340  # pixels; of bars as many as there are
+BAR_HEIGHT, MARGIN = 22, 90
+LABEL_WIDTH = 330
+COLOURS = ("#1f77b4", "#6baed6", "#9e9e9e", "#c2a572", "#d95f02", "#a63603", "#7b3294")
+Rows = Sequence[dict[str, Any]]
+
+
+def show_bench(rows: Rows) -> "Figure":
+    """The rows of `scripts.bench`'s JSON."""
+    rising = [row for row in rows if "predicted_p95" in row]
+    return _lines(rising) if rising else _bars(rows)
+
+
+def _lines(rows: Rows) -> "Figure":
+    """Latency, and images a second, against the requests that come in a second."""
+    figure = new_figure(WIDTH, HEIGHT)
+    latency, rate = figure.subplots(1, 2)
+    rates = sorted({row["rate"] for row in rows})
+    at = [[row for row in rows if row["rate"] == asked] for asked in rates]
+    (kind,) = rows[0]["latencies"]
+    for share, colour in (("p50", COLOURS[1]), ("p95", COLOURS[0])):
+        _line(latency, rates, [[row["latencies"][kind][share] for row in of_it] for of_it in at], share, colour)
+    simulated = [statistics.median(row["predicted_p95"] for row in of_it) for of_it in at]
+    latency.plot(rates, simulated, "--", color=COLOURS[4], label="p95, simulated")
+    latency.set_yscale("log")
+    _describe(latency, "images asked for a second", "seconds until answered")
+    _line(rate, rates, [[row["images_a_second"] for row in of_it] for of_it in at], "answered", COLOURS[0])
+    _line(rate, rates, [[row["goodput"] for row in of_it] for of_it in at], "answered in time", COLOURS[4])
+    rate.plot(rates, rates, ":", color="#bbbbbb", label="asked for")
+    rate.set_ylim(0, 1.3 * max(row["images_a_second"] for row in rows))
+    _describe(rate, "images asked for a second", "images a second")
+    figure.tight_layout()
+    return figure
+
+
+def _line(axes: "Axes", x: Sequence[float], values: Sequence[Sequence[float]], label: str, colour: str) -> None:
+    """Medians, and the range over the repeats."""
+    axes.plot(x, [statistics.median(found) for found in values], "o-", color=colour, label=label, markersize=4)
+    axes.fill_between(x, [min(found) for found in values], [max(found) for found in values], color=colour, alpha=0.2)
+
+
+def _describe(axes: "Axes", x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=LABEL_SIZE)
+    axes.set_ylabel(y, fontsize=LABEL_SIZE)
+    axes.tick_params(labelsize=LABEL_SIZE)
+    axes.legend(fontsize=LABEL_SIZE, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _bars(rows: Rows) -> "Figure":
+    """Images a second, and seconds until answered, of each contestant under each load."""
+    contestants = list(dict.fromkeys(row["contestant"] for row in rows))
+    groups = list(dict.fromkeys((row["load"], row["contestant"]) for row in rows))
+    height = BAR_HEIGHT * len(groups) + MARGIN
+    figure = new_figure(WIDTH, height)
+    box = {"left": LABEL_WIDTH / WIDTH, "right": 0.98, "bottom": 50 / height, "top": 1 - 10 / height, "wspace": 0.08}
+    rate, latency = figure.subplots(1, 2, sharey=True, gridspec_kw=box)
+    for place, (load, contestant) in enumerate(groups):
+        of_it = [row for row in rows if (row["load"], row["contestant"]) == (load, contestant)]
+        colour = COLOURS[contestants.index(contestant) % len(COLOURS)]
+        found = [row["images_a_second"] for row in of_it]
+        middle = statistics.median(found)
+        spread = [[middle - min(found)], [max(found) - middle]]
+        rate.barh(place, middle, color=colour, xerr=spread, error_kw={"ecolor": "#444444", "capsize": 2})
+        for kind, marker in zip(of_it[0]["latencies"], "os^", strict=False):
+            p50, p95 = (statistics.median(row["latencies"][kind][share] for row in of_it) for share in ("p50", "p95"))
+            latency.plot([p50, p95], [place, place], "-", color=colour)
+            latency.plot([p50], [place], marker, color=colour, markersize=4)
+            latency.plot([p95], [place], "|", color=colour, markersize=9)
+    rate.set_yticks(range(len(groups)), [f"{load}: {contestant}" for load, contestant in groups], fontsize=LABEL_SIZE)
+    rate.invert_yaxis()
+    latency.set_xscale("log")
+    rate.set_xlabel("images a second", fontsize=LABEL_SIZE)
+    latency.set_xlabel("seconds until answered, p50 to p95", fontsize=LABEL_SIZE)
+    for axes in (rate, latency):
+        axes.tick_params(labelsize=LABEL_SIZE)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

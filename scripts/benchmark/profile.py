@@ -1,0 +1,122 @@
+"""Where the time of a reverse step goes, kernel by kernel: `python -m scripts.benchmark.profile --rows 64`.
+
+Not compiled and compiled, one after the other; the compiled one is compiled anew, with its kernels' names in it.
+"""
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from model import compiler
+from model.checkpoint import SHIPPED, load
+from model.memory import keep_freed_memory
+from model.precision import fast_dtype
+from model.step import ReverseStep, State, Step
+from scripts.arguments import Parser, integer
+from scripts.evaluation.tables import as_table
+from scripts.progress import Reporter
+
+WARM_UP, REPEATS = 5, 20
+KINDS = (  # the first whose part is in a kernel's name
+    ("normalisation", ("group_norm", "var_mean", "layer_norm")),
+    ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
+    ("activations", ("gelu", "silu", "tanh", "erf")),
+    ("copies", ("copy", "clone", "cat", "to_copy", "contiguous", "empty", "index")),
+)
+OTHER = "all else"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the arguments, profiles, prints the table."""
+    args = _parse(argv)
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
+    device = torch.device("cpu")
+    found = {}
+    with Reporter() as reporter, tempfile.TemporaryDirectory() as cache:
+        for name in ("not compiled", "compiled"):
+            program = ReverseStep(load(SHIPPED), device, fast_dtype(device))
+            step = _with_names(program, Path(cache)) if name == "compiled" else program
+            found[name] = milliseconds_by_kind(step, _inputs(program, args.rows))
+        lines = [[kind, *(f"{of_it.get(kind, 0.0):.2f}" for of_it in found.values())] for kind in _kinds_of(found)]
+        reporter.line(as_table((f"ms of a step of {args.rows} rows", *found), lines))
+
+
+def milliseconds_by_kind(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """Of one call: its kernels by kind, what lies between them, and the whole as it is without the profiler."""
+    with torch.inference_mode():
+        for _ in range(WARM_UP):
+            step(*inputs)
+        whole = _time(lambda: step(*inputs))
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(REPEATS):
+                step(*inputs)
+    kinds: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        kinds[kind_of(event.key)] += event.self_cpu_time_total / 1000 / REPEATS
+    return {**kinds, "whole": whole}
+
+
+def kind_of(kernel: str) -> str:
+    """What a kernel does, by its name; a fused one does the first of what it is named for."""
+    return next((kind for kind, parts in KINDS if any(part in kernel for part in parts)), OTHER)
+
+
+def _time(call: Callable[[], object]) -> float:
+    """Milliseconds, the least of a few."""
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * min(seconds)
+
+
+def _with_names(program: ReverseStep, cache: Path) -> Step:
+    """Compiled so that the profiler sees each kernel."""
+    export = compiler._export_step
+
+    def without_traces(program: ReverseStep) -> torch.export.ExportedProgram:
+        exported = export(program)
+        for node in exported.graph.nodes:  # torch 2.13 writes them into the code, where a `)"` of ours ends them
+            node.meta.pop("stack_trace", None)
+        return exported
+
+    named = mock.patch.dict(compiler.OPTIONS, {"cpp.enable_kernel_profile": True})
+    with named, mock.patch.object(compiler, "_export_step", without_traces):
+        return compiler.compiled_step(program, cache)
+
+
+def _inputs(program: ReverseStep, count: int) -> tuple[Tensor, ...]:
+    state, rows = State.zeros(count, program.checkpoint.image_shape, program.device), torch.arange(count)
+    state.x_t.normal_()
+    t = program.checkpoint.schedule.num_steps // 2
+    return (*state, torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]]), rows, rows, rows)
+
+
+def _kinds_of(found: dict[str, dict[str, float]]) -> list[str]:
+    return [*(kind for kind, _ in KINDS), OTHER, "whole"]
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m scripts.benchmark.profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=integer(1, 4096), default=64, help="of a step; default: 64")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

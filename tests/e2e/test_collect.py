@@ -1,0 +1,54 @@
+"""Digits collected from a real service are the bytes that it sends, in a folder that can be evaluated."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts import collect
+from scripts.evaluation.samples import read_facts, read_samples
+from tests.e2e.service import Service, open_png
+
+
+def test_what_is_collected_is_what_the_service_sends(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collect, "A_REQUEST", 8)  # ten of each digit are two requests
+    out, options = tmp_path / "served", ["--num-steps=2", "--sampler=ddim", "--guidance-scale=1"]
+    collect.main([service.url, "--num-images=100", "--seed=40", *options, f"--out={out}"])
+    asked = {"num_steps": 2, "sampler": "ddim", "guidance_scale": 1}
+    last = service.images(digit=9, count=2, seed=41, **asked)
+    assert [(out / f"digit-9-seed-41-{i}.png").read_bytes() for i in range(2)] == last
+    read = read_samples(out)
+    assert read.labels.bincount().tolist() == [10] * 10
+    assert any((image[0].numpy() == open_png(last[0])[0]).all() for image in read.images)
+    facts = read_facts(out)
+    assert (facts["options"], facts["seed"]) == (asked, 40)
+    assert facts["models"][0]["name"] == "default"
+
+
+def test_a_folder_that_holds_something_is_left_alone(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(SystemExit):
+        collect.main([service.url, "--num-images=10", f"--out={tmp_path}"])
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(("option", "reason"), [("--num-steps=101", "answered 422"), ("--model=none", "answered 422")])
+def test_a_refusal_is_one_sentence_and_status_2(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, reason: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        collect.main([service.url, "--num-images=10", option, f"--out={tmp_path / 'new'}"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_nobody_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        collect.main(["http://127.0.0.1:9", "--num-images=10", f"--out={tmp_path / 'new'}"])
+    assert "does not answer" in capsys.readouterr().err
