@@ -13,7 +13,15 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("app", "model", "scripts")
 MAX_LINES = 280
 # The modules of the service that handle tensors: the runner and what it is made of.
-MAY_IMPORT_TORCH = {"app/runner.py", "app/network.py", "app/slots.py", "app/device.py"}
+MAY_IMPORT_TORCH = {
+    "app/runner.py",
+    "app/network.py",
+    "app/slots.py",
+    "app/threads.py",
+    "app/transfers.py",
+    "app/warm_up.py",
+    "app/device.py",
+}
 
 
 def sources(*folders: str) -> list[Path]:
