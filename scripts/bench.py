@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,16 @@ class Bench:
         self._matrix_rate = matrix_rate(self._device)  # while nothing else runs
         self._flop = flop_of(load(SHIPPED).network)
         self._rows: list[dict[str, Any]] = []
+        self._content: dict[str, Any] = {}
 
     def run(self) -> None:
         """The mode that was asked for; the table is printed and the JSON written."""
         facts = {**this_machine().as_json(), "matrix_rate": self._matrix_rate, "flop_a_call": self._flop}
         self._reporter.line(", ".join(f"{name}: {value}" for name, value in facts.items()))
+        self._content = {"machine": facts, "seconds": asdict(self._times), "rows": self._rows}
         {"closed": self._closed, "open": self._open, "alternatives": self._alternatives}[self._args.mode]()
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
-        times = {"window": self._times.window, "settle": self._times.settle, "objective": self._times.objective}
-        write_json(self._args.out, {"machine": facts, "seconds": times, "rows": self._rows})
+        write_json(self._args.out, self._content)
 
     def _closed(self) -> None:
         self._repeat([self._own, *self._at_batches], closed_loads(self._args.clients))
@@ -113,7 +115,8 @@ class Bench:
                     found = f"{row['images_a_second']:.2f} images/s"
                     self._reporter.line(f"{repeat + 1}: {contestant.name}, {row['load']}: {found}")
                     rows.append({"repeat": repeat, **row, **self._share_of(row)})
-        self._rows += rows
+                self._rows += rows[-len(loads) :]
+                write_json(self._args.out, self._content)  # what was measured is not lost with what comes
         return rows
 
     def _share_of(self, row: dict[str, Any]) -> dict[str, float]:
