@@ -36,11 +36,6 @@ class Batcher:
         """How many there are."""
         return len(self._jobs)
 
-    @property
-    def images(self) -> list[int]:
-        """How many each has left, oldest first."""
-        return [len(job.unfinished) for job in self._jobs]
-
     def add(self, job: Job) -> None:
         """Admits a job whole; QueueFullError if its images do not all fit."""
         missing = self.waiting + job.count - self.capacity

@@ -35,7 +35,8 @@ def main() -> None:
         if sys.argv[1:]:
             Runner.load(settings.model_copy(update={"compile": "on"}))
             return
-        keep_freed_memory()
+        if not keep_freed_memory():
+            log.info("this C library keeps no memory for the next step: steps take a little longer")
         app = create_app(settings)
         listener = bind(settings.host, settings.port)
         asyncio.run(serve(app, settings, listener))

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from app import errors
 from app.batcher import Batcher, QueueFullError
 from app.device import RunnerError
-from app.forecast import retry_after, seconds_to_finish, seconds_to_room
+from app.forecast import evaluations_a_step, retry_after, seconds_to_finish, seconds_to_room
 from app.limits import Limits
 from app.metrics import Metrics
 from app.network import ModelInfo
@@ -61,7 +61,7 @@ class Engine:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
             self.state.refuse_unless_ok()
-            max_rows = self._limits.rows([*self._batcher.images, job.count])
+            max_rows = self._max_rows(job)
             job.position = self._batcher.waiting
             job.eta_seconds = seconds_to_finish(self._batcher, job, max_rows, self._pace)
             late = job.eta_seconds - job.timeout
@@ -182,12 +182,17 @@ class Engine:
             self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
-            rows = [] if self._stopping else self._batcher.select(self._limits.rows(self._batcher.images))
+            rows = [] if self._stopping else self._batcher.select(self._max_rows())
             for trajectory in rows:
                 if not trajectory.started:
                     self._batcher.start(trajectory)
                     self._note_start(trajectory.job)
             return rows, abandoned
+
+    def _max_rows(self, *more: Job) -> int:
+        """Of a step for the jobs that are there, and more; the condition is held."""
+        jobs = [*self._batcher.jobs, *more]
+        return self._limits.rows([len(job.unfinished) for job in jobs], evaluations_a_step(jobs[: self._limits.most]))
 
     def _note_start(self, job: Job) -> None:
         job.started_at = job.started_at or self._last_beat

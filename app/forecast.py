@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from collections.abc import Sequence
 
 from app.batcher import Batcher, take_turns
 from app.pace import Pace
@@ -31,7 +32,7 @@ def seconds_to_finish(batcher: Batcher, job: Job, max_batch: int, pace: Pace) ->
         if is_own:
             break
     rows = min(max_batch, batcher.waiting + batcher.running + job.count)
-    return max(job.options.num_steps, num_steps) * pace.step_seconds(rows * _evaluations_a_step([*jobs, job]))
+    return max(job.options.num_steps, num_steps) * pace.step_seconds(rows * evaluations_a_step([*jobs, job]))
 
 
 def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) -> float:
@@ -40,7 +41,7 @@ def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) 
     The batcher's own rule, run ahead: from one image's end to the next, the same rows step together.
     """
     jobs = [[[image.steps_left, image.started] for image in job.unfinished] for job in batcher.jobs]
-    num_steps, evaluations = 0, max_batch * _evaluations_a_step(batcher.jobs)
+    num_steps, evaluations = 0, max_batch * evaluations_a_step(batcher.jobs)
     while missing > 0 and jobs:
         rows = take_turns(jobs[:max_batch], max_batch)
         missing -= sum(not started for _, started in rows)
@@ -52,7 +53,7 @@ def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) 
     return num_steps * pace.step_seconds(evaluations)
 
 
-def _evaluations_a_step(jobs: list[Job]) -> float:
+def evaluations_a_step(jobs: Sequence[Job]) -> float:
     """Of the network, for one row, on the average of the steps that these jobs have left."""
     evaluations = sum(job.steps_left * job.evaluations_a_step for job in jobs)
     return evaluations / max(1, sum(job.steps_left for job in jobs))

@@ -12,7 +12,7 @@ BEST_TOLERANCE = 0.02  # of the best throughput: a larger batch is not worth les
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`shared` rows while a larger step would slow somebody down; up to `most` where all gain by it.
+    """`shared` evaluations while a larger step would slow somebody down; up to `most` rows where all gain by it.
 
     In the time of one step of `most` rows, `break_even` rows are stepped by steps of `shared`.
     """
@@ -33,8 +33,8 @@ class Limits:
         shared = min(pace.largest_batch(COMPANY_SLOWDOWN), most)
         return cls(shared, most, shared * pace.step_seconds(most) / pace.step_seconds(shared))
 
-    def rows(self, images: Sequence[int]) -> int:
-        """For jobs of so many unfinished images each.
+    def rows(self, images: Sequence[int], evaluations: float = 1.0) -> int:
+        """For jobs of so many unfinished images each, which take so many evaluations of the network a row and step.
 
         They take turns, so that the smallest job is done when all have had as many as it has images. While small
         steps are there sooner than a large one, or than two, they stay small for its sake, but for a row a job.
@@ -42,7 +42,8 @@ class Limits:
         turns = min(images, default=0) * len(images)
         if turns > self.break_even * min(math.ceil(turns / self.most), 2):
             return self.most
-        return min(max(self.shared, len(images)), self.most)
+        shared = self.shared if self.shared == self.most else max(1, int(self.shared / evaluations))
+        return min(max(shared, len(images)), self.most)
 
     def lowered_to(self, rows: int) -> "Limits":
         """At most so many."""

@@ -27,6 +27,10 @@ class Pace:
         seen = min(seconds / self._expected(rows), MAX_JUMP * self.slowdown)
         self.slowdown += weight * (seen - self.slowdown)
 
+    def relax(self, share: float) -> None:
+        """Forgets so much of how slow the machine was."""
+        self.slowdown += share * (1 - self.slowdown)
+
     def step_seconds(self, rows: float) -> float:
         """What a step of that many evaluations takes now."""
         return self.slowdown * self._expected(rows)

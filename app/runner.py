@@ -22,23 +22,25 @@ from app.device import (
 )
 from app.network import ModelInfo, Network
 from app.pace import Pace
+from app.plans import Plans
 from app.rows import rows_of
 from app.slots import Slots
 from app.threads import ComputeThreads
-from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Options, Pixels, Trajectory
+from app.trajectory import DEFAULT_MODEL, FAST_MODEL, Pixels, Trajectory
 from app.transfers import Shapes, Transfers
-from app.warm_up import check_probe, measure_paces, record_guided
+from app.warm_up import check_probe, measure_paces, record_shapes
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.compiler import CompilerError, compiled_step
 from model.noise import normal
-from model.sampler import make_plan
 from model.step import Stepped
 
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of which steps are timed
 BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # on a GPU
+# Of a GPU so many that they need not grow: a graph holds for one size.
+FIRST_SLOTS, FIRST_SLOTS_AHEAD = 64, 2047
 
 
 class Runner:
@@ -64,9 +66,10 @@ class Runner:
         self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._networks = {name: Network(name, loaded, device, dtype) for name, loaded in models.items()}
-        self._plan_starts: dict[tuple[str, str, int], int] = {}  # where each plan begins in the table
-        self._plans = torch.empty(0, 5, device=device)  # (P, 5), a row a step: t, a, b, c, s
-        self._slots = Slots(self.image_shape, device, self._transfers)
+        with torch.inference_mode():  # in which all else is made: a compiled step would tell them apart
+            self._plans = Plans(device)
+            count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
+            self._slots = Slots(count, self.image_shape, device, self._transfers)
 
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
@@ -124,7 +127,6 @@ class Runner:
             parts = [self._call(self._networks[name], own) for name, own in by_model.items()]
             finite = None if self._runs_ahead else torch.cat([finite for _, (_, _, finite) in parts]).tolist()
             self._commit(parts)
-            self._transfers.note_step()
         if finite is None:
             return self._finite_so_far(trajectories)
         of_row = dict(zip(chain(*by_model.values()), finite, strict=True))
@@ -134,7 +136,7 @@ class Runner:
         """Where the results belong, (B,), and the results."""
         rows = rows_of(trajectories, self._shapes, self._transfers)
         start = time.perf_counter()
-        stepped = network.step(*self._slots.state, self._plans, *rows)
+        stepped = network.step(*self._slots.state, self._plans.table, *rows)
         self.network_seconds += time.perf_counter() - start
         x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is nobody's
         return rows.slots[: len(trajectories)], (x_prev, x_0, finite)
@@ -146,6 +148,7 @@ class Runner:
                 self._slots.write(slots, x_t=x_prev, x_0=x_0, step=self._slots.state.step[slots] + 1)
                 if self._runs_ahead:
                     self._slots.finite[slots] &= finite
+            self._transfers.note_step()
         except Exception as error:
             raise DeviceLostError("a step was written in part") from error
 
@@ -154,7 +157,10 @@ class Runner:
         ending = [trajectory for trajectory in trajectories if trajectory.steps_left == 1]
         if not ending:
             return [True] * len(trajectories)
-        finite = self._transfers.download(self._slots.finite[self._slots.of(ending)]).tolist()
+        try:
+            finite = self._transfers.download(self._slots.finite[self._slots.of(ending)]).tolist()
+        except Exception as error:
+            raise DeviceLostError("a step that was enqueued has failed") from error
         of_row = dict(zip(ending, finite, strict=True))
         return [of_row.get(trajectory, True) for trajectory in trajectories]
 
@@ -183,7 +189,7 @@ class Runner:
         for network in self._networks.values():
             check_probe(self, network)
         if self._runs_ahead:
-            record_guided(self, self.batches, should_stop)
+            record_shapes(self, self.batches, should_stop)
         paces = measure_paces(self, self.batches, self._threads, should_stop)
         self._threads.learn(paces)
         return paces[self._threads.count].copy()
@@ -208,13 +214,16 @@ class Runner:
             return
         options = [trajectory.job.options for trajectory in trajectories]
         columns = zip(
-            *((o.seed, o.digit, self._plan_row(o), t.index) for o, t in zip(options, trajectories, strict=True)),
+            *(
+                (o.seed, o.digit, self._plans.start_of(o, self._networks[o.model].checkpoint.schedule), t.index)
+                for o, t in zip(options, trajectories, strict=True)
+            ),
             strict=True,
         )
         seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
         step = torch.zeros_like(seed)
         x_T = normal(seed, index, step, self.image_shape)  # (B, C, H, W)
-        scale = torch.tensor([o.guidance_scale for o in options], device=self.device)  # (B,)
+        scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
         self._slots.begin(
             trajectories,
             x_t=x_T,
@@ -226,16 +235,6 @@ class Runner:
             step=step,
             guidance_scale=scale,
         )
-
-    def _plan_row(self, options: Options) -> int:
-        """Where in the table this plan starts; it is made the first time that it is asked for."""
-        key = (options.model, options.sampler, options.num_steps)
-        if key not in self._plan_starts:
-            loaded = self._networks[options.model].checkpoint
-            plan = make_plan(loaded.schedule, options.sampler, options.num_steps)
-            self._plan_starts[key] = len(self._plans)
-            self._plans = torch.cat([self._plans, plan.table(self.device)])
-        return self._plan_starts[key]
 
 
 def _load(path: Path, variable: str) -> Checkpoint:

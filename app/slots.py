@@ -7,17 +7,19 @@ from app.trajectory import Trajectory
 from app.transfers import Transfers
 from model.step import State
 
-FIRST_SLOTS = 64
 NOBODY = 0  # the slot of rows that fill up a step
 
 
 class Slots:
     """One state whose rows are dealt out to trajectories; it grows when all are taken."""
 
-    def __init__(self, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers) -> None:
-        self.state = State.zeros(1 + FIRST_SLOTS, image_shape, device)
-        self.finite = torch.ones(1 + FIRST_SLOTS, dtype=torch.bool, device=device)  # (S,) all that was computed so far
-        self._free = list(range(NOBODY + 1, 1 + FIRST_SLOTS))
+    def __init__(
+        self, count: int, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers
+    ) -> None:
+        """`count` of them at first."""
+        self.state = State.zeros(1 + count, image_shape, device)
+        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) all that was computed so far
+        self._free = list(range(NOBODY + 1, 1 + count))
         self._transfers = transfers
 
     def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch
 
 from app.pace import Pace
 
-RETRY_STEPS = 64  # with one fewer, until a single step is made with all again
-MARGIN = 1.1  # fewer must be so much faster
+MARGIN = 1.1  # the other number must be expected to be so much faster
 WEIGHT = 0.2  # of the newest step: a core is taken suddenly
+RELAXATION = 1 / 64  # a step: what was seen of the number that is not in use is forgotten, so that it is tried again
 
 
 class ComputeThreads:
@@ -21,8 +21,7 @@ class ComputeThreads:
         """`counts` has all of them first, then one fewer where that is an option; `use` acts on the calling thread."""
         self.counts, self._use = tuple(counts), use
         self._paces: Mapping[int, Pace] = {}
-        self._steps_left = 0  # with one fewer
-        self._retrying = False
+        self._is_new = False  # no step has been made yet with the present number
         self.count = self.counts[0]
 
     def set(self, count: int) -> None:
@@ -38,16 +37,10 @@ class ComputeThreads:
         """A step has been made; the next one's number follows from it."""
         if len(self._paces) < 2:
             return
-        most, fewer = self.counts
-        weight, self._retrying = (1.0 if self._retrying else WEIGHT), False
+        (other,) = (count for count in self.counts if count != self.count)
+        weight, self._is_new = (1.0 if self._is_new else WEIGHT), False
         self._paces[self.count].observe(evaluations, seconds, weight)
-        if self.count == most:
-            with_most, with_fewer = (self._paces[count].step_seconds(evaluations) for count in self.counts)
-            if MARGIN * with_fewer < with_most:
-                self.set(fewer)
-                self._steps_left = RETRY_STEPS
-        else:
-            self._steps_left -= 1
-            if not self._steps_left:
-                self.set(most)
-                self._retrying = True
+        self._paces[other].relax(RELAXATION)
+        if MARGIN * self._paces[other].step_seconds(evaluations) < self._paces[self.count].step_seconds(evaluations):
+            self.set(other)
+            self._is_new = True

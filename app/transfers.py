@@ -32,9 +32,9 @@ class Transfers:
         self._device, self._is_gpu = device, device.type == "cuda"
         self._enqueued: deque[torch.cuda.Event] = deque()
 
-    def upload(self, values: Sequence[int]) -> Tensor:
-        """(N,) int64 on the device."""
-        host = torch.tensor(values, dtype=torch.int64)
+    def upload(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        """(N,) on the device."""
+        host = torch.tensor(values, dtype=dtype)
         return host.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else host
 
     def download(self, tensor: Tensor) -> Tensor:

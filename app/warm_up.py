@@ -66,14 +66,15 @@ def measure_paces(
     return paces
 
 
-def record_guided(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:
-    """A guided step of each number of rows and each model, where the first of a shape takes long."""
+def record_shapes(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:
+    """A step of each number of rows and each model, guided and not, where the first of a shape takes long."""
     for name, info in stepper.models.items():
-        for rows in batches if info.guidable else ():
-            if should_stop():
-                return
-            with suppress(OutOfMemoryError):
-                _time_step(stepper, _rows_of(info, name, rows, guided_steps=range(info.max_steps)))
+        for rows in batches:
+            for guided_steps in (range(0), range(info.max_steps))[: 1 + info.guidable]:
+                if should_stop():
+                    return
+                with suppress(OutOfMemoryError):
+                    _time_step(stepper, _rows_of(info, name, rows, guided_steps))
 
 
 def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> Pace:

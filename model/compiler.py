@@ -1,8 +1,8 @@
 """The reverse step compiled ahead of time: once for an architecture and a processor, then loaded in no time.
 
 Weights are no part of it: checkpoints of one architecture share a library. It is found by everything that its bits
-depend on, so that none is taken for another. It is machine code: only the service's own user may be able to write
-its folder.
+depend on but the C++ compiler, which need not be there any more. It is machine code: only the service's own user may
+be able to write its folder.
 """
 
 import hashlib
@@ -34,6 +34,10 @@ OPTIONS = {
     "compile_threads": 1,  # no pool of processes for one program
     "always_keep_tensor_constants": True,  # no weight is written into the code, however short
 }
+
+
+RECOMPILE_LIMIT = 64
+DIGEST_BYTES = hashlib.sha256().digest_size  # at a library's end, where its loader does not look
 
 
 class CompilerError(Exception):
@@ -68,7 +72,10 @@ def compiled_step(program: ReverseStep, cache: Path) -> Step:
 
 
 def _compiled_with_graphs(program: ReverseStep) -> Step:
-    """Compiled once for all shapes; for each of them a graph of its launches is recorded at its first call."""
+    """Compiled once for all shapes but 1; for each of them a graph of its launches is recorded at its first call."""
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # of all networks together
+    limits.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
     compiled = torch.compile(program, mode="reduce-overhead", dynamic=True)
 
     def step(*inputs: Tensor) -> Stepped:
@@ -90,7 +97,7 @@ def library_of(program: ReverseStep, cache: Path) -> Path:
         _digest_of_sources(),
         OPTIONS,
     )
-    return cache / f"step-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
+    return cache.resolve() / f"step-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
 
 
 def build(program: ReverseStep, library: Path) -> None:
@@ -108,14 +115,14 @@ def build(program: ReverseStep, library: Path) -> None:
         with ZipFile(package) as content:
             (name,) = (name for name in content.namelist() if name.endswith(".so"))
             code = content.read(name)
-    write_atomically(_digest_beside(library), hashlib.sha256(code).hexdigest().encode())
-    write_atomically(library, code)
+    write_atomically(library, code + hashlib.sha256(code).digest())  # in one file: whoever comes second takes either
     log.info("compiled in %.0f s", time.monotonic() - start)
 
 
 def load(program: ReverseStep, library: Path) -> Step:
     """The step that the library holds; OSError or RuntimeError where it is damaged."""
-    if hashlib.sha256(library.read_bytes()).hexdigest() != _digest_beside(library).read_text():
+    content = library.read_bytes()
+    if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise RuntimeError("it is damaged")
     constants = program.state_dict()
     if not program.call_rows.most:
@@ -123,10 +130,6 @@ def load(program: ReverseStep, library: Path) -> Step:
     compiled = NativeProgram(library, {f"program.{name}": constants[name] for name in constants}, num_outputs=1)
     program.denoise = lambda x_t, c: compiled(x_t, c)[0]
     return program
-
-
-def _digest_beside(library: Path) -> Path:
-    return library.with_suffix(".sha256")
 
 
 def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:

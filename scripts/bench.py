@@ -30,10 +30,10 @@ from scripts.benchmark.endurance import endure
 from scripts.benchmark.load import arrivals
 from scripts.benchmark.loads import FEW, Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
-from scripts.benchmark.report import COLUMNS, percentile, table_of, with_spread, without_empty
+from scripts.benchmark.report import COLUMNS, percentile, table_of, without_empty
 from scripts.benchmark.runs import Times, measure
 from scripts.benchmark.simulation import simulate, step_times
-from scripts.benchmark.training import CONTESTANTS, PASSES, images_a_second
+from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
 from scripts.mnist import DataError, load_mnist
@@ -145,8 +145,7 @@ def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
         for name, found in rates.items():
             found.append(images_a_second(name, recipe, images, labels, device, args.steps))
             reporter.line(f"{repeat + 1}: {name}: {found[-1]:.1f} images/s")
-    lines = [[name, with_spread(found), f"{statistics.median(found) / limit:.0%}"] for name, found in rates.items()]
-    reporter.line(as_table(("training", "images a second", "of the limit"), lines))
+    reporter.line(as_table(TRAINING_COLUMNS, training_table(rates, limit)))
     write_json(args.out, {"machine": this_machine().as_json(), "limit": limit, "images_a_second": rates})
 
 

@@ -3,10 +3,13 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
+from scripts.benchmark.report import COLUMNS, table_of, without_empty
+from scripts.benchmark.training import TRAINING_COLUMNS, training_table
 from scripts.evaluation.classifiers import load_classifier
 from scripts.evaluation.tables import as_column, as_run, as_sweep_row, read_evaluation
 
@@ -109,3 +112,18 @@ def test_the_networks_that_judged_are_those_that_ship() -> None:
         sweep = json.loads(path.read_text())["sweep"]
         assert (sweep["judge_sha256"], sweep["extractor_sha256"]) == (shipped["judge"], shipped["extractor"])
     assert json.loads((DOCS / "fog.json").read_text())["judge"]["sha256"] == shipped["fog_judge"]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (DOCS / "speed").glob("*.json")))
+def test_figures_of_speed_are_those_that_were_measured(name: str) -> None:
+    content, text = json.loads((DOCS / "speed" / f"{name}.json").read_text()), (DOCS / "speed.md").read_text()
+    columns, lines = speed_table(content)
+    assert as_written(list(columns)) in text
+    assert all(as_written(line) in text for line in lines)
+
+
+def speed_table(content: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """What scripts.bench prints of its JSON."""
+    if "limit" in content:
+        return TRAINING_COLUMNS, training_table(content["images_a_second"], content["limit"])
+    return without_empty(COLUMNS, table_of(content["rows"]))

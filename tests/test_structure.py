@@ -17,6 +17,7 @@ MAY_IMPORT_TORCH = {
     "app/runner.py",
     "app/network.py",
     "app/slots.py",
+    "app/plans.py",
     "app/threads.py",
     "app/transfers.py",
     "app/warm_up.py",

@@ -1,7 +1,8 @@
 """How fast training goes, beside a loop as one would first write it: `python -m scripts.bench training`."""
 
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from model.schedule import Schedule
 from model.unet import UNet
+from scripts.benchmark.report import with_spread
 from scripts.mnist import to_model_range
 from scripts.objective import DenoisingObjective
 from scripts.recipe import Recipe
@@ -17,6 +19,7 @@ from scripts.trainer import Trainer
 
 CONTESTANTS = ("scripts.train", "scripts.train, not compiled", "a plain loop")
 WARM_UP_STEPS = 5  # in which it compiles
+TRAINING_COLUMNS = ("training", "images a second", "of the limit")
 PASSES = 3  # a backward pass costs two forward ones
 
 
@@ -34,6 +37,11 @@ def images_a_second(
         times = of_trainer(recipe, images, labels, device, num_steps, compiled=name == "scripts.train")
     steps = [later - earlier for earlier, later in pairwise(times[WARM_UP_STEPS:])]
     return recipe.batch_size * len(steps) / sum(steps)
+
+
+def training_table(rates: Mapping[str, Sequence[float]], limit: float) -> list[list[str]]:
+    """A line a contestant; the limit is images a second too."""
+    return [[name, with_spread(found), f"{statistics.median(found) / limit:.0%}"] for name, found in rates.items()]
 
 
 def of_trainer(

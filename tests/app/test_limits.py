@@ -83,9 +83,16 @@ def test_it_is_never_larger_for_those_who_share_than_at_most() -> None:
 def test_an_image_that_comes_while_many_run_is_in_small_steps_until_it_is_done() -> None:
     batcher = Batcher(1024)
     batcher.add(new_job(64, num_steps=20))
-    assert len(step_batcher(batcher, AUTO.rows(batcher.images))) == 64
+    assert len(step_batcher(batcher, AUTO.rows([len(job.unfinished) for job in batcher.jobs]))) == 64
     newcomer = new_job(1, num_steps=10)
     batcher.add(newcomer)
     while not newcomer.closed:
-        assert len(step_batcher(batcher, AUTO.rows(batcher.images))) == 7
-    assert len(step_batcher(batcher, AUTO.rows(batcher.images))) == 64
+        assert len(step_batcher(batcher, AUTO.rows([len(job.unfinished) for job in batcher.jobs]))) == 7
+    assert len(step_batcher(batcher, AUTO.rows([len(job.unfinished) for job in batcher.jobs]))) == 64
+
+
+def test_guided_rows_count_twice_while_somebody_small_is_there() -> None:
+    assert [AUTO.rows([64, 1], evaluations) for evaluations in (1.0, 1.5, 2.0)] == [7, 4, 3]
+    assert AUTO.rows([64, 64], evaluations=2.0) == 64
+    assert AUTO.rows([1] * 20, evaluations=2.0) == 20  # each has a row all the same
+    assert Limits.fixed(7).rows([64, 1], evaluations=2.0) == 7  # rows were asked for

@@ -97,17 +97,16 @@ def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [1, 2])
-def test_with_one_thread_and_with_two_the_pixels_are_the_same(
-    path: Path, cache: Path, threads: int, tmp_path: Path
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache: Path) -> None:
+    before, images = torch.get_num_threads(), []
     try:
-        images = draw(compiled_runner(checkpoint.load(path), cache), company())
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            images.append(draw(compiled_runner(checkpoint.load(path), cache), company()))
     finally:
         torch.set_num_threads(before)
-    assert equal(images, draw(compiled_runner(checkpoint.load(path), cache), company()))
+    assert equal(images[0], images[1])
+    assert equal(images[0], images[2])
 
 
 @needs_compiler
@@ -119,12 +118,22 @@ def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: 
 
 
 @needs_compiler
+@needs_compiler
+@pytest.mark.parametrize("damage", ["a byte", "its end", "all of it"])
 def test_a_damaged_library_is_made_anew(
-    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loaded: Checkpoint,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
 ) -> None:
     program = ReverseStep(loaded, CPU, torch.bfloat16)
+    compiler.compiled_step(program, cache)
+    content = bytearray(library_of(program, cache).read_bytes())
+    content[len(content) // 2] ^= 1
     library = library_of(program, tmp_path)
-    library.write_bytes(b"half of it")
+    library.write_bytes({"a byte": content, "its end": content[:-100], "all of it": b"half"}[damage])
     built: list[Path] = []
     monkeypatch.setattr(compiler, "build", lambda program, library: built.append(library))
     with pytest.raises(CompilerError, match="compiling failed"):  # what was built here is nothing
@@ -167,6 +176,8 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
         return lambda number: tuple(part.fill_(number) for part in memory)
 
     monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     program.device = torch.device("cuda")
     step = compiler.compiled_step(program, tmp_path)
@@ -174,6 +185,7 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
     step(2.0)
     assert all(part.tolist() == [1.0, 1.0] for part in first)
     assert asked == [{"mode": "reduce-overhead", "dynamic": True}]
+    assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert not list(tmp_path.iterdir())
 
 
