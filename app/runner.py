@@ -213,13 +213,8 @@ class Runner:
         if not trajectories:
             return
         options = [trajectory.job.options for trajectory in trajectories]
-        columns = zip(
-            *(
-                (o.seed, o.digit, self._plans.start_of(o, self._networks[o.model].checkpoint.schedule), t.index)
-                for o, t in zip(options, trajectories, strict=True)
-            ),
-            strict=True,
-        )
+        starts = [self._plans.start_of(o, self._networks[o.model].checkpoint.schedule) for o in options]
+        columns = ([o.seed for o in options], [o.digit for o in options], starts, [t.index for t in trajectories])
         seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
         step = torch.zeros_like(seed)
         x_T = normal(seed, index, step, self.image_shape)  # (B, C, H, W)

@@ -13,6 +13,7 @@ the JSON file, with the machine and the rate at which it multiplies matrices. UN
 
 import argparse
 import asyncio
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -21,14 +22,15 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import SHIPPED, load
+from model.checkpoint import SHIPPED, load, write_atomically
+from model.memory import keep_freed_memory
 from model.unet import UNet
 from scripts.arguments import Parser, integer
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, alternative, started, this_service
 from scripts.benchmark.endurance import endure
 from scripts.benchmark.load import arrivals
-from scripts.benchmark.loads import FEW, Load, clients_of_one, closed_loads, large, mixed, one, open_loads
+from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import COLUMNS, percentile, table_of, without_empty
 from scripts.benchmark.runs import Times, measure
@@ -41,6 +43,7 @@ from scripts.progress import Reporter, fail
 from scripts.recipe import RecipeError, load_recipe
 from scripts.step_time import flop_of
 
+LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 MODES = ("closed", "open", "alternatives", "training", "endurance")
 CLIENTS = (1, 4, 16, 64)
 SATURATING = 64  # clients of one image
@@ -69,19 +72,26 @@ class Bench:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._own = this_service()
         self._at_batches = [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in args.max_batch]
-        self._matrix_rate = matrix_rate(self._device)  # while nothing else runs
+        self._matrix_rates: list[float] = []  # one a repeat, while nothing else runs
         self._flop = flop_of(load(SHIPPED).network)
         self._rows: list[dict[str, Any]] = []
         self._content: dict[str, Any] = {}
+        self._answers: list[list[Any]] = []
 
     def run(self) -> None:
         """The mode that was asked for; the table is printed and the JSON written."""
-        facts = {**this_machine().as_json(), "matrix_rate": self._matrix_rate, "flop_a_call": self._flop}
+        facts = {**this_machine().as_json(), "flop_a_call": self._flop, "matrix_rates": self._matrix_rates}
         self._reporter.line(", ".join(f"{name}: {value}" for name, value in facts.items()))
         self._content = {"machine": facts, "seconds": asdict(self._times), "rows": self._rows}
+        keep_freed_memory()  # as the services do: steps are timed here too
         {"closed": self._closed, "open": self._open, "alternatives": self._alternatives}[self._args.mode]()
+        rate = max(self._matrix_rates)
+        self._reporter.line(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
+        for row in self._rows:
+            if row["is_plain"]:
+                row["matrix_share"] = row["images_a_second"] * NUM_STEPS * self._flop / rate
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
-        write_json(self._args.out, self._content)
+        self._write()
 
     def _closed(self) -> None:
         self._repeat([self._own, *self._at_batches], closed_loads(self._args.clients))
@@ -95,35 +105,38 @@ class Bench:
             row["predicted_p95"] = self._predicted_p95(row, step_seconds)
 
     def _alternatives(self) -> None:
-        others = [alternative("locked"), alternative("batched"), alternative("litserve")]
+        own = [self._own, *self._at_batches]
+        batching = [alternative("batched"), *(alternative("litserve", *options) for options in LITSERVE)]
         pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
-        rows = self._repeat([self._own, *self._at_batches, *others], [clients_of_one(SATURATING)])
-        slower = min(self._median(rows, name) for name in ("unfog", "litserve"))
+        rows = self._repeat([*own, alternative("locked"), *batching], [clients_of_one(SATURATING)])
+        litserve = max(batching[1:], key=lambda tuned: self._median(rows, tuned.name))  # as it is fastest
+        slower = min(self._median(rows, name) for name in (self._own.name, litserve.name))
         poisson = [
             Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower),
             Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
         ]
-        self._repeat([self._own, *others[1:]], poisson)
-        self._repeat([self._own, *self._at_batches, others[-1], *pipelines], [large()])
+        self._repeat([*own, batching[0], litserve], poisson)  # one image at a time could not bear it
+        self._repeat([*own, litserve, *pipelines], [large()])
 
     def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
         """The contestants take turns, so that what else the machine does meets all alike."""
         rows = []
         for repeat in range(self._args.repeats):
+            self._matrix_rates.append(matrix_rate(self._device))
             for contestant in contestants:
                 for row in measure(contestant, loads, self._times, seed=repeat):
                     found = f"{row['images_a_second']:.2f} images/s"
                     self._reporter.line(f"{repeat + 1}: {contestant.name}, {row['load']}: {found}")
-                    rows.append({"repeat": repeat, **row, **self._share_of(row)})
+                    self._answers.append([contestant.name, row["load"], repeat, row.pop("answers")])
+                    rows.append({"repeat": repeat, **row})
                 self._rows += rows[-len(loads) :]
-                write_json(self._args.out, self._content)  # what was measured is not lost with what comes
+                self._write()
         return rows
 
-    def _share_of(self, row: dict[str, Any]) -> dict[str, float]:
-        """Of the matrix rate, reached by the arithmetic of the images that were asked for; where all have 100 steps."""
-        if row["contestant"].startswith("diffusers") or FEW in row["latencies"]:
-            return {}
-        return {"matrix_share": row["images_a_second"] * NUM_STEPS * self._flop / self._matrix_rate}
+    def _write(self) -> None:
+        """What was measured so far is not lost with what comes; each answer goes into a file of its own."""
+        write_json(self._args.out, self._content)
+        write_atomically(self._args.out.with_suffix(".answers.json"), json.dumps(self._answers).encode())
 
     def _predicted_p95(self, row: dict[str, Any], step_seconds: Callable[[int], float]) -> float:
         """For the same arrivals, if the steps were all that takes time."""

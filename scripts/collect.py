@@ -7,6 +7,7 @@ Options that are not given are the service's own.
 import argparse
 import io
 import json
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from scripts.progress import Reporter, fail
 A_REQUEST = 50  # images: some are always running while others are packed
 CLIENTS = 2
 TIMEOUT = 600  # seconds
+BUSY = (429, 503)  # which say when to ask again
 OPTIONS = ("model", "num_steps", "sampler", "guidance_scale")
 
 
@@ -50,10 +52,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def collect(url: str, options: dict[str, Any], folder: Path, reporter: Reporter, *, count: int, seed: int) -> None:
-    """`count` images, as many of each digit; the k-th request of a digit has the seed `seed + k`."""
+    """`count` images, as many of each digit; each request has a seed of its own, from `seed` on."""
     each = count // NUM_CLASSES
     bodies = [
-        {"digit": digit, "count": min(A_REQUEST, each - start), "seed": seed + start // A_REQUEST, **options}
+        {
+            "digit": digit,
+            "count": min(A_REQUEST, each - start),
+            "seed": seed + NUM_CLASSES * (start // A_REQUEST) + digit,
+            **options,
+        }
         for start in range(0, each, A_REQUEST)
         for digit in range(NUM_CLASSES)
     ]
@@ -74,6 +81,10 @@ def _answer(url: str, body: dict[str, Any] | None = None) -> bytes:
             content: bytes = answer.read()
             return content
     except urllib.error.HTTPError as error:
+        wait = error.headers.get("Retry-After", "")
+        if error.code in BUSY and wait.isdecimal():
+            time.sleep(int(wait))
+            return _answer(url, body)
         raise CollectError(f"{url} answered {error.code}: {_detail(error.read())}") from error
     except OSError as error:
         raise CollectError(f"{url} does not answer: {error}") from error

@@ -39,7 +39,7 @@ class Running:
     ready_seconds: float
 
     def resident_megabytes(self) -> float:
-        """Memory of the process and its children now."""
+        """Memory of the process and its children now; what they share counts once."""
         return sum(_resident_kilobytes(pid) for pid in _family(self.pid)) / 1024
 
     def metrics(self) -> dict[str, float]:
@@ -99,17 +99,15 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) 
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    family = _family(process.pid)
+    family = {pid: _start_time(pid) for pid in _family(process.pid)[1:]}
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-    for pid in family[1:]:  # a worker that outlived its server
-        try:
+    for pid, started_at in family.items():  # a worker that outlived its server
+        if _start_time(pid) == started_at:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def _free_port() -> int:
@@ -128,9 +126,17 @@ def _family(pid: int) -> list[int]:
     return [pid, *(member for child in children for member in _family(int(child)))]
 
 
+def _start_time(pid: int) -> str | None:
+    """What tells a process from a later one of the same number; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
 def _resident_kilobytes(pid: int) -> int:
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), 0)
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

@@ -1,45 +1,41 @@
 """What else goes on while a service is measured; each stops by itself when its block ends."""
 
-import http.client
-import multiprocessing
-import threading
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 FLOOD_CONNECTIONS = 8
-
-
-@contextmanager
-def disturbance(kind: str, url: str) -> Iterator[None]:
-    """`busy core`: a process that computes without end; `flood`: one that asks GET /livez as fast as it is answered."""
-    if not kind:
-        yield
-        return
-    process = multiprocessing.get_context("spawn").Process(target=_RUNS[kind], args=(url,), daemon=True)
-    process.start()
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
-
-
-def _spin(url: str) -> None:
-    while True:
-        pass
-
-
-def _flood(url: str) -> None:
-    for _ in range(FLOOD_CONNECTIONS):
-        threading.Thread(target=_ask_for_ever, args=(urlsplit(url).netloc,)).start()
-
-
-def _ask_for_ever(address: str) -> None:
-    connection = http.client.HTTPConnection(address)
+SPIN = "print(flush=True)\nwhile True: pass"
+FLOOD = """
+import http.client, sys, threading
+def ask():
+    connection = http.client.HTTPConnection(sys.argv[1])
     while True:
         connection.request("GET", "/livez")
         connection.getresponse().read()
+threads = [threading.Thread(target=ask, daemon=True) for _ in range(int(sys.argv[2]))]
+for thread in threads: thread.start()
+print(flush=True)
+threads[0].join()
+"""  # it ends when a request fails
 
 
-_RUNS = {"busy core": _spin, "flood": _flood}
+@contextmanager
+def disturbance(kind: str, url: str) -> Iterator[Callable[[], bool]]:
+    """`busy core`: a process that computes without end; `flood`: one that asks GET /livez as fast as it is answered.
+
+    It goes on when the block begins; the block is given a way to ask whether it still does.
+    """
+    if not kind:
+        yield lambda: True
+        return
+    address = url.removeprefix("http://")
+    program = {"busy core": [SPIN], "flood": [FLOOD, address, str(FLOOD_CONNECTIONS)]}[kind]
+    with subprocess.Popen([sys.executable, "-c", *program], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            yield lambda: process.poll() is None
+        finally:
+            process.kill()

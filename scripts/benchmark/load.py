@@ -2,8 +2,8 @@
 
 Closed loop: each client asks again as soon as it is answered. Open loop: requests are sent at times that were drawn
 beforehand, whatever the service does, and a latency counts from the time that was planned, so that a service cannot
-slow down the clock that measures it (Tene 2015, "coordinated omission"). Both go on with what is not counted until all
-that is counted has been answered: the last answers come under the same load as the first.
+slow down the clock that measures it (Tene 2015, "coordinated omission"). Both go on until all that is counted has been
+answered: the last answers come under the same load as the first.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import itertools
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,46 @@ def arrivals(rate: float, seed: int) -> Iterator[float]:
         yield at
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What was seen between two times of the same clock."""
+
+    start: float
+    end: float
+    answers: tuple[Answer, ...]  # those before it and after it too
+    by_completion: bool = False  # how images are counted: requests that wait in an open loop may never be drawn in time
+
+    @property
+    def images_a_second(self) -> float:
+        """A request counts where it is completed, or with the share of its time that lies within."""
+        counts = (a.images * self._share(a) for a in self.answers if a.status == 200)
+        return sum(counts) / (self.end - self.start)
+
+    def due(self, kind: str | None = None) -> list[Answer]:
+        """Requests that were due within it, of one kind or of all."""
+        return [a for a in self.answers if self.start <= a.planned < self.end and kind in (None, a.kind)]
+
+    def latencies(self, kind: str | None = None) -> list[float]:
+        """Their seconds."""
+        return [a.latency for a in self.due(kind)]
+
+    def goodput(self, objective: float) -> float:
+        """Images a second of requests that were due within it and answered within `objective` seconds."""
+        good = (a.images for a in self.due() if a.status == 200 and a.latency <= objective)
+        return sum(good) / (self.end - self.start)
+
+    @property
+    def failures(self) -> int:
+        """Requests that were not answered with 200."""
+        return sum(answer.status != 200 for answer in self.answers)
+
+    def _share(self, answer: Answer) -> float:
+        if self.by_completion:
+            return float(self.start <= answer.done < self.end)
+        within = min(answer.done, self.end) - max(answer.sent, self.start)
+        return max(within, 0.0) / (answer.done - answer.sent)
+
+
 @asynccontextmanager
 async def connected(url: str) -> "AsyncIterator[Send]":
     """A way to send requests to POST /generate there."""
@@ -73,51 +113,68 @@ async def connected(url: str) -> "AsyncIterator[Send]":
 
 
 async def _send(session: "ClientSession", url: str, ask: Ask, planned: float) -> Answer:
-    sent = time.perf_counter()
-    async with session.post(url, json=ask.body, headers={"Accept": "image/png"}) as answer:
-        await answer.read()
-        queue = answer.headers.get("Server-Timing", "").partition("queue;dur=")[2].partition(",")[0]
-        count, status = ask.body.get("count", 1), answer.status
-    done = time.perf_counter()
+    broken = require("aiohttp", extra="bench").ClientError, OSError
+    sent, status, queue = time.perf_counter(), 0, ""
+    with suppress(*broken):  # a failure, with status 0
+        async with session.post(url, json=ask.body, headers={"Accept": "image/png"}) as answer:
+            await answer.read()
+            status = answer.status
+            queue = answer.headers.get("Server-Timing", "").partition("queue;dur=")[2].partition(",")[0]
+    done, count = time.perf_counter(), ask.body.get("count", 1)
     return Answer(ask.kind, count, planned, sent, done, status, float(queue) / 1000 if queue else None)
 
 
-async def closed_loop(send: Send, clients: Sequence[Asks], seconds: float) -> list[Answer]:
-    """Each client asks one after the other; those due within so many seconds are counted."""
-    until, counted, numbers = time.perf_counter() + seconds, _Counted(), itertools.count(1)
+async def closed_loop(send: Send, clients: Sequence[Asks], settle: float, window: float) -> Window:
+    """Each client asks one after the other.
 
-    async def client(asks: Asks) -> None:
-        while (now := time.perf_counter()) < until or counted.left:
-            await counted.wait_for(send(asks(next(numbers)), now), is_counted=now < until)
+    The window opens when each has been answered once, and not before `settle` seconds: what is answered in it was
+    asked for under the load that it is answered under.
+    """
+    begin, numbers, loop = time.perf_counter(), itertools.count(1), _Loop()
 
+    async def client(place: int, asks: Asks) -> None:
+        while not loop.is_over(now := time.perf_counter()):
+            await loop.take(send(asks(next(numbers)), now))
+            loop.unanswered.discard(place)
+            if not loop.unanswered and not loop.end and (now := time.perf_counter()) >= begin + settle:
+                loop.start, loop.end = now, now + window
+
+    loop.unanswered = set(range(len(clients)))
     async with asyncio.TaskGroup() as group:
-        for asks in clients:
-            group.create_task(client(asks))
-    return counted.answers
+        for place, asks in enumerate(clients):
+            group.create_task(client(place, asks))
+    return Window(loop.start, loop.end, tuple(loop.answers))
 
 
-async def open_loop(send: Send, asks: Asks, times: Iterable[float], seconds: float) -> list[Answer]:
-    """One request at each of these times, counted from now; those due within so many seconds are counted."""
-    start, counted = time.perf_counter(), _Counted()
+async def open_loop(send: Send, asks: Asks, times: Iterable[float], settle: float, window: float) -> Window:
+    """One request at each of these times, counted from now; the window opens after `settle` seconds."""
+    begin, loop = time.perf_counter(), _Loop()
+    loop.start, loop.end = begin + settle, begin + settle + window
     async with asyncio.TaskGroup() as group:
         for k, at in enumerate(times):
-            await asyncio.sleep(max(start + at - time.perf_counter(), 0))
-            if at >= seconds and not counted.left:
+            await asyncio.sleep(max(begin + at - time.perf_counter(), 0))
+            if loop.is_over(begin + at):
                 break
-            group.create_task(counted.wait_for(send(asks(k), start + at), is_counted=at < seconds))
-    return counted.answers
+            group.create_task(loop.take(send(asks(k), begin + at), due=begin + at))
+    return Window(loop.start, loop.end, tuple(loop.answers), by_completion=True)
 
 
-class _Counted:
-    """The answers that count, and how many are still to come."""
+class _Loop:
+    """The answers so far; the load goes on until all that was due in the window is answered."""
 
     def __init__(self) -> None:
+        self.start = self.end = 0.0
         self.answers: list[Answer] = []
-        self.left = 0
+        self.unanswered: set[int] = set()  # clients that have had no answer yet
+        self._open: list[float] = []  # when those that are not answered were due
 
-    async def wait_for(self, answer: Awaitable[Answer], *, is_counted: bool) -> None:
-        self.left += is_counted
-        got = await answer
-        if is_counted:
-            self.answers.append(got)
-            self.left -= 1
+    def is_over(self, now: float) -> bool:
+        """Whether what comes now changes nothing any more."""
+        return bool(self.end) and now >= self.end and all(due >= self.end for due in self._open)
+
+    async def take(self, answer: Awaitable[Answer], due: float | None = None) -> None:
+        """Waits for it, and keeps it."""
+        due = time.perf_counter() if due is None else due
+        self._open.append(due)
+        self.answers.append(await answer)
+        self._open.remove(due)

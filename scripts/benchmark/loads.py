@@ -21,6 +21,13 @@ class Load:
     rate: float = 0.0
     beside: Literal["", "busy core", "flood"] = ""  # what else goes on
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every image takes as many calls of the network as that of `one`, a hundred."""
+        asked = [asks(k).body for asks in (*self.clients, self.asks) if asks for k in range(2)]
+        as_one = [(body.get("guidance_scale"), body.get("num_steps")) for body in (*asked, one(0).body)]
+        return len(set(as_one)) == 1
+
 
 def one(k: int) -> Ask:
     """One image in 100 steps."""

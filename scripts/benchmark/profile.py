@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
             program = ReverseStep(load(SHIPPED), device, fast_dtype(device))
             step = _with_names(program, Path(cache)) if name == "compiled" else program
             found[name] = milliseconds_by_kind(step, _inputs(program, args.rows))
-        lines = [[kind, *(f"{of_it.get(kind, 0.0):.2f}" for of_it in found.values())] for kind in _kinds_of(found)]
+        lines = [
+            [kind, *(f"{of_it.get(kind, 0.0):.2f}" for of_it in found.values())]
+            for kind in (*(name for name, _ in KINDS), OTHER, "whole")
+        ]
         reporter.line(as_table((f"ms of a step of {args.rows} rows", *found), lines))
 
 
@@ -101,10 +104,6 @@ def _inputs(program: ReverseStep, count: int) -> tuple[Tensor, ...]:
     state.x_t.normal_()
     t = program.checkpoint.schedule.num_steps // 2
     return (*state, torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]]), rows, rows, rows)
-
-
-def _kinds_of(found: dict[str, dict[str, float]]) -> list[str]:
-    return [*(kind for kind, _ in KINDS), OTHER, "whole"]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -3,10 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-from scripts.benchmark.load import Answer
 
 COLUMNS = (
     "contestant",
@@ -26,42 +23,10 @@ COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What was seen between two times of the same clock."""
-
-    start: float
-    end: float
-    answers: tuple[Answer, ...]
-
-    @property
-    def images_a_second(self) -> float:
-        """A request that began before it, or ended after it, counts with the share of its time that lies within."""
-        return sum(a.images * self._share(a) for a in self.answers if a.status == 200) / (self.end - self.start)
-
-    def latencies(self, kind: str | None = None) -> list[float]:
-        """Seconds of the requests that were due within it, of one kind or of all."""
-        return [a.latency for a in self.answers if self.start <= a.planned < self.end and kind in (None, a.kind)]
-
-    def goodput(self, objective: float) -> float:
-        """Images a second of requests that were due within it and answered within `objective` seconds."""
-        good = (a for a in self.answers if self.start <= a.planned < self.end and a.status == 200)
-        return sum(a.images for a in good if a.latency <= objective) / (self.end - self.start)
-
-    @property
-    def failures(self) -> int:
-        """Requests that were not answered with 200."""
-        return sum(answer.status != 200 for answer in self.answers)
-
-    def _share(self, answer: Answer) -> float:
-        within = min(answer.done, self.end) - max(answer.sent, self.start)
-        return max(within, 0.0) / (answer.done - answer.sent)
-
-
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that so large a share of all do not exceed; NaN of none."""
     ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else float("nan")
 
 
 def quantile(buckets: Mapping[float, float], share: float) -> float:

@@ -8,9 +8,9 @@ from typing import Any
 
 from scripts.benchmark.contestants import BenchError, Contestant, Running, started
 from scripts.benchmark.disturbances import disturbance
-from scripts.benchmark.load import arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.load import Window, arrivals, closed_loop, connected, open_loop
 from scripts.benchmark.loads import Load
-from scripts.benchmark.report import Window, percentile, quantile
+from scripts.benchmark.report import percentile, quantile
 
 STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
@@ -33,8 +33,10 @@ def measure(contestant: Contestant, loads: Sequence[Load], times: Times, seed: i
     with started(contestant) as running:
         for load in loads:
             before, begin = running.metrics(), time.perf_counter()
-            with disturbance(load.beside, running.url):
+            with disturbance(load.beside, running.url) as goes_on:
                 window = asyncio.run(_under(running, load, times, seed))
+                if not goes_on():
+                    raise BenchError(f"{load.name}: what was to go on beside has ended")
             seconds = time.perf_counter() - begin
             if window.failures:
                 raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
@@ -43,7 +45,9 @@ def measure(contestant: Contestant, loads: Sequence[Load], times: Times, seed: i
                     "contestant": contestant.name,
                     "load": load.name,
                     "rate": load.rate,
+                    "is_plain": load.is_plain,
                     **_figures_of(window, times.objective),
+                    "answers": _raw(window),
                     **_said_by(running.metrics(), before, seconds),
                     "resident_megabytes": running.resident_megabytes(),
                     "ready_seconds": running.ready_seconds,
@@ -53,19 +57,15 @@ def measure(contestant: Contestant, loads: Sequence[Load], times: Times, seed: i
 
 
 async def _under(running: Running, load: Load, times: Times, seed: int) -> Window:
-    seconds = times.settle + times.window
     async with connected(running.url) as send:
-        begin = time.perf_counter()
         if load.asks:
-            answers = await open_loop(send, load.asks, arrivals(load.rate, seed), seconds)
-        else:
-            answers = await closed_loop(send, load.clients, seconds)
-    return Window(begin + times.settle, begin + seconds, tuple(answers))
+            return await open_loop(send, load.asks, arrivals(load.rate, seed), times.settle, times.window)
+        return await closed_loop(send, load.clients, times.settle, times.window)
 
 
 def _figures_of(window: Window, objective: float) -> dict[str, Any]:
     kinds = sorted({answer.kind for answer in window.answers})
-    waits = [answer.queue for answer in window.answers if answer.queue is not None]
+    waits = [answer.queue for answer in window.due() if answer.queue is not None]
     return {
         "images_a_second": window.images_a_second,
         "goodput": window.goodput(objective),
@@ -76,6 +76,12 @@ def _figures_of(window: Window, objective: float) -> dict[str, Any]:
         },
         "seconds_to_first_step": percentile(waits, 0.5) if waits else None,
     }
+
+
+def _raw(window: Window) -> list[list[Any]]:
+    """Each request: its kind and images, and when it was due, sent and answered, in seconds of the window."""
+    times = ((answer, (answer.planned, answer.sent, answer.done)) for answer in window.answers)
+    return [[a.kind, a.images, *(round(at - window.start, 4) for at in three)] for a, three in times]
 
 
 def _said_by(after: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:

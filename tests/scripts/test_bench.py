@@ -44,6 +44,10 @@ def test_a_real_service_is_started_measured_and_stopped(
     assert all(1 <= found["rows_a_step"] <= 4 for found in content["rows"])
     assert all(0 < found["outside_network"] < 1 for found in content["rows"])
     assert content["machine"]["flop_a_call"] > 1e8
+    assert content["machine"]["matrix_rates"] == [1e12] * 2
+    assert [("matrix_share" in found) for found in content["rows"][:9]] == [True] * 4 + [False] * 3 + [True] * 2
+    answers = json.loads(out.with_suffix(".answers.json").read_text())
+    assert [load for _, load, _, _ in answers] == [found["load"] for found in content["rows"]]
     assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two kinds of request beside each other
 
 
@@ -72,9 +76,9 @@ def test_a_service_under_load_of_every_kind_is_looked_at(
     bench.main(["endurance", "--minutes=0.1", f"--out={out}"])
     found = json.loads(out.read_text())
     assert set(found["answers"]) <= {"0", "200", "422", "429"}
-    assert found["answers"]["200"] > 5
+    assert found["answers"]["200"]
     assert found["pictures"] == 1
-    assert len(found["megabytes"]) >= 3
+    assert min(found["megabytes"]) > 50
     assert "MB an hour" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from model.memory import keep_freed_memory
 from scripts.arguments import Parser, integer
 
 NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned")
@@ -22,6 +23,7 @@ def main() -> None:
     if args.num_threads:
         os.environ["OMP_NUM_THREADS"] = str(args.num_threads)  # for a worker process too
         torch.set_num_threads(args.num_threads)
+    keep_freed_memory()  # as the service does
     _serve(args)
 
 

@@ -3,6 +3,7 @@
 import litserve
 from fastapi import Response
 
+from model.memory import keep_freed_memory
 from scripts.benchmark.alternatives.painter import Painter, Request
 
 
@@ -11,6 +12,7 @@ class DigitAPI(litserve.LitAPI):  # type: ignore[misc] # untyped
 
     def setup(self, device: str) -> None:
         """Loads the checkpoint in the worker."""
+        keep_freed_memory()
         self.painter = Painter()
         self.painter.draw([Request(digit=0, num_steps=2)])  # warm before it is asked
 

@@ -4,12 +4,13 @@ import asyncio
 import statistics
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import chain, count, islice, pairwise, takewhile
 
 import pytest
 from aiohttp import web
 
-from scripts.benchmark.load import Answer, Ask, Send, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.load import Answer, Ask, Window, arrivals, closed_loop, connected, open_loop
 
 
 def ask(k: int) -> Ask:
@@ -17,7 +18,9 @@ def ask(k: int) -> Ask:
 
 
 @asynccontextmanager
-async def service(seconds: float = 0.0, status: int = 200) -> AsyncIterator[tuple[str, list[int]]]:
+async def service(
+    seconds: float = 0.0, status: int = 200, until: asyncio.Event | None = None
+) -> AsyncIterator[tuple[str, list[int]]]:
     """Answers one request at a time; its address, and how many were open when each came."""
     open_at_once: list[int] = []
     lock, num_open = asyncio.Lock(), 0
@@ -28,6 +31,8 @@ async def service(seconds: float = 0.0, status: int = 200) -> AsyncIterator[tupl
         open_at_once.append(num_open)
         async with lock:
             await asyncio.sleep(seconds)
+        if until:
+            await until.wait()
         num_open -= 1
         return web.Response(status=status, headers={"Server-Timing": "queue;dur=250.0, denoise;dur=1"})
 
@@ -41,12 +46,6 @@ async def service(seconds: float = 0.0, status: int = 200) -> AsyncIterator[tupl
         yield f"http://127.0.0.1:{runner.addresses[0][1]}", open_at_once
     finally:
         await runner.cleanup()
-
-
-async def under(load: str, send: Send) -> list[Answer]:
-    if load == "closed":
-        return await closed_loop(send, (ask,) * 3, seconds=0.3)
-    return await open_loop(send, ask, chain([0.0, 0.0, 0.0, 0.05, 0.2], endless(0.4)), seconds=0.2)
 
 
 def endless(start: float) -> Iterator[float]:
@@ -63,37 +62,101 @@ def test_arrivals_are_a_poisson_process_and_the_same_for_the_same_seed() -> None
 
 
 def test_a_closed_loop_has_as_many_requests_open_as_clients() -> None:
-    async def run() -> tuple[list[Answer], list[int]]:
+    async def run() -> tuple[Window, list[int]]:
         async with service(0.01) as (url, open_at_once), connected(url) as send:
-            return await under("closed", send), open_at_once
+            return await closed_loop(send, (ask,) * 3, settle=0.1, window=0.3), open_at_once
 
-    answers, open_at_once = asyncio.run(run())
-    assert 3 <= len(answers) < len(open_at_once)  # those that came after the time are asked, but not counted
+    window, open_at_once = asyncio.run(run())
+    assert len(window.answers) == len(open_at_once)
     assert max(open_at_once) == 3
-    assert set(open_at_once[2 : len(answers)]) == {3}
-    assert {answer.kind for answer in answers} == {"odd", "even"}
-    assert all((answer.images, answer.status, answer.queue) == (3, 200, 0.25) for answer in answers)
-    assert all(answer.planned <= answer.sent < answer.done for answer in answers)
+    assert {answer.kind for answer in window.answers} == {"odd", "even"}
+    assert all((answer.images, answer.status, answer.queue) == (3, 200, 0.25) for answer in window.answers)
+    assert all(answer.planned <= answer.sent < answer.done for answer in window.answers)
+
+
+def test_a_window_opens_when_every_client_was_answered_and_the_load_goes_on_until_all_in_it_is() -> None:
+    async def run() -> Window:
+        async with service(0.05) as (url, _), connected(url) as send:
+            return await closed_loop(send, (ask,) * 4, settle=0.0, window=0.3)
+
+    window = asyncio.run(run())
+    first = sorted(window.answers, key=lambda answer: answer.sent)[:4]
+    assert max(answer.done for answer in first) <= window.start
+    counted = [answer for answer in window.answers if answer.sent < window.end]
+    last = max(counted, key=lambda answer: answer.done)
+    assert sum(answer.sent <= last.sent and answer.done >= last.sent for answer in window.answers) >= 2
+    # One request at a time of three images: the rate is known, however long it takes here.
+    own = sorted(answer.done for answer in window.answers)
+    seconds = statistics.mean(later - earlier for earlier, later in pairwise(own))
+    assert window.images_a_second == pytest.approx(3 / seconds, rel=0.25)
 
 
 def test_an_open_loop_sends_when_it_is_time_and_counts_from_then() -> None:
-    async def run() -> tuple[list[Answer], list[int]]:
-        async with service(0.1) as (url, open_at_once), connected(url) as send:
-            return await under("open", send), open_at_once
+    answering = asyncio.Event()
 
-    answers, open_at_once = asyncio.run(run())
-    first = answers[0].planned
-    assert [answer.planned - first for answer in answers] == pytest.approx([0, 0, 0, 0.05])
-    assert open_at_once[:4] == [1, 2, 3, 4]  # nobody waited for an answer
-    assert len(answers) == 4 < len(open_at_once)  # the load went on until the last of them was answered
-    latencies = [answer.latency for answer in answers]
-    assert all(latency > 0.09 * place for place, latency in enumerate(latencies[:3], start=1))
-    assert latencies[3] > 0.34  # due at 0.05, and three were before it
+    async def run() -> Window:
+        async with service(until=answering) as (url, _), connected(url) as send:
+            times = chain([0.0, 0.0, 0.0, 0.05, 0.2], endless(0.4))
+            loop = asyncio.ensure_future(open_loop(send, ask, times, settle=0.0, window=0.2))
+            await asyncio.sleep(0.5)  # in which nobody is answered
+            answering.set()
+            return await loop
+
+    window = asyncio.run(run())
+    assert [answer.planned - window.start for answer in window.due()] == pytest.approx([0, 0, 0, 0.05])
+    assert all(answer.sent < window.start + 0.5 for answer in window.due())  # nobody waited for an answer
+    assert min(window.latencies()) > 0.4
+    assert len(window.answers) > len(window.due())  # the load went on until the last of them was answered
 
 
 def test_a_refusal_is_noted() -> None:
     async def run() -> list[Answer]:
         async with service(status=429) as (url, _), connected(url) as send:
-            return await under("open", send)
+            window = await open_loop(send, ask, chain([0.0, 0.0], endless(0.1)), settle=0.0, window=0.05)
+            return list(window.due())
 
-    assert [answer.status for answer in asyncio.run(run())] == [429] * 4
+    assert [answer.status for answer in asyncio.run(run())] == [429] * 2
+
+
+def test_a_connection_that_breaks_is_a_failure() -> None:
+    async def run() -> Answer:
+        async with service() as (url, _), connected(url) as send:
+            assert (await send(ask(1), 0.0)).status == 200
+        async with connected(url) as send:
+            return await send(ask(1), 0.0)
+
+    assert asyncio.run(run()).status == 0
+
+
+def answer(planned: float, done: float, *, images: int = 1, kind: str = "one", status: int = 200) -> Answer:
+    return Answer(kind, images, planned, planned, done, status, None)
+
+
+WINDOW = Window(
+    10,
+    20,
+    (
+        answer(8, 12, images=4),  # half before, half within
+        answer(11, 13, images=2),
+        answer(12, 19, kind="two"),
+        answer(18, 25),  # two sevenths within
+        answer(19, 19.5, images=64, status=429),
+    ),
+)
+
+
+def test_images_count_as_far_as_they_were_drawn_within_and_latencies_where_they_were_due() -> None:
+    assert WINDOW.images_a_second == pytest.approx((4 * 2 / 4 + 2 + 1 + 2 / 7) / 10)
+    assert WINDOW.latencies() == [2, 7, 7, 0.5]
+    assert WINDOW.latencies("two") == [7]
+
+
+def test_goodput_is_what_was_answered_in_time() -> None:
+    assert WINDOW.goodput(2) == pytest.approx(2 / 10)
+    assert WINDOW.goodput(7) == pytest.approx((2 + 1 + 1) / 10)
+    assert WINDOW.failures == 1
+
+
+def test_in_an_open_loop_images_count_where_they_are_completed() -> None:
+    window = replace(WINDOW, by_completion=True)
+    assert window.images_a_second == pytest.approx((4 + 2 + 1) / 10)  # done at 12, 13 and 19; at 25 no more
