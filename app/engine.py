@@ -11,10 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from app import errors
-from app.batcher import Batcher, QueueFullError
+from app.admission import Admission
 from app.device import RunnerError
-from app.forecast import evaluations_a_step, retry_after, seconds_to_finish, seconds_to_room
-from app.limits import Limits
 from app.metrics import Metrics
 from app.network import ModelInfo
 from app.pace import Pace
@@ -40,11 +38,10 @@ class Engine:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # what is served, by name; empty until it is ready
         self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
-        self._load, self._auto_limits = load, max_batch is None
-        self._limits = Limits.fixed(max_batch or 1)
+        self._load = load
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
-        self._pace = Pace({1: 1.0})
-        self._batcher = Batcher(capacity)
+        self._admission = Admission(capacity, max_batch)
+        self._batcher = self._admission.batcher
         self._condition = threading.Condition()
         self._abandoned: list[Trajectory] = []  # their jobs were answered early; the thread frees their slots
         self._idle: Future[None] | None = None  # asked for by drain
@@ -61,18 +58,7 @@ class Engine:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
             self.state.refuse_unless_ok()
-            max_rows = self._max_rows(job)
-            job.position = self._batcher.waiting
-            job.eta_seconds = seconds_to_finish(self._batcher, job, max_rows, self._pace)
-            late = job.eta_seconds - job.timeout
-            if late > 0 and self._batcher.num_jobs:  # an idle engine always tries: only steps correct the pace
-                detail = f"the backlog would end {late:.0f} s after the request's own deadline"
-                raise errors.Overloaded(retry_after(late), detail)
-            try:
-                self._batcher.add(job)
-            except QueueFullError as full:
-                wait = seconds_to_room(self._batcher, full.missing, max_rows, self._pace)
-                raise errors.Overloaded(retry_after(wait)) from full
+            self._admission.admit(job)
             job.submitted_at_step = self._num_steps
             self._condition.notify()
 
@@ -124,7 +110,7 @@ class Engine:
     @property
     def max_batch(self) -> int:
         """Rows that a step may have."""
-        return self._limits.most
+        return self._admission.max_batch
 
     @property
     def waiting(self) -> int:
@@ -158,9 +144,8 @@ class Engine:
 
     def _open(self, pace: Pace) -> None:
         with self._condition:
-            self._pace, self.models = pace, self._runner.models
-            if self._auto_limits:
-                self._limits = Limits.auto(pace)
+            self._admission.open(pace)
+            self.models = self._runner.models
             if self.state is EngineState.STARTING:
                 self.state = EngineState.OK
         self.ready.set_result(None)
@@ -182,17 +167,12 @@ class Engine:
             self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
-            rows = [] if self._stopping else self._batcher.select(self._max_rows())
+            rows = [] if self._stopping else self._admission.select()
             for trajectory in rows:
                 if not trajectory.started:
                     self._batcher.start(trajectory)
                     self._note_start(trajectory.job)
             return rows, abandoned
-
-    def _max_rows(self, *more: Job) -> int:
-        """Of a step for the jobs that are there, and more; the condition is held."""
-        jobs = [*self._batcher.jobs, *more]
-        return self._limits.rows([len(job.unfinished) for job in jobs], evaluations_a_step(jobs[: self._limits.most]))
 
     def _note_start(self, job: Job) -> None:
         job.started_at = job.started_at or self._last_beat
@@ -202,11 +182,7 @@ class Engine:
     def _isolated(
         self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
     ) -> list[tuple[Trajectory, R]]:
-        return isolate(rows, compute, self._fail, self._lower_max_batch)
-
-    def _lower_max_batch(self, rows: int) -> None:
-        self._limits = self._limits.lowered_to(rows)
-        log.warning("out of device memory: at most %d rows a step from now on", self.max_batch)
+        return isolate(rows, compute, self._fail, self._admission.lower_max_batch)
 
     def _step(self, rows: list[Trajectory]) -> list[bool]:
         self._last_beat = start = time.monotonic()
@@ -214,7 +190,7 @@ class Engine:
         finite = self._runner.step(rows)
         seconds = time.monotonic() - start
         self._num_steps += 1
-        self._pace.observe(sum(trajectory.evaluations for trajectory in rows), seconds)
+        self._admission.pace.observe(sum(trajectory.evaluations for trajectory in rows), seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
