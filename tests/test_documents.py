@@ -127,3 +127,11 @@ def speed_table(content: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str
     if "limit" in content:
         return TRAINING_COLUMNS, training_table(content["images_a_second"], content["limit"])
     return without_empty(COLUMNS, table_of(content["rows"]))
+
+
+def test_the_readmes_figures_of_speed_stand_in_the_table_of_speed() -> None:
+    readme, speed = (ROOT / "README.md").read_text(), (DOCS / "speed.md").read_text()
+    table = readme.split("| figure | |")[1].split("\n\n")[0]
+    figures = [cells(line)[1] for line in table.splitlines()[2:]]
+    assert len(figures) == 7
+    assert all(f"| {figure} |" in speed for figure in figures)
