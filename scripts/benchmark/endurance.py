@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from model.sampler import SAMPLERS
 from scripts.benchmark.contestants import BenchError, Running
 from scripts.progress import Reporter, require
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 LOOK_SECONDS = 15.0  # between two looks at memory and at the picture
-SAMPLERS = ("ddpm", "ddim", "dpmpp")
 FORMATS = ("application/json", "image/png", "application/zip", "text/event-stream")
 LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # shares of the requests
 PROBE = {"digit": 3, "seed": 11, "num_steps": 10, "sampler": "dpmpp"}
@@ -53,8 +53,20 @@ def growth(looks: Sequence[tuple[float, float]]) -> float:
 
 
 async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:
-    """Clients ask, leave and err at random for so long; BenchError where an answer is one that must not be."""
-    aiohttp, log, end = require("aiohttp", extra="bench"), Log(), time.monotonic() + seconds
+    """Clients ask, leave and err at random for so long; BenchError where an answer is missing, or must not be."""
+    log = Log()
+    try:
+        await _endure(running, seconds, reporter, seed, log)
+    except ExceptionGroup as group:  # a client's, whose end is everybody's
+        raise BenchError(f"under load: {group.exceptions[0]!r}") from group
+    unexpected = set(log.answers) - {0, 200, 422, 429}
+    if unexpected:
+        raise BenchError(f"answers of {sorted(unexpected)} under load")
+    return log
+
+
+async def _endure(running: Running, seconds: float, reporter: Reporter, seed: int, log: Log) -> None:
+    aiohttp, end = require("aiohttp", extra="bench"), time.monotonic() + seconds
     async with aiohttp.ClientSession(running.url, timeout=aiohttp.ClientTimeout(600)) as session:
         with reporter.task("under load", round(seconds), "s") as task:
             async with asyncio.TaskGroup() as group:
@@ -68,10 +80,6 @@ async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: 
                     log.looks.append((now - start, running.resident_megabytes()))
                     task.advance(round(min(LOOK_SECONDS, end - now)), f"{log.looks[-1][1]:.0f} MB")
                     await asyncio.sleep(min(LOOK_SECONDS, max(0.0, end - time.monotonic())))
-    unexpected = set(log.answers) - {0, 200, 422, 429}
-    if unexpected:
-        raise BenchError(f"answers of {sorted(unexpected)} under load")
-    return log
 
 
 async def _client(session: "ClientSession", choose: random.Random, end: float, log: Log) -> None:

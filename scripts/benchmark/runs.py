@@ -80,8 +80,14 @@ def _figures_of(window: Window, objective: float) -> dict[str, Any]:
 
 def _raw(window: Window) -> list[list[Any]]:
     """Each request: its kind and images, and when it was due, sent and answered, in seconds of the window."""
-    times = ((answer, (answer.planned, answer.sent, answer.done)) for answer in window.answers)
-    return [[a.kind, a.images, *(round(at - window.start, 4) for at in three)] for a, three in times]
+    return [
+        [
+            a.kind,
+            a.images,
+            *(round(at - window.start, 4) for at in (answer.planned, answer.sent, answer.done)),
+        ]
+        for answer in window.answers
+    ]
 
 
 def _said_by(after: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a service would do whose only cost is the steps: the same arrivals, on the step times that were measured."""
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 
 def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[int], float]:
@@ -11,13 +12,7 @@ def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[int], float]:
     seconds = [seconds_by_rows[count] for count in rows]
 
     def step_seconds(count: int) -> float:
-        right = bisect_left(rows, count)
-        if right == len(rows):
-            return seconds[-1] * count / rows[-1]
-        if rows[right] == count or right == 0:
-            return seconds[right]
-        share = (count - rows[right - 1]) / (rows[right] - rows[right - 1])
-        return seconds[right - 1] * (1 - share) + seconds[right] * share
+        return float(np.interp(count, rows, seconds)) * max(1.0, count / rows[-1])
 
     return step_seconds
 

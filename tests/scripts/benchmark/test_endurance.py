@@ -1,6 +1,11 @@
+import asyncio
+import os
+
 import pytest
 
-from scripts.benchmark.endurance import Log, growth
+from scripts.benchmark.contestants import BenchError, Running
+from scripts.benchmark.endurance import Log, endure, growth
+from scripts.progress import Reporter
 
 
 def test_growth_is_a_line_that_outliers_do_not_move() -> None:
@@ -18,3 +23,9 @@ def test_only_the_second_half_is_asked_whether_it_grows() -> None:
     found = log.as_json()
     assert found["megabytes_an_hour"] == 0
     assert (found["answers"], found["pictures"], len(found["megabytes"])) == ({"0": 1, "200": 2}, 1, 100)
+
+
+def test_a_service_that_is_gone_ends_it_with_one_error() -> None:
+    nobody = Running("http://127.0.0.1:9", os.getpid(), 0.0)
+    with Reporter() as reporter, pytest.raises(BenchError, match="under load: ClientConnectorError"):
+        asyncio.run(endure(nobody, 60, reporter))
