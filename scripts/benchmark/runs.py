@@ -81,12 +81,7 @@ def _figures_of(window: Window, objective: float) -> dict[str, Any]:
 def _raw(window: Window) -> list[list[Any]]:
     """Each request: its kind and images, and when it was due, sent and answered, in seconds of the window."""
     return [
-        [
-            a.kind,
-            a.images,
-            *(round(at - window.start, 4) for at in (answer.planned, answer.sent, answer.done)),
-        ]
-        for answer in window.answers
+        [a.kind, a.images, *(round(at - window.start, 4) for at in (a.planned, a.sent, a.done))] for a in window.answers
     ]
 
 
