@@ -26,7 +26,7 @@ from scripts.progress import Reporter
 
 WARM_UP, REPEATS = 5, 20
 KINDS = (  # the first whose part is in a kernel's name
-    ("normalisation", ("group_norm", "var_mean", "layer_norm")),
+    ("normalisation", ("group_norm", "var_mean", "layer_norm", "rsqrt")),
     ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
     ("activations", ("gelu", "silu", "tanh", "erf")),
     ("copies", ("copy", "clone", "cat", "to_copy", "contiguous", "empty", "index")),
@@ -86,7 +86,7 @@ def _time(call: Callable[[], object]) -> float:
 
 def _with_names(program: ReverseStep, cache: Path) -> Step:
     """Compiled so that the profiler sees each kernel."""
-    export = compiler._export_step
+    export = compiler._export
 
     def without_traces(program: ReverseStep) -> torch.export.ExportedProgram:
         exported = export(program)
@@ -95,7 +95,7 @@ def _with_names(program: ReverseStep, cache: Path) -> Step:
         return exported
 
     named = mock.patch.dict(compiler.OPTIONS, {"cpp.enable_kernel_profile": True})
-    with named, mock.patch.object(compiler, "_export_step", without_traces):
+    with named, mock.patch.object(compiler, "_export", without_traces):
         return compiler.compiled_step(program, cache)
 
 

@@ -15,6 +15,7 @@ from app.runner import Runner
 from model import checkpoint, compiler
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiler import CompilerError, library_of
+from model.decompositions import FOR_CPU
 from model.precision import can_compile
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
@@ -176,16 +177,15 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
         return lambda number: tuple(part.fill_(number) for part in memory)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     program.device = torch.device("cuda")
-    step = compiler.compiled_step(program, tmp_path)
-    first = step(1.0)
-    step(2.0)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        step = compiler.compiled_step(program, tmp_path)
+        first = step(1.0)
+        step(2.0)
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert all(part.tolist() == [1.0, 1.0] for part in first)
     assert asked == [{"mode": "reduce-overhead", "dynamic": True}]
-    assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert not list(tmp_path.iterdir())
 
 
@@ -207,3 +207,13 @@ def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 def test_a_library_is_of_one_architecture_precision_processor_and_torch(names: list[str]) -> None:
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_what_the_compiler_would_make_slow_code_of_comes_in_other_words(loaded: Checkpoint, dtype: torch.dtype) -> None:
+    program = ReverseStep(loaded, CPU, dtype)
+    with compiler._quiet(), torch.no_grad():
+        before = compiler._export_denoise(program) if program.call_rows.most else compiler._export_step(program)
+        after = compiler._export(program)
+    assert set(FOR_CPU) <= {node.target for node in before.graph.nodes}
+    assert not set(FOR_CPU) & {node.target for node in after.graph.nodes}

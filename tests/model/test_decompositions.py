@@ -1,0 +1,65 @@
+"""Each operation in other words against torch's own, in float64 where that is the truth."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.decompositions import gelu, group_norm
+
+CHANNELS, GROUPS = 16, 8
+
+
+def images(mean: float = 0.0, std: float = 1.0, rows: int = 3) -> Tensor:
+    made = torch.randn(rows, CHANNELS, 7, 7, generator=torch.Generator().manual_seed(0)) * std + mean
+    return made.to(memory_format=torch.channels_last)
+
+
+def weight_and_bias() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(CHANNELS, generator=generator), torch.randn(CHANNELS, generator=generator)
+
+
+@pytest.mark.parametrize(("mean", "std", "tolerance"), [(0, 1, 1e-5), (0, 1e-3, 1e-5), (-3, 0.5, 1e-4), (30, 1, 2e-3)])
+def test_group_norm_is_torchs_own(mean: float, std: float, tolerance: float) -> None:
+    x, (weight, bias) = images(mean, std), weight_and_bias()
+    truth = F.group_norm(x.double(), GROUPS, weight.double(), bias.double())
+    assert (group_norm(x, GROUPS, weight, bias) - truth).abs().max() < tolerance
+
+
+def test_group_norm_of_a_constant_image_is_the_shift() -> None:
+    weight, bias = weight_and_bias()
+    x = torch.full((2, CHANNELS, 7, 7), 1.7)
+    found = group_norm(x, GROUPS, weight, bias)
+    assert torch.allclose(found, bias[:, None, None].expand_as(found), atol=0.2)  # 1e-3 of rounding over 1 / eps ** 0.5
+    assert torch.isfinite(found).all()
+
+
+def test_group_norm_sums_bfloat16_in_float32() -> None:
+    x, (weight, bias) = images(2.0).bfloat16(), (part.bfloat16() for part in weight_and_bias())
+    truth = F.group_norm(x.double(), GROUPS, weight.double(), bias.double())
+    found = group_norm(x, GROUPS, weight, bias)
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.double(), truth, rtol=2**-7, atol=2**-10)
+
+
+def test_gelu_is_torchs_own_by_tanh() -> None:
+    x = torch.linspace(-30, 30, 10_001)
+    truth = F.gelu(x.double(), approximate="tanh")
+    assert (gelu(x, approximate="tanh") - truth).abs().max() < 5e-6
+    assert gelu(x.bfloat16(), approximate="tanh").dtype == torch.bfloat16
+
+
+def test_gelu_by_erf_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="none"):
+        gelu(torch.zeros(1))
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = torch.tensor([float("nan"), float("inf")])
+    assert not gelu(x, approximate="tanh").isfinite().any()
+    rows = images()
+    rows[1, 3, 2, 2] = float("nan")
+    weight, bias = weight_and_bias()
+    found = group_norm(rows, GROUPS, weight, bias).isnan().flatten(1).any(dim=1)
+    assert found.tolist() == [False, True, False]
