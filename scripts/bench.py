@@ -85,11 +85,12 @@ class Bench:
         self._content = {"machine": facts, "seconds": asdict(self._times), "rows": self._rows}
         keep_freed_memory()  # as the services do: steps are timed here too
         {"closed": self._closed, "open": self._open, "alternatives": self._alternatives}[self._args.mode]()
-        rate = max(self._matrix_rates)
+        rate = max(*self._matrix_rates, *(row["matrix_rate"] for row in self._rows))
         self._reporter.line(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
         for row in self._rows:
             if row["is_plain"]:
-                row["matrix_share"] = row["images_a_second"] * NUM_STEPS * self._flop / rate
+                done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations a second
+                row["matrix_share"], row["matrix_share_beside"] = done / rate, done / row["matrix_rate"]
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
         self._write()
 
@@ -124,7 +125,7 @@ class Bench:
         for repeat in range(self._args.repeats):
             self._matrix_rates.append(matrix_rate(self._device))
             for contestant in contestants:
-                for row in measure(contestant, loads, self._times, seed=repeat):
+                for row in measure(contestant, loads, self._times, repeat, self._device):
                     found = f"{row['images_a_second']:.2f} images/s"
                     self._reporter.line(f"{repeat + 1}: {contestant.name}, {row['load']}: {found}")
                     self._answers.append([contestant.name, row["load"], repeat, row.pop("answers")])

@@ -19,6 +19,7 @@ COLUMNS = (
     "p95 of steps, s",
     "outside the network",
     "of the matrix rate",
+    "of that beside it",
     "memory, MB",
 )
 
@@ -66,7 +67,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                     _figure(of_it, "predicted_p95"),
                     with_spread([found["p99"] for found in latencies]),
                     *(_figure(of_it, name) for name in ("seconds_to_first_step", "rows_a_step", "p95_of_steps")),
-                    *(_percent(of_it, name) for name in ("outside_network", "matrix_share")),
+                    *(_percent(of_it, name) for name in ("outside_network", "matrix_share", "matrix_share_beside")),
                     _figure(of_it, "resident_megabytes"),
                 ]
             )

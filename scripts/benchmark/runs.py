@@ -1,15 +1,19 @@
 """The measurements: a service under closed and under open loops, repeated, with what it says of itself beside."""
 
 import asyncio
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from scripts.benchmark.contestants import BenchError, Contestant, Running, started
 from scripts.benchmark.disturbances import disturbance
 from scripts.benchmark.load import Window, arrivals, closed_loop, connected, open_loop
 from scripts.benchmark.loads import Load
+from scripts.benchmark.machine import matrix_rate
 from scripts.benchmark.report import percentile, quantile
 
 STEPS = "unfog_denoise_step_duration_seconds"
@@ -27,17 +31,24 @@ class Times:
     objective: float  # a request that takes longer counts for nothing in goodput
 
 
-def measure(contestant: Contestant, loads: Sequence[Load], times: Times, seed: int) -> list[dict[str, Any]]:
-    """A fresh start of it, then each load in turn; BenchError where a request fails."""
+def measure(
+    contestant: Contestant, loads: Sequence[Load], times: Times, seed: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """A fresh start of it, then each load in turn; BenchError where a request fails.
+
+    The device's matrix rate is taken before and after each load: on a shared machine it may halve in between.
+    """
     figures = []
     with started(contestant) as running:
         for load in loads:
+            matrix_rates = [matrix_rate(device)]
             before, begin = running.metrics(), time.perf_counter()
             with disturbance(load.beside, running.url) as goes_on:
                 window = asyncio.run(_under(running, load, times, seed))
                 if not goes_on():
                     raise BenchError(f"{load.name}: what was to go on beside has ended")
             seconds = time.perf_counter() - begin
+            matrix_rates.append(matrix_rate(device))
             if window.failures:
                 raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
             figures.append(
@@ -48,6 +59,7 @@ def measure(contestant: Contestant, loads: Sequence[Load], times: Times, seed: i
                     "is_plain": load.is_plain,
                     **_figures_of(window, times.objective),
                     "answers": _raw(window),
+                    "matrix_rate": statistics.mean(matrix_rates),
                     **_said_by(running.metrics(), before, seconds),
                     "resident_megabytes": running.resident_megabytes(),
                     "ready_seconds": running.ready_seconds,
