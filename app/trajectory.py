@@ -91,22 +91,14 @@ class Job:
         self.unfinished = [Trajectory(self, index) for index in range(self.count)]
         self.pixels: list[Pixels | None] = [None] * self.count
         self.steps_done = 0  # of all its images together
+        self.closed = False  # it has been answered
+        self.evaluations_a_step = 1 + len(self.guided_steps) / self.options.num_steps  # a row's, on the average
         self._previews_sent = 0
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has been answered."""
-        return self.future.done()
 
     @property
     def steps_left(self) -> int:
         """Network calls until its last x_0, each for one image."""
         return self.count * self.options.num_steps - self.steps_done
-
-    @property
-    def evaluations_a_step(self) -> float:
-        """Of the network, for one of its images, on the average of all steps."""
-        return 1 + len(self.guided_steps) / self.options.num_steps
 
     def preview_due(self) -> bool:
         """Whether the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""
@@ -127,13 +119,13 @@ class Job:
         self.pixels[trajectory.index] = pixels
         self.tell(ImageDone(trajectory.index, pixels))
         if not self.unfinished:
-            self.finished_at = time.monotonic()
+            self.closed, self.finished_at = True, time.monotonic()
             self.future.set_result([image for image in self.pixels if image is not None])
 
     def fail(self, error: Exception) -> None:
         """Answers with an error; a job that was answered stays as it is."""
         if not self.closed:
-            self.finished_at = time.monotonic()
+            self.closed, self.finished_at = True, time.monotonic()
             self.future.set_exception(error)
 
     def tell(self, event: Progress | ImageDone) -> None:

@@ -8,6 +8,8 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.operations import GroupNorm, gelu
+
 NUM_GROUPS = 8
 
 
@@ -21,7 +23,7 @@ class GELUConvBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, modulated: bool) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm's shift is the bias
-        self.norm = nn.GroupNorm(NUM_GROUPS, out_channels)
+        self.norm = GroupNorm(NUM_GROUPS, out_channels)
         self.num_columns = 2 * out_channels if modulated else 0
         self.columns = slice(0, 0)
 
@@ -30,7 +32,7 @@ class GELUConvBlock(nn.Module):
         if self.num_columns:
             scale, shift = c[:, self.columns, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1) each
             h = h * (1 + scale) + shift
-        return F.gelu(h, approximate="tanh")
+        return gelu(h)
 
 
 class ConvPair(nn.Module):
@@ -126,7 +128,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm = nn.GroupNorm(NUM_GROUPS, channels)
+        self.norm = GroupNorm(NUM_GROUPS, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = zero_init(nn.Conv2d(channels, channels, 1))
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from model.checkpoint import write_atomically
-from model.decompositions import FOR_CPU
 from model.native import NativeProgram
 from model.precision import can_compile, no_compiler
 from model.step import ReverseStep, State, Step, Stepped
@@ -107,8 +106,9 @@ def build(program: ReverseStep, library: Path) -> None:
     log.info("compiling for this machine, once")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.no_grad():
+        exported = _export_denoise(program) if program.call_rows.most else _export_step(program)
         package = torch._inductor.aoti_compile_and_package(
-            _export(program),
+            exported,
             package_path=f"{folder}/step.pt2",
             inductor_configs=dict(OPTIONS),  # torch writes into it
         )
@@ -130,11 +130,6 @@ def load(program: ReverseStep, library: Path) -> Step:
     compiled = NativeProgram(library, {f"program.{name}": constants[name] for name in constants}, num_outputs=1)
     program.denoise = lambda x_t, c: compiled(x_t, c)[0]
     return program
-
-
-def _export(program: ReverseStep) -> torch.export.ExportedProgram:
-    exported = _export_denoise(program) if program.call_rows.most else _export_step(program)
-    return exported.run_decompositions(FOR_CPU)
 
 
 def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:

@@ -86,7 +86,7 @@ def _time(call: Callable[[], object]) -> float:
 
 def _with_names(program: ReverseStep, cache: Path) -> Step:
     """Compiled so that the profiler sees each kernel."""
-    export = compiler._export
+    export = compiler._export_step
 
     def without_traces(program: ReverseStep) -> torch.export.ExportedProgram:
         exported = export(program)
@@ -95,7 +95,7 @@ def _with_names(program: ReverseStep, cache: Path) -> Step:
         return exported
 
     named = mock.patch.dict(compiler.OPTIONS, {"cpp.enable_kernel_profile": True})
-    with named, mock.patch.object(compiler, "_export", without_traces):
+    with named, mock.patch.object(compiler, "_export_step", without_traces):
         return compiler.compiled_step(program, cache)
 
 

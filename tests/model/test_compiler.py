@@ -1,6 +1,7 @@
 """The compiled step against itself in other company, and against the one that is not compiled."""
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from app.runner import Runner
 from model import checkpoint, compiler
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiler import CompilerError, library_of
-from model.decompositions import FOR_CPU
 from model.precision import can_compile
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
@@ -212,8 +212,9 @@ def test_a_library_is_of_one_architecture_precision_processor_and_torch(names: l
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_what_the_compiler_would_make_slow_code_of_comes_in_other_words(loaded: Checkpoint, dtype: torch.dtype) -> None:
     program = ReverseStep(loaded, CPU, dtype)
-    with compiler._quiet(), torch.no_grad():
-        before = compiler._export_denoise(program) if program.call_rows.most else compiler._export_step(program)
-        after = compiler._export(program)
-    assert set(FOR_CPU) <= {node.target for node in before.graph.nodes}
-    assert not set(FOR_CPU) & {node.target for node in after.graph.nodes}
+    with torch.no_grad():
+        exported = compiler._export_denoise(program) if program.call_rows.most else compiler._export_step(program)
+    called = " ".join(str(node.target) for node in exported.graph.nodes)
+    assert "sigmoid" in called
+    assert "rsqrt" in called
+    assert not re.search("group_norm|gelu", called)

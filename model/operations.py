@@ -1,21 +1,33 @@
-"""Operations in other words for the CPU compiler, equal but for rounding: it makes faster code of them.
+"""Group norm and GELU. A compiler for CPUs is given them in other words, of which it makes faster code.
 
 Inductor's own words for a group norm are Welford's sums over the few channels of a group, half a vector at a time;
-its GELU calls tanh, three times as long as exp. The network's definition stays the one in `model.blocks`.
+its GELU calls tanh, which takes three times as long as exp. Equal but for rounding.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float = 1e-5, cudnn_enabled: bool = True
-) -> Tensor:
-    """x (B, C, H, W) -> the same normed in groups (Wu & He 2018, equations 1 to 7), as x * scale + shift a channel.
+class GroupNorm(nn.GroupNorm):
+    """torch's own (Wu & He 2018), with its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W)."""
+        if _is_compiled_for_cpu(x):
+            return group_norm_by_channel(x, self.num_groups, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU by tanh (Hendrycks & Gimpel 2016, section 2), elementwise."""
+    return gelu_by_sigmoid(x) if _is_compiled_for_cpu(x) else F.gelu(x, approximate="tanh")
+
+
+def group_norm_by_channel(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x (B, C, H, W) -> the same normed in groups, as x * scale + shift a channel; weight and bias (C,).
 
     Sums are by channel first, whole vectors in channels_last; the variance is E[x^2] - E[x]^2 in float32, as in
     torch's own kernel for that layout.
@@ -31,22 +43,18 @@ def group_norm(
     return (h * _once_a_channel(scale) + _once_a_channel(shift)).to(x.dtype)
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
-    """GELU by tanh (Hendrycks & Gimpel 2016, section 2): h (1 + tanh u) / 2, which is h sigmoid(2 u)."""
-    if approximate != "tanh":
-        raise NotImplementedError(f"gelu(approximate={approximate!r})")
+def gelu_by_sigmoid(x: Tensor) -> Tensor:
+    """h (1 + tanh u) / 2 is h sigmoid(2 u)."""
     h = x.float()
     twice_u = 2 * math.sqrt(2 / math.pi) * h * (1 + 0.044715 * h * h)
     return (h * torch.sigmoid(twice_u)).to(x.dtype)
-
-
-FOR_CPU: dict[torch._ops.OpOverload, Callable[..., Any]] = {
-    torch.ops.aten.group_norm.default: group_norm,
-    torch.ops.aten.gelu.default: gelu,
-}
 
 
 def _once_a_channel(values: Tensor) -> Tensor:
     """(B, groups, C / groups) -> (B, C, 1, 1); as_strided makes Inductor keep them, not compute them for each pixel."""
     B, C = values.shape[0], values.shape[1] * values.shape[2]
     return values.contiguous().as_strided((B, C), (C, 1))[:, :, None, None]
+
+
+def _is_compiled_for_cpu(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
