@@ -125,7 +125,7 @@ class Runner:
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
             parts = [self._call(self._networks[name], own) for name, own in by_model.items()]
-            finite = None if self._runs_ahead else torch.cat([finite for _, (_, _, finite) in parts]).tolist()
+            finite = None if self._runs_ahead else [each for _, (_, _, part) in parts for each in part.tolist()]
             self._commit(parts)
         if finite is None:
             return self._finite_so_far(trajectories)

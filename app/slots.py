@@ -48,7 +48,7 @@ class Slots:
     def write(self, slots: Tensor, **rows: Tensor) -> None:
         """Puts the named rows (B, ...) into the slots (B,)."""
         for name, value in rows.items():
-            getattr(self.state, name)[slots] = value
+            getattr(self.state, name).index_copy_(0, slots, value)
 
     def _grow(self) -> None:
         size = len(self.state.seed)

@@ -46,6 +46,7 @@ from scripts.step_time import flop_of
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 MODES = ("closed", "open", "alternatives", "training", "endurance")
 CLIENTS = (1, 4, 16, 64)
+REQUESTS = ("small", "large")  # of one image, of as many as may be
 SATURATING = 64  # clients of one image
 NUM_STEPS = 100
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -109,15 +110,17 @@ class Bench:
         own = [self._own, *self._at_batches]
         batching = [alternative("batched"), *(alternative("litserve", *options) for options in LITSERVE)]
         pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
-        rows = self._repeat([*own, alternative("locked"), *batching], [clients_of_one(SATURATING)])
-        litserve = max(batching[1:], key=lambda tuned: self._median(rows, tuned.name))  # as it is fastest
-        slower = min(self._median(rows, name) for name in (self._own.name, litserve.name))
-        poisson = [
-            Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower),
-            Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
-        ]
-        self._repeat([*own, batching[0], litserve], poisson)  # one image at a time could not bear it
-        self._repeat([*own, litserve, *pipelines], [large()])
+        if "small" in self._args.requests:
+            rows = self._repeat([*own, alternative("locked"), *batching], [clients_of_one(SATURATING)])
+            litserve = max(batching[1:], key=lambda tuned: self._median(rows, tuned.name))  # as it is fastest
+            slower = min(self._median(rows, name) for name in (self._own.name, litserve.name))
+            poisson = [
+                Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower),
+                Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
+            ]
+            self._repeat([*own, batching[0], litserve], poisson)  # one image at a time could not bear it
+        if "large" in self._args.requests:
+            self._repeat([*own, *batching[1:], *pipelines], [large()])
 
     def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
         """The contestants take turns, so that what else the machine does meets all alike."""
@@ -204,6 +207,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also at these batches")
         if mode == "closed":
             command.add_argument("--clients", type=integer(1, 1024), nargs="+", default=CLIENTS)
+        if mode == "alternatives":
+            command.add_argument("--requests", choices=REQUESTS, nargs="+", default=REQUESTS, help="default: both")
         if mode == "open":
             command.add_argument("--shares", type=float, nargs="+", default=SHARES)
     return parser.parse_args(argv)
