@@ -1,7 +1,7 @@
 """diffusers' DDPMPipeline around a UNet2DModel of as many weights, behind the same FastAPI and lock.
 
-Its weights are random: it is timed, its pictures are not looked at. As it comes, or tuned as its documentation says:
-bfloat16, channels_last, no progress bar.
+Its weights are random: it is timed, its pictures are not looked at. As it comes, or tuned: bfloat16, eight groups a
+norm. Its documentation's channels_last would double its time: torch's group norm is slow there where groups are small.
 """
 
 import threading
@@ -16,6 +16,7 @@ from torch import nn
 from scripts.benchmark.alternatives.painter import Request, sheet_of
 
 WIDTHS = (32, 64, 96)  # 2.7 million weights, as `default` has
+TUNED_GROUPS = 8
 
 
 def new_pipeline(*, tuned: bool) -> Any:
@@ -27,12 +28,13 @@ def new_pipeline(*, tuned: bool) -> Any:
         block_out_channels=WIDTHS,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        norm_num_groups=TUNED_GROUPS if tuned else 32,
     )
     pipeline: Any = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100))
     unet.eval()
     pipeline.set_progress_bar_config(disable=True)
     if tuned:
-        unet.to(dtype=torch.bfloat16, memory_format=torch.channels_last)
+        unet.to(torch.bfloat16)
         unet.register_forward_pre_hook(lambda _, given: (given[0].to(torch.bfloat16), *given[1:]))
         unet.register_forward_hook(_in_float32)  # NumPy, to which the pipeline turns, knows no bfloat16
     return pipeline
