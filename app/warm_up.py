@@ -1,5 +1,6 @@
 """Before it is ready: each network draws a picture that is known, and steps are timed."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +15,9 @@ from app.threads import ComputeThreads
 from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
-REPEATS = 3
+REPEATS = 3  # of what may take longer at first
+TIMED_ROUNDS = 30  # at most; no fewer than REPEATS, and no new one begins after so many seconds
+TIMING_SECONDS = 1.0
 
 
 class Stepper(Protocol):
@@ -73,20 +76,38 @@ def record_shapes(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
             for guided_steps in (range(0), range(info.max_steps))[: 1 + info.guidable]:
                 if should_stop():
                     return
+                trajectories = _rows_of(info, name, rows, guided_steps)
                 with suppress(OutOfMemoryError):
-                    _time_step(stepper, _rows_of(info, name, rows, guided_steps))
+                    for _ in range(min(REPEATS, info.default_steps)):
+                        stepper.step(trajectories)
+                stepper.release(trajectories)
 
 
 def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> Pace:
-    info, seconds = stepper.models[DEFAULT_MODEL], dict[int, float]()
-    for rows in batches:
-        if should_stop():
-            break
-        try:
-            seconds[rows] = _time_step(stepper, _rows_of(info, DEFAULT_MODEL, rows))
-        except OutOfMemoryError:
-            break
+    """The best of some rounds, each through all batches: where the machine is slow for a while, it is so to all."""
+    info, end, seconds = stepper.models[DEFAULT_MODEL], time.monotonic() + TIMING_SECONDS, dict[int, float]()
+    trajectories = {rows: _rows_of(info, DEFAULT_MODEL, rows) for rows in batches}
+    try:
+        for k in range(min(TIMED_ROUNDS, info.default_steps)):
+            if k >= REPEATS and time.monotonic() > end:
+                break
+            for rows in list(trajectories):
+                if should_stop():
+                    return Pace(seconds or {1: 1.0})
+                try:
+                    seconds[rows] = min(_time_step(stepper, trajectories[rows]), seconds.get(rows, math.inf))
+                except OutOfMemoryError:
+                    _drop(stepper, trajectories, rows)
+                    break
+    finally:
+        _drop(stepper, trajectories)
     return Pace(seconds or {1: 1.0})
+
+
+def _drop(stepper: Stepper, trajectories: dict[int, list[Trajectory]], least: int = 0) -> None:
+    """Those of so many rows and more."""
+    for rows in [rows for rows in trajectories if rows >= least]:
+        stepper.release(trajectories.pop(rows))
 
 
 def _rows_of(info: ModelInfo, name: str, rows: int, guided_steps: range = range(0)) -> list[Trajectory]:
@@ -95,14 +116,7 @@ def _rows_of(info: ModelInfo, name: str, rows: int, guided_steps: range = range(
 
 
 def _time_step(stepper: Stepper, trajectories: list[Trajectory]) -> float:
-    """The best of a few."""
-    durations = []
-    try:
-        for _ in range(min(REPEATS, trajectories[0].job.options.num_steps)):
-            start = time.perf_counter()
-            stepper.step(trajectories)
-            stepper.wait()
-            durations.append(time.perf_counter() - start)
-    finally:
-        stepper.release(trajectories)
-    return min(durations)
+    start = time.perf_counter()
+    stepper.step(trajectories)
+    stepper.wait()
+    return time.perf_counter() - start

@@ -1,0 +1,86 @@
+"""Steps are timed on a clock that the test moves."""
+
+import pytest
+
+from app import warm_up
+from app.device import OutOfMemoryError
+from app.threads import ComputeThreads
+from app.warm_up import REPEATS, TIMED_ROUNDS, measure_paces
+from tests.app.fakes import FakeRunner, Rows
+
+BATCHES = (1, 8, 64)
+
+
+class Clock:
+    """Its steps take a millisecond a row, `slowness` times as long."""
+
+    def __init__(self) -> None:
+        self.now, self.slowness, self.batches = 0.0, 1.0, list[int]()
+
+    def step(self, rows: Rows) -> None:
+        self.batches.append(len(rows))
+        self.now += self.slowness * 1e-3 * len(rows)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = perf_counter
+
+
+class Timed(FakeRunner):
+    def wait(self) -> None:
+        """All is done at once."""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(warm_up, "time", made)
+    return made
+
+
+def one_thread() -> ComputeThreads:
+    return ComputeThreads((1,), use=lambda count: None)
+
+
+def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.slowness = 2.0 if clock.now > 0.1 else 1.0  # from the second round on
+        clock.step(rows)
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+
+
+def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:
+    runner = Timed(on_step=clock.step)
+    measure_paces(runner, BATCHES, one_thread(), lambda: False)
+    rounds = len(clock.batches) // len(BATCHES)
+    assert clock.batches == list(BATCHES) * rounds
+    assert REPEATS < rounds < TIMED_ROUNDS
+    assert not runner.held
+
+
+def test_where_a_round_takes_long_there_are_three(clock: Clock) -> None:
+    clock.slowness = 1000.0
+    measure_paces(Timed(on_step=clock.step), BATCHES, one_thread(), lambda: False)
+    assert len(clock.batches) == REPEATS * len(BATCHES)
+
+
+def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        if len(rows) > 8:
+            raise OutOfMemoryError
+        clock.step(rows)
+
+    runner = Timed(on_step=step)
+    (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
+    assert pace.best_batch(0.0) <= 8
+    assert not runner.held
+
+
+def test_it_stops_when_it_is_asked_to_and_leaves_nothing_behind(clock: Clock) -> None:
+    runner = Timed(on_step=clock.step)
+    measure_paces(runner, BATCHES, one_thread(), lambda: len(clock.batches) == 2)
+    assert clock.batches == [1, 8]
+    assert not runner.held
