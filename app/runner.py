@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of which steps are timed
 BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # on a GPU
-# Of a GPU so many that they need not grow: a graph holds for one size.
-FIRST_SLOTS, FIRST_SLOTS_AHEAD = 64, 2047
+# Those that warming up takes at once; of a GPU so many that they need not grow, as a graph holds for one size.
+FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
 
 
 class Runner:
