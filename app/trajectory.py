@@ -91,7 +91,7 @@ class Job:
         self.unfinished = [Trajectory(self, index) for index in range(self.count)]
         self.pixels: list[Pixels | None] = [None] * self.count
         self.steps_done = 0  # of all its images together
-        self.closed = False  # it has been answered
+        self.closed = False  # it has been answered; asked of each row at each step, where the future's lock would count
         self.evaluations_a_step = 1 + len(self.guided_steps) / self.options.num_steps  # a row's, on the average
         self._previews_sent = 0
 

@@ -17,7 +17,7 @@ from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 REPEATS = 3  # of what may take longer at first
 TIMED_ROUNDS = 30  # at most; no fewer than REPEATS, and no new one begins after so many seconds
-TIMING_SECONDS = 1.0
+TIMING_SECONDS = 0.3  # for each number of threads: whoever starts the service waits for it
 
 
 class Stepper(Protocol):
@@ -105,7 +105,7 @@ def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
 
 
 def _drop(stepper: Stepper, trajectories: dict[int, list[Trajectory]], least: int = 0) -> None:
-    """Those of so many rows and more."""
+    """Gives back those of so many rows and more."""
     for rows in [rows for rows in trajectories if rows >= least]:
         stepper.release(trajectories.pop(rows))
 

@@ -86,12 +86,14 @@ class Bench:
         self._content = {"machine": facts, "seconds": asdict(self._times), "rows": self._rows}
         keep_freed_memory()  # as the services do: steps are timed here too
         {"closed": self._closed, "open": self._open, "alternatives": self._alternatives}[self._args.mode]()
-        rate = max(*self._matrix_rates, *(row["matrix_rate"] for row in self._rows))
+        rate = max([*self._matrix_rates, *(row["matrix_rate"] for row in self._rows if "matrix_rate" in row)])
         self._reporter.line(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
         for row in self._rows:
             if row["is_plain"]:
                 done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations a second
-                row["matrix_share"], row["matrix_share_beside"] = done / rate, done / row["matrix_rate"]
+                row["matrix_share"] = done / rate
+                if "matrix_rate" in row:
+                    row["matrix_share_beside"] = done / row["matrix_rate"]
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
         self._write()
 

@@ -36,19 +36,21 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A fresh start of it, then each load in turn; BenchError where a request fails.
 
-    The device's matrix rate is taken before and after each load: on a shared machine it may halve in between.
+    The device's matrix rate is taken before and after each load of this service, as it may halve in between on a
+    shared machine. The others still draw for clients that have left: beside them it would be no idle machine's.
     """
     figures = []
     with started(contestant) as running:
         for load in loads:
-            matrix_rates = [matrix_rate(device)]
-            before, begin = running.metrics(), time.perf_counter()
+            before = running.metrics()
+            rates = [matrix_rate(device)] if before else []
+            begin = time.perf_counter()
             with disturbance(load.beside, running.url) as goes_on:
                 window = asyncio.run(_under(running, load, times, seed))
                 if not goes_on():
                     raise BenchError(f"{load.name}: what was to go on beside has ended")
             seconds = time.perf_counter() - begin
-            matrix_rates.append(matrix_rate(device))
+            rates += [matrix_rate(device)] if before else []
             if window.failures:
                 raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
             figures.append(
@@ -59,7 +61,7 @@ def measure(
                     "is_plain": load.is_plain,
                     **_figures_of(window, times.objective),
                     "answers": _raw(window),
-                    "matrix_rate": statistics.mean(matrix_rates),
+                    **({"matrix_rate": statistics.mean(rates)} if rates else {}),
                     **_said_by(running.metrics(), before, seconds),
                     "resident_megabytes": running.resident_megabytes(),
                     "ready_seconds": running.ready_seconds,

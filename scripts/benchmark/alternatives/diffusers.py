@@ -1,7 +1,7 @@
 """diffusers' DDPMPipeline around a UNet2DModel of as many weights, behind the same FastAPI and lock.
 
 Its weights are random: it is timed, its pictures are not looked at. As it comes, or tuned: bfloat16, eight groups a
-norm. Its documentation's channels_last would double its time: torch's group norm is slow there where groups are small.
+norm. Its documentation's channels_last makes it slower: torch's group norm is slow there where groups are small.
 """
 
 import threading

@@ -17,6 +17,7 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
         ("aten::mkldnn_convolution", "convolutions and products"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", "convolutions and products"),
         ("graph_0_cpp_fused_add_gelu_mul_native_group_norm_slice_3", "normalisation"),
+        ("graph_0_cpp_fused__to_copy_add_as_strided_clamp_div_mul_rsqrt_sigmoid_view_3", "normalisation"),
         ("aten::native_group_norm", "normalisation"),
         ("aten::gelu", "activations"),
         ("aten::copy_", "copies"),
