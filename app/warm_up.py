@@ -1,6 +1,6 @@
 """Before it is ready: each network draws a picture that is known, and steps are timed."""
 
-import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -84,24 +84,40 @@ def record_shapes(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
 
 
 def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> Pace:
-    """The best of some rounds, each through all batches: where the machine is slow for a while, it is so to all."""
-    info, end, seconds = stepper.models[DEFAULT_MODEL], time.monotonic() + TIMING_SECONDS, dict[int, float]()
+    """From some rounds, each through all batches."""
+    info, end, rounds = stepper.models[DEFAULT_MODEL], time.monotonic() + TIMING_SECONDS, list[dict[int, float]]()
     trajectories = {rows: _rows_of(info, DEFAULT_MODEL, rows) for rows in batches}
     try:
         for k in range(min(TIMED_ROUNDS, info.default_steps)):
             if k >= REPEATS and time.monotonic() > end:
                 break
+            rounds.append({})
             for rows in list(trajectories):
                 if should_stop():
-                    return Pace(seconds or {1: 1.0})
+                    return Pace({1: 1.0})
                 try:
-                    seconds[rows] = min(_time_step(stepper, trajectories[rows]), seconds.get(rows, math.inf))
+                    rounds[-1][rows] = _time_step(stepper, trajectories[rows])
                 except OutOfMemoryError:
                     _drop(stepper, trajectories, rows)
                     break
     finally:
         _drop(stepper, trajectories)
-    return Pace(seconds or {1: 1.0})
+    return Pace(_in_the_quickest_round(rounds) or {1: 1.0})
+
+
+def _in_the_quickest_round(rounds: Sequence[dict[int, float]]) -> dict[int, float]:
+    """Seconds of each batch: its share of a round, the median over all, times the seconds of the quickest.
+
+    A machine that changes its speed changes it for a round's batches alike; the best time of each batch by itself
+    would compare those that met a quick moment with those that did not.
+    """
+    batches = set[int].intersection(*map(set, rounds))
+    totals = [sum(times[rows] for rows in batches) for times in rounds]
+    shares = {
+        rows: statistics.median(times[rows] / total for times, total in zip(rounds, totals, strict=True))
+        for rows in batches
+    }
+    return {rows: min(totals) * share for rows, share in shares.items()}
 
 
 def _drop(stepper: Stepper, trajectories: dict[int, list[Trajectory]], least: int = 0) -> None:

@@ -6,9 +6,8 @@ import torch
 from einops import rearrange, repeat
 from einops.layers.torch import Rearrange
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from model.operations import GroupNorm, gelu
+from model.operations import GroupNorm, attention, gelu
 
 NUM_GROUPS = 8
 
@@ -135,7 +134,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, C, H, W), (B, D) -> (B, C, H, W)
         qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)
         q, k, v = rearrange(qkv, "b (three n d) h w -> three b n (h w) d", three=3, n=self.num_heads)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, H*W, C/heads)
+        h = attention(q, k, v)  # (B, heads, H*W, C/heads)
         h = rearrange(h, "b n (h w) d -> b (n d) h w", h=x.shape[2])  # (B, C, H, W)
         return x + self.proj(h)
 

@@ -1,7 +1,8 @@
-"""Group norm and GELU. A compiler for CPUs is given them in other words, of which it makes faster code.
+"""Group norm, GELU and attention, on a CPU in other words where those are faster. Equal but for rounding.
 
-Inductor's own words for a group norm are Welford's sums over the few channels of a group, half a vector at a time;
-its GELU calls tanh, which takes three times as long as exp. Equal but for rounding.
+Compiled: Inductor's own words for a group norm are Welford's sums over the few channels of a group, half a vector at a
+time; its GELU calls tanh, which takes three times as long as exp. Trained: the gradient of torch's fused attention
+takes more than ten times as long as the attention.
 """
 
 import math
@@ -26,6 +27,14 @@ def gelu(x: Tensor) -> Tensor:
     return gelu_by_sigmoid(x) if _is_compiled_for_cpu(x) else F.gelu(x, approximate="tanh")
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v (Vaswani 2017, eq. 1); q, k and v (B, heads, N, D) -> (B, heads, N, D)."""
+    is_trained = q.requires_grad and torch.is_grad_enabled()
+    if is_trained and q.device.type == "cpu":
+        return attention_by_products(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def group_norm_by_channel(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x (B, C, H, W) -> the same normed in groups, as x * scale + shift a channel; weight and bias (C,).
 
@@ -48,6 +57,13 @@ def gelu_by_sigmoid(x: Tensor) -> Tensor:
     h = x.float()
     twice_u = 2 * math.sqrt(2 / math.pi) * h * (1 + 0.044715 * h * h)
     return (h * torch.sigmoid(twice_u)).to(x.dtype)
+
+
+def attention_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same attention, in float32 whatever autocast says."""
+    with torch.autocast(q.device.type, enabled=False):
+        logits = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])  # (B, heads, N, N)
+        return (logits.softmax(-1) @ v.float()).to(v.dtype)  # (B, heads, N, D)
 
 
 def _once_a_channel(values: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
     """The contestants take turns; the limit is the matrix rate over the arithmetic of an image."""
     recipe, device = load_recipe(args.preset), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels = load_mnist("train", args.data_dir)
+    keep_freed_memory()  # as scripts.train does
     limit = matrix_rate(device) / (PASSES * flop_of(UNet(recipe.unet)))
     rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for repeat in range(args.repeats):

@@ -12,6 +12,7 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
+from model.memory import keep_freed_memory
 from scripts.arguments import Parser
 from scripts.distillation import DistillationObjective, PathsError, draw_paths
 from scripts.drawing import Drawer
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     try:
         recipe = load_recipe(args.preset)
         if args.epochs:

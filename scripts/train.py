@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from model.memory import keep_freed_memory
 from model.precision import can_compile, no_compiler
 from scripts.arguments import Parser, integer
 from scripts.mnist import NUM_VALIDATION, DataError, load_mnist
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     args = _parse(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    keep_freed_memory()
     try:
         recipe = load_recipe(args.preset)
         if recipe.distillation:

@@ -52,6 +52,16 @@ def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Cl
     assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
+def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        is_first = len(clock.batches) == 1
+        clock.slowness = 0.5 if is_first and len(rows) == 8 else 1.0
+        clock.step(rows)
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert pace.step_seconds(64) == pytest.approx(8 * pace.step_seconds(8), rel=0.01)
+
+
 def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:
     runner = Timed(on_step=clock.step)
     measure_paces(runner, BATCHES, one_thread(), lambda: False)

@@ -5,9 +5,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.operations import GroupNorm, gelu, gelu_by_sigmoid, group_norm_by_channel
+from model.operations import (
+    GroupNorm,
+    attention,
+    attention_by_products,
+    gelu,
+    gelu_by_sigmoid,
+    group_norm_by_channel,
+)
 
 CHANNELS, GROUPS, EPS = 16, 8, 1e-5
+DTYPES = (torch.float32, torch.float64)
 
 
 def images(mean: float = 0.0, std: float = 1.0, rows: int = 3) -> Tensor:
@@ -18,6 +26,11 @@ def images(mean: float = 0.0, std: float = 1.0, rows: int = 3) -> Tensor:
 def weight_and_bias() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(CHANNELS, generator=generator), torch.randn(CHANNELS, generator=generator)
+
+
+def queries_keys_values() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(3, 4, 49, 8, generator=generator) for _ in range(3)]
 
 
 @pytest.mark.parametrize(("mean", "std", "tolerance"), [(0, 1, 1e-5), (0, 1e-3, 1e-5), (-3, 0.5, 1e-4), (30, 1, 2e-3)])
@@ -56,6 +69,30 @@ def test_uncompiled_they_are_torchs_own_to_the_bit() -> None:
     norm.weight.data, norm.bias.data = weight, bias
     assert torch.equal(norm(x), F.group_norm(x, GROUPS, weight, bias))
     assert torch.equal(gelu(x), F.gelu(x, approximate="tanh"))
+    q, k, v = queries_keys_values()
+    assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_attention_and_its_gradient_are_those_of_torchs_own_in_float64() -> None:
+    found, truth = (tuple(part.to(dtype).requires_grad_() for part in queries_keys_values()) for dtype in DTYPES)
+    attended, expected = attention(*found), F.scaled_dot_product_attention(*truth)
+    assert torch.allclose(attended.double(), expected, atol=1e-6)
+    for gradient, true_one in zip(
+        torch.autograd.grad(attended.square().sum(), found),
+        torch.autograd.grad(expected.square().sum(), truth),
+        strict=True,
+    ):
+        assert torch.allclose(gradient.double(), true_one, atol=1e-5)
+
+
+def test_trained_attention_is_in_float32_under_autocast() -> None:
+    q, k, v = (part.bfloat16().requires_grad_() for part in queries_keys_values())
+    truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(q, k, v)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, attention_by_products(q, k, v))
+    assert torch.allclose(found.double(), truth, rtol=2**-8, atol=2**-10)
 
 
 def test_what_is_not_finite_stays_so() -> None:
