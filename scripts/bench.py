@@ -2,7 +2,7 @@
 
 closed        clients that ask again as soon as they are answered, 1 to 64 of them, alone and disturbed
 open          requests at random times, at shares of the capacity, latency counted from when each was due,
-              beside what a simulation of the loop on the measured step times says
+              beside what a simulation of the loop says, whose steps take what those of each moment took
 alternatives  the same beside what a user would pick instead, of the same weights, in one run
 training      images a second of scripts.train beside a plain loop's and what the matrix rate would allow
 endurance     load of every kind for an hour: whether memory grows, and whether a picture changes
@@ -34,7 +34,7 @@ from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, m
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import COLUMNS, percentile, table_of, without_empty
 from scripts.benchmark.runs import Times, measure
-from scripts.benchmark.simulation import simulate, step_times
+from scripts.benchmark.simulation import simulate, slowness, step_times
 from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
@@ -77,7 +77,7 @@ class Bench:
         self._flop = flop_of(load(SHIPPED).network)
         self._rows: list[dict[str, Any]] = []
         self._content: dict[str, Any] = {}
-        self._answers: list[list[Any]] = []
+        self._raw: list[list[Any]] = []
 
     def run(self) -> None:
         """The mode that was asked for; the table is printed and the JSON written."""
@@ -105,8 +105,7 @@ class Bench:
         capacity = statistics.median(row["images_a_second"] for row in saturated)
         loads = open_loads(capacity, self._args.shares)
         step_seconds = step_times(Painter().measure_steps(STEP_ROWS))
-        for row in self._repeat([self._own], loads):
-            row["predicted_p95"] = self._predicted_p95(row, step_seconds)
+        self._repeat([self._own], loads, lambda row: {"predicted_p95": self._predicted_p95(row, step_seconds)})
 
     def _alternatives(self) -> None:
         own = [self._own, *self._at_batches]
@@ -124,7 +123,12 @@ class Bench:
         if "large" in self._args.requests:
             self._repeat([*own, *batching[1:], *pipelines], [large()])
 
-    def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
+    def _repeat(
+        self,
+        contestants: Sequence[Contestant],
+        loads: Sequence[Load],
+        more_of: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
+    ) -> list[dict[str, Any]]:
         """The contestants take turns, so that what else the machine does meets all alike."""
         rows = []
         for repeat in range(self._args.repeats):
@@ -133,8 +137,10 @@ class Bench:
                 for row in measure(contestant, loads, self._times, repeat, self._device):
                     found = f"{row['images_a_second']:.2f} images/s"
                     self._reporter.line(f"{repeat + 1}: {contestant.name}, {row['load']}: {found}")
-                    self._answers.append([contestant.name, row["load"], repeat, row.pop("answers")])
-                    rows.append({"repeat": repeat, **row})
+                    row |= {"repeat": repeat} | more_of({"repeat": repeat, **row})
+                    raw = row.pop("answers"), row.pop("moments")
+                    self._raw.append([contestant.name, row["load"], repeat, *raw])
+                    rows.append(row)
                 self._rows += rows[-len(loads) :]
                 self._write()
         return rows
@@ -142,12 +148,13 @@ class Bench:
     def _write(self) -> None:
         """What was measured so far is not lost with what comes; each answer goes into a file of its own."""
         write_json(self._args.out, self._content)
-        write_atomically(self._args.out.with_suffix(".answers.json"), json.dumps(self._answers).encode())
+        write_atomically(self._args.out.with_suffix(".answers.json"), json.dumps(self._raw).encode())
 
-    def _predicted_p95(self, row: dict[str, Any], step_seconds: Callable[[int], float]) -> float:
-        """For the same arrivals, if the steps were all that takes time."""
+    def _predicted_p95(self, row: dict[str, Any], step_seconds: Callable[[float], float]) -> float:
+        """For the same arrivals, if the steps were all that takes time, each as long as those of its moment were."""
         opens, ends = self._times.settle, self._times.settle + self._times.window
-        fates = simulate(arrivals(row["rate"], row["repeat"]), ends, NUM_STEPS, STEP_ROWS[-1], step_seconds)
+        times, pace = arrivals(row["rate"], row["repeat"]), slowness(row["moments"], step_seconds)
+        fates = simulate(times, ends, NUM_STEPS, STEP_ROWS[-1], step_seconds, pace)
         return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)
 
     def _median(self, rows: Sequence[dict[str, Any]], contestant: str) -> float:

@@ -3,7 +3,8 @@
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,13 @@ from scripts.benchmark.load import Window, arrivals, closed_loop, connected, ope
 from scripts.benchmark.loads import Load
 from scripts.benchmark.machine import matrix_rate
 from scripts.benchmark.report import percentile, quantile
+from scripts.benchmark.simulation import Moment
 
 STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
 NETWORK = "unfog_network_seconds_total"
 SHARES = (50, 95, 99)
+LOOK_SECONDS = 0.5  # between two looks at what a service says while a load goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def measure(
             rates = [matrix_rate(device)] if before else []
             begin = time.perf_counter()
             with disturbance(load.beside, running.url) as goes_on:
-                window = asyncio.run(_under(running, load, times, seed))
+                window, moments = asyncio.run(_under(running, load, times, seed, has_metrics=bool(before)))
                 if not goes_on():
                     raise BenchError(f"{load.name}: what was to go on beside has ended")
             seconds = time.perf_counter() - begin
@@ -61,6 +64,7 @@ def measure(
                     "is_plain": load.is_plain,
                     **_figures_of(window, times.objective),
                     "answers": _raw(window),
+                    "moments": moments,
                     **({"matrix_rate": statistics.mean(rates)} if rates else {}),
                     **_said_by(running.metrics(), before, seconds),
                     "resident_megabytes": running.resident_megabytes(),
@@ -70,11 +74,37 @@ def measure(
     return figures
 
 
-async def _under(running: Running, load: Load, times: Times, seed: int) -> Window:
-    async with connected(running.url) as send:
+async def _under(
+    running: Running, load: Load, times: Times, seed: int, *, has_metrics: bool
+) -> tuple[Window, list[Moment]]:
+    moments: list[Moment] = []
+    async with connected(running.url) as send, AsyncExitStack() as stack:
+        if has_metrics:
+            await stack.enter_async_context(_watched(running, moments))
         if load.asks:
-            return await open_loop(send, load.asks, arrivals(load.rate, seed), times.settle, times.window)
-        return await closed_loop(send, load.clients, times.settle, times.window)
+            return await open_loop(send, load.asks, arrivals(load.rate, seed), times.settle, times.window), moments
+        return await closed_loop(send, load.clients, times.settle, times.window), moments
+
+
+@asynccontextmanager
+async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[None]:
+    """Notes what the service has done, every now and then until the block ends."""
+    begin = time.perf_counter()
+
+    async def watch() -> None:
+        while True:
+            said = await asyncio.to_thread(running.metrics)
+            at = time.perf_counter() - begin
+            moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
+            await asyncio.sleep(LOOK_SECONDS)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
 
 
 def _figures_of(window: Window, objective: float) -> dict[str, Any]:

@@ -1,20 +1,46 @@
 """What a service would do whose only cost is the steps: the same arrivals, on the step times that were measured."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 
-def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[int], float]:
+def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]:
     """Seconds of a step of so many rows: linear between those measured, in proportion to the last one above."""
     rows = sorted(seconds_by_rows)
     seconds = [seconds_by_rows[count] for count in rows]
 
-    def step_seconds(count: int) -> float:
+    def step_seconds(count: float) -> float:
         return float(np.interp(count, rows, seconds)) * max(1.0, count / rows[-1])
 
     return step_seconds
+
+
+class Moment(NamedTuple):
+    """What a service had done so many seconds after a load began."""
+
+    at: float
+    steps: float
+    rows: float  # of all steps
+    seconds: float  # in the networks' calls
+
+
+def slowness(moments: Sequence[Moment], step_seconds: Callable[[float], float]) -> Callable[[float], float]:
+    """How many times longer than `step_seconds` the steps took at a time; 1 where there were none at all.
+
+    A machine that others use too is not equally fast for long: between two moments it is what the steps of that time
+    say, and changes evenly from the middle of one such time to that of the next.
+    """
+    times, factors = list[float](), list[float]()
+    for before, after in pairwise(moments):
+        if steps := after.steps - before.steps:
+            expected = steps * step_seconds((after.rows - before.rows) / steps)
+            times.append((before.at + after.at) / 2)
+            factors.append((after.seconds - before.seconds) / expected)
+    return lambda at: float(np.interp(at, times, factors)) if times else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +57,16 @@ class Fate:
 
 
 def simulate(
-    times: Iterable[float], until: float, num_steps: int, most_rows: int, step_seconds: Callable[[int], float]
+    times: Iterable[float],
+    until: float,
+    num_steps: int,
+    most_rows: int,
+    step_seconds: Callable[[float], float],
+    slowness: Callable[[float], float] = lambda at: 1.0,
 ) -> list[Fate]:
     """Requests of one image that are due before `until`: all that are there take part in every step, the oldest first.
 
+    A step takes `step_seconds` of its rows times `slowness` of the time at which it begins.
     Those that come later are there too until the last of the others is done.
     """
     coming, fates = iter(times), list[Fate]()
@@ -47,7 +79,7 @@ def simulate(
             running.append([due, num_steps])
             due = next(coming)
         rows = running[:most_rows]
-        now += step_seconds(len(rows))
+        now += step_seconds(len(rows)) * slowness(now)
         for row in rows:
             row[1] -= 1
         fates += [Fate(at, now) for at, left in rows if not left and at < until]

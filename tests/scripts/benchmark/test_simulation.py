@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from scripts.benchmark.load import arrivals
-from scripts.benchmark.simulation import simulate, step_times
+from scripts.benchmark.simulation import Moment, simulate, slowness, step_times
 
 NEVER = itertools.repeat(float("inf"))
 
@@ -47,3 +47,20 @@ def test_one_row_a_step_is_a_queue_with_one_server() -> None:
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (3, 2.0), (4, 2.5), (6, 2.75), (8, 3.0), (16, 6.0)])
 def test_step_times_are_linear_between_those_measured(rows: int, seconds: float) -> None:
     assert step_times({1: 1.0, 4: 2.5, 8: 3.0})(rows) == pytest.approx(seconds)
+
+
+def test_a_step_takes_as_much_longer_as_the_machine_is_slower_when_it_begins() -> None:
+    (fate,) = simulate(of(1.0), 10, 3, most_rows=8, step_seconds=lambda rows: 1.0, slowness=lambda at: 1 + at)
+    assert fate.done == 1 + 2 + 4 + 8
+
+
+def test_the_pace_is_what_the_steps_between_two_looks_took() -> None:
+    looks = [Moment(0, 10, 40, 5.0), Moment(2, 12, 48, 9.0), Moment(4, 16, 48 + 8, 17.0)]
+    pace = slowness(looks, lambda rows: rows / 4)  # steps of 4 rows that took 2 s each, then of 2 rows and 2 s
+    assert [pace(at) for at in (0, 1, 2, 3, 9)] == [2, 2, 3, 4, 4]
+
+
+def test_a_time_without_steps_has_the_pace_of_those_around_it() -> None:
+    looks = [Moment(0, 0, 0, 0.0), Moment(1, 1, 1, 2.0), Moment(2, 1, 1, 2.0), Moment(3, 2, 2, 6.0)]
+    assert slowness(looks, lambda rows: rows)(1.5) == 3
+    assert slowness(looks[:1], lambda rows: rows)(1.5) == 1
