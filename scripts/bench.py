@@ -2,13 +2,14 @@
 
 closed        clients that ask again as soon as they are answered, 1 to 64 of them, alone and disturbed
 open          requests at random times, at shares of the capacity, latency counted from when each was due,
-              beside what a simulation of the loop says, whose steps take what those of each moment took
+              beside what a simulation of the loop on the measured step times says
 alternatives  the same beside what a user would pick instead, of the same weights, in one run
 training      images a second of scripts.train beside a plain loop's and what the matrix rate would allow
 endurance     load of every kind for an hour: whether memory grows, and whether a picture changes
 
-Each figure is a median with its range over the repeats; every repeat starts the service anew. Raw results go into
-the JSON file, with the machine and the rate at which it multiplies matrices. UNFOG_* variables reach the service.
+Each figure is a median with its range over the repeats; every repeat starts the services anew, of which only the one
+that is measured runs. Raw results go into the JSON file, with the machine and the rate at which it multiplies
+matrices. UNFOG_* variables reach the service.
 """
 
 import argparse
@@ -32,10 +33,11 @@ from scripts.benchmark.endurance import endure
 from scripts.benchmark.load import arrivals
 from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
-from scripts.benchmark.report import COLUMNS, percentile, table_of, without_empty
-from scripts.benchmark.runs import Times, measure
-from scripts.benchmark.simulation import simulate, slowness, step_times
+from scripts.benchmark.report import COLUMNS, table_of, without_empty
+from scripts.benchmark.runs import Times
+from scripts.benchmark.simulation import predicted_p95, simulate, slowness, step_times
 from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
+from scripts.benchmark.turns import take_turns
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
 from scripts.mnist import DataError, load_mnist
@@ -73,7 +75,7 @@ class Bench:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._own = this_service()
         self._at_batches = [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in args.max_batch]
-        self._matrix_rates: list[float] = []  # one a repeat, while nothing else runs
+        self._steps_of: Callable[[Sequence[int]], dict[int, float]] | None = None  # set where a prediction is made
         self._flop = flop_of(load(SHIPPED).network)
         self._rows: list[dict[str, Any]] = []
         self._content: dict[str, Any] = {}
@@ -81,19 +83,18 @@ class Bench:
 
     def run(self) -> None:
         """The mode that was asked for; the table is printed and the JSON written."""
-        facts = {**this_machine().as_json(), "flop_a_call": self._flop, "matrix_rates": self._matrix_rates}
+        facts = {**this_machine().as_json(), "flop_a_call": self._flop}
         self._reporter.line(", ".join(f"{name}: {value}" for name, value in facts.items()))
         self._content = {"machine": facts, "seconds": asdict(self._times), "rows": self._rows}
         keep_freed_memory()  # as the services do: steps are timed here too
         {"closed": self._closed, "open": self._open, "alternatives": self._alternatives}[self._args.mode]()
-        rate = max([*self._matrix_rates, *(row["matrix_rate"] for row in self._rows if "matrix_rate" in row)])
+        rate = facts["matrix_rate"] = max(look["matrix_rate"] for row in self._rows for look in row["beside"])
         self._reporter.line(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
         for row in self._rows:
             if row["is_plain"]:
                 done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations a second
                 row["matrix_share"] = done / rate
-                if "matrix_rate" in row:
-                    row["matrix_share_beside"] = done / row["matrix_rate"]
+                row["matrix_share_beside"] = done / statistics.mean(look["matrix_rate"] for look in row["beside"])
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
         self._write()
 
@@ -103,9 +104,8 @@ class Bench:
     def _open(self) -> None:
         saturated = self._repeat([self._own], [clients_of_one(SATURATING)])
         capacity = statistics.median(row["images_a_second"] for row in saturated)
-        loads = open_loads(capacity, self._args.shares)
-        step_seconds = step_times(Painter().measure_steps(STEP_ROWS))
-        self._repeat([self._own], loads, lambda row: {"predicted_p95": self._predicted_p95(row, step_seconds)})
+        self._steps_of = Painter().measure_steps
+        self._repeat([self._own], open_loads(capacity, self._args.shares))
 
     def _alternatives(self) -> None:
         own = [self._own, *self._at_batches]
@@ -113,35 +113,29 @@ class Bench:
         pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
         if "small" in self._args.requests:
             rows = self._repeat([*own, alternative("locked"), *batching], [clients_of_one(SATURATING)])
-            litserve = max(batching[1:], key=lambda tuned: self._median(rows, tuned.name))  # as it is fastest
-            slower = min(self._median(rows, name) for name in (self._own.name, litserve.name))
+            litserve = max(self._median(rows, tuned.name) for tuned in batching[1:])
+            slower = min(self._median(rows, self._own.name), litserve)
             poisson = [
                 Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower),
                 Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
             ]
-            self._repeat([*own, batching[0], litserve], poisson)  # one image at a time could not bear it
+            self._repeat([*own, *batching], poisson)  # one image at a time could not bear it
         if "large" in self._args.requests:
             self._repeat([*own, *batching[1:], *pipelines], [large()])
 
-    def _repeat(
-        self,
-        contestants: Sequence[Contestant],
-        loads: Sequence[Load],
-        more_of: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: {},
-    ) -> list[dict[str, Any]]:
-        """The contestants take turns, so that what else the machine does meets all alike."""
+    def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
+        """Fresh starts; the contestants take turns, so that what else the machine does meets all alike."""
         rows = []
         for repeat in range(self._args.repeats):
-            self._matrix_rates.append(matrix_rate(self._device))
-            for contestant in contestants:
-                for row in measure(contestant, loads, self._times, repeat, self._device):
-                    found = f"{row['images_a_second']:.2f} images/s"
-                    self._reporter.line(f"{repeat + 1}: {contestant.name}, {row['load']}: {found}")
-                    row |= {"repeat": repeat} | more_of({"repeat": repeat, **row})
-                    raw = row.pop("answers"), row.pop("moments")
-                    self._raw.append([contestant.name, row["load"], repeat, *raw])
-                    rows.append(row)
-                self._rows += rows[-len(loads) :]
+            for row in take_turns(contestants, loads, self._times, repeat, self._look):
+                if self._steps_of:
+                    row |= self._predicted(row)
+                found = f"{row['images_a_second']:.2f} images/s"
+                self._reporter.line(f"{repeat + 1}: {row['contestant']}, {row['load']}: {found}")
+                raw = row.pop("answers"), row.pop("moments")
+                self._raw.append([row["contestant"], row["load"], repeat, *raw])
+                rows.append(row)
+                self._rows.append(row)
                 self._write()
         return rows
 
@@ -150,12 +144,24 @@ class Bench:
         write_json(self._args.out, self._content)
         write_atomically(self._args.out.with_suffix(".answers.json"), json.dumps(self._raw).encode())
 
-    def _predicted_p95(self, row: dict[str, Any], step_seconds: Callable[[float], float]) -> float:
-        """For the same arrivals, if the steps were all that takes time, each as long as those of its moment were."""
+    def _look(self) -> dict[str, Any]:
+        """The machine while no service runs."""
+        steps = {"seconds_by_rows": self._steps_of(STEP_ROWS)} if self._steps_of else {}
+        return {"matrix_rate": matrix_rate(self._device), **steps}
+
+    def _predicted(self, row: dict[str, Any]) -> dict[str, float]:
+        """p95 for the same arrivals if the steps were all that takes time: bare ones, and the service's own."""
+        looks = [look["seconds_by_rows"] for look in row["beside"]]
+        bare = step_times({rows: statistics.mean(look[rows] for look in looks) for rows in STEP_ROWS})
+        if len(row["moments"]) < 2:
+            raise BenchError("the service's metrics could not be read under load")
+        paces = {"predicted_p95": lambda at: 1.0, "replayed_p95": slowness(row["moments"], bare)}
         opens, ends = self._times.settle, self._times.settle + self._times.window
-        times, pace = arrivals(row["rate"], row["repeat"]), slowness(row["moments"], step_seconds)
-        fates = simulate(times, ends, NUM_STEPS, STEP_ROWS[-1], step_seconds, pace)
-        return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)
+        steps = NUM_STEPS, STEP_ROWS[-1], bare
+        return {
+            name: predicted_p95(simulate(arrivals(row["rate"], row["repeat"]), ends, *steps, pace), opens)
+            for name, pace in paces.items()
+        }
 
     def _median(self, rows: Sequence[dict[str, Any]], contestant: str) -> float:
         return statistics.median(row["images_a_second"] for row in rows if row["contestant"] == contestant)

@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class Contestant:
     name: str
     arguments: tuple[str, ...]  # of Python; {port} stands for the port
     variables: dict[str, str] = field(default_factory=dict)
+    is_of_our_network: bool = True  # draws with the shipped weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,29 @@ class Running:
     url: str
     pid: int
     ready_seconds: float
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It stands still until the block ends, but for its turns."""
+        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """It runs until the block ends."""
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in _family(self.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def resident_megabytes(self) -> float:
         """Memory of the process and its children now; what they share counts once."""
@@ -67,7 +91,8 @@ def this_service(name: str = "unfog", **variables: str) -> Contestant:
 def alternative(name: str, *options: str) -> Contestant:
     """One of scripts.benchmark.alternatives."""
     label = " ".join([name, *options])
-    return Contestant(label, ("-m", "scripts.benchmark.alternatives", name, "{port}", *options))
+    arguments = ("-m", "scripts.benchmark.alternatives", name, "{port}", *options)
+    return Contestant(label, arguments, is_of_our_network=not name.startswith("diffusers"))
 
 
 @contextmanager

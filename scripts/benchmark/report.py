@@ -9,10 +9,13 @@ COLUMNS = (
     "contestant",
     "load",
     "images a second",
+    "of the first's",
     "in time",
     "p50, s",
     "p95, s",
+    "of the first's p95",
     "p95 simulated, s",
+    "p95 replayed, s",
     "p99, s",
     "first step, s",
     "rows a step",
@@ -51,27 +54,46 @@ def with_spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A line for each contestant under each load, and for each kind of request in it."""
+    """A line for each contestant under each load, and for each kind of request in it.
+
+    The others are held against the first of them in pairs: of each repeat the quotient.
+    """
     lines = []
-    for contestant, load in dict.fromkeys((row["contestant"], row["load"]) for row in rows):
-        of_it = [row for row in rows if (row["contestant"], row["load"]) == (contestant, load)]
-        kinds = of_it[0]["latencies"]
-        for kind in kinds:
-            latencies = [row["latencies"][kind] for row in of_it]
-            lines.append(
-                [
-                    contestant,
-                    load if len(kinds) == 1 else f"{load}: {kind}",
-                    *(_figure(of_it, name) for name in ("images_a_second", "goodput")),
-                    *(with_spread([found[share] for found in latencies]) for share in ("p50", "p95")),
-                    _figure(of_it, "predicted_p95"),
-                    with_spread([found["p99"] for found in latencies]),
-                    *(_figure(of_it, name) for name in ("seconds_to_first_step", "rows_a_step", "p95_of_steps")),
-                    *(_percent(of_it, name) for name in ("outside_network", "matrix_share", "matrix_share_beside")),
-                    _figure(of_it, "resident_megabytes"),
-                ]
-            )
+    for load in dict.fromkeys(row["load"] for row in rows):
+        by_contestant: dict[str, list[Mapping[str, Any]]] = {row["contestant"]: [] for row in rows}
+        for row in rows:
+            if row["load"] == load:
+                by_contestant[row["contestant"]].append(row)
+        first, *others = filter(None, by_contestant.values())
+        lines += [_line(of_it, first, kind) for of_it in (first, *others) for kind in of_it[0]["latencies"]]
     return lines
+
+
+def _line(of_it: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    load, is_first = of_it[0]["load"], of_it is first
+
+    def p(share: int, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [row["latencies"][kind][f"p{share}"] for row in rows]
+
+    def beside(own: Sequence[float], others: Sequence[float]) -> str:
+        return "-" if is_first else with_spread([a / b for a, b in zip(own, others, strict=True)])
+
+    rates = [[row["images_a_second"] for row in rows] for rows in (of_it, first)]
+    return [
+        of_it[0]["contestant"],
+        load if len(of_it[0]["latencies"]) == 1 else f"{load}: {kind}",
+        with_spread(rates[0]),
+        beside(*rates),
+        _figure(of_it, "goodput"),
+        with_spread(p(50, of_it)),
+        with_spread(p(95, of_it)),
+        beside(p(95, of_it), p(95, first)),
+        *(_figure(of_it, name) for name in ("predicted_p95", "replayed_p95")),
+        with_spread(p(99, of_it)),
+        *(_figure(of_it, name) for name in ("seconds_to_first_step", "rows_a_step", "p95_of_steps")),
+        *(_percent(of_it, name) for name in ("outside_network", "matrix_share", "matrix_share_beside")),
+        _figure(of_it, "resident_megabytes"),
+    ]
 
 
 def without_empty(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], list[list[str]]]:

@@ -1,20 +1,16 @@
-"""The measurements: a service under closed and under open loops, repeated, with what it says of itself beside."""
+"""A measurement: a service under a closed or an open loop, with what it says of itself beside."""
 
 import asyncio
-import statistics
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from scripts.benchmark.contestants import BenchError, Contestant, Running, started
+from scripts.benchmark.contestants import BenchError, Contestant, Running
 from scripts.benchmark.disturbances import disturbance
 from scripts.benchmark.load import Window, arrivals, closed_loop, connected, open_loop
 from scripts.benchmark.loads import Load
-from scripts.benchmark.machine import matrix_rate
 from scripts.benchmark.report import percentile, quantile
 from scripts.benchmark.simulation import Moment
 
@@ -34,68 +30,52 @@ class Times:
     objective: float  # a request that takes longer counts for nothing in goodput
 
 
-def measure(
-    contestant: Contestant, loads: Sequence[Load], times: Times, seed: int, device: torch.device
-) -> list[dict[str, Any]]:
-    """A fresh start of it, then each load in turn; BenchError where a request fails.
-
-    The device's matrix rate is taken before and after each load of this service, as it may halve in between on a
-    shared machine. The others still draw for clients that have left: beside them it would be no idle machine's.
-    """
-    figures = []
-    with started(contestant) as running:
-        for load in loads:
-            before = running.metrics()
-            rates = [matrix_rate(device)] if before else []
-            begin = time.perf_counter()
-            with disturbance(load.beside, running.url) as goes_on:
-                window, moments = asyncio.run(_under(running, load, times, seed, has_metrics=bool(before)))
-                if not goes_on():
-                    raise BenchError(f"{load.name}: what was to go on beside has ended")
-            seconds = time.perf_counter() - begin
-            rates += [matrix_rate(device)] if before else []
-            if window.failures:
-                raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
-            figures.append(
-                {
-                    "contestant": contestant.name,
-                    "load": load.name,
-                    "rate": load.rate,
-                    "is_plain": load.is_plain,
-                    **_figures_of(window, times.objective),
-                    "answers": _raw(window),
-                    "moments": moments,
-                    **({"matrix_rate": statistics.mean(rates)} if rates else {}),
-                    **_said_by(running.metrics(), before, seconds),
-                    "resident_megabytes": running.resident_megabytes(),
-                    "ready_seconds": running.ready_seconds,
-                }
-            )
-    return figures
+def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, Any]:
+    """What it does under this load; BenchError where a request fails."""
+    before, moments = running.metrics(), list[Moment]()
+    begin = time.perf_counter()
+    with disturbance(load.beside, running.url) as goes_on:
+        window = asyncio.run(_under(running, load, times, seed, moments if before else None))
+        if not goes_on():
+            raise BenchError(f"{load.name}: what was to go on beside has ended")
+    seconds = time.perf_counter() - begin
+    if window.failures:
+        raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
+    return {
+        "contestant": contestant.name,
+        "load": load.name,
+        "rate": load.rate,
+        "is_plain": load.is_plain and contestant.is_of_our_network,
+        **_figures_of(window, times.objective),
+        "answers": _raw(window),
+        "moments": moments,
+        **_said_by(running.metrics(), before, seconds),
+        "resident_megabytes": running.resident_megabytes(),
+        "ready_seconds": running.ready_seconds,
+    }
 
 
-async def _under(
-    running: Running, load: Load, times: Times, seed: int, *, has_metrics: bool
-) -> tuple[Window, list[Moment]]:
-    moments: list[Moment] = []
+async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:
+    """At random times, where a simulation is asked what they should have taken, `moments` are noted too."""
     async with connected(running.url) as send, AsyncExitStack() as stack:
-        if has_metrics:
+        if not load.asks:
+            return await closed_loop(send, load.clients, times.settle, times.window)
+        if moments is not None:
             await stack.enter_async_context(_watched(running, moments))
-        if load.asks:
-            return await open_loop(send, load.asks, arrivals(load.rate, seed), times.settle, times.window), moments
-        return await closed_loop(send, load.clients, times.settle, times.window), moments
+        return await open_loop(send, load.asks, arrivals(load.rate, seed), times.settle, times.window)
 
 
 @asynccontextmanager
 async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[None]:
-    """Notes what the service has done, every now and then until the block ends."""
+    """Notes what the service has done, every now and then until the block ends; a look that fails is left out."""
     begin = time.perf_counter()
 
     async def watch() -> None:
         while True:
-            said = await asyncio.to_thread(running.metrics)
-            at = time.perf_counter() - begin
-            moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
+            with suppress(OSError, KeyError):
+                said = await asyncio.to_thread(running.metrics)
+                at = time.perf_counter() - begin
+                moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
             await asyncio.sleep(LOOK_SECONDS)
 
     watching = asyncio.create_task(watch())
@@ -103,8 +83,6 @@ async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[Non
         yield
     finally:
         watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
 
 
 def _figures_of(window: Window, objective: float) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from scripts.benchmark.report import percentile
+
 
 def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]:
     """Seconds of a step of so many rows: linear between those measured, in proportion to the last one above."""
@@ -85,3 +87,8 @@ def simulate(
         fates += [Fate(at, now) for at, left in rows if not left and at < until]
         running = [row for row in running if row[1]]
     return fates
+
+
+def predicted_p95(fates: Sequence[Fate], opens: float) -> float:
+    """Of the latencies of those that are due from `opens` on."""
+    return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)

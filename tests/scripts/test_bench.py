@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,8 @@ def test_a_real_service_is_started_measured_and_stopped(
     assert all(1 <= found["rows_a_step"] <= 4 for found in content["rows"])
     assert all(0 < found["outside_network"] < 1 for found in content["rows"])
     assert content["machine"]["flop_a_call"] > 1e8
-    assert content["machine"]["matrix_rates"] == [1e12] * 2
+    assert content["machine"]["matrix_rate"] == 1e12
+    assert all(found["beside"] == [{"matrix_rate": 1e12}] * 2 for found in content["rows"])
     assert [("matrix_share" in found) for found in content["rows"][:9]] == [True] * 4 + [False] * 3 + [True] * 2
     answers = json.loads(out.with_suffix(".answers.json").read_text())
     assert [load for _, load, *_ in answers] == [found["load"] for found in content["rows"]]
@@ -54,17 +56,29 @@ def test_a_real_service_is_started_measured_and_stopped(
 def test_arrivals_at_random_are_held_against_a_simulation(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class InNoTime:
+        """Whose bare steps take next to nothing."""
+
+        def measure_steps(self, rows: Sequence[int]) -> dict[int, float]:
+            return dict.fromkeys(rows, 1e-9)
+
     out = tmp_path / "bench.json"
     monkeypatch.setattr(bench, "SATURATING", 4)
     monkeypatch.setattr(bench, "NUM_STEPS", 3)
-    monkeypatch.setattr(bench, "Painter", lambda: Painter(tiny, compiled=False))
+    monkeypatch.setattr(bench, "Painter", InNoTime)
     bench.main(["open", "--repeats=1", "--seconds=2", "--settle=0", "--shares", "0.5", f"--out={out}"])
     saturated, half = json.loads(out.read_text())["rows"]
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
-    assert half["latencies"]["one"]["p95"] > 0
-    assert half["predicted_p95"] > 0
+    assert half["predicted_p95"] == pytest.approx(3e-9)  # nobody meets anybody
+    assert half["replayed_p95"] > 1000 * half["predicted_p95"]  # with steps as long as the service's were
+    assert half["latencies"]["one"]["p95"] > half["predicted_p95"]
     *_, moments = json.loads(out.with_suffix(".answers.json").read_text())[1]
-    assert moments[0] < moments[-1]  # (seconds, steps, rows, seconds in calls), which all grow
+    assert all(first < last for first, last in zip(moments[0], moments[-1], strict=True))
+
+
+def test_bare_steps_are_timed_for_each_number_of_rows(tiny: Path) -> None:
+    seconds = Painter(tiny, compiled=False).measure_steps((1, 64))
+    assert 0 < seconds[1] < seconds[64]
 
 
 def test_a_service_under_load_of_every_kind_is_looked_at(

@@ -26,9 +26,9 @@ def test_a_quantile_of_a_histogram_is_where_prometheus_would_see_it() -> None:
     assert quantile({0.1: 1.0, math.inf: 2.0}, 0.95) == 0.1  # beyond what the buckets tell apart
 
 
-def row(repeat: int, load: str, rate: float, **kinds: float) -> dict[str, Any]:
+def row(repeat: int, load: str, rate: float, contestant: str = "unfog", **kinds: float) -> dict[str, Any]:
     latencies = {kind: {"p50": p50, "p95": 2 * p50, "p99": 3 * p50} for kind, p50 in kinds.items()}
-    known = {"repeat": repeat, "contestant": "unfog", "load": load, "images_a_second": rate, "latencies": latencies}
+    known = {"repeat": repeat, "contestant": contestant, "load": load, "images_a_second": rate, "latencies": latencies}
     return {**known, "goodput": rate / 2, "rows_a_step": 8.0, "outside_network": 0.05, "resident_megabytes": 300.0}
 
 
@@ -43,4 +43,21 @@ def test_the_table_has_the_median_and_the_range_over_repeats_a_line_a_kind_of_re
         "5.0%",
     )
     assert dict(zip(columns, long, strict=True))["p95, s"] == "4 (2 - 6)"
-    assert {"p95 simulated, s", "first step, s"}.isdisjoint(columns)  # of which nobody has a figure
+    assert {"p95 simulated, s", "first step, s", "of the first's", "of the first's p95"}.isdisjoint(
+        columns
+    )  # of which nobody has a figure
+
+
+def test_contestants_are_held_against_the_first_in_pairs() -> None:
+    ours = [row(k, load, rate, one=1.0) for k, rate in enumerate([1.0, 2.0, 10.0]) for load in ("idle", "full")]
+    others = [(2.0, 3.0), (3.0, 2.0), (5.0, 5.0)]
+    other = [row(k, "full", rate, "other", one=p50) for k, (rate, p50) in enumerate(others)]
+    columns, lines = without_empty(COLUMNS, table_of([*ours, *other]))
+    table = [dict(zip(columns, line, strict=True)) for line in lines]
+    assert [(line["contestant"], line["load"]) for line in table] == [
+        ("unfog", "idle"),
+        ("unfog", "full"),
+        ("other", "full"),
+    ]
+    assert [line["of the first's"] for line in table] == ["-", "-", "1.5 (0.5 - 2)"]  # 2 / 1, 3 / 2 and 5 / 10
+    assert [line["of the first's p95"] for line in table] == ["-", "-", "3 (2 - 5)"]

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from scripts.benchmark.load import arrivals
-from scripts.benchmark.simulation import Moment, simulate, slowness, step_times
+from scripts.benchmark.simulation import Fate, Moment, predicted_p95, simulate, slowness, step_times
 
 NEVER = itertools.repeat(float("inf"))
 
@@ -64,3 +64,8 @@ def test_a_time_without_steps_has_the_pace_of_those_around_it() -> None:
     looks = [Moment(0, 0, 0, 0.0), Moment(1, 1, 1, 2.0), Moment(2, 1, 1, 2.0), Moment(3, 2, 2, 6.0)]
     assert slowness(looks, lambda rows: rows)(1.5) == 3
     assert slowness(looks[:1], lambda rows: rows)(1.5) == 1
+
+
+def test_only_those_that_are_due_in_the_window_count() -> None:
+    fates = [Fate(0.5, 90.0), *(Fate(1.0 + k, 2.0 + 2 * k) for k in range(20))]  # 1 to 20 s
+    assert predicted_p95(fates, opens=1.0) == 19.0
