@@ -24,8 +24,11 @@ class Pace:
 
     def observe(self, rows: int, seconds: float, weight: float = SMOOTHING) -> None:
         """A step of `rows` evaluations took `seconds`."""
-        seen = min(seconds / self._expected(rows), MAX_JUMP * self.slowdown)
-        self.slowdown += weight * (seen - self.slowdown)
+        self.adjust(seconds / self.step_seconds(rows), weight)
+
+    def adjust(self, ratio: float, weight: float) -> None:
+        """A step took `ratio` times as long as was expected."""
+        self.slowdown *= 1 + weight * (min(ratio, MAX_JUMP) - 1)
 
     def relax(self, share: float) -> None:
         """Forgets so much of how slow the machine was."""

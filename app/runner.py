@@ -113,15 +113,16 @@ class Runner:
         OutOfMemoryError and DeviceLostError for what the device did; anything else is a bug.
         """
         start = time.perf_counter()
-        finite = self._step(trajectories)
-        self._threads.observe(sum(row.evaluations for row in trajectories), time.perf_counter() - start)
-        return finite
-
-    @torch.inference_mode()
-    def _step(self, trajectories: list[Trajectory]) -> list[bool]:
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
+        finite = self._step(trajectories, by_model)
+        calls = [sum(row.evaluations for row in own) for own in by_model.values()]
+        self._threads.observe(calls, time.perf_counter() - start)
+        return finite
+
+    @torch.inference_mode()
+    def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
             parts = [self._call(self._networks[name], own) for name, own in by_model.items()]

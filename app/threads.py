@@ -33,14 +33,17 @@ class ComputeThreads:
         """What steps take with each number, measured one after the other."""
         self._paces = paces
 
-    def observe(self, evaluations: int, seconds: float) -> None:
-        """A step has been made; the next one's number follows from it."""
+    def observe(self, calls: Sequence[int], seconds: float) -> None:
+        """A step has been made, of so many evaluations in each model's call; the next one's number follows from it."""
         if len(self._paces) < 2:
             return
         (other,) = (count for count in self.counts if count != self.count)
         weight, self._is_new = (1.0 if self._is_new else WEIGHT), False
-        self._paces[self.count].observe(evaluations, seconds, weight)
+        self._paces[self.count].adjust(seconds / self._expected(self.count, calls), weight)
         self._paces[other].relax(RELAXATION)
-        if MARGIN * self._paces[other].step_seconds(evaluations) < self._paces[self.count].step_seconds(evaluations):
+        if MARGIN * self._expected(other, calls) < self._expected(self.count, calls):
             self.set(other)
             self._is_new = True
+
+    def _expected(self, count: int, calls: Sequence[int]) -> float:
+        return sum(map(self._paces[count].step_seconds, calls))

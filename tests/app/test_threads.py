@@ -26,7 +26,7 @@ class Machine:
         """How many threads made it."""
         count = self.count
         seconds = {1: ONE, 2: TWO}[count].step_seconds(evaluations)
-        self.threads.observe(evaluations, slowness * seconds * (STALL if busy and count == 2 else 1))
+        self.threads.observe([evaluations], slowness * seconds * (STALL if busy and count == 2 else 1))
         return count
 
     def steps(self, number: int, evaluations: int, *, busy: bool, slowness: float = 1.0) -> list[int]:
@@ -49,6 +49,13 @@ def test_all_step_again_when_the_core_is_free(evaluations: int) -> None:
     machine.steps(5 * FORGOTTEN, evaluations, busy=True)
     free = machine.steps(3 * FORGOTTEN, evaluations, busy=False)
     assert set(free[2 * FORGOTTEN :]) == {2}
+
+
+def test_a_step_of_two_models_takes_two_calls_and_is_no_slow_one() -> None:
+    machine = Machine(2, 1)
+    for _ in range(5 * FORGOTTEN):
+        assert machine.count == 2
+        machine.threads.observe([1, 1], 2 * TWO.step_seconds(1))  # as one call of two rows it would take half
 
 
 def test_a_single_slow_step_changes_nothing() -> None:
