@@ -52,6 +52,7 @@ REQUESTS = ("small", "large")  # of one image, of as many as may be
 SATURATING = 64  # clients of one image
 NUM_STEPS = 100
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
+LONG_MINUTES, MOST_GROWTH = 30, 60  # megabytes an hour; in a shorter time they say little
 SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
 
 
@@ -183,7 +184,7 @@ def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
 
 
 def bench_endurance(args: argparse.Namespace, reporter: Reporter) -> None:
-    """One start, `--minutes` of load; BenchError where a picture changed."""
+    """One start, `--minutes` of load; BenchError where a picture changed or memory grew."""
     with started(this_service()) as running:
         idle = running.resident_megabytes()
         log = asyncio.run(endure(running, 60 * args.minutes, reporter))
@@ -194,6 +195,8 @@ def bench_endurance(args: argparse.Namespace, reporter: Reporter) -> None:
     reporter.line(f"growth in the second half: {found['megabytes_an_hour']:.2f} MB an hour")
     if len(log.pictures) != 1:
         raise BenchError(f"the same request gave {len(log.pictures)} pictures")
+    if args.minutes >= LONG_MINUTES and found["megabytes_an_hour"] > MOST_GROWTH:
+        raise BenchError("memory grew")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
