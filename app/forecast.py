@@ -54,9 +54,10 @@ def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) 
 
 
 def evaluations_a_step(jobs: Sequence[Job]) -> float:
-    """Of the network, for one row, on the average of the steps that these jobs have left."""
+    """Of the network, for one row, on the average of the steps that these jobs have left; 1 where there are none."""
+    steps_left = sum(job.steps_left for job in jobs)
     evaluations = sum(job.steps_left * job.evaluations_a_step for job in jobs)
-    return evaluations / max(1, sum(job.steps_left for job in jobs))
+    return evaluations / steps_left if steps_left else 1.0
 
 
 def retry_after(seconds: float) -> int:

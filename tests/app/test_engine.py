@@ -333,6 +333,22 @@ def test_auto_makes_large_steps_for_many_and_small_ones_where_somebody_is_small(
     assert [len(rows) for rows in runner.calls] == [16, 8, 8, 16]
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_auto_outlives_the_last_request_that_leaves(started: bool) -> None:
+    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})), max_batch=None))
+    leaver = new_job(4, num_steps=9)
+    engine.submit(leaver)
+    if started:
+        tick(engine)
+    engine.cancel(leaver, errors.DeadlineExceeded())
+    tick(engine)
+    job = new_job(2, num_steps=3)
+    engine.submit(job)
+    for _ in range(3):
+        tick(engine)
+    assert same(job.future.result(0), images(job))
+
+
 def test_a_number_of_rows_that_was_asked_for_is_kept() -> None:
     runner = FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}))
     engine = opened(new_engine(runner, max_batch=3))

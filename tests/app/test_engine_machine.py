@@ -14,6 +14,8 @@ from prometheus_client import Counter
 from app import errors
 from app.device import OutOfMemoryError
 from app.http import ClientGoneError
+from app.limits import Limits
+from app.pace import Pace
 from app.state import EngineState
 from app.trajectory import ImageDone, Job, Progress
 from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job, opened, same, tick
@@ -51,14 +53,18 @@ def totals(counter: Counter) -> Tally[str]:
 
 
 class EngineMachine(RuleBasedStateMachine):
+    max_batch_asked: int | None = MAX_BATCH
+    pace = Pace({1: 1e-6, 1024: 1e-6})
+
     def __init__(self) -> None:
         super().__init__()
         self.start()
 
     def start(self) -> None:
-        self.runner = FakeRunner()
-        self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=MAX_BATCH))
-        self.max_batch = MAX_BATCH
+        self.runner = FakeRunner(pace=self.pace.copy())
+        self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=self.max_batch_asked))
+        asked = self.max_batch_asked
+        self.limits = Limits.auto(self.pace) if asked is None else Limits.fixed(asked)
         self.truths: list[Truth] = []
         self.idle: Future[None] | None = None
         self.images_done: Tally[str] = Tally()
@@ -79,7 +85,8 @@ class EngineMachine(RuleBasedStateMachine):
     def expected_rows(self) -> list[Image]:
         """One image of each job, oldest first, then a second of each."""
         turns = [(turn, i, index) for i, t in enumerate(self.living) for turn, index in enumerate(t.unfinished)]
-        return [(self.living[i], index) for _, i, index in sorted(turns)][: self.max_batch]
+        count = self.limits.rows([len(truth.unfinished) for truth in self.living])
+        return [(self.living[i], index) for _, i, index in sorted(turns)][:count]
 
     def end(self, truth: Truth, error: type[Exception]) -> None:
         for index in truth.unfinished:
@@ -174,8 +181,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.fail(guilty)
         self.turn(rows)
         if error is OutOfMemoryError:
-            assert 1 <= self.engine.max_batch <= self.max_batch
-            self.max_batch = self.engine.max_batch
+            assert 1 <= self.engine.max_batch <= self.limits.most
+            self.limits = self.limits.lowered_to(self.engine.max_batch)
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -200,7 +207,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.on_step = raise_above_limit
         self.turn(rows)  # nobody loses anything
         assert 1 <= self.engine.max_batch <= min(limit, len(rows) // 2)
-        self.max_batch = self.engine.max_batch
+        self.limits = self.limits.lowered_to(self.engine.max_batch)
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -341,7 +348,16 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.submit(new_job(CAPACITY))
 
 
-EngineMachine.TestCase.settings = settings(
-    derandomize=True, deadline=None, database=None, max_examples=250, stateful_step_count=40
-)
+class AutoEngineMachine(EngineMachine):
+    """Steps of three rows or of five, by who is there."""
+
+    max_batch_asked = None
+    pace = Pace({1: 1e-6, 4: 4e-6, 5: 4.1e-6})
+
+
+for machine, max_examples in ((EngineMachine, 200), (AutoEngineMachine, 100)):
+    machine.TestCase.settings = settings(
+        derandomize=True, deadline=None, database=None, max_examples=max_examples, stateful_step_count=40
+    )
 test_no_image_is_lost_doubled_or_swapped = EngineMachine.TestCase
+test_nor_where_the_service_chooses_its_batches = AutoEngineMachine.TestCase
