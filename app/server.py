@@ -67,6 +67,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     engine = service.engine
     config = uvicorn.Config(
         app,
+        http="h11",  # whatever else is installed beside: what is tested is what is served, and what is measured
         log_config=None,
         access_log=False,
         server_header=False,

@@ -59,6 +59,8 @@ def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float |
             reporter.line(f"not bit by bit: before it was {run.earlier_arithmetic}, now {trainer.arithmetic}")
     num_parameters = sum(p.numel() for p in trainer.network.parameters())
     reporter.line(f"{num_parameters:,} parameters, {trainer.objective.num_examples:,} examples, on {trainer.device}")
+    if trainer.compiled:
+        reporter.line("the first step compiles, which takes a minute or more")
     longest_epoch = 0.0
     while trainer.epoch < run.recipe.epochs:
         epoch_start = time.perf_counter()

@@ -65,6 +65,7 @@ class Trainer:
             self.optimizer, patience=recipe.lr_schedule.patience, factor=recipe.lr_schedule.factor
         )
         self.epoch = 0
+        self.compiled = compiled
         self.denoiser = torch.compile(self._denoise) if compiled else self._denoise
         self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
             ", compiled" if compiled else ""

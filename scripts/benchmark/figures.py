@@ -4,16 +4,28 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.figures import LABEL_SIZE, new_figure
+from scripts.figures import LABEL_SIZE, PIXELS_PER_LETTER, new_figure
+from scripts.progress import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 900, 340  # pixels; of bars as many as there are
+WIDTH, HEIGHT = 1000, 340  # pixels; of bars as many as there are
 BAR_HEIGHT, MARGIN = 22, 90
-LABEL_WIDTH = 330
+KINDS_APART = 0.45  # of a bar: requests of several kinds under one load
 COLOURS = ("#1f77b4", "#6baed6", "#9e9e9e", "#c2a572", "#d95f02", "#a63603", "#7b3294")
+COLOUR_OF = {  # by how a contestant's name begins, the longer ones first; the same in every picture
+    "unfog,": COLOURS[1],
+    "unfog": COLOURS[0],
+    "locked": COLOURS[2],
+    "batched": COLOURS[3],
+    "litserve --batch-timeout 0.01": COLOURS[4],
+    "litserve": COLOURS[5],
+    "diffusers-tuned": "#c51b8a",
+    "diffusers": COLOURS[6],
+}
 Rows = Sequence[dict[str, Any]]
 
 
@@ -32,13 +44,16 @@ def _lines(rows: Rows) -> "Figure":
     (kind,) = rows[0]["latencies"]
     for share, colour in (("p50", COLOURS[1]), ("p95", COLOURS[0])):
         _line(latency, rates, [[row["latencies"][kind][share] for row in of_it] for of_it in at], share, colour)
-    simulated = [statistics.median(row["predicted_p95"] for row in of_it) for of_it in at]
-    latency.plot(rates, simulated, "--", color=COLOURS[4], label="p95, simulated")
+    for name, label, colour in (("predicted_p95", "simulated", COLOURS[4]), ("replayed_p95", "replayed", COLOURS[2])):
+        if all(name in row for row in rows):
+            said = [statistics.median(row[name] for row in of_it) for of_it in at]
+            latency.plot(rates, said, "x--", color=colour, label=f"p95, {label}")
     latency.set_yscale("log")
+    _label_logarithms(latency.yaxis)
     _describe(latency, "images asked for a second", "seconds until answered")
     _line(rate, rates, [[row["images_a_second"] for row in of_it] for of_it in at], "answered", COLOURS[0])
     _line(rate, rates, [[row["goodput"] for row in of_it] for of_it in at], "answered in time", COLOURS[4])
-    rate.plot(rates, rates, ":", color="#bbbbbb", label="asked for")
+    rate.plot(rates, rates, "x:", color="#bbbbbb", label="asked for")
     rate.set_ylim(0, 1.3 * max(row["images_a_second"] for row in rows))
     _describe(rate, "images asked for a second", "images a second")
     figure.tight_layout()
@@ -59,29 +74,48 @@ def _describe(axes: "Axes", x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _label_logarithms(axis: "Axis") -> None:
+    """0.1, 0.3, 1, 3, ... and no powers of ten."""
+    ticker = require("matplotlib.ticker")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _colour_of(contestant: str) -> str:
+    return next((colour for name, colour in COLOUR_OF.items() if contestant.startswith(name)), "#444444")
+
+
 def _bars(rows: Rows) -> "Figure":
     """Images a second, and seconds until answered, of each contestant under each load."""
-    contestants = list(dict.fromkeys(row["contestant"] for row in rows))
     groups = list(dict.fromkeys((row["load"], row["contestant"]) for row in rows))
     height = BAR_HEIGHT * len(groups) + MARGIN
     figure = new_figure(WIDTH, height)
-    box = {"left": LABEL_WIDTH / WIDTH, "right": 0.98, "bottom": 50 / height, "top": 1 - 10 / height, "wspace": 0.08}
+    labels = [f"{load}: {contestant}" for load, contestant in groups]
+    left = PIXELS_PER_LETTER * max(map(len, labels)) + 10
+    box = {"left": left / WIDTH, "right": 0.98, "bottom": 50 / height, "top": 1 - 10 / height, "wspace": 0.08}
     rate, latency = figure.subplots(1, 2, sharey=True, gridspec_kw=box)
     for place, (load, contestant) in enumerate(groups):
         of_it = [row for row in rows if (row["load"], row["contestant"]) == (load, contestant)]
-        colour = COLOURS[contestants.index(contestant) % len(COLOURS)]
+        colour = _colour_of(contestant)
         found = [row["images_a_second"] for row in of_it]
         middle = statistics.median(found)
         spread = [[middle - min(found)], [max(found) - middle]]
         rate.barh(place, middle, color=colour, xerr=spread, error_kw={"ecolor": "#444444", "capsize": 2})
-        for kind, marker in zip(of_it[0]["latencies"], "os^", strict=False):
+        kinds = of_it[0]["latencies"]
+        for k, kind in enumerate(kinds):
+            at = place + KINDS_APART * (k - (len(kinds) - 1) / 2)
             p50, p95 = (statistics.median(row["latencies"][kind][share] for row in of_it) for share in ("p50", "p95"))
-            latency.plot([p50, p95], [place, place], "-", color=colour)
-            latency.plot([p50], [place], marker, color=colour, markersize=4)
-            latency.plot([p95], [place], "|", color=colour, markersize=9)
-    rate.set_yticks(range(len(groups)), [f"{load}: {contestant}" for load, contestant in groups], fontsize=LABEL_SIZE)
+            latency.plot([p50, p95], [at, at], "-", color=colour)
+            latency.plot([p50], [at], "o", color=colour, markersize=4)
+            latency.plot([p95], [at], "|", color=colour, markersize=9)
+            if len(kinds) > 1:
+                latency.annotate(kind, (p95, at), (5, -3), textcoords="offset points", fontsize=LABEL_SIZE - 1)
+    rate.set_yticks(range(len(groups)), labels, fontsize=LABEL_SIZE)
     rate.invert_yaxis()
     latency.set_xscale("log")
+    _label_logarithms(latency.xaxis)
+    latency.margins(x=0.12)
     rate.set_xlabel("images a second", fontsize=LABEL_SIZE)
     latency.set_xlabel("seconds until answered, p50 to p95", fontsize=LABEL_SIZE)
     for axes in (rate, latency):
