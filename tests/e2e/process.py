@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds after which something that should happen does not; never a measure of speed
+START_PATIENCE = 300  # of a start, which may compile
 BASE = {
     "OMP_NUM_THREADS": "1",
     "UNFOG_NUM_THREADS": "1",
@@ -44,7 +45,7 @@ class Process:
 
     def wait_until_ready(self) -> str:
         """The address in the line that says ready."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + START_PATIENCE
         while (line := self._news.get(timeout=deadline - time.monotonic())) is not None:
             message = json.loads(line)["message"] if line.startswith("{") else ""
             if message.startswith("ready on "):
