@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             health = json.loads(_answer(f"{args.url}/health"))
             facts = {name: health.get(name) for name in ("version", "models", "device", "dtype", "compiled")}
             collect(args.url, options, args.out, reporter, count=args.num_images, seed=args.seed)
-            write_json(args.out / FACTS, {**facts, "options": options, "seed": args.seed})
+            write_json(args.out / FACTS, {**facts, "asked": options, "seed": args.seed})
             reporter.line(f"{args.num_images} images: {args.out}")
     except (CollectError, OSError, ValueError) as error:
         raise fail(f"collect: {error}".splitlines()[0]) from error

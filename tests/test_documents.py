@@ -70,6 +70,18 @@ def test_the_final_figures_are_of_what_ships_and_stand_in_it(shipped: Path, name
         assert options["guidance"] == recommended or options["guidance"]["scale"] == 1
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in (DOCS / "served").iterdir()))
+def test_what_the_service_sends_is_as_good_as_what_was_drawn_before(name: str) -> None:
+    served, before = (read_evaluation(DOCS / folder / name) for folder in ("served", "final"))
+    assert (served["num_images"], served["networks"]) == (before["num_images"], before["networks"])
+    assert served["judge"]["accuracy"] == pytest.approx(before["judge"]["accuracy"], abs=0.001)
+    assert served["frechet_ratio"] == pytest.approx(before["frechet_ratio"], abs=0.1)
+    lines = [cells(line) for line in (DOCS / "speed.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    columns = [as_column(evaluation) for evaluation in (served, before)]
+    wanted = ("recognised as asked", "as a multiple of real digits'")
+    assert [line[1:] for line in lines] == [[column[figure] for figure in wanted] for column in columns]
+
+
 def lines_of(path: Path) -> list[list[str]]:
     """Its lines in a table: of an evaluation whole, without its name, or by its guidance alone."""
     if path.name == "evaluation.json":

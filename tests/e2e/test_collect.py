@@ -22,7 +22,7 @@ def test_what_is_collected_is_what_the_service_sends(
     assert read.labels.bincount().tolist() == [10] * 10
     assert any((image[0].numpy() == open_png(last[0])[0]).all() for image in read.images)
     facts = read_facts(out)
-    assert (facts["options"], facts["seed"]) == (asked, 40)
+    assert (facts["asked"], facts["seed"]) == (asked, 40)
     assert facts["models"][0]["name"] == "default"
 
 
