@@ -5,6 +5,7 @@ depend on but the C++ compiler, which need not be there any more. It is machine 
 be able to write its folder.
 """
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -24,6 +25,7 @@ from torch.export import Dim
 
 from model.checkpoint import write_atomically
 from model.native import NativeProgram
+from model.packing import Packer, can_pack, take_packed_weights
 from model.precision import can_compile, no_compiler
 from model.step import ReverseStep, State, Step, Stepped
 
@@ -124,12 +126,38 @@ def load(program: ReverseStep, library: Path) -> Step:
     content = library.read_bytes()
     if hashlib.sha256(content[:-DIGEST_BYTES]).digest() != content[-DIGEST_BYTES:]:
         raise RuntimeError("it is damaged")
-    constants = program.state_dict()
-    if not program.call_rows.most:
-        return cast(Step, NativeProgram(library, constants, num_outputs=3))
-    compiled = NativeProgram(library, {f"program.{name}": constants[name] for name in constants}, num_outputs=1)
-    program.denoise = lambda x_t, c: compiled(x_t, c)[0]
-    return program
+    native, constants = ctypes.CDLL(str(library)), program.state_dict()
+    if program.call_rows.most:
+        compiled = NativeProgram(native, {f"program.{name}": constants[name] for name in constants}, num_outputs=1)
+        program.denoise = lambda x_t, c: compiled(x_t, c)[0]
+        return program
+    if can_pack(program.device, program.dtype):
+        return _PackedStep(program, native)
+    return cast(Step, NativeProgram(native, constants, num_outputs=3))
+
+
+class _PackedStep:
+    """The compiled step with weights packed for the evaluations of each call, and for the threads that make it."""
+
+    def __init__(self, program: ReverseStep, library: ctypes.CDLL) -> None:
+        self._library, self._constants = library, program.state_dict()
+        self._packer = Packer(program, program.see_network)
+        self._programs: dict[tuple[int, int], NativeProgram] = {}
+        self._program_for(torch.get_num_threads())  # where it cannot be had, that is known now
+
+    def __call__(self, *inputs: Tensor) -> Stepped:
+        """As a ReverseStep takes them."""
+        *_, source, _ = inputs  # (N,)
+        return cast(Stepped, self._program_for(len(source))(*inputs))
+
+    def _program_for(self, evaluations: int) -> NativeProgram:
+        """From as many evaluations as threads on, oneDNN's choice is the same."""
+        threads = torch.get_num_threads()
+        rows = min(evaluations, threads)
+        if (threads, rows) not in self._programs:
+            constants = self._constants | self._packer.weights_for(rows)
+            self._programs[threads, rows] = NativeProgram(self._library, constants, num_outputs=3)
+        return self._programs[threads, rows]
 
 
 def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
@@ -140,7 +168,8 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
     slots, source, second = (torch.arange(n, device=program.device) % B for n in (B, N, B))
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
     shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, {0: rows}, {0: evaluations}, {0: rows})
-    return torch.export.export(program, (*state, plans, slots, source, second), dynamic_shapes=shapes)
+    exported = torch.export.export(program, (*state, plans, slots, source, second), dynamic_shapes=shapes)
+    return take_packed_weights(exported) if can_pack(program.device, program.dtype) else exported
 
 
 class _Denoise(nn.Module):

@@ -6,7 +6,6 @@ no event loop, could run beside a step. ctypes gives the lock away.
 
 import ctypes
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,14 +24,14 @@ class NativeProgram:
     """A compiled program on the CPU: tensors in, `num_outputs` tensors out. One call at a time.
 
     `constants` are its weights by name; they are used where they lie, and must have the types, shapes and strides of
-    those that it was compiled with.
+    those that it was compiled with, or be what oneDNN packed of them.
     """
 
-    def __init__(self, library: Path, constants: Mapping[str, Tensor], num_outputs: int) -> None:
-        """OSError, AttributeError or RuntimeError where the library is none that can be run."""
-        self._library, self._num_outputs = ctypes.CDLL(str(library)), num_outputs
+    def __init__(self, library: ctypes.CDLL, constants: Mapping[str, Tensor], num_outputs: int) -> None:
+        """AttributeError, KeyError or RuntimeError where the library is none that can be run."""
+        self._library, self._num_outputs = library, num_outputs
         self._container = ctypes.c_void_p()
-        create = self._library.AOTInductorModelContainerCreateWithDevice
+        create = library.AOTInductorModelContainerCreateWithDevice
         if create(ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None):
             raise RuntimeError(f"{library} holds no program")
         self._constants = self._take(constants)  # they live as long as the program does

@@ -103,5 +103,11 @@ class ReverseStep(nn.Module):
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
         return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
 
+    @torch.inference_mode()
+    def see_network(self) -> None:
+        """One call of it, for whoever wants to see its parts at work."""
+        x_t = torch.zeros(1, *self.checkpoint.image_shape, dtype=self.dtype, device=self.device)
+        self._denoise(x_t, self.condition[:1, 0])
+
     def _denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
         return self.network.denoise(x_t.contiguous(memory_format=torch.channels_last), c)

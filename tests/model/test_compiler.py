@@ -119,7 +119,6 @@ def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: 
 
 
 @needs_compiler
-@needs_compiler
 @pytest.mark.parametrize("damage", ["a byte", "its end", "all of it"])
 def test_a_damaged_library_is_made_anew(
     loaded: Checkpoint,
