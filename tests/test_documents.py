@@ -160,3 +160,18 @@ def test_the_readmes_figures_of_speed_are_those_of_their_loads() -> None:
     table = (ROOT / "README.md").read_text().split("| figure | |")[1].split("\n\n")[0]
     stated = dict(map(cells, table.splitlines()[2:]))
     assert stated == {name: measured[load][column] for name, (load, column) in SPEED.items()}
+
+
+def test_the_hour_of_load_stands_as_it_was_and_memory_did_not_grow() -> None:
+    found, text = json.loads((DOCS / "endurance.json").read_text()), (DOCS / "speed.md").read_text()
+    section = text.split("## An hour of load")[1].split("\n## ")[0]
+    answers, megabytes = found["answers"], found["megabytes"]
+    assert found["minutes"] >= 60
+    assert (
+        f"{answers['200']:,} answers of 200, {answers['422']} of 422, and {answers['0']} clients that left" in section
+    )
+    assert (
+        f"{found['megabytes_idle']:.0f} MB before, {min(megabytes):.0f} to {max(megabytes):.0f} under load" in section
+    )
+    assert found["pictures"] == 1
+    assert found["megabytes_an_hour"] < 60
