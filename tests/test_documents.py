@@ -33,6 +33,24 @@ SPEED = {  # the README's figures: of which load, in which column
         "images a second",
     ),
 }
+BESIDE = {  # the README's comparison: of which file and load, in which column
+    "images a second, 64 clients of one image": ("alternatives-small", "64 x 1 image", "images a second"),
+    "images a second, 2 clients of 64 images": ("alternatives-large", "2 x 64 images", "images a second"),
+    "p95 in seconds, one image each at random times": ("alternatives-small", "0.7 of the slower's capacity", "p95, s"),
+    "the same of ten steps, every other request": (
+        "alternatives-small",
+        "the same, every other of 10 steps: 10 steps",
+        "p95, s",
+    ),
+}
+CONTESTANTS = {
+    "this service": "unfog",
+    "LitServe, `batch_timeout` 0.01": "litserve --batch-timeout 0.01",
+    "0.1": "litserve --batch-timeout 0.1",
+    "FastAPI, batches of whole requests": "batched",
+    "diffusers": "diffusers",
+    "tuned": "diffusers-tuned",
+}
 EVALUATIONS = sorted((DOCS / "ladder").rglob("evaluation.json"))
 SWEEPS = sorted({*DOCS.rglob("guidance.json"), *DOCS.rglob("steps.json")})
 LADDER = set((DOCS / "ladder.md").read_text().splitlines())
@@ -160,6 +178,15 @@ def test_the_readmes_figures_of_speed_are_those_of_their_loads() -> None:
     table = (ROOT / "README.md").read_text().split("| figure | |")[1].split("\n\n")[0]
     stated = dict(map(cells, table.splitlines()[2:]))
     assert stated == {name: measured[load][column] for name, (load, column) in SPEED.items()}
+
+
+def test_the_readmes_comparison_is_what_was_measured() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert as_written(["", *CONTESTANTS]).replace("|  |", "| |") in lines
+    for name, (file, under, column) in BESIDE.items():
+        columns, table = speed_table(json.loads((DOCS / "speed" / f"{file}.json").read_text()))
+        of_load = {line[0]: line[columns.index(column)] for line in table if line[1] == under}
+        assert as_written([name, *(of_load.get(contestant, "-") for contestant in CONTESTANTS.values())]) in lines
 
 
 def test_the_hour_of_load_stands_as_it_was_and_memory_did_not_grow() -> None:
