@@ -8,14 +8,16 @@ from json import dumps
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from scripts.benchmark.contestants import BenchError, Contestant, Running, started
 from scripts.benchmark.loads import UNGUIDED, Load
 from scripts.benchmark.runs import Times, measure
 
-PROBE = {"count": 4, "seed": 5}  # asked of each before it is measured; one level is what rounding may make
-ONE_LEVEL = 1
+PROBE = {"count": 4, "seed": 5}  # asked of each before it is measured
+Pixels = npt.NDArray[np.uint8]
+ONE_LEVEL = 1  # of 255: what rounding may make
 
 
 def take_turns(
@@ -58,11 +60,11 @@ def all_started(contestants: Sequence[Contestant]) -> Iterator[dict[str, Running
         yield running
 
 
-def _differ(drawn: "np.ndarray[Any, Any]", expected: "np.ndarray[Any, Any]") -> bool:
+def _differ(drawn: Pixels, expected: Pixels) -> bool:
     return bool(np.abs(drawn.astype(int) - expected).max() > ONE_LEVEL)
 
 
-def _picture(running: Running) -> "np.ndarray[Any, Any]":
+def _picture(running: Running) -> Pixels:
     """The sheet of a few images, (H, W)."""
     body, headers = UNGUIDED | PROBE, {"Content-Type": "application/json", "Accept": "image/png"}
     asked = urllib.request.Request(f"{running.url}/generate", dumps(body).encode(), headers)

@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60  # seconds after which something that should happen does not; never a measure of speed
-START_PATIENCE = 300  # of a start, which may compile
+START_PATIENCE = 240  # of a start, which may compile; less than pytest's own patience with a test
 BASE = {
     "OMP_NUM_THREADS": "1",
     "UNFOG_NUM_THREADS": "1",

@@ -17,7 +17,7 @@ from model.step import ReverseStep, State
 from tests.model.test_compiler import tiny_checkpoint
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs oneDNN's kernels of bfloat16")
+needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs oneDNN's kernels of bfloat16")
 
 
 class Convolutions(nn.Module):
@@ -47,6 +47,7 @@ def inputs(program: ReverseStep, rows: int) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
+@needs_bfloat16
 def test_a_program_that_takes_packed_weights_computes_the_same(rows: int) -> None:
     module = Convolutions().bfloat16().to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     x = torch.randn(rows, 3, 14, 14).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -59,6 +60,7 @@ def test_a_program_that_takes_packed_weights_computes_the_same(rows: int) -> Non
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
+@needs_bfloat16
 def test_packed_weights_are_the_same_numbers_in_another_order(rows: int) -> None:
     module = Convolutions().bfloat16().to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     packer = Packer(module, lambda: module(torch.zeros(1, 3, 14, 14, dtype=torch.bfloat16)))
@@ -69,6 +71,7 @@ def test_packed_weights_are_the_same_numbers_in_another_order(rows: int) -> None
         assert torch.equal(weight.to_dense(), state[name])
 
 
+@needs_bfloat16
 def test_weights_that_lie_alike_are_kept_once() -> None:
     module = Convolutions().bfloat16().eval()
     packer = Packer(module, lambda: module(torch.zeros(1, 3, 14, 14, dtype=torch.bfloat16)))
@@ -77,6 +80,7 @@ def test_weights_that_lie_alike_are_kept_once() -> None:
 
 
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+@needs_bfloat16
 def test_compiled_the_step_has_the_same_bits_with_packed_weights(
     tmp_path: Path, threads: Callable[[int], None]
 ) -> None:
