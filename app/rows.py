@@ -24,6 +24,7 @@ def rows_of(trajectories: Sequence[Trajectory], shapes: Shapes, transfers: Trans
         second[place] = evaluation
     parts = (
         [slot or NOBODY for slot in slots] + [NOBODY] * (count - len(slots)),
+        [trajectory.step for trajectory in trajectories] + [0] * (count - len(slots)),
         [*range(count), *guided, *[0] * (num_evaluations - count - len(guided))],
         second,
     )

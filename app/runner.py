@@ -146,7 +146,7 @@ class Runner:
         """Writes the results of a step; state that was half written cannot be stepped again."""
         try:
             for slots, (x_prev, x_0, finite) in parts:
-                self._slots.write(slots, x_t=x_prev, x_0=x_0, step=self._slots.state.step[slots] + 1)
+                self._slots.write(slots, x_t=x_prev, x_0=x_0)
                 if self._runs_ahead:
                     self._slots.finite[slots] &= finite
             self._transfers.note_step()
@@ -217,8 +217,7 @@ class Runner:
         starts = [self._plans.start_of(o, self._networks[o.model].checkpoint.schedule) for o in options]
         columns = ([o.seed for o in options], [o.digit for o in options], starts, [t.index for t in trajectories])
         seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
-        step = torch.zeros_like(seed)
-        x_T = normal(seed, index, step, self.image_shape)  # (B, C, H, W)
+        x_T = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
         scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
         self._slots.begin(
             trajectories,
@@ -228,7 +227,6 @@ class Runner:
             index=index,
             y=y,
             plan_row=plan_row,
-            step=step,
             guidance_scale=scale,
         )
 

@@ -165,10 +165,10 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
     B, N = 8, 11  # neither 0 nor 1, nor equal: what is equal is taken for the same
     state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
     plans = torch.zeros(4, 5, device=program.device)
-    slots, source, second = (torch.arange(n, device=program.device) % B for n in (B, N, B))
+    slots, step, source, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, B))
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
-    shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, {0: rows}, {0: evaluations}, {0: rows})
-    exported = torch.export.export(program, (*state, plans, slots, source, second), dynamic_shapes=shapes)
+    shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, {0: rows}, {0: rows}, {0: evaluations}, {0: rows})
+    exported = torch.export.export(program, (*state, plans, slots, step, source, second), dynamic_shapes=shapes)
     return take_packed_weights(exported) if can_pack(program.device, program.dtype) else exported
 
 

@@ -5,7 +5,7 @@ of them the network sees a second time, come in as indices.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,25 +28,25 @@ class State:
     index: Tensor
     y: Tensor
     plan_row: Tensor  # where in the table of plans the row's own starts
-    step: Tensor  # reverse steps done
     guidance_scale: Tensor  # (S,) float32
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
         """Rows that nobody has asked for."""
         x_t, x_0 = (torch.zeros(count, *image_shape, device=device) for _ in range(2))
-        seed, index, y, plan_row, step = torch.zeros(5, count, dtype=torch.int64, device=device).unbind()
-        return cls(x_t, x_0, seed, index, y, plan_row, step, torch.ones(count, device=device))
+        seed, index, y, plan_row = torch.zeros(4, count, dtype=torch.int64, device=device).unbind()
+        return cls(x_t, x_0, seed, index, y, plan_row, torch.ones(count, device=device))
 
     def __iter__(self) -> Iterator[Tensor]:
         """In the order in which the step takes them."""
-        return (getattr(self, field.name) for field in fields(self))
+        return iter((self.x_t, self.x_0, self.seed, self.index, self.y, self.plan_row, self.guidance_scale))
 
 
 class Rows(NamedTuple):
     """Which rows of the state take a step, and what the network sees: each of them, then the guided ones once more."""
 
     slots: Tensor  # (B,) int64: their places in the state
+    step: Tensor  # (B,) int64: reverse steps that each has done
     source: Tensor  # (N,) int64: whose each evaluation is, 0..B-1 and then the guided rows again
     second: Tensor  # (B,) int64: which evaluation is the row's without label; its first one where it is not guided
 
@@ -81,16 +81,16 @@ class ReverseStep(nn.Module):
         index: Tensor,
         y: Tensor,
         plan_row: Tensor,
-        step: Tensor,
         guidance_scale: Tensor,
         plans: Tensor,
         slots: Tensor,
+        step: Tensor,
         source: Tensor,
         second: Tensor,
     ) -> Stepped:
         """A State; every plan's t, a, b, c and s, (P, 5); Rows. Flat, as a compiled program is called."""
-        x_t, x_0_prev, y, k = x_t[slots], x_0[slots], y[slots], step[slots]  # (B, ...) each
-        plan = plans[plan_row[slots] + k]  # (B, 5)
+        x_t, x_0_prev, y = x_t[slots], x_0[slots], y[slots]  # (B, ...) each
+        plan = plans[plan_row[slots] + step]  # (B, 5)
         t = plan[:, 0].long()  # (B,)
         is_first = torch.arange(source.shape[0], device=source.device) < slots.shape[0]  # (N,)
         label = y[source].where(is_first, self.null_label)  # (N,)
@@ -99,7 +99,7 @@ class ReverseStep(nn.Module):
         cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
         output = guide(cond, uncond, guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
         x_0 = predict_x_0(x_t, output, self.mix[t])  # (B, C, H, W)
-        z = normal(seed[slots], index[slots], k + 1, self.checkpoint.image_shape)  # (B, C, H, W)
+        z = normal(seed[slots], index[slots], step + 1, self.checkpoint.image_shape)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
         return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
 

@@ -114,13 +114,14 @@ class Drawer:
         state = State.zeros(len(y), self.checkpoint.image_shape, self.device)
         state.seed, state.index, state.y = torch.full_like(rows, seed), index.to(self.device), y.to(self.device)
         state.guidance_scale = torch.full_like(state.guidance_scale, options.guidance.scale)
-        state.x_t = normal(state.seed, state.index, state.step, self.checkpoint.image_shape)  # (B, C, H, W)
+        step = torch.zeros_like(rows)  # (B,)
+        state.x_t = normal(state.seed, state.index, step, self.checkpoint.image_shape)  # (B, C, H, W)
         for t in timesteps[:-1]:
             guided = options.guidance.acts_at(t)
             source, second = (torch.cat([rows, rows]), rows + len(rows)) if guided else (rows, rows)
-            x_prev, x_0, _ = self._step(*state, plans, rows, source, second)
+            x_prev, x_0, _ = self._step(*state, plans, rows, step, source, second)
             on_step(t, state.x_t, x_0)
-            state.x_t, state.x_0, state.step = x_prev, x_0, state.step + 1
+            state.x_t, state.x_0, step = x_prev, x_0, step + 1
         return state.x_0.cpu()
 
 

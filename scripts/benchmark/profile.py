@@ -103,7 +103,7 @@ def _inputs(program: ReverseStep, count: int) -> tuple[Tensor, ...]:
     state, rows = State.zeros(count, program.checkpoint.image_shape, program.device), torch.arange(count)
     state.x_t.normal_()
     t = program.checkpoint.schedule.num_steps // 2
-    return (*state, torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]]), rows, rows, rows)
+    return (*state, torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]]), rows, torch.zeros_like(rows), rows, rows)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

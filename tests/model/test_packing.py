@@ -43,7 +43,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 def inputs(program: ReverseStep, rows: int) -> tuple[Tensor, ...]:
     state, every = State.zeros(rows, program.checkpoint.image_shape, CPU), torch.arange(rows)
     state.x_t.copy_(torch.randn(rows, *program.checkpoint.image_shape, generator=torch.Generator().manual_seed(1)))
-    return (*state, torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), every, every, every)
+    return (*state, torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), every, torch.zeros_like(every), every, every)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

@@ -52,10 +52,9 @@ class Painter:
         for k in range(max(num_steps.tolist())):
             slots = (num_steps > k).nonzero()[:, 0]  # (B,)
             rows = torch.arange(len(slots), device=self.device)  # (B,)
-            x_prev, x_0, _ = self._step(*state, plans, slots, rows, rows)
+            x_prev, x_0, _ = self._step(*state, plans, slots, torch.full_like(slots, k), rows, rows)
             state.x_t.index_copy_(0, slots, x_prev)
             state.x_0.index_copy_(0, slots, x_0)
-            state.step += 1
         return [sheet_of(part) for part in state.x_0.split([request.count for request in requests])]
 
     @torch.inference_mode()
@@ -67,7 +66,7 @@ class Painter:
             for count, (state, plans) in states.items():
                 slots = torch.arange(count, device=self.device)  # (B,)
                 start = time.perf_counter()
-                _, _, finite = self._step(*state, plans, slots, slots, slots)
+                _, _, finite = self._step(*state, plans, slots, torch.zeros_like(slots), slots, slots)
                 finite.cpu()  # waits for a GPU
                 seconds[count].append(time.perf_counter() - start)
         return {count: statistics.mean(found) for count, found in seconds.items()}
@@ -85,7 +84,7 @@ class Painter:
         state = State.zeros(len(rows), shape, self.device)
         columns = torch.tensor(rows, device=self.device).T.contiguous().unbind()  # (B,) each
         state.seed, state.index, state.y, state.plan_row, num_steps = columns
-        state.x_t = normal(state.seed, state.index, state.step, shape)  # (B, C, H, W)
+        state.x_t = normal(state.seed, state.index, torch.zeros_like(state.seed), shape)  # (B, C, H, W)
         return state, torch.cat([plan.table(self.device) for plan in plans]), num_steps
 
 
