@@ -48,7 +48,7 @@ from scripts.step_time import flop_of
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 MODES = ("closed", "open", "alternatives", "training", "endurance")
 CLIENTS = (1, 4, 16, 64)
-REQUESTS = ("small", "large")  # of one image, of as many as may be
+REQUESTS = ("small", "random", "large")  # of one image; at random times beside LitServe alone; of as many as may be
 SATURATING = 64  # clients of one image
 NUM_STEPS = 100
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -121,20 +121,26 @@ class Bench:
                 Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
             ]
             self._repeat([*own, *batching], poisson)  # one image at a time could not bear it
+        if "random" in self._args.requests:
+            tuned = [self._own, batching[1]]  # the setting of LitServe whose requests wait less
+            rows = self._repeat(tuned, [clients_of_one(SATURATING)])
+            slower = min(self._median(rows, contestant.name) for contestant in tuned)
+            self._repeat(tuned, [Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower)])
         if "large" in self._args.requests:
             self._repeat([*own, *batching[1:], *pipelines], [large()])
 
     def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
         """Fresh starts; the contestants take turns, so that what else the machine does meets all alike."""
         rows = []
-        for repeat in range(self._args.repeats):
-            for row in take_turns(contestants, loads, self._times, repeat, self._look):
+        turns = self._args.turns
+        for first in range(0, self._args.repeats * turns, turns):
+            for row in take_turns(contestants, loads, self._times, range(first, first + turns), self._look):
                 if self._steps_of:
                     row |= self._predicted(row)
                 found = f"{row['images_a_second']:.2f} images/s"
-                self._reporter.line(f"{repeat + 1}: {row['contestant']}, {row['load']}: {found}")
+                self._reporter.line(f"{row['repeat'] + 1}: {row['contestant']}, {row['load']}: {found}")
                 raw = row.pop("answers"), row.pop("moments")
-                self._raw.append([row["contestant"], row["load"], repeat, *raw])
+                self._raw.append([row["contestant"], row["load"], row["repeat"], *raw])
                 rows.append(row)
                 self._rows.append(row)
                 self._write()
@@ -217,6 +223,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
             continue
         command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="of each window; default: 20")
+        command.add_argument(
+            "--turns", type=integer(1, 1000), default=1, help="of each under each load, from start to start; default: 1"
+        )
         command.add_argument(
             "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
         )

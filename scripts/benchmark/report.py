@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MANY = 12  # repeats, of which the range would be that of the two oddest
 COLUMNS = (
     "contestant",
     "load",
@@ -46,11 +47,11 @@ def quantile(buckets: Mapping[float, float], share: float) -> float:
 
 
 def with_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median, and the range where there is more than one; a dash for none."""
-    if not values:
-        return "-"
-    middle = f"{statistics.median(values):.{digits}g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}g} - {max(values):.{digits}g})"
+    """Median, and the range where there is more than one, of MANY their quartiles; a dash for none."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}g}" if values else "-"
+    low, *_, high = statistics.quantiles(values) if len(values) >= MANY else sorted(values)
+    return f"{statistics.median(values):.{digits}g} ({low:.{digits}g} - {high:.{digits}g})"
 
 
 def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -2,8 +2,9 @@
 
 import io
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from json import dumps
 from typing import Any
 
@@ -24,18 +25,17 @@ def take_turns(
     contestants: Sequence[Contestant],
     loads: Sequence[Load],
     times: Times,
-    repeat: int,
+    repeats: Iterable[int],
     witness: Callable[[], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Each load under each contestant, in an order that rotates with `repeat`: being first is no one's own.
+    """Each load under each contestant, once a repeat, in an order that rotates: being first is no one's own.
 
     `witness` looks at the machine while all are stopped, before and after each turn; what it says is in `beside`.
     """
-    first = repeat % len(contestants)
-    order = [*contestants[first:], *contestants[:first]]
     with all_started(contestants) as running:
-        for load in loads:
-            for contestant in order:
+        for load, repeat in product(loads, repeats):
+            first = repeat % len(contestants)
+            for contestant in [*contestants[first:], *contestants[:first]]:
                 before = witness()
                 with running[contestant.name].turn():
                     figures = measure(running[contestant.name], contestant, load, times, repeat)

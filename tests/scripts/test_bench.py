@@ -1,15 +1,15 @@
 import json
 import os
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 
 from scripts import bench
-from scripts.benchmark import contestants, endurance, loads
+from scripts.benchmark import contestants, endurance, loads, turns
 from scripts.benchmark.alternatives.painter import Painter
-from scripts.benchmark.contestants import BenchError, Running, started, this_service
+from scripts.benchmark.contestants import BenchError, Contestant, Running, started, this_service
 from scripts.progress import Reporter
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
@@ -161,3 +161,22 @@ def test_one_that_never_listens_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     sleeper = contestants.Contestant("sleeper", ("-c", "import time; time.sleep(60)"))
     with pytest.raises(BenchError, match="sleeper did not become ready"), started(sleeper):
         pass
+
+
+def test_a_start_has_several_turns_which_are_repeats_of_their_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Contestant] = []
+
+    @contextmanager
+    def counted(contestant: Contestant) -> Iterator[Running]:
+        begun.append(contestant)
+        with started(contestant) as running:
+            yield running
+
+    monkeypatch.setattr(turns, "started", counted)
+    monkeypatch.setattr(bench, "closed_loads", lambda clients: [loads.clients_of_one(1)])
+    out = tmp_path / "bench.json"
+    bench.main(["closed", "--repeats=2", "--turns=3", "--seconds=1", "--settle=0", f"--out={out}"])
+    assert len(begun) == 2
+    assert [row["repeat"] for row in json.loads(out.read_text())["rows"]] == list(range(6))

@@ -19,6 +19,11 @@ def test_a_figure_has_its_median_and_its_range() -> None:
     assert with_spread([]) == "-"
 
 
+def test_of_many_repeats_the_quartiles_are_told_as_the_range_is_that_of_the_oddest() -> None:
+    assert with_spread([100.0, *range(2, 12)]) == "7 (2 - 100)"
+    assert with_spread([*range(1, 15), 1000.0]) == "8 (4 - 12)"
+
+
 def test_a_quantile_of_a_histogram_is_where_prometheus_would_see_it() -> None:
     buckets = {0.1: 10.0, 0.2: 30.0, 0.4: 40.0, math.inf: 40.0}  # 10 below 0.1, 20 from there to 0.2, 10 to 0.4
     assert quantile(buckets, 0.5) == pytest.approx(0.15)
