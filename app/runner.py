@@ -112,13 +112,13 @@ class Runner:
 
         OutOfMemoryError and DeviceLostError for what the device did; anything else is a bug.
         """
-        start = time.perf_counter()
+        start, on_core = time.perf_counter(), time.thread_time()
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
         finite = self._step(trajectories, by_model)
         calls = [sum(row.evaluations for row in own) for own in by_model.values()]
-        self._threads.observe(calls, time.perf_counter() - start)
+        self._threads.observe(calls, time.perf_counter() - start, time.thread_time() - on_core)
         return finite
 
     @torch.inference_mode()

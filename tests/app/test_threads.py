@@ -3,11 +3,12 @@
 import pytest
 
 from app.pace import Pace
-from app.threads import RELAXATION, ComputeThreads
+from app.threads import RELAXATION, WINDOW_SECONDS, ComputeThreads
 
 TWO, ONE = Pace({1: 1.0, 64: 20.0}), Pace({1: 1.5, 64: 38.0})
 FORGOTTEN = round(1 / RELAXATION)  # steps after which what is not in use is tried again, about
 STALL = 3.0  # times as long does a step of two threads take where one of them has no core
+SHARE = 2 / 3  # of two cores' time each of three that want them has
 
 
 class Machine:
@@ -24,9 +25,9 @@ class Machine:
 
     def step(self, evaluations: int, *, busy: bool, slowness: float = 1.0) -> int:
         """How many threads made it."""
-        count = self.count
-        seconds = {1: ONE, 2: TWO}[count].step_seconds(evaluations)
-        self.threads.observe([evaluations], slowness * seconds * (STALL if busy and count == 2 else 1))
+        count, is_crowded = self.count, busy and self.count == 2
+        seconds = slowness * {1: ONE, 2: TWO}[count].step_seconds(evaluations) * (STALL if is_crowded else 1)
+        self.threads.observe([evaluations], seconds, seconds * (SHARE if is_crowded else 1))
         return count
 
     def steps(self, number: int, evaluations: int, *, busy: bool, slowness: float = 1.0) -> list[int]:
@@ -55,7 +56,8 @@ def test_a_step_of_two_models_takes_two_calls_and_is_no_slow_one() -> None:
     machine = Machine(2, 1)
     for _ in range(5 * FORGOTTEN):
         assert machine.count == 2
-        machine.threads.observe([1, 1], 2 * TWO.step_seconds(1))  # as one call of two rows it would take half
+        seconds = 2 * TWO.step_seconds(1)  # as one call of two rows it would take half
+        machine.threads.observe([1, 1], seconds, SHARE * seconds)
 
 
 def test_a_single_slow_step_changes_nothing() -> None:
@@ -64,10 +66,23 @@ def test_a_single_slow_step_changes_nothing() -> None:
     assert machine.steps(100, 64, busy=False) == [2] * 100
 
 
-def test_a_machine_that_is_slower_as_a_whole_keeps_all_of_them() -> None:
+@pytest.mark.parametrize("evaluations", [1, 64])
+def test_a_machine_that_is_now_slow_and_now_quick_keeps_all_of_them(evaluations: int) -> None:
     machine = Machine(2, 1)
-    counts = machine.steps(20 * FORGOTTEN, 64, busy=False, slowness=4.0)
-    assert counts.count(2) > 0.95 * len(counts)
+    for slowness in (1.0, 4.0, 1.0, 2.5, 10.0):
+        assert set(machine.steps(3 * FORGOTTEN, evaluations, busy=False, slowness=slowness)) == {2}
+
+
+def test_a_rival_of_a_moment_is_told_from_one_that_stays() -> None:
+    machine, seconds = Machine(2, 1), WINDOW_SECONDS / 10
+    machine.threads.learn({1: Pace({1: 1.5 * seconds}), 2: Pace({1: seconds})})
+    for step in range(100):
+        machine.threads.observe([1], STALL * seconds, STALL * seconds * (SHARE if step % 10 == 0 else 1))
+        assert machine.count == 2
+    for _ in range(20):
+        if machine.count == 2:
+            machine.threads.observe([1], STALL * seconds, STALL * seconds * SHARE)
+    assert machine.count == 1
 
 
 @pytest.mark.parametrize("evaluations", [1, 64])
