@@ -78,7 +78,7 @@ def record_shapes(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
                     return
                 trajectories = _rows_of(info, name, rows, guided_steps)
                 with suppress(OutOfMemoryError):
-                    for _ in range(min(REPEATS, info.default_steps)):
+                    for _ in range(REPEATS):
                         stepper.step(trajectories)
                 stepper.release(trajectories)
 
@@ -88,7 +88,7 @@ def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
     info, end, rounds = stepper.models[DEFAULT_MODEL], time.monotonic() + TIMING_SECONDS, list[dict[int, float]]()
     trajectories = {rows: _rows_of(info, DEFAULT_MODEL, rows) for rows in batches}
     try:
-        for k in range(min(TIMED_ROUNDS, info.default_steps)):
+        for k in range(TIMED_ROUNDS):
             if k >= REPEATS and time.monotonic() > end:
                 break
             rounds.append({})

@@ -37,7 +37,9 @@ class NativeProgram:
         self._constants = self._take(constants)  # they live as long as the program does
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Inputs of the types, and contiguous as they were, when it was compiled: nothing checks them."""
+        """Contiguous inputs, of the types that they had when it was compiled; RuntimeError for others in memory."""
+        if not all(map(Tensor.is_contiguous, inputs)):
+            raise RuntimeError("the compiled step reads its inputs as contiguous, and one is not")
         given = (ctypes.c_void_p * len(inputs))(*_handles(inputs))  # whose tensors the call takes over
         made = (ctypes.c_void_p * self._num_outputs)()
         num_given, num_made = ctypes.c_size_t(len(inputs)), ctypes.c_size_t(self._num_outputs)

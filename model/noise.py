@@ -50,4 +50,4 @@ def normal(seed: Tensor, index: Tensor, step: Tensor, image_shape: tuple[int, in
     radius = torch.sqrt(-2 * torch.log(uniform[:2]))  # (2, B, num_blocks)
     angle = 2 * math.pi * uniform[2:]  # (2, B, num_blocks)
     z = torch.cat([radius * angle.cos(), radius * angle.sin()])  # (4, B, num_blocks)
-    return z.permute(1, 2, 0).flatten(1)[:, :numel].unflatten(1, image_shape)
+    return z.permute(1, 2, 0).flatten(1)[:, :numel].contiguous().unflatten(1, image_shape)

@@ -490,7 +490,7 @@ def test_where_steps_are_not_waited_for_shapes_are_few(loaded: Checkpoint, monke
     step = network.step
 
     def note(*inputs: Tensor) -> Stepped:
-        *_, slots, source, second = inputs
+        *_, slots, _, source, second = inputs
         assert len(slots) == len(second)
         shapes.add((len(slots), len(source)))
         return step(*inputs)

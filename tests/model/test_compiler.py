@@ -16,10 +16,10 @@ from app.runner import Runner
 from model import checkpoint, compiler
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiler import CompilerError, library_of
-from model.precision import can_compile
+from model.precision import CallRows, can_compile
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
-from model.step import ReverseStep
+from model.step import ReverseStep, State
 from tests.app.test_runner import company, draw, equal
 from tests.tiny import tiny_unet
 
@@ -111,6 +111,20 @@ def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache
 
 
 @needs_compiler
+def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoint, cache: Path) -> None:
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    if program.call_rows.most:
+        pytest.skip("the network alone is compiled here, and its inputs are made for it")
+    step, every = compiler.compiled_step(program, cache), torch.arange(2)
+    state = State.zeros(4, loaded.image_shape, CPU)
+    rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), every, torch.zeros_like(every), every, every
+    assert len(step(*state, *rows)) == 3
+    state.x_t = state.x_t.transpose(2, 3)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        step(*state, *rows)
+
+
+@needs_compiler
 def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = draw(compiled_runner(checkpoint.load(path), cache), company())
     monkeypatch.setattr(compiler, "build", lambda program, library: pytest.fail("it lies there"))
@@ -186,6 +200,26 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
     assert all(part.tolist() == [1.0, 1.0] for part in first)
     assert asked == [{"mode": "reduce-overhead", "dynamic": True}]
     assert not list(tmp_path.iterdir())
+
+
+def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shapes(loaded: Checkpoint) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    runners = [Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True) for _ in range(2)]
+    for runner in runners:
+        runner._networks["default"].program.call_rows = CallRows()  # as on a GPU
+    compiled = runners[0]._networks["default"]
+    compiled.step = torch.compile(compiled.program, backend=note, dynamic=True)
+    try:
+        for max_batch in (1, 3, 16, 64):
+            assert equal(*(draw(runner, company(), max_batch) for runner in runners))
+    finally:
+        torch._dynamo.reset()
+    assert 1 <= len(graphs) <= 4
 
 
 @pytest.fixture
