@@ -7,9 +7,9 @@ alternatives  the same beside what a user would pick instead, of the same weight
 training      images a second of scripts.train beside a plain loop's and what the matrix rate would allow
 endurance     load of every kind for an hour: whether memory grows, and whether a picture changes
 
-Each figure is a median with its range over the repeats; every repeat starts the services anew, of which only the one
-that is measured runs. Raw results go into the JSON file, with the machine and the rate at which it multiplies
-matrices. UNFOG_* variables reach the service.
+Each figure is a median with its range over the repeats, from twelve on with their quartiles. Services start anew for
+every --turns of them, and only the one that is measured runs. Raw results go into the JSON file, with the machine and
+the rate at which it multiplies matrices. UNFOG_* variables reach the service.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, m
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import COLUMNS, table_of, without_empty
 from scripts.benchmark.runs import Times
-from scripts.benchmark.simulation import predicted_p95, simulate, slowness, step_times
+from scripts.benchmark.simulation import predicted_p95, simulate, simulate_batches, slowness, step_times
 from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
 from scripts.benchmark.turns import take_turns
 from scripts.evaluation.tables import as_table
@@ -109,25 +109,21 @@ class Bench:
         self._repeat([self._own], open_loads(capacity, self._args.shares))
 
     def _alternatives(self) -> None:
-        own = [self._own, *self._at_batches]
-        batching = [alternative("batched"), *(alternative("litserve", *options) for options in LITSERVE)]
-        pipelines = [alternative("diffusers"), alternative("diffusers-tuned")]
-        if "small" in self._args.requests:
-            rows = self._repeat([*own, alternative("locked"), *batching], [clients_of_one(SATURATING)])
-            litserve = max(self._median(rows, tuned.name) for tuned in batching[1:])
-            slower = min(self._median(rows, self._own.name), litserve)
-            poisson = [
-                Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower),
-                Load("the same, every other of 10 steps", asks=mixed, rate=0.7 * slower),
-            ]
-            self._repeat([*own, *batching], poisson)  # one image at a time could not bear it
-        if "random" in self._args.requests:
-            tuned = [self._own, batching[1]]  # the setting of LitServe whose requests wait less
-            rows = self._repeat(tuned, [clients_of_one(SATURATING)])
-            slower = min(self._median(rows, contestant.name) for contestant in tuned)
-            self._repeat(tuned, [Load("0.7 of the slower's capacity", asks=one, rate=0.7 * slower)])
-        if "large" in self._args.requests:
-            self._repeat([*own, *batching[1:], *pipelines], [large()])
+        own, litserve = [self._own, *self._at_batches], [alternative("litserve", *options) for options in LITSERVE]
+        if self._args.requests == "large":
+            self._repeat([*own, *litserve, alternative("diffusers"), alternative("diffusers-tuned")], [large()])
+            return
+        if self._args.requests == "random":
+            others, too_slow = litserve[:1], list[Contestant]()  # the setting whose requests wait less
+        else:
+            others, too_slow = [alternative("batched"), *litserve], [alternative("locked")]
+        rows = self._repeat([*own, *too_slow, *others], [clients_of_one(SATURATING)])
+        of_litserve = max(self._median(rows, tuned.name) for tuned in litserve if tuned in others)
+        rate = 0.7 * min(self._median(rows, self._own.name), of_litserve)
+        poisson = [Load("0.7 of the slower's capacity", asks=one, rate=rate)]
+        if self._args.requests == "small":
+            poisson.append(Load("the same, every other of 10 steps", asks=mixed, rate=rate))
+        self._repeat([*own, *others], poisson)
 
     def _repeat(self, contestants: Sequence[Contestant], loads: Sequence[Load]) -> list[dict[str, Any]]:
         """Fresh starts; the contestants take turns, so that what else the machine does meets all alike."""
@@ -157,17 +153,22 @@ class Bench:
         return {"matrix_rate": matrix_rate(self._device), **steps}
 
     def _predicted(self, row: dict[str, Any]) -> dict[str, float]:
-        """p95 for the same arrivals if the steps were all that takes time: bare ones, and the service's own."""
+        """p95 for the same arrivals if the steps were all that takes time: bare ones, the service's own, in batches."""
         looks = [look["seconds_by_rows"] for look in row["beside"]]
         bare = step_times({rows: statistics.mean(look[rows] for look in looks) for rows in STEP_ROWS})
         if len(row["moments"]) < 2:
             raise BenchError("the service's metrics could not be read under load")
-        paces = {"predicted_p95": lambda at: 1.0, "replayed_p95": slowness(row["moments"], bare)}
+        own = slowness(row["moments"], bare)
+        loops = {
+            "predicted_p95": (simulate, lambda at: 1.0),
+            "replayed_p95": (simulate, own),
+            "batched_p95": (simulate_batches, own),
+        }
         opens, ends = self._times.settle, self._times.settle + self._times.window
         steps = NUM_STEPS, STEP_ROWS[-1], bare
         return {
-            name: predicted_p95(simulate(arrivals(row["rate"], row["repeat"]), ends, *steps, pace), opens)
-            for name, pace in paces.items()
+            name: predicted_p95(loop(arrivals(row["rate"], row["repeat"]), ends, *steps, pace), opens)
+            for name, (loop, pace) in loops.items()
         }
 
     def _median(self, rows: Sequence[dict[str, Any]], contestant: str) -> float:
@@ -216,7 +217,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         if mode == "endurance":
             command.add_argument("--minutes", type=float, default=60.0, help="default: 60")
             continue
-        command.add_argument("--repeats", type=integer(1, 100), default=5, help="fresh starts; default: 5")
+        command.add_argument(
+            "--repeats", type=integer(1, 100), default=5, help="fresh starts, of --turns each; default: 5"
+        )
         if mode == "training":
             command.add_argument("--preset", default="default", help="default: default")
             command.add_argument("--steps", type=integer(1, 100_000), default=30, help="of each repeat; default: 30")
@@ -224,7 +227,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             continue
         command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="of each window; default: 20")
         command.add_argument(
-            "--turns", type=integer(1, 1000), default=1, help="of each under each load, from start to start; default: 1"
+            "--turns", type=integer(1, 1000), default=1, help="a start, each a repeat of its own; default: 1"
         )
         command.add_argument(
             "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
@@ -236,7 +239,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         if mode == "closed":
             command.add_argument("--clients", type=integer(1, 1024), nargs="+", default=CLIENTS)
         if mode == "alternatives":
-            command.add_argument("--requests", choices=REQUESTS, nargs="+", default=REQUESTS, help="default: both")
+            command.add_argument("--requests", choices=REQUESTS, default=REQUESTS[0], help=f"default: {REQUESTS[0]}")
         if mode == "open":
             command.add_argument("--shares", type=float, nargs="+", default=SHARES)
     return parser.parse_args(argv)

@@ -1,14 +1,17 @@
 """Where the time of a reverse step goes, kernel by kernel: `python -m scripts.benchmark.profile --rows 64`.
 
-Not compiled and compiled, one after the other; the compiled one is compiled anew, with its kernels' names in it.
+Not compiled and compiled, one after the other; the compiled one is compiled anew, with its kernels' names in it. Its
+share of the machine's matrix rate is that of steps which take turns with a large product: on a shared machine both
+are slowed alike.
 """
 
 import argparse
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -21,17 +24,21 @@ from model.memory import keep_freed_memory
 from model.precision import fast_dtype
 from model.step import ReverseStep, State, Step
 from scripts.arguments import Parser, integer
+from scripts.benchmark.machine import matrix_rate
+from scripts.benchmark.report import with_spread
 from scripts.evaluation.tables import as_table
+from scripts.files import write_json
 from scripts.progress import Reporter
+from scripts.step_time import flop_of
 
-WARM_UP, REPEATS = 5, 20
+WARM_UP, REPEATS, TURNS = 5, 20, 60
 KINDS = (  # the first whose part is in a kernel's name
     ("normalisation", ("group_norm", "var_mean", "layer_norm", "rsqrt")),
     ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
     ("activations", ("gelu", "silu", "tanh", "erf")),
     ("copies", ("copy", "clone", "cat", "to_copy", "contiguous", "empty", "index")),
 )
-OTHER = "all else"
+OTHER, WHOLE, SHARE = "all else", "whole", "of the matrix rate, %"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,17 +48,41 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()
     device = torch.device("cpu")
-    found = {}
+    found: dict[str, Any] = {"rows": args.rows, "milliseconds": {}}
     with Reporter() as reporter, tempfile.TemporaryDirectory() as cache:
         for name in ("not compiled", "compiled"):
             program = ReverseStep(load(SHIPPED), device, fast_dtype(device))
             step = _with_names(program, Path(cache)) if name == "compiled" else program
-            found[name] = milliseconds_by_kind(step, _inputs(program, args.rows))
-        lines = [
-            [kind, *(f"{of_it.get(kind, 0.0):.2f}" for of_it in found.values())]
-            for kind in (*(name for name, _ in KINDS), OTHER, "whole")
-        ]
-        reporter.line(as_table((f"ms of a step of {args.rows} rows", *found), lines))
+            found["milliseconds"][name] = milliseconds_by_kind(step, _inputs(program, args.rows))
+        flop = args.rows * flop_of(program.checkpoint.network)
+        found["matrix_shares"] = matrix_shares(step, _inputs(program, args.rows), flop)
+        reporter.line(as_table(*profile_table(found)))
+    if args.out:
+        write_json(args.out, found)
+
+
+def profile_table(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+    """Columns and lines of what was found, as the JSON has it."""
+    by_name: dict[str, dict[str, float]] = found["milliseconds"]
+    columns = (f"ms of a step, rows: {found['rows']}", *by_name)
+    lines = [
+        [kind, *(f"{of_it.get(kind, 0.0):.2f}" for of_it in by_name.values())]
+        for kind in (*(name for name, _ in KINDS), OTHER, WHOLE)
+    ]
+    shares = with_spread([100 * share for share in found["matrix_shares"]])
+    return columns, [*lines, [SHARE, *["-"] * (len(by_name) - 1), shares]]
+
+
+def matrix_shares(step: Step, inputs: tuple[Tensor, ...], flop: int) -> list[float]:
+    """What a step makes of the matrix rate that is measured right after it, again and again."""
+    shares = []
+    with torch.inference_mode():
+        for _ in range(TURNS):
+            start = time.perf_counter()
+            step(*inputs)
+            seconds = time.perf_counter() - start
+            shares.append(flop / seconds / matrix_rate(torch.device("cpu")))
+    return shares
 
 
 def milliseconds_by_kind(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, float]:
@@ -66,7 +97,7 @@ def milliseconds_by_kind(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, fl
     kinds: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
         kinds[kind_of(event.key)] += event.self_cpu_time_total / 1000 / REPEATS
-    return {**kinds, "whole": whole}
+    return {**kinds, WHOLE: whole}
 
 
 def kind_of(kernel: str) -> str:
@@ -113,6 +144,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", type=integer(1, 4096), default=64, help="of a step; default: 64")
+    parser.add_argument("--out", type=Path, help="a .json for what was found")
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     return parser.parse_args(argv)
 

@@ -89,6 +89,30 @@ def simulate(
     return fates
 
 
+def simulate_batches(
+    times: Iterable[float],
+    until: float,
+    num_steps: int,
+    most_rows: int,
+    step_seconds: Callable[[float], float],
+    slowness: Callable[[float], float] = lambda at: 1.0,
+) -> list[Fate]:
+    """The same requests in batches of whole ones: all that wait when the last batch ends, the oldest first."""
+    coming, fates, waiting = iter(times), list[Fate](), list[float]()
+    now, due = 0.0, next(coming)
+    while due < until or any(at < until for at in waiting):
+        if not waiting:
+            now = max(now, due)
+        while due <= now:
+            waiting.append(due)
+            due = next(coming)
+        batch, waiting = waiting[:most_rows], waiting[most_rows:]
+        for _ in range(num_steps):
+            now += step_seconds(len(batch)) * slowness(now)
+        fates += [Fate(at, now) for at in batch if at < until]
+    return fates
+
+
 def predicted_p95(fates: Sequence[Fate], opens: float) -> float:
     """Of the latencies of those that are due from `opens` on."""
     return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)

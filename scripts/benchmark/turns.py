@@ -33,7 +33,7 @@ def take_turns(
     `witness` looks at the machine while all are stopped, before and after each turn; what it says is in `beside`.
     """
     with all_started(contestants) as running:
-        for load, repeat in product(loads, repeats):
+        for repeat, load in product(repeats, loads):
             first = repeat % len(contestants)
             for contestant in [*contestants[first:], *contestants[:first]]:
                 before = witness()

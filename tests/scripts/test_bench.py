@@ -1,18 +1,28 @@
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
+from model.step import Stepped
 from scripts import bench
 from scripts.benchmark import contestants, endurance, loads, turns
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, Running, started, this_service
+from scripts.benchmark.loads import Load
+from scripts.benchmark.runs import Times
+from scripts.benchmark.simulation import Fate
 from scripts.progress import Reporter
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
+
+LITSERVE = [" ".join(["litserve", *options]) for options in bench.LITSERVE]
 
 
 @pytest.fixture
@@ -69,19 +79,31 @@ def test_arrivals_at_random_are_held_against_a_simulation(
     monkeypatch.setattr(bench, "SATURATING", 4)
     monkeypatch.setattr(bench, "NUM_STEPS", 3)
     monkeypatch.setattr(bench, "Painter", InNoTime)
+    monkeypatch.setattr(bench, "simulate_batches", lambda *_: [Fate(0.5, 7.5)])
     bench.main(["open", "--repeats=1", "--seconds=2", "--settle=0", "--shares", "0.5", f"--out={out}"])
     saturated, half = json.loads(out.read_text())["rows"]
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
     assert half["predicted_p95"] == pytest.approx(3e-9)  # nobody meets anybody
     assert half["replayed_p95"] > 1000 * half["predicted_p95"]  # with steps as long as the service's were
     assert half["latencies"]["one"]["p95"] > half["predicted_p95"]
+    assert half["batched_p95"] == 7.0
     *_, moments = json.loads(out.with_suffix(".answers.json").read_text())[1]
     assert all(first < last for first, last in zip(moments[0], moments[-1], strict=True))
 
 
 def test_bare_steps_are_timed_for_each_number_of_rows(tiny: Path) -> None:
-    seconds = Painter(tiny, compiled=False).measure_steps((1, 64))
-    assert 0 < seconds[1] < seconds[64]
+    painter, calls = Painter(tiny, compiled=False), list[int]()
+    step = painter._step
+
+    def slow_step(*inputs: Tensor) -> Stepped:
+        calls.append(len(inputs[-1]))
+        time.sleep(0.0001 * calls[-1])
+        return step(*inputs)
+
+    painter._step = slow_step
+    seconds = painter.measure_steps((1, 64))
+    assert calls == [1, 64] * (len(calls) // 2)
+    assert all(seconds[rows] >= 0.0001 * rows for rows in (1, 64))
 
 
 def test_a_service_under_load_of_every_kind_is_looked_at(
@@ -180,3 +202,45 @@ def test_a_start_has_several_turns_which_are_repeats_of_their_own(
     bench.main(["closed", "--repeats=2", "--turns=3", "--seconds=1", "--settle=0", f"--out={out}"])
     assert len(begun) == 2
     assert [row["repeat"] for row in json.loads(out.read_text())["rows"]] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("requests", "others", "at_random"),
+    [
+        ("small", {"batched", *LITSERVE}, {"0.7 of the slower's capacity", "the same, every other of 10 steps"}),
+        ("random", {LITSERVE[0]}, {"0.7 of the slower's capacity"}),
+        ("large", {*LITSERVE, "diffusers", "diffusers-tuned"}, set[str]()),
+    ],
+)
+def test_the_alternatives_meet_the_same_loads(
+    requests: str, others: set[str], at_random: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = {"unfog": 20.0, "unfog, 8 rows": 90.0, "locked": 1.0, "batched": 5.0, LITSERVE[0]: 30.0, LITSERVE[1]: 10.0}
+
+    def take_turns(
+        contestants: Sequence[Contestant], loads: Sequence[Load], times: Times, repeats: range, look: object
+    ) -> Iterator[dict[str, Any]]:
+        for repeat, load, contestant in product(repeats, loads, contestants):
+            yield {
+                "contestant": contestant.name,
+                "load": load.name,
+                "repeat": repeat,
+                "rate": load.rate,
+                "is_plain": True,
+                "images_a_second": speed.get(contestant.name, 2.0),
+                "latencies": {"one": {"p50": 1.0, "p95": 2.0, "p99": 3.0}},
+                "beside": [{"matrix_rate": 1e12}],
+                "answers": [],
+                "moments": [],
+            }
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    out = tmp_path / "bench.json"
+    bench.main(["alternatives", f"--requests={requests}", "--repeats=2", "--max-batch=8", f"--out={out}"])
+    rows = json.loads(out.read_text())["rows"]
+    named = {load: {row["contestant"] for row in rows if row["load"] == load} for load in {row["load"] for row in rows}}
+    own = {"unfog", "unfog, 8 rows"}
+    saturating = "2 x 64 images" if requests == "large" else "64 x 1 image"
+    assert named.pop(saturating) == own | others | ({"locked"} if requests == "small" else set())
+    assert named == dict.fromkeys(at_random, own | others)
+    assert {row["rate"] for row in rows} - {0.0} == ({0.7 * 20.0} if at_random else set())

@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("port", type=integer(1, 65535))
     parser.add_argument("--max-images", type=integer(1), default=64, help="of a batch; default: 64")
     parser.add_argument("--batch-timeout", type=float, default=0.01, help="LitServe's, in seconds; default: 0.01")
+    parser.add_argument("--workers", type=integer(1), default=1, help="LitServe's processes; default: 1")
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads")
     args = parser.parse_args()
     if args.num_threads:
@@ -39,7 +40,7 @@ def _serve(args: argparse.Namespace) -> None:
     elif args.name == "litserve":
         from scripts.benchmark.alternatives import litserve
 
-        litserve.serve(args.port, args.max_images, args.batch_timeout)
+        litserve.serve(args.port, args.max_images, args.batch_timeout, args.workers)
     else:
         from scripts.benchmark.alternatives import diffusers
 

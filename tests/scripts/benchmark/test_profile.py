@@ -7,7 +7,16 @@ import torch
 
 from model.checkpoint import load
 from model.step import ReverseStep
-from scripts.benchmark.profile import KINDS, OTHER, _inputs, kind_of, milliseconds_by_kind
+from scripts.benchmark import profile
+from scripts.benchmark.profile import (
+    KINDS,
+    OTHER,
+    _inputs,
+    kind_of,
+    matrix_shares,
+    milliseconds_by_kind,
+    profile_table,
+)
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -37,3 +46,22 @@ def test_a_step_is_made_of_kinds_that_take_time(tmp_path: Path, monkeypatch: pyt
     assert found["convolutions and products"] > 0
     assert found["normalisation"] > 0
     assert whole > 0
+
+
+def test_the_share_of_the_matrix_rate_is_of_steps_and_products_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    clock = iter(range(100))  # a step takes a second, whatever it does
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(profile, "matrix_rate", lambda device: calls.append("product") or 4e9)
+    monkeypatch.setattr(profile, "TURNS", 3)
+    assert matrix_shares(lambda *inputs: calls.append("step"), (), 1_000_000_000) == [0.25] * 3
+    assert calls == ["step", "product"] * 3
+
+
+def test_the_table_of_a_profile_has_its_kinds_in_order_and_the_share_of_the_last() -> None:
+    by_name = {"not compiled": {"activations": 1.0, "whole": 9.0}, "compiled": {"copies": 0.123, "whole": 3.0}}
+    columns, lines = profile_table({"rows": 8, "milliseconds": by_name, "matrix_shares": [0.5, 0.25, 0.75]})
+    assert columns == ("ms of a step, rows: 8", "not compiled", "compiled")
+    assert [line[0] for line in lines] == [*(kind for kind, _ in KINDS), OTHER, "whole", "of the matrix rate, %"]
+    assert lines[2:4] == [["activations", "1.00", "0.00"], ["copies", "0.00", "0.12"]]
+    assert lines[-2:] == [["whole", "9.00", "3.00"], ["of the matrix rate, %", "-", "50 (25 - 75)"]]

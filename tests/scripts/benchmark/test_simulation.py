@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from scripts.benchmark.load import arrivals
-from scripts.benchmark.simulation import Fate, Moment, predicted_p95, simulate, slowness, step_times
+from scripts.benchmark.simulation import Fate, Moment, predicted_p95, simulate, simulate_batches, slowness, step_times
 
 NEVER = itertools.repeat(float("inf"))
 
@@ -42,6 +42,25 @@ def test_one_row_a_step_is_a_queue_with_one_server() -> None:
     fates = simulate(arrivals(rate, seed=3), 200_000, num_steps=1, most_rows=1, step_seconds=lambda rows: service)
     mean = service + rate * service**2 / (2 * (1 - rate * service))  # Pollaczek and Khinchine, of fixed service
     assert statistics.mean(fate.latency for fate in fates) == pytest.approx(mean, rel=0.03)
+
+
+def test_a_batch_of_whole_requests_takes_all_that_wait_when_the_last_one_ends() -> None:
+    fates = simulate_batches(of(0.0, 0.25, 1.5, 3.0), 10, num_steps=2, most_rows=8, step_seconds=lambda rows: rows)
+    assert [(fate.due, fate.done) for fate in fates] == [(0.0, 2.0), (0.25, 6.0), (1.5, 6.0), (3.0, 8.0)]
+    full = simulate_batches(of(0.0, 0.0, 0.0), 10, num_steps=2, most_rows=2, step_seconds=lambda rows: 1.0)
+    assert [fate.done for fate in full] == [2.0, 2.0, 4.0]
+    late = simulate_batches(of(0.0, 0.5, 1.5), 1, num_steps=2, most_rows=8, step_seconds=lambda rows: rows)
+    assert [(fate.due, fate.done) for fate in late] == [(0.0, 2.0), (0.5, 6.0)]  # in company that does not count
+
+
+def test_batches_of_one_request_are_steps_of_one_row() -> None:
+    def paced(at: float) -> float:
+        return 1 + at % 1
+
+    one_by_one = simulate(arrivals(0.5, seed=4), 200, 3, most_rows=1, step_seconds=lambda rows: 0.2, slowness=paced)
+    assert one_by_one == simulate_batches(
+        arrivals(0.5, seed=4), 200, 3, most_rows=1, step_seconds=lambda rows: 0.2, slowness=paced
+    )
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (3, 2.0), (4, 2.5), (6, 2.75), (8, 3.0), (16, 6.0)])
