@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ CONTESTANTS = {
 }
 EVALUATIONS = sorted((DOCS / "ladder").rglob("evaluation.json"))
 SWEEPS = sorted({*DOCS.rglob("guidance.json"), *DOCS.rglob("steps.json")})
+MEASURED = sorted(path.stem for path in (DOCS / "speed").glob("*.json") if ".answers" not in path.name)
 LADDER = set((DOCS / "ladder.md").read_text().splitlines())
 
 
@@ -157,14 +159,24 @@ def test_the_networks_that_judged_are_those_that_ship() -> None:
     assert json.loads((DOCS / "fog.json").read_text())["judge"]["sha256"] == shipped["fog_judge"]
 
 
-@pytest.mark.parametrize(
-    "name", sorted(path.stem for path in (DOCS / "speed").glob("*.json") if ".answers" not in path.name)
-)
+@pytest.mark.parametrize("name", MEASURED)
 def test_figures_of_speed_are_those_that_were_measured(name: str) -> None:
     content, text = json.loads((DOCS / "speed" / f"{name}.json").read_text()), (DOCS / "speed.md").read_text()
     columns, lines = speed_table(content)
     assert as_written(list(columns)) in text
     assert all(as_written(line) in text for line in lines)
+
+
+def test_no_line_of_a_table_of_loads_is_of_an_older_measurement() -> None:
+    tables = [speed_table(json.loads((DOCS / "speed" / f"{name}.json").read_text())) for name in MEASURED]
+    tables = [(columns, lines) for columns, lines in tables if columns[0] == "contestant"]
+    written = {as_written(line) for _, table in tables for line in table}
+    lines = (DOCS / "speed.md").read_text().splitlines()
+    starts = [place for place, line in enumerate(lines) if line.startswith("| contestant | load |")]
+    assert len(starts) == len(tables)
+    for start in starts:
+        table = list(takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
+        assert set(table) <= written
 
 
 def speed_table(content: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
