@@ -215,7 +215,7 @@ def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shap
     compiled = runners[0]._networks["default"]
     compiled.step = torch.compile(compiled.program, backend=note, dynamic=True)
     try:
-        for max_batch in (1, 3, 16, 64):
+        for max_batch in (1, 64):
             assert equal(*(draw(runner, company(), max_batch) for runner in runners))
     finally:
         torch._dynamo.reset()

@@ -2,7 +2,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.step import Stepped
 from scripts import bench
-from scripts.benchmark import contestants, endurance, loads, turns
+from scripts.benchmark import contestants, endurance, loads
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, Running, started, this_service
 from scripts.benchmark.loads import Load
@@ -186,22 +186,20 @@ def test_one_that_never_listens_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_start_has_several_turns_which_are_repeats_of_their_own(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[Contestant] = []
+    starts: list[list[int]] = []
 
-    @contextmanager
-    def counted(contestant: Contestant) -> Iterator[Running]:
-        begun.append(contestant)
-        with started(contestant) as running:
-            yield running
+    def take_turns(contestants: object, loads: object, times: object, repeats: range, look: object) -> Iterator[Any]:
+        starts.append(list(repeats))
+        if len(starts) == 2:
+            raise BenchError("enough")
+        yield from ()
 
-    monkeypatch.setattr(turns, "started", counted)
-    monkeypatch.setattr(bench, "closed_loads", lambda clients: [loads.clients_of_one(1)])
-    out = tmp_path / "bench.json"
-    bench.main(["closed", "--repeats=2", "--turns=3", "--seconds=1", "--settle=0", f"--out={out}"])
-    assert len(begun) == 2
-    assert [row["repeat"] for row in json.loads(out.read_text())["rows"]] == list(range(6))
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    with pytest.raises(SystemExit):
+        bench.main(["closed", "--repeats=2", "--turns=3", f"--out={tmp_path / 'bench.json'}"])
+    assert starts == [[0, 1, 2], [3, 4, 5]]
 
 
 @pytest.mark.parametrize(
