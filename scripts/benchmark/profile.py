@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             program = ReverseStep(load(SHIPPED), device, fast_dtype(device))
             step = _with_names(program, Path(cache)) if name == "compiled" else program
             found["milliseconds"][name] = milliseconds_by_kind(step, _inputs(program, args.rows))
-        flop = args.rows * flop_of(program.checkpoint.network)
+        flop = args.rows * flop_of(load(SHIPPED).network)
         found["matrix_shares"] = matrix_shares(step, _inputs(program, args.rows), flop)
         reporter.line(as_table(*profile_table(found)))
     if args.out:

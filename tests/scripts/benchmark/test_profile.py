@@ -1,5 +1,6 @@
 """What a step's time is said to be made of."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,13 @@ def test_the_table_of_a_profile_has_its_kinds_in_order_and_the_share_of_the_last
     assert [line[0] for line in lines] == [*(kind for kind, _ in KINDS), OTHER, "whole", "of the matrix rate, %"]
     assert lines[2:4] == [["activations", "1.00", "0.00"], ["copies", "0.00", "0.12"]]
     assert lines[-2:] == [["whole", "9.00", "3.00"], ["of the matrix rate, %", "-", "50 (25 - 75)"]]
+
+
+def test_the_shipped_network_is_profiled_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"REPEATS": 2, "TURNS": 2, "_with_names": lambda program, cache: program}.items():
+        monkeypatch.setattr(profile, name, value)
+    profile.main(["--rows=2", f"--out={tmp_path / 'profile.json'}"])
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["rows"] == 2
+    assert all(found["milliseconds"][name]["whole"] > 0 for name in ("not compiled", "compiled"))
+    assert all(0 < share < 2 for share in found["matrix_shares"])
