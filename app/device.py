@@ -1,17 +1,19 @@
 """Which device and which precision serve, and what the device's failures mean."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from app.cores import granted_cores
 from app.threads import ComputeThreads
 from model.precision import fast_dtype
 
 log = logging.getLogger(__name__)
 
-MAX_FLOAT32_THREADS = 2
+MAX_PLAIN_THREADS = 2
 
 
 class RunnerError(Exception):
@@ -41,17 +43,21 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return fast_dtype(device) if name == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def choose_num_threads(wanted: int | None, device: torch.device, dtype: torch.dtype) -> ComputeThreads:
-    """The compute threads of a CPU: as many as are wanted, else all, or one fewer where that is faster.
+def choose_num_threads(
+    wanted: int | None, device: torch.device, dtype: torch.dtype, *, compiled: bool
+) -> ComputeThreads:
+    """The compute threads of a CPU: as many as are wanted, else all that it may use, or one fewer where that is faster.
 
-    On three and more, torch's float32 kernels end a thread's share with scalar code where the share
-    is no whole number of vectors: a row's last bits would depend on its place. bfloat16's do not.
+    On three and more, torch's elementwise kernels end a thread's share with scalar code where the share is no whole
+    number of vectors: a row's last bits would depend on its place. A step compiled whole, as in bfloat16, has none.
     """
     most = torch.get_num_threads()
-    if device.type == "cpu" and dtype == torch.float32:
-        most = min(most, MAX_FLOAT32_THREADS)
-        if wanted and wanted > most:
-            log.warning("with %d threads in float32 a seed's bytes depend on the load; up to %d do not", wanted, most)
+    if granted := granted_cores():
+        most = min(most, math.ceil(granted))
+    if device.type == "cpu" and not (compiled and dtype == torch.bfloat16):
+        most = min(most, MAX_PLAIN_THREADS)
+        if wanted and wanted > MAX_PLAIN_THREADS:
+            log.warning("with %d threads a seed's bytes depend on the load here; with up to 2 they do not", wanted)
     may_vary = device.type == "cpu" and most > 1 and not wanted
     threads = ComputeThreads((most, most - 1) if may_vary else (wanted or most,))
     threads.set(threads.counts[0])

@@ -54,7 +54,7 @@ def seconds_to_room(batcher: Batcher, missing: int, max_batch: int, pace: Pace) 
 
 
 def evaluations_a_step(jobs: Sequence[Job]) -> float:
-    """Of the network, for one row, on the average of the steps that these jobs have left; 1 where there are none."""
+    """Of the network, for one row: the jobs' means, weighted by the steps that each has left; 1 of no jobs."""
     steps_left = sum(job.steps_left for job in jobs)
     evaluations = sum(job.steps_left * job.evaluations_a_step for job in jobs)
     return evaluations / steps_left if steps_left else 1.0

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from app.pace import Pace
 
@@ -20,11 +20,12 @@ class Limits:
     shared: int
     most: int
     break_even: float
+    is_fixed: bool = False  # so many rows, whatever they take
 
     @classmethod
     def fixed(cls, rows: int) -> "Limits":
         """The same whoever is there."""
-        return cls(rows, rows, rows)
+        return cls(rows, rows, rows, is_fixed=True)
 
     @classmethod
     def auto(cls, pace: Pace) -> "Limits":
@@ -42,9 +43,9 @@ class Limits:
         turns = min(images, default=0) * len(images)
         if turns > self.break_even * min(math.ceil(turns / self.most), 2):
             return self.most
-        shared = self.shared if self.shared == self.most else max(1, int(self.shared / evaluations))
+        shared = self.shared if self.is_fixed else max(1, int(self.shared / evaluations))
         return min(max(shared, len(images)), self.most)
 
     def lowered_to(self, rows: int) -> "Limits":
         """At most so many."""
-        return Limits(min(self.shared, rows), min(self.most, rows), self.break_even)
+        return replace(self, shared=min(self.shared, rows), most=min(self.most, rows))

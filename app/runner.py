@@ -81,14 +81,15 @@ class Runner:
                 raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
-        threads = choose_num_threads(settings.num_threads, device, dtype)
+        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
+        threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
         runner = cls(models, device, dtype, threads)
-        if settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu"):
-            runner.compile(settings.cache_dir, must=settings.compile == "on")
+        if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
+            runner._threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
         return runner
 
-    def compile(self, cache: Path, *, must: bool) -> None:
-        """Each network's step compiled; RunnerError where it cannot be and must, a warning where it need not."""
+    def compile(self, cache: Path, *, must: bool) -> bool:
+        """Each network's step compiled, True if all are; RunnerError where it cannot be and must, else a warning."""
         for network in self._networks.values():
             try:
                 network.use(compiled_step(network.program, cache))
@@ -96,6 +97,7 @@ class Runner:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
                 log.warning("model %r is not compiled, and takes longer: %s", network.info.name, error)
+        return all(network.info.compiled for network in self._networks.values())
 
     @property
     def models(self) -> dict[str, ModelInfo]:
@@ -187,10 +189,13 @@ class Runner:
 
         The pace is the default model's.
         """
-        for network in self._networks.values():
-            check_probe(self, network)
-        if self._runs_ahead:
-            record_shapes(self, self.batches, should_stop)
+        try:
+            for network in self._networks.values():
+                check_probe(self, network)
+            if self._runs_ahead:
+                record_shapes(self, self.batches, should_stop)
+        except CompilerError as error:  # for a GPU it is compiled by its first calls
+            raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         paces = measure_paces(self, self.batches, self._threads, should_stop)
         self._threads.learn(paces)
         return paces[self._threads.count].copy()

@@ -2,6 +2,7 @@
 
 The threads of a step wait for each other at every operator: where one of them has no core, all stand still. A machine
 that is slow as a whole is slow with any number of them: only where this thread had to wait for a core is one a rival's.
+A rival of a moment, as the service's own answers are when a batch ends, is none: fewer threads would outlast it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,16 @@ import torch
 
 from app.pace import Pace
 
-MARGIN = 1.1  # the other number must be expected to be so much faster
+MARGIN = 1.1  # one fewer must be expected to be so much faster
 WEIGHT = 0.2  # of the newest step: a core is taken suddenly
-RELAXATION = 1 / 64  # a step: what was seen of the number that is not in use is forgotten, so that it is tried again
+RELAXATION = 1 / 64  # a step: what was seen of one fewer is forgotten while it is not in use
 WINDOW_SECONDS = 0.1  # of steps with all threads, after which it is known whether they had their cores
 OWN_SHARE = 0.9  # of its steps' time a thread is on a core where nobody else wants it
+RIVAL_WINDOWS = 3  # in a row without their cores: somebody stays
+SHORTEST_PAUSE, LONGEST_PAUSE = (
+    0.25,
+    4.0,
+)  # seconds of steps with one fewer until all are tried again, doubled each time
 
 
 class ComputeThreads:
@@ -25,18 +31,20 @@ class ComputeThreads:
         self.counts, self._use = tuple(counts), use
         self._paces: Mapping[int, Pace] = {}
         self._is_new = False  # no step has been made yet with the present number
-        self._has_rival = False  # somebody else had a core in the last window
-        self._seconds, self._on_core = 0.0, 0.0  # of the present window
+        self._windows_of_rival = 0  # the last ones in a row
+        self._seconds, self._on_core = 0.0, 0.0  # of the present window, or with one fewer
+        self._pause = SHORTEST_PAUSE
         self.count = self.counts[0]
 
     def set(self, count: int) -> None:
         """From now on so many."""
-        self.count = count
+        self.count, self._is_new = count, True
+        self._seconds = self._on_core = 0.0
         self._use(count)
 
     def learn(self, paces: Mapping[int, Pace]) -> None:
         """What steps take with each number, measured one after the other."""
-        self._paces = paces
+        self._paces, self._is_new = paces, False
 
     def observe(self, calls: Sequence[int], seconds: float, on_core: float) -> None:
         """A step has been made, of so many evaluations in each model's call; the next one's number follows from it.
@@ -45,23 +53,29 @@ class ComputeThreads:
         """
         if len(self._paces) < 2:
             return
-        is_all = self.count == self.counts[0]
-        if is_all:
-            self._watch(seconds, on_core)
-        (other,) = (count for count in self.counts if count != self.count)
+        every, fewer = self.counts
         weight, self._is_new = (1.0 if self._is_new else WEIGHT), False
         self._paces[self.count].adjust(seconds / self._expected(self.count, calls), weight)
-        self._paces[other].relax(RELAXATION)
-        is_slow = MARGIN * self._expected(other, calls) < self._expected(self.count, calls)
-        if is_slow and (self._has_rival or not is_all):
-            self.set(other)
-            self._is_new = True
-
-    def _watch(self, seconds: float, on_core: float) -> None:
         self._seconds, self._on_core = self._seconds + seconds, self._on_core + on_core
-        if self._seconds >= WINDOW_SECONDS:
-            self._has_rival = self._on_core < OWN_SHARE * self._seconds
-            self._seconds = self._on_core = 0.0
+        if self.count == fewer:
+            if self._seconds >= self._pause:
+                self._pause = min(2 * self._pause, LONGEST_PAUSE)
+                self.set(every)
+            return
+        self._paces[fewer].relax(RELAXATION)
+        self._close_window()
+        is_slow = MARGIN * self._expected(fewer, calls) < self._expected(every, calls)
+        if is_slow and self._windows_of_rival >= RIVAL_WINDOWS:
+            self.set(fewer)
+
+    def _close_window(self) -> None:
+        if self._seconds < WINDOW_SECONDS:
+            return
+        if self._on_core < OWN_SHARE * self._seconds:
+            self._windows_of_rival += 1
+        else:
+            self._windows_of_rival, self._pause = 0, SHORTEST_PAUSE
+        self._seconds = self._on_core = 0.0
 
     def _expected(self, count: int, calls: Sequence[int]) -> float:
         return sum(map(self._paces[count].step_seconds, calls))

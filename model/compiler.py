@@ -21,6 +21,7 @@ from zipfile import ZipFile
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.export import Dim
 
 from model.checkpoint import write_atomically
@@ -59,16 +60,16 @@ def compiled_step(program: ReverseStep, cache: Path) -> Step:
     if program.device.type != "cpu":
         return _compiled_with_graphs(program)
     library = library_of(program, cache)
-    if library.exists():
-        try:
-            return load(program, library)
-        except (OSError, AttributeError, KeyError, RuntimeError) as error:
-            log.warning("%s is made anew: %s", library, error)
+    try:
+        return load(program, library)
+    except FileNotFoundError:
+        pass
+    except (OSError, AttributeError, KeyError, RuntimeError) as error:
+        log.warning("%s is made anew: %s", library, error)
     if not can_compile():
         raise CompilerError(f"compiling {no_compiler()}")
     try:
-        build(program, library)
-        return load(program, library)
+        return _keep(program, build(program), library)
     except Exception as error:  # whatever a full disk, a compiler of its own kind or torch itself does
         raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
 
@@ -82,7 +83,10 @@ def _compiled_with_graphs(program: ReverseStep) -> Step:
 
     def step(*inputs: Tensor) -> Stepped:
         torch.compiler.cudagraph_mark_step_begin()
-        x_prev, x_0, finite = compiled(*inputs)
+        try:
+            x_prev, x_0, finite = compiled(*inputs)
+        except TorchDynamoException as error:
+            raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
         return x_prev.clone(), x_0.clone(), finite.clone()  # the next call writes where these lie
 
     return step
@@ -102,11 +106,10 @@ def library_of(program: ReverseStep, cache: Path) -> Path:
     return cache.resolve() / f"step-{hashlib.sha256(repr(facts).encode()).hexdigest()[:20]}.so"
 
 
-def build(program: ReverseStep, library: Path) -> None:
-    """Compiles it; takes half a minute and a C++ compiler."""
+def build(program: ReverseStep) -> bytes:
+    """A library of it; takes half a minute and a C++ compiler."""
     start = time.monotonic()
     log.info("compiling for this machine, once")
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.no_grad():
         exported = _export_denoise(program) if program.call_rows.most else _export_step(program)
         package = torch._inductor.aoti_compile_and_package(
@@ -117,8 +120,20 @@ def build(program: ReverseStep, library: Path) -> None:
         with ZipFile(package) as content:
             (name,) = (name for name in content.namelist() if name.endswith(".so"))
             code = content.read(name)
-    write_atomically(library, code + hashlib.sha256(code).digest())  # in one file: whoever comes second takes either
     log.info("compiled in %.0f s", time.monotonic() - start)
+    return code + hashlib.sha256(code).digest()  # in one file: whoever comes second takes either
+
+
+def _keep(program: ReverseStep, content: bytes, library: Path) -> Step:
+    """The step from the cache; where that takes or runs no library, from a folder that is gone when it is loaded."""
+    try:
+        write_atomically(library, content)
+        return load(program, library)
+    except OSError as error:
+        log.warning("%s cannot be used, so that each start compiles: %s", library, error)
+    with tempfile.TemporaryDirectory() as folder:
+        write_atomically(Path(folder) / library.name, content)
+        return load(program, Path(folder) / library.name)
 
 
 def load(program: ReverseStep, library: Path) -> Step:

@@ -14,8 +14,11 @@ FLOAT32_ROWS = 16  # of a call on a CPU: other numbers of rows are summed in oth
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32: a fact of the processor, never a timing."""
-    has = torch.cpu.get_capabilities()
-    fast = device.type == "cuda" or has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
 

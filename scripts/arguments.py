@@ -1,6 +1,7 @@
 """Command lines: arguments that several scripts share, each checked, a wrong one answered in one sentence."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -57,6 +58,17 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
         return path
 
     return parse
+
+
+def positive(text: str) -> float:
+    """The type of an argument that is a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def guidance_scale(text: str) -> float:

@@ -26,7 +26,7 @@ import torch
 from model.checkpoint import SHIPPED, load, write_atomically
 from model.memory import keep_freed_memory
 from model.unet import UNet
-from scripts.arguments import Parser, integer
+from scripts.arguments import Parser, integer, positive
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, alternative, started, this_service
 from scripts.benchmark.endurance import endure
@@ -46,6 +46,7 @@ from scripts.recipe import RecipeError, load_recipe
 from scripts.step_time import flop_of
 
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
+DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
 MODES = ("closed", "open", "alternatives", "training", "endurance")
 CLIENTS = (1, 4, 16, 64)
 REQUESTS = ("small", "random", "large")  # of one image; at random times beside LitServe alone; of as many as may be
@@ -111,7 +112,7 @@ class Bench:
     def _alternatives(self) -> None:
         own, litserve = [self._own, *self._at_batches], [alternative("litserve", *options) for options in LITSERVE]
         if self._args.requests == "large":
-            self._repeat([*own, *litserve, alternative("diffusers"), alternative("diffusers-tuned")], [large()])
+            self._repeat([*own, *litserve, *map(alternative, DIFFUSERS)], [large()])
             return
         if self._args.requests == "random":
             others, too_slow = litserve[:1], list[Contestant]()  # the setting whose requests wait less
@@ -215,7 +216,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command = commands.add_parser(mode)
         command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
         if mode == "endurance":
-            command.add_argument("--minutes", type=float, default=60.0, help="default: 60")
+            command.add_argument("--minutes", type=positive, default=60.0, help="default: 60")
             continue
         command.add_argument(
             "--repeats", type=integer(1, 100), default=5, help="fresh starts, of --turns each; default: 5"
@@ -233,7 +234,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
         )
         command.add_argument(
-            "--objective", type=float, default=5.0, help="seconds within which an answer is in time; default: 5"
+            "--objective", type=positive, default=5.0, help="seconds within which an answer is in time; default: 5"
         )
         command.add_argument("--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also at these batches")
         if mode == "closed":
@@ -241,7 +242,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         if mode == "alternatives":
             command.add_argument("--requests", choices=REQUESTS, default=REQUESTS[0], help=f"default: {REQUESTS[0]}")
         if mode == "open":
-            command.add_argument("--shares", type=float, nargs="+", default=SHARES)
+            command.add_argument("--shares", type=positive, nargs="+", default=SHARES)
     return parser.parse_args(argv)
 
 

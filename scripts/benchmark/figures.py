@@ -24,6 +24,7 @@ COLOUR_OF = {  # by how a contestant's name begins, the longer ones first; the s
     "litserve --batch-timeout 0.01": COLOURS[4],
     "litserve": COLOURS[5],
     "diffusers-tuned": "#c51b8a",
+    "diffusers-compiled": "#7a0177",
     "diffusers": COLOURS[6],
 }
 Rows = Sequence[dict[str, Any]]

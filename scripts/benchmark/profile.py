@@ -24,8 +24,8 @@ from model.memory import keep_freed_memory
 from model.precision import fast_dtype
 from model.step import ReverseStep, State, Step
 from scripts.arguments import Parser, integer
-from scripts.benchmark.machine import matrix_rate
-from scripts.benchmark.report import with_spread
+from scripts.benchmark.machine import matrix_rate, this_machine
+from scripts.benchmark.report import Table, with_spread
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
 from scripts.progress import Reporter
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()
     device = torch.device("cpu")
-    found: dict[str, Any] = {"rows": args.rows, "milliseconds": {}}
+    found: dict[str, Any] = {"machine": this_machine().as_json(), "rows": args.rows, "milliseconds": {}}
     with Reporter() as reporter, tempfile.TemporaryDirectory() as cache:
         for name in ("not compiled", "compiled"):
             program = ReverseStep(load(SHIPPED), device, fast_dtype(device))
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.out, found)
 
 
-def profile_table(found: Mapping[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
+def profile_table(found: Mapping[str, Any]) -> Table:
     """Columns and lines of what was found, as the JSON has it."""
     by_name: dict[str, dict[str, float]] = found["milliseconds"]
     columns = (f"ms of a step, rows: {found['rows']}", *by_name)

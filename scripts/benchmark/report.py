@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Table = tuple[tuple[str, ...], list[list[str]]]  # columns and lines
 MANY = 12  # repeats, of which the range would be that of the two oddest
 COLUMNS = (
     "contestant",
@@ -98,7 +99,7 @@ def _line(of_it: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]]
     ]
 
 
-def without_empty(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], list[list[str]]]:
+def without_empty(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
     """The table without the columns in which nobody has a figure."""
     kept = [place for place in range(len(columns)) if any(line[place] != "-" for line in lines)]
     return tuple(columns[place] for place in kept), [[line[place] for place in kept] for line in lines]

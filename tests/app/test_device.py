@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from app.device import MAX_FLOAT32_THREADS, choose_num_threads
+from app.device import MAX_PLAIN_THREADS, choose_num_threads
 
 CPU = torch.device("cpu")
 
@@ -18,26 +18,38 @@ def many_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "dtype", "expected"),
+    ("wanted", "dtype", "compiled", "expected"),
     [
-        (None, torch.float32, MAX_FLOAT32_THREADS),
-        (None, torch.bfloat16, 8),
-        (1, torch.float32, 1),
-        (2, torch.float32, 2),
-        (3, torch.bfloat16, 3),
-        (3, torch.float32, 3),
+        (None, torch.float32, True, MAX_PLAIN_THREADS),
+        (None, torch.float32, False, MAX_PLAIN_THREADS),
+        (None, torch.bfloat16, False, MAX_PLAIN_THREADS),
+        (None, torch.bfloat16, True, 8),
+        (1, torch.float32, True, 1),
+        (2, torch.float32, True, 2),
+        (3, torch.bfloat16, True, 3),
+        (3, torch.bfloat16, False, 3),
+        (3, torch.float32, True, 3),
     ],
 )
-def test_float32_keeps_to_the_threads_at_which_bits_do_not_depend_on_the_batch(
-    wanted: int | None, dtype: torch.dtype, expected: int
+def test_what_is_not_compiled_whole_keeps_to_the_threads_at_which_bits_do_not_depend_on_the_batch(
+    wanted: int | None, dtype: torch.dtype, compiled: bool, expected: int
 ) -> None:
-    choose_num_threads(wanted, CPU, dtype)
+    choose_num_threads(wanted, CPU, dtype, compiled=compiled)
     assert torch.get_num_threads() == expected
 
 
-@pytest.mark.parametrize(("wanted", "lines"), [(2, 0), (3, 1)])
-def test_an_operator_who_wants_more_is_told_what_it_costs(
-    wanted: int, lines: int, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("granted", "expected"), [(None, 8), (1.5, 2), (0.5, 1), (16.0, 8)])
+def test_a_container_is_not_given_more_threads_than_it_has_time_for(
+    granted: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choose_num_threads(wanted, CPU, torch.float32)
+    monkeypatch.setattr("app.device.granted_cores", lambda: granted)
+    choose_num_threads(None, CPU, torch.bfloat16, compiled=True)
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.parametrize(("wanted", "compiled", "lines"), [(2, False, 0), (3, False, 1), (3, True, 0)])
+def test_an_operator_who_wants_more_is_told_what_it_costs(
+    wanted: int, compiled: bool, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose_num_threads(wanted, CPU, torch.bfloat16, compiled=compiled)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * lines

@@ -96,3 +96,7 @@ def test_guided_rows_count_twice_while_somebody_small_is_there() -> None:
     assert AUTO.rows([64, 64], evaluations=2.0) == 64
     assert AUTO.rows([1] * 20, evaluations=2.0) == 20  # each has a row all the same
     assert Limits.fixed(7).rows([64, 1], evaluations=2.0) == 7  # rows were asked for
+    free = Limits.auto(Pace({1: 1.0, 64: 2.9}))
+    assert free.shared == free.most == 64
+    assert [free.rows([64, 1], evaluations) for evaluations in (1.0, 2.0)] == [64, 32]
+    assert free.lowered_to(16).rows([64, 1], evaluations=2.0) == 8

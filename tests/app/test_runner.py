@@ -18,6 +18,7 @@ from app.slots import NOBODY
 from app.trajectory import Job, Options, Pixels, Trajectory
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
+from model.precision import fast_dtype
 from model.prediction import PredictionConfig
 from model.sampler import SAMPLERS, Guidance, Sampler, sample
 from model.schedule import ScheduleConfig
@@ -379,6 +380,19 @@ def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
 
 
+def test_what_could_not_be_compiled_has_no_more_threads_than_keep_its_bits(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.compiler.can_compile", lambda: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16", cache_dir=tmp_path))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_model_that_draws_in_few_steps_says_so(other: Checkpoint) -> None:
     info = Runner({"default": other}, CPU, torch.float32).models["default"]
     assert (info.steps, info.default_steps, info.samplers, info.guidable) == ((4,), 4, ("ddim",), False)
@@ -422,7 +436,7 @@ def test_a_device_that_is_not_there_is_one_sentence() -> None:
 def test_a_precision_that_is_named_is_the_one_that_serves() -> None:
     assert choose_dtype("float32", CPU) is torch.float32
     assert choose_dtype("bfloat16", CPU) is torch.bfloat16
-    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("auto", CPU) is fast_dtype(CPU)
 
 
 @pytest.mark.parametrize(

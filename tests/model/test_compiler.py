@@ -1,5 +1,7 @@
 """The compiled step against itself in other company, and against the one that is not compiled."""
 
+import ctypes
+import itertools
 import logging
 import re
 from collections.abc import Callable, Iterator
@@ -10,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import InternalTorchDynamoError
 
 from app.device import RunnerError
 from app.runner import Runner
+from app.trajectory import Trajectory
 from model import checkpoint, compiler
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiler import CompilerError, library_of
 from model.precision import CallRows, can_compile
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
-from model.step import ReverseStep, State
+from model.step import ReverseStep, State, Stepped
 from tests.app.test_runner import company, draw, equal
 from tests.tiny import tiny_unet
 
@@ -88,7 +92,7 @@ def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
     path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     compiled_runner(checkpoint.load(path), cache, DTYPES[dtype])
-    monkeypatch.setattr(compiler, "build", lambda program, library: pytest.fail("it lies there"))
+    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
     other = tiny_checkpoint(tmp_path, seed=1)
     plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), company())
     compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), company())
@@ -111,6 +115,24 @@ def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache
 
 
 @needs_compiler
+def test_threads_that_come_and_go_between_the_steps_of_an_image_leave_its_pixels(
+    loaded: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, before = compiled_runner(loaded, cache), torch.get_num_threads()
+    expected, step, counts = draw(runner, company()), runner.step, itertools.cycle((1, 3, 2))
+
+    def step_with_others(trajectories: list[Trajectory]) -> list[bool]:
+        torch.set_num_threads(next(counts))
+        return step(trajectories)
+
+    monkeypatch.setattr(runner, "step", step_with_others)
+    try:
+        assert equal(draw(runner, company()), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
 def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoint, cache: Path) -> None:
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     if program.call_rows.most:
@@ -127,7 +149,7 @@ def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoin
 @needs_compiler
 def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = draw(compiled_runner(checkpoint.load(path), cache), company())
-    monkeypatch.setattr(compiler, "build", lambda program, library: pytest.fail("it lies there"))
+    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
     assert equal(draw(compiled_runner(checkpoint.load(path), cache), company()), first)
 
@@ -148,12 +170,38 @@ def test_a_damaged_library_is_made_anew(
     content[len(content) // 2] ^= 1
     library = library_of(program, tmp_path)
     library.write_bytes({"a byte": content, "its end": content[:-100], "all of it": b"half"}[damage])
-    built: list[Path] = []
-    monkeypatch.setattr(compiler, "build", lambda program, library: built.append(library))
-    with pytest.raises(CompilerError, match="compiling failed"):  # what was built here is nothing
-        compiler.compiled_step(program, tmp_path)
-    assert built == [library]
+    whole = library_of(program, cache).read_bytes()
+    monkeypatch.setattr(compiler, "build", lambda program: whole)
+    compiler.compiled_step(program, tmp_path)
+    assert library.read_bytes() == whole
     assert "is made anew" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["cannot be written", "runs no programs"])
+def test_where_the_cache_cannot_be_used_it_is_compiled_all_the_same_and_the_log_says_so(
+    path: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    first = draw(compiled_runner(checkpoint.load(path), cache), company())
+    library = library_of(ReverseStep(checkpoint.load(path), CPU, torch.bfloat16), cache)
+    monkeypatch.setattr(compiler, "build", lambda program: library.read_bytes())
+    if fault == "cannot be written":
+        (tmp_path / "unusable").touch()
+    load_library = ctypes.CDLL
+
+    def load_elsewhere(name: str) -> ctypes.CDLL:
+        if name.startswith(str(tmp_path / "unusable")):
+            raise OSError("failed to map segment from shared object")
+        return load_library(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_elsewhere)
+    assert equal(draw(compiled_runner(checkpoint.load(path), tmp_path / "unusable"), company()), first)
+    assert "cannot be used, so that each start compiles" in caplog.text
 
 
 def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
@@ -171,12 +219,52 @@ def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
     assert equal(draw(runner, company()), plain)
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(loaded: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    program = ReverseStep(loaded, CPU, torch.bfloat16)
-    with pytest.raises(CompilerError) as refused:
-        compiler.compiled_step(program, tmp_path / "file" / "cache")
-    assert len(str(refused.value).splitlines()) == 1
+def test_a_cache_that_cannot_be_looked_into_is_as_good_as_none(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = Path.read_bytes
+
+    def refuse(file: Path) -> bytes:
+        if file.is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(file))
+        return read(file)
+
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    assert not runner.compile(tmp_path, must=False)
+    assert "Permission denied" in caplog.text
+
+
+def test_a_compiler_that_fails_is_one_sentence(
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(program: ReverseStep) -> bytes:
+        raise RuntimeError("it said\nmany things")
+
+    monkeypatch.setattr(compiler, "build", fail)
+    monkeypatch.setattr(compiler, "can_compile", lambda: True)
+    with pytest.raises(CompilerError, match=r"^compiling failed: it said$"):
+        compiler.compiled_step(ReverseStep(loaded, CPU, torch.bfloat16), tmp_path)
+
+
+def test_what_torch_cannot_compile_for_a_gpu_is_one_sentence_when_the_service_warms_up(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_(program: ReverseStep, **how: object) -> Callable[..., Stepped]:
+        def step(*inputs: Tensor) -> Stepped:
+            raise InternalTorchDynamoError("no C compiler\nand much more")
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    (network,) = runner._networks.values()
+    network.program.device = torch.device("cuda")
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        assert runner.compile(tmp_path, must=True)
+        with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: compiling failed: no C compiler$"):
+            runner.warm_up(lambda: False)
 
 
 def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_the_next_call_writes(

@@ -16,11 +16,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ({"avx512_bf16": True}, CPU, torch.bfloat16),
         ({"amx_bf16": True}, CPU, torch.bfloat16),
         ({}, CUDA, torch.bfloat16),
+        ({"emulated": True}, CUDA, torch.float32),
     ],
 )
 def test_bfloat16_is_taken_where_the_hardware_multiplies_it(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], device: torch.device, expected: torch.dtype
 ) -> None:
+    def is_bf16_supported(*, including_emulation: bool) -> bool:
+        return including_emulation or "emulated" not in capabilities
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert fast_dtype(device) is expected
 

@@ -203,11 +203,23 @@ def test_a_start_has_several_turns_which_are_repeats_of_their_own(
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [["open", "--shares", "0"], ["open", "--shares=-0.5"], ["endurance", "--minutes=0"], ["closed", "--objective=nan"]],
+)
+def test_a_number_that_says_nothing_is_one_sentence(
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([*wrong, f"--out={tmp_path / 'out.json'}"])
+    assert "is not a number above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("requests", "others", "at_random"),
     [
         ("small", {"batched", *LITSERVE}, {"0.7 of the slower's capacity", "the same, every other of 10 steps"}),
         ("random", {LITSERVE[0]}, {"0.7 of the slower's capacity"}),
-        ("large", {*LITSERVE, "diffusers", "diffusers-tuned"}, set[str]()),
+        ("large", {*LITSERVE, "diffusers", "diffusers-tuned", "diffusers-compiled"}, set[str]()),
     ],
 )
 def test_the_alternatives_meet_the_same_loads(

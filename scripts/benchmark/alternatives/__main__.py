@@ -7,8 +7,9 @@ import torch
 
 from model.memory import keep_freed_memory
 from scripts.arguments import Parser, integer
+from scripts.progress import require
 
-NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned")
+NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned", "diffusers-compiled")
 
 
 def main() -> None:
@@ -38,13 +39,19 @@ def _serve(args: argparse.Namespace) -> None:
 
         batched.serve(args.port, args.max_images)
     elif args.name == "litserve":
+        require("litserve", "bench")
         from scripts.benchmark.alternatives import litserve
 
         litserve.serve(args.port, args.max_images, args.batch_timeout, args.workers)
     else:
+        require("diffusers", "bench")
         from scripts.benchmark.alternatives import diffusers
 
-        diffusers.serve(args.port, tuned=args.name == "diffusers-tuned")
+        diffusers.serve(
+            args.port,
+            tuned=args.name != "diffusers",
+            compiled_for=args.max_images if args.name == "diffusers-compiled" else 0,
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""All that was measured on one machine as a page of tables: `python -m scripts.benchmark.page docs/speed/xeon`.
+
+A folder holds the JSON files of scripts.bench and scripts.benchmark.profile; FOLDER.md beside it becomes the page.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import write_atomically
+from scripts.arguments import Parser
+from scripts.benchmark.profile import profile_table
+from scripts.benchmark.report import COLUMNS, Table, table_of, without_empty
+from scripts.benchmark.training import TRAINING_COLUMNS, training_table
+from scripts.evaluation.tables import as_table
+from scripts.progress import Reporter, fail
+
+MACHINE = ("processor", "cores", "features", "gpu", "torch", "threads")  # what must be the same for a page
+
+
+class PageError(Exception):
+    """The folder makes no page; one sentence."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes the page of a folder beside it."""
+    parser = Parser(
+        prog="python -m scripts.benchmark.page",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="of JSON files")
+    folder = parser.parse_args(argv).folder
+    try:
+        written = folder.with_suffix(".md")
+        write_atomically(written, page_of(folder).encode())
+    except (PageError, OSError) as error:
+        raise fail(f"page: {error}") from error
+    with Reporter() as reporter:
+        reporter.line(f"wrote {written}")
+
+
+def page_of(folder: Path) -> str:
+    """The machine, then the table and the picture of each file; PageError where files are of several machines."""
+    contents = {file.stem: _read(file) for file in sorted(folder.glob("*.json")) if ".answers" not in file.name}
+    machines = [{name: content["machine"].get(name) for name in MACHINE} for content in contents.values()]
+    if not machines or any(machine != machines[0] for machine in machines):
+        raise PageError(f"{folder} must hold results, and those of one machine")
+    sections = [f"# Measured on {folder.name}", _machine_line(machines[0])]
+    for name, content in contents.items():
+        sections += [f"## {name}", *_how(content), as_table(*table_in(content)).rstrip()]
+        if (folder / f"{name}.png").exists():
+            sections.append(f"![{name}]({folder.name}/{name}.png)")
+    return "\n\n".join(sections) + "\n"
+
+
+def table_in(content: Mapping[str, Any]) -> Table:
+    """What was printed when it was measured."""
+    if "milliseconds" in content:
+        return profile_table(content)
+    if "limit" in content:
+        return TRAINING_COLUMNS, training_table(content["images_a_second"], content["limit"])
+    return without_empty(COLUMNS, table_of(content["rows"]))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        table_in(content)
+        _machine_line(content["machine"])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise PageError(f"{file} is not what scripts.bench leaves") from error
+    return content
+
+
+def _machine_line(machine: Mapping[str, Any]) -> str:
+    gpu = machine["gpu"] or "no GPU"
+    return (
+        f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['features'])}), {gpu}, "
+        f"torch {machine['torch']}, {machine['threads']} compute threads."
+    )
+
+
+def _how(content: Mapping[str, Any]) -> list[str]:
+    """The window of a load, and the rate that its shares are of."""
+    if "seconds" not in content:
+        return []
+    seconds, rate = content["seconds"], content["machine"]["matrix_rate"]
+    return [
+        f"Windows of {seconds['window']} s, {seconds['settle']} s under load before; in time: within "
+        f"{seconds['objective']:g} s; matrix rate: {rate / 1e9:.0f} GFLOP/s."
+    ]
+
+
+if __name__ == "__main__":
+    main()

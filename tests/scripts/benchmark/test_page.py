@@ -1,0 +1,70 @@
+"""What was measured on one machine, as a page."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.benchmark.page import PageError, main, page_of
+from tests.scripts.benchmark.test_report import row
+
+MACHINE = {"processor": "A Processor", "cores": 2, "features": ["avx2"], "gpu": None, "torch": "2.13.0", "threads": 2}
+TRAINING = {"limit": 200.0, "images_a_second": {"scripts.train": [50.0, 60.0, 70.0]}}
+STEPS = {"rows": 8, "milliseconds": {"compiled": {"copies": 1.5, "whole": 4.0}}, "matrix_shares": [0.5]}
+
+
+def write(folder: Path, **contents: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        (folder / f"{name}.json").write_text(json.dumps({"machine": MACHINE, **content}))
+    return folder
+
+
+def test_a_page_has_the_machine_and_a_table_and_picture_of_each_file(tmp_path: Path) -> None:
+    folder = write(tmp_path / "there", training=TRAINING, steps=STEPS)
+    (folder / "training.png").touch()
+    (folder / "training.answers.json").write_text("[]")
+    main([str(folder)])
+    page = (tmp_path / "there.md").read_text()
+    assert page == page_of(folder)
+    assert "A Processor, 2 cores (avx2), no GPU, torch 2.13.0, 2 compute threads." in page
+    assert page.index("## steps") < page.index("| copies | 1.50 |") < page.index("## training")
+    assert "| scripts.train | 60 (50 - 70) | 30% |" in page
+    assert "![training](there/training.png)" in page
+    assert "answers" not in page
+    assert "![steps]" not in page
+
+
+def test_loads_are_told_with_their_window_and_the_rate_that_shares_are_of(tmp_path: Path) -> None:
+    loads = {
+        "machine": {**MACHINE, "matrix_rate": 4e11},
+        "seconds": {"window": 8, "settle": 2, "objective": 5.0},
+        "rows": [row(0, "full", 12.5, one=1.0)],
+    }
+    page = page_of(write(tmp_path / "there", closed=loads, training=TRAINING))
+    assert "Windows of 8 s, 2 s under load before; in time: within 5 s; matrix rate: 400 GFLOP/s." in page
+    assert "| unfog | full | 12.5 | 6.25 | 1 | 2 | 3 | 8 | 5.0% | 300 |" in page
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {**TRAINING, "machine": {**MACHINE, "cores": 4}},
+        {"limit": 1.0},
+        {"machine": {}, **TRAINING},
+    ],
+    ids=["another machine", "no results", "no machine"],
+)
+def test_files_that_are_not_results_of_one_machine_make_no_page(other: dict[str, Any], tmp_path: Path) -> None:
+    folder = write(tmp_path / "there", training=TRAINING, other=other)
+    with pytest.raises(PageError):
+        page_of(folder)
+    with pytest.raises(SystemExit):
+        main([str(folder)])
+    assert not (tmp_path / "there.md").exists()
+
+
+def test_an_empty_folder_makes_no_page(tmp_path: Path) -> None:
+    with pytest.raises(PageError):
+        page_of(tmp_path)
