@@ -24,7 +24,7 @@ from model.precision import CallRows, can_compile
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.step import ReverseStep, State, Stepped
-from tests.app.test_runner import company, draw, equal
+from tests.app.runner.rows import company, draw, equal
 from tests.tiny import tiny_unet
 
 CPU = torch.device("cpu")

@@ -1,0 +1,93 @@
+"""Rows of many kinds, and a real runner on a CPU that draws them."""
+
+import random
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from app.runner import Runner
+from app.trajectory import Job, Options, Pixels, Trajectory
+from model.checkpoint import Checkpoint
+from model.sampler import SAMPLERS, Guidance, Sampler
+
+CPU = torch.device("cpu")
+GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def new_runner(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> Runner:
+    return Runner({"default": loaded}, CPU, dtype)
+
+
+def rows_of(
+    count: int = 1,
+    *,
+    digit: int = 3,
+    seed: int = 1,
+    num_steps: int = 5,
+    sampler: Sampler = "ddpm",
+    guidance_scale: float = 1.0,
+    model: str = "default",
+) -> list[Trajectory]:
+    return Job(Options(digit, seed, num_steps, sampler, guidance_scale, model), count).unfinished
+
+
+def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
+    """A step as the engine makes it, of jobs as the service makes them."""
+    for row in rows:
+        row.job.guided_steps = runner.models[row.job.options.model].guided_steps_of(row.job.options)
+    finite = runner.step(rows)
+    for row in rows:
+        row.step += 1
+    return finite
+
+
+def draw(runner: Runner, rows: list[Trajectory], max_batch: int = 64, order: int | None = None) -> list[Pixels]:
+    """Every row to its end, `max_batch` at a time; in an order of its own at each step where `order` is a seed."""
+    shuffle = random.Random(order)
+    while left := [row for row in rows if row.steps_left]:
+        if order is not None:
+            shuffle.shuffle(left)
+        assert all(step(runner, left[:max_batch]))
+    images = runner.pixels(rows)
+    runner.release(rows)
+    return images
+
+
+def equal(left: Iterable[Pixels], right: Iterable[Pixels]) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def company() -> list[Trajectory]:
+    """Rows that have nothing in common."""
+    choose = random.Random(7)
+    jobs = [
+        rows_of(
+            choose.randint(1, 3),
+            digit=choose.randrange(10),
+            seed=choose.randrange(2**53),
+            num_steps=choose.choice([1, 2, 7, 12]),
+            sampler=choose.choice(SAMPLERS),
+            guidance_scale=choose.choice([1.0, 1.5, 4.0]),
+        )
+        for _ in range(12)
+    ]
+    return [row for rows in jobs for row in rows]
+
+
+class Counting:
+    """The network, and how many rows it was given at each call."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.rows: list[int] = []
+        self._denoise = runner._networks["default"].program.denoise
+        runner._networks["default"].program.denoise = self
+
+    def __call__(self, x: Tensor, c: Tensor) -> Tensor:
+        self.rows.append(len(x))
+        assert len(x) == len(c)
+        eps: Tensor = self._denoise(x, c)
+        return eps

@@ -1,0 +1,45 @@
+"""Warming up: the known picture, and how long steps take."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from app.device import RunnerError
+from app.runner import Runner
+from model.checkpoint import Checkpoint
+from tests.app.runner.rows import CPU, DTYPES, Counting, new_runner
+
+
+def test_the_picture_that_is_known_of_each_model_is_drawn_by_that_model(loaded: Checkpoint, other: Checkpoint) -> None:
+    wrong = dataclasses.replace(other, probe_image=-other.probe_image)
+    with pytest.raises(RunnerError, match="known picture of model 'fast'"):
+        Runner({"default": loaded, "fast": wrong}, CPU, torch.float32).warm_up(lambda: True)
+
+
+def test_warming_up_measures_steps_and_leaves_nothing_behind(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    before = len(runner._slots._free)
+    pace = runner.warm_up(lambda: False)
+    assert pace.step_seconds(64) > 0
+    assert len(runner._slots._free) == before
+
+
+def test_warming_up_stops_when_asked(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    network = Counting(runner)
+    runner.warm_up(lambda: True)
+    assert len(network.rows) == loaded.config.probe.num_steps  # the probe alone
+
+
+@DTYPES
+def test_a_machine_that_draws_the_known_picture_wrong_does_not_serve(loaded: Checkpoint, dtype: torch.dtype) -> None:
+    wrong = dataclasses.replace(loaded, probe_image=-loaded.probe_image)
+    with pytest.raises(RunnerError, match="known picture"):
+        new_runner(wrong, dtype).warm_up(lambda: True)
+
+
+def test_a_known_picture_of_nan_is_wrong(loaded: Checkpoint) -> None:
+    loaded.network.final_conv[0].bias[:] = torch.nan  # type: ignore[operator] # it is a Conv2d
+    with pytest.raises(RunnerError, match="known picture"):
+        new_runner(loaded).warm_up(lambda: True)

@@ -1,0 +1,93 @@
+"""What the settings ask for is what serves, or one sentence says why not."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.config import Settings
+from app.device import RunnerError, choose_device, choose_dtype
+from app.runner import Runner
+from model import checkpoint
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.precision import fast_dtype
+from model.sampler import SAMPLERS, Guidance
+from model.schedule import ScheduleConfig
+from tests.app.runner.rows import CPU, new_runner
+from tests.tiny import tiny_unet
+
+
+def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
+    info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16", compile="off")).models["default"]
+    assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")
+    assert (info.max_steps, info.samplers, info.guidance_scale, info.guidable) == (
+        100,
+        SAMPLERS,
+        dict.fromkeys(SAMPLERS, 2.0),
+        True,
+    )
+    assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
+
+
+def test_what_could_not_be_compiled_has_no_more_threads_than_keep_its_bits(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.compiler.can_compile", lambda: False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16", cache_dir=tmp_path))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_that_draws_in_few_steps_says_so(other: Checkpoint) -> None:
+    info = Runner({"default": other}, CPU, torch.float32).models["default"]
+    assert (info.steps, info.default_steps, info.samplers, info.guidable) == ((4,), 4, ("ddim",), False)
+
+
+def test_without_dropped_labels_there_is_nothing_to_guide_by(loaded: Checkpoint) -> None:
+    config = dataclasses.replace(loaded.config, training={}, guidance=Guidance())
+    assert not new_runner(dataclasses.replace(loaded, config=config)).models["default"].guidable
+
+
+def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"nothing\.safetensors cannot be read"):
+        Runner.load(Settings(checkpoint=tmp_path / "nothing.safetensors"))
+
+
+def test_a_second_checkpoint_is_served_beside_the_first(path: Path) -> None:
+    models = Runner.load(Settings(checkpoint=path, fast_checkpoint=path, device="cpu", compile="off")).models
+    assert list(models) == ["default", "fast"]
+    assert models["fast"].name == "fast"
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_second_checkpoint_of_another_size_is_one_sentence(path: Path, tmp_path: Path, size: int) -> None:
+    network = tiny_unet(image_size=size)
+    file = tmp_path / "larger.safetensors"
+    checkpoint.save(file, network, CheckpointConfig(unet=network.config, schedule=ScheduleConfig()))
+    with pytest.raises(RunnerError, match="UNFOG_FAST_CHECKPOINT draws images of another size"):
+        Runner.load(Settings(checkpoint=path, fast_checkpoint=file, device="cpu"))
+
+
+def test_a_missing_second_checkpoint_names_its_own_variable(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"UNFOG_FAST_CHECKPOINT: .*nothing\.safetensors cannot be read"):
+        Runner.load(Settings(checkpoint=path, fast_checkpoint=tmp_path / "nothing.safetensors"))
+
+
+def test_a_device_that_is_not_there_is_one_sentence() -> None:
+    with pytest.raises(RunnerError, match="UNFOG_DEVICE=cuda:99"):
+        choose_device("cuda:99")
+
+
+def test_a_precision_that_is_named_is_the_one_that_serves() -> None:
+    assert choose_dtype("float32", CPU) is torch.float32
+    assert choose_dtype("bfloat16", CPU) is torch.bfloat16
+    assert choose_dtype("auto", CPU) is fast_dtype(CPU)
+
+
+def test_the_service_draws_only_the_classes_that_the_checkpoint_has(loaded: Checkpoint) -> None:
+    assert new_runner(loaded).models["default"].num_classes == loaded.config.unet.num_classes

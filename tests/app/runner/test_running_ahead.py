@@ -1,0 +1,86 @@
+"""As on a GPU: steps that are not waited for, in few shapes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.runner import Runner
+from app.slots import NOBODY
+from model.checkpoint import Checkpoint
+from model.step import Stepped
+from tests.app.runner.rows import CPU, company, draw, equal, new_runner, rows_of, step
+
+
+def ahead(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> Runner:
+    """A runner that works as on a GPU, but on a CPU."""
+    return Runner({"default": loaded}, CPU, dtype, runs_ahead=True)
+
+
+@pytest.mark.parametrize("max_batch", [64, 7, 3, 1])
+def test_where_steps_are_not_waited_for_the_images_are_the_same(loaded: Checkpoint, max_batch: int) -> None:
+    assert equal(draw(ahead(loaded), company(), max_batch), draw(new_runner(loaded), company()))
+
+
+def test_where_steps_are_not_waited_for_shapes_are_few(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, shapes = ahead(loaded), set[tuple[int, int]]()
+    network = runner._networks["default"]
+    step = network.step
+
+    def note(*inputs: Tensor) -> Stepped:
+        *_, slots, _, source, second = inputs
+        assert len(slots) == len(second)
+        shapes.add((len(slots), len(source)))
+        return step(*inputs)
+
+    network.step = note
+    for count in (1, 3, 5, 7, 8):
+        draw(runner, rows_of(count, num_steps=2))
+        draw(runner, rows_of(count, num_steps=2, guidance_scale=1.5))
+    assert shapes == {(1, 1), (1, 2), (4, 4), (4, 8), (8, 8), (8, 16)}
+
+
+def test_where_steps_are_not_waited_for_a_row_of_nan_is_known_when_it_ends(loaded: Checkpoint) -> None:
+    loaded.network.class_embed.weight[3] = torch.nan
+    runner = ahead(loaded)
+    rows = [*rows_of(digit=2, num_steps=3), *rows_of(digit=3, num_steps=3), *rows_of(digit=4, num_steps=4)]
+    assert [step(runner, rows) for _ in range(3)] == [[True] * 3, [True] * 3, [True, False, True]]
+    runner.release(rows)
+    healthy = rows_of(3, digit=2, num_steps=1)  # in slots of which one was not finite
+    assert step(runner, healthy) == [True] * 3
+
+
+def test_what_fills_up_a_step_has_changed_nobody(loaded: Checkpoint) -> None:
+    runner = ahead(loaded)
+    before = [part[NOBODY].clone() for part in runner._slots.state]
+    draw(runner, rows_of(5, num_steps=3))
+    assert all(torch.equal(part[NOBODY], was) for part, was in zip(runner._slots.state, before, strict=True))
+
+
+def test_warming_up_as_on_a_gpu_sees_every_shape(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.runner.BATCHES_AHEAD", (1, 2, 8))
+    runner, shapes = ahead(loaded), set[tuple[int, int]]()
+    network = runner._networks["default"]
+    step = network.step
+
+    def note(*inputs: Tensor) -> Stepped:
+        shapes.add((len(inputs[-3]), len(inputs[-2])))
+        return step(*inputs)
+
+    network.step = note
+    free = len(runner._slots._free)
+    runner.warm_up(lambda: False)
+    assert shapes == {(1, 1), (1, 2), (2, 2), (2, 4), (8, 8), (8, 16)}
+    assert len(runner._slots._free) == free
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_a_row_has_the_same_bits_in_any_company(loaded: Checkpoint, tmp_path: Path, compiled: bool) -> None:
+    runner = Runner({"default": loaded}, torch.device("cuda"), torch.bfloat16)
+    if compiled:
+        runner.compile(tmp_path, must=True)
+    alone = [image for row in company() for image in draw(runner, [row])]
+    for max_batch, order in [(64, None), (64, 1), (7, 3), (2, 5)]:
+        assert equal(draw(runner, company(), max_batch, order), alone)
