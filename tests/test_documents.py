@@ -2,16 +2,12 @@
 
 import json
 from dataclasses import asdict
-from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
-from scripts.benchmark.profile import profile_table
-from scripts.benchmark.report import COLUMNS, table_of, without_empty
-from scripts.benchmark.training import TRAINING_COLUMNS, training_table
+from scripts.benchmark.page import page_of, table_in
 from scripts.evaluation.classifiers import load_classifier
 from scripts.evaluation.tables import as_column, as_run, as_sweep_row, read_evaluation
 
@@ -23,6 +19,7 @@ FINAL = [  # the columns of the tables of 10,000 digits
     ("docs/model-card.md", ("fast",)),
 ]
 WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of the ladder whose figures were not kept as JSON
+MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC without"}  # in the README
 SPEED = {  # the README's figures: of which load, in which column
     "seconds for one image, idle service, guidance off": ("1 x 1 image", "p50, s"),
     "the same at the recommended guidance": ("1 x 1 image, guided", "p50, s"),
@@ -36,11 +33,15 @@ SPEED = {  # the README's figures: of which load, in which column
     ),
 }
 BESIDE = {  # the README's comparison: of which file and load, in which column
-    "images a second, 64 clients of one image": ("alternatives-small", "64 x 1 image", "images a second"),
-    "images a second, 2 clients of 64 images": ("alternatives-large", "2 x 64 images", "images a second"),
-    "p95 in seconds, one image each at random times": ("alternatives-small", "0.7 of the slower's capacity", "p95, s"),
+    "images a second, 64 clients of one image": ("epyc/alternatives-small", "64 x 1 image", "images a second"),
+    "images a second, 2 clients of 64 images": ("xeon/alternatives-large", "2 x 64 images", "images a second"),
+    "p95 in seconds, one image each at random times": (
+        "epyc/alternatives-small",
+        "0.7 of the slower's capacity",
+        "p95, s",
+    ),
     "the same of ten steps, every other request": (
-        "alternatives-small",
+        "epyc/alternatives-small",
         "the same, every other of 10 steps: 10 steps",
         "p95, s",
     ),
@@ -55,7 +56,7 @@ CONTESTANTS = {
 }
 EVALUATIONS = sorted((DOCS / "ladder").rglob("evaluation.json"))
 SWEEPS = sorted({*DOCS.rglob("guidance.json"), *DOCS.rglob("steps.json")})
-MEASURED = sorted(path.stem for path in (DOCS / "speed").glob("*.json") if ".answers" not in path.name)
+MACHINES = sorted(path for path in (DOCS / "speed").iterdir() if path.is_dir())
 LADDER = set((DOCS / "ladder.md").read_text().splitlines())
 
 
@@ -159,49 +160,31 @@ def test_the_networks_that_judged_are_those_that_ship() -> None:
     assert json.loads((DOCS / "fog.json").read_text())["judge"]["sha256"] == shipped["fog_judge"]
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_figures_of_speed_are_those_that_were_measured(name: str) -> None:
-    content, text = json.loads((DOCS / "speed" / f"{name}.json").read_text()), (DOCS / "speed.md").read_text()
-    columns, lines = speed_table(content)
-    assert as_written(list(columns)) in text
-    assert all(as_written(line) in text for line in lines)
-
-
-def test_no_line_of_a_table_of_loads_is_of_an_older_measurement() -> None:
-    tables = [speed_table(json.loads((DOCS / "speed" / f"{name}.json").read_text())) for name in MEASURED]
-    tables = [(columns, lines) for columns, lines in tables if columns[0] == "contestant"]
-    written = {as_written(line) for _, table in tables for line in table}
-    lines = (DOCS / "speed.md").read_text().splitlines()
-    starts = [place for place, line in enumerate(lines) if line.startswith("| contestant | load |")]
-    assert len(starts) == len(tables)
-    for start in starts:
-        table = list(takewhile(lambda line: line.startswith("|"), lines[start + 2 :]))
-        assert set(table) <= written
-
-
-def speed_table(content: dict[str, Any]) -> tuple[tuple[str, ...], list[list[str]]]:
-    """What scripts.bench prints of its JSON."""
-    if "milliseconds" in content:
-        return profile_table(content)
-    if "limit" in content:
-        return TRAINING_COLUMNS, training_table(content["images_a_second"], content["limit"])
-    return without_empty(COLUMNS, table_of(content["rows"]))
+@pytest.mark.parametrize("folder", MACHINES, ids=[folder.name for folder in MACHINES])
+def test_the_page_of_a_machine_is_what_was_measured_on_it(folder: Path) -> None:
+    assert folder.with_suffix(".md").read_text() == page_of(folder)
+    assert f"(speed/{folder.name}.md)" in (DOCS / "speed.md").read_text()
 
 
 def test_the_readmes_figures_of_speed_are_those_of_their_loads() -> None:
-    content = json.loads((DOCS / "speed" / "closed.json").read_text())
-    columns, lines = speed_table(content)
-    measured = {line[1]: dict(zip(columns, line, strict=True)) for line in lines if line[0] == "unfog"}
-    table = (ROOT / "README.md").read_text().split("| figure | |")[1].split("\n\n")[0]
-    stated = dict(map(cells, table.splitlines()[2:]))
-    assert stated == {name: measured[load][column] for name, (load, column) in SPEED.items()}
+    heading = as_written(["figure", *MACHINE_NAMES.values()])
+    stated = [cells(line) for line in (ROOT / "README.md").read_text().split(heading)[1].split("\n\n")[0].splitlines()]
+    measured = [measured_alone(DOCS / "speed" / name / "closed.json") for name in MACHINE_NAMES]
+    wanted = [[name, *(of[load][column] for of in measured)] for name, (load, column) in SPEED.items()]
+    assert stated[2:] == wanted
+
+
+def measured_alone(path: Path) -> dict[str, dict[str, str]]:
+    """By load, then by column."""
+    columns, lines = table_in(json.loads(path.read_text()))
+    return {line[1]: dict(zip(columns, line, strict=True)) for line in lines if line[0] == "unfog"}
 
 
 def test_the_readmes_comparison_is_what_was_measured() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert as_written(["", *CONTESTANTS]).replace("|  |", "| |") in lines
     for name, (file, under, column) in BESIDE.items():
-        columns, table = speed_table(json.loads((DOCS / "speed" / f"{file}.json").read_text()))
+        columns, table = table_in(json.loads((DOCS / "speed" / f"{file}.json").read_text()))
         of_load = {line[0]: line[columns.index(column)] for line in table if line[1] == under}
         assert as_written([name, *(of_load.get(contestant, "-") for contestant in CONTESTANTS.values())]) in lines
 
