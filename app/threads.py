@@ -5,6 +5,7 @@ that is slow as a whole is slow with any number of them: only where this thread 
 A rival of a moment, as the service's own answers are when a batch ends, is none: fewer threads would outlast it.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,25 +21,30 @@ RIVAL_WINDOWS = 3  # in a row without their cores: somebody stays
 SHORTEST_PAUSE, LONGEST_PAUSE = (
     0.25,
     4.0,
-)  # seconds of steps with one fewer until all are tried again, doubled each time
+)  # seconds with one fewer until all are tried again, doubled each time
 
 
 class ComputeThreads:
     """The numbers that may be used, and which of them made the last steps sooner. The bits are the same with each."""
 
-    def __init__(self, counts: Sequence[int], use: Callable[[int], None] = torch.set_num_threads) -> None:
+    def __init__(
+        self,
+        counts: Sequence[int],
+        use: Callable[[int], None] = torch.set_num_threads,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`counts` has all of them first, then one fewer where that is an option; `use` acts on the calling thread."""
-        self.counts, self._use = tuple(counts), use
+        self.counts, self._use, self._clock = tuple(counts), use, clock
         self._paces: Mapping[int, Pace] = {}
         self._is_new = False  # no step has been made yet with the present number
         self._windows_of_rival = 0  # the last ones in a row
-        self._seconds, self._on_core = 0.0, 0.0  # of the present window, or with one fewer
-        self._pause = SHORTEST_PAUSE
+        self._seconds, self._on_core = 0.0, 0.0  # of the present window
+        self._pause, self._set_at = SHORTEST_PAUSE, 0.0
         self.count = self.counts[0]
 
     def set(self, count: int) -> None:
         """From now on so many."""
-        self.count, self._is_new = count, True
+        self.count, self._is_new, self._set_at = count, True, self._clock()
         self._seconds = self._on_core = 0.0
         self._use(count)
 
@@ -56,19 +62,19 @@ class ComputeThreads:
         every, fewer = self.counts
         weight, self._is_new = (1.0 if self._is_new else WEIGHT), False
         self._paces[self.count].adjust(seconds / self._expected(self.count, calls), weight)
-        self._seconds, self._on_core = self._seconds + seconds, self._on_core + on_core
         if self.count == fewer:
-            if self._seconds >= self._pause:
+            if self._clock() >= self._set_at + self._pause:
                 self._pause = min(2 * self._pause, LONGEST_PAUSE)
                 self.set(every)
             return
         self._paces[fewer].relax(RELAXATION)
-        self._close_window()
+        self._watch(seconds, on_core)
         is_slow = MARGIN * self._expected(fewer, calls) < self._expected(every, calls)
         if is_slow and self._windows_of_rival >= RIVAL_WINDOWS:
             self.set(fewer)
 
-    def _close_window(self) -> None:
+    def _watch(self, seconds: float, on_core: float) -> None:
+        self._seconds, self._on_core = self._seconds + seconds, self._on_core + on_core
         if self._seconds < WINDOW_SECONDS:
             return
         if self._on_core < OWN_SHARE * self._seconds:

@@ -4,7 +4,6 @@ Started again with the same arguments it goes on from the last whole epoch, bit 
 """
 
 import argparse
-import math
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from model.memory import keep_freed_memory
 from model.precision import can_compile, no_compiler
-from scripts.arguments import Parser, integer
+from scripts.arguments import Parser, integer, positive
 from scripts.mnist import NUM_VALIDATION, DataError, load_mnist
 from scripts.objective import DenoisingObjective
 from scripts.progress import Reporter, fail
@@ -119,7 +118,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=integer(1), help="instead of the preset's")
     parser.add_argument(
         "--time-limit",
-        type=_minutes,
+        type=positive,
         metavar="MINUTES",
         help="stop before an epoch that, as long as those before, would not fit",
     )
@@ -129,16 +128,6 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", choices=["auto", "on", "off"], default="auto", help="auto: where a compiler is found"
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
-    return minutes
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ class Machine:
     """Makes steps with as many threads as were set last."""
 
     def __init__(self, *counts: int) -> None:
-        self.count = 0
-        self.threads = ComputeThreads(counts, self._use)
+        self.count, self.now = 0, 0.0
+        self.threads = ComputeThreads(counts, self._use, clock=lambda: self.now)
         self.threads.set(counts[0])
         self.threads.learn({count: {1: ONE, 2: TWO}[count].copy() for count in counts})
 
@@ -29,6 +29,7 @@ class Machine:
         """How many threads made it, and the seconds that it took."""
         count, is_crowded = self.count, busy and self.count == 2
         seconds = slowness * {1: ONE, 2: TWO}[count].step_seconds(evaluations) * (STALL if is_crowded else 1)
+        self.now += seconds
         self.threads.observe([evaluations], seconds, seconds * (SHARE if is_crowded else 1))
         return count, seconds
 
@@ -68,6 +69,13 @@ def test_a_rival_that_leaves_soon_costs_little_and_its_past_is_forgotten() -> No
     machine.steps(2 * NOTICED, 64, busy=True)
     assert machine.count == 1
     assert machine.steps(5, 64, busy=False)[1] <= 2 * SHORTEST_PAUSE
+
+
+def test_a_pause_goes_on_while_there_is_nothing_to_do() -> None:
+    machine = Machine(2, 1)
+    machine.steps(60, 64, busy=True)
+    machine.now += LONGEST_PAUSE
+    assert machine.steps(2, 1, busy=False)[1] <= 2 * ONE.step_seconds(1)
 
 
 def test_a_step_of_two_models_takes_two_calls_and_is_no_slow_one() -> None:
