@@ -18,10 +18,8 @@ RELAXATION = 1 / 64  # a step: what was seen of one fewer is forgotten while it 
 WINDOW_SECONDS = 0.1  # of steps with all threads, after which it is known whether they had their cores
 OWN_SHARE = 0.9  # of its steps' time a thread is on a core where nobody else wants it
 RIVAL_WINDOWS = 3  # in a row without their cores: somebody stays
-SHORTEST_PAUSE, LONGEST_PAUSE = (
-    0.25,
-    4.0,
-)  # seconds with one fewer until all are tried again, doubled each time
+SHORTEST_PAUSE = 0.25  # seconds with one fewer until all are tried again, twice as long each time
+LONGEST_PAUSE = 4.0
 
 
 class ComputeThreads:
