@@ -1,5 +1,6 @@
 """A runner whose images are known in closed form, and engines that run on it with and without their thread."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -92,6 +93,17 @@ class FakeRunner:
     def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
         self.on_warm_up(should_stop)
         return self.pace
+
+
+class Gate:
+    """A step that hangs until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, rows: Rows) -> None:
+        self.entered.set()
+        assert self.released.wait(WAIT_SECONDS)
 
 
 def new_engine(runner: FakeRunner, **options: Any) -> Engine:

@@ -1,0 +1,85 @@
+"""What is asked for is drawn, step by step, and measured."""
+
+from app.http import ClientGoneError
+from app.trajectory import Job
+from tests.app.fakes import (
+    WAIT_SECONDS,
+    FakeRunner,
+    Gate,
+    Rows,
+    images,
+    new_engine,
+    new_job,
+    opened,
+    running,
+    same,
+    tick,
+    wait_until,
+)
+
+
+def test_jobs_are_answered_with_their_images() -> None:
+    jobs = [new_job(count, num_steps, seed) for count, num_steps, seed in [(3, 5, 1), (70, 2, 2), (1, 9, 3)]]
+    runner = FakeRunner()
+    with running(new_engine(runner, max_batch=8)) as engine:
+        engine.ready.result(WAIT_SECONDS)
+        for job in jobs:
+            engine.submit(job)
+        for job in jobs:
+            assert same(job.future.result(WAIT_SECONDS), images(job))
+        wait_until(lambda: not runner.held)
+    assert max(map(len, runner.calls)) == 8
+
+
+def test_a_single_image_takes_part_in_the_next_step_and_in_every_step_until_it_is_done() -> None:
+    crowd, single = new_job(64, num_steps=20, seed=1), new_job(1, num_steps=10, seed=2)
+    runner = FakeRunner()
+    engine = new_engine(runner, max_batch=64)
+
+    def arrive(rows: Rows) -> None:
+        if len(runner.calls) == 5:  # while the sixth step runs
+            engine.submit(single)
+
+    runner.on_step = arrive
+    with running(engine):
+        engine.ready.result(WAIT_SECONDS)
+        engine.submit(crowd)
+        assert same(single.future.result(WAIT_SECONDS), images(single))
+        assert same(crowd.future.result(WAIT_SECONDS), images(crowd))
+    took_part = [number for number, rows in enumerate(runner.calls) if any(row.job is single for row in rows)]
+    assert took_part == list(range(6, 16))
+    assert [len(rows) for rows in runner.calls[:16]] == [64] * 16
+    waits = engine._metrics.registry.get_sample_value
+    assert waits("unfog_admission_wait_steps_sum") == 1  # the step that ran when it came
+    assert waits("unfog_admission_wait_steps_count") == 65
+
+
+def test_rows_that_left_during_a_step_are_forgotten() -> None:
+    gate = Gate()
+    runner = FakeRunner(on_step=gate)
+    with running(new_engine(runner)) as engine:
+        engine.ready.result(WAIT_SECONDS)
+        leaving, staying = new_job(3, num_steps=50, seed=1), new_job(1, num_steps=4, seed=2)
+        engine.submit(leaving)
+        assert gate.entered.wait(WAIT_SECONDS)
+        engine.submit(staying)
+        engine.cancel(leaving, ClientGoneError())
+        gate.released.set()
+        assert same(staying.future.result(WAIT_SECONDS), images(staying))
+        wait_until(lambda: not runner.held)
+    assert sum(any(row.job is leaving for row in rows) for rows in runner.calls) == 1
+
+
+def test_every_step_is_measured() -> None:
+    engine = opened(new_engine(FakeRunner(), max_batch=2))
+    job: Job = new_job(3, num_steps=2)
+    engine.submit(job)
+    while not job.closed:
+        tick(engine)
+    sample = engine._metrics.registry.get_sample_value
+    assert sample("unfog_denoise_steps_total") == 4
+    assert sample("unfog_batch_rows_sum") == 6
+    assert sample("unfog_denoise_step_duration_seconds_count") == 4
+    assert sample("unfog_network_seconds_total") == 4 * 0.25
+    assert sample("unfog_queue_wait_seconds_count") == 3
+    assert sample("unfog_images_total", {"digit": "0"}) == 3

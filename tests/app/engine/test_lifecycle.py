@@ -1,0 +1,168 @@
+"""From warming up to draining, and how an engine dies."""
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from app import errors
+from app.device import DeviceLostError, RunnerError
+from app.http import ClientGoneError
+from app.state import EngineState
+from tests.app.fakes import (
+    WAIT_SECONDS,
+    FakeRunner,
+    Gate,
+    images,
+    new_engine,
+    new_job,
+    opened,
+    running,
+    same,
+    tick,
+    wait_until,
+)
+
+
+def raising(error: BaseException) -> Callable[[object], None]:
+    def fail(_: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("error", [DeviceLostError("gone"), KeyboardInterrupt(), MemoryError(), SystemExit(1)])
+def test_the_death_of_the_engine_answers_everyone(error: BaseException) -> None:
+    gate = Gate()
+    runner = FakeRunner(on_step=gate)
+    fatal = not isinstance(error, MemoryError)  # an ordinary exception is the row's own
+    with running(new_engine(runner, max_batch=1)) as engine:
+        engine.ready.result(WAIT_SECONDS)
+        jobs = [new_job(2, num_steps=50, seed=seed) for seed in range(3)]
+        for job in jobs:
+            engine.submit(job)
+        assert gate.entered.wait(WAIT_SECONDS)
+        runner.on_step = raising(error)
+        gate.released.set()
+        kinds = [type(job.future.exception(WAIT_SECONDS)) for job in jobs]
+        if not fatal:
+            assert kinds == [errors.InternalError] * 3
+            return
+        assert kinds == [errors.EngineFailed] * 3
+        wait_until(lambda: engine.state is EngineState.FAILED)
+        assert not engine.alive
+        assert (engine.waiting, engine.running) == (0, 0)
+        with pytest.raises(errors.EngineFailed):
+            engine.submit(new_job())
+        assert engine.drain().done()
+        assert engine.state is EngineState.FAILED
+
+
+def test_a_device_lost_while_images_are_read_answers_everyone() -> None:
+    with running(new_engine(FakeRunner(on_pixels=raising(DeviceLostError("gone"))))) as engine:
+        engine.ready.result(WAIT_SECONDS)
+        job = new_job()
+        engine.submit(job)
+        assert isinstance(job.future.exception(WAIT_SECONDS), errors.EngineFailed)
+
+
+@pytest.mark.parametrize("error", [RunnerError("no such file"), ZeroDivisionError()])
+def test_what_stops_the_loading_is_what_ready_fails_with(error: Exception) -> None:
+    with running(new_engine(FakeRunner(on_warm_up=raising(error)))) as engine:
+        assert engine.ready.exception(WAIT_SECONDS) is error
+        assert engine.state is EngineState.FAILED
+        assert not engine.alive
+        assert not engine.models
+        with pytest.raises(errors.EngineFailed):
+            engine.submit(new_job())
+
+
+def test_nothing_is_taken_before_it_is_warm() -> None:
+    engine = new_engine(FakeRunner())
+    with pytest.raises(errors.Starting) as starting:
+        engine.submit(new_job())
+    assert starting.value.retry_after >= 1
+    opened(engine).submit(new_job())
+
+
+def test_stopping_ends_the_warming_up() -> None:
+    warming = threading.Event()
+
+    def warm_up(should_stop: Callable[[], bool]) -> None:
+        warming.set()
+        wait_until(should_stop)
+
+    engine = new_engine(FakeRunner(on_warm_up=warm_up))
+    engine.start()
+    assert warming.wait(WAIT_SECONDS)
+    assert engine.drain().done()
+    assert engine.stop(WAIT_SECONDS)
+    assert engine.state is EngineState.DRAINING
+    with pytest.raises(errors.Draining):
+        engine.submit(new_job())
+
+
+def test_a_stuck_step_is_noticed_and_its_waiters_can_still_be_answered() -> None:
+    gate = Gate()
+    with running(new_engine(FakeRunner(on_step=gate), watchdog_seconds=0.01)) as engine:
+        engine.ready.result(WAIT_SECONDS)
+        job, error = new_job(), errors.DeadlineExceeded()
+        engine.submit(job)
+        assert gate.entered.wait(WAIT_SECONDS)
+        wait_until(lambda: not engine.alive)
+        assert engine.state is EngineState.OK
+        engine.cancel(job, error)
+        assert job.future.exception(0) is error
+        assert not engine.stop(0.01)
+        gate.released.set()
+
+
+def test_an_idle_engine_is_alive_however_long_it_idles() -> None:
+    with running(new_engine(FakeRunner(), watchdog_seconds=1e-9)) as engine:
+        wait_until(lambda: engine.alive)
+
+
+def test_a_drain_is_over_when_the_last_job_is_answered() -> None:
+    gate = Gate()
+    with running(new_engine(FakeRunner(on_step=gate))) as engine:
+        engine.ready.result(WAIT_SECONDS)
+        job = new_job(2)
+        engine.submit(job)
+        assert gate.entered.wait(WAIT_SECONDS)
+        idle = engine.drain()
+        assert not idle.done()
+        with pytest.raises(errors.Draining) as draining:
+            engine.submit(new_job())
+        assert draining.value.retry_after >= 1
+        gate.released.set()
+        idle.result(WAIT_SECONDS)
+        assert same(job.future.result(0), images(job))
+        assert engine.drain() is idle
+
+
+def test_whoever_gives_a_drain_up_does_not_disturb_it() -> None:
+    engine = opened(new_engine(FakeRunner()))
+    engine.submit(new_job(num_steps=1))
+    idle = engine.drain()
+    assert not idle.cancel()
+    tick(engine)
+    assert idle.done()
+
+
+def test_a_drain_is_over_when_the_last_job_leaves() -> None:
+    engine, job = opened(new_engine(FakeRunner())), new_job()
+    engine.submit(job)
+    idle = engine.drain()
+    engine.cancel(job, ClientGoneError())
+    assert idle.done()
+
+
+def test_giving_up_answers_all_who_wait() -> None:
+    engine, error = opened(new_engine(FakeRunner(), max_batch=1)), errors.Draining(1)
+    jobs = [new_job(seed=seed) for seed in range(3)]
+    for job in jobs:
+        engine.submit(job)
+    tick(engine)
+    engine.give_up(error)
+    assert [job.future.exception(0) for job in jobs] == [error] * 3
+    assert (engine.waiting, engine.running) == (0, 0)

@@ -1,0 +1,78 @@
+"""How many rows a step takes: what memory holds, what pays, what was asked for."""
+
+import pytest
+
+from app import errors
+from app.device import OutOfMemoryError
+from app.pace import Pace
+from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, same, tick
+
+
+def test_out_of_memory_lowers_the_batch_and_nobody_loses_an_image() -> None:
+    def too_many(rows: Rows) -> None:
+        if len(rows) > 3:
+            raise OutOfMemoryError
+
+    runner = FakeRunner(on_step=too_many)
+    engine = opened(new_engine(runner, max_batch=16))
+    jobs = [new_job(5, num_steps=3, seed=seed) for seed in range(4)]
+    for job in jobs:
+        engine.submit(job)
+    while not all(job.closed for job in jobs):
+        tick(engine)
+    assert all(same(job.future.result(0), images(job)) for job in jobs)
+    assert engine.max_batch == 2  # 16, 8, 4, 2
+    assert max(map(len, runner.calls)) <= 3
+
+
+def test_out_of_memory_never_raises_the_batch() -> None:
+    def too_many(rows: Rows) -> None:
+        if len(rows) > 8:
+            raise OutOfMemoryError
+
+    engine = opened(new_engine(FakeRunner(on_pixels=too_many), max_batch=2))
+    job = new_job(32, num_steps=1, num_previews=8, listener=lambda event: None)
+    engine.submit(job)
+    while not job.closed:
+        tick(engine)
+        assert engine.max_batch <= 2
+    assert same(job.future.result(0), images(job))
+
+
+def test_auto_makes_large_steps_for_many_and_small_ones_where_somebody_is_small() -> None:
+    pace = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})
+    runner = FakeRunner(pace=pace)
+    engine = opened(new_engine(runner, max_batch=None))
+    assert engine.max_batch == 16
+    engine.submit(new_job(64, num_steps=9))
+    tick(engine)
+    engine.submit(new_job(1, num_steps=2))
+    for _ in range(3):
+        tick(engine)
+    assert [len(rows) for rows in runner.calls] == [16, 8, 8, 16]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_auto_outlives_the_last_request_that_leaves(started: bool) -> None:
+    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})), max_batch=None))
+    leaver = new_job(4, num_steps=9)
+    engine.submit(leaver)
+    if started:
+        tick(engine)
+    engine.cancel(leaver, errors.DeadlineExceeded())
+    tick(engine)
+    job = new_job(2, num_steps=3)
+    engine.submit(job)
+    for _ in range(3):
+        tick(engine)
+    assert same(job.future.result(0), images(job))
+
+
+def test_a_number_of_rows_that_was_asked_for_is_kept() -> None:
+    runner = FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}))
+    engine = opened(new_engine(runner, max_batch=3))
+    engine.submit(new_job(64))
+    tick(engine)
+    engine.submit(new_job(1))
+    tick(engine)
+    assert [len(rows) for rows in runner.calls] == [3, 3]

@@ -1,0 +1,47 @@
+"""Who is refused, by which forecast."""
+
+import pytest
+
+from app import errors
+from app.pace import Pace
+from tests.app.fakes import FakeRunner, new_engine, new_job, opened, tick
+
+
+def test_a_request_that_would_end_past_its_deadline_is_refused() -> None:
+    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 64: 1.0}))))  # a second a step
+    engine.submit(new_job(num_steps=10))
+    with pytest.raises(errors.Overloaded) as refused:
+        engine.submit(new_job(num_steps=10, timeout=6.5))
+    assert refused.value.retry_after == 4
+    assert engine.waiting == 1
+    job = new_job(num_steps=10, timeout=10)
+    engine.submit(job)
+    assert job.eta_seconds == 10
+
+
+def test_the_pace_is_learned_from_evaluations_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    observed: list[int] = []
+    monkeypatch.setattr(Pace, "observe", lambda pace, rows, seconds: observed.append(rows))
+    engine = opened(new_engine(FakeRunner()))
+    engine.submit(new_job(3, num_steps=4))
+    engine.submit(new_job(2, num_steps=4, guided_steps=range(1, 3)))
+    for _ in range(4):
+        tick(engine)
+    assert observed == [5, 7, 7, 5]
+
+
+def test_an_idle_engine_refuses_nobody_for_a_forecast() -> None:
+    """It would refuse for ever: what corrects a wrong pace is steps."""
+    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 64: 1.0}))))
+    job = new_job(num_steps=10, timeout=6.5)
+    engine.submit(job)
+    assert engine.waiting == 1
+
+
+def test_a_full_queue_refuses_with_the_time_until_there_is_room() -> None:
+    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 64: 1.0})), capacity=4, max_batch=2))
+    engine.submit(new_job(4, num_steps=10))
+    tick(engine)  # two run, two wait
+    with pytest.raises(errors.Overloaded) as refused:
+        engine.submit(new_job(4, num_steps=10))
+    assert refused.value.retry_after == 9  # then the two that wait start together
