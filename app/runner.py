@@ -187,7 +187,8 @@ class Runner:
     def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
         """Draws each network's probe and compares it, then times steps; RunnerError if a picture is not the known one.
 
-        The pace is the default model's.
+        The pace is the default model's, with as many threads as are quickest now: beside a process that keeps a core,
+        all of them would wait for each other, and their times say nothing of the batches.
         """
         try:
             for network in self._networks.values():
@@ -198,7 +199,7 @@ class Runner:
             raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         paces = measure_paces(self, self.batches, self._threads, should_stop)
         self._threads.learn(paces)
-        return paces[self._threads.count].copy()
+        return min(paces.values(), key=lambda pace: pace.step_seconds(self.batches[-1])).copy()
 
     def wait(self) -> None:
         """Until the steps that were made are done."""

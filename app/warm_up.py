@@ -16,8 +16,10 @@ from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 REPEATS = 3  # of what may take longer at first
-TIMED_ROUNDS = 30  # at most; no fewer than REPEATS, and no new one begins after so many seconds
-TIMING_SECONDS = 0.3  # for each number of threads: whoever starts the service waits for it
+TIMED_ROUNDS = 30  # at most
+# No new round begins after so many seconds, for each number of threads: whoever starts the service waits for it.
+TIMING_SECONDS = 0.3
+FEW_ROUNDS_SECONDS = 2.0  # while there are fewer than REPEATS
 
 
 class Stepper(Protocol):
@@ -85,11 +87,11 @@ def record_shapes(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
 
 def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> Pace:
     """From some rounds, each through all batches."""
-    info, end, rounds = stepper.models[DEFAULT_MODEL], time.monotonic() + TIMING_SECONDS, list[dict[int, float]]()
+    info, start, rounds = stepper.models[DEFAULT_MODEL], time.monotonic(), list[dict[int, float]]()
     trajectories = {rows: _rows_of(info, DEFAULT_MODEL, rows) for rows in batches}
     try:
         for k in range(TIMED_ROUNDS):
-            if k >= REPEATS and time.monotonic() > end:
+            if k and time.monotonic() - start > (TIMING_SECONDS if k >= REPEATS else FEW_ROUNDS_SECONDS):
                 break
             rounds.append({})
             for rows in list(trajectories):

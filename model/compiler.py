@@ -36,8 +36,8 @@ OPTIONS = {
     "cpp.dynamic_threads": True,  # as many as serve, not as many as compiled
     "compile_threads": 1,  # no pool of processes for one program
     "always_keep_tensor_constants": True,  # no weight is written into the code, however short
+    "aot_inductor.package_constants_in_so": False,  # nor beside it: each program would hold a copy
 }
-
 
 RECOMPILE_LIMIT = 64
 DIGEST_BYTES = hashlib.sha256().digest_size  # at a library's end, where its loader does not look
@@ -48,8 +48,12 @@ class CompilerError(Exception):
 
 
 def default_cache() -> Path:
-    """Where a user's programs keep what they can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "unfog"
+    """Where a user's programs keep what they can make again; a user without a home has / for one, as in a shell."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "unfog"
 
 
 def compiled_step(program: ReverseStep, cache: Path) -> Step:

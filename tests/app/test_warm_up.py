@@ -71,10 +71,11 @@ def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time
     assert not runner.held
 
 
-def test_where_a_round_takes_long_there_are_three(clock: Clock) -> None:
-    clock.slowness = 1000.0
+@pytest.mark.parametrize(("seconds_a_round", "rounds"), [(0.5, REPEATS), (1.5, 2), (20.0, 1)])
+def test_where_a_round_takes_long_there_are_few(clock: Clock, seconds_a_round: float, rounds: int) -> None:
+    clock.slowness = seconds_a_round / (1e-3 * sum(BATCHES))
     measure_paces(Timed(on_step=clock.step), BATCHES, one_thread(), lambda: False)
-    assert len(clock.batches) == REPEATS * len(BATCHES)
+    assert len(clock.batches) == rounds * len(BATCHES)
 
 
 def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock: Clock) -> None:
