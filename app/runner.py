@@ -190,6 +190,7 @@ class Runner:
         The pace is the default model's, with as many threads as are quickest now: beside a process that keeps a core,
         all of them would wait for each other, and their times say nothing of the batches.
         """
+        self._threads.set(self._threads.counts[-1])  # which no busy core brings to a halt
         try:
             for network in self._networks.values():
                 check_probe(self, network)
@@ -204,6 +205,11 @@ class Runner:
     def wait(self) -> None:
         """Until the steps that were made are done."""
         self._transfers.wait()
+
+    @property
+    def works_here(self) -> bool:
+        """Whether the calling thread computes, and waits for no device."""
+        return self.device.type == "cpu"
 
     @property
     def batches(self) -> tuple[int, ...]:

@@ -43,7 +43,6 @@ class ComputeThreads:
     def set(self, count: int) -> None:
         """From now on so many."""
         self.count, self._is_new, self._set_at = count, True, self._clock()
-        self._seconds = self._on_core = 0.0
         self._use(count)
 
     def learn(self, paces: Mapping[int, Pace]) -> None:

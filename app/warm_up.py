@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,13 @@ TIMED_ROUNDS = 30  # at most
 # No new round begins after so many seconds, for each number of threads: whoever starts the service waits for it.
 TIMING_SECONDS = 0.3
 FEW_ROUNDS_SECONDS = 2.0  # while there are fewer than REPEATS
+
+
+class Timed(NamedTuple):
+    """A step: how long it took, and what of it counts where batches are compared."""
+
+    seconds: float
+    work: float
 
 
 class Stepper(Protocol):
@@ -40,6 +47,10 @@ class Stepper(Protocol):
 
     def wait(self) -> None:
         """Until the steps that were made are done."""
+
+    @property
+    def works_here(self) -> bool:
+        """Whether the calling thread computes, and waits for no device."""
 
 
 def check_probe(stepper: Stepper, network: Network) -> None:
@@ -87,7 +98,7 @@ def record_shapes(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
 
 def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callable[[], bool]) -> Pace:
     """From some rounds, each through all batches."""
-    info, start, rounds = stepper.models[DEFAULT_MODEL], time.monotonic(), list[dict[int, float]]()
+    info, start, rounds = stepper.models[DEFAULT_MODEL], time.monotonic(), list[dict[int, Timed]]()
     trajectories = {rows: _rows_of(info, DEFAULT_MODEL, rows) for rows in batches}
     try:
         for k in range(TIMED_ROUNDS):
@@ -107,19 +118,19 @@ def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
     return Pace(_in_the_quickest_round(rounds) or {1: 1.0})
 
 
-def _in_the_quickest_round(rounds: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Seconds of each batch: its share of a round, the median over all, times the seconds of the quickest.
+def _in_the_quickest_round(rounds: Sequence[dict[int, Timed]]) -> dict[int, float]:
+    """Seconds of each batch: its share of a round's work, the median over all, times the seconds of the quickest.
 
     A machine that changes its speed changes it for a round's batches alike; the best time of each batch by itself
     would compare those that met a quick moment with those that did not.
     """
     batches = set[int].intersection(*map(set, rounds))
-    totals = [sum(times[rows] for rows in batches) for times in rounds]
-    shares = {
-        rows: statistics.median(times[rows] / total for times, total in zip(rounds, totals, strict=True))
+    seconds = min(sum(steps[rows].seconds for rows in batches) for steps in rounds)
+    works = [sum(steps[rows].work for rows in batches) for steps in rounds]
+    return {
+        rows: seconds * statistics.median(steps[rows].work / work for steps, work in zip(rounds, works, strict=True))
         for rows in batches
     }
-    return {rows: min(totals) * share for rows, share in shares.items()}
 
 
 def _drop(stepper: Stepper, trajectories: dict[int, list[Trajectory]], least: int = 0) -> None:
@@ -133,8 +144,10 @@ def _rows_of(info: ModelInfo, name: str, rows: int, guided_steps: range = range(
     return Job(options, rows, guided_steps=guided_steps).unfinished
 
 
-def _time_step(stepper: Stepper, trajectories: list[Trajectory]) -> float:
-    start = time.perf_counter()
+def _time_step(stepper: Stepper, trajectories: list[Trajectory]) -> Timed:
+    """Beside a process that wants the core a long step waits, and a short one mostly does not: work is time on it."""
+    start, on_core = time.perf_counter(), time.thread_time()
     stepper.step(trajectories)
     stepper.wait()
-    return time.perf_counter() - start
+    seconds, on_core = time.perf_counter() - start, time.thread_time() - on_core
+    return Timed(seconds, on_core if stepper.works_here else seconds)

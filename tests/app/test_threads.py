@@ -118,6 +118,16 @@ def test_what_was_slow_for_all_is_no_reason_to_stay_when_a_core_is_taken_later(e
     assert later[1] > 0.8 * 60
 
 
+@pytest.mark.parametrize("evaluations", [1, 64])
+def test_how_slow_one_fewer_was_when_last_in_use_is_forgotten(evaluations: int) -> None:
+    machine = Machine(2, 1)
+    machine.steps(60, evaluations, busy=True, slowness=3.0)
+    while machine.count == 1:
+        machine.step(evaluations, busy=False, slowness=3.0)
+    assert machine.steps(20, evaluations, busy=False)[1] == 0
+    assert machine.steps(60, evaluations, busy=True)[1] > 0.8 * 60
+
+
 def test_a_number_that_was_asked_for_is_kept() -> None:
     machine = Machine(2)
     assert machine.steps(20, 64, busy=True)[1] == 0

@@ -15,19 +15,28 @@ class Clock:
     """Its steps take a millisecond a row, `slowness` times as long."""
 
     def __init__(self) -> None:
-        self.now, self.slowness, self.batches = 0.0, 1.0, list[int]()
+        self.now, self.waited, self.slowness, self.batches = 0.0, 0.0, 1.0, list[int]()
 
     def step(self, rows: Rows) -> None:
         self.batches.append(len(rows))
         self.now += self.slowness * 1e-3 * len(rows)
 
+    def wait_for_the_core(self, seconds: float) -> None:
+        self.now += seconds
+        self.waited += seconds
+
     def perf_counter(self) -> float:
         return self.now
+
+    def thread_time(self) -> float:
+        return self.now - self.waited
 
     monotonic = perf_counter
 
 
 class Timed(FakeRunner):
+    works_here = True
+
     def wait(self) -> None:
         """All is done at once."""
 
@@ -60,6 +69,26 @@ def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(cl
 
     (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
     assert pace.step_seconds(64) == pytest.approx(8 * pace.step_seconds(8), rel=0.01)
+
+
+def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.step(rows)
+        clock.wait_for_the_core(0.1 if len(rows) == 64 else 0.0)  # a short one is over before its turn ends
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert pace.step_seconds(64) == pytest.approx(64 * pace.step_seconds(1))
+    assert sum(map(pace.step_seconds, BATCHES)) == pytest.approx(0.173)  # the time is what it was
+
+
+def test_where_a_device_works_its_time_counts(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.wait_for_the_core(1e-3 * len(rows))
+
+    runner = Timed(on_step=step)
+    runner.works_here = False
+    (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
+    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
 def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:

@@ -155,6 +155,22 @@ def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: 
 
 
 @needs_compiler
+def test_a_library_holds_no_weights(loaded: Checkpoint, cache: Path) -> None:
+    """Each program that is made of it would hold a copy of them, which nobody reads."""
+    program = compiled_runner(loaded, cache)._networks["default"].program
+    content = library_of(program, cache).read_bytes()
+    for tensor in program.state_dict().values():
+        assert tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()[:64] not in content
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # whom nobody has heard of
+    assert compiler.default_cache() == Path("/.cache/unfog")
+
+
+@needs_compiler
 @pytest.mark.parametrize("damage", ["a byte", "its end", "all of it"])
 def test_a_damaged_library_is_made_anew(
     loaded: Checkpoint,

@@ -34,6 +34,7 @@ def test_what_could_not_be_compiled_has_no_more_threads_than_keep_its_bits(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.compiler.can_compile", lambda: False)
+    monkeypatch.setattr("app.device.granted_cores", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
