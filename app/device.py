@@ -48,13 +48,13 @@ def choose_num_threads(
 ) -> ComputeThreads:
     """The compute threads of a CPU: as many as are wanted, else all that it may use, or one fewer where that is faster.
 
-    On three and more, torch's elementwise kernels end a thread's share with scalar code where the share is no whole
-    number of vectors: a row's last bits would depend on its place. A step compiled whole, as in bfloat16, has none.
+    In float32, not compiled, torch's GELU ends the share of each of three and more with scalar code where the share is
+    no whole number of vectors: a row's last bits would depend on its place.
     """
     most = torch.get_num_threads()
     if granted := granted_cores():
         most = min(most, math.ceil(granted))
-    if device.type == "cpu" and not (compiled and dtype == torch.bfloat16):
+    if (device.type, dtype, compiled) == ("cpu", torch.float32, False):
         most = min(most, MAX_PLAIN_THREADS)
         if wanted and wanted > MAX_PLAIN_THREADS:
             log.warning("with %d threads a seed's bytes depend on the load here; with up to 2 they do not", wanted)

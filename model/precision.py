@@ -41,8 +41,8 @@ def can_compile() -> bool:
 class CallRows:
     """How many rows a call of the network has: fewer are padded with zeros, more are several calls.
 
-    In bfloat16 torch's CPU kernels give a row the same bits in any batch. In float32 they do not, so
-    there every call has the same shape.
+    In bfloat16 torch's CPU kernels give a row the same bits in any batch (but for one: model.operations.gelu). In
+    float32 they do not, so there every call has the same shape.
     """
 
     least: int = 1

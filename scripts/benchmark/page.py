@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="of JSON files")
-    folder = parser.parse_args(argv).folder
+    folder = parser.parse_args(argv).folder.resolve()
     try:
-        written = folder.with_suffix(".md")
+        written = folder.with_name(f"{folder.name}.md")
         write_atomically(written, page_of(folder).encode())
     except (PageError, OSError) as error:
         raise fail(f"page: {error}") from error
@@ -68,10 +68,9 @@ def table_in(content: Mapping[str, Any]) -> Table:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        table_in(content)
-        _machine_line(content["machine"])
+        table_in(content), _machine_line(content["machine"]), _how(content)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise PageError(f"{file} is not what scripts.bench leaves") from error
+        raise PageError(f"{file} is no finished run with a table") from error
     return content
 
 

@@ -51,10 +51,9 @@ def train_classifier(
     optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
     batch_size = min(batch_size or BATCH_SIZE, len(learn[0]))
     num_batches = len(learn[0]) // batch_size
-    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr, total_steps=epochs * num_batches, pct_start=0.2
-    )
-    with reporter.task(title, epochs * num_batches * batch_size, "images") as task:
+    total = epochs * num_batches
+    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=total, pct_start=0.2)
+    with reporter.task(title, total * batch_size, "images") as task:
         for _ in range(epochs):
             order = torch.randperm(len(learn[0]), generator=generator)
             for rows in order[: num_batches * batch_size].split(batch_size):

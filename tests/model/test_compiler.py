@@ -102,12 +102,13 @@ def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
 
 
 @needs_compiler
-def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache: Path, dtype: str) -> None:
     before, images = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            images.append(draw(compiled_runner(checkpoint.load(path), cache), company()))
+            images.append(draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company()))
     finally:
         torch.set_num_threads(before)
     assert equal(images[0], images[1])

@@ -63,6 +63,15 @@ def test_gelu_is_torchs_own_by_tanh() -> None:
     assert gelu_by_sigmoid(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_gelu_of_every_bfloat16_is_the_same_alone_and_among_others() -> None:
+    """Uncompiled, a row's end may lie within a vector or not."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()]
+    alone = torch.stack([gelu(x) for x in every])
+    assert torch.equal(gelu(every).view(torch.int16), alone.view(torch.int16))  # -0 is not 0
+    assert torch.allclose(alone.double(), F.gelu(every.double(), approximate="tanh"), rtol=2**-7, atol=1e-6)
+
+
 def test_uncompiled_they_are_torchs_own_to_the_bit() -> None:
     x, (weight, bias) = images(), weight_and_bias()
     norm = GroupNorm(GROUPS, CHANNELS)
@@ -98,6 +107,7 @@ def test_trained_attention_is_in_float32_under_autocast() -> None:
 def test_what_is_not_finite_stays_so() -> None:
     x = torch.tensor([float("nan"), float("inf")])
     assert not gelu_by_sigmoid(x).isfinite().any()
+    assert not gelu(x.bfloat16()).isfinite().any()
     rows = images()
     rows[1, 3, 2, 2] = float("nan")
     weight, bias = weight_and_bias()

@@ -36,6 +36,12 @@ def test_a_page_has_the_machine_and_a_table_and_picture_of_each_file(tmp_path: P
     assert "![steps]" not in page
 
 
+def test_a_machine_may_have_any_name_and_be_named_from_within(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path / "epyc-7.1", training=TRAINING))
+    main(["."])
+    assert (tmp_path / "epyc-7.1.md").read_text().startswith("# Measured on epyc-7.1\n")
+
+
 def test_loads_are_told_with_their_window_and_the_rate_that_shares_are_of(tmp_path: Path) -> None:
     loads = {
         "machine": {**MACHINE, "matrix_rate": 4e11},
@@ -53,8 +59,10 @@ def test_loads_are_told_with_their_window_and_the_rate_that_shares_are_of(tmp_pa
         {**TRAINING, "machine": {**MACHINE, "cores": 4}},
         {"limit": 1.0},
         {"machine": {}, **TRAINING},
+        {"seconds": {"window": 8, "settle": 2, "objective": 5.0}, "rows": [row(0, "full", 12.5, one=1.0)]},
+        {"minutes": 60.0, "megabytes": [323.1]},
     ],
-    ids=["another machine", "no results", "no machine"],
+    ids=["another machine", "no results", "no machine", "an interrupted run", "an hour of load"],
 )
 def test_files_that_are_not_results_of_one_machine_make_no_page(other: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path / "there", training=TRAINING, other=other)
