@@ -1,8 +1,6 @@
-"""`python -m app`: the service, configured by UNFOG_* variables.
+"""Serves, configured by UNFOG_* variables (README.md, Settings)."""
 
-`python -m app --openapi` prints its document, `--compile` leaves in UNFOG_CACHE_DIR what a start would compile.
-"""
-
+import argparse
 import asyncio
 import json
 import logging
@@ -22,17 +20,16 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     """Serves; one sentence and status 2 where that is not possible."""
-    if sys.argv[1:] == ["--openapi"]:
+    arguments = _parser().parse_args()
+    if arguments.openapi:
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
-    if sys.argv[1:] not in ([], ["--compile"]):
-        _fail("python -m app takes no arguments but --openapi or --compile: it is configured by UNFOG_* variables")
     try:
         settings = load_settings()
         configure_logging(settings.log_format, settings.log_level)
         for name in unknown_variables():
             log.warning("%s is no setting of this release, and changes nothing", name)
-        if sys.argv[1:]:
+        if arguments.compile:
             Runner.load(settings.model_copy(update={"compile": "on"}))
             return
         if not keep_freed_memory():
@@ -46,6 +43,14 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__, allow_abbrev=False)
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--openapi", action="store_true", help="print the API's document, and do not serve")
+    instead.add_argument("--compile", action="store_true", help="compile into UNFOG_CACHE_DIR, and do not serve")
+    return parser
 
 
 def _fail(sentence: str) -> None:

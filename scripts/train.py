@@ -120,7 +120,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit",
         type=positive,
         metavar="MINUTES",
-        help="stop before an epoch that, as long as those before, would not fit",
+        help="stop before an epoch that, as long as those before, would not fit; the first is always made",
     )
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="same seed, same machine: same weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

@@ -34,7 +34,7 @@ SPEED = {  # the README's figures: of which load, in which column
 }
 BESIDE = {  # the README's comparison: of which file and load, in which column
     "images a second, 64 clients of one image": ("epyc/alternatives-small", "64 x 1 image", "images a second"),
-    "images a second, 2 clients of 64 images": ("xeon/alternatives-large", "2 x 64 images", "images a second"),
+    "images a second, 2 clients of 64 images, Xeon": ("xeon/alternatives-large", "2 x 64 images", "images a second"),
     "p95 in seconds, one image each at random times": (
         "epyc/alternatives-small",
         "0.7 of the slower's capacity",
