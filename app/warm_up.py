@@ -11,7 +11,7 @@ from torch import Tensor
 from app.device import OutOfMemoryError, RunnerError
 from app.network import ModelInfo, Network
 from app.pace import Pace
-from app.threads import ComputeThreads
+from app.threads import OWN_SHARE, ComputeThreads
 from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
@@ -19,7 +19,7 @@ REPEATS = 3  # of what may take longer at first
 TIMED_ROUNDS = 30  # at most
 # No new round begins after so many seconds, for each number of threads: whoever starts the service waits for it.
 TIMING_SECONDS = 0.3
-FEW_ROUNDS_SECONDS = 2.0  # while there are fewer than REPEATS
+LONGEST_TIMING_SECONDS = 2.0  # while there are fewer than REPEATS, or somebody else wants the core
 
 
 class Timed(NamedTuple):
@@ -102,7 +102,8 @@ def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
     trajectories = {rows: _rows_of(info, DEFAULT_MODEL, rows) for rows in batches}
     try:
         for k in range(TIMED_ROUNDS):
-            if k and time.monotonic() - start > (TIMING_SECONDS if k >= REPEATS else FEW_ROUNDS_SECONDS):
+            suffices = k >= REPEATS and not _is_disturbed(rounds)
+            if k and time.monotonic() - start > (TIMING_SECONDS if suffices else LONGEST_TIMING_SECONDS):
                 break
             rounds.append({})
             for rows in list(trajectories):
@@ -118,19 +119,25 @@ def _measure_pace(stepper: Stepper, batches: Sequence[int], should_stop: Callabl
     return Pace(_in_the_quickest_round(rounds) or {1: 1.0})
 
 
+def _is_disturbed(rounds: Sequence[dict[int, Timed]]) -> bool:
+    steps = [step for timed in rounds for step in timed.values()]
+    return sum(step.work for step in steps) < OWN_SHARE * sum(step.seconds for step in steps)
+
+
 def _in_the_quickest_round(rounds: Sequence[dict[int, Timed]]) -> dict[int, float]:
     """Seconds of each batch: its share of a round's work, the median over all, times the seconds of the quickest.
 
     A machine that changes its speed changes it for a round's batches alike; the best time of each batch by itself
-    would compare those that met a quick moment with those that did not.
+    would compare those that met a quick moment with those that did not. Fewer rows take no longer than more.
     """
     batches = set[int].intersection(*map(set, rounds))
     seconds = min(sum(steps[rows].seconds for rows in batches) for steps in rounds)
     works = [sum(steps[rows].work for rows in batches) for steps in rounds]
-    return {
-        rows: seconds * statistics.median(steps[rows].work / work for steps, work in zip(rounds, works, strict=True))
+    shares = {
+        rows: statistics.median(steps[rows].work / work for steps, work in zip(rounds, works, strict=True))
         for rows in batches
     }
+    return {rows: seconds * min(share for more, share in shares.items() if more >= rows) for rows in batches}
 
 
 def _drop(stepper: Stepper, trajectories: dict[int, list[Trajectory]], least: int = 0) -> None:

@@ -5,7 +5,7 @@ import pytest
 from app import warm_up
 from app.device import OutOfMemoryError
 from app.threads import ComputeThreads
-from app.warm_up import REPEATS, TIMED_ROUNDS, measure_paces
+from app.warm_up import LONGEST_TIMING_SECONDS, REPEATS, TIMED_ROUNDS, TIMING_SECONDS, measure_paces
 from tests.app.fakes import FakeRunner, Rows
 
 BATCHES = (1, 8, 64)
@@ -79,6 +79,24 @@ def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Cloc
     (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
     assert pace.step_seconds(64) == pytest.approx(64 * pace.step_seconds(1))
     assert sum(map(pace.step_seconds, BATCHES)) == pytest.approx(0.173)  # the time is what it was
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.95, TIMING_SECONDS), (0.5, LONGEST_TIMING_SECONDS)])
+def test_beside_somebody_who_wants_the_core_it_looks_longer(clock: Clock, share: float, seconds: float) -> None:
+    def step(rows: Rows) -> None:
+        clock.step(rows)
+        clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
+
+    measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False)
+    assert seconds < clock.now < seconds + 1e-3 * sum(BATCHES) / share  # it ends with a round
+
+
+def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.now += 0.05 if len(rows) == 1 else 0.02
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert pace.step_seconds(1) == pace.step_seconds(64) == pytest.approx(0.02)
 
 
 def test_where_a_device_works_its_time_counts(clock: Clock) -> None:
