@@ -5,10 +5,12 @@ import pytest
 from app import warm_up
 from app.device import OutOfMemoryError
 from app.threads import ComputeThreads
-from app.warm_up import LONGEST_TIMING_SECONDS, REPEATS, TIMED_ROUNDS, TIMING_SECONDS, measure_paces
+from app.warm_up import HOT_ROWS, LONGEST_TIMING_SECONDS, REPEATS, TIMED_ROUNDS, TIMING_SECONDS, measure_paces
 from tests.app.fakes import FakeRunner, Rows
 
 BATCHES = (1, 8, 64)
+ROUND = [1] * HOT_ROWS + [8, 64]  # the steps of one
+SECONDS = 1e-3 * sum(ROUND)
 
 
 class Clock:
@@ -88,7 +90,18 @@ def test_beside_somebody_who_wants_the_core_it_looks_longer(clock: Clock, share:
         clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
 
     measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False)
-    assert seconds < clock.now < seconds + 1e-3 * sum(BATCHES) / share  # it ends with a round
+    assert seconds < clock.now < seconds + SECONDS / share  # it ends with a round
+
+
+def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
+    """After a large one what it reads is no longer in the caches, and a lone image would be thought slower than it is."""
+
+    def step(rows: Rows) -> None:
+        clock.slowness = 1.5 if len(rows) == 1 and clock.batches[-1:] != [1] else 1.0
+        clock.step(rows)
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
 def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
@@ -112,17 +125,17 @@ def test_where_a_device_works_its_time_counts(clock: Clock) -> None:
 def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:
     runner = Timed(on_step=clock.step)
     measure_paces(runner, BATCHES, one_thread(), lambda: False)
-    rounds = len(clock.batches) // len(BATCHES)
-    assert clock.batches == list(BATCHES) * rounds
+    rounds = len(clock.batches) // len(ROUND)
+    assert clock.batches == ROUND * rounds
     assert REPEATS < rounds < TIMED_ROUNDS
     assert not runner.held
 
 
 @pytest.mark.parametrize(("seconds_a_round", "rounds"), [(0.5, REPEATS), (1.5, 2), (20.0, 1)])
 def test_where_a_round_takes_long_there_are_few(clock: Clock, seconds_a_round: float, rounds: int) -> None:
-    clock.slowness = seconds_a_round / (1e-3 * sum(BATCHES))
+    clock.slowness = seconds_a_round / (SECONDS)
     measure_paces(Timed(on_step=clock.step), BATCHES, one_thread(), lambda: False)
-    assert len(clock.batches) == rounds * len(BATCHES)
+    assert len(clock.batches) == rounds * len(ROUND)
 
 
 def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock: Clock) -> None:
@@ -139,6 +152,6 @@ def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock:
 
 def test_it_stops_when_it_is_asked_to_and_leaves_nothing_behind(clock: Clock) -> None:
     runner = Timed(on_step=clock.step)
-    measure_paces(runner, BATCHES, one_thread(), lambda: len(clock.batches) == 2)
-    assert clock.batches == [1, 8]
+    measure_paces(runner, BATCHES, one_thread(), lambda: len(clock.batches) == HOT_ROWS + 1)
+    assert clock.batches == ROUND[: HOT_ROWS + 1]
     assert not runner.held
