@@ -94,7 +94,7 @@ def test_beside_somebody_who_wants_the_core_it_looks_longer(clock: Clock, share:
 
 
 def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
-    """After a large one what it reads is no longer in the caches, and a lone image would be thought slower than it is."""
+    """After a large one what it reads has left the caches: a lone image would be thought slower than it is."""
 
     def step(rows: Rows) -> None:
         clock.slowness = 1.5 if len(rows) == 1 and clock.batches[-1:] != [1] else 1.0
