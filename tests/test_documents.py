@@ -19,7 +19,7 @@ FINAL = [  # the columns of the tables of 10,000 digits
     ("docs/model-card.md", ("fast",)),
 ]
 WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of the ladder whose figures were not kept as JSON
-MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC without"}  # in the README
+MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC, Zen 4", "zen5": "EPYC, Zen 5"}  # in the README
 SPEED = {  # the README's figures: of which load, in which column
     "seconds for one image, idle service, guidance off": ("1 x 1 image", "p50, s"),
     "the same at the recommended guidance": ("1 x 1 image, guided", "p50, s"),
