@@ -68,7 +68,9 @@ def table_in(content: Mapping[str, Any]) -> Table:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        table_in(content), _machine_line(content["machine"]), _how(content)
+        table_in(content)
+        _machine_line(content["machine"])
+        _how(content)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise PageError(f"{file} is no finished run with a table") from error
     return content
