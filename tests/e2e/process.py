@@ -52,6 +52,11 @@ class Process:
                 return str(message.split()[2].rstrip(","))
         raise AssertionError(f"it ended before it was ready: {self.lines}")
 
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal."""
         self._process.send_signal(number)
