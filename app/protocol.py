@@ -5,6 +5,7 @@ Bodies have their time in http.py, connections between two requests in uvicorn (
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.config import Settings
 from app.errors import MalformedRequest, RequestTimeout, UnfogError
 from app.metrics import Metrics
+
+log = logging.getLogger("unfog.access")
+# uvicorn's own words about what is no HTTP, for which we have a line with more in it.
+_ERRORS_ONLY = logging.getLogger("uvicorn.error.protocol")
+_ERRORS_ONLY.setLevel(logging.ERROR)
 
 
 class Deadline:
@@ -44,6 +50,7 @@ class PatientProtocol(H11Protocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.logger = _ERRORS_ONLY
         self._head = Deadline(self.loop, self.read_timeout, self._give_up_reading)
         self._taking = Deadline(self.loop, self.write_timeout, lambda: self.transport.abort())
 
@@ -102,6 +109,8 @@ class PatientProtocol(H11Protocol):
             )
             self.transport.write(head.encode() + body)
             self.metrics.requests.labels("other", str(error.status)).inc()
+            facts = {"request_id": problem["request_id"], "status": error.status, "outcome": error.code}
+            log.info("no request", extra={**facts, "client": self.client[0] if self.client else ""})
         self.transport.close()
 
 

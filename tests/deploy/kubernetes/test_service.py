@@ -11,7 +11,7 @@ from app.server import LAST_ANSWERS_SECONDS
 from tests.deploy.kubernetes.kustomize import EXTRAS, FOLDER, Manifest, container_of, find, pod_of, read
 
 ROOT = Path(__file__).parents[3]
-GIVE_UP_SECONDS = 30  # after which a process whose engine is stuck ends itself
+GIVE_UP_SECONDS = Settings.model_fields["give_up_seconds"].default
 PROGRESS_SECONDS = 600  # Kubernetes' default: a rollout that takes longer counts as failed
 
 
