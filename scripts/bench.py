@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,10 +27,9 @@ from model.checkpoint import SHIPPED, load, write_atomically
 from model.memory import keep_freed_memory
 from model.unet import UNet
 from scripts.arguments import Parser, integer, positive
-from scripts.benchmark import endurance
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, alternative, started, this_service
-from scripts.benchmark.endurance import MOST_GROWTH, Look, complaint, endure
+from scripts.benchmark.endurance import MOST_GROWTH, complaint, endure
 from scripts.benchmark.load import arrivals
 from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, mixed, one, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
@@ -195,12 +193,8 @@ def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
 def bench_endurance(args: argparse.Namespace, reporter: Reporter) -> None:
     """One start, `--minutes` of load; BenchError where a picture changed or what the process holds grew."""
     with started(this_service()) as running:
-        before = Look.of(running, 0.0)
         log = asyncio.run(endure(running, 60 * args.minutes, reporter))
-        time.sleep(endurance.REST_SECONDS)
-        after = Look.of(running, 0.0)
-    held = {"before": before._asdict(), "after": after._asdict()}
-    found = {"machine": this_machine().as_json(), "minutes": args.minutes, **held, **log.as_json()}
+    found = {"machine": this_machine().as_json(), "minutes": args.minutes, **log.as_json()}
     write_json(args.out, found)
     answers = ", ".join(f"{count} x {status or 'left'}" for status, count in sorted(log.answers.items()))
     grown = ", ".join(f"{found[f'{name}_an_hour']:.2f} {name}" for name in MOST_GROWTH)

@@ -46,9 +46,11 @@ class Look(NamedTuple):
 class Log:
     """What was seen."""
 
+    before: Look
     looks: list[Look] = field(default_factory=list)
     pictures: set[bytes] = field(default_factory=set)
     answers: dict[int, int] = field(default_factory=dict)  # by status; 0 for a client that left
+    after: Look | None = None
 
     def count(self, status: int) -> None:
         """One more."""
@@ -60,6 +62,8 @@ class Log:
         return {
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
             "pictures": len(self.pictures),
+            "before": self.before._asdict(),
+            "after": self.after and self.after._asdict(),
             **{name: [round(getattr(look, name), 1) for look in self.looks] for name in MOST_GROWTH},
             **{f"{name}_an_hour": growth([(look.at, getattr(look, name)) for look in later]) for name in MOST_GROWTH},
         }
@@ -86,7 +90,7 @@ def growth(looks: Sequence[tuple[float, float]]) -> float:
 
 async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:
     """Clients ask, leave and err at random for so long; BenchError where an answer is missing, or must not be."""
-    log = Log()
+    log = Log(Look.of(running, 0.0))
     try:
         await _endure(running, seconds, reporter, seed, log)
     except ExceptionGroup as group:  # a client's, whose end is everybody's
@@ -94,6 +98,8 @@ async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: 
     unexpected = set(log.answers) - {0, 200, 422, 429}
     if unexpected:
         raise BenchError(f"answers of {sorted(unexpected)} under load")
+    await asyncio.sleep(REST_SECONDS)
+    log.after = Look.of(running, seconds + REST_SECONDS)
     return log
 
 

@@ -25,7 +25,7 @@ def looks(count: int, **slopes: float) -> list[Look]:
 
 
 def test_only_the_second_half_is_asked_whether_it_grows() -> None:
-    log = Log(looks=[look._replace(megabytes=300.0 + min(look.at, 3000)) for look in looks(100)], pictures={b"one"})
+    log = Log(looks(1)[0], [look._replace(megabytes=300.0 + min(look.at, 3000)) for look in looks(100)], {b"one"})
     log.count(200)
     log.count(200)
     log.count(0)
@@ -48,13 +48,14 @@ def test_only_the_second_half_is_asked_whether_it_grows() -> None:
 def test_what_grows_for_long_is_complained_of(
     minutes: float, slopes: dict[str, float], left: int, said: str | None
 ) -> None:
-    found = Log(looks=looks(60, **slopes), pictures={b"one"}).as_json() | {"minutes": minutes}
-    found |= {"before": {"descriptors": 20}, "after": {"descriptors": 20 + left}}
+    before = looks(1)[0]
+    log = Log(before, looks(60, **slopes), {b"one"}, after=before._replace(descriptors=20 + left))
+    found = log.as_json() | {"minutes": minutes}
     assert complaint(found) == said
 
 
 def test_a_picture_that_changes_is_complained_of() -> None:
-    found = Log(looks=looks(60), pictures={b"one", b"another"}).as_json()
+    found = Log(looks(1)[0], looks(60), {b"one", b"another"}).as_json()
     assert "2 pictures" in str(complaint(found))
 
 
