@@ -100,6 +100,8 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.queue_capacity.set(engine.capacity)
     meters.running_images.set_function(lambda: engine.running)
     meters.ready.set_function(lambda: engine.takes_work)
+    for code in ("200", "429", "500", "503", "504"):  # a rate sees the first of them only if there was none before
+        meters.requests.labels("/generate", code)
 
     def describe(ready: "Future[None]") -> None:
         if not ready.exception():

@@ -169,13 +169,26 @@ def test_routes_are_counted_by_name_and_paths_that_nobody_knows_together() -> No
         for path in ("/health", "/docs", "/openapi.json", "/docs/", "/a", "/b"):
             await client.get(path)
         text = (await client.get("/metrics")).text
-        counted = {line for line in text.splitlines() if line.startswith("unfog_requests_total")}
+        counted = {
+            line for line in text.splitlines() if line.startswith("unfog_requests_total") and "/generate" not in line
+        }
         assert counted == {
             'unfog_requests_total{code="200",route="/health"} 1.0',
             'unfog_requests_total{code="200",route="/docs"} 1.0',
             'unfog_requests_total{code="200",route="/openapi.json"} 1.0',
             'unfog_requests_total{code="404",route="other"} 3.0',
         }
+
+    run(check, FakeRunner())
+
+
+def test_what_went_wrong_is_counted_from_zero() -> None:
+    """Else a rate would not see the first time."""
+
+    async def check(client: httpx.AsyncClient) -> None:
+        text = (await client.get("/metrics")).text
+        for code in (200, 429, 500, 503, 504):
+            assert f'unfog_requests_total{{code="{code}",route="/generate"}} 0.0' in text
 
     run(check, FakeRunner())
 
