@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import config_values
+from app.trajectory import DEFAULT_MODEL, FAST_MODEL
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.compiler import default_cache
 
@@ -70,6 +71,16 @@ class Settings(BaseSettings):
     trusted_proxies: Networks = ()  # whose X-Forwarded-For is believed
     docs: Literal["on", "off"] = "on"  # /docs, /redoc and /openapi.json
     traces: Literal["on", "off"] = "off"  # by OpenTelemetry, which has variables of its own
+
+    @property
+    def largest_request(self) -> int:
+        """Images of a request that can be admitted at all."""
+        return min(self.max_count, self.queue_capacity)
+
+    @property
+    def model_names(self) -> list[str]:
+        """What is served, by the names that a request may say."""
+        return [DEFAULT_MODEL, FAST_MODEL] if self.fast_path else [DEFAULT_MODEL]
 
     @property
     def fast_path(self) -> Path | None:

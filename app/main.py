@@ -67,7 +67,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     for module in (generate, health, metrics):
         app.include_router(module.router)
     handle_errors(app, meters)
-    add_openapi(app)
+    add_openapi(app, settings)
     _surround(app, settings, meters, traces, pages)
     return app
 

@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from app.config import Settings
 from app.schemas import GenerateRequest
 
 SUMMARY = "Handwritten digits from a diffusion model: the same bytes for the same seed, under any load."
@@ -15,13 +16,17 @@ KEYS = {  # asked for where UNFOG_API_KEYS is set
 }
 
 
-def add_openapi(app: FastAPI) -> None:
-    """Makes the app describe itself completely."""
+def add_openapi(app: FastAPI, settings: Settings) -> None:
+    """Makes the app describe itself completely, with the bounds that its settings set."""
 
     def describe() -> dict[str, Any]:
         if not app.openapi_schema:
             document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
             schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+            fields = schema["properties"]
+            fields["count"]["maximum"] = settings.largest_request
+            fields["timeout_seconds"]["maximum"] = settings.request_timeout
+            fields["model"] = {**fields["model"], "enum": settings.model_names}
             document["components"]["schemas"]["GenerateRequest"] = schema
             document["components"]["securitySchemes"] = KEYS
             document["paths"]["/generate"]["post"]["security"] = [{}, *({name: []} for name in KEYS)]

@@ -20,7 +20,7 @@ def _without_default(schema: dict[str, Any]) -> None:
     schema.pop("default")
 
 
-Integer = Annotated[int, BeforeValidator(_whole)]
+WHOLE = BeforeValidator(_whole)  # after the bounds: else pydantic does not write them into the schema
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -29,12 +29,12 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    digit: Annotated[Integer, Field(ge=0, le=9, description="the class to draw")]
-    count: Annotated[Integer, Field(ge=1, description="how many images, at most UNFOG_MAX_COUNT")] = 1
-    seed: Annotated[Integer, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent")] = Field(
+    digit: Annotated[int, Field(ge=0, le=9, description="the class to draw"), WHOLE]
+    count: Annotated[int, Field(ge=1, description="how many images, at most UNFOG_MAX_COUNT"), WHOLE] = 1
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent"), WHOLE] = Field(
         default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
     )
-    num_steps: Annotated[Integer, Field(ge=1, le=100)] = Field(  # type: ignore[assignment] # see `given`
+    num_steps: Annotated[int, Field(ge=1, le=100), WHOLE] = Field(  # type: ignore[assignment] # see `given`
         default=None,
         description="steps of the reverse process; the model's own when absent: 100 of `default`",
         json_schema_extra=_without_default,
@@ -50,7 +50,7 @@ class GenerateRequest(BaseModel):
         description="1 = off; the checkpoint's when absent",
         json_schema_extra=_without_default,
     )
-    scale: Annotated[Integer, Field(ge=1, le=16, description="enlarges each image by whole pixels")] = 1
+    scale: Annotated[int, Field(ge=1, le=16, description="enlarges each image by whole pixels"), WHOLE] = 1
     model: str = Field(
         default=DEFAULT_MODEL, max_length=128, description=f"which checkpoint draws: {DEFAULT_MODEL} or {FAST_MODEL}"
     )

@@ -92,7 +92,7 @@ class Service:
 
     def _check(self, body: GenerateRequest) -> None:
         """What the settings tell."""
-        limit = min(self.settings.max_count, self.settings.queue_capacity)
+        limit = self.settings.largest_request
         if body.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
         longest = self.settings.request_timeout
