@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -60,9 +61,18 @@ async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
 def _parse(body: bytes) -> Any:
     """JSON, with NaN and Infinity let through for the schema to name their field."""
     try:
-        return json.loads(body.decode("utf-8"), parse_int=_parse_int)
+        return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise MalformedJSON from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; InvalidRequest where a name is given twice, since one of the two would be ignored."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise InvalidRequest([{"loc": ["body", _printable(twice)], "msg": "Field given more than once"}])
+    return fields
 
 
 def _parse_int(digits: str) -> int | float:

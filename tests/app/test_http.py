@@ -218,6 +218,11 @@ def test_a_field_whose_name_is_no_text_is_refused() -> None:
     assert wrong('{"digit": 7, "a": "\\udfff"}')
 
 
+@pytest.mark.parametrize("body", ['{"digit": 7, "digit": 7}', '{"digit": 7, "seed": 1, "digit": 8}'])
+def test_a_field_that_is_given_twice_is_refused_since_one_would_be_ignored(body: str) -> None:
+    assert wrong(body) == [{"loc": ["body", "digit"], "msg": "Field given more than once"}]
+
+
 def test_every_wrong_field_is_told() -> None:
     found = wrong('{"digit": 10, "count": "a", "unknown": 1}')
     assert {item["loc"][1] for item in found} == {"digit", "count", "unknown"}
@@ -228,6 +233,12 @@ def test_a_body_that_is_no_object_is_invalid(body: str) -> None:
     found = wrong(body)
     assert [item["loc"] for item in found] == [["body"]]
     assert "GenerateRequest" not in found[0]["msg"]
+
+
+def test_a_body_that_does_not_end_is_given_up() -> None:
+    stalled = Request({"type": "http", "headers": [(b"content-type", JSON.encode())]}, silence)
+    with pytest.raises(errors.RequestTimeout, match=r"longer than 0\.01 s"):
+        asyncio.run(read_json(stalled, GenerateRequest, LIMIT, 0.01))
 
 
 def test_what_was_sent_is_not_sent_back() -> None:
