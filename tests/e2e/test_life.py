@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import pytest
 
 from model.unet import UNet
 from tests.e2e.conftest import Start
-from tests.e2e.process import PATIENCE, Process, eventually
+from tests.e2e.loading import Loading
+from tests.e2e.process import PATIENCE, eventually
 from tests.e2e.service import Service, assert_problem, pngs
 
 PROBES = ("/health", "/livez", "/readyz", "/startupz")
@@ -31,40 +31,6 @@ def statuses(client: httpx.Client) -> list[int]:
 def images_inside(service: Service) -> float:
     metrics = service.metrics()
     return metrics.of("queue_depth_images") + metrics.of("running_images")
-
-
-class Loading:
-    """A process that reads its checkpoint from a pipe, and so loads until it is given the bytes."""
-
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
-        self._checkpoint, self._pipe = checkpoint, folder / "checkpoint"
-        os.mkfifo(self._pipe)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.process = Process(UNFOG_CHECKPOINT=str(self._pipe), UNFOG_PORT=str(port))
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE)
-        self._writer = -1
-        eventually(self._is_read, "the process reads its checkpoint")
-
-    def go_on(self) -> None:
-        """Gives it what it waits for; what it opens next is the file itself."""
-        self._pipe.unlink()
-        self._pipe.symlink_to(self._checkpoint)
-        with os.fdopen(self._writer, "wb") as file:
-            os.set_blocking(self._writer, True)
-            file.write(self._checkpoint.read_bytes())
-
-    def end(self) -> None:
-        """Leaves nothing behind."""
-        self.client.close()
-        self.process.end()
-
-    def _is_read(self) -> bool:
-        try:
-            self._writer = os.open(self._pipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return False
-        return True
 
 
 @pytest.fixture

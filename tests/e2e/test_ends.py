@@ -1,0 +1,80 @@
+"""The end at any moment of a start, and a start after an end that nobody chose."""
+
+import random
+import shutil
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import SHIPPED
+from tests.e2e.conftest import Start, start_service
+from tests.e2e.process import PATIENCE, Process, eventually
+from tests.e2e.service import Service
+
+WORK = {"digit": 4, "count": 4, "seed": 4}
+START_SECONDS = 6.0  # in which a start without compiling is over, mostly
+
+
+def ended_after(seconds: float, number: signal.Signals, **variables: str) -> Process:
+    """A process that got a signal so long after it was started, and has ended."""
+    process = Process(**variables)
+    try:
+        time.sleep(seconds)
+        process.signal(number)
+        process.wait()
+    finally:
+        process.end()
+    return process
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.75, 0.9])
+def test_sigterm_at_any_moment_of_a_start_is_a_clean_end(checkpoint: Path, share: float) -> None:
+    process = ended_after(share * START_SECONDS, signal.SIGTERM, UNFOG_CHECKPOINT=str(checkpoint))
+    assert process.wait() == 0
+    assert "Traceback" not in "\n".join(process.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_sigterm_at_thirty_moments_of_a_start_is_a_clean_end_warming_up_included() -> None:
+    """The shipped model, which warms up for seconds."""
+    for moment in range(30):
+        process = ended_after(0.35 * moment, signal.SIGTERM, UNFOG_CHECKPOINT=str(SHIPPED))
+        assert (moment, process.wait()) == (moment, 0)
+        assert "Traceback" not in "\n".join(process.lines)
+
+
+def test_after_sigkill_in_the_midst_of_work_a_restart_is_healthy_and_draws_the_same(
+    start: Start, service: Service, checkpoint: Path
+) -> None:
+    killed = start(UNFOG_REQUEST_TIMEOUT="300")
+    with ThreadPoolExecutor() as pool:
+        works = [pool.submit(killed.post, {"digit": 1, "count": 64}) for _ in range(4)]
+        eventually(lambda: killed.client.get("/health").json()["queue"]["running"] > 0, "it draws")
+        killed.process.signal(signal.SIGKILL)
+        for work in works:
+            assert work.exception(PATIENCE) is not None  # the connection breaks: nobody waits for ever
+    assert killed.process.wait() == -signal.SIGKILL
+    again = start()
+    assert again.client.get("/health").json()["status"] == "ok"
+    assert again.images(**WORK) == service.images(**WORK)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_sigkill_while_it_compiles_spoils_no_later_start(tmp_path: Path) -> None:
+    """What is left of the cache is as good as none, or good."""
+    variables = {"UNFOG_CHECKPOINT": str(SHIPPED), "UNFOG_COMPILE": "on", "UNFOG_CACHE_DIR": str(tmp_path / "cache")}
+    choose = random.Random(0)
+    for _ in range(6):
+        ended_after(choose.uniform(3, 40), signal.SIGKILL, **variables)
+    with ExitStack() as stack:
+        again = start_service(stack, SHIPPED, **{name: variables[name] for name in list(variables)[1:]})
+        assert again.client.get("/health").json()["compiled"] is True
+        fresh = {"UNFOG_COMPILE": "on", "UNFOG_CACHE_DIR": str(tmp_path / "fresh")}
+        assert again.images(**WORK) == start_service(stack, SHIPPED, **fresh).images(**WORK)
