@@ -28,11 +28,12 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
  && pip install --no-compile --requirement requirements.txt
 
 FROM dependencies AS code
-COPY LICENSE README.md ./
+COPY LICENSE .
 COPY app app
 COPY model model
 COPY scripts scripts
-RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps --no-compile --target /opt/code .
+# Without the README's text, which would have the step compiled anew after each change of it.
+RUN --mount=type=cache,target=/root/.cache/pip touch README.md && pip install --no-deps --no-compile --target /opt/code .
 
 # The step, compiled for the processor that this runs on; on another one the service says that it is not compiled.
 FROM dependencies AS compiled

@@ -70,7 +70,8 @@ class Stack:
         self.environment = {"UNFOG_TAG": self.tag, **{PORTS[name]: str(port) for name, port in self.ports.items()}}
         self.files = ["docker-compose.yml", "docker-compose.cpu.yml"]
         if wheels:
-            override = {"services": {"unfog": {"build": {"additional_contexts": {"wheels": str(wheels.resolve())}}}}}
+            build = {"build": {"additional_contexts": {"wheels": str(wheels.resolve())}}}
+            override = {"services": {"unfog": build, "train": build}}
             self.files.append(str(folder / "wheels.yml"))
             (folder / "wheels.yml").write_text(yaml.safe_dump(override))
         else:
@@ -110,7 +111,7 @@ class Stack:
         try:
             self.down()
         finally:
-            images = [self.image]
+            images = [self.image, f"unfog-train:{self.tag}"]
             if self.stand_in:
                 images.append(self.config()["services"]["grafana"]["image"])
             for image in images:
