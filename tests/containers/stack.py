@@ -15,6 +15,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).parent / "grafana"
 PATIENCE = 180  # seconds after which something that should happen does not; never a measure of speed
+PULL_PATIENCE = 600
 BUILD_PATIENCE = 3600  # a build downloads PyTorch where no wheel is given
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PORTS = {"unfog": "UNFOG_PORT", "prometheus": "UNFOG_PROMETHEUS_PORT", "grafana": "UNFOG_GRAFANA_PORT"}
@@ -93,8 +94,8 @@ class Stack:
         if has_image(grafana):
             return
         try:
-            docker("pull", "--quiet", grafana, patience=BUILD_PATIENCE)
-        except AssertionError:
+            docker("pull", "--quiet", grafana, patience=PULL_PATIENCE)
+        except (AssertionError, subprocess.TimeoutExpired):
             docker("build", "--tag", grafana, str(STAND_IN), patience=BUILD_PATIENCE)
             self.stand_in = True
 
@@ -104,7 +105,7 @@ class Stack:
 
     def down(self) -> None:
         """As an operator takes it away, volumes and all."""
-        self.compose("down", "--volumes", "--remove-orphans", "--timeout", "10")
+        self.compose("--profile", "train", "down", "--volumes", "--remove-orphans", "--timeout", "10")
 
     def remove(self) -> None:
         """Leaves nothing behind, whatever state it is in."""

@@ -235,7 +235,9 @@ def test_what_the_profile_trains_is_served(stack: Stack, mnist_dir: Path, tmp_pa
 
 
 def test_down_leaves_nothing(stack: Stack) -> None:
-    before = stack.left()
-    assert {kind: len(found) for kind, found in before.items()} == {"container": 3, "network": 1, "volume": 3}
+    before = {kind: len(found) for kind, found in stack.left().items()}
+    assert before["container"] == len(SERVICES)
+    assert before["network"] == 1
+    assert before["volume"] >= 3
     stack.down()
     assert stack.left() == {"container": [], "network": [], "volume": []}
