@@ -14,7 +14,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /src
 COPY pyproject.toml .
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+# Those of `traces` too, since compose hands UNFOG_TRACES on.
+RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["traces"], sep="\n")' \
       > requirements.txt
 ARG TORCH_INDEX=
 RUN --mount=type=bind,from=wheels,target=/wheels \

@@ -12,7 +12,8 @@ from app.device import RunnerError
 from app.logs import configure_logging
 from app.main import create_app
 from app.runner import Runner
-from app.server import StartError, bind, serve
+from app.server import GivenUpError, StartError, bind, serve
+from app.traces import TracesError
 from model.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,10 @@ def main() -> None:
         app = create_app(settings)
         listener = bind(settings.host, settings.port)
         asyncio.run(serve(app, settings, listener))
-    except (SettingsError, StartError, RunnerError) as error:
-        _fail(str(error))
+    except (SettingsError, StartError, RunnerError, TracesError) as error:
+        _end(2, str(error))
+    except GivenUpError as error:
+        _end(1, str(error))
     # A step that hangs in the device must not keep the process: its thread cannot be joined.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -53,6 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _fail(sentence: str) -> None:
+def _end(status: int, sentence: str) -> None:
     print(f"unfog: {sentence}", file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(status)

@@ -2,71 +2,74 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from limits import RateLimitItem
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app import config_values
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.compiler import default_cache
 
 PREFIX = "UNFOG_"
-# Promised for a later release: whoever sets one must not believe that it protects anything.
-NOT_YET = {"api_keys", "rate_limit", "cors_origins"}
+SECRETS = Path("/run/secrets")  # where Docker puts files of secrets: unfog_api_keys is UNFOG_API_KEYS
 
 
 class SettingsError(Exception):
     """A variable has a wrong value; one sentence that names it."""
 
 
-def _max_batch(value: Any) -> Any:
-    return None if value == "auto" else value
-
-
-def _device(value: str) -> str:
-    kind, _, number = value.partition(":")
-    if (
-        kind not in ("auto", "cpu", "cuda")
-        or (number and (kind != "cuda" or not (number.isascii() and number.isdecimal())))
-        or value[-1:] == ":"
-    ):
-        raise ValueError("must be auto, cpu, cuda or cuda:N")
-    return value
-
-
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(config_values.keys)]
+RateLimits = Annotated[tuple[RateLimitItem, ...], NoDecode, BeforeValidator(config_values.rate_limits)]
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(config_values.origins)]
+Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(config_values.networks)]
 
 
 class Settings(BaseSettings):
     """What an operator decides. `auto` settings that change pixels are decided from facts, never from timings."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        arbitrary_types_allowed=True,  # a RateLimitItem
+        secrets_dir=SECRETS if SECRETS.is_dir() else None,
+    )
 
     checkpoint: Path = SHIPPED
     # A second model, `fast`, that draws in few steps. `auto`: the shipped one beside the shipped default.
     fast_checkpoint: Literal["auto", "none"] | Path = "auto"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
+    device: Annotated[str, AfterValidator(config_values.device)] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # `auto`: on a CPU compiled, where a compiled step lies in the cache or a C++ compiler can make one.
     compile: Literal["auto", "on", "off"] = "auto"
     cache_dir: Path = Field(default_factory=default_cache)  # of compiled code: nobody else may write there
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # compute threads on a CPU; torch decides
     # Rows a step. None is `auto`: from steps timed while warming up, and from who is there (app.limits).
-    max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_max_batch)] = None
+    max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(config_values.rows_a_step)] = None
     queue_capacity: Count = 1024  # images waiting
     max_count: Count = 64  # images a request
     max_body_bytes: Count = 1024 * 1024
     request_timeout: Seconds = 30.0
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     watchdog_seconds: Seconds = 10.0
+    # For how long the engine may be failed or stuck before the process ends, for its orchestrator to start it anew.
+    give_up_seconds: Annotated[Seconds | None, BeforeValidator(config_values.seconds_or_never)] = 30.0
+    read_timeout: Seconds = 10.0  # for a request's head, then for its body
+    write_timeout: Seconds = 30.0  # for a client to take what was sent
     log_format: Literal["auto", "json", "console"] = "auto"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_keys: str | None = None
-    rate_limit: str | None = None
-    cors_origins: str | None = None
+    api_keys: Keys = ()  # each opens; empty: no key is asked for
+    rate_limit: RateLimits = ()  # requests a key, or an address where there is no key
+    cors_origins: Origins = ()  # whose pages may call
+    trusted_proxies: Networks = ()  # whose X-Forwarded-For is believed
+    docs: Literal["on", "off"] = "on"  # /docs, /redoc and /openapi.json
+    traces: Literal["on", "off"] = "off"  # by OpenTelemetry, which has variables of its own
 
     @property
     def fast_path(self) -> Path | None:
@@ -86,14 +89,10 @@ def unknown_variables() -> list[str]:
 def load_settings() -> Settings:
     """The settings of this process; SettingsError for the first variable with a wrong value."""
     try:
-        settings = Settings()
+        return Settings()
     except ValidationError as error:
         first = error.errors()[0]
-        name, reason = f"{PREFIX}{first['loc'][0]}".upper(), first["msg"].removeprefix("Value error, ")
-        also = ", or auto" if first["loc"][0] == "max_batch" else ""
-        raise SettingsError(f"{name}={first['input']!r} is wrong: {reason}{also}") from error
-    for field in sorted(NOT_YET):
-        value = getattr(settings, field)
-        if value is not None and (field, value) != ("rate_limit", "off"):
-            raise SettingsError(f"{PREFIX}{field.upper()} is set, but this release does not have it yet")
-    return settings
+        field, reason = first["loc"][0], first["msg"].removeprefix("Value error, ")
+        name, value = f"{PREFIX}{field}".upper(), "" if field == "api_keys" else f"={first['input']!r}"
+        also = {"max_batch": ", or auto", "give_up_seconds": ", or never"}.get(str(field), "")
+        raise SettingsError(f"{name}{value} is wrong: {reason}{also}") from error

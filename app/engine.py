@@ -220,7 +220,8 @@ class Engine:
                 job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in drawn.items()}))
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
-        log.error("a row failed at step %d", trajectory.step, exc_info=error)
+        request_id = trajectory.job.request_id
+        log.error("a row failed at step %d", trajectory.step, exc_info=error, extra={"request_id": request_id})
         with self._condition:
             self._end(trajectory.job, errors.InternalError())
 

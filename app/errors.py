@@ -2,16 +2,21 @@
 
 UnfogError
 ├── MalformedJSON         400  the body is not JSON
+├── MalformedRequest      400  not even HTTP
+├── Unauthorized          401  a key is asked for and none came
+├── Forbidden             403  a wrong key came
 ├── NotFound              404
 ├── MethodNotAllowed      405
 ├── NotAcceptable         406  none of the formats asked for can be given
+├── RequestTimeout        408  the head or the body did not arrive in time
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
 ├── InvalidRequest        422  understood, but not possible; says which field
 ├── InternalError         500  a bug; tells nothing of it
 ├── DeadlineExceeded      504
 └── Unavailable                comes with Retry-After
-    ├── Overloaded        429
+    ├── Overloaded        429  no room
+    ├── RateLimited       429  this caller came too often
     ├── Starting          503
     ├── Draining          503
     └── EngineFailed      503
@@ -55,6 +60,30 @@ class MalformedJSON(UnfogError):
     status, code, detail = 400, "malformed_json", "the body is not JSON"
 
 
+class MalformedRequest(UnfogError):
+    """No HTTP request that can be understood."""
+
+    status, code, detail = 400, "malformed_request", "this is no HTTP request that can be understood"
+
+
+class Unauthorized(UnfogError):
+    """A key is asked for, and none came."""
+
+    status, code = 401, "unauthorized"
+    detail = "a key is needed, in Authorization: Bearer or in X-API-Key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """How to show one."""
+        return {"WWW-Authenticate": 'Bearer realm="unfog"'}
+
+
+class Forbidden(UnfogError):
+    """A key came that opens nothing."""
+
+    status, code, detail = 403, "forbidden", "this key is not, or no longer, valid"
+
+
 class NotFound(UnfogError):
     """No such route."""
 
@@ -83,6 +112,12 @@ class NotAcceptable(UnfogError):
 
     def __init__(self, available: tuple[str, ...]) -> None:
         super().__init__(f"Accept must allow one of {', '.join(available)}")
+
+
+class RequestTimeout(UnfogError):
+    """The client took too long to say what it wants."""
+
+    status, code, detail = 408, "request_timeout", "the request did not arrive in time"
 
 
 class BodyTooLarge(UnfogError):
@@ -147,6 +182,12 @@ class Overloaded(Unavailable):
     """The queue is full, or too long for the request's own deadline."""
 
     status, code, detail = 429, "overloaded", "the queue has no room for this request"
+
+
+class RateLimited(Unavailable):
+    """The caller has come as often as it may."""
+
+    status, code, detail = 429, "rate_limited", "too many requests from this caller"
 
 
 class Starting(Unavailable):

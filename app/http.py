@@ -14,6 +14,7 @@ from app.errors import (
     InvalidRequest,
     MalformedJSON,
     NotAcceptable,
+    RequestTimeout,
     UnsupportedMediaType,
 )
 
@@ -27,17 +28,12 @@ class ClientGoneError(Exception):
     """The client closed the connection; there is nobody to answer."""
 
 
-async def read_json(request: Request, schema: type[M], max_bytes: int) -> M:
-    """The body as `schema`; UnsupportedMediaType, BodyTooLarge, MalformedJSON or InvalidRequest."""
+async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: float) -> M:
+    """The body as `schema`; UnsupportedMediaType, BodyTooLarge, RequestTimeout, MalformedJSON or InvalidRequest."""
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise BodyTooLarge(max_bytes)
-    document = _parse(bytes(body))
+    document = _parse(await _read(request, max_bytes, seconds))
     if isinstance(document, dict) and len(document) > MAX_FIELDS:
         raise InvalidRequest([{"loc": ["body"], "msg": f"Input should have at most {MAX_FIELDS} fields"}])
     if not isinstance(document, dict):  # pydantic's own message would name a class
@@ -46,6 +42,19 @@ async def read_json(request: Request, schema: type[M], max_bytes: int) -> M:
         return schema.model_validate(document)
     except ValidationError as error:
         raise InvalidRequest(_describe(error)) from error
+
+
+async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise BodyTooLarge(max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"the body took longer than {seconds:g} s") from None
+    return bytes(body)
 
 
 def _parse(body: bytes) -> Any:

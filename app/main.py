@@ -1,30 +1,34 @@
-"""The application: its routes, its errors, and the engine that lives as long as it does."""
+"""The application: its routes, what stands around them, and the engine that lives as long as it does."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.responses import Response
-from starlette.routing import Route
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import BaseRoute, Route
 
 from app import VERSION, errors
 from app.config import Settings
+from app.doors import Doors
 from app.engine import Engine
 from app.metrics import Metrics
-from app.middleware import RequestContext, problem_response
+from app.middleware import RequestContext
 from app.openapi import add_openapi
+from app.problems import handle_errors
+from app.records import Recorder
 from app.routes import generate, health, metrics
 from app.runner import Runner
 from app.service import Service
 from app.stepping import StepRunner
+from app.traces import Traces
 
 STOP_SECONDS = 5.0  # for a step in progress
+# What a page of another origin may send and read.
+CALLERS_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
+ANSWERS_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
@@ -38,6 +42,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         metrics=meters,
     )
     service = Service(settings, engine, meters, time.monotonic())
+    traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
 
     @asynccontextmanager
@@ -47,16 +52,46 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         engine.drain()
         engine.give_up(errors.Draining(1))
         await asyncio.to_thread(engine.stop, STOP_SECONDS)
+        if traces:
+            await asyncio.to_thread(traces.close)
 
-    app = FastAPI(title="unfog", version=VERSION, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="unfog",
+        version=VERSION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        openapi_url="/openapi.json" if settings.docs == "on" else None,  # without which there are no pages either
+    )
     app.state.service = service
+    pages = _paths(app.routes)  # /docs and its like
     for module in (generate, health, metrics):
         app.include_router(module.router)
-    _handle_errors(app, meters)
+    handle_errors(app, meters)
     add_openapi(app)
-    plain_paths = frozenset(route.path for route in app.routes if isinstance(route, Route))  # /docs and its like
-    app.add_middleware(RequestContext, metrics=meters, plain_paths=plain_paths)
+    _surround(app, settings, meters, traces, pages)
     return app
+
+
+def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces | None, pages: frozenset[str]) -> None:
+    """The last that is added is the outermost; an answer at the doors, too, has what a browser needs to read it."""
+    watched = _paths(health.router.routes) | _paths(metrics.router.routes)
+    app.add_middleware(
+        Doors, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=watched | pages
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=CALLERS_HEADERS,
+            expose_headers=ANSWERS_HEADERS,
+        )
+    recorder = Recorder(meters, traces, paths=watched | pages | _paths(generate.router.routes), quiet=watched)
+    app.add_middleware(RequestContext, metrics=meters, recorder=recorder, pages=pages)
+
+
+def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:
+    return frozenset(route.path for route in routes if isinstance(route, Route))
 
 
 def _watch(engine: Engine, meters: Metrics) -> None:
@@ -65,6 +100,8 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.queue_capacity.set(engine.capacity)
     meters.running_images.set_function(lambda: engine.running)
     meters.ready.set_function(lambda: engine.takes_work)
+    for code in ("200", "429", "500", "503", "504"):  # a rate sees the first of them only if there was none before
+        meters.requests.labels("/generate", code)
 
     def describe(ready: "Future[None]") -> None:
         if not ready.exception():
@@ -74,25 +111,3 @@ def _watch(engine: Engine, meters: Metrics) -> None:
                 meters.watch_device_memory(engine.device_memory)
 
     engine.ready.add_done_callback(describe)
-
-
-def _handle_errors(app: FastAPI, meters: Metrics) -> None:
-    @app.exception_handler(errors.UnfogError)
-    async def known(request: Request, error: errors.UnfogError) -> Response:
-        meters.count_rejection(error)
-        return problem_response(error, request.state.request_id)
-
-    @app.exception_handler(HTTPException)
-    async def routed(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405:
-            return problem_response(errors.MethodNotAllowed((error.headers or {})["Allow"]), request.state.request_id)
-        return problem_response(errors.NotFound(), request.state.request_id)
-
-    @app.exception_handler(RequestValidationError)
-    async def wrong_query(request: Request, error: RequestValidationError) -> Response:
-        wrong = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
-        return problem_response(errors.InvalidRequest(wrong), request.state.request_id)
-
-    @app.exception_handler(ClientDisconnect)
-    async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=generate.CLIENT_CLOSED_REQUEST)

@@ -20,7 +20,12 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1)
 POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (0, 1, 2, 5, 10, 25, 50, 100, 250, 500, 1000)
-REJECTIONS = {"overloaded": "overloaded", "draining": "draining", "deadline_exceeded": "deadline"}
+REJECTIONS = {  # by an error's code
+    "overloaded": "overloaded",
+    "rate_limited": "rate_limited",
+    "draining": "draining",
+    "deadline_exceeded": "deadline",
+}
 
 
 class Metrics:
@@ -53,7 +58,7 @@ class Metrics:
             "model_info", "The model that is served.", "name", "sha256", "device", "dtype", "version"
         )
         self.ready = self._gauge("ready", "1 while new work is taken.")
-        for reason in (*REJECTIONS.values(), "rate_limited"):
+        for reason in REJECTIONS.values():
             self.rejected.labels(reason)
         for stage in ("waiting", "running"):
             self.cancelled.labels(stage)

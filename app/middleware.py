@@ -1,90 +1,89 @@
-"""What surrounds every request: its id, its metrics, its line in the log, and the answer to a bug."""
+"""What surrounds every request: its id, its record, what a browser may do with the answer, and the answer to a bug."""
 
 import asyncio
 import logging
 import re
-import time
 import uuid
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 
-from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import Draining, InternalError, UnfogError
 from app.metrics import Metrics
+from app.problems import problem_response
+from app.records import Notes, Recorder
 
-log = logging.getLogger("unfog.access")
+log = logging.getLogger(__name__)
 
 CALLERS_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # for a client that goes on sending after its answer
-PROBLEM_JSON = "application/problem+json"
-
-
-def problem_response(error: UnfogError, request_id: str) -> JSONResponse:
-    """The answer that tells a client of the error."""
-    return JSONResponse(error.problem(request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+# An answer is data: no browser is to guess another type, to run it, to frame it or to tell others where it came from.
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+# What the pages of the API's description load, as FastAPI writes them.
+DOCS_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com; worker-src blob:; "
+    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
+    "style-src 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
+    "font-src https://fonts.gstatic.com; frame-ancestors 'none'"
+)
 
 
 class RequestContext:
-    """Plain ASGI, so that disconnects reach the handler as they come.
+    """Plain ASGI, so that disconnects reach the handler as they come; leaves the request's Notes in its state.
 
-    Leaves in the request's state its `request_id`, and `answered`, a stack that is closed when the
-    answer has been sent or the client is gone. `plain_paths` are those of routes that are not FastAPI's.
+    `pages` are the paths that a browser shows as pages.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, plain_paths: frozenset[str]) -> None:
-        self._app, self._metrics, self._plain_paths = app, metrics, plain_paths
+    def __init__(self, app: ASGIApp, metrics: Metrics, recorder: Recorder, pages: frozenset[str]) -> None:
+        self._app, self._metrics, self._recorder, self._pages = app, metrics, recorder, pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id, answered = _request_id(scope), ExitStack()
-        scope.setdefault("state", {}).update(request_id=request_id, answered=answered)
-        status, start = 0, time.perf_counter()
+        notes = Notes(request_id_of(scope))
+        scope.setdefault("state", {})["notes"] = notes
         body = _Body(scope, receive)
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                notes.status = message["status"]
+                self._add_headers(message, scope["path"], notes.request_id)
             await body.send(message, send)
 
         async def fail_with(error: UnfogError) -> None:
             self._metrics.count_rejection(error)
-            await problem_response(error, request_id)(scope, receive, send_with_id)
+            await problem_response(error, scope)(scope, receive, send_with_headers)
 
-        with self._metrics.requests_in_progress.track_inprogress(), answered:
+        with self._metrics.requests_in_progress.track_inprogress(), notes.answered:
             try:
-                await self._app(scope, body.receive, send_with_id)
+                await self._app(scope, body.receive, send_with_headers)
             except asyncio.CancelledError:  # uvicorn's, when the time for the last answers is over
-                if status:
+                if notes.status:
                     raise
                 await fail_with(Draining(1))
             except Exception:
-                log.exception("a request failed", extra={"request_id": request_id})
-                if not status:
+                log.exception("a request failed", extra={"request_id": notes.request_id})
+                if not notes.status:
                     await fail_with(InternalError())
             finally:
-                self._record(scope, status, time.perf_counter() - start, request_id)
+                self._recorder.record(scope, notes)
 
-    def _record(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        plain = scope["path"] if scope["path"] in self._plain_paths else "other"
-        route = getattr(scope.get("route"), "path", plain)
-        code = str(status or 499)  # 499: the client left before there was an answer
-        self._metrics.requests.labels(route, code).inc()
-        self._metrics.request_duration.labels(route).observe(seconds)
-        log.info(
-            "%s %s %s %.0f ms",
-            scope["method"],
-            scope["raw_path"].decode("ascii", "backslashreplace"),  # as it came: decoded it could forge a line
-            code,
-            seconds * 1000,
-            extra={"request_id": request_id, "route": route, "status": int(code), "seconds": round(seconds, 6)},
-        )
+    def _add_headers(self, message: Message, path: str, request_id: str) -> None:
+        headers = MutableHeaders(scope=message)
+        headers["X-Request-ID"] = request_id
+        for name, value in SECURITY_HEADERS.items():
+            headers[name] = value
+        if path in self._pages:
+            headers["Content-Security-Policy"] = DOCS_POLICY
 
 
 class _Body:
@@ -123,7 +122,7 @@ class _Body:
                     num_bytes += len((await self.receive()).get("body", b""))
 
 
-def _request_id(scope: Scope) -> str:
+def request_id_of(scope: Scope) -> str:
     """The caller's id if it is one that a log can hold, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and CALLERS_ID.fullmatch(value.decode("latin-1")):

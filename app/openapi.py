@@ -9,6 +9,11 @@ from app.schemas import GenerateRequest
 
 SUMMARY = "Handwritten digits from a diffusion model: the same bytes for the same seed, under any load."
 
+KEYS = {  # asked for where UNFOG_API_KEYS is set
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
 
 def add_openapi(app: FastAPI) -> None:
     """Makes the app describe itself completely."""
@@ -18,6 +23,8 @@ def add_openapi(app: FastAPI) -> None:
             document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
             schema = GenerateRequest.model_json_schema(ref_template="#/components/schemas/{model}")
             document["components"]["schemas"]["GenerateRequest"] = schema
+            document["components"]["securitySchemes"] = KEYS
+            document["paths"]["/generate"]["post"]["security"] = [{}, *({name: []} for name in KEYS)]
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -14,8 +14,12 @@ from fastapi import FastAPI
 from app import errors
 from app.config import Settings
 from app.device import RunnerError
+from app.network import ModelInfo
+from app.protocol import patient
 from app.service import Service
+from app.state import RESTART_SECONDS
 from app.trajectory import DEFAULT_MODEL
+from app.watchdog import Watchdog
 
 log = logging.getLogger("unfog")
 
@@ -25,6 +29,10 @@ BACKLOG = 2048
 
 class StartError(Exception):
     """The service cannot start; one sentence."""
+
+
+class GivenUpError(Exception):
+    """The engine has failed, or was stuck for too long: only another process can help; one sentence."""
 
 
 class _Uvicorn(uvicorn.Server):
@@ -62,38 +70,56 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; StartError if the engine cannot start."""
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    StartError if the engine cannot start, GivenUpError if it is lost later.
+    """
     service: Service = app.state.service
     engine = service.engine
-    config = uvicorn.Config(
-        app,
-        http="h11",  # whatever else is installed beside: what is tested is what is served, and what is measured
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="on",
-        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
-    )
-    server = _Uvicorn(config)
+    server = _Uvicorn(_config(app, settings))
     stop, hurry = _signals()
     hurry.add_done_callback(lambda _: setattr(server, "force_exit", True))
     serving = asyncio.ensure_future(server.serve([listener]))
     ready = asyncio.wrap_future(engine.ready)
     await server.up.wait()
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
+    watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
-        host, port = listener.getsockname()[:2]
-        info = engine.models[DEFAULT_MODEL]
-        how = "compiled" if info.compiled else "not compiled"
-        log.info("ready on http://%s:%d, %s on %s, %s", host, port, info.dtype, info.device, how)
-        await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
+        _announce(engine.models[DEFAULT_MODEL], listener)
+        watchdog.start()
+        await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
         await _drain(service, settings.drain_timeout, hurry)
+    engine.give_up(errors.EngineFailed(RESTART_SECONDS))
     server.should_exit = True
     await serving
+    if watchdog.lost.done():
+        raise GivenUpError(f"the engine was lost for {settings.give_up_seconds:g} s: this process ends for another")
     if ready.done() and (failure := ready.exception()):
         known = isinstance(failure, RunnerError)
         raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
+
+
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    service: Service = app.state.service
+    return uvicorn.Config(
+        app,
+        http=patient(settings, service.metrics),
+        ws="none",
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+    )
+
+
+def _announce(info: ModelInfo, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    how = "compiled" if info.compiled else "not compiled"
+    log.info("ready on http://%s:%d, %s on %s, %s", host, port, info.dtype, info.device, how)
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:

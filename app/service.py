@@ -14,6 +14,7 @@ from app.images import Provenance
 from app.metrics import Metrics
 from app.network import ModelInfo
 from app.owed import Owed
+from app.records import Notes
 from app.schemas import GenerateRequest, Timing
 from app.trajectory import Job, Listener, Options, Pixels
 
@@ -44,14 +45,21 @@ class Service:
             raise errors.InvalidRequest.of("model", f"Input should be {names}")
         return models[model]
 
-    def submit(self, body: GenerateRequest, num_previews: int = 0, listener: Listener | None = None) -> Job:
-        """Admits what is asked for; InvalidRequest for what can never be drawn, Overloaded for what cannot now."""
+    def submit(
+        self, body: GenerateRequest, notes: Notes, num_previews: int = 0, listener: Listener | None = None
+    ) -> Job:
+        """Admits what is asked for; InvalidRequest for what can never be drawn, Overloaded for what cannot now.
+
+        From here on an answer is owed.
+        """
         self._check(body)
         info = self.info(body.model)
         options = self._options(body, info)
         timeout = body.timeout_seconds if body.given("timeout_seconds") else self.settings.request_timeout
-        job = Job(options, body.count, timeout, num_previews, listener, info.guided_steps_of(options))
+        job = Job(options, body.count, timeout, num_previews, listener, info.guided_steps_of(options), notes.request_id)
         self.engine.submit(job)
+        notes.job = job
+        notes.answered.enter_context(self.owed.one())
         return job
 
     def provenance(self, job: Job) -> Provenance:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from app.errors import DeadlineExceeded, InternalError, UnfogError
 from app.http import ClientGoneError, unless_gone
 from app.images import Provenance, encode_base64, encode_png
+from app.records import CLIENT_GONE, Notes, notes_of
 from app.service import Service, timing
 from app.trajectory import ImageDone, Job, Progress
 
@@ -53,52 +54,54 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the last."""
-        request = Request(scope, receive)
+        request, notes = Request(scope, receive), notes_of(scope)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await unless_gone(request, self._send_all(request, send))
+            await unless_gone(request, self._send_all(notes, send))
         except ClientGoneError:
-            return
+            notes.outcome = CLIENT_GONE
         finally:
             self._service.engine.cancel(self._job, ClientGoneError())
 
-    async def _send_all(self, request: Request, send: Send) -> None:
+    async def _send_all(self, notes: Notes, send: Send) -> None:
         error: UnfogError | None = None
         try:
             async with asyncio.timeout(self._job.timeout):
-                await self._send_work(send)
+                await self._send_work(notes, send)
         except TimeoutError:
             error = DeadlineExceeded()
         except UnfogError as known:
             error = known
         except Exception:
-            log.exception("a stream failed", extra={"request_id": request.state.request_id})
+            log.exception("a stream failed", extra={"request_id": notes.request_id})
             error = InternalError()
         with suppress(TimeoutError):  # a client that does not read is not waited for
             async with asyncio.timeout(LAST_WORDS_SECONDS):
-                await self._send_end(request, send, error)
+                await self._send_end(notes, send, error)
 
-    async def _send_work(self, send: Send) -> None:
+    async def _send_work(self, notes: Notes, send: Send) -> None:
         job = self._job
         position = {"seed": job.options.seed, "position": job.position, "eta_seconds": round(job.eta_seconds, 3)}
         await _send_event(send, "accepted", position)
         while (event := await self._events.get()) is not None:
-            await _send_event(send, *await asyncio.to_thread(self._encode, event))
+            with notes.encoding(self._service.metrics):
+                encoded = await asyncio.to_thread(self._encode, event)
+            await _send_event(send, *encoded)
         job.future.result()  # raises what the job was ended with
         await _send_event(send, "done", {"seed": job.options.seed, "timing": timing(job).model_dump()})
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
-        with self._service.metrics.encode_duration.time():
-            if isinstance(event, Progress):
-                previews = [encode_base64(encode_png(pixels)) for pixels in event.previews]
-                return "progress", {"step": event.step, "of": event.of, "previews": previews}
-            png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
-            return "image", {"index": event.index, "png": encode_base64(png)}
+        if isinstance(event, Progress):
+            previews = [encode_base64(encode_png(pixels)) for pixels in event.previews]
+            return "progress", {"step": event.step, "of": event.of, "previews": previews}
+        png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
+        return "image", {"index": event.index, "png": encode_base64(png)}
 
-    async def _send_end(self, request: Request, send: Send, error: UnfogError | None) -> None:
+    async def _send_end(self, notes: Notes, send: Send, error: UnfogError | None) -> None:
         if error:
+            notes.outcome = error.code
             self._service.metrics.count_rejection(error)
-            await _send_event(send, "error", error.problem(request.state.request_id))
+            await _send_event(send, "error", error.problem(notes.request_id))
         await send({"type": "http.response.body", "body": b""})
 
 

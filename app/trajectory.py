@@ -78,6 +78,7 @@ class Job:
     num_previews: int = 0
     listener: Listener | None = None
     guided_steps: range = range(0)  # those that take a second evaluation
+    request_id: str = ""  # for the log
     future: "Future[list[Pixels]]" = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.monotonic)
     submitted_at_step: int = 0  # the engine's count of steps

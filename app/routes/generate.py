@@ -1,7 +1,6 @@
 """POST /generate: digits as JSON, PNG, ZIP or a stream of events."""
 
 import asyncio
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from app.http import ClientGoneError, negotiate, read_json
 from app.images import Provenance, encode_base64, encode_images, encode_sheet, encode_zip
+from app.records import Notes, client_gone, notes_of
 from app.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem
 from app.service import Service, finish, timing
 from app.stream import EventStream, JobEvents
@@ -21,7 +21,6 @@ router = APIRouter()
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
 FORMATS = (JSON, PNG, ZIP, EVENTS)  # the first wins a tie
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
-CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that left; nobody reads it but the log
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -29,11 +28,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text, "content": _PROBLEM}
     for status, text in {
         400: "malformed_json",
+        401: "unauthorized: UNFOG_API_KEYS is set, and no key came",
+        403: "forbidden: a wrong key",
         406: "not_acceptable",
+        408: "request_timeout: the body took longer than UNFOG_READ_TIMEOUT",
         413: "body_too_large",
         415: "unsupported_media_type",
         422: "invalid_request",
-        429: "overloaded, with Retry-After",
+        429: "overloaded or rate_limited, with Retry-After",
         500: "internal_error",
         503: "starting, draining or engine_failed, with Retry-After",
         504: "deadline_exceeded",
@@ -65,29 +67,29 @@ async def generate(
     """Draws digits of a class. The same request with the same seed gives the same bytes, under any load."""
     service: Service = request.app.state.service
     media_type = negotiate(request, FORMATS)
-    body = await read_json(request, GenerateRequest, service.settings.max_body_bytes)
+    settings = service.settings
+    body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
+    notes = notes_of(request.scope)
     if media_type == EVENTS:
         events = JobEvents()
-        job = service.submit(body, previews, events.put)
-        request.state.answered.enter_context(service.owed.one())
+        job = service.submit(body, notes, previews, events.put)
         return EventStream(service, job, events, body.scale)
-    job = service.submit(body)
-    request.state.answered.enter_context(service.owed.one())
+    job = service.submit(body, notes)
     try:
         images = await finish(service, request, job)
     except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return await _respond(service, job, images, media_type, body.scale)
+        return client_gone(request.scope)
+    return await _respond(service, job, images, media_type, body.scale, notes)
 
 
-async def _respond(service: Service, job: Job, images: list[Pixels], media_type: str, scale: int) -> Response:
-    start = time.perf_counter()
+async def _respond(
+    service: Service, job: Job, images: list[Pixels], media_type: str, scale: int, notes: Notes
+) -> Response:
     encoders: dict[str, Encoder] = {JSON: partial(_encode_json, service, job), PNG: encode_sheet, ZIP: encode_zip}
-    content = await asyncio.to_thread(encoders[media_type], images, service.provenance(job), scale)
-    seconds = time.perf_counter() - start
-    service.metrics.encode_duration.observe(seconds)
+    with notes.encoding(service.metrics):
+        content = await asyncio.to_thread(encoders[media_type], images, service.provenance(job), scale)
     times = timing(job)
-    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": seconds}
+    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": notes.encode_seconds}
     headers = {
         "X-Seed": str(job.options.seed),
         "Server-Timing": ", ".join(f"{phase};dur={1000 * duration:.3f}" for phase, duration in phases.items()),

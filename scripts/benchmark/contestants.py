@@ -66,6 +66,14 @@ class Running:
         """Memory of the process and its children now; what they share counts once."""
         return sum(_resident_kilobytes(pid) for pid in _family(self.pid)) / 1024
 
+    def descriptors(self) -> int:
+        """Open files and sockets of the process and its children."""
+        return sum(_entries(pid, "fd") for pid in _family(self.pid))
+
+    def threads(self) -> int:
+        """Of the process and its children."""
+        return sum(_entries(pid, "task") for pid in _family(self.pid))
+
     def metrics(self) -> dict[str, float]:
         """What GET /metrics says, by series; nothing where there is none."""
         try:
@@ -157,6 +165,13 @@ def _start_time(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None
+
+
+def _entries(pid: int, folder: str) -> int:
+    try:
+        return len(list(Path(f"/proc/{pid}/{folder}").iterdir()))
+    except OSError:
+        return 0
 
 
 def _resident_kilobytes(pid: int) -> int:

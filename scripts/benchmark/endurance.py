@@ -1,4 +1,4 @@
-"""Hours of load of every kind, with memory and a picture that must not change looked at all the while."""
+"""Hours of load of every kind, beside which memory, descriptors, threads and a picture are looked at."""
 
 import asyncio
 import random
@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.sampler import SAMPLERS
 from scripts.benchmark.contestants import BenchError, Running
+from scripts.benchmark.rude import rude
 from scripts.progress import Reporter, require
 
 if TYPE_CHECKING:
@@ -19,34 +20,69 @@ CLIENTS = 8
 LOOK_SECONDS = 15.0  # between two looks at memory and at the picture
 FORMATS = ("application/json", "image/png", "application/zip", "text/event-stream")
 LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # shares of the requests
+RUDE_CLIENTS = 2
+REST_SECONDS = 15.0  # after the load, for connections to be given up
+LONG_MINUTES = 30  # in a shorter time growth says little
+MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # an hour
+MOST_LEFT = 4  # descriptors more than before the load: of libraries that opened a file of theirs
 PROBE = {"digit": 3, "seed": 11, "num_steps": 10, "sampler": "dpmpp"}
+
+
+class Look(NamedTuple):
+    """What a process holds at a moment, in seconds."""
+
+    at: float
+    megabytes: float
+    descriptors: float
+    threads: float
+
+    @classmethod
+    def of(cls, running: Running, at: float) -> "Look":
+        """Now."""
+        return cls(at, running.resident_megabytes(), running.descriptors(), running.threads())
 
 
 @dataclass(slots=True)
 class Log:
     """What was seen."""
 
-    looks: list[tuple[float, float]] = field(default_factory=list)  # (seconds, resident megabytes)
+    before: Look
+    looks: list[Look] = field(default_factory=list)
     pictures: set[bytes] = field(default_factory=set)
     answers: dict[int, int] = field(default_factory=dict)  # by status; 0 for a client that left
+    after: Look | None = None
 
     def count(self, status: int) -> None:
         """One more."""
         self.answers[status] = self.answers.get(status, 0) + 1
 
     def as_json(self) -> dict[str, Any]:
-        """With the growth of the second half, when all that is kept for good has been made."""
+        """With what grew in the second half, when all that is kept for good has been made."""
         later = self.looks[len(self.looks) // 2 :]
         return {
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
             "pictures": len(self.pictures),
-            "megabytes": [round(megabytes, 1) for _, megabytes in self.looks],
-            "megabytes_an_hour": growth(later),
+            "before": self.before._asdict(),
+            "after": self.after and self.after._asdict(),
+            **{name: [round(getattr(look, name), 1) for look in self.looks] for name in MOST_GROWTH},
+            **{f"{name}_an_hour": growth([(look.at, getattr(look, name)) for look in later]) for name in MOST_GROWTH},
         }
 
 
+def complaint(found: dict[str, Any]) -> str | None:
+    """What is wrong with what was found; None where it is well."""
+    if found["pictures"] != 1:
+        return f"the same request gave {found['pictures']} pictures"
+    if found["after"]["descriptors"] > found["before"]["descriptors"] + MOST_LEFT:
+        return "descriptors were left open"
+    grown = [name for name, most in MOST_GROWTH.items() if found[f"{name}_an_hour"] > most]
+    if grown and found["minutes"] >= LONG_MINUTES:
+        return f"{' and '.join(grown)} grew"
+    return None
+
+
 def growth(looks: Sequence[tuple[float, float]]) -> float:
-    """Megabytes an hour: the slope of the line through (seconds, megabytes) that Theil and Sen would draw."""
+    """An hour's: the slope of the line through (seconds, amount) that Theil and Sen would draw."""
     pairs = ((a, b) for i, a in enumerate(looks) for b in looks[i + 1 :] if b[0] > a[0])
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
     return 3600 * statistics.median(slopes) if slopes else float("nan")
@@ -54,7 +90,7 @@ def growth(looks: Sequence[tuple[float, float]]) -> float:
 
 async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:
     """Clients ask, leave and err at random for so long; BenchError where an answer is missing, or must not be."""
-    log = Log()
+    log = Log(Look.of(running, 0.0))
     try:
         await _endure(running, seconds, reporter, seed, log)
     except ExceptionGroup as group:  # a client's, whose end is everybody's
@@ -62,6 +98,8 @@ async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: 
     unexpected = set(log.answers) - {0, 200, 422, 429}
     if unexpected:
         raise BenchError(f"answers of {sorted(unexpected)} under load")
+    await asyncio.sleep(REST_SECONDS)
+    log.after = Look.of(running, seconds + REST_SECONDS)
     return log
 
 
@@ -72,13 +110,15 @@ async def _endure(running: Running, seconds: float, reporter: Reporter, seed: in
             async with asyncio.TaskGroup() as group:
                 for client in range(CLIENTS):
                     group.create_task(_client(session, random.Random(f"{seed}-{client}"), end, log))
+                for client in range(RUDE_CLIENTS):
+                    group.create_task(rude(running.url, random.Random(f"{seed}-rude-{client}"), end))
                 start = time.monotonic()
                 while (now := time.monotonic()) < end:
                     async with session.post("/generate", json=PROBE, headers={"Accept": FORMATS[1]}) as answer:
                         if answer.status == 200:  # 429 where the others fill the queue
                             log.pictures.add(await answer.read())
-                    log.looks.append((now - start, running.resident_megabytes()))
-                    task.advance(round(min(LOOK_SECONDS, end - now)), f"{log.looks[-1][1]:.0f} MB")
+                    log.looks.append(Look.of(running, now - start))
+                    task.advance(round(min(LOOK_SECONDS, end - now)), f"{log.looks[-1].megabytes:.0f} MB")
                     await asyncio.sleep(min(LOOK_SECONDS, max(0.0, end - time.monotonic())))
 
 

@@ -6,16 +6,21 @@ import pytest
 from app import errors
 from app.errors import UnfogError
 
-# Contract, section 3. 401, 403 and 429 rate_limited belong to a later release.
+# Contract, section 3, and the two that HTTP itself needs: 400 malformed_request and 408 request_timeout.
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
+    (errors.MalformedRequest(), 400, "malformed_request"),
+    (errors.Unauthorized(), 401, "unauthorized"),
+    (errors.Forbidden(), 403, "forbidden"),
     (errors.NotFound(), 404, "not_found"),
     (errors.MethodNotAllowed("POST"), 405, "method_not_allowed"),
     (errors.NotAcceptable(("image/png",)), 406, "not_acceptable"),
+    (errors.RequestTimeout(), 408, "request_timeout"),
     (errors.BodyTooLarge(10), 413, "body_too_large"),
     (errors.UnsupportedMediaType(), 415, "unsupported_media_type"),
     (errors.InvalidRequest.of("digit", "too large"), 422, "invalid_request"),
     (errors.Overloaded(3), 429, "overloaded"),
+    (errors.RateLimited(3), 429, "rate_limited"),
     (errors.InternalError(), 500, "internal_error"),
     (errors.Starting(3), 503, "starting"),
     (errors.Draining(3), 503, "draining"),
@@ -61,6 +66,10 @@ def test_the_problem_is_what_rfc_9457_asks_for(error: UnfogError, status: int, c
 @cases
 def test_what_is_worth_trying_again_says_when(error: UnfogError, status: int, code: str) -> None:
     assert error.headers.get("Retry-After") == ("3" if status in (429, 503) else None)
+
+
+def test_who_has_no_key_is_told_how_to_show_one() -> None:
+    assert errors.Unauthorized().headers == {"WWW-Authenticate": 'Bearer realm="unfog"'}
 
 
 def test_a_wrong_method_names_the_right_ones() -> None:

@@ -12,7 +12,7 @@ from app.http import ClientGoneError, negotiate, read_json, unless_gone
 from app.routes.generate import EVENTS, FORMATS, JSON, PNG, ZIP
 from app.schemas import GenerateRequest
 
-LIMIT = 1000
+LIMIT, PATIENCE = 1000, 60.0
 
 
 class Body:
@@ -43,7 +43,7 @@ async def silence() -> Message:
 
 
 def read(*chunks: bytes, content_type: str = JSON) -> GenerateRequest:
-    return asyncio.run(read_json(request(Body(*chunks), content_type=content_type), GenerateRequest, LIMIT))
+    return asyncio.run(read_json(request(Body(*chunks), content_type=content_type), GenerateRequest, LIMIT, PATIENCE))
 
 
 def wrong(body: str | bytes) -> list[dict[str, Any]]:
@@ -112,14 +112,14 @@ def test_a_body_is_read_as_what_it_asks_for(content_type: str) -> None:
 def test_what_is_not_declared_as_json_is_not_read(content_type: str) -> None:
     body = Body(b'{"digit": 7}')
     with pytest.raises(errors.UnsupportedMediaType):
-        asyncio.run(read_json(request(body, content_type=content_type), GenerateRequest, LIMIT))
+        asyncio.run(read_json(request(body, content_type=content_type), GenerateRequest, LIMIT, PATIENCE))
     assert body.taken == 0
 
 
 def test_a_body_over_the_limit_is_cut_off_while_it_arrives() -> None:
     body = Body(*[b" " * 300] * 100)
     with pytest.raises(errors.BodyTooLarge):
-        asyncio.run(read_json(request(body, content_type=JSON), GenerateRequest, LIMIT))
+        asyncio.run(read_json(request(body, content_type=JSON), GenerateRequest, LIMIT, PATIENCE))
     assert body.taken == 4
 
 
@@ -157,7 +157,7 @@ def test_what_is_not_json_is_malformed(body: bytes) -> None:
 def test_nesting_without_end_is_malformed() -> None:
     deep = b"[" * 100_000 + b"]" * 100_000
     with pytest.raises(errors.MalformedJSON):
-        asyncio.run(read_json(request(Body(deep), content_type=JSON), GenerateRequest, 10**6))
+        asyncio.run(read_json(request(Body(deep), content_type=JSON), GenerateRequest, 10**6, PATIENCE))
 
 
 @pytest.mark.parametrize(

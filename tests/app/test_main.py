@@ -2,42 +2,16 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import httpx
 import pytest
 
-from app.config import Settings
 from app.device import DeviceLostError
-from app.main import create_app
 from model.sampler import Sampler
+from tests.app.application import WORK, run
 from tests.app.fakes import INFO, FakeRunner, Rows
-
-WORK = {"digit": 3, "num_steps": 3, "seed": 1}
-
-
-@asynccontextmanager
-async def client_of(runner: FakeRunner, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application that is ready."""
-    app = create_app(Settings(**settings), lambda: runner)
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-    ):
-        await asyncio.wrap_future(app.state.service.engine.ready)
-        yield client
-
-
-def run(check: Callable[[httpx.AsyncClient], Awaitable[None]], runner: FakeRunner, **settings: Any) -> None:
-    async def main() -> None:
-        async with client_of(runner, **settings) as client:
-            await check(client)
-
-    asyncio.run(main())
 
 
 def fails_for(seed: int, error: Exception) -> Callable[[Rows], None]:
@@ -195,13 +169,26 @@ def test_routes_are_counted_by_name_and_paths_that_nobody_knows_together() -> No
         for path in ("/health", "/docs", "/openapi.json", "/docs/", "/a", "/b"):
             await client.get(path)
         text = (await client.get("/metrics")).text
-        counted = {line for line in text.splitlines() if line.startswith("unfog_requests_total")}
+        counted = {
+            line for line in text.splitlines() if line.startswith("unfog_requests_total") and "/generate" not in line
+        }
         assert counted == {
             'unfog_requests_total{code="200",route="/health"} 1.0',
             'unfog_requests_total{code="200",route="/docs"} 1.0',
             'unfog_requests_total{code="200",route="/openapi.json"} 1.0',
             'unfog_requests_total{code="404",route="other"} 3.0',
         }
+
+    run(check, FakeRunner())
+
+
+def test_what_went_wrong_is_counted_from_zero() -> None:
+    """Else a rate would not see the first time."""
+
+    async def check(client: httpx.AsyncClient) -> None:
+        text = (await client.get("/metrics")).text
+        for code in (200, 429, 500, 503, 504):
+            assert f'unfog_requests_total{{code="{code}",route="/generate"}} 0.0' in text
 
     run(check, FakeRunner())
 

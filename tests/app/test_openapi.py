@@ -50,7 +50,9 @@ def test_the_body_and_the_answers_of_generate_are_described() -> None:
         "model",
         "timeout_seconds",
     }
-    assert set(generate["responses"]) == {"200", "400", "406", "413", "415", "422", "429", "500", "503", "504"}
+    refused = {"400", "401", "403", "406", "408", "413", "415", "422", "429"}
+    assert set(generate["responses"]) == refused | {"200", "500", "503", "504"}
+    assert generate["security"] == [{}, {"bearer": []}, {"header": []}]  # none is needed unless keys are set
     assert set(generate["responses"]["200"]["content"]) == {
         "application/json",
         "image/png",

@@ -47,9 +47,9 @@ def start(checkpoint: Path) -> Iterator[Start]:
         yield lambda **variables: start_service(stack, checkpoint, **variables)
 
 
-def start_service(stack: ExitStack, checkpoint: Path, **variables: str) -> Service:
+def start_service(stack: ExitStack, checkpoint: Path, module: str = "app", **variables: str) -> Service:
     """A service that is ready, and has ended when the stack is closed."""
-    process = Process(UNFOG_CHECKPOINT=str(checkpoint), **variables)
+    process = Process(module, UNFOG_CHECKPOINT=str(checkpoint), **variables)
     stack.callback(process.end)
     service = Service(process)
     stack.callback(service.client.close)

@@ -27,10 +27,10 @@ BASE = {
 class Process:
     """`python -m app` with these variables and no other of ours; every line of its stderr is kept."""
 
-    def __init__(self, **variables: str) -> None:
+    def __init__(self, module: str = "app", **variables: str) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("UNFOG_")}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "app"],
+            [sys.executable, "-m", module],
             cwd=ROOT,
             env=clean | BASE | variables,
             stdin=subprocess.DEVNULL,
@@ -51,6 +51,11 @@ class Process:
             if message.startswith("ready on "):
                 return str(message.split()[2].rstrip(","))
         raise AssertionError(f"it ended before it was ready: {self.lines}")
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal."""

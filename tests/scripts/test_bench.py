@@ -1,8 +1,6 @@
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ from model.step import Stepped
 from scripts import bench
 from scripts.benchmark import contestants, endurance, loads
 from scripts.benchmark.alternatives.painter import Painter
-from scripts.benchmark.contestants import BenchError, Contestant, Running, started, this_service
+from scripts.benchmark.contestants import BenchError, Contestant, started, this_service
 from scripts.benchmark.loads import Load
 from scripts.benchmark.runs import Times
 from scripts.benchmark.simulation import Fate
-from scripts.progress import Reporter
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
 
@@ -113,6 +110,8 @@ def test_a_service_under_load_of_every_kind_is_looked_at(
     for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
         monkeypatch.setenv(f"UNFOG_{name}", value)
     monkeypatch.setattr(endurance, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(endurance, "REST_SECONDS", 3.0)
+    monkeypatch.setenv("UNFOG_READ_TIMEOUT", "1")
     out = tmp_path / "endurance.json"
     bench.main(["endurance", "--minutes=0.1", f"--out={out}"])
     found = json.loads(out.read_text())
@@ -120,22 +119,9 @@ def test_a_service_under_load_of_every_kind_is_looked_at(
     assert found["answers"]["200"]
     assert found["pictures"] == 1
     assert min(found["megabytes"]) > 50
-    assert "MB an hour" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("minutes", "an_hour", "fails"), [(60, 50, False), (60, 70, True), (1, 70, False)])
-def test_memory_that_grows_for_long_is_an_error(
-    minutes: float, an_hour: float, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def endure(running: Running, seconds: float, reporter: Reporter) -> endurance.Log:
-        looks = [(at, 300 + an_hour * at / 3600) for at in (0.0, seconds / 2, seconds)]
-        return endurance.Log(looks, {b"the same"}, {200: 9})
-
-    monkeypatch.setattr(bench, "endure", endure)
-    monkeypatch.setattr(bench, "started", lambda contestant: nullcontext(Running("", os.getpid(), 1.0)))
-    with pytest.raises(SystemExit) if fails else nullcontext():
-        bench.main(["endurance", f"--minutes={minutes}", f"--out={tmp_path / 'out.json'}"])
-    assert json.loads((tmp_path / "out.json").read_text())["megabytes_an_hour"] == pytest.approx(an_hour)
+    assert min(found["descriptors"]) > 5
+    assert min(found["threads"]) > 1
+    assert "growth in the second half" in capsys.readouterr().out
 
 
 def test_trainings_are_timed_side_by_side(

@@ -1,0 +1,132 @@
+"""Who gets in: by key, and how often. Probes, metrics and the API's description stand outside."""
+
+import hmac
+import ipaddress
+import math
+from collections.abc import Sequence
+from hashlib import sha256
+
+from limits import RateLimitItem
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.errors import Forbidden, RateLimited, Unauthorized, UnfogError
+from app.metrics import Metrics
+from app.problems import problem_response
+
+PREFIX_OF_A_SUBSCRIBER = 64  # of an IPv6 address: all that follows is one customer's to choose
+
+
+class Keys:
+    """The keys that open, each as good as another, so that a new one can be handed out before the old one goes."""
+
+    def __init__(self, keys: Sequence[SecretStr]) -> None:
+        self._digests = [_digest(key.get_secret_value().encode("ascii")) for key in keys]
+
+    def check(self, headers: Headers) -> str | None:
+        """Which key was shown, by a name that tells nothing of it; None where none is asked for.
+
+        Unauthorized without one, Forbidden with none that opens. Every key is compared, in full, whatever was found.
+        """
+        if not self._digests:
+            return None
+        shown = [_digest(key.encode("latin-1")) for key in _shown(headers)]
+        opens = [hmac.compare_digest(ours, theirs) for theirs in shown for ours in self._digests]
+        if not shown:
+            raise Unauthorized
+        if not any(opens):
+            raise Forbidden
+        return f"key {opens.index(True) % len(self._digests)}"
+
+
+class Rates:
+    """How often each caller may come, in this process: over a window that slides, counted as two of which one ends."""
+
+    def __init__(self, items: Sequence[RateLimitItem]) -> None:
+        self._items, self._storage = items, MemoryStorage() if items else None
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage) if self._storage else None
+
+    def spend(self, caller: str) -> None:
+        """Counts one request; RateLimited, and nothing counted, where it is one too many for any limit."""
+        if not self._limiter:
+            return
+        wait = max(self._seconds_until_one_more(item, caller) for item in self._items)
+        if wait > 0:
+            raise RateLimited(math.ceil(wait))
+        for item in self._items:
+            self._limiter.hit(item, caller)
+
+    def _seconds_until_one_more(self, item: RateLimitItem, caller: str) -> float:
+        """Until previous * share of it that still counts + present < amount."""
+        window = item.get_expiry()
+        assert self._storage
+        previous, left, present, expiry = self._storage.get_sliding_window(item.key_for(caller), window)
+        if previous * left / window + present < item.amount:
+            return 0.0
+        if present >= item.amount:
+            return max(expiry - window, 1e-3)  # the present one still counts, while it ends
+        return max(left - (item.amount - present) * window / previous, 1e-3)
+
+
+class Doors:
+    """Plain ASGI around all routes but those in `open_paths`; what nobody routes needs a key, too."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[SecretStr],
+        rates: Sequence[RateLimitItem],
+        metrics: Metrics,
+        open_paths: frozenset[str],
+    ) -> None:
+        self._app, self._metrics, self._open_paths = app, metrics, open_paths
+        self._keys, self._rates = Keys(keys), Rates(rates)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Lets a request in, or says why not, before a byte of its body is read."""
+        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+            try:
+                self._let_in(scope)
+            except UnfogError as error:
+                self._metrics.count_rejection(error)
+                await problem_response(error, scope)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _let_in(self, scope: Scope) -> None:
+        """Whoever tries keys is counted by address, so that guessing is no faster than asking."""
+        address = caller_of(scope)
+        try:
+            key = self._keys.check(Headers(scope=scope))
+        except UnfogError:
+            self._rates.spend(address)
+            raise
+        self._rates.spend(key or address)
+
+
+def caller_of(scope: Scope) -> str:
+    """The client's address, of IPv6 its network."""
+    host = (scope.get("client") or ("unknown", 0))[0]
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:  # a socket without addresses, or a test's client
+        return str(host)
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((address.packed, PREFIX_OF_A_SUBSCRIBER), strict=False))
+    return str(address)
+
+
+def _shown(headers: Headers) -> list[str]:
+    bearers = [value.split(None, 1) for value in headers.getlist("authorization")]
+    tokens = [parts[1].strip() for parts in bearers if len(parts) == 2 and parts[0].lower() == "bearer"]
+    return tokens + [value.strip() for value in headers.getlist("x-api-key") if value.strip()]
+
+
+def _digest(key: bytes) -> bytes:
+    """Of one length for all keys: the time that a comparison takes says nothing of theirs."""
+    return sha256(key).digest()

@@ -1,0 +1,46 @@
+"""Errors as answers: problem documents (RFC 9457)."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Scope
+
+from app import errors
+from app.metrics import Metrics
+from app.records import client_gone, notes_of
+
+PROBLEM_JSON = "application/problem+json"
+
+
+def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
+    """The answer that tells a client of the error; the request's outcome is its code."""
+    notes = notes_of(scope)
+    notes.outcome = error.code
+    return JSONResponse(error.problem(notes.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+
+
+def handle_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Every error that a route raises, or that finding one does, becomes such an answer."""
+
+    @app.exception_handler(errors.UnfogError)
+    async def known(request: Request, error: errors.UnfogError) -> Response:
+        metrics.count_rejection(error)
+        return problem_response(error, request.scope)
+
+    @app.exception_handler(HTTPException)
+    async def routed(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            return problem_response(errors.MethodNotAllowed((error.headers or {})["Allow"]), request.scope)
+        return problem_response(errors.NotFound(), request.scope)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_query(request: Request, error: RequestValidationError) -> Response:
+        wrong = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
+        return problem_response(errors.InvalidRequest(wrong), request.scope)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return client_gone(request.scope)

@@ -1,0 +1,120 @@
+"""A pod asks for no more than the Pod Security Standard `restricted` allows, and the network for less."""
+
+import copy
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.deploy.kubernetes.kustomize import FOLDER, Manifest, container_of, find, pod_of
+
+VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+
+
+def violations(spec: Manifest) -> set[str]:
+    """Fields of a pod that the standard does not allow, each once, whatever container they are of."""
+    context = spec.get("securityContext", {})
+    found = {field for field in ("hostNetwork", "hostPID", "hostIPC") if spec.get(field)}
+    found |= {name for volume in spec.get("volumes", ()) for name in volume.keys() - {"name"} - VOLUMES}
+    found |= {name for name in ("sysctls", "appArmorProfile", "seLinuxOptions", "windowsOptions") if name in context}
+    for container in [*spec["containers"], *spec.get("initContainers", ()), *spec.get("ephemeralContainers", ())]:
+        found |= _violations(container, context)
+    return found
+
+
+def _violations(container: Manifest, pod: Manifest) -> set[str]:
+    own = container.get("securityContext", {})
+    both = pod | own
+    added = own.get("capabilities", {}).get("add", [])
+    checks = {
+        "privileged": own.get("privileged", False) is False,
+        "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+        "runAsNonRoot": both.get("runAsNonRoot") is True,
+        "runAsUser": both.get("runAsUser") != 0,
+        "seccompProfile": both.get("seccompProfile", {}).get("type") in ("RuntimeDefault", "Localhost"),
+        "capabilities": own.get("capabilities", {}).get("drop") == ["ALL"] and set(added) <= {"NET_BIND_SERVICE"},
+        "procMount": own.get("procMount", "Default") == "Default",
+        "hostPort": not any(port.get("hostPort") for port in container.get("ports", ())),
+        "host": not any(handler.get("host") for handler in _handlers(container)),
+    }
+    own_only = {name for name in ("appArmorProfile", "seLinuxOptions", "windowsOptions") if name in own}
+    return {name for name, is_good in checks.items() if not is_good} | own_only
+
+
+def _handlers(container: Manifest) -> list[Manifest]:
+    hooks = [container.get(f"{name}Probe", {}) for name in ("startup", "readiness", "liveness")]
+    hooks += container.get("lifecycle", {}).values()
+    return [hook[kind] for hook in hooks for kind in ("httpGet", "tcpSocket") if kind in hook]
+
+
+def test_a_pod_is_restricted_and_its_namespace_takes_no_other(manifests: list[Manifest]) -> None:
+    assert violations(pod_of(manifests)["spec"]) == set()
+    labels = find(manifests, "Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+
+
+@pytest.mark.parametrize(
+    ("field", "break_it"),
+    [
+        ("hostNetwork", lambda pod, c: pod.update(hostNetwork=True)),
+        ("hostPath", lambda pod, c: pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}})),
+        ("sysctls", lambda pod, c: pod["securityContext"].update(sysctls=[{"name": "a", "value": "b"}])),
+        ("privileged", lambda pod, c: c["securityContext"].update(privileged=True)),
+        ("allowPrivilegeEscalation", lambda pod, c: c["securityContext"].pop("allowPrivilegeEscalation")),
+        ("runAsNonRoot", lambda pod, c: c["securityContext"].update(runAsNonRoot=False)),
+        ("runAsUser", lambda pod, c: pod["securityContext"].update(runAsUser=0)),
+        ("seccompProfile", lambda pod, c: pod["securityContext"].pop("seccompProfile")),
+        ("capabilities", lambda pod, c: c["securityContext"]["capabilities"].update(add=["SYS_ADMIN"])),
+        ("capabilities", lambda pod, c: c["securityContext"].pop("capabilities")),
+        ("procMount", lambda pod, c: c["securityContext"].update(procMount="Unmasked")),
+        ("hostPort", lambda pod, c: c["ports"][0].update(hostPort=8000)),
+        ("host", lambda pod, c: c["livenessProbe"]["httpGet"].update(host="10.0.0.1")),
+        ("allowPrivilegeEscalation", lambda pod, c: pod.update(initContainers=[c | {"securityContext": {}}])),
+    ],
+)
+def test_a_pod_that_asked_for_more_would_be_noticed(
+    manifests: list[Manifest], field: str, break_it: Callable[[Manifest, Manifest], Any]
+) -> None:
+    broken = copy.deepcopy(manifests)
+    break_it(pod_of(broken)["spec"], container_of(broken))
+    assert field in violations(pod_of(broken)["spec"])
+
+
+def test_the_user_is_the_images_and_writes_nowhere_but_to_its_own_scratch(manifests: list[Manifest]) -> None:
+    spec, container = pod_of(manifests)["spec"], container_of(manifests)
+    dockerfile = (FOLDER.parents[1] / "Dockerfile").read_text()
+    user = spec["securityContext"]
+    assert f"USER {user['runAsUser']}:{user['runAsGroup']}\n" in dockerfile
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
+    (volume,) = spec["volumes"]
+    assert volume["name"] == "tmp" and volume["emptyDir"]["sizeLimit"]
+
+
+def test_no_token_of_the_api_server_is_at_hand(manifests: list[Manifest]) -> None:
+    assert pod_of(manifests)["spec"]["automountServiceAccountToken"] is False
+    assert find(manifests, "ServiceAccount")["automountServiceAccountToken"] is False
+
+
+def test_keys_are_named_but_never_kept_here(manifests: list[Manifest]) -> None:
+    (variable,) = container_of(manifests)["env"]
+    reference = variable["valueFrom"]["secretKeyRef"]
+    assert (variable["name"], reference["optional"]) == ("UNFOG_API_KEYS", True)
+    assert "UNFOG_API_KEYS" not in find(manifests, "ConfigMap")["data"]
+    assert "Secret" not in {manifest["kind"] for manifest in manifests}
+    # the command that makes the secret makes that one, with that key
+    made = re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", (FOLDER / "README.md").read_text())
+    assert made == [(reference["name"], reference["key"])]
+
+
+def test_only_who_is_named_reaches_the_port_and_nobody_is_reached(manifests: list[Manifest]) -> None:
+    policy = find(manifests, "NetworkPolicy")["spec"]
+    (rule,) = policy["ingress"]
+    assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]  # what is not listed is not restricted
+    assert policy["egress"] == []
+    assert rule["ports"] == [{"protocol": "TCP", "port": container_of(manifests)["ports"][0]["containerPort"]}]
+    assert len(rule["from"]) == 3
+    for peer in rule["from"]:
+        (selector,) = peer.values()
+        assert selector["matchLabels"]  # an empty selector is everybody, as is no `from`

@@ -1,0 +1,108 @@
+"""What the manifests say about the service is so: its routes, ports, settings, times and labels."""
+
+from pathlib import Path
+
+import pytest
+
+from app import VERSION
+from app.config import Settings, SettingsError, load_settings, unknown_variables
+from app.main import STOP_SECONDS, create_app
+from app.server import LAST_ANSWERS_SECONDS
+from tests.deploy.kubernetes.kustomize import EXTRAS, FOLDER, Manifest, container_of, find, pod_of, read
+
+ROOT = Path(__file__).parents[3]
+GIVE_UP_SECONDS = Settings.model_fields["give_up_seconds"].default
+PROGRESS_SECONDS = 600  # Kubernetes' default: a rollout that takes longer counts as failed
+
+
+def test_probes_ask_routes_of_the_service_on_its_port(manifests: list[Manifest], settings: Settings) -> None:
+    container = container_of(manifests)
+    paths = create_app(Settings.model_construct()).openapi()["paths"]
+    asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
+    assert {name: get["path"] for name, get in asked.items()} == {
+        "startup": "/startupz",
+        "readiness": "/readyz",
+        "liveness": "/livez",
+    }
+    assert {get["path"] for get in asked.values()} <= {path for path, methods in paths.items() if "get" in methods}
+    assert {get["port"] for get in asked.values()} == {"http"}
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
+    assert f"UNFOG_PORT={settings.port}" in dockerfile and "UNFOG_HOST=0.0.0.0" in dockerfile
+
+
+def test_every_variable_is_a_setting_with_a_value_that_the_service_takes(
+    manifests: list[Manifest], settings: Settings, overlay: str
+) -> None:
+    container = container_of(manifests)
+    assert container["envFrom"] == [{"configMapRef": {"name": find(manifests, "ConfigMap")["metadata"]["name"]}}]
+    names = {*find(manifests, "ConfigMap")["data"], *(each["name"] for each in container["env"])}
+    assert names <= {f"UNFOG_{field}".upper() for field in Settings.model_fields}
+    assert unknown_variables() == []
+    assert settings.device == {"cpu": "cpu", "gpu": "cuda"}[overlay]
+
+
+def test_a_services_links_would_stop_the_start_and_are_off(
+    manifests: list[Manifest], settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes sets NAME_PORT in each pod for each Service, also over what the image sets."""
+    variable = f"{find(manifests, 'Service')['metadata']['name'].upper()}_PORT"
+    monkeypatch.setenv(variable, "tcp://10.0.0.1:80")
+    with pytest.raises(SettingsError, match=variable):
+        load_settings()
+    assert pod_of(manifests)["spec"]["enableServiceLinks"] is False
+
+
+def test_a_replica_that_is_told_to_stop_has_time_for_all_that_it_may_do(
+    manifests: list[Manifest], settings: Settings
+) -> None:
+    pause = container_of(manifests)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    longest = pause + settings.drain_timeout + LAST_ANSWERS_SECONDS + STOP_SECONDS
+    assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] >= longest + 5
+    assert settings.drain_timeout == Settings.model_fields["drain_timeout"].default
+
+
+def test_a_restart_comes_after_the_watchdog_and_after_the_process_itself(
+    manifests: list[Manifest], settings: Settings
+) -> None:
+    probe = container_of(manifests)["livenessProbe"]
+    soonest = probe["periodSeconds"] * (probe["failureThreshold"] - 1)
+    assert soonest > max(settings.watchdog_seconds, GIVE_UP_SECONDS)
+    assert settings.watchdog_seconds == Settings.model_fields["watchdog_seconds"].default
+
+
+def test_a_start_may_take_minutes_and_less_than_a_rollout(manifests: list[Manifest]) -> None:
+    probe = container_of(manifests)["startupProbe"]
+    assert 300 <= probe["periodSeconds"] * probe["failureThreshold"] < PROGRESS_SECONDS
+
+
+def test_the_image_is_this_release(manifests: list[Manifest], overlay: str) -> None:
+    kind = {"cpu": "cpu", "gpu": "cuda"}[overlay]
+    image = container_of(manifests)["image"]
+    assert image == f"registry.example/unfog:{VERSION}-{kind}"
+    assert f"docker push {image}\n" in (FOLDER / "README.md").read_text()
+
+
+def test_what_selects_pods_selects_these(manifests: list[Manifest]) -> None:
+    labels, spec = pod_of(manifests)["metadata"]["labels"], pod_of(manifests)["spec"]
+    monitor = read(EXTRAS / "pod-monitor.yaml")
+    selectors = [
+        find(manifests, "Deployment")["spec"]["selector"]["matchLabels"],
+        find(manifests, "Service")["spec"]["selector"],
+        find(manifests, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        find(manifests, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        monitor["spec"]["selector"]["matchLabels"],
+        *(each["labelSelector"]["matchLabels"] for each in spec["topologySpreadConstraints"]),
+    ]
+    assert len(selectors) == 7
+    assert all(selector and selector.items() <= labels.items() for selector in selectors)
+    assert spec["serviceAccountName"] == find(manifests, "ServiceAccount")["metadata"]["name"]
+    namespaces = {each["metadata"]["namespace"] for each in [*manifests, monitor] if each["kind"] != "Namespace"}
+    assert namespaces == {find(manifests, "Namespace")["metadata"]["name"]}
+
+
+def test_ports_lead_to_the_containers(manifests: list[Manifest]) -> None:
+    port = container_of(manifests)["ports"][0]["name"]
+    (served,) = find(manifests, "Service")["spec"]["ports"]
+    (scraped,) = read(EXTRAS / "pod-monitor.yaml")["spec"]["podMetricsEndpoints"]
+    assert (served["targetPort"], scraped["port"], scraped["path"]) == (port, port, "/metrics")

@@ -1,0 +1,126 @@
+"""The dashboard: what it asks exists and is valid, and it can be read."""
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.promql import TARGET, exposed, grouping_labels, selectors
+from tests.deploy.test_prometheus import DASHBOARD, ROOT, known_series, promtool, raw_metrics
+
+TEXT = DASHBOARD.read_text()
+BOARD = json.loads(TEXT)
+PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
+PROVISIONING = ROOT / "deploy" / "grafana" / "provisioning"
+EXPRESSIONS = [
+    *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
+    *((annotation["name"], annotation["expr"]) for annotation in BOARD["annotations"]["list"]),
+]
+
+
+def datasources(node: Any) -> list[Any]:
+    """Every data source that is named anywhere in the file."""
+    if isinstance(node, dict):
+        mine = [node["datasource"]] if "datasource" in node else []
+        return mine + [found for value in node.values() for found in datasources(value)]
+    return [found for value in node for found in datasources(value)] if isinstance(node, list) else []
+
+
+def family(name: str) -> str:
+    return re.sub("_(bucket|sum|count)$", "", name)
+
+
+def without_variables(expression: str) -> str:
+    return expression.replace("$__rate_interval", "1m").replace("$instance", ".*")
+
+
+def test_it_is_the_one_dashboard_and_is_formatted() -> None:
+    assert [path.name for path in DASHBOARD.parent.iterdir()] == ["unfog.json"]
+    assert json.dumps(BOARD, indent=2, ensure_ascii=False) + "\n" == TEXT
+    assert (BOARD["uid"], BOARD["refresh"], BOARD["schemaVersion"]) == ("unfog", "10s", 39)
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"]) > 20
+    for panel in BOARD["panels"]:
+        place = panel["gridPos"]
+        assert min(place["x"], place["y"]) >= 0
+        assert min(place["w"], place["h"]) > 0
+        assert place["x"] + place["w"] <= 24
+    for first, second in combinations(BOARD["panels"], 2):
+        a, b = first["gridPos"], second["gridPos"]
+        apart = [
+            a[axis] + a[size] <= b[axis] or b[axis] + b[size] <= a[axis] for axis, size in (("x", "w"), ("y", "h"))
+        ]
+        assert any(apart), (first["title"], second["title"])
+
+
+def test_panels_fill_the_rows_without_a_gap() -> None:
+    bottom = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in BOARD["panels"])
+    assert sum(panel["gridPos"]["w"] * panel["gridPos"]["h"] for panel in BOARD["panels"]) == 24 * bottom
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_a_panel_says_how_to_read_it(panel: dict[str, Any]) -> None:
+    assert len(panel["description"]) > 20
+    assert panel["title"]
+    assert panel["targets"]
+    assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    if panel["type"] != "table":
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert all(target["legendFormat"] for target in panel["targets"])
+
+
+def test_every_data_source_is_the_one_that_is_provisioned() -> None:
+    provisioned = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert [(source["uid"], source["type"]) for source in provisioned] == [("prometheus", "prometheus")]
+    named = datasources(BOARD)
+    assert len(named) > 2 * len(PANELS)
+    assert all(source == {"type": "prometheus", "uid": "prometheus"} for source in named)
+
+
+def test_rates_span_the_interval_of_the_scrapes() -> None:
+    source = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+    scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["global"]
+    assert source["jsonData"]["timeInterval"] == scraped["scrape_interval"]
+
+
+def test_what_the_variable_chooses_is_known() -> None:
+    (variable,) = BOARD["templating"]["list"]
+    assert (variable["name"], variable["query"]["query"]) == ("instance", 'label_values(up{job="unfog"}, instance)')
+    assert (variable["includeAll"], variable["allValue"]) == (True, ".*")
+
+
+@pytest.mark.parametrize(("title", "expression"), EXPRESSIONS)
+def test_an_expression_names_only_what_exists(title: str, expression: str) -> None:
+    known, found = known_series(), selectors(expression)
+    assert found
+    for series, matchers in found:
+        assert series in known, series
+        assert set(matchers) <= known[series] | TARGET, (series, matchers)
+        is_of_all = series.startswith("job:") or series == "ALERTS"
+        assert is_of_all or matchers["instance"] == "$instance", "it does not follow the variable"
+    assert grouping_labels(expression) <= set().union(TARGET, {"le"}, *(known[series] for series, _ in found))
+
+
+def test_every_metric_of_the_service_is_on_it() -> None:
+    shown = {family(name) for _, expression in EXPRESSIONS for name in raw_metrics(expression)}
+    every = {family(name) for name in exposed() if name.startswith("unfog_")}
+    assert every - shown == {"unfog_denoise_steps_total"}  # which the count of rows says too
+
+
+def test_promtool_takes_every_expression(tmp_path: Path) -> None:
+    rules = [
+        {"record": f"dashboard:panel:{number}", "expr": without_variables(expression)}
+        for number, (_, expression) in enumerate(EXPRESSIONS)
+    ]
+    assert not any("$" in rule["expr"] for rule in rules)
+    path = tmp_path / "dashboard.yml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": rules}]}))
+    checked = promtool("check", "rules", path)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert f"{len(rules)} rules found" in checked.stdout

@@ -1,0 +1,57 @@
+"""The service with a runner that fails on request: `python -m tests.e2e.faulty`, configured like the service.
+
+A request asks for its failure by its seed: FAULTS[kind] * 1000 + the step before which it happens. Only the runner is
+wrapped: what answers, isolates and watches is the service's own.
+"""
+
+import threading
+
+import torch
+
+import app.main
+from app.cli import main
+from app.device import DeviceLostError, OutOfMemoryError
+from app.runner import Runner
+from app.trajectory import Trajectory
+
+FAULTS = {"exception": 10**9, "nan": 2 * 10**9, "memory": 3 * 10**9, "lost": 4 * 10**9, "stuck": 5 * 10**9}
+MEMORY_ROWS = 16  # more of them beside a row with that fault are too many
+STUCK_SECONDS = 3600.0
+
+
+def fault_at(trajectory: Trajectory) -> str | None:
+    """What is to happen before this row's next step."""
+    kind, step = divmod(trajectory.job.options.seed, 10**9)
+    names = {number // 10**9: name for name, number in FAULTS.items()}
+    return names.get(kind) if step == 1000 + trajectory.step else None
+
+
+def seed_of(kind: str, step: int) -> int:
+    """The seed that asks for it."""
+    return FAULTS[kind] + 1000 + step
+
+
+class FaultyRunner(Runner):
+    """Fails as a bug, a network, a device would."""
+
+    def step(self, trajectories: list[Trajectory]) -> list[bool]:
+        """As it is told."""
+        for trajectory in trajectories:
+            fault = fault_at(trajectory)
+            if fault == "exception":
+                raise ZeroDivisionError("a secret of the inside")
+            if fault == "memory" and len(trajectories) > MEMORY_ROWS:
+                raise OutOfMemoryError
+            if fault == "lost":
+                raise DeviceLostError("the device is gone")
+            if fault == "stuck":
+                threading.Event().wait(STUCK_SECONDS)
+            if fault == "nan" and trajectory.slot is not None:
+                with torch.inference_mode():
+                    self._slots.state.x_t[trajectory.slot] = float("nan")
+        return super().step(trajectories)
+
+
+if __name__ == "__main__":
+    app.main.Runner = FaultyRunner  # type: ignore[misc] # what create_app loads
+    main()

@@ -1,0 +1,229 @@
+"""Connections that are slow, silent, half closed or no HTTP: each has its end, and costs nobody else anything."""
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import start_service
+from tests.e2e.process import PATIENCE, eventually
+from tests.e2e.service import Service
+
+BODY = json.dumps({"digit": 7, "num_steps": 1, "seed": 1}).encode()
+LONG = json.dumps({"digit": 7, "count": 64, "seed": 1}).encode()
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+READ_TIMEOUT, WRITE_TIMEOUT = 0.5, 1.0
+MORE_THAN_A_KERNEL_TAKES = 100  # answers of 150 kB for a client that does not read them
+
+
+@pytest.fixture(scope="module")
+def impatient(checkpoint: Path) -> Iterator[Service]:
+    """A service that waits half a second for a head or a body, and a second for a reader."""
+    with ExitStack() as stack:
+        yield start_service(
+            stack,
+            checkpoint,
+            UNFOG_MAX_BATCH="64",
+            UNFOG_REQUEST_TIMEOUT="300",
+            UNFOG_READ_TIMEOUT=str(READ_TIMEOUT),
+            UNFOG_WRITE_TIMEOUT=str(WRITE_TIMEOUT),
+        )
+
+
+@contextmanager
+def connection(service: Service, receive_buffer: int | None = None) -> Iterator[socket.socket]:
+    """A bare one."""
+    with socket.socket() as client:
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(PATIENCE)
+        client.connect(service.address)
+        yield client
+
+
+def request(body: bytes, *more: bytes) -> bytes:
+    return HEAD + b"".join(line + b"\r\n" for line in more) + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def read_to_end(client: socket.socket) -> bytes:
+    """All until the server closes; a reset after the last byte is an end, too."""
+    received = b""
+    with suppress(ConnectionResetError):
+        while piece := client.recv(65536):
+            received += piece
+    return received
+
+
+def problem_in(answer: bytes) -> dict[str, Any]:
+    """The document of the last answer; its id is in the head as well."""
+    head, _, body = answer[answer.rindex(b"HTTP/1.1") :].partition(b"\r\n\r\n")
+    assert b"application/problem+json" in head
+    assert b"connection: close" in head.lower()
+    problem: dict[str, Any] = json.loads(body)
+    assert problem["request_id"].encode() in head
+    return problem
+
+
+def descriptors(service: Service) -> int:
+    return psutil.Process(service.process.pid).num_fds()
+
+
+def test_a_connection_that_says_nothing_is_closed(impatient: Service) -> None:
+    with connection(impatient) as client:
+        assert read_to_end(client) == b""
+
+
+@pytest.mark.parametrize(
+    "head", [b"P", b"POST /generate HTTP/1.1\r\n", HEAD], ids=["one-byte", "one-line", "all-but-end"]
+)
+def test_a_head_that_does_not_end_is_408(impatient: Service, head: bytes) -> None:
+    with connection(impatient) as client:
+        client.sendall(head)
+        problem = problem_in(read_to_end(client))
+    assert (problem["status"], problem["code"]) == (408, "request_timeout")
+
+
+def test_a_head_that_drips_has_no_more_time_than_one_that_stops(impatient: Service) -> None:
+    """Slowloris: a byte now and then."""
+    with connection(impatient) as client:
+        client.settimeout(READ_TIMEOUT / 5)
+        received, sent = b"", 0
+        while b"}" not in received:
+            assert sent < 500, "the server waits for ever"
+            try:
+                client.sendall(HEAD[:1] if not sent else b"A")
+                sent += 1
+                received += client.recv(65536)
+            except TimeoutError:
+                continue
+            except (BrokenPipeError, ConnectionResetError):
+                break
+    assert problem_in(received)["code"] == "request_timeout"
+
+
+def test_a_second_head_on_the_same_connection_has_its_time_too(impatient: Service) -> None:
+    with connection(impatient) as client:
+        client.sendall(request(BODY))
+        first = client.recv(65536)
+        assert first.startswith(b"HTTP/1.1 200")
+        client.sendall(b"POST /gen")
+        assert problem_in(read_to_end(client))["code"] == "request_timeout"
+
+
+def test_a_body_that_does_not_arrive_is_408(impatient: Service) -> None:
+    with connection(impatient) as client:
+        client.sendall(HEAD + b"Content-Length: 1000\r\n\r\n{")
+        answer = read_to_end(client)
+    assert problem_in(answer)["code"] == "request_timeout"
+    assert b"HTTP/1.1 408" in answer
+
+
+def test_work_may_take_longer_than_reading(impatient: Service) -> None:
+    body = json.dumps({"digit": 7, "count": 64, "seed": 1, "scale": 2}).encode()
+    with connection(impatient) as client:
+        client.sendall(request(body, b"Connection: close"))
+        assert read_to_end(client).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_does_not_read_is_disconnected(impatient: Service) -> None:
+    impatient.wait_until_idle()
+    before = descriptors(impatient)
+    body = json.dumps({"digit": 7, "count": 64, "num_steps": 1, "scale": 16}).encode()
+    with connection(impatient, receive_buffer=4096) as client:
+        client.sendall(request(body) * MORE_THAN_A_KERNEL_TAKES)
+        eventually(lambda: descriptors(impatient) > before, "it is connected")
+        eventually(lambda: descriptors(impatient) <= before, "it is disconnected")
+        assert 0 < read_to_end(client).count(b"HTTP/1.1 200") < MORE_THAN_A_KERNEL_TAKES
+    impatient.wait_until_idle()
+
+
+def test_a_stream_that_nobody_reads_is_ended(impatient: Service) -> None:
+    head = b"POST /generate?previews=100 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    more = b"Accept: text/event-stream\r\nX-Request-ID: unread\r\nContent-Length: %d\r\n\r\n" % len(LONG)
+    with connection(impatient, receive_buffer=4096) as client:
+        client.sendall(head + more + LONG)
+        eventually(lambda: any("unread" in line for line in impatient.process.lines), "its line is in the log")
+    (line,) = [json.loads(line) for line in impatient.process.lines if "unread" in line]
+    assert (line["status"], line["outcome"]) == (200, "client_gone")
+    impatient.wait_until_idle()
+
+
+def test_a_client_that_closes_its_side_has_left(impatient: Service) -> None:
+    impatient.wait_until_idle()
+    before = impatient.metrics().of("cancelled_total", stage="running")
+    with connection(impatient) as client:
+        client.sendall(request(LONG))
+        impatient.wait_until_running()
+        client.shutdown(socket.SHUT_WR)
+        assert read_to_end(client) == b""
+    impatient.wait_until_idle()
+    assert impatient.metrics().of("cancelled_total", stage="running") > before
+
+
+def test_a_client_that_resets_the_connection_has_left(impatient: Service) -> None:
+    impatient.wait_until_idle()
+    with connection(impatient) as client:
+        client.sendall(request(LONG))
+        impatient.wait_until_running()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    impatient.wait_until_idle()
+
+
+GARBAGE = {
+    "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200) + b"\r\n\r\n",
+    "no-method": b"\r\n\r\n\x00\x01\r\n\r\n",
+    "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no-version": b"GET /\r\n\r\n",
+    "two-lengths": HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+    "bad-length": HEAD + b"Content-Length: -1\r\n\r\n",
+    "bad-chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+    "nul-in-header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: \x00\r\n\r\n",
+    "no-host": b"GET /health HTTP/1.1\r\n\r\n",
+    "long-head": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"a" * 200_000 + b"\r\n\r\n",
+    "many-headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200_000 + b"\r\n",
+    "long-path": b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
+def test_what_is_not_http_is_a_problem_like_any_other(impatient: Service, garbage: bytes) -> None:
+    with connection(impatient) as client:
+        with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was all sent
+            client.sendall(garbage)
+        answer = read_to_end(client)
+    if answer:  # a reset may take it from a client that was still sending
+        assert problem_in(answer)["code"] == "malformed_request"
+    assert impatient.client.get("/health").status_code == 200
+
+
+def test_a_thousand_idle_connections_are_in_nobodys_way(impatient: Service) -> None:
+    before = descriptors(impatient)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(connection(impatient)) for _ in range(1000)]
+        assert impatient.client.get("/health").status_code == 200
+        assert impatient.images(digit=7, num_steps=1, seed=1) == impatient.images(digit=7, num_steps=1, seed=1)
+        assert all(read_to_end(client) == b"" for client in clients)  # all were given up
+    eventually(lambda: descriptors(impatient) <= before + 1, "all descriptors are free again")
+
+
+def test_requests_one_behind_the_other_are_all_answered(impatient: Service) -> None:
+    with connection(impatient) as client:
+        client.sendall(request(BODY) * 4 + request(BODY, b"Connection: close"))
+        assert read_to_end(client).count(b"HTTP/1.1 200") == 5
+
+
+def test_the_time_is_on_no_ones_side_who_waits(impatient: Service) -> None:
+    """A keep-alive connection rests longer than a head may take."""
+    with connection(impatient) as client:
+        client.sendall(request(BODY))
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        time.sleep(3 * READ_TIMEOUT)
+        client.sendall(request(BODY, b"Connection: close"))
+        assert b"HTTP/1.1 200" in read_to_end(client)
