@@ -1,45 +1,114 @@
 # docker build -t unfog .                                       PyTorch as PyPI has it: on x86 with CUDA
 # docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, such as the one of its CPU builds
 # docker build -t unfog --build-context wheels=FOLDER .         PyTorch from a wheel in a folder
+# docker build -t unfog-train --target train .                  with what training takes (docs/containers.md)
+ARG PYTHON=python:3.11-slim
 
 # Empty, or the folder that --build-context names.
 FROM scratch AS wheels
 
-FROM python:3.11-slim AS build
-RUN python -m venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH
+# The dependencies alone, which a change of the code leaves standing. pip stays outside: nobody installs into an image.
+FROM $PYTHON AS dependencies
+RUN python -m venv --without-pip /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /src
-
-# The dependencies alone, in a layer that a change of the code leaves standing.
 COPY pyproject.toml .
-RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
+# Those of `traces` too, since compose hands UNFOG_TRACES on.
+RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["traces"], sep="\n")' \
       > requirements.txt
 ARG TORCH_INDEX=
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
     torch="$(grep '^torch' requirements.txt)" \
  && if [ -n "$(find /wheels -name 'torch-*.whl')" ]; then \
-      pip install --no-index --no-deps --find-links /wheels "$torch"; \
+      pip install --no-index --no-deps --no-compile --find-links /wheels "$torch"; \
     elif [ -n "$TORCH_INDEX" ]; then \
-      pip install --index-url "$TORCH_INDEX" "$torch"; \
+      pip install --no-compile --index-url "$TORCH_INDEX" "$torch"; \
     fi \
- && pip install --requirement requirements.txt
+ && pip install --no-compile --requirement requirements.txt
 
-COPY LICENSE README.md ./
+FROM dependencies AS code
+COPY LICENSE .
 COPY app app
 COPY model model
 COPY scripts scripts
-RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
+# Without the README's text, which would have the step compiled anew after each change of it.
+RUN --mount=type=cache,target=/root/.cache/pip touch README.md && pip install --no-deps --no-compile --target /opt/code .
 
 # The step, compiled for the processor that this runs on; on another one the service says that it is not compiled.
-FROM build AS compiled
+FROM dependencies AS compiled
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
+ENV PYTHONPATH=/opt/code \
+    UNFOG_CACHE_DIR=/opt/unfog \
+    UNFOG_DEVICE=cpu
 WORKDIR /
-RUN UNFOG_CACHE_DIR=/opt/unfog UNFOG_DEVICE=cpu python -m app --compile
+COPY --from=code /opt/code /opt/code
+RUN PYTHONDONTWRITEBYTECODE=1 python -m app --compile
 
-FROM python:3.11-slim
+# Without what only compilers and test runs read. A start then loads what is left, which shows that it is enough, and
+# writes the byte code of the modules that it imports: that of all the others would be a tenth of the image.
+FROM compiled AS trimmed
+RUN site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+ && rm -rf "$site"/torch/include "$site"/torch/bin/protoc* \
+ && find "$site" -type d -name tests -prune -exec rm -rf {} + \
+ && CXX=none python -m app --compile
+
+FROM $PYTHON AS runtime
+RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin unfog \
+ && install --directory --owner unfog --group unfog /runs
+COPY --from=trimmed /opt/venv /opt/venv
+COPY --from=trimmed /opt/unfog /opt/unfog
+COPY --from=trimmed /opt/code /opt/code
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/opt/code \
+    PYTHONSAFEPATH=1 \
+    PYTHONUNBUFFERED=1 \
+    UNFOG_CACHE_DIR=/opt/unfog \
+    UNFOG_HOST=0.0.0.0 \
+    UNFOG_PORT=8000
+WORKDIR /home/unfog
+USER 10001:10001
+
+# Trains, into /runs. It compiles while it runs, on a GPU too: hence the compiler, and the headers that were trimmed.
+FROM runtime AS train
+USER root
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/* \
+ && install --directory --owner unfog --group unfog /data
+ARG TORCH_INDEX=
+RUN --mount=type=bind,from=wheels,target=/wheels \
+    --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
+    --mount=type=cache,target=/root/.cache/pip \
+    export PIP_PYTHON=/opt/venv/bin/python PIP_CONSTRAINT=/tmp/installed.txt \
+ && python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/installed.txt \
+ && python -c 'import tomllib; print(*tomllib.load(open("/src/pyproject.toml", "rb"))["project"]["optional-dependencies"]["train"], sep="\n")' \
+      > /tmp/requirements.txt \
+ && torchvision="$(grep '^torchvision' /tmp/requirements.txt)" \
+ && if [ -n "$(find /wheels -name 'torchvision-*.whl')" ]; then \
+      pip install --no-index --no-deps --no-compile --find-links /wheels "$torchvision"; \
+    elif [ -n "$TORCH_INDEX" ]; then \
+      pip install --no-compile --index-url "$TORCH_INDEX" "$torchvision"; \
+    fi \
+ && pip install --no-compile --requirement /tmp/requirements.txt \
+ && rm /tmp/installed.txt /tmp/requirements.txt
+RUN --mount=type=bind,from=dependencies,source=/opt/venv,target=/dependencies \
+    cp --recursive /dependencies/lib/python*/site-packages/torch/include /opt/venv/lib/python*/site-packages/torch/
+ENV MPLCONFIGDIR=/tmp/matplotlib
+USER 10001:10001
+ENTRYPOINT ["python", "-m", "scripts.train", "--data-dir", "/data"]
+CMD ["--preset", "default", "--out", "/runs/default"]
+
+FROM runtime AS service
+EXPOSE 8000
+# /readyz: Docker itself only starts others by it. /livez is true while a checkpoint is loaded, too soon for those who
+# wait; /health says the same as /readyz, for people.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+  CMD ["python", "-ISc", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['UNFOG_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["python", "-m", "app"]
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="unfog" \
@@ -47,17 +116,3 @@ LABEL org.opencontainers.image.title="unfog" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION"
-RUN useradd --uid 10001 --user-group --create-home unfog
-COPY --from=build /opt/venv /opt/venv
-COPY --from=compiled /opt/unfog /opt/unfog
-ENV PATH=/opt/venv/bin:$PATH \
-    PYTHONUNBUFFERED=1 \
-    UNFOG_CACHE_DIR=/opt/unfog \
-    UNFOG_HOST=0.0.0.0 \
-    UNFOG_PORT=8000
-WORKDIR /home/unfog
-USER 10001:10001
-EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
-  CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['UNFOG_PORT']), timeout=4); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
-ENTRYPOINT ["python", "-m", "app"]

@@ -1,4 +1,4 @@
-"""What every test may use: the option for real data, one compute thread, tiny networks."""
+"""What every test may use: the options for real data and containers, one compute thread, tiny networks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,8 @@ from tests.tiny import tiny_unet
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data-dir", type=Path, help="IDX files of MNIST, for the tests that need them")
+    parser.addoption("--containers", action="store_true", help="build the images and run them; needs a Docker engine")
+    parser.addoption("--wheels", type=Path, help="folder with PyTorch's wheel, for --containers; else its CPU index")
 
 
 @pytest.fixture(scope="session")

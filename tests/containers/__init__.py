@@ -1,0 +1,1 @@
+"""What test_containers.py and its stand-in for Grafana are made of."""

@@ -1,0 +1,243 @@
+"""The image and the compose project, built and run for real: --containers, and a Docker engine."""
+
+import errno
+import json
+import os
+import re
+import signal
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.containers.panels import expressions
+from tests.containers.stack import BUILD_PATIENCE, PATIENCE, ROOT, Stack, docker, eventually
+
+MOST_BYTES = 1_200_000_000  # of the image for CPUs
+SERVICES = ("unfog", "prometheus", "grafana")
+NO_CAPABILITIES = "0" * 16
+
+pytestmark = pytest.mark.timeout(BUILD_PATIENCE + 10 * PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The images, and at the end no trace of them."""
+    if not request.config.getoption("--containers"):
+        pytest.skip("builds images and runs them: --containers, with a Docker engine")
+    stack = Stack(tmp_path_factory.mktemp("containers"), request.config.getoption("--wheels"))
+    failed_before = request.session.testsfailed
+    try:
+        stack.build()
+        yield stack
+        if request.session.testsfailed > failed_before:
+            print(stack.compose("logs", "--no-color", "--tail", "200"))
+    finally:
+        stack.remove()
+
+
+@pytest.fixture
+def stack(built: Stack) -> Stack:
+    """All services up and healthy, whatever the test before did to them."""
+    built.up()
+    return built
+
+
+def draw(stack: Stack, **body: Any) -> httpx.Response:
+    return httpx.post(stack.url("unfog", "/generate"), json=body, headers={"accept": "image/png"}, timeout=PATIENCE)
+
+
+def image_of(stack: Stack) -> Any:
+    return json.loads(docker("image", "inspect", stack.image))[0]
+
+
+def test_the_image_is_small(built: Stack) -> None:
+    assert 0 < image_of(built)["Size"] <= MOST_BYTES
+
+
+def test_the_image_says_what_it_is_and_how_it_runs(built: Stack) -> None:
+    config = image_of(built)["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Entrypoint"] == ["python", "-m", "app"]  # a shell in between would keep SIGTERM to itself
+    assert config["Healthcheck"]["Test"][0] == "CMD"
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version
+    assert (labels["title"], labels["version"], labels["licenses"]) == ("unfog", version[1], "MIT")
+    assert labels["description"]
+    assert labels["revision"]
+
+
+def test_the_image_has_no_build_tools(built: Stack) -> None:
+    found = docker(
+        "run", "--rm", "--entrypoint", "sh", built.image, "-c", "command -v python gcc g++ cc c++ ld make git; true"
+    )
+    assert found.split() == ["/opt/venv/bin/python"]
+
+
+def test_a_gpu_is_asked_for_but_in_the_project_for_cpus(built: Stack) -> None:
+    def devices(config: Any) -> list[Any]:
+        reservations = [config["services"][name]["deploy"]["resources"].get("reservations") for name in asked]
+        return [(reservation or {}).get("devices") for reservation in reservations]
+
+    asked = ("unfog", "train")
+    options = ("--profile", "train", "config", "--format", "json")
+    with_gpu = json.loads(docker("compose", "--env-file", "/dev/null", "--file", "docker-compose.yml", *options))
+    assert devices(with_gpu) == [[{"capabilities": ["gpu"], "driver": "nvidia", "count": 1}]] * 2
+    assert devices(json.loads(built.compose(*options))) == [None] * 2
+
+
+def test_the_same_seed_draws_the_same_picture(stack: Stack) -> None:
+    one, again, other = (draw(stack, digit=7, seed=seed) for seed in (42, 42, 43))
+    assert (one.status_code, one.headers["content-type"]) == (200, "image/png")
+    assert one.content.startswith(b"\x89PNG")
+    assert one.content == again.content != other.content
+
+
+def test_the_step_was_compiled_while_the_image_was_built(stack: Stack) -> None:
+    health = stack.get("unfog", "/health").json()
+    assert (health["status"], health["compiled"], health["device"]) == ("ok", True, "cpu")
+    assert "compiling" not in stack.compose("logs", "unfog")
+
+
+def test_every_service_runs_without_privileges(stack: Stack) -> None:
+    for service in SERVICES:
+        status = stack.status_of(service)
+        assert [status[name] for name in ("CapEff", "CapPrm", "CapBnd")] == [NO_CAPABILITIES] * 3, service
+        assert status["NoNewPrivs"] == "1", service
+        assert "0" not in status["Uid"].split(), service
+        host = stack.container(service)["HostConfig"]
+        assert host["ReadonlyRootfs"], service
+        assert host["Memory"] > 0, service
+        assert host["PidsLimit"] > 0, service
+    assert stack.status_of("unfog")["Uid"].split() == ["10001"] * 4
+
+
+def test_what_the_service_may_write_is_tmp_alone(stack: Stack) -> None:
+    script = """
+import errno, pathlib
+for folder in ("/tmp", "/home/unfog", "/runs"):
+    try:
+        (pathlib.Path(folder) / "file").touch()
+        print(folder, "ok")
+    except OSError as error:
+        print(folder, errno.errorcode[error.errno])
+"""
+    read_only = errno.errorcode[errno.EROFS]  # not EACCES: the user owns both of them
+    written = stack.compose("exec", "-T", "unfog", "python", "-c", script).splitlines()
+    assert written == ["/tmp ok", f"/home/unfog {read_only}", f"/runs {read_only}"]
+
+
+def test_prometheus_sees_the_service_and_what_it_draws(stack: Stack) -> None:
+    eventually(lambda: stack.value('up{job="unfog"}'), "the target is up")
+    before = stack.value("sum(unfog_images_total)")
+    assert draw(stack, digit=3, count=5).status_code == 200
+    eventually(lambda: stack.value("sum(unfog_images_total)") >= before + 5, "five more images are counted")
+
+
+def test_prometheus_has_loaded_its_rules(stack: Stack) -> None:
+    files = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text()).get("rule_files")
+    if not files:
+        pytest.skip("deploy/prometheus/prometheus.yml names no rule files")
+
+    def rules() -> list[Any]:
+        groups = stack.get("prometheus", "/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
+
+    assert {rule["type"] for rule in rules()} == {"alerting", "recording"}
+    eventually(lambda: {rule["health"] for rule in rules()} == {"ok"}, "every rule was evaluated")
+
+
+def test_grafana_serves_the_dashboard_and_its_panels_have_data(stack: Stack) -> None:
+    if stack.stand_in:  # said where the summary shows it
+        with warnings.catch_warnings(action="default"):
+            warnings.warn("Grafana's image could not be had: a stand-in read its provisioning", stacklevel=1)
+    answer = stack.get("grafana", "/api/dashboards/uid/unfog")
+    assert answer.status_code == 200, answer.text
+    targets = expressions(answer.json()["dashboard"])
+    assert targets
+
+    def series(expression: str) -> list[Any]:
+        path = "/api/datasources/proxy/uid/prometheus/api/v1/query"
+        answer = stack.get("grafana", path, params={"query": expression})
+        assert answer.status_code == 200, f"{expression}: {answer.text}"
+        return list(answer.json()["data"]["result"])
+
+    def with_data() -> list[str]:
+        draw(stack, digit=1)  # a rate takes two scrapes between which there was something
+        return [expression for expression in targets if series(expression)]
+
+    eventually(lambda: len(with_data()) > 0.8 * len(targets), "panels have data")
+    assert any("unfog_images" in expression for expression in with_data())
+
+
+def test_nobody_is_admin_of_grafana_by_default(stack: Stack) -> None:
+    for user, password in (("admin", "admin"), ("admin", "")):
+        assert stack.get("grafana", "/api/dashboards/uid/unfog", auth=(user, password)).status_code == 401
+
+
+def test_a_killed_service_comes_back_and_prometheus_notices(stack: Stack) -> None:
+    started = 'process_start_time_seconds{job="unfog"}'
+    before = eventually(lambda: stack.value(started), "its start is known")
+    container = stack.container("unfog")
+    pid = container["State"]["Pid"]
+    command = Path(f"/proc/{pid}/cmdline")
+    if os.geteuid() or not command.exists() or command.read_bytes() != b"python\0-m\0app\0":
+        pytest.skip("kills the process on the host, which takes root and an engine on this very machine")
+    os.kill(pid, signal.SIGKILL)  # `docker kill` counts as a stop, after which nothing is started again
+    eventually(lambda: stack.container("unfog")["RestartCount"] == 1, "it was started again")
+    eventually(lambda: stack.container("unfog")["State"]["Health"]["Status"] == "healthy", "it is healthy again")
+    assert draw(stack, digit=7).status_code == 200
+    eventually(lambda: stack.value(started) > before, "Prometheus has seen the new one")
+
+
+def test_a_stop_answers_what_was_admitted(stack: Stack) -> None:
+    def running() -> bool:
+        metrics = stack.get("unfog", "/metrics").text
+        return bool(re.search(r"^unfog_running_images [1-9]", metrics, re.MULTILINE))
+
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(draw, stack, digit=4, count=32, seed=1)
+        eventually(lambda: answer.done() or running(), "the request is being drawn")
+        assert not answer.done()
+        stack.compose("stop", "unfog")
+        assert answer.result(PATIENCE).status_code == 200
+    state = stack.container("unfog")["State"]
+    assert (state["Status"], state["ExitCode"]) == ("exited", 0)  # 137 past the grace period
+    assert "draining" in stack.compose("logs", "unfog")
+
+
+@pytest.mark.slow
+def test_what_the_profile_trains_is_served(stack: Stack, mnist_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text('base = "baseline"\nbatch_size = 256\n[unet]\nwidths = [8, 16]\n')
+    mounts = ("--volume", f"{mnist_dir}:/data:ro", "--volume", f"{tmp_path / 'tiny.toml'}:/tiny.toml:ro")
+    train = ("--profile", "train", "run", "-T", "--rm", *mounts, "train")
+    stack.compose("--profile", "train", "build", "train", patience=BUILD_PATIENCE)
+    log = stack.compose(
+        *train, "--preset", "/tiny.toml", "--epochs", "1", "--out", "/runs/tiny", patience=BUILD_PATIENCE
+    )
+    assert "first step compiles" in log
+    shipped = stack.get("unfog", "/health").json()["model"]["sha256"]
+    stack.environment["UNFOG_CHECKPOINT"] = "/runs/tiny/model.safetensors"
+    try:
+        stack.up()
+        trained = stack.get("unfog", "/health").json()["model"]["sha256"]
+        digest = stack.compose("exec", "-T", "unfog", "sha256sum", stack.environment["UNFOG_CHECKPOINT"])
+        assert digest.split()[0] == trained != shipped
+        assert draw(stack, digit=7).status_code == 200
+    finally:
+        del stack.environment["UNFOG_CHECKPOINT"]
+
+
+def test_down_leaves_nothing(stack: Stack) -> None:
+    before = {kind: len(found) for kind, found in stack.left().items()}
+    assert before["container"] == len(SERVICES)
+    assert before["network"] == 1
+    assert before["volume"] >= 3
+    stack.down()
+    assert stack.left() == {"container": [], "network": [], "volume": []}
