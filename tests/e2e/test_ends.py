@@ -19,10 +19,18 @@ WORK = {"digit": 4, "count": 4, "seed": 4}
 START_SECONDS = 6.0  # in which a start without compiling is over, mostly
 
 
+def catches(process: Process, number: signal.Signals) -> bool:
+    """Before that, Python itself is being started, and nobody could answer for the end."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(caught >> (number - 1) & 1)
+
+
 def ended_after(seconds: float, number: signal.Signals, **variables: str) -> Process:
-    """A process that got a signal so long after it was started, and has ended."""
+    """A process that got a signal so long after its program was started, and has ended."""
     process = Process(**variables)
     try:
+        eventually(lambda: catches(process, signal.SIGTERM), "the program runs")
         time.sleep(seconds)
         process.signal(number)
         process.wait()

@@ -1,0 +1,66 @@
+"""Keys, rates and proxies, as a process is configured with them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Start, start_service
+from tests.e2e.process import Process, eventually
+from tests.e2e.service import Service, assert_problem
+
+CHEAP = {"digit": 7, "num_steps": 1, "seed": 1}
+KEY = "a-key-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def guarded(checkpoint: Path) -> Iterator[Service]:
+    """Two keys, a rate, and a proxy on this machine."""
+    with ExitStack() as stack:
+        yield start_service(
+            stack,
+            checkpoint,
+            UNFOG_API_KEYS=f"{KEY}, another-key",
+            UNFOG_RATE_LIMIT="3/hour",
+            UNFOG_TRUSTED_PROXIES="127.0.0.1",
+        )
+
+
+def test_a_key_opens_and_health_needs_none(guarded: Service) -> None:
+    problem = assert_problem(guarded.post(CHEAP), 401, "unauthorized")
+    assert "X-API-Key" in problem["detail"]
+    assert_problem(guarded.post(CHEAP, **{"x-api-key": "wrong"}), 403, "forbidden")
+    assert guarded.post(CHEAP, authorization=f"Bearer {KEY}").status_code == 200
+    for path in ("/health", "/livez", "/readyz", "/startupz", "/metrics"):
+        assert guarded.client.get(path).status_code == 200
+    assert KEY not in "".join(guarded.process.lines)
+
+
+def test_a_rate_is_each_addresss_behind_a_proxy_that_is_trusted(guarded: Service) -> None:
+    def ask(address: str) -> int:
+        return guarded.post(CHEAP, **{"x-forwarded-for": address}).status_code
+
+    assert [ask("192.0.2.1") for _ in range(4)] == [401, 401, 401, 429]
+    assert ask("192.0.2.2") == 401
+    assert [ask(f"2001:db8::{number}") for number in range(4)] == [401, 401, 401, 429]  # one customer
+    limited = guarded.post(CHEAP, **{"x-forwarded-for": "192.0.2.1"})
+    assert_problem(limited, 429, "rate_limited")
+    eventually(lambda: any('"client": "192.0.2.1"' in line for line in guarded.process.lines), "the log names it")
+
+
+def test_nobody_else_chooses_an_address(start: Start) -> None:
+    service = start(UNFOG_RATE_LIMIT="2/hour")
+    statuses = [service.post(CHEAP, **{"x-forwarded-for": f"192.0.2.{i}"}).status_code for i in range(3)]
+    assert statuses == [200, 200, 429]
+    assert service.metrics().of("rejected_total", reason="rate_limited") == 1
+
+
+def test_a_key_that_no_header_can_carry_stops_the_start_and_is_not_said() -> None:
+    process = Process(UNFOG_API_KEYS="a key with spaces")
+    try:
+        assert process.wait() == 2
+        assert "UNFOG_API_KEYS" in process.lines[-1]
+        assert "with spaces" not in process.lines[-1].partition("wrong:")[0]
+    finally:
+        process.end()
