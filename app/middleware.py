@@ -11,8 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import Draining, InternalError, UnfogError
 from app.metrics import Metrics
+from app.notes import Notes
 from app.problems import problem_response
-from app.records import Notes, Recorder
+from app.records import Recorder
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from starlette.types import Scope
 
 from app import errors
 from app.metrics import Metrics
-from app.records import client_gone, notes_of
+from app.notes import client_gone, notes_of
 
 PROBLEM_JSON = "application/problem+json"
 

@@ -1,69 +1,23 @@
-"""What is known of a request: noted while it is answered, then told to the metrics, the log and the trace."""
+"""What is told of a request when it has ended: to the metrics, the log and the trace."""
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from starlette.responses import Response
 from starlette.types import Scope
 
 from app.metrics import Metrics
+from app.notes import CLIENT_CLOSED_REQUEST, CLIENT_GONE, OK, Notes
+from app.traces import Traces
 from app.trajectory import Job
 
-if TYPE_CHECKING:
-    from app.traces import Traces
-
 log = logging.getLogger("unfog.access")
-
-CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that left; nobody reads it but the log
-OK, CLIENT_GONE = "ok", "client_gone"  # outcomes that are no error's code
-
-
-@dataclass(slots=True)
-class Notes:
-    """Of one request; its handler adds what it knows. Times are of time.monotonic()."""
-
-    request_id: str
-    started_at: float = field(default_factory=time.monotonic)
-    answered: ExitStack = field(default_factory=ExitStack)  # closed when the answer was sent or the client is gone
-    status: int = 0  # 0 until an answer has begun
-    outcome: str | None = None  # an error's code, also of a stream that ended with one
-    job: Job | None = None
-    encodings: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each
-
-    @contextmanager
-    def encoding(self, metrics: Metrics) -> Iterator[None]:
-        """Images are being made into bytes."""
-        start = time.monotonic()
-        with metrics.encode_duration.time():
-            yield
-        self.encodings.append((start, time.monotonic()))
-
-    @property
-    def encode_seconds(self) -> float:
-        """Of all of them."""
-        return sum(end - start for start, end in self.encodings)
-
-
-def client_gone(scope: Scope) -> Response:
-    """What a handler returns when there is nobody to answer."""
-    notes_of(scope).outcome = CLIENT_GONE
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-def notes_of(scope: Scope) -> Notes:
-    """Those of this request."""
-    notes: Notes = scope["state"]["notes"]
-    return notes
 
 
 class Recorder:
     """Tells of each request that has ended. `paths` are those that may stand in a label."""
 
-    def __init__(self, metrics: Metrics, traces: "Traces | None", paths: frozenset[str], quiet: frozenset[str]) -> None:
+    def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
         """Requests to the `quiet` paths, of probes and scrapers, are logged at debug level where all is well."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 

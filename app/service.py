@@ -13,8 +13,8 @@ from app.http import ClientGoneError, unless_gone
 from app.images import Provenance
 from app.metrics import Metrics
 from app.network import ModelInfo
+from app.notes import Notes
 from app.owed import Owed
-from app.records import Notes
 from app.schemas import GenerateRequest, Timing
 from app.trajectory import Job, Listener, Options, Pixels
 

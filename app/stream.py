@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from app.errors import DeadlineExceeded, InternalError, UnfogError
 from app.http import ClientGoneError, unless_gone
 from app.images import Provenance, encode_base64, encode_png
-from app.records import CLIENT_GONE, Notes, notes_of
+from app.notes import CLIENT_GONE, Notes, notes_of
 from app.service import Service, timing
 from app.trajectory import ImageDone, Job, Progress
 

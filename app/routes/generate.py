@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from app.http import ClientGoneError, negotiate, read_json
 from app.images import Provenance, encode_base64, encode_images, encode_sheet, encode_zip
-from app.records import Notes, client_gone, notes_of
+from app.notes import Notes, client_gone, notes_of
 from app.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem
 from app.service import Service, finish, timing
 from app.stream import EventStream, JobEvents

@@ -35,9 +35,10 @@ def test_a_line_has_what_was_drawn_and_where_the_time_went(caplog: pytest.LogCap
         name: line[name] for name in (*expected, *drawn, "guidance_scale")
     }
     phases = [line[f"{phase}_seconds"] for phase in ("queue", "denoise", "encode")]
-    assert all(seconds >= 0 for seconds in phases)
+    assert all(0 <= seconds <= line["seconds"] for seconds in phases)
     assert line["encode_seconds"] > 0
-    assert 0 < sum(phases) <= line["seconds"]
+    if accept != "text/event-stream":  # which encodes one image while another is drawn
+        assert sum(phases) <= line["seconds"]
 
 
 @pytest.mark.parametrize(
