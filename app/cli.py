@@ -18,6 +18,8 @@ from model.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
+LEAST_KEY = 16  # characters; fewer can be guessed
+
 
 def main() -> None:
     """Serves; one sentence and status 2 where that is not possible."""
@@ -28,6 +30,8 @@ def main() -> None:
     try:
         settings = load_settings()
         configure_logging(settings.log_format, settings.log_level)
+        if short := [place for place, key in enumerate(settings.api_keys, 1) if len(key) < LEAST_KEY]:
+            log.warning("UNFOG_API_KEYS: key %s can be guessed; take one of `openssl rand -hex 32`", short)
         for name in unknown_variables():
             log.warning("%s is no setting of this release, and changes nothing", name)
         if arguments.compile:

@@ -93,12 +93,12 @@ class Settings(BaseSettings):
 
 def unknown_variables() -> list[str]:
     """UNFOG_* variables that are no setting: mistyped, or of another release."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
-    return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and not _is_setting(name))
 
 
 def load_settings() -> Settings:
-    """The settings of this process; SettingsError for the first variable with a wrong value."""
+    """The settings of this process; SettingsError for the first variable, or file of a secret, that is wrong."""
+    _check_secrets()
     try:
         return Settings()
     except ValidationError as error:
@@ -107,3 +107,21 @@ def load_settings() -> Settings:
         name, value = f"{PREFIX}{field}".upper(), "" if field == "api_keys" else f"={first['input']!r}"
         also = {"max_batch": ", or auto", "give_up_seconds": ", or never"}.get(str(field), "")
         raise SettingsError(f"{name}{value} is wrong: {reason}{also}") from error
+
+
+def _check_secrets() -> None:
+    """A file that is passed over would be a door that somebody believes shut."""
+    folder = Settings.model_config.get("secrets_dir")
+    for path in sorted(Path(str(folder)).iterdir()) if folder else ():
+        if path.name.upper().startswith(PREFIX):
+            if not _is_setting(path.name):
+                raise SettingsError(f"{path} is no setting of this release")
+            try:
+                path.read_text()
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or "it is no text"
+                raise SettingsError(f"{path} cannot be read: {reason}") from error
+
+
+def _is_setting(name: str) -> bool:
+    return name.upper() in {f"{PREFIX}{field}".upper() for field in Settings.model_fields}

@@ -2,20 +2,18 @@
 
 import hmac
 import ipaddress
-import math
 from collections.abc import Sequence
 from hashlib import sha256
 
 from limits import RateLimitItem
-from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.errors import Forbidden, RateLimited, Unauthorized, UnfogError
+from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
 from app.problems import problem_response
+from app.rates import Rates
 
 PREFIX_OF_A_SUBSCRIBER = 64  # of an IPv6 address: all that follows is one customer's to choose
 
@@ -40,35 +38,6 @@ class Keys:
         if not any(opens):
             raise Forbidden
         return f"key {opens.index(True) % len(self._digests)}"
-
-
-class Rates:
-    """How often each caller may come, in this process: over a window that slides, counted as two of which one ends."""
-
-    def __init__(self, items: Sequence[RateLimitItem]) -> None:
-        self._items, self._storage = items, MemoryStorage() if items else None
-        self._limiter = SlidingWindowCounterRateLimiter(self._storage) if self._storage else None
-
-    def spend(self, caller: str) -> None:
-        """Counts one request; RateLimited, and nothing counted, where it is one too many for any limit."""
-        if not self._limiter:
-            return
-        wait = max(self._seconds_until_one_more(item, caller) for item in self._items)
-        if wait > 0:
-            raise RateLimited(math.ceil(wait))
-        for item in self._items:
-            self._limiter.hit(item, caller)
-
-    def _seconds_until_one_more(self, item: RateLimitItem, caller: str) -> float:
-        """Until previous * share of it that still counts + present < amount."""
-        window = item.get_expiry()
-        assert self._storage
-        previous, left, present, expiry = self._storage.get_sliding_window(item.key_for(caller), window)
-        if previous * left / window + present < item.amount:
-            return 0.0
-        if present >= item.amount:
-            return max(expiry - window, 1e-3)  # the present one still counts, while it ends
-        return max(left - (item.amount - present) * window / previous, 1e-3)
 
 
 class Doors:
@@ -97,7 +66,7 @@ class Doors:
         await self._app(scope, receive, send)
 
     def _let_in(self, scope: Scope) -> None:
-        """Whoever tries keys is counted by address, so that guessing is no faster than asking."""
+        """Whoever shows no key that opens is counted by address: such requests cost little, but not nothing."""
         address = caller_of(scope)
         try:
             key = self._keys.check(Headers(scope=scope))

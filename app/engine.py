@@ -57,7 +57,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
-            self.state.refuse_unless_ok()
+            (self.state if self.alive else EngineState.FAILED).refuse_unless_ok()
             self._admission.admit(job)
             job.submitted_at_step = self._num_steps
             self._condition.notify()

@@ -5,6 +5,7 @@ UnfogError
 ├── MalformedRequest      400  not even HTTP
 ├── Unauthorized          401  a key is asked for and none came
 ├── Forbidden             403  a wrong key came
+├── OriginNotAllowed      403  a page asks that no UNFOG_CORS_ORIGINS lists
 ├── NotFound              404
 ├── MethodNotAllowed      405
 ├── NotAcceptable         406  none of the formats asked for can be given
@@ -82,6 +83,12 @@ class Forbidden(UnfogError):
     """A key came that opens nothing."""
 
     status, code, detail = 403, "forbidden", "this key is not, or no longer, valid"
+
+
+class OriginNotAllowed(UnfogError):
+    """A browser asks whether a page may call, and it may not."""
+
+    status, code = 403, "origin_not_allowed"
 
 
 class NotFound(UnfogError):

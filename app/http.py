@@ -20,6 +20,8 @@ from app.errors import (
 )
 
 MAX_FIELDS = 32  # far more than any request has; each unknown one costs a line in the answer
+MAX_SIGNS = 1000  # commas and opening brackets, of which a megabyte would be a million objects to make
+MAX_DIGITS = 400  # of an integer
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -59,7 +61,9 @@ async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
 
 
 def _parse(body: bytes) -> Any:
-    """JSON, with NaN and Infinity let through for the schema to name their field."""
+    """JSON, with NaN and Infinity let through for the schema to name their field; the event loop waits for it."""
+    if sum(body.count(sign) for sign in b",[{") > MAX_SIGNS:
+        raise InvalidRequest([{"loc": ["body"], "msg": f"Input should have at most {MAX_SIGNS} values"}])
     try:
         return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -77,7 +81,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse_int(digits: str) -> int | float:
     """An integer too long for Python's parser is out of every range: infinite is near enough."""
-    return int(digits) if len(digits) <= 400 else float(digits)
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _describe(error: ValidationError) -> list[dict[str, Any]]:

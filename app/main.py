@@ -7,7 +7,6 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
 from app import VERSION, errors
@@ -17,6 +16,7 @@ from app.engine import Engine
 from app.metrics import Metrics
 from app.middleware import RequestContext
 from app.openapi import add_openapi
+from app.origins import ANSWERS_HEADERS, CALLERS_HEADERS, Origins
 from app.problems import handle_errors
 from app.records import Recorder
 from app.routes import generate, health, metrics
@@ -26,9 +26,6 @@ from app.stepping import StepRunner
 from app.traces import Traces
 
 STOP_SECONDS = 5.0  # for a step in progress
-# What a page of another origin may send and read.
-CALLERS_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
-ANSWERS_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
@@ -80,7 +77,7 @@ def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces 
     )
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Origins,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=CALLERS_HEADERS,
@@ -100,6 +97,7 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.queue_capacity.set(engine.capacity)
     meters.running_images.set_function(lambda: engine.running)
     meters.ready.set_function(lambda: engine.takes_work)
+    meters.alive.set_function(lambda: engine.alive)
     for code in ("200", "429", "500", "503", "504"):  # a rate sees the first of them only if there was none before
         meters.requests.labels("/generate", code)
 

@@ -58,6 +58,7 @@ class Metrics:
             "model_info", "The model that is served.", "name", "sha256", "device", "dtype", "version"
         )
         self.ready = self._gauge("ready", "1 while new work is taken.")
+        self.alive = self._gauge("alive", "0 where the engine has failed or is stuck.")
         for reason in REJECTIONS.values():
             self.rejected.labels(reason)
         for stage in ("waiting", "running"):

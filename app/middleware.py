@@ -50,13 +50,12 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        notes = Notes(request_id_of(scope))
-        scope.setdefault("state", {})["notes"] = notes
+        notes = noted(scope)
         body = _Body(scope, receive)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                notes.status = message["status"]
+                notes.status = notes.status or message["status"]  # the connection may have answered by itself
                 self._add_headers(message, scope["path"], notes.request_id)
             await body.send(message, send)
 
@@ -69,6 +68,7 @@ class RequestContext:
                 await self._app(scope, body.receive, send_with_headers)
             except asyncio.CancelledError:  # uvicorn's, when the time for the last answers is over
                 if notes.status:
+                    notes.outcome = Draining.code
                     raise
                 await fail_with(Draining(1))
             except Exception:
@@ -123,7 +123,13 @@ class _Body:
                     num_bytes += len((await self.receive()).get("body", b""))
 
 
-def request_id_of(scope: Scope) -> str:
+def noted(scope: Scope) -> Notes:
+    """The request's notes, begun by whoever is first."""
+    notes: Notes = scope.setdefault("state", {}).setdefault("notes", Notes(_request_id(scope)))
+    return notes
+
+
+def _request_id(scope: Scope) -> str:
     """The caller's id if it is one that a log can hold, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and CALLERS_ID.fullmatch(value.decode("latin-1")):

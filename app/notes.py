@@ -43,7 +43,8 @@ class Notes:
 
 def client_gone(scope: Scope) -> Response:
     """What a handler returns when there is nobody to answer."""
-    notes_of(scope).outcome = CLIENT_GONE
+    notes = notes_of(scope)
+    notes.outcome = notes.outcome or CLIENT_GONE
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

@@ -8,19 +8,24 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import h11
+from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.config import Settings
 from app.errors import MalformedRequest, RequestTimeout, UnfogError
 from app.metrics import Metrics
+from app.middleware import SECURITY_HEADERS, noted
+from app.notes import CLIENT_GONE, Notes
+from app.problems import PROBLEM_JSON
 
 log = logging.getLogger("unfog.access")
-# uvicorn's own words about what is no HTTP, for which we have a line with more in it.
 _ERRORS_ONLY = logging.getLogger("uvicorn.error.protocol")
-_ERRORS_ONLY.setLevel(logging.ERROR)
+_ERRORS_ONLY.setLevel(logging.ERROR)  # what is no HTTP has a line of ours, with more in it
+# The end of an answer that nobody takes, when the time for the last ones is over, is in order.
+_ERRORS_ONLY.addFilter(lambda line: not (line.exc_info and isinstance(line.exc_info[1], asyncio.CancelledError)))
 
 
 class Deadline:
@@ -61,7 +66,9 @@ class PatientProtocol(H11Protocol):
         self._head.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more."""
+        """Nothing is awaited any more; an answer that was not taken whole is none."""
+        if (notes := self._notes()) and notes.status:
+            notes.outcome = notes.outcome or CLIENT_GONE
         super().connection_lost(exc)
         self._head.clear()
         self._taking.clear()
@@ -98,20 +105,36 @@ class PatientProtocol(H11Protocol):
             self.transport.close()
 
     def _refuse(self, error: UnfogError) -> None:
-        """By hand, as there is no request that could be answered; after the beginning of an answer not at all."""
+        """By hand, as there is no request to answer, or only a part of one; not at all in the midst of an answer."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            problem = error.problem(uuid.uuid4().hex)
+            notes = self._notes() or Notes(uuid.uuid4().hex)
+            problem = error.problem(notes.request_id)
             body = json.dumps(problem).encode()
-            head = (
-                f"HTTP/1.1 {error.status} {problem['title']}\r\n"
-                f"X-Request-ID: {problem['request_id']}\r\nContent-Type: application/problem+json\r\n"
-                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
-            self.metrics.requests.labels("other", str(error.status)).inc()
-            facts = {"request_id": problem["request_id"], "status": error.status, "outcome": error.code}
-            log.info("no request", extra={**facts, "client": self.client[0] if self.client else ""})
+            headers = {
+                "X-Request-ID": notes.request_id,
+                **SECURITY_HEADERS,
+                "Content-Type": PROBLEM_JSON,
+                "Content-Length": len(body),
+                "Connection": "close",
+            }
+            lines = [f"HTTP/1.1 {error.status} {problem['title']}", *(f"{name}: {headers[name]}" for name in headers)]
+            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+            notes.status, notes.outcome = error.status, error.code
+            if not self._notes():
+                self._record(notes)
         self.transport.close()
+
+    def _notes(self) -> Notes | None:
+        """Of the request that is being answered."""
+        if not self.cycle or self.cycle.response_complete:
+            return None
+        return noted(cast(Scope, self.cycle.scope))
+
+    def _record(self, notes: Notes) -> None:
+        self.metrics.requests.labels("other", str(notes.status)).inc()
+        client = self.client[0] if self.client else ""
+        facts = {"request_id": notes.request_id, "status": notes.status, "outcome": notes.outcome, "client": client}
+        log.info("no request", extra=facts)
 
 
 def patient(settings: Settings, metrics: Metrics) -> type[H11Protocol]:

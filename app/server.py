@@ -93,7 +93,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     engine.give_up(errors.EngineFailed(RESTART_SECONDS))
     server.should_exit = True
     await serving
-    if watchdog.lost.done():
+    if watchdog.lost.done() and not stop.done():
         raise GivenUpError(f"the engine was lost for {settings.give_up_seconds:g} s: this process ends for another")
     if ready.done() and (failure := ready.exception()):
         known = isinstance(failure, RunnerError)
@@ -142,6 +142,7 @@ async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]"
     engine = service.engine
     log.info("draining: %d images left", engine.waiting + engine.running)
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.owed.none())
+    drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks
     await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := engine.waiting + engine.running:
         log.warning("gave up %d images", left)

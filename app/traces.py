@@ -5,6 +5,7 @@ is OpenTelemetry's to say: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_
 """
 
 import os
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from app import VERSION
+from app.errors import Forbidden, Unauthorized
 from app.notes import OK, Notes
 
 try:
@@ -27,7 +29,8 @@ try:
 except ImportError as error:
     MISSING = error
 
-FLUSH_MILLISECONDS = 2000  # at the end, for a collector that answers
+LAST_SPANS_SECONDS = 2.0  # at the end, for a collector that answers
+LONGEST_PATH = 200
 
 
 class TracesError(Exception):
@@ -50,8 +53,12 @@ class Traces:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(self, scope: Scope, notes: Notes, facts: Mapping[str, Any], ended_at: float) -> dict[str, str]:
-        """Makes the spans of a request that has ended; its ids, for the log. A caller's traceparent is continued."""
-        parent = self._propagator.extract(dict(Headers(scope=scope)))
+        """Makes the spans of a request that has ended; its ids, for the log.
+
+        A caller's traceparent is continued, if the caller was let in.
+        """
+        is_stranger = facts["outcome"] in (Unauthorized.code, Forbidden.code)
+        parent = None if is_stranger else self._propagator.extract(dict(Headers(scope=scope)))
         request = self._tracer.start_span(
             f"{scope['method']} {facts['route']}",
             parent,
@@ -68,8 +75,10 @@ class Traces:
         return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
 
     def close(self) -> None:
-        """Sends what is left, for at most FLUSH_MILLISECONDS."""
-        self._provider.force_flush(FLUSH_MILLISECONDS)
+        """Sends what is left, for at most LAST_SPANS_SECONDS: OpenTelemetry's own limit is not kept by its SDK."""
+        flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
+        flushing.start()
+        flushing.join(LAST_SPANS_SECONDS)
 
     def _child(self, request: "Span", name: str, start: float, end: float) -> None:
         context = set_span_in_context(request)
@@ -94,7 +103,7 @@ def _attributes(scope: Scope, facts: Mapping[str, Any]) -> dict[str, Any]:
         "http.request.method": scope["method"],
         "http.route": facts["route"],
         "http.response.status_code": facts["status"],
-        "url.path": scope["path"],
+        "url.path": scope["path"][:LONGEST_PATH],
         "url.scheme": scope["scheme"],
         "client.address": facts["client"],
     }

@@ -220,6 +220,30 @@ def test_a_setting_may_come_as_a_file_among_the_secrets_and_the_environment_is_s
     assert load_settings().api_keys == (SecretStr("from-outside"),)
 
 
+@pytest.mark.parametrize("name", ["unfog_api_key", "UNFOG_KEYS"])
+def test_a_secret_that_is_no_setting_stops_the_start(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("a-key")
+    (tmp_path / "somebody_elses").mkdir()
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    with pytest.raises(SettingsError, match=f"{name} is no setting"):
+        load_settings()
+
+
+def test_a_secret_that_cannot_be_read_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Docker makes a folder where the file to mount is missing; then there would be no keys, and nobody would know."""
+    secret = tmp_path / "unfog_api_keys"
+    secret.mkdir()
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    with pytest.raises(SettingsError, match="unfog_api_keys cannot be read: Is a directory"):
+        load_settings()
+    secret.rmdir()
+    secret.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="unfog_api_keys cannot be read: it is no text"):
+        load_settings()
+
+
 def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("UNFOG_")]:
         monkeypatch.delenv(name)

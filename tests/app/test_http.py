@@ -154,10 +154,20 @@ def test_what_is_not_json_is_malformed(body: bytes) -> None:
         read(body)
 
 
-def test_nesting_without_end_is_malformed() -> None:
-    deep = b"[" * 100_000 + b"]" * 100_000
-    with pytest.raises(errors.MalformedJSON):
-        asyncio.run(read_json(request(Body(deep), content_type=JSON), GenerateRequest, 10**6, PATIENCE))
+@pytest.mark.parametrize("piece", [b"[", b"[],", b"{},", b"1,", b'{"a":', b'"a":1,'])
+def test_a_body_of_more_values_than_any_request_has_is_not_even_parsed(
+    piece: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.http.json.loads", lambda *arguments, **options: pytest.fail("it was parsed"))
+    with pytest.raises(errors.InvalidRequest, match="at most 1000 values"):
+        asyncio.run(read_json(request(Body(piece * 1001), content_type=JSON), GenerateRequest, 10**6, PATIENCE))
+
+
+def test_nesting_that_is_deep_but_within_that_is_no_bug_of_ours() -> None:
+    with pytest.raises((errors.MalformedJSON, errors.InvalidRequest)):  # as deep as this Python's parser goes
+        asyncio.run(
+            read_json(request(Body(b"[" * 999 + b"]" * 999), content_type=JSON), GenerateRequest, 10**6, PATIENCE)
+        )
 
 
 @pytest.mark.parametrize(

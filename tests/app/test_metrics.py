@@ -25,6 +25,7 @@ EVERY_METRIC = [
     ("encode_duration", "unfog_encode_duration_seconds", "histogram", ()),
     ("model_info", "unfog_model_info", "gauge", ("name", "sha256", "device", "dtype", "version")),
     ("ready", "unfog_ready", "gauge", ()),
+    ("alive", "unfog_alive", "gauge", ()),  # beyond the contract
 ]
 
 

@@ -28,6 +28,8 @@ class Collector(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.exports: list[ExportTraceServiceRequest] = []
         self.status = 200
+        self.go_on = threading.Event()
+        self.go_on.set()
 
     @property
     def spans(self) -> list[Any]:
@@ -52,6 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         assert (self.path, self.headers["content-type"]) == ("/v1/traces", "application/x-protobuf")
         self.server.exports.append(ExportTraceServiceRequest.FromString(body))
+        self.server.go_on.wait()
         self.send_response(self.server.status)
         self.end_headers()
 
@@ -159,8 +162,29 @@ def test_a_collector_that_refuses_or_is_not_there_costs_no_answer(
     collector.status = 400
     assert trace(WORK).status_code == 200
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
-    monkeypatch.setattr(app.traces, "FLUSH_MILLISECONDS", 50)
     assert trace(WORK).status_code == 200
+
+
+def test_a_collector_that_never_answers_does_not_hold_up_the_end(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1000")
+    monkeypatch.setattr(app.traces, "LAST_SPANS_SECONDS", 0.1)
+    collector.go_on.clear()
+    service = threading.Thread(target=trace, args=(WORK,), daemon=True)
+    service.start()
+    service.join(60)
+    assert not service.is_alive()
+    collector.go_on.set()
+
+
+def test_a_strangers_trace_is_not_continued(collector: Collector) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.post("/generate", json=WORK, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
+
+    run(check, FakeRunner(), traces="on", api_keys="a-key")
+    (request,) = collector.spans
+    assert request.trace_id.hex() != TRACE
 
 
 def test_without_the_setting_nothing_is_sent(collector: Collector) -> None:

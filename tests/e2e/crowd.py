@@ -33,12 +33,12 @@ class Crowd:
         return self.statuses.count(status)
 
 
-def rush(service: Service, bodies: Sequence[dict[str, Any]]) -> Crowd:
+def rush(service: Service, bodies: Sequence[dict[str, Any] | bytes]) -> Crowd:
     """All at once, each on a connection of its own, while /health is asked again and again."""
     return asyncio.run(_rush(service, bodies))
 
 
-async def _rush(service: Service, bodies: Sequence[dict[str, Any]]) -> Crowd:
+async def _rush(service: Service, bodies: Sequence[dict[str, Any] | bytes]) -> Crowd:
     crowd = Crowd()
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(service.url, connector=connector, timeout=UNLIMITED) as session:
@@ -50,9 +50,10 @@ async def _rush(service: Service, bodies: Sequence[dict[str, Any]]) -> Crowd:
     return crowd
 
 
-async def _ask(session: aiohttp.ClientSession, body: dict[str, Any], crowd: Crowd) -> None:
+async def _ask(session: aiohttp.ClientSession, body: dict[str, Any] | bytes, crowd: Crowd) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
     try:
-        async with session.post("/generate", json=body) as answer:
+        async with session.post("/generate", data=content, headers={"content-type": "application/json"}) as answer:
             content = await answer.json(content_type=None)
     except aiohttp.ClientError:
         crowd.lost += 1

@@ -4,15 +4,21 @@ A request asks for its failure by its seed: FAULTS[kind] * 1000 + the step befor
 wrapped: what answers, isolates and watches is the service's own.
 """
 
+import logging
+import os
 import threading
+from collections.abc import Callable
 
 import torch
 
 import app.main
 from app.cli import main
 from app.device import DeviceLostError, OutOfMemoryError
+from app.pace import Pace
 from app.runner import Runner
 from app.trajectory import Trajectory
+
+log = logging.getLogger(__name__)
 
 FAULTS = {"exception": 10**9, "nan": 2 * 10**9, "memory": 3 * 10**9, "lost": 4 * 10**9, "stuck": 5 * 10**9}
 MEMORY_ROWS = 16  # more of them beside a row with that fault are too many
@@ -33,6 +39,14 @@ def seed_of(kind: str, step: int) -> int:
 
 class FaultyRunner(Runner):
     """Fails as a bug, a network, a device would."""
+
+    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
+        """With SLOW_WARM_UP set it goes on until it is told to stop, and says when it begins."""
+        if "SLOW_WARM_UP" in os.environ:
+            log.warning("warming up")
+            while not should_stop():
+                threading.Event().wait(0.01)
+        return super().warm_up(should_stop)
 
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
         """As it is told."""

@@ -30,6 +30,8 @@ BOMBS: dict[str, bytes] = {
     "a number of a million digits": b'{"digit": ' + b"9" * 1_000_000 + b"}",
     "a fraction of a million digits": b'{"digit": 1.5' + b"9" * 1_000_000 + b"}",
     "an exponent": b'{"digit": 1e999999999}',
+    "lists in a list": b"[" + b"[]," * 330_000 + b"[]]",
+    "objects in a list": b"[" + b"{}," * 330_000 + b"{}]",
     "many fields": b"{" + b",".join(b'"f%d":1' % i for i in range(80_000)) + b"}",
     "one field many times": b"{" + b",".join(b'"digit":1' for _ in range(100_000)) + b"}",
     "a long string": b'{"digit": "' + b"a" * 1_000_000 + b'"}',

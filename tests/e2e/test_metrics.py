@@ -30,6 +30,7 @@ METRICS = {
     "unfog_encode_duration_seconds": ("histogram", set()),
     "unfog_model_info": ("gauge", {"name", "sha256", "device", "dtype", "version"}),
     "unfog_ready": ("gauge", set()),
+    "unfog_alive": ("gauge", set()),
 }
 
 

@@ -111,6 +111,8 @@ def test_a_stuck_step_is_noticed_and_its_waiters_can_still_be_answered() -> None
         assert gate.entered.wait(WAIT_SECONDS)
         wait_until(lambda: not engine.alive)
         assert engine.state is EngineState.OK
+        with pytest.raises(errors.EngineFailed):  # nothing that comes now would be drawn
+            engine.submit(new_job())
         engine.cancel(job, error)
         assert job.future.exception(0) is error
         assert not engine.stop(0.01)
