@@ -127,6 +127,7 @@ def test_sigterm_at_the_peak_loses_nothing_that_was_admitted(start: Start) -> No
         service.process.signal(signal.SIGTERM)
         crowd = crowd_of.result(10 * PATIENCE)
     assert service.process.wait() == 0
+    assert not [line for line in service.process.lines if '"level": "error"' in line or "Traceback" in line]
     assert crowd.lost == 0
     assert set(crowd.statuses) <= {200, 429, 503}
     assert len(crowd.statuses) == len(bodies)
@@ -145,6 +146,7 @@ def test_sigterm_at_the_peak_answers_also_what_there_is_no_time_for(start: Start
         service.process.signal(signal.SIGTERM)
         crowd = crowd_of.result(PATIENCE)
     assert service.process.wait() == 0
+    assert not [line for line in service.process.lines if '"level": "error"' in line or "Traceback" in line]
     assert crowd.lost == 0
     assert crowd.count(503) > 0
     assert {answer["code"] for answer in crowd.answers if answer.get("status") == 503} == {"draining"}

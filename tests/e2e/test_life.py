@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ def test_what_is_unfinished_after_the_drain_timeout_is_answered(start: Start) ->
         name, problem = list(events)[-1]
         assert (name, problem["code"], problem["status"]) == ("error", "draining", 503)
     assert draining.process.wait() == 0
-    assert "Traceback" not in "".join(draining.process.lines)
+    assert not [line for line in draining.process.lines if '"level": "error"' in line or "Traceback" in line]
 
 
 def test_a_second_signal_waits_for_nobody_and_still_answers_everyone(start: Start) -> None:
@@ -156,3 +157,21 @@ def test_sigterm_while_it_still_imports_ends_it_with_status_0(checkpoint: Path) 
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
+
+
+def test_an_answer_that_nobody_takes_does_not_hold_up_the_end_and_is_no_error(start: Start) -> None:
+    draining = start(UNFOG_REQUEST_TIMEOUT="300", UNFOG_DRAIN_TIMEOUT="1", UNFOG_WRITE_TIMEOUT="300")
+    body = json.dumps({"digit": 1, "count": 64, "num_steps": 1, "scale": 16}).encode()
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nX-Request-ID: unread\r\n"
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(draining.address)
+        client.sendall((head + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 100)
+        eventually(lambda: draining.metrics().of("requests_total", route="/generate", code="200") > 5, "it answers")
+        draining.wait_until_idle()
+        draining.process.signal(signal.SIGTERM)
+        assert draining.process.wait() == 0
+    assert not [line for line in draining.process.lines if '"level": "error"' in line or "Traceback" in line]
+    lines = [json.loads(line) for line in draining.process.lines if '"unread"' in line]
+    assert {line["outcome"] for line in lines} <= {"ok", "draining", "client_gone"}
+    assert lines[-1]["outcome"] != "ok"  # of the last one the client has not got everything
