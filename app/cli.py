@@ -12,7 +12,7 @@ from app.device import RunnerError
 from app.logs import configure_logging
 from app.main import create_app
 from app.runner import Runner
-from app.server import GivenUpError, StartError, bind, serve
+from app.server import GivenUpError, StartError, allow_connections, bind, serve
 from app.traces import TracesError
 from model.memory import keep_freed_memory
 
@@ -39,6 +39,7 @@ def main() -> None:
             return
         if not keep_freed_memory():
             log.info("this C library keeps no memory for the next step: steps take a little longer")
+        allow_connections()
         app = create_app(settings)
         listener = bind(settings.host, settings.port)
         asyncio.run(serve(app, settings, listener))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ log = logging.getLogger("unfog")
 
 LAST_ANSWERS_SECONDS = 5  # for what is still to be said when the drain's time is over
 BACKLOG = 2048
+MOST_DESCRIPTORS = 65_536
 
 
 class StartError(Exception):
@@ -53,6 +55,14 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leaves the signals alone."""
         yield
+
+
+def allow_connections() -> None:
+    """As many descriptors as the system grants, up to MOST_DESCRIPTORS: by default a process has 1024 of them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:

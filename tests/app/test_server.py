@@ -1,9 +1,13 @@
 import asyncio
 import os
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
@@ -11,8 +15,10 @@ import pytest
 from app.config import Settings
 from app.main import create_app
 from app.metrics import Metrics
-from app.server import StartError, bind, serve
+from app.server import MOST_DESCRIPTORS, StartError, bind, serve
 from tests.app.fakes import WAIT_SECONDS, FakeRunner
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 70, "256.256.256.256", "no.such.host.invalid"])
@@ -95,3 +101,19 @@ def test_an_answer_that_is_not_ready_when_all_time_is_over_says_draining(monkeyp
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
     assert 'unfog_requests_total{code="503",route="/generate"} 1.0' in metrics.render().decode()
     assert 'unfog_rejected_total{reason="draining"} 1.0' in metrics.render().decode()
+
+
+@pytest.mark.parametrize(("soft", "hard", "allowed"), [(256, 1024, 1024), (256, 256, 256), (1024, None, None)])
+def test_as_many_connections_as_the_system_grants(soft: int, hard: int | None, allowed: int | None) -> None:
+    """In a process of its own; None is what this machine grants, which may be less than there is any need for."""
+    granted = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    most = MOST_DESCRIPTORS if granted == resource.RLIM_INFINITY else min(granted, MOST_DESCRIPTORS)
+    program = f"""
+import resource
+from app.server import allow_connections
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {granted if hard is None else hard}))
+allow_connections()
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == (most if allowed is None else allowed)
