@@ -44,9 +44,11 @@ def main() -> None:
         listener = bind(settings.host, settings.port)
         asyncio.run(serve(app, settings, listener))
     except (SettingsError, StartError, RunnerError, TracesError) as error:
-        _end(2, str(error))
+        print(f"unfog: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     except GivenUpError as error:
-        _end(1, str(error))
+        log.critical("%s", error)
+        os._exit(1)
     # A step that hangs in the device must not keep the process: its thread cannot be joined.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -59,8 +61,3 @@ def _parser() -> argparse.ArgumentParser:
     instead.add_argument("--openapi", action="store_true", help="print the API's document, and do not serve")
     instead.add_argument("--compile", action="store_true", help="compile into UNFOG_CACHE_DIR, and do not serve")
     return parser
-
-
-def _end(status: int, sentence: str) -> None:
-    print(f"unfog: {sentence}", file=sys.stderr, flush=True)
-    os._exit(status)

@@ -14,6 +14,7 @@ from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.compiler import default_cache
 
 PREFIX = "UNFOG_"
+KEYS_VARIABLE = "UNFOG_API_KEYS"
 SECRETS = Path("/run/secrets")  # where Docker puts files of secrets: unfog_api_keys is UNFOG_API_KEYS
 
 
@@ -110,14 +111,17 @@ def load_settings() -> Settings:
 
 
 def _check_secrets() -> None:
-    """A file that is passed over would be a door that somebody believes shut."""
+    """A file, or an empty variable, that is passed over would be a door that somebody believes shut."""
+    if os.environ.get(KEYS_VARIABLE) == "":
+        raise SettingsError(f"{KEYS_VARIABLE} is set and empty: unset it, or give it a key")
     folder = Settings.model_config.get("secrets_dir")
     for path in sorted(Path(str(folder)).iterdir()) if folder else ():
         if path.name.upper().startswith(PREFIX):
             if not _is_setting(path.name):
                 raise SettingsError(f"{path} is no setting of this release")
             try:
-                path.read_text()
+                if not path.read_text().strip():
+                    raise SettingsError(f"{path} is empty")
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or "it is no text"
                 raise SettingsError(f"{path} cannot be read: {reason}") from error

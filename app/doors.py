@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
+from app.notes import notes_of
 from app.problems import problem_response
 from app.rates import Rates
 
@@ -24,8 +25,8 @@ class Keys:
     def __init__(self, keys: Sequence[SecretStr]) -> None:
         self._digests = [_digest(key.get_secret_value().encode("ascii")) for key in keys]
 
-    def check(self, headers: Headers) -> str | None:
-        """Which key was shown, by a name that tells nothing of it; None where none is asked for.
+    def check(self, headers: Headers) -> int | None:
+        """The place of the key that was shown, from 1; None where none is asked for.
 
         Unauthorized without one, Forbidden with none that opens. Every key is compared, in full, whatever was found.
         """
@@ -37,7 +38,7 @@ class Keys:
             raise Unauthorized
         if not any(opens):
             raise Forbidden
-        return f"key {opens.index(True) % len(self._digests)}"
+        return 1 + opens.index(True) % len(self._digests)
 
 
 class Doors:
@@ -73,7 +74,8 @@ class Doors:
         except UnfogError:
             self._rates.spend(address)
             raise
-        self._rates.spend(key or address)
+        notes_of(scope).key = key
+        self._rates.spend(f"key {key}" if key else address)
 
 
 def caller_of(scope: Scope) -> str:

@@ -57,7 +57,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
-            (self.state if self.alive else EngineState.FAILED).refuse_unless_ok()
+            self.apparent_state.refuse_unless_ok()
             self._admission.admit(job)
             job.submitted_at_step = self._num_steps
             self._condition.notify()
@@ -103,9 +103,9 @@ class Engine:
         )
 
     @property
-    def takes_work(self) -> bool:
-        """Whether a new job would be admitted and run."""
-        return self.state is EngineState.OK and self.alive
+    def apparent_state(self) -> EngineState:
+        """The state, as it looks from outside: stuck is as good as failed."""
+        return self.state if self.alive else EngineState.FAILED
 
     @property
     def max_batch(self) -> int:

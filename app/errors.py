@@ -3,9 +3,9 @@
 UnfogError
 ├── MalformedJSON         400  the body is not JSON
 ├── MalformedRequest      400  not even HTTP
+├── OriginNotAllowed      400  a page asks that no UNFOG_CORS_ORIGINS lists
 ├── Unauthorized          401  a key is asked for and none came
 ├── Forbidden             403  a wrong key came
-├── OriginNotAllowed      403  a page asks that no UNFOG_CORS_ORIGINS lists
 ├── NotFound              404
 ├── MethodNotAllowed      405
 ├── NotAcceptable         406  none of the formats asked for can be given
@@ -88,7 +88,7 @@ class Forbidden(UnfogError):
 class OriginNotAllowed(UnfogError):
     """A browser asks whether a page may call, and it may not."""
 
-    status, code = 403, "origin_not_allowed"
+    status, code = 400, "origin_not_allowed"  # no 403, which is somebody with a wrong key
 
 
 class NotFound(UnfogError):

@@ -1,5 +1,6 @@
 """Logging: lines for people on a terminal, JSON lines elsewhere, where what is passed as `extra` becomes a field."""
 
+import asyncio
 import logging
 import sys
 
@@ -11,6 +12,7 @@ _NOT_FOR_PEOPLE = (
     *("logger", "color_message", "client", "route", "trace_id", "span_id"),
     *("model", "seed", "num_steps", "sampler", "guidance_scale"),
 )
+PROTOCOL_LOGGER = "uvicorn.error.protocol"  # which connections of ours use
 _FIRST = ("time", "level", "logger", "message")
 
 
@@ -35,7 +37,16 @@ def configure_logging(log_format: str, level: str) -> None:
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True  # ours carries the request id
+    for name in ("uvicorn.error", PROTOCOL_LOGGER):
+        logging.getLogger(name).addFilter(is_no_cancellation)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # ours says what matters
+
+
+def is_no_cancellation(record: logging.LogRecord) -> bool:
+    """What is cut off at the end, when the time for the last answers is over, is in order: no error, no traceback."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)) and (
+        "asyncio.exceptions.CancelledError" not in record.getMessage()
+    )
 
 
 def _for_machines() -> list[Processor]:

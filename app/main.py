@@ -22,6 +22,7 @@ from app.records import Recorder
 from app.routes import generate, health, metrics
 from app.runner import Runner
 from app.service import Service
+from app.state import EngineState
 from app.stepping import StepRunner
 from app.traces import Traces
 
@@ -96,7 +97,7 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.queue_depth.set_function(lambda: engine.waiting)
     meters.queue_capacity.set(engine.capacity)
     meters.running_images.set_function(lambda: engine.running)
-    meters.ready.set_function(lambda: engine.takes_work)
+    meters.ready.set_function(lambda: engine.apparent_state is EngineState.OK)
     meters.alive.set_function(lambda: engine.alive)
     for code in ("200", "429", "500", "503", "504"):  # a rate sees the first of them only if there was none before
         meters.requests.labels("/generate", code)

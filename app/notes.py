@@ -24,6 +24,7 @@ class Notes:
     answered: ExitStack = field(default_factory=ExitStack)  # closed when the answer was sent or the client is gone
     status: int = 0  # 0 until an answer has begun
     outcome: str | None = None  # an error's code, also of a stream that ended with one
+    key: int | None = None  # the place of the caller's among the keys
     job: Job | None = None
     encodings: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each
 

@@ -16,16 +16,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.config import Settings
 from app.errors import MalformedRequest, RequestTimeout, UnfogError
+from app.logs import PROTOCOL_LOGGER
 from app.metrics import Metrics
 from app.middleware import SECURITY_HEADERS, noted
 from app.notes import CLIENT_GONE, Notes
 from app.problems import PROBLEM_JSON
 
 log = logging.getLogger("unfog.access")
-_ERRORS_ONLY = logging.getLogger("uvicorn.error.protocol")
+_ERRORS_ONLY = logging.getLogger(PROTOCOL_LOGGER)
 _ERRORS_ONLY.setLevel(logging.ERROR)  # what is no HTTP has a line of ours, with more in it
-# The end of an answer that nobody takes, when the time for the last ones is over, is in order.
-_ERRORS_ONLY.addFilter(lambda line: not (line.exc_info and isinstance(line.exc_info[1], asyncio.CancelledError)))
 
 
 class Deadline:

@@ -18,7 +18,7 @@ class Recorder:
     """Tells of each request that has ended. `paths` are those that may stand in a label."""
 
     def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
-        """Requests to the `quiet` paths, of probes and scrapers, are logged at debug level where all is well."""
+        """Where all is well, those to the `quiet` paths, of probes and scrapers, are logged at debug and not traced."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 
     def record(self, scope: Scope, notes: Notes) -> None:
@@ -30,9 +30,10 @@ class Recorder:
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_duration.labels(route).observe(ended_at - notes.started_at)
         facts = self._facts(scope, notes, route, status, ended_at - notes.started_at)
-        if self._traces:
+        is_quiet = route in self._quiet and status == 200
+        if self._traces and not is_quiet:
             facts |= self._traces.record(scope, notes, facts, ended_at)
-        level = logging.DEBUG if route in self._quiet and status == 200 else logging.INFO
+        level = logging.DEBUG if is_quiet else logging.INFO
         path = scope["raw_path"].decode("ascii", "backslashreplace")  # as it came: decoded it could forge a line
         log.log(level, "%s %s", scope["method"], path, extra=facts)
 
@@ -43,6 +44,7 @@ class Recorder:
             "status": status,
             "outcome": notes.outcome or (CLIENT_GONE if status == CLIENT_CLOSED_REQUEST else OK),
             "client": (scope.get("client") or ("",))[0],
+            **({"key": notes.key} if notes.key else {}),
             "seconds": round(seconds, 6),
             **(_facts_of(notes.job, notes.encode_seconds) if notes.job else {}),
         }

@@ -95,7 +95,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
     watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
-        _announce(engine.models[DEFAULT_MODEL], listener)
+        _announce(engine.models[DEFAULT_MODEL], listener, len(settings.api_keys))
         watchdog.start()
         await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
     if stop.done():
@@ -126,10 +126,11 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _announce(info: ModelInfo, listener: socket.socket) -> None:
+def _announce(info: ModelInfo, listener: socket.socket, num_keys: int) -> None:
     host, port = listener.getsockname()[:2]
     how = "compiled" if info.compiled else "not compiled"
-    log.info("ready on http://%s:%d, %s on %s, %s", host, port, info.dtype, info.device, how)
+    who = f"for who has one of {num_keys} keys" if num_keys else "for everybody"
+    log.info("ready on http://%s:%d, %s on %s, %s, %s", host, port, info.dtype, info.device, how, who)
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:

@@ -43,7 +43,7 @@ class Traces:
     def __init__(self) -> None:
         """TracesError where the extra is missing."""
         if MISSING:
-            raise TracesError("UNFOG_TRACES=on needs OpenTelemetry: pip install 'unfog[traces]'") from MISSING
+            raise TracesError("UNFOG_TRACES=on needs OpenTelemetry: .venv/bin/pip install -e '.[traces]'") from MISSING
         named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "unfog"}
         self._provider = TracerProvider(
             resource=Resource.create({**named, "service.version": VERSION}), shutdown_on_exit=False

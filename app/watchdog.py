@@ -1,8 +1,12 @@
 """Notices an engine that is lost: it has failed, or is in a step that does not end."""
 
 import asyncio
+import logging
 
 from app.engine import Engine
+from app.state import EngineState
+
+log = logging.getLogger(__name__)
 
 LOOKS = 20  # in the time that is given; what is noticed late is by a twentieth
 
@@ -28,6 +32,8 @@ class Watchdog:
             self._stopped_at = None
         elif self._stopped_at is None:
             self._stopped_at = now
+            if self._engine.state is not EngineState.FAILED:  # that it has said itself
+                log.error("a step takes longer than UNFOG_WATCHDOG_SECONDS: the engine is stuck")
         if self._stopped_at is not None and now - self._stopped_at >= seconds:
             self.lost.set_result(None)
         else:

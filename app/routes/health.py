@@ -4,11 +4,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from app import VERSION
+from app.errors import Draining, EngineFailed, Starting
+from app.notes import notes_of
 from app.schemas import Health, HealthModel, Liveness, Queue, Readiness
 from app.service import Service
 from app.state import EngineState
 
 router = APIRouter()
+
+OUTCOMES = {  # of a probe that fails, as an error's code
+    EngineState.STARTING: Starting.code,
+    EngineState.DRAINING: Draining.code,
+    EngineState.FAILED: EngineFailed.code,
+}
 
 
 @router.get("/health", response_model=Health, responses={503: {"model": Health}})
@@ -18,7 +26,7 @@ async def health(request: Request) -> JSONResponse:
     engine = service.engine
     infos = list(engine.models.values())
     models = [HealthModel(name=i.name, sha256=i.sha256, num_parameters=i.num_parameters) for i in infos]
-    state = engine.state if engine.alive else EngineState.FAILED
+    state = engine.apparent_state
     answer = Health(
         status=state.value,
         version=VERSION,
@@ -30,14 +38,14 @@ async def health(request: Request) -> JSONResponse:
         queue=Queue(waiting=engine.waiting, running=engine.running, capacity=engine.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )
-    return _answer(answer.model_dump(exclude_none=True), state is EngineState.OK)
+    return _answer(request, answer.model_dump(exclude_none=True), state is EngineState.OK)
 
 
 @router.get("/livez", response_model=Liveness, responses={503: {"model": Liveness}})
 async def livez(request: Request) -> JSONResponse:
     """200 while the engine's heartbeat is fresh; load never fails it, only a restart mends it."""
     service: Service = request.app.state.service
-    return _answer({"alive": service.engine.alive}, service.engine.alive)
+    return _answer(request, {"alive": service.engine.alive}, service.engine.alive)
 
 
 @router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
@@ -45,8 +53,12 @@ async def livez(request: Request) -> JSONResponse:
 async def readyz(request: Request) -> JSONResponse:
     """200 while the checkpoint is loaded and warm and the service does not drain."""
     service: Service = request.app.state.service
-    return _answer({"ready": service.engine.takes_work}, service.engine.takes_work)
+    ready = service.engine.apparent_state is EngineState.OK
+    return _answer(request, {"ready": ready}, ready)
 
 
-def _answer(body: dict[str, object], good: bool) -> JSONResponse:
+def _answer(request: Request, body: dict[str, object], good: bool) -> JSONResponse:
+    if not good:
+        service: Service = request.app.state.service
+        notes_of(request.scope).outcome = OUTCOMES[service.engine.apparent_state]
     return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

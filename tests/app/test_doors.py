@@ -30,13 +30,13 @@ SET = {"api_keys": "first-key,second-key"}
     ],
 )
 def test_each_key_opens_in_either_header(headers: dict[str, str]) -> None:
-    assert KEYS.check(Headers(headers)) in ("key 0", "key 1")
+    assert KEYS.check(Headers(headers)) in (1, 2)
 
 
 def test_a_key_is_known_by_its_place_and_not_by_itself() -> None:
     names = [KEYS.check(Headers({"x-api-key": key})) for key in ("first-key", "second-key")]
-    assert names == ["key 0", "key 1"]
-    assert KEYS.check(Headers({"authorization": "Bearer wrong", "x-api-key": "second-key"})) == "key 1"
+    assert names == [1, 2]
+    assert KEYS.check(Headers({"authorization": "Bearer wrong", "x-api-key": "second-key"})) == 2
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": ""}, {"authorization": "Bearer"}, {"x-api-key": " "}])
@@ -118,8 +118,9 @@ def test_no_key_is_ever_logged(caplog: pytest.LogCaptureFixture) -> None:
             await client.post("/generate", json=WORK, headers={"authorization": f"Bearer {key}"})
 
     run(check, FakeRunner(), **SET)
-    ours = [record for record in caplog.records if record.name.startswith(("unfog", "app"))]
-    assert len(ours) >= 2
+    ours = [record for record in caplog.records if not record.name.startswith("http")]  # the client's own
+    lines = [vars(record) for record in ours if record.name == "unfog.access"]
+    assert [line.get("key") for line in lines] == [2, None]  # its place is
     assert not [record for record in ours if "-key" in str(record.__dict__)]
 
 
@@ -167,7 +168,7 @@ def test_a_page_of_a_listed_origin_may_call_and_read_also_what_it_is_refused() -
         assert refused.headers["access-control-allow-origin"] == "https://page.example"
         assert "X-Seed" in refused.headers["access-control-expose-headers"]
         other = await client.options("/generate", headers={**PREFLIGHT, "origin": "https://other.example"})
-        assert (other.status_code, other.json()["code"]) == (403, "origin_not_allowed")
+        assert (other.status_code, other.json()["code"]) == (400, "origin_not_allowed")
         assert other.json()["request_id"] == other.headers["x-request-id"]
         assert "access-control-allow-origin" not in other.headers
 

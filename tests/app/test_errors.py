@@ -12,7 +12,7 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedRequest(), 400, "malformed_request"),
     (errors.Unauthorized(), 401, "unauthorized"),
     (errors.Forbidden(), 403, "forbidden"),
-    (errors.OriginNotAllowed("Disallowed CORS origin"), 403, "origin_not_allowed"),
+    (errors.OriginNotAllowed("Disallowed CORS origin"), 400, "origin_not_allowed"),
     (errors.NotFound(), 404, "not_found"),
     (errors.MethodNotAllowed("POST"), 405, "method_not_allowed"),
     (errors.NotAcceptable(("image/png",)), 406, "not_acceptable"),

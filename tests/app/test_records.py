@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from app.device import DeviceLostError
 from tests.app.application import WORK, run
 from tests.app.fakes import FakeRunner, Rows
 
@@ -99,6 +100,20 @@ def test_probes_and_scrapes_that_are_well_are_not_worth_a_line(caplog: pytest.Lo
     run(check, FakeRunner())
     levels = [line["levelno"] for route in ("/health", "/metrics") for line in lines_of(caplog, route)]
     assert levels == [logging.DEBUG, logging.INFO, logging.DEBUG]
+
+
+def test_the_outcome_of_a_probe_that_fails_is_why(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(rows: Rows) -> None:
+        raise DeviceLostError("gone")
+
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.post("/generate", json=WORK)
+        await client.get("/livez")
+
+    caplog.set_level(logging.INFO)
+    run(check, FakeRunner(on_step=fail))
+    (line,) = lines_of(caplog, "/livez")
+    assert (line["status"], line["outcome"], line["levelno"]) == (503, "engine_failed", logging.INFO)
 
 
 def test_a_path_is_logged_as_it_came(caplog: pytest.LogCaptureFixture) -> None:

@@ -187,6 +187,16 @@ def test_a_strangers_trace_is_not_continued(collector: Collector) -> None:
     assert request.trace_id.hex() != TRACE
 
 
+def test_probes_that_are_well_are_no_traces(collector: Collector) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.get("/readyz")
+        await client.get("/metrics")
+        await client.post("/readyz")
+
+    run(check, FakeRunner(), traces="on")
+    assert [span.name for span in collector.spans] == ["POST /readyz"]
+
+
 def test_without_the_setting_nothing_is_sent(collector: Collector) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         await client.post("/generate", json=WORK)
@@ -197,5 +207,5 @@ def test_without_the_setting_nothing_is_sent(collector: Collector) -> None:
 
 def test_without_the_extra_a_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app.traces, "MISSING", ImportError("no module"))
-    with pytest.raises(TracesError, match=r"UNFOG_TRACES=on .* pip install 'unfog\[traces\]'"):
+    with pytest.raises(TracesError, match=r"UNFOG_TRACES=on .*pip install -e '\.\[traces\]'"):
         Traces()

@@ -8,6 +8,7 @@ from typing import Any, cast
 import pytest
 
 from app.engine import Engine
+from app.state import EngineState
 from app.watchdog import Watchdog
 
 SECONDS = 30.0
@@ -16,6 +17,7 @@ SECONDS = 30.0
 @dataclass
 class Heart:
     alive: bool = True
+    state: EngineState = EngineState.OK
 
 
 @dataclass
@@ -94,6 +96,19 @@ def test_nothing_is_looked_at_after_it_is_lost(loop: Loop) -> None:
     watched(Heart(alive=False))
     loop.advance(2 * SECONDS)
     assert not loop.calls
+
+
+def test_what_is_stuck_is_said_once_and_what_failed_has_said_it_itself(
+    loop: Loop, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched(Heart(alive=False, state=EngineState.FAILED))
+    loop.advance(SECONDS)
+    assert not caplog.records
+    watched(Heart(alive=False))
+    loop.advance(SECONDS)
+    assert [record.message for record in caplog.records] == [
+        "a step takes longer than UNFOG_WATCHDOG_SECONDS: the engine is stuck"
+    ]
 
 
 def test_with_never_nothing_is_lost(loop: Loop) -> None:

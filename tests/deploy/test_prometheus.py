@@ -148,6 +148,7 @@ def test_the_rules_do_what_their_cases_say(path: Path) -> None:
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
+@pytest.mark.slow  # all cases once more, to see that they can fail
 def test_the_cases_notice_an_alert_that_does_not_wait(tmp_path: Path) -> None:
     patient = {name for name, alert in ALERTS.items() if "for" in alert}
     groups = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"]

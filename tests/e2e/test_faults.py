@@ -138,7 +138,7 @@ def test_an_orchestrator_that_asks_livez_and_restarts_has_a_service_again(
 def test_sigterm_ends_a_stuck_process_with_status_0_when_its_time_is_over(checkpoint: Path) -> None:
     """Also where the watchdog gives it up meanwhile: it was asked to end."""
     with ExitStack() as stack:
-        stuck = start_service(stack, checkpoint, FAULTY, UNFOG_REQUEST_TIMEOUT="300", UNFOG_DRAIN_TIMEOUT="4", **SOON)
+        stuck = start_service(stack, checkpoint, FAULTY, UNFOG_REQUEST_TIMEOUT="300", UNFOG_DRAIN_TIMEOUT="3", **SOON)
         pool = stack.enter_context(ThreadPoolExecutor())
         waiting = pool.submit(stuck.post, {"digit": 9, "seed": seed_of("stuck", 10)})
         stuck.wait_until_running()

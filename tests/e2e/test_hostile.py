@@ -98,7 +98,7 @@ def withstand(service: Service, count: int) -> Counter[str]:
 
 
 def test_hundreds_of_hostile_requests(target: Service) -> None:
-    found = withstand(target, 400)
+    found = withstand(target, 200)
     assert len(found) > 15  # kinds and statuses
 
 

@@ -132,14 +132,22 @@ MALFORMED = {
     "single quotes": b"{'digit': 7}",
     "no UTF-8": b'{"digit": 7, "\xff": 1}',
     "UTF-16": '{"digit": 7}'.encode("utf-16"),
-    "a hundred thousand brackets": b"[" * 100_000,
-    "deep": b'{"digit":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "brackets that do not close": b"[" * 900,
 }
 
 
 @pytest.mark.parametrize("document", MALFORMED.values(), ids=MALFORMED)
 def test_what_is_no_json_is_400(service: Service, document: bytes) -> None:
     assert_problem(service.post(document), 400, "malformed_json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 100_000, b'{"digit":' + b"[" * 50_000 + b"]" * 50_000 + b"}", b"[" + b"{}," * 300_000 + b"{}]"],
+    ids=["a-hundred-thousand-brackets", "deep", "wide"],
+)
+def test_more_values_than_any_request_has_are_422(service: Service, content: bytes) -> None:
+    assert_invalid(service.post(content), "body")
 
 
 @pytest.mark.parametrize("value", ["-1", "101", "many", "1.5", "", "1" * 5000])
