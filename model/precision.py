@@ -29,7 +29,7 @@ def cpp_compiler() -> str:
 
 def no_compiler() -> str:
     """What to say to whoever asked for it where there is none."""
-    return f"needs a C++ compiler, and there is no {cpp_compiler()}; CXX may name one"
+    return f"needs a C++ compiler, and there is no {cpp_compiler()!r}; CXX may name one"
 
 
 def can_compile() -> bool:
