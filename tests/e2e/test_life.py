@@ -65,6 +65,16 @@ def test_sigterm_while_the_checkpoint_is_loaded_is_a_clean_end(loading: Loading)
     assert "Traceback" not in "".join(loading.process.lines)
 
 
+def test_two_signals_while_the_checkpoint_is_loaded_are_a_clean_end(loading: Loading) -> None:
+    assert loading.client.get("/livez").status_code == 200
+    loading.process.signal(signal.SIGTERM)
+    eventually(lambda: loading.client.get("/health").json()["status"] == "draining", "it drains")
+    loading.process.signal(signal.SIGTERM)
+    loading.go_on()
+    assert loading.process.wait() == 0
+    assert not [line for line in loading.process.lines if '"level": "error"' in line or "Traceback" in line]
+
+
 def test_health_tells_what_is_served_and_how_busy_it_is(service: Service, network: UNet) -> None:
     service.wait_until_idle()
     health = service.client.get("/health").json()
@@ -136,6 +146,7 @@ def test_a_second_signal_waits_for_nobody_and_still_answers_everyone(start: Star
         draining.process.signal(signal.SIGTERM)
         assert_problem(unfinished.result(PATIENCE), 503, "draining")
     assert draining.process.wait() == 0
+    assert not [line for line in draining.process.lines if '"level": "error"' in line or "Traceback" in line]
 
 
 def test_every_line_of_the_log_is_json_with_what_a_log_is_searched_for(service: Service) -> None:
