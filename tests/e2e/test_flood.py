@@ -96,7 +96,7 @@ def test_retry_after_is_when_a_request_of_that_size_would_fit(shipped: Service, 
     """If nobody else comes: within a factor of two, or a second, which is what whole seconds allow."""
     shipped.wait_until_idle()
     with ThreadPoolExecutor(2 * CAPACITY) as pool:
-        refused = fill_up(shipped, pool, [64, 16, count] if count < 16 else [64, count])
+        refused = fill_up(shipped, pool, count)
         said, asked_at = int(refused.headers["retry-after"]), time.monotonic()
         eventually(lambda: CAPACITY - shipped.metrics().of("queue_depth_images") >= count, "it would fit")
         took = time.monotonic() - asked_at
@@ -106,22 +106,15 @@ def test_retry_after_is_when_a_request_of_that_size_would_fit(shipped: Service, 
             assert took > 2
 
 
-def fill_up(service: Service, pool: ThreadPoolExecutor, counts: list[int]) -> httpx.Response:
-    """Requests of so many images each, until one is refused; then of the next size. The last one that was refused."""
-    refused: httpx.Response | None = None
-    for count in counts:
-        refused = None
-        while not refused:
-            refused = ask(service, pool, count)
-    assert refused
-    assert_problem(refused, 429, "overloaded")
-    return refused
+def fill_up(service: Service, pool: ThreadPoolExecutor, count: int) -> httpx.Response:
+    """More requests of so many images than fit, at once; the first that was refused."""
+    body = {"digit": 3, "count": count, "guidance_scale": 1}
+    asked = [pool.submit(service.post, body) for _ in range((CAPACITY + 128) // count + 16)]  # also what runs
 
+    def refused() -> list[httpx.Response]:
+        answers = [future.result() for future in asked if future.done()]
+        return [answer for answer in answers if answer.status_code == 429]
 
-def ask(service: Service, pool: ThreadPoolExecutor, count: int) -> httpx.Response | None:
-    """The answer of a request that is refused; None once it is admitted, which is answered later."""
-    asked = pool.submit(service.post, {"digit": 3, "count": count, "guidance_scale": 1}, **{"x-request-id": "fill"})
-    depth = service.metrics().of("queue_depth_images")
-    eventually(lambda: asked.done() or service.metrics().of("queue_depth_images") != depth, "it is admitted or not")
-    answer = asked.result() if asked.done() else None
-    return answer if answer and answer.status_code == 429 else None
+    eventually(refused, "one is refused")
+    assert_problem(refused()[0], 429, "overloaded")
+    return refused()[0]
