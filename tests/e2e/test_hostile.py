@@ -68,7 +68,7 @@ async def attack(service: Service, seeds: range, wanted: list[bytes]) -> Counter
                 return
             kind, request = make(seed)
             is_whole = kind in WHOLE
-            answer = await send(service.address, request, PATIENCE if is_whole else 0.5)
+            answer = await send(service.address, request, PATIENCE if is_whole else 0.25)
             status = answer[9:12].decode("ascii", "replace") if answer else "none"
             assert status != "none" or not is_whole, (seed, kind)
             found[f"{kind}: {status}"] += 1

@@ -83,7 +83,7 @@ def test_compiling_without_a_compiler_is_one_sentence(
         script.main(["--compile=on", "--device=cpu", f"--out={tmp_path}"])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "there is no no-such-compiler" in line
+    assert "there is no 'no-such-compiler'" in line
 
 
 @pytest.mark.parametrize(("recipe", "where"), [("cosine", "epoch"), ("plateau", "epoch"), ("cosine", "write")])
