@@ -5,6 +5,7 @@ Each function raises ValueError in words that follow "UNFOG_NAME='value' is wron
 
 import ipaddress
 import re
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -61,23 +62,21 @@ def rate_limits(value: Any) -> Any:
 
 def origins(value: Any) -> Any:
     """Comma-separated, each like `https://example.com` or `http://localhost:3000`; `*` is any."""
-    if not isinstance(value, str):
-        return value
-    parts = _parts(value)
-    for part in parts:
-        if part != ANY and not _is_origin(part):
-            raise ValueError(f"{part!r} is no origin: must be like https://example.com:8443, without a path, or *")
-    return tuple(part if part == ANY else part.lower() for part in parts)
+    return _listed(value, _is_origin, "no origin: must be like https://example.com:8443, without a path, or *")
 
 
 def networks(value: Any) -> Any:
     """Comma-separated addresses and networks such as `10.0.0.0/8`; `*` is everybody."""
+    return _listed(value, _is_network, "no address and no network such as 10.0.0.0/8")
+
+
+def _listed(value: Any, is_one: Callable[[str], bool], what_it_is: str) -> Any:
     if not isinstance(value, str):
         return value
-    parts = _parts(value)
+    parts = [part.lower() for part in _parts(value)]
     for part in parts:
-        if part != ANY and not _is_network(part):
-            raise ValueError(f"{part!r} is no address and no network such as 10.0.0.0/8")
+        if part != ANY and not is_one(part):
+            raise ValueError(f"{part!r} is {what_it_is}")
     return tuple(parts)
 
 
@@ -98,10 +97,10 @@ def _is_network(text: str) -> bool:
 
 def _is_origin(text: str) -> bool:
     try:
-        url = urlsplit(text.lower())
+        url = urlsplit(text)
         port = url.port  # ValueError where it is none
     except ValueError:
         return False
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
     written = f"{url.scheme}://{host}" + (f":{port}" if port else "")
-    return url.scheme in ("http", "https") and bool(url.hostname) and text.lower() == written
+    return url.scheme in ("http", "https") and bool(url.hostname) and text == written

@@ -106,7 +106,8 @@ class PatientProtocol(H11Protocol):
     def _refuse(self, error: UnfogError) -> None:
         """By hand, as there is no request to answer, or only a part of one; not at all in the midst of an answer."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            notes = self._notes() or Notes(uuid.uuid4().hex)
+            own = self._notes()
+            notes = own or Notes(uuid.uuid4().hex)
             problem = error.problem(notes.request_id)
             body = json.dumps(problem).encode()
             headers = {
@@ -119,7 +120,7 @@ class PatientProtocol(H11Protocol):
             lines = [f"HTTP/1.1 {error.status} {problem['title']}", *(f"{name}: {headers[name]}" for name in headers)]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
             notes.status, notes.outcome = error.status, error.code
-            if not self._notes():
+            if not own:
                 self._record(notes)
         self.transport.close()
 

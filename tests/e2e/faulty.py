@@ -1,6 +1,6 @@
 """The service with a runner that fails on request: `python -m tests.e2e.faulty`, configured like the service.
 
-A request asks for its failure by its seed: FAULTS[kind] * 1000 + the step before which it happens. Only the runner is
+A request asks for its failure by its seed: FAULTS[kind] + 1000 + the step before which it happens. Only the runner is
 wrapped: what answers, isolates and watches is the service's own.
 """
 

@@ -26,7 +26,7 @@ def build(folder: Path) -> list[Manifest]:
     """The manifests of its kustomization, patched."""
     content = read(folder / "kustomization.yaml")
     if unknown := content.keys() - FIELDS:
-        raise NotImplementedError(unknown)
+        raise ValueError(f"{folder}: this merge does not know {sorted(unknown)}, of which it would say nothing")
     manifests: list[Manifest] = []
     for name in content["resources"]:
         manifests += build(folder / name) if (folder / name).is_dir() else [read(folder / name)]
