@@ -137,7 +137,7 @@ def reverse_step(x_t: Tensor, x_0: Tensor, x_0_prev: Tensor, z: Tensor, coeffici
 
 
 @torch.inference_mode()
-def sample(
+def sample(  # noqa: PLR0913 # the options of a sampler, each optional
     denoiser: Denoiser,
     schedule: Schedule,
     y: Tensor,

@@ -10,8 +10,6 @@ import pytest
 from app.config import Settings
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("app", "model", "scripts")
-MAX_LINES, MAX_LINES_OF_A_FUNCTION = 250, 40
 # The modules of the service that handle tensors: the runner and what it is made of.
 MAY_IMPORT_TORCH = {
     "app/runner.py",
@@ -38,23 +36,6 @@ def imported(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add((node.module or "").split(".")[0])
     return names
-
-
-def test_a_file_fits_into_the_head() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(*FOLDERS)}
-    assert lengths
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
-
-
-def test_a_function_fits_onto_a_screen() -> None:
-    lengths = {
-        f"{path.relative_to(ROOT)}:{node.name}": (node.end_lineno or 0) - node.lineno + 1
-        for path in sources(*FOLDERS)
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
-    assert lengths
-    assert {name: length for name, length in lengths.items() if length > MAX_LINES_OF_A_FUNCTION} == {}
 
 
 def test_torch_is_named_only_where_the_service_handles_tensors() -> None:

@@ -26,7 +26,7 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
 
 
-def train_classifier(
+def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     network: Classifier,
     learn: Labelled,
     reporter: Reporter,
