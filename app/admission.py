@@ -1,61 +1,144 @@
-"""What is let in, and how many rows a step has for those who are. No threads, no clock: the engine holds its lock."""
+"""Admits jobs only if every admitted job still finishes in time, and chooses the rows of each step accordingly.
+
+No threads and no clock: the engine holds its lock and passes the time.
+"""
 
 import logging
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
 
 from app import errors
-from app.batcher import Batcher, QueueFullError
-from app.forecast import evaluations_a_step, retry_after, seconds_to_finish, seconds_to_room
-from app.limits import Limits
+from app.backlog import Throughput
+from app.batcher import Batcher, StepLimits
 from app.pace import Pace
 from app.trajectory import Job, Trajectory
 
 log = logging.getLogger(__name__)
 
+RECOVERY_SECONDS = 60.0  # without a memory shortage, after which a step may have twice as many rows
+LONGEST_WAIT = 3600  # seconds, of Retry-After
+
 
 class Admission:
-    """The admitted jobs, what a step may hold, and how long it takes."""
+    """The admitted jobs, the limits of a step, and the speed of the machine."""
 
     def __init__(self, capacity: int, max_batch: int | None) -> None:
-        """`capacity` images may wait; `max_batch` rows a step, or None for what the pace will tell."""
+        """`capacity` images may wait; a step has at most `max_batch` rows, or as many as are fastest if None."""
         self.batcher = Batcher(capacity)
         self.pace = Pace({1: 1.0})
-        self._limits, self._is_auto = Limits.fixed(max_batch or 1), max_batch is None
+        self._max_batch = max_batch
+        self._max_rows: int | None = None  # after a memory shortage
+        self._shortage_at = -math.inf
+        self._limits: dict[int, StepLimits] = {}  # by the number of models
+        self._safe_until = -math.inf  # no target is at risk before, at the slowdown of that time
+        self._safe_slowdown = 0.0
 
     @property
     def max_batch(self) -> int:
-        """Rows that a step may have."""
-        return self._limits.most
+        """The rows that a step may have."""
+        return self._limits_for(1).rows
 
     def open(self, pace: Pace) -> None:
-        """Steps have been timed."""
+        """Takes over the measured step times."""
         self.pace = pace
-        if self._is_auto:
-            self._limits = Limits.auto(pace)
+        self._limits.clear()
 
-    def lower_max_batch(self, rows: int) -> None:
-        """A step with more was too large for the device."""
-        self._limits = self._limits.lowered_to(rows)
-        log.warning("out of device memory: at most %d rows a step from now on", self.max_batch)
+    def observe(self, rows: Sequence[Trajectory], seconds: float) -> None:
+        """Learns from a step with these rows, before they are advanced, that took `seconds`."""
+        calls: dict[str, int] = {}
+        for row in rows:
+            model = row.job.options.model
+            calls[model] = calls.get(model, 0) + row.evaluations
+        self.pace.observe(list(calls.values()), seconds)
 
-    def admit(self, job: Job) -> None:
-        """Takes a job whole, with its place and its forecast; Overloaded where it cannot be done in time."""
-        max_rows = self._max_rows(job)
-        job.position = self.batcher.waiting
-        job.eta_seconds = seconds_to_finish(self.batcher, job, max_rows, self.pace)
-        late = job.eta_seconds - job.timeout
-        if late > 0 and self.batcher.num_jobs:  # an idle engine always tries: only steps correct the pace
-            detail = f"the backlog would end {late:.0f} s after the request's own deadline"
-            raise errors.Overloaded(retry_after(late), detail)
-        try:
-            self.batcher.add(job)
-        except QueueFullError as full:
-            wait = seconds_to_room(self.batcher, full.missing, max_rows, self.pace)
-            raise errors.Overloaded(retry_after(wait)) from full
+    def admit(self, job: Job, now: float) -> None:
+        """Admits a job whole, and sets its position and expected time; Overloaded if it must be refused.
 
-    def select(self) -> list[Trajectory]:
-        """The rows of the next step."""
-        return self.batcher.select(self._max_rows())
+        An idle engine admits every job: step times are only corrected by running steps.
+        """
+        batcher = self.batcher
+        if batcher.waiting + job.count > batcher.capacity:
+            raise errors.Overloaded(self._retry_after(job, now), "the queue has no room for this request")
+        full = self._full(job)
+        if batcher.num_jobs and not batcher.backlog.admits(job, full, now):
+            detail = "the request, or an earlier one, would miss its deadline"
+            raise errors.Overloaded(self._retry_after(job, now), detail)
+        job.position = batcher.waiting
+        job.eta_seconds = self._eta_seconds(job, full)
+        batcher.add(job)
+        self._safe_until = -math.inf
 
-    def _max_rows(self, *more: Job) -> int:
-        jobs = [*self.batcher.jobs, *more]
-        return self._limits.rows([len(job.unfinished) for job in jobs], evaluations_a_step(jobs[: self._limits.most]))
+    def select(self, now: float) -> list[Trajectory]:
+        """Returns the rows of the next step."""
+        if not self.batcher.num_jobs:
+            return []
+        self._recover(now)
+        return self.batcher.select(self._limits_for(self.batcher.backlog.num_models()), at_risk=self._is_at_risk(now))
+
+    def lower_max_batch(self, rows: int, now: float) -> None:
+        """Limits the rows of a step after a step with `rows` rows met a memory shortage."""
+        self._shortage_at = now
+        self._limit_rows(min(self.max_batch, max(1, rows // 2)))
+        log.warning("Out of device memory: limiting the batch", extra={"max_batch": self.max_batch})
+
+    def _recover(self, now: float) -> None:
+        if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:
+            self._shortage_at = now
+            lowered = self.max_batch
+            self._limit_rows(2 * self._max_rows)
+            if self.max_batch == lowered:
+                self._max_rows = None
+            else:
+                log.info("No memory shortage for a minute: raising the batch", extra={"max_batch": self.max_batch})
+
+    def _limit_rows(self, rows: int | None) -> None:
+        self._max_rows = rows
+        self._limits.clear()
+        self._safe_until = -math.inf
+
+    def _limits_for(self, num_models: int) -> StepLimits:
+        if num_models not in self._limits:
+            given = [rows for rows in (self._max_batch, self._max_rows) if rows is not None]
+            auto = self._max_batch is None
+            self._limits[num_models] = StepLimits.of(self.pace, min(given, default=None), num_models, auto=auto)
+        return self._limits[num_models]
+
+    def _full(self, *newcomers: Job) -> Throughput:
+        """The speed of full steps at the machine's present speed."""
+        full = self._limits_for(max(1, self.batcher.backlog.num_models(*newcomers))).full
+        slowdown = self.pace.slowdown
+        return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
+
+    def _is_at_risk(self, now: float) -> bool:
+        """True if a job may miss its target. Looks again only when time or the slowdown may have changed the answer."""
+        if now < self._safe_until and self.pace.slowdown <= 1.01 * self._safe_slowdown:
+            return False
+        slack = self.batcher.backlog.slack(self._full(), now)
+        self._safe_until, self._safe_slowdown = now + slack, self.pace.slowdown
+        return slack < 0
+
+    def _retry_after(self, job: Job, now: float) -> int:
+        """The smallest whole number of seconds after which the job would be admitted if no other job arrived."""
+        backlog, full = self.batcher.backlog, self._full(job)
+        longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
+
+        def fits(seconds: int) -> bool:
+            waiting = backlog.waiting_after(seconds, full.rate)
+            return waiting + job.count <= self.batcher.capacity and backlog.admits(job, full, now, seconds)
+
+        return bisect_left(range(longest), True, lo=1, key=fits)
+
+    def _eta_seconds(self, job: Job, full: Throughput) -> float:
+        """The expected time to finish: its own steps for an image that is in every step, else the bound."""
+        batcher, num_models = self.batcher, max(1, self.batcher.backlog.num_models(job))
+        limits = self._limits_for(num_models)
+        mean = job.evaluations_left / (job.count * job.options.num_steps)  # evaluations of a row and step
+        first_round = (batcher.num_jobs + 1) * mean
+        if job.count > 1 or first_round > max(mean, limits.evaluations // 2):
+            return batcher.backlog.finish_seconds(job, full)
+        fewest = 1 if batcher.num_jobs else limits.evaluations
+        share = limits.share(batcher.num_jobs + 1, fewest, math.ceil(first_round))
+        evaluations = min(share, (batcher.waiting + batcher.running + 1) * mean)
+        seconds = self.pace.step_seconds(evaluations) + (num_models - 1) * full.lone_seconds
+        return job.options.num_steps * seconds

@@ -1,91 +1,145 @@
-"""Decides which rows run: what waits, what runs, how much fits, who is next. No tensors, no threads, no clock."""
+"""Chooses the rows of each step. No tensors, no threads, no clock."""
 
-from itertools import islice, zip_longest
-from typing import TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from app.backlog import Backlog, Throughput
+from app.pace import Pace
 from app.trajectory import Job, Trajectory
 
-T = TypeVar("T")
+BEST_TOLERANCE = 0.02  # of the best rate: a larger step is not worth less than that
+SHARED_SLOWDOWN = 3.0  # of a step that a small request shares with a large one, compared with a lone image's step
 
 
-class QueueFullError(Exception):
-    """The job's images do not fit among those that wait; `missing` of them would have to start first."""
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a step may hold, in evaluations and rows, and how fast steps of that size are."""
 
-    def __init__(self, missing: int) -> None:
-        super().__init__(f"{missing} images too many")
-        self.missing = missing
+    evaluations: int  # of a full step, at most
+    rows: int  # of any step, at most
+    short: int  # evaluations of a step that is kept short for a small request
+    full: Throughput  # at the speed measured while warming up
+
+    @classmethod
+    def of(cls, pace: Pace, max_rows: int | None, num_models: int, *, auto: bool) -> "StepLimits":
+        """Returns the limits for steps of at most `max_rows` rows, if given, with a call for each of the models.
+
+        With `auto` a full step has the fewest evaluations that reach the best rate. Otherwise it has `max_rows` rows,
+        and no step is kept short.
+        """
+        calls = (num_models - 1) * pace.measured_seconds(1)  # each model after the first costs another call
+        lone = pace.measured_seconds(1)
+        most = max(2, pace.best_batch(BEST_TOLERANCE)) if auto else 2 * (max_rows or 1)
+        rows = min(most, max_rows or most)
+        most = min(most, 2 * rows)  # a guided row takes two
+        short = min(most, max(1, pace.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
+        least = max(1, min(most - 1, rows))  # of a full step: a guided row may not fit
+        rate = min(count / (pace.measured_seconds(count) + calls) for count in (least, most))
+        return cls(most, rows, short, Throughput(rate, pace.measured_seconds(most) + calls, lone))
+
+    def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
+        """Returns the evaluations that a step may have, given the jobs and the evaluations of one row of each.
+
+        While the smallest job can finish soon, steps stay short for its sake.
+        """
+        if num_jobs > 1 and num_jobs * fewest_images <= self.evaluations:
+            return min(self.evaluations, max(self.short, 2 * first_round))
+        return self.evaluations
 
 
 class Batcher:
-    """The admitted jobs, oldest first. An image waits until its first step and runs from then on."""
+    """The admitted jobs and the state of their images. An image waits until its first step and runs from then on."""
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity  # images that may wait
+        """`capacity` is the number of images that may wait."""
+        self.capacity = capacity
         self.waiting = 0
         self.running = 0
-        self.steps_left = 0  # of all images together
-        self._jobs: dict[Job, None] = {}  # a set that keeps its order
+        self.backlog = Backlog()
 
     @property
     def jobs(self) -> list[Job]:
-        """The jobs that are not answered yet, oldest first."""
-        return list(self._jobs)
+        """The jobs that are not answered yet, by target."""
+        return list(self.backlog)
 
     @property
     def num_jobs(self) -> int:
-        """How many there are."""
-        return len(self._jobs)
+        """The number of jobs that are not answered yet."""
+        return len(self.backlog)
 
     def add(self, job: Job) -> None:
-        """Admits a job whole; QueueFullError if its images do not all fit."""
-        missing = self.waiting + job.count - self.capacity
-        if missing > 0:
-            raise QueueFullError(missing)
-        self._jobs[job] = None
+        """Admits a job whole; the caller has checked that its images fit."""
+        assert self.waiting + job.count <= self.capacity, "the queue has room"
+        self.backlog.add(job)
         self.waiting += job.count
-        self.steps_left += job.count * job.options.num_steps
 
-    def select(self, max_rows: int) -> list[Trajectory]:
-        """The rows of the next step: one of each job, oldest job first, then a second of each, until it is full.
+    def select(self, limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:
+        """Returns the rows of the next step; of each job those that are furthest along.
 
-        So a newcomer takes part in the next step and in every step after it while there are
-        no more jobs than rows; with more, the oldest run to their end.
+        First each job gets one row, up to half of a full step, so that a newcomer takes part in the next step. The
+        other rows go to the jobs in order of their targets. If a target is at risk, all rows do.
         """
-        return take_turns([job.unfinished for job in islice(self._jobs, max_rows)], max_rows)
+        rows: list[Trajectory] = []
+        evaluations, limit = 0, limits.evaluations
+        if not at_risk:
+            for job in self.backlog:
+                row = job.unfinished[0]
+                if rows and (evaluations + row.evaluations > limits.evaluations // 2 or len(rows) == limits.rows):
+                    break
+                rows.append(row)
+                evaluations += row.evaluations
+            limit = limits.share(self.num_jobs, self._fewest_images(limits), evaluations)
+        for row in self._others(len(rows)):
+            if rows and (evaluations + row.evaluations > limit or len(rows) == limits.rows):
+                break
+            rows.append(row)
+            evaluations += row.evaluations
+        return rows
 
     def start(self, trajectory: Trajectory) -> None:
-        """An image that waited has its first step."""
+        """Marks an image that waited as running."""
         trajectory.started = True
+        trajectory.job.num_waiting -= 1
         self.waiting -= 1
         self.running += 1
 
     def advance(self, trajectory: Trajectory) -> None:
-        """An image has done one more step."""
-        trajectory.step += 1
+        """Counts one more step of an image. Call `update` with the rows of the step when all are counted."""
+        trajectory.job.evaluations_left -= trajectory.evaluations
         trajectory.job.steps_done += 1
-        self.steps_left -= 1
+        trajectory.step += 1
+
+    def update(self, rows: list[Trajectory]) -> None:
+        """Updates the figures of the jobs whose rows advanced or finished."""
+        for job in dict.fromkeys(row.job for row in rows):
+            if job in self.backlog:
+                self.backlog.update(job)
 
     def retire(self, trajectory: Trajectory) -> None:
-        """An image has reached x_0; call before its job takes it."""
+        """Counts an image as finished; call before its job takes the image."""
         self.running -= 1
         if len(trajectory.job.unfinished) == 1:
-            del self._jobs[trajectory.job]
+            self.backlog.remove(trajectory.job)
 
     def remove(self, job: Job) -> bool:
-        """Takes a job out, wherever its images are; False if it is not in."""
-        if job not in self._jobs:
+        """Removes a job and its images; returns False if it is not admitted."""
+        if job not in self.backlog:
             return False
-        del self._jobs[job]
+        self.backlog.remove(job)
         for trajectory in job.unfinished:
             if trajectory.started:
                 self.running -= 1
             else:
                 self.waiting -= 1
-            self.steps_left -= trajectory.steps_left
         return True
 
+    def _others(self, num_first: int) -> Iterator[Trajectory]:
+        """All rows in order, without the first row of the first `num_first` jobs."""
+        for place, job in enumerate(self.backlog):
+            yield from job.unfinished[1:] if place < num_first else job.unfinished
 
-def take_turns(queues: list[list[T]], limit: int) -> list[T]:
-    """The first of each queue, then the second of each, until there are `limit`."""
-    rounds = zip_longest(*queues)
-    return list(islice((item for items in rounds for item in items if item is not None), limit))
+    def _fewest_images(self, limits: StepLimits) -> int:
+        """The fewest unfinished images of a job, counted only where it matters to `StepLimits.share`."""
+        if not 1 < self.num_jobs <= limits.evaluations:
+            return limits.evaluations
+        return min(len(job.unfinished) for job in self.backlog)

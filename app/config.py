@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     compile: Literal["auto", "on", "off"] = "auto"
     cache_dir: Path = Field(default_factory=default_cache)  # of compiled code: nobody else may write there
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None  # compute threads on a CPU; torch decides
-    # Rows a step. None is `auto`: from steps timed while warming up, and from who is there (app.limits).
+    # Rows a step. None is `auto`: chosen from the step times measured while warming up (app.batcher).
     max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(config_values.rows_a_step)] = None
     queue_capacity: Count = 1024  # images waiting
     max_count: Count = 64  # images a request

@@ -1,7 +1,7 @@
-"""The loop: admit, step, retire, in one thread, for as long as the service lives.
+"""The loop of the engine thread: admit, step, retire.
 
-Everything that is shared between the threads is touched under one condition; the runner is the
-engine thread's alone. Callers wait on futures, the thread on the condition: nothing polls.
+State that threads share is accessed under one condition. Only the engine thread uses the runner. Callers wait on
+futures and the engine thread waits on the condition, so nothing polls.
 """
 
 import logging
@@ -18,13 +18,15 @@ from app.network import ModelInfo
 from app.pace import Pace
 from app.state import RESTART_SECONDS, EngineState
 from app.stepping import R, StepRunner, isolate
-from app.trajectory import Job, Trajectory
+from app.trajectory import Job, Pixels, Trajectory
 
 log = logging.getLogger(__name__)
 
+MAX_FAILED_BATCHES = 3  # in a row without a surviving row; then the known picture tells whether the engine works
+
 
 class Engine:
-    """Runs jobs; all methods but the thread's own may be called from any thread and do not block."""
+    """Runs jobs. The public methods may be called from any thread and do not block, except `stop`."""
 
     def __init__(
         self,
@@ -47,6 +49,9 @@ class Engine:
         self._idle: Future[None] | None = None  # asked for by drain
         self._stopping = False
         self._num_steps = 0
+        self._is_batch_lowered = False  # in this turn
+        self._num_failed_rows = 0
+        self._failed_batches = {"step": 0, "pixels": 0}  # in a row without a surviving row
         self._last_beat: float | None = None  # None while it has nothing to do, and while it is started
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -58,35 +63,35 @@ class Engine:
         """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
         with self._condition:
             self.apparent_state.refuse_unless_ok()
-            self._admission.admit(job)
+            self._admission.admit(job, time.monotonic())
             job.submitted_at_step = self._num_steps
             self._condition.notify()
 
     def cancel(self, job: Job, error: Exception) -> None:
-        """Ends a job early, with the error as its answer; its rows are gone from the next step on."""
+        """Answers a job with an error. The next step does not contain its rows."""
         with self._condition:
             self._end(job, error)
             self._condition.notify()
 
     def drain(self) -> Future[None]:
-        """Takes no more work; the future is done when all that was admitted is answered."""
+        """Refuses new work from now on; the future is done when every admitted job is answered."""
         with self._condition:
             if self.state is not EngineState.FAILED:
                 self.state = EngineState.DRAINING
             if not self._idle:
                 self._idle = Future()
-                self._idle.set_running_or_notify_cancel()  # whoever stops waiting for it must not end it
+                self._idle.set_running_or_notify_cancel()  # mark as running so that a caller cannot cancel it
             self._note_idle()
             return self._idle
 
     def give_up(self, error: Exception) -> None:
-        """Answers everyone who still waits with the error."""
+        """Answers every unanswered job with the error."""
         with self._condition:
             for job in self._batcher.jobs:
                 self._end(job, error)
 
     def stop(self, timeout: float) -> bool:
-        """Ends the thread after its present step; False if it is still busy after `timeout` seconds."""
+        """Ends the thread after its present step; returns False if it is still busy after `timeout` seconds."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -96,7 +101,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread has not failed and its last step, if it is in one, began not long ago."""
+        """True unless the engine thread has failed or its current step exceeds the watchdog timeout."""
         beat = self._last_beat
         return self.state is not EngineState.FAILED and (
             beat is None or time.monotonic() - beat < self._watchdog_seconds
@@ -104,7 +109,7 @@ class Engine:
 
     @property
     def apparent_state(self) -> EngineState:
-        """The state, as it looks from outside: stuck is as good as failed."""
+        """The state for clients: a stuck engine counts as failed."""
         return self.state if self.alive else EngineState.FAILED
 
     @property
@@ -154,11 +159,43 @@ class Engine:
         """One turn: wait for work, choose rows, run their step, answer those that are done."""
         rows, abandoned = self._admit()
         self._runner.release(abandoned)
+        self._is_batch_lowered = False
+        self._retire(self._run_step(rows))
+        if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
+            self._check_runner()
+
+    def _run_step(self, rows: list[Trajectory]) -> list[Trajectory]:
+        """Runs one step and returns the rows that survived it."""
+        num_failed = self._num_failed_rows
         stepped = self._isolated(rows, self._step)
         for trajectory, finite in stepped:
             if not finite:
                 self._fail(trajectory, ArithmeticError("NaN or infinite values"))
-        self._retire([trajectory for trajectory, finite in stepped if finite])
+        survivors = [trajectory for trajectory, finite in stepped if finite]
+        self._count_batch("step", self._num_failed_rows - num_failed, len(survivors))
+        return survivors
+
+    def _read_pixels(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Pixels]]:
+        num_failed = self._num_failed_rows
+        read = self._isolated(rows, self._runner.pixels)
+        self._count_batch("pixels", self._num_failed_rows - num_failed, len(read))
+        return read
+
+    def _count_batch(self, work: str, num_failed: int, num_survivors: int) -> None:
+        if num_survivors:
+            self._failed_batches[work] = 0
+        elif num_failed:
+            self._failed_batches[work] += 1
+
+    def _check_runner(self) -> None:
+        """Draws the known pictures after too many failed batches; raises, and so fails the engine, if that fails too.
+
+        Requests that fail by themselves must not be able to take the engine down.
+        """
+        log.warning("No row survived in %d batches in a row: drawing the known picture", MAX_FAILED_BATCHES)
+        self._last_beat = time.monotonic()
+        self._runner.check()
+        self._failed_batches = dict.fromkeys(self._failed_batches, 0)
 
     def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
         """The rows of the next step, and what the runner may forget; waits until there is either."""
@@ -167,7 +204,7 @@ class Engine:
             self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
-            rows = [] if self._stopping else self._admission.select()
+            rows = [] if self._stopping else self._admission.select(self._last_beat)
             for trajectory in rows:
                 if not trajectory.started:
                     self._batcher.start(trajectory)
@@ -182,7 +219,14 @@ class Engine:
     def _isolated(
         self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
     ) -> list[tuple[Trajectory, R]]:
-        return isolate(rows, compute, self._fail, self._admission.lower_max_batch)
+        return isolate(rows, compute, self._fail, self._lower_max_batch)
+
+    def _lower_max_batch(self, rows: int) -> None:
+        """Lowers the batch at most once a turn."""
+        if not self._is_batch_lowered:
+            self._is_batch_lowered = True
+            with self._condition:
+                self._admission.lower_max_batch(rows, time.monotonic())
 
     def _step(self, rows: list[Trajectory]) -> list[bool]:
         self._last_beat = start = time.monotonic()
@@ -190,7 +234,7 @@ class Engine:
         finite = self._runner.step(rows)
         seconds = time.monotonic() - start
         self._num_steps += 1
-        self._admission.pace.observe(sum(trajectory.evaluations for trajectory in rows), seconds)
+        self._admission.observe(rows, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
@@ -202,25 +246,28 @@ class Engine:
             rows = [trajectory for trajectory in rows if not trajectory.job.closed]
             for trajectory in rows:
                 self._batcher.advance(trajectory)
+            self._batcher.update(rows)
         self._send_previews(rows)
-        done = self._isolated([trajectory for trajectory in rows if not trajectory.steps_left], self._runner.pixels)
+        done = self._read_pixels([trajectory for trajectory in rows if not trajectory.steps_left])
         with self._condition:
             for trajectory, pixels in done:
                 if not trajectory.job.closed:
                     self._batcher.retire(trajectory)
                     trajectory.job.finish(trajectory, pixels)
                     self._metrics.images.labels(str(trajectory.job.options.digit)).inc()
+            self._batcher.update([trajectory for trajectory, _ in done])
             self._note_idle()
         self._runner.release([trajectory for trajectory, _ in done])
 
     def _send_previews(self, rows: list[Trajectory]) -> None:
         for job in dict.fromkeys(trajectory.job for trajectory in rows):
             if job.listener and job.preview_due():
-                drawn = dict(self._isolated(job.unfinished, self._runner.pixels))
+                drawn = dict(self._read_pixels(job.unfinished))
                 job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in drawn.items()}))
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
         request_id = trajectory.job.request_id
+        self._num_failed_rows += 1
         log.error("a row failed at step %d", trajectory.step, exc_info=error, extra={"request_id": request_id})
         with self._condition:
             self._end(trajectory.job, errors.InternalError())

@@ -1,16 +1,17 @@
-"""How long a step takes, and so how long a backlog does: steps are fixed, which makes the future predictable."""
+"""Step times: how long one reverse step takes, given its number of network evaluations."""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from copy import copy
 
 SMOOTHING = 0.05  # weight of the newest step
-MAX_JUMP = 4.0  # a step that takes longer than so many says that the machine stood still, not how slow it is
+MAX_JUMP = 4.0  # a step that takes even longer was interrupted: it counts as this many times slower
 
 
 class Pace:
-    """Seconds a step against rows a step: the curve seen while warming up, times how slow the machine is now.
+    """Seconds of a step against its evaluations: the curve measured while warming up, times the present slowdown.
 
-    A guided row counts twice: it is evaluated twice.
+    A guided row counts as two evaluations. Each model that takes part in a step makes a call of its own.
     """
 
     def __init__(self, seconds_by_rows: dict[int, float]) -> None:
@@ -19,42 +20,48 @@ class Pace:
         self.slowdown = 1.0
 
     def copy(self) -> "Pace":
-        """The same, to observe by itself."""
+        """Returns an independent copy."""
         return copy(self)
 
-    def observe(self, rows: int, seconds: float, weight: float = SMOOTHING) -> None:
-        """A step of `rows` evaluations took `seconds`."""
-        self.adjust(seconds / self.step_seconds(rows), weight)
+    def observe(self, calls: Sequence[int], seconds: float, weight: float = SMOOTHING) -> None:
+        """Learns from a step that took `seconds`; `calls` are the evaluations of each model's call."""
+        self.adjust(seconds / sum(map(self.step_seconds, calls)), weight)
 
     def adjust(self, ratio: float, weight: float) -> None:
-        """A step took `ratio` times as long as was expected."""
+        """Learns from a step that took `ratio` times as long as expected."""
         self.slowdown *= 1 + weight * (min(ratio, MAX_JUMP) - 1)
 
     def relax(self, share: float) -> None:
-        """Forgets so much of how slow the machine was."""
+        """Moves the slowdown towards 1 by `share` of the distance."""
         self.slowdown += share * (1 - self.slowdown)
 
-    def step_seconds(self, rows: float) -> float:
-        """What a step of that many evaluations takes now."""
-        return self.slowdown * self._expected(rows)
+    def step_seconds(self, evaluations: float) -> float:
+        """Returns the seconds of a step at the machine's present speed."""
+        return self.slowdown * self.measured_seconds(evaluations)
 
-    def best_batch(self, tolerance: float) -> int:
-        """The smallest measured batch whose rows a second come within `tolerance` (0 to 1) of the best."""
-        rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
-        return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates))
+    def measured_seconds(self, evaluations: float) -> float:
+        """Returns the seconds of a step as measured while warming up.
 
-    def largest_batch(self, slowdown: float) -> int:
-        """The largest, within what was measured, whose step takes at most so many times as long as that of one row."""
-        longest = slowdown * self._expected(1)
-        return max(rows for rows in range(1, self._rows[-1] + 1) if self._expected(rows) <= longest)
-
-    def _expected(self, rows: float) -> float:
-        """Linear between the measured batches, flat below them, in proportion above."""
-        right = bisect_left(self._rows, rows)
+        Interpolates linearly. Below the smallest measured batch the time is constant, above the largest proportional.
+        """
+        right = bisect_left(self._rows, evaluations)
         if right == 0:
             return self._seconds[0]
         if right == len(self._rows):
-            return self._seconds[-1] * rows / self._rows[-1]
+            return self._seconds[-1] * evaluations / self._rows[-1]
         low, high = self._rows[right - 1 : right + 1]
-        share = (rows - low) / (high - low)
+        share = (evaluations - low) / (high - low)
         return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share
+
+    def best_batch(self, tolerance: float) -> int:
+        """Returns the smallest measured batch whose rate is within `tolerance` (0 to 1) of the best rate."""
+        rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
+        return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates))
+
+    def largest_batch(self, seconds: float) -> int:
+        """Returns the largest batch, up to the largest measured one, whose measured time is within `seconds`.
+
+        Returns 0 if even one evaluation takes longer.
+        """
+        fitting = (rows for rows in range(self._rows[-1], 0, -1) if self.measured_seconds(rows) <= seconds)
+        return next(fitting, 0)

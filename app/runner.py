@@ -192,8 +192,7 @@ class Runner:
         """
         self._threads.set(self._threads.counts[-1])  # which no busy core brings to a halt
         try:
-            for network in self._networks.values():
-                check_probe(self, network)
+            self.check()
             if self._runs_ahead:
                 record_shapes(self, self.batches, should_stop)
         except CompilerError as error:  # for a GPU it is compiled by its first calls
@@ -201,6 +200,11 @@ class Runner:
         paces = measure_paces(self, self.batches, self._threads, should_stop)
         self._threads.learn(paces)
         return min(paces.values(), key=lambda pace: pace.step_seconds(self.batches[-1])).copy()
+
+    def check(self) -> None:
+        """Draws each network's known picture; RunnerError if one differs."""
+        for network in self._networks.values():
+            check_probe(self, network)
 
     def wait(self) -> None:
         """Until the steps that were made are done."""
@@ -215,11 +219,6 @@ class Runner:
     def batches(self) -> tuple[int, ...]:
         """The numbers of rows of which steps are timed."""
         return BATCHES_AHEAD if self._runs_ahead else BATCHES
-
-    def predicted(self, trajectory: Trajectory) -> Tensor:
-        """x_0 as it is predicted now, (C, H, W); the trajectory has begun."""
-        assert trajectory.slot is not None
-        return self._slots.state.x_0[trajectory.slot].cpu()
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         """Gives each a slot with x_T in it."""

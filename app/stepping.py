@@ -1,4 +1,4 @@
-"""What the engine needs of a runner, and how a batch that fails is narrowed down to the guilty row."""
+"""The runner protocol, and the isolation of rows that make a batch fail."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar
@@ -36,7 +36,10 @@ class StepRunner(Protocol):
         """Forgets their state."""
 
     def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
-        """Makes ready and measures the steps."""
+        """Prepares for requests and measures the step times."""
+
+    def check(self) -> None:
+        """Draws the known picture of each model; raises if that fails or the picture differs."""
 
 
 def isolate(
@@ -45,24 +48,30 @@ def isolate(
     on_failure: Callable[[Trajectory, Exception], None],
     on_out_of_memory: Callable[[int], None],
 ) -> list[tuple[Trajectory, R]]:
-    """Each row with its result; a batch that raises is run again in halves until the guilty row stands alone.
+    """Returns each row with its result. Runs a batch that raises again in halves until the failing row is alone.
 
-    `on_failure` gets that row; `on_out_of_memory` gets the number of rows that may fit.
-    Rows whose job was answered meanwhile are left out. A lost device is not the rows' fault: it raises.
+    Calls `on_failure` with each failing row, and `on_out_of_memory` once, with the size of the first batch that was too
+    large. Leaves out rows whose job has been answered. Raises DeviceLostError, which no row has caused.
     """
-    rows = [trajectory for trajectory in rows if not trajectory.job.closed]
-    if not rows:
-        return []
-    try:
-        return list(zip(rows, compute(rows), strict=True))
-    except DeviceLostError:
-        raise
-    except Exception as error:
-        if len(rows) == 1:
-            on_failure(rows[0], error)
+    is_short = False
+
+    def run(rows: list[Trajectory]) -> list[tuple[Trajectory, R]]:
+        nonlocal is_short
+        rows = [trajectory for trajectory in rows if not trajectory.job.closed]
+        if not rows:
             return []
-        middle = len(rows) // 2
-        if isinstance(error, OutOfMemoryError):
-            on_out_of_memory(middle)
-        halves = rows[:middle], rows[middle:]
-        return [pair for half in halves for pair in isolate(half, compute, on_failure, on_out_of_memory)]
+        try:
+            return list(zip(rows, compute(rows), strict=True))
+        except DeviceLostError:
+            raise
+        except Exception as error:
+            if isinstance(error, OutOfMemoryError) and not is_short:
+                is_short = True
+                on_out_of_memory(len(rows))
+            if len(rows) == 1:
+                on_failure(rows[0], error)
+                return []
+            middle = len(rows) // 2
+            return run(rows[:middle]) + run(rows[middle:])
+
+    return run(rows)

@@ -13,6 +13,7 @@ from model.sampler import Sampler
 
 DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # what draws where a request names none, and what draws in few steps
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
+TARGET_SHARE = 0.9  # of the timeout: the scheduler aims to finish by then, so that steps may be a tenth slower
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +40,18 @@ class Trajectory:
 
     @property
     def steps_left(self) -> int:
-        """Network calls until x_0."""
+        """Reverse steps until x_0."""
         return self.job.options.num_steps - self.step
 
     @property
     def evaluations(self) -> int:
-        """Of the network, in the next step: guidance takes a second one."""
+        """Network evaluations of the next step: guidance takes a second one."""
         return 2 if self.step in self.job.guided_steps else 1
+
+    @property
+    def evaluations_left(self) -> int:
+        """Network evaluations until x_0."""
+        return self.job.evaluations_from(self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,36 +76,41 @@ Listener = Callable[[Progress | ImageDone], None]  # called by the engine's thre
 
 @dataclass(eq=False)
 class Job:
-    """A request's images, admitted whole, answered once through `future`."""
+    """A request's images, admitted whole, answered once through `future`. Times are of time.monotonic()."""
 
     options: Options
     count: int
-    timeout: float = math.inf  # seconds after which it is given up
+    timeout: float = math.inf  # seconds from `submitted_at` until the request is answered with 504
     num_previews: int = 0
     listener: Listener | None = None
-    guided_steps: range = range(0)  # those that take a second evaluation
+    guided_steps: range = range(0)  # the steps that take a second evaluation
     request_id: str = ""  # for the log
     future: "Future[list[Pixels]]" = field(default_factory=Future)
     submitted_at: float = field(default_factory=time.monotonic)
     submitted_at_step: int = 0  # the engine's count of steps
-    position: int = 0  # images that waited before it when it was admitted
-    eta_seconds: float = 0.0  # and how long it would take if nobody came after it
+    position: int = 0  # images that waited when the job was admitted
+    eta_seconds: float = 0.0  # expected time to finish, when the job was admitted
     started_at: float | None = None
     finished_at: float | None = None
 
     def __post_init__(self) -> None:
-        self.future.set_running_or_notify_cancel()  # from here on only the engine ends it
-        self.unfinished = [Trajectory(self, index) for index in range(self.count)]
+        self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
+        self.unfinished = [Trajectory(self, index) for index in range(self.count)]  # the furthest along first
         self.pixels: list[Pixels | None] = [None] * self.count
-        self.steps_done = 0  # of all its images together
-        self.closed = False  # it has been answered; asked of each row at each step, where the future's lock would count
-        self.evaluations_a_step = 1 + len(self.guided_steps) / self.options.num_steps  # a row's, on the average
+        self.deadline = self.submitted_at + self.timeout
+        self.target = self.submitted_at + TARGET_SHARE * self.timeout
+        self.number = 0  # counts admitted jobs; decides between equal targets
+        self.slot: int | None = None  # the backlog's place for the job's figures
+        self.num_waiting = self.count  # images without a step
+        self.evaluations_left = self.count * self.evaluations_from(0)  # of all images together
+        self.steps_done = 0  # of all images together
+        self.closed = False  # Answered. Read for each row at each step, where the future's lock would cost time.
         self._previews_sent = 0
 
-    @property
-    def steps_left(self) -> int:
-        """Network calls until its last x_0, each for one image."""
-        return self.count * self.options.num_steps - self.steps_done
+    def evaluations_from(self, step: int) -> int:
+        """Network evaluations of one image from `step` on: guided steps take two."""
+        num_steps, guided = self.options.num_steps, self.guided_steps
+        return num_steps - step + max(0, min(guided.stop, num_steps) - max(guided.start, step))
 
     def preview_due(self) -> bool:
         """Whether the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+import numpy as np
 
 from app.device import OutOfMemoryError, RunnerError
 from app.network import ModelInfo, Network
 from app.pace import Pace
 from app.threads import OWN_SHARE, ComputeThreads
-from app.trajectory import DEFAULT_MODEL, Job, Options, Trajectory
+from app.trajectory import DEFAULT_MODEL, Job, Options, Pixels, Trajectory
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
 REPEATS = 3  # of what may take longer at first
@@ -43,8 +43,8 @@ class Stepper(Protocol):
     def release(self, trajectories: list[Trajectory]) -> None:
         """Forgets their state."""
 
-    def predicted(self, trajectory: Trajectory) -> Tensor:
-        """x_0 as it is predicted now."""
+    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
+        """The images as they are predicted now."""
 
     def wait(self) -> None:
         """Until the steps that were made are done."""
@@ -55,21 +55,24 @@ class Stepper(Protocol):
 
 
 def check_probe(stepper: Stepper, network: Network) -> None:
-    """RunnerError where the picture is another one than the checkpoint's own."""
+    """Draws the checkpoint's known picture; RunnerError if the result differs from it."""
     probe, info = network.checkpoint.config.probe, network.info
     scale = info.guidance_scale[probe.sampler]
     options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, info.name)
     (trajectory,) = Job(options, 1, guided_steps=info.guided_steps_of(options)).unfinished
-    for _ in range(probe.num_steps):
-        stepper.step([trajectory])
-        trajectory.step += 1
-    drawn = stepper.predicted(trajectory)
-    stepper.release([trajectory])
-    difference = (drawn - network.checkpoint.probe_image).abs().mean().item()
-    if not difference <= PROBE_TOLERANCE:
-        raise RunnerError(
-            f"this machine draws the known picture of model {info.name!r} wrong, by {difference:.2f} a pixel"
-        )
+    try:
+        is_finite = True
+        for _ in range(probe.num_steps):
+            is_finite = all(stepper.step([trajectory])) and is_finite
+            trajectory.step += 1
+        (drawn,) = stepper.pixels([trajectory])
+    finally:
+        stepper.release([trajectory])
+    known = network.checkpoint.probe_image.permute(1, 2, 0).numpy().reshape(drawn.shape)  # (H, W) or (H, W, 3)
+    difference = np.abs(drawn / 127.5 - 1 - known).mean()
+    if not is_finite or difference > PROBE_TOLERANCE:
+        what = f"differs by {difference:.2f} a pixel" if is_finite else "has NaN or infinite values"
+        raise RunnerError(f"this machine draws the known picture of model {info.name!r} wrong: it {what}")
 
 
 def measure_paces(

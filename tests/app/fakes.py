@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from app.batcher import Batcher
+from app.batcher import Batcher, StepLimits
 from app.engine import Engine
 from app.metrics import Metrics
 from app.network import ModelInfo
@@ -54,9 +54,16 @@ def same(left: list[Pixels], right: list[Pixels]) -> bool:
     return len(left) == len(right) and all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def new_job(count: int = 1, num_steps: int = 3, seed: int = 0, digit: int = 0, **fields: Any) -> Job:
+def new_job(
+    count: int = 1, num_steps: int = 3, seed: int = 0, digit: int = 0, model: str = "default", **fields: Any
+) -> Job:
     """A job with the fields that a test is about."""
-    return Job(Options(digit, seed, num_steps, "ddpm", 1.0), count, **fields)
+    return Job(Options(digit, seed, num_steps, "ddpm", 1.0, model), count, **fields)
+
+
+def fixed_limits(max_rows: int) -> StepLimits:
+    """Steps of at most `max_rows` rows, as UNFOG_MAX_BATCH sets them."""
+    return StepLimits.of(Pace({1: 1e-6, 1024: 1e-6}), max_rows, 1, auto=False)
 
 
 @dataclass
@@ -67,7 +74,9 @@ class FakeRunner:
     on_step: Callable[[Rows], None] = lambda rows: None
     on_pixels: Callable[[Rows], None] = lambda rows: None
     on_warm_up: Callable[[Callable[[], bool]], None] = lambda should_stop: None
+    on_check: Callable[[], None] = lambda: None
     not_finite: Callable[[Trajectory], bool] = lambda row: False
+    num_checks: int = 0
     calls: list[Rows] = field(default_factory=list)  # the rows of each step that succeeded
     held: Counter[Trajectory] = field(default_factory=Counter)  # steps of those that have begun
     models: dict[str, ModelInfo] = field(default_factory=lambda: {"default": INFO})
@@ -89,6 +98,10 @@ class FakeRunner:
     def release(self, trajectories: Rows) -> None:
         for trajectory in trajectories:
             self.held.pop(trajectory, None)
+
+    def check(self) -> None:
+        self.num_checks += 1
+        self.on_check()
 
     def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
         self.on_warm_up(should_stop)
@@ -143,15 +156,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def step_batcher(batcher: Batcher, max_batch: int) -> Rows:
-    """One step of all that the batcher selects, without an engine."""
-    rows = batcher.select(max_batch)
+def step_batcher(batcher: Batcher, max_rows: int) -> Rows:
+    """One step of all rows that the batcher selects, without an engine."""
+    rows = batcher.select(fixed_limits(max_rows), at_risk=False)
     for row in rows:
         if not row.started:
             batcher.start(row)
         batcher.advance(row)
+    batcher.update(rows)
     for row in rows:
         if not row.steps_left:
             batcher.retire(row)
             row.job.finish(row, image(row.job.options.seed, row.index, row.step))
+    batcher.update(rows)
     return rows

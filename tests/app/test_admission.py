@@ -1,14 +1,16 @@
 import logging
+import sys
 
 import pytest
 
 from app import errors
-from app.admission import Admission
+from app.admission import RECOVERY_SECONDS, Admission
 from app.pace import Pace
 from app.trajectory import Job
 from tests.app.fakes import new_job
 
 PACE = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})  # 8 evaluations take three times as long as one
+NOW = 50.0
 
 
 def opened(capacity: int = 1024, max_batch: int | None = None) -> Admission:
@@ -17,48 +19,150 @@ def opened(capacity: int = 1024, max_batch: int | None = None) -> Admission:
     return admission
 
 
+def job(count: int = 1, **fields: object) -> Job:
+    return new_job(count, **{"num_steps": 10, "submitted_at": NOW, **fields})  # type: ignore[arg-type]
+
+
 def admitted(admission: Admission, *jobs: Job) -> list[Job]:
-    for job in jobs:
-        admission.admit(job)
+    for each in jobs:
+        admission.admit(each, NOW)
     return list(jobs)
 
 
-def test_a_job_is_told_its_place_and_how_long_it_will_take() -> None:
+def test_a_job_knows_its_position_and_expected_time() -> None:
     admission = opened()
-    first, second = admitted(admission, new_job(16, num_steps=10), new_job(1, num_steps=10))
-    assert (first.position, first.eta_seconds) == (0, 10 * 5.0)
-    assert (second.position, second.eta_seconds) == (16, 10 * 3.0)  # in small steps, for its sake
+    first, second = admitted(admission, job(16), job(1))
+    rate = 15 / PACE.step_seconds(15)  # of the slowest full step
+    assert (first.position, first.eta_seconds) == (0, pytest.approx(15 * 10 / rate + 10 * 5.0))
+    assert (second.position, second.eta_seconds) == (16, 10 * 3.0)  # steps stay short for it
+
+
+def test_a_lone_image_takes_its_own_steps() -> None:
+    (alone,) = admitted(opened(), job(1, guided_steps=range(10)))
+    assert alone.eta_seconds == pytest.approx(10 * PACE.step_seconds(2))
+
+
+def test_an_image_that_has_no_row_in_every_step_is_told_the_bound() -> None:
+    admission = opened()
+    jobs = admitted(admission, *(job(1) for _ in range(9)))
+    assert jobs[7].eta_seconds == 10 * PACE.step_seconds(8)
+    rate = 15 / PACE.step_seconds(15)
+    assert jobs[8].eta_seconds == pytest.approx(8 * 10 / rate + 10 * 5.0)
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_beside_a_small_request_a_step_has_as_many_evaluations_guided_or_not(guided: bool) -> None:
+def test_a_short_step_has_as_many_evaluations_guided_or_not(guided: bool) -> None:
     admission, steps = opened(), range(10 if guided else 0)
-    admitted(admission, new_job(64, num_steps=10, guided_steps=steps), new_job(1, num_steps=10, guided_steps=steps))
-    assert sum(row.evaluations for row in admission.select()) == 8
+    admitted(admission, job(64, guided_steps=steps), job(1, guided_steps=steps))
+    assert sum(row.evaluations for row in admission.select(NOW)) == 8
 
 
-def test_what_cannot_be_done_before_its_deadline_is_refused_but_by_an_idle_engine() -> None:
+def test_a_job_that_cannot_finish_in_time_is_refused() -> None:
     admission = opened()
-    admitted(admission, new_job(16, num_steps=10, timeout=1))
-    with pytest.raises(errors.Overloaded, match="after the request's own deadline") as refused:
-        admission.admit(new_job(16, num_steps=10, timeout=60))
-    assert refused.value.retry_after == 40  # of the hundred seconds that both take
+    admitted(admission, job(16))
+    with pytest.raises(errors.Overloaded, match="deadline") as refused:
+        admission.admit(job(16, timeout=60), NOW)
+    assert 40 <= refused.value.retry_after <= 60  # its own 100 s fit into no 54 s, but an idle engine admits every job
     assert admission.batcher.num_jobs == 1
 
 
-def test_what_does_not_fit_is_told_when_it_will() -> None:
+def test_a_job_that_would_make_an_admitted_one_late_is_refused() -> None:
+    admission = opened()
+    admitted(
+        admission, job(16, timeout=125)
+    )  # its bound is 99.4 s, with a step in progress 104.4 s, its target 112.5 s
+    with pytest.raises(errors.Overloaded, match="earlier one"):
+        admission.admit(job(4, timeout=100), NOW)
+    admitted(admission, job(4, timeout=1000), job(1, timeout=100))
+
+
+def test_an_idle_engine_admits_a_job_that_cannot_finish_in_time() -> None:
+    """Step times are only corrected by running steps."""
+    admitted(opened(), job(16, timeout=1))
+
+
+def test_a_full_queue_says_when_there_is_room() -> None:
     admission = opened(capacity=16)
-    admitted(admission, new_job(16, num_steps=10))
-    with pytest.raises(errors.Overloaded) as refused:
-        admission.admit(new_job(1, num_steps=10))
-    assert refused.value.retry_after >= 1
+    admitted(admission, job(16))
+    with pytest.raises(errors.Overloaded, match="no room") as refused:
+        admission.admit(job(1), NOW)
+    assert refused.value.retry_after == 4  # an image is 10 evaluations of 3 a second
 
 
-def test_a_lowered_batch_stays_low_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_all_rows_serve_the_target_that_is_at_risk() -> None:
+    admission = opened()
+    urgent, patient = admitted(admission, job(16, timeout=125), job(16, timeout=1000))
+    assert {row.job for row in admission.select(NOW)} == {urgent, patient}
+    assert {row.job for row in admission.select(NOW + 12)} == {urgent}  # nothing was done meanwhile
+    admission.batcher.remove(urgent)
+    assert {row.job for row in admission.select(NOW + 12)} == {patient}
+
+
+def test_a_machine_that_became_slower_puts_targets_at_risk() -> None:
+    admission = opened()
+    urgent, patient = admitted(admission, job(16, timeout=125), job(16, timeout=1000))
+    assert {row.job for row in admission.select(NOW)} == {urgent, patient}
+    admission.pace.slowdown = 1.1
+    assert {row.job for row in admission.select(NOW)} == {urgent}
+
+
+def test_the_time_of_a_step_is_learned_from_each_models_call() -> None:
+    admission = opened()
+    rows = [*job(4, guided_steps=range(10)).unfinished, *job(1, model="fast").unfinished]
+    admission.observe(rows, PACE.step_seconds(8) + PACE.step_seconds(1))
+    assert admission.pace.slowdown == 1.0
+    admission.observe(rows, 2 * (PACE.step_seconds(8) + PACE.step_seconds(1)))
+    assert 1.0 < admission.pace.slowdown < 2.0
+
+
+def test_a_memory_shortage_halves_the_batch_and_each_minute_without_one_doubles_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     admission = opened(max_batch=16)
-    admitted(admission, new_job(64))
-    with caplog.at_level(logging.WARNING):
-        admission.lower_max_batch(4)
-    admission.lower_max_batch(8)
-    assert len(admission.select()) == admission.max_batch == 4
-    assert "at most 4 rows a step" in caplog.text
+    admitted(admission, job(64))
+    with caplog.at_level(logging.INFO):
+        admission.lower_max_batch(16, NOW)
+        assert len(admission.select(NOW)) == admission.max_batch == 8
+        admission.lower_max_batch(8, NOW + 1)
+        sizes = [len(admission.select(NOW + 1 + seconds * RECOVERY_SECONDS)) for seconds in (0, 0.9, 1, 1.9, 2, 3, 4)]
+    assert sizes == [4, 4, 8, 8, 16, 16, 16]
+    assert caplog.text.count("Out of device memory") == 2
+    assert caplog.text.count("raising the batch") == 2
+
+
+def test_a_memory_shortage_never_raises_the_batch() -> None:
+    """As one could that is met while more images than a step has rows are read."""
+    admission = opened(max_batch=16)
+    admission.lower_max_batch(2, NOW)
+    admission.lower_max_batch(64, NOW)
+    assert admission.max_batch == 1
+    admission.lower_max_batch(1, NOW)
+    assert admission.max_batch == 1
+
+
+@pytest.mark.parametrize("num_jobs", [300, 3000])
+def test_admission_looks_at_every_job_in_arrays(num_jobs: int) -> None:
+    """No Python code runs for each job: the number of calls stays the same."""
+    admission = opened(capacity=10**6)
+    admitted(admission, *(job(1, timeout=10**7) for _ in range(50)))
+    few = calls_of(admission)
+    admitted(admission, *(job(1, timeout=10**7) for _ in range(num_jobs - 50)))
+    assert calls_of(admission) <= few + 20
+
+
+def calls_of(admission: Admission) -> int:
+    """The Python and C functions that one refused request calls."""
+    count = 0
+
+    def count_call(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    newcomer = job(1, timeout=0.1)
+    sys.setprofile(count_call)
+    try:
+        assert not admission.batcher.backlog.admits(newcomer, admission._full(newcomer), NOW)
+        admission.select(NOW)
+    finally:
+        sys.setprofile(None)
+    return count

@@ -21,34 +21,34 @@ def test_the_curve_may_come_in_any_order() -> None:
 def test_a_slower_machine_is_learned_for_all_batches() -> None:
     pace = Pace(CURVE)
     for _ in range(200):
-        pace.observe(4, 5.0)  # twice as long as when warming up
+        pace.observe([4], 5.0)  # twice as long as when warming up
     assert pace.step_seconds(1) == pytest.approx(2.0, rel=0.01)
     assert pace.step_seconds(8) == pytest.approx(6.0, rel=0.01)
 
 
 def test_one_slow_step_changes_little() -> None:
     pace = Pace(CURVE)
-    pace.observe(1, 3.0)
+    pace.observe([1], 3.0)
     assert 1.0 < pace.step_seconds(1) < 1.2
 
 
 def test_a_machine_that_stood_still_for_an_hour_is_not_taken_for_a_slow_one() -> None:
     pace = Pace(CURVE)
-    pace.observe(1, 3600.0)
+    pace.observe([1], 3600.0)
     assert 1.0 < pace.step_seconds(1) < 1.2
 
 
 def test_a_machine_that_is_much_slower_is_learned_all_the_same() -> None:
     pace = Pace(CURVE)
     for _ in range(200):
-        pace.observe(1, 50.0)
+        pace.observe([1], 50.0)
     assert pace.step_seconds(1) == pytest.approx(50.0, rel=0.01)
 
 
 def test_steps_as_expected_change_nothing() -> None:
     pace = Pace(CURVE)
     for rows in (1, 2, 8, 64):
-        pace.observe(rows, pace.step_seconds(rows))
+        pace.observe([rows], pace.step_seconds(rows))
     assert pace.slowdown == pytest.approx(1.0)
 
 
@@ -68,14 +68,25 @@ def test_the_best_batch_is_the_smallest_near_the_best_rate(
     assert Pace(curve).best_batch(tolerance) == best
 
 
+def test_a_step_of_two_models_takes_the_time_of_both_calls() -> None:
+    pace = Pace(CURVE)
+    pace.observe([4, 1], 3.5)
+    assert pace.slowdown == pytest.approx(1.0)
+    pace.observe([4, 1], 7.0)
+    assert pace.slowdown > 1.0
+
+
 @pytest.mark.parametrize(
-    ("curve", "slowdown", "largest"),
+    ("curve", "seconds", "largest"),
     [
         ({1: 1.0, 2: 2.0, 4: 4.0}, 3.0, 3),  # between what was measured
         ({1: 1.0, 8: 1.0, 64: 2.0}, 3.0, 64),  # no further than what was measured
         ({1: 1.0, 8: 8.0}, 1.0, 1),
+        ({1: 1.0, 8: 8.0}, 0.5, 0),
         ({16: 1.0, 32: 2.0}, 1.5, 24),  # a row takes as long as the smallest that was measured
     ],
 )
-def test_the_largest_batch_within_a_slowdown(curve: dict[int, float], slowdown: float, largest: int) -> None:
-    assert Pace(curve).largest_batch(slowdown) == largest
+def test_the_largest_batch_within_a_time(curve: dict[int, float], seconds: float, largest: int) -> None:
+    pace = Pace(curve)
+    pace.slowdown = 7.0
+    assert pace.largest_batch(seconds) == largest

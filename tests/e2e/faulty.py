@@ -20,7 +20,14 @@ from app.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 
-FAULTS = {"exception": 10**9, "nan": 2 * 10**9, "memory": 3 * 10**9, "lost": 4 * 10**9, "stuck": 5 * 10**9}
+FAULTS = {
+    "exception": 10**9,
+    "nan": 2 * 10**9,
+    "memory": 3 * 10**9,
+    "lost": 4 * 10**9,
+    "stuck": 5 * 10**9,
+    "broken": 6 * 10**9,  # this step and every one after it raises
+}
 MEMORY_ROWS = 16  # more of them beside a row with that fault are too many
 STUCK_SECONDS = 3600.0
 
@@ -40,6 +47,8 @@ def seed_of(kind: str, step: int) -> int:
 class FaultyRunner(Runner):
     """Fails as a bug, a network, a device would."""
 
+    is_broken = False
+
     def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
         """With SLOW_WARM_UP set it goes on until it is told to stop, and says when it begins."""
         if "SLOW_WARM_UP" in os.environ:
@@ -52,6 +61,7 @@ class FaultyRunner(Runner):
         """As it is told."""
         for trajectory in trajectories:
             fault = fault_at(trajectory)
+            self.is_broken = self.is_broken or fault == "broken"
             if fault == "exception":
                 raise ZeroDivisionError("a secret of the inside")
             if fault == "memory" and len(trajectories) > MEMORY_ROWS:
@@ -63,6 +73,8 @@ class FaultyRunner(Runner):
             if fault == "nan" and trajectory.slot is not None:
                 with torch.inference_mode():
                     self._slots.state.x_t[trajectory.slot] = float("nan")
+        if self.is_broken:
+            raise ZeroDivisionError("a secret of the inside")
         return super().step(trajectories)
 
 

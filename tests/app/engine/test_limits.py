@@ -1,4 +1,4 @@
-"""How many rows a step takes: what memory holds, what pays, what was asked for."""
+"""The number of rows of a step: memory shortages, measured step times, UNFOG_MAX_BATCH."""
 
 import pytest
 
@@ -8,21 +8,45 @@ from app.pace import Pace
 from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, same, tick
 
 
-def test_out_of_memory_lowers_the_batch_and_nobody_loses_an_image() -> None:
+def test_out_of_memory_halves_the_batch_once_a_step_and_no_image_is_lost() -> None:
     def too_many(rows: Rows) -> None:
         if len(rows) > 3:
             raise OutOfMemoryError
 
     runner = FakeRunner(on_step=too_many)
     engine = opened(new_engine(runner, max_batch=16))
-    jobs = [new_job(5, num_steps=3, seed=seed) for seed in range(4)]
+    jobs = [new_job(5, num_steps=6, seed=seed) for seed in range(4)]
     for job in jobs:
         engine.submit(job)
+    sizes = []
     while not all(job.closed for job in jobs):
         tick(engine)
+        sizes.append(engine.max_batch)
     assert all(same(job.future.result(0), images(job)) for job in jobs)
-    assert engine.max_batch == 2  # 16, 8, 4, 2
+    assert sizes[:4] == [8, 4, 2, 2]
+    assert set(sizes[3:]) == {2}
     assert max(map(len, runner.calls)) <= 3
+
+
+def test_one_bad_moment_does_not_set_the_batch_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("app.engine.time.monotonic", lambda: now)
+    is_bad = True
+
+    def bad_moment(rows: Rows) -> None:
+        if is_bad:
+            raise OutOfMemoryError
+
+    runner = FakeRunner(on_step=bad_moment)
+    engine = opened(new_engine(runner, max_batch=64))
+    engine.submit(new_job(64, num_steps=10))
+    tick(engine)  # also each row alone does not fit: the job ends
+    assert engine.max_batch == 32
+    is_bad, now = False, 60.0
+    job = new_job(64, num_steps=10)
+    engine.submit(job)
+    tick(engine)
+    assert len(runner.calls[-1]) == engine.max_batch == 64
 
 
 def test_out_of_memory_never_raises_the_batch() -> None:
@@ -39,7 +63,7 @@ def test_out_of_memory_never_raises_the_batch() -> None:
     assert same(job.future.result(0), images(job))
 
 
-def test_auto_makes_large_steps_for_many_and_small_ones_where_somebody_is_small() -> None:
+def test_auto_steps_are_short_while_a_small_request_runs() -> None:
     pace = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})
     runner = FakeRunner(pace=pace)
     engine = opened(new_engine(runner, max_batch=None))

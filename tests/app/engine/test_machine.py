@@ -14,7 +14,6 @@ from prometheus_client import Counter
 from app import errors
 from app.device import OutOfMemoryError
 from app.http import ClientGoneError
-from app.limits import Limits
 from app.pace import Pace
 from app.state import EngineState
 from app.trajectory import ImageDone, Job, Progress
@@ -63,8 +62,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.runner = FakeRunner(pace=self.pace.copy())
         self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=self.max_batch_asked))
-        asked = self.max_batch_asked
-        self.limits = Limits.auto(self.pace) if asked is None else Limits.fixed(asked)
+        self.max_rows = MAX_BATCH  # lowered by shortages of memory
         self.truths: list[Truth] = []
         self.idle: Future[None] | None = None
         self.images_done: Tally[str] = Tally()
@@ -83,10 +81,17 @@ class EngineMachine(RuleBasedStateMachine):
         return sum(truth.steps[index] > 0 for truth in self.living for index in truth.unfinished)
 
     def expected_rows(self) -> list[Image]:
-        """One image of each job, oldest first, then a second of each."""
-        turns = [(turn, i, index) for i, t in enumerate(self.living) for turn, index in enumerate(t.unfinished)]
-        count = self.limits.rows([len(truth.unfinished) for truth in self.living])
-        return [(self.living[i], index) for _, i, index in sorted(turns)][:count]
+        """One image of each job, oldest first, then the other images of the jobs, oldest first."""
+        images = [[(truth, index) for index in truth.unfinished] for truth in self.living]
+        first = [each[0] for each in images][: self.first_round()]
+        others = [image for each in images for image in each if image not in first]
+        return [*first, *others][: self.limit(images)]
+
+    def first_round(self) -> int:
+        return self.max_rows
+
+    def limit(self, images: list[list[Image]]) -> int:
+        return self.max_rows
 
     def end(self, truth: Truth, error: type[Exception]) -> None:
         for index in truth.unfinished:
@@ -181,8 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.fail(guilty)
         self.turn(rows)
         if error is OutOfMemoryError:
-            assert 1 <= self.engine.max_batch <= self.limits.most
-            self.limits = self.limits.lowered_to(self.engine.max_batch)
+            self.lower(rows)
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -205,9 +209,13 @@ class EngineMachine(RuleBasedStateMachine):
                 raise OutOfMemoryError
 
         self.runner.on_step = raise_above_limit
-        self.turn(rows)  # nobody loses anything
-        assert 1 <= self.engine.max_batch <= min(limit, len(rows) // 2)
-        self.limits = self.limits.lowered_to(self.engine.max_batch)
+        self.turn(rows)  # no image is lost
+        self.lower(rows)
+
+    def lower(self, rows: list[Image]) -> None:
+        """Once a step, however often its batch was halved."""
+        self.max_rows = min(self.max_rows, max(1, len(rows) // 2))
+        assert self.engine.max_batch == self.max_rows
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -298,7 +306,7 @@ class EngineMachine(RuleBasedStateMachine):
         steps_left = sum(
             truth.job.options.num_steps - truth.steps[index] for truth in self.living for index in truth.unfinished
         )
-        assert self.engine._batcher.steps_left == steps_left
+        assert self.engine._batcher.backlog.work == steps_left
         assert self.engine._batcher.jobs == [truth.job for truth in self.living]
 
     @invariant()
@@ -349,10 +357,22 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class AutoEngineMachine(EngineMachine):
-    """Steps of three rows or of five, by who is there."""
+    """Full steps have five rows; with a small job among several, three, or twice those of the first round."""
 
     max_batch_asked = None
     pace = Pace({1: 1e-6, 4: 4e-6, 5: 4.1e-6})
+
+    def first_round(self) -> int:
+        return max(1, self.full() // 2)
+
+    def limit(self, images: list[list[Image]]) -> int:
+        shared = len(images) > 1 and len(images) * min(map(len, images)) <= self.full()
+        short = max(3, 2 * min(len(images), self.first_round()))
+        return min(short if shared else self.full(), self.max_rows)
+
+    def full(self) -> int:
+        """Evaluations of a full step: five, or two for each row after a shortage of memory."""
+        return min(5, 2 * self.max_rows)
 
 
 for machine, max_examples in ((EngineMachine, 200), (AutoEngineMachine, 100)):

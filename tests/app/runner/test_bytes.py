@@ -131,7 +131,7 @@ def test_the_evaluations_that_are_forecast_are_those_that_are_made(
         forecast.append(sum(row.evaluations for row in job.unfinished))
         step(runner, job.unfinished)
     assert network.rows == forecast
-    assert sum(forecast) == pytest.approx(3 * num_steps * job.evaluations_a_step)
+    assert sum(forecast) == 3 * job.evaluations_from(0)
 
 
 def test_without_guidance_there_is_one_evaluation_a_row(loaded: Checkpoint) -> None:

@@ -1,0 +1,97 @@
+"""Batches without a surviving row: the known picture decides whether the engine has failed."""
+
+import pytest
+
+from app import errors
+from app.device import OutOfMemoryError, RunnerError
+from app.engine import MAX_FAILED_BATCHES
+from app.state import EngineState
+from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, running, same, tick, wait_until
+
+
+def fail(rows: Rows) -> None:
+    raise RuntimeError("the device computes nothing any more")
+
+
+def fail_check() -> None:
+    raise RunnerError("the known picture is wrong")
+
+
+@pytest.mark.parametrize("fault", ["step", "memory", "nan", "pixels"])
+def test_a_step_that_always_fails_is_a_failed_engine(fault: str) -> None:
+    runner = FakeRunner(on_check=fail_check)
+    if fault == "step":
+        runner.on_step = fail
+    elif fault == "memory":
+
+        def no_memory(rows: Rows) -> None:
+            raise OutOfMemoryError
+
+        runner.on_step = no_memory
+    elif fault == "nan":
+        runner.not_finite = lambda row: True
+    else:
+        runner.on_pixels = fail
+    with running(new_engine(runner)) as engine:
+        engine.ready.result(60)
+        jobs = [new_job(2, num_steps=1) for _ in range(MAX_FAILED_BATCHES)]
+        for job in jobs:
+            engine.submit(job)
+            assert isinstance(job.future.exception(60), errors.InternalError)
+        wait_until(lambda: engine.state is EngineState.FAILED)
+        assert runner.num_checks == 1
+        with pytest.raises(errors.EngineFailed):
+            engine.submit(new_job())
+
+
+def test_other_requests_are_answered_when_the_engine_has_failed() -> None:
+    runner = FakeRunner(on_step=fail, on_check=fail_check)
+    engine = new_engine(runner, max_batch=1)
+    runner.on_warm_up = lambda should_stop: [engine._admission.batcher.add(job) for job in jobs] and None  # type: ignore[func-returns-value]
+    jobs = [new_job(1) for _ in range(10)]
+    with running(engine):
+        found = [type(job.future.exception(60)) for job in jobs]
+    assert found == [errors.InternalError] * MAX_FAILED_BATCHES + [errors.EngineFailed] * 7
+
+
+def test_poisoned_requests_cannot_take_the_engine_down() -> None:
+    """The known picture is drawn, and it is right."""
+    runner = FakeRunner()
+    engine = opened(new_engine(runner))
+    for k in range(1, 3 * MAX_FAILED_BATCHES + 1):
+        runner.on_step = fail
+        engine.submit(new_job(1))
+        tick(engine)
+        assert runner.num_checks == k // MAX_FAILED_BATCHES
+    runner.on_step = lambda rows: None
+    job = new_job(2)
+    engine.submit(job)
+    while not job.closed:
+        tick(engine)
+    assert same(job.future.result(0), images(job))
+    assert engine.state is EngineState.OK
+
+
+def test_a_surviving_row_starts_the_count_again() -> None:
+    runner = FakeRunner(on_check=fail_check)
+    engine = opened(new_engine(runner))
+    for k in range(3 * MAX_FAILED_BATCHES):
+        poisoned = new_job(1, seed=1)
+        engine.submit(poisoned)
+        if k % MAX_FAILED_BATCHES == 0:
+            engine.submit(new_job(1, num_steps=1, seed=2))
+        runner.on_step = lambda rows: fail(rows) if any(row.job.options.seed == 1 for row in rows) else None
+        tick(engine)
+        assert poisoned.closed
+    assert runner.num_checks == 0
+
+
+def test_batches_that_were_abandoned_do_not_count() -> None:
+    runner = FakeRunner(on_check=fail_check)
+    engine = opened(new_engine(runner))
+    for _ in range(3 * MAX_FAILED_BATCHES):
+        job = new_job(1)
+        engine.submit(job)
+        runner.on_step = lambda rows: engine.cancel(rows[0].job, errors.DeadlineExceeded())
+        tick(engine)
+    assert runner.num_checks == 0
