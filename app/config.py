@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     # A second model, `fast`, that draws in few steps. `auto`: the shipped one beside the shipped default.
     fast_checkpoint: Literal["auto", "none"] | Path = "auto"
     device: Annotated[str, AfterValidator(config_values.device)] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # float16 on a GPU only
     # `auto`: on a CPU compiled, where a compiled step lies in the cache or a C++ compiler can make one.
     compile: Literal["auto", "on", "off"] = "auto"
     cache_dir: Path = Field(default_factory=default_cache)  # of compiled code: nobody else may write there

@@ -10,15 +10,22 @@ import torch
 from torch import Tensor
 
 FLOAT32_ROWS = 16  # of a call on a CPU: other numbers of rows are summed in other orders
+# The oldest compute capabilities whose tensor cores multiply these types.
+BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32: a fact of the processor, never a timing."""
+    """Returns the fastest precision that the hardware multiplies: a fact of the processor, never a timing.
+
+    A GPU with bfloat16 units (compute capability 8.0 and newer) gets bfloat16, an older one with tensor cores (7.0
+    and newer) float16. A CPU with AMX or AVX-512 BF16 gets bfloat16. Everything else gets float32.
+    """
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities()
-        fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+        capability = torch.cuda.get_device_capability(device)
+        fastest = {torch.bfloat16: BFLOAT16_CAPABILITY, torch.float16: FLOAT16_CAPABILITY}
+        return next((dtype for dtype, least in fastest.items() if capability >= least), torch.float32)
+    has = torch.cpu.get_capabilities()
+    fast = has.get("amx_bf16", False) or has.get("avx512_bf16", False)
     return torch.bfloat16 if fast else torch.float32
 
 

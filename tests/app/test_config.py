@@ -87,6 +87,7 @@ def test_compiled_code_is_kept_where_a_users_programs_keep_such_things(
         ("UNFOG_DEVICE", "cuda", "cuda"),
         ("UNFOG_DEVICE", "cuda:1", "cuda:1"),
         ("UNFOG_DTYPE", "bfloat16", "bfloat16"),
+        ("UNFOG_DTYPE", "float16", "float16"),
         ("UNFOG_COMPILE", "off", "off"),
         ("UNFOG_NUM_THREADS", "3", 3),
         ("UNFOG_MAX_BATCH", "auto", None),
@@ -146,7 +147,7 @@ def test_the_shipped_student_is_served_beside_its_teacher_unless_told_otherwise(
 
 WRONG = {
     "UNFOG_DEVICE": ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "CPU", "cuda:1:2", ":"],
-    "UNFOG_DTYPE": ["float16", "fp32"],
+    "UNFOG_DTYPE": ["fp16", "fp32"],
     "UNFOG_COMPILE": ["yes", "1"],
     "UNFOG_NUM_THREADS": ["0", "-1", "1.5", "many", "100000"],
     "UNFOG_MAX_BATCH": ["0", "-4", "2.5", "big", "4097", "AUTO"],

@@ -1,5 +1,6 @@
 """What stops the start: one sentence, status 2."""
 
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,7 @@ WRONG_SETTINGS = {
     "UNFOG_MAX_BATCH": "0",
     "UNFOG_REQUEST_TIMEOUT": "nan",
     "UNFOG_DEVICE": "cuda:99",
+    "UNFOG_DTYPE": "float16",  # on a CPU
     "UNFOG_CHECKPOINT": "/nowhere/to/be/found.safetensors",
 }
 
@@ -73,9 +75,16 @@ def test_a_start_that_cannot_be_is_one_sentence_and_status_2(
     assert "Traceback" not in "".join(lines)
 
 
-@pytest.mark.parametrize("name", ["UNFOG_PORT", "UNFOG_MAX_BATCH", "UNFOG_REQUEST_TIMEOUT", "UNFOG_DEVICE"])
+@pytest.mark.parametrize(
+    "name", ["UNFOG_PORT", "UNFOG_MAX_BATCH", "UNFOG_REQUEST_TIMEOUT", "UNFOG_DEVICE", "UNFOG_DTYPE"]
+)
 def test_the_sentence_names_the_variable(failed: dict[str, tuple[int, list[str]]], name: str) -> None:
     assert f"{name}={WRONG_SETTINGS[name]}" in failed[name][1][-1].replace("'", "")
+
+
+def test_device_that_cannot_be_used_is_reported_with_what_to_do(failed: dict[str, tuple[int, list[str]]]) -> None:
+    """Which sentence it is depends on the machine: no CUDA in PyTorch, no driver, no GPU, too few GPUs."""
+    assert re.search(r"UNFOG_DEVICE=cpu|numbered from 0|[Uu]pdate", failed["UNFOG_DEVICE"][1][-1])
 
 
 def test_the_sentence_names_the_file(failed: dict[str, tuple[int, list[str]]]) -> None:

@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from model.checkpoint import SHIPPED, SHIPPED_FAST, load
 from model.precision import CallRows, fast_dtype
 from model.unet import UNet, UNetConfig
 
@@ -9,25 +12,63 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "device", "expected"),
+    ("capabilities", "expected"),
     [
-        ({}, CPU, torch.float32),
-        ({"avx512_f": True, "avx512_bf16": False}, CPU, torch.float32),
-        ({"avx512_bf16": True}, CPU, torch.bfloat16),
-        ({"amx_bf16": True}, CPU, torch.bfloat16),
-        ({}, CUDA, torch.bfloat16),
-        ({"emulated": True}, CUDA, torch.float32),
+        ({}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
     ],
 )
-def test_bfloat16_is_taken_where_the_hardware_multiplies_it(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], device: torch.device, expected: torch.dtype
+def test_bfloat16_is_taken_where_a_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
 ) -> None:
-    def is_bf16_supported(*, including_emulation: bool) -> bool:
-        return including_emulation or "emulated" not in capabilities
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert fast_dtype(device) is expected
+    assert fast_dtype(CPU) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((6, 1), torch.float32),  # no tensor cores
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),  # a T4
+        ((8, 0), torch.bfloat16),
+        ((9, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_gpu_precision_is_what_its_tensor_cores_multiply(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast_dtype(CUDA) is expected
+
+
+@pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST], ids=["default", "fast"])
+def test_shipped_network_in_float16_is_finite_and_near_float32(path: Path) -> None:
+    """On a CPU, whose float16 kernels also accumulate in float32. Conditions are those of every step and digit."""
+    half, full = (load(path).network.to(dtype) for dtype in (torch.float16, torch.float32))
+    table = load(path).network.condition_table()  # (T + 1, num_classes + 1, D)
+    assert table.half().isfinite().all()
+    t = torch.arange(1, len(table), 9)
+    c = table[t, t % table.shape[1]]  # (B, D)
+    torch.manual_seed(0)
+    x_t = torch.randn(len(t), *load(path).image_shape)  # (B, C, H, W)
+    largest: list[float] = []
+    for module in full.modules():
+        module.register_forward_hook(lambda module, inputs, output: largest.append(_largest(output)))
+    with torch.inference_mode():
+        expected = full.denoise(x_t, c)
+        actual = half.denoise(x_t.half(), c.half()).float()
+    assert actual.isfinite().all()
+    assert (actual - expected).abs().mean() < 0.01 * expected.abs().mean()
+    assert max(largest) < torch.finfo(torch.float16).max / 16  # activations are far from an overflow
+
+
+def _largest(output: Tensor | tuple[Tensor, ...]) -> float:
+    tensors = output if isinstance(output, tuple) else (output,)
+    return max(tensor.abs().max().item() for tensor in tensors)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Warming up: the known picture, and how long steps take."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from app.device import RunnerError
 from app.pace import Pace
 from app.runner import Runner
 from app.threads import ComputeThreads
-from model.checkpoint import Checkpoint
+from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, load
 from tests.app.runner.rows import CPU, DTYPES, Counting, new_runner
 
 
@@ -68,3 +69,9 @@ def test_a_known_picture_of_nan_is_wrong(loaded: Checkpoint) -> None:
     loaded.network.final_conv[0].bias[:] = torch.nan  # type: ignore[operator] # it is a Conv2d
     with pytest.raises(RunnerError, match="known picture"):
         new_runner(loaded).warm_up(lambda: True)
+
+
+@pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST], ids=["default", "fast"])
+def test_float16_draws_the_known_picture_of_a_shipped_checkpoint(path: Path) -> None:
+    """On a CPU, which the service refuses for float16: this checks the range of the numbers, not a GPU's kernels."""
+    Runner({"default": load(path)}, CPU, torch.float16).warm_up(lambda: True)
