@@ -46,8 +46,8 @@ FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
 class Runner:
     """Holds the networks and, in slots, the state of every image that has begun.
 
-    State, history and update are float32; only the networks' input is cast. A step writes
-    state after all else has succeeded, so it can be run again with other rows.
+    State, history and update are float32; only the networks' input is cast. A step writes state after everything
+    else has succeeded, so that a step that fails can be run again with other rows.
     """
 
     def __init__(
@@ -125,14 +125,22 @@ class Runner:
 
     @torch.inference_mode()
     def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
+        """Computes everything, and only then writes state. Everything that takes memory precedes the first write."""
+        rows = list(chain(*by_model.values()))
+        # Running ahead, finiteness is read, and waited for, only in steps that end a row.
+        is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
             parts = [self._call(self._networks[name], own) for name, own in by_model.items()]
-            finite = None if self._runs_ahead else [each for _, (_, _, part) in parts for each in part.tolist()]
+            finite = [finite for _, (_, _, finite) in parts]
+            read = self._transfers.start_download(torch.cat(finite)) if is_read else None
             self._commit(parts)
-        if finite is None:
-            return self._finite_so_far(trajectories)
-        of_row = dict(zip(chain(*by_model.values()), finite, strict=True))
+        if read is None:
+            return [True] * len(trajectories)
+        try:
+            of_row = dict(zip(rows, read().tolist(), strict=True))
+        except Exception as error:
+            raise DeviceLostError("a step that was enqueued has failed") from error
         return [of_row[trajectory] for trajectory in trajectories]
 
     def _call(self, network: Network, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
@@ -141,31 +149,28 @@ class Runner:
         start = time.perf_counter()
         stepped = network.step(*self._slots.state, self._plans.table, *rows)
         self.network_seconds += time.perf_counter() - start
-        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is nobody's
-        return rows.slots[: len(trajectories)], (x_prev, x_0, finite)
+        slots = rows.slots[: len(trajectories)]
+        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is padding
+        if self._runs_ahead:
+            finite = self._slots.finite_after(slots, finite)
+        return slots, (x_prev, x_0, finite)
 
     def _commit(self, parts: list[tuple[Tensor, Stepped]]) -> None:
-        """Writes the results of a step; state that was half written cannot be stepped again."""
+        """Writes the results of a step in place.
+
+        If the first write fails, nothing has changed and the step can run again. DeviceLostError if a later one fails.
+        """
+        is_written = False
         try:
             for slots, (x_prev, x_0, finite) in parts:
-                self._slots.write(slots, x_t=x_prev, x_0=x_0)
-                if self._runs_ahead:
-                    self._slots.finite[slots] &= finite
+                for name, rows in {"x_t": x_prev, "x_0": x_0, "finite": finite}.items():
+                    self._slots.write(slots, **{name: rows})
+                    is_written = True
             self._transfers.note_step()
         except Exception as error:
+            if not is_written:
+                raise
             raise DeviceLostError("a step was written in part") from error
-
-    def _finite_so_far(self, trajectories: list[Trajectory]) -> list[bool]:
-        """Read, and waited for, only of those that reach x_0 with this step; the others are believed until then."""
-        ending = [trajectory for trajectory in trajectories if trajectory.steps_left == 1]
-        if not ending:
-            return [True] * len(trajectories)
-        try:
-            finite = self._transfers.download(self._slots.finite[self._slots.of(ending)]).tolist()
-        except Exception as error:
-            raise DeviceLostError("a step that was enqueued has failed") from error
-        of_row = dict(zip(ending, finite, strict=True))
-        return [of_row.get(trajectory, True) for trajectory in trajectories]
 
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:

@@ -28,8 +28,8 @@ class Slots:
             self._grow()
         slots = self._free[-len(trajectories) :]
         places = self._transfers.upload(slots)
-        self.write(places, **rows)
-        self.finite[places] = True
+        finite = torch.ones(len(slots), dtype=torch.bool, device=self.finite.device)  # (B,)
+        self.write(places, finite=finite, **rows)
         del self._free[-len(trajectories) :]
         for trajectory, slot in zip(trajectories, slots, strict=True):
             trajectory.slot = slot
@@ -45,13 +45,20 @@ class Slots:
         """The slots of those that have one, (B,)."""
         return self._transfers.upload([trajectory.slot for trajectory in trajectories if trajectory.slot is not None])
 
+    def finite_after(self, slots: Tensor, finite: Tensor) -> Tensor:
+        """Returns whether each slot's values, those of this step included, were finite so far, (B,)."""
+        return self.finite[slots] & finite
+
     def write(self, slots: Tensor, **rows: Tensor) -> None:
-        """Puts the named rows (B, ...) into the slots (B,)."""
+        """Puts the named rows (B, ...) into the slots (B,), in place. Takes no memory on the device."""
         for name, value in rows.items():
-            getattr(self.state, name).index_copy_(0, slots, value)
+            rows_of_slots = self.finite if name == "finite" else getattr(self.state, name)
+            rows_of_slots.index_copy_(0, slots, value)
 
     def _grow(self) -> None:
+        """Doubles the slots. All tensors are made before the first is replaced: memory may run out in between."""
         size = len(self.state.seed)
-        self.state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
+        state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
         self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
+        self.state = state
         self._free += range(size, 2 * size)

@@ -1,7 +1,7 @@
 """What goes between host and device, and when the host waits for the device."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,13 +38,22 @@ class Transfers:
         return host.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else host
 
     def download(self, tensor: Tensor) -> Tensor:
-        """On the host, as soon as it is computed."""
+        """Returns the tensor on the host, as soon as it is computed."""
+        return self.start_download(tensor)()
+
+    def start_download(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Enqueues a copy to the host and returns a function that waits for it. Only this call takes memory."""
         if not self._is_gpu:
-            return tensor
+            return lambda: tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
         host.copy_(tensor, non_blocking=True)
-        self._event().synchronize()
-        return host
+        copied = self._event()
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return host
+
+        return wait
 
     def note_step(self) -> None:
         """A step was enqueued: waits until no more than STEPS_AHEAD are to be done."""

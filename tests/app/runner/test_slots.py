@@ -1,15 +1,23 @@
 """Slots and faults: a row that fails leaves the others and their state alone."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.device import DeviceLostError, OutOfMemoryError, device_errors
+from app.runner import Runner
+from app.slots import Slots
+from app.trajectory import Trajectory
+from app.transfers import Transfers
 from model.checkpoint import Checkpoint
-from tests.app.runner.rows import draw, equal, new_runner, rows_of, step
+from tests.app.runner.rows import CPU, draw, equal, new_runner, rows_of, step
 
 
 def test_slots_grow_with_the_rows_and_are_given_back(loaded: Checkpoint) -> None:
@@ -111,15 +119,122 @@ def test_a_row_whose_beginning_failed_begins_anew(loaded: Checkpoint, monkeypatc
     assert all(np.array_equal(a, b) for a, b in zip(draw(runner, rows), expected, strict=True))
 
 
-def test_a_step_that_was_written_in_part_is_never_run_again(
-    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+WRITE = "aten.index_copy_.default"
+READS = {f"aten.{name}.default" for name in ("resolve_conj", "resolve_neg", "_local_scalar_dense")}  # tolist()
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Counts tensor operations, and lets the one with this number run out of memory."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.count = number, 0
+        self.calls = Counter[str]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        self.calls[str(func)] += 1
+        self.last = str(func)
+        if self.count - 1 == self.number:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_step_out_of_memory_at_any_operation_leaves_state_or_is_lost_if_partly_written(
+    loaded: Checkpoint, runs_ahead: bool
+) -> None:
+    """Only a write that follows another one makes the device lost: everything that takes memory precedes them."""
+    runner, rows = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=runs_ahead), rows_of(2, num_steps=2)
+    step(runner, rows)
+    parts = [*runner._slots.state, runner._slots.finite]
+    before = [part.clone() for part in parts]
+    with OutOfMemoryAt(-1) as counted, torch.inference_mode():
+        runner.step(rows)
+    assert counted.calls[WRITE] == 3  # x_t, x_0 and finite
+    lost = Counter[str]()
+    for number in range(counted.count):
+        with torch.inference_mode():
+            for part, was in zip(parts, before, strict=True):
+                part.copy_(was)
+        with pytest.raises((OutOfMemoryError, DeviceLostError)) as raised, OutOfMemoryAt(number) as mode:
+            runner.step(rows)
+        if raised.type is DeviceLostError:
+            lost[mode.last] += 1
+        else:
+            assert all(torch.equal(part, was) for part, was in zip(parts, before, strict=True))
+    assert lost.pop(WRITE) == 2  # the second and the third one
+    assert set(lost) <= READS  # of what is on the host by then
+
+
+def test_slots_out_of_memory_while_they_grow_are_unchanged(loaded: Checkpoint) -> None:
+    def attempt(slots: Slots, rows: list[Trajectory], number: int) -> int:
+        """Returns the number of operations."""
+        images, seed = torch.ones(len(rows), *loaded.image_shape), torch.arange(len(rows))
+        with OutOfMemoryAt(number) as mode:
+            slots.begin(rows, x_t=images, seed=seed)
+        return mode.count
+
+    def new_slots() -> Slots:
+        return Slots(1, loaded.image_shape, CPU, Transfers(CPU))
+
+    for number in range(attempt(new_slots(), rows_of(3), -1)):
+        slots, rows = new_slots(), rows_of(3)
+        with pytest.raises(torch.OutOfMemoryError):
+            attempt(slots, rows, number)
+        assert all(row.slot is None for row in rows)
+        attempt(slots, rows, -1)
+        assert slots.state.seed[[row.slot for row in rows]].tolist() == [0, 1, 2]
+        assert len(slots.finite) == len(slots.state.seed) == 1 + len(slots._free) + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("num_writes", "expected"), [(0, OutOfMemoryError), (1, DeviceLostError), (2, DeviceLostError)]
+)
+def test_step_that_was_written_in_part_is_lost_and_one_that_was_not_can_run_again(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, num_writes: int, expected: type[Exception]
 ) -> None:
     runner, rows = new_runner(loaded), rows_of(2)
     step(runner, rows)
+    write, done = runner._slots.write, list[Tensor]()
 
-    def fail(*args: object, **named: object) -> None:
-        raise torch.OutOfMemoryError
+    def fail(slots: Tensor, **named: Tensor) -> None:
+        if len(done) == num_writes:
+            raise torch.OutOfMemoryError
+        done.append(slots)
+        write(slots, **named)
 
     monkeypatch.setattr(runner._slots, "write", fail)
-    with pytest.raises(DeviceLostError):
+    with pytest.raises(expected):
         runner.step(rows)
+
+
+def test_finite_flags_are_copied_before_state_is_written(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy takes pinned memory, which can run out."""
+    runner, rows = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True), rows_of(2, num_steps=1)
+    expected = draw(new_runner(loaded), rows_of(2, num_steps=1))
+    start_download = runner._transfers.start_download
+
+    def fail(tensor: Tensor) -> Callable[[], Tensor]:
+        monkeypatch.setattr(runner._transfers, "start_download", start_download)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(runner._transfers, "start_download", fail)
+    with pytest.raises(OutOfMemoryError):
+        runner.step(rows)
+    assert equal(draw(runner, rows), expected)
+
+
+def test_step_that_fails_on_the_device_after_it_was_enqueued_is_lost(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
+
+    def wait() -> Tensor:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(runner._transfers, "start_download", lambda tensor: wait)
+    with pytest.raises(DeviceLostError):
+        runner.step(rows_of(2, num_steps=1))
