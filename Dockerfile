@@ -1,6 +1,7 @@
 # docker build -t unfog .                                       PyTorch as PyPI has it: on x86 with CUDA
 # docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, such as the one of its CPU builds
 # docker build -t unfog --build-context wheels=FOLDER .         PyTorch from a wheel in a folder
+# docker build -t unfog --build-arg COMPILER=gcc .              with a C compiler, for UNFOG_COMPILE=on on a GPU
 # docker build -t unfog-train --target train .                  with what training takes (docs/containers.md)
 ARG PYTHON=python:3.11-slim
 
@@ -18,15 +19,17 @@ COPY pyproject.toml .
 RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["traces"], sep="\n")' \
       > requirements.txt
 ARG TORCH_INDEX=
+# The minor version that was tested. PyPI's build of it is for CUDA 13.0, which takes an NVIDIA driver of 580 or newer.
+ARG TORCH_VERSION=2.13
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
-    torch="$(grep '^torch' requirements.txt)" \
+    torch="torch==$TORCH_VERSION.*" \
  && if [ -n "$(find /wheels -name 'torch-*.whl')" ]; then \
       pip install --no-index --no-deps --no-compile --find-links /wheels "$torch"; \
     elif [ -n "$TORCH_INDEX" ]; then \
       pip install --no-compile --index-url "$TORCH_INDEX" "$torch"; \
     fi \
- && pip install --no-compile --requirement requirements.txt
+ && pip install --no-compile --requirement requirements.txt "$torch"
 
 FROM dependencies AS code
 COPY LICENSE .
@@ -62,6 +65,8 @@ RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin unf
 COPY --from=trimmed /opt/venv /opt/venv
 COPY --from=trimmed /opt/unfog /opt/unfog
 COPY --from=trimmed /opt/code /opt/code
+# Where UNFOG_COMPILE=on keeps a GPU's kernels. With a read-only root it takes a mount that allows execution.
+RUN install --directory --owner unfog --group unfog --mode 700 /opt/unfog/gpu
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/code \
     PYTHONSAFEPATH=1 \
@@ -103,10 +108,18 @@ ENTRYPOINT ["python", "-m", "scripts.train", "--data-dir", "/data"]
 CMD ["--preset", "default", "--out", "/runs/default"]
 
 FROM runtime AS service
+ARG COMPILER=
+USER root
+RUN --mount=type=tmpfs,target=/var/lib/apt/lists \
+    if [ -n "$COMPILER" ]; then \
+      apt-get update && apt-get install --yes --no-install-recommends "$COMPILER" libc6-dev; \
+    fi
+USER 10001:10001
 EXPOSE 8000
-# /readyz: Docker itself only starts others by it. /livez is true while a checkpoint is loaded, too soon for those who
-# wait; /health says the same as /readyz, for people.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+# It asks /readyz, as containers that depend on this one, and `up --wait`, wait for a service that draws. The start
+# period is five minutes: UNFOG_COMPILE=on compiles for up to three on a GPU, after the checkpoint is loaded. A start
+# that is quicker is healthy as soon as it answers.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
   CMD ["python", "-ISc", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['UNFOG_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python", "-m", "app"]
 ARG VERSION=0.1.0

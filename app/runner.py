@@ -32,6 +32,7 @@ from app.warm_up import check_probe, measure_paces, record_shapes
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
 from model.compiler import CompilerError, compiled_step
+from model.kernel_cache import prepare_kernel_cache
 from model.noise import normal
 from model.step import Stepped
 
@@ -89,7 +90,12 @@ class Runner:
         return runner
 
     def compile(self, cache: Path, *, must: bool) -> bool:
-        """Each network's step compiled, True if all are; RunnerError where it cannot be and must, else a warning."""
+        """Compiles each network's step. Returns True if all are compiled; RunnerError if `must` and one is not."""
+        if self.device.type == "cuda":
+            try:
+                prepare_kernel_cache(cache)
+            except CompilerError as error:
+                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         for network in self._networks.values():
             try:
                 network.use(compiled_step(network.program, cache))

@@ -10,9 +10,12 @@ import yaml
 
 from app.config import Settings
 from app.server import LAST_ANSWERS_SECONDS
+from model.kernel_cache import FOLDER
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPILED_START_SECONDS = 300  # 180 to compile for a GPU, the rest to load and to record graphs
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-+])((?:[^{}])*))?\}")
 OWN = {"unfog", "unfog-train"}  # images that are built here
 
@@ -114,6 +117,52 @@ def test_without_a_gpu_everything_that_asks_for_one_is_told_so() -> None:
     assert asking == set(override) == {"unfog", "train"}
     for service in override.values():
         assert service["deploy"]["resources"]["reservations"]["devices"] is None
+
+
+def test_device_is_cuda_unless_one_says_otherwise_and_cpu_in_the_project_for_cpus() -> None:
+    """With `auto`, an old driver or a GPU that is not passed on would mean a service on the CPU."""
+    assert "UNFOG_DEVICE=cuda" in SERVICES["unfog"]["environment"]
+    assert "- UNFOG_DEVICE=${UNFOG_DEVICE:-cuda}\n" in COMPOSE
+    override = yaml.load((ROOT / "docker-compose.cpu.yml").read_text(), Loader)["services"]
+    assert override["unfog"]["environment"] == ["UNFOG_DEVICE=cpu"]
+
+
+def test_folder_for_gpu_kernels_is_private_writable_and_executable() -> None:
+    """It lies where the image's UNFOG_CACHE_DIR puts it, and goes with the container."""
+    (cache,) = set(re.findall(r"UNFOG_CACHE_DIR=(\S+)", DOCKERFILE))
+    folder = Path(cache, FOLDER).parent
+    options = dict(mount.partition(":")[::2] for mount in SERVICES["unfog"]["tmpfs"])[str(folder)]
+    user, group = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[-1]
+    assert set(options.split(",")) == {"exec", f"uid={user}", f"gid={group}", "mode=0700"}
+    assert f"install --directory --owner unfog --group unfog --mode 700 {folder}\n" in DOCKERFILE
+    manifest = (ROOT / "deploy/kubernetes/gpu/deployment.yaml").read_text()
+    assert f"mountPath: {folder}\n" in manifest
+
+
+def test_image_of_the_service_runs_without_privileges() -> None:
+    *_, service = DOCKERFILE.split("\nFROM ")
+    assert service.startswith("runtime AS service\n")
+    assert re.findall(r"^USER (.+)$", service, re.MULTILINE)[-1:] == ["10001:10001"]
+
+
+def test_health_check_waits_for_a_start_that_compiles_for_a_gpu() -> None:
+    found = re.search(r"^HEALTHCHECK .*--start-period=(\d+)s", DOCKERFILE, re.MULTILINE)
+    assert found
+    assert int(found[1]) >= COMPILED_START_SECONDS
+
+
+def test_image_has_a_minor_version_of_torch_that_the_bounds_allow() -> None:
+    """Without a version, each build would have the newest release that the bounds allow, tested or not."""
+    pinned = re.search(r"^ARG TORCH_VERSION=(\d+\.\d+)$", DOCKERFILE, re.MULTILINE)
+    bounds = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert pinned and bounds
+    lower, version, upper = (tuple(map(int, text.split("."))) for text in (bounds[1], pinned[1], bounds[2]))
+    assert lower <= version < upper
+    dependencies = DOCKERFILE.split("\nFROM ")[2]
+    assert 'torch="torch==$TORCH_VERSION.*"' in dependencies
+    installs = re.findall(r"pip install .*", dependencies)
+    assert len(installs) == 3
+    assert all('"$torch"' in line for line in installs)
 
 
 def test_no_admin_of_grafana_is_made_unless_a_password_is_set() -> None:

@@ -11,6 +11,7 @@ from app.device import RunnerError, choose_device, choose_dtype
 from app.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
+from model.compiler import CompilerError
 from model.precision import fast_dtype
 from model.sampler import SAMPLERS, Guidance
 from model.schedule import ScheduleConfig
@@ -92,3 +93,26 @@ def test_a_precision_that_is_named_is_the_one_that_serves() -> None:
 
 def test_the_service_draws_only_the_classes_that_the_checkpoint_has(loaded: Checkpoint) -> None:
     assert new_runner(loaded).models["default"].num_classes == loaded.config.unet.num_classes
+
+
+@pytest.mark.parametrize("fault", [None, "the folder is mounted noexec"])
+def test_compiling_for_a_gpu_prepares_the_folder_for_its_kernels(
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
+) -> None:
+    prepared: list[Path] = []
+
+    def prepare(cache: Path) -> None:
+        prepared.append(cache)
+        if fault:
+            raise CompilerError(fault)
+
+    runner = new_runner(loaded)
+    runner.device = torch.device("cuda")
+    monkeypatch.setattr("app.runner.prepare_kernel_cache", prepare)
+    monkeypatch.setattr("app.runner.compiled_step", lambda program, cache: program)
+    if fault:
+        with pytest.raises(RunnerError, match=f"UNFOG_COMPILE=on: {fault}"):
+            runner.compile(tmp_path, must=True)
+    else:
+        assert runner.compile(tmp_path, must=True)
+    assert prepared == [tmp_path]

@@ -81,15 +81,18 @@ def test_a_pod_that_asked_for_more_would_be_noticed(
     assert field in violations(pod_of(broken)["spec"])
 
 
-def test_the_user_is_the_images_and_writes_nowhere_but_to_its_own_scratch(manifests: list[Manifest]) -> None:
+def test_the_user_is_the_images_and_writes_nowhere_but_to_its_own_scratch(
+    manifests: list[Manifest], overlay: str
+) -> None:
     spec, container = pod_of(manifests)["spec"], container_of(manifests)
     dockerfile = (FOLDER.parents[1] / "Dockerfile").read_text()
     user = spec["securityContext"]
     assert f"USER {user['runAsUser']}:{user['runAsGroup']}\n" in dockerfile
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert container["volumeMounts"] == [{"name": "tmp", "mountPath": "/tmp"}]
-    (volume,) = spec["volumes"]
-    assert volume["name"] == "tmp" and volume["emptyDir"]["sizeLimit"]
+    folders = {"tmp": "/tmp"} | ({"kernels": "/opt/unfog/gpu"} if overlay == "gpu" else {})
+    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == folders
+    assert {volume["name"] for volume in spec["volumes"]} == set(folders)
+    assert all(volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"])
 
 
 def test_no_token_of_the_api_server_is_at_hand(manifests: list[Manifest]) -> None:
