@@ -8,7 +8,7 @@ from fastapi.openapi.utils import get_openapi
 from app.config import Settings
 from app.schemas import GenerateRequest
 
-SUMMARY = "Handwritten digits from a diffusion model: the same bytes for the same seed, under any load."
+SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
 
 KEYS = {  # asked for where UNFOG_API_KEYS is set
     "bearer": {"type": "http", "scheme": "bearer"},

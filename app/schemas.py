@@ -25,7 +25,10 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class GenerateRequest(BaseModel):
-    """What to draw. The same fields with the same seed give the same bytes."""
+    """What to draw. On a CPU the same fields with the same seed give the same bytes under any load.
+
+    On a GPU such images may differ in the last bits of the network's precision from load to load.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

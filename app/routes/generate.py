@@ -64,7 +64,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 async def generate(
     request: Request, previews: Annotated[int, Query(ge=0, le=100, description="progress events, of a stream")] = 10
 ) -> Response:
-    """Draws digits of a class. The same request with the same seed gives the same bytes, under any load."""
+    """Draws digits of a class. On a CPU the same request with the same seed gives the same bytes under any load.
+
+    On a GPU such images may differ in the last bits of the network's precision from load to load.
+    """
     service: Service = request.app.state.service
     media_type = negotiate(request, FORMATS)
     settings = service.settings

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,16 @@ def test_the_body_and_the_answers_of_generate_are_described() -> None:
         "application/zip",
         "text/event-stream",
     }
+
+
+def test_same_bytes_are_promised_on_a_cpu_only() -> None:
+    served = document()
+    texts = [
+        served["paths"]["/generate"]["post"]["description"],
+        served["components"]["schemas"]["GenerateRequest"]["description"],
+    ]
+    for text in (served["info"]["summary"], *texts):
+        assert re.search(r"On a CPU [^.]* the same bytes under any load\.", text)
+    for text in texts:
+        assert "On a GPU such images may differ in the last bits" in text
+    assert len(re.findall("same bytes", json.dumps(served))) == 3
