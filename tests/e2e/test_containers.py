@@ -88,6 +88,8 @@ def test_a_gpu_is_asked_for_but_in_the_project_for_cpus(built: Stack) -> None:
     asked = ("unfog", "train")
     options = ("--profile", "train", "config", "--format", "json")
     with_gpu = json.loads(docker("compose", "--env-file", "/dev/null", "--file", "docker-compose.yml", *options))
+    for config, device in ((with_gpu, "cuda"), (json.loads(built.compose(*options)), "cpu")):
+        assert config["services"]["unfog"]["environment"]["UNFOG_DEVICE"] == device
     assert devices(with_gpu) == [[{"capabilities": ["gpu"], "driver": "nvidia", "count": 1}]] * 2
     assert devices(json.loads(built.compose(*options))) == [None] * 2
 
@@ -118,19 +120,30 @@ def test_every_service_runs_without_privileges(stack: Stack) -> None:
     assert stack.status_of("unfog")["Uid"].split() == ["10001"] * 4
 
 
-def test_what_the_service_may_write_is_tmp_alone(stack: Stack) -> None:
+def test_service_writes_only_to_tmp_and_its_kernel_folder_and_executes_only_from_the_latter(stack: Stack) -> None:
     script = """
-import errno, pathlib
-for folder in ("/tmp", "/home/unfog", "/runs"):
+import errno, os, pathlib, stat
+for folder in ("/tmp", "/opt/unfog/gpu", "/home/unfog", "/runs", "/opt/unfog"):
     try:
         (pathlib.Path(folder) / "file").touch()
-        print(folder, "ok")
+        mode, mount = stat.S_IMODE(os.stat(folder).st_mode), os.statvfs(folder)
+        print(folder, "noexec" if mount.f_flag & os.ST_NOEXEC else f"exec {mode:o}")
     except OSError as error:
         print(folder, errno.errorcode[error.errno])
 """
-    read_only = errno.errorcode[errno.EROFS]  # not EACCES: the user owns both of them
+    read_only = errno.errorcode[errno.EROFS]  # not EACCES: the user owns the first two of them
     written = stack.compose("exec", "-T", "unfog", "python", "-c", script).splitlines()
-    assert written == ["/tmp ok", f"/home/unfog {read_only}", f"/runs {read_only}"]
+    assert written == [
+        "/tmp noexec",
+        "/opt/unfog/gpu exec 700",
+        *(f"{folder} {read_only}" for folder in ("/home/unfog", "/runs", "/opt/unfog")),
+    ]
+
+
+def test_gpu_that_cannot_be_used_stops_the_start(built: Stack) -> None:
+    """The image for CPUs has a PyTorch without CUDA."""
+    with pytest.raises(AssertionError, match=r"unfog: UNFOG_DEVICE=cuda: PyTorch \S+ is built without CUDA"):
+        docker("run", "--rm", "--env", "UNFOG_DEVICE=cuda", built.image)
 
 
 def test_prometheus_sees_the_service_and_what_it_draws(stack: Stack) -> None:
