@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     api_keys: Keys = ()  # each opens; empty: no key is asked for
     rate_limit: RateLimits = ()  # requests a key, or an address where there is no key
     cors_origins: Origins = ()  # whose pages may call
-    trusted_proxies: Networks = ()  # whose X-Forwarded-For is believed
+    trusted_proxies: Networks = ()  # peers whose X-Forwarded-For is trusted
     docs: Literal["on", "off"] = "on"  # /docs, /redoc and /openapi.json
     traces: Literal["on", "off"] = "off"  # by OpenTelemetry, which has variables of its own
 

@@ -66,8 +66,16 @@ def origins(value: Any) -> Any:
 
 
 def networks(value: Any) -> Any:
-    """Comma-separated addresses and networks such as `10.0.0.0/8`; `*` is everybody."""
-    return _listed(value, _is_network, "no address and no network such as 10.0.0.0/8")
+    """Parses comma-separated addresses and networks such as `10.0.0.0/8`, or `*`, which trusts every address."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.lower() for part in _parts(value)]
+    if ANY in parts and len(parts) > 1:
+        raise ValueError("* trusts every address and must stand alone")
+    for part in parts:
+        if part != ANY:
+            _check_network(part)
+    return tuple(parts)
 
 
 def _listed(value: Any, is_one: Callable[[str], bool], what_it_is: str) -> Any:
@@ -87,12 +95,14 @@ def _parts(value: str) -> list[str]:
     return parts
 
 
-def _is_network(text: str) -> bool:
+def _check_network(text: str) -> None:
     try:
-        ipaddress.ip_network(text)
+        network = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        return False
-    return True
+        raise ValueError(f"{text!r} is not an IP address or a network such as 10.0.0.0/8") from None
+    address = text.partition("/")[0]
+    if network.network_address != ipaddress.ip_address(address):
+        raise ValueError(f"{text!r} is neither one address nor a whole network. Write {address} or {network}")
 
 
 def _is_origin(text: str) -> bool:

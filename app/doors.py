@@ -1,7 +1,6 @@
 """Who gets in: by key, and how often. Probes, metrics and the API's description stand outside."""
 
 import hmac
-import ipaddress
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -10,13 +9,12 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.callers import address_name, key_name
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
 from app.notes import notes_of
 from app.problems import problem_response
 from app.rates import Rates
-
-PREFIX_OF_A_SUBSCRIBER = 64  # of an IPv6 address: all that follows is one customer's to choose
 
 
 class Keys:
@@ -67,29 +65,18 @@ class Doors:
         await self._app(scope, receive, send)
 
     def _let_in(self, scope: Scope) -> None:
-        """Whoever shows no key that opens is counted by address: such requests cost little, but not nothing."""
-        address = caller_of(scope)
+        """Checks the key and counts the request: under the key, or under the address without a valid key.
+
+        Also refused requests are counted, since each costs some work.
+        """
+        address = address_name(scope)
         try:
             key = self._keys.check(Headers(scope=scope))
         except UnfogError:
             self._rates.spend(address)
             raise
         notes_of(scope).key = key
-        self._rates.spend(f"key {key}" if key else address)
-
-
-def caller_of(scope: Scope) -> str:
-    """The client's address, of IPv6 its network."""
-    host = (scope.get("client") or ("unknown", 0))[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a socket without addresses, or a test's client
-        return str(host)
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((address.packed, PREFIX_OF_A_SUBSCRIBER), strict=False))
-    return str(address)
+        self._rates.spend(key_name(key) if key else address)
 
 
 def _shown(headers: Headers) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from starlette.types import Scope
 
+from app.callers import client_address
 from app.metrics import Metrics
 from app.notes import CLIENT_CLOSED_REQUEST, CLIENT_GONE, OK, Notes
 from app.traces import Traces
@@ -43,7 +44,7 @@ class Recorder:
             "route": route,
             "status": status,
             "outcome": notes.outcome or (CLIENT_GONE if status == CLIENT_CLOSED_REQUEST else OK),
-            "client": (scope.get("client") or ("",))[0],
+            "client": client_address(scope),
             **({"key": notes.key} if notes.key else {}),
             "seconds": round(seconds, 6),
             **(_facts_of(notes.job, notes.encode_seconds) if notes.job else {}),

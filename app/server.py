@@ -117,7 +117,7 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         http=patient(settings, service.metrics),
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=list(settings.trusted_proxies),
+        forwarded_allow_ips=",".join(settings.trusted_proxies),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -172,7 +172,7 @@ WRONG = {
         "http://a:x",
         "https://u@a.b",
     ],
-    "UNFOG_TRUSTED_PROXIES": [",", "proxy", "10.0.0.1/8", "10.0.0.0/33"],
+    "UNFOG_TRUSTED_PROXIES": [",", "proxy", "10.0.0.1/8", "10.0.0.0/33", "*,10.0.0.0/8", "10.0.0.0/8, *", "*,*"],
     "UNFOG_DOCS": ["yes"],
     "UNFOG_TRACES": ["otlp"],
     "UNFOG_LOG_FORMAT": ["xml"],
@@ -192,6 +192,21 @@ def test_a_wrong_value_is_one_line_that_names_the_variable(
     assert len(sentence.splitlines()) == 1
     assert sentence.startswith(variable)
     assert "Error" not in sentence  # nothing of Python's
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("*,10.0.0.0/8", r"\* trusts every address and must stand alone"),
+        ("10.0.0.1/8", r"'10\.0\.0\.1/8' is neither .* Write 10\.0\.0\.1 or 10\.0\.0\.0/8"),
+        ("2001:db8::1/32", r"Write 2001:db8::1 or 2001:db8::/32"),
+        ("10.0.0.0/33", r"'10\.0\.0\.0/33' is not an IP address or a network"),
+    ],
+)
+def test_wrong_proxy_list_says_what_to_write(value: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_TRUSTED_PROXIES", value)
+    with pytest.raises(SettingsError, match=reason):
+        load_settings()
 
 
 def test_every_variable_that_can_be_wrong_is_tried() -> None:

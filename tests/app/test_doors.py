@@ -9,7 +9,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 
 from app import errors
-from app.doors import Keys, caller_of
+from app.doors import Keys
 from tests.app.application import WORK, run
 from tests.app.fakes import FakeRunner
 
@@ -71,21 +71,6 @@ def test_how_long_a_comparison_takes_says_nothing(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(errors.Forbidden):
         KEYS.check(Headers({"x-api-key": "f"}))
     assert compared == [(32, 32)] * 6
-
-
-@pytest.mark.parametrize(
-    ("client", "caller"),
-    [
-        (("192.0.2.7", 1), "192.0.2.7"),
-        (("::ffff:192.0.2.7", 1), "192.0.2.7"),
-        (("2001:db8:1:2:3:4:5:6", 1), "2001:db8:1:2::/64"),
-        (("2001:db8:1:2:ffff::1", 9), "2001:db8:1:2::/64"),
-        (("testclient", 1), "testclient"),
-        (None, "unknown"),
-    ],
-)
-def test_a_caller_is_an_address_or_a_customers_network(client: tuple[str, int] | None, caller: str) -> None:
-    assert caller_of({"type": "http", "client": client}) == caller
 
 
 def test_with_keys_set_work_needs_one_and_watching_does_not() -> None:
