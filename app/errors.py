@@ -15,6 +15,7 @@ UnfogError
 ├── InvalidRequest        422  understood, but not possible; says which field
 ├── InternalError         500  a bug; tells nothing of it
 ├── DeadlineExceeded      504
+├── HTTPError                  raised by the web framework; keeps its status
 └── Unavailable                comes with Retry-After
     ├── Overloaded        429  no room
     ├── RateLimited       429  this caller came too often
@@ -23,7 +24,8 @@ UnfogError
     └── EngineFailed      503
 """
 
-from http import HTTPStatus
+from collections.abc import Mapping
+from http.client import responses
 from typing import Any
 
 
@@ -47,7 +49,7 @@ class UnfogError(Exception):
         """The body, application/problem+json."""
         return {
             "type": "about:blank",
-            "title": HTTPStatus(self.status).phrase,
+            "title": responses.get(self.status, "Error"),
             "status": self.status,
             "detail": self.detail,
             "code": self.code,
@@ -170,6 +172,41 @@ class DeadlineExceeded(UnfogError):
     """The request's time ran out before its last image was done."""
 
     status, code, detail = 504, "deadline_exceeded", "the request's time ran out"
+
+
+class HTTPError(UnfogError):
+    """An error that the web framework raised, with its status and headers.
+
+    The code is that of our error with the same status, or `http_error` where we have none.
+    """
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        # What a framework says about a failure of the server may name internals.
+        super().__init__(detail if status < 500 else None)
+        self.status, self.code = status, _CODES.get(status, "http_error")
+        self._headers = dict(headers or {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that the framework set."""
+        return self._headers
+
+
+_CODES: dict[int, str] = {
+    error.status: error.code
+    for error in (
+        MalformedRequest,
+        Unauthorized,
+        Forbidden,
+        NotFound,
+        MethodNotAllowed,
+        NotAcceptable,
+        RequestTimeout,
+        BodyTooLarge,
+        UnsupportedMediaType,
+        InternalError,
+    )
+}
 
 
 class Unavailable(UnfogError):

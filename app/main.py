@@ -14,7 +14,7 @@ from app.config import Settings
 from app.doors import Doors
 from app.engine import Engine
 from app.metrics import Metrics
-from app.middleware import RequestContext
+from app.middleware import HeadAsGet, RequestContext
 from app.openapi import add_openapi
 from app.origins import ANSWERS_HEADERS, CALLERS_HEADERS, Origins
 from app.problems import handle_errors
@@ -84,6 +84,7 @@ def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces 
             allow_headers=CALLERS_HEADERS,
             expose_headers=ANSWERS_HEADERS,
         )
+    app.add_middleware(HeadAsGet)
     recorder = Recorder(meters, traces, paths=watched | pages | _paths(generate.router.routes), quiet=watched)
     app.add_middleware(RequestContext, metrics=meters, recorder=recorder, pages=pages)
 

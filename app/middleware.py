@@ -87,6 +87,24 @@ class RequestContext:
             headers["Content-Security-Policy"] = DOCS_POLICY
 
 
+class HeadAsGet:
+    """Answers HEAD as GET without the body (RFC 9110, section 9.3.2), also for routes that name GET alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes other methods on unchanged."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_without_body)
+
+
 class _Body:
     """The request's body, which may be refused before it has ended, and may never end.
 

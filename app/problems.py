@@ -22,6 +22,17 @@ def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
     return JSONResponse(error.problem(notes.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
 
 
+def _routed(error: HTTPException) -> errors.UnfogError:
+    allow = (error.headers or {}).get("Allow")
+    if error.status_code == 405 and allow:
+        methods = {method.strip() for method in allow.split(",")}
+        # HeadAsGet answers HEAD for every route that takes GET.
+        return errors.MethodNotAllowed(", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set()))))
+    if error.status_code == 404:
+        return errors.NotFound()
+    return errors.HTTPError(error.status_code, error.detail, error.headers)
+
+
 def handle_errors(app: FastAPI, metrics: Metrics) -> None:
     """Every error that a route raises, or that finding one does, becomes such an answer."""
 
@@ -32,9 +43,9 @@ def handle_errors(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(HTTPException)
     async def routed(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 405:
-            return problem_response(errors.MethodNotAllowed((error.headers or {})["Allow"]), request.scope)
-        return problem_response(errors.NotFound(), request.scope)
+        if error.status_code < 400:
+            return Response(status_code=error.status_code, headers=error.headers)
+        return problem_response(_routed(error), request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def wrong_query(request: Request, error: RequestValidationError) -> Response:

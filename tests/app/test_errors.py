@@ -27,6 +27,7 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.Draining(3), 503, "draining"),
     (errors.EngineFailed(3), 503, "engine_failed"),
     (errors.DeadlineExceeded(), 504, "deadline_exceeded"),
+    (errors.HTTPError(426, "Use HTTP/2"), 426, "http_error"),
 ]
 cases = pytest.mark.parametrize(
     ("error", "status", "code"), [pytest.param(*case, id=f"{case[1]}-{case[2]}") for case in EVERY_ERROR]

@@ -4,6 +4,7 @@ import re
 import select
 import socket
 
+import httpx
 import pytest
 
 from tests.e2e.process import PATIENCE
@@ -26,15 +27,39 @@ def test_an_unknown_path_is_404(service: Service, path: str) -> None:
         ("GET", "/generate", "POST"),
         ("PUT", "/generate", "POST"),
         ("DELETE", "/generate", "POST"),
-        ("POST", "/health", "GET"),
-        ("POST", "/metrics", "GET"),
-        ("DELETE", "/readyz", "GET"),
+        ("HEAD", "/generate", "POST"),
+        ("POST", "/health", "GET, HEAD"),
+        ("POST", "/metrics", "GET, HEAD"),
+        ("DELETE", "/readyz", "GET, HEAD"),
+        ("POST", "/openapi.json", "GET, HEAD"),
     ],
 )
 def test_another_method_is_405_and_told_which_one(service: Service, method: str, path: str, allow: str) -> None:
     answer = service.client.request(method, path)
-    assert_problem(answer, 405, "method_not_allowed")
+    if method == "HEAD":
+        assert (answer.status_code, answer.content) == (405, b"")
+    else:
+        assert_problem(answer, 405, "method_not_allowed")
     assert answer.headers["allow"] == allow
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/livez", "/readyz", "/startupz", "/metrics", "/docs", "/openapi.json", "/nowhere"]
+)
+def test_head_has_the_headers_of_get_and_no_body(service: Service, path: str) -> None:
+    get = service.client.get(path)
+    with socket.create_connection(service.address, timeout=PATIENCE) as connection:
+        connection.sendall(f"HEAD {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    headers = httpx.Headers([tuple(line.split(": ", 1)) for line in head.decode().split("\r\n")[1:]])
+    assert body == b""
+    assert int(head.split()[1]) == get.status_code
+    assert {*get.headers} - {*headers} == set()
+    for name in ("content-type", "content-security-policy", "cache-control"):
+        assert headers.get(name) == get.headers.get(name)
+    if path in ("/readyz", "/docs", "/openapi.json"):  # others tell times or counts
+        assert headers["content-length"] == get.headers["content-length"]
 
 
 @pytest.mark.parametrize(
