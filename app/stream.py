@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import deque
 from contextlib import suppress
 from typing import Any
 
@@ -19,28 +20,48 @@ from app.trajectory import ImageDone, Job, Progress
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 5
+MAX_WAITING_PREVIEWS = 256  # images, of one job
 
 
 class JobEvents:
-    """Carries what the engine's thread tells into the event loop."""
+    """Carries a job's events from the engine's thread to the event loop.
 
-    def __init__(self) -> None:
+    Every image is kept until it is read. Of the previews that a slow client has not read, only the newest are.
+    """
+
+    def __init__(self, num_images: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Progress | ImageDone | None] = asyncio.Queue()
+        self._waiting: deque[Progress | ImageDone | None] = deque()
+        self._max_progress = max(1, MAX_WAITING_PREVIEWS // num_images)
+        self._arrived = asyncio.Event()
 
     def put(self, event: Progress | ImageDone | None) -> None:
-        """Called from the engine's thread; a loop that was closed has nobody left to tell. None is the last."""
+        """Adds an event, from any thread; None is the last. Does nothing once the loop is closed."""
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._add, event)
 
     async def get(self) -> Progress | ImageDone | None:
-        """The next one."""
-        return await self._queue.get()
+        """Waits for the next event."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._waiting.popleft()
+
+    def _add(self, event: Progress | ImageDone | None) -> None:
+        self._waiting.append(event)
+        if isinstance(event, Progress):
+            places = [place for place, waiting in enumerate(self._waiting) if isinstance(waiting, Progress)]
+            if len(places) > self._max_progress:
+                del self._waiting[places[0]]
+        self._arrived.set()
 
 
 class EventStream(Response):
-    """Plain ASGI: the client's leaving is awaited beside the events, and frees the rows at once."""
+    """Sends a job's events while it watches for a disconnect, which frees the job's rows at once.
+
+    The deadline applies to the images, not to the client's reading: a client that accepts no data is
+    disconnected after UNFOG_WRITE_TIMEOUT, as on every connection.
+    """
 
     media_type = "text/event-stream"
 
@@ -55,29 +76,28 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the last."""
         request, notes = Request(scope, receive), notes_of(scope)
+        deadline = asyncio.get_running_loop().call_later(
+            self._job.timeout, self._service.engine.cancel, self._job, DeadlineExceeded()
+        )
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await unless_gone(request, self._send_all(notes, send))
         except ClientGoneError:
             notes.outcome = CLIENT_GONE
         finally:
+            deadline.cancel()
             self._service.engine.cancel(self._job, ClientGoneError())
 
     async def _send_all(self, notes: Notes, send: Send) -> None:
         error: UnfogError | None = None
         try:
-            async with asyncio.timeout(self._job.timeout):
-                await self._send_work(notes, send)
-        except TimeoutError:
-            error = DeadlineExceeded()
+            await self._send_work(notes, send)
         except UnfogError as known:
             error = known
         except Exception:
             log.exception("a stream failed", extra={"request_id": notes.request_id})
             error = InternalError()
-        with suppress(TimeoutError):  # a client that does not read is not waited for
-            async with asyncio.timeout(LAST_WORDS_SECONDS):
-                await self._send_end(notes, send, error)
+        await self._send_end(notes, send, error)
 
     async def _send_work(self, notes: Notes, send: Send) -> None:
         job = self._job

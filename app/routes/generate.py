@@ -74,7 +74,7 @@ async def generate(
     body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
     notes = notes_of(request.scope)
     if media_type == EVENTS:
-        events = JobEvents()
+        events = JobEvents(body.count)
         job = service.submit(body, notes, previews, events.put)
         return EventStream(service, job, events, body.scale)
     job = service.submit(body, notes)

@@ -155,6 +155,51 @@ def test_a_stream_that_nobody_reads_is_ended(impatient: Service) -> None:
     impatient.wait_until_idle()
 
 
+# Its previews, 6 MB, are more than a kernel takes for a client that does not read.
+LARGE = {"digit": 6, "count": 64, "seed": 1, "num_steps": 80, "guidance_scale": 1}
+
+
+def stream(client: socket.socket, body: dict[str, Any]) -> None:
+    """Asks for a stream and reads nothing of it."""
+    content = json.dumps(body).encode()
+    head = HEAD.replace(b"/generate", b"/generate?previews=80")
+    more = b"Accept: text/event-stream\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(content)
+    client.sendall(head + more + content)
+
+
+def events_in(answer: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """Name and data of each event; no chunk of the body ends within an event."""
+    lines = answer.decode().split("\r\n")
+    events = [line for line in lines if line.startswith("event: ")]
+    return [(name[7:], json.loads(data[6:])) for name, data, *_ in (event.split("\n") for event in events)]
+
+
+def test_stream_that_is_read_slowly_is_whole_if_its_images_were_in_time(service: Service) -> None:
+    timeout = 3 + 3 * service.post(LARGE).json()["timing"]["total_seconds"]
+    drawn = service.metrics().of("images_total", digit="6")
+    with connection(service, receive_buffer=4096) as client:
+        start = time.monotonic()
+        stream(client, {**LARGE, "timeout_seconds": timeout})
+        service.wait_for(drawn + 64, "images_total", digit="6")
+        assert time.monotonic() - start < timeout, "this machine cannot draw it in time"
+        time.sleep(start + timeout + 0.5 - time.monotonic())  # the deadline passes while nothing is read
+        names = [name for name, _ in events_in(read_to_end(client))]
+    assert names.count("image") == 64
+    assert (names[0], names[-1]) == ("accepted", "done")
+
+
+def test_stream_that_is_read_slowly_ends_with_an_error_if_its_images_were_late(service: Service) -> None:
+    late = service.metrics().of("rejected_total", reason="deadline")
+    with connection(service, receive_buffer=4096) as client:
+        stream(client, {**LARGE, "timeout_seconds": 0.2})
+        service.wait_until_idle()
+        events = events_in(read_to_end(client))
+    assert events[-1][0] == "error"
+    assert events[-1][1]["code"] == "deadline_exceeded"
+    assert "done" not in [name for name, _ in events]
+    service.wait_for(late + 1, "rejected_total", reason="deadline")
+
+
 def test_a_client_that_closes_its_side_has_left(impatient: Service) -> None:
     impatient.wait_until_idle()
     before = impatient.metrics().of("cancelled_total", stage="running")
