@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     rate_limit: RateLimits = ()  # requests a key, or an address where there is no key
     cors_origins: Origins = ()  # whose pages may call
     trusted_proxies: Networks = ()  # peers whose X-Forwarded-For is trusted
-    docs: Literal["on", "off"] = "on"  # /docs, /redoc and /openapi.json
+    docs: Literal["on", "off"] = "on"  # /docs and /openapi.json
     traces: Literal["on", "off"] = "off"  # by OpenTelemetry, which has variables of its own
 
     @property

@@ -19,7 +19,7 @@ from app.openapi import add_openapi
 from app.origins import ANSWERS_HEADERS, CALLERS_HEADERS, Origins
 from app.problems import handle_errors
 from app.records import Recorder
-from app.routes import generate, health, metrics
+from app.routes import docs, generate, health, metrics
 from app.runner import Runner
 from app.service import Service
 from app.state import EngineState
@@ -58,10 +58,15 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         version=VERSION,
         lifespan=lifespan,
         redirect_slashes=False,
-        openapi_url="/openapi.json" if settings.docs == "on" else None,  # without which there are no pages either
+        openapi_url="/openapi.json" if settings.docs == "on" else None,
+        docs_url=None,  # FastAPI's pages load their scripts from a CDN: routes/docs.py has ours
+        redoc_url=None,
     )
     app.state.service = service
-    pages = _paths(app.routes)  # /docs and its like
+    pages = _paths(app.routes)  # /openapi.json
+    if settings.docs == "on":
+        app.include_router(docs.router)
+        pages |= _paths(docs.router.routes)
     for module in (generate, health, metrics):
         app.include_router(module.router)
     handle_errors(app, meters)
@@ -86,7 +91,8 @@ def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces 
         )
     app.add_middleware(HeadAsGet)
     recorder = Recorder(meters, traces, paths=watched | pages | _paths(generate.router.routes), quiet=watched)
-    app.add_middleware(RequestContext, metrics=meters, recorder=recorder, pages=pages)
+    policies = {docs.PAGE_PATH: docs.POLICY} if docs.PAGE_PATH in pages else {}
+    app.add_middleware(RequestContext, metrics=meters, recorder=recorder, policies=policies)
 
 
 def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 
 from starlette.datastructures import MutableHeaders
@@ -27,23 +28,16 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# What the pages of the API's description load, as FastAPI writes them.
-DOCS_POLICY = (
-    "default-src 'none'; connect-src 'self'; img-src 'self' data: https://fastapi.tiangolo.com; worker-src blob:; "
-    "script-src 'unsafe-inline' https://cdn.jsdelivr.net; "
-    "style-src 'unsafe-inline' https://cdn.jsdelivr.net https://fonts.googleapis.com; "
-    "font-src https://fonts.gstatic.com; frame-ancestors 'none'"
-)
 
 
 class RequestContext:
     """Plain ASGI, so that disconnects reach the handler as they come; leaves the request's Notes in its state.
 
-    `pages` are the paths that a browser shows as pages.
+    `policies` are the content security policies of paths that a browser shows as pages.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, recorder: Recorder, pages: frozenset[str]) -> None:
-        self._app, self._metrics, self._recorder, self._pages = app, metrics, recorder, pages
+    def __init__(self, app: ASGIApp, metrics: Metrics, recorder: Recorder, policies: Mapping[str, str]) -> None:
+        self._app, self._metrics, self._recorder, self._policies = app, metrics, recorder, policies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -83,8 +77,8 @@ class RequestContext:
         headers["X-Request-ID"] = request_id
         for name, value in SECURITY_HEADERS.items():
             headers[name] = value
-        if path in self._pages:
-            headers["Content-Security-Policy"] = DOCS_POLICY
+        if path in self._policies:
+            headers["Content-Security-Policy"] = self._policies[path]
 
 
 class HeadAsGet:

@@ -1,0 +1,75 @@
+"""GET /docs: the API's document in Swagger UI, whose files come from the package fastapi-offline, not from a CDN.
+
+Addresses in the page are relative, so that it also works behind a proxy that adds a prefix to every path.
+"""
+
+from pathlib import Path
+
+import fastapi_offline
+from fastapi import APIRouter
+from starlette.responses import FileResponse, HTMLResponse, Response
+
+router = APIRouter(include_in_schema=False)
+
+ASSETS = Path(fastapi_offline.__file__).parent / "static"
+PAGE_PATH = "/docs"
+# The page may load from this service alone, and has no script of its own. Swagger UI's icons and answers that are
+# images have data: and blob: addresses.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>unfog API</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+</head>
+<body>
+<div id="swagger-ui"></div>
+<noscript>This page needs JavaScript. The document itself is at <a href="openapi.json">openapi.json</a>.</noscript>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script src="docs/start.js"></script>
+</body>
+</html>
+"""
+# validatorUrl: the badge of an online validator, which would send the document's address to another host.
+START = """SwaggerUIBundle({
+  url: "openapi.json",
+  dom_id: "#swagger-ui",
+  deepLinking: true,
+  displayRequestDuration: true,
+  validatorUrl: null,
+});
+"""
+
+
+@router.get(PAGE_PATH, response_class=HTMLResponse)
+async def page() -> HTMLResponse:
+    """Returns the page."""
+    return HTMLResponse(PAGE)
+
+
+@router.get(f"{PAGE_PATH}/start.js")
+async def start() -> Response:
+    """Returns the script that shows the document in the page."""
+    return Response(START, media_type="text/javascript")
+
+
+@router.get(f"{PAGE_PATH}/swagger-ui-bundle.js")
+async def bundle() -> FileResponse:
+    """Returns Swagger UI's script."""
+    return _asset("swagger-ui-bundle.js", "text/javascript")
+
+
+@router.get(f"{PAGE_PATH}/swagger-ui.css")
+async def style() -> FileResponse:
+    """Returns Swagger UI's style sheet."""
+    return _asset("swagger-ui.css", "text/css")
+
+
+def _asset(name: str, media_type: str) -> FileResponse:
+    return FileResponse(ASSETS / name, media_type=media_type)
