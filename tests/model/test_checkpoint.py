@@ -20,6 +20,7 @@ from model.checkpoint import (
     _digest,
     draw_probe,
     load,
+    read_config,
     save,
     tensors_sha256,
     weights_sha256,
@@ -86,6 +87,31 @@ def test_what_is_saved_is_loaded(network: UNet, saved: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert not loaded.network.training
     assert not any(p.requires_grad for p in loaded.network.parameters())
+
+
+def test_configuration_is_read_without_the_weights(network: UNet, saved: Path) -> None:
+    config = config_of(network, steps=(4, 2), samplers=("ddim",))
+    save(saved, network, config)
+    _, start = header_of(saved)
+    saved.write_bytes(saved.read_bytes()[:start])
+    assert read_config(saved) == config
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"abc", b"\xff" * 8, b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]", pickle.dumps(1)],
+)
+def test_configuration_of_a_foreign_file_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"foreign\.safetensors is not a checkpoint of unfog"):
+        read_config(path)
+
+
+def test_configuration_of_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.safetensors"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            read_config(path)
 
 
 def test_a_loaded_network_is_called_as_the_saved_one(network: UNet, saved: Path) -> None:
