@@ -70,7 +70,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     for module in (generate, health, metrics):
         app.include_router(module.router)
     handle_errors(app, meters)
-    add_openapi(app, settings)
+    add_openapi(app, service)
     _surround(app, settings, meters, traces, pages)
     return app
 

@@ -104,6 +104,29 @@ class GenerateResponse(BaseModel):
     timing: Timing
 
 
+class AcceptedEvent(BaseModel):
+    """First event of a stream: the request was admitted."""
+
+    seed: int
+    position: int = Field(description="images that wait before this request's")
+    eta_seconds: float = Field(description="estimated seconds until the last image")
+
+
+class ProgressEvent(BaseModel):
+    """The reverse process has reached a step. An image's preview is its predicted x_0."""
+
+    step: int
+    of: int = Field(description="steps in total")
+    previews: list[str] = Field(description="one PNG in base64 for each image, not enlarged")
+
+
+class DoneEvent(BaseModel):
+    """Last event of a stream whose images are all finished."""
+
+    seed: int
+    timing: Timing
+
+
 class HealthModel(ModelName):
     """The model that is served."""
 

@@ -15,6 +15,7 @@ from app.errors import DeadlineExceeded, InternalError, UnfogError
 from app.http import ClientGoneError, unless_gone
 from app.images import Provenance, encode_base64, encode_png
 from app.notes import CLIENT_GONE, Notes, notes_of
+from app.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent
 from app.service import Service, timing
 from app.trajectory import ImageDone, Job, Progress
 
@@ -54,6 +55,11 @@ class JobEvents:
             if len(places) > self._max_progress:
                 del self._waiting[places[0]]
         self._arrived.set()
+
+
+def event_text(name: str, data: dict[str, Any]) -> str:
+    """Returns one server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 class EventStream(Response):
@@ -101,21 +107,21 @@ class EventStream(Response):
 
     async def _send_work(self, notes: Notes, send: Send) -> None:
         job = self._job
-        position = {"seed": job.options.seed, "position": job.position, "eta_seconds": round(job.eta_seconds, 3)}
-        await _send_event(send, "accepted", position)
+        accepted = AcceptedEvent(seed=job.options.seed, position=job.position, eta_seconds=round(job.eta_seconds, 3))
+        await _send_event(send, "accepted", accepted.model_dump())
         while (event := await self._events.get()) is not None:
             with notes.encoding(self._service.metrics):
                 encoded = await asyncio.to_thread(self._encode, event)
             await _send_event(send, *encoded)
         job.future.result()  # raises what the job was ended with
-        await _send_event(send, "done", {"seed": job.options.seed, "timing": timing(job).model_dump()})
+        await _send_event(send, "done", DoneEvent(seed=job.options.seed, timing=timing(job)).model_dump())
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
         if isinstance(event, Progress):
             previews = [encode_base64(encode_png(pixels)) for pixels in event.previews]
-            return "progress", {"step": event.step, "of": event.of, "previews": previews}
+            return "progress", ProgressEvent(step=event.step, of=event.of, previews=previews).model_dump()
         png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
-        return "image", {"index": event.index, "png": encode_base64(png)}
+        return "image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump()
 
     async def _send_end(self, notes: Notes, send: Send, error: UnfogError | None) -> None:
         if error:
@@ -126,5 +132,4 @@ class EventStream(Response):
 
 
 async def _send_event(send: Send, name: str, data: dict[str, Any]) -> None:
-    body = f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
-    await send({"type": "http.response.body", "body": body, "more_body": True})
+    await send({"type": "http.response.body", "body": event_text(name, data).encode(), "more_body": True})

@@ -22,6 +22,7 @@ JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "te
 FORMATS = (JSON, PNG, ZIP, EVENTS)  # the first wins a tie
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
+PREVIEWS = "About how many progress events a stream sends. Other answers ignore it."
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -45,6 +46,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 @router.post(
     "/generate",
+    operation_id="generate",
     response_class=JSONResponse,
     responses={
         200: {
@@ -62,7 +64,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     },
 )
 async def generate(
-    request: Request, previews: Annotated[int, Query(ge=0, le=100, description="progress events, of a stream")] = 10
+    request: Request, previews: Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])] = 10
 ) -> Response:
     """Draws digits of a class. On a CPU the same request with the same seed gives the same bytes under any load.
 

@@ -19,9 +19,9 @@ OUTCOMES = {  # of a probe that fails, as an error's code
 }
 
 
-@router.get("/health", response_model=Health, responses={503: {"model": Health}})
+@router.get("/health", operation_id="get_health", response_model=Health, responses={503: {"model": Health}})
 async def health(request: Request) -> JSONResponse:
-    """The state of the service; 200 while it takes work."""
+    """Returns the state of the service: 200 while it accepts work, otherwise 503."""
     service: Service = request.app.state.service
     engine = service.engine
     infos = list(engine.models.values())
@@ -41,17 +41,23 @@ async def health(request: Request) -> JSONResponse:
     return _answer(request, answer.model_dump(exclude_none=True), state is EngineState.OK)
 
 
-@router.get("/livez", response_model=Liveness, responses={503: {"model": Liveness}})
+@router.get("/livez", operation_id="get_livez", response_model=Liveness, responses={503: {"model": Liveness}})
 async def livez(request: Request) -> JSONResponse:
-    """200 while the engine's heartbeat is fresh; load never fails it, only a restart mends it."""
+    """Returns 200 while the engine's heartbeat is fresh. Load never makes it fail; only a restart helps if it does."""
     service: Service = request.app.state.service
     return _answer(request, {"alive": service.engine.alive}, service.engine.alive)
 
 
-@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
-@router.get("/startupz", response_model=Readiness, responses={503: {"model": Readiness}})
+@router.get("/readyz", operation_id="get_readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+@router.get(
+    "/startupz",
+    operation_id="get_startupz",
+    summary="Startupz",
+    response_model=Readiness,
+    responses={503: {"model": Readiness}},
+)
 async def readyz(request: Request) -> JSONResponse:
-    """200 while the checkpoint is loaded and warm and the service does not drain."""
+    """Returns 200 when the checkpoint is loaded and warm and the service is not draining."""
     service: Service = request.app.state.service
     ready = service.engine.apparent_state is EngineState.OK
     return _answer(request, {"ready": ready}, ready)

@@ -9,8 +9,13 @@ from app.service import Service
 router = APIRouter()
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get(
+    "/metrics",
+    operation_id="get_metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request) -> Response:
-    """Every metric in Prometheus' text format."""
+    """Returns all metrics in Prometheus' text format."""
     service: Service = request.app.state.service
     return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})

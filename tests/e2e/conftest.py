@@ -34,6 +34,14 @@ def checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def fast_checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that permits little: two numbers of steps, one sampler, no guidance."""
+    path = tmp_path_factory.mktemp("weights") / "fast.safetensors"
+    save(path, network, CheckpointConfig(network.config, ScheduleConfig(), samplers=("ddim",), steps=(4, 2)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def service(checkpoint: Path) -> Iterator[Service]:
     """One for all tests that leave it as they found it: rows enough for the largest request."""
     with ExitStack() as stack:
