@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
-import mimeparse
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from app.accept import best_match
 from app.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -97,13 +97,9 @@ def _printable(part: int | str) -> int | str:
 
 
 def negotiate(request: Request, available: tuple[str, ...]) -> str:
-    """The best of the media types that Accept allows, the first on a tie; NotAcceptable where it allows none."""
-    accept = ", ".join(request.headers.getlist("accept")).strip() or "*/*"
-    try:
-        best: str = mimeparse.best_match(list(reversed(available)), accept.lower())
-    except mimeparse.MimeTypeParseException:
-        best = ""
-    if not best:
+    """Returns the media type to answer with. NotAcceptable if the Accept headers allow none of them."""
+    best = best_match(request.headers.getlist("accept"), available)
+    if best is None:
         raise NotAcceptable(available)
     return best
 
