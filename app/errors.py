@@ -13,6 +13,7 @@ UnfogError
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
 ├── InvalidRequest        422  understood, but not possible; says which field
+├── HeadersTooLarge       431  a header, or all of them, over the limit
 ├── InternalError         500  a bug; tells nothing of it
 ├── DeadlineExceeded      504
 ├── HTTPError                  raised by the web framework; keeps its status
@@ -162,6 +163,12 @@ class InvalidRequest(UnfogError):
     def problem(self, request_id: str) -> dict[str, Any]:
         """The problem with every wrong field."""
         return {**super().problem(request_id), "errors": self.errors}
+
+
+class HeadersTooLarge(UnfogError):
+    """A header or all headers together exceed the limit (app/framing.py)."""
+
+    status, code, detail = 431, "headers_too_large", "The headers are too large"
 
 
 class InternalError(UnfogError):

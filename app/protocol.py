@@ -8,6 +8,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import h11
@@ -15,16 +16,21 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.config import Settings
-from app.errors import MalformedRequest, RequestTimeout, UnfogError
+from app.errors import RequestTimeout, UnfogError
+from app.framing import MAX_HEAD_BYTES, LimitedConnection
 from app.logs import PROTOCOL_LOGGER
 from app.metrics import Metrics
-from app.middleware import SECURITY_HEADERS, noted
+from app.middleware import LINGER_BYTES, LINGER_SECONDS, SECURITY_HEADERS, noted
 from app.notes import CLIENT_GONE, Notes
 from app.problems import PROBLEM_JSON
 
 log = logging.getLogger("unfog.access")
 _ERRORS_ONLY = logging.getLogger(PROTOCOL_LOGGER)
 _ERRORS_ONLY.setLevel(logging.ERROR)  # what is no HTTP has a line of ours, with more in it
+
+MAX_AHEAD_BYTES = 64 * 1024  # sent before the present request is answered; at least the largest request fits
+# Bounds the work for one read. asyncio would read up to 256 KiB at once. The loop uses it for one connection at a time.
+_BUFFER = memoryview(bytearray(16 * 1024))
 
 
 class Deadline:
@@ -45,16 +51,22 @@ class Deadline:
         self._timer = None
 
 
-class PatientProtocol(H11Protocol):
-    """A connection. What is sent must be taken piece by piece: little is kept for a client that does not read."""
+class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
+    """HTTP/1.1 connection with timeouts and limits. Keeps little for a client that does not read."""
 
+    conn: LimitedConnection
     read_timeout: float
     write_timeout: float
+    max_ahead_bytes: int
     metrics: Metrics
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.conn = LimitedConnection(self.max_ahead_bytes)
         self.logger = _ERRORS_ONLY
+        self._discards = False  # refused: what still arrives is dropped
+        self._num_discarded = 0
+        self._linger = Deadline(self.loop, LINGER_SECONDS, lambda: self.transport.close())
         self._head = Deadline(self.loop, self.read_timeout, self._give_up_reading)
         self._taking = Deadline(self.loop, self.write_timeout, lambda: self.transport.abort())
 
@@ -71,9 +83,21 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
         self._head.clear()
         self._taking.clear()
+        self._linger.clear()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Returns where to read to."""
+        return _BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Takes what was read."""
+        self.data_received(bytes(_BUFFER[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """A head's time counts from its first byte, in however many pieces it comes."""
+        if self._discards:
+            self._discard(data)
+            return
         super().data_received(data)
         if self._reads_head():
             self._head.set()
@@ -91,38 +115,61 @@ class PatientProtocol(H11Protocol):
         self._taking.clear()
 
     def send_400_response(self, msg: str) -> None:
-        """What came is not HTTP: a problem document like all others."""
-        self._refuse(MalformedRequest())
+        """Answers what is not HTTP, or exceeds a limit, with a problem document."""
+        self._refuse(self.conn.refusal)
 
     def _reads_head(self) -> bool:
-        return self.conn.their_state is h11.IDLE and not self.timeout_keep_alive_task
+        return self.conn.their_state is h11.IDLE and not self.timeout_keep_alive_task and not self._discards
 
     def _give_up_reading(self) -> None:
-        if self.conn.trailing_data[0]:
+        if self.conn.has_part_of_head:
             self._refuse(RequestTimeout())
         else:  # it never said a word
             self.transport.close()
 
     def _refuse(self, error: UnfogError) -> None:
-        """By hand, as there is no request to answer, or only a part of one; not at all in the midst of an answer."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            own = self._notes()
-            notes = own or Notes(uuid.uuid4().hex)
-            problem = error.problem(notes.request_id)
-            body = json.dumps(problem).encode()
-            headers = {
-                "X-Request-ID": notes.request_id,
-                **SECURITY_HEADERS,
-                "Content-Type": PROBLEM_JSON,
-                "Content-Length": len(body),
-                "Connection": "close",
-            }
-            lines = [f"HTTP/1.1 {error.status} {problem['title']}", *(f"{name}: {headers[name]}" for name in headers)]
-            self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-            notes.status, notes.outcome = error.status, error.code
-            if not own:
-                self._record(notes)
-        self.transport.close()
+        """Answers without the application, unless an answer has begun, and closes the connection."""
+        self._unset_keepalive_if_required()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        own = self._notes()
+        notes = own or Notes(uuid.uuid4().hex)
+        problem = error.problem(notes.request_id)
+        body = json.dumps(problem).encode()
+        headers = {
+            "X-Request-ID": notes.request_id,
+            **SECURITY_HEADERS,
+            "Content-Type": PROBLEM_JSON,
+            "Content-Length": len(body),
+            "Connection": "close",
+        }
+        lines = [f"HTTP/1.1 {error.status} {problem['title']}", *(f"{name}: {headers[name]}" for name in headers)]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        notes.status, notes.outcome = error.status, error.code
+        if not own:
+            self._record(notes)
+        self._close_slowly()
+
+    def _close_slowly(self) -> None:
+        """Closes when the client does, or soon. Closing with input unread would reset the connection.
+
+        The client could then lose the answer.
+        """
+        self._discards = True
+        self.connections.discard(self)  # a stop need not wait for it
+        if self.cycle and not self.cycle.response_complete:  # for its handler the client has left
+            self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
+            self.cycle.message_event.set()
+        with suppress(OSError):  # the client has reset the connection
+            self.transport.write_eof()
+        self._linger.set()
+
+    def _discard(self, data: bytes) -> None:
+        self._num_discarded += len(data)
+        if self._num_discarded > LINGER_BYTES:
+            self.transport.close()
 
     def _notes(self) -> Notes | None:
         """Of the request that is being answered."""
@@ -139,5 +186,10 @@ class PatientProtocol(H11Protocol):
 
 def patient(settings: Settings, metrics: Metrics) -> type[H11Protocol]:
     """The class of connections with these settings, as uvicorn wants it."""
-    own = {"read_timeout": settings.read_timeout, "write_timeout": settings.write_timeout, "metrics": metrics}
+    own = {
+        "read_timeout": settings.read_timeout,
+        "write_timeout": settings.write_timeout,
+        "max_ahead_bytes": max(MAX_AHEAD_BYTES, MAX_HEAD_BYTES + settings.max_body_bytes),
+        "metrics": metrics,
+    }
     return type("Connection", (PatientProtocol,), own)

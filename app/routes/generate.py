@@ -28,7 +28,7 @@ _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schema
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text, "content": _PROBLEM}
     for status, text in {
-        400: "malformed_json",
+        400: "malformed_json or malformed_request",
         401: "unauthorized: UNFOG_API_KEYS is set, and no key came",
         403: "forbidden: a wrong key",
         406: "not_acceptable",
@@ -37,6 +37,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         415: "unsupported_media_type",
         422: "invalid_request",
         429: "overloaded or rate_limited, with Retry-After",
+        431: "headers_too_large: a header over 8 KiB, more than 1,000, or all together over 32 KiB",
         500: "internal_error",
         503: "starting, draining or engine_failed, with Retry-After",
         504: "deadline_exceeded",

@@ -6,7 +6,7 @@ import pytest
 from app import errors
 from app.errors import UnfogError
 
-# Contract, section 3, and the two that HTTP itself needs: 400 malformed_request and 408 request_timeout.
+# Contract, section 3.
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
     (errors.MalformedRequest(), 400, "malformed_request"),
@@ -20,6 +20,7 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.BodyTooLarge(10), 413, "body_too_large"),
     (errors.UnsupportedMediaType(), 415, "unsupported_media_type"),
     (errors.InvalidRequest.of("digit", "too large"), 422, "invalid_request"),
+    (errors.HeadersTooLarge(), 431, "headers_too_large"),
     (errors.Overloaded(3), 429, "overloaded"),
     (errors.RateLimited(3), 429, "rate_limited"),
     (errors.InternalError(), 500, "internal_error"),

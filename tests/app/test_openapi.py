@@ -66,7 +66,7 @@ def test_the_body_and_the_answers_of_generate_are_described() -> None:
         "model",
         "timeout_seconds",
     }
-    refused = {"400", "401", "403", "406", "408", "413", "415", "422", "429"}
+    refused = {"400", "401", "403", "406", "408", "413", "415", "422", "429", "431"}
     assert set(generate["responses"]) == refused | {"200", "500", "503", "504"}
     for status in refused | {"500", "503", "504"}:
         assert set(generate["responses"][status]["content"]) == {"application/problem+json"}

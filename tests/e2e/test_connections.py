@@ -19,6 +19,7 @@ from tests.e2e.service import Service
 BODY = json.dumps({"digit": 7, "num_steps": 1, "seed": 1}).encode()
 LONG = json.dumps({"digit": 7, "count": 64, "seed": 1}).encode()
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 READ_TIMEOUT, WRITE_TIMEOUT = 0.5, 1.0
 MORE_THAN_A_KERNEL_TAKES = 100  # answers of 150 kB for a client that does not read them
 
@@ -221,31 +222,118 @@ def test_a_client_that_resets_the_connection_has_left(impatient: Service) -> Non
     impatient.wait_until_idle()
 
 
+FURTHER_BYTES = {
+    "an empty line": b"\r\n",
+    "a byte": b"x",
+    "a second request": request(BODY),
+    "two pieces": b"\r\n" + request(BODY),
+}
+
+
+@pytest.mark.parametrize("resets", [False, True], ids=["close", "reset"])
+@pytest.mark.parametrize("header", [b"X: y", b"Accept: text/event-stream", b"Connection: close", b"Upgrade: h2c"])
+@pytest.mark.parametrize("further", FURTHER_BYTES.values(), ids=FURTHER_BYTES)
+def test_client_that_sends_more_and_leaves_frees_its_rows(
+    impatient: Service, further: bytes, header: bytes, resets: bool
+) -> None:
+    impatient.wait_until_idle()
+    before = impatient.metrics()
+    with connection(impatient) as client:
+        client.sendall(request(LONG, header))
+        impatient.wait_until_running()
+        for i in range(2):  # in two reads
+            client.sendall(further[i * len(further) // 2 : (i + 1) * len(further) // 2])
+            assert impatient.client.get("/livez").status_code == 200
+        if resets:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    impatient.wait_until_idle()
+    after = impatient.metrics()
+    assert after.of("cancelled_total", stage="running") - before.of("cancelled_total", stage="running") == 64
+    assert after.of("images_total", digit="7") == before.of("images_total", digit="7")
+
+
+@pytest.mark.parametrize("further", [b"\r\n", b"\r\n\r\n"])
+def test_empty_line_after_a_body_is_ignored(impatient: Service, further: bytes) -> None:
+    with connection(impatient) as client:
+        client.sendall((request(BODY) + further) * 2 + request(BODY, b"Connection: close") + further)
+        assert read_to_end(client).count(b"HTTP/1.1 200") == 3
+
+
+def test_client_that_sends_without_end_before_its_answer_is_refused(impatient: Service) -> None:
+    impatient.wait_until_idle()
+    before = impatient.metrics().of("cancelled_total", stage="running")
+    with connection(impatient) as client:
+        client.sendall(request(LONG))
+        impatient.wait_until_running()
+        client.sendall(request(BODY) * 1000)
+        assert problem_in(read_to_end(client))["code"] == "malformed_request"
+    impatient.wait_until_idle()
+    assert impatient.metrics().of("cancelled_total", stage="running") - before == 64
+
+
 GARBAGE = {
     "tls": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200) + b"\r\n\r\n",
     "no-method": b"\r\n\r\n\x00\x01\r\n\r\n",
     "http2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "no-version": b"GET /\r\n\r\n",
     "two-lengths": HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+    "length-and-encoding": HEAD + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "encoding-in-http-1.0": b"POST /generate HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "bad-length": HEAD + b"Content-Length: -1\r\n\r\n",
     "bad-chunk": HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
     "nul-in-header": b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: \x00\r\n\r\n",
     "no-host": b"GET /health HTTP/1.1\r\n\r\n",
-    "long-head": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-A: " + b"a" * 200_000 + b"\r\n\r\n",
-    "many-headers": b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200_000 + b"\r\n",
+    "bare-cr": b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: a\rb\r\n\r\n",
+    "tiny-chunks": CHUNKED + b"1\r\n \r\n" * 2000 + b"0\r\n\r\n",
+    "a-megabyte-of-tiny-chunks": CHUNKED + b"1\r\n \r\n" * 175_000,
+    "long-chunk-extension": CHUNKED + b"1;" + b"a" * 2000 + b"\r\n",
+    "expecting-100": HEAD + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+}
+GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
+TOO_LARGE = {
+    "long-header": GET + b"X-A: " + b"a" * 9000 + b"\r\n\r\n",
+    "long-folded-header": GET + b"X-A: a" + b"\r\n a" * 3000 + b"\r\n\r\n",
+    "long-head": GET + b"X-A: " + b"a" * 200_000 + b"\r\n\r\n",
+    "long-head-of-short-lines": GET + (b"X-A: " + b"a" * 1000 + b"\r\n") * 40 + b"\r\n",
+    "many-headers": GET + b"X: y\r\n" * 200_000 + b"\r\n",
     "long-path": b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "long-trailers": CHUNKED + b"0\r\n" + (b"X-A: " + b"a" * 1000 + b"\r\n") * 40 + b"\r\n",
 }
 
 
 @pytest.mark.parametrize("garbage", GARBAGE.values(), ids=GARBAGE)
 def test_what_is_not_http_is_a_problem_like_any_other(impatient: Service, garbage: bytes) -> None:
+    assert refused(impatient, garbage) == (400, "malformed_request")
+
+
+@pytest.mark.parametrize("head", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_headers_over_the_limit_are_431(impatient: Service, head: bytes) -> None:
+    assert refused(impatient, head) == (431, "headers_too_large")
+
+
+def refused(service: Service, request: bytes) -> tuple[int, str]:
+    """What a client reads after it has sent everything."""
+    with connection(service) as client:
+        client.sendall(request)
+        problem = problem_in(read_to_end(client))
+    assert service.client.get("/health").status_code == 200
+    return problem["status"], problem["code"]
+
+
+def test_headers_within_the_limits_are_read(impatient: Service) -> None:
+    """The largest header, as many as fit in a head, and a body in the same piece."""
+    lines = [b"X-A: " + b"a" * (8192 - 5)] * 3 + [b"X-A: " + b"a" * 7000, b"Connection: close"]
     with connection(impatient) as client:
-        with suppress(BrokenPipeError, ConnectionResetError):  # refused before it was all sent
-            client.sendall(garbage)
-        answer = read_to_end(client)
-    if answer or len(garbage) < 10_000:  # from a client that was still sending a reset may take it
-        assert problem_in(answer)["code"] == "malformed_request"
-    assert impatient.client.get("/health").status_code == 200
+        client.sendall(request(BODY, *lines) + b" " * 40_000)
+        assert read_to_end(client).startswith(b"HTTP/1.1 200")
+
+
+def test_second_head_has_the_same_limit(impatient: Service) -> None:
+    with connection(impatient) as client:
+        client.sendall(request(BODY) + GET + b"X-A: " + b"a" * 9000 + b"\r\n\r\n")
+        answers = read_to_end(client)
+    assert answers.startswith(b"HTTP/1.1 200")
+    assert problem_in(answers)["code"] == "headers_too_large"
 
 
 def test_a_body_whose_framing_is_broken_is_one_request_with_one_id(impatient: Service) -> None:
