@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(config_values.rows_a_step)] = None
     queue_capacity: Count = 1024  # images waiting
     max_count: Count = 64  # images a request
-    max_body_bytes: Count = 1024 * 1024
+    max_body_bytes: Count = 16 * 1024
     request_timeout: Seconds = 30.0
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     watchdog_seconds: Seconds = 10.0

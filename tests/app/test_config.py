@@ -28,7 +28,7 @@ DEFAULTS = {
     "UNFOG_MAX_BATCH": ("max_batch", None),  # auto
     "UNFOG_QUEUE_CAPACITY": ("queue_capacity", 1024),
     "UNFOG_MAX_COUNT": ("max_count", 64),
-    "UNFOG_MAX_BODY_BYTES": ("max_body_bytes", 2**20),
+    "UNFOG_MAX_BODY_BYTES": ("max_body_bytes", 2**14),
     "UNFOG_REQUEST_TIMEOUT": ("request_timeout", 30.0),
     "UNFOG_DRAIN_TIMEOUT": ("drain_timeout", 25.0),
     "UNFOG_WATCHDOG_SECONDS": ("watchdog_seconds", 10.0),
