@@ -112,6 +112,7 @@ def problems(settings: Settings) -> list[dict[str, Any]]:
         errors.UnsupportedMediaType(),
         errors.InvalidRequest.of("digit", "Input should be less than or equal to 9"),
         errors.Overloaded(4),
+        errors.HeadersTooLarge(),
         errors.RateLimited(12),
         errors.InternalError(),
         errors.Starting(10),
