@@ -1,0 +1,121 @@
+"""pyproject.toml declares what the sources import, with the bounds that were tested."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+OWN = {"app", "model", "scripts"}
+# The extras that modules may import from, besides the dependencies: of the first prefix that matches a path.
+MAY_USE = {
+    "app/": ["traces"],
+    "model/": [],
+    "scripts/bench": ["train", "evaluate", "bench"],
+    "scripts/": ["train", "evaluate", "clip"],
+}
+# Their private or fast-moving interfaces are used, so only tested minor versions are permitted.
+BOUNDED_BY_MINOR = {"torch", "uvicorn", "limits"}
+DISTRIBUTIONS = importlib.metadata.packages_distributions()
+
+
+def normalized(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def name_of(requirement: str) -> str:
+    found = re.match(r"[\w.-]+", requirement)
+    assert found
+    return normalized(found[0])
+
+
+def declared(*extras: str) -> set[str]:
+    requirements = [*PROJECT["dependencies"], *(r for extra in extras for r in EXTRAS[extra])]
+    return {name_of(requirement) for requirement in requirements}
+
+
+def third_party(source: str) -> set[str]:
+    """The top-level packages of others that a source imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import():
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            case ast.ImportFrom(level=0):
+                names.add((node.module or "").split(".")[0])
+            case ast.Call(func=ast.Name("require"), args=[ast.Constant(str(module)), *_]):
+                names.add(module.split(".")[0])
+    return names - sys.stdlib_module_names - OWN
+
+
+def distributions_of(package: str) -> set[str]:
+    """The distributions that install a package; one that is not installed here is taken to have the same name."""
+    return {normalized(name) for name in DISTRIBUTIONS.get(package, [package])}
+
+
+def sources() -> dict[str, str]:
+    paths = sorted(path for package in OWN for path in (ROOT / package).rglob("*.py"))
+    return {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+
+
+def undeclared(path: str, source: str) -> set[str]:
+    """The packages that a module imports and that neither a dependency nor one of its extras installs."""
+    permitted = declared(*next(extras for prefix, extras in MAY_USE.items() if path.startswith(prefix)))
+    return {package for package in third_party(source) if not distributions_of(package) & permitted}
+
+
+def test_every_imported_package_is_declared() -> None:
+    wrong = {path: undeclared(path, source) for path, source in sources().items()}
+    assert {path: packages for path, packages in wrong.items() if packages} == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "packages"),
+    [
+        ("app/main.py", "import h11, starlette.types, opentelemetry.trace, PIL", set()),
+        ("app/main.py", "import matplotlib", {"matplotlib"}),
+        ("model/unet.py", "import opentelemetry", {"opentelemetry"}),
+        ("scripts/evaluate.py", "import aiohttp, matplotlib", {"aiohttp"}),
+        ("scripts/benchmark/load.py", "import aiohttp", set()),
+    ],
+)
+def test_an_import_from_another_extra_is_undeclared(path: str, source: str, packages: set[str]) -> None:
+    assert undeclared(path, source) == packages
+
+
+def test_every_dependency_is_imported() -> None:
+    used = {
+        name for source in sources().values() for package in third_party(source) for name in distributions_of(package)
+    }
+    assert declared() - used == set()
+
+
+@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)])
+def test_every_requirement_has_a_lower_and_an_upper_bound(requirement: str) -> None:
+    assert re.fullmatch(r"[\w.-]+>=[\d.]+,<[\d.]+(;.+)?|unfog\[[\w,]+\]", requirement)
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDED_BY_MINOR))
+def test_the_upper_bound_of_a_fast_moving_dependency_is_a_minor_version(name: str) -> None:
+    (requirement,) = (r for r in PROJECT["dependencies"] if name_of(r) == name)
+    assert re.search(r",<\d+\.[1-9]\d*$", requirement)
+
+
+@pytest.mark.parametrize(
+    ("source", "packages"),
+    [
+        ("import torch.nn as nn, os", {"torch"}),
+        ("def f():\n    from starlette.types import Scope", {"starlette"}),
+        ("from .torch import x\nfrom app import y", set()),
+        ('require("open_clip", extra="clip")', {"open_clip"}),
+    ],
+)
+def test_every_form_of_import_is_found(source: str, packages: set[str]) -> None:
+    assert third_party(source) == packages
