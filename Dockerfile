@@ -14,12 +14,12 @@ RUN python -m venv --without-pip /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /src
-COPY pyproject.toml .
+COPY pyproject.toml constraints.txt ./
 # Those of `traces` too, since compose hands UNFOG_TRACES on.
 RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["traces"], sep="\n")' \
       > requirements.txt
 ARG TORCH_INDEX=
-# The minor version that was tested. PyPI's build of it is for CUDA 13.0, which takes an NVIDIA driver of 580 or newer.
+# The minor version that was tested. PyPI's build of it needs an NVIDIA driver that supports its CUDA version.
 ARG TORCH_VERSION=2.13
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
@@ -29,7 +29,7 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     elif [ -n "$TORCH_INDEX" ]; then \
       pip install --no-compile --index-url "$TORCH_INDEX" "$torch"; \
     fi \
- && pip install --no-compile --requirement requirements.txt "$torch"
+ && pip install --no-compile --constraint constraints.txt --requirement requirements.txt "$torch"
 
 FROM dependencies AS code
 COPY LICENSE .
@@ -87,8 +87,9 @@ RUN apt-get update \
 ARG TORCH_INDEX=
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=bind,source=pyproject.toml,target=/src/pyproject.toml \
+    --mount=type=bind,source=constraints.txt,target=/src/constraints.txt \
     --mount=type=cache,target=/root/.cache/pip \
-    export PIP_PYTHON=/opt/venv/bin/python PIP_CONSTRAINT=/tmp/installed.txt \
+    export PIP_PYTHON=/opt/venv/bin/python PIP_CONSTRAINT='/tmp/installed.txt /src/constraints.txt' \
  && python -c 'import torch; print(f"torch=={torch.__version__}")' > /tmp/installed.txt \
  && python -c 'import tomllib; print(*tomllib.load(open("/src/pyproject.toml", "rb"))["project"]["optional-dependencies"]["train"], sep="\n")' \
       > /tmp/requirements.txt \

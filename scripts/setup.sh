@@ -1,12 +1,15 @@
 # shellcheck shell=bash
 # Makes .venv and keeps it as pyproject.toml asks; sourced by serve, test and check.
 #
-# A stamp in .venv says what was installed for which pyproject.toml, Python and folder: where it fits, nothing is done.
+# A stamp in .venv says what was installed for which pyproject.toml, constraints.txt, Python and folder: where it fits,
+# nothing is done.
 # A venv that an interrupted install left damaged is made anew. Everything said here goes to stderr.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 python=$venv/bin/python
+constraints=$root/constraints.txt
+pythons=(python3 python3.14 python3.13 python3.12 python3.11)
 
 say() { printf 'unfog: %s\n' "$*" >&2; }
 
@@ -35,10 +38,11 @@ is_stamped() {
 }
 
 stamp() {
-  "$python" -I - "$root" <<'PYTHON'
+  "$python" -I - "$root" "$constraints" <<'PYTHON'
 import hashlib, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-print(*sys.version_info[:2], hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest(), root)
+root, constraints = map(pathlib.Path, sys.argv[1:])
+declared = (root / "pyproject.toml").read_bytes() + constraints.read_bytes()
+print(*sys.version_info[:2], hashlib.sha256(declared).hexdigest(), root)
 PYTHON
 }
 
@@ -67,10 +71,10 @@ make_venv() {
   "$base" -m venv "$venv" >&2
 }
 
-# Prints the first Python that will do.
+# Prints the first of $pythons that will do.
 find_python() {
   local candidate package=
-  for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+  for candidate in "${pythons[@]}"; do
     "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue
     if "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
       printf '%s\n' "$candidate"
@@ -80,6 +84,8 @@ find_python() {
   done
   if [[ -n $package ]]; then
     say "${package%-venv} comes without its venv module: install the package $package"
+  elif ((${#pythons[@]} == 1)); then
+    say "${pythons[0]} is needed and was not found: install ${pythons[0]} and ${pythons[0]}-venv"
   else
     say "Python 3.11 or newer is needed and none was found: install python3 and python3-venv"
   fi
@@ -96,11 +102,12 @@ install() {
   say "installing into $venv"
   if [[ -n ${UNFOG_TORCH_INDEX:-} ]]; then
     mapfile -t torch < <(torch_requirements "$kind")
+    # Without the constraints: this index has few versions of PyTorch's own dependencies.
     run_pip --index-url "$UNFOG_TORCH_INDEX" "${torch[@]}"
   elif [[ $(uname -sm) == 'Linux x86_64' && $before != *$'\n'torch$'\n'* ]] && ! command -v nvidia-smi >/dev/null; then
     say "no NVIDIA GPU is seen here: UNFOG_TORCH_INDEX can name an index with PyTorch's far smaller CPU build (README)"
   fi
-  run_pip --editable ".$extras"
+  run_pip --constraint "$constraints" --editable ".$extras"
   stamp > "$venv/stamp-serve"
   if [[ $kind == dev ]]; then
     stamp > "$venv/stamp-dev"

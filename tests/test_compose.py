@@ -191,3 +191,12 @@ def test_the_image_is_of_the_version_that_it_says() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version
     assert f"\nARG VERSION={version[1]}\n" in (ROOT / "Dockerfile").read_text()
+
+
+def test_images_install_the_tested_versions() -> None:
+    installs = re.findall(r"pip install .*--requirement.*", (ROOT / "Dockerfile").read_text())
+    service, train = installs
+    assert "--constraint constraints.txt" in service
+    assert "/requirements.txt" in train  # of the stage `train`, where a variable names the constraints
+    assert "PIP_CONSTRAINT='/tmp/installed.txt /src/constraints.txt'" in (ROOT / "Dockerfile").read_text()
+    assert "!constraints.txt" in (ROOT / ".dockerignore").read_text().splitlines()

@@ -108,6 +108,25 @@ def test_the_upper_bound_of_a_fast_moving_dependency_is_a_minor_version(name: st
     assert re.search(r",<\d+\.[1-9]\d*$", requirement)
 
 
+def test_constraints_are_exact_versions_that_the_declared_ranges_permit() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {normalized(name): version for name, version in (line.split("==") for line in lines)}
+    assert not {"torch", "torchvision", "unfog"} & pins.keys()
+    assert declared("traces", "train", "evaluate", "clip") - {"torch", "torchvision", "unfog"} <= pins.keys()
+    for requirement in [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)]:
+        if (name := name_of(requirement)) in pins:
+            assert is_permitted(pins[name], requirement), requirement
+
+
+def is_permitted(version: str, requirement: str) -> bool:
+    lower, upper = (numbers(bound) for bound in re.findall(r"[<>]=?([\d.]+)", requirement.partition(";")[0]))
+    return lower <= numbers(version) < upper
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
 @pytest.mark.parametrize(
     ("source", "packages"),
     [

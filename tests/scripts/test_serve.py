@@ -1,4 +1,4 @@
-"""scripts/serve and the set-up that it shares with scripts/test, in a copy of the project.
+"""scripts/serve and the set-up that it shares with other scripts, in a copy of the project.
 
 Nothing is installed: the Python that they find makes real venvs whose pip is a few lines that keep a log.
 """
@@ -66,12 +66,14 @@ class Project:
         self.pip_log = folder / "pip.log"
         self.venv = self.root / ".venv"
         self.pyproject = self.root / "pyproject.toml"
+        self.constraints = self.root / "constraints.txt"
         (self.root / "scripts").mkdir(parents=True)
         (self.root / "app").mkdir()
         self.bin.mkdir()
         for name in ("serve", "test", "check", "setup.sh"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         shutil.copy(ROOT / "pyproject.toml", self.pyproject)
+        shutil.copy(ROOT / "constraints.txt", self.constraints)
         (self.root / "app" / "__main__.py").write_text(FAKE_APP)
         (folder / "fake.py").write_text(FAKE_PYTHON)
         for name in PYTHONS:
@@ -113,6 +115,10 @@ class Project:
         """The arguments of every `pip install`."""
         lines = self.pip_log.read_text().splitlines() if self.pip_log.exists() else []
         return [json.loads(line)[1:] for line in lines]
+
+    def constrained(self, target: str) -> list[str]:
+        """The arguments of an installation of the project with the tested versions."""
+        return ["--constraint", str(self.constraints), "--editable", target]
 
 
 @pytest.fixture
@@ -158,14 +164,14 @@ def test_the_service_runs_in_the_callers_folder_so_that_relative_paths_hold(proj
 
 def test_a_second_start_installs_nothing(project: Project) -> None:
     project.serve()
-    assert project.installs == [["--editable", "."]]
+    assert project.installs == [project.constrained(".")]
     project.serve()
     assert len(project.installs) == 1
 
 
 def test_a_start_after_the_gates_set_up_installs_nothing(project: Project) -> None:
     project.run(script="check")  # stops at ruff, which the fake pip does not bring
-    assert project.installs == [["--editable", ".[dev]"]]
+    assert project.installs == [project.constrained(".[dev]")]
     project.serve()
     assert len(project.installs) == 1
 
@@ -173,13 +179,15 @@ def test_a_start_after_the_gates_set_up_installs_nothing(project: Project) -> No
 def test_the_gates_set_up_after_a_start_adds_the_extras(project: Project) -> None:
     project.serve()
     project.run(script="check")
-    assert project.installs == [["--editable", "."], ["--editable", ".[dev]"]]
+    assert project.installs == [project.constrained("."), project.constrained(".[dev]")]
 
 
-def test_a_changed_pyproject_installs_again_into_the_same_venv(project: Project) -> None:
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+def test_a_changed_declaration_installs_again_into_the_same_venv(project: Project, name: str) -> None:
     project.serve()
     (project.venv / "kept").touch()
-    project.pyproject.write_text(project.pyproject.read_text() + "\n# changed\n")
+    with (project.root / name).open("a") as file:
+        file.write("\n# changed\n")
     project.serve()
     assert len(project.installs) == 2
     assert (project.venv / "kept").exists()
@@ -237,7 +245,7 @@ def test_pytorch_comes_from_the_index_that_is_named(project: Project) -> None:
     first, second = project.installs
     assert first[:2] == ["--index-url", "https://index.example/cpu"]
     assert [requirement.split(">")[0] for requirement in first[2:]] == ["torch"]
-    assert second == ["--editable", "."]
+    assert second == project.constrained(".")
 
 
 def test_the_gates_torchvision_comes_from_the_index_too(project: Project) -> None:
