@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
+from model.precision import can_compile
 from scripts.evaluation.classifiers import accuracy, load_classifier
 from tests.e2e.conftest import start_service
 from tests.e2e.service import Service, open_png
@@ -37,6 +39,17 @@ def test_the_judge_reads_the_digits_that_were_asked_for(shipped: Service, how: d
     images = torch.from_numpy(np.stack([open_png(png)[0] for png in pngs]))[:, None]  # (10 * EACH, 1, 28, 28)
     told = accuracy(load_classifier("judge").network, images, torch.arange(10).repeat_interleave(EACH))
     assert told >= 0.96  # where 99 in a hundred are told, as good as always
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+def test_compiled_service_draws_digits_that_the_judge_reads(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        compiled = start_service(stack, SHIPPED, UNFOG_COMPILE="on", UNFOG_CACHE_DIR=str(tmp_path))
+        assert compiled.client.get("/health").json()["compiled"] is True
+        pngs = [compiled.images(digit=digit, seed=digit, sampler="dpmpp", num_steps=10)[0] for digit in range(10)]
+    images = torch.from_numpy(np.stack([open_png(png)[0] for png in pngs]))[:, None]  # (10, 1, 28, 28)
+    assert accuracy(load_classifier("judge").network, images, torch.arange(10)) >= 0.9
 
 
 def test_both_draw_the_same_bytes_in_each_others_company(shipped: Service) -> None:

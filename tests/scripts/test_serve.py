@@ -20,6 +20,8 @@ PYTHONS = ["python3", *(f"python3.{minor}" for minor in range(11, 15))]
 FAKE_PIP = """
 import json, os, pathlib, signal, sys, sysconfig, time
 site = pathlib.Path(sysconfig.get_path("purelib"))
+if sys.argv[1] == "freeze":
+    sys.exit(print(os.environ["PIP_FREEZE"]))
 with open(os.environ["PIP_LOG"], "a") as log:
     print(json.dumps(sys.argv[1:]), file=log)
 ending = os.environ.get("PIP_ENDING")
@@ -70,7 +72,7 @@ class Project:
         (self.root / "scripts").mkdir(parents=True)
         (self.root / "app").mkdir()
         self.bin.mkdir()
-        for name in ("serve", "test", "check", "setup.sh"):
+        for name in ("serve", "test", "check", "setup.sh", "environments", "lower_bounds.py"):
             shutil.copy(ROOT / "scripts" / name, self.root / "scripts")
         shutil.copy(ROOT / "pyproject.toml", self.pyproject)
         shutil.copy(ROOT / "constraints.txt", self.constraints)

@@ -18,7 +18,7 @@ def call(tmp_path: Path, name: str, *arguments: str) -> subprocess.CompletedProc
     return subprocess.run([folder / name, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("name", ["audit", "nightly", "serve", "test"])
+@pytest.mark.parametrize("name", ["audit", "environments", "nightly", "serve", "test"])
 def test_help_is_printed_and_nothing_is_made(tmp_path: Path, name: str) -> None:
     done = call(tmp_path, name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -31,6 +31,8 @@ def test_help_is_printed_and_nothing_is_made(tmp_path: Path, name: str) -> None:
     [
         ("audit", ("now",)),
         ("check", ("now",)),
+        ("environments", ("oldest",)),
+        ("environments", ("lowest", "newest")),
         ("nightly", ("--minutes",)),
         ("nightly", ("--minutes", "an hour")),
         ("nightly", ("--minutes=0",)),

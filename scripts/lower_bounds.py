@@ -1,0 +1,33 @@
+"""Prints each runtime requirement of a pyproject.toml at its lower bound, as a constraints file for pip.
+
+scripts/environments runs it before anything is installed, so it needs only the standard library.
+"""
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+_LOWER_BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<version>[0-9.]+)(,|$)")
+
+
+def runtime_requirements(pyproject: Path) -> list[str]:
+    """Returns the requirements of the container image: the dependencies and the extra `traces`."""
+    project = tomllib.loads(pyproject.read_text())["project"]
+    return [*project["dependencies"], *project["optional-dependencies"]["traces"]]
+
+
+def lower_bounds(requirements: Iterable[str]) -> list[str]:
+    """Turns `name>=1.2,<2` into `name==1.2`; ValueError where a requirement does not start with a lower bound."""
+    pins = []
+    for requirement in requirements:
+        match = _LOWER_BOUND.match(requirement)
+        if not match:
+            raise ValueError(f"{requirement}: expected name>=version")
+        pins.append(f"{match['name']}=={match['version']}")
+    return pins
+
+
+if __name__ == "__main__":
+    print(*lower_bounds(runtime_requirements(Path(sys.argv[1]))), sep="\n")

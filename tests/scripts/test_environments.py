@@ -1,0 +1,84 @@
+"""scripts/environments: what each environment is made of, in a copy of the project where nothing is installed."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.lower_bounds import lower_bounds, runtime_requirements
+from tests.scripts.test_serve import PYTHONS, Project
+
+FREEZE = "numpy==2.4.6\nnvidia-cublas==13.4.1.3\ntorch==2.13.0+cpu\ntorchmetrics==1.9.0\ntriton==3.9.0"
+
+# Stands in for pytest: records its arguments, and fails where it is told to.
+FAKE_PYTEST = """
+import os, sys
+with open("pytest.log", "a") as log:
+    print(*sys.argv[1:], file=log)
+sys.exit(os.environ["TESTS"] or 0)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    made = Project(tmp_path)
+    (made.root / "pytest.py").write_text(FAKE_PYTEST)
+    return made
+
+
+def run(project: Project, *arguments: str, tests: str = "") -> tuple[int, str]:
+    status, _, err = project.run(*arguments, script="environments", PIP_FREEZE=FREEZE, TESTS=tests)
+    return status, err
+
+
+def test_both_ends_are_tested_and_only_the_lower_one_is_constrained(project: Project) -> None:
+    status, err = run(project)
+    assert status == 0, err
+    folder = project.root / "out" / "environments"
+    assert [install[1] for install in project.installs] == [
+        str(folder / "lowest.constraints.txt"),
+        str(folder / "newest.constraints.txt"),
+    ]
+    assert (folder / "lowest.constraints.txt").read_text().split() == lower_bounds(
+        runtime_requirements(project.pyproject)
+    )
+    assert (folder / "newest.constraints.txt").read_text() == ""
+    tests = (project.root / "pytest.log").read_text().splitlines()
+    assert tests == ["tests/app tests/model", "-m slow tests/e2e/test_shipped.py"] * 2
+    assert "numpy==2.4.6" in err
+
+
+@pytest.mark.parametrize(("name", "version"), [("lowest", "3.11"), ("newest", "3.13")])
+def test_an_environment_needs_its_own_version_of_python(project: Project, name: str, version: str) -> None:
+    for python in set(PYTHONS) - {f"python{version}"}:
+        project.give(python, "exit 1")
+    assert run(project, name)[0] == 0
+    project.give(f"python{version}", "exit 1")
+    status, err = run(project, name)
+    assert status == 1
+    assert (
+        err == f"unfog: python{version} is needed and was not found: install python{version} and python{version}-venv\n"
+    )
+
+
+def test_failed_tests_in_one_environment_are_status_1_and_the_other_is_tested(project: Project) -> None:
+    status, err = run(project, tests="failed")
+    assert status == 1
+    assert "lowest: FAILED" in err
+    assert "newest: FAILED" in err
+
+
+def test_an_environment_is_made_anew(project: Project) -> None:
+    run(project, "newest")
+    run(project, "newest")
+    assert len(project.installs) == 2
+
+
+def test_renewal_writes_the_tested_versions_without_pytorch(project: Project) -> None:
+    assert run(project, "renew")[0] == 0
+    assert project.constraints.read_text() == "numpy==2.4.6\ntorchmetrics==1.9.0\n"
+
+
+def test_renewal_after_failed_tests_changes_nothing(project: Project) -> None:
+    before = project.constraints.read_text()
+    assert run(project, "renew", tests="failed")[0] == 1
+    assert project.constraints.read_text() == before

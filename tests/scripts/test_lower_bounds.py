@@ -1,0 +1,33 @@
+"""The lower bounds that scripts/environments installs are those that pyproject.toml declares."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from scripts import lower_bounds as module
+from scripts.lower_bounds import lower_bounds, runtime_requirements
+
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+
+def test_each_requirement_is_pinned_to_its_lower_bound() -> None:
+    requirements = ["torch>=2.13,<2.16", "prometheus-client>=0.21", "opentelemetry-sdk>=1.30,<2"]
+    assert lower_bounds(requirements) == ["torch==2.13", "prometheus-client==0.21", "opentelemetry-sdk==1.30"]
+
+
+@pytest.mark.parametrize("requirement", ["torch", "torch<3", "torch==2.13", "torch[all]>=2", "torch>=2.13rc1"])
+def test_a_requirement_without_a_plain_lower_bound_is_refused(requirement: str) -> None:
+    with pytest.raises(ValueError, match="expected name>=version"):
+        lower_bounds([requirement])
+
+
+def test_every_dependency_and_the_traces_are_pinned_by_the_command() -> None:
+    project = tomllib.loads(PYPROJECT.read_text())["project"]
+    declared = project["dependencies"] + project["optional-dependencies"]["traces"]
+    command = [sys.executable, "-I", str(module.__file__), str(PYPROJECT)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert printed == [requirement.split(",")[0].replace(">=", "==") for requirement in declared]
+    assert printed == lower_bounds(runtime_requirements(PYPROJECT))
