@@ -34,7 +34,7 @@ from scripts.evaluation.tables import (
 )
 from scripts.figures import save_figure
 from scripts.mnist import NUM_CLASSES, DataError
-from scripts.progress import Reporter, fail, require
+from scripts.progress import Reporter, fail, require_installed
 from scripts.recipe import RecipeError, load_recipe
 from scripts.step_time import COLUMNS, as_row, costs_of
 
@@ -60,6 +60,8 @@ class CompareError(Exception):
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
+    if args.command in SWEPT:
+        require_installed("torchmetrics", "prdc", "joblib", "matplotlib", extra="evaluate")
     try:
         with Reporter("compare: stopped; start again to go on") as reporter:
             args.run(args, reporter)
@@ -144,8 +146,6 @@ def _networks(args: argparse.Namespace, reporter: Reporter) -> None:
 
 
 def _sweep(args: argparse.Namespace, drawer: Drawer) -> "Sweep":
-    for module in ("torchmetrics", "prdc"):
-        require(module, extra="evaluate")
     from scripts.evaluation.quality import Evaluator
     from scripts.evaluation.sweep import Sweep
 
@@ -204,7 +204,7 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 def _add_networks(networks: argparse.ArgumentParser) -> None:
     networks.add_argument("presets", nargs="+", help="names of recipes, or paths to .toml files")
     networks.add_argument("--rows", type=integer(1, 10_000), default=64, help="of a step; default: 64")
-    networks.add_argument("--compile", action="store_true", help="compile first, as where it is served fastest")
+    networks.add_argument("--compile", action="store_true", help="measure the compiled networks")
     networks.add_argument("--num-threads", type=integer(1, 1024), help="compute threads")
     networks.set_defaults(run=_networks)
 

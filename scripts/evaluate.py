@@ -1,11 +1,11 @@
-"""Evaluates what is drawn: `python -m scripts.evaluate digits --out evaluation/`.
+"""Evaluates drawn digits: `python -m scripts.evaluate digits --out evaluation/`.
 
-digits     recognised as asked, Fréchet distance, precision, recall, coverage, memorised share
-fog        how long real digits are recognised on their way into the noise
-clip       what CLIP sees on the way back, from static to digit
-synthetic  what a classifier learns from drawn digits alone
+digits     recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
+fog        recognition of real digits at each noise level
+clip       CLIP scores at each step of the reverse process
+synthetic  accuracy of a classifier that was trained on drawn digits only
 
-Choices are made on the validation split; the test split is for the figures that are published.
+Use the validation split to make choices and the test split for published figures.
 """
 
 import argparse
@@ -42,20 +42,21 @@ from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from
 from scripts.figures import save_figure
 from scripts.files import write_json
 from scripts.mnist import NUM_CLASSES, DataError
-from scripts.progress import Reporter, fail, require
+from scripts.progress import Reporter, fail, require_installed
 
 SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
 NUM_IMAGES = 10_000
-PICTURE_HELP = "the .png to write; its numbers go into a .json beside it"
+PICTURE_HELP = "the .png file to write; the figures are written to a .json file of the same name"
 CLIP_HELP = (
-    "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (of OpenAI's weights: "
-    "ViT-B-32-quickgelu:FILE); default: the small one that ships"
+    "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (for OpenAI's weights: "
+    "ViT-B-32-quickgelu:FILE); default: the small model that ships"
 )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
+    require_installed(*args.packages, extra="evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     try:
@@ -66,8 +67,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
-    for module in ("torchmetrics", "prdc"):
-        require(module, extra="evaluate")
     from scripts.evaluation.pictures import show_confusion, show_nearest
     from scripts.evaluation.quality import Evaluator, as_json, as_markdown
 
@@ -187,38 +186,47 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="digits|fog|clip|synthetic")
-    digits = commands.add_parser("digits", help="evaluate drawn digits: a table, JSON and pictures")
+    parser.set_defaults(packages=())
+    digits = commands.add_parser("digits", help="evaluate drawn digits; writes a table, JSON and figures")
     _add_digits(digits)
-    fog = commands.add_parser("fog", help="how long real digits are recognised on their way into the noise")
-    fog.add_argument("--checkpoint", type=Path, default=SHIPPED, help="whose schedule; default: what ships")
-    fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: those that ship")
+    fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
+    fog.add_argument(
+        "--checkpoint", type=Path, default=SHIPPED, help="checkpoint whose schedule is used; default: the shipped one"
+    )
+    fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: the shipped ones")
     fog.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
-    fog.set_defaults(run=_fog)
-    clip_path = commands.add_parser("clip", help="what CLIP sees along the reverse process")
+    fog.set_defaults(run=_fog, packages=("matplotlib",))
+    clip_path = commands.add_parser("clip", help="CLIP scores at each step of the reverse process")
     _add_clip(clip_path)
-    synthetic = commands.add_parser("synthetic", help="what a classifier learns from drawn digits alone")
-    synthetic.add_argument("folder", type=Path, help="what scripts.make_dataset wrote")
-    synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"default: {EPOCHS}")
+    synthetic = commands.add_parser("synthetic", help="accuracy of a classifier trained on drawn digits only")
+    synthetic.add_argument("folder", type=Path, help="a data set of scripts.make_dataset")
+    synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"training epochs; default: {EPOCHS}")
     synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
-    synthetic.add_argument("--out", type=file_to_write(".json"), help="a .json to write")
+    synthetic.add_argument("--out", type=file_to_write(".json"), help="the .json file to write")
     synthetic.set_defaults(run=_synthetic)
     for command in (fog, synthetic):
         command.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
     for command in (digits, fog, clip_path, synthetic):
-        splits = SPLITS if command is digits else HELD_OUT_SPLITS  # the others judge what was not learned from
-        command.add_argument("--split", choices=splits, default="test", help="the real digits beside; default: test")
+        splits = SPLITS if command is digits else HELD_OUT_SPLITS  # the others need digits that were not learned from
         command.add_argument(
-            "--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing"
+            "--split", choices=splits, default="test", help="real digits to compare with; default: test"
+        )
+        command.add_argument(
+            "--data-dir", type=Path, default=Path("data"), help="folder of MNIST's IDX files; downloaded if missing"
         )
     return parser.parse_args(argv)
 
 
 def _add_digits(digits: argparse.ArgumentParser) -> None:
-    digits.add_argument("--images", type=Path, help="a folder of PNGs, or one of scripts.make_dataset, is not drawn")
-    digits.add_argument("--out", type=Path, help="folder for evaluation.json, evaluation.md and the pictures")
-    digits.add_argument("--judge", type=Path, help="weights of the judge; default: those that ship")
-    digits.add_argument("--extractor", type=Path, help="weights whose features count; default: those that ship")
-    digits.add_argument("--clip", nargs="?", const="embedded", metavar="MODEL", help=f"judge by CLIP too; {CLIP_HELP}")
+    digits.add_argument(
+        "--images", type=Path, help="evaluate this folder of PNGs or of scripts.make_dataset instead of drawing"
+    )
+    digits.add_argument("--out", type=Path, help="folder for evaluation.json, evaluation.md and the figures")
+    digits.add_argument("--judge", type=Path, help="weights of the judge; default: the shipped ones")
+    digits.add_argument("--extractor", type=Path, help="weights of the feature extractor; default: the shipped ones")
+    digits.add_argument(
+        "--clip", nargs="?", const="embedded", metavar="MODEL", help=f"also compute CLIP scores, with {CLIP_HELP}"
+    )
     lowest = NUM_CLASSES * FEWEST_OF_EACH
     digits.add_argument(
         "--num-images",
@@ -226,15 +234,15 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
         help=f"{lowest} or more, a multiple of 10; default: {NUM_IMAGES}, or what --images holds of them",
     )
     add_drawing_arguments(digits, seed=0)
-    digits.set_defaults(run=_digits)
+    digits.set_defaults(run=_digits, packages=("torchmetrics", "prdc", "joblib", "matplotlib"))
 
 
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:
     clip_path.add_argument("--num-images", type=num_images(NUM_CLASSES, 4_000), default=200, help="default: 200")
     clip_path.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
-    clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=CLIP_HELP)
+    clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=f"the CLIP model: {CLIP_HELP}")
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
-    clip_path.set_defaults(run=_clip)
+    clip_path.set_defaults(run=_clip, packages=("matplotlib",))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures: `python -m scripts.plot noise|reverse|losses|epochs|sheet|bench --out picture.png`."""
+"""Draws figures: `python -m scripts.plot noise|reverse|losses|epochs|sheet|bench --out picture.png`."""
 
 import argparse
 import csv
@@ -24,7 +24,7 @@ from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, o
 from scripts.figures import Panel, draw_panels, new_figure, save_figure
 from scripts.mnist import DataError, load_mnist, to_model_range
 from scripts.pictures import grid, save_grid
-from scripts.progress import Reporter, fail, require
+from scripts.progress import Reporter, fail, require, require_installed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +36,7 @@ Losses = dict[str, list[float]]  # column -> a value an epoch
 
 
 class PlotError(Exception):
-    """There is nothing to plot; one sentence."""
+    """There is nothing to plot; the message is one sentence."""
 
 
 def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) -> "Figure":
@@ -140,8 +140,10 @@ def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments and draws the picture."""
+    """Parses the arguments and draws the figure."""
     args = _parse(argv)
+    if args.run is not _sheet:  # which is a grid of images alone
+        require_installed("matplotlib")
     try:
         with Reporter() as reporter:
             args.run(args, reporter)

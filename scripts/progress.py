@@ -1,6 +1,7 @@
-"""What every script says to people: a progress bar on a terminal, plain lines elsewhere, one sentence where it ends."""
+"""What every script prints: a progress bar on a terminal, plain lines elsewhere, one sentence when it fails."""
 
 import importlib
+import importlib.util
 import signal
 import sys
 import time
@@ -12,18 +13,31 @@ LINE_EVERY_SECONDS = 30
 
 
 def fail(message: str) -> "SystemExit":
-    """The exit of a script that cannot go on: one sentence on stderr, status 2."""
+    """Prints one sentence on stderr and returns the exit with status 2, to be raised."""
     print(message, file=sys.stderr)
     return SystemExit(2)
 
 
 def require(module: str, extra: str = "train") -> ModuleType:
-    """Imports what only an extra installs; where it is missing, the script ends with the line to type."""
+    """Imports a module of an extra; if it is missing, exits with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
-        raise fail(f"{package} is not installed: pip install -e '.[{extra}]' brings it") from error
+        raise _not_installed([module.partition(".")[0]], extra) from error
+
+
+def require_installed(*packages: str, extra: str = "train") -> None:
+    """Exits with the command that installs the extra unless all these packages are found.
+
+    Imports nothing. Call it before any work, so that a run does not fail at its end.
+    """
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise _not_installed(missing, extra)
+
+
+def _not_installed(packages: list[str], extra: str) -> SystemExit:
+    are = "is" if len(packages) == 1 else "are"
+    return fail(f"{', '.join(packages)} {are} not installed. Install with: pip install -e '.[{extra}]'")
 
 
 class Reporter:

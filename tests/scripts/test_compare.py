@@ -195,7 +195,7 @@ def test_evaluations_are_compared_without_what_computes_them(
     published = Path(__file__).parents[2] / "docs" / "final"
     compare.main(["runs", str(published / "ddpm"), str(published / "fast")])
     assert "| fast |" in capsys.readouterr().out
-    assert "torchmetrics is not installed" in sentence(["steps", "--out=nowhere"], capsys)
+    assert "torchmetrics, prdc are not installed" in sentence(["steps", "--out=nowhere"], capsys)
 
 
 @pytest.mark.parametrize(

@@ -247,4 +247,17 @@ def test_without_the_packages_of_distances_a_sentence_says_what_to_install() -> 
     script = "import sys\nsys.modules['prdc'] = None\nfrom scripts import evaluate\nevaluate.main(['digits'])"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "prdc is not installed: pip install -e '.[evaluate]' brings it\n"
+    assert ended.stderr == "prdc is not installed. Install with: pip install -e '.[evaluate]'\n"
+
+
+@pytest.mark.parametrize("command", [["digits"], ["fog", "--out=fog.png"], ["clip", "--out=clip.png"]], ids=" ".join)
+def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("load_classifier", "load_references", "open_drawer", "ClipScorer"):
+        monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("begun"))
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(command)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "matplotlib is not installed. Install with: pip install -e '.[evaluate]'\n"

@@ -227,3 +227,16 @@ def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         plot.main(["--help"])
     assert exit_.value.code == 0
     assert "noise|reverse|losses|epochs|sheet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["noise", "reverse", "losses runs", "epochs run", "bench bench.json"])
+def test_without_matplotlib_a_figure_is_refused_before_anything_is_read_or_drawn(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in ("open_drawer", "read_losses", "show_epochs", "show_bench"):
+        monkeypatch.setattr(plot, name, lambda *_: pytest.fail("begun"))
+    with pytest.raises(SystemExit) as exit_:
+        plot.main([*command.split(), "--out=x.png"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "matplotlib is not installed. Install with: pip install -e '.[train]'\n"
