@@ -1,21 +1,22 @@
-"""Measures the service over HTTP on loopback: `python -m scripts.bench closed --out bench.json`.
+"""Measures the service over HTTP on loopback: `python -m scripts.bench --quick`, or with one of these modes.
 
-closed        clients that ask again as soon as they are answered, 1 to 64 of them, alone and disturbed
-open          requests at random times, at shares of the capacity, latency counted from when each was due,
-              beside what a simulation of the loop on the measured step times says
-alternatives  the same beside what a user would pick instead, of the same weights, in one run
-training      images a second of scripts.train beside a plain loop's and what the matrix rate would allow
-endurance     load of every kind for an hour: whether memory grows, and whether a picture changes
+closed        1 to 64 clients that send the next request when the last is answered, alone and with disturbances
+open          requests at random times, at shares of the measured capacity; latency counts from the planned time;
+              compared with a simulation of the loop on the measured step times
+alternatives  the same loads on other servers with the same weights, in one run
+training      images per second of scripts.train, of a plain loop, and the limit set by the matrix rate
+endurance     an hour of mixed load: fails if memory grows or an image changes
 
-Each figure is a median with its range over the repeats, from twelve on with their quartiles. Services start anew for
-every --turns of them, and only the one that is measured runs. Raw results go into the JSON file, with the machine and
-the rate at which it multiplies matrices. UNFOG_* variables reach the service.
+Figures are medians with their range over the repeats; with twelve or more repeats, with their quartiles. Each start of
+a service is measured --turns times, and only the measured service runs. The raw results are written to a JSON file,
+with the machine and its matrix rate. UNFOG_* variables are passed to the service.
 """
 
 import argparse
 import asyncio
 import json
 import statistics
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,20 +29,20 @@ from model.memory import keep_freed_memory
 from model.unet import UNet
 from scripts.arguments import Parser, integer, positive
 from scripts.benchmark.alternatives.painter import Painter
-from scripts.benchmark.contestants import BenchError, Contestant, alternative, started, this_service
+from scripts.benchmark.contestants import BenchError, Contestant, Running, alternative, started, this_service
 from scripts.benchmark.endurance import MOST_GROWTH, complaint, endure
 from scripts.benchmark.load import arrivals
-from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, mixed, one, open_loads
+from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, mixed, one, one_large, open_loads
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import COLUMNS, table_of, without_empty
-from scripts.benchmark.runs import Times
+from scripts.benchmark.runs import Times, measure
 from scripts.benchmark.simulation import predicted_p95, simulate, simulate_batches, slowness, step_times
 from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
 from scripts.benchmark.turns import take_turns
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
 from scripts.mnist import DataError, load_mnist
-from scripts.progress import Reporter, fail
+from scripts.progress import Reporter, fail, require_installed
 from scripts.recipe import RecipeError, load_recipe
 from scripts.step_time import flop_of
 
@@ -54,17 +55,30 @@ SATURATING = 64  # clients of one image
 NUM_STEPS = 100
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
+OBJECTIVE = 5.0  # seconds
+QUICK_SECONDS, QUICK_CLIENTS = 3, 8
+QUICK_COLUMNS = ("load", "images a second", "p50, s", "requests")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments, measures, prints the table."""
+    """Parses the arguments, measures and prints the table."""
     args = _parse(argv)
+    require_installed(*packages_of(args), extra="bench")
     try:
         with Reporter() as reporter:
-            runs = {"training": bench_training, "endurance": bench_endurance}
+            runs = {None: bench_quick, "training": bench_training, "endurance": bench_endurance}
             runs.get(args.mode, lambda args, reporter: Bench(args, reporter).run())(args, reporter)
     except (BenchError, DataError, RecipeError, OSError) as error:
         raise fail(f"bench: {error}") from error
+
+
+def packages_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the packages of the extra that this run needs."""
+    if args.mode == "training":
+        return ()
+    if args.mode != "alternatives":
+        return ("aiohttp",)
+    return ("aiohttp", "litserve", *(("diffusers",) if args.requests == "large" else ()))
 
 
 class Bench:
@@ -175,6 +189,32 @@ class Bench:
         return statistics.median(row["images_a_second"] for row in rows if row["contestant"] == contestant)
 
 
+def bench_quick(args: argparse.Namespace, reporter: Reporter) -> None:
+    """Measures a few loads for a few seconds each on one start of the service, and prints a small table."""
+    machine, own = this_machine(), this_service()
+    reporter.line(f"{machine.processor}, {machine.cores} cores, torch {machine.torch}")
+    reporter.line("Starting the service. Its first start on a machine may compile for 30 to 60 s.")
+    lines, times = list[list[str]](), Times(QUICK_SECONDS, 0, OBJECTIVE)
+    with started(own) as running:
+        reporter.line(_arithmetic_of(running))
+        for load in (clients_of_one(1), clients_of_one(QUICK_CLIENTS), one_large()):
+            found = measure(running, own, load, times, seed=0)
+            ((_, latency),) = found["latencies"].items()
+            lines.append([load.name, f"{found['images_a_second']:.3g}", f"{latency['p50']:.3g}", f"{latency['count']}"])
+    reporter.line(as_table(QUICK_COLUMNS, lines))
+    reporter.line(
+        f"One start, windows of {QUICK_SECONDS} s, {NUM_STEPS} steps, no guidance: a first impression, not comparable "
+        "with the published figures. Use the mode closed for those."
+    )
+
+
+def _arithmetic_of(running: Running) -> str:
+    with urllib.request.urlopen(f"{running.url}/health", timeout=10) as answer:
+        health = json.load(answer)
+    compiled = "compiled" if health["compiled"] else "not compiled"
+    return f"unfog {health['version']} on {health['device']}, {health['dtype']}, {compiled}"
+
+
 def bench_training(args: argparse.Namespace, reporter: Reporter) -> None:
     """The contestants take turns; the limit is the matrix rate over the arithmetic of an image."""
     recipe, device = load_recipe(args.preset), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -207,39 +247,67 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="|".join(MODES), dest="mode")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"first numbers in under a minute: one start, then 1 client, {QUICK_CLIENTS} clients and a request of 64 "
+        "images for a few seconds each; not comparable with the published figures",
+    )
+    commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     for mode in MODES:
-        command = commands.add_parser(mode)
-        command.add_argument("--out", type=Path, required=True, help="a .json for the raw results")
-        if mode == "endurance":
-            command.add_argument("--minutes", type=positive, default=60.0, help="default: 60")
-            continue
+        _add_mode(commands.add_parser(mode), mode)
+    args = parser.parse_args(argv)
+    if args.quick == bool(args.mode):
+        parser.error(f"choose either --quick or a mode: {', '.join(MODES)}")
+    return args
+
+
+def _add_mode(command: argparse.ArgumentParser, mode: str) -> None:
+    command.add_argument("--out", type=Path, required=True, help="the .json file for the raw results")
+    if mode == "endurance":
+        command.add_argument("--minutes", type=positive, default=60.0, help="duration of the load; default: 60")
+        return
+    command.add_argument(
+        "--repeats", type=integer(1, 100), default=5, help="fresh starts, each measured --turns times; default: 5"
+    )
+    if mode == "training":
+        command.add_argument("--preset", default="default", help="the recipe; default: default")
+        command.add_argument("--steps", type=integer(1, 100_000), default=30, help="steps per repeat; default: 30")
         command.add_argument(
-            "--repeats", type=integer(1, 100), default=5, help="fresh starts, of --turns each; default: 5"
+            "--data-dir", type=Path, default=Path("data"), help="folder of MNIST's IDX files; downloaded if missing"
         )
-        if mode == "training":
-            command.add_argument("--preset", default="default", help="default: default")
-            command.add_argument("--steps", type=integer(1, 100_000), default=30, help="of each repeat; default: 30")
-            command.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded if missing")
-            continue
-        command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="of each window; default: 20")
+        return
+    command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="length of a window; default: 20")
+    command.add_argument(
+        "--turns", type=integer(1, 1000), default=1, help="measurements per start, each its own repeat; default: 1"
+    )
+    command.add_argument(
+        "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
+    )
+    command.add_argument(
+        "--objective", type=positive, default=OBJECTIVE, help="seconds within which an answer is in time; default: 5"
+    )
+    command.add_argument(
+        "--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also measure with these batch sizes"
+    )
+    if mode == "closed":
+        clients = " ".join(map(str, CLIENTS))
         command.add_argument(
-            "--turns", type=integer(1, 1000), default=1, help="a start, each a repeat of its own; default: 1"
+            "--clients",
+            type=integer(1, 1024),
+            nargs="+",
+            default=CLIENTS,
+            help=f"numbers of clients; default: {clients}",
         )
+    if mode == "alternatives":
         command.add_argument(
-            "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
+            "--requests", choices=REQUESTS, default=REQUESTS[0], help=f"the load; default: {REQUESTS[0]}"
         )
+    if mode == "open":
+        shares = " ".join(map(str, SHARES))
         command.add_argument(
-            "--objective", type=positive, default=5.0, help="seconds within which an answer is in time; default: 5"
+            "--shares", type=positive, nargs="+", default=SHARES, help=f"shares of the capacity; default: {shares}"
         )
-        command.add_argument("--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also at these batches")
-        if mode == "closed":
-            command.add_argument("--clients", type=integer(1, 1024), nargs="+", default=CLIENTS)
-        if mode == "alternatives":
-            command.add_argument("--requests", choices=REQUESTS, default=REQUESTS[0], help=f"default: {REQUESTS[0]}")
-        if mode == "open":
-            command.add_argument("--shares", type=positive, nargs="+", default=SHARES)
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

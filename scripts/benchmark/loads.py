@@ -64,6 +64,11 @@ def large() -> Load:
     return Load(f"2 x {LARGEST_REQUEST} images", (many,) * 2)
 
 
+def one_large() -> Load:
+    """Returns one client of the largest requests."""
+    return Load(f"1 x {LARGEST_REQUEST} images", (many,))
+
+
 def closed_loads(clients: Sequence[int]) -> list[Load]:
     """Ever more clients of one image; large requests; an image beside them; guided; on a disturbed machine."""
     of_many = large()

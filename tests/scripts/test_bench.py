@@ -1,6 +1,10 @@
 import json
+import subprocess
+import sys
 import time
+import types
 from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -61,6 +65,77 @@ def test_a_real_service_is_started_measured_and_stopped(
     answers = json.loads(out.with_suffix(".answers.json").read_text())
     assert [load for _, load, *_ in answers] == [found["load"] for found in content["rows"]]
     assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two kinds of request beside each other
+
+
+def test_quick_measures_three_loads_on_one_start_and_says_what_its_figures_are_not(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "QUICK_SECONDS", 1)
+    starts: list[str] = []
+
+    def start(contestant: Contestant) -> Any:
+        starts.append(contestant.name)
+        return started(contestant)
+
+    monkeypatch.setattr(bench, "started", start)
+    bench.main(["--quick"])
+    said = capsys.readouterr().out
+    assert starts == ["unfog"]
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["1 x 1 image", "8 x 1 image", "1 x 2 images"]
+    assert all(float(cell) > 0 for row in rows for cell in row[1:])
+    assert "not compiled" in said
+    assert "not comparable with the published figures" in said
+
+
+@pytest.mark.slow
+def test_quick_takes_less_than_a_minute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On an idle machine that draws four images a second or more, whose step is compiled."""
+    monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+    command = [sys.executable, "-m", "scripts.bench", "--quick"]
+    subprocess.run([sys.executable, "-m", "app", "--compile"], check=True, capture_output=True)
+    begin = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--quick", "closed", "--out=x.json"], ["closed", "--quick", "--out=x.json"]]
+)
+def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "absent"),
+    [
+        ("--quick", "aiohttp"),
+        ("closed", "aiohttp"),
+        ("open", "aiohttp"),
+        ("endurance", "aiohttp"),
+        ("alternatives", "litserve"),
+        ("alternatives --requests=large", "diffusers"),
+    ],
+)
+def test_a_missing_package_is_one_sentence_before_anything_is_started_or_measured(
+    mode: str, absent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("aiohttp", "litserve", "diffusers"):
+        present = types.ModuleType(name)
+        present.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, None if name == absent else present)
+    monkeypatch.setattr(bench, "matrix_rate", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(SystemExit) as exit_:
+        bench.main([*mode.split(), *(["--out=x.json"] if mode != "--quick" else [])])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"{absent} is not installed. Install with: pip install -e '.[bench]'\n"
 
 
 def test_arrivals_at_random_are_held_against_a_simulation(
@@ -231,6 +306,7 @@ def test_the_alternatives_meet_the_same_loads(
             }
 
     monkeypatch.setattr(bench, "take_turns", take_turns)
+    monkeypatch.setattr(bench, "require_installed", lambda *packages, extra: None)  # nothing is started here
     out = tmp_path / "bench.json"
     bench.main(["alternatives", f"--requests={requests}", "--repeats=2", "--max-batch=8", f"--out={out}"])
     rows = json.loads(out.read_text())["rows"]
