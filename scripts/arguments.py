@@ -1,4 +1,4 @@
-"""Command lines: arguments that several scripts share, each checked, a wrong one answered in one sentence."""
+"""Command-line arguments that several scripts share. A wrong argument exits with status 2 and one sentence."""
 
 import argparse
 import math
@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 from model.checkpoint import SHIPPED
 from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
 from scripts.mnist import NUM_CLASSES
+
+COMPILE_MODES = ("auto", "on", "off")
+DEFAULT_COMPILE = "auto"
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,46 +86,50 @@ def guidance_scale(text: str) -> float:
 
 
 class _Given(argparse.Action):
-    """Stores the value, and that the option was given: also where the value is the default, it was meant to count."""
+    """Stores the value, and records that the option was given, which the value alone does not show."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        setattr(namespace, self.dest, values)
         namespace.given = (*namespace.given, self.dest)
 
 
 def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> list[str]:
-    """Which of the options of `add_drawing_arguments` were given, but for those kept, as they are typed."""
+    """Returns the given options of `add_drawing_arguments` as they are typed, except those in `kept`."""
     return [f"--{name.replace('_', '-')}" for name in args.given if name not in kept]
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
-    """Which checkpoint draws, and how: what `drawing.open_drawer` and `drawing.options_from` read.
+    """Adds the options that `drawing.open_drawer`, `drawing.options_from` and `Drawer.compile` read.
 
-    `without` names the options that the command decides itself: they are refused.
+    `without` names options that the command sets itself; they are rejected on the command line.
     """
-    default = "drawn at random" if seed is None else str(seed)
+    default = "random" if seed is None else str(seed)
     options: dict[str, dict[str, Any]] = {
-        "checkpoint": {"type": Path, "default": SHIPPED, "help": "a .safetensors file; default: what ships"},
+        "checkpoint": {"type": Path, "default": SHIPPED, "help": "a .safetensors file; default: the shipped one"},
         "num_steps": {
             "type": integer(1),
-            "help": "steps of the reverse process; default: the checkpoint's own, or all",
+            "help": "steps of the reverse process; default: recommended by the checkpoint, or all",
         },
-        "sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's own, ddpm of most"},
+        "sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's first, usually ddpm"},
         "guidance_scale": {
             "type": guidance_scale,
-            "help": f"1 to {MAX_GUIDANCE_SCALE}, 1 = off; default: the checkpoint's",
+            "help": f"classifier-free guidance, 1 to {MAX_GUIDANCE_SCALE}, 1 = off; default: the checkpoint's",
         },
-        "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep that is guided"},
-        "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep that is guided"},
-        "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"default: {default}"},
-        "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images drawn at once; default: 64"},
+        "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep with guidance"},
+        "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep with guidance"},
+        "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"seed of the noise; default: {default}"},
+        "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images per batch; default: 64"},
         "compile": {
-            "nargs": 0,
-            "const": True,
-            "default": False,
-            "help": "compile first, which pays for thousands of images",
+            "nargs": "?",
+            "const": "on",
+            "choices": COMPILE_MODES,
+            "default": DEFAULT_COMPILE,
+            "help": "draw with the compiled step, which is faster on a CPU. auto (default, as in the service): "
+            "on a CPU, if a C++ compiler or a step compiled before is found; on (or --compile alone): fail if it "
+            "cannot; off: never. The first run on a machine compiles for 30 to 60 s, also for a few digits; use off "
+            "to avoid that",
         },
         "num_threads": {"type": integer(1, 1024), "help": "compute threads on a CPU"},
     }

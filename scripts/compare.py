@@ -93,7 +93,7 @@ def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
         for sampler in samplers  # each with the guidance that is recommended for it
         for num_steps in steps
     ]
-    sweep = _sweep(args, drawer)
+    sweep = _sweep(args, drawer, reporter)
     rows = sweep.run(settings, reporter)
     from scripts.evaluation.sweep import show_steps
 
@@ -110,7 +110,7 @@ def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
         raise CompareError(f"this checkpoint has {T} steps: no interval may end above")
     swept = [(scale, *interval) for scale in args.scales if scale != 1 for interval in args.intervals]
     guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
-    sweep = _sweep(args, drawer)
+    sweep = _sweep(args, drawer, reporter)
     rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
     _write_table(args, sweep.as_markdown(rows), reporter)
 
@@ -145,12 +145,13 @@ def _networks(args: argparse.Namespace, reporter: Reporter) -> None:
     reporter.line(as_table(COLUMNS, [as_row(name, cost) for name, cost in costs.items()]))
 
 
-def _sweep(args: argparse.Namespace, drawer: Drawer) -> "Sweep":
+def _sweep(args: argparse.Namespace, drawer: Drawer, reporter: Reporter) -> "Sweep":
     from scripts.evaluation.quality import Evaluator
     from scripts.evaluation.sweep import Sweep
 
     references = load_references(args.split, args.data_dir)
     evaluator = Evaluator(references, load_classifier("judge"), load_classifier("extractor"), args.num_images)
+    drawer.compile(args.compile, reporter)
     return Sweep(drawer, evaluator, args.out / f"{args.command}.json", args.seed, args.batch_size)
 
 

@@ -15,7 +15,7 @@ from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
 from model.memory import keep_freed_memory
 from scripts.arguments import Parser
 from scripts.distillation import DistillationObjective, PathsError, draw_paths
-from scripts.drawing import Drawer
+from scripts.drawing import Drawer, DrawingError
 from scripts.progress import Reporter, fail
 from scripts.recipe import TEACHER_SAMPLER, Recipe, RecipeError, load_recipe, preset_names
 from scripts.run import Run, RunError
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with Reporter("distil: stopped; start again to go on") as reporter:
             distil(args, recipe, teacher, device, compiled, reporter)
-    except (PathsError, RunError, OSError) as error:
+    except (DrawingError, PathsError, RunError, OSError) as error:
         raise fail(f"distil: {error}".splitlines()[0]) from error
 
 
@@ -57,12 +57,12 @@ def distil(
     compiled: bool,
     reporter: Reporter,
 ) -> None:
-    """Draws the paths that are missing, and trains the student on them."""
+    """Draws the missing paths and trains the student on them."""
     assert recipe.distillation
     end = time.perf_counter() + (60 * args.time_limit if args.time_limit else math.inf)
     start = {name: tensor.clone() for name, tensor in teacher.network.state_dict().items()}
-    drawer = Drawer(teacher, device, compiled=compiled)
-
+    drawer = Drawer(teacher, device)
+    drawer.compile("on" if compiled else "off", reporter)
     paths = draw_paths(
         drawer,
         recipe.distillation,

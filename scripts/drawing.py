@@ -1,8 +1,12 @@
-"""Draws digits with a checkpoint, many at once, in the arithmetic that serves them."""
+"""Draws digits with a checkpoint, many at once, with the reverse step that the service uses."""
 
 import argparse
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,20 +43,40 @@ class DrawingOptions:
         return len(timesteps) + sum(self.guidance.acts_at(t) for t in timesteps)
 
 
-class Drawer:
-    """A checkpoint on its way to pictures.
+def step_cache() -> Path:
+    """The folder where the service keeps compiled steps, which scripts share."""
+    return Path(os.environ.get("UNFOG_CACHE_DIR") or default_cache())
 
-    It takes the steps that the service takes, and so draws the same images. Compiling takes half a minute, once for
-    a checkpoint and a machine, and pays for hundreds of images; their last bits are others then.
+
+class Drawer:
+    """Draws images with a checkpoint, by the same steps as the service.
+
+    A compiled step draws faster on a CPU. It rounds differently, so the last bits of the images differ.
     """
 
-    def __init__(self, loaded: Checkpoint, device: torch.device | None = None, *, compiled: bool = False) -> None:
-        """CompilerError where it cannot be compiled."""
-        self.checkpoint, self.compiled = loaded, compiled
+    def __init__(self, loaded: Checkpoint, device: torch.device | None = None) -> None:
+        self.checkpoint, self.compiled = loaded, False
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = fast_dtype(self.device)
-        program = ReverseStep(loaded, self.device, self.dtype)
-        self._step: Step = compiled_step(program, default_cache()) if compiled else program
+        self._program = ReverseStep(loaded, self.device, self.dtype)
+        self._step: Step = self._program
+
+    def compile(self, mode: str, reporter: Reporter) -> None:
+        """Switches to the compiled step as --compile says; raises DrawingError if the mode is `on` and it cannot.
+
+        `auto` compiles on a CPU only, as in the service. Where that is impossible it reports why, and the step stays
+        as it is. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
+        """
+        if mode == "off" or (mode == "auto" and self.device.type != "cpu"):
+            return
+        try:
+            with _log_shown(reporter):
+                self._step = compiled_step(self._program, step_cache())
+            self.compiled = True
+        except CompilerError as error:
+            if mode == "on":
+                raise DrawingError(f"--compile on: {error}") from error
+            reporter.line(f"Drawing without a compiled step, which is slower: {error}")
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -61,7 +85,7 @@ class Drawer:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides the images beside options and seed, as JSON keeps it."""
+        """Everything except options and seed that decides the pixels, for JSON files."""
         return {
             "weights_sha256": self.checkpoint.weights_sha256,
             "device": self.device.type,
@@ -84,10 +108,11 @@ class Drawer:
         """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
 
         `timesteps`, falling to 0, stand in for those that num_steps gives; `on_step(t, x_t, x_0)` is called
-        for each batch at each step.
+        for each batch at each step. Raises DrawingError if a step that is compiled on its first call, as on a GPU,
+        cannot be compiled.
         """
         x_0 = []
-        with reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
+        with _compiler_errors(), reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
 
             def step(t: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
                 task.advance(len(x_t))
@@ -125,14 +150,45 @@ class Drawer:
         return state.x_0.cpu()
 
 
+class _Lines(logging.Handler):
+    """Shows log records as a reporter's lines."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.INFO)
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows the message."""
+        self._reporter.line(record.getMessage())
+
+
+@contextmanager
+def _log_shown(reporter: Reporter) -> Iterator[None]:
+    """Shows what `model` logs: that it compiles now, how long that took, or why a cached step is not used."""
+    log, handler = logging.getLogger("model"), _Lines(reporter)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    try:
+        yield
+    except CompilerError as error:
+        raise DrawingError(f"--compile on: {error}") from error
+
+
 def open_drawer(args: argparse.Namespace) -> Drawer:
-    """The drawer of --checkpoint; CheckpointError, or DrawingError where --compile finds no compiler."""
+    """Loads --checkpoint, not compiled yet; raises CheckpointError."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    try:
-        return Drawer(checkpoint.load(args.checkpoint), compiled=args.compile)
-    except CompilerError as error:
-        raise DrawingError(f"--compile: {error}") from error
+    return Drawer(checkpoint.load(args.checkpoint))
 
 
 def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:

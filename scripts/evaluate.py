@@ -73,12 +73,12 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
     # All that can fail fails before anything is drawn.
     scorer = ClipScorer(args.clip) if args.clip else None
     judge, extractor = load_classifier("judge", args.judge), load_classifier("extractor", args.extractor)
-    num_images, draw, source = (_folder if args.images else _checkpoint)(args, reporter)
+    num_images, draw = (_folder if args.images else _checkpoint)(args, reporter)
     references = load_references(args.split, args.data_dir)
     evaluator = Evaluator(references, judge, extractor, num_images)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-    digits = draw()
+    digits, source = draw()
     quality, nearest = evaluator.evaluate(digits, reporter)
     table, content = as_markdown(quality), {**source, **as_json(quality, evaluator)}
     if scorer:
@@ -94,7 +94,7 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
         save_figure(show_nearest(digits, nearest, references.learned.images), args.out / "nearest.png", grey=True)
 
 
-Samples = tuple[int, Callable[[], Digits], dict[str, Any]]  # how many, the images, where they come from
+Samples = tuple[int, Callable[[], tuple[Digits, dict[str, Any]]]]  # their number; gets them, and their source
 
 
 def _folder(args: argparse.Namespace, reporter: Reporter) -> Samples:
@@ -107,17 +107,20 @@ def _folder(args: argparse.Namespace, reporter: Reporter) -> Samples:
     if len(digits.labels) < len(read.labels):
         reporter.line(f"the first {len(digits.labels) // NUM_CLASSES} of each digit, of {len(read.labels)} images")
     known = {name: facts[name] for name in SOURCE if name in facts}
-    return len(digits.labels), lambda: digits, {"images": args.images.name, **known}
+    return len(digits.labels), lambda: (digits, {"images": args.images.name, **known})
 
 
 def _checkpoint(args: argparse.Namespace, reporter: Reporter) -> Samples:
     drawer, count = open_drawer(args), args.num_images or NUM_IMAGES
     options = options_from(args, drawer.checkpoint)
 
-    def draw() -> Digits:
-        return draw_samples(drawer, options, reporter, num_images=count, seed=args.seed, batch_size=args.batch_size)
+    def draw() -> tuple[Digits, dict[str, Any]]:
+        drawer.compile(args.compile, reporter)
+        source = {**drawer.facts, "options": asdict(options), "seed": args.seed}
+        given = {"num_images": count, "seed": args.seed, "batch_size": args.batch_size}
+        return draw_samples(drawer, options, reporter, **given), source
 
-    return count, draw, {**drawer.facts, "options": asdict(options), "seed": args.seed}
+    return count, draw
 
 
 def _fog(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -144,6 +147,7 @@ def _clip(args: argparse.Namespace, reporter: Reporter) -> None:
     scorer, drawer = ClipScorer(args.clip), open_drawer(args)
     real = balanced(load_references(args.split, args.data_dir).held_out, args.num_images)
     options = options_from(args, drawer.checkpoint)
+    drawer.compile(args.compile, reporter)
     timesteps, means, of_real = scores_along(drawer, options, scorer, real, reporter, seed=args.seed)
     for prompt, first, last, beside in zip(LINES, means[0], means[-1], of_real, strict=True):
         reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {beside:.3f}")

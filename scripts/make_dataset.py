@@ -1,7 +1,7 @@
 """Draws a data set of digits: `python -m scripts.make_dataset --out synthetic --sampler dpmpp --num-steps 20`.
 
-As MNIST's own IDX files, or as folders 0 to 9 of PNGs. Image i is of digit i mod 10. Started again with
-the same arguments it goes on where it stopped; what it leaves is the same either way.
+Writes MNIST's IDX files, or PNGs in folders 0 to 9. Image i is of digit i mod 10. A run that was stopped continues
+when it is started again with the same arguments, and the result is the same as without the stop.
 """
 
 import argparse
@@ -31,11 +31,11 @@ PARTS = "parts"  # the images so far; gone when all are there
 
 
 class DatasetError(Exception):
-    """The set cannot be made; one sentence."""
+    """The data set cannot be made; the message is one sentence."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments, draws, and leaves the set in its folder."""
+    """Parses the arguments, draws the images and writes the data set."""
     args = _parse(argv)
     try:
         with Reporter("make_dataset: stopped; start again to go on") as reporter:
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
             if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
                 raise DatasetError("this checkpoint does not draw digits of 1x28x28")
             options = options_from(args, drawer.checkpoint)
-            if _begin(args.out, _facts(args, drawer, options)):
+            begun = _find(args.out)
+            drawer.compile(_compile_mode(args.compile, begun), reporter)
+            if _begin(args.out, begun, _facts(args, drawer, options)):
                 _draw_parts(args, drawer, options, reporter)
                 write = write_idx if args.format == "idx" else write_pngs
                 write(args.out, _read_parts(args.out / PARTS))
@@ -70,29 +72,42 @@ def write_pngs(folder: Path, images: np.ndarray) -> None:
         write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", buffer.getvalue())
 
 
-def _begin(folder: Path, facts: dict[str, Any]) -> bool:
-    """Whether there is something left to do; DatasetError for a folder that holds something else."""
+def _find(folder: Path) -> dict[str, Any] | None:
+    """Returns the facts of the data set in the folder, None if it is empty; raises DatasetError for other content."""
     path = folder / FACTS
-    if path.exists():
-        if _read_facts(path) != facts:
-            raise DatasetError(f"{folder} holds another set; name another --out")
+    if not path.exists():
+        if any(found != folder / PARTS for found in folder.rglob("*")):
+            raise DatasetError(f"{folder} is not empty and holds no data set; choose another --out")
+        return None
+    try:
+        begun = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        raise DatasetError(f"{path} is damaged; choose another --out")
+    return begun
+
+
+def _compile_mode(mode: str, begun: dict[str, Any] | None) -> str:
+    """Makes `auto` continue a data set the way it was begun: one set must not mix two ways of rounding."""
+    if mode == "auto" and begun and "compiled" in begun:
+        return "on" if begun["compiled"] else "off"
+    return mode
+
+
+def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) -> bool:
+    """Returns whether images are missing; raises DatasetError for a data set made with other arguments."""
+    if begun is not None:
+        if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
+            raise DatasetError(f"{folder} holds a data set with another {differing[0]}; choose another --out")
         return (folder / PARTS).exists()
-    if any(found != folder / PARTS for found in folder.rglob("*")):
-        raise DatasetError(f"{folder} is not empty, and holds no set to go on with")
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    write_json(path, facts)
+    write_json(folder / FACTS, facts)
     return True
 
 
-def _read_facts(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DatasetError(f"{path} is damaged: name another --out") from error
-
-
 def _draw_parts(args: argparse.Namespace, drawer: Drawer, options: DrawingOptions, reporter: Reporter) -> None:
-    """Draws what is missing."""
+    """Draws the missing parts."""
     for start in range(0, args.count, PART):
         path = args.out / PARTS / f"{start:07d}"
         if path.exists():
@@ -120,9 +135,9 @@ def _facts(args: argparse.Namespace, drawer: Drawer, options: DrawingOptions) ->
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.make_dataset", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the set; an unfinished one goes on")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set; an unfinished set continues")
     parser.add_argument("--count", type=integer(1, 1_000_000), default=60_000, help="images; default: 60000")
-    parser.add_argument("--format", choices=["idx", "png"], default="idx", help="default: idx, MNIST's own")
+    parser.add_argument("--format", choices=["idx", "png"], default="idx", help="default: idx, MNIST's file format")
     add_drawing_arguments(parser, seed=0)
     return parser.parse_args(argv)
 

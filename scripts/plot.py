@@ -162,6 +162,7 @@ def _noise(args: argparse.Namespace, reporter: Reporter) -> None:
     else:
         y, drawer = torch.tensor([args.digit]), open_drawer(args)
         options, schedule = options_from(args, drawer.checkpoint), drawer.checkpoint.schedule
+        drawer.compile(args.compile, reporter)
         x_0 = drawer.draw(y, torch.zeros_like(y), options, reporter, seed=args.seed)[0]  # (C, H, W)
     save_figure(show_noise_progression(x_0, schedule, seed=args.seed), args.out, grey=True)
 
@@ -169,6 +170,7 @@ def _noise(args: argparse.Namespace, reporter: Reporter) -> None:
 def _reverse(args: argparse.Namespace, reporter: Reporter) -> None:
     drawer = open_drawer(args)
     options = options_from(args, drawer.checkpoint)
+    drawer.compile(args.compile, reporter)
     save_figure(show_reverse_process(drawer, options, reporter, seed=args.seed), args.out, grey=True)
 
 
@@ -196,6 +198,7 @@ def _sheet(args: argparse.Namespace, reporter: Reporter) -> None:
     y = torch.arange(num_classes).repeat_interleave(columns)  # (N,) a row a digit
     index = torch.arange(columns).repeat(num_classes)  # (N,)
     options = options_from(args, drawer.checkpoint)
+    drawer.compile(args.compile, reporter)
     x_0 = drawer.draw(y, index, options, reporter, seed=args.seed, batch_size=args.batch_size)
     save_grid(x_0, args.out, columns=columns, scale=2)
 

@@ -1,4 +1,4 @@
-"""Draws digits without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
+"""Draws digits to PNG files without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
 
 import argparse
 import importlib.metadata
@@ -23,13 +23,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, draws, and writes a sheet or a folder."""
     args = _parse(argv)
     if args.out.suffix.lower() not in ("", ".png"):
-        raise fail(f"sample: --out {args.out} is neither a .png nor a folder's name")
+        raise fail(f"sample: --out {args.out} must be a .png file or a folder")
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
     try:
         with Reporter() as reporter:
             drawer = open_drawer(args)
             options = options_from(args, drawer.checkpoint)
             digits = choose_digits(args.digit, len(drawer.class_names))
+            drawer.compile(args.compile, reporter)
             y = torch.tensor(digits).repeat_interleave(args.count)  # (N,)
             index = torch.arange(args.count).repeat(len(digits))  # (N,) each digit counts from 0, as a request does
             x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=args.batch_size)
@@ -44,18 +45,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def choose_digits(asked: list[str], num_classes: int) -> list[int]:
-    """The digits of --digit, each once, in the order asked; `all` is every one; DrawingError for another word."""
+    """Returns the digits of --digit in order, each once; `all` means every class. Raises DrawingError for others."""
     digits: list[int] = []
     for text in asked:
         known = [str(digit) for digit in range(num_classes)]
         if text != "all" and text not in known:
-            raise DrawingError(f"--digit {text} is not one of 0 to {num_classes - 1}, nor all")
+            raise DrawingError(f"--digit {text}: must be 0 to {num_classes - 1} or all")
         digits += range(num_classes) if text == "all" else [int(text)]
     return list(dict.fromkeys(digits))
 
 
 def provenance(drawer: Drawer, options: DrawingOptions, seed: int) -> dict[str, str]:
-    """The text chunks that every picture carries, but for its digit and its index."""
+    """Returns the text chunks of every PNG except digit and index."""
     return {
         "Software": f"unfog {importlib.metadata.version('unfog')}",
         "Seed": str(seed),
@@ -67,7 +68,10 @@ def provenance(drawer: Drawer, options: DrawingOptions, seed: int) -> dict[str, 
 
 
 def write_sheet(path: Path, x_0: Tensor, digits: list[int], facts: dict[str, str], *, scale: int) -> None:
-    """Images (N, C, H, W), as many of each digit: a row a digit, a square where there is one alone."""
+    """Writes images (N, C, H, W), equally many of each digit, as one PNG.
+
+    Each digit gets a row; the images of a single digit fill a square.
+    """
     count = len(x_0) // len(digits)
     columns = count if len(digits) > 1 else math.ceil(math.sqrt(count))
     missing = -len(x_0) % columns
@@ -77,7 +81,7 @@ def write_sheet(path: Path, x_0: Tensor, digits: list[int], facts: dict[str, str
 
 
 def write_folder(folder: Path, x_0: Tensor, y: Tensor, index: Tensor, facts: dict[str, str], *, scale: int) -> None:
-    """One PNG an image, named as in the service's zip."""
+    """Writes one PNG per image, named as in the service's ZIP."""
     for image, digit, i in zip(x_0, y.tolist(), index.tolist(), strict=True):
         text = {**facts, "Digit": str(digit), "Index": str(i)}
         name = f"digit-{digit}-seed-{facts['Seed']}-{i}.png"
@@ -85,7 +89,7 @@ def write_folder(folder: Path, x_0: Tensor, y: Tensor, index: Tensor, facts: dic
 
 
 def _encode(pixels: Tensor, text: dict[str, str], scale: int) -> bytes:
-    """uint8 (H, W, C) -> PNG, enlarged by whole pixels."""
+    """Returns pixels, uint8 (H, W, C), as a PNG enlarged by whole pixels."""
     array = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
     chunks, buffer = PngInfo(), io.BytesIO()
     for name, value in text.items():
@@ -96,10 +100,12 @@ def _encode(pixels: Tensor, text: dict[str, str], scale: int) -> bytes:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.sample", description=__doc__)
-    parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; may be given several times")
-    parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images of each digit; default: 1")
-    parser.add_argument("--out", type=Path, required=True, help="a .png for one sheet, or a folder for one PNG each")
-    parser.add_argument("--scale", type=integer(1, 16), default=1, help="enlarges by whole pixels; default: 1")
+    parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; can be repeated")
+    parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images per digit; default: 1")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a .png file for one sheet, or a folder for one PNG per image"
+    )
+    parser.add_argument("--scale", type=integer(1, 16), default=1, help="enlarge by this factor; default: 1")
     add_drawing_arguments(parser, seed=None)
     return parser.parse_args(argv)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from model.checkpoint import load
-from scripts import evaluate, make_dataset, train_classifiers
+from scripts import drawing, evaluate, make_dataset, train_classifiers
 from scripts.evaluation import training
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -261,3 +261,13 @@ def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
         evaluate.main(command)
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "matplotlib is not installed. Install with: pip install -e '.[evaluate]'\n"
+
+
+def test_data_that_is_missing_is_noticed_before_anything_is_compiled(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
+    monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit):
+        evaluate.main(["digits", *arguments(workplace, "--compile", "--data-dir=nowhere")])
+    assert "no MNIST files" in capsys.readouterr().err

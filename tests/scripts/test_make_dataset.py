@@ -11,7 +11,7 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from model import checkpoint
 from model.sampler import Guidance
-from scripts import make_dataset
+from scripts import drawing, make_dataset
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.progress import Reporter
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -109,3 +109,30 @@ def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
     with pytest.raises(SystemExit):
         make("set")
     assert "is damaged" in capsys.readouterr().err
+
+
+def test_auto_continues_a_set_the_way_it_was_begun(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = files(make("whole", "--compile=off"))
+    monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
+    with monkeypatch.context() as patch:
+        patch.setattr(make_dataset, "write_idx", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            make("stopped", "--compile=off")
+    assert files(make("stopped", "--compile=auto")) == whole
+    monkeypatch.setattr(drawing, "compiled_step", lambda program, cache: program)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        make("stopped", "--compile=on")
+    assert "holds a data set with another compiled" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused_before_anything_is_compiled(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(SystemExit):
+        make("mine", "--compile")

@@ -1,3 +1,7 @@
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,8 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model import checkpoint
+from model.compiler import library_of
+from model.precision import fast_dtype
 from model.sampler import Guidance
-from scripts import sample
+from model.step import ReverseStep
+from scripts import drawing, sample
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -119,3 +127,50 @@ def test_guiding_a_network_that_cannot_be_guided_is_refused(tmp_path: Path, caps
     assert "cannot be guided" in capsys.readouterr().err
     draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1")
     assert (tmp_path / "x.png").exists()
+
+
+def sample_process(tiny: Path, out: Path, cache: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
+    """`python -m scripts.sample` with the default options, on a CPU: status, stdout and stderr."""
+    command = [sys.executable, "-m", "scripts.sample", f"--checkpoint={tiny}", f"--out={out}", *arguments]
+    own = {"UNFOG_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    options = ["--digit=7", "--num-steps=2", "--seed=5"]
+    ended = subprocess.run([*command, *options], env=os.environ | own | variables, capture_output=True, text=True)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_without_a_compiler_it_draws_uncompiled_and_says_so_unless_it_must_compile(tiny: Path, tmp_path: Path) -> None:
+    out, cache = tmp_path / "x.png", tmp_path / "cache"
+    status, said, failed = sample_process(tiny, out, cache, "--compile", CXX="no-such-compiler")
+    assert (status, said) == (2, "")
+    assert failed.startswith("sample: --compile on: compiling needs a C++ compiler")
+    assert len(failed.splitlines()) == 1
+    assert not out.exists()
+    status, said, failed = sample_process(tiny, out, cache, CXX="no-such-compiler")
+    assert (status, failed) == (0, "")
+    slow, drawn = said.splitlines()
+    assert "Drawing without a compiled step, which is slower: compiling needs a C++ compiler" in slow
+    assert drawn == f"1 images with seed 5: {out}"
+    assert out.exists()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_the_first_run_compiles_into_the_services_cache_and_the_next_one_finds_it(tiny: Path, tmp_path: Path) -> None:
+    cache, cpu = tmp_path / "cache", torch.device("cpu")
+    status, said, failed = sample_process(tiny, tmp_path / "first.png", cache)
+    assert (status, failed) == (0, "")
+    assert "compil" in said.splitlines()[0].lower()
+    assert library_of(ReverseStep(checkpoint.load(tiny), cpu, fast_dtype(cpu)), cache).exists()
+    status, said, failed = sample_process(tiny, tmp_path / "second.png", cache, CXX="no-such-compiler")
+    assert (status, failed) == (0, "")
+    assert said.splitlines() == [f"1 images with seed 5: {tmp_path / 'second.png'}"]
+    assert (tmp_path / "second.png").read_bytes() == (tmp_path / "first.png").read_bytes()
+
+
+@pytest.mark.parametrize("wrong", [["--digit=11"], ["--digit=1", "--num-steps=11"], ["--digit=1", "--guidance-stop=1"]])
+def test_a_wrong_argument_is_found_before_anything_is_compiled(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
+) -> None:
+    monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit) as exit_:
+        sample.main(["--checkpoint", str(tiny), "--out", str(tmp_path / "x.png"), "--compile", *wrong])
+    assert exit_.value.code == 2

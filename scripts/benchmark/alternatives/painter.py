@@ -14,11 +14,12 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from model.checkpoint import SHIPPED, load
-from model.compiler import compiled_step, default_cache
+from model.compiler import compiled_step
 from model.noise import normal
 from model.precision import fast_dtype
 from model.sampler import Sampler, make_plan
 from model.step import ReverseStep, State, Step
+from scripts.drawing import step_cache
 from scripts.pictures import grid
 
 STEP_REPEATS = 40
@@ -39,11 +40,11 @@ class Painter:
     """The compiled step, and the state of one batch at a time; not for two threads at once."""
 
     def __init__(self, path: Path = SHIPPED, *, compiled: bool = True) -> None:
-        """In the precision that is fast here; CompilerError."""
+        """Loads the checkpoint in the fastest precision of this device; raises CompilerError."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.checkpoint = load(path)
         program = ReverseStep(self.checkpoint, self.device, fast_dtype(self.device))
-        self._step: Step = compiled_step(program, default_cache()) if compiled else program
+        self._step: Step = compiled_step(program, step_cache()) if compiled else program
 
     @torch.inference_mode()
     def draw(self, requests: list[Request]) -> list[bytes]:
