@@ -39,6 +39,7 @@ from scripts.evaluation.samples import (
     read_samples,
 )
 from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from
+from scripts.evaluation.tables import FEWEST_IMAGES
 from scripts.figures import save_figure
 from scripts.files import write_json
 from scripts.mnist import NUM_CLASSES, DataError
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
     from scripts.evaluation.pictures import show_confusion, show_nearest
-    from scripts.evaluation.quality import Evaluator, as_json, as_markdown
+    from scripts.evaluation.quality import Evaluator, as_json, as_markdown, notes_of
 
     # All that can fail fails before anything is drawn.
     scorer = ClipScorer(args.clip) if args.clip else None
@@ -86,6 +87,7 @@ def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
         of_real = scorer.score(real)
         seen = scorer.score(digits), of_real, scorer.tells_noise(real, of_real)
         table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
+    table = "\n\n".join([table, *notes_of(quality)])
     reporter.line(table)
     if args.out:
         write_json(args.out / "evaluation.json", content)
@@ -235,7 +237,8 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     digits.add_argument(
         "--num-images",
         type=num_images(lowest, MOST_IMAGES),
-        help=f"{lowest} or more, a multiple of 10; default: {NUM_IMAGES}, or what --images holds of them",
+        help=f"a multiple of 10, at least {lowest}; fewer than {FEWEST_IMAGES:,} give no Fréchet distance; "
+        f"default: {NUM_IMAGES}, or as many as --images holds",
     )
     add_drawing_arguments(digits, seed=0)
     digits.set_defaults(run=_digits, packages=("torchmetrics", "prdc", "joblib", "matplotlib"))

@@ -1,4 +1,4 @@
-"""All figures of one set of digits, beside those of real digits."""
+"""Computes all figures of one set of digits, and those of real digits for comparison."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from scripts.evaluation.distances import (
 )
 from scripts.evaluation.recognition import Recognition, recognition
 from scripts.evaluation.samples import Digits, References, balanced
+from scripts.evaluation.tables import fixed, too_few_images
 from scripts.mnist import NUM_CLASSES
 from scripts.pictures import to_pixels
 from scripts.progress import Reporter
@@ -24,10 +25,11 @@ from scripts.progress import Reporter
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Figures of a set of digits, and the same of real ones.
+    """Figures of a set of digits, and the same figures of real digits.
 
-    Distances and manifolds of as many digits that were learned from, against those held out; both sides hold
-    each digit as often, since other shares of the ten would be a distance too.
+    The real digits are as many training digits; both are compared with the held-out digits. Every set holds the ten
+    digits equally often, since a different mix would count as a distance. Fréchet distances are None if there are
+    fewer than tables.FEWEST_IMAGES images.
     """
 
     num_images: int
@@ -37,22 +39,24 @@ class Quality:
     real_judge: Recognition  # of all that are held out
     extractor: Recognition
     real_extractor: Recognition
-    frechet: float
-    real_frechet: float  # the floor
-    noise_frechet: float
+    frechet: float | None
+    real_frechet: float | None  # the floor
+    noise_frechet: float | None
     manifold: Manifold
     real_manifold: Manifold
     memorised: float
     held_out_memorised: float  # of real digits that were not learned from
 
     @property
-    def frechet_ratio(self) -> float:
+    def frechet_ratio(self) -> float | None:
         """The Fréchet distance as a multiple of its floor."""
+        if self.frechet is None or self.real_frechet is None:
+            return None
         return self.frechet / self.real_frechet
 
 
 class Evaluator:
-    """Real digits, looked at once, beside which any number of sets is evaluated."""
+    """Evaluates sets of digits. The figures of the real digits are computed once."""
 
     def __init__(self, references: References, judge: Trained, extractor: Trained, num_images: int) -> None:
         self.references, self.judge, self.extractor, self.num_images = references, judge, extractor, num_images
@@ -62,13 +66,13 @@ class Evaluator:
         self._held_out_features, self._held_out_labels = self._features(held_out.images), held_out.labels  # (M, F)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
-        self._floor = frechet_distance(real_features, self._held_out_features)
-        self._noise = frechet_distance(self._features(to_pixels(noise)), self._held_out_features)
+        self._floor = self._distance(real_features)
+        self._noise = self._distance(self._features(to_pixels(noise)))
         self.real_manifold = self._manifold(real_features, real.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
 
     def evaluate(self, digits: Digits, reporter: Reporter) -> tuple[Quality, Nearest]:
-        """The figures of these digits, and the learned images that are nearest to them."""
+        """Returns the figures of these digits and the training images nearest to them."""
         with reporter.task("evaluating", 3, "parts") as task:
             features = self._features(digits.images)  # (N, F)
             judged = recognition(self.judge.network, digits)
@@ -85,7 +89,7 @@ class Evaluator:
             real_judge=self.real_judge,
             extractor=recognition(self.extractor.network, digits),
             real_extractor=self.real_extractor,
-            frechet=frechet_distance(features, self._held_out_features),
+            frechet=self._distance(features),
             real_frechet=self._floor,
             noise_frechet=self._noise,
             manifold=manifold,
@@ -95,33 +99,45 @@ class Evaluator:
         )
         return quality, nearest
 
+    @property
+    def num_compared(self) -> int:
+        """Images on the smaller side of a distance."""
+        return min(self.num_images, len(self._held_out_labels))
+
     def _features(self, images: Tensor) -> Tensor:
         return features_of(self.extractor.network, images)
+
+    def _distance(self, features: Tensor) -> float | None:
+        """Returns the Fréchet distance to the held-out digits, None if there are too few images."""
+        return None if too_few_images(self.num_compared) else frechet_distance(features, self._held_out_features)
 
     def _manifold(self, features: Tensor, labels: Tensor) -> Manifold:
         return compare_manifolds(features, labels, self._held_out_features, self._held_out_labels)
 
 
 def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
-    """The figures with the networks that they depend on."""
+    """Returns the figures and the networks they depend on; `notes` say which figures are missing and why."""
     networks = {"judge": evaluator.judge, "extractor": evaluator.extractor}
     return {
         **asdict(quality),
         "frechet_ratio": quality.frechet_ratio,
         "networks": {name: {"sha256": n.sha256, "test_accuracy": n.accuracy} for name, n in networks.items()},
+        "notes": notes_of(quality),
     }
 
 
 def as_markdown(quality: Quality) -> str:
-    """A table: each figure beside that of real digits."""
+    """Returns a table of the figures next to those of real digits."""
     ours, theirs = quality.manifold, quality.real_manifold
-    floor = f"{quality.real_frechet:.4f} (noise {quality.noise_frechet:.0f})"
+    floor = fixed(quality.real_frechet, 4)
+    if quality.noise_frechet is not None:
+        floor += f" (noise {quality.noise_frechet:.0f})"
     rows = [
         *_beside("recognised as asked", quality.judge, quality.real_judge),
         ("entropy of the judge, nats", f"{quality.judge.entropy:.3f}", f"{quality.real_judge.entropy:.3f}"),
         *_beside("recognised by the extractor", quality.extractor, quality.real_extractor)[:1],
-        ("Fréchet distance", f"{quality.frechet:.4f}", floor),
-        ("as a multiple of the floor", f"{quality.frechet_ratio:.2f}", "1"),
+        ("Fréchet distance", fixed(quality.frechet, 4), floor),
+        ("as a multiple of the floor", fixed(quality.frechet_ratio, 2), "1"),
         ("precision", f"{ours.precision:.3f}", f"{theirs.precision:.3f}"),
         ("recall", f"{ours.recall:.3f}", f"{theirs.recall:.3f}"),
         ("coverage", f"{ours.coverage:.3f}", f"{theirs.coverage:.3f}"),
@@ -131,8 +147,14 @@ def as_markdown(quality: Quality) -> str:
     return head + "\n".join(f"| {name} | {value} | {beside} |" for name, value, beside in rows)
 
 
+def notes_of(quality: Quality) -> list[str]:
+    """Returns a sentence for each figure that was not computed."""
+    note = too_few_images(min(quality.num_images, quality.num_held_out))
+    return [note] if note else []
+
+
 def _beside(name: str, ours: Recognition, real: Recognition) -> list[tuple[str, str, str]]:
-    """Rows of the table: all digits, the worst one, each."""
+    """Returns the rows of one classifier: all digits, the worst digit, each digit."""
     worst, real_worst = (f"{r.worst_digit}: {r.per_digit[r.worst_digit]:.2%}" for r in (ours, real))
     each, real_each = (", ".join(f"{d}: {share:.1%}" for d, share in enumerate(r.per_digit)) for r in (ours, real))
     return [

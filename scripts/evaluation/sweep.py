@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from scripts.drawing import Drawer, DrawingOptions
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
-from scripts.evaluation.tables import MANIFOLD, SWEEP_COLUMNS, EvaluationError, Figures, as_sweep_row, as_table
+from scripts.evaluation.tables import (
+    MANIFOLD,
+    SWEEP_COLUMNS,
+    EvaluationError,
+    Figures,
+    as_sweep_row,
+    as_table,
+    too_few_images,
+)
 from scripts.figures import new_figure
 from scripts.files import write_json
 from scripts.progress import Reporter
@@ -57,7 +65,8 @@ class Sweep:
             f"{evaluator.num_images:,} digits a line, seed {self.seed}, against the {evaluator.references.name} split; "
             "recognised by the extractor, in whose features distances are measured."
         )
-        return f"{as_table(SWEEP_COLUMNS, lines)}\n{caption}\n"
+        note = too_few_images(evaluator.num_compared)
+        return f"{as_table(SWEEP_COLUMNS, lines)}\n{caption}\n" + (f"\n{note}\n" if note else "")
 
     @property
     def _real(self) -> Figures:
@@ -66,7 +75,7 @@ class Sweep:
         return {
             "extractor": seen.accuracy,
             "extractor_worst": min(seen.per_digit),
-            "frechet_ratio": 1.0,
+            "frechet_ratio": None if too_few_images(self.evaluator.num_compared) else 1.0,
             **{name: getattr(manifold, name) for name in MANIFOLD},
         }
 
@@ -99,7 +108,8 @@ class Sweep:
         try:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:
-                raise SweepError(f"{self.file} holds figures of another checkpoint, seed, split or number of images")
+                different = "another checkpoint, seed, split, number of images or --compile mode"
+                raise SweepError(f"{self.file} holds figures of {different}")
             rows: list[Figures] = content["figures"]
             for row in rows:
                 as_sweep_row(row)
@@ -129,19 +139,22 @@ def brief(quality: Quality) -> Figures:
 
 
 def show_steps(rows: list[Figures]) -> "Figure":
-    """Errors and Fréchet distance against the number of steps, a line a sampler."""
+    """Plots errors and, if any was computed, the Fréchet distance against the number of steps; a line per sampler."""
+    has_distances = any(row["frechet_ratio"] is not None for row in rows)
     figure = new_figure(900, 380)
-    left, right = figure.subplots(1, 2)
+    left, *right = figure.subplots(1, 1 + has_distances, squeeze=False)[0]
     for i, sampler in enumerate(dict.fromkeys(row["options"]["sampler"] for row in rows)):
         of_it = [row for row in rows if row["options"]["sampler"] == sampler]
         steps = [row["options"]["num_steps"] for row in of_it]
         mistakes = [max(1 - row["extractor"], FEWEST_MISTAKES) for row in of_it]
         left.plot(steps, mistakes, f"C{i}o-", markersize=3, label=sampler)
-        right.plot(steps, [row["frechet_ratio"] for row in of_it], f"C{i}o-", markersize=3, label=sampler)
+        for axes in right:
+            axes.plot(steps, [row["frechet_ratio"] for row in of_it], f"C{i}o-", markersize=3, label=sampler)
     left.set_ylabel("not recognised as asked")
-    right.set_ylabel("Fréchet distance ÷ floor")
-    right.axhline(1, color="grey", linestyle=":", linewidth=1)
-    for axes in (left, right):
+    for axes in right:
+        axes.set_ylabel("Fréchet distance ÷ floor")
+        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
+    for axes in (left, *right):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("steps")

@@ -12,7 +12,7 @@ from model.checkpoint import load, save
 from model.sampler import Guidance
 from scripts import compare, evaluate
 from scripts.drawing import Drawer, DrawingOptions
-from scripts.evaluation import sweep
+from scripts.evaluation import sweep, tables
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.sweep import show_steps
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -29,6 +29,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
         patch.setattr("scripts.mnist.NUM_VALIDATION", 100)
+        patch.setattr(tables, "FEWEST_IMAGES", 10)  # there are few
         yield folder
 
 
@@ -106,6 +107,21 @@ def test_figures_of_another_seed_are_not_gone_on_with(
     for damaged in ([], content):
         (tmp_path / "steps.json").write_text(json.dumps(damaged))
         assert "does not hold the figures" in sentence(["steps", *arguments(workplace, tmp_path)], capsys)
+
+
+def test_a_sweep_of_too_few_images_has_no_distances_and_says_so(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "FEWEST_IMAGES", 1_000)
+    for _ in range(2):  # drawn, then read from the file
+        compare.main(["steps", *arguments(workplace, tmp_path), "--steps", "1", "2", "--samplers", "ddim"])
+        content = json.loads((tmp_path / "steps.json").read_text())
+        assert [row["frechet_ratio"] for row in (*content["figures"], content["real"])] == [None] * 3
+        *_, note = table = (tmp_path / "steps.md").read_text().splitlines()
+        assert note == "Too few images for a Fréchet distance: 80, at least 1,000 needed."  # of the held-out ones
+        assert [line.split(" | ")[6] for line in table[2:5]] == ["-"] * 3
+        with Image.open(tmp_path / "steps.png") as image:
+            assert min(image.size) > 100
 
 
 def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from model.checkpoint import load
 from scripts import drawing, evaluate, make_dataset, train_classifiers
-from scripts.evaluation import training
+from scripts.evaluation import tables, training
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
@@ -29,6 +29,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_classifier(folder / f"{kind}.safetensors", kind, new(), {"test_accuracy": 0.125, "num_test": 80})
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
+        patch.setattr(tables, "FEWEST_IMAGES", 100)  # there are few
         yield folder
 
 
@@ -261,6 +262,18 @@ def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
         evaluate.main(command)
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "matplotlib is not installed. Install with: pip install -e '.[evaluate]'\n"
+
+
+def test_too_few_images_for_a_distance_are_said_in_the_output_and_in_every_file(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "FEWEST_IMAGES", 1_000)
+    written = run(workplace, tmp_path, "--num-images=110", "--num-steps=1")
+    note = "Too few images for a Fréchet distance: 110, at least 1,000 needed."
+    assert note in capsys.readouterr().out.splitlines()
+    assert note in (tmp_path / "evaluation.md").read_text().splitlines()
+    assert (written["notes"], written["frechet"], written["frechet_ratio"]) == ([note], None, None)
+    assert tables.as_run("small", tables.read_evaluation(tmp_path))[7] == "-"
 
 
 def test_data_that_is_missing_is_noticed_before_anything_is_compiled(

@@ -3,12 +3,14 @@ import pytest
 import scipy.linalg
 import torch
 
+from scripts.evaluation.classifiers import Extractor
 from scripts.evaluation.distances import (
     compare_manifolds,
     frechet_distance,
     memorised_share,
     nearest_learned,
 )
+from scripts.evaluation.tables import FEWEST_IMAGES
 
 
 def gaussian(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -31,6 +33,34 @@ def test_a_shift_is_its_square_and_nothing_is_nothing() -> None:
     features = gaussian(200, 3)
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(features + 0.25, features) == pytest.approx(6 * 0.25**2, rel=1e-4)
+
+
+def test_fewest_images_show_a_known_distance_that_fewer_images_hide() -> None:
+    """Of normal distributions with equal covariance the distance is |shift|^2, here about that of blurred digits.
+
+    The features have the extractor's number and about its variances: 30 together, most of it in a few.
+    """
+    random, features, truth = np.random.default_rng(0), Extractor.num_features, 0.17
+    variances = 0.85 ** np.arange(features)
+    variances *= 30 / variances.sum()
+
+    def draw(count: int, shift: float = 0.0) -> torch.Tensor:
+        drawn = random.standard_normal((count, features)) * np.sqrt(variances)
+        return torch.from_numpy(drawn + shift / features**0.5)  # the same in each feature
+
+    real = draw(9_000)
+
+    def estimates(count: int) -> tuple[list[float], list[float]]:
+        same, shifted = ([frechet_distance(draw(count, shift), real) for _ in range(4)] for shift in (0, truth**0.5))
+        return same, shifted
+
+    assert estimates(50_000)[1] == pytest.approx([truth] * 4, rel=0.3)  # the closed form is what many images give
+    same, shifted = estimates(FEWEST_IMAGES)
+    assert min(shifted) > 1.4 * max(same)
+    same, shifted = estimates(FEWEST_IMAGES // 5)
+    assert min(shifted) < 1.4 * max(same)
+    same, _ = estimates(features)
+    assert min(same) > 5 * truth  # at no distance at all
 
 
 def test_a_set_that_is_the_real_one_covers_it_and_one_far_away_does_not() -> None:

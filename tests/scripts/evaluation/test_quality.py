@@ -1,15 +1,26 @@
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from scripts.evaluation import tables
 from scripts.evaluation.classifiers import Extractor, Judge
 from scripts.evaluation.pictures import show_confusion, show_nearest
-from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown
+from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, notes_of
 from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits, References
 from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import Witness, bars, untrained
 
 LEARNED = bars(300, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def distances_of_few_images() -> Iterator[None]:
+    """The sets in these tests are small; how many images a distance needs is tested below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "FEWEST_IMAGES", 100)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +80,27 @@ def test_table_and_json_say_the_same(evaluator: Evaluator) -> None:
     assert f"| as a multiple of the floor | {content['frechet_ratio']:.2f} | 1 |" in table
     assert content["networks"]["judge"] == {"sha256": "0" * 64, "test_accuracy": 0.125}
     assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@pytest.mark.parametrize(("num_images", "fewest"), [(100, 101), (290, 201)])
+def test_a_set_too_small_for_a_distance_has_all_other_figures_and_a_note(
+    evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, num_images: int, fewest: int
+) -> None:
+    """Too few are drawn, or too few are held out: of those there are 200."""
+    monkeypatch.setattr(tables, "FEWEST_IMAGES", fewest)
+    other = Evaluator(evaluator.references, evaluator.judge, evaluator.extractor, num_images)
+    quality = evaluate(other, bars(num_images, 5))
+    content, table = as_json(quality, other), as_markdown(quality)
+    for name in ("frechet", "real_frechet", "noise_frechet", "frechet_ratio"):
+        assert content[name] is None
+    note = f"Too few images for a Fréchet distance: {min(num_images, 200)}, at least {fewest} needed."
+    assert content["notes"] == notes_of(quality) == [note]
+    assert "| Fréchet distance | - | - |" in table
+    assert f"| recall | {quality.manifold.recall:.3f} |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    enough = Evaluator(evaluator.references, evaluator.judge, evaluator.extractor, 100)
+    monkeypatch.setattr(tables, "FEWEST_IMAGES", 100)
+    assert as_json(evaluate(enough, bars(100, 5)), enough)["notes"] == []
 
 
 def test_pictures_are_drawn_of_perfect_and_of_poor_digits(evaluator: Evaluator) -> None:

@@ -53,6 +53,16 @@ def test_columns_stand_beside_real_digits() -> None:
     ]
 
 
+def test_an_evaluation_without_a_distance_has_a_dash_for_it(tmp_path: Path) -> None:
+    missing = dict.fromkeys(("frechet", "real_frechet", "noise_frechet", "frechet_ratio"))
+    (tmp_path / "evaluation.json").write_text(json.dumps(EVALUATION | missing))
+    evaluation = read_evaluation(tmp_path)
+    assert as_run("mine", evaluation)[7] == "-"
+    lines = [line.strip("| ").split(" | ") for line in across({"one": evaluation}).splitlines()]
+    assert ["Fréchet distance", "-", "-"] in lines
+    assert ["as a multiple of real digits'", "-", "1"] in lines
+
+
 @pytest.mark.parametrize("field", ["num_images", "split", "networks"])
 def test_what_was_measured_otherwise_does_not_compare(field: str) -> None:
     check_comparable([EVALUATION, EVALUATION])
