@@ -18,6 +18,7 @@ MAX_CHUNK_LINE_BYTES = 1024  # a chunk's size and its extensions
 MAX_SMALL_CHUNKS = 1000  # that many chunks may average under SMALL_CHUNK_BYTES
 SMALL_CHUNK_BYTES = 64
 
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # some clients end a body with one (RFC 9112, section 2.2)
 # h11 refuses these too, but only after trying every way to split the white space before them.
 _FORBIDDEN_IN_HEADER = re.compile(rb"[\x00\r\v\f]")
 _FORBIDDEN_IN_CHUNK_LINE = re.compile(rb"[\x00\r\n]")
@@ -186,8 +187,8 @@ class LimitedConnection(h11.Connection):
 
     def _measure(self) -> int:
         if self.their_state is h11.IDLE:
-            while self._unparsed.startswith(b"\r\n"):  # some clients end a body with it (RFC 9112, section 2.2)
-                del self._unparsed[:2]
+            if empty_lines := _EMPTY_LINES.match(self._unparsed):
+                del self._unparsed[: empty_lines.end()]
             if self._unparsed == b"\r":
                 return 0
             if self._unparsed and self._unparsed[0] <= 0x20:  # not the start of a method: TLS, for example

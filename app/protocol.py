@@ -64,7 +64,7 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         super().__init__(*args, **kwargs)
         self.conn = LimitedConnection(self.max_ahead_bytes)
         self.logger = _ERRORS_ONLY
-        self._discards = False  # refused: what still arrives is dropped
+        self._discards = False  # refused: what still arrives is dropped, without parsing it
         self._num_discarded = 0
         self._linger = Deadline(self.loop, LINGER_SECONDS, lambda: self.transport.close())
         self._head = Deadline(self.loop, self.read_timeout, self._give_up_reading)
@@ -95,7 +95,7 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def data_received(self, data: bytes) -> None:
         """A head's time counts from its first byte, in however many pieces it comes."""
-        if self._discards:
+        if self._discards or self._answers_early():
             self._discard(data)
             return
         super().data_received(data)
@@ -165,6 +165,10 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         with suppress(OSError):  # the client has reset the connection
             self.transport.write_eof()
         self._linger.set()
+
+    def _answers_early(self) -> bool:
+        """True if the answer has begun before the request is complete. The connection then closes after the answer."""
+        return self.conn.their_state is h11.SEND_BODY and self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
 
     def _discard(self, data: bytes) -> None:
         self._num_discarded += len(data)
