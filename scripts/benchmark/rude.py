@@ -21,8 +21,9 @@ MANNERS = {  # what each sends, and what it does then
     "does not read its stream": (_HEAD + _STREAM + _BODY, "stays"),
     "closes its side": (_HEAD + b"\r\n" + _BODY, "closes its side"),
     "resets": (_HEAD + b"\r\n" + _BODY, "resets"),
+    "sends more and resets": (_HEAD + b"\r\n" + _BODY + b"\r\n", "resets"),
     "speaks no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", "stays"),
-    "sends a bomb": (_HEAD.replace(b"%d" % len(_BODY), b"1000000") + b"\r\n" + b"[" * 1_000_000, "stays"),
+    "sends a bomb": (_HEAD.replace(b"%d" % len(_BODY), b"16000") + b"\r\n" + b"[" * 16_000, "stays"),
 }
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 MEGABYTE = 2**20
+MAX_BODY_BYTES = 16 * 1024  # UNFOG_MAX_BODY_BYTES
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
 JSON_TYPE = b"Content-Type: application/json\r\n"
 
@@ -22,23 +23,35 @@ def document(choose: random.Random, **fields: object) -> bytes:
     return json.dumps({"digit": choose.randrange(10), "num_steps": 1, **fields}).encode()
 
 
-# Bodies that are small beside what a reader could make of them; all are within UNFOG_MAX_BODY_BYTES.
-BOMBS: dict[str, bytes] = {
-    "nested lists": b"[" * (MEGABYTE - 10),
-    "nested lists that close": b"[" * 500_000 + b"]" * 500_000,
-    "nested objects": b'{"a":' * 200_000,
-    "a number of a million digits": b'{"digit": ' + b"9" * 1_000_000 + b"}",
-    "a fraction of a million digits": b'{"digit": 1.5' + b"9" * 1_000_000 + b"}",
-    "an exponent": b'{"digit": 1e999999999}',
-    "lists in a list": b"[" + b"[]," * 330_000 + b"[]]",
-    "objects in a list": b"[" + b"{}," * 330_000 + b"{}]",
-    "many fields": b"{" + b",".join(b'"f%d":1' % i for i in range(80_000)) + b"}",
-    "one field many times": b"{" + b",".join(b'"digit":1' for _ in range(100_000)) + b"}",
-    "a long string": b'{"digit": "' + b"a" * 1_000_000 + b'"}',
-    "a long name": b'{"' + b"a" * 1_000_000 + b'": 1}',
-    "escapes": b'{"model": "' + b"\\ud83d\\ude00" * 80_000 + b'"}',
-    "a wide list": b'{"digit": [' + b"0," * 500_000 + b"0]}",
-    "spaces": b" " * 1_000_000 + b"{}",
+def _repeat(piece: bytes, start: bytes = b"", end: bytes = b"") -> Callable[[int], bytes]:
+    return lambda size: start + piece * ((size - len(start) - len(end)) // len(piece)) + end
+
+
+def _nested(size: int) -> bytes:
+    return b"[" * (size // 2) + b"]" * (size // 2)
+
+
+def _fields(size: int) -> bytes:
+    return b"{" + b",".join(b'"f%06d":1' % i for i in range((size - 2) // 12)) + b"}"
+
+
+# Bodies of at most so many bytes that are small compared with what a reader could make of them.
+BOMBS: dict[str, Callable[[int], bytes]] = {
+    "nested lists": _repeat(b"["),
+    "nested lists that close": _nested,
+    "nested objects": _repeat(b'{"a":'),
+    "a number of many digits": _repeat(b"9", b'{"digit": ', b"}"),
+    "a fraction of many digits": _repeat(b"9", b'{"digit": 1.5', b"}"),
+    "an exponent": _repeat(b"9", b'{"digit": 1e', b"}"),
+    "lists in a list": _repeat(b"[],", b"[", b"[]]"),
+    "objects in a list": _repeat(b"{},", b"[", b"{}]"),
+    "many fields": _fields,
+    "one field many times": _repeat(b'"digit":1,', b"{", b'"digit":1}'),
+    "a long string": _repeat(b"a", b'{"digit": "', b'"}'),
+    "a long name": _repeat(b"a", b'{"', b'": 1}'),
+    "escapes": _repeat(b"\\ud83d\\ude00", b'{"model": "', b'"}'),
+    "a wide list": _repeat(b"0,", b'{"digit": [', b"0]}"),
+    "spaces": _repeat(b" ", b"", b"{}"),
 }
 
 
@@ -74,6 +87,7 @@ def _header(choose: random.Random) -> bytes:
         *(b"Accept: " + b"a/b;q=0.1," * 500, b"Accept: ;;;,,,", b"Accept: image/png;q=nan", b"X-Request-ID: a\tb"),
         *(b"X-Request-ID: " + b"a" * 5000, b"Expect: 100-continue", b"Expect: 200-ok", b"Upgrade: websocket"),
         *(b"Connection: upgrade\r\nUpgrade: h2c", b"Range: bytes=0-1", b"Origin: null", b"Cookie: " + b"a=b;" * 500),
+        *(b"X: a\rb", b"X: a\r\n b\r\n\tc", b"X: \x0b", b": a", b"X : a", b" X: a", b"Accept: */*\r\nAccept: \xff"),
         *(b"X-Forwarded-For: 127.0.0.1", b"Host: y", b"Content-Encoding: gzip", b"Authorization: Bearer \xff\xfe"),
         *(b"traceparent: 00-" + b"0" * 32 + b"-" + b"0" * 16 + b"-01", b"X-API-Key: " + b"k" * 5000),
     )
@@ -96,14 +110,55 @@ def _framing(choose: random.Random) -> bytes:
     lines = (
         *(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"Content-Length: 3, 4\r\n\r\n{}"),
         *(b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n"),
+        *(b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}", b"Content-Length: 2\rX: y\r\n\r\n{}"),
+        *(b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n", b"Content-Length: 2\n\n{}", b"X: y\n z\r\n\r\n"),
         *(
             b"Content-Length: +2\r\n\r\n{}",
             b"Content-Length: 0x2\r\n\r\n{}",
             b"Content-Length: 99999999999999999999\r\n\r\n",
         ),
         *(b"Transfer-Encoding: chunked\r\n\r\nffffffffffffffff\r\n", b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n"),
+        *(b"Transfer-Encoding: chunked\r\n\r\n2;a\n\r\n{}\r\n", b"Transfer-Encoding: chunked\r\n\r\n2\r{}\r\n"),
     )
     return HEAD + JSON_TYPE + choose.choice(lines) + smuggled
+
+
+def _ahead(choose: random.Random) -> bytes:
+    """Further bytes after a request that takes long; the client leaves without its answer."""
+    request = post(document(choose, count=16, num_steps=100), b"X: y")
+    return request + choose.choice((b"\r\n", b"\x00", b"GET", request, request * 20, b"\r\n" * 20_000))
+
+
+# Requests of about so many bytes that make a reader work. Those of 8 KiB are within the limits, of a megabyte beyond.
+CHUNKED = HEAD + JSON_TYPE + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+END = b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+FLOODS: dict[str, Callable[[int], bytes]] = {
+    "a path": _repeat(b"/", b"POST /", b" HTTP/1.1\r\nHost: x" + END),
+    "a query": _repeat(b"previews=1&", b"POST /generate?", b" HTTP/1.1\r\nHost: x" + END),
+    "a header": _repeat(b"a", HEAD + JSON_TYPE + b"X: ", END),
+    "a header of many lines": _repeat(b"\r\n a", HEAD + JSON_TYPE + b"X: a", END),
+    "white space before a control character": _repeat(b" ", HEAD + JSON_TYPE + b"X:", b"\x00" + END),
+    "white space before a carriage return": _repeat(b" ", HEAD + JSON_TYPE + b"X: a", b"\ra" + END),
+    "headers": _repeat(b"a:\n", HEAD + JSON_TYPE, b"X:" + END),
+    "keys": _repeat(b"X-API-Key: a\r\n", HEAD + JSON_TYPE, b"X:" + END),
+    "Accept: semicolons in an open quote": _repeat(b";", HEAD + JSON_TYPE + b'Accept: */*;"', END),
+    "Accept: quotes": _repeat(b'"', HEAD + JSON_TYPE + b"Accept: */*;", END),
+    "Accept: commas": _repeat(b",", HEAD + JSON_TYPE + b"Accept: */*", END),
+    "Accept: weights": _repeat(b";q=0", HEAD + JSON_TYPE + b"Accept: */*", END),
+    "Accept headers": _repeat(b'Accept: a/b;c=","\r\n', HEAD + JSON_TYPE, b"X:" + END),
+    "Connection: tokens": _repeat(b"a,", HEAD + JSON_TYPE + b"Connection: ", END),
+    "X-Forwarded-For: addresses": _repeat(b"10.0.0.1,", HEAD + JSON_TYPE + b"X-Forwarded-For: ", END),
+    "Content-Length: numbers": _repeat(
+        b"2,", HEAD + JSON_TYPE + b"Connection: close\r\nContent-Length: ", b"2\r\n\r\n{}"
+    ),
+    "chunks of a byte": _repeat(b"1\r\n \r\n", CHUNKED, b"0\r\n\r\n"),
+    "chunks of 64 bytes": _repeat(b"40\r\n" + b" " * 64 + b"\r\n", CHUNKED, b"0\r\n\r\n"),
+    "a chunk extension": _repeat(b" ", CHUNKED + b"1;", b"\n\r\n \r\n0\r\n\r\n"),
+    "chunk extensions": _repeat(b"1;" + b" " * 1000 + b"\r\n \r\n", CHUNKED, b"0\r\n\r\n"),
+    "trailers": _repeat(b"a:\n", CHUNKED + b"0\r\n", b"\r\n"),
+    "a trailer": _repeat(b" ", CHUNKED + b"0\r\nX:", b"\x00\r\n\r\n"),
+    "empty lines": _repeat(b"\r\n", b"", post(b"{}", b"Connection: close")),
+}
 
 
 KINDS: dict[str, Maker] = {
@@ -115,18 +170,22 @@ KINDS: dict[str, Maker] = {
     "a header": _header,
     "a path": _path,
     "framing": _framing,
+    "bytes ahead": _ahead,
+    "a flood": lambda choose: choose.choice(list(FLOODS.values()))(choose.choice((1024, 8 * 1024))),
+    "a flood, too large": lambda choose: choose.choice(list(FLOODS.values()))(MEGABYTE),
     "gzip": lambda choose: post(gzip.compress(bytes(10 * MEGABYTE)), b"Content-Encoding: gzip"),
-    "too large": lambda choose: post(b" " * (MEGABYTE + choose.randrange(1, 1000))),
+    "too large": lambda choose: post(b" " * (MAX_BODY_BYTES + choose.randrange(1, MEGABYTE))),
     "too large, of no length": lambda choose: (
         HEAD + JSON_TYPE + b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 20
     ),
-    "a bomb": lambda choose: post(choose.choice(list(BOMBS.values()))),
+    "a bomb": lambda choose: post(choose.choice(list(BOMBS.values()))(MAX_BODY_BYTES)),
+    "a bomb, too large": lambda choose: post(choose.choice(list(BOMBS.values()))(MEGABYTE)),
 }
 
 
 def make(seed: int) -> tuple[str, bytes]:
-    """Its kind, and the bytes; bombs and the like, of a megabyte each, are rarer."""
+    """Its kind, and the bytes; those of up to a megabyte are rarer."""
     choose = random.Random(seed)
-    large = ("gzip", "too large", "too large, of no length", "a bomb")
+    large = ("gzip", "too large", "too large, of no length", "a bomb, too large", "a flood, too large")
     kind = choose.choices(list(KINDS), [0.2 if name in large else 1.0 for name in KINDS])[0]
     return kind, KINDS[kind](choose)
