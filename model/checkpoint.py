@@ -1,11 +1,11 @@
-"""Checkpoints: one safetensors file that holds the weights to serve and all that is needed to serve them."""
+"""Checkpoints: one safetensors file with the weights to serve and everything that is needed to serve them."""
 
 import base64
-import binascii
 import copy
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -18,26 +18,47 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from model.json_fields import build
 from model.prediction import Prediction, PredictionConfig
 from model.sampler import SAMPLERS, Guidance, Sampler, sample
 from model.schedule import Schedule, ScheduleConfig
 from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
-MOST_STEPS = 100  # that are ever asked for
+MOST_STEPS = 100  # that a request can ask for
+MAX_FILE_BYTES = 2**28
+# A small file can describe a network that needs terabytes, so these are checked before anything is allocated.
+MAX_SIZES = {
+    "image_channels": 16,
+    "image_size": 256,
+    "num_classes": 1000,
+    "num_steps": 10_000,
+    "stem_patch": 64,
+    "num_pairs": 16,
+    "attention_heads": 64,
+    "time_dim": 4096,
+    "embed_dim": 4096,
+}
+MAX_LEVELS, MAX_WIDTH = 8, 4096
+MAX_ACTIVATIONS = 2**22  # values of one image at one level
+MAX_ATTENTION_POSITIONS = 1024
+MAX_TABLE = 2**26  # values of UNet.condition_table()
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of stored weights
 SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
 SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # its student
 METADATA_KEY = "unfog"
 MAX_HEADER_BYTES = 1 << 20
+# The first files have no prediction, steps, training or guidance_by_sampler.
+REQUIRED = ("unet", "schedule", "class_names", "guidance", "samplers", "probe")
 
 
 class CheckpointError(Exception):
-    """The file cannot be served; the message is one sentence for the person who named it."""
+    """The file cannot be served. The message is one sentence that names the file and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A picture that the weights are known to draw: whoever loads them can see that the machine draws it too."""
+    """Options of a picture that is stored with the weights, so that a reader can draw it and compare."""
 
     digit: int = 7
     seed: int = 2**53 - 1
@@ -47,26 +68,27 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """The metadata: what the tensors alone do not say."""
+    """The metadata: everything that the tensors alone do not say."""
 
     unet: UNetConfig
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
     class_names: tuple[str, ...] = tuple("0123456789")
     guidance: Guidance = Guidance()  # the recommended one
-    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # of those that want another
-    samplers: tuple[Sampler, ...] = SAMPLERS  # those permitted, the recommended one first
-    steps: tuple[int, ...] = ()  # likewise numbers of steps; empty = all up to T
+    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # overrides it for some samplers
+    samplers: tuple[Sampler, ...] = SAMPLERS  # the permitted ones, the recommended one first
+    steps: tuple[int, ...] = ()  # permitted numbers of steps, the recommended one first; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
 
     def __post_init__(self) -> None:
-        """ValueError where the parts contradict each other."""
-        T, probe = self.schedule.num_steps, self.probe
-        if self.unet.num_steps != T or len(self.class_names) != self.unet.num_classes:
-            raise ValueError("network, schedule and class names do not fit together")
-        if not isinstance(self.training, dict):
-            raise ValueError("training must be a mapping")
+        """ValueError where the parts contradict each other or are too large."""
+        _check_size(self.unet)
+        T, num_classes, probe = self.schedule.num_steps, self.unet.num_classes, self.probe
+        if self.unet.num_steps != T:
+            raise ValueError(f"the schedule has {T} steps, but the network has {self.unet.num_steps}")
+        if len(self.class_names) != num_classes:
+            raise ValueError(f"{len(self.class_names)} class names, but the network has {num_classes} classes")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
         if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
@@ -77,21 +99,21 @@ class CheckpointConfig:
             raise ValueError(f"guidance_by_sampler must be of samplers among {', '.join(SAMPLERS)}")
         if not self.guidable and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
             raise ValueError("guidance needs training.label_drop above 0")
-        if not (0 <= probe.digit < self.unet.num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
-            raise ValueError("the probe asks for what the network cannot draw")
+        if not (0 <= probe.digit < num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
+            raise ValueError(f"probe must have a digit below {num_classes}, 1 to {T} steps and a seed below 2^53")
 
     @property
     def recommended_steps(self) -> int:
-        """How many steps are made where nobody asks for a number."""
+        """The number of steps for a request that names none."""
         return self.steps[0] if self.steps else min(self.schedule.num_steps, MOST_STEPS)
 
     def guidance_of(self, sampler: Sampler) -> Guidance:
-        """The recommended one, and the only interval in which this sampler's rows are ever guided."""
+        """The recommended guidance of this sampler. Its interval also holds for requests with another scale."""
         return self.guidance_by_sampler.get(sampler, self.guidance)
 
     @property
     def guidable(self) -> bool:
-        """Whether labels were dropped in training: without that, guidance has nothing to lean on."""
+        """True if labels were dropped in training; without that the network has no unconditional prediction."""
         return bool(self.training.get("label_drop", 0) > 0)
 
 
@@ -104,7 +126,7 @@ class Checkpoint:
     prediction: Prediction
     config: CheckpointConfig
     sha256: str  # of the file
-    weights_sha256: str  # of the weights alone, which draw the same whatever stands beside them
+    weights_sha256: str  # of the weights alone, whatever the metadata is
     probe_image: Tensor  # (C, H, W) in [-1, 1], quantised to 8 bits
 
     @property
@@ -115,7 +137,7 @@ class Checkpoint:
 
 
 def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
-    """Draws the probe's picture with the network as it is, (C, H, W) in [-1, 1]."""
+    """Draws the probe's picture with this network, (C, H, W) in [-1, 1]."""
     probe, device = config.probe, next(network.parameters()).device
     x_0 = sample(
         network,
@@ -134,17 +156,17 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
 
 
 def save(path: Path, network: UNet, config: CheckpointConfig, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the checkpoint atomically: a crash leaves the old file or the new one, never a part.
+    """Writes the checkpoint atomically: after a crash the file is the old one or the new one, never a part.
 
-    `dtype` is what the weights are stored in; float16 halves the file and still has three bits of
-    mantissa more than the bfloat16 that serves. They are loaded as float32 again.
+    Weights are stored as `dtype` and loaded as float32. float16 halves the file and still has three bits of mantissa
+    more than bfloat16, in which networks are served.
     """
     tensors = {
         name: t.detach().cpu().to(dtype, copy=True, memory_format=torch.contiguous_format)
         for name, t in network.state_dict().items()
     }
     stored = copy.deepcopy(network)
-    stored.load_state_dict(tensors)  # what a reader will have: the known picture is drawn with the same weights
+    stored.load_state_dict(tensors)  # the probe is drawn with the weights that a reader will have
     image = ((draw_probe(stored, config).cpu() + 1) * 127.5).round().to(torch.uint8)
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -156,7 +178,7 @@ def save(path: Path, network: UNet, config: CheckpointConfig, *, dtype: torch.dt
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes beside the target and renames over it."""
+    """Writes a temporary file in the same folder and renames it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
@@ -171,27 +193,33 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Loads and verifies a checkpoint whole; CheckpointError, in one sentence, for whatever is wrong with it."""
-    tensors, metadata, sha256 = _read(path)
+    """Loads and verifies a checkpoint; CheckpointError for whatever is wrong with it. Nothing is half loaded.
+
+    Sizes are checked before memory is allocated for them.
+    """
+    content = _read(path)
+    tensors, metadata = _deserialize(path, content)
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
-    if metadata.pop("digest", None) != _digest(tensors, metadata):
-        raise CheckpointError(f"{path} is damaged: its content does not match the digest stored with it")
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        raise CheckpointError(f"{path} has NaN or infinite values in its weights")
+        shown = ascii(version).strip("'")[:20] if isinstance(version, int | float | str | None) else "unknown"
+        raise CheckpointError(f"{path} has format version {shown}; this release reads version {FORMAT_VERSION}")
+    _check_tensors(path, tensors, metadata)
     try:
-        probe_bytes = base64.b64decode(metadata.pop("probe_image"), validate=True)
         del metadata["format_version"]
-        config = _parse_config(metadata)
-        network, schedule = UNet(config.unet), Schedule(config.schedule)
-        network.load_state_dict(tensors)
+        probe_bytes = _decode(metadata.pop("probe_image", None))
+        config = build(CheckpointConfig, metadata, required=REQUIRED)
+        _check_shapes(config.unet, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         shape = (config.unet.image_channels, config.unet.image_size, config.unet.image_size)
-        probe_image = torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape) / 127.5 - 1
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, binascii.Error) as error:
-        raise CheckpointError(f"{path} is not a checkpoint of unfog: its metadata and tensors disagree") from error
-    prediction = Prediction(config.prediction, schedule)
+        if len(probe_bytes) != math.prod(shape):
+            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network draws {math.prod(shape)}")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a checkpoint of unfog: {error}") from error
+    network, schedule = UNet(config.unet), Schedule(config.schedule)
+    network.load_state_dict(tensors)
     network.eval().requires_grad_(False)
+    prediction = Prediction(config.prediction, schedule)
+    probe_image = torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape) / 127.5 - 1
+    sha256 = hashlib.sha256(content).hexdigest()
     return Checkpoint(network, schedule, prediction, config, sha256, weights_sha256(network), probe_image)
 
 
@@ -207,60 +235,104 @@ def read_config(path: Path) -> CheckpointConfig:
         metadata = json.loads(json.loads(header)["__metadata__"][METADATA_KEY])
         for name in ("digest", "probe_image", "format_version"):
             metadata.pop(name)
-        return _parse_config(metadata)
+        return build(CheckpointConfig, metadata, required=REQUIRED)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def _read(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            is_large = os.fstat(file.fileno()).st_size > MAX_FILE_BYTES
+            content = b"" if is_large else file.read(MAX_FILE_BYTES + 1)  # a pipe or a device has no size
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    if is_large or len(content) > MAX_FILE_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
+    return content
+
+
+def _deserialize(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
         tensors = deserialize(content)
         header_end = 8 + int.from_bytes(content[:8], "little")
         metadata = json.loads(json.loads(content[8:header_end])["__metadata__"][METADATA_KEY])
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        if not isinstance(metadata, dict):
+            raise TypeError("metadata must be an object")
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file") from error
-    except (KeyError, ValueError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog") from error
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog")
-    return tensors, metadata, hashlib.sha256(content).hexdigest()
+    return tensors, metadata
 
 
-def _parse_config(metadata: dict[str, Any]) -> CheckpointConfig:
-    """Unknown fields raise TypeError: a newer writer is noticed, not half understood. So do missing ones, but for
-    those that came later: the first files have no prediction, no steps and no sampler's own guidance."""
-    metadata["unet"]["widths"] = tuple(metadata["unet"]["widths"])
-    return CheckpointConfig(
-        unet=UNetConfig(**metadata.pop("unet")),
-        schedule=ScheduleConfig(**metadata.pop("schedule")),
-        prediction=PredictionConfig(**metadata.pop("prediction", {})),
-        class_names=tuple(metadata.pop("class_names")),
-        guidance=Guidance(**metadata.pop("guidance")),
-        guidance_by_sampler={name: Guidance(**own) for name, own in metadata.pop("guidance_by_sampler", {}).items()},
-        samplers=tuple(metadata.pop("samplers")),
-        steps=tuple(metadata.pop("steps", ())),
-        probe=Probe(**metadata.pop("probe")),
-        **metadata,
-    )
+def _check_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Compares content and digest, which is removed from the metadata, and refuses values that no weight can have."""
+    digest = metadata.pop("digest", None)
+    try:
+        is_whole = digest == _digest(tensors, metadata)
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is not a checkpoint of unfog: its metadata is nested too deeply") from error
+    if not is_whole:
+        raise CheckpointError(f"{path} is damaged: its content does not match the digest stored with it")
+    if not all(tensor.dtype in DTYPES for tensor in tensors.values()):
+        raise CheckpointError(f"{path} is not a checkpoint of unfog: weights must be float32, float16 or bfloat16")
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        raise CheckpointError(f"{path} has NaN or infinite values in its weights")
+
+
+def _decode(probe_image: object) -> bytes:
+    if not isinstance(probe_image, str):
+        raise ValueError("probe_image must be base64")
+    try:
+        return base64.b64decode(probe_image, validate=True)
+    except ValueError as error:  # its text may quote the input
+        raise ValueError("probe_image must be base64") from error
+
+
+def _check_size(unet: UNetConfig) -> None:
+    """ValueError for a network that needs too much memory, whatever its weights are."""
+    for name, limit in MAX_SIZES.items():
+        if getattr(unet, name) > limit:
+            raise ValueError(f"unet.{name} must be at most {limit}")
+    if len(unet.widths) > MAX_LEVELS or max(unet.widths) > MAX_WIDTH:
+        raise ValueError(f"unet.widths must be at most {MAX_LEVELS} numbers of at most {MAX_WIDTH}")
+    edges = [unet.image_size // unet.stem_patch // 2**level for level in range(len(unet.widths))]
+    if any(edge**2 * width > MAX_ACTIVATIONS for edge, width in zip(edges, unet.widths, strict=True)):
+        raise ValueError(f"unet.widths: a level has more than {MAX_ACTIVATIONS} values an image")
+    if unet.attention_heads and edges[-1] ** 2 > MAX_ATTENTION_POSITIONS:
+        raise ValueError(f"unet.attention_heads: the last level has more than {MAX_ATTENTION_POSITIONS} positions")
+
+
+def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError if the tensors are not the network's, or if its conditioning table is too large."""
+    with torch.device("meta"):  # allocates nothing
+        network = UNet(unet)
+    for name, tensor in network.state_dict().items():
+        if shapes.get(name) != tuple(tensor.shape):
+            found = f"has shape {shapes[name]}" if name in shapes else "is missing"
+            raise ValueError(f"tensor {name} {found}, but the network needs {tuple(tensor.shape)}")
+    if len(shapes) > len(network.state_dict()):
+        raise ValueError(f"the network has {len(network.state_dict())} tensors, but the file has {len(shapes)}")
+    table = (unet.num_steps + 1) * (unet.num_classes + 1) * network.condition_proj.out_features
+    if table > MAX_TABLE:
+        raise ValueError(f"steps, classes and widths make a table of {table} values, the limit is {MAX_TABLE}")
 
 
 def weights_sha256(network: UNet, stored_as: torch.dtype = torch.float32) -> str:
-    """Of the weights as they are once loaded again from a file that stores them in this precision."""
+    """The digest of the weights as they are after they were stored in this precision and loaded."""
     return _digest({name: tensor.to(stored_as).float() for name, tensor in network.state_dict().items()}, {})
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """Of both, but for a digest that stands in the metadata."""
+    """The digest of both; the metadata has none yet."""
     return tensors_sha256(tensors, json.dumps(metadata, sort_keys=True).encode())
 
 
 def tensors_sha256(tensors: dict[str, Tensor], first: bytes = b"") -> str:
-    """Of these bytes, then of each tensor on the CPU, in the order of their names: name, type, shape, content."""
+    """Hashes `first`, then name, type, shape and content of each CPU tensor in the order of their names."""
     digest = hashlib.sha256(first)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

@@ -1,16 +1,21 @@
+import copy
 import dataclasses
 import hashlib
 import json
 import pickle
+import resource
 import struct
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from model.checkpoint import (
@@ -380,3 +385,173 @@ def test_the_weights_have_a_digest_of_their_own_whatever_stands_beside_them(netw
     assert load(one).weights_sha256 == load(other).weights_sha256
     save(other, network, config_of(network), dtype=torch.float16)
     assert load(other).weights_sha256 == weights_sha256(network, torch.float16) != load(one).weights_sha256
+
+
+HUGE = 10**400
+HOSTILE = [
+    *(HUGE, -HUGE, 2**63, 2**31, 10**9, 10**6, 1000, 64, 7, 2, 1, 0, -1, 0.5, 1e308, -0.0, 1e-320, float("nan")),
+    *(float("inf"), True, False, None, "", "a", "\n\x1b[2J", "\ud800", "x" * 10_000, "1", [], {}, [[]], {"a": 1}),
+    *([HUGE], [8] * 1000, [8] * 2000, [4096] * 8, [2**20, 2**20], [0], [-8], ["8"], [None], [float("nan")]),
+    *({"ddpm": None}, {"ddpm": {"scale": HUGE}}, {"": {}}, ["ddpm"] * 2000, [["ddpm"]], [{}], list("0123456789a")),
+]
+
+
+def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a value can be replaced: every field, and every item of a list."""
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(found for key, item in items for found in places(item, (*place, key)))]
+
+
+def replace_at(metadata: dict[str, Any], place: tuple[Any, ...], value: object) -> None:
+    *path, last = place
+    target: Any = metadata
+    for key in path:
+        target = target[key]
+    if isinstance(target, dict) == isinstance(last, str):
+        target[last] = copy.deepcopy(value)
+
+
+def can_be_loaded(path: Path) -> bool:
+    """Whether the file is loaded; if not, it is refused with one sentence that can be printed."""
+    try:
+        load(path)
+    except CheckpointError as error:
+        message = str(error).removeprefix(str(path))
+        assert message.isprintable()
+        assert len(message) < 400
+        return False
+    return True
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_hostile_metadata_is_loaded_or_refused(saved: Path, network: UNet, data: st.DataObject) -> None:
+    save(saved, network, config_of(network, guidance_by_sampler={"ddpm": Guidance(2.0)}, steps=(4, 2)))
+    original = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
+    del original["digest"]
+    anywhere = st.sampled_from(places(original)[1:])
+    changes = data.draw(st.lists(st.tuples(anywhere, st.sampled_from(HOSTILE)), min_size=1, max_size=3))
+
+    def change(metadata: dict[str, Any]) -> None:
+        for place, value in changes:
+            with suppress(KeyError, IndexError, TypeError):  # an earlier change removed the place
+                replace_at(metadata, place, value)
+
+    rewrite(saved, change)
+    can_be_loaded(saved)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_value_anywhere_in_the_network_or_the_schedule_is_loaded_or_refused(saved: Path, value: object) -> None:
+    content = saved.read_bytes()
+    metadata = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
+    for part in ("unet", "schedule", "prediction", "guidance", "probe"):
+        for field in metadata[part]:
+            saved.write_bytes(content)
+            rewrite(saved, lambda metadata, part=part, field=field: replace_at(metadata, (part, field), value))
+            can_be_loaded(saved)
+
+
+def with_steps(metadata: dict[str, Any], num_steps: object) -> None:
+    metadata["unet"]["num_steps"] = metadata["schedule"]["num_steps"] = num_steps
+
+
+def with_classes(metadata: dict[str, Any], num_classes: int) -> None:
+    metadata["unet"]["num_classes"], metadata["class_names"] = num_classes, ["a"] * num_classes
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: with_steps(m, 10**9), "unet.num_steps must be at most 10000"),
+        (lambda m: with_steps(m, HUGE), f"unet.num_steps must be an integer of at most {2**53}"),
+        (lambda m: with_classes(m, 1001), "class_names must be a list of at most 1000 values"),
+        (lambda m: m["unet"].update(widths=[2**40]), "unet.widths must be at most 8 numbers of at most 4096"),
+        (lambda m: m["unet"].update(widths=[8] * 9, image_size=256, stem_patch=1), "unet.widths must be at most 8"),
+        (lambda m: m["unet"].update(widths=[4096, 4096]), "but the network needs (4096, 4, 3, 3)"),
+        (lambda m: m["unet"].update(image_size=256, widths=[4096]), "a level has more than 4194304 values"),
+        (lambda m: m["unet"].update(image_size=256, stem_patch=1, widths=[8]), "more than 1024 positions"),
+        (lambda m: m["unet"].update(image_size=10**6), "unet.image_size must be at most 256"),
+        (lambda m: m["unet"].update(time_dim=HUGE), "unet.time_dim must be an integer of at most"),
+        (lambda m: m["unet"].update(num_pairs=10**9), "unet.num_pairs must be at most 16"),
+        (lambda m: m["unet"].update(embed_dim=2**50), "unet.embed_dim must be at most 4096"),
+        (lambda m: m["unet"].update(image_size=8.0), "unet.image_size must be an integer"),
+        (lambda m: m["unet"].update(residual=1), "unet.residual must be true or false"),
+        (lambda m: m["guidance"].update(scale=float("nan")), "guidance.scale must be a number"),
+        (lambda m: m["guidance"].update(stop=HUGE), "guidance.stop must be an integer"),
+        (lambda m: m["probe"].update(seed=HUGE), "probe.seed must be an integer"),
+        (lambda m: m.update(samplers=["euler"]), "samplers[0] must be one of ddpm, ddim, dpmpp"),
+        (lambda m: m.update(class_names=["a"] * 9), "9 class names, but the network has 10 classes"),
+        (lambda m: m["schedule"].update(num_steps=50), "the schedule has 50 steps, but the network has 100"),
+        (lambda m: m.update(probe_image="AAAA"), "the probe image has 3 bytes, but the network draws 64"),
+        (lambda m: m.update(probe_image="\u0661"), "probe_image must be base64"),
+        (lambda m: m["unet"].update({"new\n": 1}), r"unknown field unet.new\n"),
+        (lambda m: m.pop("probe"), "probe is missing"),
+        (lambda m: m["unet"].update(widths=[8, 24]), "has shape"),
+        (lambda m: m["unet"].update(num_pairs=2), "is missing, but the network needs"),
+    ],
+)
+def test_reason_of_a_refusal_is_in_the_sentence(
+    saved: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
+    rewrite(saved, change)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    message = refusal(saved)
+    assert "is not a checkpoint of unfog: " in message
+    assert reason in message
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_tensor_that_the_network_does_not_have_is_refused(saved: Path) -> None:
+    tensors, metadata = load_file(saved), json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
+    tensors["extra"] = torch.ones(1)
+    del metadata["digest"]
+    metadata["digest"] = _digest(tensors, metadata)
+    save_file(tensors, saved, {"unfog": json.dumps(metadata)})
+    assert f"the network has {len(tensors) - 1} tensors, but the file has {len(tensors)}" in refusal(saved)
+
+
+def test_table_of_many_steps_and_classes_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    network, path = tiny_unet(num_classes=1000, num_steps=10_000), tmp_path / "wide.safetensors"
+    names, probe = ("a",) * 1000, Probe(num_steps=1)
+    save(
+        path,
+        network,
+        CheckpointConfig(network.config, ScheduleConfig(num_steps=10_000), class_names=names, probe=probe),
+    )
+    assert "make a table of" in refusal(path)
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_metadata_that_is_nested_deeply_is_refused(saved: Path, depth: int) -> None:
+    header = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
+    del header["training"]
+    text = json.dumps(header)[:-1] + ', "training": ' + '{"a":' * depth + "1" + "}" * depth + "}"
+    save_file(load_file(saved), saved, {"unfog": text})
+    refusal(saved)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2], ids=str)
+def test_weights_of_a_type_that_no_network_has_are_refused(saved: Path, dtype: torch.dtype) -> None:
+    tensors, metadata = load_file(saved), json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    del metadata["digest"]
+    metadata["digest"] = _digest(tensors, metadata)
+    save_file(tensors, saved, {"unfog": json.dumps(metadata)})
+    assert "weights must be float32, float16 or bfloat16" in refusal(saved)
+
+
+@pytest.mark.parametrize("version", ["1\n2", "\x1b[2J", "1" * 1000, [[1]], {"a": 1}, HUGE], ids=range(6))
+def test_format_version_of_another_kind_is_refused_in_one_line(saved: Path, version: object) -> None:
+    rewrite(saved, lambda metadata: metadata.update(format_version=version))
+    assert "has format version" in refusal(saved)
+    assert not can_be_loaded(saved)
+
+
+def test_file_that_never_ends_or_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.checkpoint.MAX_FILE_BYTES", 2**20)
+    assert "is larger than 1 MiB" in refusal(Path("/dev/zero"))
+    sparse = tmp_path / "sparse.safetensors"
+    with sparse.open("wb") as file:
+        file.truncate(2**40)
+    assert "is larger than 1 MiB" in refusal(sparse)
