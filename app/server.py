@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn, with signals of our own: on SIGTERM we keep answering until all is answered."""
+"""Runs the application under uvicorn with our own signal handling: after SIGTERM, admitted work is still answered."""
 
 import asyncio
 import contextlib
@@ -24,57 +24,61 @@ from app.watchdog import Watchdog
 
 log = logging.getLogger("unfog")
 
-LAST_ANSWERS_SECONDS = 5  # for what is still to be said when the drain's time is over
+LAST_ANSWERS_SECONDS = 5  # to send the answers that are left after the drain timeout
 BACKLOG = 2048
-MOST_DESCRIPTORS = 65_536
+MAX_DESCRIPTORS = 65_536
+NOT_STARTED = "the application failed to start, see the log"
 
 
 class StartError(Exception):
-    """The service cannot start; one sentence."""
+    """The service cannot start. The message is one sentence."""
 
 
 class GivenUpError(Exception):
-    """The engine has failed, or was stuck for too long: only another process can help; one sentence."""
+    """The service stopped working and must be restarted. The message is one sentence or two."""
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn would close its listener at SIGTERM; we tell it when to stop."""
+    """uvicorn without its signal handling, which would close the listener at SIGTERM."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self.up = asyncio.Event()  # told to stop before it, uvicorn would leave the lifespan to be cancelled
+        # Stopped before its startup has ended, uvicorn would cancel the lifespan instead of ending it.
+        self.startup_ended = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts to answer, and says so."""
+        """Starts the application and accepts connections; StartError if the application does not start."""
         try:
             await super().startup(sockets)
+        except SystemExit as error:  # newer releases of uvicorn exit, older ones return
+            raise StartError(NOT_STARTED) from error
         finally:
-            self.up.set()
+            self.startup_ended.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leaves the signals alone."""
+        """Does nothing: serve() handles the signals."""
         yield
 
 
 def allow_connections() -> None:
-    """As many descriptors as the system grants, up to MOST_DESCRIPTORS: by default a process has 1024 of them."""
+    """Raises the limit on open files to what the system permits, at most MAX_DESCRIPTORS. The default is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is loaded; StartError where the address cannot be had."""
+    """Opens the listening socket; StartError if the address is not available."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no host has such a name
-        number = getattr(error, "errno", None) or 0  # create_server adds the address to the text, in Python's words
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: not a valid host name
+        number = getattr(error, "errno", None) or 0  # create_server adds the address to the text
         reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise StartError(f"cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): {reason}") from error
-    # asyncio does so only for sockets that it made: else an answer's body waits 40 ms for its head to be acknowledged
+    # asyncio sets this only on sockets that it creates. Without it a body waits 40 ms until its head is acknowledged.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
@@ -82,7 +86,7 @@ def bind(host: str, port: int) -> socket.socket:
 async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     """Serves until SIGTERM or SIGINT, then drains.
 
-    StartError if the engine cannot start, GivenUpError if it is lost later.
+    StartError if the service cannot start, GivenUpError if the engine or the server is lost later.
     """
     service: Service = app.state.service
     engine = service.engine
@@ -90,14 +94,17 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     stop, hurry = _signals()
     hurry.add_done_callback(lambda _: setattr(server, "force_exit", True))
     serving = asyncio.ensure_future(server.serve([listener]))
+    await _wait_for_startup(server, serving)
     ready = asyncio.wrap_future(engine.ready)
-    await server.up.wait()
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
     watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
         _announce(engine.models[DEFAULT_MODEL], listener, len(settings.api_keys))
         watchdog.start()
         await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        await serving
+        raise GivenUpError("The HTTP server stopped unexpectedly. Exiting with status 1")
     if stop.done():
         await _drain(service, settings.drain_timeout, hurry)
     engine.give_up(errors.EngineFailed(RESTART_SECONDS))
@@ -108,6 +115,23 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     if ready.done() and (failure := ready.exception()):
         known = isinstance(failure, RunnerError)
         raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
+
+
+async def _wait_for_startup(server: _Uvicorn, serving: "asyncio.Future[None]") -> None:
+    """Waits until the application has started; StartError if it has not, or if uvicorn failed before it tried."""
+    startup_ended = asyncio.ensure_future(server.startup_ended.wait())
+    await asyncio.wait((serving, startup_ended), return_when=asyncio.FIRST_COMPLETED)
+    startup_ended.cancel()
+    if server.started:
+        return
+    try:
+        await serving
+    except StartError:
+        raise
+    except Exception as error:
+        log.critical("HTTP server failed to start", exc_info=True)
+        raise StartError("the HTTP server failed to start, see the log") from error
+    raise StartError(NOT_STARTED)
 
 
 def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
@@ -134,7 +158,7 @@ def _announce(info: ModelInfo, listener: socket.socket, num_keys: int) -> None:
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
-    """Done at the first SIGTERM or SIGINT, which drains, and at the second, which waits for nobody."""
+    """Two futures: the first SIGTERM or SIGINT completes one and starts the drain, the second cuts the drain short."""
     loop = asyncio.get_running_loop()
     futures: tuple[asyncio.Future[None], asyncio.Future[None]] = (loop.create_future(), loop.create_future())
 
@@ -149,11 +173,11 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
 
 
 async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
-    """Waits until every job is done and its answer sent, at most so long; then whoever still waits is told."""
+    """Waits until every job has ended and its answer is sent, at most `seconds`. Drops the jobs that are left then."""
     engine = service.engine
     log.info("draining: %d images left", engine.waiting + engine.running)
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.owed.none())
-    drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks
+    drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks the exception as retrieved
     await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := engine.waiting + engine.running:
         log.warning("gave up %d images", left)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
 from app.config import Settings
 from app.main import create_app
 from app.metrics import Metrics
-from app.server import MOST_DESCRIPTORS, StartError, bind, serve
+from app.server import MAX_DESCRIPTORS, StartError, bind, serve
 from tests.app.fakes import WAIT_SECONDS, FakeRunner
 
 ROOT = Path(__file__).parents[2]
@@ -103,11 +104,46 @@ def test_an_answer_that_is_not_ready_when_all_time_is_over_says_draining(monkeyp
     assert 'unfog_rejected_total{reason="draining"} 1.0' in metrics.render().decode()
 
 
+def run_service() -> None:
+    settings = Settings()
+    with bind("127.0.0.1", 0) as listener:
+        asyncio.run(serve(create_app(settings, FakeRunner), settings, listener))
+
+
+def fail(*args: object) -> None:
+    raise OSError("a detail")
+
+
+async def exit_from_startup(server: uvicorn.Server, sockets: object = None) -> None:
+    sys.exit(3)
+
+
+async def return_from_startup(server: uvicorn.Server, sockets: object = None) -> None:
+    server.should_exit = True
+
+
+@pytest.mark.parametrize("startup", [exit_from_startup, return_from_startup])
+def test_lifespan_that_fails_is_a_start_error(monkeypatch: pytest.MonkeyPatch, startup: Callable[..., object]) -> None:
+    """Releases of uvicorn differ in what they do then."""
+    monkeypatch.setattr(uvicorn.Server, "startup", startup)
+    with pytest.raises(StartError, match=r"^the application failed to start, see the log$"):
+        run_service()
+
+
+def test_server_that_fails_before_its_startup_is_a_start_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(uvicorn.Config, "load", fail)
+    with pytest.raises(StartError, match=r"^the HTTP server failed to start, see the log$"):
+        run_service()
+    assert "a detail" in caplog.text
+
+
 @pytest.mark.parametrize(("soft", "hard", "allowed"), [(256, 1024, 1024), (256, 256, 256), (1024, None, None)])
 def test_as_many_connections_as_the_system_grants(soft: int, hard: int | None, allowed: int | None) -> None:
     """In a process of its own; None is what this machine grants, which may be less than there is any need for."""
     granted = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    most = MOST_DESCRIPTORS if granted == resource.RLIM_INFINITY else min(granted, MOST_DESCRIPTORS)
+    most = MAX_DESCRIPTORS if granted == resource.RLIM_INFINITY else min(granted, MAX_DESCRIPTORS)
     program = f"""
 import resource
 from app.server import allow_connections

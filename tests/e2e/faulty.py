@@ -4,30 +4,30 @@ A request asks for its failure by its seed: FAULTS[kind] + 1000 + the step befor
 wrapped: what answers, isolates and watches is the service's own.
 """
 
+import ctypes
 import logging
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import uvicorn
 
 import app.main
 from app.cli import main
 from app.device import DeviceLostError, OutOfMemoryError
+from app.engine import Engine
 from app.pace import Pace
 from app.runner import Runner
 from app.trajectory import Trajectory
 
 log = logging.getLogger(__name__)
 
-FAULTS = {
-    "exception": 10**9,
-    "nan": 2 * 10**9,
-    "memory": 3 * 10**9,
-    "lost": 4 * 10**9,
-    "stuck": 5 * 10**9,
-    "broken": 6 * 10**9,  # this step and every one after it raises
-}
+KINDS = ("exception", "nan", "memory", "lost", "stuck", "noise", "print in C", "broken")
+FAULTS = {kind: place * 10**9 for place, kind in enumerate(KINDS, 1)}
 MEMORY_ROWS = 16  # more of them beside a row with that fault are too many
 STUCK_SECONDS = 3600.0
 
@@ -70,6 +70,10 @@ class FaultyRunner(Runner):
                 raise DeviceLostError("the device is gone")
             if fault == "stuck":
                 threading.Event().wait(STUCK_SECONDS)
+            if fault == "noise":
+                make_noise()
+            if fault == "print in C":
+                ctypes.PyDLL(None).write(2, b"c" * 999 + b"\n", 1000)  # holds the interpreter's lock meanwhile
             if fault == "nan" and trajectory.slot is not None:
                 with torch.inference_mode():
                     self._slots.state.x_t[trajectory.slot] = float("nan")
@@ -78,6 +82,32 @@ class FaultyRunner(Runner):
         return super().step(trajectories)
 
 
+class Unraisable:
+    """Raises where nobody can catch it."""
+
+    def __del__(self) -> None:
+        raise LookupError("in a destructor")
+
+
+def make_noise() -> None:
+    """Writes to stderr in every way that Python code has, but for the log."""
+    print("a print", "of two words", file=sys.stderr)
+    print("a print without an end", file=sys.stderr, end="", flush=True)
+    warnings.warn("a warning", stacklevel=1)
+    thread = threading.Thread(target=lambda: [][1])
+    thread.start()
+    thread.join()
+    Unraisable()
+
+
+def _fail(*args: Any) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 if __name__ == "__main__":
+    if os.environ.get("FAULT_AT_START") == "lifespan":
+        Engine.start = _fail  # type: ignore[method-assign]
+    if os.environ.get("FAULT_AT_START") == "server":
+        uvicorn.Config.load = _fail  # type: ignore[method-assign]
     app.main.Runner = FaultyRunner  # type: ignore[misc] # what create_app loads
     main()

@@ -1,5 +1,6 @@
 """What stops the start: one sentence, status 2."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -7,8 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch_file
 
+from model.checkpoint import tensors_sha256
 from tests.e2e.process import Process
 from tests.e2e.service import Service
 
@@ -31,7 +36,29 @@ def somebody_elses_tensors(path: Path) -> None:
     save_file({}, path)
 
 
-DAMAGES: tuple[Callable[[Path], None], ...] = (truncated, one_bit_flipped, a_pickle, somebody_elses_tensors)
+def rewritten(path: Path, part: str, **fields: object) -> None:
+    """Changes a part of the metadata, and the digest with it."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = json.loads(file.metadata()["unfog"])
+    del metadata["digest"]
+    metadata[part] |= fields
+    metadata["digest"] = tensors_sha256(tensors, json.dumps(metadata, sort_keys=True).encode())
+    save_torch_file(tensors, path, {"unfog": json.dumps(metadata)})
+
+
+def a_size_that_overflows(path: Path) -> None:
+    rewritten(path, "unet", time_dim=10**400)
+
+
+def a_network_of_terabytes(path: Path) -> None:
+    rewritten(path, "unet", num_pairs=10**9)
+
+
+DAMAGES: tuple[Callable[[Path], None], ...] = (
+    *(truncated, one_bit_flipped, a_pickle, somebody_elses_tensors),
+    *(a_size_that_overflows, a_network_of_terabytes),
+)
 WRONG_SETTINGS = {
     "UNFOG_PORT": "eighty",
     "UNFOG_MAX_BATCH": "0",
@@ -40,6 +67,7 @@ WRONG_SETTINGS = {
     "UNFOG_DTYPE": "float16",  # on a CPU
     "UNFOG_CHECKPOINT": "/nowhere/to/be/found.safetensors",
 }
+FAULTS = ("lifespan", "server")  # which tests.e2e.faulty knows
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +75,7 @@ def failed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The exit status and stderr of every start that must fail; most of it is Python's own start, so two at a time."""
     folder = tmp_path_factory.mktemp("damaged")
     starts = {name: {name: value} for name, value in WRONG_SETTINGS.items()}
+    starts |= {fault: {"module": "tests.e2e.faulty", "FAULT_AT_START": fault} for fault in FAULTS}
     for damage in DAMAGES:
         path = folder / f"{damage.__name__}.safetensors"
         shutil.copy(checkpoint, path)
@@ -73,6 +102,18 @@ def test_a_start_that_cannot_be_is_one_sentence_and_status_2(
     assert 1 <= len(lines) <= 2, lines
     assert lines[-1].startswith("unfog: ")
     assert "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_server_or_lifespan_that_fails_is_status_2_with_a_sentence_after_the_log(
+    failed: dict[str, tuple[int, list[str]]], fault: str
+) -> None:
+    status, lines = failed[fault]
+    assert status == 2
+    assert lines[-1].startswith("unfog: the ")
+    assert lines[-1].endswith(" failed to start, see the log")
+    records = [json.loads(line) for line in lines[:-1]]
+    assert any("can't start new thread" in record["message"] + record.get("exception", "") for record in records)
 
 
 @pytest.mark.parametrize(
