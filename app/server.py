@@ -90,7 +90,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     """
     service: Service = app.state.service
     engine = service.engine
-    server = _Uvicorn(_config(app, settings))
+    server, url = _Uvicorn(_config(app, settings)), _url(listener)
     stop, hurry = _signals()
     hurry.add_done_callback(lambda _: setattr(server, "force_exit", True))
     serving = asyncio.ensure_future(server.serve([listener]))
@@ -99,7 +99,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
     watchdog = Watchdog(engine, settings.give_up_seconds)
     if ready.done() and not ready.exception():
-        _announce(engine.models[DEFAULT_MODEL], listener, len(settings.api_keys))
+        _announce(engine.models[DEFAULT_MODEL], url, len(settings.api_keys))
         watchdog.start()
         await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
@@ -111,7 +111,10 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     server.should_exit = True
     await serving
     if watchdog.lost.done() and not stop.done():
-        raise GivenUpError(f"the engine was lost for {settings.give_up_seconds:g} s: this process ends for another")
+        raise GivenUpError(
+            f"Engine unresponsive for {settings.give_up_seconds:g} s. "
+            "Exiting with status 1 so that the supervisor restarts the process"
+        )
     if ready.done() and (failure := ready.exception()):
         known = isinstance(failure, RunnerError)
         raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
@@ -150,11 +153,20 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def _announce(info: ModelInfo, listener: socket.socket, num_keys: int) -> None:
+def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    how = "compiled" if info.compiled else "not compiled"
-    who = f"for who has one of {num_keys} keys" if num_keys else "for everybody"
-    log.info("ready on http://%s:%d, %s on %s, %s, %s", host, port, info.dtype, info.device, how, who)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(info: ModelInfo, url: str, num_keys: int) -> None:
+    facts = {
+        "url": url,
+        "device": info.device,
+        "dtype": info.dtype,
+        "compiled": info.compiled,
+        "auth": "on" if num_keys else "off",
+    }
+    log.info("Ready", extra=facts)
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
@@ -175,11 +187,11 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
 async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
     """Waits until every job has ended and its answer is sent, at most `seconds`. Drops the jobs that are left then."""
     engine = service.engine
-    log.info("draining: %d images left", engine.waiting + engine.running)
+    log.info("Draining", extra={"images": engine.waiting + engine.running})
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.owed.none())
     drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks the exception as retrieved
     await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := engine.waiting + engine.running:
-        log.warning("gave up %d images", left)
+        log.warning("Drain timeout: dropped unfinished images", extra={"count": left})
     engine.give_up(errors.Draining(1))
     drained.cancel()

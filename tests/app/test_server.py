@@ -16,7 +16,7 @@ import uvicorn
 from app.config import Settings
 from app.main import create_app
 from app.metrics import Metrics
-from app.server import MAX_DESCRIPTORS, StartError, bind, serve
+from app.server import MAX_DESCRIPTORS, GivenUpError, StartError, _url, bind, serve
 from tests.app.fakes import WAIT_SECONDS, FakeRunner
 
 ROOT = Path(__file__).parents[2]
@@ -122,6 +122,12 @@ async def return_from_startup(server: uvicorn.Server, sockets: object = None) ->
     server.should_exit = True
 
 
+@pytest.mark.parametrize(("host", "url"), [("127.0.0.1", "http://127.0.0.1:"), ("::1", "http://[::1]:")])
+def test_url_of_a_listener_can_be_opened(host: str, url: str) -> None:
+    with bind(host, 0) as listener:
+        assert _url(listener) == f"{url}{listener.getsockname()[1]}"
+
+
 @pytest.mark.parametrize("startup", [exit_from_startup, return_from_startup])
 def test_lifespan_that_fails_is_a_start_error(monkeypatch: pytest.MonkeyPatch, startup: Callable[..., object]) -> None:
     """Releases of uvicorn differ in what they do then."""
@@ -137,6 +143,15 @@ def test_server_that_fails_before_its_startup_is_a_start_error(
     with pytest.raises(StartError, match=r"^the HTTP server failed to start, see the log$"):
         run_service()
     assert "a detail" in caplog.text
+
+
+def test_server_that_returns_although_nobody_stopped_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def end(server: uvicorn.Server) -> None:
+        return None
+
+    monkeypatch.setattr(uvicorn.Server, "main_loop", end)
+    with pytest.raises(GivenUpError, match="The HTTP server stopped unexpectedly"):
+        run_service()
 
 
 @pytest.mark.parametrize(("soft", "hard", "allowed"), [(256, 1024, 1024), (256, 256, 256), (1024, None, None)])

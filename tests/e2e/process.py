@@ -25,7 +25,10 @@ BASE = {
 
 
 class Process:
-    """`python -m app` with these variables and no other of ours; every line of its stderr is kept."""
+    """`python -m app` with these variables and no other of ours; every line of its stderr is kept.
+
+    While it is paused, nobody reads its stderr: the pipe fills, after some kilobytes in the reader's own buffer.
+    """
 
     def __init__(self, module: str = "app", **variables: str) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("UNFOG_")}
@@ -39,17 +42,19 @@ class Process:
             text=True,
         )
         self.lines: list[str] = []
+        self._may_read = threading.Event()
+        self._may_read.set()
         self._news: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def wait_until_ready(self) -> str:
-        """The address in the line that says ready."""
+        """Returns the address in the line `Ready`."""
         deadline = time.monotonic() + START_PATIENCE
         while (line := self._news.get(timeout=deadline - time.monotonic())) is not None:
-            message = json.loads(line)["message"] if line.startswith("{") else ""
-            if message.startswith("ready on "):
-                return str(message.split()[2].rstrip(","))
+            fields = json.loads(line) if line.startswith("{") else {}
+            if fields.get("message") == "Ready":
+                return str(fields["url"])
         raise AssertionError(f"it ended before it was ready: {self.lines}")
 
     @property
@@ -61,9 +66,18 @@ class Process:
         """Sends a signal."""
         self._process.send_signal(number)
 
+    def pause(self) -> None:
+        """Stops reading its stderr."""
+        self._may_read.clear()
+
+    def resume(self) -> None:
+        """Reads its stderr again."""
+        self._may_read.set()
+
     def wait(self) -> int:
-        """The exit status, once it has ended by itself."""
+        """The exit status, once it has ended by itself; what it wrote while it was paused is read then."""
         status = self._process.wait(PATIENCE)
+        self.resume()
         self._reader.join(PATIENCE)
         return status
 
@@ -77,6 +91,7 @@ class Process:
         assert self._process.stderr
         with self._process.stderr as stderr:
             for line in stderr:
+                self._may_read.wait()
                 self.lines.append(line.rstrip("\n"))
                 self._news.put(line)
         self._news.put(None)

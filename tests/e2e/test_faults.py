@@ -98,7 +98,7 @@ def test_a_lost_device_answers_everyone_and_ends_the_process_for_another(
         assert_problem(lost.post({"digit": 1}), 503, "engine_failed")
         assert lost.process.wait() == 1
         assert "Traceback" not in lost.process.lines[-1]
-        assert "the engine was lost for 1 s" in lost.process.lines[-1]
+        assert "Engine unresponsive for 1 s" in lost.process.lines[-1]
         again = start_service(stack, checkpoint, FAULTY)
         assert again.images(**NEIGHBOURS[0]) == neighbours_images[0]
 
