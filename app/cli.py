@@ -5,11 +5,12 @@ import asyncio
 import json
 import logging
 import os
-import sys
+import signal
 
 from app.config import Settings, SettingsError, load_settings, unknown_variables
 from app.device import RunnerError
-from app.logs import configure_logging
+from app.log_writer import LogWriter
+from app.logs import capture_stderr, configure_logging, start_log
 from app.main import create_app
 from app.runner import Runner
 from app.server import GivenUpError, StartError, allow_connections, bind, serve
@@ -18,46 +19,78 @@ from model.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
-LEAST_KEY = 16  # characters; fewer can be guessed
+MIN_KEY_LENGTH = 16  # shorter keys can be guessed
+INTERRUPTED = 128 + signal.SIGINT  # the status that shells report
 
 
 def main() -> None:
-    """Serves; one sentence and status 2 where that is not possible."""
+    """Parses the arguments and serves. If that is not possible, prints one sentence and exits with status 2."""
     arguments = _parser().parse_args()
     if arguments.openapi:
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
+    writer = start_log()
+    status = _run(writer, compile_only=arguments.compile)
+    if status or not arguments.compile:
+        _leave(status, writer)
+
+
+def _run(writer: LogWriter, *, compile_only: bool) -> int:
+    """Serves or compiles, and returns the exit status."""
     try:
         settings = load_settings()
-        configure_logging(settings.log_format, settings.log_level)
-        if short := [place for place, key in enumerate(settings.api_keys, 1) if len(key) < LEAST_KEY]:
-            log.warning("UNFOG_API_KEYS: key %s can be guessed; take one of `openssl rand -hex 32`", short)
-        for name in unknown_variables():
-            log.warning("%s is no setting of this release, and changes nothing", name)
-        if arguments.compile:
+        capture_stderr(configure_logging(settings.log_format, settings.log_level, writer))
+        _warn(settings)
+        if compile_only:
             Runner.load(settings.model_copy(update={"compile": "on"}))
-            return
-        if not keep_freed_memory():
-            log.info("this C library keeps no memory for the next step: steps take a little longer")
-        allow_connections()
-        app = create_app(settings)
-        listener = bind(settings.host, settings.port)
-        asyncio.run(serve(app, settings, listener))
+        else:
+            _serve(settings)
     except (SettingsError, StartError, RunnerError, TracesError) as error:
-        print(f"unfog: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
+        writer.put(f"unfog: {error}\n")
+        return 2
     except GivenUpError as error:
         log.critical("%s", error)
-        os._exit(1)
-    # A step that hangs in the device must not keep the process: its thread cannot be joined.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+        return 1
+    except KeyboardInterrupt:  # before serve() handles signals
+        return INTERRUPTED
+    except Exception:
+        log.critical("Uncaught exception", exc_info=True)
+        return 1
+    return 0
+
+
+def _warn(settings: Settings) -> None:
+    for place, key in enumerate(settings.api_keys, 1):
+        if len(key) < MIN_KEY_LENGTH:
+            log.warning(
+                "UNFOG_API_KEYS: key %d is shorter than %d characters. Generate one with: openssl rand -hex 32",
+                place,
+                MIN_KEY_LENGTH,
+            )
+    for name in unknown_variables():
+        log.warning("Unknown setting %s: ignored", name)
+
+
+def _serve(settings: Settings) -> None:
+    if not keep_freed_memory():
+        log.info("This C library cannot keep freed memory for the next step, so steps take slightly longer")
+    allow_connections()
+    app = create_app(settings)
+    listener = bind(settings.host, settings.port)
+    asyncio.run(serve(app, settings, listener))
+
+
+def _leave(status: int, writer: LogWriter) -> None:
+    """Exits without joining any thread: one that hangs in the device, or in writing the log, would keep the process."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # a further signal does not wait for the log and keeps the status
+        signal.signal(number, lambda *_: os._exit(status))
+    writer.flush()
+    os._exit(status)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__, allow_abbrev=False)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--openapi", action="store_true", help="print the API's document, and do not serve")
-    instead.add_argument("--compile", action="store_true", help="compile into UNFOG_CACHE_DIR, and do not serve")
+    instead.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
+    instead.add_argument("--compile", action="store_true", help="compile the step into UNFOG_CACHE_DIR and exit")
     return parser

@@ -1,77 +1,265 @@
-"""Logging: lines for people on a terminal, JSON lines elsewhere, where what is passed as `extra` becomes a field."""
+"""Logging: lines for people on a terminal, JSON lines elsewhere, where what is passed as `extra` becomes a field.
+
+Lines are formatted by the thread that logs and written by another (log_writer.py). Formatting in the writing thread
+would keep tracebacks, and with them the frames and request bodies that they refer to, alive for as long as the reader
+stalls, and would show objects as they are later. What formatting costs the event loop is bounded instead: a traceback
+has at most MAX_EXCEPTIONS exceptions of MAX_FRAMES frames, and long texts are cut.
+"""
 
 import asyncio
+import atexit
+import io
 import logging
+import os
+import re
 import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
 
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-# Of a request's line, what a person at a terminal does not look for.
+from app.log_writer import LogWriter, without_waiting
+
+# Fields of a request's line that a person at a terminal does not look for.
 _NOT_FOR_PEOPLE = (
     *("logger", "color_message", "client", "route", "trace_id", "span_id"),
     *("model", "seed", "num_steps", "sampler", "guidance_scale"),
 )
-PROTOCOL_LOGGER = "uvicorn.error.protocol"  # which connections of ours use
+PROTOCOL_LOGGER = "uvicorn.error.protocol"  # used by our connections
 _FIRST = ("time", "level", "logger", "message")
+MAX_TEXT = 4096  # characters of a field; longer ones lose their middle
+MAX_TRACEBACK = 16_384
+MAX_FRAMES = 30  # the last ones of each exception
+MAX_EXCEPTIONS = 8  # the exception, those that caused it and the members of a group
+MAX_LINE = 2**17  # characters; escaped, a text can be six times as long
+STDERR = 2
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+_writers: list[LogWriter] = []  # the process has at most one; the metric reads it
 
 
-def configure_logging(log_format: str, level: str) -> None:
-    """Sends all logs to stderr; `auto` is console on a terminal and JSON elsewhere."""
-    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+def start_log() -> LogWriter:
+    """Starts the thread that writes to stderr; lines in its queue are flushed when the process exits normally."""
+    without_waiting(STDERR)
+    writer = LogWriter(STDERR)
+    _writers[:] = [writer]
+    atexit.register(writer.flush)
+    return writer
+
+
+def num_lines_dropped() -> int:
+    """Log lines dropped since the process started."""
+    return sum(writer.num_dropped for writer in _writers)
+
+
+def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging.Handler:
+    """Sends all logs to the writer; `auto` is console on a terminal and JSON elsewhere. Returns the handler."""
+    is_terminal = os.isatty(writer.descriptor)
+    console = log_format == "console" or (log_format == "auto" and is_terminal)
     facts: list[Processor] = [
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper("%H:%M:%S" if console else "iso", utc=not console, key="time"),
     ]
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _QueueHandler(writer)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=facts,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *(_for_people(sys.stderr.isatty()) if console else _for_machines()),
+                structlog.processors.ExceptionRenderer(_format_exc_info),
+                _cut_long_texts,
+                *(_for_people(is_terminal) if console else _for_machines()),
             ],
         )
     )
+    writer.describe_drop = handler.describe_drop
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # ours carries the request id
+    logging.getLogger("uvicorn.access").disabled = True  # our own access log has the request id
     for name in ("uvicorn.error", PROTOCOL_LOGGER):
         logging.getLogger(name).addFilter(is_no_cancellation)
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))  # ours says what matters
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    return handler
+
+
+def capture_stderr(handler: logging.Handler) -> None:
+    """Turns what Python code prints to stderr into log lines: prints, warnings, and exceptions of threads."""
+    sys.stderr = _LoggedStream(handler)
+    logging.captureWarnings(capture=True)
+    threading.excepthook = _log_exception_of_thread
+    sys.unraisablehook = _log_unraisable
 
 
 def is_no_cancellation(record: logging.LogRecord) -> bool:
-    """What is cut off at the end, when the time for the last answers is over, is in order: no error, no traceback."""
+    """False for requests that are cancelled after the time for the last answers: that is expected, not an error."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)) and (
         "asyncio.exceptions.CancelledError" not in record.getMessage()
     )
 
 
+class _QueueHandler(logging.Handler):
+    def __init__(self, writer: LogWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            if len(line) > MAX_LINE:
+                line = self._format_instead(record, f"Log record of {len(line)} characters left out")
+        except Exception as error:
+            line = self._format_instead(record, f"Log record left out, formatting it raised {type(error).__name__}")
+        self._writer.put(f"{line}\n")
+
+    def describe_drop(self, count: int) -> str:
+        """The line that reports dropped lines."""
+        record = logging.LogRecord("unfog.log", logging.WARNING, "", 0, "Dropped log lines", (), None)
+        record.count = count
+        return f"{self.format(record)}\n"
+
+    def _format_instead(self, record: logging.LogRecord, message: str) -> str:
+        return self.format(logging.LogRecord(record.name, record.levelno, "", 0, message, (), None))
+
+
+class _LoggedStream(io.TextIOBase):
+    """Takes the place of sys.stderr. Each line becomes a log line; threads do not mix theirs."""
+
+    encoding = "utf-8"
+    errors = "backslashreplace"
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self._handler, self._unfinished = handler, threading.local()
+
+    def write(self, text: str) -> int:
+        *lines, rest = (getattr(self._unfinished, "line", "") + text).split("\n")
+        if len(rest) > MAX_TEXT:
+            lines, rest = [*lines, rest], ""
+        self._unfinished.line = rest
+        self._emit(lines)
+        return len(text)
+
+    def flush(self) -> None:
+        rest, self._unfinished.line = getattr(self._unfinished, "line", ""), ""
+        self._emit([rest])
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return STDERR
+
+    def isatty(self) -> bool:
+        return os.isatty(STDERR)
+
+    def _emit(self, lines: list[str]) -> None:
+        for line in filter(str.strip, lines):
+            self._handler.handle(logging.LogRecord("stderr", logging.WARNING, "", 0, line, (), None))
+
+
+def _log_exception_of_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_type is not SystemExit:
+        name = args.thread.name if args.thread else "unknown"
+        logging.getLogger("unfog.thread").error(
+            "Uncaught exception in a thread", exc_info=args.exc_value, extra={"thread_name": name}
+        )
+
+
+def _log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    logging.getLogger("unfog.thread").error(
+        unraisable.err_msg or "Exception ignored", exc_info=unraisable.exc_value, extra={"object": unraisable.object}
+    )
+
+
+def _format_exc_info(exc_info: ExcInfo) -> str:
+    """Like traceback.format_exception(), but bounded: its time and its length grow with the traceback."""
+    parts: list[str] = []
+    error: BaseException | None = exc_info[1]  # None for log.exception() where there is no exception
+    pending = [(error, "")] if error else []
+    while pending and len(parts) < MAX_EXCEPTIONS:
+        error, relation = pending.pop(0)
+        parts.append(f"{_format_traceback(error.__traceback__)}{_describe(error)}{relation}")
+        pending += _related(error)
+    if pending:
+        parts.append("Further exceptions left out.\n\n")
+    return "".join(reversed(parts))
+
+
+def _format_traceback(last_frames: TracebackType | None) -> str:
+    depth, frame = 0, last_frames
+    while frame:
+        depth, frame = depth + 1, frame.tb_next
+    for _ in range(depth - MAX_FRAMES):
+        assert last_frames
+        last_frames = last_frames.tb_next
+    left_out = f"  {depth - MAX_FRAMES} frames left out\n" if depth > MAX_FRAMES else ""
+    return f"Traceback (most recent call last):\n{left_out}{''.join(traceback.format_tb(last_frames))}" if depth else ""
+
+
+def _describe(error: BaseException) -> str:
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        text = str(error)
+    except Exception:
+        text = "<its text cannot be had>"
+    return "\n".join([f"{name}: {_cut(text, MAX_TEXT)}" if text else name, *map(str, getattr(error, "__notes__", ()))])
+
+
+def _related(error: BaseException) -> Iterator[tuple[BaseException, str]]:
+    """The exceptions to show before this one, each with the sentence that says why."""
+    if error.__cause__:
+        yield error.__cause__, "\n\nThe above exception was the direct cause of the following exception:\n\n"
+    elif error.__context__ and not error.__suppress_context__:
+        yield error.__context__, "\n\nDuring handling of the above exception, another exception occurred:\n\n"
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield member, "\n\nThe above exception is a member of the following group:\n\n"
+
+
+def _cut(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    half = length // 2
+    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
+
+
+def _cut_long_texts(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = _cut(value, MAX_TRACEBACK if name == "exception" else MAX_TEXT)
+    return event
+
+
 def _for_machines() -> list[Processor]:
-    return [
-        structlog.processors.format_exc_info,
-        structlog.processors.EventRenamer("message"),
-        _in_order,
-        structlog.processors.JSONRenderer(),
-    ]
+    return [structlog.processors.EventRenamer("message"), _in_order, structlog.processors.JSONRenderer()]
 
 
 def _for_people(colours: bool) -> list[Processor]:
-    plain = structlog.dev.plain_traceback
     return [
         _without(*_NOT_FOR_PEOPLE),
-        structlog.dev.ConsoleRenderer(
-            colors=colours, pad_event_to=0, timestamp_key="time", exception_formatter=plain, sort_keys=False
-        ),
+        _readable,
+        structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=0, timestamp_key="time", sort_keys=False),
     ]
 
 
 def _in_order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """What every line has comes first."""
+    """Puts the fields that every line has first."""
     event.pop("color_message", None)  # uvicorn's, for its own console
     return {name: event.pop(name) for name in _FIRST} | dict(event)
+
+
+def _readable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    """Shows booleans as JSON does, and escapes what could make a terminal do something."""
+    for name, value in event.items():
+        if isinstance(value, bool):
+            event[name] = str(value).lower()
+        elif isinstance(value, str):
+            event[name] = _CONTROL.sub(lambda control: f"\\x{ord(control[0]):02x}", value)
+    return event
 
 
 def _without(*names: str) -> Processor:

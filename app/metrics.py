@@ -1,6 +1,6 @@
-"""Every metric of the service, declared here and nowhere else, beside the usual ones of a process."""
+"""Declares every metric of the service, and the usual ones of a process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -11,8 +11,11 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from app.errors import UnfogError
+from app.logs import num_lines_dropped
 
 disable_created_metrics()  # a gauge beside every counter says nothing that a scrape does not
 
@@ -29,7 +32,7 @@ REJECTIONS = {  # by an error's code
 
 
 class Metrics:
-    """One set of metrics with its own registry, so that two apps in one process do not mix."""
+    """One set of metrics with its own registry, so that two applications in one process do not mix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -59,22 +62,23 @@ class Metrics:
         )
         self.ready = self._gauge("ready", "1 while new work is taken.")
         self.alive = self._gauge("alive", "0 where the engine has failed or is stuck.")
+        self.registry.register(_DroppedLogLines())
         for reason in REJECTIONS.values():
             self.rejected.labels(reason)
         for stage in ("waiting", "running"):
             self.cancelled.labels(stage)
 
     def count_rejection(self, error: UnfogError) -> None:
-        """Counts the errors that refuse or give up work; others are only requests with that code."""
+        """Counts errors that reject or abandon work. Other errors count only as requests with their status."""
         if error.code in REJECTIONS:
             self.rejected.labels(REJECTIONS[error.code]).inc()
 
     def watch_device_memory(self, read: Callable[[], float]) -> None:
-        """Adds the gauge of memory held on a GPU."""
+        """Adds the gauge of the memory that is held on a GPU."""
         self._gauge("device_memory_bytes", "Memory that the service holds on its device.").set_function(read)
 
     def render(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -85,3 +89,15 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, namespace="unfog", registry=self.registry, buckets=buckets)
+
+
+class _DroppedLogLines(Collector):
+    """Reads the count from the log, which the whole process shares and which starts before any application."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Yields the counter."""
+        yield CounterMetricFamily(
+            "unfog_log_lines_dropped",
+            "Log lines dropped because the reader of stderr did not take them.",
+            value=num_lines_dropped(),
+        )

@@ -1,4 +1,4 @@
-"""What is told of a request when it has ended: to the metrics, the log and the trace."""
+"""Records each request in the metrics, the log and the trace when it has ended."""
 
 import logging
 import time
@@ -16,17 +16,17 @@ log = logging.getLogger("unfog.access")
 
 
 class Recorder:
-    """Tells of each request that has ended. `paths` are those that may stand in a label."""
+    """Records requests. `paths` are the known paths; others share the label `other`, so that labels are bounded."""
 
     def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
-        """Where all is well, those to the `quiet` paths, of probes and scrapers, are logged at debug and not traced."""
+        """Successful requests to the `quiet` paths, of probes and scrapers, are logged at debug and not traced."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 
     def record(self, scope: Scope, notes: Notes) -> None:
-        """A request has ended."""
+        """Records one request that has ended."""
         ended_at, status = time.monotonic(), notes.status or CLIENT_CLOSED_REQUEST
         known = scope["path"] if scope["path"] in self._paths else "other"
-        # It may have been answered before it was routed.
+        # Without a route the request was answered before routing.
         route = str(getattr(scope.get("route"), "path", known))
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_duration.labels(route).observe(ended_at - notes.started_at)
@@ -35,7 +35,7 @@ class Recorder:
         if self._traces and not is_quiet:
             facts |= self._traces.record(scope, notes, facts, ended_at)
         level = logging.DEBUG if is_quiet else logging.INFO
-        path = scope["raw_path"].decode("ascii", "backslashreplace")  # as it came: decoded it could forge a line
+        path = scope["raw_path"].decode("ascii", "backslashreplace")  # as received: decoded it could forge a line
         log.log(level, "%s %s", scope["method"], path, extra=facts)
 
     def _facts(self, scope: Scope, notes: Notes, route: str, status: int, seconds: float) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class Recorder:
 
 
 def _facts_of(job: Job, encode_seconds: float) -> dict[str, Any]:
-    """A job that never began waited to its end."""
+    """The job's options and times. A job that never started has waited until its end."""
     finished_at = job.finished_at or time.monotonic()
     started_at = job.started_at or finished_at
     options = job.options

@@ -1,10 +1,21 @@
 import json
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from app.logs import configure_logging
+from app.log_writer import LogWriter
+from app.logs import MAX_EXCEPTIONS, MAX_LINE, MAX_TEXT, MAX_TRACEBACK, capture_stderr, configure_logging
+
+WAIT_SECONDS = 30.0
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -18,14 +29,31 @@ def others_logging_is_left_as_it_was() -> Iterator[None]:
     logging.getLogger("uvicorn.access").disabled = False
 
 
-def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return capsys.readouterr().err.splitlines()
+class Log:
+    """The log of this process, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer = LogWriter(os.open(path, os.O_WRONLY | os.O_CREAT))
+        self.handler: logging.Handler = logging.NullHandler()
+
+    def configure(self, log_format: str, level: str) -> None:
+        self.handler = configure_logging(log_format, level, self._writer)
+
+    def lines(self) -> list[str]:
+        self._writer.flush(WAIT_SECONDS)
+        return self._path.read_text().splitlines()
 
 
-def test_a_json_line_has_its_facts_as_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("json", "info")
+@pytest.fixture
+def log(tmp_path: Path) -> Log:
+    return Log(tmp_path / "log")
+
+
+def test_a_json_line_has_its_facts_as_fields(log: Log) -> None:
+    log.configure("json", "info")
     logging.getLogger("unfog.x").warning("%d of %d", 1, 2, extra={"request_id": "an-id", "seconds": 0.5})
-    (line,) = lines(capsys)
+    (line,) = log.lines()
     fields = json.loads(line)
     assert list(fields)[:4] == ["time", "level", "logger", "message"]  # what every line has comes first
     assert fields.pop("time").endswith("Z")
@@ -38,48 +66,225 @@ def test_a_json_line_has_its_facts_as_fields(capsys: pytest.CaptureFixture[str])
     }
 
 
-def test_what_cannot_be_json_is_still_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("json", "info")
+def test_what_cannot_be_json_is_still_one_line(log: Log) -> None:
+    log.configure("json", "info")
     logging.getLogger("x").info("a\nb \ud800 \x1b[31m", extra={"thing": object()})
-    (line,) = lines(capsys)
+    (line,) = log.lines()
     assert json.loads(line)["message"].startswith("a\nb ")
 
 
-def test_an_exception_is_a_field_of_its_line(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("json", "info")
+def test_an_exception_is_a_field_of_its_line(log: Log) -> None:
+    log.configure("json", "info")
     try:
         raise ArithmeticError("too much")
     except ArithmeticError:
         logging.getLogger("x").exception("it failed")
-    (line,) = lines(capsys)
+    (line,) = log.lines()
     assert json.loads(line)["exception"].endswith("ArithmeticError: too much")
 
 
-def test_the_console_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("console", "info")
+def test_the_console_is_for_people(log: Log) -> None:
+    log.configure("console", "info")
     logging.getLogger("unfog.access").info("POST /generate", extra={"status": 200, "digit": 7, "sampler": "ddpm"})
-    (line,) = lines(capsys)
+    (line,) = log.lines()
     assert "info" in line
     assert "POST /generate" in line
     assert "status=200" in line
     assert "digit=7" in line
-    assert "sampler" not in line  # that is for whoever searches
-    assert "\x1b" not in line  # no colours but on a terminal
+    assert "sampler" not in line  # that is for searching
+    assert "\x1b" not in line  # colours are for terminals
 
 
-def test_auto_is_json_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("auto", "warning")
+def test_auto_is_json_where_there_is_no_terminal(log: Log) -> None:
+    log.configure("auto", "warning")
     logging.getLogger("x").info("not said")
     logging.getLogger("x").warning("said")
-    (line,) = lines(capsys)
+    (line,) = log.lines()
     assert json.loads(line)["message"] == "said"
 
 
-def test_uvicorn_says_nothing_that_we_say(capsys: pytest.CaptureFixture[str]) -> None:
-    configure_logging("json", "info")
+def test_uvicorn_says_nothing_that_we_say(log: Log) -> None:
+    log.configure("json", "info")
     logging.getLogger("uvicorn.access").info("GET / 200")
     logging.getLogger("uvicorn.error").info("Started server process")
     logging.getLogger("uvicorn.error").warning("something is wrong", extra={"color_message": "in colours"})
-    (line,) = lines(capsys)
+    (line,) = log.lines()
     assert json.loads(line)["message"] == "something is wrong"
     assert "colours" not in line
+
+
+def raise_at(depth: int) -> None:
+    """Two functions in turn, so that Python does not abbreviate the traceback."""
+
+    def even(left: int) -> None:
+        odd(left - 1) if left else int("x")
+
+    def odd(left: int) -> None:
+        even(left - 1) if left else int("x")
+
+    even(depth)
+
+
+def logged_exception(log: Log, fail: Callable[[], object]) -> str:
+    log.configure("json", "info")
+    try:
+        fail()
+    except Exception:
+        logging.getLogger("x").exception("it failed")
+    (line,) = log.lines()
+    text: str = json.loads(line)["exception"]
+    return text
+
+
+@pytest.mark.parametrize("depth", [100, 800])
+def test_long_traceback_shows_the_last_frames(log: Log, depth: int) -> None:
+    text = logged_exception(log, lambda: raise_at(depth))
+    assert text.count("in even") + text.count("in odd") == 30
+    assert f"{depth + 4 - 30} frames left out" in text
+    assert text.endswith("ValueError: invalid literal for int() with base 10: 'x'")
+
+
+def test_causes_are_shown_before_the_exception_and_the_oldest_are_left_out(log: Log) -> None:
+    def fail(number: int = 20) -> None:
+        try:
+            if number:
+                fail(number - 1)
+        finally:
+            raise KeyError(number)
+
+    text = logged_exception(log, fail)
+    assert text.count("During handling of the above exception") == MAX_EXCEPTIONS - 1
+    assert text.startswith("Further exceptions left out.")
+    assert text.index("KeyError: 19") < text.index("KeyError: 20")
+    assert text.endswith("KeyError: 20")
+
+
+def test_cause_notes_and_members_of_a_group_are_shown(log: Log) -> None:
+    def fail() -> None:
+        error = ExceptionGroup("several", [ValueError("one"), TypeError("two")])
+        error.add_note("a note")
+        raise error from OSError("the cause")
+
+    text = logged_exception(log, fail)
+    assert all(part in text for part in ("ValueError: one", "TypeError: two", "OSError: the cause"))
+    assert text.endswith("ExceptionGroup: several (2 sub-exceptions)\na note")
+
+
+def test_long_texts_lose_their_middle(log: Log) -> None:
+    log.configure("json", "info")
+    logging.getLogger("x").info("a" * 10**6 + "end", extra={"long": "\0" * 10**6})
+    (line,) = log.lines()
+    message = json.loads(line)["message"]
+    assert message.startswith("aaa")
+    assert f"... {10**6 + 3 - MAX_TEXT} characters left out ..." in message
+    assert message.endswith("end")
+    assert len(line) < 10 * MAX_TEXT
+
+
+def test_exception_of_a_long_text_is_cut(log: Log) -> None:
+    def fail() -> None:
+        raise ValueError("\N{SNOWMAN}" * 10**6)
+
+    assert len(logged_exception(log, fail)) < MAX_TRACEBACK + 100
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise ArithmeticError("no text")
+
+    __str__ = __repr__
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "extra"),
+    [
+        ("%d", ("seven",), {}),
+        ("%s", (Unprintable(),), {}),
+        ("%s %s", ("one",), {}),
+        (Unprintable(), (), {}),
+        ("a", (), {"thing": Unprintable()}),
+        ("a", (), {"number": 10**5000}),
+        ("a", (), {"many": list(range(MAX_LINE))}),
+    ],
+    ids=range(7),
+)
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_record_that_cannot_be_formatted_is_one_line_that_says_so(
+    log: Log, log_format: str, message: Any, arguments: tuple[Any, ...], extra: dict[str, Any]
+) -> None:
+    log.configure(log_format, "info")
+    logging.getLogger("x").info(message, *arguments, extra=extra)
+    (line,) = log.lines()
+    assert "Log record" in line
+    assert "left out" in line
+    assert log_format == "console" or json.loads(line)["logger"] == "x"
+
+
+def test_exception_without_a_text_and_log_without_an_exception_are_logged(log: Log) -> None:
+    class Error(Exception):
+        def __str__(self) -> str:
+            raise ArithmeticError("no text")
+
+    def fail() -> None:
+        raise Error
+
+    assert logged_exception(log, fail).endswith("Error: <its text cannot be had>")
+    logging.getLogger("x").exception("there is none")
+    assert json.loads(log.lines()[-1])["message"] == "there is none"
+
+
+def test_control_characters_do_not_reach_a_terminal(log: Log) -> None:
+    log.configure("console", "info")
+    logging.getLogger("x").info("a\x1b[2J\r\x9b", extra={"good": True, "outcome": "b\x1b"})
+    (line,) = log.lines()
+    assert "a\\x1b[2J\\x0d\\x9b" in line
+    assert "good=true" in line
+    assert line.isprintable()
+
+
+def test_dropped_lines_are_reported_in_the_format_of_the_log(log: Log) -> None:
+    log.configure("json", "info")
+    fields = json.loads(log._writer.describe_drop(12))
+    assert fields.pop("time")
+    assert fields == {"level": "warning", "logger": "unfog.log", "message": "Dropped log lines", "count": 12}
+
+
+def test_what_is_printed_to_stderr_is_logged_line_by_line(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    for target, name in ((sys, "stderr"), (sys, "unraisablehook"), (threading, "excepthook")):
+        monkeypatch.setattr(target, name, getattr(target, name))
+    log.configure("json", "info")
+    try:
+        capture_stderr(log.handler)
+        stream = sys.stderr
+        print("one\ntwo", end="", file=stream)
+        thread = threading.Thread(target=lambda: print("other", file=stream))
+        thread.start()
+        thread.join()
+        print(" goes on", file=stream)
+        print("x" * (MAX_TEXT + 1), end="", file=stream)
+        print("unfinished", end="", file=stream, flush=True)
+        print("\n  \n", file=stream)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn("a warning", stacklevel=1)
+    finally:
+        logging.captureWarnings(capture=False)
+    lines = [json.loads(line) for line in log.lines()]
+    assert [line["message"] for line in lines[:3]] == ["one", "other", "two goes on"]
+    assert lines[3]["message"].startswith("xxx")
+    assert lines[4]["message"] == "unfinished"
+    assert {line["logger"] for line in lines[:5]} == {"stderr"}
+    assert lines[5]["logger"] == "py.warnings"
+    assert len(lines) == 6
+
+
+def test_lines_are_flushed_at_a_normal_exit() -> None:
+    program = """
+import logging
+from app.logs import configure_logging, start_log
+configure_logging("json", "info", start_log())
+for number in range(500):
+    logging.info("%d", number)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == [str(n) for n in range(500)]

@@ -24,6 +24,7 @@ EVERY_METRIC = [
     ("batch_rows", "unfog_batch_rows", "histogram", ()),
     ("encode_duration", "unfog_encode_duration_seconds", "histogram", ()),
     ("model_info", "unfog_model_info", "gauge", ("name", "sha256", "device", "dtype", "version")),
+    ("log_lines_dropped", "unfog_log_lines_dropped_total", "counter", ()),
     ("ready", "unfog_ready", "gauge", ()),
     ("alive", "unfog_alive", "gauge", ()),  # beyond the contract
 ]
@@ -104,3 +105,9 @@ def test_two_sets_do_not_mix() -> None:
     first, second = Metrics(), Metrics()
     first.denoise_steps.inc()
     assert second.registry.get_sample_value("unfog_denoise_steps_total") == 0
+
+
+def test_dropped_log_lines_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    monkeypatch.setattr("app.metrics.num_lines_dropped", lambda: 7)
+    assert metrics.registry.get_sample_value("unfog_log_lines_dropped_total") == 7

@@ -29,6 +29,7 @@ METRICS = {
     "unfog_batch_rows": ("histogram", set()),
     "unfog_encode_duration_seconds": ("histogram", set()),
     "unfog_model_info": ("gauge", {"name", "sha256", "device", "dtype", "version"}),
+    "unfog_log_lines_dropped": ("counter", set()),
     "unfog_ready": ("gauge", set()),
     "unfog_alive": ("gauge", set()),
 }
