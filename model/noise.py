@@ -34,15 +34,24 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     return c0, c1, c2, c3
 
 
-def normal(seed: Tensor, index: Tensor, step: Tensor, image_shape: tuple[int, int, int]) -> Tensor:
+def block_counter(image_shape: tuple[int, int, int], device: torch.device) -> Tensor:
+    """The first counter word of each Philox block of one image, (1, num_blocks) int64; a block yields four values."""
+    num_blocks = -(-math.prod(image_shape) // 4)
+    return torch.arange(num_blocks, device=device)[None]
+
+
+def normal(
+    seed: Tensor, index: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor | None = None
+) -> Tensor:
     """Standard normal noise (B, C, H, W) float32 for int64 rows seed, index, step (B,).
 
     `seed` is 0..2^53 - 1, `index` the image's place in its request, `step` 0 for x_T and
-    k for the k-th reverse step.
+    k for the k-th reverse step. `block` is block_counter(image_shape). A program that is compiled for a GPU must
+    pass it as a buffer: Inductor treats arange as an int32 index, and Triton rejects its product with a multiplier.
     """
+    if block is None:
+        block = block_counter(image_shape, seed.device)  # (1, num_blocks)
     numel = math.prod(image_shape)
-    num_blocks = -(-numel // 4)
-    block = torch.arange(num_blocks, device=seed.device)[None]  # (1, num_blocks)
     key = ((seed & _MASK)[:, None], (seed >> 32)[:, None])  # (B, 1) each
     counter = (block, step[:, None], index[:, None], torch.zeros_like(block))
     words = torch.stack(torch.broadcast_tensors(*philox(counter, key)))  # (4, B, num_blocks)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoint import Checkpoint
-from model.noise import normal
+from model.noise import block_counter, normal
 from model.precision import CallRows
 from model.prediction import predict_x_0
 from model.sampler import guide, reverse_step
@@ -56,9 +56,10 @@ Step = Callable[..., Stepped]  # a ReverseStep, or what was compiled of it
 
 
 class ReverseStep(nn.Module):
-    """x_t -> x_prev by one checkpoint's network; state and update in float32, the network in its own precision.
+    """Computes x_t -> x_prev with one checkpoint's network.
 
-    What depends on t and y alone is looked up.
+    State and update are float32; the network has its own precision. Values that depend only on t and y come from
+    tables. Those tables and the noise's block counter are buffers, so that a compiled program receives them.
     """
 
     def __init__(self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -68,6 +69,7 @@ class ReverseStep(nn.Module):
         self.mix = nn.Buffer(loaded.prediction.table(device))  # (T + 1, 3)
         condition = loaded.network.condition_table().clone()  # a tensor of inference mode cannot be exported
         self.condition = nn.Buffer(condition.to(device, dtype))  # (T + 1, num_classes + 1, D)
+        self.noise_block = nn.Buffer(block_counter(loaded.image_shape, device))  # (1, num_blocks)
         network = loaded.network.to(device, dtype)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
         self.call_rows = CallRows.of(device, dtype)
@@ -99,7 +101,8 @@ class ReverseStep(nn.Module):
         cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
         output = guide(cond, uncond, guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
         x_0 = predict_x_0(x_t, output, self.mix[t])  # (B, C, H, W)
-        z = normal(seed[slots], index[slots], step + 1, self.checkpoint.image_shape)  # (B, C, H, W)
+        image_shape = self.checkpoint.image_shape
+        z = normal(seed[slots], index[slots], step + 1, image_shape, self.noise_block)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
         return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
 
