@@ -40,6 +40,13 @@ def block_counter(image_shape: tuple[int, int, int], device: torch.device) -> Te
     return torch.arange(num_blocks, device=device)[None]
 
 
+def random_words(seed: Tensor, index: Tensor, step: Tensor, block: Tensor) -> Tensor:
+    """Uniform 32-bit words (4, B, num_blocks) as int64 for rows seed, index, step (B,) and blocks (1, num_blocks)."""
+    key = ((seed & _MASK)[:, None], (seed >> 32)[:, None])  # (B, 1) each
+    counter = (block, step[:, None], index[:, None], torch.zeros_like(block))
+    return torch.stack(torch.broadcast_tensors(*philox(counter, key)))
+
+
 def normal(
     seed: Tensor, index: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor | None = None
 ) -> Tensor:
@@ -52,9 +59,7 @@ def normal(
     if block is None:
         block = block_counter(image_shape, seed.device)  # (1, num_blocks)
     numel = math.prod(image_shape)
-    key = ((seed & _MASK)[:, None], (seed >> 32)[:, None])  # (B, 1) each
-    counter = (block, step[:, None], index[:, None], torch.zeros_like(block))
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, key)))  # (4, B, num_blocks)
+    words = random_words(seed, index, step, block)  # (4, B, num_blocks)
     uniform = (words.float() + 0.5) * 2.0**-32  # (4, B, num_blocks) in (0, 1]
     radius = torch.sqrt(-2 * torch.log(uniform[:2]))  # (2, B, num_blocks)
     angle = 2 * math.pi * uniform[2:]  # (2, B, num_blocks)

@@ -1,0 +1,20 @@
+"""A small checkpoint that can be guided."""
+
+from pathlib import Path
+from typing import Any
+
+from model import checkpoint
+from model.checkpoint import CheckpointConfig
+from model.sampler import Guidance
+from model.schedule import ScheduleConfig
+from tests.tiny import tiny_unet
+
+
+def tiny_checkpoint(folder: Path, **config: Any) -> Path:
+    network = tiny_unet(**config)
+    for parameter in network.parameters():
+        parameter.mul_(0.6)  # so that not all pixels are clipped
+    guidance = Guidance(scale=2.0, start=20, stop=80)
+    config = CheckpointConfig(network.config, ScheduleConfig(), guidance=guidance, training={"label_drop": 0.1})
+    checkpoint.save(folder / "tiny.safetensors", network, config)
+    return folder / "tiny.safetensors"

@@ -1,0 +1,243 @@
+"""Generates the Triton code of a GPU on a machine without one, and compiles or interprets it.
+
+Run as a program, in a process of its own, because it makes torch believe in a GPU:
+  python -m tests.model.triton_code step CHECKPOINT SM...    compiles the kernels of the whole reverse step
+  python -m tests.model.triton_code noise                    runs the noise's kernels (needs TRITON_INTERPRET=1)
+It prints one JSON object. Inductor traces with tensors that hold no data, so no kernel of CUDA is needed.
+"""
+
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn import functional as F
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model import blocks, checkpoint, noise
+from model.precision import CallRows
+from model.step import ReverseStep
+
+GPU = torch.device("cuda:0")
+ROWS, EVALUATIONS, SLOTS, PLANS = 8, 12, 256, 512
+# Block sizes that Inductor's heuristics would choose from; the compiler takes any power of two.
+BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 256}
+
+
+class H100:
+    """What torch reads from a GPU's properties."""
+
+    name, major, minor, gcnArchName = "NVIDIA H100 80GB HBM3", 9, 0, ""
+    total_memory, L2_cache_size = 80 << 30, 50 << 20
+    multi_processor_count, warp_size, max_threads_per_multi_processor, max_threads_per_block = 132, 32, 2048, 1024
+    regs_per_multiprocessor = 65536
+    shared_memory_per_block, shared_memory_per_block_optin, shared_memory_per_multiprocessor = 49152, 232448, 233472
+    clock_rate, memory_clock_rate, memory_bus_width = 1980000, 2619000, 5120
+
+
+class Driver:
+    """What Triton asks its driver when it generates code."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+def pretend_gpu() -> None:
+    """Makes torch and Triton of this process believe that there is one H100."""
+    torch.version.cuda = "13.0"
+    facts: dict[str, Any] = {
+        "get_device_properties": H100,
+        "get_device_capability": (9, 0),
+        "current_device": 0,
+        "device_count": 1,
+        "is_bf16_supported": True,
+    }
+    for name, answer in facts.items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    for name, answer in {**facts, "get_compute_capability": 90, "is_available": True}.items():
+        setattr(CudaInterface, name, staticmethod(lambda *_, answer=answer, **__: answer))
+    CudaInterface.Worker.get_device_properties = staticmethod(lambda *_, **__: H100)
+    CudaInterface.Worker.current_device = staticmethod(lambda: 0)
+    drivers = sys.modules["triton.runtime.driver"].driver
+    drivers._active = drivers._default = Driver()
+    torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last  # as cuDNN does for bfloat16
+
+
+def generate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
+    """The Python module with Triton kernels that Inductor makes of the function for a GPU.
+
+    It is traced with CPU tensors without data, since torch's CPU build traces no others; then the graph moves.
+    """
+    with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
+        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs]
+        graph = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="real")(*fakes)
+    for node in graph.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": GPU}
+        if node.target is torch.ops.prims.device_put.default:
+            node.args = (node.args[0], GPU, *node.args[2:])
+        node.meta.pop("val", None)
+    graph.recompile()
+    assert not [node for node in graph.graph.nodes if node.op == "get_attr"], "a constant would stay on the CPU"
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    with mode:
+        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU) for x in inputs]
+    FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*fakes)
+    with mock.patch.object(torch.cuda, "is_available", return_value=True), torch.no_grad():
+        lowering = GraphLowering(graph, shape_env=mode.shape_env, example_inputs=fakes, is_inference=True)
+        with V.set_graph_handler(lowering), V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
+            lowering.run(*fakes)
+            wrapper, _ = lowering.codegen()
+    return str(wrapper.value)
+
+
+def kernels(code: str) -> Iterator[tuple[str, str]]:
+    """Name and source of each Triton kernel in a generated module."""
+    for found in re.finditer(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", code, re.DOTALL):
+        yield found.group(1), found.group(2)
+
+
+def signature_of(source: str) -> dict[str, str]:
+    """A kernel's arguments and their types; `constexpr` are block sizes."""
+    found = re.search(r"'signature': \{(.*?)\}", source)
+    assert found
+    return dict(re.findall(r"'(\w+)': '([*\w]+)'", found.group(1)))
+
+
+def kernel_of(name: str, source: str, folder: Path) -> Any:
+    """The kernel as Triton's own function, without the heuristics that would launch it."""
+    source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", source, flags=re.DOTALL)
+    path = folder / f"{name}.py"
+    path.write_text(source.replace("triton_helpers.set_driver_to_gpu()", ""))
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # Triton reads the file
+    return getattr(module, name)
+
+
+def compile_errors(code: str, architectures: Sequence[int]) -> dict[str, str]:
+    """For each kernel and architecture that Triton cannot compile, what it says."""
+    errors = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, source in kernels(code):
+            signature, kernel = signature_of(source), kernel_of(name, source, Path(folder))
+            constants = {key: BLOCKS.get(key, 1) for key, kind in signature.items() if kind == "constexpr"}
+            if "R0_BLOCK" in constants and "XBLOCK" in constants:
+                constants["XBLOCK"] = 1
+            for sm in architectures:
+                parsed = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+                try:
+                    triton.compile(parsed, target=GPUTarget("cuda", sm, 32))
+                except Exception as error:
+                    errors[f"{name} sm_{sm}"] = f"{type(error).__name__}: {error}"[-500:]
+    return errors
+
+
+class InterpretedKernel:
+    """A pointwise kernel in Triton's interpreter, launched as a generated module launches it."""
+
+    def __init__(self, name: str, source: str, folder: Path) -> None:
+        self._kernel, self._signature = kernel_of(name, source, folder), signature_of(source)
+
+    def run(self, *arguments: Any, stream: object) -> None:
+        blocks = {name: BLOCKS[name] for name, kind in self._signature.items() if kind == "constexpr"}
+        sizes = dict(zip(self._signature, arguments, strict=False))
+        grid = [-(-sizes[f"{axis}numel"] // blocks[f"{axis.upper()}BLOCK"]) for axis in "xy" if f"{axis}numel" in sizes]
+        self._kernel[tuple(grid)](*arguments, **blocks)
+
+
+def run_interpreted(code: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Runs a generated module with Triton's interpreter on CPU tensors."""
+
+    def empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype)
+
+    with tempfile.TemporaryDirectory() as folder:
+        names: dict[str, Any] = {name: InterpretedKernel(name, source, Path(folder)) for name, source in kernels(code)}
+        names |= {
+            "torch": torch,
+            "empty_strided_cuda": empty,
+            "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
+            "assert_size_stride": lambda *_: None,
+            "get_raw_stream": lambda device: device,
+        }
+        exec(code[code.index("class Runner:") : code.index("runner = Runner(")], names)
+        with mock.patch.object(torch, "cuda", mock.MagicMock()):
+            return list(names["Runner"](partitions=[]).call(list(inputs)))
+
+
+def step_code(path: Path) -> str:
+    """The code of a checkpoint's whole reverse step in bfloat16."""
+    program = ReverseStep(checkpoint.load(path), torch.device("cpu"), torch.bfloat16)
+    program.call_rows = CallRows()  # as on a GPU
+    tensors, shape = program.state_dict(), program.checkpoint.image_shape
+
+    def step(*arguments: Tensor) -> Any:
+        named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
+        return torch.func.functional_call(program, named, arguments[len(tensors) :])
+
+    images, whole = [torch.empty(SLOTS, *shape)] * 2, [torch.empty(SLOTS, dtype=torch.int64)] * 4
+    rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, ROWS)]
+    state = [*images, *whole, torch.empty(SLOTS), torch.empty(PLANS, 5)]
+    # As it is elsewhere than on a CPU, where the trace is made.
+    with mock.patch.object(blocks, "gelu", lambda x: F.gelu(x, approximate="tanh")):
+        return generate(step, [*tensors.values(), *state, *rows])
+
+
+def noise_differences() -> dict[str, float]:
+    """How far interpreted kernels are from the CPU: Philox words that differ, and the largest distance of normals."""
+    seed = torch.tensor([0, 1, 2**53 - 1, 123456789012, 7, 8, 9, 2**32])
+    index, step = torch.arange(8), torch.tensor([0, 1, 2, 50, 99, 100, 3, 4])
+    inputs = [seed, index, step, noise.block_counter((1, 28, 28), seed.device)]
+
+    def drawn(seed: Tensor, index: Tensor, step: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            noise.random_words(seed, index, step, block),
+            noise.normal(seed, index, step, (1, 28, 28), block),
+        )
+
+    (words, z), (expected_words, expected_z) = run_interpreted(generate(drawn, inputs), inputs), drawn(*inputs)
+    return {
+        "words": words.numel(),
+        "different_words": int((words != expected_words).sum()),
+        "normal_error": float((z - expected_z).abs().max()),
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    pretend_gpu()
+    if arguments[0] == "noise":
+        print(json.dumps(noise_differences()))
+        return
+    code = step_code(Path(arguments[1]))
+    errors = compile_errors(code, [int(sm) for sm in arguments[2:]])
+    print(json.dumps({"kernels": len(list(kernels(code))), "errors": errors}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
