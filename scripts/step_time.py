@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.compiler import default_cache
 from model.precision import fast_dtype
+from model.private_cache import use_private_compile_cache
 from model.unet import UNet
 from scripts.progress import Reporter
 
@@ -64,6 +66,8 @@ def _call(network: UNet, rows: int, *, compiled: bool) -> Callable[[], Tensor]:
     served = UNet(network.config).to(device, fast_dtype(device))
     served.load_state_dict(network.state_dict())
     served = served.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
+    if compiled:
+        use_private_compile_cache(default_cache())
     denoise = torch.compile(served.denoise) if compiled else served.denoise
     x_t, c = (part.to(device, fast_dtype(device)) for part in _inputs(network, rows))
     x_t = x_t.contiguous(memory_format=torch.channels_last)

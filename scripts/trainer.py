@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from model.compiler import default_cache
 from model.diffusion import EMA
+from model.private_cache import use_private_compile_cache
 from model.unet import UNet
 from scripts.objective import LossOf, Objective
 from scripts.recipe import Recipe
@@ -66,6 +68,8 @@ class Trainer:
         )
         self.epoch = 0
         self.compiled = compiled
+        if compiled:
+            use_private_compile_cache(default_cache())
         self.denoiser = torch.compile(self._denoise) if compiled else self._denoise
         self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
             ", compiled" if compiled else ""

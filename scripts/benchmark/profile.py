@@ -117,16 +117,7 @@ def _time(call: Callable[[], object]) -> float:
 
 def _with_names(program: ReverseStep, cache: Path) -> Step:
     """Compiled so that the profiler sees each kernel."""
-    export = compiler._export_step
-
-    def without_traces(program: ReverseStep) -> torch.export.ExportedProgram:
-        exported = export(program)
-        for node in exported.graph.nodes:  # torch 2.13 writes them into the code, where a `)"` of ours ends them
-            node.meta.pop("stack_trace", None)
-        return exported
-
-    named = mock.patch.dict(compiler.OPTIONS, {"cpp.enable_kernel_profile": True})
-    with named, mock.patch.object(compiler, "_export_step", without_traces):
+    with mock.patch.dict(compiler.OPTIONS, {"cpp.enable_kernel_profile": True}):
         return compiler.compiled_step(program, cache)
 
 

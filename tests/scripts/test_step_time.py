@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from model.compiler import default_cache
 from model.unet import UNet, UNetConfig
 from scripts import compare
 from scripts.progress import Reporter
@@ -38,12 +41,15 @@ def test_attention_is_counted_too() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_networks_are_timed_side_by_side(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
+    caches: list[Path] = []
     monkeypatch.setattr(torch, "compile", lambda denoise: asked.append(denoise) or denoise)
+    monkeypatch.setattr("scripts.step_time.use_private_compile_cache", caches.append)
     small, large = (UNet(UNetConfig(stem_patch=2, widths=widths)) for widths in ((8, 16), (64, 128)))
     weights = [parameter.clone() for parameter in small.parameters()]
     with Reporter() as reporter:
         costs = costs_of({"small": small, "large": large}, reporter, rows=4, compiled=compiled)
     assert len(asked) == (2 if compiled else 0)
+    assert set(caches) == ({default_cache()} if compiled else set())
     assert costs["small"].flop < costs["large"].flop
     assert all(cost.seconds > 0 for cost in costs.values())
     assert costs["large"].num_parameters == sum(p.numel() for p in large.parameters())

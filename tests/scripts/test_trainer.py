@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model import checkpoint
+from model.compiler import default_cache
 from scripts.objective import DenoisingObjective
 from scripts.progress import Reporter
 from scripts.run import Run
@@ -26,12 +27,23 @@ def make_trainer(monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
     images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(NUM_IMAGES) % 10
 
-    def make(name: str, **fields: Any) -> Trainer:
+    def make(name: str, *, compiled: bool = False, **fields: Any) -> Trainer:
         recipe = recipe_of(name, **fields)
         objective = DenoisingObjective(recipe, images, labels, torch.device("cpu"))
-        return Trainer(recipe, objective, seed=0, device=torch.device("cpu"), compiled=False)
+        return Trainer(recipe, objective, seed=0, device=torch.device("cpu"), compiled=compiled)
 
     return make
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_training_uses_a_private_compile_cache(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("scripts.trainer.use_private_compile_cache", calls.append)
+    monkeypatch.setattr(torch, "compile", lambda denoise: calls.append("compile") or denoise)
+    make_trainer("plateau", compiled=compiled)
+    assert calls == ([default_cache(), "compile"] if compiled else [])
 
 
 def test_the_cosine_learning_rate_warms_up_and_falls_to_nothing(make_trainer: MakeTrainer) -> None:
