@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from model.checkpoint import load
-from model.compiler import compiled_step
+from model.compiler import compiled_step, library_of
 from model.precision import can_compile, fast_dtype
 from model.step import ReverseStep
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.process import BASE, PATIENCE
 from tests.e2e.service import Service
 from tests.e2e.test_identity import ENOUGH_ROWS, draw_alone, draw_in_company
+from tests.model.libraries import CRASHES, library_content
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 
@@ -69,6 +70,33 @@ def test_without_a_compiler_it_serves_not_compiled_and_says_so(start: Start, tmp
     assert plain.client.get("/health").json()["compiled"] is False
     assert any("is not compiled, and takes longer" in line for line in plain.process.lines)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def crashing_cache(checkpoint: Path, tmp_path: Path) -> str:
+    """A cache whose compiled step ends the process that calls it."""
+    program = ReverseStep(load(checkpoint), torch.device("cpu"), fast_dtype(torch.device("cpu")))
+    (tmp_path / "cache").mkdir()
+    library_of(program, tmp_path / "cache").write_bytes(library_content(CRASHES, tmp_path))
+    return str(tmp_path / "cache")
+
+
+def test_compiled_step_that_crashes_leaves_the_service_alive_and_not_compiled(
+    start: Start, crashing_cache: str
+) -> None:
+    plain = start(UNFOG_COMPILE="auto", UNFOG_CACHE_DIR=crashing_cache, CXX="no-such-compiler")
+    assert plain.client.get("/health").json()["compiled"] is False
+    assert plain.images(digit=3, seed=1, num_steps=5)
+    assert any("ended by SIGSEGV" in line for line in plain.process.lines)
+
+
+def test_compiled_step_that_crashes_stops_a_start_that_needs_it_with_one_sentence(
+    checkpoint: Path, crashing_cache: str
+) -> None:
+    done = compile_only(checkpoint, UNFOG_CACHE_DIR=crashing_cache, CXX="no-such-compiler")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("unfog: UNFOG_COMPILE=on: ")
+    assert "ended by SIGSEGV" in done.stderr.splitlines()[-1]
 
 
 def compile_only(checkpoint: Path, **variables: str) -> "subprocess.CompletedProcess[str]":

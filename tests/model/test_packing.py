@@ -14,7 +14,6 @@ from model.native import NativeProgram
 from model.packing import Packer, can_pack, take_packed_weights
 from model.precision import can_compile
 from model.step import ReverseStep, State
-from tests.model.test_compiler import tiny_checkpoint
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs oneDNN's kernels of bfloat16")
@@ -82,11 +81,11 @@ def test_weights_that_lie_alike_are_kept_once() -> None:
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 @needs_bfloat16
 def test_compiled_the_step_has_the_same_bits_with_packed_weights(
-    tmp_path: Path, threads: Callable[[int], None]
+    path: Path, cache: Path, threads: Callable[[int], None]
 ) -> None:
-    program = ReverseStep(checkpoint.load(tiny_checkpoint(tmp_path)), CPU, torch.bfloat16)
-    packed = compiler.compiled_step(program, tmp_path)
-    library = ctypes.CDLL(str(library_of(program, tmp_path)))
+    program = ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
+    packed = compiler.compiled_step(program, cache)
+    library = ctypes.CDLL(str(library_of(program, cache)))
     as_they_are = NativeProgram(library, program.state_dict(), num_outputs=3)
     with torch.inference_mode():
         for count in (1, 2, 3):
