@@ -46,6 +46,7 @@ OPTIONS = {
 }
 
 RECOMPILE_LIMIT = 64
+GPU_FOLDER = "gpu"  # below the cache; in a container it is a mount of its own
 DIGEST_BYTES = hashlib.sha256().digest_size  # at a library's end, where its loader does not look
 COMPILE_SECONDS = 1800  # takes half a minute on an idle machine
 FIRST_CALL_SECONDS = 60  # takes milliseconds on an idle machine
@@ -114,7 +115,7 @@ def _find(program: ReverseStep, cache: Path) -> Path | None:
 def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
     """The step for a GPU. torch compiles it once for all shapes but 1, and records a graph for each shape it meets."""
     try:
-        use_private_compile_cache(cache)
+        use_private_compile_cache(cache / GPU_FOLDER)
     except OSError as error:
         raise CompilerError(f"there is no folder for compiled kernels: {error}") from error
     with _quiet():  # imported late: this creates the folder of the compile cache

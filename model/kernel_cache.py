@@ -1,40 +1,29 @@
-"""Where the kernels that are compiled for a GPU are kept, and what compiling them needs.
-
-By default Inductor keeps them in a predictable folder below /tmp and Triton in the home folder. Both load machine code
-from there. In a container neither folder can be used: /tmp is mounted noexec and the home folder is read-only.
-"""
+"""What compiling kernels for a GPU needs: a private folder that allows execution, a C compiler, Python's headers."""
 
 import os
 import shutil
 import sysconfig
 from pathlib import Path
 
-from model.compiler import CompilerError
-
-FOLDER = "gpu/kernels"  # below the cache; in a container gpu/ is a mount of its own
-OTHERS_MAY_WRITE = 0o022
+from model.compiler import GPU_FOLDER, CompilerError
+from model.private_cache import use_private_compile_cache
 
 
 def prepare_kernel_cache(cache: Path) -> Path:
-    """Returns the folder below `cache` in which Inductor and Triton keep kernels from now on; makes it if needed.
+    """Returns the private folder below `cache` in which Inductor and Triton keep kernels from now on.
 
-    Variables that an operator has set win: TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR. CompilerError, with what to
-    do, if the folder is not private, not writable or mounted noexec, or if kernels cannot be compiled here.
+    CompilerError, with what to do, if its mount does not allow writing or execution, as a container's /tmp may not,
+    or if kernels cannot be compiled here.
     """
     _check_compiler()
-    folder = cache.resolve() / FOLDER
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts, mount = folder.stat(), os.statvfs(folder)
-    except OSError as error:
-        raise _unusable(folder, error.strerror or str(error)) from error
-    if facts.st_uid != os.geteuid() or facts.st_mode & OTHERS_MAY_WRITE:
-        raise _unusable(folder, "it belongs to another user, or other users can write to it")
+    folder = use_private_compile_cache(cache / GPU_FOLDER)
+    mount = os.statvfs(folder)
     for flag, name in ((os.ST_RDONLY, "read-only"), (os.ST_NOEXEC, "noexec")):
         if mount.f_flag & flag:
-            raise _unusable(folder, f"it is mounted {name}")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+            raise CompilerError(
+                f"{folder} cannot hold compiled kernels: it is mounted {name}. "
+                "Set UNFOG_CACHE_DIR to a private folder on a mount that allows writing and execution"
+            )
     return folder
 
 
@@ -44,10 +33,3 @@ def _check_compiler() -> None:
         raise CompilerError("compiling for a GPU needs a C compiler. Install gcc, or name a compiler in CC")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         raise CompilerError("compiling for a GPU needs Python's headers. Install the package python3-dev")
-
-
-def _unusable(folder: Path, reason: str) -> CompilerError:
-    return CompilerError(
-        f"{folder} cannot hold compiled kernels: {reason}. "
-        "Set UNFOG_CACHE_DIR to a private folder on a mount that allows writing and execution"
-    )
