@@ -105,7 +105,7 @@ class LogWriter:
             while left:
                 try:
                     left = left[os.write(self.descriptor, left) :]
-                except BlockingIOError:  # somebody has set O_NONBLOCK, or without_waiting() has
+                except BlockingIOError:  # another process or without_waiting() has set O_NONBLOCK
                     self._writable.poll()
         except OSError:
             self._has_torn_line = self._has_torn_line or 0 < len(left) < size

@@ -1,6 +1,7 @@
-"""uvicorn's HTTP/1.1, with an end to its patience: nobody holds a connection by saying, or taking, nothing.
+"""HTTP/1.1 connections with timeouts and limits.
 
-Bodies have their time in http.py, connections between two requests in uvicorn (5 s).
+Closes connections that send or accept no data in time. http.py limits the time of a body, uvicorn the time between two
+requests (5 s).
 """
 
 import asyncio
@@ -26,7 +27,7 @@ from app.problems import PROBLEM_JSON
 
 log = logging.getLogger("unfog.access")
 _ERRORS_ONLY = logging.getLogger(PROTOCOL_LOGGER)
-_ERRORS_ONLY.setLevel(logging.ERROR)  # what is no HTTP has a line of ours, with more in it
+_ERRORS_ONLY.setLevel(logging.ERROR)  # requests that are not HTTP have an own access log line
 
 MAX_AHEAD_BYTES = 64 * 1024  # sent before the present request is answered; at least the largest request fits
 # Bounds the work for one read. asyncio would read up to 256 KiB at once. The loop uses it for one connection at a time.
@@ -34,18 +35,18 @@ _BUFFER = memoryview(bytearray(16 * 1024))
 
 
 class Deadline:
-    """Calls, once, when its time is over, unless it is cleared before."""
+    """A timer that calls a function once, unless it is cleared before."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, callback: Callable[[], None]) -> None:
         self._loop, self._seconds, self._callback = loop, seconds, callback
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
-        """The time begins, if it has not."""
+        """Starts the timer unless it runs."""
         self._timer = self._timer or self._loop.call_later(self._seconds, self._callback)
 
     def clear(self) -> None:
-        """It does not count any more."""
+        """Stops the timer."""
         if self._timer:
             self._timer.cancel()
         self._timer = None
@@ -71,13 +72,13 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         self._taking = Deadline(self.loop, self.write_timeout, lambda: self.transport.abort())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """The first head is awaited from now on."""
+        """Starts the read timeout of the first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # so that all that a client leaves untaken is noticed
         self._head.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is awaited any more; an answer that was not taken whole is none."""
+        """Stops all timeouts. An answer that was not sent completely counts as a client that left."""
         if (notes := self._notes()) and notes.status:
             notes.outcome = notes.outcome or CLIENT_GONE
         super().connection_lost(exc)
@@ -94,7 +95,7 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(_BUFFER[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """A head's time counts from its first byte, in however many pieces it comes."""
+        """Parses what was read. The read timeout of a head starts with its first byte."""
         if self._discards or self._answers_early():
             self._discard(data)
             return
@@ -105,12 +106,12 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
             self._head.clear()
 
     def pause_writing(self) -> None:
-        """The client does not take what it is sent."""
+        """Starts the write timeout."""
         super().pause_writing()
         self._taking.set()
 
     def resume_writing(self) -> None:
-        """It has taken all of it."""
+        """Ends the write timeout: the client has accepted all data."""
         super().resume_writing()
         self._taking.clear()
 
@@ -124,7 +125,7 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
     def _give_up_reading(self) -> None:
         if self.conn.has_part_of_head:
             self._refuse(RequestTimeout())
-        else:  # it never said a word
+        else:  # no byte has arrived
             self.transport.close()
 
     def _refuse(self, error: UnfogError) -> None:
@@ -176,7 +177,7 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
             self.transport.close()
 
     def _notes(self) -> Notes | None:
-        """Of the request that is being answered."""
+        """Returns the notes of the request that is being answered."""
         if not self.cycle or self.cycle.response_complete:
             return None
         return noted(cast(Scope, self.cycle.scope))
@@ -189,7 +190,7 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
 
 
 def patient(settings: Settings, metrics: Metrics) -> type[H11Protocol]:
-    """The class of connections with these settings, as uvicorn wants it."""
+    """Returns the connection class for uvicorn, with these settings."""
     own = {
         "read_timeout": settings.read_timeout,
         "write_timeout": settings.write_timeout,

@@ -40,7 +40,7 @@ def seconds(service: Service, body: dict[str, Any]) -> float:
 
 @contextmanager
 def in_a_loop(service: Service, number: int, body: dict[str, Any]) -> Iterator[Counter[int]]:
-    """So many clients that each send the request again and again; the statuses of their answers."""
+    """Runs clients that send the request in a loop; counts the statuses of their answers."""
     stop, statuses = threading.Event(), Counter[int]()
 
     def client() -> None:
