@@ -10,7 +10,7 @@ import yaml
 
 from app.config import Settings
 from app.server import LAST_ANSWERS_SECONDS
-from model.kernel_cache import FOLDER
+from model.compiler import GPU_FOLDER
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -130,7 +130,7 @@ def test_device_is_cuda_unless_one_says_otherwise_and_cpu_in_the_project_for_cpu
 def test_folder_for_gpu_kernels_is_private_writable_and_executable() -> None:
     """It lies where the image's UNFOG_CACHE_DIR puts it, and goes with the container."""
     (cache,) = set(re.findall(r"UNFOG_CACHE_DIR=(\S+)", DOCKERFILE))
-    folder = Path(cache, FOLDER).parent
+    folder = Path(cache, GPU_FOLDER)
     options = dict(mount.partition(":")[::2] for mount in SERVICES["unfog"]["tmpfs"])[str(folder)]
     user, group = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)[-1]
     assert set(options.split(",")) == {"exec", f"uid={user}", f"gid={group}", "mode=0700"}
