@@ -49,6 +49,9 @@ async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: 
 
 async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
     body = bytearray()
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_bytes):
+        raise BodyTooLarge(max_bytes)
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():

@@ -181,3 +181,11 @@ def test_an_id_that_no_log_should_hold_is_replaced(service: Service, request_id:
     made = assert_problem(answer, 404, "not_found")["request_id"]
     assert made != request_id
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,128}", made)
+
+
+@pytest.mark.parametrize("length", [LIMIT + 1, 99_999_999_999_999_999_999])
+def test_content_length_over_the_limit_is_refused_before_the_body_arrives(service: Service, length: int) -> None:
+    head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n{}"
+    with socket.create_connection(service.address, PATIENCE) as client:
+        client.sendall((head % length).encode())
+        assert client.recv(12) == b"HTTP/1.1 413"  # and not 408, after UNFOG_READ_TIMEOUT
