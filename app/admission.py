@@ -58,10 +58,10 @@ class Admission:
         An idle engine admits every job: step times are only corrected by running steps.
         """
         batcher = self.batcher
-        if batcher.waiting + job.count > batcher.capacity:
+        if not self._has_room(batcher.waiting, job):
             raise errors.Overloaded(self._retry_after(job, now), "the queue has no room for this request")
         full = self._full(job)
-        if batcher.num_jobs and not batcher.backlog.admits(job, full, now):
+        if not batcher.backlog.admits(job, full, now):
             detail = "the request, or an earlier one, would miss its deadline"
             raise errors.Overloaded(self._retry_after(job, now), detail)
         job.position = batcher.waiting
@@ -76,11 +76,20 @@ class Admission:
         self._recover(now)
         return self.batcher.select(self._limits_for(self.batcher.backlog.num_models()), at_risk=self._is_at_risk(now))
 
-    def lower_max_batch(self, rows: int, now: float) -> None:
-        """Limits the rows of a step after a step with `rows` rows met a memory shortage."""
+    def lower_max_batch(self, now: float) -> None:
+        """Halves the rows that a step may have, after a memory shortage."""
         self._shortage_at = now
-        self._limit_rows(min(self.max_batch, max(1, rows // 2)))
+        self._limit_rows(max(1, self.max_batch // 2))
         log.warning("Out of device memory: limiting the batch", extra={"max_batch": self.max_batch})
+
+    def _has_room(self, waiting: int, job: Job) -> bool:
+        """True if the queue holds the job's images. Also bounds the images that have begun, whose state takes memory.
+
+        Requests with ever earlier deadlines would otherwise begin and then wait for each other.
+        """
+        batcher = self.batcher
+        most = 2 * (batcher.capacity + self.max_batch)
+        return waiting + job.count <= batcher.capacity and waiting + batcher.running + job.count <= most
 
     def _recover(self, now: float) -> None:
         if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:

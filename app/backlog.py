@@ -97,16 +97,18 @@ class Backlog:
     def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
         """True if `job`, submitted after `wait` seconds, and every job that it delays would meet their targets.
 
-        Until then the backlog drains in order, and no other job arrives.
+        Until then the backlog drains in order, and no other job arrives. An empty backlog admits every job.
         """
         rows = self._table[self._order]
         drained = wait * full.rate
         total = np.cumsum(rows[:, _WORK])
         left = np.maximum(total - drained, 0.0)
+        if not left.any():
+            return True
         own = np.array([_figures(job)])
         target = own[0, _TARGET] + wait
         place = int(np.searchsorted(rows[:, _TARGET], target, side="right"))
-        start = now + wait + (full.step_seconds if len(rows) and left[-1] else 0.0)
+        start = now + wait + full.step_seconds  # a step is in progress
         own_left = own[:, _WORK] + (left[place - 1] if place else 0.0)
         if start + _finish(own, own_left, full)[0] > target:
             return False

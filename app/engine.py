@@ -221,12 +221,12 @@ class Engine:
     ) -> list[tuple[Trajectory, R]]:
         return isolate(rows, compute, self._fail, self._lower_max_batch)
 
-    def _lower_max_batch(self, rows: int) -> None:
+    def _lower_max_batch(self) -> None:
         """Lowers the batch at most once a turn."""
         if not self._is_batch_lowered:
             self._is_batch_lowered = True
             with self._condition:
-                self._admission.lower_max_batch(rows, time.monotonic())
+                self._admission.lower_max_batch(time.monotonic())
 
     def _step(self, rows: list[Trajectory]) -> list[bool]:
         self._last_beat = start = time.monotonic()
@@ -283,7 +283,7 @@ class Engine:
         self._note_idle()
 
     def _die(self, error: BaseException) -> None:
-        if not isinstance(error, RunnerError):
+        if self.ready.done() or not isinstance(error, RunnerError):  # serve() reports why the start failed
             log.critical("the engine has failed", exc_info=error)
         with self._condition:
             self.state = EngineState.FAILED

@@ -46,12 +46,12 @@ def isolate(
     rows: list[Trajectory],
     compute: Callable[[list[Trajectory]], list[R]],
     on_failure: Callable[[Trajectory, Exception], None],
-    on_out_of_memory: Callable[[int], None],
+    on_out_of_memory: Callable[[], None],
 ) -> list[tuple[Trajectory, R]]:
     """Returns each row with its result. Runs a batch that raises again in halves until the failing row is alone.
 
-    Calls `on_failure` with each failing row, and `on_out_of_memory` once, with the size of the first batch that was too
-    large. Leaves out rows whose job has been answered. Raises DeviceLostError, which no row has caused.
+    Calls `on_failure` with each failing row, and `on_out_of_memory` at most once. Leaves out rows whose job has been
+    answered. Raises DeviceLostError, which no row has caused.
     """
     is_short = False
 
@@ -67,7 +67,7 @@ def isolate(
         except Exception as error:
             if isinstance(error, OutOfMemoryError) and not is_short:
                 is_short = True
-                on_out_of_memory(len(rows))
+                on_out_of_memory()
             if len(rows) == 1:
                 on_failure(rows[0], error)
                 return []

@@ -121,23 +121,47 @@ def test_a_memory_shortage_halves_the_batch_and_each_minute_without_one_doubles_
     admission = opened(max_batch=16)
     admitted(admission, job(64))
     with caplog.at_level(logging.INFO):
-        admission.lower_max_batch(16, NOW)
+        admission.lower_max_batch(NOW)
         assert len(admission.select(NOW)) == admission.max_batch == 8
-        admission.lower_max_batch(8, NOW + 1)
+        admission.lower_max_batch(NOW + 1)
         sizes = [len(admission.select(NOW + 1 + seconds * RECOVERY_SECONDS)) for seconds in (0, 0.9, 1, 1.9, 2, 3, 4)]
     assert sizes == [4, 4, 8, 8, 16, 16, 16]
     assert caplog.text.count("Out of device memory") == 2
     assert caplog.text.count("raising the batch") == 2
 
 
-def test_a_memory_shortage_never_raises_the_batch() -> None:
-    """As one could that is met while more images than a step has rows are read."""
-    admission = opened(max_batch=16)
-    admission.lower_max_batch(2, NOW)
-    admission.lower_max_batch(64, NOW)
+def test_the_batch_is_at_least_one_row() -> None:
+    admission = opened(max_batch=2)
+    for _ in range(3):
+        admission.lower_max_batch(NOW)
     assert admission.max_batch == 1
-    admission.lower_max_batch(1, NOW)
-    assert admission.max_batch == 1
+
+
+def test_images_that_have_begun_are_limited_too() -> None:
+    """Requests with ever earlier deadlines start one after the other, and none of them waits any more."""
+    admission = opened(capacity=4, max_batch=2)
+    refused = False
+    for k in range(40):
+        try:
+            admission.admit(job(2, timeout=10**6 - 1000 * k), NOW)
+        except errors.Overloaded:
+            refused = True
+            break
+        for row in admission.select(NOW):
+            if not row.started:
+                admission.batcher.start(row)
+            admission.batcher.advance(row)
+    assert refused
+    assert admission.batcher.running <= 2 * (4 + 2)
+
+
+def test_retry_after_does_not_exceed_the_time_until_the_engine_is_idle() -> None:
+    """An idle engine admits every job, also one that cannot finish in time."""
+    admission = opened()
+    admitted(admission, job(16, num_steps=1))  # 5 s of work
+    with pytest.raises(errors.Overloaded) as refused:
+        admission.admit(job(64, timeout=1), NOW)
+    assert refused.value.retry_after == 6
 
 
 @pytest.mark.parametrize("num_jobs", [300, 3000])

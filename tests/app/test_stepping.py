@@ -13,7 +13,7 @@ class Compute:
         self.guilty, self.limit, self.error = guilty or set(), limit, error or ValueError("guilty")
         self.batches: list[list[int]] = []
         self.failed: list[tuple[int, Exception]] = []
-        self.limits: list[int] = []
+        self.num_shortages = 0
 
     def __call__(self, rows: Rows) -> list[int]:
         self.batches.append([row.index for row in rows])
@@ -27,8 +27,11 @@ class Compute:
         self.failed.append((row.index, error))
         row.job.fail(error)
 
+    def note_shortage(self) -> None:
+        self.num_shortages += 1
+
     def run(self, rows: Rows) -> list[tuple[int, int]]:
-        return [(row.index, result) for row, result in isolate(rows, self, self.fail, self.limits.append)]
+        return [(row.index, result) for row, result in isolate(rows, self, self.fail, self.note_shortage)]
 
 
 def one_job_each(count: int) -> Rows:
@@ -73,7 +76,7 @@ def test_too_many_rows_are_halved_until_they_fit() -> None:
     compute = Compute(limit=2)
     assert compute.run(one_job_each(8)) == [(index, 2 * index) for index in range(8)]
     assert compute.failed == []
-    assert compute.limits == [8]  # told once, the size of the whole batch
+    assert compute.num_shortages == 1
 
 
 def test_a_row_that_does_not_fit_alone_fails() -> None:

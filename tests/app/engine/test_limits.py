@@ -49,17 +49,32 @@ def test_one_bad_moment_does_not_set_the_batch_to_one(monkeypatch: pytest.Monkey
     assert len(runner.calls[-1]) == engine.max_batch == 64
 
 
-def test_out_of_memory_never_raises_the_batch() -> None:
+@pytest.mark.parametrize("where", ["step", "pixels"])
+def test_a_shortage_with_a_single_image_halves_the_batch_and_no_more(where: str) -> None:
+    """It says nothing about large batches."""
+
+    def bad_moment(rows: Rows) -> None:
+        raise OutOfMemoryError
+
+    runner = FakeRunner(on_step=bad_moment) if where == "step" else FakeRunner(on_pixels=bad_moment)
+    engine = opened(new_engine(runner, max_batch=64))
+    engine.submit(new_job(1, num_steps=1))
+    tick(engine)
+    assert engine.max_batch == 32
+
+
+def test_a_shortage_while_previews_are_read_halves_the_batch_once_a_step() -> None:
     def too_many(rows: Rows) -> None:
         if len(rows) > 8:
             raise OutOfMemoryError
 
-    engine = opened(new_engine(FakeRunner(on_pixels=too_many), max_batch=2))
+    engine = opened(new_engine(FakeRunner(on_pixels=too_many), max_batch=16))
     job = new_job(32, num_steps=1, num_previews=8, listener=lambda event: None)
     engine.submit(job)
+    tick(engine)
+    assert engine.max_batch == 8
     while not job.closed:
         tick(engine)
-        assert engine.max_batch <= 2
     assert same(job.future.result(0), images(job))
 
 

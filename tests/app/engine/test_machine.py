@@ -186,7 +186,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.fail(guilty)
         self.turn(rows)
         if error is OutOfMemoryError:
-            self.lower(rows)
+            self.lower()
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -210,11 +210,11 @@ class EngineMachine(RuleBasedStateMachine):
 
         self.runner.on_step = raise_above_limit
         self.turn(rows)  # no image is lost
-        self.lower(rows)
+        self.lower()
 
-    def lower(self, rows: list[Image]) -> None:
+    def lower(self) -> None:
         """Once a step, however often its batch was halved."""
-        self.max_rows = min(self.max_rows, max(1, len(rows) // 2))
+        self.max_rows = max(1, self.max_rows // 2)
         assert self.engine.max_batch == self.max_rows
 
     @precondition(lambda self: self.living)

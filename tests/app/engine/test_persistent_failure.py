@@ -54,6 +54,17 @@ def test_other_requests_are_answered_when_the_engine_has_failed() -> None:
     assert found == [errors.InternalError] * MAX_FAILED_BATCHES + [errors.EngineFailed] * 7
 
 
+def test_the_log_says_why_the_check_failed(caplog: pytest.LogCaptureFixture) -> None:
+    with running(new_engine(FakeRunner(on_step=fail, on_check=fail_check))) as engine:
+        engine.ready.result(60)
+        for _ in range(MAX_FAILED_BATCHES):
+            job = new_job(1)
+            engine.submit(job)
+            job.future.exception(60)
+        wait_until(lambda: engine.state is EngineState.FAILED)
+    assert "the known picture is wrong" in caplog.text
+
+
 def test_poisoned_requests_cannot_take_the_engine_down() -> None:
     """The known picture is drawn, and it is right."""
     runner = FakeRunner()
