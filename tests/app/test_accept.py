@@ -159,11 +159,11 @@ BOMBS = {
 @pytest.mark.parametrize(("start", "piece"), BOMBS.values(), ids=BOMBS)
 def test_time_grows_no_faster_than_the_header(start: str, piece: str) -> None:
     def seconds(size: int) -> float:
-        header, best = start + piece * (size // len(piece)), float("inf")
-        for _ in range(5):
-            begin = time.process_time()
-            best_match([header], AVAILABLE)
-            best = min(best, time.process_time() - begin)
-        return best
+        header = start + piece * (size // len(piece))
+        begin = time.process_time()
+        best_match([header], AVAILABLE)
+        return time.process_time() - begin
 
-    assert seconds(8 * 20_000) < 12 * seconds(20_000) + 0.001
+    # Taken in turns, so that a moment in which the machine is slow affects both; the least of many is the truest.
+    small, large = zip(*((seconds(20_000), seconds(8 * 20_000)) for _ in range(15)), strict=True)
+    assert min(large) < 12 * min(small) + 0.001

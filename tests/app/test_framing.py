@@ -277,12 +277,12 @@ BOMBS = {
 @pytest.mark.parametrize("small", [1_000, 100_000])  # within the limits, and beyond them
 def test_time_grows_no_faster_than_the_input(start: bytes, piece: bytes, slice_bytes: int, small: int) -> None:
     def seconds(size: int) -> float:
-        data, best = start + piece * (size // len(piece)) + b"\x00\n\r\n\r\n", float("inf")
-        for _ in range(5):
-            begin = time.process_time()
-            with suppress(h11.RemoteProtocolError):
-                list(parse(data, slice_bytes))
-            best = min(best, time.process_time() - begin)
-        return best
+        data = start + piece * (size // len(piece)) + b"\x00\n\r\n\r\n"
+        begin = time.process_time()
+        with suppress(h11.RemoteProtocolError):
+            list(parse(data, slice_bytes))
+        return time.process_time() - begin
 
-    assert seconds(8 * small) < 12 * seconds(small) + 0.001
+    # Taken in turns, so that a moment in which the machine is slow affects both; the least of many is the truest.
+    least, most = zip(*((seconds(small), seconds(8 * small)) for _ in range(9)), strict=True)
+    assert min(most) < 12 * min(least) + 0.001
