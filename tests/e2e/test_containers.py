@@ -104,7 +104,7 @@ def test_the_same_seed_draws_the_same_picture(stack: Stack) -> None:
 def test_the_step_was_compiled_while_the_image_was_built(stack: Stack) -> None:
     health = stack.get("unfog", "/health").json()
     assert (health["status"], health["compiled"], health["device"]) == ("ok", True, "cpu")
-    assert "compiling" not in stack.compose("logs", "unfog")
+    assert "Compiling" not in stack.compose("logs", "unfog")
 
 
 def test_every_service_runs_without_privileges(stack: Stack) -> None:
@@ -222,7 +222,7 @@ def test_a_stop_answers_what_was_admitted(stack: Stack) -> None:
         assert answer.result(PATIENCE).status_code == 200
     state = stack.container("unfog")["State"]
     assert (state["Status"], state["ExitCode"]) == ("exited", 0)  # 137 past the grace period
-    assert "draining" in stack.compose("logs", "unfog")
+    assert "Draining" in stack.compose("logs", "unfog")
 
 
 @pytest.mark.slow
