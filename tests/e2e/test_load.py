@@ -72,12 +72,22 @@ def test_a_full_queue_is_429_and_admits_again_when_it_has_room(narrow: Service) 
 
 def test_a_request_that_would_end_after_its_own_deadline_is_429_at_once(narrow: Service) -> None:
     before = narrow.metrics().of("rejected_total", reason="overloaded")
+    with narrow.events({"digit": 1}) as events:
+        alone = first(events, "accepted")["eta_seconds"]
+    narrow.wait_until_idle()
     with narrow.events(FULL) as events:
-        backlog = first(events, "accepted")["eta_seconds"]
-        answer = narrow.post({"digit": 1, "timeout_seconds": backlog / 8})
+        first(events, "accepted")
+        answer = narrow.post({"digit": 1, "timeout_seconds": alone / 2})
         assert_problem(answer, 429, "overloaded")
         assert int(answer.headers["retry-after"]) >= 1
     assert narrow.metrics().of("rejected_total", reason="overloaded") == before + 1
+
+
+def test_a_request_with_an_early_deadline_overtakes_one_that_can_wait(narrow: Service) -> None:
+    with narrow.events(FULL) as events:
+        backlog = first(events, "accepted")["eta_seconds"]
+        assert narrow.post({"digit": 1, "timeout_seconds": backlog / 2}).status_code == 200
+        assert narrow.metrics().of("running_images") + narrow.metrics().of("queue_depth_images") > CAPACITY / 2
 
 
 def test_a_deadline_that_passes_is_504_and_frees_the_rows(narrow: Service) -> None:
