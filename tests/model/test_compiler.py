@@ -283,7 +283,7 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
         step(2.0)
         assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert all(part.tolist() == [1.0, 1.0] for part in first)
-    assert asked == [tmp_path, {"mode": "reduce-overhead", "dynamic": True}]
+    assert asked == [tmp_path / "gpu", {"mode": "reduce-overhead", "dynamic": True}]
     assert not list(tmp_path.iterdir())
 
 
