@@ -223,7 +223,7 @@ def load(program: ReverseStep, library: Path) -> Step:
 
 
 def _check_first_call(program: ReverseStep, library: Path, descriptor: int, digest: bytes) -> None:
-    """Calls a library in a child process, unless a file beside it says that this was done; LibraryError."""
+    """Calls a library in a child process, unless a file next to it records a success; LibraryError if it fails."""
     key, checked = _key_of(digest), library.with_suffix(".checked")
     if key in _checked or _read_private(checked) == key:
         return

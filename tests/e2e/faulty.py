@@ -83,7 +83,7 @@ class FaultyRunner(Runner):
 
 
 class Unraisable:
-    """Raises where nobody can catch it."""
+    """Raises an exception that no caller can catch."""
 
     def __del__(self) -> None:
         raise LookupError("in a destructor")

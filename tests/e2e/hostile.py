@@ -35,7 +35,7 @@ def _fields(size: int) -> bytes:
     return b"{" + b",".join(b'"f%06d":1' % i for i in range((size - 2) // 12)) + b"}"
 
 
-# Bodies of at most so many bytes that are small compared with what a reader could make of them.
+# Bodies of at most the given size that could take a parser much time or memory.
 BOMBS: dict[str, Callable[[int], bytes]] = {
     "nested lists": _repeat(b"["),
     "nested lists that close": _nested,
@@ -129,7 +129,7 @@ def _ahead(choose: random.Random) -> bytes:
     return request + choose.choice((b"\r\n", b"\x00", b"GET", request, request * 20, b"\r\n" * 20_000))
 
 
-# Requests of about so many bytes that make a reader work. Those of 8 KiB are within the limits, of a megabyte beyond.
+# Requests of about the given size that make a parser work. 8 KiB is within the limits, a megabyte is not.
 CHUNKED = HEAD + JSON_TYPE + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
 FLOODS: dict[str, Callable[[int], bytes]] = {

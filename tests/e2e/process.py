@@ -27,7 +27,7 @@ BASE = {
 class Process:
     """`python -m app` with these variables and no other of ours; every line of its stderr is kept.
 
-    While it is paused, nobody reads its stderr: the pipe fills, after some kilobytes in the reader's own buffer.
+    While it is paused, its stderr is not read: the pipe fills, after some kilobytes in the reader's own buffer.
     """
 
     def __init__(self, module: str = "app", **variables: str) -> None:
