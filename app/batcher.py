@@ -7,7 +7,11 @@ from app.backlog import Backlog, Throughput
 from app.pace import Pace
 from app.trajectory import Job, Trajectory
 
-BEST_TOLERANCE = 0.02  # of the best rate: a larger step is not worth less than that
+# A full step is the largest one within BEST_TOLERANCE of the best rate that takes at most FULL_SLOWDOWN times as long
+# as a lone image's step. Larger steps reach a higher throughput, most of all on a busy machine, because the compute
+# threads wait for each other less often. But the bound of a job grows with the time of a full step.
+BEST_TOLERANCE = 0.05
+FULL_SLOWDOWN = 20.0
 SHARED_SLOWDOWN = 3.0  # of a step that a small request shares with a large one, compared with a lone image's step
 
 
@@ -24,12 +28,12 @@ class StepLimits:
     def of(cls, pace: Pace, max_rows: int | None, num_models: int, *, auto: bool) -> "StepLimits":
         """Returns the limits for steps of at most `max_rows` rows, if given, with a call for each of the models.
 
-        With `auto` a full step has the fewest evaluations that reach the best rate. Otherwise it has `max_rows` rows,
-        and no step is kept short.
+        With `auto` the size of a full step follows from the measured rates. Otherwise it has `max_rows` rows, and no
+        step is kept short.
         """
-        calls = (num_models - 1) * pace.measured_seconds(1)  # each model after the first costs another call
         lone = pace.measured_seconds(1)
-        most = max(2, pace.best_batch(BEST_TOLERANCE)) if auto else 2 * (max_rows or 1)
+        calls = (num_models - 1) * lone  # each model after the first costs another call
+        most = max(2, pace.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone)) if auto else 2 * (max_rows or 1)
         rows = min(most, max_rows or most)
         most = min(most, 2 * rows)  # a guided row takes two
         short = min(most, max(1, pace.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
@@ -40,10 +44,12 @@ class StepLimits:
     def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
         """Returns the evaluations that a step may have, given the jobs and the evaluations of one row of each.
 
-        While the smallest job can finish soon, steps stay short for its sake.
+        Steps stay short while all images of the smallest job fit into its share of a short step. Otherwise a short step
+        would cost throughput and not help that job.
         """
-        if num_jobs > 1 and num_jobs * fewest_images <= self.evaluations:
-            return min(self.evaluations, max(self.short, 2 * first_round))
+        short = max(self.short, 2 * first_round)
+        if num_jobs > 1 and num_jobs * fewest_images <= short:
+            return min(self.evaluations, short)
         return self.evaluations
 
 

@@ -53,10 +53,14 @@ class Pace:
         share = (evaluations - low) / (high - low)
         return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share
 
-    def best_batch(self, tolerance: float) -> int:
-        """Returns the smallest measured batch whose rate is within `tolerance` (0 to 1) of the best rate."""
-        rates = [rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True)]
-        return next(rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates))
+    def best_batch(self, tolerance: float, seconds: float) -> int:
+        """Returns the largest measured batch that takes at most `seconds` and is within `tolerance` of the best rate.
+
+        `tolerance` is a share, 0 to 1. If all batches near the best rate take longer, returns the smallest of them.
+        """
+        rates = [rows / time for rows, time in zip(self._rows, self._seconds, strict=True)]
+        near = [rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates)]
+        return max((rows for rows in near if self.measured_seconds(rows) <= seconds), default=near[0])
 
     def largest_batch(self, seconds: float) -> int:
         """Returns the largest batch, up to the largest measured one, whose measured time is within `seconds`.

@@ -178,8 +178,8 @@ def test_a_step_is_short_while_a_small_job_shares_it_with_a_large_one() -> None:
     assert len(batcher_with(large).select(AUTO, at_risk=False)) == 16
     assert len(batcher_with(large, small).select(AUTO, at_risk=False)) == 8
     assert len(batcher_with(large, small).select(AUTO, at_risk=True)) == 16
-    assert len(batcher_with(large, new_job(8)).select(AUTO, at_risk=False)) == 8
-    assert len(batcher_with(large, new_job(9)).select(AUTO, at_risk=False)) == 16  # 2 x 9 images fill a step
+    assert len(batcher_with(large, new_job(4)).select(AUTO, at_risk=False)) == 8
+    assert len(batcher_with(large, new_job(5)).select(AUTO, at_risk=False)) == 16  # 2 x 5 images exceed a short step
 
 
 def test_several_small_jobs_share_half_of_a_short_step() -> None:
@@ -199,7 +199,8 @@ def test_a_lone_small_job_gets_full_steps() -> None:
         ({1: 1.0, 64: 64.0}, 2, 2),  # nothing is gained by batching; a guided row takes two
         ({1: 1.0, 64: 1.0}, 64, 64),
         ({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}, 16, 8),
-        ({1: 1.0, 2: 1.5, 4: 2.6, 8: 5.2}, 4, 4),
+        ({1: 1.0, 2: 1.5, 4: 2.6, 8: 5.2}, 8, 4),  # 4 and 8 have the same rate
+        ({1: 1.0, 16: 16.0, 32: 32.0}, 16, 3),  # 32 take more than 20 times as long as 1
     ],
 )
 def test_auto_limits_follow_the_measured_step_times(curve: dict[int, float], evaluations: int, short: int) -> None:
@@ -227,7 +228,7 @@ def test_fixed_limits_count_rows(max_rows: int) -> None:
 
 def test_a_full_step_may_lack_one_evaluation() -> None:
     """Where the last row is guided; the rate must hold for that step, too."""
-    staircase = Pace({1: 16.0, 16: 16.0, 17: 32.0, 32: 32.0})
+    staircase = Pace({1: 16.0, 16: 16.0, 17: 32.0})
     assert StepLimits.of(staircase, None, 1, auto=True).full.rate == 15 / 16
 
 

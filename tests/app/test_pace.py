@@ -53,19 +53,22 @@ def test_steps_as_expected_change_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("curve", "tolerance", "best"),
+    ("curve", "tolerance", "seconds", "best"),
     [
-        ({1: 1.0, 2: 2.0, 4: 4.0}, 0.2, 1),  # nothing is gained
-        ({1: 1.0, 2: 1.0, 4: 1.0}, 0.2, 4),  # all is gained
-        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.2, 16),  # 8, 10, 11 rows a second
-        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.0, 32),
-        ({1: 1.0, 8: 1.0, 64: 100.0}, 0.2, 8),  # larger is worse
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 0.2, 9.0, 4),  # all rates are equal: the largest
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 0.2, 2.0, 2),  # the largest within the time
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 0.2, 0.5, 4),  # one batch has the best rate, even if it takes longer
+        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.2, 9.0, 32),  # 8, 10, 11 rows a second
+        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.2, 2.0, 16),
+        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.0, 2.0, 32),
+        ({8: 1.0, 16: 1.6, 32: 2.9}, 0.2, 1.0, 16),  # all batches near the best rate take longer: the smallest of them
+        ({1: 1.0, 8: 1.0, 64: 100.0}, 0.2, 200.0, 8),  # the largest has a low rate
     ],
 )
-def test_the_best_batch_is_the_smallest_near_the_best_rate(
-    curve: dict[int, float], tolerance: float, best: int
+def test_the_best_batch_is_the_largest_near_the_best_rate_within_the_time(
+    curve: dict[int, float], tolerance: float, seconds: float, best: int
 ) -> None:
-    assert Pace(curve).best_batch(tolerance) == best
+    assert Pace(curve).best_batch(tolerance, seconds) == best
 
 
 def test_a_step_of_two_models_takes_the_time_of_both_calls() -> None:

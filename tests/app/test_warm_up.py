@@ -146,7 +146,7 @@ def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock:
 
     runner = Timed(on_step=step)
     (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
-    assert pace.best_batch(0.0) <= 8
+    assert pace.best_batch(0.0, 1.0) <= 8
     assert not runner.held
 
 
