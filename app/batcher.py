@@ -145,7 +145,7 @@ class Batcher:
             yield from job.unfinished[1:] if place < num_first else job.unfinished
 
     def _fewest_images(self, limits: StepLimits) -> int:
-        """The fewest unfinished images of a job, counted only where it matters to `StepLimits.share`."""
+        """The smallest number of images of a job, counted only where it matters to `StepLimits.share`."""
         if not 1 < self.num_jobs <= limits.evaluations:
             return limits.evaluations
-        return min(len(job.unfinished) for job in self.backlog)
+        return min(job.count for job in self.backlog)
