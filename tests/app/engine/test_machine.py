@@ -366,8 +366,9 @@ class AutoEngineMachine(EngineMachine):
         return max(1, self.full() // 2)
 
     def limit(self, images: list[list[Image]]) -> int:
-        shared = len(images) > 1 and len(images) * min(map(len, images)) <= self.full()
         short = max(3, 2 * min(len(images), self.first_round()))
+        fewest = min((truth.job.count for truth in self.living), default=0)
+        shared = len(images) > 1 and len(images) * fewest <= short
         return min(short if shared else self.full(), self.max_rows)
 
     def full(self) -> int:
