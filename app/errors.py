@@ -29,6 +29,9 @@ from collections.abc import Mapping
 from http.client import responses
 from typing import Any
 
+# The names of RFC 9110 section 15. Python before 3.13 has older names for these two.
+TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
+
 
 class UnfogError(Exception):
     """What a client is told: a problem document (RFC 9457)."""
@@ -50,7 +53,7 @@ class UnfogError(Exception):
         """The body, application/problem+json."""
         return {
             "type": "about:blank",
-            "title": responses.get(self.status, "Error"),
+            "title": TITLES.get(self.status, "Error"),
             "status": self.status,
             "detail": self.detail,
             "code": self.code,

@@ -7,6 +7,7 @@ from app import errors
 from app.errors import UnfogError
 
 # Contract, section 3.
+RFC_9110_NAMES = {413: "Content Too Large", 422: "Unprocessable Content"}  # those that Python before 3.13 lacks
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
     (errors.MalformedRequest(), 400, "malformed_request"),
@@ -55,7 +56,7 @@ def test_the_problem_is_what_rfc_9457_asks_for(error: UnfogError, status: int, c
     extra = problem.pop("errors", None)
     assert problem == {
         "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
+        "title": RFC_9110_NAMES.get(status, HTTPStatus(status).phrase),
         "status": status,
         "detail": error.detail,
         "code": code,
