@@ -6,8 +6,8 @@ import pytest
 from app import errors
 from app.errors import UnfogError
 
-# Contract, section 3.
 RFC_9110_NAMES = {413: "Content Too Large", 422: "Unprocessable Content"}  # those that Python before 3.13 lacks
+# Contract, section 3.
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
     (errors.MalformedRequest(), 400, "malformed_request"),
