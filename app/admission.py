@@ -131,9 +131,11 @@ class Admission:
         """The smallest whole number of seconds after which the job would be admitted if no other job arrived."""
         backlog, full = self.batcher.backlog, self._full(job)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
+        limits = self._limits_for(max(1, backlog.num_models(job)))
+        rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
 
         def fits(seconds: int) -> bool:
-            waiting = backlog.waiting_after(seconds, full.rate)
+            waiting = backlog.waiting_after(seconds, full.rate, rows)
             return waiting + job.count <= self.batcher.capacity and backlog.admits(job, full, now, seconds)
 
         return bisect_left(range(longest), True, lo=1, key=fits)
@@ -142,7 +144,7 @@ class Admission:
         """The expected time to finish: its own steps for an image that is in every step, else the bound."""
         batcher, num_models = self.batcher, max(1, self.batcher.backlog.num_models(job))
         limits = self._limits_for(num_models)
-        mean = job.evaluations_left / (job.count * job.options.num_steps)  # evaluations of a row and step
+        mean = _mean_evaluations(job)
         first_round = (batcher.num_jobs + 1) * mean
         if job.count > 1 or first_round > max(mean, limits.evaluations // 2):
             return batcher.backlog.finish_seconds(job, full)
@@ -151,3 +153,8 @@ class Admission:
         evaluations = min(share, (batcher.waiting + batcher.running + 1) * mean)
         seconds = self.pace.step_seconds(evaluations) + (num_models - 1) * full.lone_seconds
         return job.options.num_steps * seconds
+
+
+def _mean_evaluations(job: Job) -> float:
+    """Evaluations of one row in one step, the mean over all steps of an image."""
+    return job.evaluations_from(0) / job.options.num_steps

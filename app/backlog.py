@@ -126,16 +126,16 @@ class Backlog:
         own = np.array([_figures(job)])
         return float(_finish(own, own[:, _WORK] + rows[:place, _WORK].sum(), full)[0])
 
-    def waiting_after(self, seconds: float, rate: float) -> int:
+    def waiting_after(self, seconds: float, rate: float, rows: int) -> int:
         """Returns the number of images without a step, after the backlog drained in order for `seconds`.
 
-        Whenever an image finishes, the next one starts.
+        `rows` of the images that are left then run, since a full step holds so many.
         """
-        rows = self._table[self._order]
-        before = np.cumsum(rows[:, _WORK]) - rows[:, _WORK]
-        drained = np.clip(seconds * rate - before, 0.0, rows[:, _WORK])
-        started = np.floor(drained / rows[:, _IMAGE_WORK])
-        return int((rows[:, _WAITING] - np.minimum(rows[:, _WAITING], started)).sum())
+        jobs = self._table[self._order]
+        before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]
+        left = jobs[:, _WORK] - np.clip(seconds * rate - before, 0.0, jobs[:, _WORK])
+        images = np.ceil(left / jobs[:, _IMAGE_WORK]).sum()
+        return int(np.clip(images - rows, 0.0, jobs[:, _WAITING].sum()))
 
     @property
     def work(self) -> float:

@@ -81,8 +81,19 @@ def test_an_idle_engine_admits_a_job_that_cannot_finish_in_time() -> None:
     admitted(opened(), job(16, timeout=1))
 
 
-def test_a_full_queue_says_when_there_is_room() -> None:
+def test_a_queue_filled_by_a_job_that_has_not_begun_has_room_after_the_next_step() -> None:
     admission = opened(capacity=16)
+    admitted(admission, job(16))
+    with pytest.raises(errors.Overloaded, match="no room") as refused:
+        admission.admit(job(1), NOW)
+    assert refused.value.retry_after == 1
+
+
+def test_a_queue_behind_a_full_step_has_room_when_an_image_finishes() -> None:
+    admission = opened(capacity=16)
+    admitted(admission, job(16))
+    for row in admission.select(NOW):
+        admission.batcher.start(row)
     admitted(admission, job(16))
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1), NOW)

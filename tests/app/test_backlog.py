@@ -140,16 +140,20 @@ def test_waiting_images_start_as_others_finish() -> None:
     first, second = new_job(10, num_steps=10, submitted_at=0.0), new_job(10, num_steps=10, submitted_at=1.0)
     for job in (first, second):
         backlog.add(job)
-    first.num_waiting = 4
+    first.num_waiting = 4  # six run, as many as a full step holds
     backlog.update(first)
-    assert [backlog.waiting_after(seconds, FULL.rate) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0)] == [
-        14,
-        12,
-        10,
-        10,
-        5,
-        0,
-    ]
+    found = [backlog.waiting_after(seconds, FULL.rate, 6) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0)]
+    assert found == [14, 12, 10, 4, 0, 0]
+
+
+def test_images_that_are_nearly_done_make_place_for_as_many() -> None:
+    backlog = Backlog()
+    running, waiting = new_job(6, num_steps=10, submitted_at=0.0), new_job(6, num_steps=10, submitted_at=1.0)
+    for job in (running, waiting):
+        backlog.add(job)
+    running.num_waiting, running.evaluations_left = 0, 6  # each of the six has one step left
+    backlog.update(running)
+    assert [backlog.waiting_after(seconds, FULL.rate, 6) for seconds in (0, 0.06)] == [1, 0]
 
 
 def test_the_table_grows_and_its_slots_are_used_again() -> None:
