@@ -6,6 +6,7 @@ open          requests at random times, at shares of the measured capacity; late
 alternatives  the same loads on other servers with the same weights, in one run
 training      images per second of scripts.train, of a plain loop, and the limit set by the matrix rate
 endurance     an hour of mixed load: fails if memory grows or an image changes
+versions      throughput and latency of this version against another one, which is in the folder --base
 
 Figures are medians with their range over the repeats; with twelve or more repeats, with their quartiles. Each start of
 a service is measured --turns times, and only the measured service runs. The raw results are written to a JSON file,
@@ -32,13 +33,25 @@ from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, Running, alternative, started, this_service
 from scripts.benchmark.endurance import MOST_GROWTH, complaint, endure
 from scripts.benchmark.load import arrivals
-from scripts.benchmark.loads import Load, clients_of_one, closed_loads, large, mixed, one, one_large, open_loads
+from scripts.benchmark.loads import (
+    Load,
+    clients_of_one,
+    closed_loads,
+    large,
+    mixed,
+    one,
+    one_large,
+    open_loads,
+    version_loads,
+)
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import COLUMNS, table_of, without_empty
 from scripts.benchmark.runs import Times, measure
 from scripts.benchmark.simulation import predicted_p95, simulate, simulate_batches, slowness, step_times
 from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
 from scripts.benchmark.turns import take_turns
+from scripts.benchmark.versions import BASE, NEW, compare_versions, version, versions_table
+from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
 from scripts.evaluation.tables import as_table
 from scripts.files import write_json
 from scripts.mnist import DataError, load_mnist
@@ -48,7 +61,7 @@ from scripts.step_time import flop_of
 
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
-MODES = ("closed", "open", "alternatives", "training", "endurance")
+MODES = ("closed", "open", "alternatives", "training", "endurance", "versions")
 CLIENTS = (1, 4, 16, 64)
 REQUESTS = ("small", "random", "large")  # of one image; at random times beside LitServe alone; of as many as may be
 SATURATING = 64  # clients of one image
@@ -66,7 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     require_installed(*packages_of(args), extra="bench")
     try:
         with Reporter() as reporter:
-            runs = {None: bench_quick, "training": bench_training, "endurance": bench_endurance}
+            runs = {
+                None: bench_quick,
+                "training": bench_training,
+                "endurance": bench_endurance,
+                "versions": bench_versions,
+            }
             runs.get(args.mode, lambda args, reporter: Bench(args, reporter).run())(args, reporter)
     except (BenchError, DataError, RecipeError, OSError) as error:
         raise fail(f"bench: {error}") from error
@@ -243,6 +261,19 @@ def bench_endurance(args: argparse.Namespace, reporter: Reporter) -> None:
         raise BenchError(wrong)
 
 
+def bench_versions(args: argparse.Namespace, reporter: Reporter) -> None:
+    """Compares this version with the one in `args.base`, both under the same loads in short turns."""
+    if not (args.base / "app").is_dir():
+        raise BenchError(f"{args.base} holds no version of the service: it has no folder app")
+    base, new = version(BASE, args.base), version(NEW, Path.cwd())
+    rows = []
+    for row in compare_versions(base, new, version_loads(), args.pairs, args.seconds):
+        reporter.line(f"{row['load']}, pair {row['pair'] + 1}: {row[NEW] / row[BASE]:.3f}")
+        rows.append(row)
+        write_json(args.out, {"machine": this_machine().as_json(), "seconds_in_a_pair": args.seconds, "rows": rows})
+    reporter.line(as_table(VERSION_COLUMNS, versions_table(rows)))
+
+
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -266,6 +297,13 @@ def _add_mode(command: argparse.ArgumentParser, mode: str) -> None:
     command.add_argument("--out", type=Path, required=True, help="the .json file for the raw results")
     if mode == "endurance":
         command.add_argument("--minutes", type=positive, default=60.0, help="duration of the load; default: 60")
+        return
+    if mode == "versions":
+        command.add_argument("--base", type=Path, required=True, help="folder of the other version, such as a worktree")
+        command.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of each load; default: 5")
+        command.add_argument(
+            "--seconds", type=positive, default=24.0, help="of each version in a pair of a load; default: 24"
+        )
         return
     command.add_argument(
         "--repeats", type=integer(1, 100), default=5, help="fresh starts, each measured --turns times; default: 5"

@@ -29,6 +29,7 @@ class Contestant:
     arguments: tuple[str, ...]  # of Python; {port} stands for the port
     variables: dict[str, str] = field(default_factory=dict)
     is_of_our_network: bool = True  # draws with the shipped weights
+    folder: Path | None = None  # that it is started in; the working folder if None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +86,16 @@ class Running:
         return {series: float(value) for series, value in pairs}
 
 
-def this_service(name: str = "unfog", **variables: str) -> Contestant:
-    """This project's, with these UNFOG_ variables."""
+def this_service(name: str = "unfog", folder: Path | None = None, **variables: str) -> Contestant:
+    """Returns this project's service with these UNFOG_ variables, or the version of it in `folder`."""
     own = {
         "UNFOG_REQUEST_TIMEOUT": "600",
         "UNFOG_PORT": "{port}",
         "UNFOG_HOST": "127.0.0.1",
         "UNFOG_LOG_LEVEL": "warning",
     }
-    return Contestant(name, ("-m", "app"), own | {f"UNFOG_{key.upper()}": value for key, value in variables.items()})
+    own |= {f"UNFOG_{key.upper()}": value for key, value in variables.items()}
+    return Contestant(name, ("-m", "app"), own, folder=folder)
 
 
 def alternative(name: str, *options: str) -> Contestant:
@@ -110,7 +112,8 @@ def started(contestant: Contestant) -> Iterator[Running]:
     variables = {name: value.format(port=port) for name, value in contestant.variables.items()}
     command = [sys.executable, *(part.format(port=port) for part in contestant.arguments)]
     start = time.perf_counter()
-    with subprocess.Popen(command, env=os.environ | variables, stdout=subprocess.DEVNULL) as process:
+    environment = os.environ | variables
+    with subprocess.Popen(command, env=environment, cwd=contestant.folder, stdout=subprocess.DEVNULL) as process:
         try:
             _wait_until_ready(process, port, contestant.name)
             yield Running(f"http://127.0.0.1:{port}", process.pid, time.perf_counter() - start)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from scripts.benchmark.load import Ask, Asks
 
 LARGEST_REQUEST = 64
+ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of a rate
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
 FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
 
@@ -87,3 +88,17 @@ def closed_loads(clients: Sequence[int]) -> list[Load]:
 def open_loads(capacity: float, shares: Sequence[float]) -> list[Load]:
     """Poisson arrivals of one image each, at shares of so many images a second."""
     return [Load(f"{share:g} of capacity", asks=one, rate=share * capacity) for share in shares]
+
+
+def version_loads() -> dict[Load, str]:
+    """Returns the loads, each with the unit of its rate.
+
+    Throughput is counted in rows, since a large request ends too rarely.
+    """
+    small, large = guided(one), guided(many)
+    return {
+        Load("64 x 1 image", (small,) * 64): ROWS_OF_ALL,
+        Load(f"2 x {LARGEST_REQUEST} images", (large,) * 2): ROWS_OF_ALL,
+        Load("1 x 1 image", (small,)): ANSWERS_TO_ONE,
+        Load(f"1 x 1 image and 1 x {LARGEST_REQUEST}", (small, large)): ANSWERS_TO_ONE,
+    }

@@ -14,6 +14,8 @@ from scripts.arguments import Parser
 from scripts.benchmark.profile import profile_table
 from scripts.benchmark.report import COLUMNS, Table, table_of, without_empty
 from scripts.benchmark.training import TRAINING_COLUMNS, training_table
+from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
+from scripts.benchmark.versions import versions_table
 from scripts.evaluation.tables import as_table
 from scripts.progress import Reporter, fail
 
@@ -62,6 +64,8 @@ def table_in(content: Mapping[str, Any]) -> Table:
         return profile_table(content)
     if "limit" in content:
         return TRAINING_COLUMNS, training_table(content["images_a_second"], content["limit"])
+    if "seconds_in_a_pair" in content:
+        return VERSION_COLUMNS, versions_table(content["rows"])
     return without_empty(COLUMNS, table_of(content["rows"]))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.step import Stepped
 from scripts import bench
-from scripts.benchmark import contestants, endurance, loads
+from scripts.benchmark import contestants, endurance, loads, versions
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, started, this_service
 from scripts.benchmark.loads import Load
@@ -65,6 +65,25 @@ def test_a_real_service_is_started_measured_and_stopped(
     answers = json.loads(out.with_suffix(".answers.json").read_text())
     assert [load for _, load, *_ in answers] == [found["load"] for found in content["rows"]]
     assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two kinds of request beside each other
+
+
+def test_two_versions_are_compared_in_turns(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(versions, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(versions, "SPREAD_SECONDS", 0.2)
+    out = tmp_path / "versions.json"
+    bench.main(["versions", f"--base={Path.cwd()}", "--pairs=1", "--seconds=0.5", f"--out={out}"])
+    found = json.loads(out.read_text())["rows"]
+    assert [row["load"] for row in found] == ["64 x 1 image", "2 x 2 images", "1 x 1 image", "1 x 1 image and 1 x 2"]
+    assert all(row["base"] > 0 and row["new"] > 0 for row in found)
+    assert "| load | unit | base | new | ratio | rows a step |" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["versions", f"--base={tmp_path}", f"--out={tmp_path / 'versions.json'}"])
+    assert "holds no version of the service" in capsys.readouterr().err
 
 
 def test_quick_measures_three_loads_on_one_start_and_says_what_its_figures_are_not(

@@ -53,6 +53,12 @@ def test_loads_are_told_with_their_window_and_the_rate_that_shares_are_of(tmp_pa
     assert "| unfog | full | 12.5 | 6.25 | 1 | 2 | 3 | 8 | 5.0% | 300 |" in page
 
 
+def test_two_versions_are_compared_in_a_table(tmp_path: Path) -> None:
+    found = {"load": "64 x 1 image", "pair": 0, "unit": "rows/s", "base": 100.0, "new": 95.0, "rows_a_step": [64, 44]}
+    page = page_of(write(tmp_path / "there", versions={"seconds_in_a_pair": 24.0, "rows": [found]}))
+    assert "| 64 x 1 image | rows/s | 100 | 95 | 0.95 | 64 and 44 |" in page
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -1,0 +1,159 @@
+"""Compares the speed of two versions of the service, each in its own folder, on one machine.
+
+Both services are loaded all the time. They run in turns of half a second, and the service whose turn it is not is
+stopped. The speed of a shared machine changes within seconds. With such short turns both services meet the same
+changes, so that the ratio of their rates varies much less than the rates.
+
+The clients of a load start evenly spread over the first seconds. Otherwise all images would be at the same step, and
+the share of guided steps in a window would depend on when it opens.
+"""
+
+import asyncio
+import itertools
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.contestants import BenchError, Contestant, Running, this_service
+from scripts.benchmark.load import Asks, Send, connected
+from scripts.benchmark.loads import ROWS_OF_ALL, Load
+from scripts.benchmark.report import with_spread
+from scripts.benchmark.runs import ROWS
+from scripts.benchmark.turns import all_started
+
+TURN_SECONDS = 0.5
+SPREAD_SECONDS = 12.0  # over which the clients start; with two services about the time of one image among 64
+BASE, NEW = "base", "new"
+COLUMNS = ("load", "unit", BASE, NEW, "ratio", "rows a step")
+
+
+@dataclass(slots=True)
+class _Service:
+    """A running service, how long it has run, and the answers it has given."""
+
+    running: Running
+    seconds: float = 0.0
+    answers: Counter[str] = field(default_factory=Counter)  # by the kind of the request
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Lets the service run until the block ends, and counts the time."""
+        with self.running.turn():
+            start = time.perf_counter()
+            yield
+            self.seconds += time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The figures of one service at a moment."""
+
+    seconds: float
+    rows: float
+    steps: float
+    answers: int  # to clients of one image
+
+    def rate_since(self, start: "_Reading", unit: str) -> float:
+        count = self.rows - start.rows if unit == ROWS_OF_ALL else self.answers - start.answers
+        return count / (self.seconds - start.seconds)
+
+    def rows_a_step_since(self, start: "_Reading") -> float:
+        return (self.rows - start.rows) / (self.steps - start.steps)
+
+
+def version(name: str, folder: Path) -> Contestant:
+    """Returns the service of a folder.
+
+    The number of compute threads is fixed. A stopped process looks to itself like one whose cores are busy, and would
+    use fewer threads.
+    """
+    return this_service(name, folder, num_threads=str(len(os.sched_getaffinity(0))))
+
+
+def compare_versions(
+    base: Contestant, new: Contestant, loads: Mapping[Load, str], num_pairs: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    """Yields the rates of both services for each load and pair. In a pair each service runs for `seconds`.
+
+    `loads` gives the unit of each load's rate. Raises BenchError if a request fails.
+    """
+    with all_started([base, new]) as running:
+        for load, unit in loads.items():
+            services = [_Service(running[contestant.name]) for contestant in (base, new)]
+            yield from asyncio.run(_pairs(services, load, unit, num_pairs, seconds))
+
+
+def versions_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Returns a line for each load: medians of the rates, median and range of the ratios."""
+    lines = []
+    for load, found in itertools.groupby(rows, key=lambda row: row["load"]):
+        pairs = list(found)
+        ratios = [row[NEW] / row[BASE] for row in pairs]
+        rates = [f"{statistics.median(row[name] for row in pairs):.4g}" for name in (BASE, NEW)]
+        batches = " and ".join(f"{statistics.median(row['rows_a_step'][n] for row in pairs):.0f}" for n in (0, 1))
+        lines.append([load, pairs[0]["unit"], *rates, with_spread(ratios), batches])
+    return lines
+
+
+async def _pairs(
+    services: Sequence[_Service], load: Load, unit: str, num_pairs: int, seconds: float
+) -> list[dict[str, Any]]:
+    pairs = []
+    async with AsyncExitStack() as stack:
+        clients = []
+        for service in services:
+            send = await stack.enter_async_context(connected(service.running.url))
+            for place, asks in enumerate(load.clients):
+                delay = SPREAD_SECONDS * place / len(load.clients)
+                clients.append(asyncio.create_task(_client(service, send, asks, delay)))
+        try:
+            await _take_turns(services, SPREAD_SECONDS)
+            starts = [await _read(service) for service in services]
+            for pair in range(num_pairs):
+                await _take_turns(services, seconds)
+                ends = [await _read(service) for service in services]
+                for client in clients:
+                    if client.done():
+                        client.result()
+                rates = [end.rate_since(start, unit) for start, end in zip(starts, ends, strict=True)]
+                batches = [end.rows_a_step_since(start) for start, end in zip(starts, ends, strict=True)]
+                pairs.append(
+                    {"load": load.name, "pair": pair, "unit": unit, BASE: rates[0], NEW: rates[1]}
+                    | {"rows_a_step": batches}
+                )
+                starts = ends
+        finally:
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
+    return pairs
+
+
+async def _client(service: _Service, send: Send, asks: Asks, delay: float) -> None:
+    await asyncio.sleep(delay)
+    for k in itertools.count():
+        answer = await send(asks(k), time.perf_counter())
+        if answer.status != 200:
+            raise BenchError(f"a request of kind {answer.kind!r} was answered with status {answer.status}")
+        service.answers[answer.kind] += 1
+
+
+async def _take_turns(services: Sequence[_Service], seconds: float) -> None:
+    """Lets each service run for `seconds`. Who runs first alternates, so that neither always follows the other."""
+    first, second = services
+    for k in range(max(1, round(seconds / TURN_SECONDS))):
+        for service in (first, second) if k % 2 == 0 else (second, first):
+            with service.turn():
+                await asyncio.sleep(TURN_SECONDS)
+
+
+async def _read(service: _Service) -> _Reading:
+    with service.turn():
+        said = await asyncio.to_thread(service.running.metrics)
+    return _Reading(service.seconds, said[f"{ROWS}_sum"], said[f"{ROWS}_count"], service.answers["one"])

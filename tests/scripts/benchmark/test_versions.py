@@ -1,0 +1,81 @@
+"""Versions that are a few lines of Python: an answer takes a known processor time, and /metrics counts the answers."""
+
+import pytest
+
+from scripts.benchmark import versions
+from scripts.benchmark.contestants import BenchError, Contestant
+from scripts.benchmark.loads import ANSWERS_TO_ONE, ROWS_OF_ALL, Load, many, one
+from scripts.benchmark.versions import BASE, NEW, compare_versions, versions_table
+
+SERVER = """
+import io, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from PIL import Image
+
+port, seconds, failing_after = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+sheet, lock, answers = io.BytesIO(), threading.Lock(), 0
+Image.new("L", (28, 28)).save(sheet, "PNG")
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_POST(self):
+        global answers
+        self.rfile.read(int(self.headers["Content-Length"]))
+        with lock:
+            end = time.thread_time() + seconds
+            while time.thread_time() < end:
+                pass
+            answers += 1
+            self.send_response(200 if answers <= failing_after else 500)
+        self.end_headers()
+        self.wfile.write(sheet.getvalue())
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"unfog_batch_rows_sum %d\\nunfog_batch_rows_count %d\\n" % (10 * answers, answers))
+
+    def log_message(self, *args):
+        pass
+
+
+ThreadingHTTPServer(("127.0.0.1", port), Answer).serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(versions, "SPREAD_SECONDS", 0.2)
+
+
+def server(name: str, seconds: float, failing_after: int = 1_000_000) -> Contestant:
+    return Contestant(name, ("-c", SERVER, "{port}", str(seconds), str(failing_after)))
+
+
+@pytest.mark.parametrize(
+    ("load", "unit"),
+    [(Load("4 x 1 image", (one,) * 4), ROWS_OF_ALL), (Load("1 x 1 image and 1 x 64", (one, many)), ANSWERS_TO_ONE)],
+)
+def test_a_version_that_takes_a_quarter_of_the_time_has_a_multiple_of_the_rate(load: Load, unit: str) -> None:
+    pairs = list(compare_versions(server(BASE, 0.02), server(NEW, 0.005), {load: unit}, num_pairs=2, seconds=1.0))
+    assert [(found["load"], found["pair"], found["unit"]) for found in pairs] == [
+        (load.name, 0, unit),
+        (load.name, 1, unit),
+    ]
+    assert all(2 < found[NEW] / found[BASE] < 6 for found in pairs)
+    assert all(found["rows_a_step"] == [10.0, 10.0] for found in pairs)
+
+
+def test_a_failed_request_ends_the_comparison() -> None:
+    load = Load("2 x 1 image", (one,) * 2)
+    with pytest.raises(BenchError, match="'one' was answered with status 500"):
+        list(compare_versions(server(BASE, 0.01), server(NEW, 0.01, 5), {load: ROWS_OF_ALL}, 1, 1.0))
+
+
+def test_the_table_has_medians_and_the_range_of_the_ratios() -> None:
+    pairs = [
+        {"load": "a", "pair": k, "unit": "rows/s", BASE: base, NEW: new, "rows_a_step": [60.0, 40.0]}
+        for k, (base, new) in enumerate([(100.0, 90.0), (200.0, 220.0), (150.0, 150.0)])
+    ]
+    assert versions_table(pairs) == [["a", "rows/s", "150", "150", "1 (0.9 - 1.1)", "60 and 40"]]
