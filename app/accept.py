@@ -6,7 +6,7 @@ _WHITESPACE = " \t"
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 _WEIGHT = frozenset("0123456789.")
 
-Weights = dict[tuple[str, bool], float]  # of a media range, and whether it stands without parameters
+Weights = dict[tuple[str, bool], float]  # (media range, True if it has no parameters) -> weight
 
 
 def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
@@ -25,9 +25,9 @@ def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
 
 
 def _rank(media_type: str, weights: Weights) -> tuple[float, int]:
-    """The weight of a type, and how specific the range is that gives it.
+    """Returns the weight of a type, and how specific the range is that gives the weight.
 
-    No type of ours has parameters. A range with parameters counts where there is none without.
+    Our types have no parameters. A range with parameters is used only if the same range without parameters is absent.
     """
     ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
     keys = [(media_range, plain) for media_range in ranges for plain in (True, False)]

@@ -31,7 +31,7 @@ class Admission:
         self._max_rows: int | None = None  # after a memory shortage
         self._shortage_at = -math.inf
         self._limits: dict[int, StepLimits] = {}  # by the number of models
-        self._safe_until = -math.inf  # no target is at risk before, at the slowdown of that time
+        self._safe_until = -math.inf  # no target is at risk before this time unless the slowdown has grown
         self._safe_slowdown = 0.0
 
     @property
@@ -141,7 +141,10 @@ class Admission:
         return bisect_left(range(longest), True, lo=1, key=fits)
 
     def _eta_seconds(self, job: Job, full: Throughput) -> float:
-        """The expected time to finish: its own steps for an image that is in every step, else the bound."""
+        """Returns the expected time to finish.
+
+        That is the time of its own steps for an image with a row in every step, else the bound.
+        """
         batcher, num_models = self.batcher, max(1, self.batcher.backlog.num_models(job))
         limits = self._limits_for(num_models)
         mean = _mean_evaluations(job)

@@ -17,7 +17,7 @@ from app.trajectory import Job
 
 Array = npt.NDArray[np.float64]
 
-LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even alone and this much faster than measured
+LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even alone and in 0.9 of the measured time
 _TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _IMAGE_WORK = range(7)  # columns; work in evaluations
 
 
@@ -98,6 +98,7 @@ class Backlog:
         """True if `job`, submitted after `wait` seconds, and every job that it delays would meet their targets.
 
         Until then the backlog drains in order, and no other job arrives. An empty backlog admits every job.
+        Lost jobs are ignored.
         """
         rows = self._table[self._order]
         drained = wait * full.rate
@@ -129,7 +130,7 @@ class Backlog:
     def waiting_after(self, seconds: float, rate: float, rows: int) -> int:
         """Returns the number of images without a step, after the backlog drained in order for `seconds`.
 
-        `rows` of the images that are left then run, since a full step holds so many.
+        `rows` is the number of images in a full step. That many of the images that are left then run.
         """
         jobs = self._table[self._order]
         before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]

@@ -83,7 +83,7 @@ class Batcher:
         """Returns the rows of the next step; of each job those that are furthest along.
 
         First each job gets one row, up to half of a full step, so that a newcomer takes part in the next step. The
-        other rows go to the jobs in order of their targets. If a target is at risk, all rows do.
+        other rows go to the jobs in order of their targets. If a target is at risk, all rows are chosen in this order.
         """
         rows: list[Trajectory] = []
         evaluations, limit = 0, limits.evaluations

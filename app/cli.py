@@ -24,7 +24,7 @@ INTERRUPTED = 128 + signal.SIGINT  # the status that shells report
 
 
 def main() -> None:
-    """Parses the arguments and serves. If that is not possible, prints one sentence and exits with status 2."""
+    """Parses the arguments and serves. If that is not possible, prints one line and exits with status 2."""
     arguments = _parser().parse_args()
     if arguments.openapi:
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
@@ -81,7 +81,7 @@ def _serve(settings: Settings) -> None:
 
 
 def _leave(status: int, writer: LogWriter) -> None:
-    """Exits without joining any thread: one that hangs in the device, or in writing the log, would keep the process."""
+    """Exits without joining threads: one that hangs in the device or in the log would keep the process alive."""
     for number in (signal.SIGTERM, signal.SIGINT):  # a further signal does not wait for the log and keeps the status
         signal.signal(number, lambda *_: os._exit(status))
     writer.flush()

@@ -46,7 +46,7 @@ _UNUSABLE = {
 
 
 class RunnerError(Exception):
-    """The service cannot start with this device or checkpoint. The message is one sentence for the operator."""
+    """The service cannot start with this device or checkpoint. The message is one line for the operator."""
 
 
 class OutOfMemoryError(Exception):
@@ -128,7 +128,7 @@ def _open_gpu(device: torch.device) -> None:
     torch.cuda.init()  # raises for an old driver, with which device_count() succeeds
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise RunnerError(f"UNFOG_DEVICE={device}: there is no such GPU. {count} are visible, numbered from 0")
+        raise RunnerError(f"UNFOG_DEVICE={device}: there is no such GPU. Visible GPUs: {count}, numbered from 0")
     torch.cuda.set_device(device.index or 0)
     # float32 means float32: by default torch computes convolutions in TF32 on Ampere and newer. These are the older
     # names of two settings. Setting only the newer ones (fp32_precision) makes every reader of the older ones raise.

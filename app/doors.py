@@ -65,9 +65,9 @@ class Doors:
         await self._app(scope, receive, send)
 
     def _let_in(self, scope: Scope) -> None:
-        """Checks the key and counts the request: under the key, or under the address without a valid key.
+        """Checks the key and counts the request: under the key, or under the address if no key is valid.
 
-        Also refused requests are counted, since each costs some work.
+        Refused requests are counted too, since each costs some work.
         """
         address = address_name(scope)
         try:

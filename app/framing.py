@@ -27,7 +27,7 @@ _PARSED = (h11.IDLE, h11.SEND_BODY, h11.ERROR, h11.CLOSED)
 
 
 class RefusedError(h11.RemoteProtocolError):
-    """The client has passed a limit."""
+    """The client exceeded a limit or sent a malformed request."""
 
 
 class _Part(Protocol):
@@ -84,7 +84,7 @@ class SizedBody:
         self._missing = num_bytes
 
     def measure(self, data: bytearray) -> int:
-        """Returns all that belongs to the body."""
+        """Returns the number of bytes that belong to the body."""
         size = min(self._missing, len(data))
         self._missing -= size
         return size
@@ -100,7 +100,7 @@ class ChunkedBody:
         self._trailers: Head | None = None
 
     def measure(self, data: bytearray) -> int:
-        """Returns the complete lines and what there is of the chunks."""
+        """Returns the number of bytes that are complete size lines or parts of chunks."""
         position = 0
         while position < len(data) and not self._trailers:
             if self._missing:
@@ -162,7 +162,7 @@ class LimitedConnection(h11.Connection):
         self._unparsed += data
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns h11's next event. RefusedError, with `refusal`, if the client has passed a limit."""
+        """Returns h11's next event. RefusedError, with the answer in `refusal`, for a request that is refused here."""
         try:
             return self._next_event()
         except UnfogError as error:
@@ -172,7 +172,7 @@ class LimitedConnection(h11.Connection):
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         if self.their_state not in _PARSED:
             if len(self._unparsed) > self._max_ahead_bytes:
-                raise MalformedRequest("Too much was sent before the answer")
+                raise MalformedRequest(f"More than {self._max_ahead_bytes} bytes were sent before the answer")
             return h11.NEED_DATA
         event = super().next_event()
         while event is h11.NEED_DATA and (size := self._measure()):
@@ -197,7 +197,7 @@ class LimitedConnection(h11.Connection):
 
 
 def _body_of(request: h11.Request) -> _Part:
-    """MalformedRequest if another reader could find another body (RFC 9112, section 6.1)."""
+    """Returns the part for the body. MalformedRequest if another parser could see a different body (RFC 9112, 6.1)."""
     headers = dict(request.headers)  # h11 refuses several values of either
     length, encoding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
     if encoding is None:

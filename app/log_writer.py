@@ -1,7 +1,7 @@
 """Writes log lines to a file descriptor from a thread of its own, behind a queue that is bounded in bytes.
 
-A pipe that is full makes its writer wait. Only this thread waits: everyone else appends to the queue, and what does not
-fit is dropped and counted. `queue.Queue` counts entries, and `logging.handlers.QueueListener` cannot stop without
+A pipe that is full makes its writer wait. Only this thread waits. Other threads append to the queue, and lines that do
+not fit are dropped and counted. `queue.Queue` counts entries, and `logging.handlers.QueueListener` cannot stop without
 waiting for its thread, hence a queue of our own.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import Callable
 
 MAX_QUEUED_BYTES = 2**20
 LINE_OVERHEAD_BYTES = 100  # of an entry in the queue, so that many short lines cannot use much more memory
-FLUSH_SECONDS = 1.0  # the longest that an exit waits for the reader,
-STALL_SECONDS = 0.25  # and how long it waits for a reader that takes nothing
+FLUSH_SECONDS = 1.0  # an exit waits at most this long for the reader to take the queued lines
+STALL_SECONDS = 0.25  # an exit stops waiting if the reader takes no line for this long
 
 
 class LogWriter:

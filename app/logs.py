@@ -175,7 +175,7 @@ def _log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _format_exc_info(exc_info: ExcInfo) -> str:
-    """Like traceback.format_exception(), but bounded: its time and its length grow with the traceback."""
+    """Formats like traceback.format_exception(), whose time and length grow with the traceback, but is bounded."""
     parts: list[str] = []
     error: BaseException | None = exc_info[1]  # None for log.exception() where there is no exception
     pending = [(error, "")] if error else []
@@ -205,7 +205,7 @@ def _describe(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:
-        text = "<its text cannot be had>"
+        text = "<str() of this exception raised an exception>"
     return "\n".join([f"{name}: {_cut(text, MAX_TEXT)}" if text else name, *map(str, getattr(error, "__notes__", ()))])
 
 
@@ -253,7 +253,7 @@ def _in_order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict
 
 
 def _readable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Shows booleans as JSON does, and escapes what could make a terminal do something."""
+    """Shows booleans as JSON does, and escapes control characters, which a terminal would interpret."""
     for name, value in event.items():
         if isinstance(value, bool):
             event[name] = str(value).lower()

@@ -169,7 +169,7 @@ def _event_schema(name: str, model: str) -> Schema:
 
 
 def _event_stream() -> Schema:
-    """OpenAPI 3.1 describes a stream only as text; tools for 3.2 call the extension `itemSchema`."""
+    """OpenAPI 3.1 can describe a stream only as text. The extension has the meaning of `itemSchema` in OpenAPI 3.2."""
     description = "Server-sent events, each as in the schema StreamEvent: a line `event: name` and a line `data: JSON`."
     return {
         "schema": {"type": "string", "description": description},

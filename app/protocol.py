@@ -27,7 +27,7 @@ from app.problems import PROBLEM_JSON
 
 log = logging.getLogger("unfog.access")
 _ERRORS_ONLY = logging.getLogger(PROTOCOL_LOGGER)
-_ERRORS_ONLY.setLevel(logging.ERROR)  # requests that are not HTTP have an own access log line
+_ERRORS_ONLY.setLevel(logging.ERROR)  # requests that are not HTTP get their own line in the access log
 
 MAX_AHEAD_BYTES = 64 * 1024  # sent before the present request is answered; at least the largest request fits
 # Bounds the work for one read. asyncio would read up to 256 KiB at once. The loop uses it for one connection at a time.

@@ -133,7 +133,7 @@ class Runner:
     def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
         """Computes everything, and only then writes state. Everything that takes memory precedes the first write."""
         rows = list(chain(*by_model.values()))
-        # Running ahead, finiteness is read, and waited for, only in steps that end a row.
+        # If the host runs ahead of the device, finiteness is read, and waited for, only in steps that finish a row.
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])

@@ -108,7 +108,7 @@ class AcceptedEvent(BaseModel):
     """First event of a stream: the request was admitted."""
 
     seed: int
-    position: int = Field(description="images that wait before this request's")
+    position: int = Field(description="images that were waiting when the request was admitted")
     eta_seconds: float = Field(description="estimated seconds until the last image")
 
 

@@ -43,7 +43,7 @@ class _Uvicorn(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        # Stopped before its startup has ended, uvicorn would cancel the lifespan instead of ending it.
+        # If uvicorn is stopped before its startup has ended, it cancels the lifespan instead of ending it.
         self.startup_ended = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -192,6 +192,6 @@ async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]"
     drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks the exception as retrieved
     await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := engine.waiting + engine.running:
-        log.warning("Drain timeout: dropped unfinished images", extra={"count": left})
+        log.warning("Drain ended early: dropped unfinished images", extra={"count": left})
     engine.give_up(errors.Draining(1))
     drained.cancel()

@@ -27,7 +27,7 @@ MAX_WAITING_PREVIEWS = 256  # images, of one job
 class JobEvents:
     """Carries a job's events from the engine's thread to the event loop.
 
-    Every image is kept until it is read. Of the previews that a slow client has not read, only the newest are.
+    Every image is kept until it is read. Of the previews that a slow client has not read, only the newest are kept.
     """
 
     def __init__(self, num_images: int) -> None:

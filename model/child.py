@@ -14,7 +14,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# Isolated, since -c would put the current folder first; then with the parent's own path.
+# The child runs with -I, since -c alone puts the current folder first in sys.path. It then takes the parent's path.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from model.child import main; main()"
 _PR_SET_PDEATHSIG = 1
 

@@ -50,7 +50,7 @@ GPU_FOLDER = "gpu"  # below the cache; in a container it is a mount of its own
 DIGEST_BYTES = hashlib.sha256().digest_size  # at a library's end, where its loader does not look
 COMPILE_SECONDS = 1800  # takes half a minute on an idle machine
 FIRST_CALL_SECONDS = 60  # takes milliseconds on an idle machine
-START_SECONDS = 240  # until a child process has imported torch, which takes three on an idle machine
+START_SECONDS = 240  # until a child process has imported torch, which takes 3 s on an idle machine
 TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1] to the step that is not compiled, as in warm-up
 
 _checked: set[str] = set()  # keys of libraries whose first call succeeded in a child of this process
@@ -242,7 +242,7 @@ def _check_first_call(program: ReverseStep, library: Path, descriptor: int, dige
 def first_call(program: ReverseStep, threads: int, descriptor: int, library: Path, seconds: int) -> None:
     """Compares the compiled step with the other one; LibraryError. Ends this process if it takes too long."""
     torch.set_num_threads(threads)
-    signal.alarm(seconds)  # not in Python's hands: a loop of native code never returns to it
+    signal.alarm(seconds)  # no Python handler: native code in a loop never returns to Python to run one
     inputs = _small_step(program)
     with torch.inference_mode():
         expected = program(*inputs)
@@ -362,7 +362,7 @@ def _processor_features() -> str:
 
 
 def _digest_of_sources() -> str:
-    """Of all sources of the package, since nearly each of them can change the code or how it is called."""
+    """Hashes all sources of the package, since nearly all of them can change the code or how it is called."""
     files = sorted(Path(__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -56,8 +56,8 @@ def use_private_compile_cache(cache: Path) -> Path:
     """Makes torch.compile of this process keep its files in a private folder, by default inside `cache`; returns it.
 
     By default torch loads and runs what it finds in a folder of /tmp with a predictable name. If `cache` cannot be
-    trusted, the folder is a temporary one. Unlike the compiled step, torch's files are found by their path each time,
-    so that no other user may be able to replace a folder on the way to them.
+    trusted, the folder is a temporary one. Unlike the compiled step, torch's files are found by their path each time.
+    Therefore no other user must be able to replace a folder on that path.
     """
     try:
         folder = _own_folder(private_folder(cache).resolve() / "torch")

@@ -302,7 +302,7 @@ def _add_mode(command: argparse.ArgumentParser, mode: str) -> None:
         command.add_argument("--base", type=Path, required=True, help="folder of the other version, such as a worktree")
         command.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of each load; default: 5")
         command.add_argument(
-            "--seconds", type=positive, default=24.0, help="of each version in a pair of a load; default: 24"
+            "--seconds", type=positive, default=24.0, help="seconds for each version in a pair; default: 24"
         )
         return
     command.add_argument(

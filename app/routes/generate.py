@@ -37,7 +37,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         415: "unsupported_media_type",
         422: "invalid_request",
         429: "overloaded or rate_limited, with Retry-After",
-        431: "headers_too_large: a header over 8 KiB, more than 1,000, or all together over 32 KiB",
+        431: "headers_too_large: a header over 8 KiB, 1,000 headers or more, or all together over 32 KiB",
         500: "internal_error",
         503: "starting, draining or engine_failed, with Retry-After",
         504: "deadline_exceeded",

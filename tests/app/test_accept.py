@@ -164,6 +164,6 @@ def test_time_grows_no_faster_than_the_header(start: str, piece: str) -> None:
         best_match([header], AVAILABLE)
         return time.process_time() - begin
 
-    # Taken in turns, so that a moment in which the machine is slow affects both; the least of many is the truest.
+    # Measured in turns, so that a slow moment of the machine affects both. The minimum has the least disturbance.
     small, large = zip(*((seconds(20_000), seconds(8 * 20_000)) for _ in range(15)), strict=True)
     assert min(large) < 12 * min(small) + 0.001

@@ -283,6 +283,6 @@ def test_time_grows_no_faster_than_the_input(start: bytes, piece: bytes, slice_b
             list(parse(data, slice_bytes))
         return time.process_time() - begin
 
-    # Taken in turns, so that a moment in which the machine is slow affects both; the least of many is the truest.
+    # Measured in turns, so that a slow moment of the machine affects both. The minimum has the least disturbance.
     least, most = zip(*((seconds(small), seconds(8 * small)) for _ in range(9)), strict=True)
     assert min(most) < 12 * min(least) + 0.001

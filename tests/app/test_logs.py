@@ -228,7 +228,7 @@ def test_exception_without_a_text_and_log_without_an_exception_are_logged(log: L
     def fail() -> None:
         raise Error
 
-    assert logged_exception(log, fail).endswith("Error: <its text cannot be had>")
+    assert logged_exception(log, fail).endswith("Error: <str() of this exception raised an exception>")
     logging.getLogger("x").exception("there is none")
     assert json.loads(log.lines()[-1])["message"] == "there is none"
 

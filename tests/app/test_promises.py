@@ -22,7 +22,7 @@ BATCHES = (None, 1, 8, 64)  # UNFOG_MAX_BATCH
 
 
 def serve_mix(seed: int, seconds: float) -> tuple[Counter[str], list[Job]]:
-    """What became of a random mix of requests, and which of those that were promised came late."""
+    """Serves a random mix. Returns the number of each outcome, and the late jobs that admission expected in time."""
     choose = random.Random(seed)
     max_batch, measured = choose.choice(BATCHES), choose.choice(list(CURVES.values()))
     always_slowest = choose.random() < 0.3

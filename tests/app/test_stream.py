@@ -38,7 +38,7 @@ def read_all(num_images: int, put: list[Progress | ImageDone]) -> list[Progress 
     return asyncio.run(main())
 
 
-def test_deadline_is_not_the_clients_that_reads_slowly() -> None:
+def test_stream_deadline_does_not_apply_to_a_slow_reader() -> None:
     """Nothing is taken until the deadline of finished images has passed."""
 
     async def main() -> list[str]:

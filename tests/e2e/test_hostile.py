@@ -190,7 +190,7 @@ def test_cpu_time_grows_no_faster_than_a_hostile_body(target: Service, bomb: Mak
 
 
 def test_body_is_not_parsed_beyond_the_limit(target: Service) -> None:
-    """A body of 64 times the limit takes no longer than twelve of twice the limit."""
+    """A body of 64 times the limit takes at most 12 times the CPU time of a body of twice the limit."""
     flood = FLOODS["chunks of 64 bytes"]
     target.wait_until_idle()
     before = cpu_seconds(target, flood(2 * MAX_BODY_BYTES))
