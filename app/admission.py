@@ -6,7 +6,7 @@ No threads and no clock: the engine holds its lock and passes the time.
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from app import errors
 from app.backlog import Throughput
@@ -58,7 +58,7 @@ class Admission:
         An idle engine admits every job: step times are only corrected by running steps.
         """
         batcher = self.batcher
-        if not self._has_room(batcher.waiting, job):
+        if not self._has_room(batcher.waiting, batcher.waiting + batcher.running, job):
             raise errors.Overloaded(self._retry_after(job, now), "the queue has no room for this request")
         full = self._full(job)
         if not batcher.backlog.admits(job, full, now):
@@ -82,14 +82,14 @@ class Admission:
         self._limit_rows(max(1, self.max_batch // 2))
         log.warning("Out of device memory: limiting the batch", extra={"max_batch": self.max_batch})
 
-    def _has_room(self, waiting: int, job: Job) -> bool:
-        """True if the queue holds the job's images. Also bounds the images that have begun, whose state takes memory.
+    def _has_room(self, waiting: int, images: int, job: Job) -> bool:
+        """True if the job fits into the queue when `waiting` of `images` unfinished images have no step yet.
 
-        Requests with ever earlier deadlines would otherwise begin and then wait for each other.
+        Also bounds the images that have begun, whose state takes memory. Requests with ever earlier deadlines would
+        otherwise begin and then wait for each other.
         """
-        batcher = self.batcher
-        most = 2 * (batcher.capacity + self.max_batch)
-        return waiting + job.count <= batcher.capacity and waiting + batcher.running + job.count <= most
+        capacity = self.batcher.capacity
+        return waiting + job.count <= capacity and images + job.count <= 2 * (capacity + self.max_batch)
 
     def _recover(self, now: float) -> None:
         if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:
@@ -128,17 +128,18 @@ class Admission:
         return slack < 0
 
     def _retry_after(self, job: Job, now: float) -> int:
-        """The smallest whole number of seconds after which the job would be admitted if no other job arrived."""
+        """Returns the whole number of seconds after which the job would be admitted if no other job arrived."""
         backlog, full = self.batcher.backlog, self._full(job)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
         limits = self._limits_for(max(1, backlog.num_models(job)))
         rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
 
         def fits(seconds: int) -> bool:
-            waiting = backlog.waiting_after(seconds, full.rate, rows)
-            return waiting + job.count <= self.batcher.capacity and backlog.admits(job, full, now, seconds)
+            images = backlog.images_after(seconds, full.rate)
+            waiting = min(max(images - rows, 0), self.batcher.waiting)
+            return self._has_room(waiting, images, job) and backlog.admits(job, full, now, seconds)
 
-        return bisect_left(range(longest), True, lo=1, key=fits)
+        return _first(fits, longest)
 
     def _eta_seconds(self, job: Job, full: Throughput) -> float:
         """Returns the expected time to finish.
@@ -161,3 +162,15 @@ class Admission:
 def _mean_evaluations(job: Job) -> float:
     """Evaluations of one row in one step, the mean over all steps of an image."""
     return job.evaluations_from(0) / job.options.num_steps
+
+
+def _first(fits: Callable[[int], bool], longest: int) -> int:
+    """Returns a number of seconds up to `longest` that fits and whose predecessor does not, the smallest one found.
+
+    A later submission has a later target, which may be behind another job's. So a longer wait may not fit although a
+    shorter one does. The search therefore starts with short waits.
+    """
+    low, high = 0, 1
+    while high < longest and not fits(high):
+        low, high = high, 2 * high
+    return bisect_left(range(min(high, longest)), True, lo=low + 1, key=fits)

@@ -18,7 +18,8 @@ from app.trajectory import Job
 Array = npt.NDArray[np.float64]
 
 LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even alone and in 0.9 of the measured time
-_TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _IMAGE_WORK = range(7)  # columns; work in evaluations
+# Columns; work in evaluations. The tail is the image with the most steps left.
+_TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _RUNNING, _IMAGE_WORK = range(8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Backlog:
     def __init__(self) -> None:
         self.jobs: list[Job] = []
         self._num_added = 0
-        self._table = np.zeros((64, 7))  # a row for each job, at its slot
+        self._table = np.zeros((64, 8))  # a row for each job, at its slot
         self._free = list(range(64))
         self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`
         self._of_model: Counter[str] = Counter()
@@ -114,6 +115,8 @@ class Backlog:
         if start + _finish(own, own_left, full)[0] > target:
             return False
         delayed = (left > 0) & ~_is_lost(rows, full, now)
+        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)  # that the wait leaves of each tail
+        rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
         if self.num_models() == self.num_models(job):  # another model would slow down every step
             delayed[:place] = False
         left[place:] += own[0, _WORK]
@@ -127,16 +130,19 @@ class Backlog:
         own = np.array([_figures(job)])
         return float(_finish(own, own[:, _WORK] + rows[:place, _WORK].sum(), full)[0])
 
-    def waiting_after(self, seconds: float, rate: float, rows: int) -> int:
-        """Returns the number of images without a step, after the backlog drained in order for `seconds`.
+    def images_after(self, seconds: float, rate: float) -> int:
+        """Returns the number of images that are left after the backlog drained in order for `seconds`.
 
-        `rows` is the number of images in a full step. That many of the images that are left then run.
+        Of each job the running images finish first, evenly over the time that all of them need.
         """
         jobs = self._table[self._order]
         before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]
         left = jobs[:, _WORK] - np.clip(seconds * rate - before, 0.0, jobs[:, _WORK])
-        images = np.ceil(left / jobs[:, _IMAGE_WORK]).sum()
-        return int(np.clip(images - rows, 0.0, jobs[:, _WAITING].sum()))
+        of_waiting = jobs[:, _WAITING] * jobs[:, _IMAGE_WORK]
+        of_running = np.maximum(jobs[:, _WORK] - of_waiting, 1.0)
+        running = jobs[:, _RUNNING] * np.maximum(left - of_waiting, 0.0) / of_running
+        waiting = np.minimum(left, of_waiting) / jobs[:, _IMAGE_WORK]
+        return int(np.ceil(running + waiting - 1e-9).sum())
 
     @property
     def work(self) -> float:
@@ -156,6 +162,7 @@ def _figures(job: Job) -> tuple[float, ...]:
         last.evaluations_left,
         last.steps_left,
         job.num_waiting,
+        len(job.unfinished) - job.num_waiting,
         job.evaluations_from(0),
     )
 

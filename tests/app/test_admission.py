@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from app import errors
-from app.admission import RECOVERY_SECONDS, Admission
+from app.admission import RECOVERY_SECONDS, Admission, _first
 from app.pace import Pace
 from app.trajectory import Job
 from tests.app.fakes import new_job
@@ -98,6 +98,34 @@ def test_a_queue_behind_a_full_step_has_room_when_an_image_finishes() -> None:
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1), NOW)
     assert refused.value.retry_after == 4  # an image is 10 evaluations of 3 a second
+
+
+def test_too_many_running_images_are_refused_until_one_finishes() -> None:
+    admission = opened(capacity=8, max_batch=1)
+    for _ in range(2 * (8 + 1)):
+        (running,) = admitted(admission, job(1, timeout=1000))
+        admission.batcher.start(running.unfinished[0])
+        admission.batcher.update(running.unfinished)
+    with pytest.raises(errors.Overloaded, match="no room") as refused:
+        admission.admit(job(1, timeout=1000), NOW)
+    assert refused.value.retry_after == 10  # an image is 10 evaluations of 1 a second
+
+
+@pytest.mark.parametrize(
+    ("fitting", "longest", "first"),
+    [
+        ({1, 2, 3, *range(12, 20)}, 20, 1),  # not 12
+        (set(range(7, 20)), 20, 7),
+        (set(range(8, 20)), 20, 8),
+        ({19}, 20, 19),
+        (set(), 20, 20),
+        (set(), 1, 1),
+    ],
+)
+def test_retry_after_is_a_short_wait_even_if_longer_ones_do_not_fit(
+    fitting: set[int], longest: int, first: int
+) -> None:
+    assert _first(fitting.__contains__, longest) == first
 
 
 def test_all_rows_serve_the_target_that_is_at_risk() -> None:

@@ -135,25 +135,22 @@ def test_after_a_wait_the_backlog_has_drained_in_order() -> None:
     assert [wait for wait in range(12) if not backlog.admits(newcomer, FULL, 0.0, wait)] == list(range(9))
 
 
-def test_waiting_images_start_as_others_finish() -> None:
+def test_images_finish_in_order() -> None:
     backlog = Backlog()
-    first, second = new_job(10, num_steps=10, submitted_at=0.0), new_job(10, num_steps=10, submitted_at=1.0)
-    for job in (first, second):
+    for job in (new_job(10, num_steps=10, submitted_at=0.0), new_job(10, num_steps=10, submitted_at=1.0)):
         backlog.add(job)
-    first.num_waiting = 4  # six run, as many as a full step holds
-    backlog.update(first)
-    found = [backlog.waiting_after(seconds, FULL.rate, 6) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0)]
-    assert found == [14, 12, 10, 4, 0, 0]
+    found = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0, 3.0)]
+    assert found == [20, 18, 16, 10, 5, 0, 0]
 
 
-def test_images_that_are_nearly_done_make_place_for_as_many() -> None:
+def test_running_images_finish_before_waiting_ones_and_by_their_steps_left() -> None:
     backlog = Backlog()
-    running, waiting = new_job(6, num_steps=10, submitted_at=0.0), new_job(6, num_steps=10, submitted_at=1.0)
-    for job in (running, waiting):
-        backlog.add(job)
-    running.num_waiting, running.evaluations_left = 0, 6  # each of the six has one step left
-    backlog.update(running)
-    assert [backlog.waiting_after(seconds, FULL.rate, 6) for seconds in (0, 0.06)] == [1, 0]
+    job = new_job(10, num_steps=10, submitted_at=0.0)
+    backlog.add(job)
+    job.num_waiting, job.evaluations_left = 4, 46  # each of the six others has one step left
+    backlog.update(job)
+    found = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.03, 0.06, 0.16, 0.46)]
+    assert found == [10, 7, 4, 3, 0]
 
 
 def test_the_table_grows_and_its_slots_are_used_again() -> None:
