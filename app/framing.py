@@ -21,6 +21,7 @@ SMALL_CHUNK_BYTES = 64
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # some clients end a body with one (RFC 9112, section 2.2)
 # h11 refuses these too, but only after trying every way to split the white space before them.
 _FORBIDDEN_IN_HEADER = re.compile(rb"[\x00\r\v\f]")
+_ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)  # the part of a request target before its path
 _FORBIDDEN_IN_CHUNK_LINE = re.compile(rb"[\x00\r\n]")
 # h11 reads or refuses in these states of the client. In all others the present request is complete.
 _PARSED = (h11.IDLE, h11.SEND_BODY, h11.ERROR, h11.CLOSED)
@@ -181,6 +182,7 @@ class LimitedConnection(h11.Connection):
             event = super().next_event()
         if isinstance(event, h11.Request):
             self._part = _body_of(event)
+            event = _with_path(event)
         elif isinstance(event, h11.EndOfMessage):
             self._part = Head()
         return event
@@ -198,6 +200,8 @@ class LimitedConnection(h11.Connection):
 
 def _body_of(request: h11.Request) -> _Part:
     """Returns the part for the body. MalformedRequest if another parser could see a different body (RFC 9112, 6.1)."""
+    if not request.http_version.startswith(b"1."):
+        raise MalformedRequest("The HTTP version must be 1.0 or 1.1")
     headers = dict(request.headers)  # h11 refuses several values of either
     length, encoding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
     if encoding is None:
@@ -207,3 +211,12 @@ def _body_of(request: h11.Request) -> _Part:
     if request.http_version < b"1.1":
         raise MalformedRequest("A request of HTTP/1.0 cannot have Transfer-Encoding")
     return ChunkedBody()
+
+
+def _with_path(request: h11.Request) -> h11.Request:
+    """Returns the request with the path of an absolute target, as a server must accept it (RFC 9112, 3.2.2)."""
+    if not (absolute := _ABSOLUTE.match(request.target)):
+        return request
+    rest = request.target[absolute.end() :]
+    target = rest if rest.startswith(b"/") else b"/" + rest
+    return h11.Request(method=request.method, headers=request.headers, target=target, http_version=request.http_version)

@@ -108,7 +108,7 @@ class _Body:
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         headers = dict(scope["headers"])
-        self._unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        self._unread = b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > 0
         self._receive = receive
 
     async def receive(self) -> Message:

@@ -265,12 +265,15 @@ def bench_versions(args: argparse.Namespace, reporter: Reporter) -> None:
     """Compares this version with the one in `args.base`, both under the same loads in short turns."""
     if not (args.base / "app").is_dir():
         raise BenchError(f"{args.base} holds no version of the service: it has no folder app")
-    base, new = version(BASE, args.base), version(NEW, Path.cwd())
-    rows = []
-    for row in compare_versions(base, new, version_loads(), args.pairs, args.seconds):
-        reporter.line(f"{row['load']}, pair {row['pair'] + 1}: {row[NEW] / row[BASE]:.3f}")
+    rows = list[dict[str, Any]]()
+
+    def report(row: dict[str, Any]) -> None:
         rows.append(row)
+        reporter.line(f"{row['load']}, pair {row['pair'] + 1}: {row[NEW] / row[BASE]:.3f}")
         write_json(args.out, {"machine": this_machine().as_json(), "seconds_in_a_pair": args.seconds, "rows": rows})
+
+    base, new = version(BASE, args.base), version(NEW, Path.cwd())
+    compare_versions(base, new, version_loads(), args.pairs, args.seconds, report)
     reporter.line(as_table(VERSION_COLUMNS, versions_table(rows)))
 
 

@@ -125,20 +125,25 @@ class Task:
 
 @contextmanager
 def _stoppable(sentence: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end what runs here with that sentence; status 130 or 143, as a shell has it."""
+    """Prints `sentence` if Ctrl-C, SIGTERM or SIGHUP stops the block. The status is 130, 143 or 129, as in a shell.
 
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
+    A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, on_sigterm)
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     except KeyboardInterrupt:
         print(f"\n{sentence}", file=sys.stderr)
         raise SystemExit(130) from None
     except SystemExit as exit:
-        if exit.code == 128 + signal.SIGTERM:
+        if exit.code in [128 + number for number in numbers]:
             print(sentence, file=sys.stderr)
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

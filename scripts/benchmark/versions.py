@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,12 +59,13 @@ class _Reading:
     steps: float
     answers: int  # to clients of one image
 
-    def rate_since(self, start: "_Reading", unit: str) -> float:
-        count = self.rows - start.rows if unit == ROWS_OF_ALL else self.answers - start.answers
-        return count / (self.seconds - start.seconds)
-
-    def rows_a_step_since(self, start: "_Reading") -> float:
-        return (self.rows - start.rows) / (self.steps - start.steps)
+    def since(self, start: "_Reading", unit: str) -> tuple[float, float]:
+        """Returns the rate and the rows a step since `start`; BenchError if nothing was counted."""
+        rows, steps = self.rows - start.rows, self.steps - start.steps
+        count = rows if unit == ROWS_OF_ALL else self.answers - start.answers
+        if not count or not steps:
+            raise BenchError(f"a service made no progress in {self.seconds - start.seconds:.1f} s: use longer pairs")
+        return count / (self.seconds - start.seconds), rows / steps
 
 
 def version(name: str, folder: Path) -> Contestant:
@@ -77,16 +78,21 @@ def version(name: str, folder: Path) -> Contestant:
 
 
 def compare_versions(
-    base: Contestant, new: Contestant, loads: Mapping[Load, str], num_pairs: int, seconds: float
-) -> Iterator[dict[str, Any]]:
-    """Yields the rates of both services for each load and pair. In a pair each service runs for `seconds`.
+    base: Contestant,
+    new: Contestant,
+    loads: Mapping[Load, str],
+    num_pairs: int,
+    seconds: float,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """Calls `report` with the rates of both services, for each load and pair. Each runs for `seconds` in a pair.
 
-    `loads` gives the unit of each load's rate. Raises BenchError if a request fails.
+    `loads` gives the unit of each load's rate. Raises BenchError if a request fails or a service makes no progress.
     """
     with all_started([base, new]) as running:
         for load, unit in loads.items():
             services = [_Service(running[contestant.name]) for contestant in (base, new)]
-            yield from asyncio.run(_pairs(services, load, unit, num_pairs, seconds))
+            asyncio.run(_pairs(services, load, unit, num_pairs, seconds, report))
 
 
 def versions_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -102,9 +108,13 @@ def versions_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 async def _pairs(
-    services: Sequence[_Service], load: Load, unit: str, num_pairs: int, seconds: float
-) -> list[dict[str, Any]]:
-    pairs = []
+    services: Sequence[_Service],
+    load: Load,
+    unit: str,
+    num_pairs: int,
+    seconds: float,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
     async with AsyncExitStack() as stack:
         clients = []
         for service in services:
@@ -113,26 +123,20 @@ async def _pairs(
                 delay = SPREAD_SECONDS * place / len(load.clients)
                 clients.append(asyncio.create_task(_client(service, send, asks, delay)))
         try:
-            await _take_turns(services, SPREAD_SECONDS)
+            await _take_turns(services, SPREAD_SECONDS, clients)
             starts = [await _read(service) for service in services]
             for pair in range(num_pairs):
-                await _take_turns(services, seconds)
+                await _take_turns(services, seconds, clients)
                 ends = [await _read(service) for service in services]
-                for client in clients:
-                    if client.done():
-                        client.result()
-                rates = [end.rate_since(start, unit) for start, end in zip(starts, ends, strict=True)]
-                batches = [end.rows_a_step_since(start) for start, end in zip(starts, ends, strict=True)]
-                pairs.append(
-                    {"load": load.name, "pair": pair, "unit": unit, BASE: rates[0], NEW: rates[1]}
-                    | {"rows_a_step": batches}
-                )
+                found = [end.since(start, unit) for start, end in zip(starts, ends, strict=True)]
+                rates = {name: rate for name, (rate, _) in zip((BASE, NEW), found, strict=True)}
+                batches = [rows_a_step for _, rows_a_step in found]
+                report({"load": load.name, "pair": pair, "unit": unit, **rates, "rows_a_step": batches})
                 starts = ends
         finally:
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
-    return pairs
 
 
 async def _client(service: _Service, send: Send, asks: Asks, delay: float) -> None:
@@ -144,16 +148,25 @@ async def _client(service: _Service, send: Send, asks: Asks, delay: float) -> No
         service.answers[answer.kind] += 1
 
 
-async def _take_turns(services: Sequence[_Service], seconds: float) -> None:
-    """Lets each service run for `seconds`. Who runs first alternates, so that neither always follows the other."""
+async def _take_turns(services: Sequence[_Service], seconds: float, clients: Sequence["asyncio.Task[None]"]) -> None:
+    """Lets each service run for `seconds`. Who runs first alternates, so that neither always follows the other.
+
+    Raises the error of a client that failed.
+    """
     first, second = services
     for k in range(max(1, round(seconds / TURN_SECONDS))):
         for service in (first, second) if k % 2 == 0 else (second, first):
             with service.turn():
                 await asyncio.sleep(TURN_SECONDS)
+        for client in clients:
+            if client.done():
+                client.result()
 
 
 async def _read(service: _Service) -> _Reading:
     with service.turn():
         said = await asyncio.to_thread(service.running.metrics)
-    return _Reading(service.seconds, said[f"{ROWS}_sum"], said[f"{ROWS}_count"], service.answers["one"])
+    rows, steps = said.get(f"{ROWS}_sum"), said.get(f"{ROWS}_count")
+    if rows is None or steps is None:
+        raise BenchError("GET /metrics of a service does not have the rows of its steps")
+    return _Reading(service.seconds, rows, steps, service.answers["one"])

@@ -175,6 +175,28 @@ def test_encoding_of_an_old_version_is_refused() -> None:
     assert isinstance(refusal(old), MalformedRequest)
 
 
+@pytest.mark.parametrize("version", [b"2.0", b"0.9", b"9.9"])
+def test_other_versions_of_http_are_refused(version: bytes) -> None:
+    assert "HTTP version" in str(refusal(b"PRI * HTTP/%b\r\nHost: a\r\n\r\n" % version))
+
+
+@pytest.mark.parametrize(
+    ("target", "path"),
+    [
+        (b"http://a:80/livez", b"/livez"),
+        (b"HTTPS://[::1]/health?x=/y", b"/health?x=/y"),
+        (b"http://a", b"/"),
+        (b"http://a?x", b"/?x"),
+        (b"/http://a/livez", b"/http://a/livez"),
+        (b"*", b"*"),
+    ],
+)
+def test_an_absolute_target_is_reduced_to_its_path(target: bytes, path: bytes) -> None:
+    request = next(parse(b"GET %b HTTP/1.1\r\nHost: a\r\n\r\n" % target))
+    assert isinstance(request, h11.Request)
+    assert (request.target, request.method, request.headers.raw_items()) == (path, b"GET", [(b"Host", b"a")])
+
+
 def test_the_same_length_twice_is_one_length() -> None:
     assert body(START + b"Content-Length: 2\r\nContent-Length: 2\r\n\r\n{}") == b"{}"
 

@@ -259,6 +259,28 @@ def test_empty_line_after_a_body_is_ignored(impatient: Service, further: bytes) 
         assert read_to_end(client).count(b"HTTP/1.1 200") == 3
 
 
+@pytest.mark.parametrize("target", ["http://example.org/livez", "HTTP://[::1]:80/livez?x"])
+def test_absolute_target_is_answered(impatient: Service, target: str) -> None:
+    with connection(impatient) as client:
+        client.sendall(f"GET {target} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
+        assert read_to_end(client).startswith(b"HTTP/1.1 200")
+
+
+def test_start_of_http_2_is_refused_once(impatient: Service) -> None:
+    with connection(impatient) as client:
+        client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        answer = read_to_end(client)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert problem_in(answer)["code"] == "malformed_request"
+
+
+def test_requests_after_a_length_of_many_zeros_are_answered(impatient: Service) -> None:
+    with connection(impatient) as client:
+        get = b"GET /livez HTTP/1.1\r\nHost: a\r\nContent-Length: 00\r\n"
+        client.sendall(get + b"\r\n" + get + b"Connection: close\r\n\r\n")
+        assert read_to_end(client).count(b"HTTP/1.1 200") == 2
+
+
 def test_client_that_sends_without_end_before_its_answer_is_refused(impatient: Service) -> None:
     impatient.wait_until_idle()
     before = impatient.metrics().of("cancelled_total", stage="running")

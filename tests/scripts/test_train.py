@@ -1,4 +1,5 @@
 import csv
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -101,11 +102,17 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit_as_if_never_stopped(
     assert differences(out, unbroken[recipe]) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_a_run_that_is_told_to_stop_says_how_it_goes_on(workplace: Path, number: str, status: int) -> None:
     out = workplace / f"stopped-{number}"
     command = [sys.executable, "-m", "tests.scripts.tiny_training", "epoch", number]
-    stopped = subprocess.run([*command, *arguments(workplace, "cosine", out)], cwd=ROOT, capture_output=True, text=True)
+    stopped = subprocess.run(
+        [*command, *arguments(workplace, "cosine", out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_DFL),  # these tests may run under nohup
+    )
     assert stopped.returncode == status, stopped.stderr
     assert stopped.stderr.strip().splitlines() == ["train: stopped; start again to go on after the last whole epoch"]
     assert state_of(out)["trainer"]["epoch"] == 1

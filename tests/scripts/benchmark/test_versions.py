@@ -1,5 +1,7 @@
 """Versions that are a few lines of Python: an answer takes a known processor time, and /metrics counts the answers."""
 
+from typing import Any
+
 import pytest
 
 from scripts.benchmark import versions
@@ -58,7 +60,8 @@ def server(name: str, seconds: float, failing_after: int = 1_000_000) -> Contest
     [(Load("4 x 1 image", (one,) * 4), ROWS_OF_ALL), (Load("1 x 1 image and 1 x 64", (one, many)), ANSWERS_TO_ONE)],
 )
 def test_a_version_that_takes_a_quarter_of_the_time_has_a_multiple_of_the_rate(load: Load, unit: str) -> None:
-    pairs = list(compare_versions(server(BASE, 0.02), server(NEW, 0.005), {load: unit}, num_pairs=2, seconds=1.0))
+    pairs = list[dict[str, Any]]()
+    compare_versions(server(BASE, 0.02), server(NEW, 0.005), {load: unit}, 2, 1.0, pairs.append)
     assert [(found["load"], found["pair"], found["unit"]) for found in pairs] == [
         (load.name, 0, unit),
         (load.name, 1, unit),
@@ -67,10 +70,17 @@ def test_a_version_that_takes_a_quarter_of_the_time_has_a_multiple_of_the_rate(l
     assert all(found["rows_a_step"] == [10.0, 10.0] for found in pairs)
 
 
-def test_a_failed_request_ends_the_comparison() -> None:
-    load = Load("2 x 1 image", (one,) * 2)
+def test_pairs_before_a_failed_request_are_reported() -> None:
+    load, pairs = Load("2 x 1 image", (one,) * 2), list[dict[str, Any]]()
     with pytest.raises(BenchError, match="'one' was answered with status 500"):
-        list(compare_versions(server(BASE, 0.01), server(NEW, 0.01, 5), {load: ROWS_OF_ALL}, 1, 1.0))
+        compare_versions(server(BASE, 0.01), server(NEW, 0.01, 100), {load: ROWS_OF_ALL}, 100, 0.2, pairs.append)
+    assert 0 < len(pairs) < 100
+
+
+def test_a_service_without_progress_ends_the_comparison() -> None:
+    load = Load("1 x 1 image", (one,))
+    with pytest.raises(BenchError, match="no progress"):
+        compare_versions(server(BASE, 0.01), server(NEW, 0.4), {load: ANSWERS_TO_ONE}, 1, 0.1, [].append)
 
 
 def test_the_table_has_medians_and_the_range_of_the_ratios() -> None:
