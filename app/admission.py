@@ -165,7 +165,7 @@ def _mean_evaluations(job: Job) -> float:
 
 
 def _first(fits: Callable[[int], bool], longest: int) -> int:
-    """Returns a number of seconds up to `longest` that fits and whose predecessor does not, the smallest one found.
+    """Returns a short wait that fits, in seconds; `longest` if none is found.
 
     A later submission has a later target, which may be behind another job's. So a longer wait may not fit although a
     shorter one does. The search therefore starts with short waits.

@@ -71,8 +71,8 @@ class _Reading:
 def version(name: str, folder: Path) -> Contestant:
     """Returns the service of a folder.
 
-    The number of compute threads is fixed. A stopped process measures its pause as time
-    without a core, as if its cores were busy, and would use fewer threads.
+    The number of compute threads is fixed. A stopped process measures its pause as time without a core, as if its cores
+    were busy, and would use fewer threads.
     """
     return this_service(name, folder, num_threads=str(len(os.sched_getaffinity(0))))
 
