@@ -7,15 +7,15 @@ import logging
 import os
 import signal
 
-from app.config import Settings, SettingsError, load_settings, unknown_variables
-from app.device import RunnerError
+from app.api.middleware.tracing import TracesError
 from app.log_writer import LogWriter
 from app.logs import capture_stderr, configure_logging, start_log
 from app.main import create_app
-from app.runner import Runner
-from app.server import GivenUpError, StartError, allow_connections, bind, serve
-from app.traces import TracesError
-from model.memory import keep_freed_memory
+from app.runner.device import RunnerError
+from app.runner.runner import Runner
+from app.server.server import GivenUpError, StartError, allow_connections, bind, serve
+from app.settings import Settings, SettingsError, load_settings, unknown_variables
+from model.compiled.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 

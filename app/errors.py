@@ -169,7 +169,7 @@ class InvalidRequest(UnfogError):
 
 
 class HeadersTooLarge(UnfogError):
-    """A header or all headers together exceed the limit (app/framing.py)."""
+    """A header or all headers together exceed the limit (app/server/framing.py)."""
 
     status, code, detail = 431, "headers_too_large", "The headers are too large"
 

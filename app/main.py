@@ -10,21 +10,22 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 
 from app import VERSION, errors
-from app.config import Settings
-from app.doors import Doors
-from app.engine import Engine
+from app.api.generation import Service
+from app.api.middleware.access_log import Recorder
+from app.api.middleware.auth import Doors
+from app.api.middleware.cors import ANSWERS_HEADERS, CALLERS_HEADERS, Origins
+from app.api.middleware.request_context import HeadAsGet, RequestContext
+from app.api.middleware.tracing import Traces
+from app.api.openapi import add_openapi
+from app.api.problems import handle_errors
+from app.api.routes import docs, generate, metrics
+from app.api.routes import monitoring as health
+from app.engine.engine import Engine
+from app.engine.interface import StepRunner
+from app.engine.state import EngineState
 from app.metrics import Metrics
-from app.middleware import HeadAsGet, RequestContext
-from app.openapi import add_openapi
-from app.origins import ANSWERS_HEADERS, CALLERS_HEADERS, Origins
-from app.problems import handle_errors
-from app.records import Recorder
-from app.routes import docs, generate, health, metrics
-from app.runner import Runner
-from app.service import Service
-from app.state import EngineState
-from app.stepping import StepRunner
-from app.traces import Traces
+from app.runner.runner import Runner
+from app.settings import Settings
 
 STOP_SECONDS = 5.0  # for a step in progress
 

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 
 from model.checkpoint import SHIPPED, load, write_atomically
-from model.memory import keep_freed_memory
+from model.compiled.memory import keep_freed_memory
 from model.unet import UNet
-from scripts.arguments import Parser, integer, positive
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.contestants import BenchError, Contestant, Running, alternative, started, this_service
 from scripts.benchmark.endurance import MOST_GROWTH, complaint, endure
@@ -48,16 +47,17 @@ from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import COLUMNS, table_of, without_empty
 from scripts.benchmark.runs import Times, measure
 from scripts.benchmark.simulation import predicted_p95, simulate, simulate_batches, slowness, step_times
+from scripts.benchmark.step_time import flop_of
 from scripts.benchmark.training import CONTESTANTS, PASSES, TRAINING_COLUMNS, images_a_second, training_table
 from scripts.benchmark.turns import take_turns
 from scripts.benchmark.versions import BASE, NEW, compare_versions, version, versions_table
 from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
+from scripts.common.arguments import Parser, integer, positive
+from scripts.common.files import write_json
+from scripts.common.mnist import DataError, load_mnist
+from scripts.common.progress import Reporter, fail, require_installed
 from scripts.evaluation.tables import as_table
-from scripts.files import write_json
-from scripts.mnist import DataError, load_mnist
-from scripts.progress import Reporter, fail, require_installed
-from scripts.recipe import RecipeError, load_recipe
-from scripts.step_time import flop_of
+from scripts.training.recipe import RecipeError, load_recipe
 
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")

@@ -17,11 +17,11 @@ from zipfile import ZipFile
 
 from model.checkpoint import write_atomically
 from model.sampler import SAMPLERS
-from scripts.arguments import Parser, guidance_scale, integer, num_images
+from scripts.common.arguments import Parser, guidance_scale, integer, num_images
+from scripts.common.files import write_json
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import Reporter, fail
 from scripts.evaluation.samples import FACTS
-from scripts.files import write_json
-from scripts.mnist import NUM_CLASSES
-from scripts.progress import Reporter, fail
 
 A_REQUEST = 50  # images: some are always running while others are packed
 CLIENTS = 2

@@ -19,8 +19,12 @@ from model.checkpoint import CheckpointError, write_atomically
 from model.precision import can_compile, no_compiler
 from model.sampler import SAMPLERS, Guidance
 from model.unet import UNet
-from scripts.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
-from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.benchmark.step_time import COLUMNS, as_row, costs_of
+from scripts.common.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
+from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.figures import save_figure
+from scripts.common.mnist import NUM_CLASSES, DataError
+from scripts.common.progress import Reporter, fail, require_installed
 from scripts.evaluation.classifiers import ClassifierError, load_classifier
 from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, SamplesError, load_references
 from scripts.evaluation.tables import (
@@ -32,11 +36,7 @@ from scripts.evaluation.tables import (
     check_comparable,
     read_evaluation,
 )
-from scripts.figures import save_figure
-from scripts.mnist import NUM_CLASSES, DataError
-from scripts.progress import Reporter, fail, require_installed
-from scripts.recipe import RecipeError, load_recipe
-from scripts.step_time import COLUMNS, as_row, costs_of
+from scripts.training.recipe import RecipeError, load_recipe
 
 if TYPE_CHECKING:
     from scripts.evaluation.sweep import Sweep

@@ -12,15 +12,15 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
-from model.memory import keep_freed_memory
-from scripts.arguments import Parser
-from scripts.distillation import DistillationObjective, PathsError, draw_paths
-from scripts.drawing import Drawer, DrawingError
-from scripts.progress import Reporter, fail
-from scripts.recipe import TEACHER_SAMPLER, Recipe, RecipeError, load_recipe, preset_names
-from scripts.run import Run, RunError
+from model.compiled.memory import keep_freed_memory
+from scripts.common.arguments import Parser
+from scripts.common.drawing import Drawer, DrawingError
+from scripts.common.progress import Reporter, fail
 from scripts.train import add_training_arguments, choose_device, should_compile, train
-from scripts.trainer import Trainer
+from scripts.training.distillation import DistillationObjective, PathsError, draw_paths
+from scripts.training.recipe import TEACHER_SAMPLER, Recipe, RecipeError, load_recipe, preset_names
+from scripts.training.run import Run, RunError
+from scripts.training.trainer import Trainer
 
 NO_TIME = 1e-9  # minutes: no epoch fits
 

@@ -18,8 +18,12 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, CheckpointError, write_atomically
-from scripts.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer, num_images
-from scripts.drawing import DrawingError, open_drawer, options_from
+from scripts.common.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer, num_images
+from scripts.common.drawing import DrawingError, open_drawer, options_from
+from scripts.common.figures import save_figure
+from scripts.common.files import write_json
+from scripts.common.mnist import NUM_CLASSES, DataError
+from scripts.common.progress import Reporter, fail, require_installed
 from scripts.evaluation import clip
 from scripts.evaluation.classifiers import ClassifierError, Trained, load_classifier
 from scripts.evaluation.clip import ClipError, ClipScorer
@@ -40,10 +44,6 @@ from scripts.evaluation.samples import (
 )
 from scripts.evaluation.synthetic import EPOCHS, accuracy_learned_from
 from scripts.evaluation.tables import FEWEST_IMAGES
-from scripts.figures import save_figure
-from scripts.files import write_json
-from scripts.mnist import NUM_CLASSES, DataError
-from scripts.progress import Reporter, fail, require_installed
 
 SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
 NUM_IMAGES = 10_000

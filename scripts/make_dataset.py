@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 
 from model.checkpoint import CheckpointError, write_atomically
-from scripts.arguments import Parser, add_drawing_arguments, integer
-from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.arguments import Parser, add_drawing_arguments, integer
+from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.files import write_json
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter, fail
 from scripts.evaluation.samples import FACTS, IDX
-from scripts.files import write_json
-from scripts.mnist import NUM_CLASSES
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter, fail
 
 PART = 1000  # images that are drawn before they are kept
 PARTS = "parts"  # the images so far; gone when all are there

@@ -18,13 +18,13 @@ from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.diffusion import Diffusion
 from model.schedule import Schedule
-from scripts.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer
 from scripts.benchmark.figures import show_bench
-from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
-from scripts.figures import Panel, draw_panels, new_figure, save_figure
-from scripts.mnist import DataError, load_mnist, to_model_range
-from scripts.pictures import grid, save_grid
-from scripts.progress import Reporter, fail, require, require_installed
+from scripts.common.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer
+from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.figures import Panel, draw_panels, new_figure, save_figure
+from scripts.common.mnist import DataError, load_mnist, to_model_range
+from scripts.common.pictures import grid, save_grid
+from scripts.common.progress import Reporter, fail, require, require_installed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

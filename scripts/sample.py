@@ -13,10 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from model.checkpoint import CheckpointError, write_atomically
-from scripts.arguments import Parser, add_drawing_arguments, integer
-from scripts.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
-from scripts.pictures import grid
-from scripts.progress import Reporter, fail
+from scripts.common.arguments import Parser, add_drawing_arguments, integer
+from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.pictures import grid
+from scripts.common.progress import Reporter, fail
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,10 +13,10 @@ import torch
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointConfig, CheckpointError, weights_sha256
-from scripts.arguments import Parser
+from scripts.common.arguments import Parser
+from scripts.common.progress import fail
 from scripts.evaluation.tables import Evaluation, EvaluationError, read_evaluation
-from scripts.progress import fail
-from scripts.recipe import Recipe, RecipeError, load_recipe
+from scripts.training.recipe import Recipe, RecipeError, load_recipe
 
 STORED_AS = torch.float16
 MAX_BYTES = 12_000_000  # of all checkpoints that ship: a clone stays small

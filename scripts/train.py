@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from model.memory import keep_freed_memory
+from model.compiled.memory import keep_freed_memory
 from model.precision import can_compile, no_compiler
-from scripts.arguments import Parser, integer, positive
-from scripts.mnist import NUM_VALIDATION, DataError, load_mnist
-from scripts.objective import DenoisingObjective
-from scripts.progress import Reporter, fail
-from scripts.recipe import RecipeError, load_recipe, preset_names
-from scripts.run import Run, RunError
-from scripts.trainer import EpochResult, Trainer
+from scripts.common.arguments import Parser, integer, positive
+from scripts.common.mnist import NUM_VALIDATION, DataError, load_mnist
+from scripts.common.progress import Reporter, fail
+from scripts.training.objective import DenoisingObjective
+from scripts.training.recipe import RecipeError, load_recipe, preset_names
+from scripts.training.run import Run, RunError
+from scripts.training.trainer import EpochResult, Trainer
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from scripts.arguments import Parser, file_to_write, integer
+from scripts.common.arguments import Parser, file_to_write, integer
+from scripts.common.mnist import DataError, load_mnist, split_validation
+from scripts.common.progress import Reporter, fail
 from scripts.evaluation.classifiers import KINDS, WEIGHTS, save_classifier
 from scripts.evaluation.training import facts_of, train_classifier
-from scripts.mnist import DataError, load_mnist, split_validation
-from scripts.progress import Reporter, fail
 
 # The extractor sees images as they are: slant, size and place are part of what it is to measure.
 RECIPES = {

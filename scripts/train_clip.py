@@ -18,14 +18,14 @@ from torch.optim.swa_utils import AveragedModel
 from model.checkpoint import write_atomically
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
-from scripts.arguments import Parser, integer
+from scripts.common.arguments import Parser, integer
+from scripts.common.files import write_json
+from scripts.common.mnist import DataError, load_mnist, split_validation
+from scripts.common.progress import Reporter, fail, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.clip import EMBEDDED, ClipScorer
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.training import running_average
-from scripts.files import write_json
-from scripts.mnist import DataError, load_mnist, split_validation
-from scripts.progress import Reporter, fail, require
 
 MODEL: dict[str, Any] = {
     "embed_dim": 64,

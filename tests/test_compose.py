@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from app.config import Settings
-from app.server import LAST_ANSWERS_SECONDS
-from model.compiler import GPU_FOLDER
+from app.server.server import LAST_ANSWERS_SECONDS
+from app.settings import Settings
+from model.compiled.compiler import GPU_FOLDER
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()

@@ -14,6 +14,7 @@ from scripts.evaluation.tables import as_column, as_run, as_sweep_row, read_eval
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+RESULTS = DOCS / "results"
 FINAL = [  # the columns of the tables of 10,000 digits
     ("README.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off", "fast")),
     ("docs/model-card.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off")),
@@ -55,14 +56,14 @@ CONTESTANTS = {
     "diffusers": "diffusers",
     "tuned": "diffusers-tuned",
 }
-EVALUATIONS = sorted((DOCS / "ladder").rglob("evaluation.json"))
-SWEEPS = sorted({*DOCS.rglob("guidance.json"), *DOCS.rglob("steps.json")})
-MACHINES = sorted(path for path in (DOCS / "speed").iterdir() if path.is_dir())
+EVALUATIONS = sorted((RESULTS / "ladder").rglob("evaluation.json"))
+SWEEPS = sorted({*RESULTS.rglob("guidance.json"), *RESULTS.rglob("steps.json")})
+MACHINES = sorted(path for path in (RESULTS / "speed").iterdir() if path.is_dir())
 LADDER = set((DOCS / "ladder.md").read_text().splitlines())
 
 
 def named(paths: list[Path]) -> list[str]:
-    return [str(path.relative_to(DOCS)) for path in paths]
+    return [str(path.relative_to(RESULTS)) for path in paths]
 
 
 def cells(line: str) -> list[str]:
@@ -71,7 +72,7 @@ def cells(line: str) -> list[str]:
 
 @pytest.mark.parametrize(("document", "names"), FINAL)
 def test_a_final_table_has_the_figures_of_its_evaluations(document: str, names: tuple[str, ...]) -> None:
-    evaluations = [read_evaluation(DOCS / "final" / name) for name in names]
+    evaluations = [read_evaluation(RESULTS / "final" / name) for name in names]
     columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
     rows = [cells(line) for line in (ROOT / document).read_text().splitlines() if line.startswith("|")]
     for name in columns[0]:
@@ -83,7 +84,7 @@ def test_a_final_table_has_the_figures_of_its_evaluations(document: str, names: 
 )
 def test_the_final_figures_are_of_what_ships_and_stand_in_it(shipped: Path, names: tuple[str, ...]) -> None:
     loaded = load(shipped)
-    evaluations = [read_evaluation(DOCS / "final" / name) for name in names]
+    evaluations = [read_evaluation(RESULTS / "final" / name) for name in names]
     assert loaded.config.training["evaluation"] == evaluations
     for evaluation in evaluations:
         options = evaluation["options"]
@@ -93,9 +94,9 @@ def test_the_final_figures_are_of_what_ships_and_stand_in_it(shipped: Path, name
         assert options["guidance"] == recommended or options["guidance"]["scale"] == 1
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in (DOCS / "served").iterdir()))
+@pytest.mark.parametrize("name", sorted(path.name for path in (RESULTS / "served").iterdir()))
 def test_what_the_service_sends_is_as_good_as_what_was_drawn_before(name: str) -> None:
-    served, before = (read_evaluation(DOCS / folder / name) for folder in ("served", "final"))
+    served, before = (read_evaluation(RESULTS / folder / name) for folder in ("served", "final"))
     assert (served["num_images"], served["networks"]) == (before["num_images"], before["networks"])
     assert served["judge"]["accuracy"] == pytest.approx(before["judge"]["accuracy"], abs=0.001)
     assert served["frechet_ratio"] == pytest.approx(before["frechet_ratio"], abs=0.1)
@@ -109,7 +110,7 @@ def lines_of(path: Path) -> list[list[str]]:
     """Its lines in a table: of an evaluation whole, without its name, or by its guidance alone."""
     if path.name == "evaluation.json":
         line = as_run(path.parent.name, read_evaluation(path))
-        return [line] if path.parents[1] == DOCS / "ladder" else [line, line[1:], line[3:]]
+        return [line] if path.parents[1] == RESULTS / "ladder" else [line, line[1:], line[3:]]
     content = json.loads(path.read_text())
     return [as_sweep_row(row) for row in (*content["figures"], content["real"])]
 
@@ -120,12 +121,12 @@ def as_written(line: list[str]) -> str:
 
 @pytest.mark.parametrize("file", named(EVALUATIONS))
 def test_each_evaluation_of_the_ladder_has_its_line(file: str) -> None:
-    assert set(map(as_written, lines_of(DOCS / file))) & LADDER
+    assert set(map(as_written, lines_of(RESULTS / file))) & LADDER
 
 
 @pytest.mark.parametrize("file", named(SWEEPS))
 def test_the_settings_of_a_sweep_stand_in_one_table_with_the_real_digits_beside(file: str) -> None:
-    wanted = set(map(as_written, lines_of(DOCS / file)))
+    wanted = set(map(as_written, lines_of(RESULTS / file)))
     assert any(wanted <= set(table.splitlines()) for table in (DOCS / "ladder.md").read_text().split("\n\n"))
 
 
@@ -138,7 +139,7 @@ def test_each_line_of_the_ladder_was_measured() -> None:
 
 
 def test_what_was_learned_from_drawn_digits_alone_stands_in_the_readme() -> None:
-    learned = json.loads((DOCS / "synthetic.json").read_text())
+    learned = json.loads((RESULTS / "synthetic.json").read_text())
     text = (ROOT / "README.md").read_text()
     for name in ("drawn", "real"):
         assert f"{learned[name]['num_images']:,}" in text
@@ -150,7 +151,7 @@ def test_what_was_learned_from_drawn_digits_alone_stands_in_the_readme() -> None
 
 def test_the_networks_that_judged_are_those_that_ship() -> None:
     shipped = {name: load_classifier(name).sha256 for name in ("judge", "extractor", "fog_judge")}
-    for path in (*DOCS.glob("final/*/evaluation.json"), *EVALUATIONS):
+    for path in (*RESULTS.glob("final/*/evaluation.json"), *EVALUATIONS):
         networks = json.loads(path.read_text())["networks"]
         assert {name: network["sha256"] for name, network in networks.items()} == {
             name: shipped[name] for name in ("judge", "extractor")
@@ -158,19 +159,20 @@ def test_the_networks_that_judged_are_those_that_ship() -> None:
     for path in SWEEPS:
         sweep = json.loads(path.read_text())["sweep"]
         assert (sweep["judge_sha256"], sweep["extractor_sha256"]) == (shipped["judge"], shipped["extractor"])
-    assert json.loads((DOCS / "fog.json").read_text())["judge"]["sha256"] == shipped["fog_judge"]
+    assert json.loads((RESULTS / "fog.json").read_text())["judge"]["sha256"] == shipped["fog_judge"]
 
 
 @pytest.mark.parametrize("folder", MACHINES, ids=[folder.name for folder in MACHINES])
 def test_the_page_of_a_machine_is_what_was_measured_on_it(folder: Path) -> None:
-    assert folder.with_suffix(".md").read_text() == page_of(folder)
+    page = DOCS / "speed" / f"{folder.name}.md"
+    assert page.read_text() == page_of(folder, page)
     assert f"(speed/{folder.name}.md)" in (DOCS / "speed.md").read_text()
 
 
 def test_the_readmes_figures_of_speed_are_those_of_their_loads() -> None:
     heading = as_written(["figure", *MACHINE_NAMES.values()])
     stated = [cells(line) for line in (ROOT / "README.md").read_text().split(heading)[1].split("\n\n")[0].splitlines()]
-    measured = [measured_alone(DOCS / "speed" / name / "closed.json") for name in MACHINE_NAMES]
+    measured = [measured_alone(RESULTS / "speed" / name / "closed.json") for name in MACHINE_NAMES]
     wanted = [[name, *(of[load][column] for of in measured)] for name, (load, column) in SPEED.items()]
     assert stated[2:] == wanted
 
@@ -185,13 +187,13 @@ def test_the_readmes_comparison_is_what_was_measured() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert as_written(["", *CONTESTANTS]).replace("|  |", "| |") in lines
     for name, (file, under, column) in BESIDE.items():
-        columns, table = table_in(json.loads((DOCS / "speed" / f"{file}.json").read_text()))
+        columns, table = table_in(json.loads((RESULTS / "speed" / f"{file}.json").read_text()))
         of_load = {line[0]: line[columns.index(column)] for line in table if line[1] == under}
         assert as_written([name, *(of_load.get(contestant, "-") for contestant in CONTESTANTS.values())]) in lines
 
 
 def test_the_hour_of_load_stands_as_it_was_and_nothing_grew() -> None:
-    found, text = json.loads((DOCS / "endurance.json").read_text()), (DOCS / "survival.md").read_text()
+    found, text = json.loads((RESULTS / "endurance.json").read_text()), (DOCS / "survival.md").read_text()
     section = text.split("## An hour of load")[1].split("\n## ")[0]
     answers, before, after = found["answers"], found["before"], found["after"]
     kinds = ", ".join(f"{answers[status]:,} of {status}" for status in ("200", "422", "429") if status in answers)

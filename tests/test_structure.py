@@ -7,20 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.config import Settings
+from app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-# The modules of the service that handle tensors: the runner and what it is made of.
-MAY_IMPORT_TORCH = {
-    "app/runner.py",
-    "app/network.py",
-    "app/slots.py",
-    "app/plans.py",
-    "app/threads.py",
-    "app/transfers.py",
-    "app/warm_up.py",
-    "app/device.py",
-}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -38,10 +27,10 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def test_torch_is_named_only_where_the_service_handles_tensors() -> None:
+def test_only_the_runner_imports_torch() -> None:
     named = {str(path.relative_to(ROOT)) for path in sources("app") if "torch" in imported(path.read_text())}
-    assert "app/runner.py" in named
-    assert named <= MAY_IMPORT_TORCH
+    assert "app/runner/runner.py" in named
+    assert all(name.startswith("app/runner/") for name in named)
 
 
 def test_the_model_needs_nothing_beyond_torch_einops_and_safetensors() -> None:

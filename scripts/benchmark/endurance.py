@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from model.sampler import SAMPLERS
 from scripts.benchmark.contestants import BenchError, Running
 from scripts.benchmark.rude import rude
-from scripts.progress import Reporter, require
+from scripts.common.progress import Reporter, require
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession

@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from scripts.figures import LABEL_SIZE, PIXELS_PER_LETTER, new_figure
-from scripts.progress import require
+from scripts.common.figures import LABEL_SIZE, PIXELS_PER_LETTER, new_figure
+from scripts.common.progress import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

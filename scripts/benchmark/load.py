@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from scripts.progress import require
+from scripts.common.progress import require
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

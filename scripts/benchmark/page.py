@@ -1,6 +1,9 @@
-"""All that was measured on one machine as a page of tables: `python -m scripts.benchmark.page docs/speed/xeon`.
+"""Makes a page of tables from the results of one machine.
 
-A folder holds the JSON files of scripts.bench and scripts.benchmark.profile; FOLDER.md beside it becomes the page.
+    python -m scripts.benchmark.page docs/results/speed/xeon --out docs/speed/xeon.md
+
+The folder holds the JSON files of scripts.bench and scripts.benchmark.profile. The folder docs/speed/xeon holds the
+pictures of the page, each with the name of its JSON file.
 """
 
 import argparse
@@ -10,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import write_atomically
-from scripts.arguments import Parser
 from scripts.benchmark.profile import profile_table
 from scripts.benchmark.report import COLUMNS, Table, table_of, without_empty
 from scripts.benchmark.training import TRAINING_COLUMNS, training_table
 from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
 from scripts.benchmark.versions import versions_table
+from scripts.common.arguments import Parser, file_to_write
+from scripts.common.progress import Reporter, fail
 from scripts.evaluation.tables import as_table
-from scripts.progress import Reporter, fail
 
 MACHINE = ("processor", "cores", "features", "gpu", "torch", "threads")  # what must be the same for a page
 
@@ -27,34 +30,37 @@ class PageError(Exception):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the page of a folder beside it."""
+    """Writes the page of a folder."""
     parser = Parser(
         prog="python -m scripts.benchmark.page",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="of JSON files")
-    folder = parser.parse_args(argv).folder.resolve()
+    parser.add_argument("--out", type=file_to_write(".md"), required=True, help="the .md to write")
+    arguments = parser.parse_args(argv)
     try:
-        written = folder.with_name(f"{folder.name}.md")
-        write_atomically(written, page_of(folder).encode())
+        write_atomically(arguments.out, page_of(arguments.folder, arguments.out).encode())
     except (PageError, OSError) as error:
         raise fail(f"page: {error}") from error
     with Reporter() as reporter:
-        reporter.line(f"wrote {written}")
+        reporter.line(f"wrote {arguments.out}")
 
 
-def page_of(folder: Path) -> str:
-    """The machine, then the table and the picture of each file; PageError where files are of several machines."""
+def page_of(folder: Path, page: Path) -> str:
+    """Returns the page's text: the machine, then the table and the picture of each file.
+
+    `page` is where the text will be written. PageError if the files are of several machines.
+    """
     contents = {file.stem: _read(file) for file in sorted(folder.glob("*.json")) if ".answers" not in file.name}
     machines = [{name: content["machine"].get(name) for name in MACHINE} for content in contents.values()]
     if not machines or any(machine != machines[0] for machine in machines):
         raise PageError(f"{folder} must hold results, and those of one machine")
-    sections = [f"# Measured on {folder.name}", _machine_line(machines[0])]
+    sections = [f"# Measured on {page.stem}", _machine_line(machines[0])]
     for name, content in contents.items():
         sections += [f"## {name}", *_how(content), as_table(*table_in(content)).rstrip()]
-        if (folder / f"{name}.png").exists():
-            sections.append(f"![{name}]({folder.name}/{name}.png)")
+        if (page.with_suffix("") / f"{name}.png").exists():
+            sections.append(f"![{name}]({page.stem}/{name}.png)")
     return "\n\n".join(sections) + "\n"
 
 

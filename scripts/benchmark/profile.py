@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from model import compiler
 from model.checkpoint import SHIPPED, load
-from model.memory import keep_freed_memory
+from model.compiled import compiler
+from model.compiled.memory import keep_freed_memory
 from model.precision import fast_dtype
 from model.step import ReverseStep, State, Step
-from scripts.arguments import Parser, integer
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import Table, with_spread
+from scripts.benchmark.step_time import flop_of
+from scripts.common.arguments import Parser, integer
+from scripts.common.files import write_json
+from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
-from scripts.files import write_json
-from scripts.progress import Reporter
-from scripts.step_time import flop_of
 
 WARM_UP, REPEATS, TURNS = 5, 20, 60
 KINDS = (  # the first whose part is in a kernel's name

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from model.schedule import Schedule
 from model.unet import UNet
 from scripts.benchmark.report import with_spread
-from scripts.mnist import to_model_range
-from scripts.objective import DenoisingObjective
-from scripts.recipe import Recipe
-from scripts.trainer import Trainer
+from scripts.common.mnist import to_model_range
+from scripts.training.objective import DenoisingObjective
+from scripts.training.recipe import Recipe
+from scripts.training.trainer import Trainer
 
 CONTESTANTS = ("scripts.train", "scripts.train, not compiled", "a plain loop")
 WARM_UP_STEPS = 5  # in which it compiles

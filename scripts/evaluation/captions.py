@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.diffusion import Diffusion
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.pictures import to_pixels
 from scripts.evaluation.training import augment
-from scripts.mnist import NUM_CLASSES
-from scripts.pictures import to_pixels
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLEAR, NOISY = "a clear picture", "a noisy, blurry picture"

@@ -18,9 +18,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from model.checkpoint import write_atomically
-from scripts.mnist import NUM_CLASSES
+from scripts.common.mnist import NUM_CLASSES
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
+WEIGHTS = Path(__file__).parent / "weights"
 METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
 

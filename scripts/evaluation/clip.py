@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from model.checkpoint import tensors_sha256
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.mnist import NUM_CLASSES, to_model_range
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import require
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
 from scripts.evaluation.classifiers import WEIGHTS
 from scripts.evaluation.samples import Digits
-from scripts.mnist import NUM_CLASSES, to_model_range
-from scripts.pictures import to_pixels
-from scripts.progress import require
 
 EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loads it anywhere
 BATCH_SIZE = 250

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scripts.drawing import Drawer, DrawingOptions
+from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.figures import new_figure
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.clip import PROMPTS, ClipScorer
 from scripts.evaluation.samples import Digits
-from scripts.figures import new_figure
-from scripts.mnist import NUM_CLASSES
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,8 +13,8 @@ from prdc import compute_prdc
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.tables import MANIFOLD
-from scripts.mnist import NUM_CLASSES
 
 NEAREST_PRECISION = 3  # neighbours that make the manifold of precision and recall,
 NEAREST_COVERAGE = 5  # and the balls of coverage: the papers' own choices

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from model.diffusion import Diffusion
 from model.schedule import Schedule
+from scripts.common.figures import new_figure
+from scripts.common.mnist import NUM_CLASSES, to_model_range
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier
 from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits
-from scripts.figures import new_figure
-from scripts.mnist import NUM_CLASSES, to_model_range
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,11 +6,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from scripts.common.figures import Panel, draw_panels, new_figure
+from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.distances import Nearest
 from scripts.evaluation.recognition import Recognition
 from scripts.evaluation.samples import Digits
-from scripts.figures import Panel, draw_panels, new_figure
-from scripts.mnist import NUM_CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Trained, features_of
 from scripts.evaluation.distances import (
     Manifold,
@@ -18,9 +21,6 @@ from scripts.evaluation.distances import (
 from scripts.evaluation.recognition import Recognition, recognition
 from scripts.evaluation.samples import Digits, References, balanced
 from scripts.evaluation.tables import fixed, too_few_images
-from scripts.mnist import NUM_CLASSES
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.classifiers import Classifier, probabilities_of
 from scripts.evaluation.samples import Digits
-from scripts.mnist import NUM_CLASSES
 
 
 @dataclass(frozen=True, slots=True)

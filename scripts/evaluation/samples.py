@@ -11,10 +11,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from scripts.drawing import Drawer, DrawingOptions
-from scripts.mnist import NUM_CLASSES, load_mnist, split_validation
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter
+from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter
 
 FEWEST_OF_EACH = 10  # that neighbours can be looked for among
 MOST_IMAGES = 49_000  # so that as many learned digits, as many of each, stand beside them

@@ -6,7 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.drawing import Drawer, DrawingOptions
+from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.figures import new_figure
+from scripts.common.files import write_json
+from scripts.common.progress import Reporter
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
 from scripts.evaluation.tables import (
@@ -18,9 +21,6 @@ from scripts.evaluation.tables import (
     as_table,
     too_few_images,
 )
-from scripts.figures import new_figure
-from scripts.files import write_json
-from scripts.progress import Reporter
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,10 +2,10 @@
 
 import torch
 
+from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Judge, accuracy
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.training import train_classifier
-from scripts.progress import Reporter
 
 EPOCHS = 10
 

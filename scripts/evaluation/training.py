@@ -10,9 +10,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.diffusion import Diffusion, ema_decay
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier, accuracy
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1

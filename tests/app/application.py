@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from app.config import Settings
 from app.main import create_app
+from app.settings import Settings
 from tests.app.fakes import FakeRunner
 
 WORK = {"digit": 3, "num_steps": 3, "seed": 1}

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from app.batcher import Batcher, StepLimits
-from app.engine import Engine
+from app.engine.batcher import Batcher, StepLimits
+from app.engine.engine import Engine
+from app.engine.job import Job, Options, Pixels, Trajectory
+from app.engine.step_times import Pace
 from app.metrics import Metrics
-from app.network import ModelInfo
-from app.pace import Pace
-from app.trajectory import Job, Options, Pixels, Trajectory
+from app.runner.loaded_model import ModelInfo
 
 INFO = ModelInfo(
     name="default",

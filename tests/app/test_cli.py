@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from app import cli
-from app.config import SettingsError
-from app.server import GivenUpError
+from app.server.server import GivenUpError
+from app.settings import SettingsError
 
 
 class FakeWriter:

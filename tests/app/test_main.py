@@ -8,8 +8,8 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from app.device import DeviceLostError
-from app.http import MAX_UNKNOWN_FIELDS
+from app.api.requests import MAX_UNKNOWN_FIELDS
+from app.runner.device import DeviceLostError
 from model.sampler import Sampler
 from tests.app.application import WORK, run
 from tests.app.fakes import INFO, FakeRunner, Rows
@@ -153,7 +153,7 @@ def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pyt
     def fail(*args: object) -> bytes:
         raise ValueError("secret")
 
-    monkeypatch.setattr("app.stream.encode_png", fail)
+    monkeypatch.setattr("app.api.events.encode_png", fail)
 
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json=WORK, headers={"accept": "text/event-stream"})

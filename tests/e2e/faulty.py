@@ -18,11 +18,11 @@ import uvicorn
 
 import app.main
 from app.cli import main
-from app.device import DeviceLostError, OutOfMemoryError
-from app.engine import Engine
-from app.pace import Pace
-from app.runner import Runner
-from app.trajectory import Trajectory
+from app.engine.engine import Engine
+from app.engine.job import Trajectory
+from app.engine.step_times import Pace
+from app.runner.device import DeviceLostError, OutOfMemoryError
+from app.runner.runner import Runner
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from model.checkpoint import load
-from model.compiler import compiled_step, library_of
+from model.compiled.compiler import compiled_step, library_of
 from model.precision import can_compile, fast_dtype
 from model.step import ReverseStep
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.process import BASE, PATIENCE
 from tests.e2e.service import Service
 from tests.e2e.test_identity import ENOUGH_ROWS, draw_alone, draw_in_company
-from tests.model.libraries import CRASHES, library_content
+from tests.model.compiled.libraries import CRASHES, library_content
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scripts import arguments
+from scripts.common import arguments
 
 
 @pytest.fixture(scope="session", autouse=True)

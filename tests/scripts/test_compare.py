@@ -11,7 +11,7 @@ from PIL import Image
 from model.checkpoint import load, save
 from model.sampler import Guidance
 from scripts import compare, evaluate
-from scripts.drawing import Drawer, DrawingOptions
+from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep, tables
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.sweep import show_steps
@@ -28,7 +28,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     save_tiny_checkpoint(folder / "tiny.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
-        patch.setattr("scripts.mnist.NUM_VALIDATION", 100)
+        patch.setattr("scripts.common.mnist.NUM_VALIDATION", 100)
         patch.setattr(tables, "FEWEST_IMAGES", 10)  # there are few
         yield folder
 
@@ -208,7 +208,7 @@ def test_evaluations_are_compared_without_what_computes_them(
     for package in ("torchmetrics", "prdc"):
         for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
             monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
-    published = Path(__file__).parents[2] / "docs" / "final"
+    published = Path(__file__).parents[2] / "docs" / "results" / "final"
     compare.main(["runs", str(published / "ddpm"), str(published / "fast")])
     assert "| fast |" in capsys.readouterr().out
     assert "torchmetrics, prdc are not installed" in sentence(["steps", "--out=nowhere"], capsys)

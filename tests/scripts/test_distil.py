@@ -11,11 +11,11 @@ from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from scripts import distil, sample, train
-from scripts.distillation import PATH_SEED
-from scripts.drawing import Drawer, DrawingOptions
-from scripts.progress import Reporter
-from scripts.run import Run
-from scripts.trainer import EpochResult, Trainer
+from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.progress import Reporter
+from scripts.training.distillation import PATH_SEED
+from scripts.training.run import Run
+from scripts.training.trainer import EpochResult, Trainer
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
 from tests.tiny import tiny_unet
 
@@ -36,7 +36,7 @@ stop = 12
 
 @pytest.fixture(autouse=True)
 def few_paths_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.distillation.PART_SIZE", 64)
+    monkeypatch.setattr("scripts.training.distillation.PART_SIZE", 64)
 
 
 @pytest.fixture

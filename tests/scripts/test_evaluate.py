@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from model.checkpoint import load
-from scripts import drawing, evaluate, make_dataset, train_classifiers
+from scripts import evaluate, make_dataset, train_classifiers
+from scripts.common import drawing
 from scripts.evaluation import tables, training
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint

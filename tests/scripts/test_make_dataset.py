@@ -11,9 +11,10 @@ from torchvision.datasets.mnist import read_image_file, read_label_file
 
 from model import checkpoint
 from model.sampler import Guidance
-from scripts import drawing, make_dataset
-from scripts.drawing import Drawer, DrawingOptions
-from scripts.progress import Reporter
+from scripts import make_dataset
+from scripts.common import drawing
+from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.progress import Reporter
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 COUNT = 25

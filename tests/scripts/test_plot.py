@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.schedule import Schedule, ScheduleConfig
 from scripts import plot, sample
-from scripts.figures import Panel, draw_panels, save_figure
-from scripts.pictures import save_grid
+from scripts.common.figures import Panel, draw_panels, save_figure
+from scripts.common.pictures import save_grid
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 

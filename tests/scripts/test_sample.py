@@ -10,11 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from model import checkpoint
-from model.compiler import library_of
+from model.compiled.compiler import library_of
 from model.precision import fast_dtype
 from model.sampler import Guidance
 from model.step import ReverseStep
-from scripts import drawing, sample
+from scripts import sample
+from scripts.common import drawing
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 

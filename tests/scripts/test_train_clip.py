@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from scripts import train_clip as script
+from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CAPTIONS
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.samples import Digits
-from scripts.progress import Reporter
 from scripts.train_clip import MODEL, save_clip, train_clip
 from tests.scripts.evaluation.bars import bars
 

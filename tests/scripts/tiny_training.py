@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from model import checkpoint
-from scripts import mnist, train
-from scripts.recipe import Recipe
-from scripts.trainer import Trainer
+from scripts import train
+from scripts.common import mnist
+from scripts.training.recipe import Recipe
+from scripts.training.trainer import Trainer
 
 NUM_IMAGES, NUM_VALIDATION, NUM_STEPS = 52, 20, 12
 

@@ -5,9 +5,9 @@ import os
 
 import torch
 
-from model.memory import keep_freed_memory
-from scripts.arguments import Parser, integer
-from scripts.progress import require
+from model.compiled.memory import keep_freed_memory
+from scripts.common.arguments import Parser, integer
+from scripts.common.progress import require
 
 NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned", "diffusers-compiled")
 

@@ -3,7 +3,7 @@
 import litserve
 from fastapi import Response
 
-from model.memory import keep_freed_memory
+from model.compiled.memory import keep_freed_memory
 from scripts.benchmark.alternatives.painter import Painter, Request
 
 

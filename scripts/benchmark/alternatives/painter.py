@@ -14,13 +14,13 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from model.checkpoint import SHIPPED, load
-from model.compiler import compiled_step
+from model.compiled.compiler import compiled_step
 from model.noise import normal
 from model.precision import fast_dtype
 from model.sampler import Sampler, make_plan
 from model.step import ReverseStep, State, Step
-from scripts.drawing import step_cache
-from scripts.pictures import grid
+from scripts.common.drawing import step_cache
+from scripts.common.pictures import grid
 
 STEP_REPEATS = 40
 

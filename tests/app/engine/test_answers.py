@@ -1,7 +1,7 @@
 """What is asked for is drawn, step by step, and measured."""
 
-from app.http import ClientGoneError
-from app.trajectory import Job
+from app.api.requests import ClientGoneError
+from app.engine.job import Job
 from tests.app.fakes import (
     WAIT_SECONDS,
     FakeRunner,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from app import errors
-from app.device import DeviceLostError, RunnerError
-from app.http import ClientGoneError
-from app.state import EngineState
+from app.api.requests import ClientGoneError
+from app.engine.state import EngineState
+from app.runner.device import DeviceLostError, RunnerError
 from tests.app.fakes import (
     WAIT_SECONDS,
     FakeRunner,

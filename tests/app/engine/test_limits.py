@@ -3,8 +3,8 @@
 import pytest
 
 from app import errors
-from app.device import OutOfMemoryError
-from app.pace import Pace
+from app.engine.step_times import Pace
+from app.runner.device import OutOfMemoryError
 from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, same, tick
 
 
@@ -30,7 +30,7 @@ def test_out_of_memory_halves_the_batch_once_a_step_and_no_image_is_lost() -> No
 
 def test_one_bad_moment_does_not_set_the_batch_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("app.engine.time.monotonic", lambda: now)
+    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: now)
     is_bad = True
 
     def bad_moment(rows: Rows) -> None:

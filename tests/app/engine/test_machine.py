@@ -12,11 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from prometheus_client import Counter
 
 from app import errors
-from app.device import OutOfMemoryError
-from app.http import ClientGoneError
-from app.pace import Pace
-from app.state import EngineState
-from app.trajectory import ImageDone, Job, Progress
+from app.api.requests import ClientGoneError
+from app.engine.job import ImageDone, Job, Progress
+from app.engine.state import EngineState
+from app.engine.step_times import Pace
+from app.runner.device import OutOfMemoryError
 from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job, opened, same, tick
 
 CAPACITY = 12

@@ -3,9 +3,9 @@
 import pytest
 
 from app import errors
-from app.device import OutOfMemoryError, RunnerError
-from app.engine import MAX_FAILED_BATCHES
-from app.state import EngineState
+from app.engine.engine import MAX_FAILED_BATCHES
+from app.engine.state import EngineState
+from app.runner.device import OutOfMemoryError, RunnerError
 from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, running, same, tick, wait_until
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.trajectory import ImageDone, Progress
+from app.engine.job import ImageDone, Progress
 from tests.app.fakes import FakeRunner, image, images, new_engine, new_job, opened, same, tick
 
 

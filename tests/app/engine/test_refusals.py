@@ -3,7 +3,7 @@
 import pytest
 
 from app import errors
-from app.pace import Pace
+from app.engine.step_times import Pace
 from tests.app.fakes import FakeRunner, new_engine, new_job, opened, tick
 
 

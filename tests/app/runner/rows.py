@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.runner import Runner
-from app.trajectory import Job, Options, Pixels, Trajectory
+from app.engine.job import Job, Options, Pixels, Trajectory
+from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from model.sampler import SAMPLERS, Guidance, Sampler
 

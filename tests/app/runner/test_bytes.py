@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.runner import Runner
-from app.trajectory import Job, Options, Trajectory
+from app.engine.job import Job, Options, Trajectory
+from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.sampler import SAMPLERS, Guidance, Sampler, sample

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.device import RunnerError
-from app.pace import Pace
-from app.runner import Runner
-from app.threads import ComputeThreads
+from app.engine.step_times import Pace
+from app.runner.device import RunnerError
+from app.runner.runner import Runner
+from app.runner.threads import ComputeThreads
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, load
 from tests.app.runner.rows import CPU, DTYPES, Counting, new_runner
 
@@ -33,7 +33,7 @@ def test_the_pace_is_that_of_the_threads_which_are_quickest_while_it_warms_up(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], expected: float
 ) -> None:
     paces = {count: Pace({1: each, 64: each}) for count, each in seconds.items()}
-    monkeypatch.setattr("app.runner.measure_paces", lambda *arguments: paces)
+    monkeypatch.setattr("app.runner.runner.measure_paces", lambda *arguments: paces)
     pace = Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), lambda count: None)).warm_up(bool)
     assert pace.step_seconds(64) == expected
     assert all(pace is not each for each in paces.values())  # the engine's own to adjust
@@ -45,7 +45,7 @@ def test_the_known_picture_is_drawn_by_as_many_threads_as_a_busy_core_leaves(
     """All of them would wait for each other, and for seconds a step."""
     used: list[int] = []
     seen = list[list[int]]()
-    monkeypatch.setattr("app.runner.check_probe", lambda *arguments: seen.append(list(used)))
+    monkeypatch.setattr("app.runner.runner.check_probe", lambda *arguments: seen.append(list(used)))
     Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), used.append)).warm_up(lambda: True)
     assert [before[-1] for before in seen] == [3]
     assert used[-1] == 4  # with which it goes on

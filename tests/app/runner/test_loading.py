@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.config import Settings
-from app.device import RunnerError, choose_device, choose_dtype
-from app.runner import Runner
+from app.runner.device import RunnerError, choose_device, choose_dtype
+from app.runner.runner import Runner
+from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
-from model.compiler import CompilerError
+from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
 from model.sampler import SAMPLERS, Guidance
 from model.schedule import ScheduleConfig
@@ -34,8 +34,8 @@ def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
 def test_what_could_not_be_compiled_has_no_more_threads_than_keep_its_bits(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.compiler.can_compile", lambda: False)
-    monkeypatch.setattr("app.device.granted_cores", lambda: None)
+    monkeypatch.setattr("model.compiled.compiler.can_compile", lambda: False)
+    monkeypatch.setattr("app.runner.device.granted_cores", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
@@ -108,8 +108,8 @@ def test_compiling_for_a_gpu_prepares_the_folder_for_its_kernels(
 
     runner = new_runner(loaded)
     runner.device = torch.device("cuda")
-    monkeypatch.setattr("app.runner.prepare_kernel_cache", prepare)
-    monkeypatch.setattr("app.runner.compiled_step", lambda program, cache: program)
+    monkeypatch.setattr("app.runner.runner.prepare_kernel_cache", prepare)
+    monkeypatch.setattr("app.runner.runner.compiled_step", lambda program, cache: program)
     if fault:
         with pytest.raises(RunnerError, match=f"UNFOG_COMPILE=on: {fault}"):
             runner.compile(tmp_path, must=True)

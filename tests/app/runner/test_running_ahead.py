@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.runner import Runner
-from app.slots import NOBODY
+from app.runner.runner import Runner
+from app.runner.slots import NOBODY
 from model.checkpoint import Checkpoint
 from model.step import Stepped
 from tests.app.runner.rows import CPU, company, draw, equal, new_runner, rows_of, step
@@ -59,7 +59,7 @@ def test_what_fills_up_a_step_has_changed_nobody(loaded: Checkpoint) -> None:
 
 
 def test_warming_up_as_on_a_gpu_sees_every_shape(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.runner.BATCHES_AHEAD", (1, 2, 8))
+    monkeypatch.setattr("app.runner.runner.BATCHES_AHEAD", (1, 2, 8))
     runner, shapes = ahead(loaded), set[tuple[int, int]]()
     network = runner._networks["default"]
     step = network.step

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.device import DeviceLostError, OutOfMemoryError, device_errors
-from app.runner import Runner
-from app.slots import Slots
-from app.trajectory import Trajectory
-from app.transfers import Transfers
+from app.engine.job import Trajectory
+from app.runner.device import DeviceLostError, OutOfMemoryError, device_errors
+from app.runner.runner import Runner
+from app.runner.slots import Slots
+from app.runner.transfers import Transfers
 from model.checkpoint import Checkpoint
 from tests.app.runner.rows import CPU, draw, equal, new_runner, rows_of, step
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from app.config import Settings, load_settings
+from app.settings import Settings, load_settings
 from tests.deploy.kubernetes.kustomize import EXTRAS, FOLDER, Manifest, build, find, read
 
 

@@ -2,8 +2,8 @@
 
 import re
 
-from app.config import Settings
 from app.metrics import Metrics
+from app.settings import Settings
 from tests.deploy.kubernetes.kustomize import EXTRAS, Manifest, container_of, find, read
 
 QUEUE = "unfog_queue_depth_images"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from app import VERSION
-from app.config import Settings, SettingsError, load_settings, unknown_variables
 from app.main import STOP_SECONDS, create_app
-from app.server import LAST_ANSWERS_SECONDS
+from app.server.server import LAST_ANSWERS_SECONDS
+from app.settings import Settings, SettingsError, load_settings, unknown_variables
 from tests.deploy.kubernetes.kustomize import EXTRAS, FOLDER, Manifest, container_of, find, pod_of, read
 
 ROOT = Path(__file__).parents[3]

@@ -5,7 +5,7 @@ import pytest
 
 from scripts.benchmark.contestants import BenchError, Running
 from scripts.benchmark.endurance import Log, Look, complaint, endure, growth
-from scripts.progress import Reporter
+from scripts.common.progress import Reporter
 
 
 def test_growth_is_a_line_that_outliers_do_not_move() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from scripts import plot
 from scripts.benchmark.figures import show_bench
-from scripts.files import write_json
+from scripts.common.files import write_json
 
 
 def row(repeat: int, contestant: str, load: str, images: float, **more: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from scripts.benchmark import training
 from scripts.benchmark.training import WARM_UP_STEPS, images_a_second, of_trainer, plain_loop
-from scripts.mnist import load_mnist
+from scripts.common.mnist import load_mnist
 from tests.scripts.tiny_training import recipe_of, trust_idx_files, write_idx_files
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scripts import mnist
+from scripts.common import mnist
 from scripts.evaluation.classifiers import (
     KINDS,
     ClassifierError,

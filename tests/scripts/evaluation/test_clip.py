@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.common.mnist import load_mnist
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
 from scripts.evaluation.clip import EMBEDDED, ClipError, ClipScorer, ClipScores, as_json, as_markdown, noised
 from scripts.evaluation.samples import Digits
-from scripts.mnist import load_mnist
 from scripts.train_clip import EPOCHS, MODEL
 from tests.scripts.evaluation.bars import bars
 

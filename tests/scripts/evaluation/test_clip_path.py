@@ -5,10 +5,10 @@ import torch
 
 from model import checkpoint
 from model.sampler import Guidance
-from scripts.drawing import Drawer, DrawingOptions
+from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.progress import Reporter
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_path import LINES, scores_along, show_scores
-from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.progress import Reporter
 from scripts.evaluation.fog import informedness, lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import Digits
-from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import Witness, bars
 
 SCHEDULE = Schedule(ScheduleConfig())

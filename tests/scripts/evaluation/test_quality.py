@@ -3,13 +3,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from scripts.common.progress import Reporter
 from scripts.evaluation import tables
 from scripts.evaluation.classifiers import Extractor, Judge
 from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, notes_of
 from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits, References
-from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import Witness, bars, untrained
 
 LEARNED = bars(300, 1)

@@ -1,9 +1,9 @@
 import pytest
 
+from scripts.common.progress import Reporter
 from scripts.evaluation import training
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.synthetic import accuracy_learned_from
-from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 
 

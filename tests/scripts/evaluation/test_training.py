@@ -3,10 +3,10 @@ import torch
 
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.pictures import to_pixels
+from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import KINDS, Classifier, accuracy
 from scripts.evaluation.training import augment, facts_of, train_classifier
-from scripts.pictures import to_pixels
-from scripts.progress import Reporter
 from tests.scripts.evaluation.bars import bars
 
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))

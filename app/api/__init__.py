@@ -1,0 +1,1 @@
+"""What a client sees: routes, schemas, answers and middleware."""

@@ -1,0 +1,135 @@
+"""A job's progress as server-sent events: accepted, progress, image, then done or error."""
+
+import asyncio
+import json
+import logging
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.api.context import CLIENT_GONE, Notes, notes_of
+from app.api.generation import Service, timing
+from app.api.images import Provenance, encode_base64, encode_png
+from app.api.requests import ClientGoneError, unless_gone
+from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent
+from app.engine.job import ImageDone, Job, Progress
+from app.errors import DeadlineExceeded, InternalError, UnfogError
+
+log = logging.getLogger(__name__)
+
+MAX_WAITING_PREVIEWS = 256  # images, of one job
+
+
+class JobEvents:
+    """Carries a job's events from the engine's thread to the event loop.
+
+    Every image is kept until it is read. Of the previews that a slow client has not read, only the newest are kept.
+    """
+
+    def __init__(self, num_images: int) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Progress | ImageDone | None] = deque()
+        self._max_progress = max(1, MAX_WAITING_PREVIEWS // num_images)
+        self._arrived = asyncio.Event()
+
+    def put(self, event: Progress | ImageDone | None) -> None:
+        """Adds an event, from any thread; None is the last. Does nothing once the loop is closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._add, event)
+
+    async def get(self) -> Progress | ImageDone | None:
+        """Waits for the next event."""
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._waiting.popleft()
+
+    def _add(self, event: Progress | ImageDone | None) -> None:
+        self._waiting.append(event)
+        if isinstance(event, Progress):
+            places = [place for place, waiting in enumerate(self._waiting) if isinstance(waiting, Progress)]
+            if len(places) > self._max_progress:
+                del self._waiting[places[0]]
+        self._arrived.set()
+
+
+def event_text(name: str, data: dict[str, Any]) -> str:
+    """Returns one server-sent event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+class EventStream(Response):
+    """Sends a job's events while it watches for a disconnect, which frees the job's rows at once.
+
+    The deadline applies to the images, not to the client's reading: a client that accepts no data is
+    disconnected after UNFOG_WRITE_TIMEOUT, as on every connection.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, service: Service, job: Job, events: JobEvents, scale: int) -> None:
+        super().__init__(headers={"X-Seed": str(job.options.seed), "Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._service, self._job, self._events = service, job, events
+        self._scale = scale
+        self._provenance: Provenance = service.provenance(job)
+        job.future.add_done_callback(lambda _: events.put(None))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events until the last."""
+        request, notes = Request(scope, receive), notes_of(scope)
+        deadline = asyncio.get_running_loop().call_later(
+            self._job.timeout, self._service.engine.cancel, self._job, DeadlineExceeded()
+        )
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await unless_gone(request, self._send_all(notes, send))
+        except ClientGoneError:
+            notes.outcome = CLIENT_GONE
+        finally:
+            deadline.cancel()
+            self._service.engine.cancel(self._job, ClientGoneError())
+
+    async def _send_all(self, notes: Notes, send: Send) -> None:
+        error: UnfogError | None = None
+        try:
+            await self._send_work(notes, send)
+        except UnfogError as known:
+            error = known
+        except Exception:
+            log.exception("a stream failed", extra={"request_id": notes.request_id})
+            error = InternalError()
+        await self._send_end(notes, send, error)
+
+    async def _send_work(self, notes: Notes, send: Send) -> None:
+        job = self._job
+        accepted = AcceptedEvent(seed=job.options.seed, position=job.position, eta_seconds=round(job.eta_seconds, 3))
+        await _send_event(send, "accepted", accepted.model_dump())
+        while (event := await self._events.get()) is not None:
+            with notes.encoding(self._service.metrics):
+                encoded = await asyncio.to_thread(self._encode, event)
+            await _send_event(send, *encoded)
+        job.future.result()  # raises what the job was ended with
+        await _send_event(send, "done", DoneEvent(seed=job.options.seed, timing=timing(job)).model_dump())
+
+    def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
+        if isinstance(event, Progress):
+            previews = [encode_base64(encode_png(pixels)) for pixels in event.previews]
+            return "progress", ProgressEvent(step=event.step, of=event.of, previews=previews).model_dump()
+        png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
+        return "image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump()
+
+    async def _send_end(self, notes: Notes, send: Send, error: UnfogError | None) -> None:
+        if error:
+            notes.outcome = error.code
+            self._service.metrics.count_rejection(error)
+            await _send_event(send, "error", error.problem(notes.request_id))
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _send_event(send: Send, name: str, data: dict[str, Any]) -> None:
+    await send({"type": "http.response.body", "body": event_text(name, data).encode(), "more_body": True})

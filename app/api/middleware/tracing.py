@@ -1,0 +1,116 @@
+"""A trace of each request (OpenTelemetry): the request, and in it the queue, the denoising and each encoding.
+
+Spans are made when a request has ended, from the times that were noted: nothing is done for them before. Where they go
+is OpenTelemetry's to say: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and their like.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from app import VERSION
+from app.api.context import OK, Notes
+from app.errors import Forbidden, Unauthorized
+
+try:
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+    MISSING = None
+except ImportError as error:
+    MISSING = error
+
+LAST_SPANS_SECONDS = 2.0  # at the end, for a collector that answers
+LONGEST_PATH = 200
+
+
+class TracesError(Exception):
+    """OpenTelemetry is not installed."""
+
+
+class Traces:
+    """Sends spans in batches, from a thread of its own; a collector that does not answer costs spans, never answers."""
+
+    def __init__(self) -> None:
+        """TracesError where the extra is missing."""
+        if MISSING:
+            raise TracesError("UNFOG_TRACES=on needs OpenTelemetry: .venv/bin/pip install -e '.[traces]'") from MISSING
+        named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "unfog"}
+        self._provider = TracerProvider(
+            resource=Resource.create({**named, "service.version": VERSION}), shutdown_on_exit=False
+        )
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = self._provider.get_tracer("unfog", VERSION)
+        self._propagator = TraceContextTextMapPropagator()
+
+    def record(self, scope: Scope, notes: Notes, facts: Mapping[str, Any], ended_at: float) -> dict[str, str]:
+        """Makes the spans of a request that has ended; its ids, for the log.
+
+        A caller's traceparent is continued, if the caller was let in.
+        """
+        is_stranger = facts["outcome"] in (Unauthorized.code, Forbidden.code)
+        parent = None if is_stranger else self._propagator.extract(dict(Headers(scope=scope)))
+        request = self._tracer.start_span(
+            f"{scope['method']} {facts['route']}",
+            parent,
+            SpanKind.SERVER,
+            attributes=_attributes(scope, facts),
+            start_time=_nanoseconds(notes.started_at),
+        )
+        if facts["status"] >= 500 or (facts["status"] == 200 and facts["outcome"] != OK):
+            request.set_status(StatusCode.ERROR, str(facts["outcome"]))
+        for name, start, end in _phases(notes):
+            self._child(request, name, start, end)
+        request.end(_nanoseconds(ended_at))
+        context = request.get_span_context()
+        return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
+
+    def close(self) -> None:
+        """Sends what is left, for at most LAST_SPANS_SECONDS: OpenTelemetry's own limit is not kept by its SDK."""
+        flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
+        flushing.start()
+        flushing.join(LAST_SPANS_SECONDS)
+
+    def _child(self, request: "Span", name: str, start: float, end: float) -> None:
+        context = set_span_in_context(request)
+        self._tracer.start_span(name, context, start_time=_nanoseconds(start)).end(_nanoseconds(end))
+
+
+def _phases(notes: Notes) -> list[tuple[str, float, float]]:
+    """Name, start and end; a job that never began has only waited."""
+    job = notes.job
+    if not job:
+        return []
+    finished_at = job.finished_at or time.monotonic()
+    phases = [("queue", job.submitted_at, job.started_at or finished_at)]
+    if job.started_at:
+        phases.append(("denoise", job.started_at, finished_at))
+    return phases + [("encode", start, end) for start, end in notes.encodings]
+
+
+def _attributes(scope: Scope, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenTelemetry's names for HTTP, and ours for the rest."""
+    http = {
+        "http.request.method": scope["method"],
+        "http.route": facts["route"],
+        "http.response.status_code": facts["status"],
+        "url.path": scope["path"][:LONGEST_PATH],
+        "url.scheme": scope["scheme"],
+        "client.address": facts["client"],
+    }
+    ours = set(facts) - {"route", "status", "client", "seconds"}
+    return http | {f"unfog.{name}": facts[name] for name in ours if not name.endswith("_seconds")}
+
+
+def _nanoseconds(moment: float) -> int:
+    """Since 1970, of a time.monotonic()."""
+    return time.time_ns() - round((time.monotonic() - moment) * 1e9)

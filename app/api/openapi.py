@@ -1,0 +1,199 @@
+"""The OpenAPI document: what FastAPI derives, and what it cannot see.
+
+That is the body of /generate, what each served checkpoint permits, the events of a stream, and examples.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from app.api import examples
+from app.api.generation import Service
+from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.runner.loaded_model import ModelInfo
+from app.settings import Settings
+from model.checkpoint import MOST_STEPS, CheckpointConfig, CheckpointError, read_config
+from model.sampler import SAMPLERS, Sampler
+
+SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
+
+KEYS = {  # asked for where UNFOG_API_KEYS is set
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
+
+REF = "#/components/schemas/{model}"
+JSON, PROBLEM_JSON, EVENT_STREAM = "application/json", "application/problem+json", "text/event-stream"
+EVENTS: dict[str, type[BaseModel]] = {  # name of each event, and its data
+    "accepted": AcceptedEvent,
+    "progress": ProgressEvent,
+    "image": GeneratedImage,
+    "done": DoneEvent,
+    "error": Problem,
+}
+NUM_CLASSES = 10  # that GenerateRequest permits
+
+Schema = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Permitted:
+    """What a served checkpoint can draw."""
+
+    num_classes: int
+    max_steps: int
+    steps: tuple[int, ...]
+    samplers: tuple[Sampler, ...]
+    guidable: bool
+
+    @classmethod
+    def of_info(cls, info: ModelInfo) -> "Permitted":
+        """Takes it from a loaded checkpoint."""
+        return cls(info.num_classes, info.max_steps, info.steps, info.samplers, info.guidable)
+
+    @classmethod
+    def of_config(cls, config: CheckpointConfig) -> "Permitted":
+        """Takes it from a checkpoint's metadata."""
+        return cls(config.unet.num_classes, config.schedule.num_steps, config.steps, config.samplers, config.guidable)
+
+    def condition(self, model: str) -> Schema | None:
+        """Returns what requests for this model must satisfy beyond GenerateRequest; None if nothing."""
+        fields: Schema = {}
+        if self.num_classes < NUM_CLASSES:
+            fields["digit"] = {"maximum": self.num_classes - 1}
+        if self.steps:
+            fields["num_steps"] = {"enum": sorted(self.steps)}
+        elif self.max_steps < MOST_STEPS:
+            fields["num_steps"] = {"maximum": self.max_steps}
+        if set(self.samplers) != set(SAMPLERS):
+            fields["sampler"] = {"enum": list(self.samplers)}
+        if not self.guidable:
+            fields["guidance_scale"] = {"const": 1}
+        if not fields:
+            return None
+        named: Schema = {"properties": {"model": {"const": model}}}
+        if model != DEFAULT_MODEL:  # which is meant where a request names no model
+            named["required"] = ["model"]
+        return {"if": named, "then": {"properties": fields}}
+
+
+class Document:
+    """Describes the service; built again when the checkpoints have been loaded."""
+
+    def __init__(self, app: FastAPI, service: Service) -> None:
+        self._app, self._service = app, service
+        self._built: tuple[dict[str, Permitted], dict[str, Any]] | None = None
+
+    def __call__(self) -> dict[str, Any]:
+        """Returns the document."""
+        permitted = self._permitted()
+        if not self._built or self._built[0] != permitted:
+            self._built = permitted, self._build(permitted)
+        return self._built[1]
+
+    def _permitted(self) -> dict[str, Permitted]:
+        """What the running engine's checkpoints permit; before they are loaded, what their files say."""
+        if models := self._service.engine.models:
+            return {name: Permitted.of_info(info) for name, info in models.items()}
+        if self._built:
+            return self._built[0]
+        settings = self._service.settings
+        paths = {DEFAULT_MODEL: settings.checkpoint, FAST_MODEL: settings.fast_path}
+        try:
+            return {name: Permitted.of_config(read_config(path)) for name, path in paths.items() if path}
+        except CheckpointError:  # the start fails with a sentence about it
+            return {}
+
+    def _build(self, permitted: Mapping[str, Permitted]) -> dict[str, Any]:
+        app, settings = self._app, self._service.settings
+        document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
+        schemas = document["components"]["schemas"]
+        schemas["GenerateRequest"] = _request_schema(settings, permitted)
+        schemas |= _event_schemas()
+        document["components"]["securitySchemes"] = KEYS
+        generate = document["paths"]["/generate"]["post"]
+        generate["security"] = [{}, *({name: []} for name in KEYS)]
+        generate["responses"]["200"]["content"][EVENT_STREAM] = _event_stream()
+        num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
+        generate["requestBody"]["content"][JSON]["examples"] = examples.requests(settings, num_classes)
+        _add_examples(document, settings)
+        return document
+
+
+def add_openapi(app: FastAPI, service: Service) -> None:
+    """Makes the app describe itself completely, with the bounds that its settings and checkpoints set."""
+    app.openapi = Document(app, service)  # type: ignore[method-assign] # FastAPI's own way of extending the document
+
+
+def _request_schema(settings: Settings, permitted: Mapping[str, Permitted]) -> Schema:
+    schema = GenerateRequest.model_json_schema(ref_template=REF)
+    fields = schema["properties"]
+    fields["count"]["maximum"] = settings.largest_request
+    fields["timeout_seconds"]["maximum"] = settings.request_timeout
+    fields["model"] = {**fields["model"], "enum": list(permitted) or settings.model_names}
+    conditions = [condition for name, each in permitted.items() if (condition := each.condition(name))]
+    return {**schema, "allOf": conditions} if conditions else schema
+
+
+def _event_schemas() -> dict[str, Schema]:
+    """The data of each event, and StreamEvent, which is one event as OpenAPI 3.2 describes it."""
+    _, definitions = models_json_schema([(model, "serialization") for model in EVENTS.values()], ref_template=REF)
+    schemas: dict[str, Schema] = definitions["$defs"]
+    schemas["StreamEvent"] = {
+        "title": "StreamEvent",
+        "description": "One event of a stream: accepted, then progress and image events, then done or error.",
+        "oneOf": [_event_schema(name, model.__name__) for name, model in EVENTS.items()],
+    }
+    return schemas
+
+
+def _event_schema(name: str, model: str) -> Schema:
+    data = {
+        "type": "string",
+        "contentMediaType": JSON,
+        "contentSchema": {"$ref": REF.format(model=model)},
+    }
+    return {
+        "title": name,
+        "type": "object",
+        "properties": {"event": {"const": name}, "data": data},
+        "required": ["event", "data"],
+    }
+
+
+def _event_stream() -> Schema:
+    """OpenAPI 3.1 can describe a stream only as text. The extension has the meaning of `itemSchema` in OpenAPI 3.2."""
+    description = "Server-sent events, each as in the schema StreamEvent: a line `event: name` and a line `data: JSON`."
+    return {
+        "schema": {"type": "string", "description": description},
+        "x-itemSchema": {"$ref": REF.format(model="StreamEvent")},
+    }
+
+
+def _add_examples(document: dict[str, Any], settings: Settings) -> None:
+    """Adds an example to every answer that is text, and to each error its problem documents alone."""
+    problems = examples.problems(settings)
+    for path, status, response in _responses(document):
+        content = response.get("content", {})
+        if PROBLEM_JSON in content:
+            content.pop(JSON, None)  # FastAPI adds the media type of good answers
+            content[PROBLEM_JSON]["examples"] = {
+                problem["code"]: {"value": problem} for problem in problems if problem["status"] == int(status)
+            }
+        for media_type, described in content.items():
+            if (path, status, media_type) in examples.ANSWERS:
+                described["example"] = examples.ANSWERS[path, status, media_type]
+
+
+def _responses(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                yield path, status, response

@@ -1,0 +1,57 @@
+"""Errors as answers: problem documents (RFC 9457)."""
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Scope
+
+from app import errors
+from app.api.context import client_gone, notes_of
+from app.metrics import Metrics
+
+PROBLEM_JSON = "application/problem+json"
+
+
+def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
+    """The answer that tells a client of the error; the request's outcome is its code."""
+    notes = notes_of(scope)
+    notes.outcome = error.code
+    return JSONResponse(error.problem(notes.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+
+
+def _routed(error: HTTPException) -> errors.UnfogError:
+    allow = (error.headers or {}).get("Allow")
+    if error.status_code == 405 and allow:
+        methods = {method.strip() for method in allow.split(",")}
+        # HeadAsGet answers HEAD for every route that takes GET.
+        return errors.MethodNotAllowed(", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set()))))
+    if error.status_code == 404:
+        return errors.NotFound()
+    return errors.HTTPError(error.status_code, error.detail, error.headers)
+
+
+def handle_errors(app: FastAPI, metrics: Metrics) -> None:
+    """Every error that a route raises, or that finding one does, becomes such an answer."""
+
+    @app.exception_handler(errors.UnfogError)
+    async def known(request: Request, error: errors.UnfogError) -> Response:
+        metrics.count_rejection(error)
+        return problem_response(error, request.scope)
+
+    @app.exception_handler(HTTPException)
+    async def routed(request: Request, error: HTTPException) -> Response:
+        if error.status_code < 400:
+            return Response(status_code=error.status_code, headers=error.headers)
+        return problem_response(_routed(error), request.scope)
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_query(request: Request, error: RequestValidationError) -> Response:
+        wrong = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
+        return problem_response(errors.InvalidRequest(wrong), request.scope)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return client_gone(request.scope)

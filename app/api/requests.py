@@ -1,0 +1,124 @@
+"""Reading requests: the body, the format that is wanted, and whether the client is still there."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from app.api.accept import best_match
+from app.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    MalformedJSON,
+    NotAcceptable,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
+
+MAX_UNKNOWN_FIELDS = 32  # of which an error is made; a body of 16 KiB can have more than a thousand
+MAX_DIGITS = 400  # of an integer
+
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: float) -> M:
+    """The body as `schema`; UnsupportedMediaType, BodyTooLarge, RequestTimeout, MalformedJSON or InvalidRequest."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaType
+    document = _parse(await _read(request, max_bytes, seconds))
+    if not isinstance(document, dict):  # pydantic's own message would name a class
+        raise InvalidRequest([{"loc": ["body"], "msg": "Input should be an object"}])
+    unknown = [name for name in document if name not in schema.model_fields]
+    for name in unknown[MAX_UNKNOWN_FIELDS:]:
+        del document[name]
+    try:
+        return schema.model_validate(document)
+    except ValidationError as error:
+        raise InvalidRequest(_describe(error)) from error
+
+
+async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
+    body = bytearray()
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_bytes):
+        raise BodyTooLarge(max_bytes)
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise BodyTooLarge(max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(f"the body took longer than {seconds:g} s") from None
+    return bytes(body)
+
+
+def _parse(body: bytes) -> Any:
+    """Parses JSON. Accepts NaN and Infinity, so that the schema names the field. The body limit bounds the time."""
+    try:
+        return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise MalformedJSON from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; InvalidRequest where a name is given twice, since one of the two would be ignored."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise InvalidRequest([{"loc": ["body", _printable(twice)], "msg": "Field given more than once"}])
+    return fields
+
+
+def _parse_int(digits: str) -> int | float:
+    """An integer too long for Python's parser is out of every range: infinite is near enough."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
+
+
+def _describe(error: ValidationError) -> list[dict[str, Any]]:
+    """Returns the place and the message of each error, without the input, which may be no valid text."""
+    return [
+        {"loc": ["body", *(_printable(part) for part in item["loc"])], "msg": _printable(item["msg"])}
+        for item in error.errors(include_url=False, include_input=False, include_context=False)
+    ]
+
+
+def _printable(part: int | str) -> int | str:
+    return part if isinstance(part, int) else part[:200].encode("utf-8", "backslashreplace").decode()
+
+
+def negotiate(request: Request, available: tuple[str, ...]) -> str:
+    """Returns the media type to answer with. NotAcceptable if the Accept headers allow none of them."""
+    best = best_match(request.headers.getlist("accept"), available)
+    if best is None:
+        raise NotAcceptable(available)
+    return best
+
+
+async def unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """What the work gives; ClientGoneError, and the work cancelled, as soon as the client closes the connection."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientGoneError
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,120 @@
+"""POST /generate: digits as JSON, PNG, ZIP or a stream of events."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import JSONResponse, Response
+
+from app.api.context import Notes, client_gone, notes_of
+from app.api.events import EventStream, JobEvents
+from app.api.generation import Service, finish, timing
+from app.api.images import Provenance, encode_base64, encode_images, encode_sheet, encode_zip
+from app.api.requests import ClientGoneError, negotiate, read_json
+from app.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem
+from app.engine.job import Job, Pixels
+
+router = APIRouter()
+
+JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
+FORMATS = (JSON, PNG, ZIP, EVENTS)  # the first wins a tie
+Encoder = Callable[[list[Pixels], Provenance, int], bytes]
+
+PREVIEWS = "About how many progress events a stream sends. Other answers ignore it."
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text, "content": _PROBLEM}
+    for status, text in {
+        400: "malformed_json or malformed_request",
+        401: "unauthorized: UNFOG_API_KEYS is set, and no key came",
+        403: "forbidden: a wrong key",
+        406: "not_acceptable",
+        408: "request_timeout: the body took longer than UNFOG_READ_TIMEOUT",
+        413: "body_too_large",
+        415: "unsupported_media_type",
+        422: "invalid_request",
+        429: "overloaded or rate_limited, with Retry-After",
+        431: "headers_too_large: a header over 8 KiB, 1,000 headers or more, or all together over 32 KiB",
+        500: "internal_error",
+        503: "starting, draining or engine_failed, with Retry-After",
+        504: "deadline_exceeded",
+    }.items()
+}
+
+
+@router.post(
+    "/generate",
+    operation_id="generate",
+    response_class=JSONResponse,
+    responses={
+        200: {
+            "model": GenerateResponse,
+            "description": "the images, in the format that Accept asks for",
+            "content": {PNG: _BINARY, ZIP: _BINARY, EVENTS: {"schema": {"type": "string"}}},
+        },
+        **_ERRORS,
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {JSON: {"schema": {"$ref": "#/components/schemas/GenerateRequest"}}},
+        }
+    },
+)
+async def generate(
+    request: Request, previews: Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])] = 10
+) -> Response:
+    """Draws digits of a class. On a CPU the same request with the same seed gives the same bytes under any load.
+
+    On a GPU such images may differ in the last bits of the network's precision from load to load.
+    """
+    service: Service = request.app.state.service
+    media_type = negotiate(request, FORMATS)
+    settings = service.settings
+    body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
+    notes = notes_of(request.scope)
+    if media_type == EVENTS:
+        events = JobEvents(body.count)
+        job = service.submit(body, notes, previews, events.put)
+        return EventStream(service, job, events, body.scale)
+    job = service.submit(body, notes)
+    try:
+        images = await finish(service, request, job)
+    except ClientGoneError:
+        return client_gone(request.scope)
+    return await _respond(service, job, images, media_type, body.scale, notes)
+
+
+async def _respond(
+    service: Service, job: Job, images: list[Pixels], media_type: str, scale: int, notes: Notes
+) -> Response:
+    encoders: dict[str, Encoder] = {JSON: partial(_encode_json, service, job), PNG: encode_sheet, ZIP: encode_zip}
+    with notes.encoding(service.metrics):
+        content = await asyncio.to_thread(encoders[media_type], images, service.provenance(job), scale)
+    times = timing(job)
+    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": notes.encode_seconds}
+    headers = {
+        "X-Seed": str(job.options.seed),
+        "Server-Timing": ", ".join(f"{phase};dur={1000 * duration:.3f}" for phase, duration in phases.items()),
+    }
+    return Response(content, media_type=media_type, headers=headers)
+
+
+def _encode_json(service: Service, job: Job, images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
+    pngs = encode_images(images, provenance, scale)
+    options = job.options
+    answer = GenerateResponse(
+        digit=options.digit,
+        count=job.count,
+        seed=options.seed,
+        num_steps=options.num_steps,
+        sampler=options.sampler,
+        guidance_scale=options.guidance_scale,
+        model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
+        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
+        timing=timing(job),
+    )
+    return answer.model_dump_json().encode()

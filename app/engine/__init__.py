@@ -1,0 +1,1 @@
+"""The scheduler: admission, the choice of rows, and the loop that steps them. No tensors."""

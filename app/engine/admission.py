@@ -1,0 +1,176 @@
+"""Admits jobs only if every admitted job still finishes in time, and chooses the rows of each step accordingly.
+
+No threads and no clock: the engine holds its lock and passes the time.
+"""
+
+import logging
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+from app import errors
+from app.engine.backlog import Throughput
+from app.engine.batcher import Batcher, StepLimits
+from app.engine.job import Job, Trajectory
+from app.engine.step_times import Pace
+
+log = logging.getLogger(__name__)
+
+RECOVERY_SECONDS = 60.0  # without a memory shortage, after which a step may have twice as many rows
+LONGEST_WAIT = 3600  # seconds, of Retry-After
+
+
+class Admission:
+    """The admitted jobs, the limits of a step, and the speed of the machine."""
+
+    def __init__(self, capacity: int, max_batch: int | None) -> None:
+        """`capacity` images may wait; a step has at most `max_batch` rows, or as many as are fastest if None."""
+        self.batcher = Batcher(capacity)
+        self.pace = Pace({1: 1.0})
+        self._max_batch = max_batch
+        self._max_rows: int | None = None  # after a memory shortage
+        self._shortage_at = -math.inf
+        self._limits: dict[int, StepLimits] = {}  # by the number of models
+        self._safe_until = -math.inf  # no target is at risk before this time unless the slowdown has grown
+        self._safe_slowdown = 0.0
+
+    @property
+    def max_batch(self) -> int:
+        """The rows that a step may have."""
+        return self._limits_for(1).rows
+
+    def open(self, pace: Pace) -> None:
+        """Takes over the measured step times."""
+        self.pace = pace
+        self._limits.clear()
+
+    def observe(self, rows: Sequence[Trajectory], seconds: float) -> None:
+        """Learns from a step with these rows, before they are advanced, that took `seconds`."""
+        calls: dict[str, int] = {}
+        for row in rows:
+            model = row.job.options.model
+            calls[model] = calls.get(model, 0) + row.evaluations
+        self.pace.observe(list(calls.values()), seconds)
+
+    def admit(self, job: Job, now: float) -> None:
+        """Admits a job whole, and sets its position and expected time; Overloaded if it must be refused.
+
+        An idle engine admits every job: step times are only corrected by running steps.
+        """
+        batcher = self.batcher
+        if not self._has_room(batcher.waiting, batcher.waiting + batcher.running, job):
+            raise errors.Overloaded(self._retry_after(job, now), "the queue has no room for this request")
+        full = self._full(job)
+        if not batcher.backlog.admits(job, full, now):
+            detail = "the request, or an earlier one, would miss its deadline"
+            raise errors.Overloaded(self._retry_after(job, now), detail)
+        job.position = batcher.waiting
+        job.eta_seconds = self._eta_seconds(job, full)
+        batcher.add(job)
+        self._safe_until = -math.inf
+
+    def select(self, now: float) -> list[Trajectory]:
+        """Returns the rows of the next step."""
+        if not self.batcher.num_jobs:
+            return []
+        self._recover(now)
+        return self.batcher.select(self._limits_for(self.batcher.backlog.num_models()), at_risk=self._is_at_risk(now))
+
+    def lower_max_batch(self, now: float) -> None:
+        """Halves the rows that a step may have, after a memory shortage."""
+        self._shortage_at = now
+        self._limit_rows(max(1, self.max_batch // 2))
+        log.warning("Out of device memory: limiting the batch", extra={"max_batch": self.max_batch})
+
+    def _has_room(self, waiting: int, images: int, job: Job) -> bool:
+        """True if the job fits into the queue when `waiting` of `images` unfinished images have no step yet.
+
+        Also bounds the images that have begun, whose state takes memory. Requests with ever earlier deadlines would
+        otherwise begin and then wait for each other.
+        """
+        capacity = self.batcher.capacity
+        return waiting + job.count <= capacity and images + job.count <= 2 * (capacity + self.max_batch)
+
+    def _recover(self, now: float) -> None:
+        if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:
+            self._shortage_at = now
+            lowered = self.max_batch
+            self._limit_rows(2 * self._max_rows)
+            if self.max_batch == lowered:
+                self._max_rows = None
+            else:
+                log.info("No memory shortage for a minute: raising the batch", extra={"max_batch": self.max_batch})
+
+    def _limit_rows(self, rows: int | None) -> None:
+        self._max_rows = rows
+        self._limits.clear()
+        self._safe_until = -math.inf
+
+    def _limits_for(self, num_models: int) -> StepLimits:
+        if num_models not in self._limits:
+            given = [rows for rows in (self._max_batch, self._max_rows) if rows is not None]
+            auto = self._max_batch is None
+            self._limits[num_models] = StepLimits.of(self.pace, min(given, default=None), num_models, auto=auto)
+        return self._limits[num_models]
+
+    def _full(self, *newcomers: Job) -> Throughput:
+        """The speed of full steps at the machine's present speed."""
+        full = self._limits_for(max(1, self.batcher.backlog.num_models(*newcomers))).full
+        slowdown = self.pace.slowdown
+        return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
+
+    def _is_at_risk(self, now: float) -> bool:
+        """True if a job may miss its target. Looks again only when time or the slowdown may have changed the answer."""
+        if now < self._safe_until and self.pace.slowdown <= 1.01 * self._safe_slowdown:
+            return False
+        slack = self.batcher.backlog.slack(self._full(), now)
+        self._safe_until, self._safe_slowdown = now + slack, self.pace.slowdown
+        return slack < 0
+
+    def _retry_after(self, job: Job, now: float) -> int:
+        """Returns the whole number of seconds after which the job would be admitted if no other job arrived."""
+        backlog, full = self.batcher.backlog, self._full(job)
+        longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
+        limits = self._limits_for(max(1, backlog.num_models(job)))
+        rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
+
+        def fits(seconds: int) -> bool:
+            images = backlog.images_after(seconds, full.rate)
+            waiting = min(max(images - rows, 0), self.batcher.waiting)
+            return self._has_room(waiting, images, job) and backlog.admits(job, full, now, seconds)
+
+        return _first(fits, longest)
+
+    def _eta_seconds(self, job: Job, full: Throughput) -> float:
+        """Returns the expected time to finish.
+
+        That is the time of its own steps for an image with a row in every step, else the bound.
+        """
+        batcher, num_models = self.batcher, max(1, self.batcher.backlog.num_models(job))
+        limits = self._limits_for(num_models)
+        mean = _mean_evaluations(job)
+        first_round = (batcher.num_jobs + 1) * mean
+        if job.count > 1 or first_round > max(mean, limits.evaluations // 2):
+            return batcher.backlog.finish_seconds(job, full)
+        fewest = 1 if batcher.num_jobs else limits.evaluations
+        share = limits.share(batcher.num_jobs + 1, fewest, math.ceil(first_round))
+        evaluations = min(share, (batcher.waiting + batcher.running + 1) * mean)
+        seconds = self.pace.step_seconds(evaluations) + (num_models - 1) * full.lone_seconds
+        return job.options.num_steps * seconds
+
+
+def _mean_evaluations(job: Job) -> float:
+    """Evaluations of one row in one step, the mean over all steps of an image."""
+    return job.evaluations_from(0) / job.options.num_steps
+
+
+def _first(fits: Callable[[int], bool], longest: int) -> int:
+    """Returns a short wait that fits, in seconds; `longest` if none is found.
+
+    A later submission has a later target, which may be behind another job's. So a longer wait may not fit although a
+    shorter one does. The search therefore starts with short waits.
+    """
+    low, high = 0, 1
+    while high < longest and not fits(high):
+        low, high = high, 2 * high
+    return bisect_left(range(min(high, longest)), True, lo=low + 1, key=fits)

@@ -1,0 +1,179 @@
+"""The admitted jobs in order of their targets, and a bound on when each of them finishes.
+
+The bound holds if steps are full and rows are chosen in this order. For a job it is the time that full steps need for
+all evaluations up to and including this job's, without those of its longest image, plus the time of that image's
+steps. The figures of the jobs are kept in numpy arrays, since admission looks at every job.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from app.engine.job import Job
+
+Array = npt.NDArray[np.float64]
+
+LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even alone and in 0.9 of the measured time
+# Columns; work in evaluations. The tail is the image with the most steps left.
+_TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _RUNNING, _IMAGE_WORK = range(8)
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """The speed of full steps: evaluations a second, seconds of a full step, seconds of a step of one evaluation."""
+
+    rate: float
+    step_seconds: float
+    lone_seconds: float
+
+
+class Backlog:
+    """The admitted jobs that are not answered yet, by target; jobs with equal targets in order of arrival."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Job] = []
+        self._num_added = 0
+        self._table = np.zeros((64, 8))  # a row for each job, at its slot
+        self._free = list(range(64))
+        self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`
+        self._of_model: Counter[str] = Counter()
+
+    def __contains__(self, job: Job) -> bool:
+        """True if the job was added and not removed."""
+        return job.slot is not None
+
+    def __iter__(self) -> Iterator[Job]:
+        """Iterates over the jobs by target."""
+        return iter(self.jobs)
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def num_models(self, *newcomers: Job) -> int:
+        """Returns the number of models that the jobs, and `newcomers`, use: each costs a call a step."""
+        return len(self._of_model.keys() | {job.options.model for job in newcomers})
+
+    def add(self, job: Job) -> None:
+        """Inserts a job at its place in the order."""
+        if not self._free:
+            size = len(self._table)
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
+            self._free = list(range(size, 2 * size))
+        job.number, self._num_added = self._num_added, self._num_added + 1
+        job.slot = self._free.pop()
+        place = self._place(job)
+        self.jobs.insert(place, job)
+        self._order = np.insert(self._order, place, job.slot)
+        self._of_model[job.options.model] += 1
+        self.update(job)
+
+    def remove(self, job: Job) -> None:
+        """Removes a job that was added."""
+        assert job.slot is not None, "the job is in the backlog"
+        place = self._place(job)
+        del self.jobs[place]
+        self._order = np.delete(self._order, place)
+        self._free.append(job.slot)
+        job.slot = None
+        self._of_model -= Counter([job.options.model])  # removes the key at 0
+
+    def update(self, job: Job) -> None:
+        """Reads a job's figures again after some of its images advanced or finished."""
+        self._table[job.slot] = _figures(job)
+
+    def slack(self, full: Throughput, now: float) -> float:
+        """Returns the smallest time that a job has left between the bound and its target; infinity without jobs.
+
+        Allows for one full step, which is in progress or is about to be chosen. Ignores lost jobs.
+        """
+        rows = self._table[self._order]
+        left = np.cumsum(rows[:, _WORK])
+        slack = rows[:, _TARGET] - now - full.step_seconds - _finish(rows, left, full)
+        return float(slack.min(initial=np.inf, where=~_is_lost(rows, full, now)))
+
+    def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
+        """True if `job`, submitted after `wait` seconds, and every job that it delays would meet their targets.
+
+        Until then the backlog drains in order, and no other job arrives. An empty backlog admits every job.
+        Lost jobs are ignored.
+        """
+        rows = self._table[self._order]
+        drained = wait * full.rate
+        total = np.cumsum(rows[:, _WORK])
+        left = np.maximum(total - drained, 0.0)
+        if not left.any():
+            return True
+        own = np.array([_figures(job)])
+        target = own[0, _TARGET] + wait
+        place = int(np.searchsorted(rows[:, _TARGET], target, side="right"))
+        start = now + wait + full.step_seconds  # a step is in progress
+        own_left = own[:, _WORK] + (left[place - 1] if place else 0.0)
+        if start + _finish(own, own_left, full)[0] > target:
+            return False
+        delayed = (left > 0) & ~_is_lost(rows, full, now)
+        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)  # that the wait leaves of each tail
+        rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
+        if self.num_models() == self.num_models(job):  # another model would slow down every step
+            delayed[:place] = False
+        left[place:] += own[0, _WORK]
+        late = start + _finish(rows, left, full) > rows[:, _TARGET]
+        return not bool((late & delayed).any())
+
+    def finish_seconds(self, job: Job, full: Throughput) -> float:
+        """Returns the bound for a job that is not added yet."""
+        rows = self._table[self._order]
+        place = int(np.searchsorted(rows[:, _TARGET], job.target, side="right"))
+        own = np.array([_figures(job)])
+        return float(_finish(own, own[:, _WORK] + rows[:place, _WORK].sum(), full)[0])
+
+    def images_after(self, seconds: float, rate: float) -> int:
+        """Returns the number of images that are left after the backlog drained in order for `seconds`.
+
+        Of each job the running images finish first, evenly over the time that all of them need.
+        """
+        jobs = self._table[self._order]
+        before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]
+        left = jobs[:, _WORK] - np.clip(seconds * rate - before, 0.0, jobs[:, _WORK])
+        of_waiting = jobs[:, _WAITING] * jobs[:, _IMAGE_WORK]
+        of_running = np.maximum(jobs[:, _WORK] - of_waiting, 1.0)
+        running = jobs[:, _RUNNING] * np.maximum(left - of_waiting, 0.0) / of_running
+        waiting = np.minimum(left, of_waiting) / jobs[:, _IMAGE_WORK]
+        return int(np.ceil(running + waiting - 1e-9).sum())
+
+    @property
+    def work(self) -> float:
+        """Evaluations left of all jobs."""
+        return float(self._table[self._order, _WORK].sum())
+
+    def _place(self, job: Job) -> int:
+        return bisect_left(self.jobs, (job.target, job.number), key=lambda other: (other.target, other.number))
+
+
+def _figures(job: Job) -> tuple[float, ...]:
+    last = job.unfinished[-1]  # no image of the job has more steps left
+    return (
+        job.target,
+        job.deadline,
+        job.evaluations_left,
+        last.evaluations_left,
+        last.steps_left,
+        job.num_waiting,
+        len(job.unfinished) - job.num_waiting,
+        job.evaluations_from(0),
+    )
+
+
+def _finish(rows: Array, left: Array, full: Throughput) -> Array:
+    """The bound, in seconds from now. `left` (N,) are the evaluations up to and including each job's."""
+    others = np.maximum(left - rows[:, _TAIL_WORK], 0.0)
+    return others / full.rate + rows[:, _TAIL_STEPS] * full.step_seconds
+
+
+def _is_lost(rows: Array, full: Throughput, now: float) -> npt.NDArray[np.bool_]:
+    """True for jobs that would miss their deadlines even with the device to themselves."""
+    alone = np.maximum(rows[:, _WORK] / full.rate, rows[:, _TAIL_STEPS] * full.lone_seconds)
+    return now + LOST_MARGIN * alone > rows[:, _DEADLINE]

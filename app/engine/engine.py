@@ -1,0 +1,297 @@
+"""The loop of the engine thread: admit, step, retire.
+
+State that threads share is accessed under one condition. Only the engine thread uses the runner. Callers wait on
+futures and the engine thread waits on the condition, so nothing polls.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from app import errors
+from app.engine.admission import Admission
+from app.engine.interface import R, StepRunner, isolate
+from app.engine.job import Job, Pixels, Trajectory
+from app.engine.state import RESTART_SECONDS, EngineState
+from app.engine.step_times import Pace
+from app.metrics import Metrics
+from app.runner.device import RunnerError
+from app.runner.loaded_model import ModelInfo
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_BATCHES = 3  # in a row without a surviving row; then the known picture tells whether the engine works
+
+
+class Engine:
+    """Runs jobs. The public methods may be called from any thread and do not block, except `stop`."""
+
+    def __init__(
+        self,
+        load: Callable[[], StepRunner],
+        *,
+        capacity: int,
+        max_batch: int | None,
+        watchdog_seconds: float,
+        metrics: Metrics,
+    ) -> None:
+        self.state = EngineState.STARTING
+        self.models: dict[str, ModelInfo] = {}  # what is served, by name; empty until it is ready
+        self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
+        self._load = load
+        self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
+        self._admission = Admission(capacity, max_batch)
+        self._batcher = self._admission.batcher
+        self._condition = threading.Condition()
+        self._abandoned: list[Trajectory] = []  # their jobs were answered early; the thread frees their slots
+        self._idle: Future[None] | None = None  # asked for by drain
+        self._stopping = False
+        self._num_steps = 0
+        self._is_batch_lowered = False  # in this turn
+        self._num_failed_rows = 0
+        self._failed_batches = {"step": 0, "pixels": 0}  # in a row without a surviving row
+        self._last_beat: float | None = None  # None while it has nothing to do, and while it is started
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Loads and warms up in the thread; returns at once."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
+        with self._condition:
+            self.apparent_state.refuse_unless_ok()
+            self._admission.admit(job, time.monotonic())
+            job.submitted_at_step = self._num_steps
+            self._condition.notify()
+
+    def cancel(self, job: Job, error: Exception) -> None:
+        """Answers a job with an error. The next step does not contain its rows."""
+        with self._condition:
+            self._end(job, error)
+            self._condition.notify()
+
+    def drain(self) -> Future[None]:
+        """Refuses new work from now on; the future is done when every admitted job is answered."""
+        with self._condition:
+            if self.state is not EngineState.FAILED:
+                self.state = EngineState.DRAINING
+            if not self._idle:
+                self._idle = Future()
+                self._idle.set_running_or_notify_cancel()  # mark as running so that a caller cannot cancel it
+            self._note_idle()
+            return self._idle
+
+    def give_up(self, error: Exception) -> None:
+        """Answers every unanswered job with the error."""
+        with self._condition:
+            for job in self._batcher.jobs:
+                self._end(job, error)
+
+    def stop(self, timeout: float) -> bool:
+        """Ends the thread after its present step; returns False if it is still busy after `timeout` seconds."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        """True unless the engine thread has failed or its current step exceeds the watchdog timeout."""
+        beat = self._last_beat
+        return self.state is not EngineState.FAILED and (
+            beat is None or time.monotonic() - beat < self._watchdog_seconds
+        )
+
+    @property
+    def apparent_state(self) -> EngineState:
+        """The state for clients: a stuck engine counts as failed."""
+        return self.state if self.alive else EngineState.FAILED
+
+    @property
+    def max_batch(self) -> int:
+        """Rows that a step may have."""
+        return self._admission.max_batch
+
+    @property
+    def waiting(self) -> int:
+        """Images without a step yet."""
+        return self._batcher.waiting
+
+    @property
+    def running(self) -> int:
+        """Images between their steps."""
+        return self._batcher.running
+
+    @property
+    def capacity(self) -> int:
+        """Images that may wait."""
+        return self._batcher.capacity
+
+    @property
+    def device_memory(self) -> Callable[[], int] | None:
+        """Reads the bytes held on a GPU; None without one."""
+        return self._runner.device_memory
+
+    def _run(self) -> None:
+        try:
+            self._runner = self._load()
+            pace = self._runner.warm_up(lambda: self._stopping)
+            self._open(pace)
+            while not self._stopping:
+                self._tick()
+        except BaseException as error:
+            self._die(error)
+
+    def _open(self, pace: Pace) -> None:
+        with self._condition:
+            self._admission.open(pace)
+            self.models = self._runner.models
+            if self.state is EngineState.STARTING:
+                self.state = EngineState.OK
+        self.ready.set_result(None)
+
+    def _tick(self) -> None:
+        """One turn: wait for work, choose rows, run their step, answer those that are done."""
+        rows, abandoned = self._admit()
+        self._runner.release(abandoned)
+        self._is_batch_lowered = False
+        self._retire(self._run_step(rows))
+        if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
+            self._check_runner()
+
+    def _run_step(self, rows: list[Trajectory]) -> list[Trajectory]:
+        """Runs one step and returns the rows that survived it."""
+        num_failed = self._num_failed_rows
+        stepped = self._isolated(rows, self._step)
+        for trajectory, finite in stepped:
+            if not finite:
+                self._fail(trajectory, ArithmeticError("NaN or infinite values"))
+        survivors = [trajectory for trajectory, finite in stepped if finite]
+        self._count_batch("step", self._num_failed_rows - num_failed, len(survivors))
+        return survivors
+
+    def _read_pixels(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Pixels]]:
+        num_failed = self._num_failed_rows
+        read = self._isolated(rows, self._runner.pixels)
+        self._count_batch("pixels", self._num_failed_rows - num_failed, len(read))
+        return read
+
+    def _count_batch(self, work: str, num_failed: int, num_survivors: int) -> None:
+        if num_survivors:
+            self._failed_batches[work] = 0
+        elif num_failed:
+            self._failed_batches[work] += 1
+
+    def _check_runner(self) -> None:
+        """Draws the known pictures after too many failed batches; raises, and so fails the engine, if that fails too.
+
+        Requests that fail by themselves must not be able to take the engine down.
+        """
+        log.warning("No row survived in %d batches in a row: drawing the known picture", MAX_FAILED_BATCHES)
+        self._last_beat = time.monotonic()
+        self._runner.check()
+        self._failed_batches = dict.fromkeys(self._failed_batches, 0)
+
+    def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
+        """The rows of the next step, and what the runner may forget; waits until there is either."""
+        with self._condition:
+            self._last_beat = None
+            self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
+            self._last_beat = time.monotonic()
+            abandoned, self._abandoned = self._abandoned, []
+            rows = [] if self._stopping else self._admission.select(self._last_beat)
+            for trajectory in rows:
+                if not trajectory.started:
+                    self._batcher.start(trajectory)
+                    self._note_start(trajectory.job)
+            return rows, abandoned
+
+    def _note_start(self, job: Job) -> None:
+        job.started_at = job.started_at or self._last_beat
+        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - job.submitted_at))
+        self._metrics.admission_wait.observe(self._num_steps - job.submitted_at_step)
+
+    def _isolated(
+        self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
+    ) -> list[tuple[Trajectory, R]]:
+        return isolate(rows, compute, self._fail, self._lower_max_batch)
+
+    def _lower_max_batch(self) -> None:
+        """Lowers the batch at most once a turn."""
+        if not self._is_batch_lowered:
+            self._is_batch_lowered = True
+            with self._condition:
+                self._admission.lower_max_batch(time.monotonic())
+
+    def _step(self, rows: list[Trajectory]) -> list[bool]:
+        self._last_beat = start = time.monotonic()
+        in_network = self._runner.network_seconds
+        finite = self._runner.step(rows)
+        seconds = time.monotonic() - start
+        self._num_steps += 1
+        self._admission.observe(rows, seconds)
+        self._metrics.denoise_steps.inc()
+        self._metrics.step_duration.observe(seconds)
+        self._metrics.network.inc(self._runner.network_seconds - in_network)
+        self._metrics.batch_rows.observe(len(rows))
+        return finite
+
+    def _retire(self, rows: list[Trajectory]) -> None:
+        with self._condition:
+            rows = [trajectory for trajectory in rows if not trajectory.job.closed]
+            for trajectory in rows:
+                self._batcher.advance(trajectory)
+            self._batcher.update(rows)
+        self._send_previews(rows)
+        done = self._read_pixels([trajectory for trajectory in rows if not trajectory.steps_left])
+        with self._condition:
+            for trajectory, pixels in done:
+                if not trajectory.job.closed:
+                    self._batcher.retire(trajectory)
+                    trajectory.job.finish(trajectory, pixels)
+                    self._metrics.images.labels(str(trajectory.job.options.digit)).inc()
+            self._batcher.update([trajectory for trajectory, _ in done])
+            self._note_idle()
+        self._runner.release([trajectory for trajectory, _ in done])
+
+    def _send_previews(self, rows: list[Trajectory]) -> None:
+        for job in dict.fromkeys(trajectory.job for trajectory in rows):
+            if job.listener and job.preview_due():
+                drawn = dict(self._read_pixels(job.unfinished))
+                job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in drawn.items()}))
+
+    def _fail(self, trajectory: Trajectory, error: Exception) -> None:
+        request_id = trajectory.job.request_id
+        self._num_failed_rows += 1
+        log.error("a row failed at step %d", trajectory.step, exc_info=error, extra={"request_id": request_id})
+        with self._condition:
+            self._end(trajectory.job, errors.InternalError())
+
+    def _end(self, job: Job, error: Exception) -> None:
+        """Answers a job early; the condition is held."""
+        if not self._batcher.remove(job):
+            return
+        for trajectory in job.unfinished:
+            self._metrics.cancelled.labels("running" if trajectory.started else "waiting").inc()
+        self._abandoned += job.unfinished
+        job.fail(error)
+        self._note_idle()
+
+    def _die(self, error: BaseException) -> None:
+        if self.ready.done() or not isinstance(error, RunnerError):  # serve() reports why the start failed
+            log.critical("the engine has failed", exc_info=error)
+        with self._condition:
+            self.state = EngineState.FAILED
+            for job in self._batcher.jobs:
+                self._end(job, errors.EngineFailed(RESTART_SECONDS))
+        if not self.ready.done():
+            self.ready.set_exception(error)
+
+    def _note_idle(self) -> None:
+        if self._idle and not self._idle.done() and not self._batcher.num_jobs:
+            self._idle.set_result(None)

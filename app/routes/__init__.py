@@ -1,1 +1,0 @@
-"""The routes: each translates between HTTP and the engine, and decides nothing."""

@@ -1,0 +1,260 @@
+"""Computes one reverse step for a batch of rows, and keeps their state on the device."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Pixels, Trajectory
+from app.engine.step_times import Pace
+from app.runner.device import (
+    DeviceLostError,
+    RunnerError,
+    choose_device,
+    choose_dtype,
+    choose_num_threads,
+    device_errors,
+)
+from app.runner.loaded_model import ModelInfo, Network
+from app.runner.plans import Plans
+from app.runner.rows import rows_of
+from app.runner.slots import Slots
+from app.runner.threads import ComputeThreads
+from app.runner.transfers import Shapes, Transfers
+from app.runner.warm_up import check_probe, measure_paces, record_shapes
+from app.settings import Settings
+from model import checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
+from model.compiled.compiler import CompilerError, compiled_step
+from model.compiled.kernel_cache import prepare_kernel_cache
+from model.noise import normal
+from model.step import Stepped
+
+log = logging.getLogger(__name__)
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of which steps are timed
+BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # on a GPU
+# Those that warming up takes at once; of a GPU so many that they need not grow, as a graph holds for one size.
+FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
+
+
+class Runner:
+    """Holds the networks and, in slots, the state of every image that has begun.
+
+    State, history and update are float32; only the networks' input is cast. A step writes state after everything
+    else has succeeded, so that a step that fails can be run again with other rows.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Checkpoint],
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: ComputeThreads | None = None,
+        *,
+        runs_ahead: bool | None = None,
+    ) -> None:
+        """With `runs_ahead`, as on a GPU, shapes are rounded and no step is waited for but where an image ends."""
+        self.network_seconds = 0.0  # within the networks' calls
+        self._threads = threads or ComputeThreads((torch.get_num_threads(),))
+        self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
+        self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
+        self._networks = {name: Network(name, loaded, device, dtype) for name, loaded in models.items()}
+        with torch.inference_mode():  # in which all else is made: a compiled step would tell them apart
+            self._plans = Plans(device)
+            count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
+            self._slots = Slots(count, self.image_shape, device, self._transfers)
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Runner":
+        """The runner that the settings ask for; RunnerError in one sentence where it cannot be had."""
+        models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
+        if settings.fast_path:
+            models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
+            if models[FAST_MODEL].image_shape != models[DEFAULT_MODEL].image_shape:
+                raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
+        device = choose_device(settings.device)
+        dtype = choose_dtype(settings.dtype, device)
+        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
+        threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
+        runner = cls(models, device, dtype, threads)
+        if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
+            runner._threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
+        return runner
+
+    def compile(self, cache: Path, *, must: bool) -> bool:
+        """Compiles each network's step. Returns True if all are compiled; RunnerError if `must` and one is not."""
+        if self.device.type == "cuda":
+            try:
+                prepare_kernel_cache(cache)
+            except CompilerError as error:
+                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+        for network in self._networks.values():
+            try:
+                network.use(compiled_step(network.program, cache))
+            except CompilerError as error:
+                if must:
+                    raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+                log.warning("model %r is not compiled, and takes longer: %s", network.info.name, error)
+        return all(network.info.compiled for network in self._networks.values())
+
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """What is served, by name."""
+        return {name: network.info for name, network in self._networks.items()}
+
+    @property
+    def device_memory(self) -> Callable[[], int] | None:
+        """Reads the bytes held on a GPU; None without one."""
+        return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
+
+    def step(self, trajectories: list[Trajectory]) -> list[bool]:
+        """One reverse step for each row, a call for each network; True where a row's values are finite.
+
+        OutOfMemoryError and DeviceLostError for what the device did; anything else is a bug.
+        """
+        start, on_core = time.perf_counter(), time.thread_time()
+        by_model: dict[str, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
+        finite = self._step(trajectories, by_model)
+        calls = [sum(row.evaluations for row in own) for own in by_model.values()]
+        self._threads.observe(calls, time.perf_counter() - start, time.thread_time() - on_core)
+        return finite
+
+    @torch.inference_mode()
+    def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
+        """Computes everything, and only then writes state. Everything that takes memory precedes the first write."""
+        rows = list(chain(*by_model.values()))
+        # If the host runs ahead of the device, finiteness is read, and waited for, only in steps that finish a row.
+        is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
+        with device_errors():
+            self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
+            parts = [self._call(self._networks[name], own) for name, own in by_model.items()]
+            finite = [finite for _, (_, _, finite) in parts]
+            read = self._transfers.start_download(torch.cat(finite)) if is_read else None
+            self._commit(parts)
+        if read is None:
+            return [True] * len(trajectories)
+        try:
+            of_row = dict(zip(rows, read().tolist(), strict=True))
+        except Exception as error:
+            raise DeviceLostError("a step that was enqueued has failed") from error
+        return [of_row[trajectory] for trajectory in trajectories]
+
+    def _call(self, network: Network, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
+        """Where the results belong, (B,), and the results."""
+        rows = rows_of(trajectories, self._shapes, self._transfers)
+        start = time.perf_counter()
+        stepped = network.step(*self._slots.state, self._plans.table, *rows)
+        self.network_seconds += time.perf_counter() - start
+        slots = rows.slots[: len(trajectories)]
+        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is padding
+        if self._runs_ahead:
+            finite = self._slots.finite_after(slots, finite)
+        return slots, (x_prev, x_0, finite)
+
+    def _commit(self, parts: list[tuple[Tensor, Stepped]]) -> None:
+        """Writes the results of a step in place.
+
+        If the first write fails, nothing has changed and the step can run again. DeviceLostError if a later one fails.
+        """
+        is_written = False
+        try:
+            for slots, (x_prev, x_0, finite) in parts:
+                for name, rows in {"x_t": x_prev, "x_0": x_0, "finite": finite}.items():
+                    self._slots.write(slots, **{name: rows})
+                    is_written = True
+            self._transfers.note_step()
+        except Exception as error:
+            if not is_written:
+                raise
+            raise DeviceLostError("a step was written in part") from error
+
+    @torch.inference_mode()
+    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
+        """The images as they are predicted now, 8 bits; black where a trajectory has not begun."""
+        with device_errors():
+            begun = [trajectory for trajectory in trajectories if trajectory.slot is not None]
+            x_0 = self._slots.state.x_0[self._slots.of(begun)]  # (B, C, H, W)
+            x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # the last one is black
+            levels = ((x_0 + 1) * 127.5).round().to(torch.uint8)
+            layout = "b 1 h w -> b h w" if self.image_shape[0] == 1 else "b c h w -> b h w c"
+            images = self._transfers.download(rearrange(levels, layout).contiguous()).numpy()
+        place = {trajectory: i for i, trajectory in enumerate(begun)}
+        return [images[place.get(trajectory, -1)] for trajectory in trajectories]
+
+    def release(self, trajectories: list[Trajectory]) -> None:
+        """Gives back the slots of those that have one."""
+        self._slots.release(trajectories)
+
+    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
+        """Draws each network's probe and compares it, then times steps; RunnerError if a picture is not the known one.
+
+        The pace is the default model's, with as many threads as are quickest now: beside a process that keeps a core,
+        all of them would wait for each other, and their times say nothing of the batches.
+        """
+        self._threads.set(self._threads.counts[-1])  # which no busy core brings to a halt
+        try:
+            self.check()
+            if self._runs_ahead:
+                record_shapes(self, self.batches, should_stop)
+        except CompilerError as error:  # for a GPU it is compiled by its first calls
+            raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+        paces = measure_paces(self, self.batches, self._threads, should_stop)
+        self._threads.learn(paces)
+        return min(paces.values(), key=lambda pace: pace.step_seconds(self.batches[-1])).copy()
+
+    def check(self) -> None:
+        """Draws each network's known picture; RunnerError if one differs."""
+        for network in self._networks.values():
+            check_probe(self, network)
+
+    def wait(self) -> None:
+        """Until the steps that were made are done."""
+        self._transfers.wait()
+
+    @property
+    def works_here(self) -> bool:
+        """Whether the calling thread computes, and waits for no device."""
+        return self.device.type == "cpu"
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The numbers of rows of which steps are timed."""
+        return BATCHES_AHEAD if self._runs_ahead else BATCHES
+
+    def _begin(self, trajectories: list[Trajectory]) -> None:
+        """Gives each a slot with x_T in it."""
+        if not trajectories:
+            return
+        options = [trajectory.job.options for trajectory in trajectories]
+        starts = [self._plans.start_of(o, self._networks[o.model].checkpoint.schedule) for o in options]
+        columns = ([o.seed for o in options], [o.digit for o in options], starts, [t.index for t in trajectories])
+        seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
+        x_T = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
+        scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
+        self._slots.begin(
+            trajectories,
+            x_t=x_T,
+            x_0=torch.zeros_like(x_T),
+            seed=seed,
+            index=index,
+            y=y,
+            plan_row=plan_row,
+            guidance_scale=scale,
+        )
+
+
+def _load(path: Path, variable: str) -> Checkpoint:
+    try:
+        return checkpoint.load(path)
+    except CheckpointError as error:
+        raise RunnerError(f"{variable}: {error}") from error

@@ -1,0 +1,1 @@
+"""The process: uvicorn, signals, and HTTP connections with timeouts and limits."""

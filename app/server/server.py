@@ -1,0 +1,197 @@
+"""Runs the application under uvicorn with our own signal handling: after SIGTERM, admitted work is still answered."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from app import errors
+from app.api.generation import Service
+from app.engine.job import DEFAULT_MODEL
+from app.engine.state import RESTART_SECONDS
+from app.engine.watchdog import Watchdog
+from app.runner.device import RunnerError
+from app.runner.loaded_model import ModelInfo
+from app.server.connection import patient
+from app.settings import Settings
+
+log = logging.getLogger("unfog")
+
+LAST_ANSWERS_SECONDS = 5  # to send the answers that are left after the drain timeout
+BACKLOG = 2048
+MAX_DESCRIPTORS = 65_536
+NOT_STARTED = "the application failed to start, see the log"
+
+
+class StartError(Exception):
+    """The service cannot start. The message is one sentence."""
+
+
+class GivenUpError(Exception):
+    """The service stopped working and must be restarted. The message is one sentence or two."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without its signal handling, which would close the listener at SIGTERM."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        # If uvicorn is stopped before its startup has ended, it cancels the lifespan instead of ending it.
+        self.startup_ended = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts the application and accepts connections; StartError if the application does not start."""
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:  # newer releases of uvicorn exit, older ones return
+            raise StartError(NOT_STARTED) from error
+        finally:
+            self.startup_ended.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Does nothing: serve() handles the signals."""
+        yield
+
+
+def allow_connections() -> None:
+    """Raises the limit on open files to what the system permits, at most MAX_DESCRIPTORS. The default is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Opens the listening socket; StartError if the address is not available."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: not a valid host name
+        number = getattr(error, "errno", None) or 0  # create_server adds the address to the text
+        reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+        raise StartError(f"cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): {reason}") from error
+    # asyncio sets this only on sockets that it creates. Without it a body waits 40 ms until its head is acknowledged.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    StartError if the service cannot start, GivenUpError if the engine or the server is lost later.
+    """
+    service: Service = app.state.service
+    engine = service.engine
+    server, url = _Uvicorn(_config(app, settings)), _url(listener)
+    stop, hurry = _signals()
+    hurry.add_done_callback(lambda _: setattr(server, "force_exit", True))
+    serving = asyncio.ensure_future(server.serve([listener]))
+    await _wait_for_startup(server, serving)
+    ready = asyncio.wrap_future(engine.ready)
+    await asyncio.wait((serving, stop, ready), return_when=asyncio.FIRST_COMPLETED)
+    watchdog = Watchdog(engine, settings.give_up_seconds)
+    if ready.done() and not ready.exception():
+        _announce(engine.models[DEFAULT_MODEL], url, len(settings.api_keys))
+        watchdog.start()
+        await asyncio.wait((serving, stop, watchdog.lost), return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        await serving
+        raise GivenUpError("The HTTP server stopped unexpectedly. Exiting with status 1")
+    if stop.done():
+        await _drain(service, settings.drain_timeout, hurry)
+    engine.give_up(errors.EngineFailed(RESTART_SECONDS))
+    server.should_exit = True
+    await serving
+    if watchdog.lost.done() and not stop.done():
+        raise GivenUpError(
+            f"Engine unresponsive for {settings.give_up_seconds:g} s. "
+            "Exiting with status 1 so that the supervisor restarts the process"
+        )
+    if ready.done() and (failure := ready.exception()):
+        known = isinstance(failure, RunnerError)
+        raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
+
+
+async def _wait_for_startup(server: _Uvicorn, serving: "asyncio.Future[None]") -> None:
+    """Waits until the application has started; StartError if it has not, or if uvicorn failed before it tried."""
+    startup_ended = asyncio.ensure_future(server.startup_ended.wait())
+    await asyncio.wait((serving, startup_ended), return_when=asyncio.FIRST_COMPLETED)
+    startup_ended.cancel()
+    if server.started:
+        return
+    try:
+        await serving
+    except StartError:
+        raise
+    except Exception as error:
+        log.critical("HTTP server failed to start", exc_info=True)
+        raise StartError("the HTTP server failed to start, see the log") from error
+    raise StartError(NOT_STARTED)
+
+
+def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    service: Service = app.state.service
+    return uvicorn.Config(
+        app,
+        http=patient(settings, service.metrics),
+        ws="none",
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=",".join(settings.trusted_proxies),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan="on",
+        timeout_graceful_shutdown=LAST_ANSWERS_SECONDS,
+    )
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(info: ModelInfo, url: str, num_keys: int) -> None:
+    facts = {
+        "url": url,
+        "device": info.device,
+        "dtype": info.dtype,
+        "compiled": info.compiled,
+        "auth": "on" if num_keys else "off",
+    }
+    log.info("Ready", extra=facts)
+
+
+def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
+    """Two futures: the first SIGTERM or SIGINT completes one and starts the drain, the second cuts the drain short."""
+    loop = asyncio.get_running_loop()
+    futures: tuple[asyncio.Future[None], asyncio.Future[None]] = (loop.create_future(), loop.create_future())
+
+    def on_signal() -> None:
+        waiting = [future for future in futures if not future.done()]
+        if waiting:
+            waiting[0].set_result(None)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return futures
+
+
+async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
+    """Waits until every job has ended and its answer is sent, at most `seconds`. Drops the jobs that are left then."""
+    engine = service.engine
+    log.info("Draining", extra={"images": engine.waiting + engine.running})
+    drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.owed.none())
+    drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks the exception as retrieved
+    await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if left := engine.waiting + engine.running:
+        log.warning("Drain ended early: dropped unfinished images", extra={"count": left})
+    engine.give_up(errors.Draining(1))
+    drained.cancel()

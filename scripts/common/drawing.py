@@ -1,0 +1,220 @@
+"""Draws digits with a checkpoint, many at once, with the reverse step that the service uses."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.compiled.compiler import CompilerError, compiled_step, default_cache
+from model.noise import normal
+from model.precision import fast_dtype
+from model.sampler import Guidance, Sampler, plan_through, timesteps_of
+from model.schedule import Schedule
+from model.step import ReverseStep, State, Step
+from scripts.common.progress import Reporter
+
+OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
+
+
+class DrawingError(Exception):
+    """These options cannot be drawn with; one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawingOptions:
+    """How digits are drawn."""
+
+    sampler: Sampler
+    num_steps: int
+    guidance: Guidance
+
+    def evaluations(self, schedule: Schedule) -> int:
+        """Of the network, for one image: guidance takes a second one at each step in which it acts."""
+        timesteps = timesteps_of(schedule, self.sampler, self.num_steps)[:-1]
+        return len(timesteps) + sum(self.guidance.acts_at(t) for t in timesteps)
+
+
+def step_cache() -> Path:
+    """The folder where the service keeps compiled steps, which scripts share."""
+    return Path(os.environ.get("UNFOG_CACHE_DIR") or default_cache())
+
+
+class Drawer:
+    """Draws images with a checkpoint, by the same steps as the service.
+
+    A compiled step draws faster on a CPU. It rounds differently, so the last bits of the images differ.
+    """
+
+    def __init__(self, loaded: Checkpoint, device: torch.device | None = None) -> None:
+        self.checkpoint, self.compiled = loaded, False
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = fast_dtype(self.device)
+        self._program = ReverseStep(loaded, self.device, self.dtype)
+        self._step: Step = self._program
+
+    def compile(self, mode: str, reporter: Reporter) -> None:
+        """Switches to the compiled step as --compile says; raises DrawingError if the mode is `on` and it cannot.
+
+        `auto` compiles on a CPU only, as in the service. Where that is impossible it reports why, and the step stays
+        as it is. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
+        """
+        if mode == "off" or (mode == "auto" and self.device.type != "cpu"):
+            return
+        try:
+            with _log_shown(reporter):
+                self._step = compiled_step(self._program, step_cache())
+            self.compiled = True
+        except CompilerError as error:
+            if mode == "on":
+                raise DrawingError(f"--compile on: {error}") from error
+            reporter.line(f"Drawing without a compiled step, which is slower: {error}")
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the checkpoint can draw."""
+        return self.checkpoint.config.class_names
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Everything except options and seed that decides the pixels, for JSON files."""
+        return {
+            "weights_sha256": self.checkpoint.weights_sha256,
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "compiled": self.compiled,
+        }
+
+    def draw(
+        self,
+        y: Tensor,
+        index: Tensor,
+        options: DrawingOptions,
+        reporter: Reporter,
+        *,
+        seed: int,
+        batch_size: int = 64,
+        timesteps: list[int] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
+
+        `timesteps`, falling to 0, stand in for those that num_steps gives; `on_step(t, x_t, x_0)` is called
+        for each batch at each step. Raises DrawingError if a step that is compiled on its first call, as on a GPU,
+        cannot be compiled.
+        """
+        x_0 = []
+        with _compiler_errors(), reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
+
+            def step(t: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
+                task.advance(len(x_t))
+                if on_step:
+                    on_step(t, x_t, predicted_x_0)
+
+            for rows in torch.arange(len(y)).split(batch_size):
+                x_0.append(self._draw_batch(y[rows], index[rows], options, seed, timesteps, step))
+        return torch.cat(x_0)
+
+    @torch.inference_mode()
+    def _draw_batch(
+        self,
+        y: Tensor,
+        index: Tensor,
+        options: DrawingOptions,
+        seed: int,
+        timesteps: list[int] | None,
+        on_step: OnStep,
+    ) -> Tensor:
+        schedule, rows = self.checkpoint.schedule, torch.arange(len(y), device=self.device)  # (B,)
+        timesteps = timesteps or timesteps_of(schedule, options.sampler, options.num_steps)
+        plans = plan_through(schedule, options.sampler, timesteps).table(self.device)  # (num_steps, 5)
+        state = State.zeros(len(y), self.checkpoint.image_shape, self.device)
+        state.seed, state.index, state.y = torch.full_like(rows, seed), index.to(self.device), y.to(self.device)
+        state.guidance_scale = torch.full_like(state.guidance_scale, options.guidance.scale)
+        step = torch.zeros_like(rows)  # (B,)
+        state.x_t = normal(state.seed, state.index, step, self.checkpoint.image_shape)  # (B, C, H, W)
+        for t in timesteps[:-1]:
+            guided = options.guidance.acts_at(t)
+            source, second = (torch.cat([rows, rows]), rows + len(rows)) if guided else (rows, rows)
+            x_prev, x_0, _ = self._step(*state, plans, rows, step, source, second)
+            on_step(t, state.x_t, x_0)
+            state.x_t, state.x_0, step = x_prev, x_0, step + 1
+        return state.x_0.cpu()
+
+
+class _Lines(logging.Handler):
+    """Shows log records as a reporter's lines."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.INFO)
+        self._reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows the message."""
+        self._reporter.line(record.getMessage())
+
+
+@contextmanager
+def _log_shown(reporter: Reporter) -> Iterator[None]:
+    """Shows what `model` logs: that it compiles now, how long that took, or why a cached step is not used."""
+    log, handler = logging.getLogger("model"), _Lines(reporter)
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+@contextmanager
+def _compiler_errors() -> Iterator[None]:
+    try:
+        yield
+    except CompilerError as error:
+        raise DrawingError(f"--compile on: {error}") from error
+
+
+def open_drawer(args: argparse.Namespace) -> Drawer:
+    """Loads --checkpoint, not compiled yet; raises CheckpointError."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    return Drawer(checkpoint.load(args.checkpoint))
+
+
+def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
+    """What the arguments ask for, the checkpoint's own where they do not; DrawingError for what it cannot do."""
+    T = loaded.schedule.num_steps
+    num_steps, permitted = args.num_steps or loaded.config.recommended_steps, loaded.config.steps
+    if num_steps > T:
+        raise DrawingError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
+    if permitted and num_steps not in permitted:
+        raise DrawingError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
+    sampler = args.sampler or loaded.config.samplers[0]
+    if sampler not in loaded.config.samplers:
+        raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
+    return DrawingOptions(sampler, num_steps, _guidance_from(args, loaded, sampler))
+
+
+def _guidance_from(args: argparse.Namespace, loaded: Checkpoint, sampler: Sampler) -> Guidance:
+    own, T = loaded.config.guidance_of(sampler), loaded.schedule.num_steps
+    scale = own.scale if args.guidance_scale is None else args.guidance_scale
+    start, stop = args.guidance_start or own.start, args.guidance_stop or own.stop
+    if scale != 1 and not loaded.config.guidable:
+        raise DrawingError(
+            "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
+        )
+    if scale == 1 and (args.guidance_start or args.guidance_stop):
+        raise DrawingError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
+    if start > stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
+        raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
+    return Guidance(scale, start, stop)

@@ -1,0 +1,83 @@
+"""Figures of image grids with labels, each pixel of an image on a whole number of the figure's."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from torch import Tensor
+
+from model.checkpoint import write_atomically
+from scripts.common.progress import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 100
+TOP, BOTTOM, RIGHT, GAP = 22, 4, 6, 14  # margins in pixels
+TITLE_HEIGHT = 20
+LABEL_SIZE = 8  # points
+PIXELS_PER_LETTER = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A grid of images with a label over each column and, for the first panel of a figure, beside each row."""
+
+    pixels: Tensor  # (H, W, C) uint8, C = 1 or 3
+    columns: Sequence[str]
+    rows: Sequence[str] = ()
+    title: str = ""
+
+
+def new_figure(width: int, height: int) -> "Figure":
+    """An empty white figure of that many pixels."""
+    figure: Figure = require("matplotlib.figure").Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    return figure
+
+
+def draw_panels(panels: Sequence[Panel], *, scale: int) -> "Figure":
+    """The panels side by side, images enlarged by whole pixels."""
+    left = 6 + PIXELS_PER_LETTER * max((len(label) for label in panels[0].rows), default=0)
+    top = TOP + TITLE_HEIGHT * any(panel.title for panel in panels)
+    widths = [panel.pixels.shape[1] * scale for panel in panels]
+    image_height = panels[0].pixels.shape[0] * scale
+    width = left + sum(widths) + GAP * (len(panels) - 1) + RIGHT
+    height = top + image_height + BOTTOM
+    figure = new_figure(width, height)
+    x = left
+    for panel, panel_width in zip(panels, widths, strict=True):
+        box = (x / width, BOTTOM / height, panel_width / width, image_height / height)
+        _draw_panel(figure, panel, box)
+        x += panel_width + GAP
+    return figure
+
+
+def _draw_panel(figure: "Figure", panel: Panel, box: tuple[float, float, float, float]) -> None:
+    axes = figure.add_axes(box)
+    height, width, _ = panel.pixels.shape
+    colours = panel.pixels.expand(height, width, 3).numpy()  # as they are: a colour map would round them
+    axes.imshow(colours, interpolation="nearest", aspect="auto")
+    axes.xaxis.tick_top()
+    axes.set_xticks(_centres(width, len(panel.columns)), panel.columns, fontsize=LABEL_SIZE)
+    axes.set_yticks(_centres(height, len(panel.rows)), panel.rows, fontsize=LABEL_SIZE)
+    axes.tick_params(length=0, pad=3)
+    axes.spines[:].set_visible(False)
+    if panel.title:
+        axes.set_title(panel.title, fontsize=LABEL_SIZE + 2, pad=6)
+
+
+def _centres(length: int, count: int) -> list[float]:
+    return [length * (i + 0.5) / count - 0.5 for i in range(count)]
+
+
+def save_figure(figure: "Figure", path: Path, *, grey: bool) -> None:
+    """Writes a small PNG: grey in 8 bits, or a palette of 64 colours."""
+    buffer, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    image = Image.open(buffer).convert("RGB")
+    image = image.convert("L") if grey else image.quantize(64)
+    image.save(small, format="PNG", optimize=True)
+    write_atomically(path, small.getvalue())

@@ -1,0 +1,1 @@
+"""Training: recipes, objectives, the training loop and the folder of a run."""

@@ -1,0 +1,140 @@
+"""The folder of a training run: what goes on from it, what is served from it, what is looked at in it.
+
+state.pt           all that a later start needs to go on
+model.safetensors  the checkpoint of the best validation loss
+losses.csv         one line an epoch
+epochs/NN.png      ten digits from the same noise after each epoch
+"""
+
+import csv
+import io
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import checkpoint
+from model.sampler import SAMPLERS, sample
+from scripts.common.pictures import save_grid
+from scripts.training.recipe import STUDENT_SAMPLER, Recipe
+from scripts.training.trainer import EpochResult, Trainer
+
+GRID_SEED = 2026
+PROBE_STEPS = 10
+
+
+class RunError(Exception):
+    """The run's folder cannot be used; one sentence."""
+
+
+class Run:
+    """One training run on disk. All files are written atomically: a kill leaves the last epoch whole."""
+
+    def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int, data: str) -> None:
+        self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
+        self.results: list[EpochResult] = []
+        self.earlier_arithmetic: str | None = None  # of the part that was gone on from
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of one run."""
+        return {"recipe": self.recipe.model_dump(mode="json"), "seed": self.seed, "data": self.data}
+
+    def resume(self, trainer: Trainer) -> bool:
+        """Puts the trainer where the folder's last epoch left it; False where there is none yet."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return False
+        try:
+            state = torch.load(path, map_location=trainer.device, weights_only=True)
+            identity = state["identity"]
+        except Exception as error:
+            raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
+        if identity != self.identity:
+            raise RunError(f"{self.folder} holds a run of another recipe, seed or data; name another --out")
+        try:
+            trainer.load_state_dict(state["trainer"])
+            self.results = [EpochResult(**result) for result in state["results"]]
+            self.earlier_arithmetic = state["arithmetic"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(f"{path} is of another release: name another --out") from error
+        return True
+
+    def record(self, trainer: Trainer, result: EpochResult) -> bool:
+        """Keeps an epoch; returns whether its validation loss is the best so far."""
+        loss = result.validation_loss
+        best = math.isfinite(loss) and not any(earlier.validation_loss <= loss for earlier in self.results)
+        self.results.append(result)
+        if best:
+            self.safe_save_model(trainer)
+        save_grid(self._digits(trainer), self.folder / "epochs" / f"{result.epoch:02d}.png", columns=10)
+        checkpoint.write_atomically(self.folder / "losses.csv", self._csv().encode())
+        state = {
+            "identity": self.identity,
+            "arithmetic": trainer.arithmetic,
+            "trainer": trainer.state_dict(),
+            "results": [asdict(result) for result in self.results],
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        checkpoint.write_atomically(self.folder / "state.pt", buffer.getvalue())
+        return best
+
+    def safe_save_model(self, trainer: Trainer) -> None:
+        """A copy of the weights to serve, with all that serving needs."""
+        checkpoint.save(self.folder / "model.safetensors", trainer.averaged, self._config(trainer))
+
+    def _config(self, trainer: Trainer) -> checkpoint.CheckpointConfig:
+        distillation = self.recipe.distillation
+        last = self.results[-1]
+        return checkpoint.CheckpointConfig(
+            unet=self.recipe.unet,
+            schedule=self.recipe.schedule,
+            prediction=self.recipe.prediction,
+            guidance=self.recipe.guidance,
+            guidance_by_sampler=self.recipe.guidance_by_sampler,
+            samplers=(STUDENT_SAMPLER,) if distillation else SAMPLERS,
+            steps=(distillation.num_steps,) if distillation else (),
+            probe=checkpoint.Probe(
+                num_steps=distillation.num_steps if distillation else min(PROBE_STEPS, self.recipe.schedule.num_steps)
+            ),
+            training={
+                "preset": self.preset,
+                "data": self.data,
+                "epochs": trainer.epoch,
+                "seed": self.seed,
+                "label_drop": self.recipe.label_drop,
+                "final_losses": {"train": last.train_loss, "validation": last.validation_loss},
+            },
+        )
+
+    def _digits(self, trainer: Trainer) -> Tensor:
+        config = self._config(trainer)
+        y = torch.arange(config.unet.num_classes, device=trainer.device)
+        sampler = config.samplers[0]
+        return sample(
+            trainer.denoise_averaged,
+            trainer.objective.schedule,
+            y,
+            seed=torch.full_like(y, GRID_SEED),
+            index=y,
+            image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
+            sampler=sampler,
+            num_steps=config.recommended_steps,
+            guidance=config.guidance_of(sampler),
+            prediction=trainer.objective.prediction,
+            null_label=trainer.averaged.null_label,
+        )
+
+    def _csv(self) -> str:
+        out = io.StringIO()
+        bands = [f"validation_loss_band_{i + 1}" for i in range(len(self.results[0].band_losses))]
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["epoch", "train_loss", "validation_loss", *bands, "learning_rate"])
+        for r in self.results:
+            losses = (r.train_loss, r.validation_loss, *r.band_losses)
+            writer.writerow([r.epoch, *(f"{loss:.6f}" for loss in losses), f"{r.learning_rate:.3e}"])
+        return out.getvalue()

@@ -1,0 +1,113 @@
+import base64
+import io
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from app import VERSION
+from app.api.images import Provenance, encode_base64, encode_images, encode_png, encode_sheet, encode_zip
+from app.engine.job import Options, Pixels
+
+PROVENANCE = Provenance(Options(digit=7, seed=2**53 - 1, num_steps=20, sampler="ddim", guidance_scale=1.5), "ab" * 32)
+
+
+def picture(number: int, *shape: int) -> Pixels:
+    return np.random.default_rng(number).integers(1, 256, shape or (4, 4), dtype=np.uint8)
+
+
+def pictures(count: int, *shape: int) -> list[Pixels]:
+    return [picture(number, *shape) for number in range(count)]
+
+
+def decode(png: bytes) -> tuple[Pixels, dict[Any, Any]]:
+    with Image.open(io.BytesIO(png)) as opened:
+        opened.load()
+        assert opened.format == "PNG"
+        return np.asarray(opened, dtype=np.uint8), opened.info
+
+
+def test_a_png_holds_the_pixels_as_they_are() -> None:
+    pixels, chunks = decode(encode_png(picture(0)))
+    assert np.array_equal(pixels, picture(0))
+    assert chunks == {}
+
+
+def test_scale_enlarges_each_pixel_to_a_square() -> None:
+    pixels, _ = decode(encode_png(picture(0), scale=3))
+    assert np.array_equal(pixels, np.kron(picture(0), np.ones((3, 3), dtype=np.uint8)))
+
+
+def test_colour_is_kept() -> None:
+    pixels, _ = decode(encode_png(picture(0, 4, 4, 3), scale=2))
+    assert pixels.shape == (8, 8, 3)
+    assert np.array_equal(pixels[::2, ::2], picture(0, 4, 4, 3))
+    assert np.array_equal(pixels[1::2, 1::2], picture(0, 4, 4, 3))
+
+
+def test_every_png_says_how_to_draw_it_again() -> None:
+    for index, png in enumerate(encode_images(pictures(3), PROVENANCE, 1)):
+        pixels, chunks = decode(png)
+        assert np.array_equal(pixels, picture(index))
+        assert chunks == {
+            "Software": f"unfog {VERSION}",
+            "Digit": "7",
+            "Seed": "9007199254740991",
+            "Index": str(index),
+            "Sampler": "ddim",
+            "Steps": "20",
+            "Guidance-Scale": "1.5",
+            "Model-SHA256": "ab" * 32,
+        }
+
+
+def test_one_image_needs_no_sheet() -> None:
+    assert encode_sheet(pictures(1), PROVENANCE, 2) == encode_images(pictures(1), PROVENANCE, 2)[0]
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"),
+    [(2, 2, 1), (3, 2, 2), (4, 2, 2), (5, 3, 2), (7, 3, 3), (10, 4, 3), (16, 4, 4), (17, 5, 4), (64, 8, 8)],
+)
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)], ids=["grey", "colour"])
+def test_a_sheet_is_row_major_without_gaps(count: int, columns: int, rows: int, shape: tuple[int, ...]) -> None:
+    sheet, chunks = decode(encode_sheet(pictures(count, *shape), PROVENANCE, 1))
+    assert sheet.shape[:2] == (rows * 4, columns * 4)
+    for cell in range(columns * rows):
+        top, left = cell // columns * 4, cell % columns * 4
+        expected = picture(cell, *shape) if cell < count else np.zeros(shape, dtype=np.uint8)
+        assert np.array_equal(sheet[top : top + 4, left : left + 4], expected)
+    assert chunks["Index"] == f"0-{count - 1}"
+    assert chunks["Seed"] == "9007199254740991"
+
+
+def test_a_sheet_is_enlarged_as_a_whole() -> None:
+    small, _ = decode(encode_sheet(pictures(3), PROVENANCE, 1))
+    large, _ = decode(encode_sheet(pictures(3), PROVENANCE, 2))
+    assert np.array_equal(large, np.kron(small, np.ones((2, 2), dtype=np.uint8)))
+
+
+def test_an_archive_holds_the_same_pngs_under_their_names() -> None:
+    with zipfile.ZipFile(io.BytesIO(encode_zip(pictures(11), PROVENANCE, 2))) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == [f"digit-7-seed-9007199254740991-{index}.png" for index in range(11)]
+        assert [archive.read(name) for name in archive.namelist()] == encode_images(pictures(11), PROVENANCE, 2)
+
+
+@pytest.mark.parametrize("encode", [encode_sheet, encode_zip, encode_images])
+def test_the_same_images_are_the_same_bytes(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = encode(pictures(5), PROVENANCE, 2)
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    monkeypatch.setattr("time.localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
+    assert encode(pictures(5), PROVENANCE, 2) == before
+
+
+def test_an_image_is_the_same_whatever_the_count() -> None:
+    assert encode_images(pictures(5), PROVENANCE, 1)[:2] == encode_images(pictures(2), PROVENANCE, 1)
+
+
+def test_base64_is_plain_text_of_the_same_bytes() -> None:
+    png = encode_png(picture(0))
+    assert base64.b64decode(encode_base64(png), validate=True) == png

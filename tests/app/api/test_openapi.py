@@ -1,0 +1,274 @@
+"""The OpenAPI document: complete, true, and with examples that work."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+from PIL import Image
+
+from app.main import create_app
+from app.runner.loaded_model import ModelInfo
+from app.settings import Settings
+from tests.app.application import run
+from tests.app.fakes import INFO, FakeRunner
+from tests.app.test_errors import EVERY_ERROR
+
+COMMITTED = Path(__file__).parents[3] / "docs" / "openapi.json"
+
+
+def document() -> dict[str, Any]:
+    return create_app(Settings()).openapi()
+
+
+def references(node: Any) -> set[str]:
+    """Every $ref below a node."""
+    if isinstance(node, dict):
+        found = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
+        return found.union(*map(references, node.values()))
+    return set().union(*map(references, node)) if isinstance(node, list) else set()
+
+
+def test_the_committed_document_is_the_one_that_is_served() -> None:
+    assert json.loads(COMMITTED.read_text()) == document(), "run python -m app --openapi > docs/openapi.json"
+
+
+def test_every_reference_leads_somewhere() -> None:
+    served = document()
+    assert references(served) <= {f"#/components/schemas/{name}" for name in served["components"]["schemas"]}
+
+
+def test_every_route_is_described() -> None:
+    assert set(document()["paths"]) == {"/generate", "/health", "/livez", "/readyz", "/startupz", "/metrics"}
+
+
+def test_the_body_and_the_answers_of_generate_are_described() -> None:
+    served = document()
+    generate = served["paths"]["/generate"]["post"]
+    body = generate["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/GenerateRequest"}
+    fields = served["components"]["schemas"]["GenerateRequest"]["properties"]
+    assert set(fields) == {
+        "digit",
+        "count",
+        "seed",
+        "num_steps",
+        "sampler",
+        "guidance_scale",
+        "scale",
+        "model",
+        "timeout_seconds",
+    }
+    refused = {"400", "401", "403", "406", "408", "413", "415", "422", "429", "431"}
+    assert set(generate["responses"]) == refused | {"200", "500", "503", "504"}
+    for status in refused | {"500", "503", "504"}:
+        assert set(generate["responses"][status]["content"]) == {"application/problem+json"}
+    assert generate["security"] == [{}, {"bearer": []}, {"header": []}]  # none is needed unless keys are set
+    assert set(generate["responses"]["200"]["content"]) == {
+        "application/json",
+        "image/png",
+        "application/zip",
+        "text/event-stream",
+    }
+
+
+def test_same_bytes_are_promised_on_a_cpu_only() -> None:
+    served = document()
+    texts = [
+        served["paths"]["/generate"]["post"]["description"],
+        served["components"]["schemas"]["GenerateRequest"]["description"],
+    ]
+    for text in (served["info"]["summary"], *texts):
+        assert re.search(r"On a CPU [^.]* the same bytes under any load\.", text)
+    for text in texts:
+        assert "On a GPU such images may differ in the last bits" in text
+    assert len(re.findall("same bytes", json.dumps(served))) == 3
+
+
+def is_valid(document: dict[str, Any], schema: dict[str, Any], instance: Any) -> bool:
+    """Whether the instance is valid by a schema of the document."""
+    whole = {**schema, "components": document["components"]}
+    return bool(Draft202012Validator(whole).is_valid(instance))
+
+
+def is_valid_request(document: dict[str, Any], body: dict[str, Any]) -> bool:
+    return is_valid(document, {"$ref": "#/components/schemas/GenerateRequest"}, body)
+
+
+def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            yield path, operation
+
+
+def described(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Where, media type and description of each body, asked for or answered."""
+    for path, operation in operations(document):
+        bodies = {"request": operation.get("requestBody", {}), **operation["responses"]}
+        for place, body in bodies.items():
+            for media_type, content in body.get("content", {}).items():
+                yield f"{path} {place}", media_type, content
+
+
+def examples_of(content: dict[str, Any]) -> list[Any]:
+    several = [example["value"] for example in content.get("examples", {}).values()]
+    return several + ([content["example"]] if "example" in content else [])
+
+
+def test_operation_ids_are_readable() -> None:
+    ids = {path: operation["operationId"] for path, operation in operations(document())}
+    assert ids == {
+        "/generate": "generate",
+        **{f"/{name}": f"get_{name}" for name in ("health", "livez", "readyz", "startupz", "metrics")},
+    }
+
+
+def test_every_body_that_is_text_has_examples_that_are_valid() -> None:
+    served = document()
+    num_examples = 0
+    for place, media_type, content in described(served):
+        found = examples_of(content)
+        assert found or media_type in ("image/png", "application/zip"), (place, media_type)
+        for example in found:
+            assert is_valid(served, content["schema"], example), (place, example)
+        num_examples += len(found)
+    assert num_examples > 25
+
+
+def test_every_error_has_an_example_that_is_its_problem_document() -> None:
+    known = {(error.status, error.code): error.problem("an-id") for error, _, _ in EVERY_ERROR}
+    responses = document()["paths"]["/generate"]["post"]["responses"]
+    for status in set(responses) - {"200"}:
+        (content,) = responses[status]["content"].values()
+        for code, example in content["examples"].items():
+            problem = example["value"]
+            assert (problem["status"], problem["code"]) == (int(status), code)
+            assert (problem["type"], problem["title"]) == ("about:blank", known[int(status), code]["title"])
+    assert {*responses["503"]["content"]["application/problem+json"]["examples"]} == {
+        "starting",
+        "draining",
+        "engine_failed",
+    }
+
+
+def test_first_example_draws_a_digit_as_well_as_the_checkpoint_can() -> None:
+    """Nothing lowers the quality: the number of steps and the sampler are the recommended ones."""
+    content = document()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
+    assert examples_of(content)[0] == {"digit": 7}
+    assert {"digit": 7, "model": "fast"} in examples_of(content)
+    for body in examples_of(content):
+        assert not {"num_steps", "sampler", "guidance_scale", "timeout_seconds"} & set(body)
+
+
+def test_image_in_the_example_is_what_the_example_says() -> None:
+    (answer,) = examples_of(document()["paths"]["/generate"]["post"]["responses"]["200"]["content"]["application/json"])
+    with Image.open(io.BytesIO(base64.b64decode(answer["images"][0]["png"], validate=True))) as image:
+        assert image.size == (28, 28)
+        chunks: dict[str, str] = image.text  # type: ignore[attr-defined]
+    assert chunks["Model-SHA256"] == answer["model"]["sha256"]
+    for chunk, field in (("Digit", "digit"), ("Seed", "seed"), ("Steps", "num_steps"), ("Sampler", "sampler")):
+        assert chunks[chunk] == str(answer[field])
+
+
+def test_events_of_a_stream_are_described() -> None:
+    served = document()
+    schemas = served["components"]["schemas"]
+    stream = served["paths"]["/generate"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    assert stream["x-itemSchema"] == {"$ref": "#/components/schemas/StreamEvent"}
+    data = {
+        event["properties"]["event"]["const"]: event["properties"]["data"]["contentSchema"]
+        for event in schemas["StreamEvent"]["oneOf"]
+    }
+    assert list(data) == ["accepted", "progress", "image", "done", "error"]
+    assert data["error"] == {"$ref": "#/components/schemas/Problem"}
+    events = [event.split("\n") for event in stream["example"].strip().split("\n\n")]
+    names = [name.removeprefix("event: ") for name, _ in events]
+    assert names == ["accepted", "progress", "image", "done"]
+    for name, (_, line) in zip(names, events, strict=True):
+        content = line.removeprefix("data: ")
+        assert is_valid(served, data[name], json.loads(content))
+        assert is_valid(served, stream["x-itemSchema"], {"event": name, "data": content})
+        assert not is_valid(served, data[name], {})
+    assert not is_valid(served, stream["x-itemSchema"], {"event": "unknown", "data": "{}"})
+
+
+SHIPPED_BODIES = [
+    ({"digit": 7}, True),
+    ({"digit": 7, "num_steps": 1}, True),
+    ({"digit": 7, "model": "default", "num_steps": 1, "sampler": "dpmpp", "guidance_scale": 2}, True),
+    ({"digit": 7, "model": "fast"}, True),
+    ({"digit": 7, "model": "fast", "num_steps": 4, "sampler": "ddim", "guidance_scale": 1.0}, True),
+    ({"digit": 7, "model": "fast", "num_steps": 4.0}, True),
+    ({"digit": 7, "model": "fast", "num_steps": 1}, False),
+    ({"digit": 7, "model": "fast", "num_steps": 100}, False),
+    ({"digit": 7, "model": "fast", "sampler": "ddpm"}, False),
+    ({"digit": 7, "model": "fast", "guidance_scale": 2}, False),
+    ({"digit": 7, "model": "slow"}, False),
+]
+
+
+@pytest.mark.parametrize(("body", "valid"), SHIPPED_BODIES)
+def test_document_knows_what_the_shipped_models_permit(body: dict[str, Any], valid: bool) -> None:
+    assert is_valid_request(document(), body) is valid
+
+
+def test_document_without_a_readable_checkpoint_has_no_conditions(tmp_path: Path) -> None:
+    served = create_app(Settings(checkpoint=tmp_path / "missing.safetensors")).openapi()
+    assert "allOf" not in served["components"]["schemas"]["GenerateRequest"]
+
+
+FAST = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+MODELS: list[dict[str, ModelInfo]] = [
+    {"default": INFO},
+    {"default": INFO, "fast": FAST},
+    {"default": replace(INFO, num_classes=5)},
+    {"default": replace(INFO, max_steps=50, default_steps=50)},
+    {"default": replace(INFO, guidable=False, samplers=("dpmpp", "ddim")), "fast": replace(FAST, num_classes=3)},
+    {"default": replace(INFO, steps=(10, 20), default_steps=10)},
+]
+FIELDS: list[dict[str, Any]] = [
+    {},
+    *({"digit": digit} for digit in (0, 2, 3, 5, 9, 10)),
+    *({"num_steps": number} for number in (1, 2, 3, 4, 10, 20, 50, 51, 100, 101)),
+    *({"sampler": sampler} for sampler in ("ddpm", "ddim", "dpmpp", "euler")),
+    *({"guidance_scale": scale} for scale in (1, 1.0, 1.5, 10, 11)),
+]
+
+
+@pytest.mark.parametrize("models", MODELS)
+def test_running_service_accepts_what_its_document_permits(models: dict[str, ModelInfo]) -> None:
+    accepted, refused = 0, 0
+
+    async def check(client: httpx.AsyncClient) -> None:
+        nonlocal accepted, refused
+        served = (await client.get("/openapi.json")).json()
+        for fields in FIELDS:
+            for named in ({}, {"model": "default"}, {"model": "fast"}):
+                body = {"digit": 0, "seed": 1, **fields, **named}
+                status = (await client.post("/generate", json=body)).status_code
+                assert status == (200 if is_valid_request(served, body) else 422), body
+                accepted, refused = accepted + (status == 200), refused + (status == 422)
+        content = served["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
+        for body in examples_of(content):
+            drawn = await client.post("/generate", json={"seed": 1, **body})  # the fake draws no large seeds
+            assert drawn.status_code == 200, body
+
+    run(check, FakeRunner(models=models))
+    assert accepted
+    assert refused
+
+
+def test_document_of_a_service_that_starts_is_built_again_when_it_is_ready() -> None:
+    app = create_app(Settings(), lambda: FakeRunner(models={"default": replace(INFO, steps=(10,))}))
+    body = {"digit": 7, "num_steps": 11}
+    assert is_valid_request(app.openapi(), body)
+    app.state.service.engine.models = {"default": replace(INFO, steps=(10,))}
+    assert not is_valid_request(app.openapi(), body)
+    assert app.openapi() is app.openapi()

@@ -1,0 +1,76 @@
+"""What the web framework raises, as a client sees it."""
+
+import asyncio
+
+import httpx
+import pytest
+from starlette.exceptions import HTTPException
+
+from app.main import create_app
+from app.settings import Settings
+from tests.app.fakes import FakeRunner
+
+
+def answer_to(error: HTTPException, method: str = "GET") -> httpx.Response:
+    """The application's answer where a route raises this."""
+    app = create_app(Settings(), FakeRunner)
+
+    @app.get("/raises")
+    async def raises() -> None:
+        raise error
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, "/raises")
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("status", "title", "code"),
+    [
+        (400, "Bad Request", "malformed_request"),
+        (401, "Unauthorized", "unauthorized"),
+        (403, "Forbidden", "forbidden"),
+        (404, "Not Found", "not_found"),
+        (405, "Method Not Allowed", "method_not_allowed"),
+        (406, "Not Acceptable", "not_acceptable"),
+        (408, "Request Timeout", "request_timeout"),
+        (413, "Content Too Large", "body_too_large"),
+        (415, "Unsupported Media Type", "unsupported_media_type"),
+        (426, "Upgrade Required", "http_error"),
+        (418, "I'm a Teapot", "http_error"),
+        (499, "Error", "http_error"),
+        (500, "Internal Server Error", "internal_error"),
+        (503, "Service Unavailable", "http_error"),
+        (599, "Error", "http_error"),
+    ],
+)
+def test_framework_error_keeps_its_status(status: int, title: str, code: str) -> None:
+    answer = answer_to(HTTPException(status, "what is wrong", {"X-More": "1"}))
+    problem = answer.json()
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
+    assert problem["title"] == title
+    assert problem["request_id"] == answer.headers["x-request-id"]
+    if status != 404:
+        assert answer.headers["x-more"] == "1"
+        assert ("what is wrong" in problem["detail"]) is (status < 500)
+
+
+def test_framework_answer_without_a_body_keeps_its_status() -> None:
+    answer = answer_to(HTTPException(304, headers={"ETag": '"a"'}))
+    assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"a"')
+
+
+def test_allow_names_head_beside_get() -> None:
+    assert answer_to(HTTPException(405, headers={"Allow": "POST, GET"})).headers["allow"] == "GET, HEAD, POST"
+    assert answer_to(HTTPException(405, headers={"Allow": "POST"})).headers["allow"] == "POST"
+
+
+def test_head_is_answered_as_get_without_a_body() -> None:
+    for method in ("GET", "HEAD"):
+        answer = answer_to(HTTPException(426, "what is wrong"), method)
+        assert answer.status_code == 426
+        assert bool(answer.content) is (method == "GET")
+        assert int(answer.headers["content-length"]) > 0

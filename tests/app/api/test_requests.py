@@ -1,0 +1,299 @@
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.types import Message
+
+from app import errors
+from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, negotiate, read_json, unless_gone
+from app.api.routes.generate import EVENTS, FORMATS, JSON, PNG, ZIP
+from app.api.schemas import GenerateRequest
+
+LIMIT, PATIENCE = 1000, 60.0
+
+
+class Body:
+    """What a client sends, in chunks; counts how many were asked for."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self.taken = 0
+        last = len(chunks) - 1
+        self._messages: Iterator[Message] = iter(
+            [{"type": "http.request", "body": chunk, "more_body": i < last} for i, chunk in enumerate(chunks)]
+        )
+
+    async def receive(self) -> Message:
+        self.taken += 1
+        return next(self._messages, {"type": "http.disconnect"})
+
+
+def request(body: Body | None = None, **headers: str) -> Request:
+    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": raw}
+    return Request(scope, (body or Body(b"")).receive)
+
+
+async def silence() -> Message:
+    """A client that stays and sends nothing."""
+    message: Message = await asyncio.get_running_loop().create_future()
+    return message
+
+
+def read(*chunks: bytes, content_type: str = JSON) -> GenerateRequest:
+    return asyncio.run(read_json(request(Body(*chunks), content_type=content_type), GenerateRequest, LIMIT, PATIENCE))
+
+
+def wrong(body: str | bytes) -> list[dict[str, Any]]:
+    """The fields that are wrong with a body."""
+    with pytest.raises(errors.InvalidRequest) as invalid:
+        read(body if isinstance(body, bytes) else body.encode())
+    json.dumps(invalid.value.problem("id")).encode()  # it can be sent back
+    return invalid.value.errors
+
+
+@pytest.mark.parametrize(
+    ("accept", "chosen"),
+    [
+        ("application/json", JSON),
+        ("*/*", JSON),
+        ("", JSON),
+        (" ", JSON),
+        ("image/png", PNG),
+        ("IMAGE/PNG", PNG),
+        ("image/*", PNG),
+        ("application/*", JSON),
+        ("application/zip", ZIP),
+        ("text/event-stream", EVENTS),
+        ("text/*", EVENTS),
+        ("image/png, application/json", JSON),  # the first of ours on a tie
+        ("image/png, */*;q=0.1", PNG),
+        ("application/json;q=0.5, image/png", PNG),
+        ("application/json;q=0.5, image/png;q=0.4", JSON),
+        ("application/zip;q=0.9, image/*;q=0.8, */*;q=0.1", ZIP),
+        ("application/json;q=0, */*", PNG),
+        ("text/html, application/xhtml+xml, application/xml;q=0.9, image/avif, image/webp, */*;q=0.8", JSON),
+        ("image/png;q=1.0,text/html", PNG),
+    ],
+)
+def test_accept_chooses_the_format(accept: str, chosen: str) -> None:
+    assert negotiate(request(accept=accept), FORMATS) == chosen
+
+
+def test_without_accept_the_answer_is_json() -> None:
+    assert negotiate(request(), FORMATS) == JSON
+
+
+def test_several_accept_headers_are_one_list() -> None:
+    several = request()
+    several.scope["headers"] = [(b"accept", b"text/html"), (b"accept", b"image/png")]
+    assert negotiate(several, FORMATS) == PNG
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/html", "image/jpeg", "image/png;q=0", "*/*;q=0", "nonsense", "a/b/c", ";", "text/html, video/*"]
+)
+def test_an_accept_that_leaves_nothing_is_not_acceptable(accept: str) -> None:
+    with pytest.raises(errors.NotAcceptable) as refused:
+        negotiate(request(accept=accept), FORMATS)
+    assert PNG in refused.value.detail
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON ; charset=utf-8"])
+def test_a_body_is_read_as_what_it_asks_for(content_type: str) -> None:
+    body = read(b'{"digit": 7.0, "count"', b': 3, "guidance_scale": 2}', content_type=content_type)
+    assert (body.digit, body.count, body.guidance_scale) == (7, 3, 2)
+    assert isinstance(body.digit, int)
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonx"])
+def test_what_is_not_declared_as_json_is_not_read(content_type: str) -> None:
+    body = Body(b'{"digit": 7}')
+    with pytest.raises(errors.UnsupportedMediaType):
+        asyncio.run(read_json(request(body, content_type=content_type), GenerateRequest, LIMIT, PATIENCE))
+    assert body.taken == 0
+
+
+def test_a_body_over_the_limit_is_cut_off_while_it_arrives() -> None:
+    body = Body(*[b" " * 300] * 100)
+    with pytest.raises(errors.BodyTooLarge):
+        asyncio.run(read_json(request(body, content_type=JSON), GenerateRequest, LIMIT, PATIENCE))
+    assert body.taken == 4
+
+
+def test_the_limit_itself_is_allowed() -> None:
+    assert read(b'{"digit": 7}'.ljust(LIMIT)).digit == 7
+    with pytest.raises(errors.BodyTooLarge):
+        read(b'{"digit": 7}'.ljust(LIMIT + 1))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"digit=7",
+        b"{'digit': 7}",
+        b'{"digit": 7,}',
+        b'{"digit": 7} x',
+        b'{"digit": 07}',
+        b'\xef\xbb\xbf{"digit": 7}',
+        b'{"digit": 7, "model": "\xff"}',
+        b'{"digit": 7}'.decode().encode("utf-16"),
+        pytest.param(b"[" * 990, id="deep"),
+        pytest.param(b"[" * 495 + b"]" * 495, id="deep-but-json"),
+    ],
+)
+def test_what_is_not_json_is_malformed(body: bytes) -> None:
+    if body.endswith(b"]"):  # nested, but JSON: what is wrong is that it is no object
+        assert wrong(body)
+        return
+    with pytest.raises(errors.MalformedJSON):
+        read(body)
+
+
+def test_nesting_as_deep_as_a_parser_goes_is_refused() -> None:
+    with pytest.raises((errors.MalformedJSON, errors.InvalidRequest)):  # as deep as this Python's parser goes
+        asyncio.run(
+            read_json(request(Body(b"[" * 999 + b"]" * 999), content_type=JSON), GenerateRequest, 10**6, PATIENCE)
+        )
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ("{}", "digit"),
+        ('{"digit": 10}', "digit"),
+        ('{"digit": -1}', "digit"),
+        ('{"digit": 7.5}', "digit"),
+        ('{"digit": "7"}', "digit"),
+        ('{"digit": true}', "digit"),
+        ('{"digit": null}', "digit"),
+        ('{"digit": [7]}', "digit"),
+        ('{"digit": NaN}', "digit"),
+        ('{"digit": Infinity}', "digit"),
+        ('{"digit": -Infinity}', "digit"),
+        ('{"digit": 1e999}', "digit"),
+        ('{"digit": 1e300}', "digit"),
+        (f'{{"digit": {"9" * 900}}}', "digit"),
+        (f'{{"digit": -{"9" * 900}}}', "digit"),
+        (f'{{"digit": {"9" * 399}}}', "digit"),
+        ('{"digit": 7, "count": 0}', "count"),
+        ('{"digit": 7, "count": null}', "count"),
+        ('{"digit": 7, "seed": -1}', "seed"),
+        ('{"digit": 7, "seed": 9007199254740992}', "seed"),
+        ('{"digit": 7, "seed": null}', "seed"),
+        ('{"digit": 7, "num_steps": 0}', "num_steps"),
+        ('{"digit": 7, "num_steps": 101}', "num_steps"),
+        ('{"digit": 7, "sampler": "euler"}', "sampler"),
+        ('{"digit": 7, "sampler": null}', "sampler"),
+        ('{"digit": 7, "guidance_scale": 0.5}', "guidance_scale"),
+        ('{"digit": 7, "guidance_scale": 10.5}', "guidance_scale"),
+        ('{"digit": 7, "guidance_scale": NaN}', "guidance_scale"),
+        ('{"digit": 7, "guidance_scale": true}', "guidance_scale"),
+        ('{"digit": 7, "guidance_scale": "2"}', "guidance_scale"),
+        ('{"digit": 7, "guidance_scale": null}', "guidance_scale"),
+        (f'{{"digit": 7, "guidance_scale": {"9" * 900}}}', "guidance_scale"),
+        ('{"digit": 7, "scale": 0}', "scale"),
+        ('{"digit": 7, "scale": 17}', "scale"),
+        ('{"digit": 7, "model": 1}', "model"),
+        ('{"digit": 7, "model": null}', "model"),
+        ('{"digit": 7, "model": "\\ud800"}', "model"),
+        ('{"digit": 7, "timeout_seconds": 0}', "timeout_seconds"),
+        ('{"digit": 7, "timeout_seconds": -1}', "timeout_seconds"),
+        ('{"digit": 7, "timeout_seconds": Infinity}', "timeout_seconds"),
+        ('{"digit": 7, "timeout_seconds": null}', "timeout_seconds"),
+        ('{"digit": 7, "colour": 1}', "colour"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_told_with_its_field(body: str, field: str) -> None:
+    found = wrong(body)
+    assert [item["loc"] for item in found] == [["body", field]]
+    assert found[0]["msg"]
+
+
+def test_a_field_whose_name_is_no_text_is_refused() -> None:
+    assert wrong('{"digit": 7, "\\ud800": 1}')
+    assert wrong('{"digit": 7, "a": "\\udfff"}')
+
+
+@pytest.mark.parametrize("body", ['{"digit": 7, "digit": 7}', '{"digit": 7, "seed": 1, "digit": 8}'])
+def test_a_field_that_is_given_twice_is_refused_since_one_would_be_ignored(body: str) -> None:
+    assert wrong(body) == [{"loc": ["body", "digit"], "msg": "Field given more than once"}]
+
+
+def test_every_wrong_field_is_told() -> None:
+    found = wrong('{"digit": 10, "count": "a", "unknown": 1}')
+    assert {item["loc"][1] for item in found} == {"digit", "count", "unknown"}
+
+
+def test_answer_lists_the_first_of_thousands_of_unknown_fields() -> None:
+    fields = ",".join(f'"f{i}":1' for i in range(3000))
+    with pytest.raises(errors.InvalidRequest) as invalid:
+        asyncio.run(
+            read_json(
+                request(Body(f'{{"digit": 10, {fields}}}'.encode()), content_type=JSON),
+                GenerateRequest,
+                10**6,
+                PATIENCE,
+            )
+        )
+    assert [item["loc"] for item in invalid.value.errors[:2]] == [["body", "digit"], ["body", "f0"]]
+    assert len(invalid.value.errors) == 1 + MAX_UNKNOWN_FIELDS
+
+
+@pytest.mark.parametrize("body", ["[]", '"digit"', "7", "null", "true"])
+def test_a_body_that_is_no_object_is_invalid(body: str) -> None:
+    found = wrong(body)
+    assert [item["loc"] for item in found] == [["body"]]
+    assert "GenerateRequest" not in found[0]["msg"]
+
+
+def test_a_body_that_does_not_end_is_given_up() -> None:
+    stalled = Request({"type": "http", "headers": [(b"content-type", JSON.encode())]}, silence)
+    with pytest.raises(errors.RequestTimeout, match=r"longer than 0\.01 s"):
+        asyncio.run(read_json(stalled, GenerateRequest, LIMIT, 0.01))
+
+
+def test_what_was_sent_is_not_sent_back() -> None:
+    assert "secret" not in json.dumps(wrong('{"digit": "secret"}'))
+
+
+def test_the_largest_seed_is_kept_whole() -> None:
+    assert read(b'{"digit": 7, "seed": 9007199254740991}').seed == 2**53 - 1
+    assert read(b'{"digit": 7, "seed": 9007199254740991.0}').seed == 2**53 - 1
+
+
+def test_a_seed_is_drawn_where_none_is_given() -> None:
+    seeds = {read(b'{"digit": 7}').seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+def test_work_is_cancelled_when_the_client_goes() -> None:
+    async def leave() -> bool:
+        work = asyncio.get_running_loop().create_future()
+        with pytest.raises(ClientGoneError):
+            await unless_gone(request(Body(b"", b"")), work)
+        return work.cancelled()
+
+    assert asyncio.run(leave())
+
+
+def test_work_is_answered_while_the_client_stays() -> None:
+    async def stay() -> str:
+        return await unless_gone(Request({"type": "http"}, silence), asyncio.sleep(0, "done"))
+
+    assert asyncio.run(stay()) == "done"
+
+
+def test_an_error_of_the_work_comes_through() -> None:
+    async def fail() -> None:
+        work = asyncio.get_running_loop().create_future()
+        work.set_exception(errors.Draining(1))
+        await unless_gone(Request({"type": "http"}, silence), work)
+
+    with pytest.raises(errors.Draining):
+        asyncio.run(fail())

@@ -1,0 +1,93 @@
+import pytest
+
+from app.engine.interface import isolate
+from app.engine.job import Trajectory
+from app.runner.device import DeviceLostError, OutOfMemoryError
+from tests.app.fakes import Rows, new_job
+
+
+class Compute:
+    """Doubles the index of each row, unless a guilty one or too many are among them."""
+
+    def __init__(self, guilty: set[int] | None = None, limit: int = 1000, error: Exception | None = None) -> None:
+        self.guilty, self.limit, self.error = guilty or set(), limit, error or ValueError("guilty")
+        self.batches: list[list[int]] = []
+        self.failed: list[tuple[int, Exception]] = []
+        self.num_shortages = 0
+
+    def __call__(self, rows: Rows) -> list[int]:
+        self.batches.append([row.index for row in rows])
+        if len(rows) > self.limit:
+            raise OutOfMemoryError
+        if self.guilty & {row.index for row in rows}:
+            raise self.error
+        return [2 * row.index for row in rows]
+
+    def fail(self, row: Trajectory, error: Exception) -> None:
+        self.failed.append((row.index, error))
+        row.job.fail(error)
+
+    def note_shortage(self) -> None:
+        self.num_shortages += 1
+
+    def run(self, rows: Rows) -> list[tuple[int, int]]:
+        return [(row.index, result) for row, result in isolate(rows, self, self.fail, self.note_shortage)]
+
+
+def one_job_each(count: int) -> Rows:
+    return [Trajectory(new_job(), index) for index in range(count)]
+
+
+def test_a_batch_without_fault_is_computed_once() -> None:
+    compute = Compute()
+    assert compute.run(one_job_each(5)) == [(index, 2 * index) for index in range(5)]
+    assert compute.batches == [[0, 1, 2, 3, 4]]
+
+
+def test_nothing_is_not_computed() -> None:
+    compute = Compute()
+    assert compute.run([]) == []
+    assert compute.batches == []
+
+
+@pytest.mark.parametrize("guilty", [{0}, {6}, {3, 4}, {0, 2, 5}, set(range(7))])
+def test_only_the_guilty_rows_fail_and_the_others_are_computed_once(guilty: set[int]) -> None:
+    compute = Compute(guilty)
+    assert compute.run(one_job_each(7)) == [(index, 2 * index) for index in range(7) if index not in guilty]
+    assert compute.failed == [(index, compute.error) for index in sorted(guilty)]
+    succeeded = [index for batch in compute.batches if not guilty & set(batch) for index in batch]
+    assert len(set(succeeded)) == len(succeeded)
+
+
+def test_rows_whose_job_has_failed_are_not_computed_again() -> None:
+    job = new_job(8)
+    compute = Compute({0})
+    assert compute.run(job.unfinished) == []
+    assert compute.batches == [list(range(8)), [0, 1, 2, 3], [0, 1], [0]]
+
+
+def test_rows_whose_job_was_answered_before_are_left_out() -> None:
+    rows, compute = one_job_each(3), Compute()
+    rows[1].job.fail(ValueError())
+    assert compute.run(rows) == [(0, 0), (2, 4)]
+
+
+def test_too_many_rows_are_halved_until_they_fit() -> None:
+    compute = Compute(limit=2)
+    assert compute.run(one_job_each(8)) == [(index, 2 * index) for index in range(8)]
+    assert compute.failed == []
+    assert compute.num_shortages == 1
+
+
+def test_a_row_that_does_not_fit_alone_fails() -> None:
+    compute = Compute(limit=0)
+    assert compute.run(one_job_each(2)) == []
+    assert [index for index, _ in compute.failed] == [0, 1]
+
+
+def test_a_lost_device_is_nobodys_fault() -> None:
+    compute = Compute({1}, error=DeviceLostError("gone"))
+    with pytest.raises(DeviceLostError):
+        compute.run(one_job_each(4))
+    assert len(compute.batches) == 1
+    assert compute.failed == []

@@ -1,0 +1,140 @@
+"""What admission promises, on a virtual clock with measured step times: no admitted job is late, whatever follows."""
+
+import random
+import statistics
+from collections import Counter
+from contextlib import suppress
+
+import pytest
+
+from app import errors
+from app.engine.job import Job
+from tests.app.engine.virtual_service import MEASURED, MEASURED_WITH_AMX, VirtualService, clients, random_mix
+
+SLOWEST = 1.1  # times the measured step times
+CURVES = {
+    "measured": MEASURED,
+    "padded to 16 rows": {1: 5e-3, 16: 5e-3, 32: 10e-3, 64: 20e-3},
+    "flat": {1: 2e-3, 64: 2.2e-3, 128: 3e-3, 256: 5e-3, 512: 9e-3},
+    "proportional": {1: 2e-3, 64: 128e-3},
+}
+BATCHES = (None, 1, 8, 64)  # UNFOG_MAX_BATCH
+
+
+def serve_mix(seed: int, seconds: float) -> tuple[Counter[str], list[Job]]:
+    """Serves a random mix. Returns the number of each outcome, and the late jobs that admission expected in time."""
+    choose = random.Random(seed)
+    max_batch, measured = choose.choice(BATCHES), choose.choice(list(CURVES.values()))
+    always_slowest = choose.random() < 0.3
+    service = VirtualService(
+        max_batch,
+        capacity=choose.choice([64, 1024]),
+        measured=measured,
+        slower=lambda: SLOWEST if always_slowest else choose.uniform(1.0, SLOWEST),
+    )
+    result = service.run(random_mix(seed), seconds)
+    outcomes: Counter[str] = Counter()
+    for (_, outcome), number in result.outcomes.items():
+        outcomes[outcome] += number
+    return outcomes, result.late
+
+
+def test_no_admitted_job_is_late_in_random_mixes() -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in range(24):
+        found, late = serve_mix(seed, seconds=5.0)
+        assert late == [], seed
+        outcomes += found
+    assert outcomes["200"] > 1000
+    assert outcomes["429"] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_no_admitted_job_is_late_in_many_random_mixes() -> None:
+    for seed in range(1000, 1400):
+        assert serve_mix(seed, seconds=15.0)[1] == [], seed
+
+
+@pytest.mark.parametrize("num_small", [4, 15, 40])
+@pytest.mark.parametrize("timeout", [9.0, 10.3, 30.0])
+def test_a_large_request_among_small_ones_is_answered_or_refused_at_once(num_small: int, timeout: float) -> None:
+    choose = random.Random(num_small)
+    service = VirtualService(slower=lambda: choose.uniform(1.0, SLOWEST))
+    large = clients(1, name="large", count=64, timeout=timeout, start=1.0, think=0.5)
+    result = service.run([*clients(num_small, name="small"), *large], until=40.0)
+    assert result.late == []
+    assert result.of("large").get("504", 0) == 0
+    assert sum(result.of("large").values()) >= 3
+    assert result.of("small")["200"] > 100
+
+
+def test_a_single_image_is_quick_while_a_large_request_runs() -> None:
+    def latency(*others: int) -> float:
+        large = [client for count in others for client in clients(1, name="large", count=count)]
+        lone = clients(1, name="lone", start=0.5, think=0.3)
+        result = VirtualService().run([*large, *lone], until=20.0)
+        return statistics.median(result.latencies["lone"])
+
+    assert latency(64) <= 3.0 * latency()
+
+
+@pytest.mark.parametrize(("number", "count"), [(64, 1), (2, 64), (16, 8)])
+def test_throughput_is_near_that_of_full_steps(number: int, count: int) -> None:
+    service = VirtualService()
+    result = service.run(clients(number, name="each", count=count), until=30.0)
+    evaluations_an_image = 146
+    unfinished = service.admission.batcher.jobs
+    done = result.num_images * evaluations_an_image
+    done += sum(job.count * evaluations_an_image - job.evaluations_left for job in unfinished)
+    best = max(n / seconds for n, seconds in MEASURED.items())
+    assert done / result.seconds >= 0.95 * best
+
+
+def refused_and_actual_wait(seed: int, measured: dict[int, float]) -> tuple[int, float] | None:
+    """Retry-After of a request, and the wait until it is admitted if no other arrives; None if it is not refused."""
+    choose = random.Random(seed)
+    max_batch, capacity = choose.choice([None, None, 16]), choose.choice([64, 128, 1024])
+    service = VirtualService(max_batch, capacity, measured)
+    for _ in range(choose.randint(1, 4)):
+        kind = {
+            "count": choose.choice([1, 4, 16, 64]),
+            "timeout": choose.choice([5.0, 10.0, 30.0, 60.0]),
+            "guided": choose.random() < 0.7,
+            "num_steps": choose.choice([100, 100, 10]),
+        }
+        for client in clients(choose.choice([1, 4, 16]), name="earlier", **kind):
+            with suppress(errors.Overloaded):
+                service.submit(client.job(service.now))
+        for _ in range(choose.randrange(100)):
+            if service.admission.batcher.num_jobs:
+                service.step()
+    count, timeout, num_steps = (
+        choose.choice([1, 16, 64]),
+        choose.choice([2.0, 5.0, 30.0]),
+        choose.choice([100, 100, 10]),
+    )
+    (client,) = clients(1, name="refused", count=count, timeout=timeout, num_steps=num_steps)
+    start, said = service.now, list[int]()
+    while True:
+        try:
+            service.submit(client.job(service.now))
+        except errors.Overloaded as refused:
+            said.append(refused.retry_after)
+            service.step()
+        else:
+            return (said[0], service.now - start) if said else None
+
+
+@pytest.mark.parametrize("slowness", [1, 3])
+@pytest.mark.parametrize("measured", [MEASURED, MEASURED_WITH_AMX], ids=["without AMX", "with AMX"])
+def test_retry_after_is_within_a_factor_of_two(measured: dict[int, float], slowness: int) -> None:
+    """Retry-After is a whole number of seconds: waits under a second are rounded up."""
+    measured = {evaluations: slowness * seconds for evaluations, seconds in measured.items()}
+    seeds = (*range(60), *range(1000, 1030))
+    found = [pair for seed in seeds if (pair := refused_and_actual_wait(seed, measured))]
+    assert len(found) >= 25
+    assert max(actual for _, actual in found) > 5
+    for said, actual in found:
+        assert said <= 2 * actual + 1
+        assert actual <= 2 * said

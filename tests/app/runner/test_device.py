@@ -1,0 +1,269 @@
+"""The device and precision that serve. A GPU is simulated by replacing what torch.cuda would answer."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.runner.device import (
+    MAX_PLAIN_THREADS,
+    DeviceLostError,
+    OutOfMemoryError,
+    RunnerError,
+    choose_device,
+    choose_dtype,
+    choose_num_threads,
+    device_errors,
+)
+from tests.app.fakes import WAIT_SECONDS, FakeRunner, new_engine, new_job, running
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by"
+UNEXPECTED = "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before? Error"
+# What torch raises, seen with CUDA's own runtime library on a driver made for the purpose -> a part of the sentence.
+INIT_ERRORS = [
+    (AssertionError("Torch not compiled with CUDA enabled"), "is built without CUDA"),
+    (RuntimeError(NO_DRIVER), "no GPU is visible. In a container, start it with --gpus all"),
+    (RuntimeError("No CUDA GPUs are available"), "no GPU is visible"),
+    (RuntimeError(OLD_DRIVER), "driver is too old for PyTorch"),
+    (RuntimeError(f"{UNEXPECTED} 804: forward compatibility was attempted on non supported HW"), "forward compat"),
+    (RuntimeError(f"{UNEXPECTED} 803: system has unsupported display driver / cuda driver combination"), "versions"),
+    (RuntimeError(f"{UNEXPECTED} 46: CUDA-capable device(s) is/are busy or unavailable"), "exclusive use"),
+    (RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu."), "nvidia-smi"),
+    (RuntimeError("CUDA unknown error - this may be due to an incorrectly set up environment"), "nvidia-smi"),
+    (RuntimeError("something new\nwith a second line"), "the GPU cannot be used: something new"),
+    (RuntimeError(), "the GPU cannot be used"),
+]
+COMPUTE_ERRORS = [
+    (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device\nx"), "capability"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), "no free memory"),
+    (torch.AcceleratorError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "no free memory"),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where the NVIDIA driver's file would be; absent."""
+    monkeypatch.setattr("app.runner.device.NVIDIA_DRIVER", tmp_path / "version")
+    return tmp_path / "version"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Two GPUs that work, and the threads in which one was selected, with its number."""
+    selected: list[tuple[str, int]] = []
+    ones = torch.ones
+
+    def set_device(device: int) -> None:
+        selected.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    return selected
+
+
+@pytest.fixture(autouse=True)
+def torch_defaults() -> Iterator[None]:
+    """Restores torch's process-wide TF32 settings."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def raising(error: Exception) -> Any:
+    def fail(*args: object, **named: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(("error", "expected"), INIT_ERRORS)
+def test_gpu_that_does_not_initialize_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    """device_count() succeeds with an old driver, as it asks NVML."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "init", raising(error))
+    with pytest.raises(RunnerError) as raised:
+        choose_device("cuda")
+    sentence = str(raised.value)
+    assert sentence.startswith("UNFOG_DEVICE=cuda: ")
+    assert expected in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(("error", "expected"), COMPUTE_ERRORS)
+def test_gpu_that_does_not_compute_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[str, int]], error: Exception, expected: str
+) -> None:
+    monkeypatch.setattr(torch, "ones", raising(error))
+    with pytest.raises(RunnerError, match=f"UNFOG_DEVICE=cuda:1: .*{expected}") as raised:
+        choose_device("cuda:1")
+    assert "\n" not in str(raised.value)
+
+
+def test_old_driver_sentence_names_the_versions_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "init", raising(RuntimeError(OLD_DRIVER)))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
+    with pytest.raises(RunnerError, match=r"PyTorch 2\.13\.0\+cu130 \(CUDA 13\.0\)\. Update the driver, or install"):
+        choose_device("cuda")
+
+
+def test_gpu_number_that_does_not_exist_is_one_sentence(gpus: list[tuple[str, int]]) -> None:
+    with pytest.raises(RunnerError, match="UNFOG_DEVICE=cuda:2: there is no such GPU"):
+        choose_device("cuda:2")
+    assert gpus == []
+
+
+@pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1), ("auto", 0)])
+def test_chosen_gpu_is_the_current_one_of_the_thread_that_steps(
+    gpus: list[tuple[str, int]], name: str, number: int
+) -> None:
+    chosen, stepping = list[torch.device](), list[str]()
+    runner = FakeRunner(on_step=lambda rows: stepping.append(threading.current_thread().name))
+    engine, job = new_engine(runner), new_job()
+    engine._load = lambda: chosen.append(choose_device(name)) or runner  # type: ignore[func-returns-value]
+    with running(engine):
+        engine.ready.result(WAIT_SECONDS)
+        engine.submit(job)
+        job.future.result(WAIT_SECONDS)
+    assert chosen == [torch.device("cuda" if name == "auto" else name)]
+    assert gpus == [(stepping[0], number)]
+    assert stepping[0] != threading.current_thread().name
+
+
+def test_float32_on_a_gpu_is_not_tf32(gpus: list[tuple[str, int]]) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    choose_device("cuda")
+    assert torch.backends.cudnn.conv.fp32_precision != "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+    assert not torch.backends.cudnn.allow_tf32  # raises where the two kinds of settings disagree
+
+
+def test_auto_without_a_gpu_is_the_cpu_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "init", raising(RuntimeError(NO_DRIVER)))
+    assert choose_device("auto") == CPU
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("error", "has_driver", "reason"),
+    [
+        (RuntimeError(OLD_DRIVER), False, "driver is too old"),  # as under WSL, which has no such file
+        (RuntimeError("No CUDA GPUs are available"), True, "--gpus all"),  # as in a container on a machine with a GPU
+        (AssertionError("Torch not compiled with CUDA enabled"), True, "Install a CUDA build"),
+    ],
+)
+def test_auto_with_a_gpu_that_cannot_be_used_is_the_cpu_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    no_driver: Path,
+    error: Exception,
+    has_driver: bool,
+    reason: str,
+) -> None:
+    if has_driver:
+        no_driver.touch()
+    monkeypatch.setattr(torch.cuda, "init", raising(error))
+    assert choose_device("auto") == CPU
+    (record,) = caplog.records
+    assert (record.levelno, record.getMessage()) == (logging.WARNING, "GPU not usable, using the CPU")
+    assert reason in vars(record)["reason"]
+
+
+def test_cpu_does_not_touch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "init", raising(AssertionError("called")))
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)],
+)
+def test_auto_precision_of_a_gpu_is_what_its_tensor_cores_multiply(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or capability)
+    assert choose_dtype("auto", torch.device("cuda:1")) is expected
+    assert asked == [torch.device("cuda:1")]
+
+
+def test_float16_is_accepted_on_a_gpu_and_refused_on_a_cpu() -> None:
+    assert choose_dtype("float16", CUDA) is torch.float16
+    with pytest.raises(RunnerError, match="UNFOG_DTYPE=float16 needs a GPU"):
+        choose_dtype("float16", CPU)
+
+
+@pytest.mark.parametrize(("code", "understood"), [(2, OutOfMemoryError), (700, DeviceLostError)])
+def test_device_error_with_the_code_of_out_of_memory_is_not_a_lost_device(
+    code: int, understood: type[Exception]
+) -> None:
+    """Such as when a kernel is loaded at its first use: the memory is CUDA's own, not that of torch's allocator."""
+    error = torch.AcceleratorError("CUDA error: out of memory")
+    error.error_code = code  # type: ignore[attr-defined] # as torch sets it
+    with pytest.raises(understood), device_errors():
+        raise error
+
+
+@pytest.fixture
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a larger machine, without a limit."""
+    monkeypatch.setattr("app.runner.device.granted_cores", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "compiled", "expected"),
+    [
+        (None, torch.float32, True, 8),
+        (None, torch.float32, False, MAX_PLAIN_THREADS),
+        (None, torch.bfloat16, False, 8),
+        (None, torch.bfloat16, True, 8),
+        (1, torch.float32, True, 1),
+        (2, torch.float32, True, 2),
+        (3, torch.bfloat16, True, 3),
+        (3, torch.bfloat16, False, 3),
+        (3, torch.float32, True, 3),
+    ],
+)
+def test_uncompiled_float32_uses_the_threads_at_which_bits_do_not_depend_on_the_batch(
+    wanted: int | None, dtype: torch.dtype, compiled: bool, expected: int
+) -> None:
+    choose_num_threads(wanted, CPU, dtype, compiled=compiled)
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize(("granted", "expected"), [(None, 8), (1.5, 2), (0.5, 1), (16.0, 8)])
+def test_container_uses_no_more_threads_than_its_cpu_limit(
+    granted: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runner.device.granted_cores", lambda: granted)
+    choose_num_threads(None, CPU, torch.bfloat16, compiled=True)
+    assert torch.get_num_threads() == expected
+
+
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize(("wanted", "compiled", "lines"), [(2, False, 0), (3, False, 1), (3, True, 0)])
+def test_more_threads_than_are_reproducible_are_logged(
+    wanted: int, compiled: bool, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    choose_num_threads(wanted, CPU, torch.float32, compiled=compiled)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * lines
+    assert [vars(record)["threads"] for record in caplog.records] == [wanted] * lines

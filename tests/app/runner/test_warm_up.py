@@ -1,0 +1,157 @@
+"""Steps are timed on a clock that the test moves."""
+
+import pytest
+
+from app.runner import warm_up
+from app.runner.device import OutOfMemoryError
+from app.runner.threads import ComputeThreads
+from app.runner.warm_up import HOT_ROWS, LONGEST_TIMING_SECONDS, REPEATS, TIMED_ROUNDS, TIMING_SECONDS, measure_paces
+from tests.app.fakes import FakeRunner, Rows
+
+BATCHES = (1, 8, 64)
+ROUND = [1] * HOT_ROWS + [8, 64]  # the steps of one
+SECONDS = 1e-3 * sum(ROUND)
+
+
+class Clock:
+    """Its steps take a millisecond a row, `slowness` times as long."""
+
+    def __init__(self) -> None:
+        self.now, self.waited, self.slowness, self.batches = 0.0, 0.0, 1.0, list[int]()
+
+    def step(self, rows: Rows) -> None:
+        self.batches.append(len(rows))
+        self.now += self.slowness * 1e-3 * len(rows)
+
+    def wait_for_the_core(self, seconds: float) -> None:
+        self.now += seconds
+        self.waited += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.now - self.waited
+
+    monotonic = perf_counter
+
+
+class Timed(FakeRunner):
+    works_here = True
+
+    def wait(self) -> None:
+        """All is done at once."""
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(warm_up, "time", made)
+    return made
+
+
+def one_thread() -> ComputeThreads:
+    return ComputeThreads((1,), use=lambda count: None)
+
+
+def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.slowness = 2.0 if clock.now < 0.1 else 1.0  # for most of the first round
+        clock.step(rows)
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+
+
+def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        is_first = len(clock.batches) == 1
+        clock.slowness = 0.5 if is_first and len(rows) == 8 else 1.0
+        clock.step(rows)
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert pace.step_seconds(64) == pytest.approx(8 * pace.step_seconds(8), rel=0.01)
+
+
+def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.step(rows)
+        clock.wait_for_the_core(0.1 if len(rows) == 64 else 0.0)  # a short one is over before its turn ends
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert pace.step_seconds(64) == pytest.approx(64 * pace.step_seconds(1))
+    assert sum(map(pace.step_seconds, BATCHES)) == pytest.approx(0.173)  # the time is what it was
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.95, TIMING_SECONDS), (0.5, LONGEST_TIMING_SECONDS)])
+def test_beside_somebody_who_wants_the_core_it_looks_longer(clock: Clock, share: float, seconds: float) -> None:
+    def step(rows: Rows) -> None:
+        clock.step(rows)
+        clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
+
+    measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False)
+    assert seconds < clock.now < seconds + SECONDS / share  # it ends with a round
+
+
+def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
+    """After a large one what it reads has left the caches: a lone image would be thought slower than it is."""
+
+    def step(rows: Rows) -> None:
+        clock.slowness = 1.5 if len(rows) == 1 and clock.batches[-1:] != [1] else 1.0
+        clock.step(rows)
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+
+
+def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.now += 0.05 if len(rows) == 1 else 0.02
+
+    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
+    assert pace.step_seconds(1) == pace.step_seconds(64) == pytest.approx(0.02)
+
+
+def test_where_a_device_works_its_time_counts(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        clock.wait_for_the_core(1e-3 * len(rows))
+
+    runner = Timed(on_step=step)
+    runner.works_here = False
+    (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
+    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+
+
+def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:
+    runner = Timed(on_step=clock.step)
+    measure_paces(runner, BATCHES, one_thread(), lambda: False)
+    rounds = len(clock.batches) // len(ROUND)
+    assert clock.batches == ROUND * rounds
+    assert REPEATS < rounds < TIMED_ROUNDS
+    assert not runner.held
+
+
+@pytest.mark.parametrize(("seconds_a_round", "rounds"), [(0.5, REPEATS), (1.5, 2), (20.0, 1)])
+def test_where_a_round_takes_long_there_are_few(clock: Clock, seconds_a_round: float, rounds: int) -> None:
+    clock.slowness = seconds_a_round / (SECONDS)
+    measure_paces(Timed(on_step=clock.step), BATCHES, one_thread(), lambda: False)
+    assert len(clock.batches) == rounds * len(ROUND)
+
+
+def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock: Clock) -> None:
+    def step(rows: Rows) -> None:
+        if len(rows) > 8:
+            raise OutOfMemoryError
+        clock.step(rows)
+
+    runner = Timed(on_step=step)
+    (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
+    assert pace.best_batch(0.0, 1.0) <= 8
+    assert not runner.held
+
+
+def test_it_stops_when_it_is_asked_to_and_leaves_nothing_behind(clock: Clock) -> None:
+    runner = Timed(on_step=clock.step)
+    measure_paces(runner, BATCHES, one_thread(), lambda: len(clock.batches) == HOT_ROWS + 1)
+    assert clock.batches == ROUND[: HOT_ROWS + 1]
+    assert not runner.held

@@ -1,0 +1,287 @@
+import os
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from limits import RateLimitItemPerHour, RateLimitItemPerMinute, RateLimitItemPerSecond
+from pydantic import SecretStr
+
+from app.settings import Settings, SettingsError, load_settings, unknown_variables
+from model.checkpoint import SHIPPED, SHIPPED_FAST
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("UNFOG_"):
+            monkeypatch.delenv(name)
+
+
+# Contract, section 6.
+DEFAULTS = {
+    "UNFOG_CHECKPOINT": ("checkpoint", SHIPPED),
+    "UNFOG_FAST_CHECKPOINT": ("fast_checkpoint", "auto"),
+    "UNFOG_DEVICE": ("device", "auto"),
+    "UNFOG_DTYPE": ("dtype", "auto"),
+    "UNFOG_COMPILE": ("compile", "auto"),
+    "UNFOG_NUM_THREADS": ("num_threads", None),
+    "UNFOG_MAX_BATCH": ("max_batch", None),  # auto
+    "UNFOG_QUEUE_CAPACITY": ("queue_capacity", 1024),
+    "UNFOG_MAX_COUNT": ("max_count", 64),
+    "UNFOG_MAX_BODY_BYTES": ("max_body_bytes", 2**14),
+    "UNFOG_REQUEST_TIMEOUT": ("request_timeout", 30.0),
+    "UNFOG_DRAIN_TIMEOUT": ("drain_timeout", 25.0),
+    "UNFOG_WATCHDOG_SECONDS": ("watchdog_seconds", 10.0),
+    "UNFOG_GIVE_UP_SECONDS": ("give_up_seconds", 30.0),
+    "UNFOG_READ_TIMEOUT": ("read_timeout", 10.0),
+    "UNFOG_WRITE_TIMEOUT": ("write_timeout", 30.0),
+    "UNFOG_API_KEYS": ("api_keys", ()),  # nobody is asked for one
+    "UNFOG_RATE_LIMIT": ("rate_limit", ()),  # off
+    "UNFOG_CORS_ORIGINS": ("cors_origins", ()),
+    "UNFOG_TRUSTED_PROXIES": ("trusted_proxies", ()),
+    "UNFOG_DOCS": ("docs", "on"),
+    "UNFOG_TRACES": ("traces", "off"),
+    "UNFOG_LOG_FORMAT": ("log_format", "auto"),
+    "UNFOG_LOG_LEVEL": ("log_level", "info"),
+    "UNFOG_HOST": ("host", "127.0.0.1"),
+    "UNFOG_PORT": ("port", 8000),
+}
+
+
+@pytest.mark.parametrize("variable", DEFAULTS)
+def test_the_defaults_are_the_promised_ones(variable: str) -> None:
+    field, default = DEFAULTS[variable]
+    assert getattr(load_settings(), field) == default
+
+
+@pytest.mark.parametrize("variable", sorted(set(DEFAULTS) - {"UNFOG_API_KEYS"}))
+def test_an_empty_variable_is_the_default(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, "")
+    field, default = DEFAULTS[variable]
+    assert getattr(load_settings(), field) == default
+
+
+def test_every_setting_is_in_the_table() -> None:
+    assert {field for field, _ in DEFAULTS.values()} | {"cache_dir"} == set(Settings.model_fields)
+
+
+def test_compiled_code_is_kept_where_a_users_programs_keep_such_things(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert load_settings().cache_dir == tmp_path / ".cache" / "unfog"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert load_settings().cache_dir == tmp_path / "elsewhere" / "unfog"
+    monkeypatch.setenv("UNFOG_CACHE_DIR", "/opt/unfog")
+    assert load_settings().cache_dir == Path("/opt/unfog")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("UNFOG_CHECKPOINT", "/tmp/a b.safetensors", Path("/tmp/a b.safetensors")),
+        ("UNFOG_FAST_CHECKPOINT", "/tmp/a b.safetensors", Path("/tmp/a b.safetensors")),
+        ("UNFOG_FAST_CHECKPOINT", "none", "none"),
+        ("UNFOG_DEVICE", "cpu", "cpu"),
+        ("UNFOG_DEVICE", "cuda", "cuda"),
+        ("UNFOG_DEVICE", "cuda:1", "cuda:1"),
+        ("UNFOG_DTYPE", "bfloat16", "bfloat16"),
+        ("UNFOG_DTYPE", "float16", "float16"),
+        ("UNFOG_COMPILE", "off", "off"),
+        ("UNFOG_NUM_THREADS", "3", 3),
+        ("UNFOG_MAX_BATCH", "auto", None),
+        ("UNFOG_MAX_BATCH", "1", 1),
+        ("UNFOG_QUEUE_CAPACITY", "1", 1),
+        ("UNFOG_MAX_COUNT", "128", 128),
+        ("UNFOG_MAX_BODY_BYTES", "100", 100),
+        ("UNFOG_REQUEST_TIMEOUT", "0.5", 0.5),
+        ("UNFOG_DRAIN_TIMEOUT", "0", 0.0),
+        ("UNFOG_WATCHDOG_SECONDS", "2", 2.0),
+        ("UNFOG_GIVE_UP_SECONDS", "2.5", 2.5),
+        ("UNFOG_GIVE_UP_SECONDS", "never", None),
+        ("UNFOG_READ_TIMEOUT", "0.5", 0.5),
+        ("UNFOG_WRITE_TIMEOUT", "5", 5.0),
+        ("UNFOG_API_KEYS", "one", (SecretStr("one"),)),
+        ("UNFOG_API_KEYS", " off , a=b+c/d== ", (SecretStr("off"), SecretStr("a=b+c/d=="))),
+        ("UNFOG_RATE_LIMIT", "off", ()),
+        ("UNFOG_RATE_LIMIT", "600/minute", (RateLimitItemPerMinute(600),)),
+        ("UNFOG_RATE_LIMIT", "1 per second; 30/2 hours", (RateLimitItemPerSecond(1), RateLimitItemPerHour(30, 2))),
+        ("UNFOG_CORS_ORIGINS", "*", ("*",)),
+        (
+            "UNFOG_CORS_ORIGINS",
+            "https://A.example, http://localhost:3000,http://[::1]:80",
+            ("https://a.example", "http://localhost:3000", "http://[::1]:80"),
+        ),
+        ("UNFOG_TRUSTED_PROXIES", "10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
+        ("UNFOG_TRUSTED_PROXIES", "*", ("*",)),
+        ("UNFOG_DOCS", "off", "off"),
+        ("UNFOG_TRACES", "on", "on"),
+        ("UNFOG_LOG_FORMAT", "json", "json"),
+        ("UNFOG_LOG_LEVEL", "debug", "debug"),
+        ("UNFOG_HOST", "::1", "::1"),
+        ("UNFOG_PORT", "0", 0),
+    ],
+)
+def test_a_good_value_is_taken(variable: str, value: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    assert getattr(load_settings(), DEFAULTS[variable][0]) == expected
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "fast", "served"),
+    [
+        (SHIPPED, "auto", SHIPPED_FAST),
+        (Path(os.path.relpath(SHIPPED)), "auto", SHIPPED_FAST),
+        (Path("own.safetensors"), "auto", None),
+        (SHIPPED, "none", None),
+        (SHIPPED, Path("own.safetensors"), Path("own.safetensors")),
+        (Path("own.safetensors"), SHIPPED_FAST, SHIPPED_FAST),
+    ],
+)
+def test_the_shipped_student_is_served_beside_its_teacher_unless_told_otherwise(
+    checkpoint: Path, fast: Path | Literal["auto", "none"], served: Path | None
+) -> None:
+    assert Settings(checkpoint=checkpoint, fast_checkpoint=fast).fast_path == served
+
+
+WRONG = {
+    "UNFOG_DEVICE": ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "CPU", "cuda:1:2", ":"],
+    "UNFOG_DTYPE": ["fp16", "fp32"],
+    "UNFOG_COMPILE": ["yes", "1"],
+    "UNFOG_NUM_THREADS": ["0", "-1", "1.5", "many", "100000"],
+    "UNFOG_MAX_BATCH": ["0", "-4", "2.5", "big", "4097", "AUTO"],
+    "UNFOG_QUEUE_CAPACITY": ["0", "-1", "x", "1e3"],
+    "UNFOG_MAX_COUNT": ["0", "x"],
+    "UNFOG_MAX_BODY_BYTES": ["0", "1MiB"],
+    "UNFOG_REQUEST_TIMEOUT": ["0", "-1", "nan", "inf", "30s"],
+    "UNFOG_DRAIN_TIMEOUT": ["-1", "nan", "inf", "x"],
+    "UNFOG_WATCHDOG_SECONDS": ["0", "nan", "inf", "x"],
+    "UNFOG_GIVE_UP_SECONDS": ["0", "nan", "inf", "Never"],
+    "UNFOG_READ_TIMEOUT": ["0", "nan", "never"],
+    "UNFOG_WRITE_TIMEOUT": ["0", "inf", "x"],
+    "UNFOG_API_KEYS": [",", " ", "one,", "one,,two", "one two", "schlüssel", "one\ntwo"],
+    "UNFOG_RATE_LIMIT": ["0/minute", "600", "fast", "600/fortnight", "-1/second", "5/second\nx"],
+    "UNFOG_CORS_ORIGINS": [
+        ",",
+        "example.com",
+        "https://a.b/",
+        "https://a.b/c",
+        "null",
+        "ftp://a.b",
+        "http://a:x",
+        "https://u@a.b",
+    ],
+    "UNFOG_TRUSTED_PROXIES": [",", "proxy", "10.0.0.1/8", "10.0.0.0/33", "*,10.0.0.0/8", "10.0.0.0/8, *", "*,*"],
+    "UNFOG_DOCS": ["yes"],
+    "UNFOG_TRACES": ["otlp"],
+    "UNFOG_LOG_FORMAT": ["xml"],
+    "UNFOG_LOG_LEVEL": ["loud", "7"],
+    "UNFOG_PORT": ["-1", "65536", "http", "80.5", "8000\nx"],
+}
+
+
+@pytest.mark.parametrize(("variable", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_one_line_that_names_the_variable(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as wrong:
+        load_settings()
+    sentence = str(wrong.value)
+    assert len(sentence.splitlines()) == 1
+    assert sentence.startswith(variable)
+    assert "Error" not in sentence  # nothing of Python's
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("*,10.0.0.0/8", r"\* trusts every address and must stand alone"),
+        ("10.0.0.1/8", r"'10\.0\.0\.1/8' is neither .* Write 10\.0\.0\.1 or 10\.0\.0\.0/8"),
+        ("2001:db8::1/32", r"Write 2001:db8::1 or 2001:db8::/32"),
+        ("10.0.0.0/33", r"'10\.0\.0\.0/33' is not an IP address or a network"),
+    ],
+)
+def test_wrong_proxy_list_says_what_to_write(value: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_TRUSTED_PROXIES", value)
+    with pytest.raises(SettingsError, match=reason):
+        load_settings()
+
+
+def test_every_variable_that_can_be_wrong_is_tried() -> None:
+    assert set(DEFAULTS) - set(WRONG) == {
+        "UNFOG_CHECKPOINT",
+        "UNFOG_FAST_CHECKPOINT",
+        "UNFOG_HOST",
+    }  # any text may be a path or a name
+
+
+def test_a_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_API_KEYS", "hunter2,")
+    with pytest.raises(SettingsError, match="UNFOG_API_KEYS") as wrong:
+        load_settings()
+    assert "hunter2" not in str(wrong.value)
+    monkeypatch.setenv("UNFOG_API_KEYS", "hunter2")
+    assert "hunter2" not in repr(load_settings())
+
+
+def test_keys_that_are_set_and_empty_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("UNFOG_API_KEYS", "")
+    with pytest.raises(SettingsError, match="UNFOG_API_KEYS is set and empty"):
+        load_settings()
+    monkeypatch.delenv("UNFOG_API_KEYS")
+    (tmp_path / "unfog_api_keys").write_text("\n")
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    with pytest.raises(SettingsError, match="unfog_api_keys is empty"):
+        load_settings()
+
+
+def test_a_setting_may_come_as_a_file_among_the_secrets_and_the_environment_is_stronger(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "unfog_api_keys").write_text("from-a-file\n")
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    assert load_settings().api_keys == (SecretStr("from-a-file"),)
+    monkeypatch.setenv("UNFOG_API_KEYS", "from-outside")
+    assert load_settings().api_keys == (SecretStr("from-outside"),)
+
+
+@pytest.mark.parametrize("name", ["unfog_api_key", "UNFOG_KEYS"])
+def test_a_secret_that_is_no_setting_stops_the_start(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("a-key")
+    (tmp_path / "somebody_elses").mkdir()
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    with pytest.raises(SettingsError, match=f"{name} is no setting"):
+        load_settings()
+
+
+def test_a_secret_that_cannot_be_read_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Docker makes a folder where the file to mount is missing; then there would be no keys, and nobody would know."""
+    secret = tmp_path / "unfog_api_keys"
+    secret.mkdir()
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    with pytest.raises(SettingsError, match="unfog_api_keys cannot be read: Is a directory"):
+        load_settings()
+    secret.rmdir()
+    secret.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingsError, match="unfog_api_keys cannot be read: it is no text"):
+        load_settings()
+
+
+def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("UNFOG_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("UNFOG_PORT", "9000")
+    monkeypatch.setenv("UNFOG_CHEKPOINT", "mine.safetensors")
+    assert unknown_variables() == ["UNFOG_CHEKPOINT"]
+
+
+def test_settings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings()
+    monkeypatch.setenv("UNFOG_PORT", "9000")
+    assert settings.port == 8000
+    with pytest.raises(ValueError, match="frozen"):
+        settings.port = 9000

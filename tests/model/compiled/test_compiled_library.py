@@ -1,0 +1,306 @@
+"""Which files are loaded as a compiled step, and what happens if native code in them fails."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.runner.device import RunnerError
+from app.runner.runner import Runner
+from model import checkpoint
+from model.compiled import compiler
+from model.compiled.compiler import CompilerError, LibraryError, library_of
+from model.precision import can_compile
+from model.step import ReverseStep, Step
+from tests.app.runner.rows import company, draw, equal
+from tests.model.compiled.libraries import (
+    CRASHES,
+    HANGS,
+    OTHER_USER,
+    compile_library,
+    library_content,
+    needs_root,
+)
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def program(path: Path) -> ReverseStep:
+    return ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def content(path: Path, cache: Path) -> bytes:
+    """A good library, compiled once for all tests."""
+    program = ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
+    compiler.compiled_step(program, cache)
+    return library_of(program, cache).read_bytes()
+
+
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the functions that are called in a child process from now on, by a process that has called none."""
+    called: list[str] = []
+    call = compiler.call_in_child
+
+    def note(function: Callable[..., None], *arguments: object, **how: object) -> None:
+        called.append(function.__name__)
+        call(function, *arguments, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compiler, "call_in_child", note)
+    monkeypatch.setattr(compiler, "_checked", set())
+    return called
+
+
+@pytest.fixture
+def builds(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[ReverseStep]:
+    """Programs that are compiled from now on; it takes no time."""
+    built: list[ReverseStep] = []
+
+    def build(program: ReverseStep) -> bytes:
+        built.append(program)
+        return content
+
+    monkeypatch.setattr(compiler, "build", build)
+    return built
+
+
+def small_step(step: Step, program: ReverseStep) -> tuple[Tensor, ...]:
+    with torch.inference_mode():
+        return step(*compiler._small_step(program))
+
+
+def test_library_in_a_folder_of_another_user_is_not_loaded(
+    program: ReverseStep, content: bytes, builds: list[ReverseStep], tmp_path: Path
+) -> None:
+    library_of(program, tmp_path).write_bytes(content)
+    tmp_path.chmod(0o777)
+    compiler.compiled_step(program, tmp_path)
+    assert builds == [program]
+    own = tmp_path / f"private-{os.geteuid()}"
+    assert library_of(program, own).exists()
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    compiler.compiled_step(program, tmp_path)
+    assert builds == [program]  # found in the private subfolder
+
+
+@needs_root
+def test_library_cache_that_cannot_be_trusted_is_reported_and_a_temporary_folder_used(
+    program: ReverseStep,
+    content: bytes,
+    builds: list[ReverseStep],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    planted = tmp_path / f"private-{os.geteuid()}"
+    planted.mkdir()
+    library_of(program, planted).write_bytes(content)
+    os.chown(planted, OTHER_USER, OTHER_USER)
+    tmp_path.chmod(0o777)
+    step = compiler.compiled_step(program, tmp_path)
+    assert builds == [program]
+    assert small_step(step, program)[0].isfinite().all()
+    assert f"owned by user {OTHER_USER}" in caplog.text
+    assert "Use a folder that belongs to this user" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["writable by others", pytest.param("owned by user", marks=needs_root), "a link"])
+def test_library_file_that_others_could_write_is_compiled_again(
+    program: ReverseStep,
+    content: bytes,
+    builds: list[ReverseStep],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    library = library_of(program, tmp_path)
+    library.write_bytes(content)
+    if fault == "writable by others":
+        library.chmod(0o666)
+    elif fault == "owned by user":
+        os.chown(library, OTHER_USER, OTHER_USER)
+    else:
+        library.rename(tmp_path / "elsewhere")
+        library.symlink_to(tmp_path / "elsewhere")
+    compiler.compiled_step(program, tmp_path)
+    assert builds == [program]
+    assert "Discarding compiled step, recompiling" in caplog.text
+    assert stat.S_IMODE(library.lstat().st_mode) == 0o644
+
+
+def test_library_that_is_replaced_after_its_check_is_not_loaded(
+    program: ReverseStep, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_of(program, tmp_path)
+    library.write_bytes(content)
+    other = tmp_path / "other.so"
+    other.write_bytes(library_content(CRASHES, tmp_path))
+    monkeypatch.setattr(compiler, "_check_first_call", lambda program, library, *_: other.rename(library))
+    assert small_step(compiler.load(program, library), program)[0].isfinite().all()
+
+
+def test_library_that_crashes_leaves_the_service_alive_and_not_compiled(
+    path: Path,
+    program: ReverseStep,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), company())
+    library_of(program, tmp_path).write_bytes(library_content(CRASHES, tmp_path))
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    assert not runner.compile(tmp_path, must=False)
+    assert "its first call failed: ended by SIGSEGV" in caplog.text
+    assert not runner.models["default"].compiled
+    assert equal(draw(runner, company()), plain)
+    with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: .*ended by SIGSEGV; compiling needs a C\+\+ compiler"):
+        runner.compile(tmp_path, must=True)
+
+
+def test_library_that_crashes_is_compiled_again(
+    program: ReverseStep, builds: list[ReverseStep], content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = library_of(program, tmp_path)
+    library.write_bytes(library_content(CRASHES, tmp_path))
+    step = compiler.compiled_step(program, tmp_path)
+    assert "ended by SIGSEGV" in caplog.text
+    assert builds == [program]
+    assert library.read_bytes() == content
+    assert small_step(step, program)[0].isfinite().all()
+
+
+def test_library_that_crashes_when_it_is_new_is_not_kept(
+    program: ReverseStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    crashing = library_content(CRASHES, tmp_path)
+    monkeypatch.setattr(compiler, "build", lambda program: crashing)
+    with pytest.raises(CompilerError, match=r"^compiling failed: its first call failed: ended by SIGSEGV$"):
+        compiler.compiled_step(program, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_library_that_hangs_is_not_used(program: ReverseStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library_of(program, tmp_path).write_bytes(library_content(HANGS, tmp_path))
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    monkeypatch.setattr(compiler, "FIRST_CALL_SECONDS", 1)
+    with pytest.raises(CompilerError, match="its first call failed: no result in time"):
+        compiler.compiled_step(program, tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "value", "nan", "none"])
+def test_first_call_compares_with_the_step_that_is_not_compiled(
+    program: ReverseStep, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "shape": lambda x: x[:, :, 1:],
+        "value": lambda x: x + 0.2,
+        "nan": lambda x: x * torch.nan,
+        "none": lambda x: x + 0.01,
+    }
+
+    def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+        x_prev, x_0, finite = program(*inputs)
+        return x_prev, changes[wrong](x_0), finite
+
+    monkeypatch.setattr(compiler, "_link", lambda program, path: step)
+    monkeypatch.setattr("signal.alarm", lambda seconds: None)
+    arguments = program, torch.get_num_threads(), 0, Path("library"), 1
+    if wrong == "none":
+        compiler.first_call(*arguments)
+        return
+    with pytest.raises(LibraryError, match="its results are wrong"):
+        compiler.first_call(*arguments)
+
+
+def test_library_is_called_in_a_child_only_the_first_time(
+    program: ReverseStep,
+    content: bytes,
+    children: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = library_of(program, tmp_path)
+    library.write_bytes(content)
+    compiler.load(program, library)
+    assert children == ["first_call"]
+    monkeypatch.setattr(compiler, "_checked", set())  # as in a new process
+    compiler.load(program, library)
+    assert children == ["first_call"]
+    monkeypatch.setattr(torch.version, "git_version", "another build")
+    compiler.load(program, library)
+    assert children == ["first_call"] * 2
+
+
+def test_library_whose_check_others_could_have_written_is_called_in_a_child(
+    program: ReverseStep, content: bytes, children: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_of(program, tmp_path)
+    library.write_bytes(content)
+    compiler.load(program, library)
+    library.with_suffix(".checked").chmod(0o666)
+    monkeypatch.setattr(compiler, "_checked", set())
+    compiler.load(program, library)
+    assert children == ["first_call"] * 2
+
+
+PLANT = """
+import shutil, sys
+from torch._inductor.cpp_builder import CppBuilder
+from torch._inductor.cpu_vec_isa import VecISA, supported_vec_isa_list
+CppBuilder.build = lambda self: shutil.copy(sys.argv[1], self.get_target_file_path())
+VecISA._probe_load = lambda self, path: True
+assert all([bool(isa) for isa in supported_vec_isa_list])
+"""
+COMPILE = """
+import sys, torch
+from pathlib import Path
+from model import checkpoint
+from model.compiled import compiler
+from model.step import ReverseStep
+program = ReverseStep(checkpoint.load(Path(sys.argv[1])), torch.device("cpu"), torch.bfloat16)
+try:
+    compiler.compiled_step(program, Path(sys.argv[2]))
+except compiler.CompilerError as error:
+    print(error)
+"""
+SETS_A_MARK = """
+#include <cstdlib>
+#include <fstream>
+__attribute__((constructor)) static void run() { if (auto* mark = std::getenv("MARK")) std::ofstream(mark) << "ran"; }
+"""
+
+
+def test_library_planted_in_the_predictable_folder_is_not_run(path: Path, tmp_path: Path) -> None:
+    """Inductor tests the processor with libraries that it takes from its cache. The compiler refuses everything else,
+    so that compiling ends soon."""
+    trap, mark, temporary = compile_library(SETS_A_MARK, tmp_path / "trap.so"), tmp_path / "mark", tmp_path / "tmp"
+    temporary.mkdir()
+    cxx = tmp_path / "g++"
+    cxx.write_text('#!/bin/sh\ncase "$*" in *-v|*--version|*-dumpversion|*-dumpmachine) exec g++ "$@";; esac\nexit 1\n')
+    cxx.chmod(0o755)
+    clean = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    own = clean | {"TMPDIR": str(temporary), "CXX": str(cxx)}
+
+    def run(code: str, *arguments: Path, **variables: str) -> str:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, env=own | variables, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(PLANT, trap)
+    (predictable,) = temporary.glob("torchinductor_*")
+    assert list(predictable.rglob("*.so"))
+    assert "compiling failed" in run(COMPILE, path, tmp_path / "cache", MARK=str(mark))
+    assert not mark.exists()
+    assert list(temporary.iterdir()) == [predictable]  # the private folder is removed

@@ -1,0 +1,339 @@
+"""The compiled step against itself in other company, and against the one that is not compiled."""
+
+import ctypes
+import itertools
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import InternalTorchDynamoError
+
+from app.engine.job import Trajectory
+from app.runner.device import RunnerError
+from app.runner.runner import Runner
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.compiled import compiler
+from model.compiled.compiler import CompilerError, library_of
+from model.precision import CallRows, can_compile
+from model.step import ReverseStep, State, Stepped
+from tests.app.runner.rows import company, draw, equal
+from tests.model.tiny_checkpoint import tiny_checkpoint
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture
+def loaded(path: Path) -> Checkpoint:
+    return checkpoint.load(path)
+
+
+def compiled_runner(loaded: Checkpoint, cache: Path, dtype: torch.dtype = torch.bfloat16) -> Runner:
+    runner = Runner({"default": loaded}, CPU, dtype)
+    runner.compile(cache, must=True)
+    return runner
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(
+    loaded: Checkpoint, cache: Path, dtype: str
+) -> None:
+    runner = compiled_runner(loaded, cache, DTYPES[dtype])
+    assert runner.models["default"].compiled
+    alone = [draw(runner, [row])[0] for row in company()]
+    assert len({image.tobytes() for image in alone}) == len(alone)
+    for max_batch, order in [(64, None), (64, 1), (7, 3), (2, 5), (1, 6)]:
+        assert equal(draw(runner, company(), max_batch, order), alone)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_it_draws_what_it_draws_otherwise_but_for_rounding(path: Path, cache: Path, dtype: str) -> None:
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]), company())
+    compiled = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company())
+    difference = np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean()
+    assert difference < (8 if dtype == "bfloat16" else 0.01)  # of 255 levels
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
+    path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    compiled_runner(checkpoint.load(path), cache, DTYPES[dtype])
+    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
+    other = tiny_checkpoint(tmp_path, seed=1)
+    plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), company())
+    compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), company())
+    assert np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean() < (8 if dtype == "bfloat16" else 0.01)
+    first = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company())
+    assert np.abs(np.stack(first).astype(float) - np.stack(compiled)).mean() > 20
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache: Path, dtype: str) -> None:
+    before, images = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            images.append(draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company()))
+    finally:
+        torch.set_num_threads(before)
+    assert equal(images[0], images[1])
+    assert equal(images[0], images[2])
+
+
+@needs_compiler
+def test_threads_that_come_and_go_between_the_steps_of_an_image_leave_its_pixels(
+    loaded: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, before = compiled_runner(loaded, cache), torch.get_num_threads()
+    expected, step, counts = draw(runner, company()), runner.step, itertools.cycle((1, 3, 2))
+
+    def step_with_others(trajectories: list[Trajectory]) -> list[bool]:
+        torch.set_num_threads(next(counts))
+        return step(trajectories)
+
+    monkeypatch.setattr(runner, "step", step_with_others)
+    try:
+        assert equal(draw(runner, company()), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoint, cache: Path) -> None:
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    if program.call_rows.most:
+        pytest.skip("the network alone is compiled here, and its inputs are made for it")
+    step, every = compiler.compiled_step(program, cache), torch.arange(2)
+    state = State.zeros(4, loaded.image_shape, CPU)
+    rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), every, torch.zeros_like(every), every, every
+    assert len(step(*state, *rows)) == 3
+    state.x_t = state.x_t.transpose(2, 3)
+    with pytest.raises(RuntimeError, match="contiguous"):
+        step(*state, *rows)
+
+
+@needs_compiler
+def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = draw(compiled_runner(checkpoint.load(path), cache), company())
+    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    assert equal(draw(compiled_runner(checkpoint.load(path), cache), company()), first)
+
+
+@needs_compiler
+def test_a_library_holds_no_weights(loaded: Checkpoint, cache: Path) -> None:
+    """Each program that is made of it would hold a copy of them, which nobody reads."""
+    program = compiled_runner(loaded, cache)._networks["default"].program
+    content = library_of(program, cache).read_bytes()
+    for tensor in program.state_dict().values():
+        assert tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()[:64] not in content
+
+
+def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # whom nobody has heard of
+    assert compiler.default_cache() == Path("/.cache/unfog")
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", ["a byte", "its end", "all of it"])
+def test_a_damaged_library_is_made_anew(
+    loaded: Checkpoint,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    damage: str,
+) -> None:
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    compiler.compiled_step(program, cache)
+    content = bytearray(library_of(program, cache).read_bytes())
+    content[len(content) // 2] ^= 1
+    library = library_of(program, tmp_path)
+    library.write_bytes({"a byte": content, "its end": content[:-100], "all of it": b"half"}[damage])
+    whole = library_of(program, cache).read_bytes()
+    monkeypatch.setattr(compiler, "build", lambda program: whole)
+    compiler.compiled_step(program, tmp_path)
+    assert library.read_bytes() == whole
+    assert "Discarding compiled step, recompiling" in caplog.text
+
+
+@needs_compiler
+@pytest.mark.parametrize("fault", ["cannot be written", "runs no programs"])
+def test_where_the_cache_cannot_be_used_it_is_compiled_all_the_same_and_the_log_says_so(
+    path: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    first = draw(compiled_runner(checkpoint.load(path), cache), company())
+    library = library_of(ReverseStep(checkpoint.load(path), CPU, torch.bfloat16), cache)
+    monkeypatch.setattr(compiler, "build", lambda program: library.read_bytes())
+    if fault == "cannot be written":
+        (tmp_path / "unusable").touch()
+    load_library = ctypes.CDLL
+
+    def load_elsewhere(name: str) -> ctypes.CDLL:
+        if os.path.realpath(name).startswith(str(tmp_path / "unusable")):
+            raise OSError("failed to map segment from shared object")
+        return load_library(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_elsewhere)
+    assert equal(draw(compiled_runner(checkpoint.load(path), tmp_path / "unusable"), company()), first)
+    assert "cannot be used, so each start compiles" in caplog.text
+
+
+def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), company())
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    with pytest.raises(RunnerError, match=r"UNFOG_COMPILE=on: compiling needs a C\+\+ compiler"):
+        runner.compile(tmp_path, must=True)
+    with caplog.at_level(logging.WARNING):
+        runner.compile(tmp_path, must=False)
+    assert "is not compiled, and takes longer: compiling needs a C++ compiler" in caplog.text
+    assert not runner.models["default"].compiled
+    assert equal(draw(runner, company()), plain)
+
+
+def test_a_cache_that_cannot_be_looked_into_is_as_good_as_none(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_ = os.open
+
+    def refuse(file: Path, *how: Any, **more: Any) -> int:
+        if Path(file).is_relative_to(tmp_path):
+            raise PermissionError(13, "Permission denied", str(file))
+        return open_(file, *how, **more)
+
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(compiler, "can_compile", lambda: False)
+    assert not runner.compile(tmp_path, must=False)
+    assert "Permission denied" in caplog.text
+
+
+def test_a_compiler_that_fails_is_one_sentence(
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(program: ReverseStep) -> bytes:
+        raise RuntimeError("it said\nmany things")
+
+    monkeypatch.setattr(compiler, "build", fail)
+    monkeypatch.setattr(compiler, "can_compile", lambda: True)
+    with pytest.raises(CompilerError, match=r"^compiling failed: it said$"):
+        compiler.compiled_step(ReverseStep(loaded, CPU, torch.bfloat16), tmp_path)
+
+
+def test_what_torch_cannot_compile_for_a_gpu_is_one_sentence_when_the_service_warms_up(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_(program: ReverseStep, **how: object) -> Callable[..., Stepped]:
+        def step(*inputs: Tensor) -> Stepped:
+            raise InternalTorchDynamoError("no C compiler\nand much more")
+
+        return step
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(compiler, "use_private_compile_cache", lambda cache: cache)
+    runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
+    (network,) = runner._networks.values()
+    network.program.device = torch.device("cuda")
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        assert runner.compile(tmp_path, must=True)
+        with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: compiling failed: no C compiler$"):
+            runner.warm_up(lambda: False)
+
+
+def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_the_next_call_writes(
+    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tuple(torch.zeros(2) for _ in range(3))
+    asked: list[object] = []
+
+    def compile_(program: ReverseStep, **how: object) -> Callable[..., tuple[Tensor, ...]]:
+        asked.append(how)
+        return lambda number: tuple(part.fill_(number) for part in memory)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(compiler, "use_private_compile_cache", asked.append)
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    program.device = torch.device("cuda")
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        step = compiler.compiled_step(program, tmp_path)
+        first = step(1.0)
+        step(2.0)
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
+    assert all(part.tolist() == [1.0, 1.0] for part in first)
+    assert asked == [tmp_path / "gpu", {"mode": "reduce-overhead", "dynamic": True}]
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shapes(loaded: Checkpoint) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    runners = [Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True) for _ in range(2)]
+    for runner in runners:
+        runner._networks["default"].program.call_rows = CallRows()  # as on a GPU
+    compiled = runners[0]._networks["default"]
+    compiled.step = torch.compile(compiled.program, backend=note, dynamic=True)
+    try:
+        for max_batch in (1, 64):
+            assert equal(*(draw(runner, company(), max_batch) for runner in runners))
+    finally:
+        torch._dynamo.reset()
+    assert 1 <= len(graphs) <= 4
+
+
+@pytest.fixture
+def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Libraries that must not be taken for each other."""
+
+    def name(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> str:
+        return library_of(ReverseStep(loaded, CPU, dtype), tmp_path).name
+
+    (tmp_path / "other").mkdir()
+    other = checkpoint.load(tiny_checkpoint(tmp_path / "other", num_pairs=2))
+    found = [name(checkpoint.load(path)), name(checkpoint.load(path), torch.bfloat16), name(other)]
+    monkeypatch.setattr(compiler, "_processor_features", lambda: "flags: fewer")
+    found.append(name(checkpoint.load(path)))
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    yield [*found, name(checkpoint.load(path))]
+
+
+def test_a_library_is_of_one_architecture_precision_processor_and_torch(names: list[str]) -> None:
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_what_the_compiler_would_make_slow_code_of_comes_in_other_words(loaded: Checkpoint, dtype: torch.dtype) -> None:
+    program = ReverseStep(loaded, CPU, dtype)
+    with torch.no_grad():
+        exported = compiler._export_denoise(program) if program.call_rows.most else compiler._export_step(program)
+    called = " ".join(str(node.target) for node in exported.graph.nodes)
+    assert "sigmoid" in called
+    assert "rsqrt" in called
+    assert not re.search("group_norm|gelu", called)

@@ -1,0 +1,64 @@
+"""The Triton code that Inductor generates for a GPU, compiled and interpreted without one (triton_code.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.checkpoint import SHIPPED
+from tests.model.tiny_checkpoint import tiny_checkpoint
+
+ROOT = Path(__file__).parents[3]
+ARCHITECTURES = (75, 80, 86, 90)
+TESTED = {"torch": "2.13.", "triton": "3."}  # their interfaces that triton_code.py uses are not documented
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tested_versions() -> None:
+    for package, prefix in TESTED.items():
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"needs {package} {prefix}*, of the development extra on Linux x86-64")
+        if not found.startswith(prefix):
+            pytest.skip(f"needs {package} {prefix}*, found {found}")
+
+
+@pytest.fixture
+def caches(tmp_path: Path) -> dict[str, str]:
+    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+
+
+def triton_code(*arguments: str, timeout: float = 280, **variables: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.model.compiled.triton_code", *arguments]
+    own = os.environ | variables
+    done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_triton_kernels_of_a_small_step_compile(tmp_path: Path, caches: dict[str, str]) -> None:
+    found = triton_code("step", str(tiny_checkpoint(tmp_path)), "80", **caches)
+    assert found["kernels"] >= 20
+    assert found["errors"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_triton_kernels_of_the_shipped_step_compile_for_every_architecture(caches: dict[str, str]) -> None:
+    found = triton_code("step", str(SHIPPED), *map(str, ARCHITECTURES), timeout=1750, **caches)
+    assert found["kernels"] >= 30
+    assert found["errors"] == {}
+
+
+def test_triton_noise_has_the_words_of_the_cpu(caches: dict[str, str]) -> None:
+    found = triton_code("noise", TRITON_INTERPRET="1", **caches)
+    assert found["words"] == 4 * 8 * 196
+    assert found["different_words"] == 0
+    assert found["normal_error"] < 1e-5

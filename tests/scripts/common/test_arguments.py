@@ -1,0 +1,40 @@
+import argparse
+
+import pytest
+
+from scripts.common import arguments
+from scripts.common.arguments import Parser, add_drawing_arguments, given_options
+
+
+def parse(*given: str) -> argparse.Namespace:
+    parser = Parser(prog="test")
+    add_drawing_arguments(parser, seed=0)
+    return parser.parse_args(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "mode"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),
+        (["--compile", "--seed=1"], "on"),
+        (["--compile", "off"], "off"),
+        (["--compile=auto"], "auto"),
+    ],
+    ids=" ".join,
+)
+def test_compile_takes_a_mode_and_means_on_without_one(
+    monkeypatch: pytest.MonkeyPatch, given: list[str], mode: str
+) -> None:
+    monkeypatch.setattr(arguments, "DEFAULT_COMPILE", "auto")
+    args = parse(*given)
+    assert args.compile == mode
+    assert ("--compile" in given_options(args)) == bool(given)
+
+
+def test_another_compile_mode_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse("--compile=fast")
+    assert exit_.value.code == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "invalid choice: 'fast'" in sentence

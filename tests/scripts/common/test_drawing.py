@@ -1,0 +1,206 @@
+import dataclasses
+import logging
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.compiled.compiler import CompilerError, default_cache
+from model.sampler import Guidance, sample
+from model.step import ReverseStep, Step, Stepped
+from scripts.common import drawing
+from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, options_from
+from scripts.common.progress import Reporter
+from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
+
+GUIDANCE = Guidance(1.5, start=2, stop=8)
+
+
+def arguments(**given: Any) -> Namespace:
+    names = ("num_steps", "guidance_scale", "guidance_start", "guidance_stop")
+    return Namespace(**{"sampler": "ddpm", **dict.fromkeys(names), **given})
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: Any, fast: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": fast})
+    path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
+    y, index = torch.tensor([3, 1, 4, 1, 5]), torch.tensor([0, 1, 2, 3, 9])
+    options = DrawingOptions(sampler, 4, GUIDANCE)
+    with Reporter() as reporter:
+        drawn = Drawer(checkpoint.load(path)).draw(y, index, options, reporter, seed=6, batch_size=2)
+    loaded = checkpoint.load(path)
+    expected = sample(
+        loaded.network,
+        loaded.schedule,
+        y,
+        seed=torch.full_like(y, 6),
+        index=index,
+        image_shape=(1, 28, 28),
+        sampler=sampler,
+        num_steps=4,
+        guidance=GUIDANCE,
+    )
+    error = (drawn - expected).abs().mean()
+    assert error < (0.05 if fast else 1e-4)
+    # another order of the same rows is another picture, in either precision
+    assert (drawn - expected.flip(0)).abs().mean() > 0.2
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
+def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path) -> None:
+    path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
+    y, options, images = torch.arange(9), DrawingOptions("ddim", 2, GUIDANCE), []
+    with Reporter() as reporter:
+        for mode in ("off", "on"):
+            drawer = Drawer(checkpoint.load(path))
+            drawer.compile(mode, reporter)
+            assert drawer.facts["compiled"] == (mode == "on")
+            images.append(drawer.draw(y, y, options, reporter, seed=6, batch_size=4))
+    plain, compiled = images
+    assert (plain - compiled).abs().mean() < 0.02
+    assert (plain - compiled.flip(0)).abs().mean() > 0.2
+
+
+@pytest.fixture
+def drawer(tmp_path: Path) -> Drawer:
+    return Drawer(checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors")))
+
+
+def compile_with(drawer: Drawer, mode: str) -> None:
+    with Reporter() as reporter:
+        drawer.compile(mode, reporter)
+
+
+def cannot_compile(program: ReverseStep, cache: Path) -> Step:
+    raise CompilerError("compiling needs a C++ compiler")
+
+
+def test_auto_draws_without_a_compiled_step_that_cannot_be_had_and_says_why(
+    drawer: Drawer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(drawing, "compiled_step", cannot_compile)
+    compile_with(drawer, "auto")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("which is slower: compiling needs a C++ compiler")
+    assert not drawer.facts["compiled"]
+    y = torch.arange(2)
+    with Reporter() as reporter:
+        drawn = drawer.draw(y, y, DrawingOptions("ddim", 2, GUIDANCE), reporter, seed=6)
+    assert drawn.shape == (2, 1, 28, 28)
+
+
+def test_on_without_a_compiled_step_is_one_sentence(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "compiled_step", cannot_compile)
+    with pytest.raises(DrawingError, match=r"^--compile on: compiling needs a C\+\+ compiler$"):
+        compile_with(drawer, "on")
+    assert not drawer.facts["compiled"]
+
+
+@pytest.mark.parametrize(("mode", "device"), [("off", "cpu"), ("off", "cuda"), ("auto", "cuda")])
+def test_off_and_auto_on_a_gpu_never_compile(
+    drawer: Drawer, monkeypatch: pytest.MonkeyPatch, mode: str, device: str
+) -> None:
+    monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
+    drawer.device = torch.device(device)
+    compile_with(drawer, mode)
+    assert not drawer.facts["compiled"]
+
+
+def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(
+    drawer: Drawer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where compiling begins with the first step."""
+
+    def step(*inputs: torch.Tensor) -> Stepped:
+        raise CompilerError("compiling failed: no C compiler")
+
+    monkeypatch.setattr(drawing, "compiled_step", lambda program, cache: step)
+    compile_with(drawer, "on")
+    y = torch.arange(2)
+    with Reporter() as reporter, pytest.raises(DrawingError, match=r"^--compile on: compiling failed: no C compiler$"):
+        drawer.draw(y, y, DrawingOptions("ddim", 2, GUIDANCE), reporter, seed=6)
+
+
+def test_what_the_compiler_logs_is_shown_while_it_compiles_and_not_afterwards(
+    drawer: Drawer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("model.compiled.compiler")
+    before = log.getEffectiveLevel()
+
+    def compile_and_log(program: ReverseStep, cache: Path) -> Step:
+        log.info("compiling for %s", "this machine")
+        log.warning("the cache cannot be used")
+        return program
+
+    monkeypatch.setattr(drawing, "compiled_step", compile_and_log)
+    compile_with(drawer, "auto")
+    assert capsys.readouterr().out.splitlines() == ["compiling for this machine", "the cache cannot be used"]
+    log.error("later")
+    assert capsys.readouterr().out == ""
+    assert log.getEffectiveLevel() == before
+
+
+def test_compiled_steps_are_kept_where_the_service_keeps_them(
+    drawer: Drawer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[Path] = []
+
+    def compile_to(program: ReverseStep, cache: Path) -> Step:
+        caches.append(cache)
+        return program
+
+    monkeypatch.setattr(drawing, "compiled_step", compile_to)
+    for folder in (str(tmp_path / "own"), ""):  # an empty variable counts as unset, as in the service
+        monkeypatch.setenv("UNFOG_CACHE_DIR", folder)
+        compile_with(drawer, "auto")
+    assert caches == [tmp_path / "own", default_cache()]
+
+
+def test_options_are_the_checkpoints_where_nothing_is_asked(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    assert options_from(arguments(), loaded) == DrawingOptions("ddpm", NUM_STEPS, GUIDANCE)
+    asked = arguments(num_steps=3, sampler="ddim", guidance_scale=2.0, guidance_start=1, guidance_stop=5)
+    assert options_from(asked, loaded) == DrawingOptions("ddim", 3, Guidance(2.0, 1, 5))
+
+
+def test_the_guidance_is_that_of_the_sampler(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    config = dataclasses.replace(loaded.config, guidance_by_sampler={"dpmpp": Guidance(3.0, 4, 6)})
+    loaded = dataclasses.replace(loaded, config=config)
+    assert options_from(arguments(), loaded).guidance == GUIDANCE
+    assert options_from(arguments(sampler="dpmpp"), loaded).guidance == Guidance(3.0, 4, 6)
+    assert options_from(arguments(sampler="dpmpp", guidance_scale=2.0), loaded).guidance == Guidance(2.0, 4, 6)
+
+
+def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "b.safetensors", label_drop=0, guidance=Guidance()))
+    assert options_from(arguments(), loaded).guidance.scale == 1
+    assert options_from(arguments(guidance_scale=1.0), loaded).guidance.scale == 1
+    with pytest.raises(DrawingError, match="cannot be guided"):
+        options_from(arguments(guidance_scale=1.5), loaded)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_steps": 11},
+        {"guidance_start": 9},
+        {"guidance_stop": 11},
+        {"guidance_stop": 1},
+        {"guidance_scale": 1, "guidance_stop": 5},
+    ],
+    ids=str,
+)
+def test_what_the_checkpoint_cannot_do_or_would_ignore_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    with pytest.raises(DrawingError):
+        options_from(arguments(**wrong), loaded)

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import EinopsError
+from PIL import Image
+
+from scripts.common.pictures import grid, save_grid, to_pixels
+
+
+def test_minus_1_is_black_1_is_white_and_what_lies_beyond_is_clipped() -> None:
+    assert to_pixels(torch.tensor([-1.0, 0.0, 1.0, -7.0, 7.0])).tolist() == [0, 128, 255, 0, 255]
+
+
+def test_all_256_greys_survive_the_way_there_and_back() -> None:
+    greys = torch.arange(256)
+    assert torch.equal(to_pixels(greys / 127.5 - 1), greys.to(torch.uint8))
+
+
+def test_a_grid_is_row_major() -> None:
+    images = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 2, 3)
+    sheet = grid(images, columns=3)
+    assert sheet.shape == (4, 9, 1)
+    assert sheet[::2, ::3, 0].tolist() == [[0, 51, 102], [153, 204, 255]]
+
+
+def test_images_that_do_not_fill_the_grid_are_an_error() -> None:
+    with pytest.raises(EinopsError):
+        grid(torch.zeros(5, 1, 2, 2), columns=3)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_a_saved_grid_is_a_png_enlarged_by_whole_pixels(tmp_path: Path, channels: int, mode: str) -> None:
+    images = torch.rand(4, channels, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    save_grid(images, tmp_path / "new" / "grid.png", columns=2, scale=3)
+    with Image.open(tmp_path / "new" / "grid.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", mode, (2 * 7 * 3, 2 * 5 * 3))
+        pixels = np.asarray(image).reshape(30, 42, channels)
+    expected = grid(images, columns=2).numpy().repeat(3, axis=0).repeat(3, axis=1)
+    assert (pixels == expected).all()

@@ -1,0 +1,50 @@
+import pytest
+import torch
+
+from scripts.training.objective import DenoisingObjective
+from scripts.training.recipe import Recipe
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_STEPS, NUM_VALIDATION, recipe_of, trust_idx_files
+
+
+@pytest.fixture
+def objective(monkeypatch: pytest.MonkeyPatch) -> DenoisingObjective:
+    trust_idx_files(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    recipe: Recipe = recipe_of("cosine")
+    return DenoisingObjective(recipe, images, torch.arange(NUM_IMAGES) % 10, torch.device("cpu"))
+
+
+def test_an_untrained_network_loses_the_noises_variance_in_every_band(objective: DenoisingObjective) -> None:
+    validation_loss, band_losses = objective.validation_losses(lambda x_t, t, y: torch.zeros_like(x_t))
+    n = NUM_VALIDATION * 784
+    assert abs(validation_loss - 1) < 5 * (2 / n) ** 0.5
+    assert all(abs(loss - 1) < 5 * (2 / (n / 8)) ** 0.5 for loss in band_losses)
+
+
+def test_bands_are_the_quarters_of_the_steps_with_little_noise_first(objective: DenoisingObjective) -> None:
+    held_out = objective._held_out
+    _, band_losses = held_out.losses(lambda x_t, t, y: held_out.target[: len(x_t)] + t[:, None, None, None])
+    quarter = NUM_STEPS // 4
+    for band, loss in enumerate(band_losses):
+        steps = [t for t in held_out.t.tolist() if band * quarter < t <= (band + 1) * quarter]
+        assert loss == pytest.approx(sum(t * t for t in steps) / len(steps), rel=1e-4)
+
+
+def test_labels_are_dropped_as_often_as_the_recipe_says_and_held_out_images_never_seen(
+    objective: DenoisingObjective,
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watch(x_t: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append(y)
+        return torch.zeros_like(x_t)
+
+    loss_of = objective.loss_of(torch.Generator().manual_seed(0))
+    rows = torch.arange(objective.num_examples)
+    for _ in range(200):
+        loss_of(watch, rows)
+    y = torch.stack(seen)  # (200, N)
+    labels = torch.arange(NUM_IMAGES - NUM_VALIDATION) % 10
+    assert ((y == labels) | (y == 10)).all()
+    assert (y == 10).double().mean().item() == pytest.approx(0.2, abs=5 * (0.16 / y.numel()) ** 0.5)

@@ -1,0 +1,157 @@
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.sampler import Guidance
+from model.unet import UNet
+from scripts.training.recipe import RecipeError, load_recipe, preset_names
+from tests.scripts.tiny_training import COSINE, NUM_STEPS
+
+
+def refusal(preset: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(preset)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_the_presets_are_baseline_and_default() -> None:
+    assert {"baseline", "default"} <= set(preset_names(of_students=False))
+    assert preset_names(of_students=True) == ["fast"]
+    assert sorted([*preset_names(of_students=False), "fast"]) == preset_names()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_describes_a_network_of_digits(name: str) -> None:
+    recipe = load_recipe(name)
+    assert (recipe.schedule.num_steps, recipe.unet.image_size, recipe.unet.num_classes) == (100, 28, 10)
+    assert sum(p.numel() for p in UNet(recipe.unet).parameters()) * 4 < 12e6  # all that ships fits into 12 MB
+
+
+def test_baseline_is_the_textbooks_recipe() -> None:
+    recipe = load_recipe("baseline")
+    assert (recipe.epochs, recipe.batch_size, recipe.optimizer.name) == (30, 64, "adam")
+    assert (recipe.lr_schedule.name, recipe.lr_schedule.patience) == ("plateau", 5)
+    assert (recipe.schedule.kind, recipe.unet.conditioning) == ("linear", "bottom")
+    assert (recipe.label_drop, recipe.ema_max_decay, recipe.guidance.scale) == (0, 0, 1)
+
+
+def differences(one: str, other: str) -> set[str]:
+    """Where two presets differ, as dotted names."""
+
+    def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from leaves(part, f"{place}.{key}".lstrip("."))
+        else:
+            yield place, value
+
+    a, b = (dict(leaves(load_recipe(name).model_dump(mode="json"))) for name in (one, other))
+    return {place for place in a.keys() | b.keys() if a.get(place) != b.get(place)}
+
+
+GUIDANCE = {  # which is another rung, between these two
+    "guidance.scale",
+    "guidance.start",
+    "guidance.stop",
+    *(f"guidance_by_sampler.ddpm.{field}" for field in ("scale", "start", "stop")),
+}
+
+
+STEM_AND_RECIPE = {  # rung 5
+    *("batch_size", "grad_clip", "optimizer.name", "optimizer.lr", "optimizer.betas", "optimizer.weight_decay"),
+    *("lr_schedule.name", "lr_schedule.warmup_steps"),
+    *("unet.stem_patch", "unet.widths", "unet.num_pairs", "unet.residual", "unet.attention_heads"),
+}
+
+STUDENT = {
+    *("epochs", "label_drop", "optimizer.lr", "prediction.kind"),
+    *(f"distillation.{field}" for field in ("num_steps", "teacher_steps", "num_paths", "num_held_out")),
+    *(f"distillation.guidance.{field}" for field in ("scale", "start", "stop")),
+}
+
+
+@pytest.mark.parametrize(
+    ("below", "rung", "different"),
+    [
+        ("naive", "baseline", {"schedule.beta_start", "schedule.beta_end"}),
+        ("baseline", "baseline-ema", {"ema_max_decay"}),
+        ("baseline-ema", "baseline-conditioned", {"label_drop", "unet.conditioning"}),
+        ("baseline-conditioned", "baseline-cosine", {"schedule.kind"}),
+        ("baseline-cosine", "default-eps", STEM_AND_RECIPE),
+        ("default-eps", "fast", STUDENT),
+        ("default-eps", "default", {"prediction.kind", "min_snr_gamma", *GUIDANCE}),
+        ("default-eps", "default-edm", {"prediction.kind"}),
+    ],
+)
+def test_a_rung_of_the_ladder_changes_what_it_says_and_nothing_else(below: str, rung: str, different: set[str]) -> None:
+    assert differences(below, rung) == different
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_where_guidance_is_off_no_interval_waits_for_whoever_turns_it_on(preset: str) -> None:
+    recipe = load_recipe(preset)
+    off = [g for g in (recipe.guidance, *recipe.guidance_by_sampler.values()) if g.scale == 1]
+    assert off in ([], [Guidance()])
+
+
+@pytest.mark.parametrize("base", ['"circle"', "7", '"nonsense"'])
+def test_a_base_that_leads_nowhere_is_refused(tmp_path: Path, base: str) -> None:
+    path = tmp_path / "circle.toml"
+    path.write_text(f"base = {base}".replace("circle", str(path)))
+    assert refusal(str(path))
+
+
+def test_a_path_to_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(COSINE)
+    recipe = load_recipe(str(path))
+    assert recipe.unet.widths == (8, 16)
+    assert recipe.guidance.scale == 1.3
+    assert recipe.optimizer.betas == (0.9, 0.99)
+
+
+@pytest.mark.parametrize("preset", ["nonsense", "../presets/none", "missing.toml", ""])
+def test_an_unknown_preset_is_refused_with_those_there_are(preset: str) -> None:
+    assert f"no preset {preset!r}: baseline, baseline-conditioned" in refusal(preset)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs = 3", "epochs = 0", "epochs: "),
+        ("epochs = 3", "epoch = 3", "epoch"),
+        ("epochs = 3", 'epochs = "many"', "epochs: "),
+        ("epochs = 3", "epochs = 3\nmomentum = 1", "momentum: "),
+        ("batch_size = 8", "batch_size = 1_000_000", "batch_size: "),
+        ("label_drop = 0.2", "label_drop = 1.0", "label_drop: "),
+        ("lr = 1e-2", "lr = inf", "optimizer.lr: "),
+        ("lr = 1e-2", "lr = -1e-2", "optimizer.lr: "),
+        ("betas = [0.9, 0.99]", "betas = [0.9, 1.0]", "optimizer.betas.1: "),
+        ('name = "adamw"', 'name = "sgd"', "optimizer.name: "),
+        ("scale = 1.3", "scale = nan", "guidance"),
+        ("scale = 1.3", "scale = 0.5", "guidance.scale must be 1 to 10"),
+        ("scale = 1.3", "scale = 1.3\nend = 9", "guidance.end: "),
+        ("scale = 1.3", "scale = 1.3\nstart = 90\nstop = 20", "not above guidance.stop"),
+        ("label_drop = 0.2", "label_drop = 0.0", "guidance needs label_drop"),
+        ("widths = [8, 16]", "widths = [8, 16]\nnum_classes = 11", "unet.num_classes must be 10"),
+        ('kind = "cosine"', 'kind = "sigmoid"', "unknown schedule kind 'sigmoid'"),
+        ("widths = [8, 16]", "withs = [8, 16]", "unet.withs: "),
+        ("widths = [8, 16]", "widths = [8, 20]", "widths must be multiples of 8"),
+        (f"[unet]\nnum_steps = {NUM_STEPS}", "[unet]\nnum_steps = 99", "num_steps must be equal"),
+        ("[unet]", "[unet", "is not TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in COSINE
+    path = tmp_path / "wrong.toml"
+    path.write_text(COSINE.replace(old, new, 1))
+    assert message in refusal(str(path))
+    assert str(path) in refusal(str(path))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert "is not TOML" in refusal(str(tmp_path / "binary.toml"))

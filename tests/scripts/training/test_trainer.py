@@ -1,0 +1,136 @@
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.compiled.compiler import default_cache
+from scripts.common.progress import Reporter
+from scripts.train import train
+from scripts.training.objective import DenoisingObjective
+from scripts.training.run import Run
+from scripts.training.trainer import EpochResult, Trainer
+from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, recipe_of, trust_idx_files
+
+STEPS = (NUM_IMAGES - NUM_VALIDATION) // 8
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+    trust_idx_files(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (NUM_IMAGES, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(NUM_IMAGES) % 10
+
+    def make(name: str, *, compiled: bool = False, **fields: Any) -> Trainer:
+        recipe = recipe_of(name, **fields)
+        objective = DenoisingObjective(recipe, images, labels, torch.device("cpu"))
+        return Trainer(recipe, objective, seed=0, device=torch.device("cpu"), compiled=compiled)
+
+    return make
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_training_uses_a_private_compile_cache(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr("scripts.training.trainer.use_private_compile_cache", calls.append)
+    monkeypatch.setattr(torch, "compile", lambda denoise: calls.append("compile") or denoise)
+    make_trainer("plateau", compiled=compiled)
+    assert calls == ([default_cache(), "compile"] if compiled else [])
+
+
+def test_the_cosine_learning_rate_warms_up_and_falls_to_nothing(make_trainer: MakeTrainer) -> None:
+    trainer, rates = make_trainer("cosine"), []
+    for _ in range(3):
+        trainer.run_epoch(lambda step, loss: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    total = 3 * STEPS
+    warmup = [1 / 3, 2 / 3] + [1] * (total - 2)
+    expected = [1e-2 * w * (1 + math.cos(math.pi * i / total)) / 2 for i, w in enumerate(warmup)]
+    assert rates == pytest.approx(expected)
+
+
+def test_a_plateau_lowers_the_learning_rate(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer("plateau")
+    losses = iter([0.5, 0.4, 0.4, 0.3])
+    monkeypatch.setattr(trainer.objective, "validation_losses", lambda denoiser: (next(losses), (0.0,) * 4))
+    rates = [trainer.run_epoch().learning_rate for _ in range(4)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.05])
+
+
+def test_each_training_image_is_seen_once_an_epoch_and_no_validation_image(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = make_trainer("plateau"), []
+    learn = trainer._learn_from
+
+    def watch(rows: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(rows)
+        return learn(rows, *args)
+
+    monkeypatch.setattr(trainer, "_learn_from", watch)
+    trainer.run_epoch()
+    trainer.run_epoch()
+    first, second = torch.cat(seen[:STEPS]), torch.cat(seen[STEPS:])
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(NUM_IMAGES - NUM_VALIDATION))
+    assert first.tolist() != second.tolist()
+
+
+def test_what_is_validated_is_the_average_where_there_is_one(make_trainer: MakeTrainer) -> None:
+    averaging, plain = make_trainer("cosine"), make_trainer("plateau")
+    for trainer in (averaging, plain):
+        trainer.run_epoch()
+    average, network = averaging.averaged.state_dict(), averaging.network.state_dict()
+    assert averaging.ema is not None
+    assert all(torch.equal(average[name], averaging.ema.shadow[name]) for name in average)
+    assert not any(torch.equal(average[name], network[name]) for name in average)
+    average, network = plain.averaged.state_dict(), plain.network.state_dict()
+    assert all(torch.equal(average[name], network[name]) for name in average)
+
+
+def test_a_trained_network_predicts_better_than_an_untrained_one(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("cosine", epochs=12)
+    losses = [trainer.run_epoch().train_loss for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_only_a_better_validation_loss_replaces_the_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer("plateau")
+    run = Run(tmp_path, "tiny", trainer.recipe, seed=0, data="")
+    result = EpochResult(1, train_loss=0.9, validation_loss=0.5, band_losses=(0.5,) * 4, learning_rate=0.1)
+    kept = []
+    for epoch, loss in enumerate([0.5, 0.6, 0.5, float("nan"), 0.4], start=1):
+        trainer.epoch = epoch
+        with torch.no_grad():
+            trainer.averaged.stem[1].bias.fill_(epoch)
+        best = run.record(trainer, replace(result, epoch=epoch, validation_loss=loss))
+        loaded = checkpoint.load(tmp_path / "model.safetensors")
+        kept.append((best, loaded.network.stem[1].bias[0].item(), loaded.config.training["epochs"]))
+    assert kept == [(True, 1, 1), (False, 1, 1), (False, 1, 1), (False, 1, 1), (True, 5, 5)]
+
+
+def test_a_diverged_first_epoch_is_no_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = make_trainer("plateau")
+    run = Run(tmp_path, "tiny", trainer.recipe, seed=0, data="")
+    assert not run.record(trainer, EpochResult(1, float("nan"), float("nan"), (float("nan"),) * 4, 0.1))
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_going_on_with_other_arithmetic_is_said(
+    make_trainer: MakeTrainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer("plateau", epochs=1)
+    with Reporter() as reporter:
+        train(trainer, Run(tmp_path, "tiny", trainer.recipe, seed=0, data=""), reporter)
+        again = make_trainer("plateau", epochs=1)
+        train(again, Run(tmp_path, "tiny", again.recipe, seed=0, data=""), reporter)
+        assert "not bit by bit" not in capsys.readouterr().out
+        again.arithmetic += ", compiled"
+        train(again, Run(tmp_path, "tiny", again.recipe, seed=0, data=""), reporter)
+    assert "not bit by bit" in capsys.readouterr().out
