@@ -19,6 +19,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from model.json_fields import build
+from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
 from model.sampler import SAMPLERS, Guidance, Sampler, sample
 from model.schedule import Schedule, ScheduleConfig
@@ -167,7 +168,7 @@ def save(path: Path, network: UNet, config: CheckpointConfig, *, dtype: torch.dt
     }
     stored = copy.deepcopy(network)
     stored.load_state_dict(tensors)  # the probe is drawn with the weights that a reader will have
-    image = ((draw_probe(stored, config).cpu() + 1) * 127.5).round().to(torch.uint8)
+    image = to_pixels(draw_probe(stored, config).cpu())
     metadata = {
         "format_version": FORMAT_VERSION,
         "probe_image": base64.b64encode(image.numpy().tobytes()).decode(),
@@ -218,7 +219,7 @@ def load(path: Path) -> Checkpoint:
     network.load_state_dict(tensors)
     network.eval().requires_grad_(False)
     prediction = Prediction(config.prediction, schedule)
-    probe_image = torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape) / 127.5 - 1
+    probe_image = from_pixels(torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape))
     sha256 = hashlib.sha256(content).hexdigest()
     return Checkpoint(network, schedule, prediction, config, sha256, weights_sha256(network), probe_image)
 

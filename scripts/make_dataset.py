@@ -5,7 +5,6 @@ when it is started again with the same arguments, and the result is the same as 
 """
 
 import argparse
-import io
 import json
 import shutil
 import struct
@@ -18,11 +17,12 @@ import torch
 from PIL import Image
 
 from model.checkpoint import CheckpointError, write_atomically
+from model.pixels import to_pixels
+from model.png import encode_png
 from scripts.common.arguments import Parser, add_drawing_arguments, integer
 from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.pictures import to_pixels
 from scripts.common.progress import Reporter, fail
 from scripts.evaluation.samples import FACTS, IDX
 
@@ -67,9 +67,8 @@ def write_idx(folder: Path, images: np.ndarray) -> None:
 def write_pngs(folder: Path, images: np.ndarray) -> None:
     """uint8 (N, 28, 28) as a folder a digit."""
     for i, image in enumerate(images):
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", buffer.getvalue())
+        png = encode_png(Image.fromarray(image))
+        write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", png)
 
 
 def _find(folder: Path) -> dict[str, Any] | None:

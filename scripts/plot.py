@@ -17,12 +17,13 @@ from torch.nn import functional as F
 from model import checkpoint
 from model.checkpoint import CheckpointError
 from model.diffusion import Diffusion
+from model.pixels import from_pixels
 from model.schedule import Schedule
 from scripts.benchmark.figures import show_bench
 from scripts.common.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer
 from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, new_figure, save_figure
-from scripts.common.mnist import DataError, load_mnist, to_model_range
+from scripts.common.mnist import DataError, load_mnist
 from scripts.common.pictures import grid, save_grid
 from scripts.common.progress import Reporter, fail, require, require_installed
 
@@ -158,7 +159,7 @@ def _noise(args: argparse.Namespace, reporter: Reporter) -> None:
         if given:
             raise PlotError(f"the digit of --data-dir is not drawn: leave out {given[0]}")
         images, labels = load_mnist("test", args.data_dir)
-        x_0, schedule = to_model_range(images[labels == args.digit][0]), checkpoint.load(args.checkpoint).schedule
+        x_0, schedule = from_pixels(images[labels == args.digit][0]), checkpoint.load(args.checkpoint).schedule
     else:
         y, drawer = torch.tensor([args.digit]), open_drawer(args)
         options, schedule = options_from(args, drawer.checkpoint), drawer.checkpoint.schedule

@@ -1,101 +1,87 @@
 """Draws digits to PNG files without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
 
 import argparse
-import importlib.metadata
-import io
 import math
 import secrets
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, write_atomically
+from model.checkpoint import write_atomically
+from model.png import Provenance, encode_png
 from scripts.common.arguments import Parser, add_drawing_arguments, integer
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
-from scripts.common.pictures import grid
-from scripts.common.progress import Reporter, fail
+from scripts.common.drawing import Drawer, DrawingOptions, open_drawer, options_from
+from scripts.common.errors import ScriptError, reports_errors
+from scripts.common.pictures import grid, to_image
+from scripts.common.progress import Reporter
 
 
+@reports_errors("sample")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, draws, and writes a sheet or a folder."""
     args = _parse(argv)
     if args.out.suffix.lower() not in ("", ".png"):
-        raise fail(f"sample: --out {args.out} must be a .png file or a folder")
+        raise ScriptError(f"--out {args.out} must be a .png file or a folder")
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
-    try:
-        with Reporter() as reporter:
-            drawer = open_drawer(args)
-            options = options_from(args, drawer.checkpoint)
-            digits = choose_digits(args.digit, len(drawer.class_names))
-            drawer.compile(args.compile, reporter)
-            y = torch.tensor(digits).repeat_interleave(args.count)  # (N,)
-            index = torch.arange(args.count).repeat(len(digits))  # (N,) each digit counts from 0, as a request does
-            x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=args.batch_size)
-            facts = provenance(drawer, options, seed)
-            if args.out.suffix.lower() == ".png":
-                write_sheet(args.out, x_0, digits, facts, scale=args.scale)
-            else:
-                write_folder(args.out, x_0, y, index, facts, scale=args.scale)
-            reporter.line(f"{len(y)} images with seed {seed}: {args.out}")
-    except (CheckpointError, DrawingError, OSError) as error:
-        raise fail(f"sample: {error}".splitlines()[0]) from error
+    with Reporter() as reporter:
+        drawer = open_drawer(args)
+        options = options_from(args, drawer.checkpoint)
+        digits = choose_digits(args.digit, len(drawer.class_names))
+        drawer.compile(args.compile, reporter)
+        y = torch.tensor(digits).repeat_interleave(args.count)  # (N,)
+        index = torch.arange(args.count).repeat(len(digits))  # (N,) each digit counts from 0, as a request does
+        x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=args.batch_size)
+        if args.out.suffix.lower() == ".png":
+            provenance = _provenance(drawer, options, seed, ",".join(map(str, digits)))
+            write_sheet(args.out, x_0, len(digits), provenance, scale=args.scale)
+        else:
+            for digit in digits:
+                provenance = _provenance(drawer, options, seed, digit)
+                write_folder(args.out, x_0[y == digit], provenance, scale=args.scale)
+        reporter.line(f"{len(y)} images with seed {seed}: {args.out}")
 
 
 def choose_digits(asked: list[str], num_classes: int) -> list[int]:
-    """Returns the digits of --digit in order, each once; `all` means every class. Raises DrawingError for others."""
+    """Returns the digits of --digit in order, each once; `all` means every class. Raises ScriptError for others."""
     digits: list[int] = []
     for text in asked:
         known = [str(digit) for digit in range(num_classes)]
         if text != "all" and text not in known:
-            raise DrawingError(f"--digit {text}: must be 0 to {num_classes - 1} or all")
+            raise ScriptError(f"--digit {text}: must be 0 to {num_classes - 1} or all")
         digits += range(num_classes) if text == "all" else [int(text)]
     return list(dict.fromkeys(digits))
 
 
-def provenance(drawer: Drawer, options: DrawingOptions, seed: int) -> dict[str, str]:
-    """Returns the text chunks of every PNG except digit and index."""
-    return {
-        "Software": f"unfog {importlib.metadata.version('unfog')}",
-        "Seed": str(seed),
-        "Sampler": options.sampler,
-        "Steps": str(options.num_steps),
-        "Guidance-Scale": str(options.guidance.scale),
-        "Model-SHA256": drawer.checkpoint.sha256,
-    }
-
-
-def write_sheet(path: Path, x_0: Tensor, digits: list[int], facts: dict[str, str], *, scale: int) -> None:
+def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance, *, scale: int) -> None:
     """Writes images (N, C, H, W), equally many of each digit, as one PNG.
 
     Each digit gets a row; the images of a single digit fill a square.
     """
-    count = len(x_0) // len(digits)
-    columns = count if len(digits) > 1 else math.ceil(math.sqrt(count))
+    count = len(x_0) // num_digits
+    columns = count if num_digits > 1 else math.ceil(math.sqrt(count))
     missing = -len(x_0) % columns
     x_0 = torch.cat([x_0, torch.full((missing, *x_0.shape[1:]), -1.0)])
-    text = {**facts, "Digit": ",".join(map(str, digits)), "Index": f"0-{count - 1}" if count > 1 else "0"}
-    write_atomically(path, _encode(grid(x_0, columns), text, scale))
+    text = provenance.text(f"0-{count - 1}" if count > 1 else 0)
+    write_atomically(path, encode_png(to_image(grid(x_0, columns)), scale=scale, text=text))
 
 
-def write_folder(folder: Path, x_0: Tensor, y: Tensor, index: Tensor, facts: dict[str, str], *, scale: int) -> None:
-    """Writes one PNG per image, named as in the service's ZIP."""
-    for image, digit, i in zip(x_0, y.tolist(), index.tolist(), strict=True):
-        text = {**facts, "Digit": str(digit), "Index": str(i)}
-        name = f"digit-{digit}-seed-{facts['Seed']}-{i}.png"
-        write_atomically(folder / name, _encode(grid(image[None], 1), text, scale))
+def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
+    """Writes images (N, C, H, W) of one digit, one PNG each, named as in the service's ZIP."""
+    for index, image in enumerate(x_0):
+        png = encode_png(to_image(grid(image[None], 1)), scale=scale, text=provenance.text(index))
+        write_atomically(folder / f"digit-{provenance.digit}-seed-{provenance.seed}-{index}.png", png)
 
 
-def _encode(pixels: Tensor, text: dict[str, str], scale: int) -> bytes:
-    """Returns pixels, uint8 (H, W, C), as a PNG enlarged by whole pixels."""
-    array = pixels.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy()
-    chunks, buffer = PngInfo(), io.BytesIO()
-    for name, value in text.items():
-        chunks.add_text(name, value)
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="PNG", pnginfo=chunks)
-    return buffer.getvalue()
+def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int | str) -> Provenance:
+    return Provenance(
+        digit=digit,
+        seed=seed,
+        sampler=options.sampler,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance.scale,
+        model_sha256=drawer.checkpoint.sha256,
+    )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.context import CLIENT_GONE, Notes, notes_of
 from app.api.generation import Service, timing
-from app.api.images import Provenance, encode_base64, encode_png
+from app.api.images import encode_base64, encode_image
 from app.api.requests import ClientGoneError, unless_gone
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent
 from app.engine.job import ImageDone, Job, Progress
@@ -76,7 +76,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._service, self._job, self._events = service, job, events
         self._scale = scale
-        self._provenance: Provenance = service.provenance(job)
+        self._provenance = service.provenance(job)
         job.future.add_done_callback(lambda _: events.put(None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -118,9 +118,9 @@ class EventStream(Response):
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
         if isinstance(event, Progress):
-            previews = [encode_base64(encode_png(pixels)) for pixels in event.previews]
+            previews = [encode_base64(encode_image(pixels)) for pixels in event.previews]
             return "progress", ProgressEvent(step=event.step, of=event.of, previews=previews).model_dump()
-        png = encode_png(event.pixels, self._scale, self._provenance.chunks(str(event.index)))
+        png = encode_image(event.pixels, self._scale, self._provenance.text(event.index))
         return "image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump()
 
     async def _send_end(self, notes: Notes, send: Send, error: UnfogError | None) -> None:

@@ -8,7 +8,7 @@ from fastapi import Request
 
 from app import errors
 from app.api.context import Notes
-from app.api.images import Provenance
+from app.api.images import provenance_of
 from app.api.owed import Owed
 from app.api.requests import ClientGoneError, unless_gone
 from app.api.schemas import GenerateRequest, Timing
@@ -17,6 +17,7 @@ from app.engine.job import Job, Listener, Options, Pixels
 from app.metrics import Metrics
 from app.runner.loaded_model import ModelInfo
 from app.settings import Settings
+from model.png import Provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Service:
 
     def provenance(self, job: Job) -> Provenance:
         """What goes into the job's files."""
-        return Provenance(job.options, self.info(job.options.model).sha256)
+        return provenance_of(job.options, self.info(job.options.model).sha256)
 
     def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
         """What is asked for, the checkpoint's own where it is not; InvalidRequest for what it cannot draw."""

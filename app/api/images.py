@@ -4,49 +4,32 @@ import base64
 import io
 import math
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
-from app import VERSION
 from app.engine.job import Options, Pixels
+from model.png import Provenance, encode_png
 
-PNG_LEVEL = 6
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the format's first day: the same images are the same archive
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """What is written into every PNG: all that is needed to draw it again."""
-
-    options: Options
-    sha256: str
-
-    def chunks(self, index: str) -> PngInfo:
-        """The text chunks for the image of that index, or range of indices."""
-        info = PngInfo()
-        for key, value in {
-            "Software": f"unfog {VERSION}",
-            "Digit": str(self.options.digit),
-            "Seed": str(self.options.seed),
-            "Index": index,
-            "Sampler": self.options.sampler,
-            "Steps": str(self.options.num_steps),
-            "Guidance-Scale": str(self.options.guidance_scale),
-            "Model-SHA256": self.sha256,
-        }.items():
-            info.add_text(key, value)
-        return info
+def provenance_of(options: Options, sha256: str) -> Provenance:
+    """Returns the provenance of a job's images, drawn with the weights of this digest."""
+    return Provenance(
+        digit=options.digit,
+        seed=options.seed,
+        sampler=options.sampler,
+        num_steps=options.num_steps,
+        guidance_scale=options.guidance_scale,
+        model_sha256=sha256,
+    )
 
 
-def encode_png(pixels: Pixels, scale: int = 1, chunks: PngInfo | None = None) -> bytes:
-    """A PNG, each pixel enlarged to scale x scale."""
-    buffer = io.BytesIO()
-    enlarged = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
-    Image.fromarray(enlarged).save(buffer, format="PNG", pnginfo=chunks, compress_level=PNG_LEVEL)
-    return buffer.getvalue()
+def encode_image(pixels: Pixels, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:
+    """Returns one image as PNG, each pixel enlarged to scale x scale."""
+    return encode_png(Image.fromarray(pixels), scale=scale, text=text)
 
 
 def encode_base64(png: bytes) -> str:
@@ -56,7 +39,7 @@ def encode_base64(png: bytes) -> str:
 
 def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> list[bytes]:
     """One PNG an image."""
-    return [encode_png(pixels, scale, provenance.chunks(str(i))) for i, pixels in enumerate(images)]
+    return [encode_image(pixels, scale, provenance.text(i)) for i, pixels in enumerate(images)]
 
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
@@ -70,14 +53,13 @@ def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> by
     for i, pixels in enumerate(images):
         top, left = i // columns * height, i % columns * width
         sheet[top : top + height, left : left + width] = pixels
-    return encode_png(sheet, scale, provenance.chunks(f"0-{len(images) - 1}"))
+    return encode_image(sheet, scale, provenance.text(f"0-{len(images) - 1}"))
 
 
 def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
     """An archive of one PNG an image, stored as they are: PNG is compressed already."""
     buffer = io.BytesIO()
-    options = provenance.options
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):
-            archive.writestr(zipfile.ZipInfo(f"digit-{options.digit}-seed-{options.seed}-{i}.png", ZIP_DATE), png)
+            archive.writestr(zipfile.ZipInfo(f"digit-{provenance.digit}-seed-{provenance.seed}-{i}.png", ZIP_DATE), png)
     return buffer.getvalue()

@@ -34,6 +34,7 @@ from model.checkpoint import Checkpoint, CheckpointError
 from model.compiled.compiler import CompilerError, compiled_step
 from model.compiled.kernel_cache import prepare_kernel_cache
 from model.noise import normal
+from model.pixels import to_pixels
 from model.step import Stepped
 
 log = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class Runner:
             begun = [trajectory for trajectory in trajectories if trajectory.slot is not None]
             x_0 = self._slots.state.x_0[self._slots.of(begun)]  # (B, C, H, W)
             x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # the last one is black
-            levels = ((x_0 + 1) * 127.5).round().to(torch.uint8)
+            levels = to_pixels(x_0)
             layout = "b 1 h w -> b h w" if self.image_shape[0] == 1 else "b c h w -> b h w c"
             images = self._transfers.download(rearrange(levels, layout).contiguous()).numpy()
         place = {trajectory: i for i, trajectory in enumerate(begun)}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from model.pixels import from_pixels
 from model.schedule import Schedule
 from model.unet import UNet
 from scripts.benchmark.report import with_spread
-from scripts.common.mnist import to_model_range
 from scripts.training.objective import DenoisingObjective
 from scripts.training.recipe import Recipe
 from scripts.training.trainer import Trainer
@@ -69,7 +69,7 @@ def plain_loop(recipe: Recipe, images: Tensor, labels: Tensor, device: torch.dev
     network, schedule = UNet(recipe.unet).to(device), Schedule(recipe.schedule)
     alpha_bar = schedule.alpha_bar.float().to(device)  # (T + 1,)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.optimizer.lr)
-    examples = TensorDataset(to_model_range(images), labels.long())
+    examples = TensorDataset(from_pixels(images), labels.long())
     while True:
         for x_0, y in DataLoader(examples, recipe.batch_size, shuffle=True, drop_last=True):
             x_0, y = x_0.to(device), y.to(device)  # (B, C, H, W), (B,)

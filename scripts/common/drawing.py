@@ -20,12 +20,13 @@ from model.precision import fast_dtype
 from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
 from model.step import ReverseStep, State, Step
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
 
 
-class DrawingError(Exception):
+class DrawingError(ScriptError):
     """These options cannot be drawn with; one sentence."""
 
 

@@ -44,11 +44,6 @@ def split_validation(images: Tensor, labels: Tensor) -> tuple[tuple[Tensor, Tens
     return (images[learn], labels[learn]), (images[validate], labels[validate])
 
 
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1."""
-    return images.float() / 127.5 - 1
-
-
 def _find_folder(data_dir: Path) -> Path | None:
     for folder in (data_dir, data_dir / "mnist"):
         if any(folder.glob("*-idx?-ubyte*")):

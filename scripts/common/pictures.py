@@ -1,19 +1,14 @@
 """Images as files: grids of digits in 8 bits."""
 
-import io
 from pathlib import Path
 
-import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from model.checkpoint import write_atomically
-
-
-def to_pixels(x_0: Tensor) -> Tensor:
-    """(..., H, W) in [-1, 1] -> uint8."""
-    return ((x_0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+from model.pixels import to_pixels
+from model.png import encode_png
 
 
 def grid(x_0: Tensor, columns: int) -> Tensor:
@@ -23,9 +18,10 @@ def grid(x_0: Tensor, columns: int) -> Tensor:
 
 def save_grid(x_0: Tensor, path: Path, *, columns: int, scale: int = 2) -> None:
     """Writes the images (N, C, H, W) as one PNG, each enlarged by whole pixels."""
-    pixels = grid(x_0.cpu(), columns).numpy()
-    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-    enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    enlarged.save(buffer, format="PNG")
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, encode_png(to_image(grid(x_0.cpu(), columns)), scale=scale))
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """uint8 (H, W, C) -> an image, grey if C is 1."""
+    array = pixels.numpy()
+    return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)

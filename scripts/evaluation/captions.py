@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.diffusion import Diffusion
+from model.pixels import to_pixels
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.pictures import to_pixels
 from scripts.evaluation.training import augment
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

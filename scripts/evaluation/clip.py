@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from model.checkpoint import tensors_sha256
 from model.diffusion import Diffusion
+from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule, ScheduleConfig
-from scripts.common.mnist import NUM_CLASSES, to_model_range
-from scripts.common.pictures import to_pixels
+from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import require
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
 from scripts.evaluation.classifiers import WEIGHTS
@@ -86,7 +86,7 @@ def noised(digits: Digits) -> Digits:
     """x_t of the cosine schedule, t = 20 to 100 in turn, the same noise every time."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
     t = PLAINLY_NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - PLAINLY_NOISY_FROM)  # (N,)
-    x_t, _ = diffusion.add_noise(to_model_range(digits.images), t)
+    x_t, _ = diffusion.add_noise(from_pixels(digits.images), t)
     return Digits(to_pixels(x_t), digits.labels)
 
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.pixels import to_pixels
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.figures import new_figure
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.pictures import to_pixels
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.clip import PROMPTS, ClipScorer

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from model.diffusion import Diffusion
+from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule
 from scripts.common.figures import new_figure
-from scripts.common.mnist import NUM_CLASSES, to_model_range
-from scripts.common.pictures import to_pixels
+from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier
 from scripts.evaluation.recognition import recognition
@@ -29,7 +29,7 @@ def recognised_in_fog(
     recognises every 8, and tells none.
     """
     diffusion = Diffusion(schedule, torch.Generator().manual_seed(0))
-    x_0 = to_model_range(digits.images)  # (N, 1, 28, 28)
+    x_0 = from_pixels(digits.images)  # (N, 1, 28, 28)
     eps = torch.randn(x_0.shape, generator=diffusion.generator)
     recognised, told = [], []
     with reporter.task("looking into the fog", len(timesteps), "steps") as task:

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.pixels import to_pixels
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.pictures import to_pixels
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Trained, features_of
 from scripts.evaluation.distances import (

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from model.pixels import to_pixels
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
-from scripts.common.pictures import to_pixels
 from scripts.common.progress import Reporter
 
 FEWEST_OF_EACH = 10  # that neighbours can be looked for among

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from model.diffusion import Diffusion, ema_decay
+from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
-from scripts.common.pictures import to_pixels
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier, accuracy
 

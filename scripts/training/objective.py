@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from model.diffusion import Diffusion
+from model.pixels import from_pixels
 from model.prediction import Prediction
 from model.sampler import Denoiser
 from model.schedule import Schedule
-from scripts.common.mnist import split_validation, to_model_range
+from scripts.common.mnist import split_validation
 from scripts.training.recipe import Recipe
 
 NUM_BANDS = 4  # the validation loss of a denoiser is also given for each quarter of the steps
@@ -57,7 +58,7 @@ class DenoisingObjective:
         diffusion, null_label = self._diffusion(generator), self.recipe.unet.num_classes
 
         def loss(denoiser: Denoiser, rows: Tensor) -> Tensor:
-            x_0, y = to_model_range(self._images[rows]), self._labels[rows]
+            x_0, y = from_pixels(self._images[rows]), self._labels[rows]
             c_mask = diffusion.draw_label_mask(len(rows), self.recipe.label_drop)
             return diffusion.train_step(denoiser, x_0, y, c_mask, null_label)
 
@@ -88,7 +89,7 @@ class HeldOut:
 
 
 def _held_out(images: Tensor, labels: Tensor, diffusion: Diffusion, device: torch.device) -> HeldOut:
-    x_0, t = to_model_range(images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
+    x_0, t = from_pixels(images), torch.arange(len(images)) % diffusion.num_steps + 1  # (N,)
     x_t, eps = diffusion.add_noise(x_0, t)
     target, weights = diffusion.prediction.target(x_0, eps, t), diffusion.weights[t]
     band = (t - 1) * NUM_BANDS // diffusion.num_steps  # (N,)

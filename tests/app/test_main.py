@@ -153,7 +153,7 @@ def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pyt
     def fail(*args: object) -> bytes:
         raise ValueError("secret")
 
-    monkeypatch.setattr("app.api.events.encode_png", fail)
+    monkeypatch.setattr("app.api.events.encode_image", fail)
 
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json=WORK, headers={"accept": "text/event-stream"})

@@ -11,10 +11,11 @@ from starlette.responses import JSONResponse, Response
 from app.api.context import Notes, client_gone, notes_of
 from app.api.events import EventStream, JobEvents
 from app.api.generation import Service, finish, timing
-from app.api.images import Provenance, encode_base64, encode_images, encode_sheet, encode_zip
+from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
 from app.api.requests import ClientGoneError, negotiate, read_json
 from app.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem
 from app.engine.job import Job, Pixels
+from model.png import Provenance
 
 router = APIRouter()
 

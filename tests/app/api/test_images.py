@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from app import VERSION
-from app.api.images import Provenance, encode_base64, encode_images, encode_png, encode_sheet, encode_zip
+from app.api.images import encode_base64, encode_image, encode_images, encode_sheet, encode_zip, provenance_of
 from app.engine.job import Options, Pixels
 
-PROVENANCE = Provenance(Options(digit=7, seed=2**53 - 1, num_steps=20, sampler="ddim", guidance_scale=1.5), "ab" * 32)
+OPTIONS = Options(digit=7, seed=2**53 - 1, num_steps=20, sampler="ddim", guidance_scale=1.5)
+PROVENANCE = provenance_of(OPTIONS, "ab" * 32)
 
 
 def picture(number: int, *shape: int) -> Pixels:
@@ -30,18 +31,18 @@ def decode(png: bytes) -> tuple[Pixels, dict[Any, Any]]:
 
 
 def test_a_png_holds_the_pixels_as_they_are() -> None:
-    pixels, chunks = decode(encode_png(picture(0)))
+    pixels, chunks = decode(encode_image(picture(0)))
     assert np.array_equal(pixels, picture(0))
     assert chunks == {}
 
 
 def test_scale_enlarges_each_pixel_to_a_square() -> None:
-    pixels, _ = decode(encode_png(picture(0), scale=3))
+    pixels, _ = decode(encode_image(picture(0), scale=3))
     assert np.array_equal(pixels, np.kron(picture(0), np.ones((3, 3), dtype=np.uint8)))
 
 
 def test_colour_is_kept() -> None:
-    pixels, _ = decode(encode_png(picture(0, 4, 4, 3), scale=2))
+    pixels, _ = decode(encode_image(picture(0, 4, 4, 3), scale=2))
     assert pixels.shape == (8, 8, 3)
     assert np.array_equal(pixels[::2, ::2], picture(0, 4, 4, 3))
     assert np.array_equal(pixels[1::2, 1::2], picture(0, 4, 4, 3))
@@ -109,5 +110,5 @@ def test_an_image_is_the_same_whatever_the_count() -> None:
 
 
 def test_base64_is_plain_text_of_the_same_bytes() -> None:
-    png = encode_png(picture(0))
+    png = encode_image(picture(0))
     assert base64.b64decode(encode_base64(png), validate=True) == png

@@ -7,7 +7,7 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from scripts.common.mnist import DataError, load_mnist, split_validation, to_model_range
+from scripts.common.mnist import DataError, load_mnist, split_validation
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, idx_files, trust_idx_files, write_idx_files
 
 IMAGES = "train-images-idx3-ubyte"
@@ -142,11 +142,6 @@ def test_the_last_images_validate_and_are_not_learned_from() -> None:
     assert learn[0].tolist() == list(range(NUM_IMAGES - NUM_VALIDATION))
     assert validate[0].tolist() == list(range(NUM_IMAGES - NUM_VALIDATION, NUM_IMAGES))
     assert (learn[1] - learn[0]).unique().tolist() == (validate[1] - validate[0]).unique().tolist() == [100]
-
-
-def test_black_is_minus_1_and_white_is_1() -> None:
-    values = to_model_range(torch.tensor([0, 255, 51], dtype=torch.uint8))
-    torch.testing.assert_close(values, torch.tensor([-1.0, 1.0, -0.6]))
 
 
 def test_mnist_is_as_the_world_knows_it(mnist_dir: Path) -> None:

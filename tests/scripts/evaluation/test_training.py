@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from model.diffusion import Diffusion
+from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
-from scripts.common.pictures import to_pixels
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import KINDS, Classifier, accuracy
 from scripts.evaluation.training import augment, facts_of, train_classifier
