@@ -1,4 +1,4 @@
-"""Serves, configured by UNFOG_* variables (README.md, Settings)."""
+"""Starts the service. Each setting is a flag or an UNFOG_* variable; a flag wins over its variable."""
 
 import argparse
 import asyncio
@@ -6,39 +6,47 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Mapping
 
 from app.api.middleware.tracing import TracesError
+from app.engine.interface import RunnerError
 from app.log_writer import LogWriter
 from app.logs import capture_stderr, configure_logging, start_log
 from app.main import create_app
-from app.runner.device import RunnerError
 from app.runner.runner import Runner
 from app.server.server import GivenUpError, StartError, allow_connections, bind, serve
-from app.settings import Settings, SettingsError, load_settings, unknown_variables
+from app.settings import Settings, SettingsError, flag_of, load_settings, unknown_variables
 from model.compiled.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
 MIN_KEY_LENGTH = 16  # shorter keys can be guessed
+COMPILE_ONLY = object()  # `--compile` without a value
 INTERRUPTED = 128 + signal.SIGINT  # the status that shells report
 
 
 def main() -> None:
     """Parses the arguments and serves. If that is not possible, prints one line and exits with status 2."""
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    compile_only = arguments.compile is COMPILE_ONLY
+    given = {name: getattr(arguments, name) for name in Settings.model_fields}
+    flags = {name: value for name, value in given.items() if isinstance(value, str)}
     if arguments.openapi:
+        if flags or compile_only:
+            parser.error("--openapi takes no other argument")
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
     writer = start_log()
-    status = _run(writer, compile_only=arguments.compile)
-    if status or not arguments.compile:
+    status = _run(writer, flags, compile_only=compile_only)
+    if status or not compile_only:
         _leave(status, writer)
 
 
-def _run(writer: LogWriter, *, compile_only: bool) -> int:
+def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> int:
     """Serves or compiles, and returns the exit status."""
     try:
-        settings = load_settings()
+        settings = load_settings(flags)
         capture_stderr(configure_logging(settings.log_format, settings.log_level, writer))
         _warn(settings)
         if compile_only:
@@ -90,7 +98,25 @@ def _leave(status: int, writer: LogWriter) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m app", description=__doc__, allow_abbrev=False)
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
-    instead.add_argument("--compile", action="store_true", help="compile the step into UNFOG_CACHE_DIR and exit")
+    parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
+    settings = parser.add_argument_group("settings")
+    for name, field in Settings.model_fields.items():
+        text = (field.description or "").replace("%", "%%")
+        if name == "compile":
+            settings.add_argument(
+                flag_of(name),
+                nargs="?",
+                type=_not_empty,
+                const=COMPILE_ONLY,
+                metavar="MODE",
+                help=f"{text}. Without a value: compile the step into the cache and exit",
+            )
+        else:
+            settings.add_argument(flag_of(name), type=_not_empty, metavar="VALUE", help=text)
     return parser
+
+
+def _not_empty(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("the value is empty")
+    return value

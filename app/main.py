@@ -1,4 +1,4 @@
-"""The application: its routes, what stands around them, and the engine that lives as long as it does."""
+"""Wires the application: settings, engine, routes and middleware."""
 
 import asyncio
 import time
@@ -11,18 +11,20 @@ from starlette.routing import BaseRoute, Route
 
 from app import VERSION, errors
 from app.api.generation import Service
-from app.api.middleware.access_log import Recorder
-from app.api.middleware.auth import Doors
-from app.api.middleware.cors import ANSWERS_HEADERS, CALLERS_HEADERS, Origins
-from app.api.middleware.request_context import HeadAsGet, RequestContext
+from app.api.middleware.access_log import AccessLog
+from app.api.middleware.auth import Auth
+from app.api.middleware.cors import ANSWERS_HEADERS, CALLERS_HEADERS, CORS
+from app.api.middleware.head import HeadAsGet
+from app.api.middleware.request_context import RequestContextMiddleware
+from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import Traces
+from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.problems import handle_errors
-from app.api.routes import docs, generate, metrics
-from app.api.routes import monitoring as health
-from app.engine.engine import Engine
+from app.api.routes import docs, generate, monitoring
+from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
-from app.engine.state import EngineState
+from app.logs import num_lines_dropped
 from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
@@ -68,8 +70,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     if settings.docs == "on":
         app.include_router(docs.router)
         pages |= _paths(docs.router.routes)
-    for module in (generate, health, metrics):
-        app.include_router(module.router)
+    app.include_router(generate.router)
+    app.include_router(monitoring.router)
     handle_errors(app, meters)
     add_openapi(app, service)
     _surround(app, settings, meters, traces, pages)
@@ -77,23 +79,26 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
 
 
 def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces | None, pages: frozenset[str]) -> None:
-    """The last that is added is the outermost; an answer at the doors, too, has what a browser needs to read it."""
-    watched = _paths(health.router.routes) | _paths(metrics.router.routes)
+    """Adds the middleware; the last one is the outermost. CORS is outside of auth: a page may read a refusal."""
+    monitored = _paths(monitoring.router.routes)
     app.add_middleware(
-        Doors, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=watched | pages
+        Auth, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=monitored | pages
     )
     if settings.cors_origins:
         app.add_middleware(
-            Origins,
+            CORS,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=CALLERS_HEADERS,
             expose_headers=ANSWERS_HEADERS,
         )
     app.add_middleware(HeadAsGet)
-    recorder = Recorder(meters, traces, paths=watched | pages | _paths(generate.router.routes), quiet=watched)
-    policies = {docs.PAGE_PATH: docs.POLICY} if docs.PAGE_PATH in pages else {}
-    app.add_middleware(RequestContext, metrics=meters, recorder=recorder, policies=policies)
+    paths = monitored | pages | _paths(generate.router.routes)
+    app.add_middleware(
+        RequestContextMiddleware, metrics=meters, access_log=AccessLog(meters, traces, paths=paths, quiet=monitored)
+    )
+    app.add_middleware(UnreadBody)
+    app.add_middleware(SecurityHeaders, policies={docs.PAGE_PATH: docs.POLICY} if docs.PAGE_PATH in pages else {})
 
 
 def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:
@@ -102,11 +107,12 @@ def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:
 
 def _watch(engine: Engine, meters: Metrics) -> None:
     """The gauges read the engine when they are scraped."""
-    meters.queue_depth.set_function(lambda: engine.waiting)
-    meters.queue_capacity.set(engine.capacity)
-    meters.running_images.set_function(lambda: engine.running)
+    meters.queue_depth.set_function(lambda: engine.backlog.waiting)
+    meters.queue_capacity.set(engine.backlog.capacity)
+    meters.running_images.set_function(lambda: engine.backlog.running)
     meters.ready.set_function(lambda: engine.apparent_state is EngineState.OK)
     meters.alive.set_function(lambda: engine.alive)
+    meters.watch_dropped_log_lines(num_lines_dropped)
     for code in ("200", "429", "500", "503", "504"):  # a rate sees the first of them only if there was none before
         meters.requests.labels("/generate", code)
 

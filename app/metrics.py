@@ -15,7 +15,6 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from app.errors import UnfogError
-from app.logs import num_lines_dropped
 
 disable_created_metrics()  # a gauge beside every counter says nothing that a scrape does not
 
@@ -62,7 +61,6 @@ class Metrics:
         )
         self.ready = self._gauge("ready", "1 while new work is taken.")
         self.alive = self._gauge("alive", "0 where the engine has failed or is stuck.")
-        self.registry.register(_DroppedLogLines())
         for reason in REJECTIONS.values():
             self.rejected.labels(reason)
         for stage in ("waiting", "running"):
@@ -76,6 +74,10 @@ class Metrics:
     def watch_device_memory(self, read: Callable[[], float]) -> None:
         """Adds the gauge of the memory that is held on a GPU."""
         self._gauge("device_memory_bytes", "Memory that the service holds on its device.").set_function(read)
+
+    def watch_dropped_log_lines(self, read: Callable[[], float]) -> None:
+        """Adds the counter of log lines that were dropped. The log belongs to the process and starts before this."""
+        self.registry.register(_DroppedLogLines(read))
 
     def render(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""
@@ -92,12 +94,13 @@ class Metrics:
 
 
 class _DroppedLogLines(Collector):
-    """Reads the count from the log, which the whole process shares and which starts before any application."""
+    def __init__(self, read: Callable[[], float]) -> None:
+        self._read = read
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """Yields the counter."""
         yield CounterMetricFamily(
             "unfog_log_lines_dropped",
             "Log lines dropped because the reader of stderr did not take them.",
-            value=num_lines_dropped(),
+            value=self._read(),
         )

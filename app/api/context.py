@@ -1,55 +1,59 @@
-"""What is noted of a request while it is answered, for those who tell of it when it has ended (records.py)."""
+"""The request context: what is known about a request while it is answered, for the access log and the trace."""
 
+import re
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
-from starlette.responses import Response
 from starlette.types import Scope
 
 from app.engine.job import Job
-from app.metrics import Metrics
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that left; nobody reads it but the log
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # of a client; another one is replaced
+CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that left; it appears only in the log
 OK, CLIENT_GONE = "ok", "client_gone"  # outcomes that are no error's code
 
 
 @dataclass(slots=True)
-class Notes:
-    """Of one request; its handler adds what it knows. Times are of time.monotonic()."""
+class RequestContext:
+    """One request. Its handler adds what it knows. Times are of time.monotonic()."""
 
     request_id: str
     started_at: float = field(default_factory=time.monotonic)
     answered: ExitStack = field(default_factory=ExitStack)  # closed when the answer was sent or the client is gone
     status: int = 0  # 0 until an answer has begun
     outcome: str | None = None  # an error's code, also of a stream that ended with one
-    key: int | None = None  # the place of the caller's among the keys
+    key: int | None = None  # the place of the caller's API key in the list of keys
     job: Job | None = None
     encodings: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each
 
     @contextmanager
-    def encoding(self, metrics: Metrics) -> Iterator[None]:
-        """Images are being made into bytes."""
+    def encoding(self) -> Iterator[None]:
+        """Measures the time in which images are encoded."""
         start = time.monotonic()
-        with metrics.encode_duration.time():
-            yield
+        yield
         self.encodings.append((start, time.monotonic()))
 
     @property
     def encode_seconds(self) -> float:
-        """Of all of them."""
+        """The time of all encodings."""
         return sum(end - start for start, end in self.encodings)
 
 
-def client_gone(scope: Scope) -> Response:
-    """What a handler returns when there is nobody to answer."""
-    notes = notes_of(scope)
-    notes.outcome = notes.outcome or CLIENT_GONE
-    return Response(status_code=CLIENT_CLOSED_REQUEST)
+def context_of(scope: Scope) -> RequestContext:
+    """Returns the context of a request, which the first caller creates."""
+    state = scope.setdefault("state", {})
+    if "context" not in state:
+        state["context"] = RequestContext(_request_id(scope))
+    context: RequestContext = state["context"]
+    return context
 
 
-def notes_of(scope: Scope) -> Notes:
-    """Those of this request."""
-    notes: Notes = scope["state"]["notes"]
-    return notes
+def _request_id(scope: Scope) -> str:
+    """The client's id if a log can hold it, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and REQUEST_ID.fullmatch(value.decode("latin-1")):
+            return str(value.decode("latin-1"))
+    return uuid.uuid4().hex

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -11,17 +12,19 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.context import CLIENT_GONE, Notes, notes_of
-from app.api.generation import Service, timing
+from app.api.context import CLIENT_GONE, RequestContext, context_of
 from app.api.images import encode_base64, encode_image
 from app.api.requests import ClientGoneError, unless_gone
-from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent
+from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent, Timing
 from app.engine.job import ImageDone, Job, Progress
 from app.errors import DeadlineExceeded, InternalError, UnfogError
+from app.metrics import Metrics
+from model.png import Provenance
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING_PREVIEWS = 256  # images, of one job
+Cancel = Callable[[Job, Exception], None]  # answers a job with an error and frees its rows
 
 
 class JobEvents:
@@ -71,50 +74,53 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, job: Job, events: JobEvents, scale: int) -> None:
-        super().__init__(headers={"X-Seed": str(job.options.seed), "Cache-Control": "no-store"})
+    def __init__(
+        self, job: Job, events: JobEvents, cancel: Cancel, provenance: Provenance, scale: int, metrics: Metrics
+    ) -> None:
+        super().__init__(headers={"X-Seed": str(job.request.options.seed), "Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self._service, self._job, self._events = service, job, events
-        self._scale = scale
-        self._provenance = service.provenance(job)
+        self._job, self._events, self._cancel = job, events, cancel
+        self._provenance, self._scale, self._metrics = provenance, scale, metrics
         job.future.add_done_callback(lambda _: events.put(None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events until the last."""
-        request, notes = Request(scope, receive), notes_of(scope)
+        request, context = Request(scope, receive), context_of(scope)
         deadline = asyncio.get_running_loop().call_later(
-            self._job.timeout, self._service.engine.cancel, self._job, DeadlineExceeded()
+            self._job.request.timeout, self._cancel, self._job, DeadlineExceeded()
         )
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await unless_gone(request, self._send_all(notes, send))
+            await unless_gone(request, self._send_all(context, send))
         except ClientGoneError:
-            notes.outcome = CLIENT_GONE
+            context.outcome = CLIENT_GONE
         finally:
             deadline.cancel()
-            self._service.engine.cancel(self._job, ClientGoneError())
+            self._cancel(self._job, ClientGoneError())
 
-    async def _send_all(self, notes: Notes, send: Send) -> None:
+    async def _send_all(self, context: RequestContext, send: Send) -> None:
         error: UnfogError | None = None
         try:
-            await self._send_work(notes, send)
+            await self._send_work(context, send)
         except UnfogError as known:
             error = known
         except Exception:
-            log.exception("a stream failed", extra={"request_id": notes.request_id})
+            log.exception("a stream failed", extra={"request_id": context.request_id})
             error = InternalError()
-        await self._send_end(notes, send, error)
+        await self._send_end(context, send, error)
 
-    async def _send_work(self, notes: Notes, send: Send) -> None:
-        job = self._job
-        accepted = AcceptedEvent(seed=job.options.seed, position=job.position, eta_seconds=round(job.eta_seconds, 3))
+    async def _send_work(self, context: RequestContext, send: Send) -> None:
+        job, seed = self._job, self._job.request.options.seed
+        assert job.estimate, "the job is admitted"
+        eta_seconds = round(job.estimate.seconds, 3)
+        accepted = AcceptedEvent(seed=seed, position=job.estimate.position, eta_seconds=eta_seconds)
         await _send_event(send, "accepted", accepted.model_dump())
         while (event := await self._events.get()) is not None:
-            with notes.encoding(self._service.metrics):
+            with self._metrics.encode_duration.time(), context.encoding():
                 encoded = await asyncio.to_thread(self._encode, event)
             await _send_event(send, *encoded)
         job.future.result()  # raises what the job was ended with
-        await _send_event(send, "done", DoneEvent(seed=job.options.seed, timing=timing(job)).model_dump())
+        await _send_event(send, "done", DoneEvent(seed=seed, timing=Timing.of(job.timings)).model_dump())
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
         if isinstance(event, Progress):
@@ -123,11 +129,11 @@ class EventStream(Response):
         png = encode_image(event.pixels, self._scale, self._provenance.text(event.index))
         return "image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump()
 
-    async def _send_end(self, notes: Notes, send: Send, error: UnfogError | None) -> None:
+    async def _send_end(self, context: RequestContext, send: Send, error: UnfogError | None) -> None:
         if error:
-            notes.outcome = error.code
-            self._service.metrics.count_rejection(error)
-            await _send_event(send, "error", error.problem(notes.request_id))
+            context.outcome = error.code
+            self._metrics.count_rejection(error)
+            await _send_event(send, "error", error.problem(context.request_id))
         await send({"type": "http.response.body", "body": b""})
 
 

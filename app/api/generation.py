@@ -1,23 +1,53 @@
-"""What the routes share: the settings, the engine, the metrics, and how a request becomes a finished job."""
+"""Generation: how a request becomes a job and is answered. Holds what the routes share."""
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from app import errors
-from app.api.context import Notes
+from app.api.context import RequestContext
 from app.api.images import provenance_of
-from app.api.owed import Owed
 from app.api.requests import ClientGoneError, unless_gone
-from app.api.schemas import GenerateRequest, Timing
+from app.api.schemas import GenerateRequest
 from app.engine.engine import Engine
-from app.engine.job import Job, Listener, Options, Pixels
+from app.engine.interface import ModelInfo
+from app.engine.job import Job, JobRequest, Listener, Options, Pixels
 from app.metrics import Metrics
-from app.runner.loaded_model import ModelInfo
 from app.settings import Settings
 from model.png import Provenance
+
+
+class InFlight:
+    """Counts the requests from their admission until the answer is sent or the client is gone.
+
+    Used by the event loop only.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Counts one request within the block."""
+        self._count += 1
+        self._none.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._none.set()
+
+    async def none(self) -> None:
+        """Waits until no request is in flight."""
+        await self._none.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +58,15 @@ class Service:
     engine: Engine
     metrics: Metrics
     started_at: float
-    owed: Owed = field(default_factory=Owed)
+    in_flight: InFlight = field(default_factory=InFlight)
 
     @property
     def uptime_seconds(self) -> float:
-        """Since the application was made."""
+        """Seconds since the application was made."""
         return time.monotonic() - self.started_at
 
     def info(self, model: str) -> ModelInfo:
-        """What is served under that name; InvalidRequest where nothing is, Starting or EngineFailed too early."""
+        """Returns the model of this name; InvalidRequest if there is none, Starting or EngineFailed if not loaded."""
         models = self.engine.models
         if not models:
             self.engine.state.refuse_unless_ok()
@@ -47,37 +77,47 @@ class Service:
         return models[model]
 
     def submit(
-        self, body: GenerateRequest, notes: Notes, num_previews: int = 0, listener: Listener | None = None
+        self, body: GenerateRequest, context: RequestContext, num_previews: int = 0, listener: Listener | None = None
     ) -> Job:
-        """Admits what is asked for; InvalidRequest for what can never be drawn, Overloaded for what cannot now.
+        """Admits a request; InvalidRequest if it can never be drawn, Overloaded if it cannot be drawn now.
 
-        From here on an answer is owed.
+        The request is in flight from now on.
         """
         self._check(body)
         info = self.info(body.model)
         options = self._options(body, info)
-        timeout = body.timeout_seconds if body.given("timeout_seconds") else self.settings.request_timeout
-        job = Job(options, body.count, timeout, num_previews, listener, info.guided_steps_of(options), notes.request_id)
+        job = Job(
+            JobRequest(
+                options,
+                body.count,
+                self.settings.request_timeout if body.timeout_seconds is None else body.timeout_seconds,
+                num_previews,
+                listener,
+                info.guided_steps_of(options),
+                context.request_id,
+            )
+        )
         self.engine.submit(job)
-        notes.job = job
-        notes.answered.enter_context(self.owed.one())
+        context.job = job
+        context.answered.enter_context(self.in_flight.one())
         return job
 
     def provenance(self, job: Job) -> Provenance:
-        """What goes into the job's files."""
-        return provenance_of(job.options, self.info(job.options.model).sha256)
+        """Returns what the PNGs of a job say about how they were drawn."""
+        options = job.request.options
+        return provenance_of(options, self.info(options.model).sha256)
 
     def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
-        """What is asked for, the checkpoint's own where it is not; InvalidRequest for what it cannot draw."""
-        sampler = body.sampler if body.given("sampler") else info.samplers[0]
+        """Returns the options of a request, with the checkpoint's defaults; InvalidRequest if it cannot draw them."""
+        sampler = body.sampler or info.samplers[0]
         if sampler not in info.samplers:
             raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(info.samplers)}")
         options = Options(
             digit=body.digit,
             seed=body.seed,
-            num_steps=body.num_steps if body.given("num_steps") else info.default_steps,
+            num_steps=body.num_steps or info.default_steps,
             sampler=sampler,
-            guidance_scale=body.guidance_scale if body.given("guidance_scale") else info.guidance_scale[sampler],
+            guidance_scale=body.guidance_scale or info.guidance_scale[sampler],
             model=info.name,
         )
         if options.digit >= info.num_classes:
@@ -92,22 +132,22 @@ class Service:
         return options
 
     def _check(self, body: GenerateRequest) -> None:
-        """What the settings tell."""
+        """InvalidRequest for a request that exceeds a limit of the settings."""
         limit = self.settings.largest_request
         if body.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
         longest = self.settings.request_timeout
-        if body.given("timeout_seconds") and body.timeout_seconds > longest:
+        if body.timeout_seconds is not None and body.timeout_seconds > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
-    """The job's images; DeadlineExceeded when the time is over, ClientGoneError when the client is.
+    """Waits for a job's images; DeadlineExceeded after its timeout, ClientGoneError if the client leaves.
 
-    However this ends, the job's rows do not outlive it.
+    The job is cancelled if it is not finished when this ends.
     """
     try:
-        async with asyncio.timeout(job.timeout):
+        async with asyncio.timeout(job.request.timeout):
             return await unless_gone(request, asyncio.wrap_future(job.future))
     except TimeoutError:
         raise errors.DeadlineExceeded from None
@@ -115,11 +155,9 @@ async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
         service.engine.cancel(job, ClientGoneError())
 
 
-def timing(job: Job) -> Timing:
-    """Where a finished job's time went; total until now."""
-    started, finished = job.started_at or job.submitted_at, job.finished_at or job.submitted_at
-    return Timing(
-        queue_seconds=round(started - job.submitted_at, 6),
-        denoise_seconds=round(finished - started, 6),
-        total_seconds=round(time.monotonic() - job.submitted_at, 6),
-    )
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+ServiceDependency = Annotated[Service, Depends(_service)]

@@ -15,8 +15,8 @@ from pydantic.json_schema import models_json_schema
 from app.api import examples
 from app.api.generation import Service
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
+from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
-from app.runner.loaded_model import ModelInfo
 from app.settings import Settings
 from model.checkpoint import MOST_STEPS, CheckpointConfig, CheckpointError, read_config
 from model.sampler import SAMPLERS, Sampler

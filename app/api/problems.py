@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from app import errors
-from app.api.context import client_gone, notes_of
+from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, context_of
 from app.metrics import Metrics
 
 PROBLEM_JSON = "application/problem+json"
@@ -17,9 +17,16 @@ PROBLEM_JSON = "application/problem+json"
 
 def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
     """The answer that tells a client of the error; the request's outcome is its code."""
-    notes = notes_of(scope)
-    notes.outcome = error.code
-    return JSONResponse(error.problem(notes.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+    context = context_of(scope)
+    context.outcome = error.code
+    return JSONResponse(error.problem(context.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+
+
+def client_gone(scope: Scope) -> Response:
+    """Returns the answer for a client that has left. It appears only in the access log."""
+    context = context_of(scope)
+    context.outcome = context.outcome or CLIENT_GONE
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 def _routed(error: HTTPException) -> errors.UnfogError:

@@ -1,11 +1,13 @@
 """Requests and answers as JSON."""
 
 import secrets
+import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic_core import PydanticKnownError
 
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps whole
@@ -16,8 +18,21 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _without_default(schema: dict[str, Any]) -> None:
+def _required_if_given(kind: str, **context: str) -> WrapValidator:
+    """Refuses null with the message of another wrong value: a client leaves a field out, or gives it a value."""
+
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        if value is None:
+            raise PydanticKnownError(kind, context or None)  # type: ignore[arg-type] # a name of pydantic's errors
+        return handler(value)
+
+    return WrapValidator(validate)
+
+
+def _may_be_absent(schema: dict[str, Any]) -> None:
+    """Describes a field that a client may leave out, but not set to null."""
     schema.pop("default")
+    schema.update(schema.pop("anyOf")[0])
 
 
 WHOLE = BeforeValidator(_whole)  # after the bounds: else pydantic does not write them into the schema
@@ -37,35 +52,35 @@ class GenerateRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent"), WHOLE] = Field(
         default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
     )
-    num_steps: Annotated[int, Field(ge=1, le=100), WHOLE] = Field(  # type: ignore[assignment] # see `given`
+    num_steps: Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, _required_if_given("int_type")] = Field(
         default=None,
         description="steps of the reverse process; the model's own when absent: 100 of `default`",
-        json_schema_extra=_without_default,
+        json_schema_extra=_may_be_absent,
     )
-    sampler: Sampler = Field(
-        default=None,  # type: ignore[arg-type] # see `given`
-        description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M); the model's own when "
-        "absent: ddpm of `default`",
-        json_schema_extra=_without_default,
+    sampler: Annotated[Sampler | None, _required_if_given("literal_error", expected="'ddpm', 'ddim' or 'dpmpp'")] = (
+        Field(
+            default=None,
+            description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M); the model's own when "
+            "absent: ddpm of `default`",
+            json_schema_extra=_may_be_absent,
+        )
     )
-    guidance_scale: Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] = Field(  # type: ignore[assignment]
-        default=None,  # see `given`
+    guidance_scale: Annotated[
+        Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, _required_if_given("float_type")
+    ] = Field(
+        default=None,
         description="1 = off; the checkpoint's when absent",
-        json_schema_extra=_without_default,
+        json_schema_extra=_may_be_absent,
     )
     scale: Annotated[int, Field(ge=1, le=16, description="enlarges each image by whole pixels"), WHOLE] = 1
     model: str = Field(
         default=DEFAULT_MODEL, max_length=128, description=f"which checkpoint draws: {DEFAULT_MODEL} or {FAST_MODEL}"
     )
-    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(  # type: ignore[assignment] # see `given`
+    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, _required_if_given("float_type")] = Field(
         default=None,
         description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",
-        json_schema_extra=_without_default,
+        json_schema_extra=_may_be_absent,
     )
-
-    def given(self, field: str) -> bool:
-        """Whether the client named it: what has no default here takes the checkpoint's or the server's."""
-        return field in self.model_fields_set
 
 
 class ModelName(BaseModel):
@@ -88,6 +103,17 @@ class Timing(BaseModel):
     queue_seconds: float
     denoise_seconds: float
     total_seconds: float
+
+    @classmethod
+    def of(cls, timings: Timings) -> "Timing":
+        """Returns the times of a finished job; the total is until now."""
+        submitted = timings.submitted_at
+        started, finished = timings.started_at or submitted, timings.finished_at or submitted
+        return cls(
+            queue_seconds=round(started - submitted, 6),
+            denoise_seconds=round(finished - started, 6),
+            total_seconds=round(time.monotonic() - submitted, 6),
+        )
 
 
 class GenerateResponse(BaseModel):

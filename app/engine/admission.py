@@ -9,10 +9,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from app import errors
-from app.engine.backlog import Throughput
-from app.engine.batcher import Batcher, StepLimits
-from app.engine.job import Job, Trajectory
-from app.engine.step_times import Pace
+from app.engine.backlog import Backlog
+from app.engine.batcher import StepLimits, select_rows
+from app.engine.job import Estimate, Job, Trajectory
+from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ class Admission:
 
     def __init__(self, capacity: int, max_batch: int | None) -> None:
         """`capacity` images may wait; a step has at most `max_batch` rows, or as many as are fastest if None."""
-        self.batcher = Batcher(capacity)
-        self.pace = Pace({1: 1.0})
+        self.backlog = Backlog(capacity)
+        self.step_times = StepTimes({1: 1.0})
         self._max_batch = max_batch
         self._max_rows: int | None = None  # after a memory shortage
         self._shortage_at = -math.inf
@@ -39,42 +39,42 @@ class Admission:
         """The rows that a step may have."""
         return self._limits_for(1).rows
 
-    def open(self, pace: Pace) -> None:
+    def open(self, step_times: StepTimes) -> None:
         """Takes over the measured step times."""
-        self.pace = pace
+        self.step_times = step_times
         self._limits.clear()
 
     def observe(self, rows: Sequence[Trajectory], seconds: float) -> None:
         """Learns from a step with these rows, before they are advanced, that took `seconds`."""
         calls: dict[str, int] = {}
         for row in rows:
-            model = row.job.options.model
+            model = row.job.request.options.model
             calls[model] = calls.get(model, 0) + row.evaluations
-        self.pace.observe(list(calls.values()), seconds)
+        self.step_times.observe(list(calls.values()), seconds)
 
     def admit(self, job: Job, now: float) -> None:
-        """Admits a job whole, and sets its position and expected time; Overloaded if it must be refused.
+        """Admits a job whole, and sets its estimate; Overloaded if it must be refused.
 
         An idle engine admits every job: step times are only corrected by running steps.
         """
-        batcher = self.batcher
-        if not self._has_room(batcher.waiting, batcher.waiting + batcher.running, job):
+        backlog = self.backlog
+        if not self._has_room(backlog.waiting, backlog.waiting + backlog.running, job):
             raise errors.Overloaded(self._retry_after(job, now), "the queue has no room for this request")
         full = self._full(job)
-        if not batcher.backlog.admits(job, full, now):
+        if not backlog.admits(job, full, now):
             detail = "the request, or an earlier one, would miss its deadline"
             raise errors.Overloaded(self._retry_after(job, now), detail)
-        job.position = batcher.waiting
-        job.eta_seconds = self._eta_seconds(job, full)
-        batcher.add(job)
+        job.estimate = Estimate(backlog.waiting, self._seconds_of(job, full))
+        backlog.add(job)
         self._safe_until = -math.inf
 
     def select(self, now: float) -> list[Trajectory]:
         """Returns the rows of the next step."""
-        if not self.batcher.num_jobs:
+        if not self.backlog.jobs:
             return []
         self._recover(now)
-        return self.batcher.select(self._limits_for(self.batcher.backlog.num_models()), at_risk=self._is_at_risk(now))
+        limits = self._limits_for(self.backlog.num_models())
+        return select_rows(self.backlog.jobs, limits, at_risk=self._is_at_risk(now))
 
     def lower_max_batch(self, now: float) -> None:
         """Halves the rows that a step may have, after a memory shortage."""
@@ -88,8 +88,8 @@ class Admission:
         Also bounds the images that have begun, whose state takes memory. Requests with ever earlier deadlines would
         otherwise begin and then wait for each other.
         """
-        capacity = self.batcher.capacity
-        return waiting + job.count <= capacity and images + job.count <= 2 * (capacity + self.max_batch)
+        capacity, count = self.backlog.capacity, job.request.count
+        return waiting + count <= capacity and images + count <= 2 * (capacity + self.max_batch)
 
     def _recover(self, now: float) -> None:
         if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:
@@ -110,58 +110,58 @@ class Admission:
         if num_models not in self._limits:
             given = [rows for rows in (self._max_batch, self._max_rows) if rows is not None]
             auto = self._max_batch is None
-            self._limits[num_models] = StepLimits.of(self.pace, min(given, default=None), num_models, auto=auto)
+            self._limits[num_models] = StepLimits.of(self.step_times, min(given, default=None), num_models, auto=auto)
         return self._limits[num_models]
 
     def _full(self, *newcomers: Job) -> Throughput:
         """The speed of full steps at the machine's present speed."""
-        full = self._limits_for(max(1, self.batcher.backlog.num_models(*newcomers))).full
-        slowdown = self.pace.slowdown
+        full = self._limits_for(max(1, self.backlog.num_models(*newcomers))).full
+        slowdown = self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
     def _is_at_risk(self, now: float) -> bool:
         """True if a job may miss its target. Looks again only when time or the slowdown may have changed the answer."""
-        if now < self._safe_until and self.pace.slowdown <= 1.01 * self._safe_slowdown:
+        if now < self._safe_until and self.step_times.slowdown <= 1.01 * self._safe_slowdown:
             return False
-        slack = self.batcher.backlog.slack(self._full(), now)
-        self._safe_until, self._safe_slowdown = now + slack, self.pace.slowdown
+        slack = self.backlog.slack(self._full(), now)
+        self._safe_until, self._safe_slowdown = now + slack, self.step_times.slowdown
         return slack < 0
 
     def _retry_after(self, job: Job, now: float) -> int:
         """Returns the whole number of seconds after which the job would be admitted if no other job arrived."""
-        backlog, full = self.batcher.backlog, self._full(job)
+        backlog, full = self.backlog, self._full(job)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
         limits = self._limits_for(max(1, backlog.num_models(job)))
         rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
 
         def fits(seconds: int) -> bool:
             images = backlog.images_after(seconds, full.rate)
-            waiting = min(max(images - rows, 0), self.batcher.waiting)
+            waiting = min(max(images - rows, 0), backlog.waiting)
             return self._has_room(waiting, images, job) and backlog.admits(job, full, now, seconds)
 
         return _first(fits, longest)
 
-    def _eta_seconds(self, job: Job, full: Throughput) -> float:
+    def _seconds_of(self, job: Job, full: Throughput) -> float:
         """Returns the expected time to finish.
 
         That is the time of its own steps for an image with a row in every step, else the bound.
         """
-        batcher, num_models = self.batcher, max(1, self.batcher.backlog.num_models(job))
+        backlog, num_models = self.backlog, max(1, self.backlog.num_models(job))
         limits = self._limits_for(num_models)
         mean = _mean_evaluations(job)
-        first_round = (batcher.num_jobs + 1) * mean
-        if job.count > 1 or first_round > max(mean, limits.evaluations // 2):
-            return batcher.backlog.finish_seconds(job, full)
-        fewest = 1 if batcher.num_jobs else limits.evaluations
-        share = limits.share(batcher.num_jobs + 1, fewest, math.ceil(first_round))
-        evaluations = min(share, (batcher.waiting + batcher.running + 1) * mean)
-        seconds = self.pace.step_seconds(evaluations) + (num_models - 1) * full.lone_seconds
-        return job.options.num_steps * seconds
+        first_round = (len(backlog) + 1) * mean
+        if job.request.count > 1 or first_round > max(mean, limits.evaluations // 2):
+            return backlog.finish_seconds(job, full)
+        fewest = 1 if backlog.jobs else limits.evaluations
+        share = limits.share(len(backlog) + 1, fewest, math.ceil(first_round))
+        evaluations = min(share, (backlog.waiting + backlog.running + 1) * mean)
+        seconds = self.step_times.step_seconds(evaluations) + (num_models - 1) * full.lone_seconds
+        return job.request.options.num_steps * seconds
 
 
 def _mean_evaluations(job: Job) -> float:
     """Evaluations of one row in one step, the mean over all steps of an image."""
-    return job.evaluations_from(0) / job.options.num_steps
+    return job.request.evaluations_from(0) / job.request.options.num_steps
 
 
 def _first(fits: Callable[[int], bool], longest: int) -> int:

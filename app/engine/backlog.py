@@ -7,13 +7,14 @@ steps. The figures of the jobs are kept in numpy arrays, since admission looks a
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.job import Job
+from app.engine.job import Job, Pixels, Trajectory
+from app.engine.step_times import Throughput
 
 Array = npt.NDArray[np.float64]
 
@@ -23,19 +24,23 @@ _TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _RUNNING, _IMAGE_W
 
 
 @dataclass(frozen=True, slots=True)
-class Throughput:
-    """The speed of full steps: evaluations a second, seconds of a full step, seconds of a step of one evaluation."""
+class _Entry:
+    """The backlog's own facts about a job."""
 
-    rate: float
-    step_seconds: float
-    lone_seconds: float
+    number: int  # counts the jobs; decides between equal targets
+    slot: int  # the job's row in the table
 
 
 class Backlog:
     """The admitted jobs that are not answered yet, by target; jobs with equal targets in order of arrival."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int) -> None:
+        """`capacity` is the number of images that may wait."""
+        self.capacity = capacity
+        self.waiting = 0  # images without a step; an image runs from its first step on
+        self.running = 0
         self.jobs: list[Job] = []
+        self._entries: dict[Job, _Entry] = {}
         self._num_added = 0
         self._table = np.zeros((64, 8))  # a row for each job, at its slot
         self._free = list(range(64))
@@ -44,7 +49,7 @@ class Backlog:
 
     def __contains__(self, job: Job) -> bool:
         """True if the job was added and not removed."""
-        return job.slot is not None
+        return job in self._entries
 
     def __iter__(self) -> Iterator[Job]:
         """Iterates over the jobs by target."""
@@ -55,35 +60,62 @@ class Backlog:
 
     def num_models(self, *newcomers: Job) -> int:
         """Returns the number of models that the jobs, and `newcomers`, use: each costs a call a step."""
-        return len(self._of_model.keys() | {job.options.model for job in newcomers})
+        return len(self._of_model.keys() | {job.request.options.model for job in newcomers})
 
     def add(self, job: Job) -> None:
-        """Inserts a job at its place in the order."""
+        """Inserts a job at its place in the order; the caller has checked that its images fit."""
+        assert self.waiting + job.request.count <= self.capacity, "the queue has room"
         if not self._free:
             size = len(self._table)
             self._table = np.concatenate([self._table, np.zeros_like(self._table)])
             self._free = list(range(size, 2 * size))
-        job.number, self._num_added = self._num_added, self._num_added + 1
-        job.slot = self._free.pop()
+        entry = self._entries[job] = _Entry(self._num_added, self._free.pop())
+        self._num_added += 1
         place = self._place(job)
         self.jobs.insert(place, job)
-        self._order = np.insert(self._order, place, job.slot)
-        self._of_model[job.options.model] += 1
-        self.update(job)
+        self._order = np.insert(self._order, place, entry.slot)
+        self.waiting += job.request.count
+        self._of_model[job.request.options.model] += 1
+        self._table[entry.slot] = _figures(job)
 
-    def remove(self, job: Job) -> None:
-        """Removes a job that was added."""
-        assert job.slot is not None, "the job is in the backlog"
+    def remove(self, job: Job) -> bool:
+        """Removes a job and its images; returns False if it is not in the backlog."""
+        if job not in self._entries:
+            return False
         place = self._place(job)
         del self.jobs[place]
         self._order = np.delete(self._order, place)
-        self._free.append(job.slot)
-        job.slot = None
-        self._of_model -= Counter([job.options.model])  # removes the key at 0
+        self._free.append(self._entries.pop(job).slot)
+        self._of_model -= Counter([job.request.options.model])  # removes the key at 0
+        self.waiting -= job.num_waiting
+        self.running -= len(job.unfinished) - job.num_waiting
+        return True
 
-    def update(self, job: Job) -> None:
-        """Reads a job's figures again after some of its images advanced or finished."""
-        self._table[job.slot] = _figures(job)
+    def start(self, trajectory: Trajectory) -> None:
+        """Marks an image that waited as running."""
+        trajectory.started = True
+        trajectory.job.num_waiting -= 1
+        self.waiting -= 1
+        self.running += 1
+
+    def advance(self, rows: Sequence[Trajectory]) -> None:
+        """Counts one more step of these images."""
+        for row in rows:
+            row.job.evaluations_left -= row.evaluations
+            row.job.steps_done += 1
+            row.step += 1
+        self._update(rows)
+
+    def finish(self, images: Sequence[tuple[Trajectory, Pixels]]) -> None:
+        """Takes finished images and answers the jobs of which they are the last."""
+        for trajectory, pixels in images:
+            job = trajectory.job
+            if len(job.unfinished) == 1:
+                self.remove(job)
+            else:
+                self.running -= 1
+            job.finish(trajectory, pixels)
+        self._update([trajectory for trajectory, _ in images])
 
     def slack(self, full: Throughput, now: float) -> float:
         """Returns the smallest time that a job has left between the bound and its target; infinity without jobs.
@@ -149,8 +181,16 @@ class Backlog:
         """Evaluations left of all jobs."""
         return float(self._table[self._order, _WORK].sum())
 
+    def _update(self, rows: Sequence[Trajectory]) -> None:
+        for job in dict.fromkeys(row.job for row in rows):
+            if entry := self._entries.get(job):
+                self._table[entry.slot] = _figures(job)
+
     def _place(self, job: Job) -> int:
-        return bisect_left(self.jobs, (job.target, job.number), key=lambda other: (other.target, other.number))
+        return bisect_left(self.jobs, self._key(job), key=self._key)
+
+    def _key(self, job: Job) -> tuple[float, int]:
+        return job.target, self._entries[job].number
 
 
 def _figures(job: Job) -> tuple[float, ...]:
@@ -163,7 +203,7 @@ def _figures(job: Job) -> tuple[float, ...]:
         last.steps_left,
         job.num_waiting,
         len(job.unfinished) - job.num_waiting,
-        job.evaluations_from(0),
+        job.request.evaluations_from(0),
     )
 
 

@@ -1,11 +1,10 @@
-"""Chooses the rows of each step. No tensors, no threads, no clock."""
+"""The rule that chooses the rows of each step, and the size of a step. No tensors, no threads, no clock."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from app.engine.backlog import Backlog, Throughput
 from app.engine.job import Job, Trajectory
-from app.engine.step_times import Pace
+from app.engine.step_times import StepTimes, Throughput
 
 # A full step is the largest one within BEST_TOLERANCE of the best rate that takes at most FULL_SLOWDOWN times as long
 # as a lone image's step. Larger steps reach a higher throughput, most of all on a busy machine, because the compute
@@ -25,21 +24,21 @@ class StepLimits:
     full: Throughput  # at the speed measured while warming up
 
     @classmethod
-    def of(cls, pace: Pace, max_rows: int | None, num_models: int, *, auto: bool) -> "StepLimits":
+    def of(cls, times: StepTimes, max_rows: int | None, num_models: int, *, auto: bool) -> "StepLimits":
         """Returns the limits for steps of at most `max_rows` rows, if given, with a call for each of the models.
 
         With `auto` the size of a full step follows from the measured rates. Otherwise it has `max_rows` rows, and no
         step is kept short.
         """
-        lone = pace.measured_seconds(1)
+        lone = times.measured_seconds(1)
         calls = (num_models - 1) * lone  # each model after the first costs another call
-        most = max(2, pace.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone)) if auto else 2 * (max_rows or 1)
+        most = max(2, times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone)) if auto else 2 * (max_rows or 1)
         rows = min(most, max_rows or most)
         most = min(most, 2 * rows)  # a guided row takes two
-        short = min(most, max(1, pace.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
+        short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         least = max(1, min(most - 1, rows))  # of a full step: a guided row may not fit
-        rate = min(count / (pace.measured_seconds(count) + calls) for count in (least, most))
-        return cls(most, rows, short, Throughput(rate, pace.measured_seconds(most) + calls, lone))
+        rate = min(count / (times.measured_seconds(count) + calls) for count in (least, most))
+        return cls(most, rows, short, Throughput(rate, times.measured_seconds(most) + calls, lone))
 
     def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
         """Returns the evaluations that a step may have, given the jobs and the evaluations of one row of each.
@@ -53,99 +52,39 @@ class StepLimits:
         return self.evaluations
 
 
-class Batcher:
-    """The admitted jobs and the state of their images. An image waits until its first step and runs from then on."""
+def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:
+    """Returns the rows of the next step; of each job those that are furthest along.
 
-    def __init__(self, capacity: int) -> None:
-        """`capacity` is the number of images that may wait."""
-        self.capacity = capacity
-        self.waiting = 0
-        self.running = 0
-        self.backlog = Backlog()
-
-    @property
-    def jobs(self) -> list[Job]:
-        """The jobs that are not answered yet, by target."""
-        return list(self.backlog)
-
-    @property
-    def num_jobs(self) -> int:
-        """The number of jobs that are not answered yet."""
-        return len(self.backlog)
-
-    def add(self, job: Job) -> None:
-        """Admits a job whole; the caller has checked that its images fit."""
-        assert self.waiting + job.count <= self.capacity, "the queue has room"
-        self.backlog.add(job)
-        self.waiting += job.count
-
-    def select(self, limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:
-        """Returns the rows of the next step; of each job those that are furthest along.
-
-        First each job gets one row, up to half of a full step, so that a newcomer takes part in the next step. The
-        other rows go to the jobs in order of their targets. If a target is at risk, all rows are chosen in this order.
-        """
-        rows: list[Trajectory] = []
-        evaluations, limit = 0, limits.evaluations
-        if not at_risk:
-            for job in self.backlog:
-                row = job.unfinished[0]
-                if rows and (evaluations + row.evaluations > limits.evaluations // 2 or len(rows) == limits.rows):
-                    break
-                rows.append(row)
-                evaluations += row.evaluations
-            limit = limits.share(self.num_jobs, self._fewest_images(limits), evaluations)
-        for row in self._others(len(rows)):
-            if rows and (evaluations + row.evaluations > limit or len(rows) == limits.rows):
+    `jobs` are in order of their targets. First each job gets one row, up to half of a full step, so that a newcomer
+    takes part in the next step. The other rows go to the jobs in order. If a target is at risk, all rows are chosen in
+    this order.
+    """
+    rows: list[Trajectory] = []
+    evaluations, limit = 0, limits.evaluations
+    if not at_risk:
+        for job in jobs:
+            row = job.unfinished[0]
+            if rows and (evaluations + row.evaluations > limits.evaluations // 2 or len(rows) == limits.rows):
                 break
             rows.append(row)
             evaluations += row.evaluations
-        return rows
+        limit = limits.share(len(jobs), _fewest_images(jobs, limits), evaluations)
+    for row in _others(jobs, len(rows)):
+        if rows and (evaluations + row.evaluations > limit or len(rows) == limits.rows):
+            break
+        rows.append(row)
+        evaluations += row.evaluations
+    return rows
 
-    def start(self, trajectory: Trajectory) -> None:
-        """Marks an image that waited as running."""
-        trajectory.started = True
-        trajectory.job.num_waiting -= 1
-        self.waiting -= 1
-        self.running += 1
 
-    def advance(self, trajectory: Trajectory) -> None:
-        """Counts one more step of an image. Call `update` with the rows of the step when all are counted."""
-        trajectory.job.evaluations_left -= trajectory.evaluations
-        trajectory.job.steps_done += 1
-        trajectory.step += 1
+def _others(jobs: Sequence[Job], num_first: int) -> Iterator[Trajectory]:
+    """All rows in order, without the first row of the first `num_first` jobs."""
+    for place, job in enumerate(jobs):
+        yield from job.unfinished[1:] if place < num_first else job.unfinished
 
-    def update(self, rows: list[Trajectory]) -> None:
-        """Updates the figures of the jobs whose rows advanced or finished."""
-        for job in dict.fromkeys(row.job for row in rows):
-            if job in self.backlog:
-                self.backlog.update(job)
 
-    def retire(self, trajectory: Trajectory) -> None:
-        """Counts an image as finished; call before its job takes the image."""
-        self.running -= 1
-        if len(trajectory.job.unfinished) == 1:
-            self.backlog.remove(trajectory.job)
-
-    def remove(self, job: Job) -> bool:
-        """Removes a job and its images; returns False if it is not admitted."""
-        if job not in self.backlog:
-            return False
-        self.backlog.remove(job)
-        for trajectory in job.unfinished:
-            if trajectory.started:
-                self.running -= 1
-            else:
-                self.waiting -= 1
-        return True
-
-    def _others(self, num_first: int) -> Iterator[Trajectory]:
-        """All rows in order, without the first row of the first `num_first` jobs."""
-        for place, job in enumerate(self.backlog):
-            yield from job.unfinished[1:] if place < num_first else job.unfinished
-
-    def _fewest_images(self, limits: StepLimits) -> int:
-        """The smallest number of images of a job, counted only where it matters to `StepLimits.share`."""
-        if not 1 < self.num_jobs <= limits.evaluations:
-            return limits.evaluations
-        return min(job.count for job in self.backlog)
+def _fewest_images(jobs: Sequence[Job], limits: StepLimits) -> int:
+    """The smallest number of images of a job, counted only where it matters to `StepLimits.share`."""
+    if not 1 < len(jobs) <= limits.evaluations:
+        return limits.evaluations
+    return min(job.request.count for job in jobs)

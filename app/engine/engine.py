@@ -9,20 +9,40 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from enum import StrEnum
+from functools import cached_property
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.interface import R, StepRunner, isolate
+from app.engine.interface import ModelInfo, RunnerError, StepRunner
+from app.engine.isolation import R, isolate
 from app.engine.job import Job, Pixels, Trajectory
-from app.engine.state import RESTART_SECONDS, EngineState
-from app.engine.step_times import Pace
+from app.engine.step_times import StepTimes
 from app.metrics import Metrics
-from app.runner.device import RunnerError
-from app.runner.loaded_model import ModelInfo
 
 log = logging.getLogger(__name__)
 
+STARTING_SECONDS = 5  # Retry-After while the service starts; loading takes about this long
+RESTART_SECONDS = 10  # Retry-After until the service is started again
 MAX_FAILED_BATCHES = 3  # in a row without a surviving row; then the known picture tells whether the engine works
+
+
+class EngineState(StrEnum):
+    """New work is taken only while it is `ok`."""
+
+    STARTING = "starting"
+    OK = "ok"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+    def refuse_unless_ok(self) -> None:
+        """Starting, Draining or EngineFailed where no new work is taken."""
+        if self is EngineState.STARTING:
+            raise errors.Starting(STARTING_SECONDS)
+        if self is EngineState.DRAINING:
+            raise errors.Draining(RESTART_SECONDS)
+        if self is EngineState.FAILED:
+            raise errors.EngineFailed(RESTART_SECONDS)
 
 
 class Engine:
@@ -39,11 +59,12 @@ class Engine:
     ) -> None:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # what is served, by name; empty until it is ready
+        self.device_memory: Callable[[], int] | None = None  # reads the bytes held on a GPU, once it is ready
         self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
         self._load = load
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         self._admission = Admission(capacity, max_batch)
-        self._batcher = self._admission.batcher
+        self.backlog = self._admission.backlog
         self._condition = threading.Condition()
         self._abandoned: list[Trajectory] = []  # their jobs were answered early; the thread frees their slots
         self._idle: Future[None] | None = None  # asked for by drain
@@ -64,7 +85,7 @@ class Engine:
         with self._condition:
             self.apparent_state.refuse_unless_ok()
             self._admission.admit(job, time.monotonic())
-            job.submitted_at_step = self._num_steps
+            job.timings.submitted_at_step = self._num_steps
             self._condition.notify()
 
     def cancel(self, job: Job, error: Exception) -> None:
@@ -87,7 +108,7 @@ class Engine:
     def give_up(self, error: Exception) -> None:
         """Answers every unanswered job with the error."""
         with self._condition:
-            for job in self._batcher.jobs:
+            for job in list(self.backlog.jobs):
                 self._end(job, error)
 
     def stop(self, timeout: float) -> bool:
@@ -112,45 +133,23 @@ class Engine:
         """The state for clients: a stuck engine counts as failed."""
         return self.state if self.alive else EngineState.FAILED
 
-    @property
-    def max_batch(self) -> int:
-        """Rows that a step may have."""
-        return self._admission.max_batch
-
-    @property
-    def waiting(self) -> int:
-        """Images without a step yet."""
-        return self._batcher.waiting
-
-    @property
-    def running(self) -> int:
-        """Images between their steps."""
-        return self._batcher.running
-
-    @property
-    def capacity(self) -> int:
-        """Images that may wait."""
-        return self._batcher.capacity
-
-    @property
-    def device_memory(self) -> Callable[[], int] | None:
-        """Reads the bytes held on a GPU; None without one."""
-        return self._runner.device_memory
+    @cached_property
+    def _runner(self) -> StepRunner:
+        """The runner. The engine thread loads it at its start, and no other thread uses it."""
+        return self._load()
 
     def _run(self) -> None:
         try:
-            self._runner = self._load()
-            pace = self._runner.warm_up(lambda: self._stopping)
-            self._open(pace)
+            self._open(self._runner.warm_up(lambda: self._stopping))
             while not self._stopping:
                 self._tick()
         except BaseException as error:
             self._die(error)
 
-    def _open(self, pace: Pace) -> None:
+    def _open(self, step_times: StepTimes) -> None:
         with self._condition:
-            self._admission.open(pace)
-            self.models = self._runner.models
+            self._admission.open(step_times)
+            self.models, self.device_memory = self._runner.models, self._runner.device_memory
             if self.state is EngineState.STARTING:
                 self.state = EngineState.OK
         self.ready.set_result(None)
@@ -201,20 +200,21 @@ class Engine:
         """The rows of the next step, and what the runner may forget; waits until there is either."""
         with self._condition:
             self._last_beat = None
-            self._condition.wait_for(lambda: self._batcher.num_jobs or self._abandoned or self._stopping)
+            self._condition.wait_for(lambda: self.backlog.jobs or self._abandoned or self._stopping)
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
             rows = [] if self._stopping else self._admission.select(self._last_beat)
             for trajectory in rows:
                 if not trajectory.started:
-                    self._batcher.start(trajectory)
+                    self.backlog.start(trajectory)
                     self._note_start(trajectory.job)
             return rows, abandoned
 
     def _note_start(self, job: Job) -> None:
-        job.started_at = job.started_at or self._last_beat
-        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - job.submitted_at))
-        self._metrics.admission_wait.observe(self._num_steps - job.submitted_at_step)
+        timings = job.timings
+        timings.started_at = timings.started_at or self._last_beat
+        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
+        self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)
 
     def _isolated(
         self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
@@ -244,29 +244,25 @@ class Engine:
     def _retire(self, rows: list[Trajectory]) -> None:
         with self._condition:
             rows = [trajectory for trajectory in rows if not trajectory.job.closed]
-            for trajectory in rows:
-                self._batcher.advance(trajectory)
-            self._batcher.update(rows)
+            self.backlog.advance(rows)
         self._send_previews(rows)
         done = self._read_pixels([trajectory for trajectory in rows if not trajectory.steps_left])
         with self._condition:
-            for trajectory, pixels in done:
-                if not trajectory.job.closed:
-                    self._batcher.retire(trajectory)
-                    trajectory.job.finish(trajectory, pixels)
-                    self._metrics.images.labels(str(trajectory.job.options.digit)).inc()
-            self._batcher.update([trajectory for trajectory, _ in done])
+            finished = [(trajectory, pixels) for trajectory, pixels in done if not trajectory.job.closed]
+            self.backlog.finish(finished)
+            for trajectory, _ in finished:
+                self._metrics.images.labels(str(trajectory.job.request.options.digit)).inc()
             self._note_idle()
         self._runner.release([trajectory for trajectory, _ in done])
 
     def _send_previews(self, rows: list[Trajectory]) -> None:
         for job in dict.fromkeys(trajectory.job for trajectory in rows):
-            if job.listener and job.preview_due():
+            if job.request.listener and job.preview_due():
                 drawn = dict(self._read_pixels(job.unfinished))
                 job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in drawn.items()}))
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
-        request_id = trajectory.job.request_id
+        request_id = trajectory.job.request.request_id
         self._num_failed_rows += 1
         log.error("a row failed at step %d", trajectory.step, exc_info=error, extra={"request_id": request_id})
         with self._condition:
@@ -274,7 +270,7 @@ class Engine:
 
     def _end(self, job: Job, error: Exception) -> None:
         """Answers a job early; the condition is held."""
-        if not self._batcher.remove(job):
+        if not self.backlog.remove(job):
             return
         for trajectory in job.unfinished:
             self._metrics.cancelled.labels("running" if trajectory.started else "waiting").inc()
@@ -287,11 +283,11 @@ class Engine:
             log.critical("the engine has failed", exc_info=error)
         with self._condition:
             self.state = EngineState.FAILED
-            for job in self._batcher.jobs:
+            for job in list(self.backlog.jobs):
                 self._end(job, errors.EngineFailed(RESTART_SECONDS))
         if not self.ready.done():
             self.ready.set_exception(error)
 
     def _note_idle(self) -> None:
-        if self._idle and not self._idle.done() and not self._batcher.num_jobs:
+        if self._idle and not self._idle.done() and not self.backlog.jobs:
             self._idle.set_result(None)

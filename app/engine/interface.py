@@ -1,14 +1,50 @@
-"""The runner protocol, and the isolation of rows that make a batch fail."""
+"""What the engine needs of a runner: its protocol, its errors, and what it says about the models that it serves."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol
 
-from app.engine.job import Pixels, Trajectory
-from app.engine.step_times import Pace
-from app.runner.device import DeviceLostError, OutOfMemoryError
-from app.runner.loaded_model import ModelInfo
+from app.engine.job import Options, Pixels, Trajectory
+from app.engine.step_times import StepTimes
+from model.sampler import Sampler
 
-R = TypeVar("R")
+
+class RunnerError(Exception):
+    """The service cannot start with this device or checkpoint. The message is one line for the operator."""
+
+
+class OutOfMemoryError(Exception):
+    """The device has too little memory for this batch. A smaller one may fit."""
+
+
+class DeviceLostError(Exception):
+    """The device no longer works. All state on it is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is served under a name, in words and numbers."""
+
+    name: str
+    sha256: str
+    num_parameters: int
+    device: str
+    dtype: str
+    version: str
+    compiled: bool
+    num_classes: int
+    max_steps: int
+    steps: tuple[int, ...]  # the only numbers of steps that it draws in; () = all of 1..max_steps
+    default_steps: int  # the recommended number
+    samplers: tuple[Sampler, ...]  # the recommended one first
+    guidance_scale: dict[Sampler, float]  # the recommended one of each
+    guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance acts
+    guidable: bool  # whether labels were dropped in training: without it guidance has nothing to lean on
+
+    def guided_steps_of(self, options: Options) -> range:
+        """The steps of these images that take a second evaluation."""
+        guided = options.guidance_scale != 1
+        return self.guided_steps(options.sampler, options.num_steps) if guided else range(0)
 
 
 class StepRunner(Protocol):
@@ -35,43 +71,8 @@ class StepRunner(Protocol):
     def release(self, trajectories: list[Trajectory]) -> None:
         """Forgets their state."""
 
-    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
+    def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Prepares for requests and measures the step times."""
 
     def check(self) -> None:
         """Draws the known picture of each model; raises if that fails or the picture differs."""
-
-
-def isolate(
-    rows: list[Trajectory],
-    compute: Callable[[list[Trajectory]], list[R]],
-    on_failure: Callable[[Trajectory, Exception], None],
-    on_out_of_memory: Callable[[], None],
-) -> list[tuple[Trajectory, R]]:
-    """Returns each row with its result. Runs a batch that raises again in halves until the failing row is alone.
-
-    Calls `on_failure` with each failing row, and `on_out_of_memory` at most once. Leaves out rows whose job has been
-    answered. Raises DeviceLostError, which no row has caused.
-    """
-    is_short = False
-
-    def run(rows: list[Trajectory]) -> list[tuple[Trajectory, R]]:
-        nonlocal is_short
-        rows = [trajectory for trajectory in rows if not trajectory.job.closed]
-        if not rows:
-            return []
-        try:
-            return list(zip(rows, compute(rows), strict=True))
-        except DeviceLostError:
-            raise
-        except Exception as error:
-            if isinstance(error, OutOfMemoryError) and not is_short:
-                is_short = True
-                on_out_of_memory()
-            if len(rows) == 1:
-                on_failure(rows[0], error)
-                return []
-            middle = len(rows) // 2
-            return run(rows[:middle]) + run(rows[middle:])
-
-    return run(rows)

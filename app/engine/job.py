@@ -1,4 +1,4 @@
-"""One image's path x_T -> x_0, and the job of which it is a part. No tensors: the runner keeps those."""
+"""A request's images on their way from x_T to x_0. The runner keeps the tensors."""
 
 import math
 import time
@@ -41,17 +41,17 @@ class Trajectory:
     @property
     def steps_left(self) -> int:
         """Reverse steps until x_0."""
-        return self.job.options.num_steps - self.step
+        return self.job.request.options.num_steps - self.step
 
     @property
     def evaluations(self) -> int:
         """Network evaluations of the next step: guidance takes a second one."""
-        return 2 if self.step in self.job.guided_steps else 1
+        return 2 if self.step in self.job.request.guided_steps else 1
 
     @property
     def evaluations_left(self) -> int:
         """Network evaluations until x_0."""
-        return self.job.evaluations_from(self.step)
+        return self.job.request.evaluations_from(self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,73 +74,94 @@ class ImageDone:
 Listener = Callable[[Progress | ImageDone], None]  # called by the engine's thread; must not block
 
 
-@dataclass(eq=False)
-class Job:
-    """A request's images, admitted whole, answered once through `future`. Times are of time.monotonic()."""
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a client asks for."""
 
     options: Options
     count: int
-    timeout: float = math.inf  # seconds from `submitted_at` until the request is answered with 504
+    timeout: float = math.inf  # seconds from the submission until the request is answered with 504
     num_previews: int = 0
     listener: Listener | None = None
     guided_steps: range = range(0)  # the steps that take a second evaluation
     request_id: str = ""  # for the log
-    future: "Future[list[Pixels]]" = field(default_factory=Future)
-    submitted_at: float = field(default_factory=time.monotonic)
-    submitted_at_step: int = 0  # the engine's count of steps
-    position: int = 0  # images that waited when the job was admitted
-    eta_seconds: float = 0.0  # expected time to finish, when the job was admitted
-    started_at: float | None = None
-    finished_at: float | None = None
-
-    def __post_init__(self) -> None:
-        self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
-        self.unfinished = [Trajectory(self, index) for index in range(self.count)]  # the furthest along first
-        self.pixels: list[Pixels | None] = [None] * self.count
-        self.deadline = self.submitted_at + self.timeout
-        self.target = self.submitted_at + TARGET_SHARE * self.timeout
-        self.number = 0  # counts admitted jobs; decides between equal targets
-        self.slot: int | None = None  # the backlog's place for the job's figures
-        self.num_waiting = self.count  # images without a step
-        self.evaluations_left = self.count * self.evaluations_from(0)  # of all images together
-        self.steps_done = 0  # of all images together
-        self.closed = False  # Answered. Read for each row at each step, where the future's lock would cost time.
-        self._previews_sent = 0
 
     def evaluations_from(self, step: int) -> int:
-        """Network evaluations of one image from `step` on: guided steps take two."""
+        """Returns the network evaluations of one image from `step` on: guided steps take two."""
         num_steps, guided = self.options.num_steps, self.guided_steps
         return num_steps - step + max(0, min(guided.stop, num_steps) - max(guided.start, step))
 
+
+@dataclass(slots=True)
+class Timings:
+    """When a job reached each stage, in seconds of time.monotonic()."""
+
+    submitted_at: float = field(default_factory=time.monotonic)
+    submitted_at_step: int = 0  # the engine's count of steps
+    started_at: float | None = None
+    finished_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What is expected of a job when it is admitted."""
+
+    position: int  # images that wait for their first step
+    seconds: float  # until the last image is finished
+
+
+class Job:
+    """A request's images. They are admitted together and answered once, through `future`."""
+
+    def __init__(self, request: JobRequest, submitted_at: float | None = None) -> None:
+        """`submitted_at` is a time of time.monotonic(); now if it is absent."""
+        self.request = request
+        self.timings = Timings() if submitted_at is None else Timings(submitted_at)
+        self.deadline = self.timings.submitted_at + request.timeout
+        self.target = self.timings.submitted_at + TARGET_SHARE * request.timeout
+        self.estimate: Estimate | None = None  # set by admission
+        self.future: Future[list[Pixels]] = Future()
+        self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
+        self.unfinished = [Trajectory(self, index) for index in range(request.count)]  # the furthest along first
+        self.num_waiting = request.count  # images without a step
+        self.evaluations_left = request.count * request.evaluations_from(0)  # of all images together
+        self.steps_done = 0  # of all images together
+        self.closed = False  # Answered. Read for each row at each step, where the future's lock would cost time.
+        self._pixels: list[Pixels | None] = [None] * request.count
+        self._previews_sent = 0
+
     def preview_due(self) -> bool:
-        """Whether the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""
-        marks = self.num_previews * self.steps_done // (self.count * self.options.num_steps)
+        """True if the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""
+        marks = self.request.num_previews * self.steps_done // (self.request.count * self.request.options.num_steps)
         due = marks > self._previews_sent
         self._previews_sent = max(marks, self._previews_sent)
         return due
 
     def progress(self, previews: dict[int, Pixels]) -> Progress:
-        """How far the job is; `previews` are those of its unfinished images, by index."""
-        images = [previews.get(index, pixels) for index, pixels in enumerate(self.pixels)]
-        step = self.steps_done // self.count
-        return Progress(step, self.options.num_steps, [image for image in images if image is not None])
+        """Returns how far the job is; `previews` are those of its unfinished images, by index."""
+        images = [previews.get(index, pixels) for index, pixels in enumerate(self._pixels)]
+        step = self.steps_done // self.request.count
+        return Progress(step, self.request.options.num_steps, [image for image in images if image is not None])
 
     def finish(self, trajectory: Trajectory, pixels: Pixels) -> None:
-        """Takes one image; answers when it was the last."""
+        """Takes one image; answers the job if it was the last."""
         self.unfinished.remove(trajectory)
-        self.pixels[trajectory.index] = pixels
+        self._pixels[trajectory.index] = pixels
         self.tell(ImageDone(trajectory.index, pixels))
         if not self.unfinished:
-            self.closed, self.finished_at = True, time.monotonic()
-            self.future.set_result([image for image in self.pixels if image is not None])
+            self._close()
+            self.future.set_result([image for image in self._pixels if image is not None])
 
     def fail(self, error: Exception) -> None:
-        """Answers with an error; a job that was answered stays as it is."""
+        """Answers the job with an error, unless it was answered before."""
         if not self.closed:
-            self.closed, self.finished_at = True, time.monotonic()
+            self._close()
             self.future.set_exception(error)
 
     def tell(self, event: Progress | ImageDone) -> None:
-        """Passes an event to whoever listens."""
-        if self.listener:
-            self.listener(event)
+        """Passes an event to the listener, if there is one."""
+        if self.request.listener:
+            self.request.listener(event)
+
+    def _close(self) -> None:
+        self.closed, self.timings.finished_at = True, time.monotonic()

@@ -1,14 +1,25 @@
 """Step times: how long one reverse step takes, given its number of network evaluations."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from copy import copy
+from dataclasses import dataclass
+
+import numpy as np
 
 SMOOTHING = 0.05  # weight of the newest step
 MAX_JUMP = 4.0  # a step that takes even longer was interrupted: it counts as this many times slower
 
 
-class Pace:
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """The speed of full steps: evaluations a second, seconds of a full step, seconds of a step of one evaluation."""
+
+    rate: float
+    step_seconds: float
+    lone_seconds: float
+
+
+class StepTimes:
     """Seconds of a step against its evaluations: the curve measured while warming up, times the present slowdown.
 
     A guided row counts as two evaluations. Each model that takes part in a step makes a call of its own.
@@ -19,21 +30,14 @@ class Pace:
         self._seconds = [seconds_by_rows[rows] for rows in self._rows]
         self.slowdown = 1.0
 
-    def copy(self) -> "Pace":
+    def copy(self) -> "StepTimes":
         """Returns an independent copy."""
         return copy(self)
 
-    def observe(self, calls: Sequence[int], seconds: float, weight: float = SMOOTHING) -> None:
+    def observe(self, calls: Sequence[int], seconds: float) -> None:
         """Learns from a step that took `seconds`; `calls` are the evaluations of each model's call."""
-        self.adjust(seconds / sum(map(self.step_seconds, calls)), weight)
-
-    def adjust(self, ratio: float, weight: float) -> None:
-        """Learns from a step that took `ratio` times as long as expected."""
-        self.slowdown *= 1 + weight * (min(ratio, MAX_JUMP) - 1)
-
-    def relax(self, share: float) -> None:
-        """Moves the slowdown towards 1 by `share` of the distance."""
-        self.slowdown += share * (1 - self.slowdown)
+        ratio = seconds / sum(map(self.step_seconds, calls))
+        self.slowdown *= 1 + SMOOTHING * (min(ratio, MAX_JUMP) - 1)
 
     def step_seconds(self, evaluations: float) -> float:
         """Returns the seconds of a step at the machine's present speed."""
@@ -44,14 +48,8 @@ class Pace:
 
         Interpolates linearly. Below the smallest measured batch the time is constant, above the largest proportional.
         """
-        right = bisect_left(self._rows, evaluations)
-        if right == 0:
-            return self._seconds[0]
-        if right == len(self._rows):
-            return self._seconds[-1] * evaluations / self._rows[-1]
-        low, high = self._rows[right - 1 : right + 1]
-        share = (evaluations - low) / (high - low)
-        return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share
+        above = max(1.0, evaluations / self._rows[-1])
+        return above * float(np.interp(evaluations, self._rows, self._seconds))
 
     def best_batch(self, tolerance: float, seconds: float) -> int:
         """Returns the largest measured batch that takes at most `seconds` and is within `tolerance` of the best rate.

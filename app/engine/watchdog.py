@@ -3,8 +3,7 @@
 import asyncio
 import logging
 
-from app.engine.engine import Engine
-from app.engine.state import EngineState
+from app.engine.engine import Engine, EngineState
 
 log = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
-from app.runner.cores import granted_cores
+from app.engine.interface import DeviceLostError, OutOfMemoryError, RunnerError
 from app.runner.threads import ComputeThreads
 from model.precision import fast_dtype
 
@@ -18,6 +18,7 @@ MAX_PLAIN_THREADS = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # The kernel module's own file. A container sees it too, whether or not it was given a GPU.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # version 2
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 # Parts of the messages of torch and of CUDA, and what to say instead. The first match counts.
@@ -43,18 +44,6 @@ _UNUSABLE = {
     "driver initialization failed": "the NVIDIA driver does not start. See what nvidia-smi says",
     "CUDA unknown error": "the NVIDIA driver does not start. See what nvidia-smi says, and check CUDA_VISIBLE_DEVICES",
 }
-
-
-class RunnerError(Exception):
-    """The service cannot start with this device or checkpoint. The message is one line for the operator."""
-
-
-class OutOfMemoryError(Exception):
-    """The device has too little memory for this batch. A smaller one may fit."""
-
-
-class DeviceLostError(Exception):
-    """The device no longer works. All state on it is lost."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -110,6 +99,12 @@ def choose_num_threads(
     return threads
 
 
+def granted_cores(groups: Path = CGROUPS, own_group: Path = OWN_CGROUP) -> float | None:
+    """Returns the processor time that a container or a unit grants to this process, in cores; None without a limit."""
+    folders = (groups / str(group).lstrip("/") for group in _own_groups(own_group))
+    return min((cores for folder in folders if (cores := _limit(folder)) is not None), default=None)
+
+
 @contextmanager
 def device_errors() -> Iterator[None]:
     """Translates torch's errors about the device into OutOfMemoryError and DeviceLostError."""
@@ -143,3 +138,22 @@ def _reason(message: str) -> str:
         if part in message:
             return reason.format(torch=torch.__version__, cuda=torch.version.cuda)
     return f"the GPU cannot be used: {message.splitlines()[0] if message else 'no reason given'}"
+
+
+def _own_groups(own_group: Path) -> list[PurePosixPath]:
+    """The process's control group and those above it, each of which may limit it."""
+    try:
+        lines = own_group.read_text().splitlines()
+    except OSError:
+        return []
+    own = [PurePosixPath(line.removeprefix("0::")) for line in lines if line.startswith("0::")]
+    return [group for lowest in own for group in (lowest, *lowest.parents)]
+
+
+def _limit(folder: Path) -> float | None:
+    """`QUOTA PERIOD`, both in microseconds, or `max PERIOD`."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):  # the uppermost group has none
+        return None

@@ -11,23 +11,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from app.engine.interface import DeviceLostError, ModelInfo, RunnerError
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Pixels, Trajectory
-from app.engine.step_times import Pace
-from app.runner.device import (
-    DeviceLostError,
-    RunnerError,
-    choose_device,
-    choose_dtype,
-    choose_num_threads,
-    device_errors,
-)
-from app.runner.loaded_model import ModelInfo, Network
-from app.runner.plans import Plans
-from app.runner.rows import rows_of
-from app.runner.slots import Slots
+from app.engine.step_times import StepTimes
+from app.runner.device import choose_device, choose_dtype, choose_num_threads, device_errors
+from app.runner.device_state import Plans, Slots, rows_of
+from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Shapes, Transfers
-from app.runner.warm_up import check_probe, measure_paces, record_shapes
+from app.runner.warm_up import check_known_picture, measure_step_times, record_shapes
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
@@ -67,7 +59,7 @@ class Runner:
         self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
-        self._networks = {name: Network(name, loaded, device, dtype) for name, loaded in models.items()}
+        self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
         with torch.inference_mode():  # in which all else is made: a compiled step would tell them apart
             self._plans = Plans(device)
             count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
@@ -97,19 +89,19 @@ class Runner:
                 prepare_kernel_cache(cache)
             except CompilerError as error:
                 raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
-        for network in self._networks.values():
+        for model in self._models.values():
             try:
-                network.use(compiled_step(network.program, cache))
+                model.use(compiled_step(model.program, cache))
             except CompilerError as error:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
-                log.warning("model %r is not compiled, and takes longer: %s", network.info.name, error)
-        return all(network.info.compiled for network in self._networks.values())
+                log.warning("model %r is not compiled, and takes longer: %s", model.info.name, error)
+        return all(model.info.compiled for model in self._models.values())
 
     @property
     def models(self) -> dict[str, ModelInfo]:
         """What is served, by name."""
-        return {name: network.info for name, network in self._networks.items()}
+        return {name: model.info for name, model in self._models.items()}
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
@@ -124,10 +116,9 @@ class Runner:
         start, on_core = time.perf_counter(), time.thread_time()
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
-            by_model.setdefault(trajectory.job.options.model, []).append(trajectory)
+            by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
         finite = self._step(trajectories, by_model)
-        calls = [sum(row.evaluations for row in own) for own in by_model.values()]
-        self._threads.observe(calls, time.perf_counter() - start, time.thread_time() - on_core)
+        self._threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
         return finite
 
     @torch.inference_mode()
@@ -138,7 +129,7 @@ class Runner:
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
-            parts = [self._call(self._networks[name], own) for name, own in by_model.items()]
+            parts = [self._call(self._models[name], own) for name, own in by_model.items()]
             finite = [finite for _, (_, _, finite) in parts]
             read = self._transfers.start_download(torch.cat(finite)) if is_read else None
             self._commit(parts)
@@ -150,11 +141,11 @@ class Runner:
             raise DeviceLostError("a step that was enqueued has failed") from error
         return [of_row[trajectory] for trajectory in trajectories]
 
-    def _call(self, network: Network, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
+    def _call(self, model: LoadedModel, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
         """Where the results belong, (B,), and the results."""
         rows = rows_of(trajectories, self._shapes, self._transfers)
         start = time.perf_counter()
-        stepped = network.step(*self._slots.state, self._plans.table, *rows)
+        stepped = model.step(*self._slots.state, self._plans.table, *rows)
         self.network_seconds += time.perf_counter() - start
         slots = rows.slots[: len(trajectories)]
         x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is padding
@@ -196,36 +187,38 @@ class Runner:
         """Gives back the slots of those that have one."""
         self._slots.release(trajectories)
 
-    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
-        """Draws each network's probe and compares it, then times steps; RunnerError if a picture is not the known one.
+    def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
+        """Draws the known picture of each model, then times steps; RunnerError if a picture differs.
 
-        The pace is the default model's, with as many threads as are quickest now: beside a process that keeps a core,
-        all of them would wait for each other, and their times say nothing of the batches.
+        Returns the times of the default model with the number of threads that is the fastest now. While another process
+        keeps a core, all threads wait for each other, and their times would say nothing about the size of a batch.
         """
-        self._threads.set(self._threads.counts[-1])  # which no busy core brings to a halt
-        try:
-            self.check()
-            if self._runs_ahead:
-                record_shapes(self, self.batches, should_stop)
-        except CompilerError as error:  # for a GPU it is compiled by its first calls
-            raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
-        paces = measure_paces(self, self.batches, self._threads, should_stop)
-        self._threads.learn(paces)
-        return min(paces.values(), key=lambda pace: pace.step_seconds(self.batches[-1])).copy()
+        with self._threads.fixed(self._threads.counts[-1]):  # a busy core does not bring this number to a halt
+            try:
+                self.check()
+                if self._runs_ahead:
+                    record_shapes(self, self.batches, should_stop)
+            except CompilerError as error:  # for a GPU it is compiled by its first calls
+                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+        measured = []
+        for count in self._threads.counts:
+            with self._threads.fixed(count):
+                measured.append(measure_step_times(self, self._time_step, self.batches, should_stop))
+        return min(measured, key=lambda times: times.step_seconds(self.batches[-1]))
 
     def check(self) -> None:
         """Draws each network's known picture; RunnerError if one differs."""
-        for network in self._networks.values():
-            check_probe(self, network)
+        for model in self._models.values():
+            check_known_picture(self, model)
 
-    def wait(self) -> None:
-        """Until the steps that were made are done."""
+    def _time_step(self, trajectories: list[Trajectory]) -> tuple[float, float]:
+        """Makes a step; returns its seconds, and the part of them for which this thread, or the device, worked."""
         self._transfers.wait()
-
-    @property
-    def works_here(self) -> bool:
-        """Whether the calling thread computes, and waits for no device."""
-        return self.device.type == "cpu"
+        start, on_core = time.perf_counter(), time.thread_time()
+        self.step(trajectories)
+        self._transfers.wait()
+        seconds, on_core = time.perf_counter() - start, time.thread_time() - on_core
+        return seconds, on_core if self.device.type == "cpu" else seconds
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -236,8 +229,8 @@ class Runner:
         """Gives each a slot with x_T in it."""
         if not trajectories:
             return
-        options = [trajectory.job.options for trajectory in trajectories]
-        starts = [self._plans.start_of(o, self._networks[o.model].checkpoint.schedule) for o in options]
+        options = [trajectory.job.request.options for trajectory in trajectories]
+        starts = [self._plans.start_of(o, self._models[o.model].checkpoint.schedule) for o in options]
         columns = ([o.seed for o in options], [o.digit for o in options], starts, [t.index for t in trajectories])
         seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
         x_T = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)

@@ -1,29 +1,25 @@
-"""How many compute threads a step has on a CPU: all of them, or one fewer while another process keeps a core.
+"""The number of compute threads of a step on a CPU: all of them, or one fewer while another process keeps a core.
 
-The threads of a step wait for each other at every operator: where one of them has no core, all stand still. A machine
-that is slow as a whole is slow with any number of them: only where this thread had to wait for a core is one a rival's.
-A rival of a moment, as the service's own answers are when a batch ends, is none: fewer threads would outlast it.
+The threads of a step wait for each other at every operator, so that one thread without a core delays all of them.
+While another process keeps one of two cores, two threads make 12 steps a second and one makes 22 (64 rows, Xeon with
+AMX). The thread that runs the steps is on its core for 99 % of their time on an idle machine and for 62 to 69 % of it
+while another process wants the core. A machine that is slow as a whole does not change this share.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from app.engine.step_times import Pace
-
-MARGIN = 1.1  # one fewer must be expected to be so much faster
-WEIGHT = 0.2  # of the newest step: a core is taken suddenly
-RELAXATION = 1 / 64  # a step: what was seen of one fewer is forgotten while it is not in use
-WINDOW_SECONDS = 0.1  # of steps with all threads, after which it is known whether they had their cores
-OWN_SHARE = 0.9  # of its steps' time a thread is on a core where nobody else wants it
-RIVAL_WINDOWS = 3  # in a row without their cores: somebody stays
-SHORTEST_PAUSE = 0.25  # seconds with one fewer until all are tried again, twice as long each time
-LONGEST_PAUSE = 4.0
+WINDOW_SECONDS = 0.1  # of steps with all threads, over which the share is taken
+OWN_SHARE = 0.9  # a lower share means that another process wants the core
+BUSY_WINDOWS = 4  # in a row, before one thread fewer is used: sending the answers of a large batch takes less long
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds with one fewer until all are tried again; doubles each time
 
 
 class ComputeThreads:
-    """The numbers that may be used, and which of them made the last steps sooner. The bits are the same with each."""
+    """Chooses between the permitted numbers of threads. The results have the same bits with each of them."""
 
     def __init__(
         self,
@@ -31,54 +27,50 @@ class ComputeThreads:
         use: Callable[[int], None] = torch.set_num_threads,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`counts` has all of them first, then one fewer where that is an option; `use` acts on the calling thread."""
+        """`counts` has all threads first, then one fewer where that is an option; `use` acts on the calling thread."""
         self.counts, self._use, self._clock = tuple(counts), use, clock
-        self._paces: Mapping[int, Pace] = {}
-        self._is_new = False  # no step has been made yet with the present number
-        self._windows_of_rival = 0  # the last ones in a row
+        self._busy_windows = 0  # the last ones in a row
         self._seconds, self._on_core = 0.0, 0.0  # of the present window
         self._pause, self._set_at = SHORTEST_PAUSE, 0.0
+        self._is_fixed = False
         self.count = self.counts[0]
 
     def set(self, count: int) -> None:
-        """From now on so many."""
-        self.count, self._is_new, self._set_at = count, True, self._clock()
+        """Uses this number from now on."""
+        self.count, self._set_at = count, self._clock()
+        self._seconds = self._on_core = 0.0
         self._use(count)
 
-    def learn(self, paces: Mapping[int, Pace]) -> None:
-        """What steps take with each number, measured one after the other."""
-        self._paces, self._is_new = paces, False
+    @contextmanager
+    def fixed(self, count: int) -> Iterator[None]:
+        """Uses this number within the block, whatever is observed, and all threads after it."""
+        self._is_fixed = True
+        self.set(count)
+        try:
+            yield
+        finally:
+            self._is_fixed = False
+            self.set(self.counts[0])
 
-    def observe(self, calls: Sequence[int], seconds: float, on_core: float) -> None:
-        """A step has been made, of so many evaluations in each model's call; the next one's number follows from it.
+    def observe(self, seconds: float, on_core: float) -> None:
+        """Chooses the number for the next step after a step that took `seconds`.
 
-        It took `seconds`, for `on_core` of which the thread that made it had a core.
+        `on_core` is the part of them for which the calling thread had a core.
         """
-        if len(self._paces) < 2:
+        if self._is_fixed or len(self.counts) < 2:
             return
-        every, fewer = self.counts
-        weight, self._is_new = (1.0 if self._is_new else WEIGHT), False
-        self._paces[self.count].adjust(seconds / self._expected(self.count, calls), weight)
-        if self.count == fewer:
+        if self.count != self.counts[0]:
             if self._clock() >= self._set_at + self._pause:
                 self._pause = min(2 * self._pause, LONGEST_PAUSE)
-                self.set(every)
+                self.set(self.counts[0])
             return
-        self._paces[fewer].relax(RELAXATION)
-        self._watch(seconds, on_core)
-        is_slow = MARGIN * self._expected(fewer, calls) < self._expected(every, calls)
-        if is_slow and self._windows_of_rival >= RIVAL_WINDOWS:
-            self.set(fewer)
-
-    def _watch(self, seconds: float, on_core: float) -> None:
         self._seconds, self._on_core = self._seconds + seconds, self._on_core + on_core
         if self._seconds < WINDOW_SECONDS:
             return
-        if self._on_core < OWN_SHARE * self._seconds:
-            self._windows_of_rival += 1
+        if self._on_core >= OWN_SHARE * self._seconds:
+            self._busy_windows, self._pause = 0, SHORTEST_PAUSE
         else:
-            self._windows_of_rival, self._pause = 0, SHORTEST_PAUSE
+            self._busy_windows += 1
         self._seconds = self._on_core = 0.0
-
-    def _expected(self, count: int, calls: Sequence[int]) -> float:
-        return sum(map(self._paces[count].step_seconds, calls))
+        if self._busy_windows >= BUSY_WINDOWS:
+            self.set(self.counts[-1])

@@ -16,8 +16,9 @@ import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.api.context import CLIENT_GONE, Notes
-from app.api.middleware.request_context import LINGER_BYTES, LINGER_SECONDS, SECURITY_HEADERS, noted
+from app.api.context import CLIENT_GONE, RequestContext, context_of
+from app.api.middleware.security_headers import SECURITY_HEADERS
+from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.problems import PROBLEM_JSON
 from app.errors import RequestTimeout, UnfogError
 from app.logs import PROTOCOL_LOGGER
@@ -52,7 +53,7 @@ class Deadline:
         self._timer = None
 
 
-class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
+class Connection(H11Protocol, asyncio.BufferedProtocol):
     """HTTP/1.1 connection with timeouts and limits. Keeps little for a client that does not read."""
 
     conn: LimitedConnection
@@ -79,8 +80,8 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stops all timeouts. An answer that was not sent completely counts as a client that left."""
-        if (notes := self._notes()) and notes.status:
-            notes.outcome = notes.outcome or CLIENT_GONE
+        if (context := self._context()) and context.status:
+            context.outcome = context.outcome or CLIENT_GONE
         super().connection_lost(exc)
         self._head.clear()
         self._taking.clear()
@@ -134,12 +135,12 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
             return
-        own = self._notes()
-        notes = own or Notes(uuid.uuid4().hex)
-        problem = error.problem(notes.request_id)
+        own = self._context()
+        context = own or RequestContext(uuid.uuid4().hex)
+        problem = error.problem(context.request_id)
         body = json.dumps(problem).encode()
         headers = {
-            "X-Request-ID": notes.request_id,
+            "X-Request-ID": context.request_id,
             **SECURITY_HEADERS,
             "Content-Type": PROBLEM_JSON,
             "Content-Length": len(body),
@@ -147,9 +148,9 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         }
         lines = [f"HTTP/1.1 {error.status} {problem['title']}", *(f"{name}: {headers[name]}" for name in headers)]
         self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
-        notes.status, notes.outcome = error.status, error.code
+        context.status, context.outcome = error.status, error.code
         if not own:
-            self._record(notes)
+            self._log(context)
         self._close_slowly()
 
     def _close_slowly(self) -> None:
@@ -176,20 +177,25 @@ class PatientProtocol(H11Protocol, asyncio.BufferedProtocol):
         if self._num_discarded > LINGER_BYTES:
             self.transport.close()
 
-    def _notes(self) -> Notes | None:
-        """Returns the notes of the request that is being answered."""
+    def _context(self) -> RequestContext | None:
+        """Returns the context of the request that is being answered."""
         if not self.cycle or self.cycle.response_complete:
             return None
-        return noted(cast(Scope, self.cycle.scope))
+        return context_of(cast(Scope, self.cycle.scope))
 
-    def _record(self, notes: Notes) -> None:
-        self.metrics.requests.labels("other", str(notes.status)).inc()
+    def _log(self, context: RequestContext) -> None:
+        self.metrics.requests.labels("other", str(context.status)).inc()
         client = self.client[0] if self.client else ""
-        facts = {"request_id": notes.request_id, "status": notes.status, "outcome": notes.outcome, "client": client}
+        facts = {
+            "request_id": context.request_id,
+            "status": context.status,
+            "outcome": context.outcome,
+            "client": client,
+        }
         log.info("no request", extra=facts)
 
 
-def patient(settings: Settings, metrics: Metrics) -> type[H11Protocol]:
+def connection_class(settings: Settings, metrics: Metrics) -> type[H11Protocol]:
     """Returns the connection class for uvicorn, with these settings."""
     own = {
         "read_timeout": settings.read_timeout,
@@ -197,4 +203,4 @@ def patient(settings: Settings, metrics: Metrics) -> type[H11Protocol]:
         "max_ahead_bytes": max(MAX_AHEAD_BYTES, MAX_HEAD_BYTES + settings.max_body_bytes),
         "metrics": metrics,
     }
-    return type("Connection", (PatientProtocol,), own)
+    return type("Connection", (Connection,), own)

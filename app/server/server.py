@@ -14,12 +14,11 @@ from fastapi import FastAPI
 
 from app import errors
 from app.api.generation import Service
+from app.engine.engine import RESTART_SECONDS
+from app.engine.interface import ModelInfo, RunnerError
 from app.engine.job import DEFAULT_MODEL
-from app.engine.state import RESTART_SECONDS
 from app.engine.watchdog import Watchdog
-from app.runner.device import RunnerError
-from app.runner.loaded_model import ModelInfo
-from app.server.connection import patient
+from app.server.connection import connection_class
 from app.settings import Settings
 
 log = logging.getLogger("unfog")
@@ -141,7 +140,7 @@ def _config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     service: Service = app.state.service
     return uvicorn.Config(
         app,
-        http=patient(settings, service.metrics),
+        http=connection_class(settings, service.metrics),
         ws="none",
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=",".join(settings.trusted_proxies),
@@ -186,12 +185,12 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
 
 async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
     """Waits until every job has ended and its answer is sent, at most `seconds`. Drops the jobs that are left then."""
-    engine = service.engine
-    log.info("Draining", extra={"images": engine.waiting + engine.running})
-    drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.owed.none())
+    engine, backlog = service.engine, service.engine.backlog
+    log.info("Draining", extra={"images": backlog.waiting + backlog.running})
+    drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.in_flight.none())
     drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks the exception as retrieved
     await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    if left := engine.waiting + engine.running:
+    if left := backlog.waiting + backlog.running:
         log.warning("Drain ended early: dropped unfinished images", extra={"count": left})
     engine.give_up(errors.Draining(1))
     drained.cancel()

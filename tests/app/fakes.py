@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from app.engine.batcher import Batcher, StepLimits
+from app.engine.backlog import Backlog
+from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
-from app.engine.job import Job, Options, Pixels, Trajectory
-from app.engine.step_times import Pace
+from app.engine.interface import ModelInfo
+from app.engine.job import Job, JobRequest, Options, Pixels, Trajectory
+from app.engine.step_times import StepTimes
 from app.metrics import Metrics
-from app.runner.loaded_model import ModelInfo
 
 INFO = ModelInfo(
     name="default",
@@ -46,7 +47,7 @@ def image(seed: int, index: int, num_steps: int) -> Pixels:
 
 def images(job: Job) -> list[Pixels]:
     """What the job must be answered with."""
-    return [image(job.options.seed, index, job.options.num_steps) for index in range(job.count)]
+    return [image(job.request.options.seed, index, job.request.options.num_steps) for index in range(job.request.count)]
 
 
 def same(left: list[Pixels], right: list[Pixels]) -> bool:
@@ -58,19 +59,20 @@ def new_job(
     count: int = 1, num_steps: int = 3, seed: int = 0, digit: int = 0, model: str = "default", **fields: Any
 ) -> Job:
     """A job with the fields that a test is about."""
-    return Job(Options(digit, seed, num_steps, "ddpm", 1.0, model), count, **fields)
+    submitted_at = fields.pop("submitted_at", None)
+    return Job(JobRequest(Options(digit, seed, num_steps, "ddpm", 1.0, model), count, **fields), submitted_at)
 
 
 def fixed_limits(max_rows: int) -> StepLimits:
     """Steps of at most `max_rows` rows, as UNFOG_MAX_BATCH sets them."""
-    return StepLimits.of(Pace({1: 1e-6, 1024: 1e-6}), max_rows, 1, auto=False)
+    return StepLimits.of(StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, 1, auto=False)
 
 
 @dataclass
 class FakeRunner:
     """Counts the steps of each row. `on_step` and `on_pixels` are called first and may raise or block."""
 
-    pace: Pace = field(default_factory=lambda: Pace({1: 1e-6, 1024: 1e-6}))
+    step_times: StepTimes = field(default_factory=lambda: StepTimes({1: 1e-6, 1024: 1e-6}))
     on_step: Callable[[Rows], None] = lambda rows: None
     on_pixels: Callable[[Rows], None] = lambda rows: None
     on_warm_up: Callable[[Callable[[], bool]], None] = lambda should_stop: None
@@ -93,7 +95,7 @@ class FakeRunner:
 
     def pixels(self, trajectories: Rows) -> list[Pixels]:
         self.on_pixels(trajectories)
-        return [image(t.job.options.seed, t.index, self.held[t]) for t in trajectories]
+        return [image(t.job.request.options.seed, t.index, self.held[t]) for t in trajectories]
 
     def release(self, trajectories: Rows) -> None:
         for trajectory in trajectories:
@@ -103,9 +105,9 @@ class FakeRunner:
         self.num_checks += 1
         self.on_check()
 
-    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
+    def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         self.on_warm_up(should_stop)
-        return self.pace
+        return self.step_times
 
 
 class Gate:
@@ -127,14 +129,13 @@ def new_engine(runner: FakeRunner, **options: Any) -> Engine:
 
 def opened(engine: Engine) -> Engine:
     """The engine as it is after warming up, but without its thread: `tick` runs it."""
-    engine._runner = engine._load()
     engine._open(engine._runner.warm_up(lambda: False))
     return engine
 
 
 def tick(engine: Engine) -> None:
     """One turn of the loop, where the thread would not wait."""
-    if engine._batcher.num_jobs or engine._abandoned:
+    if engine.backlog.jobs or engine._abandoned:
         engine._tick()
 
 
@@ -156,17 +157,13 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def step_batcher(batcher: Batcher, max_rows: int) -> Rows:
-    """One step of all rows that the batcher selects, without an engine."""
-    rows = batcher.select(fixed_limits(max_rows), at_risk=False)
+def step_backlog(backlog: Backlog, max_rows: int) -> Rows:
+    """One step of the rows that the batcher selects, without an engine."""
+    rows = select_rows(backlog.jobs, fixed_limits(max_rows), at_risk=False)
     for row in rows:
         if not row.started:
-            batcher.start(row)
-        batcher.advance(row)
-    batcher.update(rows)
-    for row in rows:
-        if not row.steps_left:
-            batcher.retire(row)
-            row.job.finish(row, image(row.job.options.seed, row.index, row.step))
-    batcher.update(rows)
+            backlog.start(row)
+    backlog.advance(rows)
+    done = [row for row in rows if not row.steps_left]
+    backlog.finish([(row, image(row.job.request.options.seed, row.index, row.step)) for row in done])
     return rows

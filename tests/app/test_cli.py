@@ -1,4 +1,4 @@
-"""What the command line takes: nearly nothing, as variables configure the service."""
+"""The command line: a flag for each setting."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from app import cli
 from app.server.server import GivenUpError
-from app.settings import SettingsError
+from app.settings import Settings, SettingsError, flag_of
 
 
 class FakeWriter:
@@ -21,24 +21,69 @@ class FakeWriter:
         self.lines.append(text)
 
 
-@pytest.mark.parametrize("arguments", [["--port", "3"], ["serve"], ["--open"], ["--openapi", "--compile"]])
-def test_what_it_does_not_take_is_said_and_starts_nothing(
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[dict[str, str], bool]]:
+    """Runs the command with these arguments; returns the flags of each start, and whether it only compiles."""
+    starts: list[tuple[dict[str, str], bool]] = []
+
+    def start(writer: object, flags: dict[str, str], *, compile_only: bool) -> int:
+        starts.append((flags, compile_only))
+        return 0
+
+    monkeypatch.setattr(sys, "argv", ["app", *arguments])
+    monkeypatch.setattr(cli, "start_log", lambda: None)
+    monkeypatch.setattr(cli, "_run", start)
+    monkeypatch.setattr(cli, "_leave", lambda status, writer: None)
+    cli.main()
+    return starts
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve"],
+        ["--open"],
+        ["--max-batch"],
+        ["--max-batch="],
+        ["--api-keys", ""],
+        ["--openapi", "--compile"],
+        ["--openapi", "--port", "3"],
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_starts(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["app", *arguments])
-    monkeypatch.setattr(cli, "load_settings", lambda: pytest.fail("it began to serve"))
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        run_main(monkeypatch, *arguments)
     assert ended.value.code == 2
-    assert arguments[-1] in capsys.readouterr().err
+    assert arguments[0].rstrip("=") in capsys.readouterr().err
 
 
-def test_help_says_what_configures_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["app", "--help"])
+@pytest.mark.parametrize(
+    ("arguments", "flags", "compile_only"),
+    [
+        ([], {}, False),
+        (["--max-batch", "8"], {"max_batch": "8"}, False),
+        (["--max-batch=8", "--port=9000"], {"max_batch": "8", "port": "9000"}, False),
+        (["--compile", "off"], {"compile": "off"}, False),
+        (["--compile"], {}, True),
+        (["--compile", "--cache-dir", "/c"], {"cache_dir": "/c"}, True),
+    ],
+)
+def test_flags_are_settings_and_compile_without_a_value_only_compiles(
+    arguments: list[str], flags: dict[str, str], compile_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(monkeypatch, *arguments) == [(flags, compile_only)]
+
+
+def test_help_lists_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        run_main(monkeypatch, "--help")
     assert not ended.value.code
-    assert "UNFOG_* variables" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "UNFOG_* variable" in shown
+    for field, description in Settings.model_fields.items():
+        assert flag_of(field) in shown
+        assert description.description
 
 
 @pytest.mark.parametrize(
@@ -59,12 +104,12 @@ def test_exit_status_of_each_kind_of_error(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail() -> None:
+    def fail(flags: object) -> None:
         raise error
 
     writer: Any = FakeWriter()
     monkeypatch.setattr(cli, "load_settings", fail)
-    assert cli._run(writer, compile_only=False) == status
+    assert cli._run(writer, {}, compile_only=False) == status
     assert writer.lines == written
     assert logged in caplog.text
     assert bool(caplog.records) is bool(logged)

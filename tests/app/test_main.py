@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from app.api.requests import MAX_UNKNOWN_FIELDS
-from app.runner.device import DeviceLostError
+from app.engine.interface import DeviceLostError
 from model.sampler import Sampler
 from tests.app.application import WORK, run
 from tests.app.fakes import INFO, FakeRunner, Rows
@@ -17,7 +17,7 @@ from tests.app.fakes import INFO, FakeRunner, Rows
 
 def fails_for(seed: int, error: Exception) -> Callable[[Rows], None]:
     def on_step(rows: Rows) -> None:
-        if any(row.job.options.seed == seed for row in rows):
+        if any(row.job.request.options.seed == seed for row in rows):
             raise error
 
     return on_step
@@ -104,7 +104,7 @@ def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing(
             drawn = answer["num_steps"], answer["sampler"], answer["guidance_scale"], answer["model"]["sha256"][0]
             assert drawn == expected
             assert answer["model"]["name"] == model
-        assert {row.job.options.model for rows in runner.calls for row in rows} == {"default", "fast"}
+        assert {row.job.request.options.model for rows in runner.calls for row in rows} == {"default", "fast"}
         models = (await client.get("/health")).json()["models"]
         assert [(m["name"], m["sha256"][0]) for m in models] == [("default", "0"), ("fast", "f")]
         assert 'unfog_model_info{device="cpu",dtype="float32",name="fast"' in (await client.get("/metrics")).text
@@ -118,7 +118,7 @@ def test_guided_steps_are_forecast_where_guidance_is_on() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         for scale in (1, 2):
             await client.post("/generate", json={**WORK, "num_steps": 4, "guidance_scale": scale})
-        assert list(dict.fromkeys(row.job.guided_steps for rows in runner.calls for row in rows)) == [
+        assert list(dict.fromkeys(row.job.request.guided_steps for rows in runner.calls for row in rows)) == [
             range(0),
             range(2),  # by the fake's rule
         ]

@@ -123,9 +123,13 @@ def test_compiled_code_is_kept_where_a_users_programs_keep_such_things(
         ("UNFOG_PORT", "0", 0),
     ],
 )
-def test_a_good_value_is_taken(variable: str, value: str, expected: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_value_is_taken_from_a_variable_and_from_a_flag(
+    variable: str, value: str, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field = DEFAULTS[variable][0]
+    assert getattr(load_settings({field: value}), field) == expected
     monkeypatch.setenv(variable, value)
-    assert getattr(load_settings(), DEFAULTS[variable][0]) == expected
+    assert getattr(load_settings(), field) == expected
 
 
 @pytest.mark.parametrize(
@@ -285,3 +289,21 @@ def test_settings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.port == 8000
     with pytest.raises(ValueError, match="frozen"):
         settings.port = 9000
+
+
+def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_MAX_BATCH", "4")
+    monkeypatch.setenv("UNFOG_PORT", "9000")
+    settings = load_settings({"max_batch": "8"})
+    assert (settings.max_batch, settings.port) == (8, 9000)
+
+
+def test_a_wrong_flag_is_named_as_it_was_typed() -> None:
+    with pytest.raises(SettingsError, match=r"^--max-batch='0' is wrong: .*, or auto$"):
+        load_settings({"max_batch": "0"})
+
+
+def test_a_wrong_key_is_not_repeated() -> None:
+    with pytest.raises(SettingsError) as refused:
+        load_settings({"api_keys": "hunter2 hunter3"})
+    assert "hunter" not in str(refused.value)

@@ -19,9 +19,9 @@ import uvicorn
 import app.main
 from app.cli import main
 from app.engine.engine import Engine
+from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import Trajectory
-from app.engine.step_times import Pace
-from app.runner.device import DeviceLostError, OutOfMemoryError
+from app.engine.step_times import StepTimes
 from app.runner.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ STUCK_SECONDS = 3600.0
 
 def fault_at(trajectory: Trajectory) -> str | None:
     """What is to happen before this row's next step."""
-    kind, step = divmod(trajectory.job.options.seed, 10**9)
+    kind, step = divmod(trajectory.job.request.options.seed, 10**9)
     names = {number // 10**9: name for name, number in FAULTS.items()}
     return names.get(kind) if step == 1000 + trajectory.step else None
 
@@ -49,7 +49,7 @@ class FaultyRunner(Runner):
 
     is_broken = False
 
-    def warm_up(self, should_stop: Callable[[], bool]) -> Pace:
+    def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """With SLOW_WARM_UP set it goes on until it is told to stop, and says when it begins."""
         if "SLOW_WARM_UP" in os.environ:
             log.warning("warming up")

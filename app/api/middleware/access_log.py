@@ -1,4 +1,4 @@
-"""Records each request in the metrics, the log and the trace when it has ended."""
+"""The access log: one log line, the metrics and the trace of each request that has ended."""
 
 import logging
 import time
@@ -6,7 +6,7 @@ from typing import Any
 
 from starlette.types import Scope
 
-from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, OK, Notes
+from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, OK, RequestContext
 from app.api.middleware.client_address import client_address
 from app.api.middleware.tracing import Traces
 from app.engine.job import Job
@@ -15,56 +15,56 @@ from app.metrics import Metrics
 log = logging.getLogger("unfog.access")
 
 
-class Recorder:
-    """Records requests. `paths` are the known paths; others share the label `other`, so that labels are bounded."""
+class AccessLog:
+    """Logs requests. `paths` are the known paths; others share the label `other`, so that labels are bounded."""
 
     def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
         """Successful requests to the `quiet` paths, of probes and scrapers, are logged at debug and not traced."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 
-    def record(self, scope: Scope, notes: Notes) -> None:
-        """Records one request that has ended."""
-        ended_at, status = time.monotonic(), notes.status or CLIENT_CLOSED_REQUEST
+    def write(self, scope: Scope, context: RequestContext) -> None:
+        """Logs one request that has ended."""
+        ended_at, status = time.monotonic(), context.status or CLIENT_CLOSED_REQUEST
         known = scope["path"] if scope["path"] in self._paths else "other"
         # Without a route the request was answered before routing.
         route = str(getattr(scope.get("route"), "path", known))
         self._metrics.requests.labels(route, str(status)).inc()
-        self._metrics.request_duration.labels(route).observe(ended_at - notes.started_at)
-        facts = self._facts(scope, notes, route, status, ended_at - notes.started_at)
+        self._metrics.request_duration.labels(route).observe(ended_at - context.started_at)
+        facts = self._facts(scope, context, route, status, ended_at - context.started_at)
         is_quiet = route in self._quiet and status == 200
         if self._traces and not is_quiet:
-            facts |= self._traces.record(scope, notes, facts, ended_at)
+            facts |= self._traces.record(scope, context, facts, ended_at)
         level = logging.DEBUG if is_quiet else logging.INFO
         path = scope["raw_path"].decode("ascii", "backslashreplace")  # as received: decoded it could forge a line
         log.log(level, "%s %s", scope["method"], path, extra=facts)
 
-    def _facts(self, scope: Scope, notes: Notes, route: str, status: int, seconds: float) -> dict[str, Any]:
+    def _facts(self, scope: Scope, context: RequestContext, route: str, status: int, seconds: float) -> dict[str, Any]:
         return {
-            "request_id": notes.request_id,
+            "request_id": context.request_id,
             "route": route,
             "status": status,
-            "outcome": notes.outcome or (CLIENT_GONE if status == CLIENT_CLOSED_REQUEST else OK),
+            "outcome": context.outcome or (CLIENT_GONE if status == CLIENT_CLOSED_REQUEST else OK),
             "client": client_address(scope),
-            **({"key": notes.key} if notes.key else {}),
+            **({"key": context.key} if context.key else {}),
             "seconds": round(seconds, 6),
-            **(_facts_of(notes.job, notes.encode_seconds) if notes.job else {}),
+            **(_facts_of(context.job, context.encode_seconds) if context.job else {}),
         }
 
 
 def _facts_of(job: Job, encode_seconds: float) -> dict[str, Any]:
     """The job's options and times. A job that never started has waited until its end."""
-    finished_at = job.finished_at or time.monotonic()
-    started_at = job.started_at or finished_at
-    options = job.options
+    timings, options = job.timings, job.request.options
+    finished_at = timings.finished_at or time.monotonic()
+    started_at = timings.started_at or finished_at
     return {
         "model": options.model,
         "digit": options.digit,
-        "count": job.count,
+        "count": job.request.count,
         "seed": options.seed,
         "num_steps": options.num_steps,
         "sampler": options.sampler,
         "guidance_scale": options.guidance_scale,
-        "queue_seconds": round(started_at - job.submitted_at, 6),
+        "queue_seconds": round(started_at - timings.submitted_at, 6),
         "denoise_seconds": round(finished_at - started_at, 6),
         "encode_seconds": round(encode_seconds, 6),
     }

@@ -1,4 +1,4 @@
-"""Who gets in: by key, and how often. Probes, metrics and the API's description stand outside."""
+"""Auth: API keys and the rate limit. Probes, metrics and the API's description need neither."""
 
 import hmac
 from collections.abc import Sequence
@@ -9,24 +9,25 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.context import notes_of
+from app.api.context import context_of
 from app.api.middleware.client_address import address_name, key_name
-from app.api.middleware.rate_limit import Rates
+from app.api.middleware.rate_limit import RateLimiter
 from app.api.problems import problem_response
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
 
 
 class Keys:
-    """The keys that open, each as good as another, so that a new one can be handed out before the old one goes."""
+    """The valid API keys. There can be several, so that a new key can be handed out before the old one is removed."""
 
     def __init__(self, keys: Sequence[SecretStr]) -> None:
         self._digests = [_digest(key.get_secret_value().encode("ascii")) for key in keys]
 
     def check(self, headers: Headers) -> int | None:
-        """The place of the key that was shown, from 1; None where none is asked for.
+        """Returns the place of the request's key, from 1; None if no key is required.
 
-        Unauthorized without one, Forbidden with none that opens. Every key is compared, in full, whatever was found.
+        Unauthorized without a key, Forbidden without a valid one. Every key is compared in full, so that the time does
+        not tell which one matched.
         """
         if not self._digests:
             return None
@@ -39,8 +40,8 @@ class Keys:
         return 1 + opens.index(True) % len(self._digests)
 
 
-class Doors:
-    """Plain ASGI around all routes but those in `open_paths`; what nobody routes needs a key, too."""
+class Auth:
+    """Plain ASGI around all paths except `open_paths`. Paths without a route need a key, too."""
 
     def __init__(
         self,
@@ -51,20 +52,20 @@ class Doors:
         open_paths: frozenset[str],
     ) -> None:
         self._app, self._metrics, self._open_paths = app, metrics, open_paths
-        self._keys, self._rates = Keys(keys), Rates(rates)
+        self._keys, self._limiter = Keys(keys), RateLimiter(rates)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Lets a request in, or says why not, before a byte of its body is read."""
+        """Passes a request on or refuses it, before a byte of its body is read."""
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
-                self._let_in(scope)
+                self._admit(scope)
             except UnfogError as error:
                 self._metrics.count_rejection(error)
                 await problem_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _let_in(self, scope: Scope) -> None:
+    def _admit(self, scope: Scope) -> None:
         """Checks the key and counts the request: under the key, or under the address if no key is valid.
 
         Refused requests are counted too, since each costs some work.
@@ -73,10 +74,10 @@ class Doors:
         try:
             key = self._keys.check(Headers(scope=scope))
         except UnfogError:
-            self._rates.spend(address)
+            self._limiter.spend(address)
             raise
-        notes_of(scope).key = key
-        self._rates.spend(key_name(key) if key else address)
+        context_of(scope).key = key
+        self._limiter.spend(key_name(key) if key else address)
 
 
 def _shown(headers: Headers) -> list[str]:
@@ -86,5 +87,5 @@ def _shown(headers: Headers) -> list[str]:
 
 
 def _digest(key: bytes) -> bytes:
-    """Of one length for all keys: the time that a comparison takes says nothing of theirs."""
+    """Has one length for all keys, so that the time of a comparison does not tell the length of a key."""
     return sha256(key).digest()

@@ -1,4 +1,4 @@
-"""Which pages may call: Starlette's CORS, whose refusals are told as everything else is."""
+"""CORS by Starlette, with refusals as problem documents."""
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -12,11 +12,11 @@ CALLERS_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
 ANSWERS_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
 
 
-class Origins(CORSMiddleware):
-    """Answers what a browser asks before a page may call (a preflight), and adds to answers what it looks for."""
+class CORS(CORSMiddleware):
+    """Answers preflight requests, and adds the CORS headers to answers."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As Starlette does, but for a preflight that is refused."""
+        """Answers as Starlette does, except for a preflight request that is refused."""
         if scope["type"] == "http" and scope["method"] == "OPTIONS":
             headers = Headers(scope=scope)
             if {"origin", "access-control-request-method"} <= set(headers):

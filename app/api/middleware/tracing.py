@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from app import VERSION
-from app.api.context import OK, Notes
+from app.api.context import OK, RequestContext
 from app.errors import Forbidden, Unauthorized
 
 try:
@@ -52,7 +52,9 @@ class Traces:
         self._tracer = self._provider.get_tracer("unfog", VERSION)
         self._propagator = TraceContextTextMapPropagator()
 
-    def record(self, scope: Scope, notes: Notes, facts: Mapping[str, Any], ended_at: float) -> dict[str, str]:
+    def record(
+        self, scope: Scope, context: RequestContext, facts: Mapping[str, Any], ended_at: float
+    ) -> dict[str, str]:
         """Makes the spans of a request that has ended; its ids, for the log.
 
         A caller's traceparent is continued, if the caller was let in.
@@ -64,15 +66,15 @@ class Traces:
             parent,
             SpanKind.SERVER,
             attributes=_attributes(scope, facts),
-            start_time=_nanoseconds(notes.started_at),
+            start_time=_nanoseconds(context.started_at),
         )
         if facts["status"] >= 500 or (facts["status"] == 200 and facts["outcome"] != OK):
             request.set_status(StatusCode.ERROR, str(facts["outcome"]))
-        for name, start, end in _phases(notes):
+        for name, start, end in _phases(context):
             self._child(request, name, start, end)
         request.end(_nanoseconds(ended_at))
-        context = request.get_span_context()
-        return {"trace_id": f"{context.trace_id:032x}", "span_id": f"{context.span_id:016x}"}
+        span = request.get_span_context()
+        return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
 
     def close(self) -> None:
         """Sends what is left, for at most LAST_SPANS_SECONDS: OpenTelemetry's own limit is not kept by its SDK."""
@@ -85,16 +87,17 @@ class Traces:
         self._tracer.start_span(name, context, start_time=_nanoseconds(start)).end(_nanoseconds(end))
 
 
-def _phases(notes: Notes) -> list[tuple[str, float, float]]:
+def _phases(context: RequestContext) -> list[tuple[str, float, float]]:
     """Name, start and end; a job that never began has only waited."""
-    job = notes.job
+    job = context.job
     if not job:
         return []
-    finished_at = job.finished_at or time.monotonic()
-    phases = [("queue", job.submitted_at, job.started_at or finished_at)]
-    if job.started_at:
-        phases.append(("denoise", job.started_at, finished_at))
-    return phases + [("encode", start, end) for start, end in notes.encodings]
+    timings = job.timings
+    finished_at = timings.finished_at or time.monotonic()
+    phases = [("queue", timings.submitted_at, timings.started_at or finished_at)]
+    if timings.started_at:
+        phases.append(("denoise", timings.started_at, finished_at))
+    return phases + [("encode", start, end) for start, end in context.encodings]
 
 
 def _attributes(scope: Scope, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from starlette.responses import JSONResponse, Response
 
-from app.api.context import Notes, client_gone, notes_of
+from app.api.context import RequestContext, context_of
 from app.api.events import EventStream, JobEvents
-from app.api.generation import Service, finish, timing
+from app.api.generation import Service, ServiceDependency, finish
 from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
+from app.api.problems import client_gone
 from app.api.requests import ClientGoneError, negotiate, read_json
-from app.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem
+from app.api.schemas import GeneratedImage, GenerateRequest, GenerateResponse, ModelName, Problem, Timing
 from app.engine.job import Job, Pixels
 from model.png import Provenance
 
@@ -66,39 +67,41 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     },
 )
 async def generate(
-    request: Request, previews: Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])] = 10
+    request: Request,
+    service: ServiceDependency,
+    previews: Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])] = 10,
 ) -> Response:
     """Draws digits of a class. On a CPU the same request with the same seed gives the same bytes under any load.
 
     On a GPU such images may differ in the last bits of the network's precision from load to load.
     """
-    service: Service = request.app.state.service
     media_type = negotiate(request, FORMATS)
     settings = service.settings
     body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
-    notes = notes_of(request.scope)
+    context = context_of(request.scope)
     if media_type == EVENTS:
         events = JobEvents(body.count)
-        job = service.submit(body, notes, previews, events.put)
-        return EventStream(service, job, events, body.scale)
-    job = service.submit(body, notes)
+        job = service.submit(body, context, previews, events.put)
+        cancel, provenance = service.engine.cancel, service.provenance(job)
+        return EventStream(job, events, cancel, provenance, body.scale, service.metrics)
+    job = service.submit(body, context)
     try:
         images = await finish(service, request, job)
     except ClientGoneError:
         return client_gone(request.scope)
-    return await _respond(service, job, images, media_type, body.scale, notes)
+    return await _respond(service, job, images, media_type, body.scale, context)
 
 
 async def _respond(
-    service: Service, job: Job, images: list[Pixels], media_type: str, scale: int, notes: Notes
+    service: Service, job: Job, images: list[Pixels], media_type: str, scale: int, context: RequestContext
 ) -> Response:
     encoders: dict[str, Encoder] = {JSON: partial(_encode_json, service, job), PNG: encode_sheet, ZIP: encode_zip}
-    with notes.encoding(service.metrics):
+    with service.metrics.encode_duration.time(), context.encoding():
         content = await asyncio.to_thread(encoders[media_type], images, service.provenance(job), scale)
-    times = timing(job)
-    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": notes.encode_seconds}
+    times = Timing.of(job.timings)
+    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": context.encode_seconds}
     headers = {
-        "X-Seed": str(job.options.seed),
+        "X-Seed": str(job.request.options.seed),
         "Server-Timing": ", ".join(f"{phase};dur={1000 * duration:.3f}" for phase, duration in phases.items()),
     }
     return Response(content, media_type=media_type, headers=headers)
@@ -106,16 +109,16 @@ async def _respond(
 
 def _encode_json(service: Service, job: Job, images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
     pngs = encode_images(images, provenance, scale)
-    options = job.options
+    options = job.request.options
     answer = GenerateResponse(
         digit=options.digit,
-        count=job.count,
+        count=job.request.count,
         seed=options.seed,
         num_steps=options.num_steps,
         sampler=options.sampler,
         guidance_scale=options.guidance_scale,
         model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
         images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
-        timing=timing(job),
+        timing=Timing.of(job.timings),
     )
     return answer.model_dump_json().encode()

@@ -1,13 +1,14 @@
-"""The probes: /health for people, /livez, /readyz and /startupz for orchestrators."""
+"""GET /health for people, /livez, /readyz and /startupz for orchestrators, and /metrics for Prometheus."""
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
 
 from app import VERSION
-from app.api.context import notes_of
-from app.api.generation import Service
+from app.api.context import context_of
+from app.api.generation import Service, ServiceDependency
 from app.api.schemas import Health, HealthModel, Liveness, Queue, Readiness
-from app.engine.state import EngineState
+from app.engine.engine import EngineState
 from app.errors import Draining, EngineFailed, Starting
 
 router = APIRouter()
@@ -20,10 +21,9 @@ OUTCOMES = {  # of a probe that fails, as an error's code
 
 
 @router.get("/health", operation_id="get_health", response_model=Health, responses={503: {"model": Health}})
-async def health(request: Request) -> JSONResponse:
+async def health(request: Request, service: ServiceDependency) -> JSONResponse:
     """Returns the state of the service: 200 while it accepts work, otherwise 503."""
-    service: Service = request.app.state.service
-    engine = service.engine
+    engine, backlog = service.engine, service.engine.backlog
     infos = list(engine.models.values())
     models = [HealthModel(name=i.name, sha256=i.sha256, num_parameters=i.num_parameters) for i in infos]
     state = engine.apparent_state
@@ -35,17 +35,16 @@ async def health(request: Request) -> JSONResponse:
         device=infos[0].device if infos else None,
         dtype=infos[0].dtype if infos else None,
         compiled=all(i.compiled for i in infos) if infos else None,
-        queue=Queue(waiting=engine.waiting, running=engine.running, capacity=engine.capacity),
+        queue=Queue(waiting=backlog.waiting, running=backlog.running, capacity=backlog.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )
-    return _answer(request, answer.model_dump(exclude_none=True), state is EngineState.OK)
+    return _answer(request, service, answer.model_dump(exclude_none=True), state is EngineState.OK)
 
 
 @router.get("/livez", operation_id="get_livez", response_model=Liveness, responses={503: {"model": Liveness}})
-async def livez(request: Request) -> JSONResponse:
+async def livez(request: Request, service: ServiceDependency) -> JSONResponse:
     """Returns 200 while the engine's heartbeat is fresh. Load never makes it fail; only a restart helps if it does."""
-    service: Service = request.app.state.service
-    return _answer(request, {"alive": service.engine.alive}, service.engine.alive)
+    return _answer(request, service, {"alive": service.engine.alive}, service.engine.alive)
 
 
 @router.get("/readyz", operation_id="get_readyz", response_model=Readiness, responses={503: {"model": Readiness}})
@@ -56,15 +55,24 @@ async def livez(request: Request) -> JSONResponse:
     response_model=Readiness,
     responses={503: {"model": Readiness}},
 )
-async def readyz(request: Request) -> JSONResponse:
+async def readyz(request: Request, service: ServiceDependency) -> JSONResponse:
     """Returns 200 when the checkpoint is loaded and warm and the service is not draining."""
-    service: Service = request.app.state.service
     ready = service.engine.apparent_state is EngineState.OK
-    return _answer(request, {"ready": ready}, ready)
+    return _answer(request, service, {"ready": ready}, ready)
 
 
-def _answer(request: Request, body: dict[str, object], good: bool) -> JSONResponse:
+@router.get(
+    "/metrics",
+    operation_id="get_metrics",
+    response_class=Response,
+    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(service: ServiceDependency) -> Response:
+    """Returns all metrics in Prometheus' text format."""
+    return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _answer(request: Request, service: Service, body: dict[str, object], good: bool) -> JSONResponse:
     if not good:
-        service: Service = request.app.state.service
-        notes_of(request.scope).outcome = OUTCOMES[service.engine.apparent_state]
+        context_of(request.scope).outcome = OUTCOMES[service.engine.apparent_state]
     return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

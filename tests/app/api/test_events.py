@@ -62,7 +62,7 @@ def test_stream_deadline_does_not_apply_to_a_slow_reader() -> None:
             answering = asyncio.ensure_future(app({**scope, "headers": headers}, receive, send))
             await asyncio.sleep(1.5 * TIMEOUT)
             assert len(sent) == 2
-            assert not engine.waiting + engine.running
+            assert not engine.backlog.waiting + engine.backlog.running
             reads.set()
             await answering
         return [message["body"].decode().split("\n")[0] for message in sent[1:-1]]

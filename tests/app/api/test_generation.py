@@ -2,20 +2,20 @@ import asyncio
 
 import pytest
 
-from app.api.owed import Owed
+from app.api.generation import InFlight
 
 
-def test_none_is_owed_when_the_last_of_several_is_paid() -> None:
+def test_none_is_in_flight_when_the_last_of_several_has_ended() -> None:
     async def main() -> None:
-        owed = Owed()
-        await owed.none()
-        with owed.one():
-            with pytest.raises(ValueError), owed.one():
+        in_flight = InFlight()
+        await in_flight.none()
+        with in_flight.one():
+            with pytest.raises(ValueError), in_flight.one():
                 raise ValueError
-            waiting = asyncio.ensure_future(owed.none())
+            waiting = asyncio.ensure_future(in_flight.none())
             await asyncio.sleep(0)
             assert not waiting.done()
         await waiting
-        await owed.none()
+        await in_flight.none()
 
     asyncio.run(main())

@@ -14,8 +14,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
+from app.engine.interface import ModelInfo
 from app.main import create_app
-from app.runner.loaded_model import ModelInfo
 from app.settings import Settings
 from tests.app.application import run
 from tests.app.fakes import INFO, FakeRunner

@@ -6,16 +6,16 @@ import pytest
 from app import errors
 from app.engine.admission import RECOVERY_SECONDS, Admission, _first
 from app.engine.job import Job
-from app.engine.step_times import Pace
+from app.engine.step_times import StepTimes
 from tests.app.fakes import new_job
 
-PACE = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})  # 8 evaluations take three times as long as one
+STEP_TIMES = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})  # 8 evaluations take three times as long as one
 NOW = 50.0
 
 
 def opened(capacity: int = 1024, max_batch: int | None = None) -> Admission:
     admission = Admission(capacity, max_batch)
-    admission.open(PACE.copy())
+    admission.open(STEP_TIMES.copy())
     return admission
 
 
@@ -29,25 +29,35 @@ def admitted(admission: Admission, *jobs: Job) -> list[Job]:
     return list(jobs)
 
 
+def position_of(job: Job) -> int:
+    assert job.estimate
+    return job.estimate.position
+
+
+def seconds_of(job: Job) -> float:
+    assert job.estimate
+    return job.estimate.seconds
+
+
 def test_a_job_knows_its_position_and_expected_time() -> None:
     admission = opened()
     first, second = admitted(admission, job(16), job(1))
-    rate = 15 / PACE.step_seconds(15)  # of the slowest full step
-    assert (first.position, first.eta_seconds) == (0, pytest.approx(15 * 10 / rate + 10 * 5.0))
-    assert (second.position, second.eta_seconds) == (16, 10 * 3.0)  # steps stay short for it
+    rate = 15 / STEP_TIMES.step_seconds(15)  # of the slowest full step
+    assert (position_of(first), seconds_of(first)) == (0, pytest.approx(15 * 10 / rate + 10 * 5.0))
+    assert (position_of(second), seconds_of(second)) == (16, 10 * 3.0)  # steps stay short for it
 
 
 def test_a_lone_image_takes_its_own_steps() -> None:
     (alone,) = admitted(opened(), job(1, guided_steps=range(10)))
-    assert alone.eta_seconds == pytest.approx(10 * PACE.step_seconds(2))
+    assert seconds_of(alone) == pytest.approx(10 * STEP_TIMES.step_seconds(2))
 
 
 def test_an_image_that_has_no_row_in_every_step_is_told_the_bound() -> None:
     admission = opened()
     jobs = admitted(admission, *(job(1) for _ in range(9)))
-    assert jobs[7].eta_seconds == 10 * PACE.step_seconds(8)
-    rate = 15 / PACE.step_seconds(15)
-    assert jobs[8].eta_seconds == pytest.approx(8 * 10 / rate + 10 * 5.0)
+    assert seconds_of(jobs[7]) == 10 * STEP_TIMES.step_seconds(8)
+    rate = 15 / STEP_TIMES.step_seconds(15)
+    assert seconds_of(jobs[8]) == pytest.approx(8 * 10 / rate + 10 * 5.0)
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -63,7 +73,7 @@ def test_a_job_that_cannot_finish_in_time_is_refused() -> None:
     with pytest.raises(errors.Overloaded, match="deadline") as refused:
         admission.admit(job(16, timeout=60), NOW)
     assert 40 <= refused.value.retry_after <= 60  # it needs 100 s, its target is 54 s: only an idle engine admits it
-    assert admission.batcher.num_jobs == 1
+    assert len(admission.backlog) == 1
 
 
 def test_a_job_that_would_make_an_admitted_one_late_is_refused() -> None:
@@ -93,7 +103,7 @@ def test_a_queue_behind_a_full_step_has_room_when_an_image_finishes() -> None:
     admission = opened(capacity=16)
     admitted(admission, job(16))
     for row in admission.select(NOW):
-        admission.batcher.start(row)
+        admission.backlog.start(row)
     admitted(admission, job(16))
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1), NOW)
@@ -104,8 +114,8 @@ def test_too_many_running_images_are_refused_until_one_finishes() -> None:
     admission = opened(capacity=8, max_batch=1)
     for _ in range(2 * (8 + 1)):
         (running,) = admitted(admission, job(1, timeout=1000))
-        admission.batcher.start(running.unfinished[0])
-        admission.batcher.update(running.unfinished)
+        admission.backlog.start(running.unfinished[0])
+        admission.backlog._update(running.unfinished)
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1, timeout=1000), NOW)
     assert refused.value.retry_after == 10  # an image is 10 evaluations of 1 a second
@@ -133,7 +143,7 @@ def test_all_rows_serve_the_target_that_is_at_risk() -> None:
     urgent, patient = admitted(admission, job(16, timeout=125), job(16, timeout=1000))
     assert {row.job for row in admission.select(NOW)} == {urgent, patient}
     assert {row.job for row in admission.select(NOW + 12)} == {urgent}  # nothing was done meanwhile
-    admission.batcher.remove(urgent)
+    admission.backlog.remove(urgent)
     assert {row.job for row in admission.select(NOW + 12)} == {patient}
 
 
@@ -141,17 +151,17 @@ def test_a_machine_that_became_slower_puts_targets_at_risk() -> None:
     admission = opened()
     urgent, patient = admitted(admission, job(16, timeout=125), job(16, timeout=1000))
     assert {row.job for row in admission.select(NOW)} == {urgent, patient}
-    admission.pace.slowdown = 1.1
+    admission.step_times.slowdown = 1.1
     assert {row.job for row in admission.select(NOW)} == {urgent}
 
 
 def test_the_time_of_a_step_is_learned_from_each_models_call() -> None:
     admission = opened()
     rows = [*job(4, guided_steps=range(10)).unfinished, *job(1, model="fast").unfinished]
-    admission.observe(rows, PACE.step_seconds(8) + PACE.step_seconds(1))
-    assert admission.pace.slowdown == 1.0
-    admission.observe(rows, 2 * (PACE.step_seconds(8) + PACE.step_seconds(1)))
-    assert 1.0 < admission.pace.slowdown < 2.0
+    admission.observe(rows, STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1))
+    assert admission.step_times.slowdown == 1.0
+    admission.observe(rows, 2 * (STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1)))
+    assert 1.0 < admission.step_times.slowdown < 2.0
 
 
 def test_a_memory_shortage_halves_the_batch_and_each_minute_without_one_doubles_it(
@@ -186,12 +196,13 @@ def test_images_that_have_begun_are_limited_too() -> None:
         except errors.Overloaded:
             refused = True
             break
-        for row in admission.select(NOW):
+        rows = admission.select(NOW)
+        for row in rows:
             if not row.started:
-                admission.batcher.start(row)
-            admission.batcher.advance(row)
+                admission.backlog.start(row)
+        admission.backlog.advance(rows)
     assert refused
-    assert admission.batcher.running <= 2 * (4 + 2)
+    assert admission.backlog.running <= 2 * (4 + 2)
 
 
 def test_retry_after_does_not_exceed_the_time_until_the_engine_is_idle() -> None:
@@ -224,7 +235,7 @@ def calls_of(admission: Admission) -> int:
     newcomer = job(1, timeout=0.1)
     sys.setprofile(count_call)
     try:
-        assert not admission.batcher.backlog.admits(newcomer, admission._full(newcomer), NOW)
+        assert not admission.backlog.admits(newcomer, admission._full(newcomer), NOW)
         admission.select(NOW)
     finally:
         sys.setprofile(None)

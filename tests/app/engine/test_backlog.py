@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.engine.backlog import LOST_MARGIN, Backlog, Throughput
+from app.engine.backlog import LOST_MARGIN, Backlog
 from app.engine.job import Job
+from app.engine.step_times import Throughput
 from tests.app.fakes import new_job
 
 FULL = Throughput(rate=100.0, step_seconds=0.16, lone_seconds=0.02)
@@ -30,7 +31,7 @@ def random_job(choose: random.Random, now: float, *, fresh: bool = False) -> Job
 
 
 def work(row_step: int, job: Job) -> int:
-    return sum(2 if step in job.guided_steps else 1 for step in range(row_step, job.options.num_steps))
+    return sum(2 if step in job.request.guided_steps else 1 for step in range(row_step, job.request.options.num_steps))
 
 
 def bounds(jobs: list[Job]) -> dict[Job, float]:
@@ -40,19 +41,19 @@ def bounds(jobs: list[Job]) -> dict[Job, float]:
         longest = min(row.step for row in job.unfinished)
         total += sum(work(row.step, job) for row in job.unfinished)
         others = total - work(longest, job)
-        found[job] = others / FULL.rate + (job.options.num_steps - longest) * FULL.step_seconds
+        found[job] = others / FULL.rate + (job.request.options.num_steps - longest) * FULL.step_seconds
     return found
 
 
 def is_lost(job: Job, now: float) -> bool:
     total = sum(work(row.step, job) for row in job.unfinished)
-    steps = max(job.options.num_steps - row.step for row in job.unfinished)
+    steps = max(job.request.options.num_steps - row.step for row in job.unfinished)
     return now + LOST_MARGIN * max(total / FULL.rate, steps * FULL.lone_seconds) > job.deadline
 
 
 def random_backlog(seed: int) -> tuple[random.Random, Backlog, float]:
     choose = random.Random(seed)
-    backlog, now = Backlog(), 100.0
+    backlog, now = Backlog(10_000), 100.0
     jobs = [random_job(choose, now - choose.uniform(0, 3)) for _ in range(choose.randint(1, 150))]
     for job in jobs:
         backlog.add(job)
@@ -65,7 +66,7 @@ def random_backlog(seed: int) -> tuple[random.Random, Backlog, float]:
 @given(seed=st.integers(0, 2**32))
 def test_jobs_are_ordered_by_target_and_then_by_arrival(seed: int) -> None:
     choose = random.Random(seed)
-    backlog, jobs = Backlog(), list[Job]()
+    backlog, jobs = Backlog(10_000), list[Job]()
     for _ in range(choose.randint(1, 200)):
         if jobs and choose.random() < 0.3:
             backlog.remove(jobs.pop(choose.randrange(len(jobs))))
@@ -110,7 +111,7 @@ def test_both_answers_occur_among_random_newcomers() -> None:
 
 
 def test_a_job_that_cannot_finish_in_any_case_does_not_keep_others_out() -> None:
-    backlog = Backlog()
+    backlog = Backlog(10_000)
     hopeless = new_job(64, num_steps=100, timeout=10.0, submitted_at=0.0)  # 64 s of work
     backlog.add(hopeless)
     assert backlog.slack(FULL, 0.0) == math.inf
@@ -119,7 +120,7 @@ def test_a_job_that_cannot_finish_in_any_case_does_not_keep_others_out() -> None
 
 def test_a_newcomer_with_another_model_is_measured_against_every_job() -> None:
     """Its call makes every step longer, also for jobs with earlier targets."""
-    backlog = Backlog()
+    backlog = Backlog(10_000)
     backlog.add(new_job(1, num_steps=50, timeout=10.0, submitted_at=0.0))  # its bound is 8 s, its target 9 s
     slower = Throughput(rate=80.0, step_seconds=0.2, lone_seconds=0.02)  # with which the bound is 10 s
     same, other = (new_job(1, num_steps=1, timeout=100.0, submitted_at=0.0, model=name) for name in ("default", "fast"))
@@ -128,7 +129,7 @@ def test_a_newcomer_with_another_model_is_measured_against_every_job() -> None:
 
 
 def test_after_a_wait_the_backlog_has_drained_in_order() -> None:
-    backlog = Backlog()
+    backlog = Backlog(10_000)
     backlog.add(new_job(50, num_steps=20, timeout=15.0, submitted_at=0.0))  # 1,000 evaluations take 10 s
     newcomer = new_job(10, num_steps=50, timeout=16.0, submitted_at=0.0)  # its own bound is 12.5 s, its target 14.4 s
     # All of it needs (10 - wait) + 12.5 + 0.16 <= 14.4.
@@ -136,7 +137,7 @@ def test_after_a_wait_the_backlog_has_drained_in_order() -> None:
 
 
 def test_images_finish_in_order() -> None:
-    backlog = Backlog()
+    backlog = Backlog(10_000)
     for job in (new_job(10, num_steps=10, submitted_at=0.0), new_job(10, num_steps=10, submitted_at=1.0)):
         backlog.add(job)
     found = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0, 3.0)]
@@ -144,21 +145,21 @@ def test_images_finish_in_order() -> None:
 
 
 def test_running_images_finish_before_waiting_ones_and_by_their_steps_left() -> None:
-    backlog = Backlog()
+    backlog = Backlog(10_000)
     job = new_job(10, num_steps=10, submitted_at=0.0)
     backlog.add(job)
     job.num_waiting, job.evaluations_left = 4, 46  # each of the six others has one step left
-    backlog.update(job)
+    backlog._update(job.unfinished)
     found = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.03, 0.06, 0.16, 0.46)]
     assert found == [10, 7, 4, 3, 0]
 
 
 def test_the_table_grows_and_its_slots_are_used_again() -> None:
-    backlog = Backlog()
+    backlog = Backlog(10_000)
     jobs = [new_job(1, num_steps=2, submitted_at=float(i)) for i in range(300)]
     for job in jobs:
         backlog.add(job)
-    slots = {job.slot for job in jobs}
+    slots = {backlog._entries[job].slot for job in jobs}
     assert len(slots) == 300
     for job in jobs:
         backlog.remove(job)

@@ -2,20 +2,23 @@ import random
 
 import pytest
 
-from app.engine.batcher import Batcher, StepLimits
+from app.engine.backlog import Backlog
+from app.engine.batcher import StepLimits, select_rows
 from app.engine.job import Job, Trajectory
-from app.engine.step_times import Pace
-from tests.app.fakes import fixed_limits, new_job, step_batcher
+from app.engine.step_times import StepTimes
+from tests.app.fakes import fixed_limits, image, new_job, step_backlog
 
-PACE = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0, 32: 9.0})  # the best rate is that of 16; 8 take three times as long as 1
-AUTO = StepLimits.of(PACE, None, 1, auto=True)
+STEP_TIMES = StepTimes(
+    {1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0, 32: 9.0}
+)  # the best rate is that of 16; 8 take three times as long as 1
+AUTO = StepLimits.of(STEP_TIMES, None, 1, auto=True)
 
 
-def batcher_with(*jobs: Job, capacity: int = 1024) -> Batcher:
-    batcher = Batcher(capacity)
+def backlog_with(*jobs: Job, capacity: int = 1024) -> Backlog:
+    backlog = Backlog(capacity)
     for job in jobs:
-        batcher.add(job)
-    return batcher
+        backlog.add(job)
+    return backlog
 
 
 def names(rows: list[Trajectory], *jobs: Job) -> list[tuple[int, int]]:
@@ -23,12 +26,12 @@ def names(rows: list[Trajectory], *jobs: Job) -> list[tuple[int, int]]:
     return [(jobs.index(row.job), row.index) for row in rows]
 
 
-def state(batcher: Batcher) -> tuple[int, int, float, int]:
-    return batcher.waiting, batcher.running, batcher.backlog.work, batcher.num_jobs
+def state(backlog: Backlog) -> tuple[int, int, float, int]:
+    return backlog.waiting, backlog.running, backlog.work, len(backlog)
 
 
-def select(batcher: Batcher, max_rows: int) -> list[Trajectory]:
-    return batcher.select(fixed_limits(max_rows), at_risk=False)
+def select(backlog: Backlog, max_rows: int) -> list[Trajectory]:
+    return select_rows(backlog.jobs, fixed_limits(max_rows), at_risk=False)
 
 
 def evaluations(rows: list[Trajectory]) -> int:
@@ -37,45 +40,45 @@ def evaluations(rows: list[Trajectory]) -> int:
 
 def test_each_job_gets_one_row_and_the_others_go_to_the_oldest() -> None:
     jobs = new_job(3), new_job(1), new_job(2)
-    batcher = batcher_with(*jobs)
-    assert names(select(batcher, 5), *jobs) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2)]
-    assert names(select(batcher, 100), *jobs) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (2, 1)]
-    assert names(select(batcher, 2), *jobs) == [(0, 0), (1, 0)]
+    backlog = backlog_with(*jobs)
+    assert names(select(backlog, 5), *jobs) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2)]
+    assert names(select(backlog, 100), *jobs) == [(0, 0), (1, 0), (2, 0), (0, 1), (0, 2), (2, 1)]
+    assert names(select(backlog, 2), *jobs) == [(0, 0), (1, 0)]
 
 
 def test_jobs_with_earlier_targets_come_first() -> None:
     jobs = new_job(3, timeout=30.0, submitted_at=0.0), new_job(3, timeout=10.0, submitted_at=5.0), new_job(1)
-    batcher = batcher_with(*jobs)
-    assert names(select(batcher, 5), *jobs) == [(1, 0), (0, 0), (2, 0), (1, 1), (1, 2)]
+    backlog = backlog_with(*jobs)
+    assert names(select(backlog, 5), *jobs) == [(1, 0), (0, 0), (2, 0), (1, 1), (1, 2)]
 
 
 def test_all_rows_go_to_the_earliest_target_while_one_is_at_risk() -> None:
     jobs = new_job(20, timeout=30.0, submitted_at=0.0), new_job(20, timeout=40.0, submitted_at=0.0)
-    batcher = batcher_with(*jobs)
-    assert {row.job for row in batcher.select(AUTO, at_risk=True)} == {jobs[0]}
-    assert {row.job for row in batcher.select(AUTO, at_risk=False)} == set(jobs)
+    backlog = backlog_with(*jobs)
+    assert {row.job for row in select_rows(backlog.jobs, AUTO, at_risk=True)} == {jobs[0]}
+    assert {row.job for row in select_rows(backlog.jobs, AUTO, at_risk=False)} == set(jobs)
 
 
 def test_nothing_is_selected_where_nothing_is() -> None:
-    assert select(Batcher(4), 8) == []
+    assert select(Backlog(4), 8) == []
 
 
 def test_selecting_changes_nothing() -> None:
-    batcher = batcher_with(new_job(3), new_job(2))
-    before = state(batcher)
-    assert select(batcher, 4) == select(batcher, 4)
-    assert state(batcher) == before
+    backlog = backlog_with(new_job(3), new_job(2))
+    before = state(backlog)
+    assert select(backlog, 4) == select(backlog, 4)
+    assert state(backlog) == before
 
 
 def test_a_newcomer_is_in_the_next_step_and_in_every_step_until_it_is_done() -> None:
-    batcher = batcher_with(new_job(64, num_steps=30))
+    backlog = backlog_with(new_job(64, num_steps=30))
     for _ in range(7):
-        step_batcher(batcher, 16)
+        step_backlog(backlog, 16)
     newcomer = new_job(1, num_steps=10)
-    batcher.add(newcomer)
+    backlog.add(newcomer)
     for _ in range(10):
         assert not newcomer.closed
-        rows = step_batcher(batcher, 16)
+        rows = step_backlog(backlog, 16)
         assert [row.job for row in rows].count(newcomer) == 1
         assert len(rows) == 16
     assert newcomer.closed
@@ -83,114 +86,116 @@ def test_a_newcomer_is_in_the_next_step_and_in_every_step_until_it_is_done() -> 
 
 def test_as_many_jobs_as_rows_are_all_in_every_step() -> None:
     jobs = [new_job(5, num_steps=4, seed=i) for i in range(8)]
-    batcher = batcher_with(*jobs)
+    backlog = backlog_with(*jobs)
     for _ in range(5 * 4):
-        assert [row.job for row in step_batcher(batcher, 8)] == jobs
+        assert [row.job for row in step_backlog(backlog, 8)] == jobs
     assert all(job.closed for job in jobs)
 
 
 def test_of_more_jobs_than_rows_the_oldest_run_to_their_end() -> None:
     jobs = [new_job(1, num_steps=5, seed=i) for i in range(7)]
-    batcher = batcher_with(*jobs)
-    ran = [[jobs.index(row.job) for row in step_batcher(batcher, 3)] for _ in range(15)]
+    backlog = backlog_with(*jobs)
+    ran = [[jobs.index(row.job) for row in step_backlog(backlog, 3)] for _ in range(15)]
     assert ran == [[0, 1, 2]] * 5 + [[3, 4, 5]] * 5 + [[6]] * 5
 
 
 def test_images_of_a_job_that_began_stay_before_those_that_did_not() -> None:
     job = new_job(4, num_steps=3)
-    batcher = batcher_with(job)
-    seen = [[row.index for row in step_batcher(batcher, 2)] for _ in range(6)]
+    backlog = backlog_with(job)
+    seen = [[row.index for row in step_backlog(backlog, 2)] for _ in range(6)]
     assert seen == [[0, 1]] * 3 + [[2, 3]] * 3
 
 
 def test_capacity_counts_the_images_that_wait() -> None:
-    batcher = batcher_with(new_job(6), capacity=8)
+    backlog = backlog_with(new_job(6), capacity=8)
     with pytest.raises(AssertionError):
-        batcher.add(new_job(5))
-    assert state(batcher) == (6, 0, 18, 1)  # admitted whole or not at all
-    batcher.add(new_job(2))
-    assert batcher.waiting == 8
-    step_batcher(batcher, 5)  # five wait no longer
-    batcher.add(new_job(5))
+        backlog.add(new_job(5))
+    assert state(backlog) == (6, 0, 18, 1)  # admitted whole or not at all
+    backlog.add(new_job(2))
+    assert backlog.waiting == 8
+    step_backlog(backlog, 5)  # five wait no longer
+    backlog.add(new_job(5))
     with pytest.raises(AssertionError):
-        batcher.add(new_job(1))
+        backlog.add(new_job(1))
 
 
 def test_the_counts_follow_an_image_through_its_life() -> None:
     job = new_job(2, num_steps=2)
-    batcher = batcher_with(job)
-    assert state(batcher) == (2, 0, 4, 1)
-    step_batcher(batcher, 1)
-    assert state(batcher) == (1, 1, 3, 1)
-    step_batcher(batcher, 1)
-    assert state(batcher) == (1, 0, 2, 1)
-    step_batcher(batcher, 1)
-    step_batcher(batcher, 1)
-    assert state(batcher) == (0, 0, 0, 0)
-    assert batcher.jobs == []
+    backlog = backlog_with(job)
+    assert state(backlog) == (2, 0, 4, 1)
+    step_backlog(backlog, 1)
+    assert state(backlog) == (1, 1, 3, 1)
+    step_backlog(backlog, 1)
+    assert state(backlog) == (1, 0, 2, 1)
+    step_backlog(backlog, 1)
+    step_backlog(backlog, 1)
+    assert state(backlog) == (0, 0, 0, 0)
+    assert backlog.jobs == []
 
 
 @pytest.mark.parametrize("steps_before", range(9))
 def test_a_job_can_be_removed_at_every_stage(steps_before: int) -> None:
     other, job = new_job(1, num_steps=100, seed=1), new_job(3, num_steps=2, seed=2)
-    batcher = batcher_with(other, job)
+    backlog = backlog_with(other, job)
     for _ in range(steps_before):
-        step_batcher(batcher, 2)  # `job` has one row a step: it is done after six
-    assert batcher.remove(job) is (steps_before < 6)
-    assert batcher.remove(job) is False
+        step_backlog(backlog, 2)  # `job` has one row a step: it is done after six
+    assert backlog.remove(job) is (steps_before < 6)
+    assert backlog.remove(job) is False
     waiting = int(steps_before == 0)  # `other` is in every step
-    assert state(batcher) == (waiting, 1 - waiting, 100 - steps_before, 1)
-    assert batcher.jobs == [other]
-    assert all(row.job is other for row in select(batcher, 8))
+    assert state(backlog) == (waiting, 1 - waiting, 100 - steps_before, 1)
+    assert backlog.jobs == [other]
+    assert all(row.job is other for row in select(backlog, 8))
 
 
 def test_removing_a_stranger_changes_nothing() -> None:
-    batcher = batcher_with(new_job(2))
-    before = state(batcher)
-    assert batcher.remove(new_job(2)) is False
-    assert state(batcher) == before
+    backlog = backlog_with(new_job(2))
+    before = state(backlog)
+    assert backlog.remove(new_job(2)) is False
+    assert state(backlog) == before
 
 
 def test_removing_makes_room() -> None:
     job = new_job(4)
-    batcher = batcher_with(job, capacity=4)
-    batcher.remove(job)
-    batcher.add(new_job(4))
-    assert batcher.waiting == 4
+    backlog = backlog_with(job, capacity=4)
+    backlog.remove(job)
+    backlog.add(new_job(4))
+    assert backlog.waiting == 4
 
 
 def test_half_of_a_full_step_is_for_one_row_of_each_job() -> None:
     jobs = [new_job(4, num_steps=10, seed=seed) for seed in range(30)]
-    rows = batcher_with(*jobs).select(AUTO, at_risk=False)
-    assert [row.job.options.seed for row in rows if row.index == 0] == [*range(8)]
+    rows = select_rows(backlog_with(*jobs).jobs, AUTO, at_risk=False)
+    assert [row.job.request.options.seed for row in rows if row.index == 0] == [*range(8)]
     assert len(rows) == 16
 
 
 def test_guided_rows_count_twice() -> None:
     guided = [new_job(1, num_steps=10, seed=seed, guided_steps=range(10)) for seed in range(30)]
-    assert len(batcher_with(*guided).select(AUTO, at_risk=False)) == 8
-    odd = batcher_with(new_job(1, num_steps=10), *guided)  # the last guided row would make 17 evaluations
-    assert evaluations(odd.select(AUTO, at_risk=False)) == 15
+    assert len(select_rows(backlog_with(*guided).jobs, AUTO, at_risk=False)) == 8
+    odd = backlog_with(new_job(1, num_steps=10), *guided)  # the last guided row would make 17 evaluations
+    assert evaluations(select_rows(odd.jobs, AUTO, at_risk=False)) == 15
 
 
 def test_a_step_is_short_while_a_small_job_shares_it_with_a_large_one() -> None:
     large, small = new_job(64, num_steps=100), new_job(1, num_steps=100)
-    assert len(batcher_with(large).select(AUTO, at_risk=False)) == 16
-    assert len(batcher_with(large, small).select(AUTO, at_risk=False)) == 8
-    assert len(batcher_with(large, small).select(AUTO, at_risk=True)) == 16
-    assert len(batcher_with(large, new_job(4)).select(AUTO, at_risk=False)) == 8
-    assert len(batcher_with(large, new_job(5)).select(AUTO, at_risk=False)) == 16  # 2 x 5 images exceed a short step
+    assert len(select_rows(backlog_with(large).jobs, AUTO, at_risk=False)) == 16
+    assert len(select_rows(backlog_with(large, small).jobs, AUTO, at_risk=False)) == 8
+    assert len(select_rows(backlog_with(large, small).jobs, AUTO, at_risk=True)) == 16
+    assert len(select_rows(backlog_with(large, new_job(4)).jobs, AUTO, at_risk=False)) == 8
+    assert (
+        len(select_rows(backlog_with(large, new_job(5)).jobs, AUTO, at_risk=False)) == 16
+    )  # 2 x 5 images exceed a short step
 
 
 def test_several_small_jobs_share_half_of_a_short_step() -> None:
     jobs = [new_job(64, num_steps=100), *(new_job(1, num_steps=100, seed=seed) for seed in range(1, 6))]
-    rows = batcher_with(*jobs).select(AUTO, at_risk=False)
+    rows = select_rows(backlog_with(*jobs).jobs, AUTO, at_risk=False)
     assert len(rows) == 12  # a row for each of the six jobs, and as many for the first of them
     assert {row.job for row in rows} == set(jobs)
 
 
 def test_a_lone_small_job_gets_full_steps() -> None:
-    assert len(batcher_with(new_job(16)).select(AUTO, at_risk=False)) == 16
+    assert len(select_rows(backlog_with(new_job(16)).jobs, AUTO, at_risk=False)) == 16
 
 
 @pytest.mark.parametrize(
@@ -204,12 +209,12 @@ def test_a_lone_small_job_gets_full_steps() -> None:
     ],
 )
 def test_auto_limits_follow_the_measured_step_times(curve: dict[int, float], evaluations: int, short: int) -> None:
-    limits = StepLimits.of(Pace(curve), None, 1, auto=True)
+    limits = StepLimits.of(StepTimes(curve), None, 1, auto=True)
     assert (limits.evaluations, limits.rows, limits.short) == (evaluations, evaluations, short)
 
 
 def test_a_second_model_costs_a_call_of_its_own() -> None:
-    one, two = (StepLimits.of(PACE, None, num_models, auto=True) for num_models in (1, 2))
+    one, two = (StepLimits.of(STEP_TIMES, None, num_models, auto=True) for num_models in (1, 2))
     assert (one.short, two.short) == (8, 4)  # 2 + 1 calls take three times as long as one
     assert two.full.step_seconds == one.full.step_seconds + 1.0
     assert two.full.rate < one.full.rate
@@ -217,42 +222,38 @@ def test_a_second_model_costs_a_call_of_its_own() -> None:
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 64])
 def test_fixed_limits_count_rows(max_rows: int) -> None:
-    limits = StepLimits.of(PACE, max_rows, 1, auto=False)
-    batcher = batcher_with(new_job(100, num_steps=10, guided_steps=range(10)), new_job(1))
-    assert len(batcher.select(limits, at_risk=False)) == max_rows
-    assert limits.full.step_seconds == PACE.step_seconds(2 * max_rows)  # all of them guided
-    slowest = min(n / PACE.step_seconds(n) for n in (max_rows, 2 * max_rows))
+    limits = StepLimits.of(STEP_TIMES, max_rows, 1, auto=False)
+    backlog = backlog_with(new_job(100, num_steps=10, guided_steps=range(10)), new_job(1))
+    assert len(select_rows(backlog.jobs, limits, at_risk=False)) == max_rows
+    assert limits.full.step_seconds == STEP_TIMES.step_seconds(2 * max_rows)  # all of them guided
+    slowest = min(n / STEP_TIMES.step_seconds(n) for n in (max_rows, 2 * max_rows))
     assert limits.full.rate == pytest.approx(slowest, rel=0.5)
     assert limits.full.rate <= slowest
 
 
 def test_a_full_step_may_lack_one_evaluation() -> None:
     """Where the last row is guided; the rate must hold for that step, too."""
-    staircase = Pace({1: 16.0, 16: 16.0, 17: 32.0})
+    staircase = StepTimes({1: 16.0, 16: 16.0, 17: 32.0})
     assert StepLimits.of(staircase, None, 1, auto=True).full.rate == 15 / 16
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_rows_of_a_job_stay_sorted_by_progress(seed: int) -> None:
     choose = random.Random(seed)
-    batcher, jobs = Batcher(1000), list[Job]()
+    backlog, jobs = Backlog(1000), list[Job]()
     for _ in range(300):
         if choose.random() < 0.2:
             guided_steps = range(choose.randint(0, 5), choose.randint(5, 10))
             jobs.append(new_job(choose.randint(1, 20), num_steps=10, guided_steps=guided_steps))
-            batcher.add(jobs[-1])
-        rows = batcher.select(AUTO, at_risk=choose.random() < 0.3)
+            backlog.add(jobs[-1])
+        rows = select_rows(backlog.jobs, AUTO, at_risk=choose.random() < 0.3)
         assert evaluations(rows) <= AUTO.evaluations
         for row in rows:
             if not row.started:
-                batcher.start(row)
-            batcher.advance(row)
-        for row in rows:
-            if not row.steps_left:
-                batcher.retire(row)
-                row.job.unfinished.remove(row)
-        batcher.update(rows)
-        for job in batcher.jobs:
+                backlog.start(row)
+        backlog.advance(rows)
+        backlog.finish([(row, image(0, row.index, row.step)) for row in rows if not row.steps_left])
+        for job in backlog.jobs:
             steps = [row.step for row in job.unfinished]
             assert steps == sorted(steps, reverse=True)
             assert job.num_waiting == sum(not row.started for row in job.unfinished)

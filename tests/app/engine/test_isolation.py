@@ -1,8 +1,8 @@
 import pytest
 
-from app.engine.interface import isolate
+from app.engine.interface import DeviceLostError, OutOfMemoryError
+from app.engine.isolation import isolate
 from app.engine.job import Trajectory
-from app.runner.device import DeviceLostError, OutOfMemoryError
 from tests.app.fakes import Rows, new_job
 
 

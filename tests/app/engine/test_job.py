@@ -36,7 +36,7 @@ def test_nobody_but_the_engine_can_end_the_future() -> None:
 
 
 def test_without_a_timeout_a_job_is_never_late() -> None:
-    assert new_job().timeout == math.inf
+    assert new_job().target == math.inf
 
 
 def test_each_image_is_told_when_it_is_done() -> None:

@@ -3,8 +3,8 @@
 import pytest
 
 from app import errors
-from app.engine.step_times import Pace
-from app.runner.device import OutOfMemoryError
+from app.engine.interface import OutOfMemoryError
+from app.engine.step_times import StepTimes
 from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, same, tick
 
 
@@ -21,7 +21,7 @@ def test_out_of_memory_halves_the_batch_once_a_step_and_no_image_is_lost() -> No
     sizes = []
     while not all(job.closed for job in jobs):
         tick(engine)
-        sizes.append(engine.max_batch)
+        sizes.append(engine._admission.max_batch)
     assert all(same(job.future.result(0), images(job)) for job in jobs)
     assert sizes[:4] == [8, 4, 2, 2]
     assert set(sizes[3:]) == {2}
@@ -41,12 +41,12 @@ def test_one_bad_moment_does_not_set_the_batch_to_one(monkeypatch: pytest.Monkey
     engine = opened(new_engine(runner, max_batch=64))
     engine.submit(new_job(64, num_steps=10))
     tick(engine)  # also each row alone does not fit: the job ends
-    assert engine.max_batch == 32
+    assert engine._admission.max_batch == 32
     is_bad, now = False, 60.0
     job = new_job(64, num_steps=10)
     engine.submit(job)
     tick(engine)
-    assert len(runner.calls[-1]) == engine.max_batch == 64
+    assert len(runner.calls[-1]) == engine._admission.max_batch == 64
 
 
 @pytest.mark.parametrize("where", ["step", "pixels"])
@@ -60,7 +60,7 @@ def test_a_shortage_with_a_single_image_halves_the_batch_and_no_more(where: str)
     engine = opened(new_engine(runner, max_batch=64))
     engine.submit(new_job(1, num_steps=1))
     tick(engine)
-    assert engine.max_batch == 32
+    assert engine._admission.max_batch == 32
 
 
 def test_a_shortage_while_previews_are_read_halves_the_batch_once_a_step() -> None:
@@ -72,17 +72,17 @@ def test_a_shortage_while_previews_are_read_halves_the_batch_once_a_step() -> No
     job = new_job(32, num_steps=1, num_previews=8, listener=lambda event: None)
     engine.submit(job)
     tick(engine)
-    assert engine.max_batch == 8
+    assert engine._admission.max_batch == 8
     while not job.closed:
         tick(engine)
     assert same(job.future.result(0), images(job))
 
 
 def test_auto_steps_are_short_while_a_small_request_runs() -> None:
-    pace = Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})
-    runner = FakeRunner(pace=pace)
+    step_times = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})
+    runner = FakeRunner(step_times=step_times)
     engine = opened(new_engine(runner, max_batch=None))
-    assert engine.max_batch == 16
+    assert engine._admission.max_batch == 16
     engine.submit(new_job(64, num_steps=9))
     tick(engine)
     engine.submit(new_job(1, num_steps=2))
@@ -93,7 +93,7 @@ def test_auto_steps_are_short_while_a_small_request_runs() -> None:
 
 @pytest.mark.parametrize("started", [False, True])
 def test_auto_outlives_the_last_request_that_leaves(started: bool) -> None:
-    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})), max_batch=None))
+    engine = opened(new_engine(FakeRunner(step_times=StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})), max_batch=None))
     leaver = new_job(4, num_steps=9)
     engine.submit(leaver)
     if started:
@@ -108,7 +108,7 @@ def test_auto_outlives_the_last_request_that_leaves(started: bool) -> None:
 
 
 def test_a_number_of_rows_that_was_asked_for_is_kept() -> None:
-    runner = FakeRunner(pace=Pace({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}))
+    runner = FakeRunner(step_times=StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}))
     engine = opened(new_engine(runner, max_batch=3))
     engine.submit(new_job(64))
     tick(engine)

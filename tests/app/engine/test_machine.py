@@ -13,10 +13,10 @@ from prometheus_client import Counter
 
 from app import errors
 from app.api.requests import ClientGoneError
+from app.engine.engine import EngineState
+from app.engine.interface import OutOfMemoryError
 from app.engine.job import ImageDone, Job, Progress
-from app.engine.state import EngineState
-from app.engine.step_times import Pace
-from app.runner.device import OutOfMemoryError
+from app.engine.step_times import StepTimes
 from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job, opened, same, tick
 
 CAPACITY = 12
@@ -37,7 +37,7 @@ class Truth:
 
     @property
     def unfinished(self) -> list[int]:
-        return [index for index, steps in enumerate(self.steps) if steps < self.job.options.num_steps]
+        return [index for index, steps in enumerate(self.steps) if steps < self.job.request.options.num_steps]
 
     @property
     def alive(self) -> bool:
@@ -53,14 +53,14 @@ def totals(counter: Counter) -> Tally[str]:
 
 class EngineMachine(RuleBasedStateMachine):
     max_batch_asked: int | None = MAX_BATCH
-    pace = Pace({1: 1e-6, 1024: 1e-6})
+    step_times = StepTimes({1: 1e-6, 1024: 1e-6})
 
     def __init__(self) -> None:
         super().__init__()
         self.start()
 
     def start(self) -> None:
-        self.runner = FakeRunner(pace=self.pace.copy())
+        self.runner = FakeRunner(step_times=self.step_times.copy())
         self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=self.max_batch_asked))
         self.max_rows = MAX_BATCH  # lowered by shortages of memory
         self.truths: list[Truth] = []
@@ -106,9 +106,9 @@ class EngineMachine(RuleBasedStateMachine):
         tick(self.engine)
         stepped = Tally(row for call in self.runner.calls[before:] for row in call)
         for truth, index in rows:
-            done = truth.steps[index] == truth.job.options.num_steps
+            done = truth.steps[index] == truth.job.request.options.num_steps
             if truth.error is None:
-                self.images_done[str(truth.job.options.digit)] += done
+                self.images_done[str(truth.job.request.options.digit)] += done
                 assert sum(n for row, n in stepped.items() if row.job is truth.job and row.index == index) == 1
         allowed = {(truth.job, index) for truth, index in rows}
         assert {(row.job, row.index) for row in stepped} <= allowed
@@ -136,8 +136,9 @@ class EngineMachine(RuleBasedStateMachine):
         num_previews=st.integers(0, 4),
     )
     def arrive(self, count: int, num_steps: int, seed: int, digit: int, num_previews: int) -> None:
-        truth = Truth(new_job(count, num_steps, seed, digit, num_previews=num_previews), [0] * count)
-        truth.job.listener = truth.events.append
+        events: list[Progress | ImageDone] = []
+        job = new_job(count, num_steps, seed, digit, num_previews=num_previews, listener=events.append)
+        truth = Truth(job, [0] * count, events=events)
 
         def answered(future: object) -> None:
             truth.answers += 1
@@ -154,7 +155,7 @@ class EngineMachine(RuleBasedStateMachine):
             position = self.waiting
             self.engine.submit(truth.job)
             self.truths.append(truth)
-            assert truth.job.position == position
+            assert truth.job.estimate.position == position
 
     @precondition(lambda self: self.truths)
     @rule(data=st.data(), error=st.sampled_from([ClientGoneError, errors.DeadlineExceeded]))
@@ -215,7 +216,7 @@ class EngineMachine(RuleBasedStateMachine):
     def lower(self) -> None:
         """Once a step, however often its batch was halved."""
         self.max_rows = max(1, self.max_rows // 2)
-        assert self.engine.max_batch == self.max_rows
+        assert self.engine._admission.max_batch == self.max_rows
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -240,7 +241,7 @@ class EngineMachine(RuleBasedStateMachine):
         finished = [(truth, i) for truth, i in rows if i not in truth.unfinished]
         told = [(t, i) for t, i in finished if any(isinstance(e, ImageDone) and e.index == i for e in t.events)]
         assert all(truth is suspect and blamed for truth, _ in set(finished) - set(told))
-        self.images_done.update(str(truth.job.options.digit) for truth, _ in told)
+        self.images_done.update(str(truth.job.request.options.digit) for truth, _ in told)
         self.cancelled["running"] += len(finished) - len(told)
         if blamed:
             self.end(suspect, errors.InternalError)
@@ -259,7 +260,7 @@ class EngineMachine(RuleBasedStateMachine):
     def somebody_leaves_while_images_are_read(self, data: st.DataObject) -> None:
         """After the step has been counted, before what it finished is handed out."""
         rows, before = self.expected_rows(), {truth: truth.unfinished for truth in self.living}
-        last = [t for t, index in rows if t.steps[index] + 1 == t.job.options.num_steps]
+        last = [t for t, index in rows if t.steps[index] + 1 == t.job.request.options.num_steps]
         leaver = data.draw(st.sampled_from(last or self.living))
         left = False
 
@@ -277,7 +278,7 @@ class EngineMachine(RuleBasedStateMachine):
             leaver.error = ClientGoneError
             self.cancelled.update("running" if leaver.steps[index] else "waiting" for index in before[leaver])
         finished = [truth for truth, index in rows if index not in truth.unfinished and truth.error is None]
-        self.images_done.update(str(truth.job.options.digit) for truth in finished)
+        self.images_done.update(str(truth.job.request.options.digit) for truth in finished)
 
     @rule(often=st.integers(0, 7))
     def give_up(self, often: int) -> None:
@@ -301,13 +302,15 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_are_true(self) -> None:
-        assert (self.engine.waiting, self.engine.running) == (self.waiting, self.running)
-        assert self.engine.waiting <= CAPACITY
+        assert (self.engine.backlog.waiting, self.engine.backlog.running) == (self.waiting, self.running)
+        assert self.engine.backlog.waiting <= CAPACITY
         steps_left = sum(
-            truth.job.options.num_steps - truth.steps[index] for truth in self.living for index in truth.unfinished
+            truth.job.request.options.num_steps - truth.steps[index]
+            for truth in self.living
+            for index in truth.unfinished
         )
-        assert self.engine._batcher.backlog.work == steps_left
-        assert self.engine._batcher.jobs == [truth.job for truth in self.living]
+        assert self.engine.backlog.work == steps_left
+        assert self.engine.backlog.jobs == [truth.job for truth in self.living]
 
     @invariant()
     def every_job_is_answered_once_and_rightly(self) -> None:
@@ -323,14 +326,14 @@ class EngineMachine(RuleBasedStateMachine):
         for truth in self.truths:
             told = [event for event in truth.events if isinstance(event, ImageDone)]
             assert len({event.index for event in told}) == len(told)
-            options = truth.job.options
+            options = truth.job.request.options
             for event in told:
                 assert same([event.pixels], [image(options.seed, event.index, options.num_steps)])
             if truth.error is None:
-                assert {event.index for event in told} == set(range(truth.job.count)) - set(truth.unfinished)
+                assert {event.index for event in told} == set(range(truth.job.request.count)) - set(truth.unfinished)
                 shown = [event for event in truth.events if isinstance(event, Progress)]
-                assert all(len(event.previews) == truth.job.count for event in shown)
-                assert len(shown) <= truth.job.num_previews
+                assert all(len(event.previews) == truth.job.request.count for event in shown)
+                assert len(shown) <= truth.job.request.num_previews
 
     @invariant()
     def the_drain_is_over_when_nobody_is_left(self) -> None:
@@ -360,14 +363,14 @@ class AutoEngineMachine(EngineMachine):
     """Full steps have five rows; with a small job among several, three, or twice those of the first round."""
 
     max_batch_asked = None
-    pace = Pace({1: 1e-6, 4: 4e-6, 5: 4.1e-6})
+    step_times = StepTimes({1: 1e-6, 4: 4e-6, 5: 4.1e-6})
 
     def first_round(self) -> int:
         return max(1, self.full() // 2)
 
     def limit(self, images: list[list[Image]]) -> int:
         short = max(3, 2 * min(len(images), self.first_round()))
-        fewest = min((truth.job.count for truth in self.living), default=0)
+        fewest = min((truth.job.request.count for truth in self.living), default=0)
         shared = len(images) > 1 and len(images) * fewest <= short
         return min(short if shared else self.full(), self.max_rows)
 

@@ -3,9 +3,8 @@
 import pytest
 
 from app import errors
-from app.engine.engine import MAX_FAILED_BATCHES
-from app.engine.state import EngineState
-from app.runner.device import OutOfMemoryError, RunnerError
+from app.engine.engine import MAX_FAILED_BATCHES, EngineState
+from app.engine.interface import OutOfMemoryError, RunnerError
 from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opened, running, same, tick, wait_until
 
 
@@ -47,7 +46,7 @@ def test_a_step_that_always_fails_is_a_failed_engine(fault: str) -> None:
 def test_other_requests_are_answered_when_the_engine_has_failed() -> None:
     runner = FakeRunner(on_step=fail, on_check=fail_check)
     engine = new_engine(runner, max_batch=1)
-    runner.on_warm_up = lambda should_stop: [engine._admission.batcher.add(job) for job in jobs] and None  # type: ignore[func-returns-value]
+    runner.on_warm_up = lambda should_stop: [engine._admission.backlog.add(job) for job in jobs] and None  # type: ignore[func-returns-value]
     jobs = [new_job(1) for _ in range(10)]
     with running(engine):
         found = [type(job.future.exception(60)) for job in jobs]
@@ -91,7 +90,7 @@ def test_a_surviving_row_starts_the_count_again() -> None:
         engine.submit(poisoned)
         if k % MAX_FAILED_BATCHES == 0:
             engine.submit(new_job(1, num_steps=1, seed=2))
-        runner.on_step = lambda rows: fail(rows) if any(row.job.options.seed == 1 for row in rows) else None
+        runner.on_step = lambda rows: fail(rows) if any(row.job.request.options.seed == 1 for row in rows) else None
         tick(engine)
         assert poisoned.closed
     assert runner.num_checks == 0

@@ -84,9 +84,9 @@ def test_throughput_is_near_that_of_full_steps(number: int, count: int) -> None:
     service = VirtualService()
     result = service.run(clients(number, name="each", count=count), until=30.0)
     evaluations_an_image = 146
-    unfinished = service.admission.batcher.jobs
+    unfinished = service.admission.backlog.jobs
     done = result.num_images * evaluations_an_image
-    done += sum(job.count * evaluations_an_image - job.evaluations_left for job in unfinished)
+    done += sum(job.request.count * evaluations_an_image - job.evaluations_left for job in unfinished)
     best = max(n / seconds for n, seconds in MEASURED.items())
     assert done / result.seconds >= 0.95 * best
 
@@ -107,7 +107,7 @@ def refused_and_actual_wait(seed: int, measured: dict[int, float]) -> tuple[int,
             with suppress(errors.Overloaded):
                 service.submit(client.job(service.now))
         for _ in range(choose.randrange(100)):
-            if service.admission.batcher.num_jobs:
+            if service.admission.backlog.jobs:
                 service.step()
     count, timeout, num_steps = (
         choose.choice([1, 16, 64]),

@@ -3,25 +3,25 @@
 import pytest
 
 from app import errors
-from app.engine.step_times import Pace
+from app.engine.step_times import StepTimes
 from tests.app.fakes import FakeRunner, new_engine, new_job, opened, tick
 
 
 def test_a_request_that_would_end_past_its_deadline_is_refused() -> None:
-    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 64: 1.0}))))  # a second a step
+    engine = opened(new_engine(FakeRunner(step_times=StepTimes({1: 1.0, 64: 1.0}))))  # a second a step
     engine.submit(new_job(num_steps=10))
     with pytest.raises(errors.Overloaded) as refused:
         engine.submit(new_job(num_steps=10, timeout=6.5))
     assert refused.value.retry_after >= 1
-    assert engine.waiting == 1
+    assert engine.backlog.waiting == 1
     job = new_job(num_steps=10, timeout=25)  # its bound is 22 s: all rows might be guided
     engine.submit(job)
-    assert job.eta_seconds == 10
+    assert job.estimate.seconds == 10
 
 
 def test_step_times_are_learned_from_evaluations_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     observed: list[int] = []
-    monkeypatch.setattr(Pace, "observe", lambda pace, calls, seconds: observed.extend(calls))
+    monkeypatch.setattr(StepTimes, "observe", lambda step_times, calls, seconds: observed.extend(calls))
     engine = opened(new_engine(FakeRunner()))
     engine.submit(new_job(3, num_steps=4))
     engine.submit(new_job(2, num_steps=4, guided_steps=range(1, 3)))
@@ -32,14 +32,14 @@ def test_step_times_are_learned_from_evaluations_not_rows(monkeypatch: pytest.Mo
 
 def test_an_idle_engine_admits_every_request() -> None:
     """Step times are only corrected by running steps."""
-    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 64: 1.0}))))
+    engine = opened(new_engine(FakeRunner(step_times=StepTimes({1: 1.0, 64: 1.0}))))
     job = new_job(num_steps=10, timeout=6.5)
     engine.submit(job)
-    assert engine.waiting == 1
+    assert engine.backlog.waiting == 1
 
 
 def test_a_full_queue_refuses_with_the_time_until_there_is_room() -> None:
-    engine = opened(new_engine(FakeRunner(pace=Pace({1: 1.0, 64: 1.0})), capacity=4, max_batch=2))
+    engine = opened(new_engine(FakeRunner(step_times=StepTimes({1: 1.0, 64: 1.0})), capacity=4, max_batch=2))
     engine.submit(new_job(4, num_steps=10))
     tick(engine)  # two run, two wait
     with pytest.raises(errors.Overloaded) as refused:

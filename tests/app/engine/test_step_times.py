@@ -1,55 +1,55 @@
 import pytest
 
-from app.engine.step_times import Pace
+from app.engine.step_times import StepTimes
 
 CURVE = {1: 1.0, 4: 2.5, 8: 3.0}
 
 
 @pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (2, 1.5), (3, 2.0), (4, 2.5), (6, 2.75), (8, 3.0), (0, 1.0)])
 def test_a_step_takes_what_the_curve_says(rows: int, seconds: float) -> None:
-    assert Pace(CURVE).step_seconds(rows) == pytest.approx(seconds)
+    assert StepTimes(CURVE).step_seconds(rows) == pytest.approx(seconds)
 
 
 def test_past_the_curve_each_evaluation_costs_what_it_does_at_its_end() -> None:
-    assert Pace(CURVE).step_seconds(24) == pytest.approx(3 * Pace(CURVE).step_seconds(8))
+    assert StepTimes(CURVE).step_seconds(24) == pytest.approx(3 * StepTimes(CURVE).step_seconds(8))
 
 
 def test_the_curve_may_come_in_any_order() -> None:
-    assert Pace(dict(reversed(CURVE.items()))).step_seconds(2) == pytest.approx(1.5)
+    assert StepTimes(dict(reversed(CURVE.items()))).step_seconds(2) == pytest.approx(1.5)
 
 
 def test_a_slower_machine_is_learned_for_all_batches() -> None:
-    pace = Pace(CURVE)
+    step_times = StepTimes(CURVE)
     for _ in range(200):
-        pace.observe([4], 5.0)  # twice as long as when warming up
-    assert pace.step_seconds(1) == pytest.approx(2.0, rel=0.01)
-    assert pace.step_seconds(8) == pytest.approx(6.0, rel=0.01)
+        step_times.observe([4], 5.0)  # twice as long as when warming up
+    assert step_times.step_seconds(1) == pytest.approx(2.0, rel=0.01)
+    assert step_times.step_seconds(8) == pytest.approx(6.0, rel=0.01)
 
 
 def test_one_slow_step_changes_little() -> None:
-    pace = Pace(CURVE)
-    pace.observe([1], 3.0)
-    assert 1.0 < pace.step_seconds(1) < 1.2
+    step_times = StepTimes(CURVE)
+    step_times.observe([1], 3.0)
+    assert 1.0 < step_times.step_seconds(1) < 1.2
 
 
 def test_a_machine_that_stood_still_for_an_hour_is_not_taken_for_a_slow_one() -> None:
-    pace = Pace(CURVE)
-    pace.observe([1], 3600.0)
-    assert 1.0 < pace.step_seconds(1) < 1.2
+    step_times = StepTimes(CURVE)
+    step_times.observe([1], 3600.0)
+    assert 1.0 < step_times.step_seconds(1) < 1.2
 
 
 def test_a_machine_that_is_much_slower_is_learned_all_the_same() -> None:
-    pace = Pace(CURVE)
+    step_times = StepTimes(CURVE)
     for _ in range(200):
-        pace.observe([1], 50.0)
-    assert pace.step_seconds(1) == pytest.approx(50.0, rel=0.01)
+        step_times.observe([1], 50.0)
+    assert step_times.step_seconds(1) == pytest.approx(50.0, rel=0.01)
 
 
 def test_steps_as_expected_change_nothing() -> None:
-    pace = Pace(CURVE)
+    step_times = StepTimes(CURVE)
     for rows in (1, 2, 8, 64):
-        pace.observe([rows], pace.step_seconds(rows))
-    assert pace.slowdown == pytest.approx(1.0)
+        step_times.observe([rows], step_times.step_seconds(rows))
+    assert step_times.slowdown == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -68,15 +68,15 @@ def test_steps_as_expected_change_nothing() -> None:
 def test_the_best_batch_is_the_largest_near_the_best_rate_within_the_time(
     curve: dict[int, float], tolerance: float, seconds: float, best: int
 ) -> None:
-    assert Pace(curve).best_batch(tolerance, seconds) == best
+    assert StepTimes(curve).best_batch(tolerance, seconds) == best
 
 
 def test_a_step_of_two_models_takes_the_time_of_both_calls() -> None:
-    pace = Pace(CURVE)
-    pace.observe([4, 1], 3.5)
-    assert pace.slowdown == pytest.approx(1.0)
-    pace.observe([4, 1], 7.0)
-    assert pace.slowdown > 1.0
+    step_times = StepTimes(CURVE)
+    step_times.observe([4, 1], 3.5)
+    assert step_times.slowdown == pytest.approx(1.0)
+    step_times.observe([4, 1], 7.0)
+    assert step_times.slowdown > 1.0
 
 
 @pytest.mark.parametrize(
@@ -90,6 +90,6 @@ def test_a_step_of_two_models_takes_the_time_of_both_calls() -> None:
     ],
 )
 def test_the_largest_batch_within_a_time(curve: dict[int, float], seconds: float, largest: int) -> None:
-    pace = Pace(curve)
-    pace.slowdown = 7.0
-    assert pace.largest_batch(seconds) == largest
+    step_times = StepTimes(curve)
+    step_times.slowdown = 7.0
+    assert step_times.largest_batch(seconds) == largest

@@ -10,8 +10,9 @@ from typing import Any
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.job import Job, Options, Trajectory
-from app.engine.step_times import Pace
+from app.engine.job import Job, JobRequest, Options, Trajectory
+from app.engine.step_times import StepTimes
+from tests.app.fakes import image
 
 # Seconds of a step against its evaluations, of the shipped network on two cores of a Zen 5 and of a Xeon with AMX.
 MEASURED = {1: 1.0e-3, 2: 1.4e-3, 4: 2.1e-3, 8: 3.6e-3, 16: 7.0e-3, 32: 14.4e-3, 64: 29.0e-3}
@@ -35,7 +36,7 @@ class Client:
     def job(self, now: float) -> Job:
         guided_steps = range(round(0.27 * self.num_steps), round(0.73 * self.num_steps)) if self.guided else range(0)
         options = Options(0, 0, self.num_steps, "ddpm", 1.0, self.model)
-        return Job(options, self.count, self.timeout, guided_steps=guided_steps, submitted_at=now)
+        return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps), now)
 
 
 @dataclass
@@ -67,55 +68,48 @@ class VirtualService:
         slower: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.admission = Admission(capacity, max_batch)
-        self.admission.open(Pace(measured))
-        self.truth, self.slower = Pace(measured), slower
+        self.admission.open(StepTimes(measured))
+        self.truth, self.slower = StepTimes(measured), slower
         self.now = 0.0
         self.hopeless: set[Job] = set()  # admitted only because the engine was idle
         self.steps: list[list[Trajectory]] = []
 
     def submit(self, job: Job) -> None:
-        if not self.admission.batcher.num_jobs:
-            bound = self.admission.batcher.backlog.finish_seconds(job, self.admission._full(job))
+        if not self.admission.backlog.jobs:
+            bound = self.admission.backlog.finish_seconds(job, self.admission._full(job))
             if self.now + bound > job.target:
                 self.hopeless.add(job)
         self.admission.admit(job, self.now)
 
     def step(self) -> list[Job]:
         """One step; the jobs that it finished."""
-        batcher = self.admission.batcher
+        backlog = self.admission.backlog
         rows = self.admission.select(self.now)
         assert rows
         self.steps.append(rows)
         calls: Counter[str] = Counter()
         for row in rows:
-            calls[row.job.options.model] += row.evaluations
+            calls[row.job.request.options.model] += row.evaluations
             if not row.started:
-                batcher.start(row)
+                backlog.start(row)
         seconds = sum(self.truth.step_seconds(n) for n in calls.values()) * self.slower()
         self.admission.observe(rows, seconds)
         self.now += seconds
-        for row in rows:
-            batcher.advance(row)
-        batcher.update(rows)
-        done = []
-        for row in [row for row in rows if not row.steps_left]:
-            batcher.retire(row)
-            row.job.unfinished.remove(row)
-            if not row.job.unfinished:
-                done.append(row.job)
-        batcher.update(rows)
-        return done
+        backlog.advance(rows)
+        done = [row for row in rows if not row.steps_left]
+        backlog.finish([(row, image(0, row.index, row.step)) for row in done])
+        return [job for job in dict.fromkeys(row.job for row in done) if not job.unfinished]
 
     def run(self, clients: Sequence[Client], until: float) -> Result:
         """Serves the clients; requests that pass their deadline are answered 504."""
         self.result, self.clients, self.owner = Result(), clients, dict[Job, int]()
         self.coming = [(client.start, i) for i, client in enumerate(clients)]
         heapq.heapify(self.coming)
-        batcher = self.admission.batcher
+        backlog = self.admission.backlog
         while self.now < until:
             while self.coming and self.coming[0][0] <= self.now:
                 self._arrive(heapq.heappop(self.coming)[1])
-            if batcher.num_jobs:
+            if backlog.jobs:
                 self._answer(self.step())
                 self.result.num_steps += 1
             elif self.coming:
@@ -137,16 +131,16 @@ class VirtualService:
                 heapq.heappush(self.coming, (self.now + refused.retry_after, i))
 
     def _answer(self, done: list[Job]) -> None:
-        batcher = self.admission.batcher
-        expired = [job for job in batcher.jobs if self.now > job.deadline]
+        backlog = self.admission.backlog
+        expired = [job for job in backlog.jobs if self.now > job.deadline]
         for job in expired:
-            batcher.remove(job)
+            backlog.remove(job)
         for job in done + expired:
             client, is_late = self.clients[self.owner[job]], self.now > job.deadline
             self.result.outcomes[client.name, "504" if is_late else "200"] += 1
             if not is_late:
-                self.result.latencies.setdefault(client.name, []).append(self.now - job.submitted_at)
-                self.result.num_images += job.count
+                self.result.latencies.setdefault(client.name, []).append(self.now - job.timings.submitted_at)
+                self.result.num_images += job.request.count
             elif job not in self.hopeless:
                 self.result.late.append(job)
             if client.repeats:

@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from app.engine.job import Job, Options, Pixels, Trajectory
+from app.engine.job import Job, JobRequest, Options, Pixels, Trajectory
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from model.sampler import SAMPLERS, Guidance, Sampler
@@ -32,13 +33,15 @@ def rows_of(
     guidance_scale: float = 1.0,
     model: str = "default",
 ) -> list[Trajectory]:
-    return Job(Options(digit, seed, num_steps, sampler, guidance_scale, model), count).unfinished
+    return Job(JobRequest(Options(digit, seed, num_steps, sampler, guidance_scale, model), count)).unfinished
 
 
 def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
     """A step as the engine makes it, of jobs as the service makes them."""
     for row in rows:
-        row.job.guided_steps = runner.models[row.job.options.model].guided_steps_of(row.job.options)
+        request = row.job.request
+        guided_steps = runner.models[request.options.model].guided_steps_of(request.options)
+        row.job.request = replace(request, guided_steps=guided_steps)
     finite = runner.step(rows)
     for row in rows:
         row.step += 1
@@ -83,8 +86,8 @@ class Counting:
 
     def __init__(self, runner: Runner) -> None:
         self.rows: list[int] = []
-        self._denoise = runner._networks["default"].program.denoise
-        runner._networks["default"].program.denoise = self
+        self._denoise = runner._models["default"].program.denoise
+        runner._models["default"].program.denoise = self
 
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
         self.rows.append(len(x))

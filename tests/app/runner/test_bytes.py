@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.engine.job import Job, Options, Trajectory
+from app.engine.job import Job, JobRequest, Options, Trajectory
 from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -125,13 +125,13 @@ def test_the_evaluations_that_are_forecast_are_those_that_are_made(
     runner = new_runner(loaded, torch.bfloat16)
     network = Counting(runner)
     guided_steps = runner.models["default"].guided_steps(sampler, num_steps)
-    job = Job(Options(1, 0, num_steps, sampler, 2.0), 3, guided_steps=guided_steps)
+    job = Job(JobRequest(Options(1, 0, num_steps, sampler, 2.0), 3, guided_steps=guided_steps))
     forecast = []
     for _ in range(num_steps):
         forecast.append(sum(row.evaluations for row in job.unfinished))
         step(runner, job.unfinished)
     assert network.rows == forecast
-    assert sum(forecast) == 3 * job.evaluations_from(0)
+    assert sum(forecast) == 3 * job.request.evaluations_from(0)
 
 
 def test_without_guidance_there_is_one_evaluation_a_row(loaded: Checkpoint) -> None:

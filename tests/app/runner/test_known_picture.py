@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.engine.step_times import Pace
-from app.runner.device import RunnerError
+from app.engine.interface import RunnerError
+from app.engine.step_times import StepTimes
 from app.runner.runner import Runner
 from app.runner.threads import ComputeThreads
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, load
@@ -23,20 +23,23 @@ def test_the_picture_that_is_known_of_each_model_is_drawn_by_that_model(loaded: 
 def test_warming_up_measures_steps_and_leaves_nothing_behind(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     before = len(runner._slots._free)
-    pace = runner.warm_up(lambda: False)
-    assert pace.step_seconds(64) > 0
+    step_times = runner.warm_up(lambda: False)
+    assert step_times.step_seconds(64) > 0
     assert len(runner._slots._free) == before
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [({4: 1.0, 3: 2.0}, 1.0), ({4: 9.0, 3: 2.0}, 2.0)])
-def test_the_pace_is_that_of_the_threads_which_are_quickest_while_it_warms_up(
+def test_the_step_times_are_those_of_the_number_of_threads_that_is_the_fastest(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], expected: float
 ) -> None:
-    paces = {count: Pace({1: each, 64: each}) for count, each in seconds.items()}
-    monkeypatch.setattr("app.runner.runner.measure_paces", lambda *arguments: paces)
-    pace = Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), lambda count: None)).warm_up(bool)
-    assert pace.step_seconds(64) == expected
-    assert all(pace is not each for each in paces.values())  # the engine's own to adjust
+    used: list[int] = []
+
+    def measure(*arguments: object) -> StepTimes:
+        return StepTimes({1: seconds[used[-1]], 64: seconds[used[-1]]})
+
+    monkeypatch.setattr("app.runner.runner.measure_step_times", measure)
+    runner = Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), used.append))
+    assert runner.warm_up(bool).step_seconds(64) == expected
 
 
 def test_the_known_picture_is_drawn_by_as_many_threads_as_a_busy_core_leaves(
@@ -45,7 +48,7 @@ def test_the_known_picture_is_drawn_by_as_many_threads_as_a_busy_core_leaves(
     """All of them would wait for each other, and for seconds a step."""
     used: list[int] = []
     seen = list[list[int]]()
-    monkeypatch.setattr("app.runner.runner.check_probe", lambda *arguments: seen.append(list(used)))
+    monkeypatch.setattr("app.runner.runner.check_known_picture", lambda *arguments: seen.append(list(used)))
     Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), used.append)).warm_up(lambda: True)
     assert [before[-1] for before in seen] == [3]
     assert used[-1] == 4  # with which it goes on

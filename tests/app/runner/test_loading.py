@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.runner.device import RunnerError, choose_device, choose_dtype
+from app.engine.interface import RunnerError
+from app.runner.device import choose_device, choose_dtype
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.runner.device_state import PADDING
 from app.runner.runner import Runner
-from app.runner.slots import NOBODY
 from model.checkpoint import Checkpoint
 from model.step import Stepped
 from tests.app.runner.rows import CPU, company, draw, equal, new_runner, rows_of, step
@@ -25,7 +25,7 @@ def test_where_steps_are_not_waited_for_the_images_are_the_same(loaded: Checkpoi
 
 def test_where_steps_are_not_waited_for_shapes_are_few(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, shapes = ahead(loaded), set[tuple[int, int]]()
-    network = runner._networks["default"]
+    network = runner._models["default"]
     step = network.step
 
     def note(*inputs: Tensor) -> Stepped:
@@ -53,15 +53,15 @@ def test_where_steps_are_not_waited_for_a_row_of_nan_is_known_when_it_ends(loade
 
 def test_what_fills_up_a_step_has_changed_nobody(loaded: Checkpoint) -> None:
     runner = ahead(loaded)
-    before = [part[NOBODY].clone() for part in runner._slots.state]
+    before = [part[PADDING].clone() for part in runner._slots.state]
     draw(runner, rows_of(5, num_steps=3))
-    assert all(torch.equal(part[NOBODY], was) for part, was in zip(runner._slots.state, before, strict=True))
+    assert all(torch.equal(part[PADDING], was) for part, was in zip(runner._slots.state, before, strict=True))
 
 
 def test_warming_up_as_on_a_gpu_sees_every_shape(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.runner.runner.BATCHES_AHEAD", (1, 2, 8))
     runner, shapes = ahead(loaded), set[tuple[int, int]]()
-    network = runner._networks["default"]
+    network = runner._models["default"]
     step = network.step
 
     def note(*inputs: Tensor) -> Stepped:

@@ -1,11 +1,19 @@
 """Steps are timed on a clock that the test moves."""
 
+from collections.abc import Callable
+
 import pytest
 
+from app.engine.interface import OutOfMemoryError
+from app.engine.job import Trajectory
+from app.engine.step_times import StepTimes
 from app.runner import warm_up
-from app.runner.device import OutOfMemoryError
-from app.runner.threads import ComputeThreads
-from app.runner.warm_up import HOT_ROWS, LONGEST_TIMING_SECONDS, REPEATS, TIMED_ROUNDS, TIMING_SECONDS, measure_paces
+from app.runner.warm_up import (
+    FEWEST_ROUNDS,
+    HOT_ROWS,
+    MOST_ROUNDS,
+    measure_step_times,
+)
 from tests.app.fakes import FakeRunner, Rows
 
 BATCHES = (1, 8, 64)
@@ -36,13 +44,6 @@ class Clock:
     monotonic = perf_counter
 
 
-class Timed(FakeRunner):
-    works_here = True
-
-    def wait(self) -> None:
-        """All is done at once."""
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
@@ -50,8 +51,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def one_thread() -> ComputeThreads:
-    return ComputeThreads((1,), use=lambda count: None)
+def measure(clock: Clock, runner: FakeRunner, should_stop: Callable[[], bool] = lambda: False) -> StepTimes:
+    def time_step(trajectories: list[Trajectory]) -> tuple[float, float]:
+        start, waited = clock.now, clock.waited
+        runner.step(trajectories)
+        seconds = clock.now - start
+        return seconds, seconds - (clock.waited - waited)
+
+    return measure_step_times(runner, time_step, BATCHES, should_stop)
 
 
 def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Clock) -> None:
@@ -59,8 +66,8 @@ def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Cl
         clock.slowness = 2.0 if clock.now < 0.1 else 1.0  # for most of the first round
         clock.step(rows)
 
-    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
-    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+    step_times = measure(clock, FakeRunner(on_step=step))
+    assert [step_times.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
 def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(clock: Clock) -> None:
@@ -69,8 +76,8 @@ def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(cl
         clock.slowness = 0.5 if is_first and len(rows) == 8 else 1.0
         clock.step(rows)
 
-    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
-    assert pace.step_seconds(64) == pytest.approx(8 * pace.step_seconds(8), rel=0.01)
+    step_times = measure(clock, FakeRunner(on_step=step))
+    assert step_times.step_seconds(64) == pytest.approx(8 * step_times.step_seconds(8), rel=0.01)
 
 
 def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Clock) -> None:
@@ -78,19 +85,9 @@ def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Cloc
         clock.step(rows)
         clock.wait_for_the_core(0.1 if len(rows) == 64 else 0.0)  # a short one is over before its turn ends
 
-    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
-    assert pace.step_seconds(64) == pytest.approx(64 * pace.step_seconds(1))
-    assert sum(map(pace.step_seconds, BATCHES)) == pytest.approx(0.173)  # the time is what it was
-
-
-@pytest.mark.parametrize(("share", "seconds"), [(0.95, TIMING_SECONDS), (0.5, LONGEST_TIMING_SECONDS)])
-def test_beside_somebody_who_wants_the_core_it_looks_longer(clock: Clock, share: float, seconds: float) -> None:
-    def step(rows: Rows) -> None:
-        clock.step(rows)
-        clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
-
-    measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False)
-    assert seconds < clock.now < seconds + SECONDS / share  # it ends with a round
+    step_times = measure(clock, FakeRunner(on_step=step))
+    assert step_times.step_seconds(64) == pytest.approx(64 * step_times.step_seconds(1))
+    assert sum(map(step_times.step_seconds, BATCHES)) == pytest.approx(0.173)  # the time is what it was
 
 
 def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
@@ -100,41 +97,31 @@ def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
         clock.slowness = 1.5 if len(rows) == 1 and clock.batches[-1:] != [1] else 1.0
         clock.step(rows)
 
-    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
-    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+    step_times = measure(clock, FakeRunner(on_step=step))
+    assert [step_times.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
 def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
     def step(rows: Rows) -> None:
         clock.now += 0.05 if len(rows) == 1 else 0.02
 
-    (pace,) = measure_paces(Timed(on_step=step), BATCHES, one_thread(), lambda: False).values()
-    assert pace.step_seconds(1) == pace.step_seconds(64) == pytest.approx(0.02)
-
-
-def test_where_a_device_works_its_time_counts(clock: Clock) -> None:
-    def step(rows: Rows) -> None:
-        clock.wait_for_the_core(1e-3 * len(rows))
-
-    runner = Timed(on_step=step)
-    runner.works_here = False
-    (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
-    assert [pace.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
+    step_times = measure(clock, FakeRunner(on_step=step))
+    assert step_times.step_seconds(1) == step_times.step_seconds(64) == pytest.approx(0.02)
 
 
 def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:
-    runner = Timed(on_step=clock.step)
-    measure_paces(runner, BATCHES, one_thread(), lambda: False)
+    runner = FakeRunner(on_step=clock.step)
+    measure(clock, runner)
     rounds = len(clock.batches) // len(ROUND)
     assert clock.batches == ROUND * rounds
-    assert REPEATS < rounds < TIMED_ROUNDS
+    assert FEWEST_ROUNDS < rounds < MOST_ROUNDS
     assert not runner.held
 
 
-@pytest.mark.parametrize(("seconds_a_round", "rounds"), [(0.5, REPEATS), (1.5, 2), (20.0, 1)])
+@pytest.mark.parametrize(("seconds_a_round", "rounds"), [(0.5, FEWEST_ROUNDS), (1.5, 2), (20.0, 1)])
 def test_where_a_round_takes_long_there_are_few(clock: Clock, seconds_a_round: float, rounds: int) -> None:
     clock.slowness = seconds_a_round / (SECONDS)
-    measure_paces(Timed(on_step=clock.step), BATCHES, one_thread(), lambda: False)
+    measure(clock, FakeRunner(on_step=clock.step))
     assert len(clock.batches) == rounds * len(ROUND)
 
 
@@ -144,14 +131,14 @@ def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock:
             raise OutOfMemoryError
         clock.step(rows)
 
-    runner = Timed(on_step=step)
-    (pace,) = measure_paces(runner, BATCHES, one_thread(), lambda: False).values()
-    assert pace.best_batch(0.0, 1.0) <= 8
+    runner = FakeRunner(on_step=step)
+    step_times = measure(clock, runner)
+    assert step_times.best_batch(0.0, 1.0) <= 8
     assert not runner.held
 
 
 def test_it_stops_when_it_is_asked_to_and_leaves_nothing_behind(clock: Clock) -> None:
-    runner = Timed(on_step=clock.step)
-    measure_paces(runner, BATCHES, one_thread(), lambda: len(clock.batches) == HOT_ROWS + 1)
+    runner = FakeRunner(on_step=clock.step)
+    measure(clock, runner, lambda: len(clock.batches) == HOT_ROWS + 1)
     assert clock.batches == ROUND[: HOT_ROWS + 1]
     assert not runner.held

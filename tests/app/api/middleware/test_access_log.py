@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from app.runner.device import DeviceLostError
+from app.engine.interface import DeviceLostError
 from tests.app.application import WORK, run
 from tests.app.fakes import FakeRunner, Rows
 
@@ -58,7 +58,7 @@ def test_the_outcome_of_what_went_wrong_is_its_code(
     release = threading.Event()
 
     def on_step(rows: Rows) -> None:
-        seeds = {row.job.options.seed for row in rows}
+        seeds = {row.job.request.options.seed for row in rows}
         if 13 in seeds:
             raise KeyError("a bug")
         if 14 in seeds:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from limits import parse_many
 
 from app import errors
-from app.api.middleware.rate_limit import Rates
+from app.api.middleware.rate_limit import RateLimiter
 
 
 class Clock:
@@ -29,27 +29,27 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_a_caller_has_its_own_number_of_requests(clock: Clock) -> None:
-    rates = Rates(parse_many("3/minute"))
+    limiter = RateLimiter(parse_many("3/minute"))
     for caller in ("a", "b"):
         for _ in range(3):
-            rates.spend(caller)
+            limiter.spend(caller)
         with pytest.raises(errors.RateLimited):
-            rates.spend(caller)
+            limiter.spend(caller)
     clock.now += 121
-    rates.spend("a")
+    limiter.spend("a")
 
 
 def test_what_was_refused_is_not_counted(clock: Clock) -> None:
-    rates = Rates(parse_many("2/minute;3/hour"))
+    limiter = RateLimiter(parse_many("2/minute;3/hour"))
     for _ in range(2):
-        rates.spend("a")
+        limiter.spend("a")
     for _ in range(50):
         with pytest.raises(errors.RateLimited):
-            rates.spend("a")
+            limiter.spend("a")
     clock.now += 121  # the minute is over; of the hour one is left
-    rates.spend("a")
+    limiter.spend("a")
     with pytest.raises(errors.RateLimited) as limited:
-        rates.spend("a")
+        limiter.spend("a")
     assert limited.value.retry_after > 60
 
 
@@ -62,43 +62,64 @@ def test_retry_after_is_when_the_next_request_is_let_in(limits: str, gaps: list[
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
         patch.setattr("time.time", clock)
-        rates = Rates(parse_many(limits))
+        limiter = RateLimiter(parse_many(limits))
         for gap in gaps:
             clock.now += gap
             try:
-                rates.spend("a")
+                limiter.spend("a")
             except errors.RateLimited as limited:
                 refused_at, wait = clock.now, limited.retry_after
                 clock.now = refused_at + wait - 1.001  # whole seconds, rounded up: not a second earlier
                 if wait > 1:
                     with pytest.raises(errors.RateLimited):
-                        rates.spend("a")
+                        limiter.spend("a")
                 clock.now = refused_at + wait + 0.001
-                rates.spend("a")
+                limiter.spend("a")
 
 
-def test_callers_beyond_number_are_forgotten_but_not_who_comes_often(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("app.api.middleware.rate_limit.MOST_WINDOWS", 100)
-    rates = Rates(parse_many("1000/day"))
+def test_the_callers_that_came_least_lately_are_forgotten(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.middleware.rate_limit.MOST_CALLERS", 100)
+    limiter = RateLimiter(parse_many("1000/day"))
     for number in range(1000):
-        rates.spend(f"address {number}")
-        rates.spend("a regular")
-        assert len(rates.windows) <= 100
+        limiter.spend(f"address {number}")
+        limiter.spend("a regular")
+        assert len(limiter) <= 100
     with pytest.raises(errors.RateLimited):
-        rates.spend("a regular")
+        limiter.spend("a regular")
 
 
-def test_nothing_runs_beside_it(clock: Clock) -> None:
+def test_it_starts_no_thread(clock: Clock) -> None:
     before = threading.active_count()
-    rates = Rates(parse_many("600/minute"))
+    limiter = RateLimiter(parse_many("600/minute"))
     for number in range(100):
-        rates.spend(f"address {number}")
+        limiter.spend(f"address {number}")
     assert threading.active_count() == before
 
 
 def test_a_limit_of_nothing_is_no_limit() -> None:
-    rates = Rates([])
+    limiter = RateLimiter([])
     for _ in range(1000):
-        rates.spend("a")
+        limiter.spend("a")
+
+
+@settings(max_examples=60, deadline=None)
+@given(gaps=st.lists(st.floats(0, 30), min_size=1, max_size=100))
+def test_a_request_is_permitted_while_the_weighted_sum_of_two_windows_is_below_the_limit(gaps: list[float]) -> None:
+    (item,) = parse_many("5/10 seconds")
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock()
+        patch.setattr("time.time", clock)
+        limiter, window = RateLimiter([item]), item.get_expiry()
+        accepted: list[float] = []
+        for gap in gaps:
+            clock.now += gap
+            start = clock.now // window * window
+            present = sum(moment >= start for moment in accepted)
+            previous = sum(start - window <= moment < start for moment in accepted)
+            weighted = previous * (1 - (clock.now - start) / window) + present
+            try:
+                limiter.spend("a")
+                accepted.append(clock.now)
+                assert weighted < item.amount
+            except errors.RateLimited:
+                assert weighted >= item.amount - 1e-6

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.engine.job import Trajectory
-from app.runner.device import DeviceLostError, OutOfMemoryError, device_errors
+from app.engine.interface import DeviceLostError, OutOfMemoryError
+from app.engine.job import Options, Trajectory
+from app.runner.device import device_errors
+from app.runner.device_state import Plans, Slots
 from app.runner.runner import Runner
-from app.runner.slots import Slots
 from app.runner.transfers import Transfers
 from model.checkpoint import Checkpoint
+from model.sampler import make_plan
+from model.schedule import Schedule, ScheduleConfig
 from tests.app.runner.rows import CPU, draw, equal, new_runner, rows_of, step
+
+SCHEDULE = Schedule(ScheduleConfig())
 
 
 def test_slots_grow_with_the_rows_and_are_given_back(loaded: Checkpoint) -> None:
@@ -63,7 +68,7 @@ def test_a_step_that_raises_has_changed_nothing(loaded: Checkpoint) -> None:
     expected = draw(runner, rows_of(3, num_steps=4))
     rows = rows_of(3, num_steps=4)
     step(runner, rows[:2])
-    program = runner._networks["default"].program
+    program = runner._models["default"].program
     denoise = program.denoise
 
     def fail(x: Tensor, c: Tensor) -> Tensor:
@@ -238,3 +243,35 @@ def test_step_that_fails_on_the_device_after_it_was_enqueued_is_lost(
     monkeypatch.setattr(runner._transfers, "start_download", lambda tensor: wait)
     with pytest.raises(DeviceLostError):
         runner.step(rows_of(2, num_steps=1))
+
+
+def options(num_steps: int, model: str = "default") -> Options:
+    return Options(0, 0, num_steps, "ddim", 1.0, model)
+
+
+@pytest.mark.parametrize("first_rows", [4, 1000])
+def test_each_plan_stands_where_it_starts_however_many_come_after_it(
+    monkeypatch: pytest.MonkeyPatch, first_rows: int
+) -> None:
+    monkeypatch.setattr("app.runner.device_state.FIRST_PLAN_ROWS", first_rows)
+    table = Plans(CPU)
+    starts = {num_steps: table.start_of(options(num_steps), SCHEDULE) for num_steps in (7, 100, 1, 30)}
+    for num_steps, start in starts.items():
+        expected = make_plan(SCHEDULE, "ddim", num_steps).table(CPU)
+        assert torch.equal(table.table[start : start + num_steps], expected)
+
+
+def test_a_plan_is_made_once_and_another_models_is_another() -> None:
+    table = Plans(CPU)
+    first = table.start_of(options(10), SCHEDULE)
+    assert table.start_of(options(10), SCHEDULE) == first
+    assert table.start_of(options(10, "fast"), SCHEDULE) == first + 10
+
+
+def test_every_plan_of_a_hundred_steps_has_room() -> None:
+    table = Plans(CPU)
+    size = len(table.table)
+    for sampler in ("ddpm", "ddim", "dpmpp"):
+        for num_steps in range(1, 101):
+            table.start_of(Options(0, 0, num_steps, sampler, 1.0), SCHEDULE)
+    assert len(table.table) == size

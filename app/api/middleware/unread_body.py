@@ -1,0 +1,56 @@
+"""Answers requests whose body is not read to its end.
+
+The connection is closed after such an answer, since the rest of the body may never end. It is not closed at once: that
+would reset the connection, and a client that still sends could lose the answer.
+"""
+
+import asyncio
+from contextlib import suppress
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # of input that is discarded after the answer
+
+
+class UnreadBody:
+    """Closes the connection after an answer that came before the end of the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        body = _Body(scope, receive, send)
+        await self._app(scope, body.receive, body.send)
+
+
+class _Body:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        self._unread = b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > 0
+        self._receive, self._send = receive, send
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._unread = self._unread and message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self._unread and message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Connection"] = "close"
+        elif self._unread and not message.get("more_body"):
+            await self._send({**message, "more_body": True})
+            await self._discard()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+    async def _discard(self) -> None:
+        """Waits for the end of the body or of the connection, which drops what arrives."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while self._unread:
+                    await self.receive()

@@ -1,0 +1,113 @@
+"""The state of the images on the device, the table of their plans, and the indices that a step is called with."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from app.engine.job import Options, Trajectory
+from app.runner.transfers import Shapes, Transfers
+from model.sampler import make_plan
+from model.schedule import Schedule
+from model.step import Rows, State
+
+PADDING = 0  # the slot of rows that fill up a step
+FIRST_PLAN_ROWS = 16_384  # room for every sampler in every number of up to 100 steps: a GPU's graph holds for one size
+
+
+class Slots:
+    """One state whose rows are dealt out to trajectories; it grows when all are taken."""
+
+    def __init__(
+        self, count: int, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers
+    ) -> None:
+        """`count` of them at first."""
+        self.state = State.zeros(1 + count, image_shape, device)
+        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) all that was computed so far
+        self._free = list(range(PADDING + 1, 1 + count))
+        self._transfers = transfers
+
+    def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
+        """Gives each trajectory a slot with its row of state in it; all of them, or none where it raises."""
+        while len(self._free) < len(trajectories):
+            self._grow()
+        slots = self._free[-len(trajectories) :]
+        places = self._transfers.upload(slots)
+        finite = torch.ones(len(slots), dtype=torch.bool, device=self.finite.device)  # (B,)
+        self.write(places, finite=finite, **rows)
+        del self._free[-len(trajectories) :]
+        for trajectory, slot in zip(trajectories, slots, strict=True):
+            trajectory.slot = slot
+
+    def release(self, trajectories: list[Trajectory]) -> None:
+        """Takes the slots back from those that have one."""
+        for trajectory in trajectories:
+            if trajectory.slot is not None:
+                self._free.append(trajectory.slot)
+                trajectory.slot = None
+
+    def of(self, trajectories: list[Trajectory]) -> Tensor:
+        """The slots of those that have one, (B,)."""
+        return self._transfers.upload([trajectory.slot for trajectory in trajectories if trajectory.slot is not None])
+
+    def finite_after(self, slots: Tensor, finite: Tensor) -> Tensor:
+        """Returns whether each slot's values, those of this step included, were finite so far, (B,)."""
+        return self.finite[slots] & finite
+
+    def write(self, slots: Tensor, **rows: Tensor) -> None:
+        """Puts the named rows (B, ...) into the slots (B,), in place. Takes no memory on the device."""
+        for name, value in rows.items():
+            rows_of_slots = self.finite if name == "finite" else getattr(self.state, name)
+            rows_of_slots.index_copy_(0, slots, value)
+
+    def _grow(self) -> None:
+        """Doubles the slots. All tensors are made before the first is replaced: memory may run out in between."""
+        size = len(self.state.seed)
+        state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
+        self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
+        self.state = state
+        self._free += range(size, 2 * size)
+
+
+class Plans:
+    """(P, 5), a row a step: t, a, b, c, s; it grows when it is full."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.table = torch.zeros(FIRST_PLAN_ROWS, 5, device=device)  # (P, 5)
+        self._starts: dict[tuple[str, str, int], int] = {}  # where each plan begins
+        self._num_rows = 0
+
+    def start_of(self, options: Options, schedule: Schedule) -> int:
+        """Where this plan starts; it is made the first time that it is asked for."""
+        key = (options.model, options.sampler, options.num_steps)
+        if key not in self._starts:
+            plan = make_plan(schedule, options.sampler, options.num_steps).table(self.table.device)  # (num_steps, 5)
+            start, stop = self._num_rows, self._num_rows + len(plan)
+            while stop > len(self.table):
+                self.table = torch.cat([self.table, torch.zeros_like(self.table)])
+            self.table[start:stop] = plan
+            self._starts[key], self._num_rows = start, stop
+        return self._starts[key]
+
+
+def rows_of(trajectories: Sequence[Trajectory], shapes: Shapes, transfers: Transfers) -> Rows:
+    """Of one network: a second evaluation for each that is guided at its next step.
+
+    Where the shapes are rounded, rows of nobody follow those of the trajectories, and evaluations of the first row
+    the guided ones: the results of both are for nobody.
+    """
+    count = shapes.rows(len(trajectories))
+    slots = [trajectory.slot for trajectory in trajectories]
+    assert None not in slots, "they have begun"
+    guided = [place for place, trajectory in enumerate(trajectories) if trajectory.evaluations == 2]
+    num_evaluations = shapes.evaluations(count, len(guided))
+    second = list(range(count))
+    for evaluation, place in enumerate(guided, start=count):
+        second[place] = evaluation
+    parts = (
+        [slot or PADDING for slot in slots] + [PADDING] * (count - len(slots)),
+        [trajectory.step for trajectory in trajectories] + [0] * (count - len(slots)),
+        [*range(count), *guided, *[0] * (num_evaluations - count - len(guided))],
+        second,
+    )
+    return Rows(*transfers.upload([index for part in parts for index in part]).split([len(part) for part in parts]))
