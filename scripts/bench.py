@@ -94,9 +94,11 @@ def packages_of(args: argparse.Namespace) -> tuple[str, ...]:
     """Returns the packages of the extra that this run needs."""
     if args.mode == "training":
         return ()
+    if args.mode == "endurance":
+        return ("aiohttp", "psutil", "scipy")
     if args.mode != "alternatives":
-        return ("aiohttp",)
-    return ("aiohttp", "litserve", *(("diffusers",) if args.requests == "large" else ()))
+        return ("aiohttp", "psutil")
+    return ("aiohttp", "psutil", "litserve", *(("diffusers",) if args.requests == "large" else ()))
 
 
 class Bench:

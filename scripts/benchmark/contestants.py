@@ -1,5 +1,6 @@
 """What is measured side by side: this service and the alternatives, each a process of its own on a free port."""
 
+import itertools
 import os
 import signal
 import socket
@@ -12,6 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from scripts.common.progress import require
 
 START_SECONDS = 300  # one of them may compile first
 STOP_SECONDS = 60
@@ -33,8 +39,25 @@ class Contestant:
 
 
 @dataclass(frozen=True, slots=True)
+class Resources:
+    """What a service uses at one moment, with all its processes."""
+
+    megabytes: float  # MiB; memory that processes share counts once
+    descriptors: int  # open files and sockets
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """The samples of a scrape that have no labels, and its histograms that have no labels but their bounds."""
+
+    values: dict[str, float] = field(default_factory=dict)  # by the name of the sample
+    buckets: dict[str, dict[float, float]] = field(default_factory=dict)  # cumulative counts by name and upper bound
+
+
+@dataclass(frozen=True, slots=True)
 class Running:
-    """One that was started."""
+    """A started service. `pid` leads a process group, to which all its processes belong."""
 
     url: str
     pid: int
@@ -42,48 +65,48 @@ class Running:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """It stands still until the block ends, but for its turns."""
-        self._signal(signal.SIGSTOP)
+        """Suspends the service until the block ends. `turn` lets it run for a while in between."""
+        os.killpg(self.pid, signal.SIGSTOP)
         try:
             yield
         finally:
-            self._signal(signal.SIGCONT)
+            os.killpg(self.pid, signal.SIGCONT)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """It runs until the block ends."""
-        self._signal(signal.SIGCONT)
+        """Lets the suspended service run until the block ends."""
+        os.killpg(self.pid, signal.SIGCONT)
         try:
             yield
         finally:
-            self._signal(signal.SIGSTOP)
+            os.killpg(self.pid, signal.SIGSTOP)
 
-    def _signal(self, number: signal.Signals) -> None:
-        for pid in _family(self.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+    def resources(self) -> Resources:
+        """Returns what the process and its descendants use now. A process that has just ended is left out."""
+        psutil = require("psutil", extra="bench")
+        megabytes, descriptors, threads = 0.0, 0, 0
+        for process in _process_tree(self.pid):
+            with suppress(psutil.Error):
+                megabytes += process.memory_full_info().pss / 2**20
+                descriptors += process.num_fds()
+                threads += process.num_threads()
+        return Resources(megabytes, descriptors, threads)
 
-    def resident_megabytes(self) -> float:
-        """Memory of the process and its children now; what they share counts once."""
-        return sum(_resident_kilobytes(pid) for pid in _family(self.pid)) / 1024
-
-    def descriptors(self) -> int:
-        """Open files and sockets of the process and its children."""
-        return sum(_entries(pid, "fd") for pid in _family(self.pid))
-
-    def threads(self) -> int:
-        """Of the process and its children."""
-        return sum(_entries(pid, "task") for pid in _family(self.pid))
-
-    def metrics(self) -> dict[str, float]:
-        """What GET /metrics says, by series; nothing where there is none."""
+    def metrics(self) -> Metrics:
+        """Returns the values of GET /metrics; no values if the service does not have this path."""
+        metrics = Metrics()
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError:
-            return {}
-        pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-        return {series: float(value) for series, value in pairs}
+            return metrics
+        for sample in itertools.chain.from_iterable(family.samples for family in text_string_to_metric_families(text)):
+            if not sample.labels:
+                metrics.values[sample.name] = sample.value
+            elif set(sample.labels) == {"le"}:
+                buckets = metrics.buckets.setdefault(sample.name.removesuffix("_bucket"), {})
+                buckets[float(sample.labels["le"])] = sample.value
+        return metrics
 
 
 def this_service(name: str = "unfog", folder: Path | None = None, **variables: str) -> Contestant:
@@ -112,8 +135,13 @@ def started(contestant: Contestant) -> Iterator[Running]:
     variables = {name: value.format(port=port) for name, value in contestant.variables.items()}
     command = [sys.executable, *(part.format(port=port) for part in contestant.arguments)]
     start = time.perf_counter()
-    environment = os.environ | variables
-    with subprocess.Popen(command, env=environment, cwd=contestant.folder, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command,
+        env=os.environ | variables,
+        cwd=contestant.folder,
+        stdout=subprocess.DEVNULL,
+        process_group=0,
+    ) as process:
         try:
             _wait_until_ready(process, port, contestant.name)
             yield Running(f"http://127.0.0.1:{port}", process.pid, time.perf_counter() - start)
@@ -135,15 +163,27 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) 
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    family = {pid: _start_time(pid) for pid in _family(process.pid)[1:]}
+    """Ends the process, and then its descendants that still run."""
+    psutil = require("psutil", extra="bench")
+    descendants = _process_tree(process.pid)[1:]
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
-    for pid, started_at in family.items():  # a worker that outlived its server
-        if _start_time(pid) == started_at:
-            os.kill(pid, signal.SIGKILL)
+    for descendant in descendants:
+        with suppress(psutil.NoSuchProcess):
+            descendant.kill()
+
+
+def _process_tree(pid: int) -> list[Any]:
+    """Returns the process and its descendants as instances of psutil.Process; none if the process has ended."""
+    psutil = require("psutil", extra="bench")
+    try:
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _free_port() -> int:
@@ -151,35 +191,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _family(pid: int) -> list[int]:
-    """The process, its children, and theirs."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return [pid]
-    return [pid, *(member for child in children for member in _family(int(child)))]
-
-
-def _start_time(pid: int) -> str | None:
-    """What tells a process from a later one of the same number; None where there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
-
-
-def _entries(pid: int, folder: str) -> int:
-    try:
-        return len(list(Path(f"/proc/{pid}/{folder}").iterdir()))
-    except OSError:
-        return 0
-
-
-def _resident_kilobytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)

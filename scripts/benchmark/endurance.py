@@ -2,10 +2,9 @@
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.sampler import SAMPLERS
@@ -38,8 +37,8 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, running: Running, at: float) -> "Look":
-        """Now."""
-        return cls(at, running.resident_megabytes(), running.descriptors(), running.threads())
+        """Returns what the service uses now, `at` seconds after the load began."""
+        return cls(at, *astuple(running.resources()))
 
 
 @dataclass(slots=True)
@@ -82,10 +81,11 @@ def complaint(found: dict[str, Any]) -> str | None:
 
 
 def growth(looks: Sequence[tuple[float, float]]) -> float:
-    """An hour's: the slope of the line through (seconds, amount) that Theil and Sen would draw."""
-    pairs = ((a, b) for i, a in enumerate(looks) for b in looks[i + 1 :] if b[0] > a[0])
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
-    return 3600 * statistics.median(slopes) if slopes else float("nan")
+    """Returns the growth in an hour of (seconds, amount) by the Theil-Sen estimator; NaN for fewer than two looks."""
+    if len(looks) < 2:
+        return float("nan")
+    seconds, amounts = zip(*looks, strict=True)
+    return 3600 * float(require("scipy.stats", extra="bench").theilslopes(amounts, seconds).slope)
 
 
 async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:

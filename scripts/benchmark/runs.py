@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.benchmark.contestants import BenchError, Contestant, Running
+from scripts.benchmark.contestants import BenchError, Contestant, Metrics, Running
 from scripts.benchmark.disturbances import disturbance
 from scripts.benchmark.load import Window, arrivals, closed_loop, connected, open_loop
 from scripts.benchmark.loads import Load
@@ -35,7 +35,7 @@ def measure(running: Running, contestant: Contestant, load: Load, times: Times, 
     before, moments = running.metrics(), list[Moment]()
     begin = time.perf_counter()
     with disturbance(load.beside, running.url) as goes_on:
-        window = asyncio.run(_under(running, load, times, seed, moments if before else None))
+        window = asyncio.run(_under(running, load, times, seed, moments if before.values else None))
         if not goes_on():
             raise BenchError(f"{load.name}: what was to go on beside has ended")
     seconds = time.perf_counter() - begin
@@ -50,7 +50,7 @@ def measure(running: Running, contestant: Contestant, load: Load, times: Times, 
         "answers": _raw(window),
         "moments": moments,
         **_said_by(running.metrics(), before, seconds),
-        "resident_megabytes": running.resident_megabytes(),
+        "resident_megabytes": running.resources().megabytes,
         "ready_seconds": running.ready_seconds,
     }
 
@@ -73,7 +73,7 @@ async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[Non
     async def watch() -> None:
         while True:
             with suppress(OSError, KeyError):
-                said = await asyncio.to_thread(running.metrics)
+                said = (await asyncio.to_thread(running.metrics)).values
                 at = time.perf_counter() - begin
                 moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
             await asyncio.sleep(LOOK_SECONDS)
@@ -107,21 +107,17 @@ def _raw(window: Window) -> list[list[Any]]:
     ]
 
 
-def _said_by(after: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Rows a step, seconds a step, and the share of the time outside the network; nothing of one without metrics."""
-    grown = {series: value - before.get(series, 0) for series, value in after.items()}
+def _said_by(after: Metrics, before: Metrics, seconds: float) -> dict[str, Any]:
+    """Returns figures of the steps between two scrapes that are `seconds` apart; none without steps or metrics."""
+    grown = {name: value - before.values.get(name, 0) for name, value in after.values.items()}
     steps = grown.get(f"{ROWS}_count")
     if not steps:
         return {}
-    buckets = {bound: grown[f'{STEPS}_bucket{{le="{bound}"}}'] for bound in _bounds(after)}
+    buckets_before = before.buckets.get(STEPS, {})
+    buckets = {bound: count - buckets_before.get(bound, 0) for bound, count in after.buckets[STEPS].items()}
     return {
         "rows_a_step": grown[f"{ROWS}_sum"] / steps,
         "seconds_a_step": grown[f"{STEPS}_sum"] / steps,
-        "p95_of_steps": quantile({float(bound): count for bound, count in buckets.items()}, 0.95),
+        "p95_of_steps": quantile(buckets, 0.95),
         "outside_network": 1 - grown[NETWORK] / seconds,
     }
-
-
-def _bounds(metrics: dict[str, float]) -> list[str]:
-    head = f'{STEPS}_bucket{{le="'
-    return [series.removeprefix(head).removesuffix('"}') for series in metrics if series.startswith(head)]

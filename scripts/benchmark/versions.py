@@ -165,7 +165,7 @@ async def _take_turns(services: Sequence[_Service], seconds: float, clients: Seq
 
 async def _read(service: _Service) -> _Reading:
     with service.turn():
-        said = await asyncio.to_thread(service.running.metrics)
+        said = (await asyncio.to_thread(service.running.metrics)).values
     rows, steps = said.get(f"{ROWS}_sum"), said.get(f"{ROWS}_count")
     if rows is None or steps is None:
         raise BenchError("GET /metrics of a service does not have the rows of its steps")

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch import Tensor
 
@@ -138,6 +139,8 @@ def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
         ("closed", "aiohttp"),
         ("open", "aiohttp"),
         ("endurance", "aiohttp"),
+        ("closed", "psutil"),
+        ("endurance", "scipy"),
         ("alternatives", "litserve"),
         ("alternatives --requests=large", "diffusers"),
     ],
@@ -145,7 +148,7 @@ def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
 def test_a_missing_package_is_one_sentence_before_anything_is_started_or_measured(
     mode: str, absent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("aiohttp", "litserve", "diffusers"):
+    for name in ("aiohttp", "psutil", "scipy", "litserve", "diffusers"):
         present = types.ModuleType(name)
         present.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, None if name == absent else present)
@@ -243,9 +246,9 @@ def test_what_is_not_asked_for_otherwise_is_unguided() -> None:
 
 def test_a_service_is_gone_when_its_measurement_is_over_even_by_an_error(tiny: Path) -> None:
     with pytest.raises(KeyError), started(this_service()) as running:
-        assert Path(f"/proc/{running.pid}").exists()
+        assert psutil.pid_exists(running.pid)
         raise KeyError
-    assert not Path(f"/proc/{running.pid}").exists()
+    assert not psutil.pid_exists(running.pid)
 
 
 def test_a_service_that_does_not_start_is_one_sentence_and_status_2(

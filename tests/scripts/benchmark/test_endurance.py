@@ -1,4 +1,5 @@
 import asyncio
+import math
 import os
 
 import pytest
@@ -63,3 +64,7 @@ def test_a_service_that_is_gone_ends_it_with_one_error() -> None:
     nobody = Running("http://127.0.0.1:9", os.getpid(), 0.0)
     with Reporter() as reporter, pytest.raises(BenchError, match="under load: ClientConnectorError"):
         asyncio.run(endure(nobody, 60, reporter))
+
+
+def test_a_single_look_has_no_growth() -> None:
+    assert math.isnan(growth([(0.0, 300.0)]))

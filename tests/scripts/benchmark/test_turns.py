@@ -1,8 +1,8 @@
 """Contestants that are a few lines of Python: each answers with a sheet of one grey, and counts while it runs."""
 
 import time
-from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts.benchmark import turns
@@ -24,6 +24,7 @@ class Answer(BaseHTTPRequestHandler):
         self.wfile.write(sheet.getvalue())
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 """
+RUNNING = {psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING}
 TIMES = Times(window=1.0, settle=0.0, objective=5.0)
 
 
@@ -33,7 +34,7 @@ def grey(name: str, level: int, size: int = 56, *, is_of_our_network: bool = Tru
 
 
 def state(running: Running) -> str:
-    return Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return psutil.Process(running.pid).status()
 
 
 def wait_for_state(running: Running, wanted: set[str]) -> None:
@@ -47,12 +48,12 @@ def test_all_stand_still_but_the_one_whose_turn_it_is() -> None:
     with all_started([grey("a", 7), grey("b", 7)]) as running:
         a, b = running["a"], running["b"]
         for one in (a, b):
-            wait_for_state(one, {"T"})
+            wait_for_state(one, {psutil.STATUS_STOPPED})
         with a.turn():
-            wait_for_state(a, {"R", "S"})
-            assert state(b) == "T"
-        wait_for_state(a, {"T"})
-    assert not any(Path(f"/proc/{one.pid}").exists() for one in (a, b))
+            wait_for_state(a, RUNNING)
+            assert state(b) == psutil.STATUS_STOPPED
+        wait_for_state(a, {psutil.STATUS_STOPPED})
+    assert not any(psutil.pid_exists(one.pid) for one in (a, b))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ def test_the_order_rotates_and_a_witness_looks_before_and_after_each_turn(monkey
         return {"look": looks[-1]}
 
     def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, object]:
-        wait_for_state(running, {"R", "S"})
+        wait_for_state(running, RUNNING)
         return {"contestant": contestant.name, "load": load.name, "seed": seed}
 
     monkeypatch.setattr(turns, "measure", measure)
