@@ -1,6 +1,8 @@
-"""What is measured side by side: this service and the alternatives, each a process of its own on a free port."""
+"""Starts and stops the services that are measured, and reads what they use: this service and its alternatives."""
 
+import io
 import itertools
+import json
 import os
 import signal
 import socket
@@ -9,22 +11,26 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from scripts.benchmark.loads import UNGUIDED
+from scripts.common.errors import ScriptError
 from scripts.common.progress import require
 
 START_SECONDS = 300  # one of them may compile first
 STOP_SECONDS = 60
-
-
-class BenchError(Exception):
-    """A service did not do what is to be measured; one sentence."""
+PROBE = {"count": 4, "seed": 5}  # asked of each before it is measured
+ONE_LEVEL = 1  # of 255: what rounding may make
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,7 @@ def this_service(name: str = "unfog", folder: Path | None = None, **variables: s
 
 
 def alternative(name: str, *options: str) -> Contestant:
-    """One of scripts.benchmark.alternatives."""
+    """Returns a service of scripts.benchmark.alternatives."""
     label = " ".join([name, *options])
     arguments = ("-m", "scripts.benchmark.alternatives", name, "{port}", *options)
     return Contestant(label, arguments, is_of_our_network=not name.startswith("diffusers"))
@@ -130,7 +136,7 @@ def alternative(name: str, *options: str) -> Contestant:
 
 @contextmanager
 def started(contestant: Contestant) -> Iterator[Running]:
-    """Runs it until the block ends; BenchError where it does not answer."""
+    """Runs the service until the block ends. Raises ScriptError if it does not answer within START_SECONDS."""
     port = _free_port()
     variables = {name: value.format(port=port) for name, value in contestant.variables.items()}
     command = [sys.executable, *(part.format(port=port) for part in contestant.arguments)]
@@ -149,6 +155,37 @@ def started(contestant: Contestant) -> Iterator[Running]:
             _stop(process)
 
 
+@contextmanager
+def all_started(contestants: Sequence[Contestant]) -> Iterator[dict[str, Running]]:
+    """Starts all services and yields them by name. Each is suspended, since an idle service uses the processor too.
+
+    Raises ScriptError if a service draws other images than the first one although it has the same weights, or images
+    of another size.
+    """
+    running, expected = dict[str, Running](), None
+    with ExitStack() as stack:
+        for contestant in contestants:
+            one = running[contestant.name] = stack.enter_context(started(contestant))
+            drawn = _picture(one)
+            expected = drawn if expected is None else expected
+            if drawn.shape != expected.shape or (contestant.is_of_our_network and _differ(drawn, expected)):
+                raise ScriptError(f"{contestant.name} draws other pictures than {contestants[0].name}")
+            stack.enter_context(one.stopped())
+        yield running
+
+
+def _differ(drawn: Pixels, expected: Pixels) -> bool:
+    return bool(np.abs(drawn.astype(int) - expected).max() > ONE_LEVEL)
+
+
+def _picture(running: Running) -> Pixels:
+    """Requests a few images and returns their sheet, (H, W)."""
+    body, headers = UNGUIDED | PROBE, {"Content-Type": "application/json", "Accept": "image/png"}
+    asked = urllib.request.Request(f"{running.url}/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(asked, timeout=600) as answer:
+        return np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
+
+
 def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) -> None:
     deadline = time.monotonic() + START_SECONDS
     body, headers = b'{"digit": 1, "num_steps": 1, "guidance_scale": 1}', {"Content-Type": "application/json"}
@@ -159,7 +196,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) 
                 return
         except OSError:  # not listening yet, or starting
             time.sleep(0.05)
-    raise BenchError(f"{name} did not become ready")
+    raise ScriptError(f"{name} did not become ready")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

@@ -1,18 +1,19 @@
-"""A measurement: a service under a closed or an open loop, with what it says of itself beside."""
+"""Measures services under loads: the answers of a window, and the services' own metrics."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from scripts.benchmark.contestants import BenchError, Contestant, Metrics, Running
-from scripts.benchmark.disturbances import disturbance
-from scripts.benchmark.load import Window, arrivals, closed_loop, connected, open_loop
-from scripts.benchmark.loads import Load
+from scripts.benchmark.clients import Window, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.loads import Load, disturbed
 from scripts.benchmark.report import percentile, quantile
+from scripts.benchmark.services import Contestant, Metrics, Running, all_started
 from scripts.benchmark.simulation import Moment
+from scripts.common.errors import ScriptError
 
 STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
@@ -31,16 +32,16 @@ class Times:
 
 
 def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, Any]:
-    """What it does under this load; BenchError where a request fails."""
+    """Returns the figures of a service under a load. Raises ScriptError if a request fails."""
     before, moments = running.metrics(), list[Moment]()
     begin = time.perf_counter()
-    with disturbance(load.beside, running.url) as goes_on:
+    with disturbed(load.disturbance, running.url) as goes_on:
         window = asyncio.run(_under(running, load, times, seed, moments if before.values else None))
         if not goes_on():
-            raise BenchError(f"{load.name}: what was to go on beside has ended")
+            raise ScriptError(f"{load.name}: the process that disturbs the machine has ended")
     seconds = time.perf_counter() - begin
     if window.failures:
-        raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
+        raise ScriptError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
     return {
         "contestant": contestant.name,
         "load": load.name,
@@ -53,6 +54,28 @@ def measure(running: Running, contestant: Contestant, load: Load, times: Times, 
         "resident_megabytes": running.resources().megabytes,
         "ready_seconds": running.ready_seconds,
     }
+
+
+def take_turns(
+    contestants: Sequence[Contestant],
+    loads: Sequence[Load],
+    times: Times,
+    repeats: Iterable[int],
+    witness: Callable[[], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Starts all services, and measures each under each load once in a repeat. Their order rotates.
+
+    `witness` measures the machine before and after each measurement, while all services are suspended. Its results are
+    in `beside`.
+    """
+    with all_started(contestants) as running:
+        for repeat, load in product(repeats, loads):
+            first = repeat % len(contestants)
+            for contestant in [*contestants[first:], *contestants[:first]]:
+                before = witness()
+                with running[contestant.name].turn():
+                    figures = measure(running[contestant.name], contestant, load, times, repeat)
+                yield {"repeat": repeat, **figures, "beside": [before, witness()]}
 
 
 async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:

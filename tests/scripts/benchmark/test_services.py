@@ -1,4 +1,4 @@
-"""What is read of a service's processes and of its metrics."""
+"""Services that are a few lines of Python: how they are started, suspended and stopped, and what is read of them."""
 
 import http.server
 import os
@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import psutil
+import pytest
 
-from scripts.benchmark.contestants import Contestant, Metrics, Running, started
+from scripts.benchmark.services import Contestant, Metrics, Running, all_started, started
+from scripts.common.errors import ScriptError
 
 WITH_A_CHILD = """
 import subprocess, sys
@@ -34,6 +36,37 @@ unfog_network_seconds_total 1.5
 # TYPE unfog_requests counter
 unfog_requests_total{code="200",route="/generate"} 7.0
 """
+
+GREY_SHEET = """
+import io, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from PIL import Image
+class Answer(BaseHTTPRequestHandler):
+    def do_POST(self):
+        sheet = io.BytesIO()
+        Image.new("L", (int(sys.argv[3]),) * 2, int(sys.argv[2])).save(sheet, "PNG")
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(sheet.getvalue())
+HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
+"""
+RUNNING = {psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING}
+
+
+def grey(name: str, level: int, size: int = 56, *, is_of_our_network: bool = True) -> Contestant:
+    arguments = ("-c", GREY_SHEET, "{port}", str(level), str(size))
+    return Contestant(name, arguments, is_of_our_network=is_of_our_network)
+
+
+def state(running: Running) -> str:
+    return psutil.Process(running.pid).status()
+
+
+def wait_for_state(running: Running, wanted: set[str]) -> None:
+    deadline = time.monotonic() + 60
+    while state(running) not in wanted and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state(running) in wanted
 
 
 @contextmanager
@@ -98,3 +131,29 @@ def test_a_process_that_has_ended_uses_nothing() -> None:
         process.wait()
     found = Running("http://127.0.0.1:9", process.pid, 0.0).resources()
     assert (found.megabytes, found.descriptors, found.threads) == (0, 0, 0)
+
+
+def test_all_stand_still_but_the_one_whose_turn_it_is() -> None:
+    with all_started([grey("a", 7), grey("b", 7)]) as running:
+        a, b = running["a"], running["b"]
+        for one in (a, b):
+            wait_for_state(one, {psutil.STATUS_STOPPED})
+        with a.turn():
+            wait_for_state(a, RUNNING)
+            assert state(b) == psutil.STATUS_STOPPED
+        wait_for_state(a, {psutil.STATUS_STOPPED})
+    assert not any(psutil.pid_exists(one.pid) for one in (a, b))
+
+
+@pytest.mark.parametrize(
+    "odd", [grey("odd", 9), grey("odd", 7, size=28), grey("odd", 7, size=28, is_of_our_network=False)]
+)
+def test_who_draws_something_else_is_not_measured(odd: Contestant) -> None:
+    with pytest.raises(ScriptError, match="odd draws other pictures than a"), all_started([grey("a", 7), odd]):
+        pass
+
+
+@pytest.mark.parametrize("alike", [grey("b", 8), grey("b", 200, is_of_our_network=False)])
+def test_rounding_and_another_network_are_let_pass(alike: Contestant) -> None:
+    with all_started([grey("a", 7), alike]) as running:
+        assert list(running) == ["a", "b"]
