@@ -195,6 +195,26 @@ def test_a_changed_declaration_installs_again_into_the_same_venv(project: Projec
     assert (project.venv / "kept").exists()
 
 
+def test_an_installation_for_another_version_of_python_is_renewed(project: Project) -> None:
+    project.serve()
+    stamp = project.venv / "stamp-"
+    stamp.write_text(f"3 10\n{stamp.read_text().partition(chr(10))[2]}")
+    project.serve()
+    assert len(project.installs) == 2
+    project.serve()
+    assert len(project.installs) == 2
+
+
+def test_another_extra_is_installed_and_has_all_that_the_service_needs(project: Project) -> None:
+    script = project.root / "scripts" / "own"
+    script.write_text(f"#!/usr/bin/env bash\nset -e\n. '{project.root}/scripts/setup.sh'\nset_up traces\n")
+    script.chmod(0o755)
+    for _ in range(2):
+        assert project.run(script="own")[0] == 0
+    project.serve()
+    assert project.installs == [project.constrained(".[traces]")]
+
+
 def test_a_moved_project_installs_again(project: Project) -> None:
     project.serve()
     project.root = project.root.rename(project.root.with_name("elsewhere"))
@@ -261,7 +281,7 @@ def test_a_python_that_is_too_old_is_one_sentence(project: Project) -> None:
         project.give(name, "exit 1")
     status, out, err = project.run()
     assert (status, out) == (1, "")
-    assert err == "unfog: Python 3.11 or newer is needed and none was found: install python3 and python3-venv\n"
+    assert err == "unfog: no Python 3.11 or newer with its module venv was found: install python3 and python3-venv\n"
 
 
 def test_a_missing_venv_module_is_one_sentence_with_the_package(project: Project) -> None:
