@@ -1,4 +1,4 @@
-"""Hours of load of every kind, beside which memory, descriptors, threads and a picture are looked at."""
+"""Loads the service in many ways for hours, and checks its memory, descriptors, threads and the image of a request."""
 
 import asyncio
 import json

@@ -19,16 +19,16 @@ STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
 NETWORK = "unfog_network_seconds_total"
 SHARES = (50, 95, 99)
-LOOK_SECONDS = 0.5  # between two looks at what a service says while a load goes on
+SCRAPE_SECONDS = 0.5  # between two scrapes of the metrics under an open loop
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of a measurement, in seconds: how long its window is, and how long the load goes on before it opens."""
+    """The times of a measurement, in seconds."""
 
-    window: float
-    settle: float
-    objective: float  # a request that takes longer counts for nothing in goodput
+    window: float  # in which requests are counted
+    settle: float  # under load before the window opens
+    objective: float  # a request that takes longer does not count in goodput
 
 
 def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def take_turns(
 
 
 async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:
-    """At random times, where a simulation is asked what they should have taken, `moments` are noted too."""
+    """Runs the closed or the open loop of a load. Under an open loop, `moments` is filled unless it is None."""
     async with connected(running.url) as send, AsyncExitStack() as stack:
         if not load.asks:
             return await closed_loop(send, load.clients, times.settle, times.window)
@@ -90,7 +90,7 @@ async def _under(running: Running, load: Load, times: Times, seed: int, moments:
 
 @asynccontextmanager
 async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[None]:
-    """Notes what the service has done, every now and then until the block ends; a look that fails is left out."""
+    """Scrapes the metrics and appends them to `moments` until the block ends. Scrapes that fail are left out."""
     begin = time.perf_counter()
 
     async def watch() -> None:
@@ -99,7 +99,7 @@ async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[Non
                 said = (await asyncio.to_thread(running.metrics)).values
                 at = time.perf_counter() - begin
                 moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(SCRAPE_SECONDS)
 
     watching = asyncio.create_task(watch())
     try:
