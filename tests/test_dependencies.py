@@ -83,7 +83,7 @@ def test_every_imported_package_is_declared() -> None:
         ("app/main.py", "import matplotlib", {"matplotlib"}),
         ("model/unet.py", "import opentelemetry", {"opentelemetry"}),
         ("scripts/evaluate.py", "import aiohttp, matplotlib", {"aiohttp"}),
-        ("scripts/benchmark/load.py", "import aiohttp", set()),
+        ("scripts/benchmark/clients.py", "import aiohttp", set()),
     ],
 )
 def test_an_import_from_another_extra_is_undeclared(path: str, source: str, packages: set[str]) -> None:

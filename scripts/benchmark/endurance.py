@@ -1,16 +1,22 @@
-"""Hours of load of every kind, beside which memory, descriptors, threads and a picture are looked at."""
+"""Loads the service in many ways for hours, and checks its memory, descriptors, threads and the image of a request."""
 
 import asyncio
+import json
 import random
-import statistics
+import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from model.sampler import SAMPLERS
-from scripts.benchmark.contestants import BenchError, Running
-from scripts.benchmark.rude import rude
+from scripts.benchmark.machine import this_machine
+from scripts.benchmark.services import Running, started, this_service
+from scripts.common.errors import ScriptError
+from scripts.common.files import write_json
 from scripts.common.progress import Reporter, require
 
 if TYPE_CHECKING:
@@ -20,11 +26,28 @@ CLIENTS = 8
 LOOK_SECONDS = 15.0  # between two looks at memory and at the picture
 FORMATS = ("application/json", "image/png", "application/zip", "text/event-stream")
 LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # shares of the requests
-RUDE_CLIENTS = 2
+HOSTILE_CLIENTS = 2
 REST_SECONDS = 15.0  # after the load, for connections to be given up
 LONG_MINUTES = 30  # in a shorter time growth says little
 MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # an hour
 MOST_LEFT = 4  # descriptors more than before the load: of libraries that opened a file of theirs
+STAYS_SECONDS = 12.0  # at most, of a hostile client that waits
+
+_BODY = json.dumps({"digit": 7, "count": 16, "num_steps": 20, "scale": 8}).encode()
+_HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(_BODY)
+_STREAM = b"Accept: text/event-stream\r\n\r\n"
+BEHAVIOURS = {  # of hostile clients: what each sends, and what it does then
+    "is silent": (b"", "stays"),
+    "stops in the head": (_HEAD[:40], "stays"),
+    "stops in the body": (_HEAD + b"\r\n" + _BODY[:5], "stays"),
+    "does not read": ((_HEAD + b"\r\n" + _BODY) * 20, "stays"),
+    "does not read its stream": (_HEAD + _STREAM + _BODY, "stays"),
+    "closes its side": (_HEAD + b"\r\n" + _BODY, "closes its side"),
+    "resets": (_HEAD + b"\r\n" + _BODY, "resets"),
+    "sends more and resets": (_HEAD + b"\r\n" + _BODY + b"\r\n", "resets"),
+    "speaks no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", "stays"),
+    "sends a bomb": (_HEAD.replace(b"%d" % len(_BODY), b"16000") + b"\r\n" + b"[" * 16_000, "stays"),
+}
 PROBE = {"digit": 3, "seed": 11, "num_steps": 10, "sampler": "dpmpp"}
 
 
@@ -38,8 +61,8 @@ class Look(NamedTuple):
 
     @classmethod
     def of(cls, running: Running, at: float) -> "Look":
-        """Now."""
-        return cls(at, running.resident_megabytes(), running.descriptors(), running.threads())
+        """Returns what the service uses now, `at` seconds after the load began."""
+        return cls(at, *astuple(running.resources()))
 
 
 @dataclass(slots=True)
@@ -69,6 +92,22 @@ class Log:
         }
 
 
+def measure_endurance(minutes: float, out: Path, reporter: Reporter) -> None:
+    """Loads one start of the service for that many minutes, writes the results and prints a summary.
+
+    Raises ScriptError if an image changed or if the service used more and more memory, descriptors or threads.
+    """
+    with started(this_service()) as running:
+        log = asyncio.run(endure(running, 60 * minutes, reporter))
+    found = {"machine": this_machine().as_json(), "minutes": minutes, **log.as_json()}
+    write_json(out, found)
+    answers = ", ".join(f"{count} x {status or 'left'}" for status, count in sorted(log.answers.items()))
+    grown = ", ".join(f"{found[f'{name}_an_hour']:.2f} {name}" for name in MOST_GROWTH)
+    reporter.line(f"{answers}; growth in the second half, an hour: {grown}")
+    if wrong := complaint(found):
+        raise ScriptError(wrong)
+
+
 def complaint(found: dict[str, Any]) -> str | None:
     """What is wrong with what was found; None where it is well."""
     if found["pictures"] != 1:
@@ -82,22 +121,26 @@ def complaint(found: dict[str, Any]) -> str | None:
 
 
 def growth(looks: Sequence[tuple[float, float]]) -> float:
-    """An hour's: the slope of the line through (seconds, amount) that Theil and Sen would draw."""
-    pairs = ((a, b) for i, a in enumerate(looks) for b in looks[i + 1 :] if b[0] > a[0])
-    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs]
-    return 3600 * statistics.median(slopes) if slopes else float("nan")
+    """Returns the growth in an hour of (seconds, amount) by the Theil-Sen estimator; NaN for fewer than two looks."""
+    if len(looks) < 2:
+        return float("nan")
+    seconds, amounts = zip(*looks, strict=True)
+    return 3600 * float(require("scipy.stats", extra="bench").theilslopes(amounts, seconds).slope)
 
 
 async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:
-    """Clients ask, leave and err at random for so long; BenchError where an answer is missing, or must not be."""
+    """Loads the service for that many seconds with clients that ask, leave and make mistakes at random.
+
+    Raises ScriptError if an answer is missing or has an unexpected status.
+    """
     log = Log(Look.of(running, 0.0))
     try:
         await _endure(running, seconds, reporter, seed, log)
     except ExceptionGroup as group:  # a client's, whose end is everybody's
-        raise BenchError(f"under load: {group.exceptions[0]!r}") from group
+        raise ScriptError(f"under load: {group.exceptions[0]!r}") from group
     unexpected = set(log.answers) - {0, 200, 422, 429}
     if unexpected:
-        raise BenchError(f"answers of {sorted(unexpected)} under load")
+        raise ScriptError(f"answers of {sorted(unexpected)} under load")
     await asyncio.sleep(REST_SECONDS)
     log.after = Look.of(running, seconds + REST_SECONDS)
     return log
@@ -110,8 +153,8 @@ async def _endure(running: Running, seconds: float, reporter: Reporter, seed: in
             async with asyncio.TaskGroup() as group:
                 for client in range(CLIENTS):
                     group.create_task(_client(session, random.Random(f"{seed}-{client}"), end, log))
-                for client in range(RUDE_CLIENTS):
-                    group.create_task(rude(running.url, random.Random(f"{seed}-rude-{client}"), end))
+                for client in range(HOSTILE_CLIENTS):
+                    group.create_task(_hostile(running.url, random.Random(f"{seed}-rude-{client}"), end))
                 start = time.monotonic()
                 while (now := time.monotonic()) < end:
                     async with session.post("/generate", json=PROBE, headers={"Accept": FORMATS[1]}) as answer:
@@ -141,5 +184,32 @@ async def _client(session: "ClientSession", choose: random.Random, end: float, l
                     log.count(answer.status)
         except TimeoutError:
             if patience is None:
-                raise BenchError("an answer took longer than ten minutes") from None
+                raise ScriptError("an answer took longer than ten minutes") from None
             log.count(0)
+
+
+async def _hostile(url: str, choose: random.Random, end: float) -> None:
+    """Behaves in one of the ways of BEHAVIOURS after the other, until the end. Errors of connections are ignored."""
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
+    while time.monotonic() < end:
+        sends, then = BEHAVIOURS[choose.choice(list(BEHAVIOURS))]
+        with suppress(OSError, TimeoutError):
+            await _behave(host, port, sends, then, min(STAYS_SECONDS, max(0.0, end - time.monotonic())))
+
+
+async def _behave(host: str, port: int, sends: bytes, then: str, seconds: float) -> None:
+    """Opens a connection and behaves for at most that many seconds. asyncio's streams would read by themselves."""
+    loop = asyncio.get_running_loop()
+    with socket.socket() as client:
+        client.setblocking(False)
+        await loop.sock_connect(client, (host, port))
+        async with asyncio.timeout(seconds):
+            await loop.sock_sendall(client, sends)
+            if then == "stays":
+                await asyncio.sleep(seconds)
+            elif then == "closes its side":
+                client.shutdown(socket.SHUT_WR)
+                while await loop.sock_recv(client, 65536):
+                    pass
+            else:  # a linger of no time is a reset
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -1,15 +1,33 @@
 """The loads: who asks for what, how often, and what else the machine does meanwhile."""
 
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scripts.benchmark.load import Ask, Asks
+from scripts.benchmark.clients import Ask, Asks
 
 LARGEST_REQUEST = 64
+NUM_STEPS = 100  # of a request that does not say how many
 ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of a rate
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
 FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
+FLOOD_CONNECTIONS = 8
+SPIN = "print(flush=True)\nwhile True: pass"
+FLOOD = """
+import http.client, sys, threading
+def ask():
+    connection = http.client.HTTPConnection(sys.argv[1])
+    while True:
+        connection.request("GET", "/livez")
+        connection.getresponse().read()
+threads = [threading.Thread(target=ask, daemon=True) for _ in range(int(sys.argv[2]))]
+for thread in threads: thread.start()
+print(flush=True)
+threads[0].join()
+"""  # it ends when a request fails
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +38,7 @@ class Load:
     clients: tuple[Asks, ...] = ()
     asks: Asks | None = None
     rate: float = 0.0
-    beside: Literal["", "busy core", "flood"] = ""  # what else goes on
+    disturbance: Literal["", "busy core", "flood"] = ""
 
     @property
     def is_plain(self) -> bool:
@@ -80,8 +98,8 @@ def closed_loads(clients: Sequence[int]) -> list[Load]:
         Load("1 x 1 image, guided", (guided(one),)),
         Load(f"1 x 1 image beside 1 x {LARGEST_REQUEST}, guided", (guided(one), guided(many))),
         Load(f"{of_many.name}, guided", (guided(many),) * 2),
-        Load(f"{of_many.name}, another process on one core", of_many.clients, beside="busy core"),
-        Load(f"{of_many.name}, a flood of GET /livez", of_many.clients, beside="flood"),
+        Load(f"{of_many.name}, another process on one core", of_many.clients, disturbance="busy core"),
+        Load(f"{of_many.name}, a flood of GET /livez", of_many.clients, disturbance="flood"),
     ]
 
 
@@ -102,3 +120,24 @@ def version_loads() -> dict[Load, str]:
         Load("1 x 1 image", (small,)): ANSWERS_TO_ONE,
         Load(f"1 x 1 image and 1 x {LARGEST_REQUEST}", (small, large)): ANSWERS_TO_ONE,
     }
+
+
+@contextmanager
+def disturbed(kind: str, url: str) -> Iterator[Callable[[], bool]]:
+    """Runs a process until the block ends, and yields a function that tells whether it still runs.
+
+    With `busy core` the process computes, with `flood` it sends GET /livez as fast as possible to the service at `url`.
+    Without a kind there is no process.
+    """
+    if not kind:
+        yield lambda: True
+        return
+    address = url.removeprefix("http://")
+    program = {"busy core": [SPIN], "flood": [FLOOD, address, str(FLOOD_CONNECTIONS)]}[kind]
+    with subprocess.Popen([sys.executable, "-c", *program], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            process.stdout.readline()
+            yield lambda: process.poll() is None
+        finally:
+            process.kill()

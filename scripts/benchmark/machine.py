@@ -31,6 +31,11 @@ class Machine:
         return asdict(self)
 
 
+def this_device() -> torch.device:
+    """Returns the GPU if there is one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def this_machine() -> Machine:
     """The one that this runs on."""
     has = torch.cpu.get_capabilities()

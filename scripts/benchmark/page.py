@@ -1,12 +1,8 @@
 """Makes a page of tables from the results of one machine.
 
-    python -m scripts.benchmark.page docs/results/speed/xeon --out docs/speed/xeon.md
-
-The folder holds the JSON files of scripts.bench and scripts.benchmark.profile. The folder docs/speed/xeon holds the
-pictures of the page, each with the name of its JSON file.
+The pictures of the page docs/speed/xeon.md are in the folder docs/speed/xeon, each with the name of its JSON file.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,44 +14,28 @@ from scripts.benchmark.report import COLUMNS, Table, table_of, without_empty
 from scripts.benchmark.training import TRAINING_COLUMNS, training_table
 from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
 from scripts.benchmark.versions import versions_table
-from scripts.common.arguments import Parser, file_to_write
-from scripts.common.progress import Reporter, fail
+from scripts.common.errors import ScriptError
+from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 MACHINE = ("processor", "cores", "features", "gpu", "torch", "threads")  # what must be the same for a page
 
 
-class PageError(Exception):
-    """The folder makes no page; one sentence."""
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Writes the page of a folder."""
-    parser = Parser(
-        prog="python -m scripts.benchmark.page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("folder", type=Path, help="of JSON files")
-    parser.add_argument("--out", type=file_to_write(".md"), required=True, help="the .md to write")
-    arguments = parser.parse_args(argv)
-    try:
-        write_atomically(arguments.out, page_of(arguments.folder, arguments.out).encode())
-    except (PageError, OSError) as error:
-        raise fail(f"page: {error}") from error
-    with Reporter() as reporter:
-        reporter.line(f"wrote {arguments.out}")
+def write_page(folder: Path, out: Path, reporter: Reporter) -> None:
+    """Writes the page of the results in a folder."""
+    write_atomically(out, page_of(folder, out).encode())
+    reporter.line(f"wrote {out}")
 
 
 def page_of(folder: Path, page: Path) -> str:
-    """Returns the page's text: the machine, then the table and the picture of each file.
+    """Returns the text of the page: the machine, then the table and the picture of each file.
 
-    `page` is where the text will be written. PageError if the files are of several machines.
+    `page` is where the text will be written. Raises ScriptError if the files are not results of one machine.
     """
     contents = {file.stem: _read(file) for file in sorted(folder.glob("*.json")) if ".answers" not in file.name}
     machines = [{name: content["machine"].get(name) for name in MACHINE} for content in contents.values()]
     if not machines or any(machine != machines[0] for machine in machines):
-        raise PageError(f"{folder} must hold results, and those of one machine")
+        raise ScriptError(f"{folder} must hold results, and those of one machine")
     sections = [f"# Measured on {page.stem}", _machine_line(machines[0])]
     for name, content in contents.items():
         sections += [f"## {name}", *_how(content), as_table(*table_in(content)).rstrip()]
@@ -82,7 +62,7 @@ def _read(file: Path) -> dict[str, Any]:
         _machine_line(content["machine"])
         _how(content)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise PageError(f"{file} is no finished run with a table") from error
+        raise ScriptError(f"{file} is no finished run with a table") from error
     return content
 
 
@@ -103,7 +83,3 @@ def _how(content: Mapping[str, Any]) -> list[str]:
         f"Windows of {seconds['window']} s, {seconds['settle']} s under load before; in time: within "
         f"{seconds['objective']:g} s; matrix rate: {rate / 1e9:.0f} GFLOP/s."
     ]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,10 @@
-"""Where the time of a reverse step goes, kernel by kernel: `python -m scripts.benchmark.profile --rows 64`.
+"""Where the time of a reverse step goes, kernel by kernel.
 
 Not compiled and compiled, one after the other; the compiled one is compiled anew, with its kernels' names in it. Its
 share of the machine's matrix rate is that of steps which take turns with a large product: on a shared machine both
 are slowed alike.
 """
 
-import argparse
 import tempfile
 import time
 from collections import defaultdict
@@ -26,7 +25,6 @@ from model.step import ReverseStep, State, Step
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import Table, with_spread
 from scripts.benchmark.step_time import flop_of
-from scripts.common.arguments import Parser, integer
 from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
@@ -41,24 +39,23 @@ KINDS = (  # the first whose part is in a kernel's name
 OTHER, WHOLE, SHARE = "all else", "whole", "of the matrix rate, %"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments, profiles, prints the table."""
-    args = _parse(argv)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+def measure_profile(rows: int, num_threads: int | None, out: Path | None, reporter: Reporter) -> None:
+    """Profiles a step of that many rows on the CPU, prints the table and writes the results if `out` is given."""
+    if num_threads:
+        torch.set_num_threads(num_threads)
     keep_freed_memory()
     device = torch.device("cpu")
-    found: dict[str, Any] = {"machine": this_machine().as_json(), "rows": args.rows, "milliseconds": {}}
-    with Reporter() as reporter, tempfile.TemporaryDirectory() as cache:
+    found: dict[str, Any] = {"machine": this_machine().as_json(), "rows": rows, "milliseconds": {}}
+    with tempfile.TemporaryDirectory() as cache:
         for name in ("not compiled", "compiled"):
             program = ReverseStep(load(SHIPPED), device, fast_dtype(device))
             step = _with_names(program, Path(cache)) if name == "compiled" else program
-            found["milliseconds"][name] = milliseconds_by_kind(step, _inputs(program, args.rows))
-        flop = args.rows * flop_of(load(SHIPPED).network)
-        found["matrix_shares"] = matrix_shares(step, _inputs(program, args.rows), flop)
-        reporter.line(as_table(*profile_table(found)))
-    if args.out:
-        write_json(args.out, found)
+            found["milliseconds"][name] = milliseconds_by_kind(step, _inputs(program, rows))
+        flop = rows * flop_of(load(SHIPPED).network)
+        found["matrix_shares"] = matrix_shares(step, _inputs(program, rows), flop)
+    reporter.line(as_table(*profile_table(found)))
+    if out:
+        write_json(out, found)
 
 
 def profile_table(found: Mapping[str, Any]) -> Table:
@@ -126,19 +123,3 @@ def _inputs(program: ReverseStep, count: int) -> tuple[Tensor, ...]:
     state.x_t.normal_()
     t = program.checkpoint.schedule.num_steps // 2
     return (*state, torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]]), rows, torch.zeros_like(rows), rows, rows)
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m scripts.benchmark.profile",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--rows", type=integer(1, 4096), default=64, help="of a step; default: 64")
-    parser.add_argument("--out", type=Path, help="a .json for what was found")
-    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 Table = tuple[tuple[str, ...], list[list[str]]]  # columns and lines
 MANY = 12  # repeats, of which the range would be that of the two oddest
 COLUMNS = (
@@ -31,21 +33,20 @@ COLUMNS = (
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of all do not exceed; NaN of none."""
-    ordered = sorted(values)
-    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)] if ordered else float("nan")
+    """Returns the smallest value that at least this share of all values do not exceed; NaN without values."""
+    return float(np.quantile(values, share, method="inverted_cdf")) if values else float("nan")
 
 
 def quantile(buckets: Mapping[float, float], share: float) -> float:
-    """Of a histogram with cumulative counts by upper bound, linear within a bucket as Prometheus has it."""
-    lower, below, total = 0.0, 0.0, max(buckets.values())
-    for bound in sorted(buckets):
-        if buckets[bound] >= share * total:
-            if math.isinf(bound):
-                return lower
-            return lower + (bound - lower) * (share * total - below) / (buckets[bound] - below)
-        lower, below = bound, buckets[bound]
-    return float("nan")
+    """Returns a quantile of a histogram as Prometheus does: linear within a bucket.
+
+    `buckets` has the cumulative counts by upper bound. The result never exceeds the largest finite bound.
+    """
+    rank = share * max(buckets.values())
+    bounds = [0.0, *sorted(bound for bound in buckets if math.isfinite(bound))]
+    counts = [0.0, *(buckets[bound] for bound in bounds[1:])]
+    upper = min(int(np.searchsorted(counts, rank)), len(bounds) - 1)
+    return float(np.interp(rank, counts[upper - 1 : upper + 1], bounds[upper - 1 : upper + 1]))
 
 
 def with_spread(values: Sequence[float], digits: int = 3) -> str:

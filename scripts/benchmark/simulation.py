@@ -3,11 +3,17 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from statistics import mean
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from scripts.benchmark.clients import arrivals
+from scripts.benchmark.loads import NUM_STEPS
 from scripts.benchmark.report import percentile
+from scripts.common.errors import ScriptError
+
+STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)  # whose step times are measured
 
 
 def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]:
@@ -116,3 +122,28 @@ def simulate_batches(
 def predicted_p95(fates: Sequence[Fate], opens: float) -> float:
     """Of the latencies of those that are due from `opens` on."""
     return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)
+
+
+def predictions(row: Mapping[str, Any], opens: float, closes: float) -> dict[str, float]:
+    """Returns the 95th percentiles of latency that simulations give for the arrivals of a measurement.
+
+    `row` is a measurement under an open loop, whose window was from `opens` to `closes` seconds. `predicted_p95` is for
+    the step times that were measured before and after it, `replayed_p95` for the service's own step times,
+    `batched_p95` for batches of whole requests with these. Raises ScriptError if the service's metrics are missing.
+    """
+    looks = [look["seconds_by_rows"] for look in row["beside"]]
+    bare = step_times({rows: mean(look[rows] for look in looks) for rows in STEP_ROWS})
+    if len(row["moments"]) < 2:
+        raise ScriptError("the service's metrics could not be read under load")
+    own = slowness(row["moments"], bare)
+    loops = {
+        "predicted_p95": (simulate, lambda at: 1.0),
+        "replayed_p95": (simulate, own),
+        "batched_p95": (simulate_batches, own),
+    }
+    return {
+        name: predicted_p95(
+            loop(arrivals(row["rate"], row["repeat"]), closes, NUM_STEPS, STEP_ROWS[-1], bare, factor), opens
+        )
+        for name, (loop, factor) in loops.items()
+    }

@@ -4,17 +4,25 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from model.compiled.memory import keep_freed_memory
 from model.pixels import from_pixels
 from model.schedule import Schedule
 from model.unet import UNet
+from scripts.benchmark.machine import matrix_rate, this_device, this_machine
 from scripts.benchmark.report import with_spread
+from scripts.benchmark.step_time import flop_of
+from scripts.common.files import write_json
+from scripts.common.mnist import load_mnist
+from scripts.common.progress import Reporter
+from scripts.evaluation.tables import as_table
 from scripts.training.objective import DenoisingObjective
-from scripts.training.recipe import Recipe
+from scripts.training.recipe import Recipe, load_recipe
 from scripts.training.trainer import Trainer
 
 CONTESTANTS = ("scripts.train", "scripts.train, not compiled", "a plain loop")
@@ -25,6 +33,24 @@ PASSES = 3  # a backward pass costs two forward ones
 
 class _EnoughError(Exception):
     """All steps were made."""
+
+
+def measure_training(preset: str, num_steps: int, repeats: int, data_dir: Path, out: Path, reporter: Reporter) -> None:
+    """Times the training loops in turns, writes the results and prints the table.
+
+    The limit is the matrix rate divided by the arithmetic of the training of one image.
+    """
+    recipe, device = load_recipe(preset), this_device()
+    images, labels = load_mnist("train", data_dir)
+    keep_freed_memory()  # as scripts.train does
+    limit = matrix_rate(device) / (PASSES * flop_of(UNet(recipe.unet)))
+    rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
+    for repeat in range(repeats):
+        for name, found in rates.items():
+            found.append(images_a_second(name, recipe, images, labels, device, num_steps))
+            reporter.line(f"{repeat + 1}: {name}: {found[-1]:.1f} images/s")
+    reporter.line(as_table(TRAINING_COLUMNS, training_table(rates, limit)))
+    write_json(out, {"machine": this_machine().as_json(), "limit": limit, "images_a_second": rates})
 
 
 def images_a_second(

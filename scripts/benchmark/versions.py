@@ -20,12 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.contestants import BenchError, Contestant, Running, this_service
-from scripts.benchmark.load import Asks, Send, connected
-from scripts.benchmark.loads import ROWS_OF_ALL, Load
+from scripts.benchmark.clients import Asks, Send, connected
+from scripts.benchmark.loads import ROWS_OF_ALL, Load, version_loads
+from scripts.benchmark.machine import this_machine
+from scripts.benchmark.measurement import ROWS
 from scripts.benchmark.report import with_spread
-from scripts.benchmark.runs import ROWS
-from scripts.benchmark.turns import all_started
+from scripts.benchmark.services import Contestant, Running, all_started, this_service
+from scripts.common.errors import ScriptError
+from scripts.common.files import write_json
+from scripts.common.progress import Reporter
+from scripts.evaluation.tables import as_table
 
 TURN_SECONDS = 0.5
 SPREAD_SECONDS = 12.0  # over which the clients start; with two services about the time of one image among 64
@@ -60,12 +64,31 @@ class _Reading:
     answers: int  # to clients of one image
 
     def since(self, start: "_Reading", unit: str) -> tuple[float, float]:
-        """Returns the rate and the rows a step since `start`; BenchError if nothing was counted."""
+        """Returns the rate and the rows a step since `start`; ScriptError if nothing was counted."""
         rows, steps = self.rows - start.rows, self.steps - start.steps
         count = rows if unit == ROWS_OF_ALL else self.answers - start.answers
         if not count or not steps:
-            raise BenchError(f"a service made no progress in {self.seconds - start.seconds:.1f} s: use longer pairs")
+            raise ScriptError(f"a service made no progress in {self.seconds - start.seconds:.1f} s: use longer pairs")
         return count / (self.seconds - start.seconds), rows / steps
+
+
+def measure_versions(base: Path, num_pairs: int, seconds: float, out: Path, reporter: Reporter) -> None:
+    """Compares the version in the working folder with the one in `base`, writes the results and prints the table.
+
+    Each version is measured for `seconds` in a pair. Raises ScriptError if `base` has no version of the service.
+    """
+    if not (base / "app").is_dir():
+        raise ScriptError(f"{base} holds no version of the service: it has no folder app")
+    rows = list[dict[str, Any]]()
+
+    def report(row: dict[str, Any]) -> None:
+        rows.append(row)
+        reporter.line(f"{row['load']}, pair {row['pair'] + 1}: {row[NEW] / row[BASE]:.3f}")
+        write_json(out, {"machine": this_machine().as_json(), "seconds_in_a_pair": seconds, "rows": rows})
+
+    contestants = version(BASE, base), version(NEW, Path.cwd())
+    compare_versions(*contestants, version_loads(), num_pairs, seconds, report)
+    reporter.line(as_table(COLUMNS, versions_table(rows)))
 
 
 def version(name: str, folder: Path) -> Contestant:
@@ -87,7 +110,7 @@ def compare_versions(
 ) -> None:
     """Calls `report` with the rates of both services, for each load and pair. Each runs for `seconds` in a pair.
 
-    `loads` gives the unit of each load's rate. Raises BenchError if a request fails or a service makes no progress.
+    `loads` gives the unit of each load's rate. Raises ScriptError if a request fails or a service makes no progress.
     """
     with all_started([base, new]) as running:
         for load, unit in loads.items():
@@ -144,7 +167,7 @@ async def _client(service: _Service, send: Send, asks: Asks, delay: float) -> No
     for k in itertools.count():
         answer = await send(asks(k), time.perf_counter())
         if answer.status != 200:
-            raise BenchError(f"a request of kind {answer.kind!r} was answered with status {answer.status}")
+            raise ScriptError(f"a request of kind {answer.kind!r} was answered with status {answer.status}")
         service.answers[answer.kind] += 1
 
 
@@ -165,8 +188,8 @@ async def _take_turns(services: Sequence[_Service], seconds: float, clients: Seq
 
 async def _read(service: _Service) -> _Reading:
     with service.turn():
-        said = await asyncio.to_thread(service.running.metrics)
+        said = (await asyncio.to_thread(service.running.metrics)).values
     rows, steps = said.get(f"{ROWS}_sum"), said.get(f"{ROWS}_count")
     if rows is None or steps is None:
-        raise BenchError("GET /metrics of a service does not have the rows of its steps")
+        raise ScriptError("GET /metrics of a service does not have the rows of its steps")
     return _Reading(service.seconds, rows, steps, service.answers["one"])

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.containers.panels import expressions
 from tests.containers.stack import BUILD_PATIENCE, PATIENCE, ROOT, Stack, docker, eventually
@@ -211,8 +212,8 @@ def test_a_killed_service_comes_back_and_prometheus_notices(stack: Stack) -> Non
 
 def test_a_stop_answers_what_was_admitted(stack: Stack) -> None:
     def running() -> bool:
-        metrics = stack.get("unfog", "/metrics").text
-        return bool(re.search(r"^unfog_running_images [1-9]", metrics, re.MULTILINE))
+        families = text_string_to_metric_families(stack.get("unfog", "/metrics").text)
+        return any(family.name == "unfog_running_images" and family.samples[0].value for family in families)
 
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(draw, stack, digit=4, count=32, seed=1)

@@ -9,21 +9,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch import Tensor
 
 from model.step import Stepped
 from scripts import bench
-from scripts.benchmark import contestants, endurance, loads, versions
+from scripts.benchmark import endurance, loads, modes, services, simulation, training, versions
 from scripts.benchmark.alternatives.painter import Painter
-from scripts.benchmark.contestants import BenchError, Contestant, started, this_service
 from scripts.benchmark.loads import Load
-from scripts.benchmark.runs import Times
+from scripts.benchmark.measurement import Times
+from scripts.benchmark.services import Contestant, started, this_service
 from scripts.benchmark.simulation import Fate
+from scripts.common.errors import ScriptError
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
 
-LITSERVE = [" ".join(["litserve", *options]) for options in bench.LITSERVE]
+LITSERVE = [" ".join(["litserve", *options]) for options in modes.LITSERVE]
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(f"UNFOG_{name}", value)
     monkeypatch.setattr(loads, "UNGUIDED", {"digit": 7, "guidance_scale": 1, "num_steps": 3})
     monkeypatch.setattr(loads, "LARGEST_REQUEST", 2)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device: 1e12)
+    monkeypatch.setattr(modes, "matrix_rate", lambda device: 1e12)
     return path
 
 
@@ -89,14 +91,14 @@ def test_a_folder_without_a_version_is_refused(tmp_path: Path, capsys: pytest.Ca
 def test_quick_measures_three_loads_on_one_start_and_says_what_its_figures_are_not(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "QUICK_SECONDS", 1)
+    monkeypatch.setattr(modes, "QUICK_SECONDS", 1)
     starts: list[str] = []
 
     def start(contestant: Contestant) -> Any:
         starts.append(contestant.name)
         return started(contestant)
 
-    monkeypatch.setattr(bench, "started", start)
+    monkeypatch.setattr(modes, "started", start)
     bench.main(["--quick"])
     said = capsys.readouterr().out
     assert starts == ["unfog"]
@@ -138,6 +140,8 @@ def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
         ("closed", "aiohttp"),
         ("open", "aiohttp"),
         ("endurance", "aiohttp"),
+        ("closed", "psutil"),
+        ("endurance", "scipy"),
         ("alternatives", "litserve"),
         ("alternatives --requests=large", "diffusers"),
     ],
@@ -145,11 +149,11 @@ def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
 def test_a_missing_package_is_one_sentence_before_anything_is_started_or_measured(
     mode: str, absent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("aiohttp", "litserve", "diffusers"):
+    for name in ("aiohttp", "psutil", "scipy", "litserve", "diffusers"):
         present = types.ModuleType(name)
         present.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, None if name == absent else present)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(modes, "matrix_rate", lambda device: pytest.fail("measured"))
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
     with pytest.raises(SystemExit) as exit_:
         bench.main([*mode.split(), *(["--out=x.json"] if mode != "--quick" else [])])
@@ -167,10 +171,10 @@ def test_arrivals_at_random_are_held_against_a_simulation(
             return dict.fromkeys(rows, 1e-9)
 
     out = tmp_path / "bench.json"
-    monkeypatch.setattr(bench, "SATURATING", 4)
-    monkeypatch.setattr(bench, "NUM_STEPS", 3)
-    monkeypatch.setattr(bench, "Painter", InNoTime)
-    monkeypatch.setattr(bench, "simulate_batches", lambda *_: [Fate(0.5, 7.5)])
+    monkeypatch.setattr(modes, "SATURATING", 4)
+    monkeypatch.setattr(simulation, "NUM_STEPS", 3)
+    monkeypatch.setattr(modes, "Painter", InNoTime)
+    monkeypatch.setattr(simulation, "simulate_batches", lambda *_: [Fate(0.5, 7.5)])
     bench.main(["open", "--repeats=1", "--seconds=2", "--settle=0", "--shares", "0.5", f"--out={out}"])
     saturated, half = json.loads(out.read_text())["rows"]
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
@@ -225,8 +229,8 @@ def test_trainings_are_timed_side_by_side(
     trust_idx_files(monkeypatch)
     (tmp_path / "tiny.toml").write_text(RECIPES["cosine"])
     uncompiled = ("scripts.train, not compiled", "a plain loop")
-    monkeypatch.setattr(bench, "CONTESTANTS", uncompiled)
-    monkeypatch.setattr(bench, "matrix_rate", lambda device: 1e12)
+    monkeypatch.setattr(training, "CONTESTANTS", uncompiled)
+    monkeypatch.setattr(training, "matrix_rate", lambda device: 1e12)
     out, preset, data = tmp_path / "out.json", f"--preset={tmp_path / 'tiny.toml'}", f"--data-dir={tmp_path / 'data'}"
     bench.main(["training", "--repeats=2", "--steps=6", preset, data, f"--out={out}"])
     content = json.loads(out.read_text())
@@ -243,9 +247,9 @@ def test_what_is_not_asked_for_otherwise_is_unguided() -> None:
 
 def test_a_service_is_gone_when_its_measurement_is_over_even_by_an_error(tiny: Path) -> None:
     with pytest.raises(KeyError), started(this_service()) as running:
-        assert Path(f"/proc/{running.pid}").exists()
+        assert psutil.pid_exists(running.pid)
         raise KeyError
-    assert not Path(f"/proc/{running.pid}").exists()
+    assert not psutil.pid_exists(running.pid)
 
 
 def test_a_service_that_does_not_start_is_one_sentence_and_status_2(
@@ -259,9 +263,9 @@ def test_a_service_that_does_not_start_is_one_sentence_and_status_2(
 
 
 def test_one_that_never_listens_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contestants, "START_SECONDS", 0.5)
-    sleeper = contestants.Contestant("sleeper", ("-c", "import time; time.sleep(60)"))
-    with pytest.raises(BenchError, match="sleeper did not become ready"), started(sleeper):
+    monkeypatch.setattr(services, "START_SECONDS", 0.5)
+    sleeper = Contestant("sleeper", ("-c", "import time; time.sleep(60)"))
+    with pytest.raises(ScriptError, match="sleeper did not become ready"), started(sleeper):
         pass
 
 
@@ -273,10 +277,10 @@ def test_a_start_has_several_turns_which_are_repeats_of_their_own(
     def take_turns(contestants: object, loads: object, times: object, repeats: range, look: object) -> Iterator[Any]:
         starts.append(list(repeats))
         if len(starts) == 2:
-            raise BenchError("enough")
+            raise ScriptError("enough")
         yield from ()
 
-    monkeypatch.setattr(bench, "take_turns", take_turns)
+    monkeypatch.setattr(modes, "take_turns", take_turns)
     with pytest.raises(SystemExit):
         bench.main(["closed", "--repeats=2", "--turns=3", f"--out={tmp_path / 'bench.json'}"])
     assert starts == [[0, 1, 2], [3, 4, 5]]
@@ -324,7 +328,7 @@ def test_the_alternatives_meet_the_same_loads(
                 "moments": [],
             }
 
-    monkeypatch.setattr(bench, "take_turns", take_turns)
+    monkeypatch.setattr(modes, "take_turns", take_turns)
     monkeypatch.setattr(bench, "require_installed", lambda *packages, extra: None)  # nothing is started here
     out = tmp_path / "bench.json"
     bench.main(["alternatives", f"--requests={requests}", "--repeats=2", "--max-batch=8", f"--out={out}"])

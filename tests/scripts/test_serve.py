@@ -53,9 +53,9 @@ pip.mkdir()
 
 # Stands in for the service: says what reached it.
 FAKE_APP = """
-import json, os
+import json, os, sys
 settings = {name: value for name, value in os.environ.items() if name.startswith("UNFOG_")}
-print(json.dumps({"settings": settings, "folder": os.getcwd()}))
+print(json.dumps({"settings": settings, "arguments": sys.argv[1:], "folder": os.getcwd()}))
 """
 
 
@@ -130,14 +130,25 @@ def project(tmp_path: Path) -> Project:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--verbose"], ["8000"], ["--port"], ["--port="], ["--host", ""], ["--port", "1", "more"], ["--ports=1"]],
+    [
+        ["--host", "::1", "--port=9001", "--checkpoint", "a b.safetensors"],
+        ["--port="],
+        ["--port"],
+        ["--host", ""],
+        ["8000", "--colour", "--port", "1", "--help"],
+    ],
     ids=" ".join,
 )
-def test_a_wrong_argument_is_status_2_with_usage_and_no_set_up(project: Project, arguments: list[str]) -> None:
-    status, out, err = project.run(*arguments)
-    assert (status, out) == (2, "")
-    assert "usage: scripts/serve" in err
-    assert not project.venv.exists()
+def test_all_arguments_reach_the_service_as_they_are(project: Project, arguments: list[str]) -> None:
+    seen = project.serve(*arguments, UNFOG_MAX_BATCH="8")
+    assert seen["arguments"] == arguments
+    assert seen["settings"] == {"UNFOG_MAX_BATCH": "8"}
+
+
+def test_the_exit_status_and_the_error_are_those_of_the_service(project: Project) -> None:
+    (project.root / "app" / "__main__.py").write_text("import sys\nprint('wrong', file=sys.stderr)\nsys.exit(2)\n")
+    project.run()
+    assert project.run("--colour") == (2, "", "wrong\n")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -146,16 +157,6 @@ def test_help_is_usage_on_stdout_and_no_set_up(project: Project, flag: str) -> N
     assert (status, err) == (0, "")
     assert out.startswith("usage: scripts/serve")
     assert not project.venv.exists()
-
-
-def test_options_reach_the_service_as_settings(project: Project) -> None:
-    seen = project.serve("--host", "::1", "--port=9001", "--checkpoint", "a b.safetensors", UNFOG_MAX_BATCH="8")
-    assert seen["settings"] == {
-        "UNFOG_HOST": "::1",
-        "UNFOG_PORT": "9001",
-        "UNFOG_CHECKPOINT": "a b.safetensors",
-        "UNFOG_MAX_BATCH": "8",
-    }
 
 
 def test_the_service_runs_in_the_callers_folder_so_that_relative_paths_hold(project: Project) -> None:
@@ -193,6 +194,26 @@ def test_a_changed_declaration_installs_again_into_the_same_venv(project: Projec
     project.serve()
     assert len(project.installs) == 2
     assert (project.venv / "kept").exists()
+
+
+def test_an_installation_for_another_version_of_python_is_renewed(project: Project) -> None:
+    project.serve()
+    stamp = project.venv / "stamp-"
+    stamp.write_text(f"3 10\n{stamp.read_text().partition(chr(10))[2]}")
+    project.serve()
+    assert len(project.installs) == 2
+    project.serve()
+    assert len(project.installs) == 2
+
+
+def test_another_extra_is_installed_and_has_all_that_the_service_needs(project: Project) -> None:
+    script = project.root / "scripts" / "own"
+    script.write_text(f"#!/usr/bin/env bash\nset -e\n. '{project.root}/scripts/setup.sh'\nset_up traces\n")
+    script.chmod(0o755)
+    for _ in range(2):
+        assert project.run(script="own")[0] == 0
+    project.serve()
+    assert project.installs == [project.constrained(".[traces]")]
 
 
 def test_a_moved_project_installs_again(project: Project) -> None:
@@ -261,7 +282,7 @@ def test_a_python_that_is_too_old_is_one_sentence(project: Project) -> None:
         project.give(name, "exit 1")
     status, out, err = project.run()
     assert (status, out) == (1, "")
-    assert err == "unfog: Python 3.11 or newer is needed and none was found: install python3 and python3-venv\n"
+    assert err == "unfog: no Python 3.11 or newer with its module venv was found: install python3 and python3-venv\n"
 
 
 def test_a_missing_venv_module_is_one_sentence_with_the_package(project: Project) -> None:

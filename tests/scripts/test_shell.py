@@ -36,7 +36,6 @@ def test_help_is_printed_and_nothing_is_made(tmp_path: Path, name: str) -> None:
         ("nightly", ("--minutes",)),
         ("nightly", ("--minutes", "an hour")),
         ("nightly", ("--minutes=0",)),
-        ("serve", ("--colour",)),
     ],
 )
 def test_a_wrong_argument_is_status_2_and_nothing_is_made(

@@ -1,6 +1,5 @@
 """`python -m scripts.benchmark.alternatives NAME PORT`: serves one alternative until it is told to stop."""
 
-import argparse
 import os
 
 import torch
@@ -26,31 +25,32 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(args.num_threads)  # for a worker process too
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()  # as the service does
-    _serve(args)
+    _serve(args.name, args.port, args.max_images, args.batch_timeout, args.workers)
 
 
-def _serve(args: argparse.Namespace) -> None:
-    if args.name == "locked":
+def _serve(name: str, port: int, max_images: int, batch_timeout: float, workers: int) -> None:
+    """Serves the alternative of that name until the process is stopped. `batch_timeout` is in seconds."""
+    if name == "locked":
         from scripts.benchmark.alternatives import locked
 
-        locked.serve(args.port)
-    elif args.name == "batched":
+        locked.serve(port)
+    elif name == "batched":
         from scripts.benchmark.alternatives import batched
 
-        batched.serve(args.port, args.max_images)
-    elif args.name == "litserve":
+        batched.serve(port, max_images)
+    elif name == "litserve":
         require("litserve", "bench")
         from scripts.benchmark.alternatives import litserve
 
-        litserve.serve(args.port, args.max_images, args.batch_timeout, args.workers)
+        litserve.serve(port, max_images, batch_timeout, workers)
     else:
         require("diffusers", "bench")
         from scripts.benchmark.alternatives import diffusers
 
         diffusers.serve(
-            args.port,
-            tuned=args.name != "diffusers",
-            compiled_for=args.max_images if args.name == "diffusers-compiled" else 0,
+            port,
+            tuned=name != "diffusers",
+            compiled_for=max_images if name == "diffusers-compiled" else 0,
         )
 
 

@@ -1,10 +1,12 @@
 import asyncio
+import math
 import os
 
 import pytest
 
-from scripts.benchmark.contestants import BenchError, Running
 from scripts.benchmark.endurance import Log, Look, complaint, endure, growth
+from scripts.benchmark.services import Running
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
 
@@ -61,5 +63,9 @@ def test_a_picture_that_changes_is_complained_of() -> None:
 
 def test_a_service_that_is_gone_ends_it_with_one_error() -> None:
     nobody = Running("http://127.0.0.1:9", os.getpid(), 0.0)
-    with Reporter() as reporter, pytest.raises(BenchError, match="under load: ClientConnectorError"):
+    with Reporter() as reporter, pytest.raises(ScriptError, match="under load: ClientConnectorError"):
         asyncio.run(endure(nobody, 60, reporter))
+
+
+def test_a_single_look_has_no_growth() -> None:
+    assert math.isnan(growth([(0.0, 300.0)]))

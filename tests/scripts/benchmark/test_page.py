@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
-from scripts.benchmark.page import PageError, main, page_of
+from scripts.bench import main
+from scripts.benchmark.page import page_of
+from scripts.common.errors import ScriptError
 from tests.scripts.benchmark.test_report import row
 
 MACHINE = {"processor": "A Processor", "cores": 2, "features": ["avx2"], "gpu": None, "torch": "2.13.0", "threads": 2}
@@ -28,7 +30,7 @@ def test_a_page_has_the_machine_and_a_table_and_picture_of_each_file(tmp_path: P
     pictures = tmp_path / "epyc-7.1"
     pictures.mkdir()
     (pictures / "training.png").touch()
-    main([str(folder), "--out", str(out)])
+    main(["page", str(folder), "--out", str(out)])
     page = out.read_text()
     assert page == page_of(folder, out)
     assert page.startswith("# Measured on epyc-7.1\n")
@@ -72,13 +74,13 @@ def test_two_versions_are_compared_in_a_table(tmp_path: Path) -> None:
 )
 def test_files_that_are_not_results_of_one_machine_make_no_page(other: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path / "there", training=TRAINING, other=other)
-    with pytest.raises(PageError):
+    with pytest.raises(ScriptError):
         page_of(folder, tmp_path / "there.md")
     with pytest.raises(SystemExit):
-        main([str(folder), "--out", str(tmp_path / "there.md")])
+        main(["page", str(folder), "--out", str(tmp_path / "there.md")])
     assert not (tmp_path / "there.md").exists()
 
 
 def test_an_empty_folder_makes_no_page(tmp_path: Path) -> None:
-    with pytest.raises(PageError):
+    with pytest.raises(ScriptError):
         page_of(tmp_path, tmp_path / "page.md")

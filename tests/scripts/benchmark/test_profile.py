@@ -8,6 +8,7 @@ import torch
 
 from model.checkpoint import load
 from model.step import ReverseStep
+from scripts import bench
 from scripts.benchmark import profile
 from scripts.benchmark.profile import (
     KINDS,
@@ -71,7 +72,7 @@ def test_the_table_of_a_profile_has_its_kinds_in_order_and_the_share_of_the_last
 def test_the_shipped_network_is_profiled_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"REPEATS": 2, "TURNS": 2, "_with_names": lambda program, cache: program}.items():
         monkeypatch.setattr(profile, name, value)
-    profile.main(["--rows=2", f"--out={tmp_path / 'profile.json'}"])
+    bench.main(["profile", "--rows=2", f"--out={tmp_path / 'profile.json'}"])
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["rows"] == 2
     assert all(found["milliseconds"][name]["whole"] > 0 for name in ("not compiled", "compiled"))

@@ -29,6 +29,8 @@ def test_a_quantile_of_a_histogram_is_where_prometheus_would_see_it() -> None:
     assert quantile(buckets, 0.5) == pytest.approx(0.15)
     assert quantile(buckets, 0.875) == pytest.approx(0.3)
     assert quantile({0.1: 1.0, math.inf: 2.0}, 0.95) == 0.1  # beyond what the buckets tell apart
+    assert quantile({0.1: 10.0, 0.2: 10.0, 0.4: 20.0, math.inf: 20.0}, 0.5) == 0.1  # the first bucket with half of all
+    assert quantile({0.1: 10.0, 0.2: 10.0, 0.4: 20.0, math.inf: 20.0}, 0.75) == pytest.approx(0.3)
 
 
 def row(repeat: int, load: str, rate: float, contestant: str = "unfog", **kinds: float) -> dict[str, Any]:

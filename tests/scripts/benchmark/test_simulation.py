@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from scripts.benchmark.load import arrivals
+from scripts.benchmark.clients import arrivals
 from scripts.benchmark.simulation import Fate, Moment, predicted_p95, simulate, simulate_batches, slowness, step_times
 
 NEVER = itertools.repeat(float("inf"))

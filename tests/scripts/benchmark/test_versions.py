@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from scripts.benchmark import versions
-from scripts.benchmark.contestants import BenchError, Contestant
 from scripts.benchmark.loads import ANSWERS_TO_ONE, ROWS_OF_ALL, Load, many, one
+from scripts.benchmark.services import Contestant
 from scripts.benchmark.versions import BASE, NEW, compare_versions, versions_table
+from scripts.common.errors import ScriptError
 
 SERVER = """
 import io, sys, threading, time
@@ -72,14 +73,14 @@ def test_a_version_that_takes_a_quarter_of_the_time_has_a_multiple_of_the_rate(l
 
 def test_pairs_before_a_failed_request_are_reported() -> None:
     load, pairs = Load("2 x 1 image", (one,) * 2), list[dict[str, Any]]()
-    with pytest.raises(BenchError, match="'one' was answered with status 500"):
+    with pytest.raises(ScriptError, match="'one' was answered with status 500"):
         compare_versions(server(BASE, 0.01), server(NEW, 0.01, 100), {load: ROWS_OF_ALL}, 100, 0.2, pairs.append)
     assert 0 < len(pairs) < 100
 
 
 def test_a_service_without_progress_ends_the_comparison() -> None:
     load = Load("1 x 1 image", (one,))
-    with pytest.raises(BenchError, match="no progress"):
+    with pytest.raises(ScriptError, match="no progress"):
         compare_versions(server(BASE, 0.01), server(NEW, 0.4), {load: ANSWERS_TO_ONE}, 1, 0.1, [].append)
 
 

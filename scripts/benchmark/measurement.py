@@ -1,46 +1,47 @@
-"""A measurement: a service under a closed or an open loop, with what it says of itself beside."""
+"""Measures services under loads: the answers of a window, and the services' own metrics."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from scripts.benchmark.contestants import BenchError, Contestant, Running
-from scripts.benchmark.disturbances import disturbance
-from scripts.benchmark.load import Window, arrivals, closed_loop, connected, open_loop
-from scripts.benchmark.loads import Load
+from scripts.benchmark.clients import Window, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.loads import Load, disturbed
 from scripts.benchmark.report import percentile, quantile
+from scripts.benchmark.services import Contestant, Metrics, Running, all_started
 from scripts.benchmark.simulation import Moment
+from scripts.common.errors import ScriptError
 
 STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
 NETWORK = "unfog_network_seconds_total"
 SHARES = (50, 95, 99)
-LOOK_SECONDS = 0.5  # between two looks at what a service says while a load goes on
+SCRAPE_SECONDS = 0.5  # between two scrapes of the metrics under an open loop
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of a measurement, in seconds: how long its window is, and how long the load goes on before it opens."""
+    """The times of a measurement, in seconds."""
 
-    window: float
-    settle: float
-    objective: float  # a request that takes longer counts for nothing in goodput
+    window: float  # in which requests are counted
+    settle: float  # under load before the window opens
+    objective: float  # a request that takes longer does not count in goodput
 
 
 def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, Any]:
-    """What it does under this load; BenchError where a request fails."""
+    """Returns the figures of a service under a load. Raises ScriptError if a request fails."""
     before, moments = running.metrics(), list[Moment]()
     begin = time.perf_counter()
-    with disturbance(load.beside, running.url) as goes_on:
-        window = asyncio.run(_under(running, load, times, seed, moments if before else None))
+    with disturbed(load.disturbance, running.url) as goes_on:
+        window = asyncio.run(_under(running, load, times, seed, moments if before.values else None))
         if not goes_on():
-            raise BenchError(f"{load.name}: what was to go on beside has ended")
+            raise ScriptError(f"{load.name}: the process that disturbs the machine has ended")
     seconds = time.perf_counter() - begin
     if window.failures:
-        raise BenchError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
+        raise ScriptError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
     return {
         "contestant": contestant.name,
         "load": load.name,
@@ -50,13 +51,35 @@ def measure(running: Running, contestant: Contestant, load: Load, times: Times, 
         "answers": _raw(window),
         "moments": moments,
         **_said_by(running.metrics(), before, seconds),
-        "resident_megabytes": running.resident_megabytes(),
+        "resident_megabytes": running.resources().megabytes,
         "ready_seconds": running.ready_seconds,
     }
 
 
+def take_turns(
+    contestants: Sequence[Contestant],
+    loads: Sequence[Load],
+    times: Times,
+    repeats: Iterable[int],
+    witness: Callable[[], dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """Starts all services, and measures each under each load once in a repeat. Their order rotates.
+
+    `witness` measures the machine before and after each measurement, while all services are suspended. Its results are
+    in `beside`.
+    """
+    with all_started(contestants) as running:
+        for repeat, load in product(repeats, loads):
+            first = repeat % len(contestants)
+            for contestant in [*contestants[first:], *contestants[:first]]:
+                before = witness()
+                with running[contestant.name].turn():
+                    figures = measure(running[contestant.name], contestant, load, times, repeat)
+                yield {"repeat": repeat, **figures, "beside": [before, witness()]}
+
+
 async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:
-    """At random times, where a simulation is asked what they should have taken, `moments` are noted too."""
+    """Runs the closed or the open loop of a load. Under an open loop, `moments` is filled unless it is None."""
     async with connected(running.url) as send, AsyncExitStack() as stack:
         if not load.asks:
             return await closed_loop(send, load.clients, times.settle, times.window)
@@ -67,16 +90,16 @@ async def _under(running: Running, load: Load, times: Times, seed: int, moments:
 
 @asynccontextmanager
 async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[None]:
-    """Notes what the service has done, every now and then until the block ends; a look that fails is left out."""
+    """Scrapes the metrics and appends them to `moments` until the block ends. Scrapes that fail are left out."""
     begin = time.perf_counter()
 
     async def watch() -> None:
         while True:
             with suppress(OSError, KeyError):
-                said = await asyncio.to_thread(running.metrics)
+                said = (await asyncio.to_thread(running.metrics)).values
                 at = time.perf_counter() - begin
                 moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(SCRAPE_SECONDS)
 
     watching = asyncio.create_task(watch())
     try:
@@ -107,21 +130,17 @@ def _raw(window: Window) -> list[list[Any]]:
     ]
 
 
-def _said_by(after: dict[str, float], before: dict[str, float], seconds: float) -> dict[str, Any]:
-    """Rows a step, seconds a step, and the share of the time outside the network; nothing of one without metrics."""
-    grown = {series: value - before.get(series, 0) for series, value in after.items()}
+def _said_by(after: Metrics, before: Metrics, seconds: float) -> dict[str, Any]:
+    """Returns figures of the steps between two scrapes that are `seconds` apart; none without steps or metrics."""
+    grown = {name: value - before.values.get(name, 0) for name, value in after.values.items()}
     steps = grown.get(f"{ROWS}_count")
     if not steps:
         return {}
-    buckets = {bound: grown[f'{STEPS}_bucket{{le="{bound}"}}'] for bound in _bounds(after)}
+    buckets_before = before.buckets.get(STEPS, {})
+    buckets = {bound: count - buckets_before.get(bound, 0) for bound, count in after.buckets[STEPS].items()}
     return {
         "rows_a_step": grown[f"{ROWS}_sum"] / steps,
         "seconds_a_step": grown[f"{STEPS}_sum"] / steps,
-        "p95_of_steps": quantile({float(bound): count for bound, count in buckets.items()}, 0.95),
+        "p95_of_steps": quantile(buckets, 0.95),
         "outside_network": 1 - grown[NETWORK] / seconds,
     }
-
-
-def _bounds(metrics: dict[str, float]) -> list[str]:
-    head = f'{STEPS}_bucket{{le="'
-    return [series.removeprefix(head).removesuffix('"}') for series in metrics if series.startswith(head)]

@@ -11,7 +11,7 @@ from itertools import chain, count, islice, pairwise, takewhile
 import pytest
 from aiohttp import web
 
-from scripts.benchmark.load import Answer, Ask, Window, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.clients import Answer, Ask, Window, arrivals, closed_loop, connected, open_loop
 
 
 def ask(k: int) -> Ask:

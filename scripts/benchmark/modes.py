@@ -1,0 +1,187 @@
+"""The modes of scripts.bench that measure the service over HTTP and compare it with its alternatives."""
+
+import json
+import statistics
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint import SHIPPED, load, write_atomically
+from model.compiled.memory import keep_freed_memory
+from scripts.benchmark.alternatives.painter import Painter
+from scripts.benchmark.loads import (
+    NUM_STEPS,
+    Load,
+    clients_of_one,
+    closed_loads,
+    large,
+    mixed,
+    one,
+    one_large,
+    open_loads,
+)
+from scripts.benchmark.machine import matrix_rate, this_device, this_machine
+from scripts.benchmark.measurement import Times, measure, take_turns
+from scripts.benchmark.report import COLUMNS, table_of, without_empty
+from scripts.benchmark.services import Contestant, Running, alternative, started, this_service
+from scripts.benchmark.simulation import STEP_ROWS, predictions
+from scripts.benchmark.step_time import flop_of
+from scripts.common.files import write_json
+from scripts.common.progress import Reporter
+from scripts.evaluation.tables import as_table
+
+LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
+DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
+REQUESTS = ("small", "random", "large")  # loads of the alternatives
+SATURATING = 64  # clients of one image
+OBJECTIVE = 5.0  # seconds
+QUICK_SECONDS, QUICK_CLIENTS = 3, 8
+QUICK_COLUMNS = ("load", "images a second", "p50, s", "requests")
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How often and how long a mode measures, and where its results are written."""
+
+    out: Path
+    times: Times
+    repeats: int  # fresh starts of all services
+    turns: int  # measurements of each load in a start
+    max_batch: Sequence[int]  # of this service: it is also measured with these values
+
+    @property
+    def own(self) -> list[Contestant]:
+        """This service with its default settings, and with each value of `max_batch`."""
+        others = [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in self.max_batch]
+        return [this_service(), *others]
+
+
+def measure_closed(options: Options, clients: Sequence[int], reporter: Reporter) -> None:
+    """Measures this service under closed loops, with these numbers of clients of one image among them."""
+    run = _Run(options, reporter)
+    run.repeat(options.own, closed_loads(clients))
+    run.finish()
+
+
+def measure_open(options: Options, shares: Sequence[float], reporter: Reporter) -> None:
+    """Measures this service under Poisson arrivals at shares of its capacity, and simulates the same arrivals."""
+    run, own = _Run(options, reporter), options.own[:1]
+    saturated = run.repeat(own, [clients_of_one(SATURATING)])
+    run.repeat(own, open_loads(_rate_of(saturated, own[0].name), shares), Painter().measure_steps)
+    run.finish()
+
+
+def measure_alternatives(options: Options, requests: str, reporter: Reporter) -> None:
+    """Measures this service and the alternatives under the loads of `requests`, one of REQUESTS."""
+    run, own = _Run(options, reporter), options.own
+    litserve = [alternative("litserve", *arguments) for arguments in LITSERVE]
+    if requests == "large":
+        run.repeat([*own, *litserve, *map(alternative, DIFFUSERS)], [large()])
+    else:
+        others, too_slow = [alternative("batched"), *litserve], [alternative("locked")]
+        if requests == "random":
+            others, too_slow = litserve[:1], []  # the setting whose requests wait less
+        saturated = run.repeat([*own, *too_slow, *others], [clients_of_one(SATURATING)])
+        of_litserve = max(_rate_of(saturated, tuned.name) for tuned in litserve if tuned in others)
+        rate = 0.7 * min(_rate_of(saturated, own[0].name), of_litserve)
+        poisson = [Load("0.7 of the slower's capacity", asks=one, rate=rate)]
+        if requests == "small":
+            poisson.append(Load("the same, every other of 10 steps", asks=mixed, rate=rate))
+        run.repeat([*own, *others], poisson)
+    run.finish()
+
+
+def measure_quick(reporter: Reporter) -> None:
+    """Measures a few loads for a few seconds each on one start of the service, and prints a small table."""
+    machine, own = this_machine(), this_service()
+    reporter.line(f"{machine.processor}, {machine.cores} cores, torch {machine.torch}")
+    reporter.line("Starting the service. Its first start on a machine may compile for 30 to 60 s.")
+    lines, times = list[list[str]](), Times(QUICK_SECONDS, 0, OBJECTIVE)
+    with started(own) as running:
+        reporter.line(_arithmetic_of(running))
+        for under in (clients_of_one(1), clients_of_one(QUICK_CLIENTS), one_large()):
+            found = measure(running, own, under, times, seed=0)
+            ((_, latency),) = found["latencies"].items()
+            lines.append(
+                [under.name, f"{found['images_a_second']:.3g}", f"{latency['p50']:.3g}", f"{latency['count']}"]
+            )
+    reporter.line(as_table(QUICK_COLUMNS, lines))
+    reporter.line(
+        f"One start, windows of {QUICK_SECONDS} s, {NUM_STEPS} steps, no guidance: a first impression, not comparable "
+        "with the published figures. Use the mode closed for those."
+    )
+
+
+def _arithmetic_of(running: Running) -> str:
+    with urllib.request.urlopen(f"{running.url}/health", timeout=10) as answer:
+        health = json.load(answer)
+    compiled = "compiled" if health["compiled"] else "not compiled"
+    return f"unfog {health['version']} on {health['device']}, {health['dtype']}, {compiled}"
+
+
+class _Run:
+    """The measurements of one mode. They are written to the file of results as they are made."""
+
+    def __init__(self, options: Options, reporter: Reporter) -> None:
+        self._options, self._reporter, self._device = options, reporter, this_device()
+        self._flop = flop_of(load(SHIPPED).network)
+        self._rows, self._raw = Rows(), list[list[Any]]()
+        self._machine = {**this_machine().as_json(), "flop_a_call": self._flop}
+        reporter.line(", ".join(f"{name}: {value}" for name, value in self._machine.items()))
+        keep_freed_memory()  # as the services do: steps are timed here too
+
+    def repeat(
+        self,
+        contestants: Sequence[Contestant],
+        loads: Sequence[Load],
+        measure_steps: Callable[[Sequence[int]], dict[int, float]] | None = None,
+    ) -> Rows:
+        """Measures each service under each load, with fresh starts, and returns the rows.
+
+        The services take turns, so that changes of the machine's speed affect all of them. With `measure_steps`, which
+        returns seconds by rows of a step, the rows have predictions of latency.
+        """
+        times, rows, turns = self._options.times, Rows(), self._options.turns
+
+        def look() -> dict[str, Any]:
+            steps = {"seconds_by_rows": measure_steps(STEP_ROWS)} if measure_steps else {}
+            return {"matrix_rate": matrix_rate(self._device), **steps}
+
+        for first in range(0, self._options.repeats * turns, turns):
+            for row in take_turns(contestants, loads, times, range(first, first + turns), look):
+                if measure_steps:
+                    row |= predictions(row, times.settle, times.settle + times.window)
+                found = f"{row['images_a_second']:.2f} images/s"
+                self._reporter.line(f"{row['repeat'] + 1}: {row['contestant']}, {row['load']}: {found}")
+                raw = row.pop("answers"), row.pop("moments")
+                self._raw.append([row["contestant"], row["load"], row["repeat"], *raw])
+                rows.append(row)
+                self._rows.append(row)
+                self._write()
+        return rows
+
+    def finish(self) -> None:
+        """Adds the shares of the matrix rate to the rows, prints the table and writes the results."""
+        rate = self._machine["matrix_rate"] = max(look["matrix_rate"] for row in self._rows for look in row["beside"])
+        self._reporter.line(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
+        for row in self._rows:
+            if row["is_plain"]:
+                done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations a second
+                row["matrix_share"] = done / rate
+                row["matrix_share_beside"] = done / statistics.mean(look["matrix_rate"] for look in row["beside"])
+        self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
+        self._write()
+
+    def _write(self) -> None:
+        """Writes the rows so far, and each answer to a file of its own."""
+        out = self._options.out
+        write_json(out, {"machine": self._machine, "seconds": asdict(self._options.times), "rows": self._rows})
+        write_atomically(out.with_suffix(".answers.json"), json.dumps(self._raw).encode())
+
+
+def _rate_of(rows: Rows, contestant: str) -> float:
+    """Returns the median of a service's images a second."""
+    return statistics.median(row["images_a_second"] for row in rows if row["contestant"] == contestant)
