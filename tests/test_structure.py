@@ -1,4 +1,4 @@
-"""Promises about the sources themselves; test_import_arrows.py holds those about who imports whom."""
+"""Promises about the sources themselves; test_layers.py tests the imports."""
 
 import ast
 import re

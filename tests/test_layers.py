@@ -1,0 +1,123 @@
+"""Imports point one way: app -> model, scripts -> model, and inside app from layer to layer."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"app", "model", "scripts"}
+MAY_IMPORT = {"app": {"app", "model"}, "model": {"model"}, "scripts": {"scripts", "model"}}
+# What each layer of app may import of app. The modules of no folder are layers of their own; main and cli wire them.
+LAYERS = {
+    "errors": set(),
+    "log_writer": set(),
+    "logs": {"log_writer"},
+    "metrics": {"errors"},
+    "engine": {"engine", "errors", "metrics"},
+    "settings": {"engine"},
+    "runner": {"runner", "engine", "settings"},
+    "api": {"api", "engine", "errors", "metrics", "settings"},
+    "server": {"server", "api", "engine", "errors", "logs", "metrics", "settings"},
+}
+LONGEST_CHAIN = 9  # modules of app, from the command line to the last one
+
+
+def modules(package: str) -> dict[str, Path]:
+    """The files of a package by the names of their modules."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, module: str, known: set[str]) -> set[str]:
+    """The known modules that the source of a module imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
+            base = base if node.level else node.module or ""
+            names |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return names
+
+
+@cache
+def graph(package: str) -> dict[str, set[str]]:
+    """Which modules of the package each of its modules imports, without the package itself."""
+    files = modules(package)
+    known = set(files)
+    return {
+        module: (imports(path.read_text(), module, known) & known) - {module, package} for module, path in files.items()
+    }
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def chain_from(module: str, edges: dict[str, set[str]], above: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The longest chain of imports that begins with the module. Fails at a circle."""
+    assert module not in above, f"circular imports: {' -> '.join([*above, module])}"
+    below = [chain_from(each, edges, (*above, module)) for each in edges[module]]
+    return (module, *max(below, key=len, default=()))
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_a_package_imports_only_what_it_may(package: str) -> None:
+    files = modules(package)
+    assert files
+    wrong = {}
+    for module, path in files.items():
+        found = {name.split(".")[0] for name in imports(path.read_text(), module, set(files))} & PACKAGES
+        wrong[module] = found - MAY_IMPORT[package]
+    assert {module: found for module, found in wrong.items() if found} == {}
+
+
+def test_a_layer_of_app_imports_only_the_layers_below_it() -> None:
+    edges = {module: found for module, found in graph("app").items() if module != "app"}
+    assert {layer_of(module) for module in edges} == {*LAYERS, "main", "cli", "__main__"}
+    wrong = {
+        (module, imported)
+        for module, found in edges.items()
+        for imported in found
+        if layer_of(module) in LAYERS and layer_of(imported) not in LAYERS[layer_of(module)]
+    }
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_no_imports_are_circular(package: str) -> None:
+    edges = graph(package)
+    assert all(chain_from(module, edges) for module in edges)
+
+
+def test_the_longest_chain_of_imports_in_app_is_short() -> None:
+    longest = max((chain_from(module, graph("app")) for module in graph("app")), key=len)
+    assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import app.main", {"app.main"}),
+        ("from app import main", {"app.main"}),
+        ("from app import VERSION", {"app"}),
+        ("from app.main import create_app", {"app.main"}),
+        ("def f():\n    from app.api.routes import generate", {"app.api.routes.generate"}),
+        ("from .main import create_app", {"app.main"}),
+        ("from . import main", {"app.main"}),
+        ("import application", {"application"}),
+    ],
+)
+def test_every_form_of_import_is_seen(source: str, found: set[str]) -> None:
+    assert imports(source, "app.cli", {"app", "app.main", "app.api.routes.generate"}) == found
+
+
+def test_a_circle_is_found() -> None:
+    with pytest.raises(AssertionError, match="a -> b -> a"):
+        chain_from("a", {"a": {"b"}, "b": {"a"}})
