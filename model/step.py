@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 
 Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), whether the row is finite (B,)
-Step = Callable[..., Stepped]  # a ReverseStep, or what was compiled of it
+Step = Callable[[State, Tensor, Rows], Stepped]  # a ReverseStep, or a compiled one
 
 
 class ReverseStep(nn.Module):
@@ -75,34 +75,21 @@ class ReverseStep(nn.Module):
         self.call_rows = CallRows.of(device, dtype)
         self.denoise: Callable[[Tensor, Tensor], Tensor] = self._denoise
 
-    def forward(  # noqa: PLR0913 # a compiled program takes flat tensors
-        self,
-        x_t: Tensor,
-        x_0: Tensor,
-        seed: Tensor,
-        index: Tensor,
-        y: Tensor,
-        plan_row: Tensor,
-        guidance_scale: Tensor,
-        plans: Tensor,
-        slots: Tensor,
-        step: Tensor,
-        source: Tensor,
-        second: Tensor,
-    ) -> Stepped:
-        """A State; every plan's t, a, b, c and s, (P, 5); Rows. Flat, as a compiled program is called."""
-        x_t, x_0_prev, y = x_t[slots], x_0[slots], y[slots]  # (B, ...) each
-        plan = plans[plan_row[slots] + step]  # (B, 5)
+    def forward(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
+        """Makes a step of `rows`. `plans` (P, 5) are t, a, b, c and s of each step of each plan."""
+        slots, step, source, second = rows
+        x_t, x_0_prev, y = state.x_t[slots], state.x_0[slots], state.y[slots]  # (B, ...) each
+        plan = plans[state.plan_row[slots] + step]  # (B, 5)
         t = plan[:, 0].long()  # (B,)
         is_first = torch.arange(source.shape[0], device=source.device) < slots.shape[0]  # (N,)
         label = y[source].where(is_first, self.null_label)  # (N,)
         c = self.condition[t[source], label]  # (N, D)
         output = self.call_rows.call(self.denoise, x_t[source].to(self.dtype), c).float()  # (N, C, H, W)
         cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
-        output = guide(cond, uncond, guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
+        output = guide(cond, uncond, state.guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
         x_0 = predict_x_0(x_t, output, self.mix[t])  # (B, C, H, W)
         image_shape = self.checkpoint.image_shape
-        z = normal(seed[slots], index[slots], step + 1, image_shape, self.noise_block)  # (B, C, H, W)
+        z = normal(state.seed[slots], state.index[slots], step + 1, image_shape, self.noise_block)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
         return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
 

@@ -145,7 +145,7 @@ class Runner:
         """Where the results belong, (B,), and the results."""
         rows = rows_of(trajectories, self._shapes, self._transfers)
         start = time.perf_counter()
-        stepped = model.step(*self._slots.state, self._plans.table, *rows)
+        stepped = model.step(self._slots.state, self._plans.table, rows)
         self.network_seconds += time.perf_counter() - start
         slots = rows.slots[: len(trajectories)]
         x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is padding

@@ -33,7 +33,7 @@ from model.compiled.native import NativeProgram
 from model.compiled.packing import Packer, can_pack, take_packed_weights
 from model.compiled.private_cache import compile_variables, open_private, private_folder, use_private_compile_cache
 from model.precision import can_compile, no_compiler
-from model.step import ReverseStep, State, Step, Stepped
+from model.step import ReverseStep, Rows, State, Step, Stepped
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +125,12 @@ def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # of all networks together
     limits.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
-    compiled = torch.compile(program, mode="reduce-overhead", dynamic=True)
+    compiled = torch.compile(FlatStep(program), mode="reduce-overhead", dynamic=True)
 
-    def step(*inputs: Tensor) -> Stepped:
+    def step(state: State, plans: Tensor, rows: Rows) -> Stepped:
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            x_prev, x_0, finite = compiled(*inputs)
+            x_prev, x_0, finite = compiled(*state, plans, *rows)
         except TorchDynamoException as error:
             raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
         return x_prev.clone(), x_0.clone(), finite.clone()  # the next call writes where these lie
@@ -252,13 +252,13 @@ def first_call(program: ReverseStep, threads: int, descriptor: int, library: Pat
             raise LibraryError("its results are wrong")
 
 
-def _small_step(program: ReverseStep) -> tuple[Tensor, ...]:
+def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     """Inputs of a step of three rows, two of them guided."""
     state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
     t = program.checkpoint.schedule.num_steps // 4  # where a predicted x_0 does not magnify rounding
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
-    return (*state, plans, rows, torch.zeros_like(rows), torch.cat([rows, rows[:2]]), torch.tensor([3, 4, 2]))
+    return state, plans, Rows(rows, torch.zeros_like(rows), torch.cat([rows, rows[:2]]), torch.tensor([3, 4, 2]))
 
 
 def _key_of(digest: bytes) -> str:
@@ -287,29 +287,44 @@ def _path_of(descriptor: int, library: Path) -> str:
 
 def _link(program: ReverseStep, path: str) -> Step:
     """The step of a library, which is loaded into this process."""
-    native, constants = ctypes.CDLL(path), program.state_dict()
+    native, flat = ctypes.CDLL(path), FlatStep(program)
+    constants = flat.state_dict()
     if program.call_rows.most:
-        compiled = NativeProgram(native, {f"program.{name}": constants[name] for name in constants}, num_outputs=1)
+        compiled = NativeProgram(native, constants, num_outputs=1)
         program.denoise = lambda x_t, c: compiled(x_t, c)[0]
         return program
     if can_pack(program.device, program.dtype):
-        return _PackedStep(program, native)
-    return cast(Step, NativeProgram(native, constants, num_outputs=3))
+        return _PackedStep(flat, native)
+    whole = NativeProgram(native, constants, num_outputs=3)
+    return lambda state, plans, rows: cast(Stepped, whole(*state, plans, *rows))
+
+
+class FlatStep(nn.Module):
+    """The step with all tensors as positional arguments, which is how a compiled program is called."""
+
+    def __init__(self, program: ReverseStep) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, *tensors: Tensor) -> Stepped:
+        """The tensors of a State, the plans, and the tensors of Rows."""
+        num_rows = len(Rows._fields)
+        *state, plans = tensors[:-num_rows]
+        return cast(Stepped, self.program(State(*state), plans, Rows(*tensors[-num_rows:])))
 
 
 class _PackedStep:
     """The compiled step with weights packed for the evaluations of each call, and for the threads that make it."""
 
-    def __init__(self, program: ReverseStep, library: ctypes.CDLL) -> None:
-        self._library, self._constants = library, program.state_dict()
-        self._packer = Packer(program, program.see_network)
+    def __init__(self, flat: FlatStep, library: ctypes.CDLL) -> None:
+        self._library, self._constants = library, flat.state_dict()
+        self._packer = Packer(flat, flat.program.see_network)
         self._programs: dict[tuple[int, int], NativeProgram] = {}
         self._program_for(torch.get_num_threads())  # where it cannot be had, that is known now
 
-    def __call__(self, *inputs: Tensor) -> Stepped:
-        """As a ReverseStep takes them."""
-        *_, source, _ = inputs  # (N,)
-        return cast(Stepped, self._program_for(len(source))(*inputs))
+    def __call__(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
+        """Makes a step, as a ReverseStep does."""
+        return cast(Stepped, self._program_for(len(rows.source))(*state, plans, *rows))
 
     def _program_for(self, evaluations: int) -> NativeProgram:
         """From as many evaluations as threads on, oneDNN's choice is the same."""
@@ -329,7 +344,8 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
     slots, step, source, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, B))
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
     shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, {0: rows}, {0: rows}, {0: evaluations}, {0: rows})
-    exported = torch.export.export(program, (*state, plans, slots, step, source, second), dynamic_shapes=shapes)
+    inputs = (*state, plans, slots, step, source, second)
+    exported = torch.export.export(FlatStep(program), inputs, dynamic_shapes=(shapes,))
     return take_packed_weights(exported) if can_pack(program.device, program.dtype) else exported
 
 

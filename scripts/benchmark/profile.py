@@ -21,7 +21,7 @@ from model.checkpoint import SHIPPED, load
 from model.compiled import compiler
 from model.compiled.memory import keep_freed_memory
 from model.precision import fast_dtype
-from model.step import ReverseStep, State, Step
+from model.step import ReverseStep, Rows, State, Step
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import Table, with_spread
 from scripts.benchmark.step_time import flop_of
@@ -30,6 +30,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 WARM_UP, REPEATS, TURNS = 5, 20, 60
+Inputs = tuple[State, Tensor, Rows]  # of a step: the state, the plans, the rows
 KINDS = (  # the first whose part is in a kernel's name
     ("normalisation", ("group_norm", "var_mean", "layer_norm", "rsqrt")),
     ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
@@ -70,7 +71,7 @@ def profile_table(found: Mapping[str, Any]) -> Table:
     return columns, [*lines, [SHARE, *["-"] * (len(by_name) - 1), shares]]
 
 
-def matrix_shares(step: Step, inputs: tuple[Tensor, ...], flop: int) -> list[float]:
+def matrix_shares(step: Step, inputs: Inputs, flop: int) -> list[float]:
     """What a step makes of the matrix rate that is measured right after it, again and again."""
     shares = []
     with torch.inference_mode():
@@ -82,7 +83,7 @@ def matrix_shares(step: Step, inputs: tuple[Tensor, ...], flop: int) -> list[flo
     return shares
 
 
-def milliseconds_by_kind(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+def milliseconds_by_kind(step: Step, inputs: Inputs) -> dict[str, float]:
     """Of one call: its kernels by kind, what lies between them, and the whole as it is without the profiler."""
     with torch.inference_mode():
         for _ in range(WARM_UP):
@@ -118,8 +119,9 @@ def _with_names(program: ReverseStep, cache: Path) -> Step:
         return compiler.compiled_step(program, cache)
 
 
-def _inputs(program: ReverseStep, count: int) -> tuple[Tensor, ...]:
+def _inputs(program: ReverseStep, count: int) -> Inputs:
     state, rows = State.zeros(count, program.checkpoint.image_shape, program.device), torch.arange(count)
     state.x_t.normal_()
     t = program.checkpoint.schedule.num_steps // 2
-    return (*state, torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]]), rows, torch.zeros_like(rows), rows, rows)
+    plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
+    return state, plans, Rows(rows, torch.zeros_like(rows), rows, rows)

@@ -19,7 +19,7 @@ from model.noise import normal
 from model.precision import fast_dtype
 from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
-from model.step import ReverseStep, State, Step
+from model.step import ReverseStep, Rows, State, Step
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
@@ -145,7 +145,7 @@ class Drawer:
         for t in timesteps[:-1]:
             guided = options.guidance.acts_at(t)
             source, second = (torch.cat([rows, rows]), rows + len(rows)) if guided else (rows, rows)
-            x_prev, x_0, _ = self._step(*state, plans, rows, step, source, second)
+            x_prev, x_0, _ = self._step(state, plans, Rows(rows, step, source, second))
             on_step(t, state.x_t, x_0)
             state.x_t, state.x_0, step = x_prev, x_0, step + 1
         return state.x_0.cpu()

@@ -18,7 +18,7 @@ from model.compiled.compiler import compiled_step
 from model.noise import normal
 from model.precision import fast_dtype
 from model.sampler import Sampler, make_plan
-from model.step import ReverseStep, State, Step
+from model.step import ReverseStep, Rows, State, Step
 from scripts.common.drawing import step_cache
 from scripts.common.pictures import grid
 
@@ -53,7 +53,7 @@ class Painter:
         for k in range(max(num_steps.tolist())):
             slots = (num_steps > k).nonzero()[:, 0]  # (B,)
             rows = torch.arange(len(slots), device=self.device)  # (B,)
-            x_prev, x_0, _ = self._step(*state, plans, slots, torch.full_like(slots, k), rows, rows)
+            x_prev, x_0, _ = self._step(state, plans, Rows(slots, torch.full_like(slots, k), rows, rows))
             state.x_t.index_copy_(0, slots, x_prev)
             state.x_0.index_copy_(0, slots, x_0)
         return [sheet_of(part) for part in state.x_0.split([request.count for request in requests])]
@@ -67,7 +67,7 @@ class Painter:
             for count, (state, plans) in states.items():
                 slots = torch.arange(count, device=self.device)  # (B,)
                 start = time.perf_counter()
-                _, _, finite = self._step(*state, plans, slots, torch.zeros_like(slots), slots, slots)
+                _, _, finite = self._step(state, plans, Rows(slots, torch.zeros_like(slots), slots, slots))
                 finite.cpu()  # waits for a GPU
                 seconds[count].append(time.perf_counter() - start)
         return {count: statistics.mean(found) for count, found in seconds.items()}

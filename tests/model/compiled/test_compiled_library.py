@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,7 +210,7 @@ def test_first_call_compares_with_the_step_that_is_not_compiled(
         "none": lambda x: x + 0.01,
     }
 
-    def step(*inputs: Tensor) -> tuple[Tensor, ...]:
+    def step(*inputs: Any) -> tuple[Tensor, ...]:
         x_prev, x_0, finite = program(*inputs)
         return x_prev, changes[wrong](x_0), finite
 
@@ -265,6 +266,7 @@ assert all([bool(isa) for isa in supported_vec_isa_list])
 COMPILE = """
 import sys, torch
 from pathlib import Path
+from typing import Any
 from model import checkpoint
 from model.compiled import compiler
 from model.step import ReverseStep

@@ -21,9 +21,9 @@ from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.compiled import compiler
-from model.compiled.compiler import CompilerError, library_of
+from model.compiled.compiler import CompilerError, FlatStep, library_of
 from model.precision import CallRows, can_compile
-from model.step import ReverseStep, State, Stepped
+from model.step import ReverseStep, Rows, State, Stepped
 from tests.app.runner.rows import company, draw, equal
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
@@ -119,11 +119,11 @@ def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoin
         pytest.skip("the network alone is compiled here, and its inputs are made for it")
     step, every = compiler.compiled_step(program, cache), torch.arange(2)
     state = State.zeros(4, loaded.image_shape, CPU)
-    rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), every, torch.zeros_like(every), every, every
-    assert len(step(*state, *rows)) == 3
+    plans, rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every)
+    assert len(step(state, plans, rows)) == 3
     state.x_t = state.x_t.transpose(2, 3)
     with pytest.raises(RuntimeError, match="contiguous"):
-        step(*state, *rows)
+        step(state, plans, rows)
 
 
 @needs_compiler
@@ -137,7 +137,7 @@ def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: 
 @needs_compiler
 def test_a_library_holds_no_weights(loaded: Checkpoint, cache: Path) -> None:
     """Each program that is made of it would hold a copy of them, which nobody reads."""
-    program = compiled_runner(loaded, cache)._networks["default"].program
+    program = compiled_runner(loaded, cache)._models["default"].program
     content = library_of(program, cache).read_bytes()
     for tensor in program.state_dict().values():
         assert tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()[:64] not in content
@@ -247,7 +247,7 @@ def test_a_compiler_that_fails_is_one_sentence(
 def test_what_torch_cannot_compile_for_a_gpu_is_one_sentence_when_the_service_warms_up(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_(program: ReverseStep, **how: object) -> Callable[..., Stepped]:
+    def compile_(program: FlatStep, **how: object) -> Callable[..., Stepped]:
         def step(*inputs: Tensor) -> Stepped:
             raise InternalTorchDynamoError("no C compiler\nand much more")
 
@@ -256,7 +256,7 @@ def test_what_torch_cannot_compile_for_a_gpu_is_one_sentence_when_the_service_wa
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(compiler, "use_private_compile_cache", lambda cache: cache)
     runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
-    (network,) = runner._networks.values()
+    (network,) = runner._models.values()
     network.program.device = torch.device("cuda")
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
         assert runner.compile(tmp_path, must=True)
@@ -269,10 +269,11 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
 ) -> None:
     memory = tuple(torch.zeros(2) for _ in range(3))
     asked: list[object] = []
+    results: list[Stepped] = []
 
-    def compile_(program: ReverseStep, **how: object) -> Callable[..., tuple[Tensor, ...]]:
+    def compile_(program: FlatStep, **how: object) -> Callable[..., tuple[Tensor, ...]]:
         asked.append(how)
-        return lambda number: tuple(part.fill_(number) for part in memory)
+        return lambda *tensors: tuple(part.fill_(tensors[0].flatten()[0]) for part in memory)
 
     monkeypatch.setattr(torch, "compile", compile_)
     monkeypatch.setattr(compiler, "use_private_compile_cache", asked.append)
@@ -280,10 +281,12 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
     program.device = torch.device("cuda")
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
         step = compiler.compiled_step(program, tmp_path)
-        first = step(1.0)
-        step(2.0)
+        state, rows = State.zeros(1, loaded.image_shape, CPU), Rows(*torch.zeros(4, 1, dtype=torch.int64))
+        for value in (1.0, 2.0):
+            state.x_t.fill_(value)
+            results.append(step(state, torch.zeros(1, 5), rows))
         assert torch._dynamo.config.fail_on_recompile_limit_hit
-    assert all(part.tolist() == [1.0, 1.0] for part in first)
+    assert all(part.tolist() == [1.0, 1.0] for part in results[0])
     assert asked == [tmp_path / "gpu", {"mode": "reduce-overhead", "dynamic": True}]
     assert not list(tmp_path.iterdir())
 
@@ -297,8 +300,8 @@ def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shap
 
     runners = [Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True) for _ in range(2)]
     for runner in runners:
-        runner._networks["default"].program.call_rows = CallRows()  # as on a GPU
-    compiled = runners[0]._networks["default"]
+        runner._models["default"].program.call_rows = CallRows()  # as on a GPU
+    compiled = runners[0]._models["default"]
     compiled.step = torch.compile(compiled.program, backend=note, dynamic=True)
     try:
         for max_batch in (1, 64):

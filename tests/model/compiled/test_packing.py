@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from model import checkpoint
 from model.compiled import compiler
-from model.compiled.compiler import library_of
+from model.compiled.compiler import FlatStep, library_of
 from model.compiled.native import NativeProgram
 from model.compiled.packing import Packer, can_pack, take_packed_weights
 from model.precision import can_compile
-from model.step import ReverseStep, State
+from model.step import ReverseStep, Rows, State
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs oneDNN's kernels of bfloat16")
@@ -40,10 +40,10 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def inputs(program: ReverseStep, rows: int) -> tuple[Tensor, ...]:
+def inputs(program: ReverseStep, rows: int) -> tuple[State, Tensor, Rows]:
     state, every = State.zeros(rows, program.checkpoint.image_shape, CPU), torch.arange(rows)
     state.x_t.copy_(torch.randn(rows, *program.checkpoint.image_shape, generator=torch.Generator().manual_seed(1)))
-    return (*state, torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), every, torch.zeros_like(every), every, every)
+    return state, torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -87,12 +87,14 @@ def test_compiled_the_step_has_the_same_bits_with_packed_weights(
     program = ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
     packed = compiler.compiled_step(program, cache)
     library = ctypes.CDLL(str(library_of(program, cache)))
-    as_they_are = NativeProgram(library, program.state_dict(), num_outputs=3)
+    as_they_are = NativeProgram(library, FlatStep(program).state_dict(), num_outputs=3)
     with torch.inference_mode():
         for count in (1, 2, 3):
             threads(count)
             for rows in (1, 2, 5):
-                for one, other in zip(packed(*inputs(program, rows)), as_they_are(*inputs(program, rows)), strict=True):
+                state, plans, of_step = inputs(program, rows)
+                found = packed(state, plans, of_step), as_they_are(*state, plans, *of_step)
+                for one, other in zip(*found, strict=True):
                     assert torch.equal(one, other)
 
 

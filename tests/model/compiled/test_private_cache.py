@@ -134,7 +134,7 @@ def run_with_private_cache(cache: Path, temporary: Path, code: str) -> str:
         name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     }
     call = (
-        "import pathlib, torch; from model.private_cache import use_private_compile_cache; "
+        "import pathlib, torch; from model.compiled.private_cache import use_private_compile_cache; "
         f"folder = use_private_compile_cache(pathlib.Path({str(cache)!r}))\n{code}"
     )
     command = [sys.executable, "-c", call]

@@ -33,6 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from model import blocks, checkpoint, noise
+from model.compiled.compiler import FlatStep
 from model.precision import CallRows
 from model.step import ReverseStep
 
@@ -195,11 +196,12 @@ def step_code(path: Path) -> str:
     """The code of a checkpoint's whole reverse step in bfloat16."""
     program = ReverseStep(checkpoint.load(path), torch.device("cpu"), torch.bfloat16)
     program.call_rows = CallRows()  # as on a GPU
-    tensors, shape = program.state_dict(), program.checkpoint.image_shape
+    flat, shape = FlatStep(program), program.checkpoint.image_shape
+    tensors = flat.state_dict()
 
     def step(*arguments: Tensor) -> Any:
         named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
-        return torch.func.functional_call(program, named, arguments[len(tensors) :])
+        return torch.func.functional_call(flat, named, arguments[len(tensors) :])
 
     images, whole = [torch.empty(SLOTS, *shape)] * 2, [torch.empty(SLOTS, dtype=torch.int64)] * 4
     rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, ROWS)]
