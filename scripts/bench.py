@@ -53,11 +53,12 @@ from scripts.benchmark.turns import take_turns
 from scripts.benchmark.versions import BASE, NEW, compare_versions, version, versions_table
 from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
 from scripts.common.arguments import Parser, integer, positive
+from scripts.common.errors import ScriptError
 from scripts.common.files import write_json
-from scripts.common.mnist import DataError, load_mnist
+from scripts.common.mnist import load_mnist
 from scripts.common.progress import Reporter, fail, require_installed
 from scripts.evaluation.tables import as_table
-from scripts.training.recipe import RecipeError, load_recipe
+from scripts.training.recipe import load_recipe
 
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
                 "versions": bench_versions,
             }
             runs.get(args.mode, lambda args, reporter: Bench(args, reporter).run())(args, reporter)
-    except (BenchError, DataError, RecipeError, OSError) as error:
+    except (BenchError, ScriptError, OSError) as error:
         raise fail(f"bench: {error}") from error
 
 

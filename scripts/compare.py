@@ -15,28 +15,28 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from model.checkpoint import CheckpointError, write_atomically
+from model.checkpoint import write_atomically
 from model.precision import can_compile, no_compiler
 from model.sampler import SAMPLERS, Guidance
 from model.unet import UNet
 from scripts.benchmark.step_time import COLUMNS, as_row, costs_of
 from scripts.common.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.drawing import Drawer, DrawingOptions, open_drawer, options_from
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.figures import save_figure
-from scripts.common.mnist import NUM_CLASSES, DataError
-from scripts.common.progress import Reporter, fail, require_installed
-from scripts.evaluation.classifiers import ClassifierError, load_classifier
-from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, SamplesError, load_references
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import Reporter, require_installed
+from scripts.evaluation.classifiers import load_classifier
+from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, load_references
 from scripts.evaluation.tables import (
     RUN_COLUMNS,
-    EvaluationError,
     across,
     as_run,
     as_table,
     check_comparable,
     read_evaluation,
 )
-from scripts.training.recipe import RecipeError, load_recipe
+from scripts.training.recipe import load_recipe
 
 if TYPE_CHECKING:
     from scripts.evaluation.sweep import Sweep
@@ -53,30 +53,14 @@ SWEPT = {  # options that take many values in a sweep, in lists of their own
 }
 
 
-class CompareError(Exception):
-    """There is nothing to compare; one sentence."""
-
-
+@reports_errors("compare")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
     if args.command in SWEPT:
         require_installed("torchmetrics", "prdc", "joblib", "matplotlib", extra="evaluate")
-    try:
-        with Reporter("compare: stopped; start again to go on") as reporter:
-            args.run(args, reporter)
-    except (
-        CheckpointError,
-        ClassifierError,
-        CompareError,
-        DataError,
-        DrawingError,
-        EvaluationError,
-        RecipeError,
-        SamplesError,
-        OSError,
-    ) as error:
-        raise fail(f"compare: {error}".splitlines()[0]) from error
+    with Reporter("compare: stopped; start again to go on") as reporter:
+        args.run(args, reporter)
 
 
 def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -87,7 +71,7 @@ def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
     samplers = args.samplers or config.samplers
     steps = args.steps or sorted(config.steps) or [num_steps for num_steps in STEPS if num_steps <= T]
     if not set(samplers) <= set(config.samplers) or not set(steps) <= set(permitted):
-        raise CompareError("this checkpoint does not permit those samplers or numbers of steps")
+        raise ScriptError("this checkpoint does not permit those samplers or numbers of steps")
     settings = [
         options_from(argparse.Namespace(**{**vars(args), "sampler": sampler, "num_steps": num_steps}), loaded)
         for sampler in samplers  # each with the guidance that is recommended for it
@@ -104,10 +88,10 @@ def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
 def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
     drawer = open_drawer(args)
     if not drawer.checkpoint.config.guidable:
-        raise CompareError("this checkpoint cannot be guided: no label was dropped in its training")
+        raise ScriptError("this checkpoint cannot be guided: no label was dropped in its training")
     own, T = options_from(args, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
     if max(stop for _, stop in args.intervals) > T:
-        raise CompareError(f"this checkpoint has {T} steps: no interval may end above")
+        raise ScriptError(f"this checkpoint has {T} steps: no interval may end above")
     swept = [(scale, *interval) for scale in args.scales if scale != 1 for interval in args.intervals]
     guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
     sweep = _sweep(args, drawer, reporter)
@@ -124,7 +108,7 @@ def _write_table(args: argparse.Namespace, table: str, reporter: Reporter) -> No
 def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
     read = {(path.parent if path.is_file() else path).name: read_evaluation(path) for path in args.evaluations}
     if len(read) < len(args.evaluations):
-        raise CompareError("evaluations are told apart by the names of their folders, and two have the same")
+        raise ScriptError("evaluations are told apart by the names of their folders, and two have the same")
     check_comparable(list(read.values()))
     rows = [as_run(name, evaluation) for name, evaluation in read.items()]
     table = across(read) if args.across else as_table(RUN_COLUMNS, rows)
@@ -135,12 +119,12 @@ def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
 
 def _networks(args: argparse.Namespace, reporter: Reporter) -> None:
     if args.compile and not can_compile():
-        raise CompareError(f"--compile {no_compiler()}")
+        raise ScriptError(f"--compile {no_compiler()}")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     networks = {Path(preset).stem: UNet(load_recipe(preset).unet) for preset in args.presets}
     if len(networks) < len(args.presets):
-        raise CompareError("recipes are told apart by their names, and two have the same")
+        raise ScriptError("recipes are told apart by their names, and two have the same")
     costs = costs_of(networks, reporter, rows=args.rows, compiled=args.compile)
     reporter.line(as_table(COLUMNS, [as_row(name, cost) for name, cost in costs.items()]))
 

@@ -11,42 +11,38 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, Checkpoint, CheckpointError
+from model.checkpoint import SHIPPED, Checkpoint
 from model.compiled.memory import keep_freed_memory
 from scripts.common.arguments import Parser
-from scripts.common.drawing import Drawer, DrawingError
-from scripts.common.progress import Reporter, fail
+from scripts.common.drawing import Drawer
+from scripts.common.errors import ScriptError, reports_errors
+from scripts.common.progress import Reporter
 from scripts.train import add_training_arguments, choose_device, should_compile, train
-from scripts.training.distillation import DistillationObjective, PathsError, draw_paths
-from scripts.training.recipe import TEACHER_SAMPLER, Recipe, RecipeError, load_recipe, preset_names
-from scripts.training.run import Run, RunError
+from scripts.training.distillation import DistillationObjective, draw_paths
+from scripts.training.recipe import TEACHER_SAMPLER, Recipe, load_recipe, preset_names
+from scripts.training.run import Run
 from scripts.training.trainer import Trainer
 
 NO_TIME = 1e-9  # minutes: no epoch fits
 
 
+@reports_errors("distil")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, draws the paths, trains the student, and leaves all in the run's folder."""
     args = _parse(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()
-    try:
-        recipe = load_recipe(args.preset)
-        if args.epochs:
-            recipe = recipe.model_copy(update={"epochs": args.epochs})
-        teacher = checkpoint.load(args.teacher)
-        _check(recipe, teacher)
-        device = choose_device(args.device)
-        compiled = should_compile(args.compile, device)
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (CheckpointError, RecipeError, OSError, RuntimeError) as error:
-        raise fail(f"distil: {error}".splitlines()[0]) from error
-    try:
-        with Reporter("distil: stopped; start again to go on") as reporter:
-            distil(args, recipe, teacher, device, compiled, reporter)
-    except (DrawingError, PathsError, RunError, OSError) as error:
-        raise fail(f"distil: {error}".splitlines()[0]) from error
+    recipe = load_recipe(args.preset)
+    if args.epochs:
+        recipe = recipe.model_copy(update={"epochs": args.epochs})
+    teacher = checkpoint.load(args.teacher)
+    _check(recipe, teacher)
+    device = choose_device(args.device)
+    compiled = should_compile(args.compile, device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with Reporter("distil: stopped; start again to go on") as reporter:
+        distil(args, recipe, teacher, device, compiled, reporter)
 
 
 def distil(
@@ -87,19 +83,19 @@ def distil(
 
 
 def _check(recipe: Recipe, teacher: Checkpoint) -> None:
-    """RecipeError where the recipe does not say how to distil, or says it for another network."""
+    """ScriptError where the recipe does not say how to distil, or says it for another network."""
     if not recipe.distillation:
-        raise RecipeError("the recipe has no [distillation]")
+        raise ScriptError("the recipe has no [distillation]")
     own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config
     for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
         if mine != theirs:
-            raise RecipeError(f"the student begins as its teacher, which is of another kind: {theirs}")
+            raise ScriptError(f"the student begins as its teacher, which is of another kind: {theirs}")
     if its.steps or TEACHER_SAMPLER not in its.samplers:
-        raise RecipeError(
+        raise ScriptError(
             f"the teacher draws in {TEACHER_SAMPLER}'s steps, any number of them, which this one does not permit"
         )
     if recipe.distillation.guidance.scale != 1 and not its.guidable:
-        raise RecipeError("this teacher cannot be guided: no label was dropped in its training")
+        raise ScriptError("this teacher cannot be guided: no label was dropped in its training")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

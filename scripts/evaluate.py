@@ -17,16 +17,17 @@ from typing import Any
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, CheckpointError, write_atomically
+from model.checkpoint import SHIPPED, write_atomically
 from scripts.common.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer, num_images
-from scripts.common.drawing import DrawingError, open_drawer, options_from
+from scripts.common.drawing import open_drawer, options_from
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.figures import save_figure
 from scripts.common.files import write_json
-from scripts.common.mnist import NUM_CLASSES, DataError
-from scripts.common.progress import Reporter, fail, require_installed
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import Reporter, require_installed
 from scripts.evaluation import clip
-from scripts.evaluation.classifiers import ClassifierError, Trained, load_classifier
-from scripts.evaluation.clip import ClipError, ClipScorer
+from scripts.evaluation.classifiers import Trained, load_classifier
+from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_path import LINES, scores_along, show_scores
 from scripts.evaluation.fog import lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import (
@@ -35,7 +36,6 @@ from scripts.evaluation.samples import (
     MOST_IMAGES,
     SPLITS,
     Digits,
-    SamplesError,
     balanced,
     draw_samples,
     load_references,
@@ -54,17 +54,15 @@ CLIP_HELP = (
 )
 
 
+@reports_errors("evaluate")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
     require_installed(*args.packages, extra="evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    try:
-        with Reporter() as reporter:
-            args.run(args, reporter)
-    except (CheckpointError, ClassifierError, ClipError, DataError, DrawingError, SamplesError, OSError) as error:
-        raise fail(f"evaluate: {error}".splitlines()[0]) from error
+    with Reporter() as reporter:
+        args.run(args, reporter)
 
 
 def _digits(args: argparse.Namespace, reporter: Reporter) -> None:
@@ -102,7 +100,7 @@ Samples = tuple[int, Callable[[], tuple[Digits, dict[str, Any]]]]  # their numbe
 def _folder(args: argparse.Namespace, reporter: Reporter) -> Samples:
     given = given_options(args, kept=["num_threads"])  # which the evaluation uses too
     if given:
-        raise SamplesError(f"--images are drawn already: leave out {given[0]}")
+        raise ScriptError(f"--images are drawn already: leave out {given[0]}")
     read, facts = read_samples(args.images), read_facts(args.images)
     fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
     digits = balanced(read, args.num_images or min(NUM_IMAGES, NUM_CLASSES * fewest))

@@ -16,43 +16,38 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.checkpoint import CheckpointError, write_atomically
+from model.checkpoint import write_atomically
 from model.pixels import to_pixels
 from model.png import encode_png
 from scripts.common.arguments import Parser, add_drawing_arguments, integer
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.drawing import Drawer, DrawingOptions, open_drawer, options_from
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.progress import Reporter, fail
+from scripts.common.progress import Reporter
 from scripts.evaluation.samples import FACTS, IDX
 
 PART = 1000  # images that are drawn before they are kept
 PARTS = "parts"  # the images so far; gone when all are there
 
 
-class DatasetError(Exception):
-    """The data set cannot be made; the message is one sentence."""
-
-
+@reports_errors("make_dataset")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, draws the images and writes the data set."""
     args = _parse(argv)
-    try:
-        with Reporter("make_dataset: stopped; start again to go on") as reporter:
-            drawer = open_drawer(args)
-            if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
-                raise DatasetError("this checkpoint does not draw digits of 1x28x28")
-            options = options_from(args, drawer.checkpoint)
-            begun = _find(args.out)
-            drawer.compile(_compile_mode(args.compile, begun), reporter)
-            if _begin(args.out, begun, _facts(args, drawer, options)):
-                _draw_parts(args, drawer, options, reporter)
-                write = write_idx if args.format == "idx" else write_pngs
-                write(args.out, _read_parts(args.out / PARTS))
-                shutil.rmtree(args.out / PARTS)
-            reporter.line(f"{args.count} images: {args.out}")
-    except (CheckpointError, DatasetError, DrawingError, OSError) as error:
-        raise fail(f"make_dataset: {error}".splitlines()[0]) from error
+    with Reporter("make_dataset: stopped; start again to go on") as reporter:
+        drawer = open_drawer(args)
+        if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
+            raise ScriptError("this checkpoint does not draw digits of 1x28x28")
+        options = options_from(args, drawer.checkpoint)
+        begun = _find(args.out)
+        drawer.compile(_compile_mode(args.compile, begun), reporter)
+        if _begin(args.out, begun, _facts(args, drawer, options)):
+            _draw_parts(args, drawer, options, reporter)
+            write = write_idx if args.format == "idx" else write_pngs
+            write(args.out, _read_parts(args.out / PARTS))
+            shutil.rmtree(args.out / PARTS)
+        reporter.line(f"{args.count} images: {args.out}")
 
 
 def write_idx(folder: Path, images: np.ndarray) -> None:
@@ -72,18 +67,18 @@ def write_pngs(folder: Path, images: np.ndarray) -> None:
 
 
 def _find(folder: Path) -> dict[str, Any] | None:
-    """Returns the facts of the data set in the folder, None if it is empty; raises DatasetError for other content."""
+    """Returns the facts of the data set in the folder, None if it is empty; raises ScriptError for other content."""
     path = folder / FACTS
     if not path.exists():
         if any(found != folder / PARTS for found in folder.rglob("*")):
-            raise DatasetError(f"{folder} is not empty and holds no data set; choose another --out")
+            raise ScriptError(f"{folder} is not empty and holds no data set; choose another --out")
         return None
     try:
         begun = json.loads(path.read_text("utf-8"))
     except ValueError:
         begun = None
     if not isinstance(begun, dict):
-        raise DatasetError(f"{path} is damaged; choose another --out")
+        raise ScriptError(f"{path} is damaged; choose another --out")
     return begun
 
 
@@ -95,10 +90,10 @@ def _compile_mode(mode: str, begun: dict[str, Any] | None) -> str:
 
 
 def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) -> bool:
-    """Returns whether images are missing; raises DatasetError for a data set made with other arguments."""
+    """Returns whether images are missing; raises ScriptError for a data set made with other arguments."""
     if begun is not None:
         if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
-            raise DatasetError(f"{folder} holds a data set with another {differing[0]}; choose another --out")
+            raise ScriptError(f"{folder} holds a data set with another {differing[0]}; choose another --out")
         return (folder / PARTS).exists()
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     write_json(folder / FACTS, facts)

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import checkpoint
-from model.checkpoint import CheckpointError
 from model.diffusion import Diffusion
 from model.pixels import from_pixels
 from model.schedule import Schedule
 from scripts.benchmark.figures import show_bench
 from scripts.common.arguments import Parser, add_drawing_arguments, file_to_write, given_options, integer
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
+from scripts.common.drawing import Drawer, DrawingOptions, open_drawer, options_from
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.figures import Panel, draw_panels, new_figure, save_figure
-from scripts.common.mnist import DataError, load_mnist
+from scripts.common.mnist import load_mnist
 from scripts.common.pictures import grid, save_grid
-from scripts.common.progress import Reporter, fail, require, require_installed
+from scripts.common.progress import Reporter, require, require_installed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,10 +34,6 @@ USUAL_EPOCHS = (1, 5, 15, 30)
 ROW_GAP = 4  # white pixels between the grids of two epochs
 NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
 Losses = dict[str, list[float]]  # column -> a value an epoch
-
-
-class PlotError(Exception):
-    """There is nothing to plot; the message is one sentence."""
 
 
 def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) -> "Figure":
@@ -101,63 +97,61 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
 
 
 def read_losses(path: Path) -> Losses:
-    """The losses.csv of a run, by its own path or its run's; PlotError where it is missing or another file."""
+    """The losses.csv of a run, by its own path or its run's; ScriptError where it is missing or another file."""
     path = path / "losses.csv" if path.is_dir() else path
     try:
         rows = list(csv.DictReader(path.read_text().splitlines()))
         names = ("epoch", "train_loss", "validation_loss")
         columns = {name: [float(row[name]) for row in rows] for name in names}
     except OSError as error:
-        raise PlotError(f"{path} cannot be read: {error.strerror}") from error
+        raise ScriptError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise PlotError(f"{path} is not the losses.csv of a run") from error
+        raise ScriptError(f"{path} is not the losses.csv of a run") from error
     if not rows:
-        raise PlotError(f"{path} holds no epoch yet")
+        raise ScriptError(f"{path} holds no epoch yet")
     return columns
 
 
 def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
-    """The same ten digits after several epochs, a row each; PlotError for an epoch that the run does not have.
+    """The same ten digits after several epochs, a row each; ScriptError for an epoch that the run does not have.
 
     Epochs 1, 5, 15 and 30 by default, and the run's last instead of those that it does not have.
     """
     folder = run / "epochs"
     there = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d+", path.stem))
     if not there:
-        raise PlotError(f"{folder} has no picture of an epoch")
+        raise ScriptError(f"{folder} has no picture of an epoch")
     epochs = epochs or sorted({min(epoch, there[-1]) for epoch in USUAL_EPOCHS})
     missing = sorted(set(epochs) - set(there))
     if missing:
-        raise PlotError(f"{folder} has no picture of epoch {missing[0]}: its last is {there[-1]}")
+        raise ScriptError(f"{folder} has no picture of epoch {missing[0]}: its last is {there[-1]}")
     grids = []
     for epoch in epochs:
         with Image.open(folder / f"{epoch:02d}.png") as image:
             pixels = torch.tensor(list(image.convert("L").tobytes()), dtype=torch.uint8)
             grids.append(F.pad(pixels.view(image.height, image.width), (0, 0, 0, ROW_GAP), value=255))
     if len({pixels.shape for pixels in grids}) > 1:
-        raise PlotError(f"the pictures in {folder} differ in size: they are of different runs")
+        raise ScriptError(f"the pictures in {folder} differ in size: they are of different runs")
     labels = [f"epoch {epoch}" for epoch in epochs]
     return draw_panels([Panel(torch.cat(grids)[..., None], [str(digit) for digit in range(10)], labels)], scale=1)
 
 
+@reports_errors("plot")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and draws the figure."""
     args = _parse(argv)
     if args.run is not _sheet:  # which is a grid of images alone
         require_installed("matplotlib")
-    try:
-        with Reporter() as reporter:
-            args.run(args, reporter)
-            reporter.line(f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB")
-    except (CheckpointError, DataError, DrawingError, PlotError, OSError) as error:
-        raise fail(f"plot: {error}".splitlines()[0]) from error
+    with Reporter() as reporter:
+        args.run(args, reporter)
+        reporter.line(f"{args.out}: {args.out.stat().st_size / 1000:.0f} kB")
 
 
 def _noise(args: argparse.Namespace, reporter: Reporter) -> None:
     if args.data_dir:
         given = given_options(args, kept=["checkpoint", "seed"])
         if given:
-            raise PlotError(f"the digit of --data-dir is not drawn: leave out {given[0]}")
+            raise ScriptError(f"the digit of --data-dir is not drawn: leave out {given[0]}")
         images, labels = load_mnist("test", args.data_dir)
         x_0, schedule = from_pixels(images[labels == args.digit][0]), checkpoint.load(args.checkpoint).schedule
     else:
@@ -189,7 +183,7 @@ def _bench(args: argparse.Namespace, reporter: Reporter) -> None:
         rows = json.loads(args.file.read_text("utf-8"))["rows"]
         figure = show_bench(rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise PlotError(f"{args.file} is none of scripts.bench's files") from error
+        raise ScriptError(f"{args.file} is none of scripts.bench's files") from error
     save_figure(figure, args.out, grey=False)
 
 

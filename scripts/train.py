@@ -12,41 +12,37 @@ import torch
 from model.compiled.memory import keep_freed_memory
 from model.precision import can_compile, no_compiler
 from scripts.common.arguments import Parser, integer, positive
-from scripts.common.mnist import NUM_VALIDATION, DataError, load_mnist
-from scripts.common.progress import Reporter, fail
+from scripts.common.errors import ScriptError, reports_errors
+from scripts.common.mnist import NUM_VALIDATION, load_mnist
+from scripts.common.progress import Reporter
 from scripts.training.objective import DenoisingObjective
-from scripts.training.recipe import RecipeError, load_recipe, preset_names
-from scripts.training.run import Run, RunError
+from scripts.training.recipe import load_recipe, preset_names
+from scripts.training.run import Run
 from scripts.training.trainer import EpochResult, Trainer
 
 
+@reports_errors("train")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, trains, and leaves the run in its folder."""
     args = _parse(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     keep_freed_memory()
-    try:
-        recipe = load_recipe(args.preset)
-        if recipe.distillation:
-            raise RecipeError(f"{args.preset} trains a student: that is what scripts.distil does")
-        if args.epochs:
-            recipe = recipe.model_copy(update={"epochs": args.epochs})
-        device = choose_device(args.device)
-        compiled = should_compile(args.compile, device)
-        images, labels = load_mnist("train", args.data_dir)
-        args.out.mkdir(parents=True, exist_ok=True)
-        objective = DenoisingObjective(recipe, images, labels, device)
-        trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled)
-        data = f"MNIST, training split less the last {NUM_VALIDATION} images"
-        run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
-    except (DataError, RecipeError, RunError, OSError, RuntimeError) as error:
-        raise fail(f"train: {error}".splitlines()[0]) from error
-    try:
-        with Reporter("train: stopped; start again to go on after the last whole epoch") as reporter:
-            train(trainer, run, reporter, time_limit=args.time_limit)
-    except (RunError, OSError) as error:
-        raise fail(f"train: {error}".splitlines()[0]) from error
+    recipe = load_recipe(args.preset)
+    if recipe.distillation:
+        raise ScriptError(f"{args.preset} trains a student: that is what scripts.distil does")
+    if args.epochs:
+        recipe = recipe.model_copy(update={"epochs": args.epochs})
+    device = choose_device(args.device)
+    compiled = should_compile(args.compile, device)
+    images, labels = load_mnist("train", args.data_dir)
+    args.out.mkdir(parents=True, exist_ok=True)
+    objective = DenoisingObjective(recipe, images, labels, device)
+    trainer = Trainer(recipe, objective, seed=args.seed, device=device, compiled=compiled)
+    data = f"MNIST, training split less the last {NUM_VALIDATION} images"
+    run = Run(args.out, Path(args.preset).stem, recipe, args.seed, data)
+    with Reporter("train: stopped; start again to go on after the last whole epoch") as reporter:
+        train(trainer, run, reporter, time_limit=args.time_limit)
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
@@ -85,20 +81,24 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device; RuntimeError in one sentence where there is none of that name."""
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type not in ("cpu", "cuda"):
-        raise RuntimeError(f"--device {name}: auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {name}: no CUDA device is there")
+    """Returns the device of --device. Raises ScriptError if this machine has no such device."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise ScriptError(f"--device {name}: auto, cpu, cuda or cuda:N")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ScriptError(f"--device {name}: no CUDA device is there")
+        torch.empty(0, device=device)  # fails for cuda:N above the last device
+    except RuntimeError as error:
+        raise ScriptError(str(error)) from error
     return device
 
 
 def should_compile(wanted: str, device: torch.device) -> bool:
-    """Whether --compile says so: auto is on where a compiler is found; RuntimeError where it must be and is not."""
+    """Returns whether to compile: `auto` compiles if a compiler is found, `on` raises ScriptError if none is."""
     possible = device.type == "cuda" or can_compile()
     if wanted == "on" and not possible:
-        raise RuntimeError(f"--compile on {no_compiler()}")
+        raise ScriptError(f"--compile on {no_compiler()}")
     return possible and wanted != "off"
 
 

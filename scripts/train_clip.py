@@ -19,9 +19,10 @@ from model.checkpoint import write_atomically
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.arguments import Parser, integer
+from scripts.common.errors import reports_errors
 from scripts.common.files import write_json
-from scripts.common.mnist import DataError, load_mnist, split_validation
-from scripts.common.progress import Reporter, fail, require
+from scripts.common.mnist import load_mnist, split_validation
+from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.clip import EMBEDDED, ClipScorer
 from scripts.evaluation.samples import Digits
@@ -47,6 +48,7 @@ EPOCHS = 20
 MAX_LR, WEIGHT_DECAY = 1.5e-3, 0.05
 
 
+@reports_errors("train_clip")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, trains, saves, and measures what was saved on real test digits."""
     args = _parse(argv)
@@ -54,27 +56,24 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.num_threads)
     open_clip = require("open_clip", extra="clip")
     torch.manual_seed(args.seed)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
-        learn, choose = split_validation(*train)
-        with Reporter() as reporter:
-            model = open_clip.CLIP(**MODEL)
-            tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
-            train_clip(model, tokens, learn, reporter, epochs=args.epochs, seed=args.seed)
-            data = f"MNIST, training split less the last {len(choose[0])} images"
-            facts: dict[str, Any] = {"data": data, "epochs": args.epochs, "seed": args.seed}
-            save_clip(args.out, model, tokens, facts)
-            scorer = ClipScorer(str(args.out))
-            for name, digits in (("validation", Digits(*choose)), ("test", Digits(*test))):
-                scores = scorer.score(digits)
-                recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
-                facts[name] = {"recognised": recognised, "tells_noise": told}
-                reporter.line(f"{name} digits: {recognised:.2%} recognised, {told:.2%} told from noisy ones")
-            save_config(args.out, facts)
-            reporter.line(f"saved in {args.out}")
-    except (DataError, OSError) as error:
-        raise fail(f"train_clip: {error}".splitlines()[0]) from error
+    args.out.mkdir(parents=True, exist_ok=True)
+    train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
+    learn, choose = split_validation(*train)
+    with Reporter() as reporter:
+        model = open_clip.CLIP(**MODEL)
+        tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
+        train_clip(model, tokens, learn, reporter, epochs=args.epochs, seed=args.seed)
+        data = f"MNIST, training split less the last {len(choose[0])} images"
+        facts: dict[str, Any] = {"data": data, "epochs": args.epochs, "seed": args.seed}
+        save_clip(args.out, model, tokens, facts)
+        scorer = ClipScorer(str(args.out))
+        for name, digits in (("validation", Digits(*choose)), ("test", Digits(*test))):
+            scores = scorer.score(digits)
+            recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
+            facts[name] = {"recognised": recognised, "tells_noise": told}
+            reporter.line(f"{name} digits: {recognised:.2%} recognised, {told:.2%} told from noisy ones")
+        save_config(args.out, facts)
+        reporter.line(f"saved in {args.out}")
 
 
 def train_clip(

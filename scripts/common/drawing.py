@@ -26,10 +26,6 @@ from scripts.common.progress import Reporter
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
 
 
-class DrawingError(ScriptError):
-    """These options cannot be drawn with; one sentence."""
-
-
 @dataclass(frozen=True, slots=True)
 class DrawingOptions:
     """How digits are drawn."""
@@ -63,7 +59,7 @@ class Drawer:
         self._step: Step = self._program
 
     def compile(self, mode: str, reporter: Reporter) -> None:
-        """Switches to the compiled step as --compile says; raises DrawingError if the mode is `on` and it cannot.
+        """Switches to the compiled step as --compile says; raises ScriptError if the mode is `on` and it cannot.
 
         `auto` compiles on a CPU only, as in the service. Where that is impossible it reports why, and the step stays
         as it is. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
@@ -76,7 +72,7 @@ class Drawer:
             self.compiled = True
         except CompilerError as error:
             if mode == "on":
-                raise DrawingError(f"--compile on: {error}") from error
+                raise ScriptError(f"--compile on: {error}") from error
             reporter.line(f"Drawing without a compiled step, which is slower: {error}")
 
     @property
@@ -109,7 +105,7 @@ class Drawer:
         """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
 
         `timesteps`, falling to 0, stand in for those that num_steps gives; `on_step(t, x_t, x_0)` is called
-        for each batch at each step. Raises DrawingError if a step that is compiled on its first call, as on a GPU,
+        for each batch at each step. Raises ScriptError if a step that is compiled on its first call, as on a GPU,
         cannot be compiled.
         """
         x_0 = []
@@ -182,7 +178,7 @@ def _compiler_errors() -> Iterator[None]:
     try:
         yield
     except CompilerError as error:
-        raise DrawingError(f"--compile on: {error}") from error
+        raise ScriptError(f"--compile on: {error}") from error
 
 
 def open_drawer(args: argparse.Namespace) -> Drawer:
@@ -193,16 +189,16 @@ def open_drawer(args: argparse.Namespace) -> Drawer:
 
 
 def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
-    """What the arguments ask for, the checkpoint's own where they do not; DrawingError for what it cannot do."""
+    """What the arguments ask for, the checkpoint's own where they do not; ScriptError for what it cannot do."""
     T = loaded.schedule.num_steps
     num_steps, permitted = args.num_steps or loaded.config.recommended_steps, loaded.config.steps
     if num_steps > T:
-        raise DrawingError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
+        raise ScriptError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
     if permitted and num_steps not in permitted:
-        raise DrawingError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
+        raise ScriptError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
     sampler = args.sampler or loaded.config.samplers[0]
     if sampler not in loaded.config.samplers:
-        raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
+        raise ScriptError(f"this checkpoint does not permit --sampler {sampler}")
     return DrawingOptions(sampler, num_steps, _guidance_from(args, loaded, sampler))
 
 
@@ -211,11 +207,11 @@ def _guidance_from(args: argparse.Namespace, loaded: Checkpoint, sampler: Sample
     scale = own.scale if args.guidance_scale is None else args.guidance_scale
     start, stop = args.guidance_start or own.start, args.guidance_stop or own.stop
     if scale != 1 and not loaded.config.guidable:
-        raise DrawingError(
+        raise ScriptError(
             "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
         )
     if scale == 1 and (args.guidance_start or args.guidance_stop):
-        raise DrawingError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
+        raise ScriptError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
     if start > stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
-        raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
+        raise ScriptError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
     return Guidance(scale, start, stop)

@@ -20,16 +20,13 @@ from model.prediction import Prediction
 from model.sampler import Denoiser, make_plan
 from model.schedule import MIN_HALF_LOG_SNR, Schedule
 from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.training.objective import HeldOut, Losses, LossOf
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
 
 PART_SIZE = 2_560  # paths a file
 PATH_SEED = 2**52  # plus the run's: digits that are evaluated with a smaller seed share no noise with a path
-
-
-class PathsError(Exception):
-    """The paths cannot be used; one sentence."""
 
 
 def teacher_timesteps(schedule: Schedule, recipe: DistillationRecipe) -> list[int]:
@@ -60,7 +57,7 @@ def draw_paths(
 ) -> tuple[Tensor, Tensor] | None:
     """The states (N, num_steps + 1, C, H, W) float16 and digits (N,), those held out last; None if time ran out.
 
-    What lies in the folder is kept; PathsError where it is of another teacher, seed or arithmetic.
+    What lies in the folder is kept; ScriptError where it is of another teacher, seed or arithmetic.
     """
     count = recipe.num_paths + recipe.num_held_out
     paths = []
@@ -91,12 +88,12 @@ def _part(
     try:
         with safe_open(file, framework="pt") as opened:
             if opened.metadata() != facts:
-                raise PathsError(
+                raise ScriptError(
                     f"{file} holds paths of another teacher, recipe, seed or arithmetic; name another --out"
                 )
             return {name: opened.get_tensor(name) for name in ("states", "y")}
     except SafetensorError as error:
-        raise PathsError(f"{file} is damaged: remove it and start again") from error
+        raise ScriptError(f"{file} is damaged: remove it and start again") from error
 
 
 def _draw_part(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.schedule import Schedule, ScheduleConfig
 from scripts import plot, sample
+from scripts.common.errors import ScriptError
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.pictures import save_grid
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -138,7 +139,7 @@ def test_loss_curves_are_those_of_the_runs(tmp_path: Path) -> None:
 def test_another_file_has_no_losses(tmp_path: Path, content: str) -> None:
     path = tmp_path / "losses.csv"
     path.write_text(content)
-    with pytest.raises(plot.PlotError):
+    with pytest.raises(ScriptError, match=r"is not the losses\.csv|holds no epoch"):
         plot.read_losses(path)
 
 

@@ -13,7 +13,8 @@ from model.compiled.compiler import CompilerError, default_cache
 from model.sampler import Guidance, sample
 from model.step import ReverseStep, Step, Stepped
 from scripts.common import drawing
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, options_from
+from scripts.common.drawing import Drawer, DrawingOptions, options_from
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
 
@@ -100,7 +101,7 @@ def test_auto_draws_without_a_compiled_step_that_cannot_be_had_and_says_why(
 
 def test_on_without_a_compiled_step_is_one_sentence(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "compiled_step", cannot_compile)
-    with pytest.raises(DrawingError, match=r"^--compile on: compiling needs a C\+\+ compiler$"):
+    with pytest.raises(ScriptError, match=r"^--compile on: compiling needs a C\+\+ compiler$"):
         compile_with(drawer, "on")
     assert not drawer.facts["compiled"]
 
@@ -126,7 +127,7 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(
     monkeypatch.setattr(drawing, "compiled_step", lambda program, cache: step)
     compile_with(drawer, "on")
     y = torch.arange(2)
-    with Reporter() as reporter, pytest.raises(DrawingError, match=r"^--compile on: compiling failed: no C compiler$"):
+    with Reporter() as reporter, pytest.raises(ScriptError, match=r"^--compile on: compiling failed: no C compiler$"):
         drawer.draw(y, y, DrawingOptions("ddim", 2, GUIDANCE), reporter, seed=6)
 
 
@@ -185,7 +186,7 @@ def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> N
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "b.safetensors", label_drop=0, guidance=Guidance()))
     assert options_from(arguments(), loaded).guidance.scale == 1
     assert options_from(arguments(guidance_scale=1.0), loaded).guidance.scale == 1
-    with pytest.raises(DrawingError, match="cannot be guided"):
+    with pytest.raises(ScriptError, match="cannot be guided"):
         options_from(arguments(guidance_scale=1.5), loaded)
 
 
@@ -202,5 +203,5 @@ def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> N
 )
 def test_what_the_checkpoint_cannot_do_or_would_ignore_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    with pytest.raises(DrawingError):
+    with pytest.raises(ScriptError, match=r"too many|--guidance-start must not|guidance is off"):
         options_from(arguments(**wrong), loaded)
