@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
     if args.command in SWEPT:
-        require_installed("torchmetrics", "prdc", "joblib", "matplotlib", extra="evaluate")
+        require_installed("torchmetrics", "matplotlib", extra="evaluate")
     with Reporter("compare: stopped; start again to go on") as reporter:
         args.run(args, reporter)
 

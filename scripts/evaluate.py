@@ -239,7 +239,7 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
         f"default: {NUM_IMAGES}, or as many as --images holds",
     )
     add_drawing_arguments(digits, seed=0)
-    digits.set_defaults(run=_digits, packages=("torchmetrics", "prdc", "joblib", "matplotlib"))
+    digits.set_defaults(run=_digits, packages=("torchmetrics", "matplotlib"))
 
 
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:
