@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 
 from model.checkpoint import write_atomically
-from model.diffusion import Diffusion
+from model.diffusion import Diffusion, running_average
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.arguments import Parser, integer
 from scripts.common.errors import reports_errors
@@ -26,7 +26,7 @@ from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.clip import EMBEDDED, ClipScorer
 from scripts.evaluation.samples import Digits
-from scripts.evaluation.training import running_average
+from scripts.evaluation.training import MAX_EMA_DECAY
 
 MODEL: dict[str, Any] = {
     "embed_dim": 64,
@@ -88,7 +88,7 @@ def train_clip(
 ) -> None:
     """Learns from digits, uint8 (N, 1, 28, 28) and labels (N,), and the captions' tokens; leaves averaged weights."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
-    averaged = AveragedModel(model, multi_avg_fn=running_average)
+    averaged = AveragedModel(model, multi_avg_fn=running_average(MAX_EMA_DECAY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY)
     num_batches = len(learn[0]) // batch_size
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from model.diffusion import Diffusion, ema_decay
+from model.diffusion import Diffusion, running_average
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.progress import Reporter
@@ -22,7 +22,6 @@ WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # two epochs or so
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
 
 
@@ -47,7 +46,7 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    averaged = AveragedModel(network, multi_avg_fn=running_average, use_buffers=True)
+    averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
     batch_size = min(batch_size or BATCH_SIZE, len(learn[0]))
     num_batches = len(learn[0]) // batch_size
@@ -66,11 +65,6 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
                 task.advance(batch_size, f"loss {loss:.4f}")
     network.load_state_dict(averaged.module.state_dict())
     return network.eval().requires_grad_(False)
-
-
-def running_average(averaged: Tensors, current: Tensors, step: Tensor | int) -> None:
-    """An EMA that forgets the random start within a few steps."""
-    get_ema_multi_avg_fn(ema_decay(int(step), MAX_EMA_DECAY))(averaged, current, step)
 
 
 def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
