@@ -15,11 +15,11 @@ from torch import Tensor
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
-from model.noise import normal
 from model.precision import fast_dtype
+from model.process import draw
 from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
-from model.step import ReverseStep, State, Step
+from model.step import ReverseStep, Step
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
@@ -102,49 +102,33 @@ class Drawer:
         timesteps: list[int] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
+        """Returns images (N, C, H, W) in [-1, 1] on the CPU for labels y and indices (N,), the same for the same seed.
 
-        `timesteps`, falling to 0, stand in for those that num_steps gives; `on_step(t, x_t, x_0)` is called
-        for each batch at each step. Raises ScriptError if a step that is compiled on its first call, as on a GPU,
-        cannot be compiled.
+        `timesteps` falls to 0 and replaces the timesteps of num_steps. `on_step(t, x_t, x_0)` is called for each batch
+        at each step. Raises ScriptError if a step that is compiled on its first call, as on a GPU, cannot be compiled.
         """
-        x_0 = []
+        timesteps = timesteps or timesteps_of(self.checkpoint.schedule, options.sampler, options.num_steps)
+        plan = plan_through(self.checkpoint.schedule, options.sampler, timesteps)
+        y, index, x_0 = y.to(self.device), index.to(self.device), []
         with _compiler_errors(), reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
 
-            def step(t: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
+            def step(k: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
                 task.advance(len(x_t))
                 if on_step:
-                    on_step(t, x_t, predicted_x_0)
+                    on_step(plan.timesteps[k], x_t, predicted_x_0)
 
-            for rows in torch.arange(len(y)).split(batch_size):
-                x_0.append(self._draw_batch(y[rows], index[rows], options, seed, timesteps, step))
+            for rows in torch.arange(len(y), device=self.device).split(batch_size):
+                keys = {"seed": torch.full_like(rows, seed), "index": index[rows], "y": y[rows]}
+                drawn = draw(
+                    self._step,
+                    [plan] * len(rows),
+                    self.checkpoint.image_shape,
+                    **keys,
+                    guidance=options.guidance,
+                    on_step=step,
+                )
+                x_0.append(drawn.cpu())
         return torch.cat(x_0)
-
-    @torch.inference_mode()
-    def _draw_batch(
-        self,
-        y: Tensor,
-        index: Tensor,
-        options: DrawingOptions,
-        seed: int,
-        timesteps: list[int] | None,
-        on_step: OnStep,
-    ) -> Tensor:
-        schedule, rows = self.checkpoint.schedule, torch.arange(len(y), device=self.device)  # (B,)
-        timesteps = timesteps or timesteps_of(schedule, options.sampler, options.num_steps)
-        plans = plan_through(schedule, options.sampler, timesteps).table(self.device)  # (num_steps, 5)
-        state = State.zeros(len(y), self.checkpoint.image_shape, self.device)
-        state.seed, state.index, state.y = torch.full_like(rows, seed), index.to(self.device), y.to(self.device)
-        state.guidance_scale = torch.full_like(state.guidance_scale, options.guidance.scale)
-        step = torch.zeros_like(rows)  # (B,)
-        state.x_t = normal(state.seed, state.index, step, self.checkpoint.image_shape)  # (B, C, H, W)
-        for t in timesteps[:-1]:
-            guided = options.guidance.acts_at(t)
-            source, second = (torch.cat([rows, rows]), rows + len(rows)) if guided else (rows, rows)
-            x_prev, x_0, _ = self._step(*state, plans, rows, step, source, second)
-            on_step(t, state.x_t, x_0)
-            state.x_t, state.x_0, step = x_prev, x_0, step + 1
-        return state.x_0.cpu()
 
 
 class _Lines(logging.Handler):
