@@ -1,6 +1,5 @@
 """Draws digits with a checkpoint, many at once, with the reverse step that the service uses."""
 
-import argparse
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.checkpoint import SHIPPED, Checkpoint
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
 from model.precision import fast_dtype
 from model.process import draw
@@ -24,6 +23,22 @@ from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawingRequest:
+    """What a user asks for with the options of `arguments.add_drawing_arguments`. None leaves it to the checkpoint."""
+
+    checkpoint: Path = SHIPPED
+    sampler: Sampler | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_start: int | None = None
+    guidance_stop: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    compile: str = "auto"  # auto, on or off
+    num_threads: int | None = None  # None leaves the number to torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,37 +180,40 @@ def _compiler_errors() -> Iterator[None]:
         raise ScriptError(f"--compile on: {error}") from error
 
 
-def open_drawer(args: argparse.Namespace) -> Drawer:
-    """Loads --checkpoint, not compiled yet; raises CheckpointError."""
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    return Drawer(checkpoint.load(args.checkpoint))
+def open_drawer(request: DrawingRequest) -> Drawer:
+    """Sets the number of threads and loads the checkpoint. The step is not compiled yet. Raises CheckpointError."""
+    if request.num_threads:
+        torch.set_num_threads(request.num_threads)
+    return Drawer(checkpoint.load(request.checkpoint))
 
 
-def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
-    """What the arguments ask for, the checkpoint's own where they do not; ScriptError for what it cannot do."""
+def options_from(request: DrawingRequest, loaded: Checkpoint) -> DrawingOptions:
+    """Returns the requested options, with the checkpoint's own for those that are None.
+
+    Raises ScriptError for options that the checkpoint does not permit.
+    """
     T = loaded.schedule.num_steps
-    num_steps, permitted = args.num_steps or loaded.config.recommended_steps, loaded.config.steps
+    num_steps, permitted = request.num_steps or loaded.config.recommended_steps, loaded.config.steps
     if num_steps > T:
         raise ScriptError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
     if permitted and num_steps not in permitted:
         raise ScriptError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
-    sampler = args.sampler or loaded.config.samplers[0]
+    sampler = request.sampler or loaded.config.samplers[0]
     if sampler not in loaded.config.samplers:
         raise ScriptError(f"this checkpoint does not permit --sampler {sampler}")
-    return DrawingOptions(sampler, num_steps, _guidance_from(args, loaded, sampler))
+    return DrawingOptions(sampler, num_steps, _guidance_from(request, loaded, sampler))
 
 
-def _guidance_from(args: argparse.Namespace, loaded: Checkpoint, sampler: Sampler) -> Guidance:
+def _guidance_from(request: DrawingRequest, loaded: Checkpoint, sampler: Sampler) -> Guidance:
     own, T = loaded.config.guidance_of(sampler), loaded.schedule.num_steps
-    scale = own.scale if args.guidance_scale is None else args.guidance_scale
-    start, stop = args.guidance_start or own.start, args.guidance_stop or own.stop
+    scale = own.scale if request.guidance_scale is None else request.guidance_scale
+    start, stop = request.guidance_start or own.start, request.guidance_stop or own.stop
     if scale != 1 and not loaded.config.guidable:
         raise ScriptError(
             "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
         )
-    if scale == 1 and (args.guidance_start or args.guidance_stop):
+    if scale == 1 and (request.guidance_start or request.guidance_stop):
         raise ScriptError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
-    if start > stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
+    if start > stop or max(request.guidance_start or 1, request.guidance_stop or 1) > T:
         raise ScriptError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
     return Guidance(scale, start, stop)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import require
 from scripts.evaluation.tables import MANIFOLD
 
 NEAREST_PRECISION = 3  # neighbours that make the manifold of precision and recall,
@@ -30,10 +30,10 @@ class _Features(torch.nn.Module):
 
 def frechet_distance(features: Tensor, real: Tensor) -> float:
     """Between two sets of features (N, F) and (M, F), as if both were normally distributed."""
-    metric = FrechetInceptionDistance(_Features(features.shape[1]))
+    metric = require("torchmetrics.image.fid", extra="evaluate").FrechetInceptionDistance(_Features(features.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(features.double(), real=False)
-    return metric.compute().item()
+    return float(metric.compute())
 
 
 @dataclass(frozen=True, slots=True)

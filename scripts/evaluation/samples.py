@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from model.pixels import to_pixels
-from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
 from scripts.common.progress import Reporter
@@ -24,6 +25,8 @@ NUM_COMPARED = 20_000  # learned digits that stand for the held-out ones where t
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
 FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
+SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
+NUM_IMAGES = 10_000  # that are evaluated unless another number is asked for
 NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
 
 
@@ -42,6 +45,42 @@ class References:
     held_out: Digits
     name: str  # of the split that was held out
     all_learned: Digits  # what may have been memorised: more than `learned` where that split was learned from too
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The digits to evaluate. `get` draws them, which takes long, and returns them with what they were made from."""
+
+    num_images: int
+    get: Callable[[], tuple[Digits, dict[str, Any]]]
+
+
+def samples_of_folder(folder: Path, num_images: int | None, reporter: Reporter) -> Samples:
+    """Reads the digits of a folder: `num_images`, or as many as there are of each digit, at most NUM_IMAGES.
+
+    Raises ScriptError for a folder that does not hold so many.
+    """
+    read, facts = read_samples(folder), read_facts(folder)
+    fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
+    digits = balanced(read, num_images or min(NUM_IMAGES, NUM_CLASSES * fewest))
+    if len(digits.labels) < len(read.labels):
+        reporter.line(f"the first {len(digits.labels) // NUM_CLASSES} of each digit, of {len(read.labels)} images")
+    known = {name: facts[name] for name in SOURCE if name in facts}
+    return Samples(len(digits.labels), lambda: (digits, {"images": folder.name, **known}))
+
+
+def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, reporter: Reporter) -> Samples:
+    """Loads the checkpoint and checks the options. Raises CheckpointError or ScriptError."""
+    drawer, count = open_drawer(request), num_images or NUM_IMAGES
+    options = options_from(request, drawer.checkpoint)
+
+    def get() -> tuple[Digits, dict[str, Any]]:
+        drawer.compile(request.compile, reporter)
+        source = {**drawer.facts, "options": asdict(options), "seed": request.seed}
+        given = {"num_images": count, "seed": request.seed, "batch_size": request.batch_size}
+        return draw_samples(drawer, options, reporter, **given), source
+
+    return Samples(count, get)
 
 
 def draw_samples(

@@ -1,6 +1,7 @@
 """Trains a classifier on MNIST's training split alone: the test split is looked at once, when all is done."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch.optim.swa_utils import AveragedModel
 from model.diffusion import Diffusion, running_average
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.mnist import load_mnist, split_validation
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifiers import Classifier, accuracy
+from scripts.evaluation.classifiers import KINDS, Classifier, accuracy, save_classifier
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
@@ -22,7 +24,40 @@ WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # two epochs or so
 
+# The extractor sees images as they are: slant, size and place are part of what it is to measure.
+RECIPES = {
+    "judge": {"augmented": True, "epochs": 30, "seed": 0},
+    "extractor": {"augmented": False, "epochs": 20, "seed": 1},
+    "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
+}
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
+
+
+def train_and_save(
+    kind: str, path: Path, data_dir: Path, reporter: Reporter, *, epochs: int | None = None, seed: int | None = None
+) -> None:
+    """Trains a classifier of RECIPES on MNIST and writes it; `epochs` and `seed` replace the recipe's.
+
+    Raises ScriptError if the data cannot be read.
+    """
+    asked = {"epochs": epochs, "seed": seed}
+    recipe = {**RECIPES[kind], **{name: value for name, value in asked.items() if value is not None}}
+    torch.manual_seed(recipe["seed"])  # the first weights, and dropout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
+    learn, choose = split_validation(*train)
+    network = train_classifier(
+        KINDS[kind](),
+        learn,
+        reporter,
+        augmented=bool(recipe["augmented"]),
+        fogged=bool(recipe.get("fogged", False)),
+        epochs=int(recipe["epochs"]),
+        seed=recipe["seed"],
+    )
+    facts = facts_of(network, choose, test, **recipe)
+    save_classifier(path, kind, network, facts)
+    reporter.line(f"{facts['validation_accuracy']:.2%} of the validation digits recognised; saved as {path}")
 
 
 def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional

@@ -212,9 +212,9 @@ def test_a_classifier_is_trained_and_found_again(
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
 
 
-@pytest.mark.parametrize("kind", train_classifiers.RECIPES)
+@pytest.mark.parametrize("kind", training.RECIPES)
 def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
-    assert train_classifiers.RECIPES[kind].items() <= load_classifier(kind).facts.items()
+    assert training.RECIPES[kind].items() <= load_classifier(kind).facts.items()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("load_classifier", "load_references", "open_drawer", "ClipScorer"):
+    for name in ("samples_of_checkpoint", "evaluate_digits", "evaluate_fog", "evaluate_clip"):
         monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("begun"))
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(command)

@@ -9,8 +9,8 @@ from scripts.common.errors import ScriptError
 from scripts.common.mnist import load_mnist
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
 from scripts.evaluation.clip import EMBEDDED, ClipScorer, ClipScores, as_json, as_markdown, noised
+from scripts.evaluation.clip_training import EPOCHS, MODEL
 from scripts.evaluation.samples import Digits
-from scripts.train_clip import EPOCHS, MODEL
 from tests.scripts.evaluation.bars import bars
 
 open_clip = pytest.importorskip("open_clip")

@@ -10,6 +10,7 @@ from model.sampler import Guidance
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
+from scripts.evaluation.dataset import write_idx
 from scripts.evaluation.samples import (
     IDX,
     SPLITS,
@@ -19,7 +20,6 @@ from scripts.evaluation.samples import (
     load_references,
     read_samples,
 )
-from scripts.make_dataset import write_idx
 from tests.scripts.evaluation.bars import bars
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files

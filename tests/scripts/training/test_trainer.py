@@ -11,7 +11,7 @@ import torch
 from model import checkpoint
 from model.compiled.compiler import default_cache
 from scripts.common.progress import Reporter
-from scripts.train import train
+from scripts.training.loop import train
 from scripts.training.objective import DenoisingObjective
 from scripts.training.run import Run
 from scripts.training.trainer import EpochResult, Trainer
