@@ -12,10 +12,9 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel
 
 from model.checkpoint import write_atomically
-from model.diffusion import Diffusion, running_average
+from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.files import write_json
 from scripts.common.mnist import load_mnist, split_validation
@@ -23,7 +22,7 @@ from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.samples import Digits
-from scripts.evaluation.training import MAX_EMA_DECAY
+from scripts.evaluation.training import Batches, fit
 
 MODEL: dict[str, Any] = {
     "embed_dim": 64,
@@ -83,25 +82,13 @@ def train_clip(
 ) -> None:
     """Learns from digits, uint8 (N, 1, 28, 28) and labels (N,), and the captions' tokens; leaves averaged weights."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
-    averaged = AveragedModel(model, multi_avg_fn=running_average(MAX_EMA_DECAY))
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return _pair_loss(model, tokens, make_scene(learn[0][rows], learn[1][rows], diffusion))
+
+    batches = Batches(len(learn[0]), batch_size, epochs, diffusion.generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY)
-    num_batches = len(learn[0]) // batch_size
-    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, MAX_LR, total_steps=epochs * num_batches, pct_start=0.1
-    )
-    with reporter.task("training a CLIP", epochs * num_batches * batch_size, "images") as task:
-        for _ in range(epochs):
-            order = torch.randperm(len(learn[0]), generator=diffusion.generator)
-            for rows in order[: num_batches * batch_size].split(batch_size):
-                scene = make_scene(learn[0][rows], learn[1][rows], diffusion)
-                loss = _pair_loss(model, tokens, scene)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                lr_schedule.step()
-                averaged.update_parameters(model)
-                task.advance(batch_size, f"loss {loss.item():.4f}")
-    model.load_state_dict(averaged.module.state_dict())
+    fit(model, loss_of, batches, optimizer, reporter, title="training a CLIP", warm_up=0.1)
 
 
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:

@@ -1,12 +1,15 @@
 """Trains a classifier on MNIST's training split alone: the test split is looked at once, when all is done."""
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from model.diffusion import Diffusion, running_average
@@ -81,25 +84,70 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
     batch_size = min(batch_size or BATCH_SIZE, len(learn[0]))
-    num_batches = len(learn[0]) // batch_size
-    total = epochs * num_batches
-    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=total, pct_start=0.2)
-    with reporter.task(title, total * batch_size, "images") as task:
-        for _ in range(epochs):
-            order = torch.randperm(len(learn[0]), generator=generator)
-            for rows in order[: num_batches * batch_size].split(batch_size):
-                images, labels = learn[0][rows], learn[1][rows]
-                x = augment(images, generator) if augmented else images / 255
-                x = _fog(x, diffusion) if fogged else x
-                loss = _learn_from(network, optimizer, x, labels)
-                lr_schedule.step()
-                averaged.update_parameters(network)
-                task.advance(batch_size, f"loss {loss:.4f}")
-    network.load_state_dict(averaged.module.state_dict())
+
+    def loss_of(rows: Tensor) -> Tensor:
+        images, labels = learn[0][rows], learn[1][rows]
+        x = augment(images, generator) if augmented else images / 255
+        x = _fog(x, diffusion) if fogged else x
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(x.contiguous(memory_format=torch.channels_last))
+        return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+
+    batches = Batches(len(learn[0]), batch_size, epochs, generator)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
+    fit(network.train(), loss_of, batches, optimizer, reporter, title=title, warm_up=0.2, average_buffers=True)
     return network.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The rows of each batch of a training; an epoch leaves out the rows that do not fill a batch."""
+
+    num_examples: int
+    batch_size: int
+    epochs: int
+    generator: torch.Generator
+
+    def __len__(self) -> int:
+        """Returns the number of batches of all epochs."""
+        return self.epochs * (self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields rows (B,), shuffled anew in each epoch."""
+        for _ in range(self.epochs):
+            order = torch.randperm(self.num_examples, generator=self.generator)
+            yield from order[: len(self) // self.epochs * self.batch_size].split(self.batch_size)
+
+
+def fit(  # hyperparameters
+    network: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    reporter: Reporter,
+    *,
+    title: str,
+    warm_up: float,
+    average_buffers: bool = False,
+) -> None:
+    """Minimises `loss_of(rows)` over all batches; leaves the running average of the weights in the network.
+
+    The learning rate rises to the optimizer's during the share `warm_up` of the steps, then falls to zero.
+    """
+    averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=average_buffers)
+    max_lr = optimizer.param_groups[0]["lr"]
+    lr_schedule = OneCycleLR(optimizer, max_lr, total_steps=len(batches), pct_start=warm_up)
+    with reporter.task(title, len(batches) * batches.batch_size, "images") as task:
+        for rows in batches:
+            loss = loss_of(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            lr_schedule.step()
+            averaged.update_parameters(network)
+            task.advance(len(rows), f"loss {loss.item():.4f}")
+    network.load_state_dict(averaged.module.state_dict())
 
 
 def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
@@ -111,17 +159,6 @@ def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: 
         "data": f"MNIST, training split less the last {len(choose[0])} images",
         **training,
     }
-
-
-def _learn_from(network: Classifier, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> float:
-    network.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = network(x.contiguous(memory_format=torch.channels_last))
-    loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 
 def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:
