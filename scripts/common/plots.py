@@ -18,7 +18,7 @@ from model.pixels import from_pixels
 from model.schedule import Schedule
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
-from scripts.common.figures import Panel, draw_panels, new_figure, save_figure
+from scripts.common.figures import Panel, draw_panels, finish_curves, new_figure, save_figure
 from scripts.common.mnist import load_mnist
 from scripts.common.pictures import grid, save_grid
 from scripts.common.progress import Reporter, require
@@ -85,11 +85,7 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
     axes.tick_params(which="both", labelsize=8)
-    axes.grid(which="both", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure)
 
 
 def read_losses(path: Path) -> Losses:

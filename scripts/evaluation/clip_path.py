@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.pixels import to_pixels
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
-from scripts.common.figures import new_figure, save_figure
+from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
@@ -96,8 +96,4 @@ def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) ->
     axes.set_xlim(timesteps[0], 0)
     axes.set_xlabel("t")
     axes.set_ylabel(f"cosine between $x_t$ and the prompt ({name})")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure, fontsize=8)

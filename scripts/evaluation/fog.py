@@ -10,7 +10,7 @@ from model import checkpoint
 from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule
-from scripts.common.figures import new_figure, save_figure
+from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
@@ -95,8 +95,4 @@ def show_fog(timesteps: list[int], shares: Tensor) -> "Figure":
     axes.set_xlim(timesteps[0], timesteps[-1])
     axes.set_ylim(-0.05, 1.02)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure, fontsize=8, ncols=2)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
-from scripts.common.figures import new_figure
+from scripts.common.figures import finish_curves, new_figure
 from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.quality import Evaluator, Quality
@@ -156,8 +156,4 @@ def show_steps(rows: list[Figures]) -> "Figure":
         axes.set_xlabel("steps")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(which="both", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure)
