@@ -1,12 +1,15 @@
 """The forward process and what training asks of the network (Ho 2020)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from model.prediction import Prediction, PredictionConfig
 from model.schedule import Schedule
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Diffusion:
@@ -72,28 +75,20 @@ class Diffusion:
 
 
 def ema_decay(step: int, max_decay: float) -> float:
-    """The share of the past that is kept at this step, 1 the first.
+    """Returns the decay of the running average at this step, where 1 is the first step.
 
     1 - (1 + step)^(-2/3) forgets the random start within a few steps and still averages over a growing share of a run.
     """
     return min(max_decay, 1 - (1 + step) ** (-2 / 3))
 
 
-class EMA:
-    """The running average of a network's parameters, the only weights that are served.
+def running_average(max_decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
+    """Returns an averaging function for `torch.optim.swa_utils.AveragedModel`: an EMA whose decay is `ema_decay`.
 
-    Its decay is `ema_decay`, at most `max_decay`.
+    The step is the number of networks that the model has averaged so far.
     """
 
-    def __init__(self, network: nn.Module, max_decay: float) -> None:
-        self.max_decay = max_decay
-        self.step = 0
-        self.shadow = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    def update(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:
+        get_ema_multi_avg_fn(ema_decay(int(num_averaged), max_decay))(averaged, current, num_averaged)
 
-    @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Moves the average towards the network's present parameters."""
-        self.step += 1
-        decay = ema_decay(self.step, self.max_decay)
-        current: Iterable[Tensor] = network.state_dict().values()
-        torch._foreach_lerp_(list(self.shadow.values()), list(current), 1 - decay)
+    return update

@@ -153,10 +153,13 @@ def sample(  # noqa: PLR0913 # the options of a sampler, each optional
     null_label: int = 10,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """x_T -> x_0 (B, C, H, W) for labels y, seeds and indices (B,): the whole reverse process, for offline work.
+    """Returns x_0 (B, C, H, W) for labels y, seeds and indices (B,): the whole reverse process with any denoiser.
 
-    `timesteps`, falling to 0, stand in for those that `num_steps` would give.
-    `on_step(t, x_t, x_0)` sees each step's input and the image predicted from it.
+    `timesteps` falls to 0 and replaces the timesteps of `num_steps`. `on_step(t, x_t, x_0)` is called with the input
+    of each step and the image predicted from it.
+
+    `model.process.draw` is the fast loop for a checkpoint. This one stays apart from it: training and a checkpoint's
+    probe have a network only, and tests compare the fast loop and the service with this plain one.
     """
     guidance = guidance or Guidance()
     mix = (prediction or Prediction(PredictionConfig(), schedule)).table(y.device)  # (T + 1, 3)

@@ -18,9 +18,10 @@ from zipfile import ZipFile
 from model.checkpoint import write_atomically
 from model.sampler import SAMPLERS
 from scripts.common.arguments import Parser, guidance_scale, integer, num_images
+from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.progress import Reporter, fail
+from scripts.common.progress import Reporter
 from scripts.evaluation.samples import FACTS
 
 A_REQUEST = 50  # images: some are always running while others are packed
@@ -30,25 +31,19 @@ BUSY = (429, 503)  # which say when to ask again
 OPTIONS = ("model", "num_steps", "sampler", "guidance_scale")
 
 
-class CollectError(Exception):
-    """The service did not give what was asked for; one sentence."""
-
-
+@reports_errors("collect")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, asks, and leaves the images in their folder."""
     args = _parse(argv)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    try:
-        with Reporter() as reporter:
-            if args.out.exists() and any(args.out.iterdir()):
-                raise CollectError(f"{args.out} is not empty")
-            health = json.loads(_answer(f"{args.url}/health"))
-            facts = {name: health.get(name) for name in ("version", "models", "device", "dtype", "compiled")}
-            collect(args.url, options, args.out, reporter, count=args.num_images, seed=args.seed)
-            write_json(args.out / FACTS, {**facts, "asked": options, "seed": args.seed})
-            reporter.line(f"{args.num_images} images: {args.out}")
-    except (CollectError, OSError, ValueError) as error:
-        raise fail(f"collect: {error}".splitlines()[0]) from error
+    with Reporter() as reporter:
+        if args.out.exists() and any(args.out.iterdir()):
+            raise ScriptError(f"{args.out} is not empty")
+        health = _health(args.url)
+        facts = {name: health.get(name) for name in ("version", "models", "device", "dtype", "compiled")}
+        collect(args.url, options, args.out, reporter, count=args.num_images, seed=args.seed)
+        write_json(args.out / FACTS, {**facts, "asked": options, "seed": args.seed})
+        reporter.line(f"{args.num_images} images: {args.out}")
 
 
 def collect(url: str, options: dict[str, Any], folder: Path, reporter: Reporter, *, count: int, seed: int) -> None:
@@ -73,6 +68,14 @@ def collect(url: str, options: dict[str, Any], folder: Path, reporter: Reporter,
                 task.advance(len(images.namelist()))
 
 
+def _health(url: str) -> dict[str, Any]:
+    try:
+        health: dict[str, Any] = json.loads(_answer(f"{url}/health"))
+    except ValueError as error:  # the URL is none, or the answer is not JSON
+        raise ScriptError(str(error)) from error
+    return health
+
+
 def _answer(url: str, body: dict[str, Any] | None = None) -> bytes:
     headers = {"Content-Type": "application/json", "Accept": "application/zip"} if body else {}
     request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
@@ -85,9 +88,9 @@ def _answer(url: str, body: dict[str, Any] | None = None) -> bytes:
         if error.code in BUSY and wait.isdecimal():
             time.sleep(int(wait))
             return _answer(url, body)
-        raise CollectError(f"{url} answered {error.code}: {_detail(error.read())}") from error
+        raise ScriptError(f"{url} answered {error.code}: {_detail(error.read())}") from error
     except OSError as error:
-        raise CollectError(f"{url} does not answer: {error}") from error
+        raise ScriptError(f"{url} does not answer: {error}") from error
 
 
 def _detail(problem: bytes) -> str:

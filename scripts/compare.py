@@ -11,148 +11,58 @@ A sweep that was stopped goes on where it was. Sweeps choose: they never see the
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
-
-from model.checkpoint import CheckpointError, write_atomically
-from model.precision import can_compile, no_compiler
-from model.sampler import SAMPLERS, Guidance
-from model.unet import UNet
-from scripts.benchmark.step_time import COLUMNS, as_row, costs_of
-from scripts.common.arguments import Parser, add_drawing_arguments, guidance_scale, integer, num_images
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, open_drawer, options_from
-from scripts.common.figures import save_figure
-from scripts.common.mnist import NUM_CLASSES, DataError
-from scripts.common.progress import Reporter, fail, require_installed
-from scripts.evaluation.classifiers import ClassifierError, load_classifier
-from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS, SamplesError, load_references
-from scripts.evaluation.tables import (
-    RUN_COLUMNS,
-    EvaluationError,
-    across,
-    as_run,
-    as_table,
-    check_comparable,
-    read_evaluation,
+from model.sampler import SAMPLERS
+from scripts.common.arguments import (
+    Parser,
+    add_drawing_arguments,
+    from_arguments,
+    guidance_scale,
+    integer,
+    num_images,
 )
-from scripts.training.recipe import RecipeError, load_recipe
-
-if TYPE_CHECKING:
-    from scripts.evaluation.sweep import Sweep
+from scripts.common.drawing import DrawingRequest
+from scripts.common.errors import reports_errors
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import Reporter, require_installed
+from scripts.evaluation.comparison import (
+    STEPS,
+    SweepRequest,
+    compare_guidance,
+    compare_networks,
+    compare_runs,
+    compare_steps,
+)
+from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS
 
 SEED = 1  # choices are made on other noise than the figures that are published
-STEPS = (1, 2, 4, 6, 10, 20, 50, 100)
 SCALES = (1.25, 1.5, 2.0, 3.0)
 INTERVALS = ((1, 100), (1, 80), (20, 100), (20, 80), (30, 90), (10, 60))
-
-
 SWEPT = {  # options that take many values in a sweep, in lists of their own
     "steps": ("--sampler", "--num-steps"),
     "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop"),
 }
 
 
-class CompareError(Exception):
-    """There is nothing to compare; one sentence."""
-
-
+@reports_errors("compare")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = _parse(argv)
     if args.command in SWEPT:
-        require_installed("torchmetrics", "prdc", "joblib", "matplotlib", extra="evaluate")
-    try:
-        with Reporter("compare: stopped; start again to go on") as reporter:
-            args.run(args, reporter)
-    except (
-        CheckpointError,
-        ClassifierError,
-        CompareError,
-        DataError,
-        DrawingError,
-        EvaluationError,
-        RecipeError,
-        SamplesError,
-        OSError,
-    ) as error:
-        raise fail(f"compare: {error}".splitlines()[0]) from error
-
-
-def _steps(args: argparse.Namespace, reporter: Reporter) -> None:
-    drawer = open_drawer(args)
-    loaded = drawer.checkpoint
-    config, T = loaded.config, loaded.schedule.num_steps
-    permitted = config.steps or range(1, T + 1)
-    samplers = args.samplers or config.samplers
-    steps = args.steps or sorted(config.steps) or [num_steps for num_steps in STEPS if num_steps <= T]
-    if not set(samplers) <= set(config.samplers) or not set(steps) <= set(permitted):
-        raise CompareError("this checkpoint does not permit those samplers or numbers of steps")
-    settings = [
-        options_from(argparse.Namespace(**{**vars(args), "sampler": sampler, "num_steps": num_steps}), loaded)
-        for sampler in samplers  # each with the guidance that is recommended for it
-        for num_steps in steps
-    ]
-    sweep = _sweep(args, drawer, reporter)
-    rows = sweep.run(settings, reporter)
-    from scripts.evaluation.sweep import show_steps
-
-    _write_table(args, sweep.as_markdown(rows), reporter)
-    save_figure(show_steps(rows), args.out / "steps.png", grey=False)
-
-
-def _guidance(args: argparse.Namespace, reporter: Reporter) -> None:
-    drawer = open_drawer(args)
-    if not drawer.checkpoint.config.guidable:
-        raise CompareError("this checkpoint cannot be guided: no label was dropped in its training")
-    own, T = options_from(args, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
-    if max(stop for _, stop in args.intervals) > T:
-        raise CompareError(f"this checkpoint has {T} steps: no interval may end above")
-    swept = [(scale, *interval) for scale in args.scales if scale != 1 for interval in args.intervals]
-    guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
-    sweep = _sweep(args, drawer, reporter)
-    rows = sweep.run([DrawingOptions(own.sampler, own.num_steps, guidance) for guidance in guidances], reporter)
-    _write_table(args, sweep.as_markdown(rows), reporter)
-
-
-def _write_table(args: argparse.Namespace, table: str, reporter: Reporter) -> None:
-    path = args.out / f"{args.command}.md"
-    write_atomically(path, table.encode())
-    reporter.line(f"the table, with real digits beside: {path}")
-
-
-def _runs(args: argparse.Namespace, reporter: Reporter) -> None:
-    read = {(path.parent if path.is_file() else path).name: read_evaluation(path) for path in args.evaluations}
-    if len(read) < len(args.evaluations):
-        raise CompareError("evaluations are told apart by the names of their folders, and two have the same")
-    check_comparable(list(read.values()))
-    rows = [as_run(name, evaluation) for name, evaluation in read.items()]
-    table = across(read) if args.across else as_table(RUN_COLUMNS, rows)
-    reporter.line(table)
-    if args.out:
-        write_atomically(args.out, table.encode())
-
-
-def _networks(args: argparse.Namespace, reporter: Reporter) -> None:
-    if args.compile and not can_compile():
-        raise CompareError(f"--compile {no_compiler()}")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    networks = {Path(preset).stem: UNet(load_recipe(preset).unet) for preset in args.presets}
-    if len(networks) < len(args.presets):
-        raise CompareError("recipes are told apart by their names, and two have the same")
-    costs = costs_of(networks, reporter, rows=args.rows, compiled=args.compile)
-    reporter.line(as_table(COLUMNS, [as_row(name, cost) for name, cost in costs.items()]))
-
-
-def _sweep(args: argparse.Namespace, drawer: Drawer, reporter: Reporter) -> "Sweep":
-    from scripts.evaluation.quality import Evaluator
-    from scripts.evaluation.sweep import Sweep
-
-    references = load_references(args.split, args.data_dir)
-    evaluator = Evaluator(references, load_classifier("judge"), load_classifier("extractor"), args.num_images)
-    drawer.compile(args.compile, reporter)
-    return Sweep(drawer, evaluator, args.out / f"{args.command}.json", args.seed, args.batch_size)
+        require_installed("torchmetrics", "matplotlib", extra="evaluate")
+    with Reporter("compare: stopped; start again to go on") as reporter:
+        match args.command:
+            case "steps":
+                drawing, sweep = from_arguments(DrawingRequest, args), from_arguments(SweepRequest, args)
+                compare_steps(drawing, sweep, reporter, samplers=args.samplers, steps=args.steps)
+            case "guidance":
+                drawing, sweep = from_arguments(DrawingRequest, args), from_arguments(SweepRequest, args)
+                compare_guidance(drawing, sweep, reporter, scales=args.scales, intervals=args.intervals)
+            case "runs":
+                compare_runs(args.evaluations, args.out, reporter, columns=args.across)
+            case "networks":
+                options = {"rows": args.rows, "compiled": args.compile, "num_threads": args.num_threads}
+                compare_networks(args.presets, reporter, **options)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -163,7 +73,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     steps = commands.add_parser("steps", help="quality against the number of steps, for each sampler")
     steps.add_argument("--steps", type=integer(1), nargs="+", help=f"default: {_listed(STEPS)}, or a student's own")
     steps.add_argument("--samplers", choices=SAMPLERS, nargs="+", help="default: all that the checkpoint permits")
-    steps.set_defaults(run=_steps)
     guidance = commands.add_parser("guidance", help="quality against scale and interval")
     guidance.add_argument(
         "--scales", type=guidance_scale, nargs="+", default=SCALES, help=f"default: {_listed(SCALES)}"
@@ -172,7 +81,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     guidance.add_argument(
         "--intervals", type=_interval, nargs="+", default=INTERVALS, metavar="A-B", help=f"default: {_listed(pairs)}"
     )
-    guidance.set_defaults(run=_guidance)
     for name, command in (("steps", steps), ("guidance", guidance)):
         _add_sweep(command)
         add_drawing_arguments(command, seed=SEED, without=SWEPT[name])
@@ -180,7 +88,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     runs.add_argument("evaluations", type=Path, nargs="+", help="folders that hold an evaluation.json")
     runs.add_argument("--across", action="store_true", help="a column each, beside real digits; default: a line each")
     runs.add_argument("--out", type=Path, help="a .md file for the table")
-    runs.set_defaults(run=_runs)
     _add_networks(commands.add_parser("networks", help="weights, arithmetic and time of networks"))
     return parser.parse_args(argv)
 
@@ -207,7 +114,6 @@ def _add_networks(networks: argparse.ArgumentParser) -> None:
     networks.add_argument("--rows", type=integer(1, 10_000), default=64, help="of a step; default: 64")
     networks.add_argument("--compile", action="store_true", help="measure the compiled networks")
     networks.add_argument("--num-threads", type=integer(1, 1024), help="compute threads")
-    networks.set_defaults(run=_networks)
 
 
 def _listed(values: Iterable[object]) -> str:

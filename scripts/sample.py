@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.checkpoint import write_atomically
 from model.png import Provenance, encode_png
-from scripts.common.arguments import Parser, add_drawing_arguments, integer
-from scripts.common.drawing import Drawer, DrawingOptions, open_drawer, options_from
+from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.pictures import grid, to_image
 from scripts.common.progress import Reporter
@@ -24,14 +24,15 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.suffix.lower() not in ("", ".png"):
         raise ScriptError(f"--out {args.out} must be a .png file or a folder")
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
+    request = from_arguments(DrawingRequest, args)
     with Reporter() as reporter:
-        drawer = open_drawer(args)
-        options = options_from(args, drawer.checkpoint)
+        drawer = open_drawer(request)
+        options = options_from(request, drawer.checkpoint)
         digits = choose_digits(args.digit, len(drawer.class_names))
-        drawer.compile(args.compile, reporter)
+        drawer.compile(request.compile, reporter)
         y = torch.tensor(digits).repeat_interleave(args.count)  # (N,)
         index = torch.arange(args.count).repeat(len(digits))  # (N,) each digit counts from 0, as a request does
-        x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=args.batch_size)
+        x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=request.batch_size)
         if args.out.suffix.lower() == ".png":
             provenance = _provenance(drawer, options, seed, ",".join(map(str, digits)))
             write_sheet(args.out, x_0, len(digits), provenance, scale=args.scale)

@@ -12,51 +12,55 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointConfig, CheckpointError, weights_sha256
+from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointConfig, weights_sha256
 from scripts.common.arguments import Parser
-from scripts.common.progress import fail
-from scripts.evaluation.tables import Evaluation, EvaluationError, read_evaluation
-from scripts.training.recipe import Recipe, RecipeError, load_recipe
+from scripts.common.errors import ScriptError, reports_errors
+from scripts.evaluation.tables import Evaluation, read_evaluation
+from scripts.training.recipe import Recipe, load_recipe
 
 STORED_AS = torch.float16
 MAX_BYTES = 12_000_000  # of all checkpoints that ship: a clone stays small
 
 
+@reports_errors("ship")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and writes the checkpoint."""
     args = _parse(argv)
-    try:
-        loaded = checkpoint.load(args.checkpoint)
-        target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
-        recipe = load_recipe(args.guidance_of) if args.guidance_of else None
-        ship(loaded, target, recipe, {path: read_evaluation(path) for path in args.evaluation})
-    except (CheckpointError, EvaluationError, RecipeError, OSError, ValueError) as error:
-        raise fail(f"ship: {error}".splitlines()[0]) from error
+    loaded = checkpoint.load(args.checkpoint)
+    target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
+    recipe = load_recipe(args.guidance_of) if args.guidance_of else None
+    ship(loaded, target, recipe, {path: read_evaluation(path) for path in args.evaluation})
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 
 def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: dict[Path, Evaluation]) -> None:
-    """Writes it with its evaluations and the recipe's guidance; ValueError if all that ships were too large then."""
+    """Writes the checkpoint with its evaluations and the recipe's guidance.
+
+    Raises ScriptError if an evaluation or the guidance does not fit, or if all shipped checkpoints become too large.
+    """
     config = replace(loaded.config, training={**loaded.config.training, "evaluation": [*evaluations.values()]})
     if recipe:
-        config = replace(config, guidance=recipe.guidance, guidance_by_sampler=recipe.guidance_by_sampler)
+        try:
+            config = replace(config, guidance=recipe.guidance, guidance_by_sampler=recipe.guidance_by_sampler)
+        except ValueError as error:
+            raise ScriptError(str(error)) from error
     weights = weights_sha256(loaded.network, STORED_AS)
     for path, evaluation in evaluations.items():
         _check(path, evaluation, config, weights)
     beside = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
     if 2 * sum(p.numel() for p in loaded.network.parameters()) + beside > MAX_BYTES:
-        raise ValueError(f"with {target} more than {MAX_BYTES:,} bytes would ship")
+        raise ScriptError(f"with {target} more than {MAX_BYTES:,} bytes would ship")
     checkpoint.save(target, loaded.network, config, dtype=STORED_AS)
 
 
 def _check(path: Path, evaluation: Evaluation, config: CheckpointConfig, weights: str) -> None:
-    """ValueError for an evaluation of other weights, or of what will not be recommended."""
+    """Raises ScriptError for an evaluation of other weights or with a guidance that is not recommended."""
     options = evaluation.get("options")
     if evaluation.get("weights_sha256") != weights or not options:
-        raise ValueError(f"{path} is not an evaluation of these weights, rounded as they ship")
+        raise ScriptError(f"{path} is not an evaluation of these weights, rounded as they ship")
     recommended = config.guidance_of(options["sampler"])
     if options["guidance"]["scale"] != 1 and options["guidance"] != asdict(recommended):
-        raise ValueError(f"{path} was guided otherwise than what ships recommends: {recommended}")
+        raise ScriptError(f"{path} was guided otherwise than what ships recommends: {recommended}")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -6,47 +6,21 @@ from pathlib import Path
 import torch
 
 from scripts.common.arguments import Parser, file_to_write, integer
-from scripts.common.mnist import DataError, load_mnist, split_validation
-from scripts.common.progress import Reporter, fail
-from scripts.evaluation.classifiers import KINDS, WEIGHTS, save_classifier
-from scripts.evaluation.training import facts_of, train_classifier
-
-# The extractor sees images as they are: slant, size and place are part of what it is to measure.
-RECIPES = {
-    "judge": {"augmented": True, "epochs": 30, "seed": 0},
-    "extractor": {"augmented": False, "epochs": 20, "seed": 1},
-    "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
-}
+from scripts.common.errors import reports_errors
+from scripts.common.progress import Reporter
+from scripts.evaluation.classifiers import KINDS, WEIGHTS
+from scripts.evaluation.training import RECIPES, train_and_save
 
 
+@reports_errors("train_classifiers")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, trains and saves."""
     args = _parse(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    asked = {"epochs": args.epochs, "seed": args.seed}
-    recipe = {**RECIPES[args.kind], **{name: value for name, value in asked.items() if value is not None}}
-    torch.manual_seed(recipe["seed"])  # the first weights, and dropout
     path = args.out or WEIGHTS / f"{args.kind}.safetensors"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train, test = (load_mnist(split, args.data_dir) for split in ("train", "test"))
-        learn, choose = split_validation(*train)
-        with Reporter() as reporter:
-            network = train_classifier(
-                KINDS[args.kind](),
-                learn,
-                reporter,
-                augmented=bool(recipe["augmented"]),
-                fogged=bool(recipe.get("fogged", False)),
-                epochs=int(recipe["epochs"]),
-                seed=recipe["seed"],
-            )
-            facts = facts_of(network, choose, test, **recipe)
-            save_classifier(path, args.kind, network, facts)
-            reporter.line(f"{facts['validation_accuracy']:.2%} of the validation digits recognised; saved as {path}")
-    except (DataError, OSError) as error:
-        raise fail(f"train_classifiers: {error}".splitlines()[0]) from error
+    with Reporter() as reporter:
+        train_and_save(args.kind, path, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -1,11 +1,12 @@
 """Command-line arguments that several scripts share. A wrong argument exits with status 2 and one sentence."""
 
 import argparse
+import inspect
 import math
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from model.checkpoint import SHIPPED
 from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
@@ -13,6 +14,7 @@ from scripts.common.mnist import NUM_CLASSES
 
 COMPILE_MODES = ("auto", "on", "off")
 DEFAULT_COMPILE = "auto"
+Request = TypeVar("Request")
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,6 +87,15 @@ def guidance_scale(text: str) -> float:
     return value
 
 
+def from_arguments(kind: Callable[..., Request], args: argparse.Namespace) -> Request:
+    """Returns an object of the dataclass `kind` from the arguments with its fields' names.
+
+    An argument that is None keeps the field's default.
+    """
+    given = {name: getattr(args, name) for name in inspect.signature(kind).parameters}
+    return kind(**{name: value for name, value in given.items() if value is not None})
+
+
 class _Given(argparse.Action):
     """Stores the value, and records that the option was given, which the value alone does not show."""
 
@@ -101,7 +112,7 @@ def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> li
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
-    """Adds the options that `drawing.open_drawer`, `drawing.options_from` and `Drawer.compile` read.
+    """Adds the options of a `drawing.DrawingRequest`.
 
     `without` names options that the command sets itself; they are rejected on the command line.
     """
@@ -140,3 +151,19 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, 
         else:
             parser.add_argument(option, action=_Given, **how)
     parser.set_defaults(given=())
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a `training.loop.TrainingRequest`, except --preset."""
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
+    parser.add_argument("--epochs", type=integer(1), help="instead of the preset's")
+    parser.add_argument(
+        "--time-limit",
+        type=positive,
+        metavar="MINUTES",
+        help="stop before an epoch that, as long as those before, would not fit; the first is always made",
+    )
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="same seed, same machine: same weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--compile", choices=COMPILE_MODES, default="auto", help="auto: where a compiler is found")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")

@@ -1,6 +1,5 @@
 """Draws digits with a checkpoint, many at once, with the reverse step that the service uses."""
 
-import argparse
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -13,21 +12,33 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.checkpoint import SHIPPED, Checkpoint
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
-from model.noise import normal
 from model.precision import fast_dtype
+from model.process import draw
 from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
-from model.step import ReverseStep, Rows, State, Step
+from model.step import ReverseStep, Step
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
 
 
-class DrawingError(ScriptError):
-    """These options cannot be drawn with; one sentence."""
+@dataclass(frozen=True, slots=True)
+class DrawingRequest:
+    """What a user asks for with the options of `arguments.add_drawing_arguments`. None leaves it to the checkpoint."""
+
+    checkpoint: Path = SHIPPED
+    sampler: Sampler | None = None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_start: int | None = None
+    guidance_stop: int | None = None
+    seed: int = 0
+    batch_size: int = 64
+    compile: str = "auto"  # auto, on or off
+    num_threads: int | None = None  # None leaves the number to torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +74,7 @@ class Drawer:
         self._step: Step = self._program
 
     def compile(self, mode: str, reporter: Reporter) -> None:
-        """Switches to the compiled step as --compile says; raises DrawingError if the mode is `on` and it cannot.
+        """Switches to the compiled step as --compile says; raises ScriptError if the mode is `on` and it cannot.
 
         `auto` compiles on a CPU only, as in the service. Where that is impossible it reports why, and the step stays
         as it is. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
@@ -76,7 +87,7 @@ class Drawer:
             self.compiled = True
         except CompilerError as error:
             if mode == "on":
-                raise DrawingError(f"--compile on: {error}") from error
+                raise ScriptError(f"--compile on: {error}") from error
             reporter.line(f"Drawing without a compiled step, which is slower: {error}")
 
     @property
@@ -106,49 +117,33 @@ class Drawer:
         timesteps: list[int] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Labels y and indices (N,) -> images (N, C, H, W) in [-1, 1] on the CPU, the same for the same seed.
+        """Returns images (N, C, H, W) in [-1, 1] on the CPU for labels y and indices (N,), the same for the same seed.
 
-        `timesteps`, falling to 0, stand in for those that num_steps gives; `on_step(t, x_t, x_0)` is called
-        for each batch at each step. Raises DrawingError if a step that is compiled on its first call, as on a GPU,
-        cannot be compiled.
+        `timesteps` falls to 0 and replaces the timesteps of num_steps. `on_step(t, x_t, x_0)` is called for each batch
+        at each step. Raises ScriptError if a step that is compiled on its first call, as on a GPU, cannot be compiled.
         """
-        x_0 = []
+        timesteps = timesteps or timesteps_of(self.checkpoint.schedule, options.sampler, options.num_steps)
+        plan = plan_through(self.checkpoint.schedule, options.sampler, timesteps)
+        y, index, x_0 = y.to(self.device), index.to(self.device), []
         with _compiler_errors(), reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
 
-            def step(t: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
+            def step(k: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
                 task.advance(len(x_t))
                 if on_step:
-                    on_step(t, x_t, predicted_x_0)
+                    on_step(plan.timesteps[k], x_t, predicted_x_0)
 
-            for rows in torch.arange(len(y)).split(batch_size):
-                x_0.append(self._draw_batch(y[rows], index[rows], options, seed, timesteps, step))
+            for rows in torch.arange(len(y), device=self.device).split(batch_size):
+                keys = {"seed": torch.full_like(rows, seed), "index": index[rows], "y": y[rows]}
+                drawn = draw(
+                    self._step,
+                    [plan] * len(rows),
+                    self.checkpoint.image_shape,
+                    **keys,
+                    guidance=options.guidance,
+                    on_step=step,
+                )
+                x_0.append(drawn.cpu())
         return torch.cat(x_0)
-
-    @torch.inference_mode()
-    def _draw_batch(
-        self,
-        y: Tensor,
-        index: Tensor,
-        options: DrawingOptions,
-        seed: int,
-        timesteps: list[int] | None,
-        on_step: OnStep,
-    ) -> Tensor:
-        schedule, rows = self.checkpoint.schedule, torch.arange(len(y), device=self.device)  # (B,)
-        timesteps = timesteps or timesteps_of(schedule, options.sampler, options.num_steps)
-        plans = plan_through(schedule, options.sampler, timesteps).table(self.device)  # (num_steps, 5)
-        state = State.zeros(len(y), self.checkpoint.image_shape, self.device)
-        state.seed, state.index, state.y = torch.full_like(rows, seed), index.to(self.device), y.to(self.device)
-        state.guidance_scale = torch.full_like(state.guidance_scale, options.guidance.scale)
-        step = torch.zeros_like(rows)  # (B,)
-        state.x_t = normal(state.seed, state.index, step, self.checkpoint.image_shape)  # (B, C, H, W)
-        for t in timesteps[:-1]:
-            guided = options.guidance.acts_at(t)
-            source, second = (torch.cat([rows, rows]), rows + len(rows)) if guided else (rows, rows)
-            x_prev, x_0, _ = self._step(state, plans, Rows(rows, step, source, second))
-            on_step(t, state.x_t, x_0)
-            state.x_t, state.x_0, step = x_prev, x_0, step + 1
-        return state.x_0.cpu()
 
 
 class _Lines(logging.Handler):
@@ -182,40 +177,43 @@ def _compiler_errors() -> Iterator[None]:
     try:
         yield
     except CompilerError as error:
-        raise DrawingError(f"--compile on: {error}") from error
+        raise ScriptError(f"--compile on: {error}") from error
 
 
-def open_drawer(args: argparse.Namespace) -> Drawer:
-    """Loads --checkpoint, not compiled yet; raises CheckpointError."""
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    return Drawer(checkpoint.load(args.checkpoint))
+def open_drawer(request: DrawingRequest) -> Drawer:
+    """Sets the number of threads and loads the checkpoint. The step is not compiled yet. Raises CheckpointError."""
+    if request.num_threads:
+        torch.set_num_threads(request.num_threads)
+    return Drawer(checkpoint.load(request.checkpoint))
 
 
-def options_from(args: argparse.Namespace, loaded: Checkpoint) -> DrawingOptions:
-    """What the arguments ask for, the checkpoint's own where they do not; DrawingError for what it cannot do."""
+def options_from(request: DrawingRequest, loaded: Checkpoint) -> DrawingOptions:
+    """Returns the requested options, with the checkpoint's own for those that are None.
+
+    Raises ScriptError for options that the checkpoint does not permit.
+    """
     T = loaded.schedule.num_steps
-    num_steps, permitted = args.num_steps or loaded.config.recommended_steps, loaded.config.steps
+    num_steps, permitted = request.num_steps or loaded.config.recommended_steps, loaded.config.steps
     if num_steps > T:
-        raise DrawingError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
+        raise ScriptError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
     if permitted and num_steps not in permitted:
-        raise DrawingError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
-    sampler = args.sampler or loaded.config.samplers[0]
+        raise ScriptError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
+    sampler = request.sampler or loaded.config.samplers[0]
     if sampler not in loaded.config.samplers:
-        raise DrawingError(f"this checkpoint does not permit --sampler {sampler}")
-    return DrawingOptions(sampler, num_steps, _guidance_from(args, loaded, sampler))
+        raise ScriptError(f"this checkpoint does not permit --sampler {sampler}")
+    return DrawingOptions(sampler, num_steps, _guidance_from(request, loaded, sampler))
 
 
-def _guidance_from(args: argparse.Namespace, loaded: Checkpoint, sampler: Sampler) -> Guidance:
+def _guidance_from(request: DrawingRequest, loaded: Checkpoint, sampler: Sampler) -> Guidance:
     own, T = loaded.config.guidance_of(sampler), loaded.schedule.num_steps
-    scale = own.scale if args.guidance_scale is None else args.guidance_scale
-    start, stop = args.guidance_start or own.start, args.guidance_stop or own.stop
+    scale = own.scale if request.guidance_scale is None else request.guidance_scale
+    start, stop = request.guidance_start or own.start, request.guidance_stop or own.stop
     if scale != 1 and not loaded.config.guidable:
-        raise DrawingError(
+        raise ScriptError(
             "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
         )
-    if scale == 1 and (args.guidance_start or args.guidance_stop):
-        raise DrawingError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
-    if start > stop or max(args.guidance_start or 1, args.guidance_stop or 1) > T:
-        raise DrawingError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
+    if scale == 1 and (request.guidance_start or request.guidance_stop):
+        raise ScriptError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
+    if start > stop or max(request.guidance_start or 1, request.guidance_stop or 1) > T:
+        raise ScriptError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
     return Guidance(scale, start, stop)

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import Tensor
@@ -35,6 +35,16 @@ class Panel:
 def new_figure(width: int, height: int) -> "Figure":
     """An empty white figure of that many pixels."""
     figure: Figure = require("matplotlib.figure").Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    return figure
+
+
+def finish_curves(figure: "Figure", **legend: Any) -> "Figure":
+    """Adds a grid to all axes of a figure of curves and a legend to the first; returns the figure."""
+    for axes in figure.axes:
+        axes.grid(which="both", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False, **legend)
+    figure.tight_layout()
     return figure
 
 

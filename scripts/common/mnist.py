@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scripts.common.errors import ScriptError
+
 NUM_VALIDATION = 5_000
 NUM_CLASSES = 10
 # MD5 of the unpacked files, the originals'.
@@ -22,14 +24,10 @@ CHECKSUMS = {
 _HEADER_BYTES = {"images": 16, "labels": 8}  # magic number and sizes, which the checksum covers
 
 
-class DataError(Exception):
-    """The data cannot be read; one sentence."""
-
-
 def load_mnist(split: Literal["train", "test"], data_dir: Path) -> tuple[Tensor, Tensor]:
     """Images (N, 1, 28, 28) uint8 and labels (N,) int64; downloads into data_dir if it holds no IDX files.
 
-    DataError for a file that is missing, unreadable or not the original.
+    ScriptError for a file that is missing, unreadable or not the original.
     """
     folder = _find_folder(data_dir) or _download(data_dir)
     prefix = "train" if split == "train" else "t10k"
@@ -60,13 +58,13 @@ def _download(data_dir: Path) -> Path:
 
         MNIST(str(data_dir), download=True)
     except ImportError as error:
-        raise DataError(
+        raise ScriptError(
             f"no MNIST files in {data_dir}, and torchvision, which downloads them, is not installed: "
             "pip install -e '.[train]' brings it"
         ) from error
     except (OSError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(":")
-        raise DataError(
+        raise ScriptError(
             f"no MNIST files in {data_dir}, and the download failed ({reason}): "
             "it needs a network, or --data-dir the folder with the IDX files"
         ) from error
@@ -79,8 +77,8 @@ def _read(folder: Path, name: str) -> np.ndarray:
     try:
         content = path.read_bytes() if path is plain else gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ScriptError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != CHECKSUMS[name]:
-        raise DataError(f"{path} is damaged: its checksum is not that of MNIST's {name}")
+        raise ScriptError(f"{path} is damaged: its checksum is not that of MNIST's {name}")
     header = _HEADER_BYTES["images" if "images" in name else "labels"]
     return np.frombuffer(bytearray(content), dtype=np.uint8, offset=header)

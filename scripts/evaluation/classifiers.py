@@ -18,15 +18,12 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from model.checkpoint import write_atomically
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights"
 METADATA_KEY = "unfog_classifier"
 BATCH_SIZE = 500
-
-
-class ClassifierError(Exception):
-    """The classifier cannot be loaded or cannot see these images; one sentence."""
 
 
 class Classifier(nn.Module):
@@ -109,10 +106,10 @@ class Trained:
 
 @torch.inference_mode()
 def features_of(network: Classifier, images: Tensor) -> Tensor:
-    """uint8 (N, 1, 28, 28) -> (N, 128); ClassifierError for images of another kind."""
+    """uint8 (N, 1, 28, 28) -> (N, 128); ScriptError for images of another kind."""
     if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
         kind = f"{images.dtype} of {tuple(images.shape[1:])}"
-        raise ClassifierError(f"classifiers see 8-bit images of 1x28x28, not {kind}")
+        raise ScriptError(f"classifiers see 8-bit images of 1x28x28, not {kind}")
     return torch.cat([network.features(batch / 255) for batch in images.split(BATCH_SIZE)])
 
 
@@ -141,7 +138,7 @@ def save_classifier(path: Path, kind: str, network: Classifier, facts: dict[str,
 
 
 def load_classifier(kind: str, path: Path | None = None) -> Trained:
-    """The classifier in that file, or the one that ships; ClassifierError, in one sentence, where it is none."""
+    """The classifier in that file, or the one that ships; ScriptError, in one sentence, where it is none."""
     path = path or WEIGHTS / f"{kind}.safetensors"
     network = KINDS[kind]()
     try:
@@ -153,8 +150,8 @@ def load_classifier(kind: str, path: Path | None = None) -> Trained:
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
         float(facts["test_accuracy"])
     except OSError as error:
-        raise ClassifierError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ScriptError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         message = f"{path} does not hold a digit {kind}: train one with python -m scripts.train_classifiers"
-        raise ClassifierError(message) from error
+        raise ScriptError(message) from error
     return Trained(network.eval().requires_grad_(False), facts, sha256)

@@ -17,6 +17,7 @@ from model.checkpoint import tensors_sha256
 from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import require
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
@@ -27,10 +28,6 @@ EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loa
 BATCH_SIZE = 250
 PROMPTS = (*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY)
 PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule, of 100: captions say so from 12 on, where one may doubt
-
-
-class ClipError(Exception):
-    """The CLIP model cannot be loaded; one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ class ClipScorer:
     """Cosines between 8-bit pictures and sentences."""
 
     def __init__(self, name: str = "embedded") -> None:
-        """`embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ClipError.
+        """`embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ScriptError.
 
         OpenAI's weights in a file need the architecture with their activation: `ViT-B-32-quickgelu:FILE`.
         """
@@ -103,7 +100,7 @@ def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
             tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # whatever a missing file, a broken one, an unknown name or no network leads to
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ClipError(f"no CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
+        raise ScriptError(f"no CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
     finally:
         root.setLevel(level)
     return model.eval().requires_grad_(False), preprocess, tokenizer

@@ -1,23 +1,62 @@
 """What CLIP sees along the reverse process: static at first, a clear handwritten digit at the end."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from model.pixels import to_pixels
-from scripts.common.drawing import Drawer, DrawingOptions
-from scripts.common.figures import new_figure
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
+from scripts.common.figures import finish_curves, new_figure, save_figure
+from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.clip import PROMPTS, ClipScorer
-from scripts.evaluation.samples import Digits
+from scripts.evaluation.samples import Digits, balanced, load_references
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LINES = ("its own digit", CLEAR, NOISY)  # of the figure
+
+
+def evaluate_clip(
+    request: DrawingRequest,
+    model: str,
+    out: Path,
+    reporter: Reporter,
+    *,
+    num_images: int,
+    split: str,
+    data_dir: Path,
+) -> None:
+    """Shows the CLIP model's scores along the reverse process; writes a figure and its JSON.
+
+    Raises CheckpointError or ScriptError.
+    """
+    scorer, drawer = ClipScorer(model), open_drawer(request)
+    real = balanced(load_references(split, data_dir).held_out, num_images)
+    options = options_from(request, drawer.checkpoint)
+    drawer.compile(request.compile, reporter)
+    timesteps, means, of_real = scores_along(drawer, options, scorer, real, reporter, seed=request.seed)
+    for prompt, first, last, beside in zip(LINES, means[0], means[-1], of_real, strict=True):
+        reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {beside:.3f}")
+    save_figure(show_scores(model, timesteps, means, of_real), out, grey=False)
+    scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(LINES)}
+    content = {
+        **drawer.facts,
+        "options": asdict(options),
+        "seed": request.seed,
+        "num_images": num_images,
+        "split": split,
+        "clip": {"model": scorer.name, "weights_sha256": scorer.sha256},
+        "t": timesteps,
+        "scores": scores,
+    }
+    write_json(out.with_suffix(".json"), content)
 
 
 def scores_along(
@@ -57,8 +96,4 @@ def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) ->
     axes.set_xlim(timesteps[0], 0)
     axes.set_xlabel("t")
     axes.set_ylabel(f"cosine between $x_t$ and the prompt ({name})")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure, fontsize=8)

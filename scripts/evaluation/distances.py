@@ -3,17 +3,13 @@
 Fréchet distance: Heusel 2017, eq. 6. Precision and recall: Kynkäänniemi 2019; coverage: Naeem 2020.
 """
 
-import contextlib
-import io
 from dataclasses import dataclass
 
-import joblib
 import torch
-from prdc import compute_prdc
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import require
 from scripts.evaluation.tables import MANIFOLD
 
 NEAREST_PRECISION = 3  # neighbours that make the manifold of precision and recall,
@@ -34,10 +30,10 @@ class _Features(torch.nn.Module):
 
 def frechet_distance(features: Tensor, real: Tensor) -> float:
     """Between two sets of features (N, F) and (M, F), as if both were normally distributed."""
-    metric = FrechetInceptionDistance(_Features(features.shape[1]))
+    metric = require("torchmetrics.image.fid", extra="evaluate").FrechetInceptionDistance(_Features(features.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(features.double(), real=False)
-    return metric.compute().item()
+    return float(metric.compute())
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +47,43 @@ class Manifold:
 
 
 def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> Manifold:
-    """Digit by digit, as many images as real ones: features (N, F) and (M, F), labels (N,) and (M,)."""
+    """Returns precision, recall and coverage of features (N, F) against `real` (M, F), digit by digit.
+
+    The labels are (N,) and (M,). Of each digit the first images are compared, equally many of both sets.
+    """
     shares = []
     for digit in range(NUM_CLASSES):
-        ours, theirs = features[labels == digit].numpy(), real[real_labels == digit].numpy()
+        ours, theirs = features[labels == digit], real[real_labels == digit]
         count = min(len(ours), len(theirs))
-        # It prints what it was given; and its threads would empty each other's warning filters.
-        with contextlib.redirect_stdout(io.StringIO()), joblib.parallel_config("sequential"):
-            near = compute_prdc(theirs[:count], ours[:count], NEAREST_PRECISION)
-            wide = compute_prdc(theirs[:count], ours[:count], NEAREST_COVERAGE)
-        shares.append([near["precision"], near["recall"], wide["coverage"]])
+        shares.append(_shares(ours[:count], theirs[:count]))
     per_digit = {name: list(each) for name, each in zip(MANIFOLD, zip(*shares, strict=True), strict=True)}
     means = {name: sum(each) / NUM_CLASSES for name, each in per_digit.items()}
     return Manifold(**means, per_digit=per_digit)
+
+
+def _shares(features: Tensor, real: Tensor) -> list[float]:
+    """Returns precision, recall (Kynkäänniemi 2019, eq. 2) and coverage (Naeem 2020, eq. 4) of features (N, F)."""
+    features, real = features.double(), real.double()
+    radii = _radii(features, NEAREST_PRECISION)  # (N,)
+    real_radii, real_coverage_radii = _radii(real, NEAREST_PRECISION), _radii(real, NEAREST_COVERAGE)  # (M,) each
+    is_near_real, recalled, covered = torch.zeros(len(features), dtype=torch.bool), [], []  # (N,)
+    for rows in torch.arange(len(real)).split(DISTANCE_ROWS):
+        distances = _distances(real[rows], features)  # (B, N)
+        is_near_real |= (distances < real_radii[rows, None]).any(dim=0)
+        recalled.append((distances < radii).any(dim=1))
+        covered.append(distances.amin(dim=1) < real_coverage_radii[rows])
+    return [share.double().mean().item() for share in (is_near_real, torch.cat(recalled), torch.cat(covered))]
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Returns the distance of each of the features (N, F) to its k-th nearest neighbour, (N,)."""
+    # The nearest is the row itself.
+    return torch.cat([_distances(rows, features).kthvalue(k + 1).values for rows in features.split(DISTANCE_ROWS)])
+
+
+def _distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Returns the Euclidean distances (B, N), computed from differences: a matrix product would lose digits."""
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 @dataclass(frozen=True, slots=True)

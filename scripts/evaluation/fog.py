@@ -1,22 +1,49 @@
 """How long a digit is recognised on its way into the fog."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from model import checkpoint
 from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule
-from scripts.common.figures import new_figure
+from scripts.common.figures import finish_curves, new_figure, save_figure
+from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifiers import Classifier
+from scripts.evaluation.classifiers import Classifier, load_classifier
 from scripts.evaluation.recognition import recognition
-from scripts.evaluation.samples import Digits
+from scripts.evaluation.samples import Digits, load_references
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def evaluate_fog(path: Path, judge: Path | None, out: Path, reporter: Reporter, *, split: str, data_dir: Path) -> None:
+    """Shows how far into the noise of a checkpoint's schedule digits are recognised; writes a figure and its JSON.
+
+    `judge` is a file of weights; None means the shipped ones. Raises CheckpointError or ScriptError.
+    """
+    schedule = checkpoint.load(path).schedule
+    timesteps = list(range(0, schedule.num_steps + 1, max(schedule.num_steps // 50, 1)))
+    digits, trained = load_references(split, data_dir).held_out, load_classifier("fog_judge", judge)
+    recognised, shares = recognised_in_fog(trained.network, digits, schedule, timesteps, reporter)
+    lost = lost_at(timesteps, shares)
+    for digit, t in enumerate(lost):
+        reporter.line(f"{digit}: {'never lost' if t is None else f'half are lost from t = {t} on'}")
+    save_figure(show_fog(timesteps, shares), out, grey=False)
+    content = {
+        "split": split,
+        "judge": {"sha256": trained.sha256, "test_accuracy": trained.accuracy},
+        "t": timesteps,
+        "recognised": recognised.T.tolist(),
+        "told": shares.T.tolist(),
+        "half_lost_at": lost,
+    }
+    write_json(out.with_suffix(".json"), content)
 
 
 def recognised_in_fog(
@@ -68,8 +95,4 @@ def show_fog(timesteps: list[int], shares: Tensor) -> "Figure":
     axes.set_xlim(timesteps[0], timesteps[-1])
     axes.set_ylim(-0.05, 1.02)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure, fontsize=8, ncols=2)

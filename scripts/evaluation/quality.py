@@ -1,15 +1,21 @@
 """Computes all figures of one set of digits, and those of real digits for comparison."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.checkpoint import write_atomically
 from model.pixels import to_pixels
+from scripts.common.figures import save_figure
+from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifiers import Trained, features_of
+from scripts.evaluation import clip
+from scripts.evaluation.classifiers import Trained, features_of, load_classifier
+from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.distances import (
     Manifold,
     Nearest,
@@ -18,8 +24,9 @@ from scripts.evaluation.distances import (
     memorised_share,
     nearest_learned,
 )
+from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.recognition import Recognition, recognition
-from scripts.evaluation.samples import Digits, References, balanced
+from scripts.evaluation.samples import Digits, References, Samples, balanced, load_references
 from scripts.evaluation.tables import fixed, too_few_images
 
 
@@ -162,3 +169,42 @@ def _beside(name: str, ours: Recognition, real: Recognition) -> list[tuple[str, 
         ("worst digit", worst, real_worst),
         ("each digit", each, real_each),
     ]
+
+
+def evaluate_digits(
+    samples: Samples,
+    reporter: Reporter,
+    *,
+    judge: Path | None,
+    extractor: Path | None,
+    clip_model: str | None,
+    split: str,
+    data_dir: Path,
+    out: Path | None,
+) -> None:
+    """Computes all figures of the samples, shows them, and writes them with pictures to the folder `out`.
+
+    `judge` and `extractor` are files of weights; None means the shipped ones. CLIP scores are computed if a model is
+    named. Everything that can fail is loaded before the samples are drawn. Raises ScriptError.
+    """
+    scorer = ClipScorer(clip_model) if clip_model else None
+    networks = load_classifier("judge", judge), load_classifier("extractor", extractor)
+    references = load_references(split, data_dir)
+    evaluator = Evaluator(references, *networks, samples.num_images)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+    digits, source = samples.get()
+    quality, nearest = evaluator.evaluate(digits, reporter)
+    table, content = as_markdown(quality), {**source, **as_json(quality, evaluator)}
+    if scorer:
+        real = references.held_out
+        of_real = scorer.score(real)
+        seen = scorer.score(digits), of_real, scorer.tells_noise(real, of_real)
+        table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
+    table = "\n\n".join([table, *notes_of(quality)])
+    reporter.line(table)
+    if out:
+        write_json(out / "evaluation.json", content)
+        write_atomically(out / "evaluation.md", f"{table}\n".encode())
+        save_figure(show_confusion(quality.judge), out / "confusion.png", grey=False)
+        save_figure(show_nearest(digits, nearest, references.learned.images), out / "nearest.png", grey=True)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from model.pixels import to_pixels
-from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
 from scripts.common.progress import Reporter
 
@@ -23,11 +25,9 @@ NUM_COMPARED = 20_000  # learned digits that stand for the held-out ones where t
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
 FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
+SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
+NUM_IMAGES = 10_000  # that are evaluated unless another number is asked for
 NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
-
-
-class SamplesError(Exception):
-    """These images cannot be evaluated; one sentence."""
 
 
 class Digits(NamedTuple):
@@ -47,12 +47,48 @@ class References:
     all_learned: Digits  # what may have been memorised: more than `learned` where that split was learned from too
 
 
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The digits to evaluate. `get` draws them, which takes long, and returns them with what they were made from."""
+
+    num_images: int
+    get: Callable[[], tuple[Digits, dict[str, Any]]]
+
+
+def samples_of_folder(folder: Path, num_images: int | None, reporter: Reporter) -> Samples:
+    """Reads the digits of a folder: `num_images`, or as many as there are of each digit, at most NUM_IMAGES.
+
+    Raises ScriptError for a folder that does not hold so many.
+    """
+    read, facts = read_samples(folder), read_facts(folder)
+    fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
+    digits = balanced(read, num_images or min(NUM_IMAGES, NUM_CLASSES * fewest))
+    if len(digits.labels) < len(read.labels):
+        reporter.line(f"the first {len(digits.labels) // NUM_CLASSES} of each digit, of {len(read.labels)} images")
+    known = {name: facts[name] for name in SOURCE if name in facts}
+    return Samples(len(digits.labels), lambda: (digits, {"images": folder.name, **known}))
+
+
+def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, reporter: Reporter) -> Samples:
+    """Loads the checkpoint and checks the options. Raises CheckpointError or ScriptError."""
+    drawer, count = open_drawer(request), num_images or NUM_IMAGES
+    options = options_from(request, drawer.checkpoint)
+
+    def get() -> tuple[Digits, dict[str, Any]]:
+        drawer.compile(request.compile, reporter)
+        source = {**drawer.facts, "options": asdict(options), "seed": request.seed}
+        given = {"num_images": count, "seed": request.seed, "batch_size": request.batch_size}
+        return draw_samples(drawer, options, reporter, **given), source
+
+    return Samples(count, get)
+
+
 def draw_samples(
     drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, num_images: int, seed: int, batch_size: int
 ) -> Digits:
     """num_images digits, as many of each, in 8 bits as they would be served."""
     if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
-        raise SamplesError("this checkpoint does not draw digits of 1x28x28, and nothing else is known here")
+        raise ScriptError("this checkpoint does not draw digits of 1x28x28, and nothing else is known here")
     labels = torch.arange(num_images) % NUM_CLASSES  # (N,)
     index = torch.arange(num_images)
     x_0 = drawer.draw(labels, index, options, reporter, seed=seed, batch_size=batch_size)
@@ -60,7 +96,7 @@ def draw_samples(
 
 
 def read_samples(folder: Path) -> Digits:
-    """What a folder holds, as IDX files or as PNGs; SamplesError for anything else.
+    """What a folder holds, as IDX files or as PNGs; ScriptError for anything else.
 
     PNGs are called `digit-<d>-….png`, or lie in folders named 0 to 9.
     """
@@ -68,7 +104,7 @@ def read_samples(folder: Path) -> Digits:
     counts = digits.labels.bincount(minlength=NUM_CLASSES)
     if counts.min() < FEWEST_OF_EACH:
         scarce = int(counts.argmin())
-        raise SamplesError(f"{folder} holds {counts[scarce]} images of a {scarce}: {FEWEST_OF_EACH} of each are needed")
+        raise ScriptError(f"{folder} holds {counts[scarce]} images of a {scarce}: {FEWEST_OF_EACH} of each are needed")
     return digits
 
 
@@ -79,7 +115,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except OSError:
         return {}
     except ValueError as error:
-        raise SamplesError(f"{folder / FACTS} is not JSON") from error
+        raise ScriptError(f"{folder / FACTS} is not JSON") from error
     return facts
 
 
@@ -89,16 +125,16 @@ def _read_idx(folder: Path) -> Digits:
     try:
         images, labels = read_image_file(str(folder / IDX[0])), read_label_file(str(folder / IDX[1]))
     except (OSError, ValueError, AssertionError, KeyError) as error:
-        raise SamplesError(f"{folder} does not hold the IDX files that scripts.make_dataset writes") from error
+        raise ScriptError(f"{folder} does not hold the IDX files that scripts.make_dataset writes") from error
     if len(images) != len(labels) or not len(labels) or labels.max() >= NUM_CLASSES:
-        raise SamplesError(f"{folder} holds {len(images)} images and labels that do not fit them")
+        raise ScriptError(f"{folder} holds {len(images)} images and labels that do not fit them")
     return Digits(images[:, None], labels)
 
 
 def _read_pngs(folder: Path) -> Digits:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
-        raise SamplesError(f"{folder} holds no PNG and no IDX files")
+        raise ScriptError(f"{folder} holds no PNG and no IDX files")
     images, labels = [], []
     for path in paths:
         labels.append(_digit_of(path))
@@ -129,12 +165,12 @@ def _shuffled(images: Tensor, labels: Tensor) -> Digits:
 
 
 def balanced(digits: Digits, count: int) -> Digits:
-    """The first count / 10 of each digit, in turn; SamplesError where there are not so many."""
+    """The first count / 10 of each digit, in turn; ScriptError where there are not so many."""
     each = count // NUM_CLASSES
     rows = [(digits.labels == digit).nonzero()[:each, 0] for digit in range(NUM_CLASSES)]
     fewest = min(len(of_digit) for of_digit in rows)
     if fewest < each:
-        raise SamplesError(f"{each} images of each digit are needed, and of one there are {fewest}")
+        raise ScriptError(f"{each} images of each digit are needed, and of one there are {fewest}")
     order = torch.stack(rows, dim=1).flatten()  # (count,)
     return Digits(digits.images[order], digits.labels[order])
 
@@ -145,7 +181,7 @@ def _digit_of(path: Path) -> int:
         return int(named[1])
     if path.parent.name in map(str, range(NUM_CLASSES)):
         return int(path.parent.name)
-    raise SamplesError(f"{path} does not say its digit: name it digit-<d>-….png, or put it into a folder 0 to 9")
+    raise ScriptError(f"{path} does not say its digit: name it digit-<d>-….png, or put it into a folder 0 to 9")
 
 
 def _read(path: Path) -> np.ndarray:
@@ -153,7 +189,7 @@ def _read(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             mode, pixels = image.mode, np.asarray(image)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise SamplesError(f"{path} cannot be read as a PNG") from error
+        raise ScriptError(f"{path} cannot be read as a PNG") from error
     if pixels.shape != (28, 28) or mode != "L":  # a palette's indices would look like grey
-        raise SamplesError(f"{path} is not an 8-bit grey image of 28x28")
+        raise ScriptError(f"{path} is not an 8-bit grey image of 28x28")
     return pixels

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripts.common.drawing import Drawer, DrawingOptions
-from scripts.common.figures import new_figure
+from scripts.common.errors import ScriptError
+from scripts.common.figures import finish_curves, new_figure
 from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.quality import Evaluator, Quality
@@ -15,7 +16,6 @@ from scripts.evaluation.samples import draw_samples
 from scripts.evaluation.tables import (
     MANIFOLD,
     SWEEP_COLUMNS,
-    EvaluationError,
     Figures,
     as_sweep_row,
     as_table,
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FEWEST_MISTAKES = 1e-4  # that an axis of powers of ten can show
-
-
-class SweepError(EvaluationError):
-    """The file of earlier figures cannot be gone on with; one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +39,7 @@ class Sweep:
     batch_size: int
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
-        """The figures of each setting, in order; SweepError where the file is of another sweep."""
+        """The figures of each setting, in order; ScriptError where the file is of another sweep."""
         kept, figures = self._read(), []
         reporter.line(" | ".join(SWEEP_COLUMNS))
         for options in settings:
@@ -109,14 +105,14 @@ class Sweep:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:
                 different = "another checkpoint, seed, split, number of images or --compile mode"
-                raise SweepError(f"{self.file} holds figures of {different}")
+                raise ScriptError(f"{self.file} holds figures of {different}")
             rows: list[Figures] = content["figures"]
             for row in rows:
                 as_sweep_row(row)
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
-            raise SweepError(f"{self.file} does not hold the figures of a sweep") from error
+            raise ScriptError(f"{self.file} does not hold the figures of a sweep") from error
         return rows
 
     def _write(self, rows: list[Figures]) -> None:
@@ -160,8 +156,4 @@ def show_steps(rows: list[Figures]) -> "Figure":
         axes.set_xlabel("steps")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(which="both", alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False)
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure)

@@ -1,13 +1,35 @@
 """The classification accuracy score (Ravuri & Vinyals 2019): what a classifier learns from drawn digits alone."""
 
+from pathlib import Path
+
 import torch
 
+from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Judge, accuracy
-from scripts.evaluation.samples import Digits
+from scripts.evaluation.samples import Digits, load_references, read_facts, read_samples
 from scripts.evaluation.training import train_classifier
 
 EPOCHS = 10
+
+
+def evaluate_synthetic(
+    folder: Path, out: Path | None, reporter: Reporter, *, epochs: int, seed: int, split: str, data_dir: Path
+) -> None:
+    """Shows what a classifier learns from the drawn digits of a folder, and from real ones; writes JSON to `out`.
+
+    Raises ScriptError.
+    """
+    references, drawn = load_references(split, data_dir), read_samples(folder)
+    learned = {}
+    for name, digits in (("drawn", drawn), ("real", references.learned)):
+        title = f"training a classifier on {name} digits"
+        share = accuracy_learned_from(digits, references.held_out, reporter, epochs=epochs, seed=seed, title=title)
+        learned[name] = {"num_images": len(digits.labels), "accuracy": share}
+        reporter.line(f"learned from {len(digits.labels)} {name} digits: {share:.2%} of the {split} split recognised")
+    if out:
+        facts = {"split": split, "epochs": epochs, "seed": seed}
+        write_json(out, {**facts, **learned, "drawn_with": read_facts(folder)})
 
 
 def accuracy_learned_from(

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scripts.common.errors import ScriptError
+
 Figures = dict[str, Any]
 Evaluation = dict[str, Any]  # as `scripts.evaluate digits` leaves it
 
@@ -27,10 +29,6 @@ RUN_COLUMNS = (
 )
 
 
-class EvaluationError(Exception):
-    """The file holds no evaluation, or the evaluations cannot be compared; the message is one sentence."""
-
-
 def read_evaluation(path: Path) -> Evaluation:
     """The evaluation in a file, or in a folder's evaluation.json."""
     file = path / "evaluation.json" if path.is_dir() else path
@@ -42,17 +40,17 @@ def read_evaluation(path: Path) -> Evaluation:
         if not {"num_images", "split", "networks"} <= set(content):
             raise KeyError
     except OSError as error:
-        raise EvaluationError(f"{file} cannot be read: {error.strerror}") from error
+        raise ScriptError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise EvaluationError(f"{file} is not what scripts.evaluate digits leaves") from error
+        raise ScriptError(f"{file} is not what scripts.evaluate digits leaves") from error
     return content
 
 
 def check_comparable(evaluations: list[Evaluation]) -> None:
-    """EvaluationError where distances and shares of these cannot be compared."""
+    """ScriptError where distances and shares of these cannot be compared."""
     for field in ("num_images", "split", "networks"):
         if len({json.dumps(evaluation[field]) for evaluation in evaluations}) > 1:
-            raise EvaluationError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")
+            raise ScriptError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")
 
 
 def as_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:

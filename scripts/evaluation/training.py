@@ -1,18 +1,23 @@
 """Trains a classifier on MNIST's training split alone: the test split is looked at once, when all is done."""
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel
 
-from model.diffusion import Diffusion, ema_decay
+from model.diffusion import Diffusion, running_average
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
+from scripts.common.mnist import load_mnist, split_validation
 from scripts.common.progress import Reporter
-from scripts.evaluation.classifiers import Classifier, accuracy
+from scripts.evaluation.classifiers import KINDS, Classifier, accuracy, save_classifier
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
@@ -22,8 +27,40 @@ WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # two epochs or so
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
+# The extractor sees images as they are: slant, size and place are part of what it is to measure.
+RECIPES = {
+    "judge": {"augmented": True, "epochs": 30, "seed": 0},
+    "extractor": {"augmented": False, "epochs": 20, "seed": 1},
+    "fog_judge": {"augmented": True, "fogged": True, "epochs": 20, "seed": 2},
+}
 Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
+
+
+def train_and_save(
+    kind: str, path: Path, data_dir: Path, reporter: Reporter, *, epochs: int | None = None, seed: int | None = None
+) -> None:
+    """Trains a classifier of RECIPES on MNIST and writes it; `epochs` and `seed` replace the recipe's.
+
+    Raises ScriptError if the data cannot be read.
+    """
+    asked = {"epochs": epochs, "seed": seed}
+    recipe = {**RECIPES[kind], **{name: value for name, value in asked.items() if value is not None}}
+    torch.manual_seed(recipe["seed"])  # the first weights, and dropout
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
+    learn, choose = split_validation(*train)
+    network = train_classifier(
+        KINDS[kind](),
+        learn,
+        reporter,
+        augmented=bool(recipe["augmented"]),
+        fogged=bool(recipe.get("fogged", False)),
+        epochs=int(recipe["epochs"]),
+        seed=recipe["seed"],
+    )
+    facts = facts_of(network, choose, test, **recipe)
+    save_classifier(path, kind, network, facts)
+    reporter.line(f"{facts['validation_accuracy']:.2%} of the validation digits recognised; saved as {path}")
 
 
 def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
@@ -47,30 +84,70 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # not in the stubs
-    averaged = AveragedModel(network, multi_avg_fn=running_average, use_buffers=True)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
     batch_size = min(batch_size or BATCH_SIZE, len(learn[0]))
-    num_batches = len(learn[0]) // batch_size
-    total = epochs * num_batches
-    lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=total, pct_start=0.2)
-    with reporter.task(title, total * batch_size, "images") as task:
-        for _ in range(epochs):
-            order = torch.randperm(len(learn[0]), generator=generator)
-            for rows in order[: num_batches * batch_size].split(batch_size):
-                images, labels = learn[0][rows], learn[1][rows]
-                x = augment(images, generator) if augmented else images / 255
-                x = _fog(x, diffusion) if fogged else x
-                loss = _learn_from(network, optimizer, x, labels)
-                lr_schedule.step()
-                averaged.update_parameters(network)
-                task.advance(batch_size, f"loss {loss:.4f}")
-    network.load_state_dict(averaged.module.state_dict())
+
+    def loss_of(rows: Tensor) -> Tensor:
+        images, labels = learn[0][rows], learn[1][rows]
+        x = augment(images, generator) if augmented else images / 255
+        x = _fog(x, diffusion) if fogged else x
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(x.contiguous(memory_format=torch.channels_last))
+        return F.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
+
+    batches = Batches(len(learn[0]), batch_size, epochs, generator)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=max_lr, weight_decay=WEIGHT_DECAY)
+    fit(network.train(), loss_of, batches, optimizer, reporter, title=title, warm_up=0.2, average_buffers=True)
     return network.eval().requires_grad_(False)
 
 
-def running_average(averaged: Tensors, current: Tensors, step: Tensor | int) -> None:
-    """An EMA that forgets the random start within a few steps."""
-    get_ema_multi_avg_fn(ema_decay(int(step), MAX_EMA_DECAY))(averaged, current, step)
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The rows of each batch of a training; an epoch leaves out the rows that do not fill a batch."""
+
+    num_examples: int
+    batch_size: int
+    epochs: int
+    generator: torch.Generator
+
+    def __len__(self) -> int:
+        """Returns the number of batches of all epochs."""
+        return self.epochs * (self.num_examples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields rows (B,), shuffled anew in each epoch."""
+        for _ in range(self.epochs):
+            order = torch.randperm(self.num_examples, generator=self.generator)
+            yield from order[: len(self) // self.epochs * self.batch_size].split(self.batch_size)
+
+
+def fit(  # hyperparameters
+    network: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    reporter: Reporter,
+    *,
+    title: str,
+    warm_up: float,
+    average_buffers: bool = False,
+) -> None:
+    """Minimises `loss_of(rows)` over all batches; leaves the running average of the weights in the network.
+
+    The learning rate rises to the optimizer's during the share `warm_up` of the steps, then falls to zero.
+    """
+    averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=average_buffers)
+    max_lr = optimizer.param_groups[0]["lr"]
+    lr_schedule = OneCycleLR(optimizer, max_lr, total_steps=len(batches), pct_start=warm_up)
+    with reporter.task(title, len(batches) * batches.batch_size, "images") as task:
+        for rows in batches:
+            loss = loss_of(rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            lr_schedule.step()
+            averaged.update_parameters(network)
+            task.advance(len(rows), f"loss {loss.item():.4f}")
+    network.load_state_dict(averaged.module.state_dict())
 
 
 def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
@@ -82,17 +159,6 @@ def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: 
         "data": f"MNIST, training split less the last {len(choose[0])} images",
         **training,
     }
-
-
-def _learn_from(network: Classifier, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> float:
-    network.train()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = network(x.contiguous(memory_format=torch.channels_last))
-    loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=LABEL_SMOOTHING)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 
 def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:

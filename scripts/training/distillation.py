@@ -6,6 +6,8 @@ from each to the next (Salimans & Ho 2022, section 3, all strides at once; Meng 
 which is in the paths, so that the student needs no second evaluation).
 """
 
+import math
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -15,21 +17,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from model.checkpoint import write_atomically
+from model import checkpoint
+from model.checkpoint import Checkpoint, write_atomically
 from model.prediction import Prediction
 from model.sampler import Denoiser, make_plan
 from model.schedule import MIN_HALF_LOG_SNR, Schedule
 from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
+from scripts.training.loop import TrainingRequest, train
 from scripts.training.objective import HeldOut, Losses, LossOf
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
+from scripts.training.trainer import Trainer
 
 PART_SIZE = 2_560  # paths a file
+NO_TIME = 1e-9  # minutes: no epoch fits
 PATH_SEED = 2**52  # plus the run's: digits that are evaluated with a smaller seed share no noise with a path
-
-
-class PathsError(Exception):
-    """The paths cannot be used; one sentence."""
 
 
 def teacher_timesteps(schedule: Schedule, recipe: DistillationRecipe) -> list[int]:
@@ -60,7 +63,7 @@ def draw_paths(
 ) -> tuple[Tensor, Tensor] | None:
     """The states (N, num_steps + 1, C, H, W) float16 and digits (N,), those held out last; None if time ran out.
 
-    What lies in the folder is kept; PathsError where it is of another teacher, seed or arithmetic.
+    What lies in the folder is kept; ScriptError where it is of another teacher, seed or arithmetic.
     """
     count = recipe.num_paths + recipe.num_held_out
     paths = []
@@ -91,12 +94,12 @@ def _part(
     try:
         with safe_open(file, framework="pt") as opened:
             if opened.metadata() != facts:
-                raise PathsError(
+                raise ScriptError(
                     f"{file} holds paths of another teacher, recipe, seed or arithmetic; name another --out"
                 )
             return {name: opened.get_tensor(name) for name in ("states", "y")}
     except SafetensorError as error:
-        raise PathsError(f"{file} is damaged: remove it and start again") from error
+        raise ScriptError(f"{file} is damaged: remove it and start again") from error
 
 
 def _draw_part(
@@ -168,3 +171,56 @@ class DistillationObjective:
         x_t, target, k = (torch.cat(part) for part in zip(*strides, strict=True))
         weights, band = torch.ones_like(x_t[:, 0, 0, 0]), len(self._t) - 1 - k  # (N,) each
         return HeldOut(x_t, self._t[k], y.repeat(len(self._t)), target, weights, band)
+
+
+def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
+    """Draws the missing paths of the teacher, a checkpoint, and trains the student on all of them.
+
+    Stops within the time limit. Raises CheckpointError, and ScriptError if recipe, teacher and folder do not fit.
+    """
+    recipe, loaded = request.load_recipe(), checkpoint.load(teacher)
+    distillation = _check(recipe, loaded)
+    device, compiled = request.prepare()
+    request.out.mkdir(parents=True, exist_ok=True)
+    end = time.perf_counter() + (60 * request.time_limit if request.time_limit else math.inf)
+    start = {name: tensor.clone() for name, tensor in loaded.network.state_dict().items()}
+    drawer = Drawer(loaded, device)
+    drawer.compile("on" if compiled else "off", reporter)
+    paths = draw_paths(
+        drawer,
+        distillation,
+        request.out / "paths",
+        reporter,
+        seed=request.seed,
+        has_time=lambda: time.perf_counter() < end,
+    )
+    if not paths:
+        reporter.line("the time limit is there, not all paths: start again to go on")
+        return
+    objective = DistillationObjective(recipe, *paths, device)
+    trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=start)
+    guidance = distillation.guidance
+    data = (
+        f"{objective.num_examples} paths of the weights {loaded.weights_sha256}, "
+        f"guided by {guidance.scale:g} at t = {guidance.start} to {guidance.stop}"
+    )
+    minutes_left = (end - time.perf_counter()) / 60
+    time_limit = max(minutes_left, NO_TIME) if request.time_limit else None
+    train(trainer, request.run_of(recipe, data), reporter, time_limit=time_limit)
+
+
+def _check(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:
+    """Raises ScriptError if the recipe has no distillation or does not fit the teacher."""
+    if not recipe.distillation:
+        raise ScriptError("the recipe has no [distillation]")
+    own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config
+    for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
+        if mine != theirs:
+            raise ScriptError(f"the student begins as its teacher, which is of another kind: {theirs}")
+    if its.steps or TEACHER_SAMPLER not in its.samplers:
+        raise ScriptError(
+            f"the teacher draws in {TEACHER_SAMPLER}'s steps, any number of them, which this one does not permit"
+        )
+    if recipe.distillation.guidance.scale != 1 and not its.guidable:
+        raise ScriptError("this teacher cannot be guided: no label was dropped in its training")
+    return recipe.distillation

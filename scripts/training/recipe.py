@@ -13,16 +13,13 @@ from model.prediction import PredictionConfig
 from model.sampler import Guidance, Sampler
 from model.schedule import ScheduleConfig
 from model.unet import UNetConfig
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
 STUDENT_SAMPLER: Sampler = "ddim"  # a stride of it is one line: the image that leads to a state is known
 TEACHER_SAMPLER: Sampler = "dpmpp"  # good in few steps, and deterministic
-
-
-class RecipeError(Exception):
-    """The recipe cannot be used; one sentence."""
 
 
 class _Strict(BaseModel):
@@ -109,14 +106,14 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
 
 
 def load_recipe(preset: str) -> Recipe:
-    """The recipe of that name, or of that path when it ends in .toml; RecipeError in one sentence."""
+    """The recipe of that name, or of that path when it ends in .toml; ScriptError in one sentence."""
     try:
         return Recipe.model_validate(_read(preset, depth=0))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise RecipeError(f"{_path(preset)}: {where or 'recipe'}: {reason}") from error
+        raise ScriptError(f"{_path(preset)}: {where or 'recipe'}: {reason}") from error
 
 
 def _path(preset: str) -> Path:
@@ -129,14 +126,14 @@ def _read(preset: str, depth: int) -> dict[str, Any]:
     try:
         own = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise RecipeError(f"no preset {preset!r}: {', '.join(preset_names())}, or a path to a .toml file") from error
+        raise ScriptError(f"no preset {preset!r}: {', '.join(preset_names())}, or a path to a .toml file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not TOML: {error}") from error
+        raise ScriptError(f"{path} is not TOML: {error}") from error
     base = own.pop("base", None)
     if base is None:
         return own
     if not isinstance(base, str) or depth == MAX_BASES:
-        raise RecipeError(f"{path}: base: must name a recipe, and bases must come to an end")
+        raise ScriptError(f"{path}: base: must name a recipe, and bases must come to an end")
     return _over(_read(base, depth + 1), own)
 
 

@@ -18,16 +18,13 @@ from torch import Tensor
 
 from model import checkpoint
 from model.sampler import SAMPLERS, sample
+from scripts.common.errors import ScriptError
 from scripts.common.pictures import save_grid
 from scripts.training.recipe import STUDENT_SAMPLER, Recipe
 from scripts.training.trainer import EpochResult, Trainer
 
 GRID_SEED = 2026
 PROBE_STEPS = 10
-
-
-class RunError(Exception):
-    """The run's folder cannot be used; one sentence."""
 
 
 class Run:
@@ -52,15 +49,15 @@ class Run:
             state = torch.load(path, map_location=trainer.device, weights_only=True)
             identity = state["identity"]
         except Exception as error:
-            raise RunError(f"{path} cannot be read: {type(error).__name__}") from error
+            raise ScriptError(f"{path} cannot be read: {type(error).__name__}") from error
         if identity != self.identity:
-            raise RunError(f"{self.folder} holds a run of another recipe, seed or data; name another --out")
+            raise ScriptError(f"{self.folder} holds a run of another recipe, seed or data; name another --out")
         try:
             trainer.load_state_dict(state["trainer"])
             self.results = [EpochResult(**result) for result in state["results"]]
             self.earlier_arithmetic = state["arithmetic"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise RunError(f"{path} is of another release: name another --out") from error
+            raise ScriptError(f"{path} is of another release: name another --out") from error
         return True
 
     def record(self, trainer: Trainer, result: EpochResult) -> bool:

@@ -7,15 +7,16 @@ it has to be saved: a run that was killed repeats its last epoch bit by bit.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from model.compiled.compiler import default_cache
 from model.compiled.private_cache import use_private_compile_cache
-from model.diffusion import EMA
+from model.diffusion import running_average
 from model.unet import UNet
 from scripts.training.objective import LossOf, Objective
 from scripts.training.recipe import Recipe
@@ -35,7 +36,10 @@ class EpochResult:
 
 
 class Trainer:
-    """The state of a run: network, EMA, optimizer, learning rate, epoch. `start` is the weights that it begins with."""
+    """The state of a run: network, running average, optimizer, learning rate, epoch.
+
+    `start` holds the weights that the network begins with. `averaged` is the network whose weights are served.
+    """
 
     def __init__(
         self,
@@ -52,8 +56,10 @@ class Trainer:
         self.network = _new_network(recipe, device)
         if start:
             self.network.load_state_dict(start)
-        self.averaged = _new_network(recipe, device).eval().requires_grad_(False)
-        self.ema = EMA(self.network, recipe.ema_max_decay) if recipe.ema_max_decay else None
+        # Without an EMA the largest decay is 0, and the average equals the network.
+        self._average = AveragedModel(self.network, multi_avg_fn=running_average(recipe.ema_max_decay))
+        self._average.n_averaged.fill_(1)  # the first weights are part of the average
+        self.averaged = cast(UNet, self._average.module).eval().requires_grad_(False)
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer.name]
         constants = recipe.optimizer
         self.optimizer = optimizer(
@@ -92,7 +98,6 @@ class Trainer:
             total += loss
             on_step(step, loss.item())
         self.epoch += 1
-        self._refresh_averaged()
         validation_loss, band_losses = self.objective.validation_losses(self.denoise_averaged)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         if self.recipe.lr_schedule.name == "plateau":
@@ -104,7 +109,7 @@ class Trainer:
         """All that a later run needs to go on as if it had never stopped."""
         return {
             "network": self.network.state_dict(),
-            "ema": {"step": self.ema.step, "shadow": self.ema.shadow} if self.ema else None,
+            "ema": {"step": int(self._average.n_averaged) - 1, "shadow": self.averaged.state_dict()},
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "epoch": self.epoch,
@@ -116,10 +121,10 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
         self.epoch = state["epoch"]
-        if self.ema:
-            self.ema.step = state["ema"]["step"]
-            self.ema.shadow = {name: tensor.to(self.device) for name, tensor in state["ema"]["shadow"].items()}
-        self._refresh_averaged()
+        # Earlier releases stored None for a recipe without an EMA.
+        ema = state["ema"] or {"step": 0, "shadow": state["network"]}
+        self._average.n_averaged.fill_(ema["step"] + 1)
+        self.averaged.load_state_dict(ema["shadow"])
 
     def _learn_from(self, rows: Tensor, loss_of: LossOf, global_step: int) -> Tensor:
         self._set_learning_rate(global_step)
@@ -129,8 +134,7 @@ class Trainer:
         if self.recipe.grad_clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
-        if self.ema:
-            self.ema.update(self.network)
+        self._average.update_parameters(self.network)
         return loss.detach()
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -152,9 +156,6 @@ class Trainer:
         factor = min((global_step + 1) / max(plan.warmup_steps, 1), 1) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.optimizer.lr * factor
-
-    def _refresh_averaged(self) -> None:
-        self.averaged.load_state_dict(self.ema.shadow if self.ema else self.network.state_dict())
 
 
 def _new_network(recipe: Recipe, device: torch.device) -> UNet:

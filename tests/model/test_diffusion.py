@@ -3,8 +3,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from model.diffusion import EMA, Diffusion
+from model.diffusion import Diffusion, running_average
 from model.schedule import Schedule, ScheduleConfig
 
 NULL = 10
@@ -107,41 +108,56 @@ def test_a_seed_repeats_all_that_is_drawn(make_diffusion: Callable[[], Diffusion
     assert all(torch.equal(a, b) for a, b in zip(draws(make_diffusion()), draws(make_diffusion()), strict=True))
 
 
+def average_of(network: nn.Module, max_decay: float) -> AveragedModel:
+    """An average that begins with the network's weights."""
+    average = AveragedModel(network, multi_avg_fn=running_average(max_decay))
+    average.n_averaged.fill_(1)
+    return average
+
+
 @pytest.mark.parametrize("max_decay", [0.9999, 0.7])
 def test_the_average_of_a_network_that_stands_still_nears_it_as_the_decays_say(max_decay: float) -> None:
     network = nn.Linear(3, 2)
     start = network.weight.detach().clone()
-    ema = EMA(network, max_decay)
+    average = average_of(network, max_decay)
     with torch.no_grad():
         network.weight.fill_(5.0)
     left = 1.0
     for step in range(1, 41):
-        ema.update(network)
+        average.update_parameters(network)
         left *= min(max_decay, 1 - (1 + step) ** (-2 / 3))
-        torch.testing.assert_close(ema.shadow["weight"], 5 + left * (start - 5), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(average.module.weight.detach(), 5 + left * (start - 5), rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_is_the_weighted_sum_of_all_that_the_network_was() -> None:
     network = nn.Linear(1, 1, bias=False)
-    ema = EMA(network, 0.5)
+    average = average_of(network, 0.5)
     values = [network.weight.item()]
     for value in (3.0, -1.0, 4.0, 1.5):
         nn.init.constant_(network.weight, value)
         values.append(value)
-        ema.update(network)
+        average.update_parameters(network)
     decays = [min(0.5, 1 - (1 + k) ** (-2 / 3)) for k in range(1, 5)]
     weights = [1.0] + [1 - decay for decay in decays]
     for k, decay in enumerate(decays, start=1):
         weights[:k] = [weight * decay for weight in weights[:k]]
     assert sum(weights) == pytest.approx(1)
     expected = sum(w * v for w, v in zip(weights, values, strict=True))
-    assert ema.shadow["weight"].item() == pytest.approx(expected, rel=1e-5)
+    assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_average_without_decay_is_the_network() -> None:
+    network = nn.Linear(3, 2)
+    average = average_of(network, 0.0)
+    nn.init.normal_(network.weight)
+    average.update_parameters(network)
+    assert torch.equal(average.module.weight, network.weight)
 
 
 def test_the_average_shares_no_memory_with_the_network() -> None:
     network = nn.Linear(3, 2)
-    ema = EMA(network, 0.99)
-    before = ema.shadow["weight"].clone()
+    average = average_of(network, 0.99)
+    before = average.module.weight.clone()
     with torch.no_grad():
         network.weight.zero_()
-    assert torch.equal(ema.shadow["weight"], before)
+    assert torch.equal(average.module.weight, before)

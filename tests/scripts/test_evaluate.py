@@ -212,9 +212,9 @@ def test_a_classifier_is_trained_and_found_again(
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
 
 
-@pytest.mark.parametrize("kind", train_classifiers.RECIPES)
+@pytest.mark.parametrize("kind", training.RECIPES)
 def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
-    assert train_classifiers.RECIPES[kind].items() <= load_classifier(kind).facts.items()
+    assert training.RECIPES[kind].items() <= load_classifier(kind).facts.items()
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,7 @@ def test_a_wrong_argument_of_the_training_is_one_sentence(
 def test_what_needs_no_distances_needs_none_of_their_packages(arguments: list[str]) -> None:
     script = (
         "import sys\n"
-        "for name in ('joblib', 'prdc', 'torchmetrics'):\n"
-        "    sys.modules[name] = None\n"
+        "sys.modules['torchmetrics'] = None\n"
         "from scripts import evaluate, ship\n"
         f"evaluate.main({arguments})"
     )
@@ -246,10 +245,10 @@ def test_what_needs_no_distances_needs_none_of_their_packages(arguments: list[st
 
 
 def test_without_the_packages_of_distances_a_sentence_says_what_to_install() -> None:
-    script = "import sys\nsys.modules['prdc'] = None\nfrom scripts import evaluate\nevaluate.main(['digits'])"
+    script = "import sys\nsys.modules['torchmetrics'] = None\nfrom scripts import evaluate\nevaluate.main(['digits'])"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "prdc is not installed. Install with: pip install -e '.[evaluate]'\n"
+    assert ended.stderr == "torchmetrics is not installed. Install with: pip install -e '.[evaluate]'\n"
 
 
 @pytest.mark.parametrize("command", [["digits"], ["fog", "--out=fog.png"], ["clip", "--out=clip.png"]], ids=" ".join)
@@ -257,7 +256,7 @@ def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("load_classifier", "load_references", "open_drawer", "ClipScorer"):
+    for name in ("samples_of_checkpoint", "evaluate_digits", "evaluate_fog", "evaluate_clip"):
         monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("begun"))
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(command)

@@ -15,6 +15,7 @@ from scripts import make_dataset
 from scripts.common import drawing
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.progress import Reporter
+from scripts.evaluation import dataset
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 COUNT = 25
@@ -24,7 +25,7 @@ Make = Callable[..., Path]
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a small set, ten images a part."""
-    monkeypatch.setattr(make_dataset, "PART", 10)
+    monkeypatch.setattr(dataset, "PART", 10)
     tiny = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
 
     def run(name: str, *more: str, count: int = COUNT) -> Path:
@@ -81,7 +82,7 @@ def test_a_set_that_was_stopped_goes_on_and_is_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(Drawer, "draw", draw_or_stop)
         if where == "writing":
-            patch.setattr(make_dataset, "write_idx", stop)
+            patch.setattr(dataset, "write_idx", stop)
         with pytest.raises(SystemExit) as exit_:
             make("stopped")
         assert exit_.value.code == 130
@@ -118,7 +119,7 @@ def test_auto_continues_a_set_the_way_it_was_begun(
     whole = files(make("whole", "--compile=off"))
     monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
     with monkeypatch.context() as patch:
-        patch.setattr(make_dataset, "write_idx", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(dataset, "write_idx", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             make("stopped", "--compile=off")
     assert files(make("stopped", "--compile=auto")) == whole

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from model.schedule import Schedule, ScheduleConfig
 from scripts import plot, sample
+from scripts.common import plots
+from scripts.common.errors import ScriptError
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.pictures import save_grid
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
@@ -48,7 +50,7 @@ def test_each_pixel_of_an_image_is_a_whole_number_of_the_figures(tmp_path: Path)
 def test_the_noise_progression_goes_from_the_image_to_static(kind: str) -> None:
     x_0 = torch.full((1, 28, 28), -1.0)
     x_0[0, 6:22, 12:16] = 1.0
-    figure = plot.show_noise_progression(x_0, Schedule(ScheduleConfig(kind)), seed=1)
+    figure = plots.show_noise_progression(x_0, Schedule(ScheduleConfig(kind)), seed=1)
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [f"t = {t}" for t in range(0, 101, 10)]
     cells = torch.tensor(axes.images[0].get_array())[..., 0].float().split(28, dim=1)
@@ -71,7 +73,7 @@ def test_the_noise_progression_of_a_real_digit_shows_one(tiny: Path, tmp_path: P
     path = tmp_path / "noise.png"
     plot.main(["noise", "--checkpoint", str(tiny), "--data-dir", str(mnist_dir), "--out", str(path)])
     first_seven = 0  # the first test image is a 7
-    raw = plot.load_mnist("test", mnist_dir)[0][first_seven, 0]
+    raw = plots.load_mnist("test", mnist_dir)[0][first_seven, 0]
     assert contains(pixels(path), raw.repeat_interleave(3, 0).repeat_interleave(3, 1))
 
 
@@ -92,7 +94,7 @@ def test_the_reverse_process_ends_in_the_digits_that_a_sample_gives(tiny: Path, 
     [(101, 6, [0, 20, 40, 60, 80, 100]), (3, 6, [0, 1, 2]), (1, 6, [0]), (11, 6, [0, 2, 4, 6, 8, 10])],
 )
 def test_columns_are_spread_evenly(count: int, wanted: int, chosen: list[int]) -> None:
-    assert plot.spread(count, wanted) == chosen
+    assert plots.spread(count, wanted) == chosen
 
 
 def test_a_sheet_has_a_row_of_ten_for_each_digit(tiny: Path, tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def write_losses(folder: Path, rows: list[tuple[int, float, float]]) -> Path:
 def test_loss_curves_are_those_of_the_runs(tmp_path: Path) -> None:
     first = write_losses(tmp_path / "first", [(1, 0.2, 0.1), (2, 0.06, 0.05), (3, 0.05, 0.04)])
     second = write_losses(tmp_path / "second", [(1, 0.3, 0.2)])
-    figure = plot.show_losses({"first": plot.read_losses(first), "second": plot.read_losses(second / "losses.csv")})
+    figure = plots.show_losses({"first": plots.read_losses(first), "second": plots.read_losses(second / "losses.csv")})
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
     assert curves == {
         "first, training": ([1, 2, 3], [0.2, 0.06, 0.05]),
@@ -138,8 +140,8 @@ def test_loss_curves_are_those_of_the_runs(tmp_path: Path) -> None:
 def test_another_file_has_no_losses(tmp_path: Path, content: str) -> None:
     path = tmp_path / "losses.csv"
     path.write_text(content)
-    with pytest.raises(plot.PlotError):
-        plot.read_losses(path)
+    with pytest.raises(ScriptError, match=r"is not the losses\.csv|holds no epoch"):
+        plots.read_losses(path)
 
 
 def test_epochs_stand_under_each_other_in_the_order_asked(tmp_path: Path) -> None:
@@ -148,7 +150,7 @@ def test_epochs_stand_under_each_other_in_the_order_asked(tmp_path: Path) -> Non
         save_grid(x_0, tmp_path / "epochs" / f"{epoch:02d}.png", columns=10)
     plot.main(["epochs", str(tmp_path), "--epochs", "1", "15", "5", "--out", str(tmp_path / "out.png")])
     rows = [pixels(tmp_path / "epochs" / name) for name in ("01.png", "15.png", "05.png")]
-    gap = torch.full((plot.ROW_GAP, 560), 255, dtype=torch.uint8)
+    gap = torch.full((plots.ROW_GAP, 560), 255, dtype=torch.uint8)
     assert contains(pixels(tmp_path / "out.png"), torch.cat([rows[0], gap, rows[1], gap, rows[2]]))
 
 
@@ -234,7 +236,7 @@ def test_without_matplotlib_a_figure_is_refused_before_anything_is_read_or_drawn
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("open_drawer", "read_losses", "show_epochs", "show_bench"):
+    for name in ("plot_drawn_noise", "plot_reverse", "plot_losses", "plot_epochs", "plot_bench"):
         monkeypatch.setattr(plot, name, lambda *_: pytest.fail("begun"))
     with pytest.raises(SystemExit) as exit_:
         plot.main([*command.split(), "--out=x.png"])

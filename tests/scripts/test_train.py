@@ -13,7 +13,8 @@ from PIL import Image
 
 from model import checkpoint
 from scripts import distil, train
-from scripts.train import should_compile
+from scripts.training import loop
+from scripts.training.loop import should_compile
 from tests.scripts.tiny_training import NUM_STEPS, RECIPES, trust_idx_files, write_idx_files
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def test_a_time_limit_stops_between_epochs_and_the_next_start_goes_on(
 ) -> None:
     """By a clock that a reading moves on by a minute: the third epoch would begin in time and end too late."""
     minutes = iter(range(1000))
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes)))
     argv = arguments(workplace, "cosine", workplace / "limited", "--time-limit", "5")
     train.main(argv)
     assert state_of(workplace / "limited")["trainer"]["epoch"] == 2

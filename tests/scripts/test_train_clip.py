@@ -8,8 +8,8 @@ from scripts import train_clip as script
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CAPTIONS
 from scripts.evaluation.clip import ClipScorer
+from scripts.evaluation.clip_training import MODEL, save_clip, train_clip
 from scripts.evaluation.samples import Digits
-from scripts.train_clip import MODEL, save_clip, train_clip
 from tests.scripts.evaluation.bars import bars
 
 open_clip = pytest.importorskip("open_clip")

@@ -1,26 +1,24 @@
 """Draws whole requests, many at once, from x_T to x_0: what every alternative puts a server around."""
 
-import io
 import math
 import statistics
 import time
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from model.checkpoint import SHIPPED, load
 from model.compiled.compiler import compiled_step
-from model.noise import normal
+from model.png import encode_png
 from model.precision import fast_dtype
+from model.process import begin, draw
 from model.sampler import Sampler, make_plan
-from model.step import ReverseStep, Rows, State, Step
+from model.step import ReverseStep, Rows, Step
 from scripts.common.drawing import step_cache
-from scripts.common.pictures import grid
+from scripts.common.pictures import grid, to_image
 
 STEP_REPEATS = 40
 
@@ -46,25 +44,34 @@ class Painter:
         program = ReverseStep(self.checkpoint, self.device, fast_dtype(self.device))
         self._step: Step = compiled_step(program, step_cache()) if compiled else program
 
-    @torch.inference_mode()
     def draw(self, requests: list[Request]) -> list[bytes]:
-        """A PNG each, of all its images; a row that has reached x_0 is not computed on."""
-        state, plans, num_steps = self._begin(requests)
-        for k in range(max(num_steps.tolist())):
-            slots = (num_steps > k).nonzero()[:, 0]  # (B,)
-            rows = torch.arange(len(slots), device=self.device)  # (B,)
-            x_prev, x_0, _ = self._step(state, plans, Rows(slots, torch.full_like(slots, k), rows, rows))
-            state.x_t.index_copy_(0, slots, x_prev)
-            state.x_0.index_copy_(0, slots, x_0)
-        return [sheet_of(part) for part in state.x_0.split([request.count for request in requests])]
+        """Returns a PNG of all images of each request. An image that has reached x_0 takes no more steps."""
+        plans = [make_plan(self.checkpoint.schedule, asked.sampler, asked.num_steps) for asked in requests]
+        rows = [
+            (asked.seed, index, asked.digit, plan)
+            for asked, plan in zip(requests, plans, strict=True)
+            for index in range(asked.count)
+        ]
+        seed, index, y, plan_of_row = zip(*rows, strict=True)
+        x_0 = draw(
+            self._step,
+            plan_of_row,
+            self.checkpoint.image_shape,
+            seed=torch.tensor(seed, device=self.device),
+            index=torch.tensor(index, device=self.device),
+            y=torch.tensor(y, device=self.device),
+        )
+        return [sheet_of(part) for part in x_0.split([request.count for request in requests])]
 
     @torch.inference_mode()
     def measure_steps(self, rows: Sequence[int]) -> dict[int, float]:
-        """Seconds of a step of each of these numbers of rows, on the average; they take turns."""
-        states = {count: self._begin([Request(digit=0, count=count, num_steps=1)])[:2] for count in rows}
+        """Returns the mean seconds of a step of each of these numbers of rows. They take turns."""
+        plan, shape = make_plan(self.checkpoint.schedule, "ddpm", 1), self.checkpoint.image_shape
+        zeros = {count: torch.zeros(count, dtype=torch.int64, device=self.device) for count in rows}
+        begun = {count: begin([plan] * count, shape, seed=zero, index=zero, y=zero) for count, zero in zeros.items()}
         seconds: dict[int, list[float]] = {count: [] for count in rows}
         for _ in range(STEP_REPEATS):
-            for count, (state, plans) in states.items():
+            for count, (state, plans) in begun.items():
                 slots = torch.arange(count, device=self.device)  # (B,)
                 start = time.perf_counter()
                 _, _, finite = self._step(state, plans, Rows(slots, torch.zeros_like(slots), slots, slots))
@@ -72,27 +79,9 @@ class Painter:
                 seconds[count].append(time.perf_counter() - start)
         return {count: statistics.mean(found) for count, found in seconds.items()}
 
-    def _begin(self, requests: list[Request]) -> tuple[State, Tensor, Tensor]:
-        """x_T of every image, the requests' plans one after the other (P, 5), and the steps of each image (B,)."""
-        shape = self.checkpoint.image_shape
-        plans = [make_plan(self.checkpoint.schedule, asked.sampler, asked.num_steps) for asked in requests]
-        starts = accumulate((plan.num_steps for plan in plans), initial=0)
-        rows = [
-            (asked.seed, index, asked.digit, start, asked.num_steps)
-            for asked, start in zip(requests, starts, strict=False)
-            for index in range(asked.count)
-        ]
-        state = State.zeros(len(rows), shape, self.device)
-        columns = torch.tensor(rows, device=self.device).T.contiguous().unbind()  # (B,) each
-        state.seed, state.index, state.y, state.plan_row, num_steps = columns
-        state.x_t = normal(state.seed, state.index, torch.zeros_like(state.seed), shape)  # (B, C, H, W)
-        return state, torch.cat([plan.table(self.device) for plan in plans]), num_steps
-
 
 def sheet_of(x_0: Tensor) -> bytes:
     """(B, 1, H, W) in [-1, 1] -> one PNG, row by row, as near to a square as may be."""
     columns = math.ceil(math.sqrt(len(x_0)))
     black = x_0.new_full((-len(x_0) % columns, *x_0.shape[1:]), -1)
-    buffer = io.BytesIO()
-    Image.fromarray(grid(torch.cat([x_0, black]).cpu(), columns)[..., 0].numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_png(to_image(grid(torch.cat([x_0, black]).cpu(), columns)))

@@ -1,7 +1,6 @@
 import dataclasses
 import logging
 import shutil
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,16 @@ from model.compiled.compiler import CompilerError, default_cache
 from model.sampler import Guidance, sample
 from model.step import ReverseStep, Step, Stepped
 from scripts.common import drawing
-from scripts.common.drawing import Drawer, DrawingError, DrawingOptions, options_from
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, options_from
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
 
 GUIDANCE = Guidance(1.5, start=2, stop=8)
 
 
-def arguments(**given: Any) -> Namespace:
-    names = ("num_steps", "guidance_scale", "guidance_start", "guidance_stop")
-    return Namespace(**{"sampler": "ddpm", **dict.fromkeys(names), **given})
+def request(**given: Any) -> DrawingRequest:
+    return DrawingRequest(**{"sampler": "ddpm", **given})
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
@@ -100,7 +99,7 @@ def test_auto_draws_without_a_compiled_step_that_cannot_be_had_and_says_why(
 
 def test_on_without_a_compiled_step_is_one_sentence(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "compiled_step", cannot_compile)
-    with pytest.raises(DrawingError, match=r"^--compile on: compiling needs a C\+\+ compiler$"):
+    with pytest.raises(ScriptError, match=r"^--compile on: compiling needs a C\+\+ compiler$"):
         compile_with(drawer, "on")
     assert not drawer.facts["compiled"]
 
@@ -126,7 +125,7 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(
     monkeypatch.setattr(drawing, "compiled_step", lambda program, cache: step)
     compile_with(drawer, "on")
     y = torch.arange(2)
-    with Reporter() as reporter, pytest.raises(DrawingError, match=r"^--compile on: compiling failed: no C compiler$"):
+    with Reporter() as reporter, pytest.raises(ScriptError, match=r"^--compile on: compiling failed: no C compiler$"):
         drawer.draw(y, y, DrawingOptions("ddim", 2, GUIDANCE), reporter, seed=6)
 
 
@@ -167,8 +166,8 @@ def test_compiled_steps_are_kept_where_the_service_keeps_them(
 
 def test_options_are_the_checkpoints_where_nothing_is_asked(tmp_path: Path) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    assert options_from(arguments(), loaded) == DrawingOptions("ddpm", NUM_STEPS, GUIDANCE)
-    asked = arguments(num_steps=3, sampler="ddim", guidance_scale=2.0, guidance_start=1, guidance_stop=5)
+    assert options_from(request(), loaded) == DrawingOptions("ddpm", NUM_STEPS, GUIDANCE)
+    asked = request(num_steps=3, sampler="ddim", guidance_scale=2.0, guidance_start=1, guidance_stop=5)
     assert options_from(asked, loaded) == DrawingOptions("ddim", 3, Guidance(2.0, 1, 5))
 
 
@@ -176,17 +175,17 @@ def test_the_guidance_is_that_of_the_sampler(tmp_path: Path) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     config = dataclasses.replace(loaded.config, guidance_by_sampler={"dpmpp": Guidance(3.0, 4, 6)})
     loaded = dataclasses.replace(loaded, config=config)
-    assert options_from(arguments(), loaded).guidance == GUIDANCE
-    assert options_from(arguments(sampler="dpmpp"), loaded).guidance == Guidance(3.0, 4, 6)
-    assert options_from(arguments(sampler="dpmpp", guidance_scale=2.0), loaded).guidance == Guidance(2.0, 4, 6)
+    assert options_from(request(), loaded).guidance == GUIDANCE
+    assert options_from(request(sampler="dpmpp"), loaded).guidance == Guidance(3.0, 4, 6)
+    assert options_from(request(sampler="dpmpp", guidance_scale=2.0), loaded).guidance == Guidance(2.0, 4, 6)
 
 
 def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "b.safetensors", label_drop=0, guidance=Guidance()))
-    assert options_from(arguments(), loaded).guidance.scale == 1
-    assert options_from(arguments(guidance_scale=1.0), loaded).guidance.scale == 1
-    with pytest.raises(DrawingError, match="cannot be guided"):
-        options_from(arguments(guidance_scale=1.5), loaded)
+    assert options_from(request(), loaded).guidance.scale == 1
+    assert options_from(request(guidance_scale=1.0), loaded).guidance.scale == 1
+    with pytest.raises(ScriptError, match="cannot be guided"):
+        options_from(request(guidance_scale=1.5), loaded)
 
 
 @pytest.mark.parametrize(
@@ -202,5 +201,5 @@ def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> N
 )
 def test_what_the_checkpoint_cannot_do_or_would_ignore_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    with pytest.raises(DrawingError):
-        options_from(arguments(**wrong), loaded)
+    with pytest.raises(ScriptError, match=r"too many|--guidance-start must not|guidance is off"):
+        options_from(request(**wrong), loaded)

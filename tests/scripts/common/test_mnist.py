@@ -7,7 +7,8 @@ from urllib.error import URLError
 import pytest
 import torch
 
-from scripts.common.mnist import DataError, load_mnist, split_validation
+from scripts.common.errors import ScriptError
+from scripts.common.mnist import load_mnist, split_validation
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, idx_files, trust_idx_files, write_idx_files
 
 IMAGES = "train-images-idx3-ubyte"
@@ -27,7 +28,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ScriptError) as caught:
         load_mnist("train", folder)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
+from scripts.common.errors import ScriptError
 from scripts.common.mnist import load_mnist
 from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
-from scripts.evaluation.clip import EMBEDDED, ClipError, ClipScorer, ClipScores, as_json, as_markdown, noised
+from scripts.evaluation.clip import EMBEDDED, ClipScorer, ClipScores, as_json, as_markdown, noised
+from scripts.evaluation.clip_training import EPOCHS, MODEL
 from scripts.evaluation.samples import Digits
-from scripts.train_clip import EPOCHS, MODEL
 from tests.scripts.evaluation.bars import bars
 
 open_clip = pytest.importorskip("open_clip")
@@ -104,7 +105,7 @@ def test_noised_digits_go_from_step_20_to_static() -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "ViT-B-32:no/such/file.pt", "no-such-model:openai"])
 def test_a_model_that_is_not_there_is_one_sentence(name: str) -> None:
-    with pytest.raises(ClipError) as caught:
+    with pytest.raises(ScriptError, match="no CLIP model") as caught:
         ClipScorer(name)
     assert len(str(caught.value).splitlines()) == 1
 

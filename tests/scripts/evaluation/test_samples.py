@@ -8,18 +8,18 @@ from PIL import Image
 from model import checkpoint
 from model.sampler import Guidance
 from scripts.common.drawing import Drawer, DrawingOptions
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
+from scripts.evaluation.dataset import write_idx
 from scripts.evaluation.samples import (
     IDX,
     SPLITS,
     Digits,
-    SamplesError,
     balanced,
     draw_samples,
     load_references,
     read_samples,
 )
-from scripts.make_dataset import write_idx
 from tests.scripts.evaluation.bars import bars
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
@@ -69,7 +69,7 @@ def test_idx_files_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_idx_files_that_are_none_are_one_sentence(tmp_path: Path, content: bytes) -> None:
     for name in IDX:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(SamplesError, match="does not hold the IDX files"):
+    with pytest.raises(ScriptError, match="does not hold the IDX files"):
         read_samples(tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_labels_that_do_not_fit_their_images_are_one_sentence(tmp_path: Path) ->
     labels = (tmp_path / IDX[1]).read_bytes()
     write_idx(tmp_path, bars(110, 2).images[:, 0].numpy())
     (tmp_path / IDX[1]).write_bytes(labels)
-    with pytest.raises(SamplesError, match="110 images and labels that do not fit"):
+    with pytest.raises(ScriptError, match="110 images and labels that do not fit"):
         read_samples(tmp_path)
 
 
@@ -100,19 +100,19 @@ GREY = np.zeros((28, 28), dtype=np.uint8)
 def test_a_folder_that_cannot_be_evaluated_says_why(tmp_path: Path, files: dict[str, np.ndarray], reason: str) -> None:
     for name, pixels in files.items():
         write(tmp_path / name, pixels)
-    with pytest.raises(SamplesError, match=reason):
+    with pytest.raises(ScriptError, match=reason):
         read_samples(tmp_path)
 
 
 def test_the_indices_of_a_palette_are_not_taken_for_grey(tmp_path: Path) -> None:
     Image.fromarray(GREY).quantize(16).save(tmp_path / "digit-7-a.png")
-    with pytest.raises(SamplesError, match="not an 8-bit grey image"):
+    with pytest.raises(ScriptError, match="not an 8-bit grey image"):
         read_samples(tmp_path)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "digit-1-a.png").write_text("one")
-    with pytest.raises(SamplesError, match=r"digit-1-a\.png cannot be read"):
+    with pytest.raises(ScriptError, match=r"digit-1-a\.png cannot be read"):
         read_samples(tmp_path)
 
 
@@ -123,7 +123,7 @@ def test_a_damaged_picture_is_named_whatever_bit_fell(tmp_path: Path) -> None:
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / "digit-1-a.png").write_bytes(damaged)
-        with pytest.raises(SamplesError, match=r"digit-1-a\.png|holds 0 images"):
+        with pytest.raises(ScriptError, match=r"digit-1-a\.png|holds 0 images"):
             read_samples(tmp_path)
 
 
@@ -152,5 +152,5 @@ def test_balanced_takes_as_many_of_each_and_refuses_what_is_not_there() -> None:
     chosen = balanced(Digits(images, labels), 30)
     assert chosen.labels.tolist() == [*range(10)] * 3
     assert chosen.images[:, 0, 0, 0].tolist() == [0, *range(31, 40), 1, *range(41, 50), 2, *range(51, 60)]
-    with pytest.raises(SamplesError, match="4 images of each digit"):
+    with pytest.raises(ScriptError, match="4 images of each digit"):
         balanced(Digits(images, labels), 40)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from scripts.evaluation.tables import EvaluationError, across, as_run, check_comparable, read_evaluation
+from scripts.common.errors import ScriptError
+from scripts.evaluation.tables import across, as_run, check_comparable, read_evaluation
 
 SEEN = {"accuracy": 0.99625, "per_digit": [1.0] * 7 + [0.994, 1.0, 1.0]}
 REAL_SEEN = {"accuracy": 0.997, "per_digit": [1.0] * 6 + [0.9937, 1.0, 1.0, 1.0]}
@@ -66,7 +67,7 @@ def test_an_evaluation_without_a_distance_has_a_dash_for_it(tmp_path: Path) -> N
 @pytest.mark.parametrize("field", ["num_images", "split", "networks"])
 def test_what_was_measured_otherwise_does_not_compare(field: str) -> None:
     check_comparable([EVALUATION, EVALUATION])
-    with pytest.raises(EvaluationError, match=f"differ in {field}"):
+    with pytest.raises(ScriptError, match=f"differ in {field}"):
         check_comparable([EVALUATION, {**EVALUATION, field: "other"}])
 
 
@@ -76,5 +77,5 @@ def test_a_file_in_which_a_figure_is_missing_is_no_evaluation(tmp_path: Path, mi
     assert read_evaluation(tmp_path) == EVALUATION
     short = {name: value for name, value in EVALUATION.items() if name != missing}
     (tmp_path / "evaluation.json").write_text(json.dumps(short))
-    with pytest.raises(EvaluationError, match="is not what"):
+    with pytest.raises(ScriptError, match="is not what"):
         read_evaluation(tmp_path)

@@ -11,8 +11,9 @@ from model.prediction import Prediction, PredictionConfig, predict_x_0
 from model.sampler import Guidance, make_plan, reverse_step, sample
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.drawing import Drawer
+from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
-from scripts.training.distillation import PATH_SEED, DistillationObjective, PathsError, draw_paths, teacher_timesteps
+from scripts.training.distillation import PATH_SEED, DistillationObjective, draw_paths, teacher_timesteps
 from scripts.training.recipe import DistillationRecipe
 from tests.scripts.tiny_training import NUM_STEPS, recipe_of
 from tests.tiny import tiny_unet
@@ -137,7 +138,7 @@ def test_paths_of_another_seed_teacher_or_recipe_are_refused(teacher: Path, tmp_
         loaded = checkpoint.load(teacher)
         loaded.network.class_embed.weight.mul_(1.5)
         checkpoint.save(teacher, loaded.network, loaded.config)
-    with pytest.raises(PathsError, match="another teacher, recipe, seed or arithmetic"):
+    with pytest.raises(ScriptError, match="another teacher, recipe, seed or arithmetic"):
         paths_of(teacher, tmp_path / "paths", recipe, seed=int(field == "seed"))
 
 
@@ -145,7 +146,7 @@ def test_damaged_paths_are_one_sentence(teacher: Path, tmp_path: Path) -> None:
     paths_of(teacher, tmp_path / "paths")
     (file,) = (tmp_path / "paths").iterdir()
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(PathsError, match="is damaged"):
+    with pytest.raises(ScriptError, match="is damaged"):
         paths_of(teacher, tmp_path / "paths")
 
 

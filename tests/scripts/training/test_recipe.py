@@ -6,12 +6,13 @@ import pytest
 
 from model.sampler import Guidance
 from model.unet import UNet
-from scripts.training.recipe import RecipeError, load_recipe, preset_names
+from scripts.common.errors import ScriptError
+from scripts.training.recipe import load_recipe, preset_names
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
 
 
 def refusal(preset: str) -> str:
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(ScriptError) as caught:
         load_recipe(preset)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)

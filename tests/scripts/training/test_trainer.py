@@ -1,3 +1,4 @@
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from model import checkpoint
 from model.compiled.compiler import default_cache
 from scripts.common.progress import Reporter
-from scripts.train import train
+from scripts.training.loop import train
 from scripts.training.objective import DenoisingObjective
 from scripts.training.run import Run
 from scripts.training.trainer import EpochResult, Trainer
@@ -82,16 +83,45 @@ def test_each_training_image_is_seen_once_an_epoch_and_no_validation_image(
     assert first.tolist() != second.tolist()
 
 
+def weights_of(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.double().clone() for name, tensor in network.state_dict().items()}
+
+
 def test_what_is_validated_is_the_average_where_there_is_one(make_trainer: MakeTrainer) -> None:
     averaging, plain = make_trainer("cosine"), make_trainer("plateau")
-    for trainer in (averaging, plain):
-        trainer.run_epoch()
-    average, network = averaging.averaged.state_dict(), averaging.network.state_dict()
-    assert averaging.ema is not None
-    assert all(torch.equal(average[name], averaging.ema.shadow[name]) for name in average)
+    expected, step = weights_of(averaging.network), 0
+
+    def average_by_hand(*_: object) -> None:
+        nonlocal step
+        step += 1
+        decay = min(0.999, 1 - (1 + step) ** (-2 / 3))
+        for name, weights in weights_of(averaging.network).items():
+            expected[name] = decay * expected[name] + (1 - decay) * weights
+
+    averaging.run_epoch(average_by_hand)
+    averaging.run_epoch(average_by_hand)
+    average, network = weights_of(averaging.averaged), weights_of(averaging.network)
+    assert step == 2 * STEPS
+    for name in average:
+        torch.testing.assert_close(average[name], expected[name], rtol=1e-5, atol=1e-6)
     assert not any(torch.equal(average[name], network[name]) for name in average)
-    average, network = plain.averaged.state_dict(), plain.network.state_dict()
+    plain.run_epoch()
+    average, network = weights_of(plain.averaged), weights_of(plain.network)
     assert all(torch.equal(average[name], network[name]) for name in average)
+
+
+@pytest.mark.parametrize("recipe", ["cosine", "plateau"])
+def test_a_state_of_the_release_before_goes_on(make_trainer: MakeTrainer, recipe: str) -> None:
+    """It held the average as `step` and `shadow`, and None for a recipe without an average."""
+    trainer, again = make_trainer(recipe), make_trainer(recipe)
+    trainer.run_epoch()
+    state = copy.deepcopy(trainer.state_dict())
+    average = {name: tensor.clone() for name, tensor in trainer.averaged.state_dict().items()}
+    state["ema"] = {"step": STEPS, "shadow": average} if recipe == "cosine" else None
+    again.load_state_dict(state)
+    assert trainer.run_epoch() == again.run_epoch()
+    one, other = trainer.averaged.state_dict(), again.averaged.state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_trained_network_predicts_better_than_an_untrained_one(make_trainer: MakeTrainer) -> None:

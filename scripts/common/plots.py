@@ -1,0 +1,175 @@
+"""Figures of the forward and the reverse process, of drawn digits and of training runs."""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from model import checkpoint
+from model.diffusion import Diffusion
+from model.pixels import from_pixels
+from model.schedule import Schedule
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
+from scripts.common.errors import ScriptError
+from scripts.common.figures import Panel, draw_panels, finish_curves, new_figure, save_figure
+from scripts.common.mnist import load_mnist
+from scripts.common.pictures import grid, save_grid
+from scripts.common.progress import Reporter, require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+USUAL_EPOCHS = (1, 5, 15, 30)
+ROW_GAP = 4  # white pixels between the grids of two epochs
+NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
+Losses = dict[str, list[float]]  # column -> a value an epoch
+
+
+def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) -> "Figure":
+    """The forward process: one image (C, H, W) in [-1, 1] at t = 0, T/10, ... T, always with the same noise."""
+    diffusion = Diffusion(schedule, torch.Generator().manual_seed(seed))
+    t = torch.linspace(0, schedule.num_steps, NUM_NOISE_COLUMNS).round().long()
+    eps = torch.randn(x_0.shape, generator=diffusion.generator).expand(len(t), *x_0.shape)
+    x_t, _ = diffusion.add_noise(x_0.expand_as(eps), t, eps)  # (11, C, H, W)
+    labels = [f"t = {step}" for step in t.tolist()]
+    return draw_panels([Panel(grid(x_t, len(t)), labels)], scale=3)
+
+
+def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, seed: int) -> "Figure":
+    """Every digit on its way from the same static: x_t on the left, the x_0 predicted from it on the right."""
+    frames: list[tuple[int, Tensor, Tensor]] = []
+
+    def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
+        frames.append((t, x_t.cpu(), x_0.cpu()))
+
+    y = torch.arange(len(drawer.class_names))
+    x_0 = drawer.draw(y, torch.zeros_like(y), options, reporter, seed=seed, batch_size=len(y), on_step=keep)
+    frames.append((0, x_0, x_0))
+    shown = [frames[i] for i in spread(len(frames), 6)]
+    columns = [f"t = {t}" for t, _, _ in shown]
+    now = rearrange([x_t for _, x_t, _ in shown], "k b c h w -> (b k) c h w")
+    predicted = rearrange([x_0 for _, _, x_0 in shown], "k b c h w -> (b k) c h w")
+    panels = [
+        Panel(grid(now, len(shown)), columns, drawer.class_names, "$x_t$"),
+        Panel(grid(predicted, len(shown)), columns, title="predicted $x_0$"),
+    ]
+    return draw_panels(panels, scale=2)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of the numbers 0..count-1 (or all, if they are fewer), evenly, the first and the last among them."""
+    wanted = min(wanted, count)
+    return [round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)]
+
+
+def show_losses(losses: dict[str, Losses]) -> "Figure":
+    """Training and validation loss by epoch, a colour a run."""
+    figure = new_figure(760, 400)
+    axes = figure.add_subplot()
+    for i, (name, columns) in enumerate(losses.items()):
+        epoch = columns["epoch"]
+        marker = "." if len(epoch) < 3 else None
+        axes.plot(epoch, columns["train_loss"], f"C{i}--", marker=marker, linewidth=1, label=f"{name}, training")
+        axes.plot(epoch, columns["validation_loss"], f"C{i}-", marker=marker, label=f"{name}, validation")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    axes.tick_params(which="both", labelsize=8)
+    return finish_curves(figure)
+
+
+def read_losses(path: Path) -> Losses:
+    """The losses.csv of a run, by its own path or its run's; ScriptError where it is missing or another file."""
+    path = path / "losses.csv" if path.is_dir() else path
+    try:
+        rows = list(csv.DictReader(path.read_text().splitlines()))
+        names = ("epoch", "train_loss", "validation_loss")
+        columns = {name: [float(row[name]) for row in rows] for name in names}
+    except OSError as error:
+        raise ScriptError(f"{path} cannot be read: {error.strerror}") from error
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise ScriptError(f"{path} is not the losses.csv of a run") from error
+    if not rows:
+        raise ScriptError(f"{path} holds no epoch yet")
+    return columns
+
+
+def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
+    """The same ten digits after several epochs, a row each; ScriptError for an epoch that the run does not have.
+
+    Epochs 1, 5, 15 and 30 by default, and the run's last instead of those that it does not have.
+    """
+    folder = run / "epochs"
+    there = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d+", path.stem))
+    if not there:
+        raise ScriptError(f"{folder} has no picture of an epoch")
+    epochs = epochs or sorted({min(epoch, there[-1]) for epoch in USUAL_EPOCHS})
+    missing = sorted(set(epochs) - set(there))
+    if missing:
+        raise ScriptError(f"{folder} has no picture of epoch {missing[0]}: its last is {there[-1]}")
+    grids = []
+    for epoch in epochs:
+        with Image.open(folder / f"{epoch:02d}.png") as image:
+            pixels = torch.tensor(list(image.convert("L").tobytes()), dtype=torch.uint8)
+            grids.append(F.pad(pixels.view(image.height, image.width), (0, 0, 0, ROW_GAP), value=255))
+    if len({pixels.shape for pixels in grids}) > 1:
+        raise ScriptError(f"the pictures in {folder} differ in size: they are of different runs")
+    labels = [f"epoch {epoch}" for epoch in epochs]
+    return draw_panels([Panel(torch.cat(grids)[..., None], [str(digit) for digit in range(10)], labels)], scale=1)
+
+
+def plot_drawn_noise(request: DrawingRequest, digit: int, out: Path, reporter: Reporter) -> None:
+    """Writes the forward process of a drawn digit."""
+    y, drawer = torch.tensor([digit]), open_drawer(request)
+    options, schedule = options_from(request, drawer.checkpoint), drawer.checkpoint.schedule
+    drawer.compile(request.compile, reporter)
+    x_0 = drawer.draw(y, torch.zeros_like(y), options, reporter, seed=request.seed)[0]  # (C, H, W)
+    save_figure(show_noise_progression(x_0, schedule, seed=request.seed), out, grey=True)
+
+
+def plot_real_noise(path: Path, data_dir: Path, digit: int, out: Path, *, seed: int) -> None:
+    """Writes the forward process of MNIST's first test image of the digit, by the schedule of the checkpoint."""
+    images, labels = load_mnist("test", data_dir)
+    x_0, schedule = from_pixels(images[labels == digit][0]), checkpoint.load(path).schedule
+    save_figure(show_noise_progression(x_0, schedule, seed=seed), out, grey=True)
+
+
+def plot_reverse(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
+    """Writes the reverse process of all digits."""
+    drawer = open_drawer(request)
+    options = options_from(request, drawer.checkpoint)
+    drawer.compile(request.compile, reporter)
+    save_figure(show_reverse_process(drawer, options, reporter, seed=request.seed), out, grey=True)
+
+
+def plot_losses(runs: Sequence[Path], out: Path) -> None:
+    """Writes the loss curves of runs, which are folders or their losses.csv."""
+    losses = {(path.parent if path.suffix == ".csv" else path).resolve().name: read_losses(path) for path in runs}
+    save_figure(show_losses(losses), out, grey=False)
+
+
+def plot_epochs(run: Path, epochs: Sequence[int] | None, out: Path) -> None:
+    """Writes the pictures of several epochs of a run, one below the other."""
+    save_figure(show_epochs(run, epochs), out, grey=True)
+
+
+def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
+    """Writes ten images of each digit as one grid."""
+    drawer = open_drawer(request)
+    num_classes, columns = len(drawer.class_names), 10
+    y = torch.arange(num_classes).repeat_interleave(columns)  # (N,) a row a digit
+    index = torch.arange(columns).repeat(num_classes)  # (N,)
+    options = options_from(request, drawer.checkpoint)
+    drawer.compile(request.compile, reporter)
+    x_0 = drawer.draw(y, index, options, reporter, seed=request.seed, batch_size=request.batch_size)
+    save_grid(x_0, out, columns=columns, scale=2)

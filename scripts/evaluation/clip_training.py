@@ -1,0 +1,123 @@
+"""Trains the small CLIP that judges digits, and writes it in open_clip's format.
+
+Of each picture it is known which of all captions hold, so every pair counts: the sigmoid loss of
+SigLIP (Zhai 2023, section 3.2), a pair's sign the caption's truth.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.checkpoint import write_atomically
+from model.diffusion import Diffusion
+from model.schedule import Schedule, ScheduleConfig
+from scripts.common.files import write_json
+from scripts.common.mnist import load_mnist, split_validation
+from scripts.common.progress import Reporter, require
+from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
+from scripts.evaluation.clip import ClipScorer
+from scripts.evaluation.samples import Digits
+from scripts.evaluation.training import Batches, fit
+
+MODEL: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": 28,
+        "patch_size": 4,
+        "width": 96,
+        "layers": 4,
+        "head_width": 32,
+        "pool_type": "avg",
+    },
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+    "init_logit_bias": 0.0,
+}
+WORDS = "token_embedding.weight"
+MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
+BATCH_SIZE = 256
+EPOCHS = 20
+MAX_LR, WEIGHT_DECAY = 1.5e-3, 0.05
+
+
+def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epochs: int, seed: int) -> None:
+    """Trains a CLIP on MNIST's training split, saves it in the folder, and measures what was saved on real digits.
+
+    Raises ScriptError if the data cannot be read.
+    """
+    open_clip = require("open_clip", extra="clip")
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
+    learn, choose = split_validation(*train)
+    model = open_clip.CLIP(**MODEL)
+    tokens = open_clip.SimpleTokenizer(context_length=MODEL["text_cfg"]["context_length"])(CAPTIONS)
+    train_clip(model, tokens, learn, reporter, epochs=epochs, seed=seed)
+    data = f"MNIST, training split less the last {len(choose[0])} images"
+    facts: dict[str, Any] = {"data": data, "epochs": epochs, "seed": seed}
+    save_clip(folder, model, tokens, facts)
+    scorer = ClipScorer(str(folder))
+    for name, digits in (("validation", Digits(*choose)), ("test", Digits(*test))):
+        scores = scorer.score(digits)
+        recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
+        facts[name] = {"recognised": recognised, "tells_noise": told}
+        reporter.line(f"{name} digits: {recognised:.2%} recognised, {told:.2%} told from noisy ones")
+    save_config(folder, facts)
+    reporter.line(f"saved in {folder}")
+
+
+def train_clip(
+    model: nn.Module,
+    tokens: Tensor,
+    learn: tuple[Tensor, Tensor],
+    reporter: Reporter,
+    *,
+    epochs: int,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+) -> None:
+    """Learns from digits, uint8 (N, 1, 28, 28) and labels (N,), and the captions' tokens; leaves averaged weights."""
+    diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return _pair_loss(model, tokens, make_scene(learn[0][rows], learn[1][rows], diffusion))
+
+    batches = Batches(len(learn[0]), batch_size, epochs, diffusion.generator)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY)
+    fit(model, loss_of, batches, optimizer, reporter, title="training a CLIP", warm_up=0.1)
+
+
+def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
+    """Zhai 2023, section 3.2, over the pairs whose truth is known; true ones count as much as false ones."""
+    x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the other one's gradient is slow here
+        pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
+        texts = F.normalize(model.encode_text(tokens).float(), dim=1)  # (P, E)
+    logits = model.logit_scale.exp() * pictures @ texts.T + model.logit_bias  # (B, P)
+    sign = truth(scene)  # (B, P)
+    losses = -F.logsigmoid(sign * logits)
+    return losses[sign > 0].mean() + losses[sign < 0].mean()
+
+
+def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, Any]) -> None:
+    """Weights in float16 and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them.
+
+    Words that no caption has mean nothing: their embeddings are zero, and pack to nothing.
+    """
+    tensors = {name: t.detach().half().clone() for name, t in model.state_dict().items()}
+    known = torch.zeros(len(tensors[WORDS]), 1, dtype=torch.float16)
+    known[tokens.unique()] = 1
+    tensors[WORDS] *= known
+    write_atomically(folder / "open_clip_model.safetensors", serialize(tensors))
+    save_config(folder, facts)
+
+
+def save_config(folder: Path, facts: dict[str, Any]) -> None:
+    """What open_clip builds the model by, and what is known of it."""
+    preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
+    config = {"model_cfg": MODEL, "preprocess_cfg": preprocess, "training": facts}
+    write_json(folder / "open_clip_config.json", config)

@@ -1,0 +1,113 @@
+"""A data set of drawn digits in a folder, as MNIST's IDX files or as PNGs; `samples.read_samples` reads it."""
+
+import json
+import shutil
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model.checkpoint import write_atomically
+from model.pixels import to_pixels
+from model.png import encode_png
+from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
+from scripts.common.errors import ScriptError
+from scripts.common.files import write_json
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import Reporter
+from scripts.evaluation.samples import FACTS, IDX
+
+PART = 1000  # images that are drawn before they are kept
+PARTS = "parts"  # the images so far; gone when all are there
+
+
+def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, count: int, form: str) -> None:
+    """Draws the images that are missing in the folder and writes the data set; `form` is idx or png.
+
+    Raises ScriptError for a checkpoint or a folder that does not fit.
+    """
+    drawer = open_drawer(request)
+    if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
+        raise ScriptError("this checkpoint does not draw digits of 1x28x28")
+    options = options_from(request, drawer.checkpoint)
+    begun = _find(folder)
+    drawer.compile(_compile_mode(request.compile, begun), reporter)
+    facts = {**drawer.facts, "options": asdict(options), "seed": request.seed, "count": count, "format": form}
+    if _begin(folder, begun, facts):
+        for start in range(0, count, PART):
+            path = folder / PARTS / f"{start:07d}"
+            if not path.exists():
+                index = torch.arange(start, min(start + PART, count))
+                reporter.line(f"images {start} to {start + len(index) - 1} of {count}")
+                write_atomically(path, _draw(drawer, options, index, request, reporter))
+        write = write_idx if form == "idx" else write_pngs
+        write(folder, _read_parts(folder / PARTS))
+        shutil.rmtree(folder / PARTS)
+    reporter.line(f"{count} images: {folder}")
+
+
+def write_idx(folder: Path, images: np.ndarray) -> None:
+    """uint8 (N, 28, 28) as two files, as LeCun's page has it: magic number, sizes, bytes."""
+    count = len(images)
+    labels = (np.arange(count) % NUM_CLASSES).astype(np.uint8)
+    header = struct.pack(">4i", 2051, *images.shape)
+    write_atomically(folder / IDX[0], header + images.tobytes())
+    write_atomically(folder / IDX[1], struct.pack(">2i", 2049, count) + labels.tobytes())
+
+
+def write_pngs(folder: Path, images: np.ndarray) -> None:
+    """uint8 (N, 28, 28) as a folder a digit."""
+    for i, image in enumerate(images):
+        png = encode_png(Image.fromarray(image))
+        write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", png)
+
+
+def _find(folder: Path) -> dict[str, Any] | None:
+    """Returns the facts of the data set in the folder, None if it is empty; raises ScriptError for other content."""
+    path = folder / FACTS
+    if not path.exists():
+        if any(found != folder / PARTS for found in folder.rglob("*")):
+            raise ScriptError(f"{folder} is not empty and holds no data set; choose another --out")
+        return None
+    try:
+        begun = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        raise ScriptError(f"{path} is damaged; choose another --out")
+    return begun
+
+
+def _compile_mode(mode: str, begun: dict[str, Any] | None) -> str:
+    """Makes `auto` continue a data set the way it was begun: one set must not mix two ways of rounding."""
+    if mode == "auto" and begun and "compiled" in begun:
+        return "on" if begun["compiled"] else "off"
+    return mode
+
+
+def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) -> bool:
+    """Returns whether images are missing; raises ScriptError for a data set made with other arguments."""
+    if begun is not None:
+        if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
+            raise ScriptError(f"{folder} holds a data set with another {differing[0]}; choose another --out")
+        return (folder / PARTS).exists()
+    (folder / PARTS).mkdir(parents=True, exist_ok=True)
+    write_json(folder / FACTS, facts)
+    return True
+
+
+def _draw(
+    drawer: Drawer, options: DrawingOptions, index: torch.Tensor, request: DrawingRequest, reporter: Reporter
+) -> bytes:
+    y, seed, batch_size = index % NUM_CLASSES, request.seed, request.batch_size
+    x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=batch_size)
+    return to_pixels(x_0).numpy().tobytes()
+
+
+def _read_parts(folder: Path) -> np.ndarray:
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("[0-9]*")))
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, 28, 28)

@@ -1,0 +1,87 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint, load
+from model.process import begin, draw
+from model.sampler import Guidance, Plan, make_plan, sample
+from model.step import ReverseStep
+from tests.model.tiny_checkpoint import tiny_checkpoint
+
+ROWS = [("ddim", 4), ("ddpm", 9), ("ddpm", 9), ("dpmpp", 1), ("dpmpp", 5)]
+KEYS = {
+    "seed": torch.tensor([5, 2**53 - 1, 2**53 - 1, 0, 7]),
+    "index": torch.tensor([0, 0, 1, 0, 3]),
+    "y": torch.tensor([3, 1, 1, 8, 0]),
+}
+GUIDANCE = Guidance(2.0, 20, 80)
+
+
+@pytest.fixture
+def loaded(tmp_path: Path) -> Checkpoint:
+    return load(tiny_checkpoint(tmp_path))
+
+
+@pytest.fixture
+def step(loaded: Checkpoint) -> ReverseStep:
+    return ReverseStep(loaded, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def plans(loaded: Checkpoint) -> list[Plan]:
+    """A plan for each row; the second row and the third share one."""
+    made = {row: make_plan(loaded.schedule, *row) for row in ROWS}  # type: ignore[arg-type]
+    return [made[row] for row in ROWS]
+
+
+@pytest.mark.parametrize("guidance", [None, GUIDANCE], ids=["off", "guided"])
+def test_each_row_is_drawn_by_its_own_plan_as_the_plain_loop_draws_it(
+    loaded: Checkpoint, step: ReverseStep, plans: list[Plan], guidance: Guidance | None
+) -> None:
+    x_0 = draw(step, plans, loaded.image_shape, **KEYS, guidance=guidance)
+    for row, (sampler, num_steps) in enumerate(ROWS):
+        expected = sample(
+            loaded.network,
+            loaded.schedule,
+            **{name: value[row : row + 1] for name, value in KEYS.items()},
+            image_shape=loaded.image_shape,
+            sampler=sampler,  # type: ignore[arg-type]
+            num_steps=num_steps,
+            guidance=guidance,
+            prediction=loaded.prediction,
+        )
+        assert (x_0[row] - expected[0]).abs().mean() < 1e-4
+        assert (x_0[row] - x_0[row - 1]).abs().mean() > 0.1
+
+
+def test_a_row_is_computed_until_it_has_reached_x_0_and_twice_where_it_is_guided(
+    loaded: Checkpoint, step: ReverseStep, plans: list[Plan]
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def watched(*inputs: Any) -> Any:
+        *_, slots, _, source, _ = inputs
+        calls.append((len(slots), len(source)))
+        return step(*inputs)
+
+    draw(watched, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
+    for k, (num_rows, num_evaluations) in enumerate(calls):
+        timesteps = [plan.timesteps[k] for plan in plans if k < plan.num_steps]
+        assert num_rows == len(timesteps)
+        assert num_evaluations == num_rows + sum(GUIDANCE.acts_at(t) for t in timesteps)
+    assert len(calls) == 9
+
+
+def test_the_caller_sees_each_step_of_the_rows_that_take_it(
+    loaded: Checkpoint, step: ReverseStep, plans: list[Plan]
+) -> None:
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    drawn = draw(step, plans, loaded.image_shape, **KEYS, on_step=lambda k, x_t, x_0: seen.append((k, x_t, x_0)))
+    state, _ = begin(plans, loaded.image_shape, **KEYS)
+    assert [k for k, _, _ in seen] == list(range(9))
+    assert torch.equal(seen[0][1], state.x_t)
+    assert torch.equal(seen[0][2][3], drawn[3])  # its only step
+    assert torch.equal(seen[-1][2], drawn[1:3])
