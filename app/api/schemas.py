@@ -5,7 +5,6 @@ import time
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import PydanticKnownError
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
@@ -18,15 +17,9 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _required_if_given(kind: str, **context: str) -> WrapValidator:
-    """Refuses null with the message of another wrong value: a client leaves a field out, or gives it a value."""
-
-    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        if value is None:
-            raise PydanticKnownError(kind, context or None)  # type: ignore[arg-type] # a name of pydantic's errors
-        return handler(value)
-
-    return WrapValidator(validate)
+def _refuse_null(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Refuses null with the message for a value of a wrong type. A client leaves a field out or gives it a value."""
+    return handler(object() if value is None else value)
 
 
 def _may_be_absent(schema: dict[str, Any]) -> None:
@@ -36,6 +29,7 @@ def _may_be_absent(schema: dict[str, Any]) -> None:
 
 
 WHOLE = BeforeValidator(_whole)  # after the bounds: else pydantic does not write them into the schema
+NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -52,22 +46,18 @@ class GenerateRequest(BaseModel):
     seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent"), WHOLE] = Field(
         default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
     )
-    num_steps: Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, _required_if_given("int_type")] = Field(
+    num_steps: Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL] = Field(
         default=None,
         description="steps of the reverse process; the model's own when absent: 100 of `default`",
         json_schema_extra=_may_be_absent,
     )
-    sampler: Annotated[Sampler | None, _required_if_given("literal_error", expected="'ddpm', 'ddim' or 'dpmpp'")] = (
-        Field(
-            default=None,
-            description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M); the model's own when "
-            "absent: ddpm of `default`",
-            json_schema_extra=_may_be_absent,
-        )
+    sampler: Annotated[Sampler | None, NOT_NULL] = Field(
+        default=None,
+        description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M); the model's own when "
+        "absent: ddpm of `default`",
+        json_schema_extra=_may_be_absent,
     )
-    guidance_scale: Annotated[
-        Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, _required_if_given("float_type")
-    ] = Field(
+    guidance_scale: Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL] = Field(
         default=None,
         description="1 = off; the checkpoint's when absent",
         json_schema_extra=_may_be_absent,
@@ -76,7 +66,7 @@ class GenerateRequest(BaseModel):
     model: str = Field(
         default=DEFAULT_MODEL, max_length=128, description=f"which checkpoint draws: {DEFAULT_MODEL} or {FAST_MODEL}"
     )
-    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, _required_if_given("float_type")] = Field(
+    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
         default=None,
         description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",
         json_schema_extra=_may_be_absent,

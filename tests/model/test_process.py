@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from model.checkpoint import Checkpoint, load
 from model.process import begin, draw
 from model.sampler import Guidance, Plan, make_plan, sample
-from model.step import ReverseStep
+from model.step import ReverseStep, Rows, State, Stepped
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
 ROWS = [("ddim", 4), ("ddpm", 9), ("ddpm", 9), ("dpmpp", 1), ("dpmpp", 5)]
@@ -62,10 +61,10 @@ def test_a_row_is_computed_until_it_has_reached_x_0_and_twice_where_it_is_guided
 ) -> None:
     calls: list[tuple[int, int]] = []
 
-    def watched(*inputs: Any) -> Any:
-        *_, slots, _, source, _ = inputs
-        calls.append((len(slots), len(source)))
-        return step(*inputs)
+    def watched(state: State, plans: Tensor, rows: Rows) -> Stepped:
+        calls.append((len(rows.slots), len(rows.source)))
+        stepped: Stepped = step(state, plans, rows)
+        return stepped
 
     draw(watched, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
     for k, (num_rows, num_evaluations) in enumerate(calls):
