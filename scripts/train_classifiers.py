@@ -8,8 +8,8 @@ import torch
 from scripts.common.arguments import Parser, file_to_write, integer
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
+from scripts.evaluation.classifier_training import RECIPES, train_and_save
 from scripts.evaluation.classifiers import KINDS, WEIGHTS
-from scripts.evaluation.training import RECIPES, train_and_save
 
 
 @reports_errors("train_classifiers")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from model.diffusion import Diffusion
 from model.pixels import to_pixels
 from scripts.common.mnist import NUM_CLASSES
-from scripts.evaluation.training import augment
+from scripts.evaluation.classifier_training import augment
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLEAR, NOISY = "a clear picture", "a noisy, blurry picture"

@@ -20,9 +20,9 @@ from scripts.common.files import write_json
 from scripts.common.mnist import load_mnist, split_validation
 from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth
+from scripts.evaluation.classifier_training import Batches, fit
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.samples import Digits
-from scripts.evaluation.training import Batches, fit
 
 MODEL: dict[str, Any] = {
     "embed_dim": 64,

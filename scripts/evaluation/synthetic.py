@@ -6,9 +6,9 @@ import torch
 
 from scripts.common.files import write_json
 from scripts.common.progress import Reporter
+from scripts.evaluation.classifier_training import train_classifier
 from scripts.evaluation.classifiers import Judge, accuracy
 from scripts.evaluation.samples import Digits, load_references, read_facts, read_samples
-from scripts.evaluation.training import train_classifier
 
 EPOCHS = 10
 

@@ -37,8 +37,8 @@ class DigitAPI(litserve.LitAPI):  # type: ignore[misc] # untyped
         return Response(output, media_type="image/png")
 
 
-def serve(port: int, max_images: int, batch_timeout: float, workers: int) -> None:
+def serve(port: int, max_images: int, batch_timeout: float) -> None:
     """Until it is told to stop."""
     api = DigitAPI(max_batch_size=max_images, batch_timeout=batch_timeout, api_path="/generate")
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers, timeout=False, fast_queue=True)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=False, fast_queue=True)
     server.run(host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False, log_level="warning")

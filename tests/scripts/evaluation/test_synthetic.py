@@ -1,7 +1,6 @@
 import pytest
 
 from scripts.common.progress import Reporter
-from scripts.evaluation import training
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.synthetic import accuracy_learned_from
 from tests.scripts.evaluation.bars import bars
@@ -13,7 +12,7 @@ def learned_from(digits: Digits) -> float:
 
 
 def test_what_tells_the_digits_apart_teaches_and_what_does_not_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "BATCH_SIZE", 8)
+    monkeypatch.setattr(classifier_training, "BATCH_SIZE", 8)
     good = bars(512, 1)
     assert learned_from(good) > 0.9
     assert learned_from(Digits(good.images, good.labels.roll(3))) < 0.2

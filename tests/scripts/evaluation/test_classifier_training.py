@@ -5,8 +5,8 @@ from model.diffusion import Diffusion
 from model.pixels import to_pixels
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.progress import Reporter
+from scripts.evaluation.classifier_training import augment, facts_of, train_classifier
 from scripts.evaluation.classifiers import KINDS, Classifier, accuracy
-from scripts.evaluation.training import augment, facts_of, train_classifier
 from tests.scripts.evaluation.bars import bars
 
 EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
