@@ -1,6 +1,7 @@
 import pytest
 
 from scripts.common.progress import Reporter
+from scripts.evaluation import classifier_training
 from scripts.evaluation.samples import Digits
 from scripts.evaluation.synthetic import accuracy_learned_from
 from tests.scripts.evaluation.bars import bars
