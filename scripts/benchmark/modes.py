@@ -34,7 +34,7 @@ from scripts.evaluation.tables import as_table
 
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
-REQUESTS = ("small", "random", "large")  # loads of the alternatives
+REQUESTS = ("small", "large")  # loads of the alternatives
 SATURATING = 64  # clients of one image
 OBJECTIVE = 5.0  # seconds
 QUICK_SECONDS, QUICK_CLIENTS = 3, 8
@@ -82,14 +82,13 @@ def measure_alternatives(options: Options, requests: str, reporter: Reporter) ->
         run.repeat([*own, *litserve, *map(alternative, DIFFUSERS)], [large()])
     else:
         others, too_slow = [alternative("batched"), *litserve], [alternative("locked")]
-        if requests == "random":
-            others, too_slow = litserve[:1], []  # the setting whose requests wait less
         saturated = run.repeat([*own, *too_slow, *others], [clients_of_one(SATURATING)])
-        of_litserve = max(_rate_of(saturated, tuned.name) for tuned in litserve if tuned in others)
+        of_litserve = max(_rate_of(saturated, tuned.name) for tuned in litserve)
         rate = 0.7 * min(_rate_of(saturated, own[0].name), of_litserve)
-        poisson = [Load("0.7 of the slower's capacity", asks=one, rate=rate)]
-        if requests == "small":
-            poisson.append(Load("the same, every other of 10 steps", asks=mixed, rate=rate))
+        poisson = [
+            Load("0.7 of the slower's capacity", asks=one, rate=rate),
+            Load("the same, every other of 10 steps", asks=mixed, rate=rate),
+        ]
         run.repeat([*own, *others], poisson)
     run.finish()
 

@@ -302,7 +302,6 @@ def test_a_number_that_says_nothing_is_one_sentence(
     ("requests", "others", "at_random"),
     [
         ("small", {"batched", *LITSERVE}, {"0.7 of the slower's capacity", "the same, every other of 10 steps"}),
-        ("random", {LITSERVE[0]}, {"0.7 of the slower's capacity"}),
         ("large", {*LITSERVE, "diffusers", "diffusers-tuned", "diffusers-compiled"}, set[str]()),
     ],
 )
