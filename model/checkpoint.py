@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from model.files import write_atomically
 from model.json_fields import build
 from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
@@ -176,21 +176,6 @@ def save(path: Path, network: UNet, config: CheckpointConfig, *, dtype: torch.dt
     }
     metadata["digest"] = _digest(tensors, metadata)
     write_atomically(path, serialize(tensors, {METADATA_KEY: json.dumps(metadata)}))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a temporary file in the same folder and renames it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def load(path: Path) -> Checkpoint:

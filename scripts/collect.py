@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically, write_json
 from model.sampler import SAMPLERS
 from scripts.common.arguments import Parser, guidance_scale, integer, num_images
 from scripts.common.errors import ScriptError, reports_errors
-from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.samples import FACTS

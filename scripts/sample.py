@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically
 from model.png import Provenance, encode_png
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from

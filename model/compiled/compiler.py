@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from model.checkpoint import write_atomically
 from model.compiled.child import ChildError, call_in_child
 from model.compiled.native import NativeProgram
 from model.compiled.packing import Packer, can_pack, take_packed_weights
 from model.compiled.private_cache import compile_variables, open_private, private_folder, use_private_compile_cache
+from model.files import write_atomically
 from model.precision import can_compile, no_compiler
 from model.step import ReverseStep, Rows, State, Step, Stepped
 

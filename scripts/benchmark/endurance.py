@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from model.files import write_json
 from model.sampler import SAMPLERS
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.services import Running, started, this_service
 from scripts.common.errors import ScriptError
-from scripts.common.files import write_json
 from scripts.common.progress import Reporter, require
 
 if TYPE_CHECKING:

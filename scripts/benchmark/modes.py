@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import SHIPPED, load, write_atomically
+from model.checkpoint import SHIPPED, load
 from model.compiled.memory import keep_freed_memory
+from model.files import write_atomically, write_json
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.loads import (
     NUM_STEPS,
@@ -28,7 +29,6 @@ from scripts.benchmark.report import COLUMNS, table_of, without_empty
 from scripts.benchmark.services import Contestant, Running, alternative, started, this_service
 from scripts.benchmark.simulation import STEP_ROWS, predictions
 from scripts.benchmark.step_time import flop_of
-from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 

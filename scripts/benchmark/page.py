@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically
 from scripts.benchmark.profile import profile_table
 from scripts.benchmark.report import COLUMNS, Table, table_of, without_empty
 from scripts.benchmark.training import TRAINING_COLUMNS, training_table

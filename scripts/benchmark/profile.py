@@ -20,12 +20,12 @@ from torch.profiler import ProfilerActivity, profile
 from model.checkpoint import SHIPPED, load
 from model.compiled import compiler
 from model.compiled.memory import keep_freed_memory
+from model.files import write_json
 from model.precision import fast_dtype
 from model.step import ReverseStep, Rows, State, Step
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import Table, with_spread
 from scripts.benchmark.step_time import flop_of
-from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 

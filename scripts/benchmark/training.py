@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from model.compiled.memory import keep_freed_memory
+from model.files import write_json
 from model.pixels import from_pixels
 from model.schedule import Schedule
 from model.unet import UNet
 from scripts.benchmark.machine import matrix_rate, this_device, this_machine
 from scripts.benchmark.report import with_spread
 from scripts.benchmark.step_time import flop_of
-from scripts.common.files import write_json
 from scripts.common.mnist import load_mnist
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.files import write_json
 from scripts.benchmark.clients import Asks, Send, connected
 from scripts.benchmark.loads import ROWS_OF_ALL, Load, version_loads
 from scripts.benchmark.machine import this_machine
@@ -27,7 +28,6 @@ from scripts.benchmark.measurement import ROWS
 from scripts.benchmark.report import with_spread
 from scripts.benchmark.services import Contestant, Running, all_started, this_service
 from scripts.common.errors import ScriptError
-from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically
 from scripts.common.progress import require
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically
 from model.pixels import to_pixels
 from model.png import encode_png
 

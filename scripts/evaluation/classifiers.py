@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.files import write_json
 from model.pixels import to_pixels
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import finish_curves, new_figure, save_figure
-from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.captions import CLEAR, NOISY

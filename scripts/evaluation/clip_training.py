@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.checkpoint import write_atomically
 from model.diffusion import Diffusion
+from model.files import write_atomically, write_json
 from model.schedule import Schedule, ScheduleConfig
-from scripts.common.files import write_json
 from scripts.common.mnist import load_mnist, split_validation
 from scripts.common.progress import Reporter, require
 from scripts.evaluation.captions import CAPTIONS, Scene, make_scene, truth

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically
 from model.precision import can_compile, no_compiler
 from model.sampler import Guidance, Sampler
 from model.unet import UNet

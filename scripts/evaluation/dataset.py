@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically, write_json
 from model.pixels import to_pixels
 from model.png import encode_png
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
-from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.samples import FACTS, IDX

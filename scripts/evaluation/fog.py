@@ -8,10 +8,10 @@ from torch import Tensor
 
 from model import checkpoint
 from model.diffusion import Diffusion
+from model.files import write_json
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule
 from scripts.common.figures import finish_curves, new_figure, save_figure
-from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier, load_classifier

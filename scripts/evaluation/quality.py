@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import write_atomically
+from model.files import write_atomically, write_json
 from model.pixels import to_pixels
 from scripts.common.figures import save_figure
-from scripts.common.files import write_json
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation import clip

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.files import write_json
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
 from scripts.common.figures import finish_curves, new_figure
-from scripts.common.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.common.files import write_json
+from model.files import write_json
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifier_training import train_classifier
 from scripts.evaluation.classifiers import Judge, accuracy

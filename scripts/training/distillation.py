@@ -18,7 +18,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import Checkpoint, write_atomically
+from model.checkpoint import Checkpoint
+from model.files import write_atomically
 from model.prediction import Prediction
 from model.sampler import Denoiser, make_plan
 from model.schedule import MIN_HALF_LOG_SNR, Schedule

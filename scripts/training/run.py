@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from model.files import write_atomically
 from model.sampler import SAMPLERS, sample
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import save_grid
@@ -68,7 +69,7 @@ class Run:
         if best:
             self.safe_save_model(trainer)
         save_grid(self._digits(trainer), self.folder / "epochs" / f"{result.epoch:02d}.png", columns=10)
-        checkpoint.write_atomically(self.folder / "losses.csv", self._csv().encode())
+        write_atomically(self.folder / "losses.csv", self._csv().encode())
         state = {
             "identity": self.identity,
             "arithmetic": trainer.arithmetic,
@@ -77,7 +78,7 @@ class Run:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        checkpoint.write_atomically(self.folder / "state.pt", buffer.getvalue())
+        write_atomically(self.folder / "state.pt", buffer.getvalue())
         return best
 
     def safe_save_model(self, trainer: Trainer) -> None:

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model import checkpoint
 from scripts import train
 from scripts.common import mnist
+from scripts.training import run
 from scripts.training.recipe import Recipe
 from scripts.training.trainer import Trainer
 
@@ -136,14 +136,14 @@ def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> Non
             Trainer, "_learn_from", lambda *args: kill() if next(calls) == steps + steps // 2 else learn(*args)
         )
     elif where == "write":
-        write = checkpoint.write_atomically
+        write = run.write_atomically
 
         def write_or_die(path: Path, data: bytes) -> None:
             if path.name == "state.pt" and next(calls) == 1:
                 patch.setattr(os, "fsync", kill)
             write(path, data)
 
-        patch.setattr(checkpoint, "write_atomically", write_or_die)
+        patch.setattr(run, "write_atomically", write_or_die)
     else:
         raise ValueError(where)
 

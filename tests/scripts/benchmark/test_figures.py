@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from model.files import write_json
 from scripts import plot
 from scripts.benchmark.figures import show_bench
-from scripts.common.files import write_json
 
 
 def row(repeat: int, contestant: str, load: str, images: float, **more: Any) -> dict[str, Any]:

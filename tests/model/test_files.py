@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import CheckpointConfig, save, write_atomically
+from model.checkpoint import CheckpointConfig, save
+from model.files import write_atomically
 from model.schedule import ScheduleConfig
 from tests.tiny import tiny_unet
 
@@ -35,7 +36,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     path = tmp_path / "file"
     path.write_text("old")
     code = (
-        "import os, pathlib, signal, sys; from model.checkpoint import write_atomically;"
+        "import os, pathlib, signal, sys; from model.files import write_atomically;"
         "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL);"
         "write_atomically(pathlib.Path(sys.argv[1]), b'new')"
     )
