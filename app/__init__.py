@@ -1,4 +1,4 @@
-"""The service: HTTP in front of a step engine. Knows the model; the model does not know it."""
+"""The service: an HTTP API and an engine that runs denoising steps. `app` imports `model`, never the reverse."""
 
 from importlib.metadata import version
 

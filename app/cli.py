@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MIN_KEY_LENGTH = 16  # shorter keys can be guessed
 COMPILE_ONLY = object()  # `--compile` without a value
-INTERRUPTED = 128 + signal.SIGINT  # the status that shells report
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report after Ctrl-C
 
 
 def main() -> None:
@@ -89,8 +89,11 @@ def _serve(settings: Settings) -> None:
 
 
 def _leave(status: int, writer: LogWriter) -> None:
-    """Exits without joining threads: one that hangs in the device or in the log would keep the process alive."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # a further signal does not wait for the log and keeps the status
+    """Writes the queued log lines and exits without joining threads.
+
+    A thread that hangs in the device or in the log would keep the process alive.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):  # a further signal exits at once with the same status
         signal.signal(number, lambda *_: os._exit(status))
     writer.flush()
     os._exit(status)

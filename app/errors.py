@@ -1,25 +1,25 @@
-"""Every error that a client can be told, each with its status and code.
+"""All errors that a client can receive, each with its status and code.
 
 UnfogError
 ├── MalformedJSON         400  the body is not JSON
-├── MalformedRequest      400  not even HTTP
-├── OriginNotAllowed      400  a page asks that no UNFOG_CORS_ORIGINS lists
-├── Unauthorized          401  a key is asked for and none came
-├── Forbidden             403  a wrong key came
+├── MalformedRequest      400  the request is not valid HTTP
+├── OriginNotAllowed      400  a preflight request from an origin that is not in UNFOG_CORS_ORIGINS
+├── Unauthorized          401  an API key is required and the request has none
+├── Forbidden             403  the API key is not valid
 ├── NotFound              404
 ├── MethodNotAllowed      405
-├── NotAcceptable         406  none of the formats asked for can be given
+├── NotAcceptable         406  the Accept header allows none of the formats
 ├── RequestTimeout        408  the head or the body did not arrive in time
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
-├── InvalidRequest        422  understood, but not possible; says which field
-├── HeadersTooLarge       431  a header, or all of them, over the limit
-├── InternalError         500  a bug; tells nothing of it
+├── InvalidRequest        422  a field has a value that is not permitted; names the field
+├── HeadersTooLarge       431  a header, or all headers together, exceed the limit
+├── InternalError         500  a bug; the answer has no details
 ├── DeadlineExceeded      504
 ├── HTTPError                  raised by the web framework; keeps its status
-└── Unavailable                comes with Retry-After
-    ├── Overloaded        429  no room
-    ├── RateLimited       429  this caller came too often
+└── Unavailable                has a Retry-After header
+    ├── Overloaded        429  the queue has no room
+    ├── RateLimited       429  the caller exceeded its rate limit
     ├── Starting          503
     ├── Draining          503
     └── EngineFailed      503
@@ -34,7 +34,7 @@ TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class UnfogError(Exception):
-    """What a client is told: a problem document (RFC 9457)."""
+    """An error that is answered with a problem document (RFC 9457)."""
 
     status: int = 500
     code: str = "internal_error"
@@ -46,11 +46,11 @@ class UnfogError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers beside the body."""
+        """Returns the headers that this error adds to the answer."""
         return {}
 
     def problem(self, request_id: str) -> dict[str, Any]:
-        """The body, application/problem+json."""
+        """Returns the body of the answer, which is application/problem+json."""
         return {
             "type": "about:blank",
             "title": TITLES.get(self.status, "Error"),
@@ -68,43 +68,43 @@ class MalformedJSON(UnfogError):
 
 
 class MalformedRequest(UnfogError):
-    """No HTTP request that can be understood."""
+    """The request is not valid HTTP."""
 
     status, code, detail = 400, "malformed_request", "this is no HTTP request that can be understood"
 
 
 class Unauthorized(UnfogError):
-    """A key is asked for, and none came."""
+    """An API key is required and the request has none."""
 
     status, code = 401, "unauthorized"
     detail = "a key is needed, in Authorization: Bearer or in X-API-Key"
 
     @property
     def headers(self) -> dict[str, str]:
-        """How to show one."""
+        """Returns the header that says how to send a key."""
         return {"WWW-Authenticate": 'Bearer realm="unfog"'}
 
 
 class Forbidden(UnfogError):
-    """A key came that opens nothing."""
+    """The API key of the request is not valid."""
 
     status, code, detail = 403, "forbidden", "this key is not, or no longer, valid"
 
 
 class OriginNotAllowed(UnfogError):
-    """A browser asks whether a page may call, and it may not."""
+    """A CORS preflight request comes from an origin that is not permitted."""
 
-    status, code = 400, "origin_not_allowed"  # no 403, which is somebody with a wrong key
+    status, code = 400, "origin_not_allowed"  # not 403, which means a wrong API key
 
 
 class NotFound(UnfogError):
-    """No such route."""
+    """No route has this path."""
 
     status, code, detail = 404, "not_found", "there is nothing at this path"
 
 
 class MethodNotAllowed(UnfogError):
-    """The route exists, the method does not."""
+    """The path has a route, but not for this method."""
 
     status, code, detail = 405, "method_not_allowed", "this path does not take this method"
 
@@ -114,12 +114,12 @@ class MethodNotAllowed(UnfogError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The methods that the path takes."""
+        """Returns the header with the methods that the path takes."""
         return {"Allow": self.allow}
 
 
 class NotAcceptable(UnfogError):
-    """The Accept header rules out every format."""
+    """The Accept header allows none of the available formats."""
 
     status, code = 406, "not_acceptable"
 
@@ -128,13 +128,13 @@ class NotAcceptable(UnfogError):
 
 
 class RequestTimeout(UnfogError):
-    """The client took too long to say what it wants."""
+    """The head or the body of the request did not arrive in time."""
 
     status, code, detail = 408, "request_timeout", "the request did not arrive in time"
 
 
 class BodyTooLarge(UnfogError):
-    """The body passed the limit while it arrived."""
+    """The body is larger than the limit."""
 
     status, code = 413, "body_too_large"
 
@@ -149,7 +149,7 @@ class UnsupportedMediaType(UnfogError):
 
 
 class InvalidRequest(UnfogError):
-    """Understood, but not possible; `errors` says where: [{"loc": [...], "msg": ...}]."""
+    """A field has a value that is not permitted. `errors` lists the fields: [{"loc": [...], "msg": ...}]."""
 
     status, code = 422, "invalid_request"
 
@@ -160,26 +160,26 @@ class InvalidRequest(UnfogError):
 
     @classmethod
     def of(cls, field: str, message: str) -> "InvalidRequest":
-        """One field that is wrong."""
+        """Returns the error for one field of the body."""
         return cls([{"loc": ["body", field], "msg": message}])
 
     def problem(self, request_id: str) -> dict[str, Any]:
-        """The problem with every wrong field."""
+        """Returns the body of the answer, with a list of all wrong fields."""
         return {**super().problem(request_id), "errors": self.errors}
 
 
 class HeadersTooLarge(UnfogError):
-    """A header or all headers together exceed the limit (app/server/framing.py)."""
+    """A header, or all headers together, exceed the limit (app/server/framing.py)."""
 
     status, code, detail = 431, "headers_too_large", "The headers are too large"
 
 
 class InternalError(UnfogError):
-    """A bug. What it was stands in the log, never in the answer."""
+    """A bug of the service. The log has the details, the answer has none."""
 
 
 class DeadlineExceeded(UnfogError):
-    """The request's time ran out before its last image was done."""
+    """The timeout of the request ended before its last image was finished."""
 
     status, code, detail = 504, "deadline_exceeded", "the request's time ran out"
 
@@ -187,18 +187,18 @@ class DeadlineExceeded(UnfogError):
 class HTTPError(UnfogError):
     """An error that the web framework raised, with its status and headers.
 
-    The code is that of our error with the same status, or `http_error` where we have none.
+    The code is that of the error in this module with the same status, or `http_error` if there is none.
     """
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        # What a framework says about a failure of the server may name internals.
+        # The framework's message about a server error could reveal internals.
         super().__init__(detail if status < 500 else None)
         self.status, self.code = status, _CODES.get(status, "http_error")
         self._headers = dict(headers or {})
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers that the framework set."""
+        """Returns the headers that the framework has set."""
         return self._headers
 
 
@@ -220,7 +220,7 @@ _CODES: dict[int, str] = {
 
 
 class Unavailable(UnfogError):
-    """Not now; `retry_after` says in whole seconds when to come back."""
+    """The request cannot be answered now. `retry_after` is the number of seconds after which to try again."""
 
     def __init__(self, retry_after: int, detail: str | None = None) -> None:
         super().__init__(detail)
@@ -228,35 +228,35 @@ class Unavailable(UnfogError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """When to come back."""
+        """Returns the Retry-After header."""
         return {"Retry-After": str(self.retry_after)}
 
 
 class Overloaded(Unavailable):
-    """The queue is full, or too long for the request's own deadline."""
+    """The queue is full, or too long for the deadline of a request."""
 
     status, code, detail = 429, "overloaded", "the queue has no room for this request"
 
 
 class RateLimited(Unavailable):
-    """The caller has come as often as it may."""
+    """The caller has exceeded its rate limit."""
 
     status, code, detail = 429, "rate_limited", "too many requests from this caller"
 
 
 class Starting(Unavailable):
-    """The checkpoint is being loaded and warmed up."""
+    """The service is loading and warming up its checkpoints."""
 
     status, code, detail = 503, "starting", "the service is starting"
 
 
 class Draining(Unavailable):
-    """The service is about to stop and finishes what it has."""
+    """The service is shutting down. It still finishes the admitted requests."""
 
     status, code, detail = 503, "draining", "the service is shutting down"
 
 
 class EngineFailed(Unavailable):
-    """The engine died; only a restart helps."""
+    """The engine has failed. Only a restart of the service helps."""
 
     status, code, detail = 503, "engine_failed", "the engine has failed"

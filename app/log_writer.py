@@ -1,8 +1,8 @@
-"""Writes log lines to a file descriptor from a thread of its own, behind a queue that is bounded in bytes.
+"""Writes log lines to a file descriptor in a separate thread, from a queue that is bounded in bytes.
 
-A pipe that is full makes its writer wait. Only this thread waits. Other threads append to the queue, and lines that do
-not fit are dropped and counted. `queue.Queue` counts entries, and `logging.handlers.QueueListener` cannot stop without
-waiting for its thread, hence a queue of our own.
+A full pipe makes its writer wait. Only the writing thread waits. Other threads append to the queue, and lines that do
+not fit are dropped and counted. The standard library has no such queue: `queue.Queue` bounds the number of entries,
+and `logging.handlers.QueueListener` cannot stop without waiting for its thread.
 """
 
 import os
@@ -98,7 +98,7 @@ class LogWriter:
                 self._condition.notify_all()
 
     def _write(self, line: bytes) -> bool:
-        """Writes a whole line; False if the descriptor does not take it, because its reader is gone for example."""
+        """Writes a whole line. Returns False if the write fails, for example because the reader is gone."""
         left = memoryview(b"\n" + line if self._has_torn_line else line)
         size = len(left)
         try:
@@ -115,12 +115,12 @@ class LogWriter:
 
 
 def without_waiting(descriptor: int) -> None:
-    """Makes writes to a pipe or a terminal fail where they would wait, for this process and those that it starts.
+    """Makes writes to a pipe or a terminal fail instead of waiting, in this process and those that it starts.
 
-    The log's own thread could wait, but C code that prints while it holds the interpreter's lock would stop every
-    thread. Setting O_NONBLOCK would change the open file for all processes that share it, such as the shell, so the
-    descriptor becomes another open file of the same pipe. A socket cannot be opened again, and a pipe of another user
-    may not be: there such C code still waits.
+    The log's own thread could wait. But C code that prints while it holds the GIL would stop every thread. Setting
+    O_NONBLOCK would change the open file for all processes that share it, such as the shell. Therefore the descriptor
+    becomes another open file of the same pipe. A socket cannot be opened again, and a pipe of another user possibly
+    cannot. In these cases such C code still waits.
     """
     try:
         mode = os.fstat(descriptor).st_mode

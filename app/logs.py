@@ -1,9 +1,9 @@
-"""Logging: lines for people on a terminal, JSON lines elsewhere, where what is passed as `extra` becomes a field.
+"""Logging: readable lines on a terminal, JSON lines elsewhere. Each item of `extra` becomes a field.
 
-Lines are formatted by the thread that logs and written by another (log_writer.py). Formatting in the writing thread
-would keep tracebacks, and with them the frames and request bodies that they refer to, alive for as long as the reader
-stalls, and would show objects as they are later. What formatting costs the event loop is bounded instead: a traceback
-has at most MAX_EXCEPTIONS exceptions of MAX_FRAMES frames, and long texts are cut.
+The thread that logs formats the line, and another thread writes it (log_writer.py). If the writing thread formatted
+lines, tracebacks with their frames and request bodies would stay in memory while the reader stalls, and lines would
+show the later state of objects. The time that formatting takes in the event loop is bounded: a traceback has at most
+MAX_EXCEPTIONS exceptions with MAX_FRAMES frames each, and long texts are cut.
 """
 
 import asyncio
@@ -23,18 +23,18 @@ from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 from app.log_writer import LogWriter, without_waiting
 
-# Fields of a request's line that a person at a terminal does not look for.
+# Fields of a request's line that are left out on a terminal.
 _NOT_FOR_PEOPLE = (
     *("logger", "color_message", "client", "route", "trace_id", "span_id"),
     *("model", "seed", "num_steps", "sampler", "guidance_scale"),
 )
 PROTOCOL_LOGGER = "uvicorn.error.protocol"  # used by our connections
 _FIRST = ("time", "level", "logger", "message")
-MAX_TEXT = 4096  # characters of a field; longer ones lose their middle
+MAX_TEXT = 4096  # characters of a field; longer texts lose their middle
 MAX_TRACEBACK = 16_384
 MAX_FRAMES = 30  # the last ones of each exception
 MAX_EXCEPTIONS = 8  # the exception, those that caused it and the members of a group
-MAX_LINE = 2**17  # characters; escaped, a text can be six times as long
+MAX_LINE = 2**17  # characters; escaping can make a text six times as long
 STDERR = 2
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
@@ -51,7 +51,7 @@ def start_log() -> LogWriter:
 
 
 def num_lines_dropped() -> int:
-    """Log lines dropped since the process started."""
+    """Returns the number of log lines dropped since the process started."""
     return sum(writer.num_dropped for writer in _writers)
 
 
@@ -79,7 +79,7 @@ def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging
     )
     writer.describe_drop = handler.describe_drop
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # our own access log has the request id
+    logging.getLogger("uvicorn.access").disabled = True  # our own access log replaces it and has the request id
     for name in ("uvicorn.error", PROTOCOL_LOGGER):
         logging.getLogger(name).addFilter(is_no_cancellation)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
@@ -95,7 +95,7 @@ def capture_stderr(handler: logging.Handler) -> None:
 
 
 def is_no_cancellation(record: logging.LogRecord) -> bool:
-    """False for requests that are cancelled after the time for the last answers: that is expected, not an error."""
+    """Returns False for the cancellation of a request at the end of a shutdown, which is expected and not an error."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)) and (
         "asyncio.exceptions.CancelledError" not in record.getMessage()
     )
@@ -116,7 +116,7 @@ class _QueueHandler(logging.Handler):
         self._writer.put(f"{line}\n")
 
     def describe_drop(self, count: int) -> str:
-        """The line that reports dropped lines."""
+        """Returns the line that reports dropped lines."""
         record = logging.LogRecord("unfog.log", logging.WARNING, "", 0, "Dropped log lines", (), None)
         record.count = count
         return f"{self.format(record)}\n"
@@ -126,7 +126,7 @@ class _QueueHandler(logging.Handler):
 
 
 class _LoggedStream(io.TextIOBase):
-    """Takes the place of sys.stderr. Each line becomes a log line; threads do not mix theirs."""
+    """Replaces sys.stderr. Each printed line becomes a log line. Lines of different threads do not mix."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -175,7 +175,7 @@ def _log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _format_exc_info(exc_info: ExcInfo) -> str:
-    """Formats like traceback.format_exception(), whose time and length grow with the traceback, but is bounded."""
+    """Returns text like that of traceback.format_exception(), but with bounded length and time."""
     parts: list[str] = []
     error: BaseException | None = exc_info[1]  # None for log.exception() where there is no exception
     pending = [(error, "")] if error else []
@@ -210,7 +210,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _related(error: BaseException) -> Iterator[tuple[BaseException, str]]:
-    """The exceptions to show before this one, each with the sentence that says why."""
+    """Yields the exceptions to show before this one, each with the sentence that explains the relation."""
     if error.__cause__:
         yield error.__cause__, "\n\nThe above exception was the direct cause of the following exception:\n\n"
     elif error.__context__ and not error.__suppress_context__:
@@ -247,7 +247,7 @@ def _for_people(colours: bool) -> list[Processor]:
 
 
 def _in_order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Puts the fields that every line has first."""
+    """Moves the fields that every line has to the front."""
     event.pop("color_message", None)  # uvicorn's, for its own console
     return {name: event.pop(name) for name in _FIRST} | dict(event)
 

@@ -33,7 +33,7 @@ STOP_SECONDS = 5.0  # for a step in progress
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
-    """The service as an ASGI application; `load` makes the runner, the settings' own by default."""
+    """Returns the service as an ASGI application. `load` makes the runner, by default with `Runner.load(settings)`."""
     meters = Metrics()
     engine = Engine(
         load or (lambda: Runner.load(settings)),
@@ -62,7 +62,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         lifespan=lifespan,
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs == "on" else None,
-        docs_url=None,  # FastAPI's pages load their scripts from a CDN: routes/docs.py has ours
+        docs_url=None,  # FastAPI's page loads its scripts from a CDN: api/routes/docs.py replaces it
         redoc_url=None,
     )
     app.state.service = service
@@ -79,7 +79,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
 
 
 def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces | None, pages: frozenset[str]) -> None:
-    """Adds the middleware; the last one is the outermost. CORS is outside of auth: a page may read a refusal."""
+    """Adds the middleware. The last is the outermost. CORS is outside of auth, so that a page can read a refusal."""
     monitored = _paths(monitoring.router.routes)
     app.add_middleware(
         Auth, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=monitored | pages
@@ -106,14 +106,15 @@ def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:
 
 
 def _watch(engine: Engine, meters: Metrics) -> None:
-    """The gauges read the engine when they are scraped."""
+    """Connects the gauges to the engine. They read its state at each scrape."""
     meters.queue_depth.set_function(lambda: engine.backlog.waiting)
     meters.queue_capacity.set(engine.backlog.capacity)
     meters.running_images.set_function(lambda: engine.backlog.running)
     meters.ready.set_function(lambda: engine.apparent_state is EngineState.OK)
     meters.alive.set_function(lambda: engine.alive)
     meters.watch_dropped_log_lines(num_lines_dropped)
-    for code in ("200", "429", "500", "503", "504"):  # a rate sees the first of them only if there was none before
+    # The counters start at 0, since rate() does not count the first value of a series.
+    for code in ("200", "429", "500", "503", "504"):
         meters.requests.labels("/generate", code)
 
     def describe(ready: "Future[None]") -> None:

@@ -1,4 +1,4 @@
-"""Declares every metric of the service, and the usual ones of a process."""
+"""Declares all metrics of the service, and the standard metrics of a process."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from app.errors import UnfogError
 
-disable_created_metrics()  # a gauge beside every counter says nothing that a scrape does not
+disable_created_metrics()  # a second series for each counter would tell nothing that scrapes do not
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1)
@@ -72,11 +72,11 @@ class Metrics:
             self.rejected.labels(REJECTIONS[error.code]).inc()
 
     def watch_device_memory(self, read: Callable[[], float]) -> None:
-        """Adds the gauge of the memory that is held on a GPU."""
+        """Adds the gauge of the memory that the service holds on a GPU. `read` returns bytes."""
         self._gauge("device_memory_bytes", "Memory that the service holds on its device.").set_function(read)
 
     def watch_dropped_log_lines(self, read: Callable[[], float]) -> None:
-        """Adds the counter of log lines that were dropped. The log belongs to the process and starts before this."""
+        """Adds the counter of dropped log lines. The log belongs to the process and starts before the application."""
         self.registry.register(_DroppedLogLines(read))
 
     def render(self) -> bytes:

@@ -1,4 +1,4 @@
-"""Settings, read once from UNFOG_* variables and command-line flags, and handed down."""
+"""The settings. They are read once from UNFOG_* variables, command-line flags and files of secrets."""
 
 import ipaddress
 import os
@@ -21,33 +21,33 @@ KEYS_VARIABLE = "UNFOG_API_KEYS"
 OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
-_TOKEN = re.compile(r"[!-+\--~]+")  # what a header can carry, less the comma that parts keys
-SECRETS = Path("/run/secrets")  # where Docker puts files of secrets: unfog_api_keys is UNFOG_API_KEYS
+_TOKEN = re.compile(r"[!-+\--~]+")  # characters that a header can have, except the comma, which separates keys
+SECRETS = Path("/run/secrets")  # Docker puts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
 
 
 class SettingsError(Exception):
-    """A variable has a wrong value; one sentence that names it."""
+    """A setting has a wrong value. The message is one sentence that names the setting."""
 
 
 def _rows_a_step(value: Any) -> Any:
-    """`auto` is None."""
+    """Returns None for `auto`, otherwise the value."""
     return None if value == "auto" else value
 
 
 def _device(value: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    """Returns the name of a device; ValueError unless it is `auto`, `cpu`, `cuda` or `cuda:N`."""
     if not _DEVICE.fullmatch(value):
         raise ValueError("must be auto, cpu, cuda or cuda:N")
     return value
 
 
 def _seconds_or_never(value: Any) -> Any:
-    """`never` is None."""
+    """Returns None for `never`, otherwise the value."""
     return None if value == "never" else value
 
 
 def _keys(value: Any) -> Any:
-    """Comma-separated; never said back, whatever is wrong with it."""
+    """Parses comma-separated API keys. No error message contains a key."""
     if not isinstance(value, str):
         return value
     parts = _parts(value)
@@ -57,7 +57,7 @@ def _keys(value: Any) -> Any:
 
 
 def _rate_limits(value: Any) -> Any:
-    """`off`, or like `600/minute`; several, such as `10/second;600/minute`, all hold."""
+    """Parses `off` or a limit such as `600/minute`. Of several, such as `10/second;600/minute`, each applies."""
     if not isinstance(value, str):
         return value
     if value.strip().lower() == OFF:
@@ -72,7 +72,7 @@ def _rate_limits(value: Any) -> Any:
 
 
 def _origins(value: Any) -> Any:
-    """Comma-separated, each like `https://example.com` or `http://localhost:3000`; `*` is any."""
+    """Parses comma-separated origins such as `https://example.com` or `http://localhost:3000`; `*` is any origin."""
     return _listed(value, _is_origin, "no origin: must be like https://example.com:8443, without a path, or *")
 
 
@@ -119,7 +119,7 @@ def _check_network(text: str) -> None:
 def _is_origin(text: str) -> bool:
     try:
         url = urlsplit(text)
-        port = url.port  # ValueError where it is none
+        port = url.port  # ValueError if it is not a valid port
     except ValueError:
         return False
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
@@ -136,14 +136,14 @@ Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)]
 
 
 class Settings(BaseSettings):
-    """What an operator decides. `auto` settings that change pixels are decided from facts, never from timings."""
+    """The settings of the service. An `auto` that changes pixels depends on hardware and files, never on timings."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_ignore_empty=True,
         frozen=True,
         arbitrary_types_allowed=True,  # a RateLimitItem
-        use_attribute_docstrings=True,  # they are the help of the command line
+        use_attribute_docstrings=True,  # the help of the command line shows them
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
     )
 
@@ -204,17 +204,17 @@ class Settings(BaseSettings):
 
     @property
     def largest_request(self) -> int:
-        """Images of a request that can be admitted at all."""
+        """Returns the largest number of images that a request may have."""
         return min(self.max_count, self.queue_capacity)
 
     @property
     def model_names(self) -> list[str]:
-        """What is served, by the names that a request may say."""
+        """Returns the names of the served models, which a request may name."""
         return [DEFAULT_MODEL, FAST_MODEL] if self.fast_path else [DEFAULT_MODEL]
 
     @property
     def fast_path(self) -> Path | None:
-        """The second checkpoint, where one is to be served."""
+        """Returns the path of the second checkpoint; None if only one is served."""
         if isinstance(self.fast_checkpoint, Path):
             return self.fast_checkpoint
         beside_its_teacher = self.checkpoint.resolve() == SHIPPED.resolve()
@@ -222,15 +222,14 @@ class Settings(BaseSettings):
 
 
 def unknown_variables() -> list[str]:
-    """UNFOG_* variables that are no setting: mistyped, or of another release."""
+    """Returns the UNFOG_* variables that are not settings: mistyped ones, or those of another release."""
     return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and not _is_setting(name))
 
 
 def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
     """Returns the settings of this process. A flag wins over a variable, a variable over the file of a secret.
 
-    `flags` are texts by the names of the fields. SettingsError for the first setting, or file of a secret, that is
-    wrong.
+    `flags` maps names of fields to texts. SettingsError for the first setting, or file of a secret, that is wrong.
     """
     flags = flags or {}
     _check_secrets()
@@ -251,7 +250,10 @@ def flag_of(field: str) -> str:
 
 
 def _check_secrets() -> None:
-    """A file, or an empty variable, that is passed over would be a door that somebody believes shut."""
+    """Checks the variable of API keys and the files of secrets; SettingsError if one is empty, unknown or unreadable.
+
+    If they were ignored, the operator would believe that API keys are required although they are not.
+    """
     if os.environ.get(KEYS_VARIABLE) == "":
         raise SettingsError(f"{KEYS_VARIABLE} is set and empty: unset it, or give it a key")
     folder = Settings.model_config.get("secrets_dir")

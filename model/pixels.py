@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Returns an image in [-1, 1] as uint8, of the same shape. Values outside of the range are clipped."""
+    """Returns an image in [-1, 1] as uint8, of the same shape. Clips values outside of the range."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

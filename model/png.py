@@ -1,4 +1,4 @@
-"""PNG files that say how their image was drawn, so that it can be drawn again."""
+"""Encodes PNG files with text chunks that say how the image was drawn, so that it can be drawn again."""
 
 import io
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from importlib.metadata import version
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-LEVEL = 6  # of zlib
+LEVEL = 6  # compression level of zlib
 SOFTWARE = f"unfog {version('unfog')}"
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How an image was drawn. With its index this decides every bit of the image."""
+    """How an image was drawn. Together with an index, this decides every bit of the image."""
 
     digit: int | str  # a contact sheet of several digits lists them, separated by commas
     seed: int
@@ -24,7 +24,7 @@ class Provenance:
     model_sha256: str
 
     def text(self, index: int | str) -> dict[str, str]:
-        """Returns the text chunks of the PNG of this image, or of a contact sheet of a range of indices."""
+        """Returns the text chunks for the PNG of the image `index`, or for a contact sheet of a range of indices."""
         return {
             "Software": SOFTWARE,
             "Digit": str(self.digit),

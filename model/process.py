@@ -1,4 +1,4 @@
-"""The whole reverse process of many rows with the step of `model.step`; each row follows a plan of its own."""
+"""The whole reverse process of many rows with the step of `model.step`. Each row follows its own plan."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -22,9 +22,9 @@ def begin(
     y: Tensor,
     guidance_scale: float = 1.0,
 ) -> tuple[State, Tensor]:
-    """Returns the state of rows at x_T, and the table (P, 5) of all their plans that a step takes.
+    """Returns the state of rows at x_T, and the table (P, 5) of all their plans, which a step takes.
 
-    Row i follows plans[i]; rows may share a plan. seed, index and y are (B,) on the device of the step.
+    Row i follows plans[i]. Rows may share a plan. seed, index and y are (B,) on the device of the step.
     """
     distinct = {id(plan): plan for plan in plans}
     starts = dict(zip(distinct, accumulate((plan.num_steps for plan in distinct.values()), initial=0), strict=False))

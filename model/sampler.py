@@ -158,8 +158,8 @@ def sample(  # noqa: PLR0913 # the options of a sampler, each optional
     `timesteps` falls to 0 and replaces the timesteps of `num_steps`. `on_step(t, x_t, x_0)` is called with the input
     of each step and the image predicted from it.
 
-    `model.process.draw` is the fast loop for a checkpoint. This one stays apart from it: training and a checkpoint's
-    probe have a network only, and tests compare the fast loop and the service with this plain one.
+    `model.process.draw` is the fast loop for a checkpoint. This loop is kept because training and the probe of a
+    checkpoint have only a network, and because tests compare the fast loop and the service with it.
     """
     guidance = guidance or Guidance()
     mix = (prediction or Prediction(PredictionConfig(), schedule)).table(y.device)  # (T + 1, 3)

@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 
 Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), whether the row is finite (B,)
-Step = Callable[[State, Tensor, Rows], Stepped]  # a ReverseStep, or a compiled one
+Step = Callable[[State, Tensor, Rows], Stepped]  # a ReverseStep or a compiled step
 
 
 class ReverseStep(nn.Module):
@@ -76,7 +76,7 @@ class ReverseStep(nn.Module):
         self.denoise: Callable[[Tensor, Tensor], Tensor] = self._denoise
 
     def forward(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
-        """Makes a step of `rows`. `plans` (P, 5) are t, a, b, c and s of each step of each plan."""
+        """Makes a step of `rows`. `plans` (P, 5) has t, a, b, c and s of each step of each plan."""
         slots, step, source, second = rows
         x_t, x_0_prev, y = state.x_t[slots], state.x_0[slots], state.y[slots]  # (B, ...) each
         plan = plans[state.plan_row[slots] + step]  # (B, 5)

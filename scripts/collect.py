@@ -70,7 +70,7 @@ def collect(url: str, options: dict[str, Any], folder: Path, reporter: Reporter,
 def _health(url: str) -> dict[str, Any]:
     try:
         health: dict[str, Any] = json.loads(_answer(f"{url}/health"))
-    except ValueError as error:  # the URL is none, or the answer is not JSON
+    except ValueError as error:  # the URL is not valid, or the answer is not JSON
         raise ScriptError(str(error)) from error
     return health
 

@@ -31,7 +31,7 @@ from scripts.common.progress import Reporter, require_installed
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and draws the figure."""
     args = _parse(argv)
-    if args.command != "sheet":  # which is a grid of images alone
+    if args.command != "sheet":  # the sheet is a grid of images, without axes
         require_installed("matplotlib")
     with Reporter() as reporter:
         match args.command:

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         digits = choose_digits(args.digit, len(drawer.class_names))
         drawer.compile(request.compile, reporter)
         y = torch.tensor(digits).repeat_interleave(args.count)  # (N,)
-        index = torch.arange(args.count).repeat(len(digits))  # (N,) each digit counts from 0, as a request does
+        index = torch.arange(args.count).repeat(len(digits))  # (N,) from 0 for each digit, as in a request
         x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=request.batch_size)
         if args.out.suffix.lower() == ".png":
             provenance = _provenance(drawer, options, seed, ",".join(map(str, digits)))
@@ -68,7 +68,7 @@ def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance
 
 
 def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
-    """Writes images (N, C, H, W) of one digit, one PNG each, named as in the service's ZIP."""
+    """Writes images (N, C, H, W) of one digit, one PNG for each image, named as in the service's ZIP."""
     for index, image in enumerate(x_0):
         png = encode_png(to_image(grid(image[None], 1)), scale=scale, text=provenance.text(index))
         write_atomically(folder / f"digit-{provenance.digit}-seed-{provenance.seed}-{index}.png", png)

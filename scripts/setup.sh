@@ -32,7 +32,7 @@ set_up() {
     fi
     touch -- "$venv/unfinished"
     install "$1"
-    inputs | tee -- "$venv/stamp-" > "$stamp" # an extra comes on top of the rest
+    inputs | tee -- "$venv/stamp-" > "$stamp" # with an extra, the base is installed, too
     rm -- "$venv/unfinished"
   fi
   exec 9<&-

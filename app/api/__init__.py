@@ -1,1 +1,1 @@
-"""What a client sees: routes, schemas, answers and middleware."""
+"""The HTTP API: routes, schemas, answers and middleware."""

@@ -57,7 +57,7 @@ def _add(member: str, weights: Weights) -> None:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Splits at the separators outside of quoted strings. A string without an end reaches to the end of the text."""
+    """Splits at the separators outside of quoted strings. A quoted string that is not closed ends with the text."""
     if '"' not in text:
         return [part.strip(_WHITESPACE) for part in text.split(separator)]
     parts, start, quoted, escaped = [], 0, False, False
@@ -79,7 +79,7 @@ def _is_token(text: str) -> bool:
 
 
 def _parse_weight(text: str) -> float:
-    """Returns a number out of range if it is malformed."""
+    """Returns the weight; a number out of range if the text is malformed."""
     try:
         return float(text) if _WEIGHT.issuperset(text) else -1.0
     except ValueError:

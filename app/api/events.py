@@ -23,12 +23,12 @@ from model.png import Provenance
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_PREVIEWS = 256  # images, of one job
+MAX_WAITING_PREVIEWS = 256  # preview images of one job
 Cancel = Callable[[Job, Exception], None]  # answers a job with an error and frees its rows
 
 
 class JobEvents:
-    """Carries a job's events from the engine's thread to the event loop.
+    """Passes the events of a job from the engine thread to the event loop.
 
     Every image is kept until it is read. Of the previews that a slow client has not read, only the newest are kept.
     """
@@ -40,12 +40,12 @@ class JobEvents:
         self._arrived = asyncio.Event()
 
     def put(self, event: Progress | ImageDone | None) -> None:
-        """Adds an event, from any thread; None is the last. Does nothing once the loop is closed."""
+        """Adds an event; None marks the end. Any thread may call this. Does nothing once the loop is closed."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._add, event)
 
     async def get(self) -> Progress | ImageDone | None:
-        """Waits for the next event."""
+        """Waits for the next event and returns it; None at the end."""
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
@@ -66,10 +66,10 @@ def event_text(name: str, data: dict[str, Any]) -> str:
 
 
 class EventStream(Response):
-    """Sends a job's events while it watches for a disconnect, which frees the job's rows at once.
+    """Sends the events of a job and watches for a disconnect, which frees the rows of the job at once.
 
-    The deadline applies to the images, not to the client's reading: a client that accepts no data is
-    disconnected after UNFOG_WRITE_TIMEOUT, as on every connection.
+    The deadline applies to the images, not to the client's reading. A client that accepts no data is disconnected
+    after UNFOG_WRITE_TIMEOUT, as on every connection.
     """
 
     media_type = "text/event-stream"
@@ -84,7 +84,7 @@ class EventStream(Response):
         job.future.add_done_callback(lambda _: events.put(None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events until the last."""
+        """Sends all events up to the last one."""
         request, context = Request(scope, receive), context_of(scope)
         deadline = asyncio.get_running_loop().call_later(
             self._job.request.timeout, self._cancel, self._job, DeadlineExceeded()
@@ -119,7 +119,7 @@ class EventStream(Response):
             with self._metrics.encode_duration.time(), context.encoding():
                 encoded = await asyncio.to_thread(self._encode, event)
             await _send_event(send, *encoded)
-        job.future.result()  # raises what the job was ended with
+        job.future.result()  # raises the error with which the job ended, if any
         await _send_event(send, "done", DoneEvent(seed=seed, timing=Timing.of(job.timings)).model_dump())
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:

@@ -83,9 +83,9 @@ ANSWERS: dict[tuple[str, str, str], Any] = {  # by path, status and media type
 
 
 def requests(settings: Settings, num_classes: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Returns bodies of /generate that every served checkpoint draws well, given each model's number of classes.
+    """Returns examples of bodies for /generate. `num_classes` is the number of classes of each served model.
 
-    The first is what the page of the documentation sends unless a person changes it.
+    The page of the documentation sends the first one unless the user changes it.
     """
     default, *others = num_classes
     digits = {name: min(7, number - 1) for name, number in num_classes.items()}
@@ -100,7 +100,7 @@ def requests(settings: Settings, num_classes: dict[str, int]) -> dict[str, dict[
 
 
 def problems(settings: Settings) -> list[dict[str, Any]]:
-    """Returns the problem documents that /generate answers with."""
+    """Returns an example of each problem document of /generate."""
     examples: list[errors.UnfogError] = [
         errors.MalformedJSON(),
         errors.MalformedRequest(),

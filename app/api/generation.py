@@ -1,4 +1,4 @@
-"""Generation: how a request becomes a job and is answered. Holds what the routes share."""
+"""Generation: turns a request into a job and waits for its images. Also defines what the routes share."""
 
 import asyncio
 import time
@@ -23,9 +23,9 @@ from model.png import Provenance
 
 
 class InFlight:
-    """Counts the requests from their admission until the answer is sent or the client is gone.
+    """Counts requests in flight: from their admission until the answer is sent or the client is gone.
 
-    Used by the event loop only.
+    Only the event loop may use it.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One running service."""
+    """The objects of one running service, which its routes use."""
 
     settings: Settings
     engine: Engine
@@ -62,7 +62,7 @@ class Service:
 
     @property
     def uptime_seconds(self) -> float:
-        """Seconds since the application was made."""
+        """Returns the seconds since the application was made."""
         return time.monotonic() - self.started_at
 
     def info(self, model: str) -> ModelInfo:
@@ -79,7 +79,7 @@ class Service:
     def submit(
         self, body: GenerateRequest, context: RequestContext, num_previews: int = 0, listener: Listener | None = None
     ) -> Job:
-        """Admits a request; InvalidRequest if it can never be drawn, Overloaded if it cannot be drawn now.
+        """Admits a request and returns its job; InvalidRequest if it is never possible, Overloaded if not now.
 
         The request is in flight from now on.
         """
@@ -103,12 +103,12 @@ class Service:
         return job
 
     def provenance(self, job: Job) -> Provenance:
-        """Returns what the PNGs of a job say about how they were drawn."""
+        """Returns the provenance that the PNGs of a job contain."""
         options = job.request.options
         return provenance_of(options, self.info(options.model).sha256)
 
     def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
-        """Returns the options of a request, with the checkpoint's defaults; InvalidRequest if it cannot draw them."""
+        """Returns the options, with the checkpoint's defaults; InvalidRequest if the checkpoint cannot draw them."""
         sampler = body.sampler or info.samplers[0]
         if sampler not in info.samplers:
             raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(info.samplers)}")
@@ -132,7 +132,7 @@ class Service:
         return options
 
     def _check(self, body: GenerateRequest) -> None:
-        """InvalidRequest for a request that exceeds a limit of the settings."""
+        """Raises InvalidRequest if the request exceeds a limit of the settings."""
         limit = self.settings.largest_request
         if body.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
@@ -142,9 +142,9 @@ class Service:
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
-    """Waits for a job's images; DeadlineExceeded after its timeout, ClientGoneError if the client leaves.
+    """Returns the images of a job; DeadlineExceeded after its timeout, ClientGoneError if the client disconnects.
 
-    The job is cancelled if it is not finished when this ends.
+    Cancels the job if it is not finished then.
     """
     try:
         async with asyncio.timeout(job.request.timeout):

@@ -1,4 +1,4 @@
-"""Pixels -> PNG files with their provenance, contact sheets and archives."""
+"""Encodes pixels as PNG files with their provenance, as contact sheets and as ZIP archives."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ from PIL import Image
 from app.engine.job import Options, Pixels
 from model.png import Provenance, encode_png
 
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the format's first day: the same images are the same archive
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the format's first day; fixed, so that the same images give the same archive
 
 
 def provenance_of(options: Options, sha256: str) -> Provenance:
-    """Returns the provenance of a job's images, drawn with the weights of this digest."""
+    """Returns the provenance of a job's images. `sha256` is the digest of the checkpoint."""
     return Provenance(
         digit=options.digit,
         seed=options.seed,
@@ -33,17 +33,17 @@ def encode_image(pixels: Pixels, scale: int = 1, text: Mapping[str, str] | None 
 
 
 def encode_base64(png: bytes) -> str:
-    """For JSON."""
+    """Returns a PNG as base64 text, for JSON."""
     return base64.b64encode(png).decode()
 
 
 def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> list[bytes]:
-    """One PNG an image."""
+    """Returns one PNG for each image."""
     return [encode_image(pixels, scale, provenance.text(i)) for i, pixels in enumerate(images)]
 
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """The one image, or all of them on a contact sheet: row-major, no gaps, empty cells black."""
+    """Returns a PNG of the single image, or a contact sheet of all: row-major, without gaps, empty cells black."""
     if len(images) == 1:
         return encode_images(images, provenance, scale)[0]
     columns = math.ceil(math.sqrt(len(images)))
@@ -57,7 +57,7 @@ def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> by
 
 
 def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """An archive of one PNG an image, stored as they are: PNG is compressed already."""
+    """Returns a ZIP archive with one PNG for each image. It does not compress them, since PNG is compressed already."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):

@@ -1,6 +1,6 @@
-"""The OpenAPI document: what FastAPI derives, and what it cannot see.
+"""The OpenAPI document: what FastAPI derives, and what it cannot derive.
 
-That is the body of /generate, what each served checkpoint permits, the events of a stream, and examples.
+FastAPI cannot derive the body of /generate, what each served checkpoint permits, the events of a stream, and examples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from model.sampler import SAMPLERS, Sampler
 
 SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
 
-KEYS = {  # asked for where UNFOG_API_KEYS is set
+KEYS = {  # required if UNFOG_API_KEYS is set
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
@@ -38,14 +38,14 @@ EVENTS: dict[str, type[BaseModel]] = {  # name of each event, and its data
     "done": DoneEvent,
     "error": Problem,
 }
-NUM_CLASSES = 10  # that GenerateRequest permits
+NUM_CLASSES = 10  # as many as GenerateRequest permits
 
 Schema = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Permitted:
-    """What a served checkpoint can draw."""
+    """The values of a request that a served checkpoint permits."""
 
     num_classes: int
     max_steps: int
@@ -55,16 +55,16 @@ class Permitted:
 
     @classmethod
     def of_info(cls, info: ModelInfo) -> "Permitted":
-        """Takes it from a loaded checkpoint."""
+        """Returns the permitted values of a loaded checkpoint."""
         return cls(info.num_classes, info.max_steps, info.steps, info.samplers, info.guidable)
 
     @classmethod
     def of_config(cls, config: CheckpointConfig) -> "Permitted":
-        """Takes it from a checkpoint's metadata."""
+        """Returns the permitted values by the metadata of a checkpoint."""
         return cls(config.unet.num_classes, config.schedule.num_steps, config.steps, config.samplers, config.guidable)
 
     def condition(self, model: str) -> Schema | None:
-        """Returns what requests for this model must satisfy beyond GenerateRequest; None if nothing."""
+        """Returns the schema that requests for this model must satisfy beyond GenerateRequest; None without one."""
         fields: Schema = {}
         if self.num_classes < NUM_CLASSES:
             fields["digit"] = {"maximum": self.num_classes - 1}
@@ -79,13 +79,13 @@ class Permitted:
         if not fields:
             return None
         named: Schema = {"properties": {"model": {"const": model}}}
-        if model != DEFAULT_MODEL:  # which is meant where a request names no model
+        if model != DEFAULT_MODEL:  # a request that names no model uses the default one
             named["required"] = ["model"]
         return {"if": named, "then": {"properties": fields}}
 
 
 class Document:
-    """Describes the service; built again when the checkpoints have been loaded."""
+    """Builds the OpenAPI document. It is built again after the checkpoints have been loaded."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self._app, self._service = app, service
@@ -99,7 +99,7 @@ class Document:
         return self._built[1]
 
     def _permitted(self) -> dict[str, Permitted]:
-        """What the running engine's checkpoints permit; before they are loaded, what their files say."""
+        """Returns what each checkpoint permits, by the engine, or by the files before the engine has loaded them."""
         if models := self._service.engine.models:
             return {name: Permitted.of_info(info) for name, info in models.items()}
         if self._built:
@@ -108,7 +108,7 @@ class Document:
         paths = {DEFAULT_MODEL: settings.checkpoint, FAST_MODEL: settings.fast_path}
         try:
             return {name: Permitted.of_config(read_config(path)) for name, path in paths.items() if path}
-        except CheckpointError:  # the start fails with a sentence about it
+        except CheckpointError:  # the engine reports it when it loads the file
             return {}
 
     def _build(self, permitted: Mapping[str, Permitted]) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Document:
 
 
 def add_openapi(app: FastAPI, service: Service) -> None:
-    """Makes the app describe itself completely, with the bounds that its settings and checkpoints set."""
+    """Makes the app return the complete document, with the limits of its settings and checkpoints."""
     app.openapi = Document(app, service)  # type: ignore[method-assign] # FastAPI's own way of extending the document
 
 
@@ -143,7 +143,7 @@ def _request_schema(settings: Settings, permitted: Mapping[str, Permitted]) -> S
 
 
 def _event_schemas() -> dict[str, Schema]:
-    """The data of each event, and StreamEvent, which is one event as OpenAPI 3.2 describes it."""
+    """Returns the schemas of the data of each event, and StreamEvent, one event as OpenAPI 3.2 describes it."""
     _, definitions = models_json_schema([(model, "serialization") for model in EVENTS.values()], ref_template=REF)
     schemas: dict[str, Schema] = definitions["$defs"]
     schemas["StreamEvent"] = {
@@ -169,7 +169,10 @@ def _event_schema(name: str, model: str) -> Schema:
 
 
 def _event_stream() -> Schema:
-    """OpenAPI 3.1 can describe a stream only as text. The extension has the meaning of `itemSchema` in OpenAPI 3.2."""
+    """Returns the description of the stream.
+
+    OpenAPI 3.1 can describe it only as text. The extension has the meaning of `itemSchema` in OpenAPI 3.2.
+    """
     description = "Server-sent events, each as in the schema StreamEvent: a line `event: name` and a line `data: JSON`."
     return {
         "schema": {"type": "string", "description": description},
@@ -178,12 +181,12 @@ def _event_stream() -> Schema:
 
 
 def _add_examples(document: dict[str, Any], settings: Settings) -> None:
-    """Adds an example to every answer that is text, and to each error its problem documents alone."""
+    """Adds an example to every answer that is text, and to each error status only its own problem documents."""
     problems = examples.problems(settings)
     for path, status, response in _responses(document):
         content = response.get("content", {})
         if PROBLEM_JSON in content:
-            content.pop(JSON, None)  # FastAPI adds the media type of good answers
+            content.pop(JSON, None)  # FastAPI adds the media type of successful answers
             content[PROBLEM_JSON]["examples"] = {
                 problem["code"]: {"value": problem} for problem in problems if problem["status"] == int(status)
             }

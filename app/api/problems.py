@@ -1,4 +1,4 @@
-"""Errors as answers: problem documents (RFC 9457)."""
+"""Turns errors into answers: problem documents (RFC 9457)."""
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -16,7 +16,7 @@ PROBLEM_JSON = "application/problem+json"
 
 
 def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
-    """The answer that tells a client of the error; the request's outcome is its code."""
+    """Returns the answer for an error. Sets the outcome of the request to the code of the error."""
     context = context_of(scope)
     context.outcome = error.code
     return JSONResponse(error.problem(context.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
@@ -41,7 +41,7 @@ def _routed(error: HTTPException) -> errors.UnfogError:
 
 
 def handle_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Every error that a route raises, or that finding one does, becomes such an answer."""
+    """Adds handlers that turn the errors of the routes, and of routing itself, into problem documents."""
 
     @app.exception_handler(errors.UnfogError)
     async def known(request: Request, error: errors.UnfogError) -> Response:

@@ -1,4 +1,4 @@
-"""Reading requests: the body, the format that is wanted, and whether the client is still there."""
+"""Reads requests: the body, the accepted formats, and whether the client has disconnected."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from app.errors import (
     UnsupportedMediaType,
 )
 
-MAX_UNKNOWN_FIELDS = 32  # of which an error is made; a body of 16 KiB can have more than a thousand
+MAX_UNKNOWN_FIELDS = 32  # that an error lists; a body of 16 KiB can have more than a thousand
 MAX_DIGITS = 400  # of an integer
 
 T = TypeVar("T")
@@ -27,11 +27,14 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; there is nobody to answer."""
+    """The client closed the connection, so that no answer can be sent."""
 
 
 async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: float) -> M:
-    """The body as `schema`; UnsupportedMediaType, BodyTooLarge, RequestTimeout, MalformedJSON or InvalidRequest."""
+    """Returns the body as `schema`.
+
+    Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, MalformedJSON or InvalidRequest.
+    """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise UnsupportedMediaType
@@ -64,7 +67,7 @@ async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
 
 
 def _parse(body: bytes) -> Any:
-    """Parses JSON. Accepts NaN and Infinity, so that the schema names the field. The body limit bounds the time."""
+    """Parses JSON. Accepts NaN and Infinity, so that the schema's error names the field. The body limit bounds time."""
     try:
         return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -72,7 +75,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; InvalidRequest where a name is given twice, since one of the two would be ignored."""
+    """Returns an object; InvalidRequest if a name occurs twice, since one of the two would be ignored."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -81,12 +84,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_int(digits: str) -> int | float:
-    """An integer too long for Python's parser is out of every range: infinite is near enough."""
+    """Returns an integer. One that is too long for Python's parser becomes infinity, since no field permits either."""
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _describe(error: ValidationError) -> list[dict[str, Any]]:
-    """Returns the place and the message of each error, without the input, which may be no valid text."""
+    """Returns the place and the message of each error, without the input, which may not be valid text."""
     return [
         {"loc": ["body", *(_printable(part) for part in item["loc"])], "msg": _printable(item["msg"])}
         for item in error.errors(include_url=False, include_input=False, include_context=False)
@@ -98,7 +101,7 @@ def _printable(part: int | str) -> int | str:
 
 
 def negotiate(request: Request, available: tuple[str, ...]) -> str:
-    """Returns the media type to answer with. NotAcceptable if the Accept headers allow none of them."""
+    """Returns the media type of the answer; NotAcceptable if the Accept headers allow none of them."""
     best = best_match(request.headers.getlist("accept"), available)
     if best is None:
         raise NotAcceptable(available)
@@ -106,7 +109,7 @@ def negotiate(request: Request, available: tuple[str, ...]) -> str:
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What the work gives; ClientGoneError, and the work cancelled, as soon as the client closes the connection."""
+    """Returns the result of the work. If the client disconnects, cancels the work and raises ClientGoneError."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_until_gone(request))
     try:

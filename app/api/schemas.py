@@ -1,4 +1,4 @@
-"""Requests and answers as JSON."""
+"""The schemas of requests and answers in JSON."""
 
 import secrets
 import time
@@ -9,11 +9,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFun
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps whole
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser reads exactly
 
 
 def _whole(value: Any) -> Any:
-    """7.0 is the integer 7 (JSON Schema draft 2020-12, section 6.1.1)."""
+    """Converts a whole float: 7.0 is the integer 7 (JSON Schema draft 2020-12, section 6.1.1)."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -28,7 +28,7 @@ def _may_be_absent(schema: dict[str, Any]) -> None:
     schema.update(schema.pop("anyOf")[0])
 
 
-WHOLE = BeforeValidator(_whole)  # after the bounds: else pydantic does not write them into the schema
+WHOLE = BeforeValidator(_whole)  # must follow the bounds: otherwise pydantic does not write them into the schema
 NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -162,11 +162,11 @@ class Health(BaseModel):
 
     status: Literal["ok", "starting", "draining", "failed"]
     version: str
-    model: HealthModel | None = None  # the default one
+    model: HealthModel | None = None  # the default model
     models: list[HealthModel] | None = None
     device: str | None = None
     dtype: str | None = None
-    compiled: bool | None = None  # the step of every model; other bits than not compiled
+    compiled: bool | None = None  # True if the step of every model is compiled, which changes bits
     queue: Queue
     uptime_seconds: float
 

@@ -1,6 +1,6 @@
 """Admits jobs only if every admitted job still finishes in time, and chooses the rows of each step accordingly.
 
-No threads and no clock: the engine holds its lock and passes the time.
+This module uses no threads and no clock: the engine holds its lock and passes the time.
 """
 
 import logging
@@ -16,15 +16,18 @@ from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
 
-RECOVERY_SECONDS = 60.0  # without a memory shortage, after which a step may have twice as many rows
-LONGEST_WAIT = 3600  # seconds, of Retry-After
+RECOVERY_SECONDS = 60.0  # without a memory shortage, after which the limit of rows doubles
+LONGEST_WAIT = 3600  # seconds; the largest Retry-After
 
 
 class Admission:
     """The admitted jobs, the limits of a step, and the speed of the machine."""
 
     def __init__(self, capacity: int, max_batch: int | None) -> None:
-        """`capacity` images may wait; a step has at most `max_batch` rows, or as many as are fastest if None."""
+        """`capacity` is the number of images that may wait.
+
+        `max_batch` is the largest number of rows of a step. If None, the step times decide.
+        """
         self.backlog = Backlog(capacity)
         self.step_times = StepTimes({1: 1.0})
         self._max_batch = max_batch
@@ -36,16 +39,16 @@ class Admission:
 
     @property
     def max_batch(self) -> int:
-        """The rows that a step may have."""
+        """Returns the largest number of rows of a step."""
         return self._limits_for(1).rows
 
     def open(self, step_times: StepTimes) -> None:
-        """Takes over the measured step times."""
+        """Sets the measured step times."""
         self.step_times = step_times
         self._limits.clear()
 
     def observe(self, rows: Sequence[Trajectory], seconds: float) -> None:
-        """Learns from a step with these rows, before they are advanced, that took `seconds`."""
+        """Updates the slowdown after a step of these rows that took `seconds`. Call it before the rows advance."""
         calls: dict[str, int] = {}
         for row in rows:
             model = row.job.request.options.model
@@ -53,9 +56,9 @@ class Admission:
         self.step_times.observe(list(calls.values()), seconds)
 
     def admit(self, job: Job, now: float) -> None:
-        """Admits a job whole, and sets its estimate; Overloaded if it must be refused.
+        """Admits all images of a job and sets its estimate; Overloaded if the job must be refused.
 
-        An idle engine admits every job: step times are only corrected by running steps.
+        An idle engine admits every job, since only running steps correct the step times.
         """
         backlog = self.backlog
         if not self._has_room(backlog.waiting, backlog.waiting + backlog.running, job):
@@ -77,16 +80,16 @@ class Admission:
         return select_rows(self.backlog.jobs, limits, at_risk=self._is_at_risk(now))
 
     def lower_max_batch(self, now: float) -> None:
-        """Halves the rows that a step may have, after a memory shortage."""
+        """Halves the largest number of rows of a step after a memory shortage."""
         self._shortage_at = now
         self._limit_rows(max(1, self.max_batch // 2))
         log.warning("Out of device memory: limiting the batch", extra={"max_batch": self.max_batch})
 
     def _has_room(self, waiting: int, images: int, job: Job) -> bool:
-        """True if the job fits into the queue when `waiting` of `images` unfinished images have no step yet.
+        """Returns True if the job fits into the queue when `waiting` of `images` unfinished images have had no step.
 
-        Also bounds the images that have begun, whose state takes memory. Requests with ever earlier deadlines would
-        otherwise begin and then wait for each other.
+        It also limits the images that have begun, because their state takes memory. Otherwise requests with ever
+        earlier deadlines would begin and then wait for each other.
         """
         capacity, count = self.backlog.capacity, job.request.count
         return waiting + count <= capacity and images + count <= 2 * (capacity + self.max_batch)
@@ -114,13 +117,13 @@ class Admission:
         return self._limits[num_models]
 
     def _full(self, *newcomers: Job) -> Throughput:
-        """The speed of full steps at the machine's present speed."""
+        """Returns the throughput of full steps at the machine's present speed."""
         full = self._limits_for(max(1, self.backlog.num_models(*newcomers))).full
         slowdown = self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
     def _is_at_risk(self, now: float) -> bool:
-        """True if a job may miss its target. Looks again only when time or the slowdown may have changed the answer."""
+        """Returns True if a job may miss its target. Computes it again only if time or slowdown may have changed it."""
         if now < self._safe_until and self.step_times.slowdown <= 1.01 * self._safe_slowdown:
             return False
         slack = self.backlog.slack(self._full(), now)
@@ -144,7 +147,7 @@ class Admission:
     def _seconds_of(self, job: Job, full: Throughput) -> float:
         """Returns the expected time to finish.
 
-        That is the time of its own steps for an image with a row in every step, else the bound.
+        For an image that has a row in every step, this is the time of its own steps. Otherwise it is the bound.
         """
         backlog, num_models = self.backlog, max(1, self.backlog.num_models(job))
         limits = self._limits_for(num_models)
@@ -160,15 +163,15 @@ class Admission:
 
 
 def _mean_evaluations(job: Job) -> float:
-    """Evaluations of one row in one step, the mean over all steps of an image."""
+    """Returns the evaluations of one row in one step: the mean over all steps of an image."""
     return job.request.evaluations_from(0) / job.request.options.num_steps
 
 
 def _first(fits: Callable[[int], bool], longest: int) -> int:
     """Returns a short wait that fits, in seconds; `longest` if none is found.
 
-    A later submission has a later target, which may be behind another job's. So a longer wait may not fit although a
-    shorter one does. The search therefore starts with short waits.
+    A later submission has a later target, which may come after the target of another job. A longer wait may thus not
+    fit although a shorter one does. Therefore the search starts with short waits.
     """
     low, high = 0, 1
     while high < longest and not fits(high):

@@ -18,14 +18,14 @@ from app.engine.step_times import Throughput
 
 Array = npt.NDArray[np.float64]
 
-LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even alone and in 0.9 of the measured time
-# Columns; work in evaluations. The tail is the image with the most steps left.
+LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even if it ran alone and took 0.9 of the measured time
+# The columns of the table. Work is in evaluations. The tail is the image with the most steps left.
 _TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _RUNNING, _IMAGE_WORK = range(8)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """The backlog's own facts about a job."""
+    """The number and the slot that the backlog gives to a job."""
 
     number: int  # counts the jobs; decides between equal targets
     slot: int  # the job's row in the table
@@ -48,7 +48,7 @@ class Backlog:
         self._of_model: Counter[str] = Counter()
 
     def __contains__(self, job: Job) -> bool:
-        """True if the job was added and not removed."""
+        """Returns True if the job was added and not removed."""
         return job in self._entries
 
     def __iter__(self) -> Iterator[Job]:
@@ -59,11 +59,11 @@ class Backlog:
         return len(self.jobs)
 
     def num_models(self, *newcomers: Job) -> int:
-        """Returns the number of models that the jobs, and `newcomers`, use: each costs a call a step."""
+        """Returns the number of models that the jobs and `newcomers` use. Each model costs one call in every step."""
         return len(self._of_model.keys() | {job.request.options.model for job in newcomers})
 
     def add(self, job: Job) -> None:
-        """Inserts a job at its place in the order; the caller has checked that its images fit."""
+        """Inserts a job at its place in the order. The caller must have checked that its images fit."""
         assert self.waiting + job.request.count <= self.capacity, "the queue has room"
         if not self._free:
             size = len(self._table)
@@ -99,7 +99,7 @@ class Backlog:
         self.running += 1
 
     def advance(self, rows: Sequence[Trajectory]) -> None:
-        """Counts one more step of these images."""
+        """Counts one more step of each of these images."""
         for row in rows:
             row.job.evaluations_left -= row.evaluations
             row.job.steps_done += 1
@@ -107,7 +107,7 @@ class Backlog:
         self._update(rows)
 
     def finish(self, images: Sequence[tuple[Trajectory, Pixels]]) -> None:
-        """Takes finished images and answers the jobs of which they are the last."""
+        """Stores finished images and answers the jobs whose last image is among them."""
         for trajectory, pixels in images:
             job = trajectory.job
             if len(job.unfinished) == 1:
@@ -118,9 +118,9 @@ class Backlog:
         self._update([trajectory for trajectory, _ in images])
 
     def slack(self, full: Throughput, now: float) -> float:
-        """Returns the smallest time that a job has left between the bound and its target; infinity without jobs.
+        """Returns the smallest time in seconds between the bound of a job and its target; infinity without jobs.
 
-        Allows for one full step, which is in progress or is about to be chosen. Ignores lost jobs.
+        Adds the time of one full step, which is in progress or is about to be chosen. Ignores lost jobs.
         """
         rows = self._table[self._order]
         left = np.cumsum(rows[:, _WORK])
@@ -128,10 +128,10 @@ class Backlog:
         return float(slack.min(initial=np.inf, where=~_is_lost(rows, full, now)))
 
     def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
-        """True if `job`, submitted after `wait` seconds, and every job that it delays would meet their targets.
+        """Returns True if `job`, submitted after `wait` seconds, and all jobs that it delays would meet their targets.
 
-        Until then the backlog drains in order, and no other job arrives. An empty backlog admits every job.
-        Lost jobs are ignored.
+        It assumes that the backlog drains in order until then and that no other job arrives. An empty backlog admits
+        every job. Lost jobs are ignored.
         """
         rows = self._table[self._order]
         drained = wait * full.rate
@@ -147,7 +147,7 @@ class Backlog:
         if start + _finish(own, own_left, full)[0] > target:
             return False
         delayed = (left > 0) & ~_is_lost(rows, full, now)
-        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)  # that the wait leaves of each tail
+        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)  # share of each tail after the wait
         rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
         if self.num_models() == self.num_models(job):  # another model would slow down every step
             delayed[:place] = False
@@ -165,7 +165,7 @@ class Backlog:
     def images_after(self, seconds: float, rate: float) -> int:
         """Returns the number of images that are left after the backlog drained in order for `seconds`.
 
-        Of each job the running images finish first, evenly over the time that all of them need.
+        The running images of each job finish before its waiting ones, evenly over the time that they need together.
         """
         jobs = self._table[self._order]
         before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]
@@ -178,7 +178,7 @@ class Backlog:
 
     @property
     def work(self) -> float:
-        """Evaluations left of all jobs."""
+        """Returns the number of evaluations that all jobs together have left."""
         return float(self._table[self._order, _WORK].sum())
 
     def _update(self, rows: Sequence[Trajectory]) -> None:
@@ -208,12 +208,12 @@ def _figures(job: Job) -> tuple[float, ...]:
 
 
 def _finish(rows: Array, left: Array, full: Throughput) -> Array:
-    """The bound, in seconds from now. `left` (N,) are the evaluations up to and including each job's."""
+    """Returns the bound (N,), in seconds from now. `left` (N,) is the work up to and including each job."""
     others = np.maximum(left - rows[:, _TAIL_WORK], 0.0)
     return others / full.rate + rows[:, _TAIL_STEPS] * full.step_seconds
 
 
 def _is_lost(rows: Array, full: Throughput, now: float) -> npt.NDArray[np.bool_]:
-    """True for jobs that would miss their deadlines even with the device to themselves."""
+    """Returns True (N,) for jobs that would miss their deadlines even if each ran alone."""
     alone = np.maximum(rows[:, _WORK] / full.rate, rows[:, _TAIL_STEPS] * full.lone_seconds)
     return now + LOST_MARGIN * alone > rows[:, _DEADLINE]

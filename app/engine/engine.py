@@ -1,7 +1,7 @@
-"""The loop of the engine thread: admit, step, retire.
+"""The loop of the engine thread: it chooses rows, runs their step and answers finished jobs.
 
-State that threads share is accessed under one condition. Only the engine thread uses the runner. Callers wait on
-futures and the engine thread waits on the condition, so nothing polls.
+One condition protects the state that threads share. Only the engine thread uses the runner. Callers wait on futures,
+and the engine thread waits on the condition. Nothing polls.
 """
 
 import logging
@@ -24,11 +24,11 @@ log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 5  # Retry-After while the service starts; loading takes about this long
 RESTART_SECONDS = 10  # Retry-After until the service is started again
-MAX_FAILED_BATCHES = 3  # in a row without a surviving row; then the known picture tells whether the engine works
+MAX_FAILED_BATCHES = 3  # in a row without a surviving row; then the known pictures are drawn to test the engine
 
 
 class EngineState(StrEnum):
-    """New work is taken only while it is `ok`."""
+    """The state of the engine. Jobs are admitted only while it is `ok`."""
 
     STARTING = "starting"
     OK = "ok"
@@ -36,7 +36,7 @@ class EngineState(StrEnum):
     FAILED = "failed"
 
     def refuse_unless_ok(self) -> None:
-        """Starting, Draining or EngineFailed where no new work is taken."""
+        """Raises Starting, Draining or EngineFailed unless the state is `ok`."""
         if self is EngineState.STARTING:
             raise errors.Starting(STARTING_SECONDS)
         if self is EngineState.DRAINING:
@@ -46,7 +46,7 @@ class EngineState(StrEnum):
 
 
 class Engine:
-    """Runs jobs. The public methods may be called from any thread and do not block, except `stop`."""
+    """Runs jobs. Any thread may call the public methods. Only `stop` blocks."""
 
     def __init__(
         self,
@@ -58,30 +58,30 @@ class Engine:
         metrics: Metrics,
     ) -> None:
         self.state = EngineState.STARTING
-        self.models: dict[str, ModelInfo] = {}  # what is served, by name; empty until it is ready
-        self.device_memory: Callable[[], int] | None = None  # reads the bytes held on a GPU, once it is ready
-        self.ready: Future[None] = Future()  # done when loaded and warm; failed when that failed
+        self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
+        self.device_memory: Callable[[], int] | None = None  # returns the bytes held on a GPU; set when ready
+        self.ready: Future[None] = Future()  # done after loading and warm-up; has the error if they failed
         self._load = load
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         self._admission = Admission(capacity, max_batch)
         self.backlog = self._admission.backlog
         self._condition = threading.Condition()
-        self._abandoned: list[Trajectory] = []  # their jobs were answered early; the thread frees their slots
-        self._idle: Future[None] | None = None  # asked for by drain
+        self._abandoned: list[Trajectory] = []  # of jobs that were answered early; the engine thread frees the slots
+        self._idle: Future[None] | None = None  # the future that drain() returns
         self._stopping = False
         self._num_steps = 0
-        self._is_batch_lowered = False  # in this turn
+        self._is_batch_lowered = False  # in this turn of the loop
         self._num_failed_rows = 0
         self._failed_batches = {"step": 0, "pixels": 0}  # in a row without a surviving row
-        self._last_beat: float | None = None  # None while it has nothing to do, and while it is started
+        self._last_beat: float | None = None  # time.monotonic(); None while the engine is idle or starting
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Loads and warms up in the thread; returns at once."""
+        """Starts the engine thread, which loads and warms up the models. Returns at once."""
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Admits a job whole; Overloaded, Starting, Draining or EngineFailed where it cannot."""
+        """Admits all images of a job; Overloaded, Starting, Draining or EngineFailed if it cannot."""
         with self._condition:
             self.apparent_state.refuse_unless_ok()
             self._admission.admit(job, time.monotonic())
@@ -95,7 +95,7 @@ class Engine:
             self._condition.notify()
 
     def drain(self) -> Future[None]:
-        """Refuses new work from now on; the future is done when every admitted job is answered."""
+        """Refuses new jobs from now on. Returns a future that is done when every admitted job is answered."""
         with self._condition:
             if self.state is not EngineState.FAILED:
                 self.state = EngineState.DRAINING
@@ -122,7 +122,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """True unless the engine thread has failed or its current step exceeds the watchdog timeout."""
+        """Returns True unless the engine thread has failed or its current step exceeds the watchdog timeout."""
         beat = self._last_beat
         return self.state is not EngineState.FAILED and (
             beat is None or time.monotonic() - beat < self._watchdog_seconds
@@ -130,12 +130,12 @@ class Engine:
 
     @property
     def apparent_state(self) -> EngineState:
-        """The state for clients: a stuck engine counts as failed."""
+        """Returns the state that clients see. A stuck engine counts as failed."""
         return self.state if self.alive else EngineState.FAILED
 
     @cached_property
     def _runner(self) -> StepRunner:
-        """The runner. The engine thread loads it at its start, and no other thread uses it."""
+        """Returns the runner. The engine thread loads it when it starts, and no other thread uses it."""
         return self._load()
 
     def _run(self) -> None:
@@ -155,7 +155,7 @@ class Engine:
         self.ready.set_result(None)
 
     def _tick(self) -> None:
-        """One turn: wait for work, choose rows, run their step, answer those that are done."""
+        """Runs one turn: waits for work, chooses rows, runs their step and answers finished jobs."""
         rows, abandoned = self._admit()
         self._runner.release(abandoned)
         self._is_batch_lowered = False
@@ -187,9 +187,9 @@ class Engine:
             self._failed_batches[work] += 1
 
     def _check_runner(self) -> None:
-        """Draws the known pictures after too many failed batches; raises, and so fails the engine, if that fails too.
+        """Draws the known pictures after too many failed batches. If this raises, the engine fails.
 
-        Requests that fail by themselves must not be able to take the engine down.
+        Requests that fail on their own therefore cannot stop the engine.
         """
         log.warning("No row survived in %d batches in a row: drawing the known picture", MAX_FAILED_BATCHES)
         self._last_beat = time.monotonic()
@@ -197,7 +197,7 @@ class Engine:
         self._failed_batches = dict.fromkeys(self._failed_batches, 0)
 
     def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
-        """The rows of the next step, and what the runner may forget; waits until there is either."""
+        """Waits for work. Returns the rows of the next step, and the abandoned rows that the runner can release."""
         with self._condition:
             self._last_beat = None
             self._condition.wait_for(lambda: self.backlog.jobs or self._abandoned or self._stopping)
@@ -222,7 +222,7 @@ class Engine:
         return isolate(rows, compute, self._fail, self._lower_max_batch)
 
     def _lower_max_batch(self) -> None:
-        """Lowers the batch at most once a turn."""
+        """Lowers the batch size at most once in a turn."""
         if not self._is_batch_lowered:
             self._is_batch_lowered = True
             with self._condition:
@@ -269,7 +269,7 @@ class Engine:
             self._end(trajectory.job, errors.InternalError())
 
     def _end(self, job: Job, error: Exception) -> None:
-        """Answers a job early; the condition is held."""
+        """Answers a job before it is finished. The caller must hold the condition."""
         if not self.backlog.remove(job):
             return
         for trajectory in job.unfinished:

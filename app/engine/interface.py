@@ -1,4 +1,4 @@
-"""What the engine needs of a runner: its protocol, its errors, and what it says about the models that it serves."""
+"""The interface between the engine and a runner: the protocol, the errors, and the description of a served model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class DeviceLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is served under a name, in words and numbers."""
+    """The description of a served model."""
 
     name: str
     sha256: str
@@ -34,42 +34,42 @@ class ModelInfo:
     compiled: bool
     num_classes: int
     max_steps: int
-    steps: tuple[int, ...]  # the only numbers of steps that it draws in; () = all of 1..max_steps
+    steps: tuple[int, ...]  # the only permitted numbers of steps; () = all of 1..max_steps
     default_steps: int  # the recommended number
     samplers: tuple[Sampler, ...]  # the recommended one first
-    guidance_scale: dict[Sampler, float]  # the recommended one of each
+    guidance_scale: dict[Sampler, float]  # the recommended scale of each sampler
     guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance acts
-    guidable: bool  # whether labels were dropped in training: without it guidance has nothing to lean on
+    guidable: bool  # True if labels were dropped in training, which guidance needs
 
     def guided_steps_of(self, options: Options) -> range:
-        """The steps of these images that take a second evaluation."""
+        """Returns the steps of an image with these options that take a second evaluation."""
         guided = options.guidance_scale != 1
         return self.guided_steps(options.sampler, options.num_steps) if guided else range(0)
 
 
 class StepRunner(Protocol):
-    """Computes; knows neither jobs nor threads. A call that raises has changed no row."""
+    """Computes steps and keeps the state of rows. A call that raises has changed no row."""
 
     @property
     def models(self) -> dict[str, ModelInfo]:
-        """What is served, by name; one is `default`."""
+        """Returns the served models by name. One of the names is `default`."""
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
-        """Reads the bytes held on a GPU; None without one."""
+        """Returns a function that returns the bytes held on the GPU; None without a GPU."""
 
     @property
     def network_seconds(self) -> float:
-        """Time within the networks' calls until now."""
+        """Returns the seconds spent in calls of the networks so far."""
 
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """One reverse step for each; True where its values are finite."""
+        """Makes one reverse step of each row. Returns True for each row whose values are finite."""
 
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """The images as they are predicted now."""
+        """Returns the image that each row predicts now."""
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Forgets their state."""
+        """Releases the state of these rows."""
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Prepares for requests and measures the step times."""

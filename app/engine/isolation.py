@@ -1,4 +1,4 @@
-"""Isolation of the rows that make a batch fail."""
+"""Isolates the rows that make a batch fail."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,10 +15,10 @@ def isolate(
     on_failure: Callable[[Trajectory, Exception], None],
     on_out_of_memory: Callable[[], None],
 ) -> list[tuple[Trajectory, R]]:
-    """Returns each row with its result. Runs a batch that raises again in halves until the failing row is alone.
+    """Returns each row with its result. If a batch raises, runs its halves again until the failing row is alone.
 
     Calls `on_failure` with each failing row, and `on_out_of_memory` at most once. Leaves out rows whose job has been
-    answered. Raises DeviceLostError, which no row has caused.
+    answered. Raises DeviceLostError at once, since no row has caused it.
     """
     is_short = False
 

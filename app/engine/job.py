@@ -1,4 +1,4 @@
-"""A request's images on their way from x_T to x_0. The runner keeps the tensors."""
+"""Jobs: the images of a request between x_T and x_0. The runner keeps the tensors."""
 
 import math
 import time
@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 from model.sampler import Sampler
 
-DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # what draws where a request names none, and what draws in few steps
+DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests that name none, and the model for few steps
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
-TARGET_SHARE = 0.9  # of the timeout: the scheduler aims to finish by then, so that steps may be a tenth slower
+TARGET_SHARE = 0.9  # of the timeout; the scheduler aims to finish by then, so that steps may be a tenth slower
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is drawn; with an index it decides every bit of an image."""
+    """The options of a request that change pixels. Together with an index they decide every bit of an image."""
 
     digit: int
     seed: int
@@ -35,28 +35,28 @@ class Trajectory:
     job: "Job"
     index: int
     step: int = 0  # reverse steps done
-    started: bool = False  # it has had, or is having, its first step
+    started: bool = False  # its first step is done or in progress
     slot: int | None = None  # the runner's place for its state
 
     @property
     def steps_left(self) -> int:
-        """Reverse steps until x_0."""
+        """Returns the number of reverse steps until x_0."""
         return self.job.request.options.num_steps - self.step
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of the next step: guidance takes a second one."""
+        """Returns the network evaluations of the next step: 2 with guidance, else 1."""
         return 2 if self.step in self.job.request.guided_steps else 1
 
     @property
     def evaluations_left(self) -> int:
-        """Network evaluations until x_0."""
+        """Returns the number of network evaluations until x_0."""
         return self.job.request.evaluations_from(self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A look at a running job: step `step` of `of`, the predicted x_0 of every image."""
+    """The progress of a running job: step `step` of `of`, and the predicted x_0 of every image."""
 
     step: int
     of: int
@@ -76,7 +76,7 @@ Listener = Callable[[Progress | ImageDone], None]  # called by the engine's thre
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What a client asks for."""
+    """A request as the engine receives it."""
 
     options: Options
     count: int
@@ -94,7 +94,7 @@ class JobRequest:
 
 @dataclass(slots=True)
 class Timings:
-    """When a job reached each stage, in seconds of time.monotonic()."""
+    """The times at which a job reached each stage, in seconds of time.monotonic()."""
 
     submitted_at: float = field(default_factory=time.monotonic)
     submitted_at_step: int = 0  # the engine's count of steps
@@ -104,9 +104,9 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What is expected of a job when it is admitted."""
+    """The estimate for a job at its admission."""
 
-    position: int  # images that wait for their first step
+    position: int  # number of images that wait for their first step
     seconds: float  # until the last image is finished
 
 
@@ -114,7 +114,7 @@ class Job:
     """A request's images. They are admitted together and answered once, through `future`."""
 
     def __init__(self, request: JobRequest, submitted_at: float | None = None) -> None:
-        """`submitted_at` is a time of time.monotonic(); now if it is absent."""
+        """`submitted_at` is a time of time.monotonic(); by default, now."""
         self.request = request
         self.timings = Timings() if submitted_at is None else Timings(submitted_at)
         self.deadline = self.timings.submitted_at + request.timeout
@@ -122,29 +122,29 @@ class Job:
         self.estimate: Estimate | None = None  # set by admission
         self.future: Future[list[Pixels]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
-        self.unfinished = [Trajectory(self, index) for index in range(request.count)]  # the furthest along first
+        self.unfinished = [Trajectory(self, index) for index in range(request.count)]  # by progress, largest first
         self.num_waiting = request.count  # images without a step
         self.evaluations_left = request.count * request.evaluations_from(0)  # of all images together
         self.steps_done = 0  # of all images together
-        self.closed = False  # Answered. Read for each row at each step, where the future's lock would cost time.
+        self.closed = False  # True once answered. Each step reads it for each row: the future's lock would be slow.
         self._pixels: list[Pixels | None] = [None] * request.count
         self._previews_sent = 0
 
     def preview_due(self) -> bool:
-        """True if the images' mean step has passed the next of `num_previews` even marks; asking takes the mark."""
+        """Returns True, once for each mark, if the images' mean step has passed one of `num_previews` even marks."""
         marks = self.request.num_previews * self.steps_done // (self.request.count * self.request.options.num_steps)
         due = marks > self._previews_sent
         self._previews_sent = max(marks, self._previews_sent)
         return due
 
     def progress(self, previews: dict[int, Pixels]) -> Progress:
-        """Returns how far the job is; `previews` are those of its unfinished images, by index."""
+        """Returns the progress of the job. `previews` are those of its unfinished images, by index."""
         images = [previews.get(index, pixels) for index, pixels in enumerate(self._pixels)]
         step = self.steps_done // self.request.count
         return Progress(step, self.request.options.num_steps, [image for image in images if image is not None])
 
     def finish(self, trajectory: Trajectory, pixels: Pixels) -> None:
-        """Takes one image; answers the job if it was the last."""
+        """Stores one finished image. Answers the job if it was the last one."""
         self.unfinished.remove(trajectory)
         self._pixels[trajectory.index] = pixels
         self.tell(ImageDone(trajectory.index, pixels))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 SMOOTHING = 0.05  # weight of the newest step
-MAX_JUMP = 4.0  # a step that takes even longer was interrupted: it counts as this many times slower
+MAX_JUMP = 4.0  # a step that is slower was interrupted; it counts as this many times slower
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """The speed of full steps: evaluations a second, seconds of a full step, seconds of a step of one evaluation."""
+    """The throughput of full steps: evaluations a second, seconds of a full step and of a step of one evaluation."""
 
     rate: float
     step_seconds: float
@@ -20,9 +20,9 @@ class Throughput:
 
 
 class StepTimes:
-    """Seconds of a step against its evaluations: the curve measured while warming up, times the present slowdown.
+    """The seconds of a step by its evaluations: the curve measured at warm-up, times the present slowdown.
 
-    A guided row counts as two evaluations. Each model that takes part in a step makes a call of its own.
+    A guided row counts as two evaluations. Each model in a step has its own call.
     """
 
     def __init__(self, seconds_by_rows: dict[int, float]) -> None:
@@ -35,7 +35,7 @@ class StepTimes:
         return copy(self)
 
     def observe(self, calls: Sequence[int], seconds: float) -> None:
-        """Learns from a step that took `seconds`; `calls` are the evaluations of each model's call."""
+        """Updates the slowdown after a step that took `seconds`. `calls` are the evaluations of each model's call."""
         ratio = seconds / sum(map(self.step_seconds, calls))
         self.slowdown *= 1 + SMOOTHING * (min(ratio, MAX_JUMP) - 1)
 
@@ -44,7 +44,7 @@ class StepTimes:
         return self.slowdown * self.measured_seconds(evaluations)
 
     def measured_seconds(self, evaluations: float) -> float:
-        """Returns the seconds of a step as measured while warming up.
+        """Returns the seconds of a step as measured at warm-up.
 
         Interpolates linearly. Below the smallest measured batch the time is constant, above the largest proportional.
         """

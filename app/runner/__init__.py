@@ -1,1 +1,1 @@
-"""The device: one reverse step for any rows. The only part of the service that imports torch."""
+"""Computes reverse steps on the device. This is the only part of the service that imports torch."""

@@ -47,10 +47,10 @@ _UNUSABLE = {
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device for `UNFOG_DEVICE`. `auto` is a GPU that works, else the CPU.
+    """Returns the device for `UNFOG_DEVICE`. For `auto`, this is the GPU if it works, else the CPU.
 
-    A GPU is tried with a small computation and becomes the calling thread's current one: call this in the thread that
-    computes. RunnerError if the named GPU cannot be used.
+    A GPU is tested with a small computation and becomes the current one of the calling thread. Call this function in
+    the thread that computes. RunnerError if the named GPU cannot be used.
     """
     if name == "cpu":
         return torch.device(name)
@@ -68,7 +68,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the precision for `UNFOG_DTYPE`. `auto` is the fastest that the hardware multiplies."""
+    """Returns the precision for `UNFOG_DTYPE`; RunnerError for float16 on a CPU. `auto` is the fastest precision."""
     if name == "auto":
         return fast_dtype(device)
     if name == "float16" and device.type != "cuda":
@@ -79,10 +79,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_num_threads(
     wanted: int | None, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> ComputeThreads:
-    """Returns a CPU's compute threads: `wanted`, or all cores of this process, or one fewer while that is faster.
+    """Returns the compute threads of a CPU: `wanted`, or one for each core, with one fewer while that is faster.
 
-    Uncompiled float32 gets at most two threads by default. With more, torch's GELU computes the end of each thread's
-    share with scalar code, so that a row's last bits depend on its place in the batch.
+    Uncompiled float32 gets at most two threads by default. With more threads, torch's GELU computes the end of each
+    thread's share with scalar code, so that the last bits of a row depend on its place in the batch.
     """
     most = torch.get_num_threads()
     if granted := granted_cores():
@@ -100,7 +100,7 @@ def choose_num_threads(
 
 
 def granted_cores(groups: Path = CGROUPS, own_group: Path = OWN_CGROUP) -> float | None:
-    """Returns the processor time that a container or a unit grants to this process, in cores; None without a limit."""
+    """Returns the CPU limit of this process (of a container or a systemd unit), in cores; None without a limit."""
     folders = (groups / str(group).lstrip("/") for group in _own_groups(own_group))
     return min((cores for folder in folders if (cores := _limit(folder)) is not None), default=None)
 
@@ -119,7 +119,7 @@ def device_errors() -> Iterator[None]:
 
 
 def _open_gpu(device: torch.device) -> None:
-    """Selects the GPU for the calling thread and computes on it. RunnerError for a number that is too high."""
+    """Selects the GPU for the calling thread and computes on it; RunnerError if there is no GPU of this number."""
     torch.cuda.init()  # raises for an old driver, with which device_count() succeeds
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
@@ -141,7 +141,7 @@ def _reason(message: str) -> str:
 
 
 def _own_groups(own_group: Path) -> list[PurePosixPath]:
-    """The process's control group and those above it, each of which may limit it."""
+    """Returns the control group of the process and those above it. Each of them may have a limit."""
     try:
         lines = own_group.read_text().splitlines()
     except OSError:
@@ -151,9 +151,12 @@ def _own_groups(own_group: Path) -> list[PurePosixPath]:
 
 
 def _limit(folder: Path) -> float | None:
-    """`QUOTA PERIOD`, both in microseconds, or `max PERIOD`."""
+    """Returns the limit of a control group in cores; None without one.
+
+    Its file has `QUOTA PERIOD`, both in microseconds, or `max PERIOD`.
+    """
     try:
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):  # the uppermost group has none
+    except (OSError, ValueError):  # the root group has no such file
         return None

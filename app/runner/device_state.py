@@ -12,23 +12,23 @@ from model.schedule import Schedule
 from model.step import Rows, State
 
 PADDING = 0  # the slot of rows that fill up a step
-FIRST_PLAN_ROWS = 16_384  # room for every sampler in every number of up to 100 steps: a GPU's graph holds for one size
+FIRST_PLAN_ROWS = 16_384  # enough for every sampler with 1 to 100 steps: a CUDA graph is valid for one size only
 
 
 class Slots:
-    """One state whose rows are dealt out to trajectories; it grows when all are taken."""
+    """A state whose rows, the slots, are assigned to trajectories. It grows when all slots are in use."""
 
     def __init__(
         self, count: int, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers
     ) -> None:
-        """`count` of them at first."""
+        """Starts with `count` free slots."""
         self.state = State.zeros(1 + count, image_shape, device)
-        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) all that was computed so far
+        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True if all values were finite
         self._free = list(range(PADDING + 1, 1 + count))
         self._transfers = transfers
 
     def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
-        """Gives each trajectory a slot with its row of state in it; all of them, or none where it raises."""
+        """Gives each trajectory a slot and writes its row of state there. If this raises, no trajectory has a slot."""
         while len(self._free) < len(trajectories):
             self._grow()
         slots = self._free[-len(trajectories) :]
@@ -40,28 +40,28 @@ class Slots:
             trajectory.slot = slot
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Takes the slots back from those that have one."""
+        """Releases the slots of the trajectories that have one."""
         for trajectory in trajectories:
             if trajectory.slot is not None:
                 self._free.append(trajectory.slot)
                 trajectory.slot = None
 
     def of(self, trajectories: list[Trajectory]) -> Tensor:
-        """The slots of those that have one, (B,)."""
+        """Returns the slots (B,) of the trajectories that have one."""
         return self._transfers.upload([trajectory.slot for trajectory in trajectories if trajectory.slot is not None])
 
     def finite_after(self, slots: Tensor, finite: Tensor) -> Tensor:
-        """Returns whether each slot's values, those of this step included, were finite so far, (B,)."""
+        """Returns (B,) True for slots whose values were all finite so far, including those of this step."""
         return self.finite[slots] & finite
 
     def write(self, slots: Tensor, **rows: Tensor) -> None:
-        """Puts the named rows (B, ...) into the slots (B,), in place. Takes no memory on the device."""
+        """Writes the named rows (B, ...) to the slots (B,), in place. Allocates no memory on the device."""
         for name, value in rows.items():
             rows_of_slots = self.finite if name == "finite" else getattr(self.state, name)
             rows_of_slots.index_copy_(0, slots, value)
 
     def _grow(self) -> None:
-        """Doubles the slots. All tensors are made before the first is replaced: memory may run out in between."""
+        """Doubles the slots. Makes all tensors before it replaces the first, since memory may run out in between."""
         size = len(self.state.seed)
         state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
         self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
@@ -70,7 +70,7 @@ class Slots:
 
 
 class Plans:
-    """(P, 5), a row a step: t, a, b, c, s; it grows when it is full."""
+    """The table (P, 5) of all plans, with one row for each step: t, a, b, c, s. It grows when it is full."""
 
     def __init__(self, device: torch.device) -> None:
         self.table = torch.zeros(FIRST_PLAN_ROWS, 5, device=device)  # (P, 5)
@@ -78,7 +78,7 @@ class Plans:
         self._num_rows = 0
 
     def start_of(self, options: Options, schedule: Schedule) -> int:
-        """Where this plan starts; it is made the first time that it is asked for."""
+        """Returns the row where the plan of these options starts. The first call for a plan makes it."""
         key = (options.model, options.sampler, options.num_steps)
         if key not in self._starts:
             plan = make_plan(schedule, options.sampler, options.num_steps).table(self.table.device)  # (num_steps, 5)
@@ -91,10 +91,10 @@ class Plans:
 
 
 def rows_of(trajectories: Sequence[Trajectory], shapes: Shapes, transfers: Transfers) -> Rows:
-    """Of one network: a second evaluation for each that is guided at its next step.
+    """Returns the rows of a call of one network. Rows that are guided in their next step get a second evaluation.
 
-    Where the shapes are rounded, rows of nobody follow those of the trajectories, and evaluations of the first row
-    the guided ones: the results of both are for nobody.
+    If shapes are rounded, padding rows follow the rows of the trajectories, and extra evaluations of the first row
+    follow the guided evaluations. The results of both are not used.
     """
     count = shapes.rows(len(trajectories))
     slots = [trajectory.slot for trajectory in trajectories]

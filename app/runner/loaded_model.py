@@ -14,7 +14,7 @@ from model.step import ReverseStep, Step
 
 
 class LoadedModel:
-    """A checkpoint on its device, and the reverse step that it makes, compiled or not."""
+    """A checkpoint on its device, with its description and its reverse step, compiled or not."""
 
     def __init__(self, name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.info = loaded, _describe(name, loaded, device, dtype)
@@ -22,7 +22,7 @@ class LoadedModel:
         self.step: Step = self.program
 
     def use(self, compiled: Step) -> None:
-        """Makes steps by this compiled program from now on."""
+        """Uses this compiled program for all further steps."""
         self.step, self.info = compiled, replace(self.info, compiled=True)
 
 

@@ -1,4 +1,4 @@
-"""Computes one reverse step for a batch of rows, and keeps their state on the device."""
+"""The runner computes one reverse step for a batch of rows, and keeps their state on the device."""
 
 import logging
 import time
@@ -31,16 +31,17 @@ from model.step import Stepped
 
 log = logging.getLogger(__name__)
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)  # of which steps are timed
-BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # on a GPU
-# Those that warming up takes at once; of a GPU so many that they need not grow, as a graph holds for one size.
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows whose steps are timed
+BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # the same on a GPU
+# Slots at the start: as many as warm-up uses at once. On a GPU there are enough that they need not grow, because a CUDA
+# graph is valid for one size only.
 FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
 
 
 class Runner:
     """Holds the networks and, in slots, the state of every image that has begun.
 
-    State, history and update are float32; only the networks' input is cast. A step writes state after everything
+    State, history and update are float32. Only the input of the networks is cast. A step writes state after everything
     else has succeeded, so that a step that fails can be run again with other rows.
     """
 
@@ -53,21 +54,21 @@ class Runner:
         *,
         runs_ahead: bool | None = None,
     ) -> None:
-        """With `runs_ahead`, as on a GPU, shapes are rounded and no step is waited for but where an image ends."""
-        self.network_seconds = 0.0  # within the networks' calls
+        """With `runs_ahead` (None: on a GPU), shapes are rounded and only steps that finish an image are waited for."""
+        self.network_seconds = 0.0  # spent in calls of the networks
         self._threads = threads or ComputeThreads((torch.get_num_threads(),))
         self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
-        with torch.inference_mode():  # in which all else is made: a compiled step would tell them apart
+        with torch.inference_mode():  # as for all later tensors: a compiled step distinguishes inference tensors
             self._plans = Plans(device)
             count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
             self._slots = Slots(count, self.image_shape, device, self._transfers)
 
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
-        """The runner that the settings ask for; RunnerError in one sentence where it cannot be had."""
+        """Returns the runner for these settings; RunnerError, with one sentence, if it cannot be made."""
         models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
         if settings.fast_path:
             models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
@@ -100,18 +101,18 @@ class Runner:
 
     @property
     def models(self) -> dict[str, ModelInfo]:
-        """What is served, by name."""
+        """Returns the served models by name."""
         return {name: model.info for name, model in self._models.items()}
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
-        """Reads the bytes held on a GPU; None without one."""
+        """Returns a function that returns the bytes held on the GPU; None without a GPU."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """One reverse step for each row, a call for each network; True where a row's values are finite.
+        """Makes one reverse step of each row, with one call of each network. Returns True for rows with finite values.
 
-        OutOfMemoryError and DeviceLostError for what the device did; anything else is a bug.
+        Raises OutOfMemoryError or DeviceLostError for errors of the device. Any other error is a bug.
         """
         start, on_core = time.perf_counter(), time.thread_time()
         by_model: dict[str, list[Trajectory]] = {}
@@ -123,9 +124,9 @@ class Runner:
 
     @torch.inference_mode()
     def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
-        """Computes everything, and only then writes state. Everything that takes memory precedes the first write."""
+        """Computes all results before it writes state. Everything that allocates memory precedes the first write."""
         rows = list(chain(*by_model.values()))
-        # If the host runs ahead of the device, finiteness is read, and waited for, only in steps that finish a row.
+        # If the host runs ahead of the device, it reads whether values are finite only in steps that finish a row.
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
@@ -142,7 +143,7 @@ class Runner:
         return [of_row[trajectory] for trajectory in trajectories]
 
     def _call(self, model: LoadedModel, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
-        """Where the results belong, (B,), and the results."""
+        """Returns the slots (B,) of the results, and the results."""
         rows = rows_of(trajectories, self._shapes, self._transfers)
         start = time.perf_counter()
         stepped = model.step(self._slots.state, self._plans.table, rows)
@@ -172,7 +173,7 @@ class Runner:
 
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """The images as they are predicted now, 8 bits; black where a trajectory has not begun."""
+        """Returns the images that are predicted now, in 8 bits. Trajectories that have not begun give black images."""
         with device_errors():
             begun = [trajectory for trajectory in trajectories if trajectory.slot is not None]
             x_0 = self._slots.state.x_0[self._slots.of(begun)]  # (B, C, H, W)
@@ -184,21 +185,21 @@ class Runner:
         return [images[place.get(trajectory, -1)] for trajectory in trajectories]
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Gives back the slots of those that have one."""
+        """Releases the slots of the trajectories that have one."""
         self._slots.release(trajectories)
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Draws the known picture of each model, then times steps; RunnerError if a picture differs.
 
-        Returns the times of the default model with the number of threads that is the fastest now. While another process
-        keeps a core, all threads wait for each other, and their times would say nothing about the size of a batch.
+        Returns the times of the default model with the number of threads that is fastest now. While another process
+        uses a core, all threads wait for each other, and their times do not show which batch size is best.
         """
-        with self._threads.fixed(self._threads.counts[-1]):  # a busy core does not bring this number to a halt
+        with self._threads.fixed(self._threads.counts[-1]):  # these threads make progress even if one core is busy
             try:
                 self.check()
                 if self._runs_ahead:
                     record_shapes(self, self.batches, should_stop)
-            except CompilerError as error:  # for a GPU it is compiled by its first calls
+            except CompilerError as error:  # on a GPU the first calls compile the step
                 raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         measured = []
         for count in self._threads.counts:
@@ -212,7 +213,7 @@ class Runner:
             check_known_picture(self, model)
 
     def _time_step(self, trajectories: list[Trajectory]) -> tuple[float, float]:
-        """Makes a step; returns its seconds, and the part of them for which this thread, or the device, worked."""
+        """Makes a step. Returns its seconds, and the seconds in which this thread, or the GPU, worked."""
         self._transfers.wait()
         start, on_core = time.perf_counter(), time.thread_time()
         self.step(trajectories)
@@ -222,11 +223,11 @@ class Runner:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """The numbers of rows of which steps are timed."""
+        """Returns the numbers of rows whose steps are timed."""
         return BATCHES_AHEAD if self._runs_ahead else BATCHES
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
-        """Gives each a slot with x_T in it."""
+        """Gives each trajectory a slot and writes x_T and its options there."""
         if not trajectories:
             return
         options = [trajectory.job.request.options for trajectory in trajectories]

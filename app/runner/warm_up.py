@@ -1,4 +1,4 @@
-"""Before the service is ready: each model draws a picture that is known, and steps are timed."""
+"""Warms up before the service is ready: each model draws its known picture, and steps are timed."""
 
 import statistics
 import time
@@ -12,15 +12,15 @@ from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.loaded_model import LoadedModel
 
-PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 makes 0.01, another digit 0.3
+PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 gives 0.01, another digit 0.3
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
-# No new round begins after this time, and after the longer one not even while there are fewer than FEWEST_ROUNDS.
+# No new round begins after TIMING_SECONDS, or, if there are fewer than FEWEST_ROUNDS, after LONGEST_TIMING_SECONDS.
 TIMING_SECONDS, LONGEST_TIMING_SECONDS = 0.3, 2.0
-# A small step is timed after others like it: after a large one it finds none of its weights in the processor's caches.
-# A step of one row takes 1.0 ms after its like and 1.55 ms after a step of 64 rows (Zen 5).
+# A small step is timed after others of its size: after a large step, its weights are not in the processor's caches.
+# A step of one row takes 1.0 ms after a step of one row, and 1.55 ms after a step of 64 rows (Zen 5).
 HOT_ROWS = 8
 
-# Makes a step and returns its seconds, and the part of them for which the calling thread, or the device, worked.
+# Makes a step. Returns its seconds, and the seconds in which the calling thread, or the GPU, worked.
 TimeStep = Callable[[list[Trajectory]], tuple[float, float]]
 
 
@@ -50,9 +50,10 @@ def measure_step_times(
 ) -> StepTimes:
     """Times steps of the default model in rounds through all batches.
 
-    A batch's time is the median over the rounds of the time for which the core or the device worked: while another
-    process wants the core, a long step waits for it and a short one mostly does not. The times are scaled so that their
-    sum is the time of the quickest round. Batches for which the device has too little memory are left out.
+    The time of a batch is the median over the rounds of the seconds in which the core or the GPU worked. Elapsed time
+    would mislead: while another process wants the core, a long step waits for it and a short one mostly does not. The
+    times are scaled so that their sum is the time of the fastest round. Batches for which the device has too little
+    memory are left out.
     """
     start, info = time.monotonic(), runner.models[DEFAULT_MODEL]
     jobs = {rows: _new_rows(info, rows) for rows in batches}
@@ -74,12 +75,12 @@ def measure_step_times(
     work = {rows: statistics.median(steps[rows][1] for steps in rounds) for rows in measured}
     quickest = min(sum(steps[rows][0] for rows in measured) for steps in rounds)
     scale = quickest / sum(work.values())
-    # Fewer rows take no longer than more.
+    # A step of fewer rows must not count as slower than one of more rows.
     return StepTimes({rows: scale * min(work[more] for more in measured if more >= rows) for rows in measured})
 
 
 def record_shapes(runner: StepRunner, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:
-    """Makes steps of each number of rows of each model, guided and not, where the first step of a shape takes long."""
+    """Makes steps with each number of rows of each model, guided and not, since the first steps of a shape are slow."""
     for info in runner.models.values():
         for rows in batches:
             for guided_steps in (range(0), range(info.max_steps))[: 1 + info.guidable]:

@@ -1,7 +1,7 @@
 """HTTP/1.1 connections with timeouts and limits.
 
-Closes connections that send or accept no data in time. http.py limits the time of a body, uvicorn the time between two
-requests (5 s).
+Closes connections that do not send or accept data in time. api/requests.py limits the time of a body. uvicorn limits
+the time between two requests (5 s).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ log = logging.getLogger("unfog.access")
 _ERRORS_ONLY = logging.getLogger(PROTOCOL_LOGGER)
 _ERRORS_ONLY.setLevel(logging.ERROR)  # requests that are not HTTP get their own line in the access log
 
-MAX_AHEAD_BYTES = 64 * 1024  # sent before the present request is answered; at least the largest request fits
+MAX_AHEAD_BYTES = 64 * 1024  # sent before the present request is answered; the largest request fits
 # Bounds the work for one read. asyncio would read up to 256 KiB at once. The loop uses it for one connection at a time.
 _BUFFER = memoryview(bytearray(16 * 1024))
 
@@ -43,7 +43,7 @@ class Deadline:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self) -> None:
-        """Starts the timer unless it runs."""
+        """Starts the timer if it is not running."""
         self._timer = self._timer or self._loop.call_later(self._seconds, self._callback)
 
     def clear(self) -> None:
@@ -54,7 +54,7 @@ class Deadline:
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """HTTP/1.1 connection with timeouts and limits. Keeps little for a client that does not read."""
+    """An HTTP/1.1 connection with timeouts and limits. Buffers little data for a client that does not read."""
 
     conn: LimitedConnection
     read_timeout: float
@@ -66,7 +66,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().__init__(*args, **kwargs)
         self.conn = LimitedConnection(self.max_ahead_bytes)
         self.logger = _ERRORS_ONLY
-        self._discards = False  # refused: what still arrives is dropped, without parsing it
+        self._discards = False  # after a refusal: further input is dropped without parsing
         self._num_discarded = 0
         self._linger = Deadline(self.loop, LINGER_SECONDS, lambda: self.transport.close())
         self._head = Deadline(self.loop, self.read_timeout, self._give_up_reading)
@@ -75,11 +75,11 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Starts the read timeout of the first request."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that all that a client leaves untaken is noticed
+        transport.set_write_buffer_limits(high=0)  # so that any data that the client does not accept starts the timeout
         self._head.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops all timeouts. An answer that was not sent completely counts as a client that left."""
+        """Stops all timeouts. If an answer was not sent completely, the outcome of the request is CLIENT_GONE."""
         if (context := self._context()) and context.status:
             context.outcome = context.outcome or CLIENT_GONE
         super().connection_lost(exc)
@@ -88,15 +88,15 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._linger.clear()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Returns where to read to."""
+        """Returns the buffer for the next read."""
         return _BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Takes what was read."""
+        """Handles the bytes that were read into the buffer."""
         self.data_received(bytes(_BUFFER[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """Parses what was read. The read timeout of a head starts with its first byte."""
+        """Parses the bytes that were read. The read timeout of a head starts with its first byte."""
         if self._discards or self._answers_early():
             self._discard(data)
             return
@@ -117,7 +117,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._taking.clear()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is not HTTP, or exceeds a limit, with a problem document."""
+        """Answers a request that is not valid HTTP, or exceeds a limit, with a problem document."""
         self._refuse(self.conn.refusal)
 
     def _reads_head(self) -> bool:
@@ -130,7 +130,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.transport.close()
 
     def _refuse(self, error: UnfogError) -> None:
-        """Answers without the application, unless an answer has begun, and closes the connection."""
+        """Answers with the error, without the application and unless an answer has begun. Closes the connection."""
         self._unset_keepalive_if_required()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
@@ -154,13 +154,13 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._close_slowly()
 
     def _close_slowly(self) -> None:
-        """Closes when the client does, or soon. Closing with input unread would reset the connection.
+        """Closes the connection when the client closes it, at the latest after LINGER_SECONDS.
 
-        The client could then lose the answer.
+        Closing it at once, with unread input, would reset the connection, and the client could lose the answer.
         """
         self._discards = True
-        self.connections.discard(self)  # a stop need not wait for it
-        if self.cycle and not self.cycle.response_complete:  # for its handler the client has left
+        self.connections.discard(self)  # a shutdown need not wait for it
+        if self.cycle and not self.cycle.response_complete:  # tells the handler that the client has left
             self.cycle.disconnected = True
             self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()

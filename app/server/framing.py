@@ -1,7 +1,7 @@
 """Limits on what a client may send over a connection, applied before h11 parses it.
 
-h11 limits only incomplete input: a head that arrives in one read may have any size. Some of its patterns take
-quadratic time on lines that they refuse, and it accepts requests that are framed in two ways.
+h11 limits only incomplete input: a head that arrives in one read may have any size. Some of its regular expressions
+take quadratic time on lines that they refuse. It also accepts requests whose body can be framed in two ways.
 """
 
 import re
@@ -15,7 +15,7 @@ MAX_HEADER_BYTES = 8 * 1024  # a line, with the lines that continue it
 MAX_HEAD_BYTES = 32 * 1024  # the request line and all headers; the same for trailers
 MAX_LINES = 1000  # in a head; each costs time in every search for a header
 MAX_CHUNK_LINE_BYTES = 1024  # a chunk's size and its extensions
-MAX_SMALL_CHUNKS = 1000  # that many chunks may average under SMALL_CHUNK_BYTES
+MAX_SMALL_CHUNKS = 1000  # this many chunks may have less than SMALL_CHUNK_BYTES on average
 SMALL_CHUNK_BYTES = 64
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # some clients end a body with one (RFC 9112, section 2.2)
@@ -35,11 +35,11 @@ class _Part(Protocol):
     """A part of a request."""
 
     def measure(self, data: bytearray) -> int:
-        """Returns how many of the first bytes belong to the part and can be parsed. UnfogError past a limit."""
+        """Returns how many of the first bytes belong to the part and can be parsed; UnfogError past a limit."""
 
 
 class Head:
-    """The request line and the headers, or the trailers. Looks at each byte once, however they arrive."""
+    """The request line and the headers, or the trailers. Searches each byte once, however the bytes arrive."""
 
     def __init__(self) -> None:
         self._line_start = 0
@@ -48,7 +48,7 @@ class Head:
         self._num_lines = 0
 
     def measure(self, data: bytearray) -> int:
-        """Returns 0 while the head is incomplete."""
+        """Returns the number of bytes of the head; 0 while it is incomplete."""
         while (end := data.find(b"\n", self._searched, MAX_HEAD_BYTES)) >= 0:
             line = data[self._line_start : end].removesuffix(b"\r")
             if not line:
@@ -79,7 +79,7 @@ class Head:
 
 
 class SizedBody:
-    """A body with a Content-Length, or none."""
+    """A body with a Content-Length, or an empty body without one."""
 
     def __init__(self, num_bytes: int) -> None:
         self._missing = num_bytes
@@ -140,10 +140,10 @@ class ChunkedBody:
 
 
 class LimitedConnection(h11.Connection):
-    """The server's side of a connection. Hands h11 only what belongs to the present request and is within limits.
+    """The server's side of a connection. Passes only bytes of the present request that are within limits to h11.
 
-    What a client sends ahead, before its present request is answered, is kept here up to `max_ahead_bytes`.
-    Reading therefore never pauses, and a client that leaves is noticed.
+    Bytes that a client sends before its present request is answered are kept here, up to `max_ahead_bytes`.
+    Reading therefore never pauses, and a disconnect is noticed.
     """
 
     def __init__(self, max_ahead_bytes: int) -> None:
@@ -159,11 +159,11 @@ class LimitedConnection(h11.Connection):
         return self.their_state is h11.IDLE and bool(self._unparsed)
 
     def receive_data(self, data: bytes) -> None:
-        """Keeps what has arrived."""
+        """Keeps the bytes that have arrived."""
         self._unparsed += data
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns h11's next event. RefusedError, with the answer in `refusal`, for a request that is refused here."""
+        """Returns h11's next event; RefusedError if the request is refused here. `refusal` is then the answer."""
         try:
             return self._next_event()
         except UnfogError as error:
@@ -199,7 +199,7 @@ class LimitedConnection(h11.Connection):
 
 
 def _body_of(request: h11.Request) -> _Part:
-    """Returns the part for the body. MalformedRequest if another parser could see a different body (RFC 9112, 6.1)."""
+    """Returns the part for the body; MalformedRequest if another parser could see a different body (RFC 9112, 6.1)."""
     if not request.http_version.startswith(b"1."):
         raise MalformedRequest("The HTTP version must be 1.0 or 1.1")
     headers = dict(request.headers)  # h11 refuses several values of either

@@ -120,7 +120,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
 
 
 async def _wait_for_startup(server: _Uvicorn, serving: "asyncio.Future[None]") -> None:
-    """Waits until the application has started; StartError if it has not, or if uvicorn failed before it tried."""
+    """Waits until the application has started; StartError if the application or uvicorn fails to start."""
     startup_ended = asyncio.ensure_future(server.startup_ended.wait())
     await asyncio.wait((serving, startup_ended), return_when=asyncio.FIRST_COMPLETED)
     startup_ended.cancel()
@@ -169,7 +169,10 @@ def _announce(info: ModelInfo, url: str, num_keys: int) -> None:
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
-    """Two futures: the first SIGTERM or SIGINT completes one and starts the drain, the second cuts the drain short."""
+    """Returns two futures. The first SIGTERM or SIGINT completes the first, which starts the drain.
+
+    The second signal completes the second, which ends the drain early.
+    """
     loop = asyncio.get_running_loop()
     futures: tuple[asyncio.Future[None], asyncio.Future[None]] = (loop.create_future(), loop.create_future())
 
@@ -184,7 +187,7 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
 
 
 async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
-    """Waits until every job has ended and its answer is sent, at most `seconds`. Drops the jobs that are left then."""
+    """Waits until every job has ended and its answer is sent, at most `seconds`. Then drops the jobs that are left."""
     engine, backlog = service.engine, service.engine.backlog
     log.info("Draining", extra={"images": backlog.waiting + backlog.running})
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.in_flight.none())

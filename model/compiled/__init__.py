@@ -1,1 +1,1 @@
-"""Ahead-of-time compilation of the reverse step, and how the process keeps memory."""
+"""Ahead-of-time compilation of the reverse step, and a setting that keeps freed memory in the process."""

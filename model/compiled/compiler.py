@@ -1,9 +1,9 @@
 """Compiles the reverse step ahead of time, once for an architecture and a processor, and loads it at later starts.
 
-The library holds no weights, so that checkpoints of one architecture share it. Its name depends on everything that its
-bits depend on but the C++ compiler, which later starts do not need. It is machine code: private_cache.py refuses
-files that others could have written, Inductor works in a private temporary folder, and the first call of a library is
-made in a child process, where a crash only means that the step is not compiled.
+The library holds no weights, so that checkpoints of one architecture share it. Its name depends on everything that
+changes its bits, except the C++ compiler, which later starts do not need. Since the library is machine code,
+private_cache.py refuses files that others could have written, and Inductor works in a private temporary folder. The
+first call of a library is made in a child process: after a crash there, the service uses the step without compilation.
 """
 
 import ctypes
@@ -300,14 +300,14 @@ def _link(program: ReverseStep, path: str) -> Step:
 
 
 class FlatStep(nn.Module):
-    """The step with all tensors as positional arguments, which is how a compiled program is called."""
+    """The step with all tensors as positional arguments, as a compiled program takes them."""
 
     def __init__(self, program: ReverseStep) -> None:
         super().__init__()
         self.program = program
 
     def forward(self, *tensors: Tensor) -> Stepped:
-        """The tensors of a State, the plans, and the tensors of Rows."""
+        """Makes a step. `tensors` are the tensors of a State, the plans, and the tensors of Rows, in this order."""
         num_rows = len(Rows._fields)
         *state, plans = tensors[:-num_rows]
         return cast(Stepped, self.program(State(*state), plans, Rows(*tensors[-num_rows:])))

@@ -31,12 +31,12 @@ REST_SECONDS = 15.0  # after the load, for connections to be given up
 LONG_MINUTES = 30  # in a shorter time growth says little
 MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # an hour
 MOST_LEFT = 4  # descriptors more than before the load: of libraries that opened a file of theirs
-STAYS_SECONDS = 12.0  # at most, of a hostile client that waits
+STAYS_SECONDS = 12.0  # the longest time that a hostile client waits
 
 _BODY = json.dumps({"digit": 7, "count": 16, "num_steps": 20, "scale": 8}).encode()
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(_BODY)
 _STREAM = b"Accept: text/event-stream\r\n\r\n"
-BEHAVIOURS = {  # of hostile clients: what each sends, and what it does then
+BEHAVIOURS = {  # of hostile clients: what each sends, and what it does after that
     "is silent": (b"", "stays"),
     "stops in the head": (_HEAD[:40], "stays"),
     "stops in the body": (_HEAD + b"\r\n" + _BODY[:5], "stays"),
@@ -93,7 +93,7 @@ class Log:
 
 
 def measure_endurance(minutes: float, out: Path, reporter: Reporter) -> None:
-    """Loads one start of the service for that many minutes, writes the results and prints a summary.
+    """Loads one start of the service for `minutes`, writes the results and prints a summary.
 
     Raises ScriptError if an image changed or if the service used more and more memory, descriptors or threads.
     """
@@ -121,7 +121,7 @@ def complaint(found: dict[str, Any]) -> str | None:
 
 
 def growth(looks: Sequence[tuple[float, float]]) -> float:
-    """Returns the growth in an hour of (seconds, amount) by the Theil-Sen estimator; NaN for fewer than two looks."""
+    """Returns the growth in an hour of (seconds, amount) by the Theil-Sen estimator; NaN for fewer than two samples."""
     if len(looks) < 2:
         return float("nan")
     seconds, amounts = zip(*looks, strict=True)
@@ -129,7 +129,7 @@ def growth(looks: Sequence[tuple[float, float]]) -> float:
 
 
 async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: int = 0) -> Log:
-    """Loads the service for that many seconds with clients that ask, leave and make mistakes at random.
+    """Loads the service for `seconds` with clients that send requests, disconnect and make mistakes at random.
 
     Raises ScriptError if an answer is missing or has an unexpected status.
     """
@@ -189,7 +189,7 @@ async def _client(session: "ClientSession", choose: random.Random, end: float, l
 
 
 async def _hostile(url: str, choose: random.Random, end: float) -> None:
-    """Behaves in one of the ways of BEHAVIOURS after the other, until the end. Errors of connections are ignored."""
+    """Uses the BEHAVIOURS one after the other until the end. Ignores errors of connections."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
     while time.monotonic() < end:
         sends, then = BEHAVIOURS[choose.choice(list(BEHAVIOURS))]
@@ -198,7 +198,7 @@ async def _hostile(url: str, choose: random.Random, end: float) -> None:
 
 
 async def _behave(host: str, port: int, sends: bytes, then: str, seconds: float) -> None:
-    """Opens a connection and behaves for at most that many seconds. asyncio's streams would read by themselves."""
+    """Opens a connection and behaves for at most `seconds`. asyncio's streams would read on their own."""
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setblocking(False)
@@ -211,5 +211,5 @@ async def _behave(host: str, port: int, sends: bytes, then: str, seconds: float)
                 client.shutdown(socket.SHUT_WR)
                 while await loop.sock_recv(client, 65536):
                     pass
-            else:  # a linger of no time is a reset
+            else:  # closing with a linger of 0 seconds sends a reset
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from scripts.benchmark.clients import Ask, Asks
 
 LARGEST_REQUEST = 64
-NUM_STEPS = 100  # of a request that does not say how many
+NUM_STEPS = 100  # of a request that does not set num_steps
 ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of a rate
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
 FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
@@ -124,10 +124,10 @@ def version_loads() -> dict[Load, str]:
 
 @contextmanager
 def disturbed(kind: str, url: str) -> Iterator[Callable[[], bool]]:
-    """Runs a process until the block ends, and yields a function that tells whether it still runs.
+    """Runs a process until the block ends, and yields a function that returns True while it runs.
 
-    With `busy core` the process computes, with `flood` it sends GET /livez as fast as possible to the service at `url`.
-    Without a kind there is no process.
+    With `busy core` the process computes. With `flood` it sends GET /livez as fast as possible to the service at `url`.
+    Without a kind it runs no process.
     """
     if not kind:
         yield lambda: True

@@ -1,4 +1,4 @@
-"""Measures services under loads: the answers of a window, and the services' own metrics."""
+"""Measures services under loads, by the answers in a window and by the services' own metrics."""
 
 import asyncio
 import time
@@ -26,9 +26,9 @@ SCRAPE_SECONDS = 0.5  # between two scrapes of the metrics under an open loop
 class Times:
     """The times of a measurement, in seconds."""
 
-    window: float  # in which requests are counted
-    settle: float  # under load before the window opens
-    objective: float  # a request that takes longer does not count in goodput
+    window: float  # time in which requests are counted
+    settle: float  # time under load before the window opens
+    objective: float  # a slower request does not count in goodput
 
 
 def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def take_turns(
     repeats: Iterable[int],
     witness: Callable[[], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Starts all services, and measures each under each load once in a repeat. Their order rotates.
+    """Starts all services and measures each of them under each load, once in a repeat. The order rotates.
 
     `witness` measures the machine before and after each measurement, while all services are suspended. Its results are
     in `beside`.
@@ -90,7 +90,7 @@ async def _under(running: Running, load: Load, times: Times, seed: int, moments:
 
 @asynccontextmanager
 async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[None]:
-    """Scrapes the metrics and appends them to `moments` until the block ends. Scrapes that fail are left out."""
+    """Scrapes the metrics and appends them to `moments` until the block ends. Leaves out scrapes that fail."""
     begin = time.perf_counter()
 
     async def watch() -> None:
@@ -131,7 +131,7 @@ def _raw(window: Window) -> list[list[Any]]:
 
 
 def _said_by(after: Metrics, before: Metrics, seconds: float) -> dict[str, Any]:
-    """Returns figures of the steps between two scrapes that are `seconds` apart; none without steps or metrics."""
+    """Returns figures of the steps between two scrapes, `seconds` apart; no figures without steps or metrics."""
     grown = {name: value - before.values.get(name, 0) for name, value in after.values.items()}
     steps = grown.get(f"{ROWS}_count")
     if not steps:

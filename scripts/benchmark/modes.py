@@ -44,17 +44,17 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How often and how long a mode measures, and where its results are written."""
+    """The options of a mode: how often and how long it measures, and where it writes its results."""
 
     out: Path
     times: Times
     repeats: int  # fresh starts of all services
     turns: int  # measurements of each load in a start
-    max_batch: Sequence[int]  # of this service: it is also measured with these values
+    max_batch: Sequence[int]  # this service is also measured with these values
 
     @property
     def own(self) -> list[Contestant]:
-        """This service with its default settings, and with each value of `max_batch`."""
+        """Returns this service with its default settings, and with each value of `max_batch`."""
         others = [this_service(f"unfog, {rows} rows", max_batch=str(rows)) for rows in self.max_batch]
         return [this_service(), *others]
 
@@ -122,7 +122,7 @@ def _arithmetic_of(running: Running) -> str:
 
 
 class _Run:
-    """The measurements of one mode. They are written to the file of results as they are made."""
+    """The measurements of one mode. Each is written to the file of results at once."""
 
     def __init__(self, options: Options, reporter: Reporter) -> None:
         self._options, self._reporter, self._device = options, reporter, this_device()
@@ -130,7 +130,7 @@ class _Run:
         self._rows, self._raw = Rows(), list[list[Any]]()
         self._machine = {**this_machine().as_json(), "flop_a_call": self._flop}
         reporter.line(", ".join(f"{name}: {value}" for name, value in self._machine.items()))
-        keep_freed_memory()  # as the services do: steps are timed here too
+        keep_freed_memory()  # as in the services, since steps are timed here, too
 
     def repeat(
         self,
@@ -140,8 +140,8 @@ class _Run:
     ) -> Rows:
         """Measures each service under each load, with fresh starts, and returns the rows.
 
-        The services take turns, so that changes of the machine's speed affect all of them. With `measure_steps`, which
-        returns seconds by rows of a step, the rows have predictions of latency.
+        The services take turns, so that changes of the machine's speed affect all of them. `measure_steps` returns the
+        seconds of a step by its rows. If it is given, the results have predictions of latency.
         """
         times, rows, turns = self._options.times, Rows(), self._options.turns
 

@@ -1,8 +1,7 @@
-"""Where the time of a reverse step goes, kernel by kernel.
+"""Measures the time of each kernel of a reverse step, not compiled and compiled.
 
-Not compiled and compiled, one after the other; the compiled one is compiled anew, with its kernels' names in it. Its
-share of the machine's matrix rate is that of steps which take turns with a large product: on a shared machine both
-are slowed alike.
+The compiled step is compiled again, so that it contains the names of its kernels. For its share of the machine's matrix
+rate, steps take turns with a large matrix product: if other load slows down the machine, it affects both equally.
 """
 
 import tempfile
@@ -30,7 +29,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 WARM_UP, REPEATS, TURNS = 5, 20, 60
-Inputs = tuple[State, Tensor, Rows]  # of a step: the state, the plans, the rows
+Inputs = tuple[State, Tensor, Rows]  # inputs of a step: the state, the plans, the rows
 KINDS = (  # the first whose part is in a kernel's name
     ("normalisation", ("group_norm", "var_mean", "layer_norm", "rsqrt")),
     ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
@@ -41,7 +40,7 @@ OTHER, WHOLE, SHARE = "all else", "whole", "of the matrix rate, %"
 
 
 def measure_profile(rows: int, num_threads: int | None, out: Path | None, reporter: Reporter) -> None:
-    """Profiles a step of that many rows on the CPU, prints the table and writes the results if `out` is given."""
+    """Profiles a step of `rows` rows on the CPU, prints the table and writes the results if `out` is given."""
     if num_threads:
         torch.set_num_threads(num_threads)
     keep_freed_memory()

@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Returns the smallest value that at least this share of all values do not exceed; NaN without values."""
+    """Returns the smallest value such that at least this share of all values is not larger; NaN without values."""
     return float(np.quantile(values, share, method="inverted_cdf")) if values else float("nan")
 
 

@@ -1,4 +1,4 @@
-"""Starts and stops the services that are measured, and reads what they use: this service and its alternatives."""
+"""Starts and stops the measured services (this one and its alternatives), and reads the resources that they use."""
 
 import io
 import itertools
@@ -26,36 +26,36 @@ from scripts.benchmark.loads import UNGUIDED
 from scripts.common.errors import ScriptError
 from scripts.common.progress import require
 
-START_SECONDS = 300  # one of them may compile first
+START_SECONDS = 300  # some services compile first
 STOP_SECONDS = 60
-PROBE = {"count": 4, "seed": 5}  # asked of each before it is measured
-ONE_LEVEL = 1  # of 255: what rounding may make
+PROBE = {"count": 4, "seed": 5}  # the request to each service before it is measured
+ONE_LEVEL = 1  # of 255: the difference that rounding may make
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A service to measure, and all that makes it what it is."""
+    """A service to measure: how it is started, and what it serves."""
 
     name: str
-    arguments: tuple[str, ...]  # of Python; {port} stands for the port
+    arguments: tuple[str, ...]  # of Python; {port} is replaced by the port
     variables: dict[str, str] = field(default_factory=dict)
-    is_of_our_network: bool = True  # draws with the shipped weights
-    folder: Path | None = None  # that it is started in; the working folder if None
+    is_of_our_network: bool = True  # True if it draws with the shipped weights
+    folder: Path | None = None  # where it is started; None: the working folder
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What a service uses at one moment, with all its processes."""
+    """The resources that all processes of a service use at one moment."""
 
-    megabytes: float  # MiB; memory that processes share counts once
+    megabytes: float  # MiB; memory that processes share is counted once
     descriptors: int  # open files and sockets
     threads: int
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The samples of a scrape that have no labels, and its histograms that have no labels but their bounds."""
+    """The samples of a scrape without labels, and its histograms without labels except their bounds."""
 
     values: dict[str, float] = field(default_factory=dict)  # by the name of the sample
     buckets: dict[str, dict[float, float]] = field(default_factory=dict)  # cumulative counts by name and upper bound
@@ -63,7 +63,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A started service. `pid` leads a process group, to which all its processes belong."""
+    """A started service. `pid` is the leader of the process group of all its processes."""
 
     url: str
     pid: int
@@ -71,7 +71,7 @@ class Running:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Suspends the service until the block ends. `turn` lets it run for a while in between."""
+        """Suspends the service until the block ends. `turn` lets it run in between."""
         os.killpg(self.pid, signal.SIGSTOP)
         try:
             yield
@@ -88,7 +88,7 @@ class Running:
             os.killpg(self.pid, signal.SIGSTOP)
 
     def resources(self) -> Resources:
-        """Returns what the process and its descendants use now. A process that has just ended is left out."""
+        """Returns what the process and its descendants use now. Leaves out a process that has just ended."""
         psutil = require("psutil", extra="bench")
         megabytes, descriptors, threads = 0.0, 0, 0
         for process in _process_tree(self.pid):
@@ -99,7 +99,7 @@ class Running:
         return Resources(megabytes, descriptors, threads)
 
     def metrics(self) -> Metrics:
-        """Returns the values of GET /metrics; no values if the service does not have this path."""
+        """Returns the values of GET /metrics; no values if the service has no such path."""
         metrics = Metrics()
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
@@ -200,7 +200,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) 
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the process, and then its descendants that still run."""
+    """Ends the process, and then the descendants that still run."""
     psutil = require("psutil", extra="bench")
     descendants = _process_tree(process.pid)[1:]
     process.send_signal(signal.SIGTERM)
@@ -214,7 +214,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _process_tree(pid: int) -> list[Any]:
-    """Returns the process and its descendants as instances of psutil.Process; none if the process has ended."""
+    """Returns the process and its descendants as psutil.Process; an empty list if the process has ended."""
     psutil = require("psutil", extra="bench")
     try:
         root = psutil.Process(pid)

@@ -13,7 +13,7 @@ from scripts.benchmark.loads import NUM_STEPS
 from scripts.benchmark.report import percentile
 from scripts.common.errors import ScriptError
 
-STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)  # whose step times are measured
+STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)  # the rows of the steps that are timed
 
 
 def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]:
@@ -128,8 +128,9 @@ def predictions(row: Mapping[str, Any], opens: float, closes: float) -> dict[str
     """Returns the 95th percentiles of latency that simulations give for the arrivals of a measurement.
 
     `row` is a measurement under an open loop, whose window was from `opens` to `closes` seconds. `predicted_p95` is for
-    the step times that were measured before and after it, `replayed_p95` for the service's own step times,
-    `batched_p95` for batches of whole requests with these. Raises ScriptError if the service's metrics are missing.
+    the step times that were measured before and after it. `replayed_p95` is for the service's own step times.
+    `batched_p95` is for batches of whole requests with the service's step times. Raises ScriptError if the service's
+    metrics are missing.
     """
     looks = [look["seconds_by_rows"] for look in row["beside"]]
     bare = step_times({rows: mean(look[rows] for look in looks) for rows in STEP_ROWS})

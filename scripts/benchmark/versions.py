@@ -64,7 +64,7 @@ class _Reading:
     answers: int  # to clients of one image
 
     def since(self, start: "_Reading", unit: str) -> tuple[float, float]:
-        """Returns the rate and the rows a step since `start`; ScriptError if nothing was counted."""
+        """Returns the rate and the rows per step since `start`; ScriptError if nothing was counted."""
         rows, steps = self.rows - start.rows, self.steps - start.steps
         count = rows if unit == ROWS_OF_ALL else self.answers - start.answers
         if not count or not steps:

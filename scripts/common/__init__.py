@@ -1,1 +1,1 @@
-"""What several scripts share: arguments, progress, files, pictures, MNIST, drawing."""
+"""Code that several scripts share: arguments, progress, files, pictures, MNIST, drawing."""

@@ -27,7 +27,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
 
 @dataclass(frozen=True, slots=True)
 class DrawingRequest:
-    """What a user asks for with the options of `arguments.add_drawing_arguments`. None leaves it to the checkpoint."""
+    """The options of `arguments.add_drawing_arguments`. None means the checkpoint's own value."""
 
     checkpoint: Path = SHIPPED
     sampler: Sampler | None = None
@@ -74,10 +74,10 @@ class Drawer:
         self._step: Step = self._program
 
     def compile(self, mode: str, reporter: Reporter) -> None:
-        """Switches to the compiled step as --compile says; raises ScriptError if the mode is `on` and it cannot.
+        """Switches to the compiled step if `mode` says so; ScriptError if the mode is `on` and compiling fails.
 
-        `auto` compiles on a CPU only, as in the service. Where that is impossible it reports why, and the step stays
-        as it is. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
+        `auto` compiles on a CPU only, as in the service. If compiling fails, it reports why and keeps the step
+        uncompiled. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
         """
         if mode == "off" or (mode == "auto" and self.device.type != "cpu"):
             return

@@ -1,4 +1,4 @@
-"""The error of all scripts, and what an entry point does about it."""
+"""The error of all scripts, and how an entry point reports it."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,11 +11,11 @@ P = ParamSpec("P")
 
 
 class ScriptError(Exception):
-    """A script cannot go on. The message is one sentence for the user."""
+    """A script cannot continue. The message is one sentence for the user."""
 
 
 def reports_errors(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Makes an entry point print one sentence and exit with status 2 for an error that is the user's to correct.
+    """Makes an entry point print one sentence and exit with status 2 for an error that the user can correct.
 
     These errors are ScriptError, CheckpointError and OSError. The sentence begins with the script's name.
     """

@@ -39,7 +39,7 @@ def new_figure(width: int, height: int) -> "Figure":
 
 
 def finish_curves(figure: "Figure", **legend: Any) -> "Figure":
-    """Adds a grid to all axes of a figure of curves and a legend to the first; returns the figure."""
+    """Adds a grid to all axes of a figure of curves, and a legend to the first axes. Returns the figure."""
     for axes in figure.axes:
         axes.grid(which="both", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

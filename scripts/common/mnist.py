@@ -25,9 +25,9 @@ _HEADER_BYTES = {"images": 16, "labels": 8}  # magic number and sizes, which the
 
 
 def load_mnist(split: Literal["train", "test"], data_dir: Path) -> tuple[Tensor, Tensor]:
-    """Images (N, 1, 28, 28) uint8 and labels (N,) int64; downloads into data_dir if it holds no IDX files.
+    """Returns images (N, 1, 28, 28) uint8 and labels (N,) int64. Downloads them if data_dir has no IDX files.
 
-    ScriptError for a file that is missing, unreadable or not the original.
+    Raises ScriptError if a file is missing, unreadable or not the original.
     """
     folder = _find_folder(data_dir) or _download(data_dir)
     prefix = "train" if split == "train" else "t10k"

@@ -22,6 +22,6 @@ def save_grid(x_0: Tensor, path: Path, *, columns: int, scale: int = 2) -> None:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """uint8 (H, W, C) -> an image, grey if C is 1."""
+    """Returns an image from uint8 (H, W, C); grey if C is 1."""
     array = pixels.numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)

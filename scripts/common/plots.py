@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 USUAL_EPOCHS = (1, 5, 15, 30)
 ROW_GAP = 4  # white pixels between the grids of two epochs
 NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
-Losses = dict[str, list[float]]  # column -> a value an epoch
+Losses = dict[str, list[float]]  # column -> one value for each epoch
 
 
 def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) -> "Figure":
-    """The forward process: one image (C, H, W) in [-1, 1] at t = 0, T/10, ... T, always with the same noise."""
+    """Returns a figure of one image (C, H, W) in [-1, 1] at t = 0, T/10, ... T, always with the same noise."""
     diffusion = Diffusion(schedule, torch.Generator().manual_seed(seed))
     t = torch.linspace(0, schedule.num_steps, NUM_NOISE_COLUMNS).round().long()
     eps = torch.randn(x_0.shape, generator=diffusion.generator).expand(len(t), *x_0.shape)
@@ -43,7 +43,7 @@ def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) ->
 
 
 def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, seed: int) -> "Figure":
-    """Every digit on its way from the same static: x_t on the left, the x_0 predicted from it on the right."""
+    """Returns a figure of the reverse process of all digits from the same noise: x_t, and x_0 predicted from it."""
     frames: list[tuple[int, Tensor, Tensor]] = []
 
     def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
@@ -64,13 +64,13 @@ def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Repo
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of the numbers 0..count-1 (or all, if they are fewer), evenly, the first and the last among them."""
+    """Returns `wanted` evenly spaced numbers of 0..count-1, with the first and the last; all of them if fewer."""
     wanted = min(wanted, count)
     return [round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)]
 
 
 def show_losses(losses: dict[str, Losses]) -> "Figure":
-    """Training and validation loss by epoch, a colour a run."""
+    """Returns a figure of the training and validation loss by epoch, with one colour for each run."""
     figure = new_figure(760, 400)
     axes = figure.add_subplot()
     for i, (name, columns) in enumerate(losses.items()):
@@ -89,7 +89,10 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
 
 
 def read_losses(path: Path) -> Losses:
-    """The losses.csv of a run, by its own path or its run's; ScriptError where it is missing or another file."""
+    """Returns the losses.csv of a run. `path` is the file or the run.
+
+    Raises ScriptError if the file is missing or not a losses.csv.
+    """
     path = path / "losses.csv" if path.is_dir() else path
     try:
         rows = list(csv.DictReader(path.read_text().splitlines()))
@@ -105,9 +108,10 @@ def read_losses(path: Path) -> Losses:
 
 
 def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
-    """The same ten digits after several epochs, a row each; ScriptError for an epoch that the run does not have.
+    """Returns a figure of the same ten digits after several epochs, one row for each epoch.
 
-    Epochs 1, 5, 15 and 30 by default, and the run's last instead of those that it does not have.
+    By default the epochs are 1, 5, 15 and 30, and the last one of the run instead of those that it does not have.
+    Raises ScriptError for an epoch that the run does not have.
     """
     folder = run / "epochs"
     there = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d+", path.stem))
@@ -138,7 +142,7 @@ def plot_drawn_noise(request: DrawingRequest, digit: int, out: Path, reporter: R
 
 
 def plot_real_noise(path: Path, data_dir: Path, digit: int, out: Path, *, seed: int) -> None:
-    """Writes the forward process of MNIST's first test image of the digit, by the schedule of the checkpoint."""
+    """Writes the forward process of MNIST's first test image of the digit, with the schedule of the checkpoint."""
     images, labels = load_mnist("test", data_dir)
     x_0, schedule = from_pixels(images[labels == digit][0]), checkpoint.load(path).schedule
     save_figure(show_noise_progression(x_0, schedule, seed=seed), out, grey=True)
@@ -153,7 +157,7 @@ def plot_reverse(request: DrawingRequest, out: Path, reporter: Reporter) -> None
 
 
 def plot_losses(runs: Sequence[Path], out: Path) -> None:
-    """Writes the loss curves of runs, which are folders or their losses.csv."""
+    """Writes the loss curves of runs. A run is given as its folder or its losses.csv."""
     losses = {(path.parent if path.suffix == ".csv" else path).resolve().name: read_losses(path) for path in runs}
     save_figure(show_losses(losses), out, grey=False)
 
@@ -167,7 +171,7 @@ def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
     """Writes ten images of each digit as one grid."""
     drawer = open_drawer(request)
     num_classes, columns = len(drawer.class_names), 10
-    y = torch.arange(num_classes).repeat_interleave(columns)  # (N,) a row a digit
+    y = torch.arange(num_classes).repeat_interleave(columns)  # (N,) one row for each digit
     index = torch.arange(columns).repeat(num_classes)  # (N,)
     options = options_from(request, drawer.checkpoint)
     drawer.compile(request.compile, reporter)

@@ -1,4 +1,4 @@
-"""Trains a classifier on MNIST's training split alone: the test split is looked at once, when all is done."""
+"""Trains a classifier on MNIST's training split only. The test split is used once, after the training."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,13 +21,13 @@ from scripts.evaluation.classifiers import KINDS, Classifier, accuracy, save_cla
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
-MAX_SHIFT = 2 / 14  # two pixels, where half the image's edge is 1
+MAX_SHIFT = 2 / 14  # two pixels, in units of half the width of an image
 BATCH_SIZE = 256
 WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
-MAX_EMA_DECAY = 0.998  # two epochs or so
+MAX_EMA_DECAY = 0.998  # averages over about two epochs
 
-# The extractor sees images as they are: slant, size and place are part of what it is to measure.
+# The extractor gets unchanged images, since it must measure slant, size and place, too.
 RECIPES = {
     "judge": {"augmented": True, "epochs": 30, "seed": 0},
     "extractor": {"augmented": False, "epochs": 20, "seed": 1},
@@ -39,7 +39,7 @@ Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
 def train_and_save(
     kind: str, path: Path, data_dir: Path, reporter: Reporter, *, epochs: int | None = None, seed: int | None = None
 ) -> None:
-    """Trains a classifier of RECIPES on MNIST and writes it; `epochs` and `seed` replace the recipe's.
+    """Trains a classifier of RECIPES on MNIST and writes it. `epochs` and `seed` replace those of the recipe.
 
     Raises ScriptError if the data cannot be read.
     """
@@ -76,10 +76,10 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     seed: int = 0,
     title: str = "training a classifier",
 ) -> Classifier:
-    """Learns from these digits; returns the running average of the weights after the last epoch.
+    """Trains on these digits. Returns the network with the running average of the weights after the last epoch.
 
-    `augmented` turns, scales and shifts each image a little: more is recognised, less is told apart.
-    `fogged` sends each some way into the noise of the cosine schedule.
+    `augmented` turns, scales and shifts each image a little: the network then recognises more digits, but distinguishes
+    fewer details. `fogged` adds noise to each image, of a random step of the cosine schedule.
     """
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
@@ -102,7 +102,7 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The rows of each batch of a training; an epoch leaves out the rows that do not fill a batch."""
+    """The rows of each batch of a training. An epoch leaves out the rows that do not fill a batch."""
 
     num_examples: int
     batch_size: int
@@ -131,9 +131,9 @@ def fit(  # hyperparameters
     warm_up: float,
     average_buffers: bool = False,
 ) -> None:
-    """Minimises `loss_of(rows)` over all batches; leaves the running average of the weights in the network.
+    """Minimises `loss_of(rows)` over all batches. Then sets the network to the running average of its weights.
 
-    The learning rate rises to the optimizer's during the share `warm_up` of the steps, then falls to zero.
+    The learning rate rises to that of the optimizer during the share `warm_up` of the steps. Then it falls to zero.
     """
     averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=average_buffers)
     max_lr = optimizer.param_groups[0]["lr"]
@@ -151,7 +151,7 @@ def fit(  # hyperparameters
 
 
 def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
-    """What is stored beside the weights: how well it does on digits that it never saw, and how it was trained."""
+    """Returns the facts that are stored with the weights: accuracy on digits not trained on, and training options."""
     return {
         "test_accuracy": accuracy(network, *test),
         "num_test": len(test[0]),
@@ -162,13 +162,13 @@ def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: 
 
 
 def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:
-    """(B, 1, 28, 28) in [0, 1] -> x_t at a random t in 1..T, as 8 bits show it."""
+    """Returns x_t of x (B, 1, 28, 28) in [0, 1], at a random t in 1..T, rounded to 8 bits, in [0, 1]."""
     x_t, _ = diffusion.add_noise(2 * x - 1, diffusion.draw_timesteps(len(x)))
     return to_pixels(x_t) / 255
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 (B, 1, 28, 28) -> [0, 1], each turned, scaled and shifted a little at random."""
+    """Returns images, uint8 (B, 1, 28, 28), in [0, 1]. Each is turned, scaled and shifted a little at random."""
     draws = 2 * torch.rand(4, len(images), generator=generator) - 1  # (4, B) in [-1, 1]
     angle, scaling, shift_x, shift_y = draws.unbind()  # (B,) each
     angle, zoom = MAX_ROTATION * angle, 1 + MAX_SCALING * scaling

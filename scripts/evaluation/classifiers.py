@@ -106,7 +106,7 @@ class Trained:
 
 @torch.inference_mode()
 def features_of(network: Classifier, images: Tensor) -> Tensor:
-    """uint8 (N, 1, 28, 28) -> (N, 128); ScriptError for images of another kind."""
+    """Returns features (N, 128) of images, uint8 (N, 1, 28, 28); ScriptError for images of another shape."""
     if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
         kind = f"{images.dtype} of {tuple(images.shape[1:])}"
         raise ScriptError(f"classifiers see 8-bit images of 1x28x28, not {kind}")
@@ -138,7 +138,7 @@ def save_classifier(path: Path, kind: str, network: Classifier, facts: dict[str,
 
 
 def load_classifier(kind: str, path: Path | None = None) -> Trained:
-    """The classifier in that file, or the one that ships; ScriptError, in one sentence, where it is none."""
+    """Returns the classifier in the file, or the shipped one; ScriptError if the file is not a classifier."""
     path = path or WEIGHTS / f"{kind}.safetensors"
     network = KINDS[kind]()
     try:

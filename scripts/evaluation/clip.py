@@ -43,7 +43,7 @@ class ClipScorer:
     """Cosines between 8-bit pictures and sentences."""
 
     def __init__(self, name: str = "embedded") -> None:
-        """`embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ScriptError.
+        """Loads `embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ScriptError.
 
         OpenAI's weights in a file need the architecture with their activation: `ViT-B-32-quickgelu:FILE`.
         """

@@ -33,7 +33,7 @@ def evaluate_clip(
     split: str,
     data_dir: Path,
 ) -> None:
-    """Shows the CLIP model's scores along the reverse process; writes a figure and its JSON.
+    """Computes the CLIP scores along the reverse process. Writes a figure and its JSON.
 
     Raises CheckpointError or ScriptError.
     """

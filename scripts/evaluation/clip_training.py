@@ -1,7 +1,7 @@
 """Trains the small CLIP that judges digits, and writes it in open_clip's format.
 
-Of each picture it is known which of all captions hold, so every pair counts: the sigmoid loss of
-SigLIP (Zhai 2023, section 3.2), a pair's sign the caption's truth.
+For each picture it is known which of all captions are true, so that every pair counts. The loss is the sigmoid loss of
+SigLIP (Zhai 2023, section 3.2). The sign of a pair is the truth of its caption.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ MAX_LR, WEIGHT_DECAY = 1.5e-3, 0.05
 
 
 def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epochs: int, seed: int) -> None:
-    """Trains a CLIP on MNIST's training split, saves it in the folder, and measures what was saved on real digits.
+    """Trains a CLIP on MNIST's training split, saves it in the folder, and evaluates the saved model on real digits.
 
     Raises ScriptError if the data cannot be read.
     """
@@ -79,7 +79,7 @@ def train_clip(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> None:
-    """Learns from digits, uint8 (N, 1, 28, 28) and labels (N,), and the captions' tokens; leaves averaged weights."""
+    """Trains on digits, uint8 (N, 1, 28, 28) and labels (N,), and tokens of captions. Sets the averaged weights."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -91,9 +91,9 @@ def train_clip(
 
 
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
-    """Zhai 2023, section 3.2, over the pairs whose truth is known; true ones count as much as false ones."""
+    """Returns the loss (Zhai 2023, section 3.2) of pairs of known truth. True and false pairs have equal weight."""
     x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the other one's gradient is slow here
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # a fused attention's gradient is slow
         pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
         texts = F.normalize(model.encode_text(tokens).float(), dim=1)  # (P, E)
     logits = model.logit_scale.exp() * pictures @ texts.T + model.logit_bias  # (B, P)
@@ -103,9 +103,9 @@ def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
 
 
 def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, Any]) -> None:
-    """Weights in float16 and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them.
+    """Writes float16 weights and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them.
 
-    Words that no caption has mean nothing: their embeddings are zero, and pack to nothing.
+    Embeddings of words that are in no caption are set to zero, so that they compress well.
     """
     tensors = {name: t.detach().half().clone() for name, t in model.state_dict().items()}
     known = torch.zeros(len(tensors[WORDS]), 1, dtype=torch.float16)
@@ -116,7 +116,7 @@ def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, A
 
 
 def save_config(folder: Path, facts: dict[str, Any]) -> None:
-    """What open_clip builds the model by, and what is known of it."""
+    """Writes the configuration from which open_clip builds the model, with facts about the training."""
     preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
     config = {"model_cfg": MODEL, "preprocess_cfg": preprocess, "training": facts}
     write_json(folder / "open_clip_config.json", config)

@@ -1,4 +1,4 @@
-"""Tables that compare: sampling options of one checkpoint, evaluations of several, and networks of recipes."""
+"""Tables that compare sampling options of one checkpoint, evaluations of several, and networks of recipes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +27,12 @@ STEPS = (1, 2, 4, 6, 10, 20, 50, 100)
 
 @dataclass(frozen=True, slots=True)
 class SweepRequest:
-    """What a user asks for with the options that all sweeps share."""
+    """The options that all sweeps share."""
 
     num_images: int
     split: str
     data_dir: Path
-    out: Path  # folder of the figures; a sweep in it goes on
+    out: Path  # folder of the figures; continues the sweep that is in it
 
 
 def compare_steps(
@@ -43,10 +43,10 @@ def compare_steps(
     samplers: Sequence[Sampler] | None,
     steps: Sequence[int] | None,
 ) -> None:
-    """Evaluates each sampler at each number of steps; writes steps.md, steps.json and steps.png.
+    """Evaluates each sampler with each number of steps. Writes steps.md, steps.json and steps.png.
 
-    None means all that the checkpoint permits, of the steps those in STEPS. Each sampler has its own recommended
-    guidance. Raises CheckpointError or ScriptError.
+    None means all samplers that the checkpoint permits, and the permitted numbers in STEPS. Each sampler uses its own
+    recommended guidance. Raises CheckpointError or ScriptError.
     """
     drawer = open_drawer(request)
     config, T = drawer.checkpoint.config, drawer.checkpoint.schedule.num_steps
@@ -74,7 +74,7 @@ def compare_guidance(
     scales: Sequence[float],
     intervals: Sequence[tuple[int, int]],
 ) -> None:
-    """Evaluates drawing without guidance, and with each scale in each interval; writes guidance.md and guidance.json.
+    """Evaluates drawing without guidance, and with each scale in each interval. Writes guidance.md and guidance.json.
 
     Raises CheckpointError or ScriptError.
     """
@@ -110,7 +110,7 @@ def compare_runs(evaluations: Sequence[Path], out: Path | None, reporter: Report
 def compare_networks(
     presets: Sequence[str], reporter: Reporter, *, rows: int, compiled: bool, num_threads: int | None
 ) -> None:
-    """Shows weights, arithmetic and time of a step of each recipe's network. Raises ScriptError."""
+    """Shows weights, arithmetic and time of a step of each recipe's network. May raise ScriptError."""
     if compiled and not can_compile():
         raise ScriptError(f"--compile {no_compiler()}")
     if num_threads:

@@ -1,4 +1,4 @@
-"""A data set of drawn digits in a folder, as MNIST's IDX files or as PNGs; `samples.read_samples` reads it."""
+"""Writes drawn digits to a folder, as IDX files like MNIST's or as PNGs. `samples.read_samples` reads them."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.samples import FACTS, IDX
 
-PART = 1000  # images that are drawn before they are kept
-PARTS = "parts"  # the images so far; gone when all are there
+PART = 1000  # number of images that are drawn and then saved
+PARTS = "parts"  # folder of the images so far; removed when all are drawn
 
 
 def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, count: int, form: str) -> None:
-    """Draws the images that are missing in the folder and writes the data set; `form` is idx or png.
+    """Draws the images that are missing in the folder and writes the data set. `form` is idx or png.
 
-    Raises ScriptError for a checkpoint or a folder that does not fit.
+    Raises ScriptError if the checkpoint or the folder does not fit.
     """
     drawer = open_drawer(request)
     if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
@@ -50,7 +50,7 @@ def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, c
 
 
 def write_idx(folder: Path, images: np.ndarray) -> None:
-    """uint8 (N, 28, 28) as two files, as LeCun's page has it: magic number, sizes, bytes."""
+    """Writes images, uint8 (N, 28, 28), and labels as two IDX files: magic number, sizes, bytes."""
     count = len(images)
     labels = (np.arange(count) % NUM_CLASSES).astype(np.uint8)
     header = struct.pack(">4i", 2051, *images.shape)
@@ -59,14 +59,14 @@ def write_idx(folder: Path, images: np.ndarray) -> None:
 
 
 def write_pngs(folder: Path, images: np.ndarray) -> None:
-    """uint8 (N, 28, 28) as a folder a digit."""
+    """Writes images, uint8 (N, 28, 28), as PNGs to one folder for each digit."""
     for i, image in enumerate(images):
         png = encode_png(Image.fromarray(image))
         write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", png)
 
 
 def _find(folder: Path) -> dict[str, Any] | None:
-    """Returns the facts of the data set in the folder, None if it is empty; raises ScriptError for other content."""
+    """Returns the facts of the data set in the folder; None if it is empty, ScriptError for other content."""
     path = folder / FACTS
     if not path.exists():
         if any(found != folder / PARTS for found in folder.rglob("*")):
@@ -82,14 +82,14 @@ def _find(folder: Path) -> dict[str, Any] | None:
 
 
 def _compile_mode(mode: str, begun: dict[str, Any] | None) -> str:
-    """Makes `auto` continue a data set the way it was begun: one set must not mix two ways of rounding."""
+    """Returns the compile mode. `auto` becomes the mode with which the data set was begun, since rounding differs."""
     if mode == "auto" and begun and "compiled" in begun:
         return "on" if begun["compiled"] else "off"
     return mode
 
 
 def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) -> bool:
-    """Returns whether images are missing; raises ScriptError for a data set made with other arguments."""
+    """Returns True if images are missing; ScriptError if the data set was made with other arguments."""
     if begun is not None:
         if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
             raise ScriptError(f"{folder} holds a data set with another {differing[0]}; choose another --out")

@@ -49,7 +49,7 @@ class Manifold:
 def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> Manifold:
     """Returns precision, recall and coverage of features (N, F) against `real` (M, F), digit by digit.
 
-    The labels are (N,) and (M,). Of each digit the first images are compared, equally many of both sets.
+    The labels are (N,) and (M,). For each digit the first images of both sets are compared, in equal numbers.
     """
     shares = []
     for digit in range(NUM_CLASSES):
@@ -77,12 +77,12 @@ def _shares(features: Tensor, real: Tensor) -> list[float]:
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Returns the distance of each of the features (N, F) to its k-th nearest neighbour, (N,)."""
-    # The nearest is the row itself.
+    # The nearest neighbour is the row itself.
     return torch.cat([_distances(rows, features).kthvalue(k + 1).values for rows in features.split(DISTANCE_ROWS)])
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Returns the Euclidean distances (B, N), computed from differences: a matrix product would lose digits."""
+    """Returns the Euclidean distances (B, N), from differences: a matrix product would lose precision."""
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 

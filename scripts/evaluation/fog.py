@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_fog(path: Path, judge: Path | None, out: Path, reporter: Reporter, *, split: str, data_dir: Path) -> None:
-    """Shows how far into the noise of a checkpoint's schedule digits are recognised; writes a figure and its JSON.
+    """Measures recognition of digits at each noise level of a checkpoint's schedule. Writes a figure and its JSON.
 
     `judge` is a file of weights; None means the shipped ones. Raises CheckpointError or ScriptError.
     """

@@ -181,7 +181,7 @@ def evaluate_digits(
     data_dir: Path,
     out: Path | None,
 ) -> None:
-    """Computes all figures of the samples, shows them, and writes them with pictures to the folder `out`.
+    """Computes all figures of the samples, prints them, and writes them with pictures to the folder `out`.
 
     `judge` and `extractor` are files of weights; None means the shipped ones. CLIP scores are computed if a model is
     named. Everything that can fail is loaded before the samples are drawn. Raises ScriptError.

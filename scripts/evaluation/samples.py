@@ -25,8 +25,8 @@ NUM_COMPARED = 20_000  # learned digits that stand for the held-out ones where t
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
 FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
-SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # what decides the images
-NUM_IMAGES = 10_000  # that are evaluated unless another number is asked for
+SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # the facts that decide the images
+NUM_IMAGES = 10_000  # evaluated by default
 NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
 
 
@@ -49,16 +49,16 @@ class References:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The digits to evaluate. `get` draws them, which takes long, and returns them with what they were made from."""
+    """The digits to evaluate. `get` draws them, which is slow, and returns them with the facts of SOURCE."""
 
     num_images: int
     get: Callable[[], tuple[Digits, dict[str, Any]]]
 
 
 def samples_of_folder(folder: Path, num_images: int | None, reporter: Reporter) -> Samples:
-    """Reads the digits of a folder: `num_images`, or as many as there are of each digit, at most NUM_IMAGES.
+    """Reads `num_images` digits of a folder, equally many of each; None: as many as possible, at most NUM_IMAGES.
 
-    Raises ScriptError for a folder that does not hold so many.
+    Raises ScriptError if the folder has too few.
     """
     read, facts = read_samples(folder), read_facts(folder)
     fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
@@ -96,9 +96,9 @@ def draw_samples(
 
 
 def read_samples(folder: Path) -> Digits:
-    """What a folder holds, as IDX files or as PNGs; ScriptError for anything else.
+    """Returns the digits of a folder with IDX files or PNGs; ScriptError for other content.
 
-    PNGs are called `digit-<d>-….png`, or lie in folders named 0 to 9.
+    PNGs have names such as `digit-<d>-….png`, or are in folders named 0 to 9.
     """
     digits = _read_idx(folder) if (folder / IDX[0]).exists() else _read_pngs(folder)
     counts = digits.labels.bincount(minlength=NUM_CLASSES)
@@ -165,7 +165,7 @@ def _shuffled(images: Tensor, labels: Tensor) -> Digits:
 
 
 def balanced(digits: Digits, count: int) -> Digits:
-    """The first count / 10 of each digit, in turn; ScriptError where there are not so many."""
+    """Returns the first count / 10 images of each digit, in turn; ScriptError if there are too few."""
     each = count // NUM_CLASSES
     rows = [(digits.labels == digit).nonzero()[:each, 0] for digit in range(NUM_CLASSES)]
     fewest = min(len(of_digit) for of_digit in rows)

@@ -39,7 +39,7 @@ class Sweep:
     batch_size: int
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
-        """The figures of each setting, in order; ScriptError where the file is of another sweep."""
+        """Returns the figures of each setting, in order; ScriptError if the file is of another sweep."""
         kept, figures = self._read(), []
         reporter.line(" | ".join(SWEEP_COLUMNS))
         for options in settings:

@@ -16,7 +16,7 @@ EPOCHS = 10
 def evaluate_synthetic(
     folder: Path, out: Path | None, reporter: Reporter, *, epochs: int, seed: int, split: str, data_dir: Path
 ) -> None:
-    """Shows what a classifier learns from the drawn digits of a folder, and from real ones; writes JSON to `out`.
+    """Trains one classifier on the drawn digits of a folder and one on real digits. Writes their accuracy to `out`.
 
     Raises ScriptError.
     """

@@ -47,7 +47,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def check_comparable(evaluations: list[Evaluation]) -> None:
-    """ScriptError where distances and shares of these cannot be compared."""
+    """Raises ScriptError if the distances and shares of these evaluations cannot be compared."""
     for field in ("num_images", "split", "networks"):
         if len({json.dumps(evaluation[field]) for evaluation in evaluations}) > 1:
             raise ScriptError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")

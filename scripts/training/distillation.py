@@ -32,7 +32,7 @@ from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, Distillati
 from scripts.training.trainer import Trainer
 
 PART_SIZE = 2_560  # paths a file
-NO_TIME = 1e-9  # minutes: no epoch fits
+NO_TIME = 1e-9  # minutes; no epoch fits into this time
 PATH_SEED = 2**52  # plus the run's: digits that are evaluated with a smaller seed share no noise with a path
 
 
@@ -62,9 +62,9 @@ def draw_paths(
     seed: int,
     has_time: Callable[[], bool] = lambda: True,
 ) -> tuple[Tensor, Tensor] | None:
-    """The states (N, num_steps + 1, C, H, W) float16 and digits (N,), those held out last; None if time ran out.
+    """Returns states (N, num_steps + 1, C, H, W) float16 and digits (N,), held-out ones last; None if time ran out.
 
-    What lies in the folder is kept; ScriptError where it is of another teacher, seed or arithmetic.
+    Keeps the paths that are in the folder. Raises ScriptError if they are of another teacher, seed or arithmetic.
     """
     count = recipe.num_paths + recipe.num_held_out
     paths = []

@@ -19,7 +19,7 @@ from scripts.training.trainer import EpochResult, Trainer
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
-    """What a user asks for with the options of `arguments.add_training_arguments`."""
+    """The options of `arguments.add_training_arguments`."""
 
     preset: str
     out: Path  # folder of the run
@@ -36,7 +36,7 @@ class TrainingRequest:
         return recipe.model_copy(update={"epochs": self.epochs}) if self.epochs else recipe
 
     def prepare(self) -> tuple[torch.device, bool]:
-        """Sets up torch and returns the device and whether to compile. Raises ScriptError."""
+        """Sets up torch. Returns the device, and True if the step is to be compiled. May raise ScriptError."""
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         keep_freed_memory()
@@ -44,12 +44,12 @@ class TrainingRequest:
         return device, should_compile(self.compile, device)
 
     def run_of(self, recipe: Recipe, data: str) -> Run:
-        """Returns the run in the folder; `data` says what it learns from."""
+        """Returns the run in the folder. `data` describes the training data."""
         return Run(self.out, Path(self.preset).stem, recipe, self.seed, data)
 
 
 def train_on_mnist(request: TrainingRequest, data_dir: Path, reporter: Reporter) -> None:
-    """Trains the preset's network on MNIST's training split; raises ScriptError for what it cannot begin with."""
+    """Trains the preset's network on MNIST's training split; ScriptError if it cannot begin."""
     recipe = request.load_recipe()
     if recipe.distillation:
         raise ScriptError(f"{request.preset} trains a student: that is what scripts.distil does")
@@ -63,7 +63,7 @@ def train_on_mnist(request: TrainingRequest, data_dir: Path, reporter: Reporter)
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
-    """Runs the epochs that are left; stops before an epoch that would not fit into `time_limit` minutes."""
+    """Runs the remaining epochs. Stops before an epoch that would not fit into `time_limit` minutes."""
     start = time.perf_counter()
     if run.resume(trainer):
         reporter.line(f"going on after epoch {trainer.epoch} of {run.folder}")
@@ -112,7 +112,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def should_compile(wanted: str, device: torch.device) -> bool:
-    """Returns whether to compile: `auto` compiles if a compiler is found, `on` raises ScriptError if none is."""
+    """Returns True for compiling. `auto` compiles if a compiler is found. `on` raises ScriptError without one."""
     possible = device.type == "cuda" or can_compile()
     if wanted == "on" and not possible:
         raise ScriptError(f"--compile on {no_compiler()}")

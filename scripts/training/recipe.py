@@ -106,7 +106,7 @@ def preset_names(*, of_students: bool | None = None) -> list[str]:
 
 
 def load_recipe(preset: str) -> Recipe:
-    """The recipe of that name, or of that path when it ends in .toml; ScriptError in one sentence."""
+    """Returns the recipe of this name, or of this path if it ends in .toml; ScriptError, with one sentence."""
     try:
         return Recipe.model_validate(_read(preset, depth=0))
     except ValidationError as error:

@@ -38,7 +38,7 @@ class EpochResult:
 class Trainer:
     """The state of a run: network, running average, optimizer, learning rate, epoch.
 
-    `start` holds the weights that the network begins with. `averaged` is the network whose weights are served.
+    `start` has the first weights of the network. `averaged` is the network whose weights are served.
     """
 
     def __init__(

@@ -158,7 +158,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def step_backlog(backlog: Backlog, max_rows: int) -> Rows:
-    """One step of the rows that the batcher selects, without an engine."""
+    """Makes one step of the rows that the batcher selects, without an engine."""
     rows = select_rows(backlog.jobs, fixed_limits(max_rows), at_risk=False)
     for row in rows:
         if not row.started:

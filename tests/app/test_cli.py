@@ -1,4 +1,4 @@
-"""The command line: a flag for each setting."""
+"""Tests of the command line, which has a flag for each setting."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ class FakeWriter:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[dict[str, str], bool]]:
-    """Runs the command with these arguments; returns the flags of each start, and whether it only compiles."""
+    """Runs the command with these arguments. Returns the flags of each start, and True if it only compiles."""
     starts: list[tuple[dict[str, str], bool]] = []
 
     def start(writer: object, flags: dict[str, str], *, compile_only: bool) -> int:

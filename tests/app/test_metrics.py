@@ -108,7 +108,7 @@ def test_two_sets_do_not_mix() -> None:
     assert second.registry.get_sample_value("unfog_denoise_steps_total") == 0
 
 
-def test_dropped_log_lines_are_read_when_they_are_scraped() -> None:
+def test_a_scrape_reads_the_number_of_dropped_log_lines() -> None:
     metrics = Metrics()
     dropped = 0
     metrics.watch_dropped_log_lines(lambda: dropped)

@@ -16,10 +16,10 @@ log = logging.getLogger("unfog.access")
 
 
 class AccessLog:
-    """Logs requests. `paths` are the known paths; others share the label `other`, so that labels are bounded."""
+    """Logs requests. `paths` are the known paths. All others share the label `other`, so that labels are bounded."""
 
     def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
-        """Successful requests to the `quiet` paths, of probes and scrapers, are logged at debug and not traced."""
+        """Successful requests to the `quiet` paths (of probes and scrapers) are logged at debug and not traced."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 
     def write(self, scope: Scope, context: RequestContext) -> None:
@@ -35,7 +35,7 @@ class AccessLog:
         if self._traces and not is_quiet:
             facts |= self._traces.record(scope, context, facts, ended_at)
         level = logging.DEBUG if is_quiet else logging.INFO
-        path = scope["raw_path"].decode("ascii", "backslashreplace")  # as received: decoded it could forge a line
+        path = scope["raw_path"].decode("ascii", "backslashreplace")  # as received: a decoded one could forge a line
         log.log(level, "%s %s", scope["method"], path, extra=facts)
 
     def _facts(self, scope: Scope, context: RequestContext, route: str, status: int, seconds: float) -> dict[str, Any]:
@@ -52,7 +52,7 @@ class AccessLog:
 
 
 def _facts_of(job: Job, encode_seconds: float) -> dict[str, Any]:
-    """The job's options and times. A job that never started has waited until its end."""
+    """Returns the job's options and times. A job that never started has waited until its end."""
     timings, options = job.timings, job.request.options
     finished_at = timings.finished_at or time.monotonic()
     started_at = timings.started_at or finished_at

@@ -26,8 +26,8 @@ class Keys:
     def check(self, headers: Headers) -> int | None:
         """Returns the place of the request's key, from 1; None if no key is required.
 
-        Unauthorized without a key, Forbidden without a valid one. Every key is compared in full, so that the time does
-        not tell which one matched.
+        Unauthorized if the request has no key, Forbidden if it has no valid key. Every key is compared in full, so that
+        the time does not tell which one matched.
         """
         if not self._digests:
             return None
@@ -41,7 +41,7 @@ class Keys:
 
 
 class Auth:
-    """Plain ASGI around all paths except `open_paths`. Paths without a route need a key, too."""
+    """Applies API keys and the rate limit to all paths except `open_paths`. Paths without a route need a key, too."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Auth:
         self._keys, self._limiter = Keys(keys), RateLimiter(rates)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on or refuses it, before a byte of its body is read."""
+        """Passes a request on or refuses it, before any byte of its body is read."""
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
                 self._admit(scope)
@@ -68,7 +68,7 @@ class Auth:
     def _admit(self, scope: Scope) -> None:
         """Checks the key and counts the request: under the key, or under the address if no key is valid.
 
-        Refused requests are counted too, since each costs some work.
+        Requests without a valid key are counted too, since each costs some work.
         """
         address = address_name(scope)
         try:
@@ -87,5 +87,5 @@ def _shown(headers: Headers) -> list[str]:
 
 
 def _digest(key: bytes) -> bytes:
-    """Has one length for all keys, so that the time of a comparison does not tell the length of a key."""
+    """Returns a digest. All have one length, so that the time of a comparison does not tell the length of a key."""
     return sha256(key).digest()

@@ -1,27 +1,27 @@
-"""Who sends a request: the address for logs and traces, and the name under which its requests are counted."""
+"""The sender of a request: the address for logs and traces, and the name for the rate limit."""
 
 import ipaddress
 
 from starlette.types import Scope
 
 UNKNOWN = "unknown"
-SUBSCRIBER_PREFIX = 64  # of an IPv6 address: a customer chooses all bits after it
+SUBSCRIBER_PREFIX = 64  # bits of an IPv6 address: a customer chooses all bits after them
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def client_address(scope: Scope) -> str:
-    """Returns the client's address in one spelling, without a port; `unknown` if there is none."""
+    """Returns the client's address in its standard form, without a port; `unknown` if there is none."""
     return str(_parse(scope) or UNKNOWN)
 
 
 def key_name(place: int) -> str:
-    """Returns the name under which the requests of an API key are counted."""
+    """Returns the name under which the rate limit counts the requests of an API key."""
     return f"key:{place}"
 
 
 def address_name(scope: Scope) -> str:
-    """Returns the name under which the requests of an address are counted: of IPv6, the customer's network.
+    """Returns the name under which the rate limit counts an address. For IPv6 this is the customer's network.
 
     A trusted proxy may forward text that is not an address. All such requests share one name: if the text were
     the name, callers could choose a new one for each request, or one that is another caller's.

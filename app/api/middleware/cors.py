@@ -7,7 +7,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.problems import problem_response
 from app.errors import OriginNotAllowed
 
-# What a page of another origin may send and read.
+# The headers that a page of another origin may send and read.
 CALLERS_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
 ANSWERS_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
 

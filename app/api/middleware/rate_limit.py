@@ -1,6 +1,7 @@
-"""The rate limit of each caller, in memory that is bounded whatever the number of callers.
+"""The rate limit of each caller. Its memory is bounded, whatever the number of callers.
 
-`limits` parses the limits. Its own storage keeps every caller until its window ends, and starts a thread.
+The package `limits` parses the limits. Its storage is not used, because it keeps every caller until the window ends and
+starts a thread.
 """
 
 import math
@@ -13,29 +14,29 @@ from limits import RateLimitItem
 
 from app.errors import RateLimited
 
-MOST_CALLERS = 32_768  # whose requests are remembered
+MOST_CALLERS = 32_768  # whose requests are counted at the same time
 
 
 @dataclass(slots=True)
 class Window:
-    """Requests in the present window of a limit and in the one before it. `number` counts windows since 1970."""
+    """The requests in the present window of a limit and in the previous one. `number` counts windows since 1970."""
 
     number: int = 0
     present: int = 0
     previous: int = 0
 
     def advance(self, number: int) -> None:
-        """Goes on to the window of this number."""
+        """Moves to the window of this number."""
         if number != self.number:
             self.previous = self.present if number == self.number + 1 else 0
             self.number, self.present = number, 0
 
 
 class RateLimiter:
-    """Applies the same limits to each caller. Used by one thread.
+    """Applies the same limits to each caller. Only one thread may use it.
 
-    The sliding window is the weighted sum of the present window and the one before it. When there are too many callers,
-    the one that came least lately is forgotten.
+    The sliding window is the weighted sum of the present window and the previous one. If there are too many callers,
+    the one whose last request is the oldest is removed.
     """
 
     def __init__(self, items: Sequence[RateLimitItem]) -> None:
@@ -43,11 +44,11 @@ class RateLimiter:
         self._windows: OrderedDict[str, list[Window]] = OrderedDict()
 
     def __len__(self) -> int:
-        """Returns the number of callers that are remembered."""
+        """Returns the number of callers whose requests are counted."""
         return len(self._windows)
 
     def spend(self, caller: str) -> None:
-        """Counts one request. RateLimited if it is one too many for any limit; then nothing is counted."""
+        """Counts one request; RateLimited, without counting it, if it exceeds any limit."""
         now = time.time()
         windows = self._windows.setdefault(caller, [Window() for _ in self._items])
         self._windows.move_to_end(caller)

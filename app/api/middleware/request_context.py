@@ -1,4 +1,4 @@
-"""Creates the context of each request, logs the request when it ends, and answers for a bug."""
+"""Creates the context of each request, logs the request when it ends, and answers 500 after a bug."""
 
 import asyncio
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestContextMiddleware:
-    """Plain ASGI, so that the handler sees a disconnect as it comes."""
+    """Plain ASGI middleware, so that the handler sees a disconnect at once."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: AccessLog) -> None:
         self._app, self._metrics, self._access_log = app, metrics, access_log
@@ -41,7 +41,7 @@ class RequestContextMiddleware:
         with self._metrics.requests_in_progress.track_inprogress(), context.answered:
             try:
                 await self._app(scope, receive, send_with_id)
-            except asyncio.CancelledError:  # uvicorn's, when the time for the last answers is over
+            except asyncio.CancelledError:  # by uvicorn, when the time for the last answers is over
                 if context.status:
                     context.outcome = Draining.code
                     raise

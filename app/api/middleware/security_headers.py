@@ -1,4 +1,4 @@
-"""Headers that tell a browser not to guess the type of an answer, run it, frame it or send its address on."""
+"""Headers that forbid a browser to guess the type of an answer, to run it, to frame it or to pass on its address."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,8 @@
-"""A trace of each request (OpenTelemetry): the request, and in it the queue, the denoising and each encoding.
+"""OpenTelemetry traces: a span for each request, with child spans for the queue, the denoising and each encoding.
 
-Spans are made when a request has ended, from the times that were noted: nothing is done for them before. Where they go
-is OpenTelemetry's to say: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER and their like.
+Spans are made after a request has ended, from the times in its context. Before that, tracing costs no time. The
+variables of OpenTelemetry configure the export: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER
+and others.
 """
 
 import os
@@ -29,7 +30,7 @@ try:
 except ImportError as error:
     MISSING = error
 
-LAST_SPANS_SECONDS = 2.0  # at the end, for a collector that answers
+LAST_SPANS_SECONDS = 2.0  # to send the last spans at shutdown
 LONGEST_PATH = 200
 
 
@@ -38,10 +39,10 @@ class TracesError(Exception):
 
 
 class Traces:
-    """Sends spans in batches, from a thread of its own; a collector that does not answer costs spans, never answers."""
+    """Sends spans in batches from a separate thread. If the collector does not answer, only spans are lost."""
 
     def __init__(self) -> None:
-        """TracesError where the extra is missing."""
+        """Raises TracesError if OpenTelemetry is not installed."""
         if MISSING:
             raise TracesError("UNFOG_TRACES=on needs OpenTelemetry: .venv/bin/pip install -e '.[traces]'") from MISSING
         named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "unfog"}
@@ -55,9 +56,9 @@ class Traces:
     def record(
         self, scope: Scope, context: RequestContext, facts: Mapping[str, Any], ended_at: float
     ) -> dict[str, str]:
-        """Makes the spans of a request that has ended; its ids, for the log.
+        """Makes the spans of a request that has ended. Returns the ids of its trace and span, for the log.
 
-        A caller's traceparent is continued, if the caller was let in.
+        Continues the trace of the request's traceparent header, unless auth refused the request.
         """
         is_stranger = facts["outcome"] in (Unauthorized.code, Forbidden.code)
         parent = None if is_stranger else self._propagator.extract(dict(Headers(scope=scope)))
@@ -77,7 +78,7 @@ class Traces:
         return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
 
     def close(self) -> None:
-        """Sends what is left, for at most LAST_SPANS_SECONDS: OpenTelemetry's own limit is not kept by its SDK."""
+        """Sends the remaining spans, for at most LAST_SPANS_SECONDS. The SDK does not keep its own time limit."""
         flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
         flushing.start()
         flushing.join(LAST_SPANS_SECONDS)
@@ -88,7 +89,7 @@ class Traces:
 
 
 def _phases(context: RequestContext) -> list[tuple[str, float, float]]:
-    """Name, start and end; a job that never began has only waited."""
+    """Returns the name, start and end of each phase. A job that never started has no denoise phase."""
     job = context.job
     if not job:
         return []
@@ -101,7 +102,7 @@ def _phases(context: RequestContext) -> list[tuple[str, float, float]]:
 
 
 def _attributes(scope: Scope, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenTelemetry's names for HTTP, and ours for the rest."""
+    """Returns attributes with OpenTelemetry's names for HTTP, and with our names for the rest."""
     http = {
         "http.request.method": scope["method"],
         "http.route": facts["route"],
@@ -115,5 +116,5 @@ def _attributes(scope: Scope, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nanoseconds(moment: float) -> int:
-    """Since 1970, of a time.monotonic()."""
+    """Returns a time of time.monotonic() as nanoseconds since 1970."""
     return time.time_ns() - round((time.monotonic() - moment) * 1e9)

@@ -1,6 +1,6 @@
-"""Answers requests whose body is not read to its end.
+"""Handles requests whose body is not read to its end.
 
-The connection is closed after such an answer, since the rest of the body may never end. It is not closed at once: that
+The connection is closed after the answer, since the rest of the body may never end. It is not closed at once: that
 would reset the connection, and a client that still sends could lose the answer.
 """
 
@@ -10,11 +10,11 @@ from contextlib import suppress
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # of input that is discarded after the answer
+LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # limits of the input that is discarded after the answer
 
 
 class UnreadBody:
-    """Closes the connection after an answer that came before the end of the body."""
+    """Closes the connection after an answer that was sent before the end of the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -49,7 +49,7 @@ class _Body:
         await self._send(message)
 
     async def _discard(self) -> None:
-        """Waits for the end of the body or of the connection, which drops what arrives."""
+        """Reads and drops input until the body or the connection ends, for at most LINGER_SECONDS."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while self._unread:

@@ -1,6 +1,6 @@
-"""GET /docs: the API's document in Swagger UI, whose files come from the package fastapi-offline, not from a CDN.
+"""GET /docs: the OpenAPI document in Swagger UI. Its files come from the package fastapi-offline, not from a CDN.
 
-Addresses in the page are relative, so that it also works behind a proxy that adds a prefix to every path.
+URLs in the page are relative, so that it also works behind a proxy that adds a prefix to every path.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ router = APIRouter(include_in_schema=False)
 
 ASSETS = Path(fastapi_offline.__file__).parent / "static"
 PAGE_PATH = "/docs"
-# The page may load from this service alone, and has no script of its own. Swagger UI's icons and answers that are
-# images have data: and blob: addresses.
+# The page may load files only from this service, and has no inline script. Swagger UI's icons have data: URLs, and
+# answers that are images have blob: URLs.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,7 +36,7 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
-# validatorUrl: the badge of an online validator, which would send the document's address to another host.
+# validatorUrl is null, since the badge of the online validator would send the document's URL to another host.
 START = """SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#swagger-ui",

@@ -21,7 +21,7 @@ from model.png import Provenance
 router = APIRouter()
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
-FORMATS = (JSON, PNG, ZIP, EVENTS)  # the first wins a tie
+FORMATS = (JSON, PNG, ZIP, EVENTS)  # in order of preference if Accept gives several the same weight
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
 PREVIEWS = "About how many progress events a stream sends. Other answers ignore it."

@@ -13,7 +13,7 @@ from app.errors import Draining, EngineFailed, Starting
 
 router = APIRouter()
 
-OUTCOMES = {  # of a probe that fails, as an error's code
+OUTCOMES = {  # the outcome of a failed probe: the code of an error
     EngineState.STARTING: Starting.code,
     EngineState.DRAINING: Draining.code,
     EngineState.FAILED: EngineFailed.code,

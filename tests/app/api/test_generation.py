@@ -5,7 +5,7 @@ import pytest
 from app.api.generation import InFlight
 
 
-def test_none_is_in_flight_when_the_last_of_several_has_ended() -> None:
+def test_no_request_is_in_flight_after_the_last_one_has_ended() -> None:
     async def main() -> None:
         in_flight = InFlight()
         await in_flight.none()

@@ -42,9 +42,9 @@ def seconds_of(job: Job) -> float:
 def test_a_job_knows_its_position_and_expected_time() -> None:
     admission = opened()
     first, second = admitted(admission, job(16), job(1))
-    rate = 15 / STEP_TIMES.step_seconds(15)  # of the slowest full step
+    rate = 15 / STEP_TIMES.step_seconds(15)  # the rate of the slowest full step
     assert (position_of(first), seconds_of(first)) == (0, pytest.approx(15 * 10 / rate + 10 * 5.0))
-    assert (position_of(second), seconds_of(second)) == (16, 10 * 3.0)  # steps stay short for it
+    assert (position_of(second), seconds_of(second)) == (16, 10 * 3.0)  # steps stay short for this job
 
 
 def test_a_lone_image_takes_its_own_steps() -> None:

@@ -10,7 +10,7 @@ from tests.app.fakes import fixed_limits, image, new_job, step_backlog
 
 STEP_TIMES = StepTimes(
     {1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0, 32: 9.0}
-)  # the best rate is that of 16; 8 take three times as long as 1
+)  # 16 evaluations have the best rate; 8 take three times as long as 1
 AUTO = StepLimits.of(STEP_TIMES, None, 1, auto=True)
 
 
@@ -110,10 +110,10 @@ def test_capacity_counts_the_images_that_wait() -> None:
     backlog = backlog_with(new_job(6), capacity=8)
     with pytest.raises(AssertionError):
         backlog.add(new_job(5))
-    assert state(backlog) == (6, 0, 18, 1)  # admitted whole or not at all
+    assert state(backlog) == (6, 0, 18, 1)  # all images of a job are admitted, or none
     backlog.add(new_job(2))
     assert backlog.waiting == 8
-    step_backlog(backlog, 5)  # five wait no longer
+    step_backlog(backlog, 5)  # five images no longer wait
     backlog.add(new_job(5))
     with pytest.raises(AssertionError):
         backlog.add(new_job(1))

@@ -21,7 +21,7 @@ def test_the_curve_may_come_in_any_order() -> None:
 def test_a_slower_machine_is_learned_for_all_batches() -> None:
     step_times = StepTimes(CURVE)
     for _ in range(200):
-        step_times.observe([4], 5.0)  # twice as long as when warming up
+        step_times.observe([4], 5.0)  # twice as long as at warm-up
     assert step_times.step_seconds(1) == pytest.approx(2.0, rel=0.01)
     assert step_times.step_seconds(8) == pytest.approx(6.0, rel=0.01)
 

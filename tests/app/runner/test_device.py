@@ -281,7 +281,7 @@ def test_more_threads_than_are_reproducible_are_logged(
         ({"a/b": "what no kernel writes"}, None),
     ],
 )
-def test_the_narrowest_limit_of_its_control_group_and_those_above_holds(
+def test_the_smallest_limit_of_the_control_group_and_its_parents_applies(
     limits: dict[str, str], expected: float | None, tmp_path: Path
 ) -> None:
     (tmp_path / "cgroup").write_text("9:name=systemd:/elsewhere\n0::/a/b\n")
@@ -292,5 +292,5 @@ def test_the_narrowest_limit_of_its_control_group_and_those_above_holds(
     assert granted_cores(groups, tmp_path / "cgroup") == expected
 
 
-def test_where_there_are_no_control_groups_there_is_no_limit(tmp_path: Path) -> None:
+def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
     assert granted_cores(tmp_path, tmp_path / "cgroup") is None

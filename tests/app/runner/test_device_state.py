@@ -250,9 +250,7 @@ def options(num_steps: int, model: str = "default") -> Options:
 
 
 @pytest.mark.parametrize("first_rows", [4, 1000])
-def test_each_plan_stands_where_it_starts_however_many_come_after_it(
-    monkeypatch: pytest.MonkeyPatch, first_rows: int
-) -> None:
+def test_each_plan_stays_at_its_start_when_others_are_added(monkeypatch: pytest.MonkeyPatch, first_rows: int) -> None:
     monkeypatch.setattr("app.runner.device_state.FIRST_PLAN_ROWS", first_rows)
     table = Plans(CPU)
     starts = {num_steps: table.start_of(options(num_steps), SCHEDULE) for num_steps in (7, 100, 1, 30)}
@@ -261,14 +259,14 @@ def test_each_plan_stands_where_it_starts_however_many_come_after_it(
         assert torch.equal(table.table[start : start + num_steps], expected)
 
 
-def test_a_plan_is_made_once_and_another_models_is_another() -> None:
+def test_each_plan_of_each_model_is_made_once() -> None:
     table = Plans(CPU)
     first = table.start_of(options(10), SCHEDULE)
     assert table.start_of(options(10), SCHEDULE) == first
     assert table.start_of(options(10, "fast"), SCHEDULE) == first + 10
 
 
-def test_every_plan_of_a_hundred_steps_has_room() -> None:
+def test_the_table_has_room_for_all_plans_of_up_to_a_hundred_steps() -> None:
     table = Plans(CPU)
     size = len(table.table)
     for sampler in ("ddpm", "ddim", "dpmpp"):

@@ -1,4 +1,4 @@
-"""The number of compute threads on a machine whose second core another process takes and gives back."""
+"""Tests of the number of compute threads on a machine whose second core another process uses from time to time."""
 
 import pytest
 
@@ -6,9 +6,9 @@ from app.engine.step_times import StepTimes
 from app.runner.threads import BUSY_WINDOWS, LONGEST_PAUSE, SHORTEST_PAUSE, WINDOW_SECONDS, ComputeThreads
 
 TWO, ONE = StepTimes({1: 0.0025, 64: 0.056}), StepTimes({1: 0.004, 64: 0.108})  # seconds, as once measured
-NOTICED = (BUSY_WINDOWS + 1) * WINDOW_SECONDS  # after which a busy core is known, apart from the step in progress
-STALL = 3.0  # times as long a step of two threads takes if one of them has no core
-SHARE = 2 / 3  # of two cores' time that each of three threads has
+NOTICED = (BUSY_WINDOWS + 1) * WINDOW_SECONDS  # a busy core is detected after this time and the step in progress
+STALL = 3.0  # factor by which a step of two threads is slower if one of them has no core
+SHARE = 2 / 3  # of a core for each of three threads on two cores
 
 
 class Machine:
@@ -23,7 +23,7 @@ class Machine:
         self.count = count
 
     def step(self, evaluations: int, *, busy: bool, slowness: float = 1.0) -> tuple[int, float]:
-        """Returns how many threads made it, and its seconds."""
+        """Makes a step. Returns its number of threads and its seconds."""
         count, is_crowded = self.count, busy and self.count == 2
         seconds = slowness * {1: ONE, 2: TWO}[count].step_seconds(evaluations) * (STALL if is_crowded else 1)
         self.now += seconds
@@ -31,7 +31,7 @@ class Machine:
         return count, seconds
 
     def steps(self, seconds: float, evaluations: int, *, busy: bool, slowness: float = 1.0) -> dict[int, float]:
-        """Makes steps for this time; returns the seconds with each number of threads."""
+        """Makes steps for this time. Returns the seconds with each number of threads."""
         spent = {1: 0.0, 2: 0.0}
         while sum(spent.values()) < seconds:
             count, took = self.step(evaluations, busy=busy, slowness=slowness)
@@ -40,7 +40,7 @@ class Machine:
 
 
 @pytest.mark.parametrize("evaluations", [1, 16, 64, 200])
-def test_one_fewer_thread_steps_while_another_process_keeps_a_core(evaluations: int) -> None:
+def test_one_thread_fewer_is_used_while_another_process_uses_a_core(evaluations: int) -> None:
     machine = Machine(2, 1)
     assert machine.steps(2, evaluations, busy=False)[1] == 0
     longest = STALL * TWO.step_seconds(evaluations)
@@ -52,16 +52,16 @@ def test_one_fewer_thread_steps_while_another_process_keeps_a_core(evaluations: 
 
 
 @pytest.mark.parametrize("evaluations", [1, 16, 64, 200])
-def test_all_threads_step_again_when_the_core_is_free(evaluations: int) -> None:
+def test_all_threads_are_used_again_when_the_core_is_free(evaluations: int) -> None:
     machine = Machine(2, 1)
     machine.steps(60, evaluations, busy=True)
     assert machine.steps(2 * LONGEST_PAUSE, evaluations, busy=False)[1] <= LONGEST_PAUSE + ONE.step_seconds(evaluations)
     assert machine.steps(60, evaluations, busy=False)[1] == 0
 
 
-def test_a_process_that_leaves_soon_costs_little_although_an_earlier_one_stayed_long() -> None:
+def test_a_short_busy_phase_costs_little_after_a_long_one() -> None:
     machine = Machine(2, 1)
-    machine.steps(60, 64, busy=True)  # the pauses are long by now
+    machine.steps(60, 64, busy=True)  # after this the pauses are long
     machine.steps(2 * LONGEST_PAUSE, 64, busy=False)
     busy = 0.0
     while machine.count == 2:
@@ -92,7 +92,7 @@ def test_a_machine_that_becomes_slow_and_fast_again_keeps_all_threads(evaluation
 
 @pytest.mark.parametrize("evaluations", [1, 32, 64])
 def test_a_core_that_is_busy_for_a_moment_changes_nothing(evaluations: int) -> None:
-    """Encoding and sending the answers of a large batch keeps a core for a moment."""
+    """Encoding and sending the answers of a large batch uses a core for a short time."""
     machine = Machine(2, 1)
     for _ in range(20):
         assert machine.steps((BUSY_WINDOWS - 2) * WINDOW_SECONDS, evaluations, busy=True)[1] == 0
@@ -101,7 +101,7 @@ def test_a_core_that_is_busy_for_a_moment_changes_nothing(evaluations: int) -> N
 
 
 @pytest.mark.parametrize("evaluations", [1, 64])
-def test_a_slow_spell_in_the_past_does_not_change_what_a_busy_core_does(evaluations: int) -> None:
+def test_an_earlier_slow_phase_does_not_change_the_reaction_to_a_busy_core(evaluations: int) -> None:
     machine = Machine(2, 1)
     machine.steps(60, evaluations, busy=True, slowness=3.0)
     machine.steps(2 * LONGEST_PAUSE, evaluations, busy=False)
@@ -109,7 +109,7 @@ def test_a_slow_spell_in_the_past_does_not_change_what_a_busy_core_does(evaluati
     assert later[1] > 0.8 * 60
 
 
-def test_a_fixed_number_is_kept_within_its_block_and_all_threads_step_after_it() -> None:
+def test_a_fixed_number_is_kept_within_its_block_and_all_threads_are_used_after_it() -> None:
     machine = Machine(2, 1)
     with machine.threads.fixed(1):
         assert machine.steps(20, 64, busy=False)[2] == 0

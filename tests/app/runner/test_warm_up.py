@@ -87,7 +87,7 @@ def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Cloc
 
     step_times = measure(clock, FakeRunner(on_step=step))
     assert step_times.step_seconds(64) == pytest.approx(64 * step_times.step_seconds(1))
-    assert sum(map(step_times.step_seconds, BATCHES)) == pytest.approx(0.173)  # the time is what it was
+    assert sum(map(step_times.step_seconds, BATCHES)) == pytest.approx(0.173)  # the total time is unchanged
 
 
 def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:

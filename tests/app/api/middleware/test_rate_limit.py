@@ -77,7 +77,7 @@ def test_retry_after_is_when_the_next_request_is_let_in(limits: str, gaps: list[
                 limiter.spend("a")
 
 
-def test_the_callers_that_came_least_lately_are_forgotten(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_callers_with_the_oldest_requests_are_removed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.api.middleware.rate_limit.MOST_CALLERS", 100)
     limiter = RateLimiter(parse_many("1000/day"))
     for number in range(1000):
