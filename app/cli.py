@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import signal
+import sys
 from collections.abc import Mapping
+from typing import NoReturn
 
 from app.api.middleware.tracing import TracesError
 from app.engine.interface import RunnerError
@@ -28,7 +30,10 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report after Ct
 def main() -> None:
     """Parses the arguments and serves. If that is not possible, prints one line and exits with status 2."""
     parser = _parser()
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:  # without the values of mistyped flags, which may be keys
+        flags_only = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
+        parser.error(f"unknown arguments: {' '.join(flags_only or unknown)}")
     compile_only = arguments.compile is COMPILE_ONLY
     given = {name: getattr(arguments, name) for name in Settings.model_fields}
     flags = {name: value for name, value in given.items() if isinstance(value, str)}
@@ -99,8 +104,15 @@ def _leave(status: int, writer: LogWriter) -> None:
     os._exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Prints one sentence, without the usage of all flags before it; exit status 2."""
+        print(f"unfog: {message} (--help shows all arguments)", file=sys.stderr)
+        sys.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m app", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m app", description=__doc__, allow_abbrev=False)
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
     settings = parser.add_argument_group("settings")
     for name, field in Settings.model_fields.items():

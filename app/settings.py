@@ -190,7 +190,7 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """the port to listen on; 0: any free port"""
     api_keys: Keys = ()
-    """API keys, separated by commas; empty: no key is required"""
+    """API keys, separated by commas; other users can see the flag in the process list, the variable is safer"""
     rate_limit: RateLimits = ()
     """requests of a key, or of an address if there is no key: off, or like 600/minute or 10/second;600/minute"""
     cors_origins: Origins = ()

@@ -79,7 +79,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def choose_num_threads(
     wanted: int | None, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> ComputeThreads:
-    """Returns the compute threads of a CPU: `wanted`, or one for each core, with one fewer while that is faster.
+    """Returns the compute threads of a CPU: `wanted`, or one for each core. One fewer is used while a core is busy.
 
     Uncompiled float32 gets at most two threads by default. With more threads, torch's GELU computes the end of each
     thread's share with scalar code, so that the last bits of a row depend on its place in the batch.

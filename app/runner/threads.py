@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 
 WINDOW_SECONDS = 0.1  # of steps with all threads; the share is computed over this time
-OWN_SHARE = 0.9  # a lower share means that another process wants the core
-BUSY_WINDOWS = 4  # in a row before one thread fewer is used; sending the answers of a large batch takes less time
+OWN_SHARE = 0.75  # a lower share means that another process wants the core
+BUSY_WINDOWS = 3  # in a row before one thread fewer is used; sending the answers of a large batch takes less time
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds with one fewer until all are tried again; doubles each time
 
 

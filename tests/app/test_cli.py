@@ -58,6 +58,16 @@ def test_wrong_arguments_are_refused_before_anything_starts(
     assert arguments[0].rstrip("=") in capsys.readouterr().err
 
 
+def test_the_value_of_a_mistyped_flag_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--api-key", "secret-1", "--api-key=secret-2")
+    shown = capsys.readouterr().err
+    assert "--api-key" in shown
+    assert "secret" not in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "flags", "compile_only"),
     [

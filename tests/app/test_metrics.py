@@ -3,7 +3,10 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import errors
+from app.main import create_app
 from app.metrics import Metrics
+from app.settings import Settings
+from tests.app.fakes import FakeRunner
 
 # Contract, section 5: attribute of Metrics, name, type, labels.
 EVERY_METRIC = [
@@ -113,4 +116,10 @@ def test_a_scrape_reads_the_number_of_dropped_log_lines() -> None:
     dropped = 0
     metrics.watch_dropped_log_lines(lambda: dropped)
     dropped = 7
+    assert metrics.registry.get_sample_value("unfog_log_lines_dropped_total") == 7
+
+
+def test_the_application_counts_the_dropped_lines_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.main.num_lines_dropped", lambda: 7)
+    metrics: Metrics = create_app(Settings(), FakeRunner).state.service.metrics
     assert metrics.registry.get_sample_value("unfog_log_lines_dropped_total") == 7

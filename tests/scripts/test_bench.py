@@ -13,7 +13,7 @@ import psutil
 import pytest
 from torch import Tensor
 
-from model.step import Stepped
+from model.step import Rows, State, Stepped
 from scripts import bench
 from scripts.benchmark import endurance, loads, modes, services, simulation, training, versions
 from scripts.benchmark.alternatives.painter import Painter
@@ -190,10 +190,10 @@ def test_bare_steps_are_timed_for_each_number_of_rows(tiny: Path) -> None:
     painter, calls = Painter(tiny, compiled=False), list[int]()
     step = painter._step
 
-    def slow_step(*inputs: Tensor) -> Stepped:
-        calls.append(len(inputs[-1]))
+    def slow_step(state: State, plans: Tensor, rows: Rows) -> Stepped:
+        calls.append(len(rows.slots))
         time.sleep(0.0001 * calls[-1])
-        return step(*inputs)
+        return step(state, plans, rows)
 
     painter._step = slow_step
     seconds = painter.measure_steps((1, 64))

@@ -7,7 +7,7 @@ starts a thread.
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from limits import RateLimitItem
@@ -19,7 +19,7 @@ MOST_CALLERS = 32_768  # whose requests are counted at the same time
 
 @dataclass(slots=True)
 class Window:
-    """The requests in the present window of a limit and in the previous one. `number` counts windows since 1970."""
+    """The requests in the present window of a limit and in the previous one. `number` counts windows on the clock."""
 
     number: int = 0
     present: int = 0
@@ -39,8 +39,9 @@ class RateLimiter:
     the one whose last request is the oldest is removed.
     """
 
-    def __init__(self, items: Sequence[RateLimitItem]) -> None:
-        self._items = items
+    def __init__(self, items: Sequence[RateLimitItem], clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` returns seconds and never goes back, unlike the time of day."""
+        self._items, self._clock = items, clock
         self._windows: OrderedDict[str, list[Window]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -49,7 +50,9 @@ class RateLimiter:
 
     def spend(self, caller: str) -> None:
         """Counts one request; RateLimited, without counting it, if it exceeds any limit."""
-        now = time.time()
+        if not self._items:
+            return
+        now = self._clock()
         windows = self._windows.setdefault(caller, [Window() for _ in self._items])
         self._windows.move_to_end(caller)
         if len(self._windows) > MOST_CALLERS:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.accept import best_match
+from app.api.requests import best_match
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
 AVAILABLE = (JSON, PNG, ZIP, EVENTS)

@@ -1,8 +1,15 @@
 import asyncio
+import threading
 
+import httpx
 import pytest
 
 from app.api.generation import InFlight
+from app.api.images import encode_sheet
+from app.main import create_app
+from app.settings import Settings
+from tests.app.application import WORK
+from tests.app.fakes import WAIT_SECONDS, FakeRunner
 
 
 def test_no_request_is_in_flight_after_the_last_one_has_ended() -> None:
@@ -17,5 +24,37 @@ def test_no_request_is_in_flight_after_the_last_one_has_ended() -> None:
             assert not waiting.done()
         await waiting
         await in_flight.none()
+
+    asyncio.run(main())
+
+
+def test_a_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding, go_on = threading.Event(), threading.Event()
+
+    def encode(*arguments: object) -> bytes:
+        encoding.set()
+        assert go_on.wait(WAIT_SECONDS)
+        return encode_sheet(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("app.api.routes.generate.encode_sheet", encode)
+
+    async def main() -> None:
+        app = create_app(Settings(), FakeRunner)
+        service = app.state.service
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            await asyncio.wrap_future(service.engine.ready)
+            answering = asyncio.ensure_future(client.post("/generate", json=WORK, headers={"Accept": "image/png"}))
+            await asyncio.to_thread(encoding.wait, WAIT_SECONDS)
+            assert len(service.engine.backlog) == 0
+            idle = asyncio.ensure_future(service.in_flight.none())
+            await asyncio.sleep(0)
+            assert not idle.done()
+            go_on.set()
+            assert (await answering).status_code == 200
+            await asyncio.wait_for(idle, WAIT_SECONDS)
 
     asyncio.run(main())

@@ -1,6 +1,7 @@
 """Warming up: the known picture, and how long steps take."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_a_known_picture_of_nan_is_wrong(loaded: Checkpoint) -> None:
 def test_float16_draws_the_known_picture_of_a_shipped_checkpoint(path: Path) -> None:
     """On a CPU, which the service refuses for float16: this checks the range of the numbers, not a GPU's kernels."""
     Runner({"default": load(path)}, CPU, torch.float16).warm_up(lambda: True)
+
+
+@pytest.mark.parametrize(("device", "counts_waiting"), [("cpu", False), ("cuda", True)])
+def test_the_time_on_the_core_counts_on_a_cpu_and_the_whole_time_on_a_gpu(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, device: str, counts_waiting: bool
+) -> None:
+    runner = new_runner(loaded)
+    monkeypatch.setattr(runner, "step", lambda rows: time.sleep(0.05))
+    runner.device = torch.device(device)
+    seconds, worked = runner._time_step([])
+    assert (worked == seconds) is counts_waiting
+    assert worked <= seconds

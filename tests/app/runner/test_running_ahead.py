@@ -9,7 +9,7 @@ from torch import Tensor
 from app.runner.device_state import PADDING
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
-from model.step import Stepped
+from model.step import Rows, State, Stepped
 from tests.app.runner.rows import CPU, company, draw, equal, new_runner, rows_of, step
 
 
@@ -28,11 +28,10 @@ def test_where_steps_are_not_waited_for_shapes_are_few(loaded: Checkpoint, monke
     network = runner._models["default"]
     step = network.step
 
-    def note(*inputs: Tensor) -> Stepped:
-        *_, slots, _, source, second = inputs
-        assert len(slots) == len(second)
-        shapes.add((len(slots), len(source)))
-        return step(*inputs)
+    def note(state: State, plans: Tensor, rows: Rows) -> Stepped:
+        assert len(rows.slots) == len(rows.second)
+        shapes.add((len(rows.slots), len(rows.source)))
+        return step(state, plans, rows)
 
     network.step = note
     for count in (1, 3, 5, 7, 8):
@@ -64,9 +63,9 @@ def test_warming_up_as_on_a_gpu_sees_every_shape(loaded: Checkpoint, monkeypatch
     network = runner._models["default"]
     step = network.step
 
-    def note(*inputs: Tensor) -> Stepped:
-        shapes.add((len(inputs[-3]), len(inputs[-2])))
-        return step(*inputs)
+    def note(state: State, plans: Tensor, rows: Rows) -> Stepped:
+        shapes.add((len(rows.step), len(rows.source)))
+        return step(state, plans, rows)
 
     network.step = note
     free = len(runner._slots._free)

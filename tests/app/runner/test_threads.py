@@ -95,7 +95,7 @@ def test_a_core_that_is_busy_for_a_moment_changes_nothing(evaluations: int) -> N
     """Encoding and sending the answers of a large batch uses a core for a short time."""
     machine = Machine(2, 1)
     for _ in range(20):
-        assert machine.steps((BUSY_WINDOWS - 2) * WINDOW_SECONDS, evaluations, busy=True)[1] == 0
+        assert machine.steps((BUSY_WINDOWS - 1) * WINDOW_SECONDS, evaluations, busy=True)[1] == 0
         assert machine.steps(5, evaluations, busy=False)[1] == 0
     assert machine.steps(20, evaluations, busy=True)[1] > 0
 
@@ -122,3 +122,14 @@ def test_a_fixed_number_is_kept_within_its_block_and_all_threads_are_used_after_
 def test_the_only_permitted_number_is_kept() -> None:
     machine = Machine(2)
     assert machine.steps(20, 64, busy=True)[1] == 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
+def test_a_process_that_uses_a_part_of_a_core_changes_nothing(share: float) -> None:
+    """One fewer thread takes twice as long a step; two threads lose only the part that the process uses."""
+    machine = Machine(2, 1)
+    for _ in range(1000):
+        seconds = TWO.step_seconds(64) * (1 + share)
+        machine.now += seconds
+        machine.threads.observe(seconds, seconds / (1 + share))
+        assert machine.count == 2
