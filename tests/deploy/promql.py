@@ -5,7 +5,10 @@ import re
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import errors
+from app.main import create_app
 from app.metrics import Metrics
+from app.settings import Settings
+from tests.app.fakes import FakeRunner
 
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 MATCHER = re.compile(r'(\w+)\s*(?:=~|!~|!=|=)\s*"((?:[^"\\]|\\.)*)"')
@@ -19,7 +22,7 @@ OWN = {"up": set(), "ALERTS": {"alertname", "alertstate", "severity", "name"}}  
 
 def exposed() -> dict[str, set[str]]:
     """Every sample that the service can expose, with its labels; of the process too, and of a GPU."""
-    metrics = Metrics()
+    metrics: Metrics = create_app(Settings(), FakeRunner).state.service.metrics
     for counter, labels in (
         (metrics.requests, ("/generate", "200")),
         (metrics.request_duration, ("/generate",)),

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from app.metrics import Metrics
+from app.main import create_app
+from app.settings import Settings
+from tests.app.fakes import FakeRunner
 from tests.deploy.promql import OWN, TARGET, exposed, grouping_labels, selectors
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +70,8 @@ def test_a_rule_names_only_what_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(EXPRESSIONS))
 def test_a_rule_compares_with_reasons_and_routes_that_exist(name: str) -> None:
-    collected = {metric.name: metric for metric in Metrics().registry.collect()}
+    metrics = create_app(Settings(), FakeRunner).state.service.metrics
+    collected = {metric.name: metric for metric in metrics.registry.collect()}
     reasons = {sample.labels["reason"] for sample in collected["unfog_rejected"].samples}
     assert "overloaded" in reasons
     for _, matchers in selectors(EXPRESSIONS[name]):

@@ -11,7 +11,7 @@ from PIL import Image
 from model.checkpoint import load
 from scripts import evaluate, make_dataset, train_classifiers
 from scripts.common import drawing
-from scripts.evaluation import tables, training
+from scripts.evaluation import classifier_training, tables
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
@@ -187,7 +187,7 @@ def test_a_clip_that_is_not_there_is_said_before_anything_is_drawn(
 def test_what_a_drawn_set_teaches_stands_beside_what_real_digits_teach(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "BATCH_SIZE", 8)
+    monkeypatch.setattr(classifier_training, "BATCH_SIZE", 8)
     drawing = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1", "--count=100"]
     make_dataset.main([f"--out={tmp_path / 'set'}", *drawing])
     given = [f"--data-dir={workplace / 'data'}", "--epochs=3", f"--out={tmp_path / 'learned.json'}"]
@@ -204,7 +204,7 @@ def test_what_a_drawn_set_teaches_stands_beside_what_real_digits_teach(
 def test_a_classifier_is_trained_and_found_again(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "BATCH_SIZE", 8)
+    monkeypatch.setattr(classifier_training, "BATCH_SIZE", 8)
     out = tmp_path / "extractor.safetensors"
     train_classifiers.main(["extractor", f"--data-dir={workplace / 'data'}", f"--out={out}", "--epochs", "2"])
     trained = load_classifier("extractor", out)
@@ -212,9 +212,9 @@ def test_a_classifier_is_trained_and_found_again(
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
 
 
-@pytest.mark.parametrize("kind", training.RECIPES)
+@pytest.mark.parametrize("kind", classifier_training.RECIPES)
 def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
-    assert training.RECIPES[kind].items() <= load_classifier(kind).facts.items()
+    assert classifier_training.RECIPES[kind].items() <= load_classifier(kind).facts.items()
 
 
 @pytest.mark.parametrize(

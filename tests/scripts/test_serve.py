@@ -282,7 +282,7 @@ def test_a_python_that_is_too_old_is_one_sentence(project: Project) -> None:
         project.give(name, "exit 1")
     status, out, err = project.run()
     assert (status, out) == (1, "")
-    assert err == "unfog: no Python 3.11 or newer with its module venv was found: install python3 and python3-venv\n"
+    assert err == "unfog: no Python 3.11 or newer was found: install python3 and python3-venv\n"
 
 
 def test_a_missing_venv_module_is_one_sentence_with_the_package(project: Project) -> None:
