@@ -27,6 +27,9 @@ with open(os.environ["PIP_LOG"], "a") as log:
 ending = os.environ.get("PIP_ENDING")
 if ending == "no network":
     sys.exit("no network")
+if ending == "interrupted":
+    os.killpg(0, signal.SIGINT)
+    time.sleep(60)
 if ending == "slow":
     time.sleep(0.5)
 info = site / "thing-1.dist-info"
@@ -97,6 +100,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def run(self, *arguments: str, script: str = "serve", **variables: str) -> tuple[int, str, str]:
@@ -274,6 +278,17 @@ def test_pytorch_comes_from_the_index_that_is_named(project: Project) -> None:
 def test_the_gates_torchvision_comes_from_the_index_too(project: Project) -> None:
     project.run(script="check", UNFOG_TORCH_INDEX="https://index.example/cpu")
     assert [requirement.split(">")[0] for requirement in project.installs[0][2:]] == ["torch", "torchvision"]
+
+
+def test_ctrl_c_before_a_package_has_changed_keeps_the_venv(project: Project) -> None:
+    project.serve()
+    declared = project.pyproject.read_text()
+    project.pyproject.write_text(f"{declared}# a change\n")
+    status, out, _ = project.run(PIP_ENDING="interrupted")
+    assert status
+    assert out == ""
+    project.pyproject.write_text(declared)
+    assert project.serve(PIP_ENDING="no network")
 
 
 def test_a_python_that_is_too_old_is_one_sentence(project: Project) -> None:
