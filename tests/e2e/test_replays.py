@@ -65,7 +65,7 @@ def test_litserve_165_and_others_work_stops_when_its_client_leaves(faulty: Servi
     before = faulty.metrics()
     with faulty.events({"digit": 1, "count": 64}) as events:
         assert next(events)[0] == "accepted"
-        faulty.wait_until_running()
+        eventually(lambda: faulty.metrics().of("batch_rows_sum") > before.of("batch_rows_sum"), "a step is made")
     faulty.wait_until_idle()
     after = faulty.metrics()
     steps = after.of("batch_rows_sum") - before.of("batch_rows_sum")
