@@ -28,6 +28,7 @@ class StepTimes:
     def __init__(self, seconds_by_rows: dict[int, float]) -> None:
         self._rows = sorted(seconds_by_rows)
         self._seconds = [seconds_by_rows[rows] for rows in self._rows]
+        self._curve = np.array(self._rows), np.array(self._seconds)  # numpy would convert lists at each call
         self.slowdown = 1.0
 
     def copy(self) -> "StepTimes":
@@ -49,7 +50,7 @@ class StepTimes:
         Interpolates linearly. Below the smallest measured batch the time is constant, above the largest proportional.
         """
         above = max(1.0, evaluations / self._rows[-1])
-        return above * float(np.interp(evaluations, self._rows, self._seconds))
+        return above * float(np.interp(evaluations, *self._curve))
 
     def best_batch(self, tolerance: float, seconds: float) -> int:
         """Returns the largest measured batch that takes at most `seconds` and is within `tolerance` of the best rate.

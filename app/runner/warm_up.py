@@ -14,8 +14,10 @@ from app.runner.loaded_model import LoadedModel
 
 PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 gives 0.01, another digit 0.3
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
-# No new round begins after TIMING_SECONDS, or, if there are fewer than FEWEST_ROUNDS, after LONGEST_TIMING_SECONDS.
+# No new round begins after TIMING_SECONDS. With fewer than FEWEST_ROUNDS, or while another process uses the core, the
+# limit is LONGEST_TIMING_SECONDS.
 TIMING_SECONDS, LONGEST_TIMING_SECONDS = 0.3, 2.0
+QUIET_SHARE = 0.9  # of the time of the steps in which the core works, if no other process uses it
 # A small step is timed after others of its size: after a large step, its weights are not in the processor's caches.
 # A step of one row takes 1.0 ms after a step of one row, and 1.55 ms after a step of 64 rows (Zen 5).
 HOT_ROWS = 8
@@ -50,17 +52,20 @@ def measure_step_times(
 ) -> StepTimes:
     """Times steps of the default model in rounds through all batches.
 
-    The time of a batch is the median over the rounds of the seconds in which the core or the GPU worked. Elapsed time
-    would mislead: while another process wants the core, a long step waits for it and a short one mostly does not. The
-    times are scaled so that their sum is the time of the fastest round. Batches for which the device has too little
-    memory are left out.
+    The time of a batch is its share of a round's work, the median over the rounds, times the seconds of the fastest
+    round. Work is the time in which the core or the GPU worked: while another process wants the core, a long step waits
+    for it and a short one mostly does not. Shares compare batches although the machine changes its speed between
+    rounds. While another process used the core, four starts with medians of the work itself chose full steps of 4, 8,
+    64 and 64 evaluations, and six starts with shares 32 or 64 (Xeon with AMX). Batches for which the device has too
+    little memory are left out.
     """
     start, info = time.monotonic(), runner.models[DEFAULT_MODEL]
     jobs = {rows: _new_rows(info, rows) for rows in batches}
     rounds: list[dict[int, tuple[float, float]]] = []
     try:
         while len(rounds) < MOST_ROUNDS and not should_stop():
-            limit = TIMING_SECONDS if len(rounds) >= FEWEST_ROUNDS else LONGEST_TIMING_SECONDS
+            is_enough = len(rounds) >= FEWEST_ROUNDS and not _is_busy(rounds)
+            limit = TIMING_SECONDS if is_enough else LONGEST_TIMING_SECONDS
             if rounds and time.monotonic() - start > limit:
                 break
             rounds.append(_time_round(time_step, jobs, should_stop))
@@ -72,11 +77,20 @@ def measure_step_times(
     measured = set[int].intersection(*map(set, rounds)) if rounds else set[int]()
     if not measured:
         return StepTimes({1: 1.0})
-    work = {rows: statistics.median(steps[rows][1] for steps in rounds) for rows in measured}
+    work = [sum(steps[rows][1] for rows in measured) for steps in rounds]
+    share = {
+        rows: statistics.median(steps[rows][1] / whole for steps, whole in zip(rounds, work, strict=True))
+        for rows in measured
+    }
     quickest = min(sum(steps[rows][0] for rows in measured) for steps in rounds)
-    scale = quickest / sum(work.values())
-    # A step of fewer rows must not count as slower than one of more rows.
-    return StepTimes({rows: scale * min(work[more] for more in measured if more >= rows) for rows in measured})
+    # Fewer rows take no longer than more.
+    return StepTimes({rows: quickest * min(share[more] for more in measured if more >= rows) for rows in measured})
+
+
+def _is_busy(rounds: Sequence[dict[int, tuple[float, float]]]) -> bool:
+    """Returns True if another process used the core during these rounds."""
+    steps = [step for times in rounds for step in times.values()]
+    return sum(work for _, work in steps) < QUIET_SHARE * sum(seconds for seconds, _ in steps)
 
 
 def record_shapes(runner: StepRunner, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:

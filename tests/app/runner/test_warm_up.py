@@ -11,7 +11,9 @@ from app.runner import warm_up
 from app.runner.warm_up import (
     FEWEST_ROUNDS,
     HOT_ROWS,
+    LONGEST_TIMING_SECONDS,
     MOST_ROUNDS,
+    TIMING_SECONDS,
     measure_step_times,
 )
 from tests.app.fakes import FakeRunner, Rows
@@ -88,6 +90,16 @@ def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Cloc
     step_times = measure(clock, FakeRunner(on_step=step))
     assert step_times.step_seconds(64) == pytest.approx(64 * step_times.step_seconds(1))
     assert sum(map(step_times.step_seconds, BATCHES)) == pytest.approx(0.173)  # the total time is unchanged
+
+
+@pytest.mark.parametrize(("share", "seconds"), [(0.95, TIMING_SECONDS), (0.5, LONGEST_TIMING_SECONDS)])
+def test_it_measures_longer_while_another_process_uses_the_core(clock: Clock, share: float, seconds: float) -> None:
+    def step(rows: Rows) -> None:
+        clock.step(rows)
+        clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
+
+    measure(clock, FakeRunner(on_step=step))
+    assert seconds < clock.now < seconds + SECONDS / share  # it ends with a round
 
 
 def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
