@@ -67,7 +67,7 @@ def _rate_limits(value: Any) -> Any:
     except ValueError:
         raise ValueError("must be off, or a number of requests and a time like 600/minute") from None
     if any(item.amount < 1 or item.multiples < 1 for item in items):
-        raise ValueError("would let nobody in: must be at least one request in at least one unit of time")
+        raise ValueError("would permit no request: must be at least one request in at least one unit of time")
     return tuple(items)
 
 

@@ -67,10 +67,7 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
 
 def positive(text: str) -> float:
     """The type of an argument that is a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
@@ -78,13 +75,18 @@ def positive(text: str) -> float:
 
 def guidance_scale(text: str) -> float:
     """The type of --guidance-scale."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
+    value = _number(text)
     if not 1 <= value <= MAX_GUIDANCE_SCALE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_GUIDANCE_SCALE}")
     return value
+
+
+def _number(text: str) -> float:
+    """Returns the number, or NaN, which is in no range, if the text is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def from_arguments(kind: Callable[..., Request], args: argparse.Namespace) -> Request:
