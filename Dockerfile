@@ -2,7 +2,7 @@
 # docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, such as the one of its CPU builds
 # docker build -t unfog --build-context wheels=FOLDER .         PyTorch from a wheel in a folder
 # docker build -t unfog --build-arg COMPILER=gcc .              with a C compiler, for UNFOG_COMPILE=on on a GPU
-# docker build -t unfog-train --target train .                  with what training takes (docs/containers.md)
+# docker build -t unfog-train --target train .                  with what training takes (docs/deployment.md)
 ARG PYTHON=python:3.11-slim
 
 # Empty, or the folder that --build-context names.

@@ -56,10 +56,10 @@ CONTESTANTS = {
     "diffusers": "diffusers",
     "tuned": "diffusers-tuned",
 }
-EVALUATIONS = sorted((RESULTS / "ladder").rglob("evaluation.json"))
+EVALUATIONS = sorted((RESULTS / "ablations").rglob("evaluation.json"))
 SWEEPS = sorted({*RESULTS.rglob("guidance.json"), *RESULTS.rglob("steps.json")})
-MACHINES = sorted(path for path in (RESULTS / "speed").iterdir() if path.is_dir())
-LADDER = set((DOCS / "ladder.md").read_text().splitlines())
+MACHINES = sorted(path for path in (RESULTS / "benchmarks").iterdir() if path.is_dir())
+LADDER = set((DOCS / "ablations.md").read_text().splitlines())
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -100,7 +100,8 @@ def test_what_the_service_sends_is_as_good_as_what_was_drawn_before(name: str) -
     assert (served["num_images"], served["networks"]) == (before["num_images"], before["networks"])
     assert served["judge"]["accuracy"] == pytest.approx(before["judge"]["accuracy"], abs=0.001)
     assert served["frechet_ratio"] == pytest.approx(before["frechet_ratio"], abs=0.1)
-    lines = [cells(line) for line in (DOCS / "speed.md").read_text().splitlines() if line.startswith(f"| `{name}`")]
+    text = (DOCS / "benchmarks.md").read_text()
+    lines = [cells(line) for line in text.splitlines() if line.startswith(f"| `{name}`")]
     columns = [as_column(evaluation) for evaluation in (served, before)]
     wanted = ("recognised as asked", "as a multiple of real digits'")
     assert [line[1:] for line in lines] == [[column[figure] for figure in wanted] for column in columns]
@@ -110,7 +111,7 @@ def lines_of(path: Path) -> list[list[str]]:
     """Its lines in a table: of an evaluation whole, without its name, or by its guidance alone."""
     if path.name == "evaluation.json":
         line = as_run(path.parent.name, read_evaluation(path))
-        return [line] if path.parents[1] == RESULTS / "ladder" else [line, line[1:], line[3:]]
+        return [line] if path.parents[1] == RESULTS / "ablations" else [line, line[1:], line[3:]]
     content = json.loads(path.read_text())
     return [as_sweep_row(row) for row in (*content["figures"], content["real"])]
 
@@ -127,12 +128,12 @@ def test_each_evaluation_of_the_ladder_has_its_line(file: str) -> None:
 @pytest.mark.parametrize("file", named(SWEEPS))
 def test_the_settings_of_a_sweep_stand_in_one_table_with_the_real_digits_beside(file: str) -> None:
     wanted = set(map(as_written, lines_of(RESULTS / file)))
-    assert any(wanted <= set(table.splitlines()) for table in (DOCS / "ladder.md").read_text().split("\n\n"))
+    assert any(wanted <= set(table.splitlines()) for table in (DOCS / "ablations.md").read_text().split("\n\n"))
 
 
 def test_each_line_of_the_ladder_was_measured() -> None:
     measured = {as_written(line) for path in (*EVALUATIONS, *SWEEPS) for line in lines_of(path)}
-    text = (DOCS / "ladder.md").read_text()
+    text = (DOCS / "ablations.md").read_text()
     sections = [section for section in text.split("\n## ") if not section.startswith(WITHOUT_DATA)]
     claimed = {line for section in sections for line in section.splitlines() if line.startswith("|") and "%" in line}
     assert claimed <= measured
@@ -164,15 +165,15 @@ def test_the_networks_that_judged_are_those_that_ship() -> None:
 
 @pytest.mark.parametrize("folder", MACHINES, ids=[folder.name for folder in MACHINES])
 def test_the_page_of_a_machine_is_what_was_measured_on_it(folder: Path) -> None:
-    page = DOCS / "speed" / f"{folder.name}.md"
+    page = DOCS / "benchmarks" / f"{folder.name}.md"
     assert page.read_text() == page_of(folder, page)
-    assert f"(speed/{folder.name}.md)" in (DOCS / "speed.md").read_text()
+    assert f"(benchmarks/{folder.name}.md)" in (DOCS / "benchmarks.md").read_text()
 
 
 def test_the_readmes_figures_of_speed_are_those_of_their_loads() -> None:
     heading = as_written(["figure", *MACHINE_NAMES.values()])
     stated = [cells(line) for line in (ROOT / "README.md").read_text().split(heading)[1].split("\n\n")[0].splitlines()]
-    measured = [measured_alone(RESULTS / "speed" / name / "closed.json") for name in MACHINE_NAMES]
+    measured = [measured_alone(RESULTS / "benchmarks" / name / "closed.json") for name in MACHINE_NAMES]
     wanted = [[name, *(of[load][column] for of in measured)] for name, (load, column) in SPEED.items()]
     assert stated[2:] == wanted
 
@@ -187,13 +188,13 @@ def test_the_readmes_comparison_is_what_was_measured() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert as_written(["", *CONTESTANTS]).replace("|  |", "| |") in lines
     for name, (file, under, column) in BESIDE.items():
-        columns, table = table_in(json.loads((RESULTS / "speed" / f"{file}.json").read_text()))
+        columns, table = table_in(json.loads((RESULTS / "benchmarks" / f"{file}.json").read_text()))
         of_load = {line[0]: line[columns.index(column)] for line in table if line[1] == under}
         assert as_written([name, *(of_load.get(contestant, "-") for contestant in CONTESTANTS.values())]) in lines
 
 
 def test_the_hour_of_load_stands_as_it_was_and_nothing_grew() -> None:
-    found, text = json.loads((RESULTS / "endurance.json").read_text()), (DOCS / "survival.md").read_text()
+    found, text = json.loads((RESULTS / "endurance.json").read_text()), (DOCS / "reliability.md").read_text()
     section = text.split("## An hour of load")[1].split("\n## ")[0]
     answers, before, after = found["answers"], found["before"], found["after"]
     kinds = ", ".join(f"{answers[status]:,} of {status}" for status in ("200", "422", "429") if status in answers)

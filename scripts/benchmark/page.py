@@ -1,6 +1,7 @@
 """Makes a page of tables from the results of one machine.
 
-The pictures of the page docs/speed/xeon.md are in the folder docs/speed/xeon, each with the name of its JSON file.
+The pictures of the page docs/benchmarks/xeon.md are in the folder docs/benchmarks/xeon. Each has the name of its JSON
+file.
 """
 
 import json
