@@ -1,0 +1,128 @@
+"""The README: its length, and its quickstart, which is run as printed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.docs.markdown import ROOT, blocks, commands
+
+README = ROOT / "README.md"
+SHELL = {name: value for name, value in os.environ.items() if not name.startswith(("UNFOG_", "PIP_"))}
+START_SECONDS = 240
+
+# A Python whose venvs have a pip that installs nothing: it makes the packages of this test and the copy importable.
+PIP = f"""
+import os, pathlib, sysconfig
+site = pathlib.Path(sysconfig.get_path("purelib"))
+(site / "project.pth").write_text(os.getcwd() + "\\n" + {sysconfig.get_path("purelib")!r})
+"""
+PYTHON = f"""
+import pathlib, subprocess, sys
+if sys.argv[1:3] != ["-m", "venv"]:
+    sys.exit(subprocess.run([{sys.executable!r}, *sys.argv[1:]]).returncode)
+subprocess.run([{sys.executable!r}, "-m", "venv", "--without-pip", sys.argv[3]], check=True)
+pip = next(pathlib.Path(sys.argv[3]).glob("lib/python*/site-packages")) / "pip"
+pip.mkdir()
+(pip / "__init__.py").touch()
+(pip / "__main__.py").write_text({PIP!r})
+"""
+
+
+def test_the_readme_is_at_most_130_lines_and_1200_words() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 130
+    assert len(text.split()) <= 1200
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        found: int = free.getsockname()[1]
+        return found
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the project in a folder of the name that the first command gives it."""
+    first = commands(README)[0]
+    assert first == "git clone <this repository> unfog && cd unfog"
+    folder = tmp_path_factory.mktemp("clone") / "unfog"
+    for name in ("app", "model", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(clone: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Runs the second command of the quickstart in the clone until the service is ready. Only its port differs."""
+    programs = tmp_path_factory.mktemp("bin")
+    (programs / "fake.py").write_text(PYTHON)
+    (programs / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{programs / "fake.py"}" "$@"\n')
+    (programs / "python3").chmod(0o755)
+    variables = SHELL | {"PATH": f"{programs}:{SHELL['PATH']}", "UNFOG_PORT": str(port), "UNFOG_COMPILE": "off"}
+    command = commands(README)[1]
+    assert command == "scripts/serve"
+    log = clone.parent / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(["bash", "-c", f"exec {command}"], cwd=clone, env=variables, stderr=file)
+    try:
+        wait_until_ready(process, port, log)
+        yield clone
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    ends = time.monotonic() + START_SECONDS
+    while time.monotonic() < ends:
+        assert process.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                assert answer.status == 200
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(log.read_text())
+
+
+def has_curl_with_json() -> bool:
+    if not shutil.which("curl"):
+        return False
+    help_text = subprocess.run(["curl", "--help", "http"], capture_output=True, text=True).stdout
+    return "--json" in help_text
+
+
+@pytest.mark.skipif(not has_curl_with_json(), reason="needs curl 7.82 or newer")
+def test_the_curl_command_of_the_quickstart_saves_a_seven(served: Path, port: int, tmp_path: Path) -> None:
+    command = commands(README)[2]
+    assert command.startswith("curl ")
+    subprocess.run(["bash", "-c", command.replace("localhost:8000", f"127.0.0.1:{port}")], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "7.png") as image:
+        assert image.size == (8 * 28, 8 * 28)
+        assert image.info["Digit"] == "7"
+
+
+def test_the_python_lines_of_the_quickstart_save_sixteen_sevens(served: Path, port: int, tmp_path: Path) -> None:
+    (block,) = blocks(README, "python")
+    assert len(block.text.splitlines()) == 4
+    code = block.text.replace("localhost:8000", f"127.0.0.1:{port}")
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    with Image.open(tmp_path / "sevens.png") as image:
+        assert image.size == (4 * 4 * 28, 4 * 4 * 28)
+        assert (image.info["Digit"], image.info["Seed"]) == ("7", "42")
