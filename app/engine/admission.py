@@ -1,6 +1,29 @@
-"""Admits jobs only if every admitted job still finishes in time, and chooses the rows of each step accordingly.
+"""Admission control: admits a job only if every admitted job still finishes before its deadline.
 
-This module uses no threads and no clock: the engine holds its lock and passes the time.
+This module uses no threads and no clock. The engine holds its lock and passes the time.
+
+Admission refuses a job with 429 in two cases:
+
+- The queue has no room. At most `capacity` images wait for their first step. All unfinished images together are
+  limited too, because an image that has started keeps its state in device memory.
+- A target would be missed. backlog.py computes an upper bound on the finish time of each job. If the bound of the new
+  job, or of a job that it delays, is later than the target of that job, the new job is refused.
+
+Row selection keeps the promise to the admitted jobs. The bound only holds for full steps that take the rows in order,
+but normally row selection deviates from this to serve new and small jobs early (see batcher.py). Therefore `select`
+checks the slack of the backlog before each step. While it is positive, row selection may deviate. If it is negative, a
+target is at risk, and the next step is full and takes the rows in order.
+
+Example: full steps compute 2000 evaluations per second and take 8 ms. Job A has 64 images of 100 steps and a timeout of
+10 s. Its target is 9 s, its bound 3.95 s. Job B is equal, but has a timeout of 5 s. Its target is 4.5 s, so B comes
+before A in the order. The bound of B is 3.95 s, and the bound of A becomes 7.15 s. Both are before their targets, so B
+is admitted. Job C is equal to B. It would come after B with a bound of 7.15 s, which is after its target: C is refused.
+
+An idle engine admits every job, even one that would miss its target. Only running steps correct the predicted step
+times. If a wrong prediction could keep all jobs out, it would never be corrected.
+
+Memory: after the device ran out of memory, the maximum number of rows is halved. It doubles again after each minute
+without a shortage.
 """
 
 import logging
@@ -16,39 +39,43 @@ from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
 
-RECOVERY_SECONDS = 60.0  # without a memory shortage, after which the limit of rows doubles
-LONGEST_WAIT = 3600  # seconds; the largest Retry-After
+RECOVERY_SECONDS = 60.0  # after this time without a memory shortage, the lowered number of rows doubles
+LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
 
 
 class Admission:
-    """The admitted jobs, the limits of a step, and the speed of the machine."""
+    """Decides which jobs are admitted and which rows the next step has."""
 
     def __init__(self, capacity: int, max_batch: int | None) -> None:
-        """`capacity` is the number of images that may wait.
+        """`capacity` is the maximum number of waiting images.
 
-        `max_batch` is the largest number of rows of a step. If None, the step times decide.
+        `max_batch` is the maximum number of rows of a step. If it is None, the number follows from the step times.
         """
         self.backlog = Backlog(capacity)
         self.step_times = StepTimes({1: 1.0})
         self._max_batch = max_batch
-        self._max_rows: int | None = None  # after a memory shortage
-        self._shortage_at = -math.inf
-        self._limits: dict[int, StepLimits] = {}  # by the number of models
-        self._safe_until = -math.inf  # no target is at risk before this time unless the slowdown has grown
+        self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
+        self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
+        self._limits: dict[int, StepLimits] = {}  # the key is the number of models
+        # No target is at risk before this time, unless the slowdown rises above the one of the last check.
+        self._safe_until = -math.inf
         self._safe_slowdown = 0.0
 
     @property
     def max_batch(self) -> int:
-        """Returns the largest number of rows of a step."""
+        """Returns the maximum number of rows of a step."""
         return self._limits_for(1).rows
 
     def open(self, step_times: StepTimes) -> None:
-        """Sets the measured step times."""
+        """Sets the step times that were measured at warm-up."""
         self.step_times = step_times
         self._limits.clear()
 
     def observe(self, rows: Sequence[Trajectory], seconds: float) -> None:
-        """Updates the slowdown after a step of these rows that took `seconds`. Call it before the rows advance."""
+        """Updates the slowdown after a step of these rows that took `seconds`.
+
+        Call this before `Backlog.advance`, which changes the number of evaluations of the rows.
+        """
         calls: dict[str, int] = {}
         for row in rows:
             model = row.job.request.options.model
@@ -56,16 +83,18 @@ class Admission:
         self.step_times.observe(list(calls.values()), seconds)
 
     def admit(self, job: Job, now: float) -> None:
-        """Admits all images of a job and sets its estimate; Overloaded if the job must be refused.
+        """Admits all images of a job and sets its estimate, or raises Overloaded with a Retry-After.
 
-        An idle engine admits every job, since only running steps correct the step times.
+        The module docstring explains the rule.
         """
         backlog = self.backlog
         if not self._has_room(backlog.waiting, backlog.waiting + backlog.running, job):
-            raise errors.Overloaded(self._retry_after(job, now), "the queue has no room for this request")
+            images = f"images: {job.request.count}"
+            detail = f"The queue has no room for this request ({images}). Retry later or request fewer images"
+            raise errors.Overloaded(self._retry_after(job, now), detail)
         full = self._full(job)
         if not backlog.admits(job, full, now):
-            detail = "the request, or an earlier one, would miss its deadline"
+            detail = "This request or an admitted one would miss its deadline. Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
         job.estimate = Estimate(backlog.waiting, self._seconds_of(job, full))
         backlog.add(job)
@@ -80,16 +109,17 @@ class Admission:
         return select_rows(self.backlog.jobs, limits, at_risk=self._is_at_risk(now))
 
     def lower_max_batch(self, now: float) -> None:
-        """Halves the largest number of rows of a step after a memory shortage."""
+        """Halves the maximum number of rows of a step after a memory shortage."""
         self._shortage_at = now
         self._limit_rows(max(1, self.max_batch // 2))
-        log.warning("Out of device memory: limiting the batch", extra={"max_batch": self.max_batch})
+        log.warning("Out of device memory, batch size lowered", extra={"max_batch": self.max_batch})
 
     def _has_room(self, waiting: int, images: int, job: Job) -> bool:
-        """Returns True if the job fits into the queue when `waiting` of `images` unfinished images have had no step.
+        """Returns True if the queue has room for the job. `waiting` of the `images` unfinished images have not started.
 
-        It also limits the images that have begun, because their state takes memory. Otherwise requests with ever
-        earlier deadlines would begin and then wait for each other.
+        The limit of all unfinished images, 2 * (capacity + max_batch), bounds the memory of images that have started.
+        Without it, each request with an earlier deadline than all others would start, take memory and then be overtaken
+        by the next such request.
         """
         capacity, count = self.backlog.capacity, job.request.count
         return waiting + count <= capacity and images + count <= 2 * (capacity + self.max_batch)
@@ -102,7 +132,7 @@ class Admission:
             if self.max_batch == lowered:
                 self._max_rows = None
             else:
-                log.info("No memory shortage for a minute: raising the batch", extra={"max_batch": self.max_batch})
+                log.info("Batch size raised after a memory shortage", extra={"max_batch": self.max_batch})
 
     def _limit_rows(self, rows: int | None) -> None:
         self._max_rows = rows
@@ -116,14 +146,18 @@ class Admission:
             self._limits[num_models] = StepLimits.of(self.step_times, min(given, default=None), num_models, auto=auto)
         return self._limits[num_models]
 
-    def _full(self, *newcomers: Job) -> Throughput:
-        """Returns the throughput of full steps at the machine's present speed."""
-        full = self._limits_for(max(1, self.backlog.num_models(*newcomers))).full
+    def _full(self, *new_jobs: Job) -> Throughput:
+        """Returns the throughput of full steps at the current speed, with the models of the backlog and `new_jobs`."""
+        full = self._limits_for(max(1, self.backlog.num_models(*new_jobs))).full
         slowdown = self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
     def _is_at_risk(self, now: float) -> bool:
-        """Returns True if a job may miss its target. Computes it again only if time or slowdown may have changed it."""
+        """Returns True if a job may miss its target.
+
+        The slack shrinks at most as fast as time passes, unless steps become slower. If the slack is 5 s, it is not
+        computed again for 5 s, or until the slowdown has grown by more than 1 %.
+        """
         if now < self._safe_until and self.step_times.slowdown <= 1.01 * self._safe_slowdown:
             return False
         slack = self.backlog.slack(self._full(), now)
@@ -131,7 +165,10 @@ class Admission:
         return slack < 0
 
     def _retry_after(self, job: Job, now: float) -> int:
-        """Returns the whole number of seconds after which the job would be admitted if no other job arrived."""
+        """Returns the number of seconds, rounded up, after which the job would be admitted if no other job arrived.
+
+        It simulates the backlog draining in order at the rate of full steps.
+        """
         backlog, full = self.backlog, self._full(job)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
         limits = self._limits_for(max(1, backlog.num_models(job)))
@@ -142,12 +179,13 @@ class Admission:
             waiting = min(max(images - rows, 0), backlog.waiting)
             return self._has_room(waiting, images, job) and backlog.admits(job, full, now, seconds)
 
-        return _first(fits, longest)
+        return _shortest_wait(fits, longest)
 
     def _seconds_of(self, job: Job, full: Throughput) -> float:
-        """Returns the expected time to finish.
+        """Returns the expected number of seconds until the job is finished.
 
-        For an image that has a row in every step, this is the time of its own steps. Otherwise it is the bound.
+        A single image that fits into the first round has a row in every step. The result is its number of steps times
+        the predicted duration of the next step. For all other jobs the result is the bound of the backlog.
         """
         backlog, num_models = self.backlog, max(1, self.backlog.num_models(job))
         limits = self._limits_for(num_models)
@@ -163,15 +201,16 @@ class Admission:
 
 
 def _mean_evaluations(job: Job) -> float:
-    """Returns the evaluations of one row in one step: the mean over all steps of an image."""
+    """Returns the mean number of evaluations per step of one image: 1 without guidance, up to 2 with guidance."""
     return job.request.evaluations_from(0) / job.request.options.num_steps
 
 
-def _first(fits: Callable[[int], bool], longest: int) -> int:
-    """Returns a short wait that fits, in seconds; `longest` if none is found.
+def _shortest_wait(fits: Callable[[int], bool], longest: int) -> int:
+    """Returns a short wait for which `fits` is True, in whole seconds, or `longest` if the search finds none.
 
-    A later submission has a later target, which may come after the target of another job. A longer wait may thus not
-    fit although a shorter one does. Therefore the search starts with short waits.
+    Doubles the wait until it fits, then bisects between the last two waits. It does not bisect the whole range,
+    because a longer wait can fail although a shorter one fits: after a longer wait the job has a later target, and it
+    may then come after another job in the order.
     """
     low, high = 0, 1
     while high < longest and not fits(high):

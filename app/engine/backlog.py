@@ -1,8 +1,27 @@
-"""The admitted jobs in order of their targets, and a bound on when each of them finishes.
+"""The backlog: the admitted jobs in order of their targets, and an upper bound on the finish time of each job.
 
-The bound holds if steps are full and rows are chosen in this order. For a job it is the time that full steps need for
-all evaluations up to and including this job's, without those of its longest image, plus the time of that image's
-steps. The figures of the jobs are kept in numpy arrays, since admission looks at every job.
+Target: the time at which the scheduler aims to finish a job. It is the submission time plus 90 % of the timeout. The
+remaining 10 % are a reserve for steps that are slower than predicted.
+
+Bound: if every step from now on is full and takes its rows in the order of the jobs, a job finishes within
+
+    (W - w) / R + s * T    seconds, where
+
+    W    evaluations that are left of this job and of all jobs before it
+    w, s evaluations and steps that are left of the job's tail, which is its image with the most steps left
+    R    evaluations per second in full steps
+    T    seconds of a full step
+
+Reason: a step either has a row of the tail or it is full of other rows of these jobs. There are s steps of the first
+kind, of at most T seconds each. The steps of the second kind together have at most W - w evaluations at the rate R.
+
+Example: R is 2000 per second, T is 8 ms. The first job has 64 new images of 100 steps without guidance. Its bound is
+6300 / 2000 + 100 * 0.008 = 3.95 s. For an equal second job, the bound is 12700 / 2000 + 0.8 = 7.15 s.
+
+A job is lost if it would miss its deadline even if it ran alone. The bounds of lost jobs are ignored, since otherwise
+one lost job would keep all new requests out and put every step at risk.
+
+The table of all jobs is a numpy array, because admission computes the bound of every job for each request.
 """
 
 from bisect import bisect_left
@@ -18,53 +37,58 @@ from app.engine.step_times import Throughput
 
 Array = npt.NDArray[np.float64]
 
-LOST_MARGIN = 0.9  # a job is lost if it would miss its deadline even if it ran alone and took 0.9 of the measured time
-# The columns of the table. Work is in evaluations. The tail is the image with the most steps left.
+# A job is lost if it would miss its deadline even if it ran alone and needed only this share of the predicted time.
+LOST_MARGIN = 0.9
+# The columns of the table: times in seconds of time.monotonic(), work in evaluations, waiting and running in images.
+# IMAGE_WORK is the work of one image from its first step to its last step.
 _TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _RUNNING, _IMAGE_WORK = range(8)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """The number and the slot that the backlog gives to a job."""
+    """The place of a job in the backlog."""
 
-    number: int  # counts the jobs; decides between equal targets
+    number: int  # increases with each added job; orders jobs with equal targets by arrival
     slot: int  # the job's row in the table
 
 
 class Backlog:
-    """The admitted jobs that are not answered yet, by target; jobs with equal targets in order of arrival."""
+    """The admitted jobs that are not answered yet, in order of their targets. Equal targets are in order of arrival."""
 
     def __init__(self, capacity: int) -> None:
-        """`capacity` is the number of images that may wait."""
+        """`capacity` is the maximum number of waiting images."""
         self.capacity = capacity
-        self.waiting = 0  # images without a step; an image runs from its first step on
-        self.running = 0
-        self.jobs: list[Job] = []
+        self.waiting = 0  # images that have not started their first step
+        self.running = 0  # unfinished images that have started
+        self.jobs: list[Job] = []  # sorted by target
         self._entries: dict[Job, _Entry] = {}
         self._num_added = 0
-        self._table = np.zeros((64, 8))  # a row for each job, at its slot
-        self._free = list(range(64))
-        self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`
-        self._of_model: Counter[str] = Counter()
+        self._table = np.zeros((64, 8))  # (slots, columns)
+        self._free = list(range(64))  # the slots without a job
+        self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`, in the same order
+        self._of_model: Counter[str] = Counter()  # the number of jobs of each model
 
     def __contains__(self, job: Job) -> bool:
         """Returns True if the job was added and not removed."""
         return job in self._entries
 
     def __iter__(self) -> Iterator[Job]:
-        """Iterates over the jobs by target."""
+        """Iterates over the jobs in order of their targets."""
         return iter(self.jobs)
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def num_models(self, *newcomers: Job) -> int:
-        """Returns the number of models that the jobs and `newcomers` use. Each model costs one call in every step."""
-        return len(self._of_model.keys() | {job.request.options.model for job in newcomers})
+    def num_models(self, *new_jobs: Job) -> int:
+        """Returns the number of models that the jobs and `new_jobs` use.
+
+        Each model needs its own network call, so that a step can make this number of calls.
+        """
+        return len(self._of_model.keys() | {job.request.options.model for job in new_jobs})
 
     def add(self, job: Job) -> None:
-        """Inserts a job at its place in the order. The caller must have checked that its images fit."""
-        assert self.waiting + job.request.count <= self.capacity, "the queue has room"
+        """Inserts a job at its place in the order. The caller must have checked that the queue has room for it."""
+        assert self.waiting + job.request.count <= self.capacity, "add() needs a job that fits into the queue"
         if not self._free:
             size = len(self._table)
             self._table = np.concatenate([self._table, np.zeros_like(self._table)])
@@ -76,30 +100,30 @@ class Backlog:
         self._order = np.insert(self._order, place, entry.slot)
         self.waiting += job.request.count
         self._of_model[job.request.options.model] += 1
-        self._table[entry.slot] = _figures(job)
+        self._table[entry.slot] = _table_row(job)
 
     def remove(self, job: Job) -> bool:
-        """Removes a job and its images; returns False if it is not in the backlog."""
+        """Removes a job and its images. Returns False if the job is not in the backlog."""
         if job not in self._entries:
             return False
         place = self._place(job)
         del self.jobs[place]
         self._order = np.delete(self._order, place)
         self._free.append(self._entries.pop(job).slot)
-        self._of_model -= Counter([job.request.options.model])  # removes the key at 0
+        self._of_model -= Counter([job.request.options.model])  # Counter's -= deletes keys whose count becomes 0
         self.waiting -= job.num_waiting
         self.running -= len(job.unfinished) - job.num_waiting
         return True
 
     def start(self, trajectory: Trajectory) -> None:
-        """Marks an image that waited as running."""
+        """Marks a waiting image as running."""
         trajectory.started = True
         trajectory.job.num_waiting -= 1
         self.waiting -= 1
         self.running += 1
 
     def advance(self, rows: Sequence[Trajectory]) -> None:
-        """Counts one more step of each of these images."""
+        """Adds one step to each of these images."""
         for row in rows:
             row.job.evaluations_left -= row.evaluations
             row.job.steps_done += 1
@@ -118,9 +142,11 @@ class Backlog:
         self._update([trajectory for trajectory, _ in images])
 
     def slack(self, full: Throughput, now: float) -> float:
-        """Returns the smallest time in seconds between the bound of a job and its target; infinity without jobs.
+        """Returns the time in seconds for which row selection may still deviate from the order of the jobs.
 
-        Adds the time of one full step, which is in progress or is about to be chosen. Ignores lost jobs.
+        This is the minimum over all jobs of target - (now + bound + time of one full step). The full step is in
+        progress, or it is chosen next and may deviate. If the result is negative, a target is at risk. Lost jobs are
+        ignored. The result is infinity without jobs.
         """
         rows = self._table[self._order]
         left = np.cumsum(rows[:, _WORK])
@@ -128,10 +154,13 @@ class Backlog:
         return float(slack.min(initial=np.inf, where=~_is_lost(rows, full, now)))
 
     def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
-        """Returns True if `job`, submitted after `wait` seconds, and all jobs that it delays would meet their targets.
+        """Returns True if `job` and all jobs that it delays would meet their targets.
 
-        It assumes that the backlog drains in order until then and that no other job arrives. An empty backlog admits
-        every job. Lost jobs are ignored.
+        It delays the jobs with later targets. If it needs another model, it delays all jobs, because every step may
+        make another network call. Lost jobs are ignored. An empty backlog admits every job (see admission.py).
+
+        With `wait`, the job is submitted `wait` seconds from now. Until then, the backlog drains in order at the rate
+        of full steps, and no other job arrives.
         """
         rows = self._table[self._order]
         drained = wait * full.rate
@@ -139,33 +168,36 @@ class Backlog:
         left = np.maximum(total - drained, 0.0)
         if not left.any():
             return True
-        own = np.array([_figures(job)])
+        own = np.array([_table_row(job)])
         target = own[0, _TARGET] + wait
         place = int(np.searchsorted(rows[:, _TARGET], target, side="right"))
-        start = now + wait + full.step_seconds  # a step is in progress
+        start = now + wait + full.step_seconds  # the step in progress ends before the job can start
         own_left = own[:, _WORK] + (left[place - 1] if place else 0.0)
         if start + _finish(own, own_left, full)[0] > target:
             return False
         delayed = (left > 0) & ~_is_lost(rows, full, now)
         tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)  # share of each tail after the wait
         rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
-        if self.num_models() == self.num_models(job):  # another model would slow down every step
-            delayed[:place] = False
+        if self.num_models() == self.num_models(job):
+            delayed[:place] = False  # without another model, the job does not delay jobs with earlier targets
         left[place:] += own[0, _WORK]
         late = start + _finish(rows, left, full) > rows[:, _TARGET]
         return not bool((late & delayed).any())
 
     def finish_seconds(self, job: Job, full: Throughput) -> float:
-        """Returns the bound for a job that is not added yet."""
+        """Returns the bound in seconds for a job that is not in the backlog yet."""
         rows = self._table[self._order]
         place = int(np.searchsorted(rows[:, _TARGET], job.target, side="right"))
-        own = np.array([_figures(job)])
+        own = np.array([_table_row(job)])
         return float(_finish(own, own[:, _WORK] + rows[:place, _WORK].sum(), full)[0])
 
     def images_after(self, seconds: float, rate: float) -> int:
-        """Returns the number of images that are left after the backlog drained in order for `seconds`.
+        """Returns the predicted number of unfinished images after the backlog has drained in order for `seconds`.
 
-        The running images of each job finish before its waiting ones, evenly over the time that they need together.
+        `rate` is in evaluations per second. Within a job, the running images finish first and the waiting images after
+        them. Both finish at regular intervals.
+
+        Example: at 100 evaluations per second, a job of 10 images with 10 steps each has 5 images left after 0.5 s.
         """
         jobs = self._table[self._order]
         before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]
@@ -178,13 +210,13 @@ class Backlog:
 
     @property
     def work(self) -> float:
-        """Returns the number of evaluations that all jobs together have left."""
+        """Returns the number of evaluations that are left of all jobs together."""
         return float(self._table[self._order, _WORK].sum())
 
     def _update(self, rows: Sequence[Trajectory]) -> None:
         for job in dict.fromkeys(row.job for row in rows):
             if entry := self._entries.get(job):
-                self._table[entry.slot] = _figures(job)
+                self._table[entry.slot] = _table_row(job)
 
     def _place(self, job: Job) -> int:
         return bisect_left(self.jobs, self._key(job), key=self._key)
@@ -193,8 +225,8 @@ class Backlog:
         return job.target, self._entries[job].number
 
 
-def _figures(job: Job) -> tuple[float, ...]:
-    last = job.unfinished[-1]  # no image of the job has more steps left
+def _table_row(job: Job) -> tuple[float, ...]:
+    last = job.unfinished[-1]  # the tail: `unfinished` is in order of progress
     return (
         job.target,
         job.deadline,
@@ -208,12 +240,12 @@ def _figures(job: Job) -> tuple[float, ...]:
 
 
 def _finish(rows: Array, left: Array, full: Throughput) -> Array:
-    """Returns the bound (N,), in seconds from now. `left` (N,) is the work up to and including each job."""
+    """Returns the bound (N,) of each job in seconds. `left` (N,) is the work of each job and all jobs before it."""
     others = np.maximum(left - rows[:, _TAIL_WORK], 0.0)
     return others / full.rate + rows[:, _TAIL_STEPS] * full.step_seconds
 
 
 def _is_lost(rows: Array, full: Throughput, now: float) -> npt.NDArray[np.bool_]:
-    """Returns True (N,) for jobs that would miss their deadlines even if each ran alone."""
+    """Returns True (N,) for each job that would miss its deadline even if it ran alone."""
     alone = np.maximum(rows[:, _WORK] / full.rate, rows[:, _TAIL_STEPS] * full.lone_seconds)
     return now + LOST_MARGIN * alone > rows[:, _DEADLINE]

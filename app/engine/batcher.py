@@ -1,4 +1,24 @@
-"""Chooses the size and the rows of each step. This module uses no tensors, no threads and no clock."""
+"""Row selection: chooses the size and the rows of each step. This module uses no tensors, no threads and no clock.
+
+The rule has three goals. A new request joins the next step. Steps are large enough for a high throughput. A small
+request does not wait for the long steps of a large request. The jobs are in order of their targets (see backlog.py).
+
+1. First round: each job gets one row, in order, until half of a full step is used. A new job that fits into the first
+   round joins the next step and advances in every step.
+2. Fill: the remaining places go to the other rows of the jobs, in order.
+3. Short steps: while a small job runs together with other jobs, a step is limited to about three times the duration of
+   a step with a single image. Otherwise a large job would make every step of the small job slow.
+4. At risk: if a job may miss its target, rules 1 and 3 do not apply. The step is full, and all its places are filled in
+   order (earliest deadline first). The bound in backlog.py holds for such steps.
+
+Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two.
+
+Example without guidance: a full step has 16 evaluations, a short step 8. Job A has 64 images, job B has 1 image.
+
+- The first round takes one row of A and one row of B. B is small, so the step is short: 6 more rows of A are added.
+- When B is finished, steps have 16 rows of A.
+- If A comes first in the order and is at risk, steps have 16 rows of A, and B waits.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,45 +26,54 @@ from dataclasses import dataclass
 from app.engine.job import Job, Trajectory
 from app.engine.step_times import StepTimes, Throughput
 
-# A full step is the largest one within BEST_TOLERANCE of the best rate that takes at most FULL_SLOWDOWN times as long
-# as the step of a lone image. Larger steps reach a higher throughput, most of all on a busy machine, because compute
-# threads wait for each other less often. But the bound of a job grows with the time of a full step.
+# With automatic sizes, a full step is the largest measured batch whose rate is within BEST_TOLERANCE of the best rate
+# and which takes at most FULL_SLOWDOWN times as long as a step with a single image. Large steps give a high throughput,
+# especially on a busy machine, because the compute threads wait for each other less often. But the bound of every job
+# grows with the duration of a full step, so that fewer requests are admitted. FULL_SLOWDOWN limits this effect.
 BEST_TOLERANCE = 0.05
 FULL_SLOWDOWN = 20.0
-SHARED_SLOWDOWN = 3.0  # limit for a step that a small and a large request share, in multiples of a lone image's step
+SHARED_SLOWDOWN = 3.0  # the duration of a short step, in multiples of a step with a single image
 
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The largest sizes of a step, in evaluations and in rows, and the throughput of full steps."""
+    """The maximum sizes of a step, and the throughput of full steps at the speed of warm-up."""
 
-    evaluations: int  # at most, in a full step
-    rows: int  # at most, in any step
-    short: int  # evaluations of a step that is kept short for a small request
-    full: Throughput  # at the speed measured at warm-up
+    evaluations: int  # the maximum number of evaluations in a step: the size of a full step
+    rows: int  # the maximum number of rows in a step
+    short: int  # the maximum number of evaluations in a short step
+    full: Throughput
 
     @classmethod
     def of(cls, times: StepTimes, max_rows: int | None, num_models: int, *, auto: bool) -> "StepLimits":
-        """Returns the limits for steps of at most `max_rows` rows, if given, with one call for each model.
+        """Returns the limits of a step that makes one call for each of `num_models` models.
 
-        With `auto` the size of a full step follows from the measured rates. Otherwise it has `max_rows` rows, and no
-        step is kept short.
+        With `auto`, the size of a full step follows from the measured times, and `max_rows` is an upper limit if given.
+        Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short.
         """
         lone = times.measured_seconds(1)
-        calls = (num_models - 1) * lone  # each model after the first costs another call
+        calls = (num_models - 1) * lone  # each model after the first one costs another call
         most = max(2, times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone)) if auto else 2 * (max_rows or 1)
         rows = min(most, max_rows or most)
         most = min(most, 2 * rows)  # a guided row takes two evaluations
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
-        least = max(1, min(most - 1, rows))  # evaluations of a full step: a guided row may not fit into the last place
+        # A full step can have fewer than `most` evaluations: if the next row is guided, one place stays empty, and if
+        # no row is guided, `rows` is the limit. The rate must hold for these steps too.
+        least = max(1, min(most - 1, rows))
         rate = min(count / (times.measured_seconds(count) + calls) for count in (least, most))
         return cls(most, rows, short, Throughput(rate, times.measured_seconds(most) + calls, lone))
 
     def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
-        """Returns the largest number of evaluations of a step. `first_round` is the evaluations of one row of each job.
+        """Returns the maximum number of evaluations of the next step if no target is at risk.
 
-        Steps stay short while all images of the smallest job fit into its share of a short step. Otherwise a short step
-        would cost throughput and not help that job.
+        `fewest_images` is the number of images of the smallest job. `first_round` is the number of evaluations of the
+        first round. The step is short if all images of the smallest job fit into its equal share of a short step.
+        Otherwise a short step would cost throughput and not help that job. A short step has room for at least twice the
+        evaluations of the first round, so that several small jobs together use at most half of it.
+
+        Example without guidance: a short step has 8 evaluations. Two jobs with 64 images and 4 images get short steps,
+        since 2 * 4 <= 8. Two jobs with 64 and 5 images get full steps. A job with 64 images and five jobs with one
+        image get steps of 12 evaluations: twice the first round, which has one row for each of the six jobs.
         """
         short = max(self.short, 2 * first_round)
         if num_jobs > 1 and num_jobs * fewest_images <= short:
@@ -53,11 +82,11 @@ class StepLimits:
 
 
 def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:
-    """Returns the rows of the next step. Of each job it takes the rows that are furthest along.
+    """Returns the rows of the next step. The module docstring explains the rule.
 
-    `jobs` are in order of their targets. First each job gets one row, up to half of a full step, so that a new job
-    takes part in the next step. The other rows go to the jobs in order. If a target is at risk, all rows are chosen in
-    this order.
+    `jobs` are in order of their targets. `at_risk` says that a job may miss its target. Of each job, the rows with the
+    fewest steps left come first, so that its first images finish early. If there are jobs, the step has at least one
+    row.
     """
     rows: list[Trajectory] = []
     evaluations, limit = 0, limits.evaluations
@@ -69,7 +98,7 @@ def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> li
             rows.append(row)
             evaluations += row.evaluations
         limit = limits.share(len(jobs), _fewest_images(jobs, limits), evaluations)
-    for row in _others(jobs, len(rows)):
+    for row in _remaining_rows(jobs, len(rows)):
         if rows and (evaluations + row.evaluations > limit or len(rows) == limits.rows):
             break
         rows.append(row)
@@ -77,14 +106,18 @@ def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> li
     return rows
 
 
-def _others(jobs: Sequence[Job], num_first: int) -> Iterator[Trajectory]:
-    """Yields all rows in order, without the first row of the first `num_first` jobs."""
+def _remaining_rows(jobs: Sequence[Job], num_first: int) -> Iterator[Trajectory]:
+    """Yields the rows of all jobs in order, without the first row of each of the first `num_first` jobs."""
     for place, job in enumerate(jobs):
         yield from job.unfinished[1:] if place < num_first else job.unfinished
 
 
 def _fewest_images(jobs: Sequence[Job], limits: StepLimits) -> int:
-    """Returns the smallest number of images of a job. Computes it only if it matters to `StepLimits.share`."""
+    """Returns the number of images of the smallest job.
+
+    Skips the search through all jobs if the result cannot make the step short: with one job, or with more jobs than
+    evaluations. It then returns the evaluations of a full step.
+    """
     if not 1 < len(jobs) <= limits.evaluations:
         return limits.evaluations
     return min(job.request.count for job in jobs)

@@ -1,7 +1,17 @@
-"""The loop of the engine thread: it chooses rows, runs their step and answers finished jobs.
+"""The engine: a thread that repeatedly selects rows, runs their step and answers finished jobs.
 
-One condition protects the state that threads share. Only the engine thread uses the runner. Callers wait on futures,
-and the engine thread waits on the condition. Nothing polls.
+Threads: one condition variable protects the shared state. Only the engine thread uses the runner. Callers wait on
+futures. The engine thread waits on the condition variable while there is no work. No thread polls.
+
+Failures: if a step raises, it is run again in halves until the failing rows are isolated (see isolation.py). Only their
+jobs fail. The engine itself fails if the device is lost, if its thread raises, or if the probe image cannot be
+generated after MAX_FAILED_BATCHES batches without a surviving row. It then answers all jobs with EngineFailed.
+
+Drain: `drain` refuses new jobs and returns a future that completes when all admitted jobs are answered. If this takes
+too long, the caller answers the remaining jobs with `give_up`. `stop` then ends the thread.
+
+Heartbeat: the engine thread stores the time before each step. `alive` is False if the last heartbeat is older than
+`watchdog_seconds`, which happens if a step hangs. An idle or starting engine has no heartbeat and is alive.
 """
 
 import logging
@@ -22,13 +32,13 @@ from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-STARTING_SECONDS = 5  # Retry-After while the service starts; loading takes about this long
-RESTART_SECONDS = 10  # Retry-After until the service is started again
-MAX_FAILED_BATCHES = 3  # in a row without a surviving row; then the known pictures are drawn to test the engine
+STARTING_SECONDS = 5  # Retry-After while the service starts: the usual duration of loading and warm-up
+RESTART_SECONDS = 10  # Retry-After while the service drains or has failed: the usual duration of a restart
+MAX_FAILED_BATCHES = 3  # consecutive batches without a surviving row, after which the engine tests itself
 
 
 class EngineState(StrEnum):
-    """The state of the engine. Jobs are admitted only while it is `ok`."""
+    """The state of the engine. Jobs are admitted only in the state `ok`."""
 
     STARTING = "starting"
     OK = "ok"
@@ -36,7 +46,7 @@ class EngineState(StrEnum):
     FAILED = "failed"
 
     def refuse_unless_ok(self) -> None:
-        """Raises Starting, Draining or EngineFailed unless the state is `ok`."""
+        """Raises Starting, Draining or EngineFailed if the state is not `ok`."""
         if self is EngineState.STARTING:
             raise errors.Starting(STARTING_SECONDS)
         if self is EngineState.DRAINING:
@@ -46,7 +56,7 @@ class EngineState(StrEnum):
 
 
 class Engine:
-    """Runs jobs. Any thread may call the public methods. Only `stop` blocks."""
+    """Runs jobs in its own thread. Any thread may call the public methods. Only `stop` blocks."""
 
     def __init__(
         self,
@@ -59,29 +69,29 @@ class Engine:
     ) -> None:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
-        self.device_memory: Callable[[], int] | None = None  # returns the bytes held on a GPU; set when ready
-        self.ready: Future[None] = Future()  # done after loading and warm-up; has the error if they failed
+        self.device_memory: Callable[[], int] | None = None  # returns the bytes allocated on a GPU; set when ready
+        self.ready: Future[None] = Future()  # completes after loading and warm-up, with their error if they failed
         self._load = load
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         self._admission = Admission(capacity, max_batch)
         self.backlog = self._admission.backlog
         self._condition = threading.Condition()
-        self._abandoned: list[Trajectory] = []  # of jobs that were answered early; the engine thread frees the slots
-        self._idle: Future[None] | None = None  # the future that drain() returns
+        self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the engine thread frees their slots
+        self._drained: Future[None] | None = None  # the future that drain() returns
         self._stopping = False
         self._num_steps = 0
-        self._is_batch_lowered = False  # in this turn of the loop
+        self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
         self._num_failed_rows = 0
-        self._failed_batches = {"step": 0, "pixels": 0}  # in a row without a surviving row
-        self._last_beat: float | None = None  # time.monotonic(); None while the engine is idle or starting
+        self._failed_batches = {"step": 0, "pixels": 0}  # consecutive batches without a surviving row
+        self._last_beat: float | None = None  # a value of time.monotonic(); None while the engine is idle or starting
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the engine thread, which loads and warms up the models. Returns at once."""
+        """Starts the engine thread, which loads and warms up the models. Returns immediately."""
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Admits all images of a job; Overloaded, Starting, Draining or EngineFailed if it cannot."""
+        """Admits all images of a job, or raises Overloaded, Starting, Draining or EngineFailed."""
         with self._condition:
             self.apparent_state.refuse_unless_ok()
             self._admission.admit(job, time.monotonic())
@@ -89,30 +99,30 @@ class Engine:
             self._condition.notify()
 
     def cancel(self, job: Job, error: Exception) -> None:
-        """Answers a job with an error. The next step does not contain its rows."""
+        """Answers a job with an error. The next step does not contain its rows. Does nothing if it is answered."""
         with self._condition:
             self._end(job, error)
             self._condition.notify()
 
     def drain(self) -> Future[None]:
-        """Refuses new jobs from now on. Returns a future that is done when every admitted job is answered."""
+        """Refuses new jobs from now on. Returns a future that completes when all admitted jobs are answered."""
         with self._condition:
             if self.state is not EngineState.FAILED:
                 self.state = EngineState.DRAINING
-            if not self._idle:
-                self._idle = Future()
-                self._idle.set_running_or_notify_cancel()  # mark as running so that a caller cannot cancel it
-            self._note_idle()
-            return self._idle
+            if not self._drained:
+                self._drained = Future()
+                self._drained.set_running_or_notify_cancel()  # A future that is running cannot be cancelled by callers.
+            self._complete_drain_if_idle()
+            return self._drained
 
     def give_up(self, error: Exception) -> None:
-        """Answers every unanswered job with the error."""
+        """Answers all unanswered jobs with the error."""
         with self._condition:
             for job in list(self.backlog.jobs):
                 self._end(job, error)
 
     def stop(self, timeout: float) -> bool:
-        """Ends the thread after its present step; returns False if it is still busy after `timeout` seconds."""
+        """Ends the thread after its current step. Returns False if it still runs after `timeout` seconds."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -122,7 +132,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Returns True unless the engine thread has failed or its current step exceeds the watchdog timeout."""
+        """Returns False if the engine has failed or if its current step has exceeded the watchdog timeout."""
         beat = self._last_beat
         return self.state is not EngineState.FAILED and (
             beat is None or time.monotonic() - beat < self._watchdog_seconds
@@ -130,12 +140,12 @@ class Engine:
 
     @property
     def apparent_state(self) -> EngineState:
-        """Returns the state that clients see. A stuck engine counts as failed."""
+        """Returns the state that clients see. An engine that is stuck in a step counts as failed."""
         return self.state if self.alive else EngineState.FAILED
 
     @cached_property
     def _runner(self) -> StepRunner:
-        """Returns the runner. The engine thread loads it when it starts, and no other thread uses it."""
+        """Returns the runner. The first access loads it, which must happen in the engine thread."""
         return self._load()
 
     def _run(self) -> None:
@@ -144,7 +154,7 @@ class Engine:
             while not self._stopping:
                 self._tick()
         except BaseException as error:
-            self._die(error)
+            self._fail_engine(error)
 
     def _open(self, step_times: StepTimes) -> None:
         with self._condition:
@@ -155,7 +165,7 @@ class Engine:
         self.ready.set_result(None)
 
     def _tick(self) -> None:
-        """Runs one turn: waits for work, chooses rows, runs their step and answers finished jobs."""
+        """Runs one iteration: waits for work, selects rows, runs their step and answers finished jobs."""
         rows, abandoned = self._admit()
         self._runner.release(abandoned)
         self._is_batch_lowered = False
@@ -166,7 +176,7 @@ class Engine:
     def _run_step(self, rows: list[Trajectory]) -> list[Trajectory]:
         """Runs one step and returns the rows that survived it."""
         num_failed = self._num_failed_rows
-        stepped = self._isolated(rows, self._step)
+        stepped = self._run_isolated(rows, self._step)
         for trajectory, finite in stepped:
             if not finite:
                 self._fail(trajectory, ArithmeticError("NaN or infinite values"))
@@ -176,7 +186,7 @@ class Engine:
 
     def _read_pixels(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Pixels]]:
         num_failed = self._num_failed_rows
-        read = self._isolated(rows, self._runner.pixels)
+        read = self._run_isolated(rows, self._runner.pixels)
         self._count_batch("pixels", self._num_failed_rows - num_failed, len(read))
         return read
 
@@ -187,17 +197,18 @@ class Engine:
             self._failed_batches[work] += 1
 
     def _check_runner(self) -> None:
-        """Draws the known pictures after too many failed batches. If this raises, the engine fails.
+        """Generates the probe images after too many failed batches. If this raises, the engine fails.
 
-        Requests that fail on their own therefore cannot stop the engine.
+        The test decides whether the device or the requests are at fault. If it succeeds, the requests caused their own
+        failures, and the engine continues.
         """
-        log.warning("No row survived in %d batches in a row: drawing the known picture", MAX_FAILED_BATCHES)
+        log.warning("No row survived, testing the engine with the probe image", extra={"batches": MAX_FAILED_BATCHES})
         self._last_beat = time.monotonic()
         self._runner.check()
         self._failed_batches = dict.fromkeys(self._failed_batches, 0)
 
     def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
-        """Waits for work. Returns the rows of the next step, and the abandoned rows that the runner can release."""
+        """Waits for work. Returns the rows of the next step, and the abandoned rows to release."""
         with self._condition:
             self._last_beat = None
             self._condition.wait_for(lambda: self.backlog.jobs or self._abandoned or self._stopping)
@@ -207,22 +218,25 @@ class Engine:
             for trajectory in rows:
                 if not trajectory.started:
                     self.backlog.start(trajectory)
-                    self._note_start(trajectory.job)
+                    self._record_start(trajectory.job)
             return rows, abandoned
 
-    def _note_start(self, job: Job) -> None:
+    def _record_start(self, job: Job) -> None:
         timings = job.timings
         timings.started_at = timings.started_at or self._last_beat
         self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
         self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)
 
-    def _isolated(
+    def _run_isolated(
         self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
     ) -> list[tuple[Trajectory, R]]:
         return isolate(rows, compute, self._fail, self._lower_max_batch)
 
     def _lower_max_batch(self) -> None:
-        """Lowers the batch size at most once in a turn."""
+        """Lowers the batch size, at most once per iteration.
+
+        A batch that is split into halves can run out of memory several times. This is still one shortage.
+        """
         if not self._is_batch_lowered:
             self._is_batch_lowered = True
             with self._condition:
@@ -252,35 +266,36 @@ class Engine:
             self.backlog.finish(finished)
             for trajectory, _ in finished:
                 self._metrics.images.labels(str(trajectory.job.request.options.digit)).inc()
-            self._note_idle()
+            self._complete_drain_if_idle()
         self._runner.release([trajectory for trajectory, _ in done])
 
     def _send_previews(self, rows: list[Trajectory]) -> None:
         for job in dict.fromkeys(trajectory.job for trajectory in rows):
             if job.request.listener and job.preview_due():
-                drawn = dict(self._read_pixels(job.unfinished))
-                job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in drawn.items()}))
+                images = dict(self._read_pixels(job.unfinished))
+                job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in images.items()}))
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
-        request_id = trajectory.job.request.request_id
+        facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}
         self._num_failed_rows += 1
-        log.error("a row failed at step %d", trajectory.step, exc_info=error, extra={"request_id": request_id})
+        log.error("Row failed", exc_info=error, extra=facts)
         with self._condition:
             self._end(trajectory.job, errors.InternalError())
 
     def _end(self, job: Job, error: Exception) -> None:
-        """Answers a job before it is finished. The caller must hold the condition."""
+        """Answers a job with an error, unless it is answered. The caller must hold the condition."""
         if not self.backlog.remove(job):
             return
         for trajectory in job.unfinished:
             self._metrics.cancelled.labels("running" if trajectory.started else "waiting").inc()
         self._abandoned += job.unfinished
         job.fail(error)
-        self._note_idle()
+        self._complete_drain_if_idle()
 
-    def _die(self, error: BaseException) -> None:
-        if self.ready.done() or not isinstance(error, RunnerError):  # serve() reports why the start failed
-            log.critical("the engine has failed", exc_info=error)
+    def _fail_engine(self, error: BaseException) -> None:
+        # A RunnerError before the engine is ready is not logged here, because serve() reports it.
+        if self.ready.done() or not isinstance(error, RunnerError):
+            log.critical("Engine failed", exc_info=error)
         with self._condition:
             self.state = EngineState.FAILED
             for job in list(self.backlog.jobs):
@@ -288,6 +303,6 @@ class Engine:
         if not self.ready.done():
             self.ready.set_exception(error)
 
-    def _note_idle(self) -> None:
-        if self._idle and not self._idle.done() and not self.backlog.jobs:
-            self._idle.set_result(None)
+    def _complete_drain_if_idle(self) -> None:
+        if self._drained and not self._drained.done() and not self.backlog.jobs:
+            self._drained.set_result(None)

@@ -1,4 +1,4 @@
-"""The interface between the engine and a runner: the protocol, the errors, and the description of a served model."""
+"""The interface between engine and runner: the protocol, its errors, and the description of a served model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from model.sampler import Sampler
 
 
 class RunnerError(Exception):
-    """The service cannot start with this device or checkpoint. The message is one line for the operator."""
+    """The service cannot start with this device or checkpoint. The message is one line that the operator sees."""
 
 
 class OutOfMemoryError(Exception):
-    """The device has too little memory for this batch. A smaller one may fit."""
+    """The device does not have enough memory for this batch. A smaller batch may fit."""
 
 
 class DeviceLostError(Exception):
@@ -34,45 +34,54 @@ class ModelInfo:
     compiled: bool
     num_classes: int
     max_steps: int
-    steps: tuple[int, ...]  # the only permitted numbers of steps; () = all of 1..max_steps
-    default_steps: int  # the recommended number
-    samplers: tuple[Sampler, ...]  # the recommended one first
+    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to max_steps
+    default_steps: int  # the recommended value of num_steps
+    samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
     guidance_scale: dict[Sampler, float]  # the recommended scale of each sampler
-    guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance acts
-    guidable: bool  # True if labels were dropped in training, which guidance needs
+    guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance is applied
+    guidable: bool  # True if guidance is possible: the network was trained with dropped labels
 
     def guided_steps_of(self, options: Options) -> range:
-        """Returns the steps of an image with these options that take a second evaluation."""
+        """Returns the steps of an image with these options that need a second evaluation."""
         guided = options.guidance_scale != 1
         return self.guided_steps(options.sampler, options.num_steps) if guided else range(0)
 
 
 class StepRunner(Protocol):
-    """Computes steps and keeps the state of rows. A call that raises has changed no row."""
+    """Computes steps and keeps the state of the rows.
+
+    A call that raises an error other than DeviceLostError has not changed any row, so that it can be repeated.
+    """
 
     @property
     def models(self) -> dict[str, ModelInfo]:
-        """Returns the served models by name. One of the names is `default`."""
+        """Returns the served models by name. There is always a model with the name `default`."""
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
-        """Returns a function that returns the bytes held on the GPU; None without a GPU."""
+        """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
 
     @property
     def network_seconds(self) -> float:
-        """Returns the seconds spent in calls of the networks so far."""
+        """Returns the total number of seconds spent in network calls since the start."""
 
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """Makes one reverse step of each row. Returns True for each row whose values are finite."""
+        """Runs one reverse step of each row. Returns True for each row whose values are finite."""
 
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """Returns the image that each row predicts now."""
+        """Returns the current prediction of x_0 of each row, as 8-bit pixels."""
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Releases the state of these rows."""
+        """Frees the state of these rows."""
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Prepares for requests and measures the step times."""
+        """Checks each model, makes the first slow calls, and returns the measured step times.
+
+        Returns early if `should_stop` returns True. Raises RunnerError if a model generates wrong images.
+        """
 
     def check(self) -> None:
-        """Draws the known picture of each model; raises if that fails or the picture differs."""
+        """Tests each model: generates its probe image and compares it with the copy in the checkpoint.
+
+        Raises RunnerError if an image differs. Other errors mean that the image could not be generated.
+        """

@@ -1,4 +1,7 @@
-"""Jobs: the images of a request between x_T and x_0. The runner keeps the tensors."""
+"""Jobs and their images: the progress of a request from x_T to x_0. The tensors are in the runner.
+
+A job has all images of one request. A trajectory is one of these images. In a step, it is a row of the batch.
+"""
 
 import math
 import time
@@ -11,14 +14,16 @@ import numpy.typing as npt
 
 from model.sampler import Sampler
 
-DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests that name none, and the model for few steps
+DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests without `model`, and the model for few steps
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
-TARGET_SHARE = 0.9  # of the timeout; the scheduler aims to finish by then, so that steps may be a tenth slower
+# The scheduler aims to finish a job after this share of its timeout. The rest is a reserve: a job still meets its
+# deadline if steps take a tenth longer than predicted.
+TARGET_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of a request that change pixels. Together with an index they decide every bit of an image."""
+    """The options of a request that change pixels. Together with the index they determine every bit of an image."""
 
     digit: int
     seed: int
@@ -34,44 +39,44 @@ class Trajectory:
 
     job: "Job"
     index: int
-    step: int = 0  # reverse steps done
-    started: bool = False  # its first step is done or in progress
-    slot: int | None = None  # the runner's place for its state
+    step: int = 0  # number of finished reverse steps
+    started: bool = False  # True if the first step is finished or in progress
+    slot: int | None = None  # where the runner keeps the state; None before the first step and after release
 
     @property
     def steps_left(self) -> int:
-        """Returns the number of reverse steps until x_0."""
+        """Returns the number of reverse steps that are left until x_0."""
         return self.job.request.options.num_steps - self.step
 
     @property
     def evaluations(self) -> int:
-        """Returns the network evaluations of the next step: 2 with guidance, else 1."""
+        """Returns the number of network evaluations of the next step: 2 with guidance, otherwise 1."""
         return 2 if self.step in self.job.request.guided_steps else 1
 
     @property
     def evaluations_left(self) -> int:
-        """Returns the number of network evaluations until x_0."""
+        """Returns the number of network evaluations that are left until x_0."""
         return self.job.request.evaluations_from(self.step)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The progress of a running job: step `step` of `of`, and the predicted x_0 of every image."""
+    """The progress of a running job."""
 
-    step: int
-    of: int
-    previews: list[Pixels]
+    step: int  # mean number of finished steps of its images, rounded down
+    of: int  # number of steps of an image
+    previews: list[Pixels]  # the predicted x_0 of every image
 
 
 @dataclass(frozen=True, slots=True)
 class ImageDone:
-    """One image is finished."""
+    """The event that one image is finished."""
 
     index: int
     pixels: Pixels
 
 
-Listener = Callable[[Progress | ImageDone], None]  # called by the engine's thread; must not block
+Listener = Callable[[Progress | ImageDone], None]  # called in the engine thread; must not block
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +85,14 @@ class JobRequest:
 
     options: Options
     count: int
-    timeout: float = math.inf  # seconds from the submission until the request is answered with 504
-    num_previews: int = 0
+    timeout: float = math.inf  # seconds from submission to deadline; an unfinished request is then answered with 504
+    num_previews: int = 0  # number of Progress events to send
     listener: Listener | None = None
-    guided_steps: range = range(0)  # the steps that take a second evaluation
-    request_id: str = ""  # for the log
+    guided_steps: range = range(0)  # the steps that need a second evaluation
+    request_id: str = ""  # for log lines
 
     def evaluations_from(self, step: int) -> int:
-        """Returns the network evaluations of one image from `step` on: guided steps take two."""
+        """Returns the number of network evaluations of one image from `step` to x_0. A guided step has two."""
         num_steps, guided = self.options.num_steps, self.guided_steps
         return num_steps - step + max(0, min(guided.stop, num_steps) - max(guided.start, step))
 
@@ -97,24 +102,24 @@ class Timings:
     """The times at which a job reached each stage, in seconds of time.monotonic()."""
 
     submitted_at: float = field(default_factory=time.monotonic)
-    submitted_at_step: int = 0  # the engine's count of steps
+    submitted_at_step: int = 0  # the number of steps that the engine had finished
     started_at: float | None = None
     finished_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The estimate for a job at its admission."""
+    """The estimate that a client receives when its job is admitted."""
 
-    position: int  # number of images that wait for their first step
-    seconds: float  # until the last image is finished
+    position: int  # number of images that wait for their first step and were admitted earlier
+    seconds: float  # expected time until the last image of the job is finished
 
 
 class Job:
-    """A request's images. They are admitted together and answered once, through `future`."""
+    """The images of one request. They are admitted together, and the job is answered once, through `future`."""
 
     def __init__(self, request: JobRequest, submitted_at: float | None = None) -> None:
-        """`submitted_at` is a time of time.monotonic(); by default, now."""
+        """`submitted_at` is a value of time.monotonic(). The default is the current time."""
         self.request = request
         self.timings = Timings() if submitted_at is None else Timings(submitted_at)
         self.deadline = self.timings.submitted_at + request.timeout
@@ -122,29 +127,34 @@ class Job:
         self.estimate: Estimate | None = None  # set by admission
         self.future: Future[list[Pixels]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
-        self.unfinished = [Trajectory(self, index) for index in range(request.count)]  # by progress, largest first
-        self.num_waiting = request.count  # images without a step
-        self.evaluations_left = request.count * request.evaluations_from(0)  # of all images together
-        self.steps_done = 0  # of all images together
-        self.closed = False  # True once answered. Each step reads it for each row: the future's lock would be slow.
+        self.unfinished = [Trajectory(self, index) for index in range(request.count)]  # most finished steps first
+        self.num_waiting = request.count  # images that have not started
+        self.evaluations_left = request.count * request.evaluations_from(0)  # the sum over all images
+        self.steps_done = 0  # the sum over all images
+        # True if the job is answered. Every step checks this for every row. future.done() takes a lock and is slower.
+        self.closed = False
         self._pixels: list[Pixels | None] = [None] * request.count
         self._previews_sent = 0
 
     def preview_due(self) -> bool:
-        """Returns True, once for each mark, if the images' mean step has passed one of `num_previews` even marks."""
+        """Returns True if a Progress event must be sent now. A second call at the same progress returns False.
+
+        Events are evenly spread over the steps of all images. Example: one image with 20 steps and 5 previews sends
+        events after steps 4, 8, 12, 16 and 20.
+        """
         marks = self.request.num_previews * self.steps_done // (self.request.count * self.request.options.num_steps)
         due = marks > self._previews_sent
         self._previews_sent = max(marks, self._previews_sent)
         return due
 
     def progress(self, previews: dict[int, Pixels]) -> Progress:
-        """Returns the progress of the job. `previews` are those of its unfinished images, by index."""
+        """Returns the progress of the job. `previews` has the previews of its unfinished images by index."""
         images = [previews.get(index, pixels) for index, pixels in enumerate(self._pixels)]
         step = self.steps_done // self.request.count
         return Progress(step, self.request.options.num_steps, [image for image in images if image is not None])
 
     def finish(self, trajectory: Trajectory, pixels: Pixels) -> None:
-        """Stores one finished image. Answers the job if it was the last one."""
+        """Stores one finished image. Answers the job if this was its last unfinished image."""
         self.unfinished.remove(trajectory)
         self._pixels[trajectory.index] = pixels
         self.tell(ImageDone(trajectory.index, pixels))
@@ -153,7 +163,7 @@ class Job:
             self.future.set_result([image for image in self._pixels if image is not None])
 
     def fail(self, error: Exception) -> None:
-        """Answers the job with an error, unless it was answered before."""
+        """Answers the job with an error. Does nothing if the job is already answered."""
         if not self.closed:
             self._close()
             self.future.set_exception(error)

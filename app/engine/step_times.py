@@ -1,4 +1,17 @@
-"""Step times: how long one reverse step takes, given its number of network evaluations."""
+"""The step time model: predicts the duration of one reverse step from its number of network evaluations.
+
+Warm-up measures the times of a few batch sizes. The scheduler needs the time of every size, and it needs the time now:
+the machine may be slower than it was at warm-up. The model therefore is a curve times a factor:
+
+    step_seconds(n) = slowdown * measured_seconds(n)
+
+`measured_seconds` interpolates between the measured sizes. `slowdown` is one factor for all sizes, because a busy
+machine slows down all sizes by about the same factor. It is an exponential moving average: each step that runs moves it
+by SMOOTHING of the difference between the actual and the predicted time.
+
+Example: the curve is {1: 1.0 ms, 8: 3.6 ms, 16: 7.0 ms}. The predicted time of 12 evaluations is 5.3 ms. If steps take
+twice as long from now on, `slowdown` is 1.05 after the first step and 1.95 after 60 steps.
+"""
 
 from collections.abc import Sequence
 from copy import copy
@@ -7,64 +20,76 @@ from dataclasses import dataclass
 import numpy as np
 
 SMOOTHING = 0.05  # weight of the newest step
-MAX_JUMP = 4.0  # a step that is slower was interrupted; it counts as this many times slower
+# The largest ratio of the actual to the predicted time that counts. A larger ratio means that the step was interrupted,
+# for example because the process was paused. It says little about the next steps.
+MAX_JUMP = 4.0
 
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """The throughput of full steps: evaluations a second, seconds of a full step and of a step of one evaluation."""
+    """The speed of the machine as the scheduler uses it."""
 
-    rate: float
-    step_seconds: float
-    lone_seconds: float
+    rate: float  # evaluations per second in full steps
+    step_seconds: float  # duration of a full step
+    lone_seconds: float  # duration of a step with one evaluation
 
 
 class StepTimes:
-    """The seconds of a step by its evaluations: the curve measured at warm-up, times the present slowdown.
+    """Predicts step times from the curve that was measured at warm-up and the current slowdown.
 
-    A guided row counts as two evaluations. Each model in a step has its own call.
+    A guided row counts as two evaluations. A step makes one network call for each model. Its time is the sum of the
+    times of its calls.
     """
 
     def __init__(self, seconds_by_rows: dict[int, float]) -> None:
         self._rows = sorted(seconds_by_rows)
         self._seconds = [seconds_by_rows[rows] for rows in self._rows]
-        self._curve = np.array(self._rows), np.array(self._seconds)  # numpy would convert lists at each call
-        self.slowdown = 1.0
+        self._curve = np.array(self._rows), np.array(self._seconds)  # np.interp would convert lists in each call
+        self.slowdown = 1.0  # actual time divided by the time at warm-up
 
     def copy(self) -> "StepTimes":
-        """Returns an independent copy."""
+        """Returns a copy with its own slowdown."""
         return copy(self)
 
     def observe(self, calls: Sequence[int], seconds: float) -> None:
-        """Updates the slowdown after a step that took `seconds`. `calls` are the evaluations of each model's call."""
+        """Updates the slowdown after a step that took `seconds`.
+
+        `calls` has the number of evaluations of each network call of the step.
+        """
         ratio = seconds / sum(map(self.step_seconds, calls))
         self.slowdown *= 1 + SMOOTHING * (min(ratio, MAX_JUMP) - 1)
 
     def step_seconds(self, evaluations: float) -> float:
-        """Returns the seconds of a step at the machine's present speed."""
+        """Returns the predicted seconds of a step at the current speed of the machine."""
         return self.slowdown * self.measured_seconds(evaluations)
 
     def measured_seconds(self, evaluations: float) -> float:
-        """Returns the seconds of a step as measured at warm-up.
+        """Returns the seconds of a step at the speed of warm-up.
 
-        Interpolates linearly. Below the smallest measured batch the time is constant, above the largest proportional.
+        Interpolates linearly between the measured batches. Below the smallest measured batch the time is constant.
+        Above the largest one it is proportional to the number of evaluations.
         """
         above = max(1.0, evaluations / self._rows[-1])
         return above * float(np.interp(evaluations, *self._curve))
 
     def best_batch(self, tolerance: float, seconds: float) -> int:
-        """Returns the largest measured batch that takes at most `seconds` and is within `tolerance` of the best rate.
+        """Returns the batch size for the best throughput: the number of evaluations of a full step.
 
-        `tolerance` is a share, 0 to 1. If all batches near the best rate take longer, returns the smallest of them.
+        This is the largest measured batch whose rate (evaluations per second) is at least 1 - `tolerance` of the best
+        rate and whose time at warm-up is at most `seconds`. `tolerance` is between 0 and 1. If all batches near the
+        best rate take longer than `seconds`, returns the smallest of them.
+
+        Example: {8: 1.0 s, 16: 1.6 s, 32: 2.9 s} gives rates of 8, 10 and 11 per second. With a tolerance of 0.2, the
+        batches 16 and 32 are near the best rate. A limit of 2 s leaves 16.
         """
         rates = [rows / time for rows, time in zip(self._rows, self._seconds, strict=True)]
         near = [rows for rows, rate in zip(self._rows, rates, strict=True) if rate >= (1 - tolerance) * max(rates)]
         return max((rows for rows in near if self.measured_seconds(rows) <= seconds), default=near[0])
 
     def largest_batch(self, seconds: float) -> int:
-        """Returns the largest batch, up to the largest measured one, whose measured time is within `seconds`.
+        """Returns the largest number of evaluations that take at most `seconds` at the speed of warm-up.
 
-        Returns 0 if even one evaluation takes longer.
+        The result is not larger than the largest measured batch. It is 0 if one evaluation takes longer.
         """
         fitting = (rows for rows in range(self._rows[-1], 0, -1) if self.measured_seconds(rows) <= seconds)
         return next(fitting, 0)

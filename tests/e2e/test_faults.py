@@ -154,7 +154,7 @@ def test_steps_that_always_fail_turn_readyz_to_503_and_end_the_process(checkpoin
         assert broken.client.get("/readyz").status_code == 200  # one failed batch says nothing yet
         for _ in range(2):
             assert_problem(broken.post({"digit": 1}), 500, "internal_error")
-        eventually(lambda: broken.client.get("/readyz").status_code == 503, "the known picture could not be drawn")
+        eventually(lambda: broken.client.get("/readyz").status_code == 503, "the probe image could not be generated")
         assert broken.client.get("/health").json()["status"] == "failed"
         assert_problem(broken.post({"digit": 1}), 503, "engine_failed")
         assert broken.process.wait() == 1
@@ -166,5 +166,5 @@ def test_poisoned_requests_do_not_turn_readyz_to_503(faulty: Service) -> None:
     for _ in range(7):
         assert_problem(faulty.post({"digit": 9, "seed": seed_of("exception", 0)}), 500, "internal_error")
     assert faulty.client.get("/readyz").status_code == 200
-    assert any("drawing the known picture" in line for line in faulty.process.lines)
+    assert any("testing the engine with the probe image" in line for line in faulty.process.lines)
     assert faulty.images(digit=3, seed=1) == wanted

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from app import errors
-from app.engine.admission import RECOVERY_SECONDS, Admission, _first
+from app.engine.admission import RECOVERY_SECONDS, Admission, _shortest_wait
 from app.engine.job import Job
 from app.engine.step_times import StepTimes
 from tests.app.fakes import new_job
@@ -13,7 +13,7 @@ STEP_TIMES = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})  # 8 evaluations take 
 NOW = 50.0
 
 
-def opened(capacity: int = 1024, max_batch: int | None = None) -> Admission:
+def new_admission(capacity: int = 1024, max_batch: int | None = None) -> Admission:
     admission = Admission(capacity, max_batch)
     admission.open(STEP_TIMES.copy())
     return admission
@@ -23,7 +23,7 @@ def job(count: int = 1, **fields: object) -> Job:
     return new_job(count, **{"num_steps": 10, "submitted_at": NOW, **fields})  # type: ignore[arg-type]
 
 
-def admitted(admission: Admission, *jobs: Job) -> list[Job]:
+def admit_all(admission: Admission, *jobs: Job) -> list[Job]:
     for each in jobs:
         admission.admit(each, NOW)
     return list(jobs)
@@ -39,92 +39,92 @@ def seconds_of(job: Job) -> float:
     return job.estimate.seconds
 
 
-def test_a_job_knows_its_position_and_expected_time() -> None:
-    admission = opened()
-    first, second = admitted(admission, job(16), job(1))
-    rate = 15 / STEP_TIMES.step_seconds(15)  # the rate of the slowest full step
+def test_job_has_its_position_and_expected_time() -> None:
+    admission = new_admission()
+    first, second = admit_all(admission, job(16), job(1))
+    rate = 15 / STEP_TIMES.step_seconds(15)  # A full step with 15 evaluations has the lowest rate.
     assert (position_of(first), seconds_of(first)) == (0, pytest.approx(15 * 10 / rate + 10 * 5.0))
-    assert (position_of(second), seconds_of(second)) == (16, 10 * 3.0)  # steps stay short for this job
+    assert (position_of(second), seconds_of(second)) == (16, 10 * 3.0)  # steps are short while `second` runs
 
 
-def test_a_lone_image_takes_its_own_steps() -> None:
-    (alone,) = admitted(opened(), job(1, guided_steps=range(10)))
+def test_estimate_of_a_single_image_is_the_time_of_its_steps() -> None:
+    (alone,) = admit_all(new_admission(), job(1, guided_steps=range(10)))
     assert seconds_of(alone) == pytest.approx(10 * STEP_TIMES.step_seconds(2))
 
 
-def test_an_image_that_has_no_row_in_every_step_is_told_the_bound() -> None:
-    admission = opened()
-    jobs = admitted(admission, *(job(1) for _ in range(9)))
+def test_estimate_of_an_image_outside_the_first_round_is_the_bound() -> None:
+    admission = new_admission()
+    jobs = admit_all(admission, *(job(1) for _ in range(9)))
     assert seconds_of(jobs[7]) == 10 * STEP_TIMES.step_seconds(8)
     rate = 15 / STEP_TIMES.step_seconds(15)
     assert seconds_of(jobs[8]) == pytest.approx(8 * 10 / rate + 10 * 5.0)
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_a_short_step_has_as_many_evaluations_guided_or_not(guided: bool) -> None:
-    admission, steps = opened(), range(10 if guided else 0)
-    admitted(admission, job(64, guided_steps=steps), job(1, guided_steps=steps))
+def test_short_step_has_the_same_number_of_evaluations_with_and_without_guidance(guided: bool) -> None:
+    admission, steps = new_admission(), range(10 if guided else 0)
+    admit_all(admission, job(64, guided_steps=steps), job(1, guided_steps=steps))
     assert sum(row.evaluations for row in admission.select(NOW)) == 8
 
 
-def test_a_job_that_cannot_finish_in_time_is_refused() -> None:
-    admission = opened()
-    admitted(admission, job(16))
+def test_job_that_cannot_finish_in_time_is_refused() -> None:
+    admission = new_admission()
+    admit_all(admission, job(16))
     with pytest.raises(errors.Overloaded, match="deadline") as refused:
         admission.admit(job(16, timeout=60), NOW)
-    assert 40 <= refused.value.retry_after <= 60  # it needs 100 s, its target is 54 s: only an idle engine admits it
+    # The job needs 100 s and its target is 54 s after submission. Only an idle engine admits it.
+    assert 40 <= refused.value.retry_after <= 60
     assert len(admission.backlog) == 1
 
 
-def test_a_job_that_would_make_an_admitted_one_late_is_refused() -> None:
-    admission = opened()
-    admitted(
-        admission, job(16, timeout=125)
-    )  # its bound is 99.4 s, with a step in progress 104.4 s, its target 112.5 s
-    with pytest.raises(errors.Overloaded, match="earlier one"):
+def test_job_that_would_make_an_admitted_job_late_is_refused() -> None:
+    admission = new_admission()
+    # The bound of this job is 99.4 s, or 104.4 s with a step in progress. Its target is 112.5 s.
+    admit_all(admission, job(16, timeout=125))
+    with pytest.raises(errors.Overloaded, match="an admitted one would miss its deadline"):
         admission.admit(job(4, timeout=100), NOW)
-    admitted(admission, job(4, timeout=1000), job(1, timeout=100))
+    admit_all(admission, job(4, timeout=1000), job(1, timeout=100))
 
 
-def test_an_idle_engine_admits_a_job_that_cannot_finish_in_time() -> None:
-    """Step times are only corrected by running steps."""
-    admitted(opened(), job(16, timeout=1))
+def test_idle_engine_admits_a_job_that_cannot_finish_in_time() -> None:
+    """Only running steps correct the predicted step times."""
+    admit_all(new_admission(), job(16, timeout=1))
 
 
-def test_a_queue_filled_by_a_job_that_has_not_begun_has_room_after_the_next_step() -> None:
-    admission = opened(capacity=16)
-    admitted(admission, job(16))
+def test_retry_after_of_a_full_queue_is_one_second_if_no_image_has_started() -> None:
+    admission = new_admission(capacity=16)
+    admit_all(admission, job(16))
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1), NOW)
     assert refused.value.retry_after == 1
 
 
-def test_a_queue_behind_a_full_step_has_room_when_an_image_finishes() -> None:
-    admission = opened(capacity=16)
-    admitted(admission, job(16))
+def test_retry_after_of_a_full_queue_is_the_time_until_an_image_finishes() -> None:
+    admission = new_admission(capacity=16)
+    admit_all(admission, job(16))
     for row in admission.select(NOW):
         admission.backlog.start(row)
-    admitted(admission, job(16))
+    admit_all(admission, job(16))
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1), NOW)
-    assert refused.value.retry_after == 4  # an image is 10 evaluations of 3 a second
+    assert refused.value.retry_after == 4  # An image needs 10 evaluations at 3 per second.
 
 
-def test_too_many_running_images_are_refused_until_one_finishes() -> None:
-    admission = opened(capacity=8, max_batch=1)
+def test_job_is_refused_while_too_many_images_are_running() -> None:
+    admission = new_admission(capacity=8, max_batch=1)
     for _ in range(2 * (8 + 1)):
-        (running,) = admitted(admission, job(1, timeout=1000))
+        (running,) = admit_all(admission, job(1, timeout=1000))
         admission.backlog.start(running.unfinished[0])
         admission.backlog._update(running.unfinished)
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1, timeout=1000), NOW)
-    assert refused.value.retry_after == 10  # an image is 10 evaluations of 1 a second
+    assert refused.value.retry_after == 10  # An image needs 10 evaluations at 1 per second.
 
 
 @pytest.mark.parametrize(
     ("fitting", "longest", "first"),
     [
-        ({1, 2, 3, *range(12, 20)}, 20, 1),  # not 12
+        ({1, 2, 3, *range(12, 20)}, 20, 1),  # Bisecting the whole range would find 12.
         (set(range(7, 20)), 20, 7),
         (set(range(8, 20)), 20, 8),
         ({19}, 20, 19),
@@ -132,31 +132,29 @@ def test_too_many_running_images_are_refused_until_one_finishes() -> None:
         (set(), 1, 1),
     ],
 )
-def test_retry_after_is_a_short_wait_even_if_longer_ones_do_not_fit(
-    fitting: set[int], longest: int, first: int
-) -> None:
-    assert _first(fitting.__contains__, longest) == first
+def test_shortest_wait_is_found_even_if_longer_waits_do_not_fit(fitting: set[int], longest: int, first: int) -> None:
+    assert _shortest_wait(fitting.__contains__, longest) == first
 
 
-def test_all_rows_serve_the_target_that_is_at_risk() -> None:
-    admission = opened()
-    urgent, patient = admitted(admission, job(16, timeout=125), job(16, timeout=1000))
+def test_all_rows_are_of_the_first_job_while_its_target_is_at_risk() -> None:
+    admission = new_admission()
+    urgent, patient = admit_all(admission, job(16, timeout=125), job(16, timeout=1000))
     assert {row.job for row in admission.select(NOW)} == {urgent, patient}
-    assert {row.job for row in admission.select(NOW + 12)} == {urgent}  # nothing was done meanwhile
+    assert {row.job for row in admission.select(NOW + 12)} == {urgent}  # No step ran in these 12 s.
     admission.backlog.remove(urgent)
     assert {row.job for row in admission.select(NOW + 12)} == {patient}
 
 
-def test_a_machine_that_became_slower_puts_targets_at_risk() -> None:
-    admission = opened()
-    urgent, patient = admitted(admission, job(16, timeout=125), job(16, timeout=1000))
+def test_targets_are_at_risk_when_the_machine_becomes_slower() -> None:
+    admission = new_admission()
+    urgent, patient = admit_all(admission, job(16, timeout=125), job(16, timeout=1000))
     assert {row.job for row in admission.select(NOW)} == {urgent, patient}
     admission.step_times.slowdown = 1.1
     assert {row.job for row in admission.select(NOW)} == {urgent}
 
 
-def test_the_time_of_a_step_is_learned_from_each_models_call() -> None:
-    admission = opened()
+def test_slowdown_is_computed_from_the_calls_of_all_models() -> None:
+    admission = new_admission()
     rows = [*job(4, guided_steps=range(10)).unfinished, *job(1, model="fast").unfinished]
     admission.observe(rows, STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1))
     assert admission.step_times.slowdown == 1.0
@@ -164,11 +162,11 @@ def test_the_time_of_a_step_is_learned_from_each_models_call() -> None:
     assert 1.0 < admission.step_times.slowdown < 2.0
 
 
-def test_a_memory_shortage_halves_the_batch_and_each_minute_without_one_doubles_it(
+def test_memory_shortage_halves_the_batch_and_each_minute_without_one_doubles_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    admission = opened(max_batch=16)
-    admitted(admission, job(64))
+    admission = new_admission(max_batch=16)
+    admit_all(admission, job(64))
     with caplog.at_level(logging.INFO):
         admission.lower_max_batch(NOW)
         assert len(admission.select(NOW)) == admission.max_batch == 8
@@ -176,19 +174,19 @@ def test_a_memory_shortage_halves_the_batch_and_each_minute_without_one_doubles_
         sizes = [len(admission.select(NOW + 1 + seconds * RECOVERY_SECONDS)) for seconds in (0, 0.9, 1, 1.9, 2, 3, 4)]
     assert sizes == [4, 4, 8, 8, 16, 16, 16]
     assert caplog.text.count("Out of device memory") == 2
-    assert caplog.text.count("raising the batch") == 2
+    assert caplog.text.count("Batch size raised after a memory shortage") == 2
 
 
-def test_the_batch_is_at_least_one_row() -> None:
-    admission = opened(max_batch=2)
+def test_batch_has_at_least_one_row() -> None:
+    admission = new_admission(max_batch=2)
     for _ in range(3):
         admission.lower_max_batch(NOW)
     assert admission.max_batch == 1
 
 
-def test_images_that_have_begun_are_limited_too() -> None:
-    """Requests with ever earlier deadlines start one after the other, and none of them waits any more."""
-    admission = opened(capacity=4, max_batch=2)
+def test_number_of_started_images_is_limited() -> None:
+    """Each job has an earlier deadline than the jobs before it. So each job starts, and no image counts as waiting."""
+    admission = new_admission(capacity=4, max_batch=2)
     refused = False
     for k in range(40):
         try:
@@ -206,36 +204,36 @@ def test_images_that_have_begun_are_limited_too() -> None:
 
 
 def test_retry_after_does_not_exceed_the_time_until_the_engine_is_idle() -> None:
-    """An idle engine admits every job, also one that cannot finish in time."""
-    admission = opened()
-    admitted(admission, job(16, num_steps=1))  # 5 s of work
+    """An idle engine also admits a job that cannot finish in time."""
+    admission = new_admission()
+    admit_all(admission, job(16, num_steps=1))  # 5 s of work
     with pytest.raises(errors.Overloaded) as refused:
         admission.admit(job(64, timeout=1), NOW)
     assert refused.value.retry_after == 6
 
 
 @pytest.mark.parametrize("num_jobs", [300, 3000])
-def test_admission_looks_at_every_job_in_arrays(num_jobs: int) -> None:
+def test_number_of_function_calls_does_not_grow_with_the_number_of_jobs(num_jobs: int) -> None:
     """No Python code runs for each job: the number of calls stays the same."""
-    admission = opened(capacity=10**6)
-    admitted(admission, *(job(1, timeout=10**7) for _ in range(50)))
-    few = calls_of(admission)
-    admitted(admission, *(job(1, timeout=10**7) for _ in range(num_jobs - 50)))
-    assert calls_of(admission) <= few + 20
+    admission = new_admission(capacity=10**6)
+    admit_all(admission, *(job(1, timeout=10**7) for _ in range(50)))
+    few = count_calls(admission)
+    admit_all(admission, *(job(1, timeout=10**7) for _ in range(num_jobs - 50)))
+    assert count_calls(admission) <= few + 20
 
 
-def calls_of(admission: Admission) -> int:
-    """The Python and C functions that one refused request calls."""
+def count_calls(admission: Admission) -> int:
+    """Returns the number of Python and C function calls for one refused job and one row selection."""
     count = 0
 
     def count_call(frame: object, event: str, argument: object) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
-    newcomer = job(1, timeout=0.1)
+    candidate = job(1, timeout=0.1)
     sys.setprofile(count_call)
     try:
-        assert not admission.backlog.admits(newcomer, admission._full(newcomer), NOW)
+        assert not admission.backlog.admits(candidate, admission._full(candidate), NOW)
         admission.select(NOW)
     finally:
         sys.setprofile(None)

@@ -1,4 +1,4 @@
-"""What is asked for is drawn, step by step, and measured."""
+"""Tests of the engine with its thread: jobs are answered with their images, and metrics count the steps."""
 
 from app.api.requests import ClientGoneError
 from app.engine.job import Job
@@ -31,30 +31,30 @@ def test_jobs_are_answered_with_their_images() -> None:
     assert max(map(len, runner.calls)) == 8
 
 
-def test_a_single_image_takes_part_in_the_next_step_and_in_every_step_until_it_is_done() -> None:
-    crowd, single = new_job(64, num_steps=20, seed=1), new_job(1, num_steps=10, seed=2)
+def test_single_image_joins_the_next_step_and_every_step_until_it_is_finished() -> None:
+    large, single = new_job(64, num_steps=20, seed=1), new_job(1, num_steps=10, seed=2)
     runner = FakeRunner()
     engine = new_engine(runner, max_batch=64)
 
     def arrive(rows: Rows) -> None:
-        if len(runner.calls) == 5:  # while the sixth step runs
+        if len(runner.calls) == 5:  # The sixth step is in progress.
             engine.submit(single)
 
     runner.on_step = arrive
     with running(engine):
         engine.ready.result(WAIT_SECONDS)
-        engine.submit(crowd)
+        engine.submit(large)
         assert same(single.future.result(WAIT_SECONDS), images(single))
-        assert same(crowd.future.result(WAIT_SECONDS), images(crowd))
-    took_part = [number for number, rows in enumerate(runner.calls) if any(row.job is single for row in rows)]
-    assert took_part == list(range(6, 16))
+        assert same(large.future.result(WAIT_SECONDS), images(large))
+    steps_with_single = [number for number, rows in enumerate(runner.calls) if any(row.job is single for row in rows)]
+    assert steps_with_single == list(range(6, 16))
     assert [len(rows) for rows in runner.calls[:16]] == [64] * 16
-    waits = engine._metrics.registry.get_sample_value
-    assert waits("unfog_admission_wait_steps_sum") == 1  # the step that ran when it came
-    assert waits("unfog_admission_wait_steps_count") == 65
+    sample = engine._metrics.registry.get_sample_value
+    assert sample("unfog_admission_wait_steps_sum") == 1  # the step in progress when `single` was submitted
+    assert sample("unfog_admission_wait_steps_count") == 65
 
 
-def test_rows_that_left_during_a_step_are_forgotten() -> None:
+def test_rows_cancelled_during_a_step_are_released() -> None:
     gate = Gate()
     runner = FakeRunner(on_step=gate)
     with running(new_engine(runner)) as engine:
@@ -70,7 +70,7 @@ def test_rows_that_left_during_a_step_are_forgotten() -> None:
     assert sum(any(row.job is leaving for row in rows) for rows in runner.calls) == 1
 
 
-def test_every_step_is_measured() -> None:
+def test_metrics_count_every_step() -> None:
     engine = opened(new_engine(FakeRunner(), max_batch=2))
     job: Job = new_job(3, num_steps=2)
     engine.submit(job)

@@ -1,4 +1,4 @@
-"""The bound and the admission check against the rule written out in plain loops."""
+"""Compares the bound and the admission check with the same rules written as plain loops."""
 
 import math
 import random
@@ -17,13 +17,13 @@ PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=
 
 
 def random_job(choose: random.Random, now: float, *, fresh: bool = False) -> Job:
-    """A job of any kind, some of whose images have advanced."""
+    """Returns a random job. Unless it is `fresh`, its images have made a random number of steps."""
     num_steps = choose.choice([1, 4, 10, 50])
     guided = range(*sorted(choose.choices(range(num_steps + 1), k=2)))
     timeout = choose.choice([0.5, 2.0, 10.0, 30.0, math.inf])
     job = new_job(choose.randint(1, 9), num_steps, timeout=timeout, guided_steps=guided, submitted_at=now)
     if not fresh:
-        steps = sorted((choose.randrange(num_steps) for _ in job.unfinished), reverse=True)  # the furthest first
+        steps = sorted((choose.randrange(num_steps) for _ in job.unfinished), reverse=True)  # most steps first
         for row, step in zip(job.unfinished, steps, strict=True):
             job.evaluations_left -= sum(2 if k in guided else 1 for k in range(step))
             row.step = step
@@ -35,14 +35,14 @@ def work(row_step: int, job: Job) -> int:
 
 
 def bounds(jobs: list[Job]) -> dict[Job, float]:
-    """The bound of each job, in seconds from now."""
-    found, total = {}, 0
-    for job in sorted(jobs, key=lambda job: job.target):  # stable
+    """Returns the bound of each job in seconds."""
+    finish_in, total = {}, 0
+    for job in sorted(jobs, key=lambda job: job.target):  # sorted() is stable
         longest = min(row.step for row in job.unfinished)
         total += sum(work(row.step, job) for row in job.unfinished)
         others = total - work(longest, job)
-        found[job] = others / FULL.rate + (job.request.options.num_steps - longest) * FULL.step_seconds
-    return found
+        finish_in[job] = others / FULL.rate + (job.request.options.num_steps - longest) * FULL.step_seconds
+    return finish_in
 
 
 def is_lost(job: Job, now: float) -> bool:
@@ -73,14 +73,14 @@ def test_jobs_are_ordered_by_target_and_then_by_arrival(seed: int) -> None:
         else:
             jobs.append(random_job(choose, now=0.0))
             backlog.add(jobs[-1])
-        assert backlog.jobs == sorted(jobs, key=lambda job: job.target)  # stable, and `jobs` are in order of arrival
+        assert backlog.jobs == sorted(jobs, key=lambda job: job.target)  # sorted() is stable.
     assert len(backlog) == len(jobs)
     assert backlog.work == sum(job.evaluations_left for job in jobs)
 
 
 @PROFILE
 @given(seed=st.integers(0, 2**32))
-def test_slack_is_the_least_time_between_a_bound_and_its_target(seed: int) -> None:
+def test_slack_is_the_smallest_time_between_bound_and_target(seed: int) -> None:
     _, backlog, now = random_backlog(seed)
     expected = [
         job.target - now - FULL.step_seconds - bound
@@ -92,69 +92,69 @@ def test_slack_is_the_least_time_between_a_bound_and_its_target(seed: int) -> No
 
 @PROFILE
 @given(seed=st.integers(0, 2**32))
-def test_a_newcomer_is_admitted_if_it_and_all_that_it_delays_meet_their_targets(seed: int) -> None:
+def test_job_is_admitted_if_it_and_all_delayed_jobs_meet_their_targets(seed: int) -> None:
     choose, backlog, now = random_backlog(seed)
-    newcomer = random_job(choose, now, fresh=True)
-    after = bounds([*backlog.jobs, newcomer])
-    delayed = [job for job in backlog if job.target > newcomer.target and not is_lost(job, now)]
-    expected = all(now + FULL.step_seconds + after[job] <= job.target for job in [newcomer, *delayed])
-    assert backlog.admits(newcomer, FULL, now) is expected
-    assert newcomer not in backlog
+    candidate = random_job(choose, now, fresh=True)
+    after = bounds([*backlog.jobs, candidate])
+    delayed = [job for job in backlog if job.target > candidate.target and not is_lost(job, now)]
+    expected = all(now + FULL.step_seconds + after[job] <= job.target for job in [candidate, *delayed])
+    assert backlog.admits(candidate, FULL, now) is expected
+    assert candidate not in backlog
 
 
-def test_both_answers_occur_among_random_newcomers() -> None:
-    answers = set()
+def test_random_jobs_are_both_admitted_and_refused() -> None:
+    decisions = set()
     for seed in range(60):
         choose, backlog, now = random_backlog(seed)
-        answers.add(backlog.admits(random_job(choose, now, fresh=True), FULL, now))
-    assert answers == {True, False}
+        decisions.add(backlog.admits(random_job(choose, now, fresh=True), FULL, now))
+    assert decisions == {True, False}
 
 
-def test_a_job_that_cannot_finish_in_any_case_does_not_keep_others_out() -> None:
+def test_lost_job_does_not_keep_other_jobs_out() -> None:
     backlog = Backlog(10_000)
-    hopeless = new_job(64, num_steps=100, timeout=10.0, submitted_at=0.0)  # 64 s of work
-    backlog.add(hopeless)
+    lost = new_job(64, num_steps=100, timeout=10.0, submitted_at=0.0)  # 64 s of work
+    backlog.add(lost)
     assert backlog.slack(FULL, 0.0) == math.inf
     assert backlog.admits(new_job(1, num_steps=10, timeout=5.0, submitted_at=0.0), FULL, 0.0)
 
 
-def test_a_newcomer_with_another_model_is_measured_against_every_job() -> None:
-    """Its call makes every step longer, also for jobs with earlier targets."""
+def test_job_with_another_model_delays_all_jobs() -> None:
+    """The call of another model makes every step longer, also for jobs with earlier targets."""
     backlog = Backlog(10_000)
     backlog.add(new_job(1, num_steps=50, timeout=10.0, submitted_at=0.0))  # its bound is 8 s, its target 9 s
-    slower = Throughput(rate=80.0, step_seconds=0.2, lone_seconds=0.02)  # with which the bound is 10 s
+    slower = Throughput(rate=80.0, step_seconds=0.2, lone_seconds=0.02)  # The bound at this speed is 10 s.
     same, other = (new_job(1, num_steps=1, timeout=100.0, submitted_at=0.0, model=name) for name in ("default", "fast"))
     assert backlog.admits(same, slower, 0.0)
     assert not backlog.admits(other, slower, 0.0)
 
 
-def test_after_a_wait_the_backlog_has_drained_in_order() -> None:
+def test_admission_after_a_wait_counts_the_work_finished_until_then() -> None:
     backlog = Backlog(10_000)
     backlog.add(new_job(50, num_steps=20, timeout=15.0, submitted_at=0.0))  # 1,000 evaluations take 10 s
-    newcomer = new_job(10, num_steps=50, timeout=16.0, submitted_at=0.0)  # its own bound is 12.5 s, its target 14.4 s
-    # All of it needs (10 - wait) + 12.5 + 0.16 <= 14.4.
-    assert [wait for wait in range(12) if not backlog.admits(newcomer, FULL, 0.0, wait)] == list(range(9))
+    candidate = new_job(10, num_steps=50, timeout=16.0, submitted_at=0.0)  # its own bound is 12.5 s, its target 14.4 s
+    # The job is admitted if (10 - wait) + 12.5 + 0.16 <= 14.4. Therefore waits of 0 to 8 s are too short.
+    assert [wait for wait in range(12) if not backlog.admits(candidate, FULL, 0.0, wait)] == list(range(9))
 
 
-def test_images_finish_in_order() -> None:
+def test_images_after_counts_jobs_in_order() -> None:
     backlog = Backlog(10_000)
     for job in (new_job(10, num_steps=10, submitted_at=0.0), new_job(10, num_steps=10, submitted_at=1.0)):
         backlog.add(job)
-    found = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0, 3.0)]
-    assert found == [20, 18, 16, 10, 5, 0, 0]
+    remaining = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.2, 0.4, 1.0, 1.5, 2.0, 3.0)]
+    assert remaining == [20, 18, 16, 10, 5, 0, 0]
 
 
-def test_running_images_finish_before_waiting_ones_and_by_their_steps_left() -> None:
+def test_images_after_counts_running_images_before_waiting_images() -> None:
     backlog = Backlog(10_000)
     job = new_job(10, num_steps=10, submitted_at=0.0)
     backlog.add(job)
-    job.num_waiting, job.evaluations_left = 4, 46  # each of the six others has one step left
+    job.num_waiting, job.evaluations_left = 4, 46  # Four images wait, and six images have one step left.
     backlog._update(job.unfinished)
-    found = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.03, 0.06, 0.16, 0.46)]
-    assert found == [10, 7, 4, 3, 0]
+    remaining = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.03, 0.06, 0.16, 0.46)]
+    assert remaining == [10, 7, 4, 3, 0]
 
 
-def test_the_table_grows_and_its_slots_are_used_again() -> None:
+def test_table_grows_and_its_slots_are_reused() -> None:
     backlog = Backlog(10_000)
     jobs = [new_job(1, num_steps=2, submitted_at=float(i)) for i in range(300)]
     for job in jobs:

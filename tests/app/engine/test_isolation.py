@@ -7,10 +7,10 @@ from tests.app.fakes import Rows, new_job
 
 
 class Compute:
-    """Doubles the index of each row, unless a guilty one or too many are among them."""
+    """Doubles the index of each row. Raises if a failing row is in the batch or if the batch exceeds the limit."""
 
-    def __init__(self, guilty: set[int] | None = None, limit: int = 1000, error: Exception | None = None) -> None:
-        self.guilty, self.limit, self.error = guilty or set(), limit, error or ValueError("guilty")
+    def __init__(self, failing: set[int] | None = None, limit: int = 1000, error: Exception | None = None) -> None:
+        self.failing, self.limit, self.error = failing or set(), limit, error or ValueError("failing")
         self.batches: list[list[int]] = []
         self.failed: list[tuple[int, Exception]] = []
         self.num_shortages = 0
@@ -19,7 +19,7 @@ class Compute:
         self.batches.append([row.index for row in rows])
         if len(rows) > self.limit:
             raise OutOfMemoryError
-        if self.guilty & {row.index for row in rows}:
+        if self.failing & {row.index for row in rows}:
             raise self.error
         return [2 * row.index for row in rows]
 
@@ -27,65 +27,65 @@ class Compute:
         self.failed.append((row.index, error))
         row.job.fail(error)
 
-    def note_shortage(self) -> None:
+    def count_shortage(self) -> None:
         self.num_shortages += 1
 
     def run(self, rows: Rows) -> list[tuple[int, int]]:
-        return [(row.index, result) for row, result in isolate(rows, self, self.fail, self.note_shortage)]
+        return [(row.index, result) for row, result in isolate(rows, self, self.fail, self.count_shortage)]
 
 
 def one_job_each(count: int) -> Rows:
     return [Trajectory(new_job(), index) for index in range(count)]
 
 
-def test_a_batch_without_fault_is_computed_once() -> None:
+def test_batch_without_failing_rows_is_computed_once() -> None:
     compute = Compute()
     assert compute.run(one_job_each(5)) == [(index, 2 * index) for index in range(5)]
     assert compute.batches == [[0, 1, 2, 3, 4]]
 
 
-def test_nothing_is_not_computed() -> None:
+def test_empty_batch_is_not_computed() -> None:
     compute = Compute()
     assert compute.run([]) == []
     assert compute.batches == []
 
 
-@pytest.mark.parametrize("guilty", [{0}, {6}, {3, 4}, {0, 2, 5}, set(range(7))])
-def test_only_the_guilty_rows_fail_and_the_others_are_computed_once(guilty: set[int]) -> None:
-    compute = Compute(guilty)
-    assert compute.run(one_job_each(7)) == [(index, 2 * index) for index in range(7) if index not in guilty]
-    assert compute.failed == [(index, compute.error) for index in sorted(guilty)]
-    succeeded = [index for batch in compute.batches if not guilty & set(batch) for index in batch]
+@pytest.mark.parametrize("failing", [{0}, {6}, {3, 4}, {0, 2, 5}, set(range(7))])
+def test_only_failing_rows_fail_and_the_others_are_computed_once(failing: set[int]) -> None:
+    compute = Compute(failing)
+    assert compute.run(one_job_each(7)) == [(index, 2 * index) for index in range(7) if index not in failing]
+    assert compute.failed == [(index, compute.error) for index in sorted(failing)]
+    succeeded = [index for batch in compute.batches if not failing & set(batch) for index in batch]
     assert len(set(succeeded)) == len(succeeded)
 
 
-def test_rows_whose_job_has_failed_are_not_computed_again() -> None:
+def test_other_rows_of_a_failed_job_are_not_computed_again() -> None:
     job = new_job(8)
     compute = Compute({0})
     assert compute.run(job.unfinished) == []
     assert compute.batches == [list(range(8)), [0, 1, 2, 3], [0, 1], [0]]
 
 
-def test_rows_whose_job_was_answered_before_are_left_out() -> None:
+def test_rows_of_answered_jobs_are_left_out() -> None:
     rows, compute = one_job_each(3), Compute()
     rows[1].job.fail(ValueError())
     assert compute.run(rows) == [(0, 0), (2, 4)]
 
 
-def test_too_many_rows_are_halved_until_they_fit() -> None:
+def test_batch_is_halved_until_it_fits_into_memory() -> None:
     compute = Compute(limit=2)
     assert compute.run(one_job_each(8)) == [(index, 2 * index) for index in range(8)]
     assert compute.failed == []
     assert compute.num_shortages == 1
 
 
-def test_a_row_that_does_not_fit_alone_fails() -> None:
+def test_row_that_does_not_fit_into_memory_alone_fails() -> None:
     compute = Compute(limit=0)
     assert compute.run(one_job_each(2)) == []
     assert [index for index, _ in compute.failed] == [0, 1]
 
 
-def test_a_lost_device_is_nobodys_fault() -> None:
+def test_lost_device_fails_no_row() -> None:
     compute = Compute({1}, error=DeviceLostError("gone"))
     with pytest.raises(DeviceLostError):
         compute.run(one_job_each(4))

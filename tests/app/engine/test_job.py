@@ -6,7 +6,7 @@ from app.engine.job import ImageDone, Progress
 from tests.app.fakes import image, images, new_job, same
 
 
-def test_a_job_is_answered_once_with_its_images_in_order() -> None:
+def test_job_is_answered_with_its_images_in_order() -> None:
     job = new_job(3, num_steps=4, seed=7)
     for index in (2, 0, 1):
         assert not job.closed
@@ -17,29 +17,29 @@ def test_a_job_is_answered_once_with_its_images_in_order() -> None:
     assert same(job.future.result(), images(job))
 
 
-def test_the_first_answer_stands() -> None:
+def test_second_error_does_not_replace_the_first() -> None:
     job, first = new_job(), ValueError("first")
     job.fail(first)
     job.fail(ValueError("second"))
     assert job.future.exception() is first
 
 
-def test_a_finished_job_cannot_fail() -> None:
+def test_finished_job_cannot_fail() -> None:
     job = new_job()
     job.finish(job.unfinished[0], image(0, 0, 3))
     job.fail(ValueError())
     assert job.future.exception() is None
 
 
-def test_nobody_but_the_engine_can_end_the_future() -> None:
+def test_caller_cannot_cancel_the_future() -> None:
     assert new_job().future.cancel() is False
 
 
-def test_without_a_timeout_a_job_is_never_late() -> None:
+def test_target_of_a_job_without_a_timeout_is_infinite() -> None:
     assert new_job().target == math.inf
 
 
-def test_each_image_is_told_when_it_is_done() -> None:
+def test_listener_receives_each_finished_image() -> None:
     events: list[Progress | ImageDone] = []
     job = new_job(2, listener=events.append)
     second = job.unfinished[1]
@@ -48,14 +48,14 @@ def test_each_image_is_told_when_it_is_done() -> None:
     assert not job.closed
 
 
-def test_steps_left_counts_down_to_the_image() -> None:
+def test_steps_left_is_the_number_of_missing_steps() -> None:
     trajectory = new_job(num_steps=5).unfinished[0]
     trajectory.step += 2
     assert trajectory.steps_left == 3
 
 
 @pytest.mark.parametrize(
-    ("num_previews", "count", "num_steps", "marks"),
+    ("num_previews", "count", "num_steps", "expected"),
     [
         (5, 1, 20, [4, 8, 12, 16, 20]),
         (1, 1, 3, [3]),
@@ -66,24 +66,26 @@ def test_steps_left_counts_down_to_the_image() -> None:
         (2, 3, 4, [6, 12]),
     ],
 )
-def test_previews_are_due_at_even_marks(num_previews: int, count: int, num_steps: int, marks: list[int]) -> None:
+def test_previews_are_due_at_regular_intervals(
+    num_previews: int, count: int, num_steps: int, expected: list[int]
+) -> None:
     job = new_job(count, num_steps, num_previews=num_previews)
-    due = []
+    actual = []
     for job.steps_done in range(1, count * num_steps + 1):
         if job.preview_due():
-            due.append(job.steps_done)
-        assert not job.preview_due()  # asking takes the mark
-    assert due == marks
+            actual.append(job.steps_done)
+        assert not job.preview_due()  # The first call has counted the preview as sent.
+    assert actual == expected
 
 
-def test_marks_that_were_passed_together_are_one_preview() -> None:
+def test_several_due_previews_are_sent_as_one() -> None:
     job = new_job(4, num_steps=2, num_previews=8)
     job.steps_done = 4
     assert job.preview_due()
     assert not job.preview_due()
 
 
-def test_progress_shows_finished_and_unfinished_images_in_order() -> None:
+def test_progress_has_finished_and_unfinished_images_in_order() -> None:
     job = new_job(3, num_steps=10, seed=1)
     job.steps_done = 17
     job.finish(job.unfinished[1], image(1, 1, 10))

@@ -1,4 +1,4 @@
-"""From warming up to draining, and how an engine dies."""
+"""Tests of the states of the engine: start, warm-up, drain, stop and failure."""
 
 import threading
 from collections.abc import Callable
@@ -32,10 +32,10 @@ def raising(error: BaseException) -> Callable[[object], None]:
 
 
 @pytest.mark.parametrize("error", [DeviceLostError("gone"), KeyboardInterrupt(), MemoryError(), SystemExit(1)])
-def test_the_death_of_the_engine_answers_everyone(error: BaseException) -> None:
+def test_all_jobs_are_answered_when_the_engine_fails(error: BaseException) -> None:
     gate = Gate()
     runner = FakeRunner(on_step=gate)
-    fatal = not isinstance(error, MemoryError)  # an ordinary exception is the row's own
+    is_fatal = not isinstance(error, MemoryError)  # An ordinary exception fails only the row.
     with running(new_engine(runner, max_batch=1)) as engine:
         engine.ready.result(WAIT_SECONDS)
         jobs = [new_job(2, num_steps=50, seed=seed) for seed in range(3)]
@@ -45,7 +45,7 @@ def test_the_death_of_the_engine_answers_everyone(error: BaseException) -> None:
         runner.on_step = raising(error)
         gate.released.set()
         kinds = [type(job.future.exception(WAIT_SECONDS)) for job in jobs]
-        if not fatal:
+        if not is_fatal:
             assert kinds == [errors.InternalError] * 3
             return
         assert kinds == [errors.EngineFailed] * 3
@@ -58,7 +58,7 @@ def test_the_death_of_the_engine_answers_everyone(error: BaseException) -> None:
         assert engine.state is EngineState.FAILED
 
 
-def test_a_device_lost_while_images_are_read_answers_everyone() -> None:
+def test_job_is_answered_when_the_device_is_lost_while_images_are_read() -> None:
     with running(new_engine(FakeRunner(on_pixels=raising(DeviceLostError("gone"))))) as engine:
         engine.ready.result(WAIT_SECONDS)
         job = new_job()
@@ -67,7 +67,7 @@ def test_a_device_lost_while_images_are_read_answers_everyone() -> None:
 
 
 @pytest.mark.parametrize("error", [RunnerError("no such file"), ZeroDivisionError()])
-def test_what_stops_the_loading_is_what_ready_fails_with(error: Exception) -> None:
+def test_ready_has_the_error_that_stopped_the_start(error: Exception) -> None:
     with running(new_engine(FakeRunner(on_warm_up=raising(error)))) as engine:
         assert engine.ready.exception(WAIT_SECONDS) is error
         assert engine.state is EngineState.FAILED
@@ -77,7 +77,7 @@ def test_what_stops_the_loading_is_what_ready_fails_with(error: Exception) -> No
             engine.submit(new_job())
 
 
-def test_nothing_is_taken_before_it_is_warm() -> None:
+def test_jobs_are_refused_before_the_engine_is_ready() -> None:
     engine = new_engine(FakeRunner())
     with pytest.raises(errors.Starting) as starting:
         engine.submit(new_job())
@@ -85,16 +85,16 @@ def test_nothing_is_taken_before_it_is_warm() -> None:
     opened(engine).submit(new_job())
 
 
-def test_stopping_ends_the_warming_up() -> None:
-    warming = threading.Event()
+def test_stop_ends_warm_up() -> None:
+    warm_up_started = threading.Event()
 
     def warm_up(should_stop: Callable[[], bool]) -> None:
-        warming.set()
+        warm_up_started.set()
         wait_until(should_stop)
 
     engine = new_engine(FakeRunner(on_warm_up=warm_up))
     engine.start()
-    assert warming.wait(WAIT_SECONDS)
+    assert warm_up_started.wait(WAIT_SECONDS)
     assert engine.drain().done()
     assert engine.stop(WAIT_SECONDS)
     assert engine.state is EngineState.DRAINING
@@ -102,7 +102,7 @@ def test_stopping_ends_the_warming_up() -> None:
         engine.submit(new_job())
 
 
-def test_a_stuck_step_is_noticed_and_its_waiters_can_still_be_answered() -> None:
+def test_stuck_engine_is_not_alive_and_its_jobs_can_be_answered() -> None:
     gate = Gate()
     with running(new_engine(FakeRunner(on_step=gate), watchdog_seconds=0.01)) as engine:
         engine.ready.result(WAIT_SECONDS)
@@ -111,7 +111,7 @@ def test_a_stuck_step_is_noticed_and_its_waiters_can_still_be_answered() -> None
         assert gate.entered.wait(WAIT_SECONDS)
         wait_until(lambda: not engine.alive)
         assert engine.state is EngineState.OK
-        with pytest.raises(errors.EngineFailed):  # nothing that comes now would be drawn
+        with pytest.raises(errors.EngineFailed):  # A stuck engine would not finish a new job.
             engine.submit(new_job())
         engine.cancel(job, error)
         assert job.future.exception(0) is error
@@ -119,47 +119,47 @@ def test_a_stuck_step_is_noticed_and_its_waiters_can_still_be_answered() -> None
         gate.released.set()
 
 
-def test_an_idle_engine_is_alive_however_long_it_idles() -> None:
+def test_idle_engine_is_alive_after_the_watchdog_timeout() -> None:
     with running(new_engine(FakeRunner(), watchdog_seconds=1e-9)) as engine:
         wait_until(lambda: engine.alive)
 
 
-def test_a_drain_is_over_when_the_last_job_is_answered() -> None:
+def test_drain_completes_when_the_last_job_is_answered() -> None:
     gate = Gate()
     with running(new_engine(FakeRunner(on_step=gate))) as engine:
         engine.ready.result(WAIT_SECONDS)
         job = new_job(2)
         engine.submit(job)
         assert gate.entered.wait(WAIT_SECONDS)
-        idle = engine.drain()
-        assert not idle.done()
+        drained = engine.drain()
+        assert not drained.done()
         with pytest.raises(errors.Draining) as draining:
             engine.submit(new_job())
         assert draining.value.retry_after >= 1
         gate.released.set()
-        idle.result(WAIT_SECONDS)
+        drained.result(WAIT_SECONDS)
         assert same(job.future.result(0), images(job))
-        assert engine.drain() is idle
+        assert engine.drain() is drained
 
 
-def test_whoever_gives_a_drain_up_does_not_disturb_it() -> None:
+def test_caller_cannot_cancel_a_drain() -> None:
     engine = opened(new_engine(FakeRunner()))
     engine.submit(new_job(num_steps=1))
-    idle = engine.drain()
-    assert not idle.cancel()
+    drained = engine.drain()
+    assert not drained.cancel()
     tick(engine)
-    assert idle.done()
+    assert drained.done()
 
 
-def test_a_drain_is_over_when_the_last_job_leaves() -> None:
+def test_drain_completes_when_the_last_job_is_cancelled() -> None:
     engine, job = opened(new_engine(FakeRunner())), new_job()
     engine.submit(job)
-    idle = engine.drain()
+    drained = engine.drain()
     engine.cancel(job, ClientGoneError())
-    assert idle.done()
+    assert drained.done()
 
 
-def test_giving_up_answers_all_who_wait() -> None:
+def test_give_up_answers_all_jobs() -> None:
     engine, error = opened(new_engine(FakeRunner(), max_batch=1)), errors.Draining(1)
     jobs = [new_job(seed=seed) for seed in range(3)]
     for job in jobs:

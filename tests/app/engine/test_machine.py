@@ -1,6 +1,9 @@
-"""Whatever arrives, leaves or fails at whatever step: no image is lost, doubled or swapped, and capacity returns."""
+"""Tests the engine against a simple model, with random sequences of new jobs, cancellations and failures.
 
-from collections import Counter as Tally
+After each event no image is lost, duplicated or swapped. At the end the whole capacity is free again.
+"""
+
+from collections import Counter as Counts
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -22,12 +25,12 @@ from tests.app.fakes import FakeRunner, Rows, image, images, new_engine, new_job
 CAPACITY = 12
 MAX_BATCH = 5
 
-Image = tuple["Truth", int]  # whose, which
+Image = tuple["ExpectedJob", int]  # (job, index)
 
 
 @dataclass(eq=False)
-class Truth:
-    """What is known of a job without asking the engine."""
+class ExpectedJob:
+    """The state of a job as the model expects it."""
 
     job: Job
     steps: list[int]
@@ -40,19 +43,19 @@ class Truth:
         return [index for index, steps in enumerate(self.steps) if steps < self.job.request.options.num_steps]
 
     @property
-    def alive(self) -> bool:
+    def is_open(self) -> bool:
         return self.error is None and bool(self.unfinished)
 
 
-def totals(counter: Counter) -> Tally[str]:
-    """Each label's count."""
+def totals(counter: Counter) -> Counts[str]:
+    """Returns the count of each label."""
     (family,) = counter.collect()
     values = {s.labels.popitem()[1]: s.value for s in family.samples if s.name.endswith("_total")}
-    return Tally({label: int(value) for label, value in values.items()})
+    return Counts({label: int(value) for label, value in values.items()})
 
 
 class EngineMachine(RuleBasedStateMachine):
-    max_batch_asked: int | None = MAX_BATCH
+    max_batch: int | None = MAX_BATCH
     step_times = StepTimes({1: 1e-6, 1024: 1e-6})
 
     def __init__(self) -> None:
@@ -61,28 +64,28 @@ class EngineMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.runner = FakeRunner(step_times=self.step_times.copy())
-        self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=self.max_batch_asked))
-        self.max_rows = MAX_BATCH  # lowered by shortages of memory
-        self.truths: list[Truth] = []
-        self.idle: Future[None] | None = None
-        self.images_done: Tally[str] = Tally()
-        self.cancelled: Tally[str] = Tally()
+        self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=self.max_batch))
+        self.max_rows = MAX_BATCH  # lowered by memory shortages
+        self.expected_jobs: list[ExpectedJob] = []
+        self.drained: Future[None] | None = None
+        self.images_done: Counts[str] = Counts()
+        self.cancelled: Counts[str] = Counts()
 
     @property
-    def living(self) -> list[Truth]:
-        return [truth for truth in self.truths if truth.alive]
+    def unanswered(self) -> list[ExpectedJob]:
+        return [expected for expected in self.expected_jobs if expected.is_open]
 
     @property
     def waiting(self) -> int:
-        return sum(truth.steps[index] == 0 for truth in self.living for index in truth.unfinished)
+        return sum(expected.steps[index] == 0 for expected in self.unanswered for index in expected.unfinished)
 
     @property
     def running(self) -> int:
-        return sum(truth.steps[index] > 0 for truth in self.living for index in truth.unfinished)
+        return sum(expected.steps[index] > 0 for expected in self.unanswered for index in expected.unfinished)
 
     def expected_rows(self) -> list[Image]:
-        """One image of each job, oldest first, then the other images of the jobs, oldest first."""
-        images = [[(truth, index) for index in truth.unfinished] for truth in self.living]
+        """Returns one image of each job, oldest job first, and then the other images, oldest job first."""
+        images = [[(expected, index) for index in expected.unfinished] for expected in self.unanswered]
         first = [each[0] for each in images][: self.first_round()]
         others = [image for each in images for image in each if image not in first]
         return [*first, *others][: self.limit(images)]
@@ -93,40 +96,43 @@ class EngineMachine(RuleBasedStateMachine):
     def limit(self, images: list[list[Image]]) -> int:
         return self.max_rows
 
-    def end(self, truth: Truth, error: type[Exception]) -> None:
-        for index in truth.unfinished:
-            self.cancelled["running" if truth.steps[index] else "waiting"] += 1
-        truth.error = error
+    def end(self, expected: ExpectedJob, error: type[Exception]) -> None:
+        for index in expected.unfinished:
+            self.cancelled["running" if expected.steps[index] else "waiting"] += 1
+        expected.error = error
 
-    def turn(self, rows: list[Image]) -> None:
-        """One turn of the engine, and what it must have done to the rows."""
-        for truth, index in rows:
-            truth.steps[index] += 1
+    def run_iteration(self, rows: list[Image]) -> None:
+        """Runs one iteration of the engine and checks its effect on the rows."""
+        for expected, index in rows:
+            expected.steps[index] += 1
         before = len(self.runner.calls)
         tick(self.engine)
-        stepped = Tally(row for call in self.runner.calls[before:] for row in call)
-        for truth, index in rows:
-            done = truth.steps[index] == truth.job.request.options.num_steps
-            if truth.error is None:
-                self.images_done[str(truth.job.request.options.digit)] += done
-                assert sum(n for row, n in stepped.items() if row.job is truth.job and row.index == index) == 1
-        allowed = {(truth.job, index) for truth, index in rows}
+        stepped = Counts(row for call in self.runner.calls[before:] for row in call)
+        for expected, index in rows:
+            done = expected.steps[index] == expected.job.request.options.num_steps
+            if expected.error is None:
+                self.images_done[str(expected.job.request.options.digit)] += done
+                assert sum(n for row, n in stepped.items() if row.job is expected.job and row.index == index) == 1
+        allowed = {(expected.job, index) for expected, index in rows}
         assert {(row.job, row.index) for row in stepped} <= allowed
         self.runner.on_step = self.runner.on_pixels = lambda rows: None
         self.runner.not_finite = lambda row: False
-        begun = {(t.job, i) for t in self.living for i in t.unfinished if t.steps[i]}
+        begun = {(t.job, i) for t in self.unanswered for i in t.unfinished if t.steps[i]}
         ended = {row for row in self.runner.held if row.job.closed}
         assert {(row.job, row.index) for row in self.runner.held if row not in ended} == begun
         assert ended <= set(self.engine._abandoned)
 
-    def fail(self, guilty: set[Image], error: type[Exception] = errors.InternalError) -> None:
-        """The jobs of the guilty images end before the turn: what it does to their other images is nobody's loss."""
-        for truth in dict.fromkeys(truth for truth, _ in guilty):
-            started = {index for owner, index in self.expected_rows() if owner is truth}
-            for index in truth.unfinished:
-                self.cancelled["running" if truth.steps[index] or index in started else "waiting"] += 1
-        for truth, _ in guilty:
-            truth.error = error
+    def fail(self, failing: set[Image], error: type[Exception] = errors.InternalError) -> None:
+        """Ends the jobs of the failing images in the model, before the iteration runs.
+
+        Their other images may or may not make another step in this iteration.
+        """
+        for expected in dict.fromkeys(expected for expected, _ in failing):
+            started = {index for owner, index in self.expected_rows() if owner is expected}
+            for index in expected.unfinished:
+                self.cancelled["running" if expected.steps[index] or index in started else "waiting"] += 1
+        for expected, _ in failing:
+            expected.error = error
 
     @rule(
         count=st.integers(1, 6),
@@ -135,69 +141,69 @@ class EngineMachine(RuleBasedStateMachine):
         digit=st.integers(0, 9),
         num_previews=st.integers(0, 4),
     )
-    def arrive(self, count: int, num_steps: int, seed: int, digit: int, num_previews: int) -> None:
+    def submit(self, count: int, num_steps: int, seed: int, digit: int, num_previews: int) -> None:
         events: list[Progress | ImageDone] = []
         job = new_job(count, num_steps, seed, digit, num_previews=num_previews, listener=events.append)
-        truth = Truth(job, [0] * count, events=events)
+        expected = ExpectedJob(job, [0] * count, events=events)
 
         def answered(future: object) -> None:
-            truth.answers += 1
+            expected.answers += 1
 
-        truth.job.future.add_done_callback(answered)
-        if self.idle:
+        expected.job.future.add_done_callback(answered)
+        if self.drained:
             with pytest.raises(errors.Draining):
-                self.engine.submit(truth.job)
+                self.engine.submit(expected.job)
         elif self.waiting + count > CAPACITY:
             with pytest.raises(errors.Overloaded) as refused:
-                self.engine.submit(truth.job)
+                self.engine.submit(expected.job)
             assert refused.value.retry_after >= 1
         else:
             position = self.waiting
-            self.engine.submit(truth.job)
-            self.truths.append(truth)
-            assert truth.job.estimate.position == position
+            self.engine.submit(expected.job)
+            self.expected_jobs.append(expected)
+            assert expected.job.estimate.position == position
 
-    @precondition(lambda self: self.truths)
+    @precondition(lambda self: self.expected_jobs)
     @rule(data=st.data(), error=st.sampled_from([ClientGoneError, errors.DeadlineExceeded]))
     def cancel_or_expire(self, data: st.DataObject, error: Callable[[], Exception]) -> None:
-        truth = data.draw(st.sampled_from(self.truths))
+        expected = data.draw(st.sampled_from(self.expected_jobs))
         cause = error()
-        alive = truth.alive
-        if alive:
-            self.end(truth, type(cause))
-        self.engine.cancel(truth.job, cause)
-        assert (truth.job.future.exception() is cause) is alive
+        is_open = expected.is_open
+        if is_open:
+            self.end(expected, type(cause))
+        self.engine.cancel(expected.job, cause)
+        assert (expected.job.future.exception() is cause) is is_open
 
     @rule()
     def step(self) -> None:
-        self.turn(self.expected_rows())
+        self.run_iteration(self.expected_rows())
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.unanswered)
     @rule(data=st.data(), error=st.sampled_from([RuntimeError, OutOfMemoryError, AssertionError]))
     def step_that_raises_for_some_rows(self, data: st.DataObject, error: type[Exception]) -> None:
         rows = self.expected_rows()
-        guilty = data.draw(st.sets(st.sampled_from(rows), min_size=1, max_size=3))
-        names = {(truth.job, index) for truth, index in guilty}
+        failing = data.draw(st.sets(st.sampled_from(rows), min_size=1, max_size=3))
+        names = {(expected.job, index) for expected, index in failing}
 
         def raise_for_guilty(batch: Rows) -> None:
             if any((row.job, row.index) in names for row in batch):
                 raise error
 
         self.runner.on_step = raise_for_guilty
-        self.fail(guilty)
-        self.turn(rows)
+        self.fail(failing)
+        self.run_iteration(rows)
         if error is OutOfMemoryError:
             self.lower()
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
     def step_with_nan_rows(self, data: st.DataObject) -> None:
         rows = self.expected_rows()
-        guilty = data.draw(st.sets(st.sampled_from(rows), min_size=1, max_size=3))
-        names = {(truth.job, index) for truth, index in guilty}
+        failing = data.draw(st.sets(st.sampled_from(rows), min_size=1, max_size=3))
+        names = {(expected.job, index) for expected, index in failing}
         self.runner.not_finite = lambda row: (row.job, row.index) in names
-        self.fail(guilty)
-        self.turn(rows)
+        self.fail(failing)
+        self.run_iteration(rows)
 
     @precondition(lambda self: len(self.expected_rows()) > 1)
     @rule(data=st.data())
@@ -210,18 +216,18 @@ class EngineMachine(RuleBasedStateMachine):
                 raise OutOfMemoryError
 
         self.runner.on_step = raise_above_limit
-        self.turn(rows)  # no image is lost
+        self.run_iteration(rows)  # No image is lost.
         self.lower()
 
     def lower(self) -> None:
-        """Once a step, however often its batch was halved."""
+        """Expects that the batch size was lowered once, even if the batch was halved several times."""
         self.max_rows = max(1, self.max_rows // 2)
         assert self.engine._admission.max_batch == self.max_rows
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
-    def image_that_cannot_be_read(self, data: st.DataObject) -> None:
-        """It fails its job, and no other, when it is asked for: at its last step, or earlier for a preview."""
+    def fail_to_read_an_image(self, data: st.DataObject) -> None:
+        """Makes reading one image fail. Only its job fails, at its last step or earlier if a preview is read."""
         rows = self.expected_rows()
         suspect, index = data.draw(st.sampled_from(rows))
         blamed = False
@@ -233,136 +239,138 @@ class EngineMachine(RuleBasedStateMachine):
                 raise RuntimeError
 
         self.runner.on_pixels = raise_for_guilty
-        for truth, i in rows:
-            truth.steps[i] += 1
+        for expected, i in rows:
+            expected.steps[i] += 1
         tick(self.engine)
         self.runner.on_pixels = lambda rows: None
         assert blamed or index in suspect.unfinished
-        finished = [(truth, i) for truth, i in rows if i not in truth.unfinished]
-        told = [(t, i) for t, i in finished if any(isinstance(e, ImageDone) and e.index == i for e in t.events)]
-        assert all(truth is suspect and blamed for truth, _ in set(finished) - set(told))
-        self.images_done.update(str(truth.job.request.options.digit) for truth, _ in told)
-        self.cancelled["running"] += len(finished) - len(told)
+        finished = [(expected, i) for expected, i in rows if i not in expected.unfinished]
+        announced = [(t, i) for t, i in finished if any(isinstance(e, ImageDone) and e.index == i for e in t.events)]
+        assert all(expected is suspect and blamed for expected, _ in set(finished) - set(announced))
+        self.images_done.update(str(expected.job.request.options.digit) for expected, _ in announced)
+        self.cancelled["running"] += len(finished) - len(announced)
         if blamed:
             self.end(suspect, errors.InternalError)
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
-    def somebody_leaves_during_a_step(self, data: st.DataObject) -> None:
+    def cancel_during_a_step(self, data: st.DataObject) -> None:
         rows = self.expected_rows()
-        leaver = data.draw(st.sampled_from(self.living))
-        self.runner.on_step = lambda batch: self.engine.cancel(leaver.job, ClientGoneError())
-        self.fail({(leaver, 0)}, ClientGoneError)
-        self.turn(rows)
+        cancelled = data.draw(st.sampled_from(self.unanswered))
+        self.runner.on_step = lambda batch: self.engine.cancel(cancelled.job, ClientGoneError())
+        self.fail({(cancelled, 0)}, ClientGoneError)
+        self.run_iteration(rows)
 
-    @precondition(lambda self: self.living)
+    @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
-    def somebody_leaves_while_images_are_read(self, data: st.DataObject) -> None:
-        """After the step has been counted, before what it finished is handed out."""
-        rows, before = self.expected_rows(), {truth: truth.unfinished for truth in self.living}
+    def cancel_while_images_are_read(self, data: st.DataObject) -> None:
+        """Cancels a job after the step was counted and before the finished images are delivered."""
+        rows, before = self.expected_rows(), {expected: expected.unfinished for expected in self.unanswered}
         last = [t for t, index in rows if t.steps[index] + 1 == t.job.request.options.num_steps]
-        leaver = data.draw(st.sampled_from(last or self.living))
-        left = False
+        cancelled = data.draw(st.sampled_from(last or self.unanswered))
+        is_cancelled = False
 
-        def leave(batch: Rows) -> None:
-            nonlocal left
-            left = True
-            self.engine.cancel(leaver.job, ClientGoneError())
+        def cancel(batch: Rows) -> None:
+            nonlocal is_cancelled
+            is_cancelled = True
+            self.engine.cancel(cancelled.job, ClientGoneError())
 
-        self.runner.on_pixels = leave
-        for truth, index in rows:
-            truth.steps[index] += 1
+        self.runner.on_pixels = cancel
+        for expected, index in rows:
+            expected.steps[index] += 1
         tick(self.engine)
         self.runner.on_pixels = lambda rows: None
-        if left:
-            leaver.error = ClientGoneError
-            self.cancelled.update("running" if leaver.steps[index] else "waiting" for index in before[leaver])
-        finished = [truth for truth, index in rows if index not in truth.unfinished and truth.error is None]
-        self.images_done.update(str(truth.job.request.options.digit) for truth in finished)
+        if is_cancelled:
+            cancelled.error = ClientGoneError
+            self.cancelled.update("running" if cancelled.steps[index] else "waiting" for index in before[cancelled])
+        finished = [expected for expected, index in rows if index not in expected.unfinished and expected.error is None]
+        self.images_done.update(str(expected.job.request.options.digit) for expected in finished)
 
     @rule(often=st.integers(0, 7))
     def give_up(self, often: int) -> None:
         if often:
             return
-        for truth in self.living:
-            self.end(truth, errors.Draining)
+        for expected in self.unanswered:
+            self.end(expected, errors.Draining)
         self.engine.give_up(errors.Draining(1))
 
     @rule(often=st.integers(0, 5))
     def drain(self, often: int) -> None:
         if not often:
-            self.idle = self.engine.drain()
+            self.drained = self.engine.drain()
             assert self.engine.state is EngineState.DRAINING
 
-    @precondition(lambda self: self.idle and not self.living)
+    @precondition(lambda self: self.drained and not self.unanswered)
     @rule()
     def start_again(self) -> None:
         self.teardown()
         self.start()
 
     @invariant()
-    def counts_are_true(self) -> None:
+    def counts_are_correct(self) -> None:
         assert (self.engine.backlog.waiting, self.engine.backlog.running) == (self.waiting, self.running)
         assert self.engine.backlog.waiting <= CAPACITY
         steps_left = sum(
-            truth.job.request.options.num_steps - truth.steps[index]
-            for truth in self.living
-            for index in truth.unfinished
+            expected.job.request.options.num_steps - expected.steps[index]
+            for expected in self.unanswered
+            for index in expected.unfinished
         )
         assert self.engine.backlog.work == steps_left
-        assert self.engine.backlog.jobs == [truth.job for truth in self.living]
+        assert self.engine.backlog.jobs == [expected.job for expected in self.unanswered]
 
     @invariant()
-    def every_job_is_answered_once_and_rightly(self) -> None:
-        for truth in self.truths:
-            assert truth.answers == (not truth.alive)
-            if truth.error:
-                assert type(truth.job.future.exception()) is truth.error
-            elif not truth.alive:
-                assert same(truth.job.future.result(), images(truth.job))
+    def every_job_is_answered_once_and_correctly(self) -> None:
+        for expected in self.expected_jobs:
+            assert expected.answers == (not expected.is_open)
+            if expected.error:
+                assert type(expected.job.future.exception()) is expected.error
+            elif not expected.is_open:
+                assert same(expected.job.future.result(), images(expected.job))
 
     @invariant()
-    def every_finished_image_is_told_once(self) -> None:
-        for truth in self.truths:
-            told = [event for event in truth.events if isinstance(event, ImageDone)]
-            assert len({event.index for event in told}) == len(told)
-            options = truth.job.request.options
-            for event in told:
+    def every_finished_image_is_announced_once(self) -> None:
+        for expected in self.expected_jobs:
+            announced = [event for event in expected.events if isinstance(event, ImageDone)]
+            assert len({event.index for event in announced}) == len(announced)
+            options = expected.job.request.options
+            for event in announced:
                 assert same([event.pixels], [image(options.seed, event.index, options.num_steps)])
-            if truth.error is None:
-                assert {event.index for event in told} == set(range(truth.job.request.count)) - set(truth.unfinished)
-                shown = [event for event in truth.events if isinstance(event, Progress)]
-                assert all(len(event.previews) == truth.job.request.count for event in shown)
-                assert len(shown) <= truth.job.request.num_previews
+            if expected.error is None:
+                assert {event.index for event in announced} == set(range(expected.job.request.count)) - set(
+                    expected.unfinished
+                )
+                shown = [event for event in expected.events if isinstance(event, Progress)]
+                assert all(len(event.previews) == expected.job.request.count for event in shown)
+                assert len(shown) <= expected.job.request.num_previews
 
     @invariant()
-    def the_drain_is_over_when_nobody_is_left(self) -> None:
-        assert self.idle is None or self.idle.done() is (not self.living)
+    def drain_is_complete_when_all_jobs_are_answered(self) -> None:
+        assert self.drained is None or self.drained.done() is (not self.unanswered)
 
     @invariant()
-    def metrics_agree(self) -> None:
+    def metrics_are_correct(self) -> None:
         assert totals(self.engine._metrics.images) == self.images_done
         assert totals(self.engine._metrics.cancelled) == self.cancelled
 
     def teardown(self) -> None:
-        """All that is left runs to its end, and all capacity is there again."""
+        """Runs all remaining jobs to their end. The whole capacity is then free."""
         for _ in range(200):
-            if not self.living:
+            if not self.unanswered:
                 break
-            self.turn(self.expected_rows())
+            self.run_iteration(self.expected_rows())
         tick(self.engine)
-        self.counts_are_true()
-        self.every_job_is_answered_once_and_rightly()
-        assert not self.living
+        self.counts_are_correct()
+        self.every_job_is_answered_once_and_correctly()
+        assert not self.unanswered
         assert not self.runner.held
-        if not self.idle:
+        if not self.drained:
             self.engine.submit(new_job(CAPACITY))
 
 
 class AutoEngineMachine(EngineMachine):
-    """Full steps have five rows; with a small job among several, three, or twice those of the first round."""
+    """Lets the step times decide the size of a step. A full step has five evaluations, a short step has three."""
 
-    max_batch_asked = None
+    max_batch = None
     step_times = StepTimes({1: 1e-6, 4: 4e-6, 5: 4.1e-6})
 
     def first_round(self) -> int:
@@ -370,12 +378,12 @@ class AutoEngineMachine(EngineMachine):
 
     def limit(self, images: list[list[Image]]) -> int:
         short = max(3, 2 * min(len(images), self.first_round()))
-        fewest = min((truth.job.request.count for truth in self.living), default=0)
+        fewest = min((expected.job.request.count for expected in self.unanswered), default=0)
         shared = len(images) > 1 and len(images) * fewest <= short
         return min(short if shared else self.full(), self.max_rows)
 
     def full(self) -> int:
-        """Evaluations of a full step: five, or two for each row after a shortage of memory."""
+        """Returns the evaluations of a full step: five, or two for each row after a memory shortage."""
         return min(5, 2 * self.max_rows)
 
 
@@ -383,5 +391,5 @@ for machine, max_examples in ((EngineMachine, 200), (AutoEngineMachine, 100)):
     machine.TestCase.settings = settings(
         derandomize=True, deadline=None, database=None, max_examples=max_examples, stateful_step_count=40
     )
-test_no_image_is_lost_doubled_or_swapped = EngineMachine.TestCase
-test_nor_where_the_service_chooses_its_batches = AutoEngineMachine.TestCase
+test_no_image_is_lost_duplicated_or_swapped = EngineMachine.TestCase
+test_no_image_is_lost_duplicated_or_swapped_with_auto_batch = AutoEngineMachine.TestCase

@@ -1,4 +1,4 @@
-"""Batches without a surviving row: the known picture decides whether the engine has failed."""
+"""Tests of consecutive batches without a surviving row: the probe image decides whether the engine has failed."""
 
 import pytest
 
@@ -9,15 +9,15 @@ from tests.app.fakes import FakeRunner, Rows, images, new_engine, new_job, opene
 
 
 def fail(rows: Rows) -> None:
-    raise RuntimeError("the device computes nothing any more")
+    raise RuntimeError("the device does not compute")
 
 
 def fail_check() -> None:
-    raise RunnerError("the known picture is wrong")
+    raise RunnerError("the probe image is wrong")
 
 
 @pytest.mark.parametrize("fault", ["step", "memory", "nan", "pixels"])
-def test_a_step_that_always_fails_is_a_failed_engine(fault: str) -> None:
+def test_engine_fails_if_every_batch_and_the_probe_image_fail(fault: str) -> None:
     runner = FakeRunner(on_check=fail_check)
     if fault == "step":
         runner.on_step = fail
@@ -43,7 +43,7 @@ def test_a_step_that_always_fails_is_a_failed_engine(fault: str) -> None:
             engine.submit(new_job())
 
 
-def test_other_requests_are_answered_when_the_engine_has_failed() -> None:
+def test_other_jobs_are_answered_when_the_engine_fails() -> None:
     runner = FakeRunner(on_step=fail, on_check=fail_check)
     engine = new_engine(runner, max_batch=1)
     runner.on_warm_up = lambda should_stop: [engine._admission.backlog.add(job) for job in jobs] and None  # type: ignore[func-returns-value]
@@ -53,7 +53,7 @@ def test_other_requests_are_answered_when_the_engine_has_failed() -> None:
     assert found == [errors.InternalError] * MAX_FAILED_BATCHES + [errors.EngineFailed] * 7
 
 
-def test_the_log_says_why_the_check_failed(caplog: pytest.LogCaptureFixture) -> None:
+def test_log_has_the_error_of_the_check(caplog: pytest.LogCaptureFixture) -> None:
     with running(new_engine(FakeRunner(on_step=fail, on_check=fail_check))) as engine:
         engine.ready.result(60)
         for _ in range(MAX_FAILED_BATCHES):
@@ -61,11 +61,10 @@ def test_the_log_says_why_the_check_failed(caplog: pytest.LogCaptureFixture) -> 
             engine.submit(job)
             job.future.exception(60)
         wait_until(lambda: engine.state is EngineState.FAILED)
-    assert "the known picture is wrong" in caplog.text
+    assert "the probe image is wrong" in caplog.text
 
 
-def test_poisoned_requests_cannot_take_the_engine_down() -> None:
-    """The known picture is drawn, and it is right."""
+def test_failing_requests_do_not_stop_the_engine_if_the_probe_image_succeeds() -> None:
     runner = FakeRunner()
     engine = opened(new_engine(runner))
     for k in range(1, 3 * MAX_FAILED_BATCHES + 1):
@@ -82,21 +81,21 @@ def test_poisoned_requests_cannot_take_the_engine_down() -> None:
     assert engine.state is EngineState.OK
 
 
-def test_a_surviving_row_starts_the_count_again() -> None:
+def test_surviving_row_resets_the_count_of_failed_batches() -> None:
     runner = FakeRunner(on_check=fail_check)
     engine = opened(new_engine(runner))
     for k in range(3 * MAX_FAILED_BATCHES):
-        poisoned = new_job(1, seed=1)
-        engine.submit(poisoned)
+        failing = new_job(1, seed=1)
+        engine.submit(failing)
         if k % MAX_FAILED_BATCHES == 0:
             engine.submit(new_job(1, num_steps=1, seed=2))
         runner.on_step = lambda rows: fail(rows) if any(row.job.request.options.seed == 1 for row in rows) else None
         tick(engine)
-        assert poisoned.closed
+        assert failing.closed
     assert runner.num_checks == 0
 
 
-def test_batches_that_were_abandoned_do_not_count() -> None:
+def test_batches_of_cancelled_jobs_are_not_failed_batches() -> None:
     runner = FakeRunner(on_check=fail_check)
     engine = opened(new_engine(runner))
     for _ in range(3 * MAX_FAILED_BATCHES):

@@ -1,4 +1,4 @@
-"""What can be seen of an image before it is done."""
+"""Tests of the previews that a job sends before its images are finished."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from tests.app.fakes import FakeRunner, image, images, new_engine, new_job, open
 
 
 @pytest.mark.parametrize(("count", "max_batch", "num_previews"), [(1, 8, 5), (3, 8, 4), (3, 2, 10), (4, 1, 3)])
-def test_previews_come_before_the_image_and_end_at_the_last_step(count: int, max_batch: int, num_previews: int) -> None:
+def test_previews_precede_the_last_image(count: int, max_batch: int, num_previews: int) -> None:
     events: list[Progress | ImageDone] = []
     job = new_job(count, num_steps=20, seed=5, num_previews=num_previews, listener=events.append)
     engine = opened(new_engine(FakeRunner(), max_batch=max_batch))
@@ -26,7 +26,7 @@ def test_previews_come_before_the_image_and_end_at_the_last_step(count: int, max
     assert sorted(event.index for event in events if isinstance(event, ImageDone)) == list(range(count))
 
 
-def test_previews_show_each_image_as_it_is_then() -> None:
+def test_preview_has_the_current_step_of_each_image() -> None:
     events: list[Progress | ImageDone] = []
     job = new_job(2, num_steps=4, seed=5, num_previews=2, listener=events.append)
     engine = opened(new_engine(FakeRunner(), max_batch=1))

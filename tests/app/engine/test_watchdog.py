@@ -1,4 +1,4 @@
-"""On a clock of its own: no test waits, and no noise of the machine is seen."""
+"""Tests of the watchdog with a fake event loop, whose clock only moves when a test advances it."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,14 +14,14 @@ SECONDS = 30.0
 
 
 @dataclass
-class Heart:
+class FakeEngine:
     alive: bool = True
     state: EngineState = EngineState.OK
 
 
 @dataclass
-class Loop:
-    """Stands where the event loop stood."""
+class FakeLoop:
+    """Replaces the event loop of asyncio."""
 
     now: float = 1000.0
     calls: list[tuple[float, Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Loop:
         self.calls.append((self.now + seconds, callback, arguments))
 
     def advance(self, seconds: float) -> None:
-        """Time passes, and what is due is called."""
+        """Advances the clock and runs all callbacks that become due."""
         end = self.now + seconds
         while due := [call for call in self.calls if call[0] <= end]:
             for call in due:
@@ -47,70 +47,69 @@ class Loop:
 
 
 @pytest.fixture
-def loop(monkeypatch: pytest.MonkeyPatch) -> Loop:
-    loop = Loop()
+def loop(monkeypatch: pytest.MonkeyPatch) -> FakeLoop:
+    loop = FakeLoop()
     monkeypatch.setattr("app.engine.watchdog.asyncio.get_running_loop", lambda: loop)
     return loop
 
 
-def watched(heart: Heart, seconds: float | None = SECONDS) -> Watchdog:
-    watchdog = Watchdog(cast(Engine, heart), seconds)
+def started_watchdog(engine: FakeEngine, seconds: float | None = SECONDS) -> Watchdog:
+    watchdog = Watchdog(cast(Engine, engine), seconds)
     watchdog.start()
     return watchdog
 
 
-def test_a_heart_that_has_stopped_for_the_whole_time_is_lost(loop: Loop) -> None:
-    watchdog = watched(Heart(alive=False))
+def test_engine_is_lost_after_it_was_not_alive_during_the_timeout(loop: FakeLoop) -> None:
+    watchdog = started_watchdog(FakeEngine(alive=False))
     loop.advance(SECONDS - 1)
     assert not watchdog.lost.done()
     loop.advance(2)
     assert watchdog.lost.done()
 
 
-def test_a_heart_that_stops_later_is_lost_a_twentieth_later_at_most(loop: Loop) -> None:
-    heart = Heart()
-    watchdog = watched(heart)
+def test_lost_engine_is_detected_at_most_five_percent_of_the_timeout_late(loop: FakeLoop) -> None:
+    engine = FakeEngine()
+    watchdog = started_watchdog(engine)
     loop.advance(10 * SECONDS + 0.1)
-    heart.alive = False
+    engine.alive = False
     loop.advance(SECONDS)
     assert not watchdog.lost.done()
     loop.advance(SECONDS / 20 + 0.1)
     assert watchdog.lost.done()
 
 
-def test_a_heart_that_beats_again_has_all_of_its_time_again(loop: Loop) -> None:
-    heart = Heart(alive=False)
-    watchdog = watched(heart)
+def test_timeout_starts_again_after_the_engine_was_alive(loop: FakeLoop) -> None:
+    engine = FakeEngine(alive=False)
+    watchdog = started_watchdog(engine)
     loop.advance(SECONDS - 1)
-    heart.alive = True
+    engine.alive = True
     loop.advance(2)
-    heart.alive = False
+    engine.alive = False
     loop.advance(SECONDS - 1)
     assert not watchdog.lost.done()
     loop.advance(3)
     assert watchdog.lost.done()
 
 
-def test_nothing_is_looked_at_after_it_is_lost(loop: Loop) -> None:
-    watched(Heart(alive=False))
+def test_checks_end_after_the_engine_is_lost(loop: FakeLoop) -> None:
+    started_watchdog(FakeEngine(alive=False))
     loop.advance(2 * SECONDS)
     assert not loop.calls
 
 
-def test_what_is_stuck_is_said_once_and_what_failed_has_said_it_itself(
-    loop: Loop, caplog: pytest.LogCaptureFixture
+def test_stuck_engine_is_logged_once_and_failed_engine_is_not_logged_again(
+    loop: FakeLoop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watched(Heart(alive=False, state=EngineState.FAILED))
+    started_watchdog(FakeEngine(alive=False, state=EngineState.FAILED))
     loop.advance(SECONDS)
     assert not caplog.records
-    watched(Heart(alive=False))
+    started_watchdog(FakeEngine(alive=False))
     loop.advance(SECONDS)
-    assert [record.message for record in caplog.records] == [
-        "a step takes longer than UNFOG_WATCHDOG_SECONDS: the engine is stuck"
-    ]
+    assert [record.message for record in caplog.records] == ["Engine stuck"]
+    assert "UNFOG_WATCHDOG_SECONDS" in vars(caplog.records[0])["reason"]
 
 
-def test_with_never_nothing_is_lost(loop: Loop) -> None:
-    watchdog = watched(Heart(alive=False), None)
+def test_engine_is_never_lost_without_a_timeout(loop: FakeLoop) -> None:
+    watchdog = started_watchdog(FakeEngine(alive=False), None)
     loop.advance(1e6)
     assert not watchdog.lost.done()

@@ -1,4 +1,7 @@
-"""The scheduler on a virtual clock: clients in closed loops, and steps that take a known time and some noise."""
+"""Simulates the scheduler on a virtual clock.
+
+Clients send requests in closed loops. A step takes the predicted time multiplied by random noise.
+"""
 
 import heapq
 import itertools
@@ -14,14 +17,15 @@ from app.engine.job import Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
 from tests.app.fakes import image
 
-# Seconds of a step against its evaluations, of the shipped network on two cores of a Zen 5 and of a Xeon with AMX.
+# The measured seconds of a step by its number of evaluations: the shipped network on two cores of a Zen 5, and on two
+# cores of a Xeon with AMX.
 MEASURED = {1: 1.0e-3, 2: 1.4e-3, 4: 2.1e-3, 8: 3.6e-3, 16: 7.0e-3, 32: 14.4e-3, 64: 29.0e-3}
 MEASURED_WITH_AMX = {1: 2.0e-3, 2: 2.25e-3, 4: 2.8e-3, 8: 4.2e-3, 16: 6.9e-3, 32: 11.2e-3, 64: 21.3e-3}
 
 
 @dataclass
 class Client:
-    """Sends requests of one kind, each after the answer to the last; after a refusal it waits as it is told."""
+    """Sends equal requests one after the other. After a refusal it waits for the time in Retry-After."""
 
     name: str
     count: int = 1
@@ -30,8 +34,8 @@ class Client:
     model: str = "default"
     timeout: float = 30.0
     start: float = 0.0
-    think: float = 0.001
-    repeats: bool = True
+    think: float = 0.001  # seconds between an answer and the next request
+    repeats: bool = True  # False if it sends only one request
 
     def job(self, now: float) -> Job:
         guided_steps = range(round(0.27 * self.num_steps), round(0.73 * self.num_steps)) if self.guided else range(0)
@@ -41,14 +45,11 @@ class Client:
 
 @dataclass
 class Result:
-    """What became of the requests, by the client's name."""
+    """The results of all requests."""
 
-    latencies: dict[str, list[float]] = field(default_factory=dict)
-    etas: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # promised, actual; of those that no later one delayed
-    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    late: list[Job] = field(default_factory=list)  # of those that were admitted as able to finish in time
+    latencies: dict[str, list[float]] = field(default_factory=dict)  # seconds of the finished requests, by client name
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by client name and status
+    late: list[Job] = field(default_factory=list)  # jobs that missed their deadlines against admission's prediction
     num_images: int = 0
     num_steps: int = 0
     seconds: float = 0.0
@@ -58,31 +59,31 @@ class Result:
 
 
 class VirtualService:
-    """Admission and batcher as the engine drives them."""
+    """Calls admission and row selection in the same way as the engine."""
 
     def __init__(
         self,
         max_batch: int | None = None,
         capacity: int = 1024,
         measured: dict[int, float] = MEASURED,
-        slower: Callable[[], float] = lambda: 1.0,
+        noise: Callable[[], float] = lambda: 1.0,
     ) -> None:
         self.admission = Admission(capacity, max_batch)
         self.admission.open(StepTimes(measured))
-        self.truth, self.slower = StepTimes(measured), slower
+        self.actual_times, self.noise = StepTimes(measured), noise
         self.now = 0.0
-        self.hopeless: set[Job] = set()  # admitted only because the engine was idle
+        self.predicted_late: set[Job] = set()  # jobs that were admitted only because the engine was idle
         self.steps: list[list[Trajectory]] = []
 
     def submit(self, job: Job) -> None:
         if not self.admission.backlog.jobs:
             bound = self.admission.backlog.finish_seconds(job, self.admission._full(job))
             if self.now + bound > job.target:
-                self.hopeless.add(job)
+                self.predicted_late.add(job)
         self.admission.admit(job, self.now)
 
     def step(self) -> list[Job]:
-        """One step; the jobs that it finished."""
+        """Runs one step. Returns the jobs that it finished."""
         backlog = self.admission.backlog
         rows = self.admission.select(self.now)
         assert rows
@@ -92,7 +93,7 @@ class VirtualService:
             calls[row.job.request.options.model] += row.evaluations
             if not row.started:
                 backlog.start(row)
-        seconds = sum(self.truth.step_seconds(n) for n in calls.values()) * self.slower()
+        seconds = sum(self.actual_times.step_seconds(n) for n in calls.values()) * self.noise()
         self.admission.observe(rows, seconds)
         self.now += seconds
         backlog.advance(rows)
@@ -101,19 +102,19 @@ class VirtualService:
         return [job for job in dict.fromkeys(row.job for row in done) if not job.unfinished]
 
     def run(self, clients: Sequence[Client], until: float) -> Result:
-        """Serves the clients; requests that pass their deadline are answered 504."""
+        """Serves the clients until this time. Requests that miss their deadlines are answered with 504."""
         self.result, self.clients, self.owner = Result(), clients, dict[Job, int]()
-        self.coming = [(client.start, i) for i, client in enumerate(clients)]
-        heapq.heapify(self.coming)
+        self.arrivals = [(client.start, i) for i, client in enumerate(clients)]
+        heapq.heapify(self.arrivals)
         backlog = self.admission.backlog
         while self.now < until:
-            while self.coming and self.coming[0][0] <= self.now:
-                self._arrive(heapq.heappop(self.coming)[1])
+            while self.arrivals and self.arrivals[0][0] <= self.now:
+                self._arrive(heapq.heappop(self.arrivals)[1])
             if backlog.jobs:
                 self._answer(self.step())
                 self.result.num_steps += 1
-            elif self.coming:
-                self.now = max(self.now, self.coming[0][0])
+            elif self.arrivals:
+                self.now = max(self.now, self.arrivals[0][0])
             else:
                 break
         self.result.seconds = self.now
@@ -128,7 +129,7 @@ class VirtualService:
         except errors.Overloaded as refused:
             self.result.outcomes[client.name, "429"] += 1
             if client.repeats:
-                heapq.heappush(self.coming, (self.now + refused.retry_after, i))
+                heapq.heappush(self.arrivals, (self.now + refused.retry_after, i))
 
     def _answer(self, done: list[Job]) -> None:
         backlog = self.admission.backlog
@@ -141,10 +142,10 @@ class VirtualService:
             if not is_late:
                 self.result.latencies.setdefault(client.name, []).append(self.now - job.timings.submitted_at)
                 self.result.num_images += job.request.count
-            elif job not in self.hopeless:
+            elif job not in self.predicted_late:
                 self.result.late.append(job)
             if client.repeats:
-                heapq.heappush(self.coming, (self.now + client.think, self.owner[job]))
+                heapq.heappush(self.arrivals, (self.now + client.think, self.owner[job]))
 
 
 def clients(n: int, **fields: Any) -> list[Client]:
@@ -152,15 +153,15 @@ def clients(n: int, **fields: Any) -> list[Client]:
 
 
 def random_mix(seed: int) -> list[Client]:
-    """Clients of all sizes, timeouts, models and step counts, some of them patient and some not."""
+    """Returns clients with random image counts, timeouts, models and numbers of steps."""
     choose = random.Random(seed)
-    kinds = itertools.count()
+    numbers = itertools.count()
     mix: list[Client] = []
     for _ in range(choose.randint(1, 4)):
         model = choose.choice(["default", "default", "default", "fast"])
         mix += clients(
             choose.choice([1, 1, 2, 4, 15, 40]),
-            name=f"kind {next(kinds)}",
+            name=f"kind {next(numbers)}",
             count=choose.choice([1, 1, 1, 2, 8, 16, 64]),
             num_steps=4 if model == "fast" else choose.choice([100, 100, 50, 10]),
             guided=model == "default" and choose.random() < 0.7,
