@@ -1,1 +1,1 @@
-"""Computes reverse steps on the device. This is the only part of the service that imports torch."""
+"""The runner: computes reverse steps on the device. This is the only package of the service that imports torch."""

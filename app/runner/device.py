@@ -1,4 +1,4 @@
-"""Chooses the device and the precision, and translates the errors of PyTorch's devices."""
+"""Chooses the device, the precision and the number of threads, and translates PyTorch's device errors."""
 
 import logging
 import math
@@ -14,15 +14,15 @@ from model.precision import fast_dtype
 
 log = logging.getLogger(__name__)
 
-MAX_PLAIN_THREADS = 2
+MAX_PLAIN_THREADS = 2  # for reproducible results with uncompiled float32, see choose_num_threads()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The kernel module's own file. A container sees it too, whether or not it was given a GPU.
+# A file of the NVIDIA kernel module. It is also visible in a container that has no access to the GPU.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # version 2
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of cgroup v2
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
-# Parts of the messages of torch and of CUDA, and what to say instead. The first match counts.
-_NO_GPU = "no GPU is visible. In a container, start it with --gpus all. Without a GPU, set UNFOG_DEVICE=cpu"
+# Fragments of messages of torch and CUDA, and the message for the operator. The first fragment that matches is used.
+_NO_GPU = "no GPU is visible. Start a container with --gpus all. On a machine without a GPU, set UNFOG_DEVICE=cpu"
 _ABSENT = {
     "not compiled with CUDA": "PyTorch {torch} is built without CUDA. Install a CUDA build, or set UNFOG_DEVICE=cpu",
     "Found no NVIDIA driver": _NO_GPU,
@@ -41,16 +41,17 @@ _UNUSABLE = {
     "busy or unavailable": "another process has exclusive use of the GPU. End it, or set the GPU's compute mode to "
     "Default",
     "out of memory": "the GPU has no free memory. End other processes on it, or choose another GPU with cuda:N",
-    "driver initialization failed": "the NVIDIA driver does not start. See what nvidia-smi says",
-    "CUDA unknown error": "the NVIDIA driver does not start. See what nvidia-smi says, and check CUDA_VISIBLE_DEVICES",
+    "driver initialization failed": "the NVIDIA driver failed to initialize. Run nvidia-smi to see the cause",
+    "CUDA unknown error": "the NVIDIA driver failed to initialize. Run nvidia-smi to see the cause, and check "
+    "CUDA_VISIBLE_DEVICES",
 }
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device for `UNFOG_DEVICE`. For `auto`, this is the GPU if it works, else the CPU.
+    """Returns the device for `UNFOG_DEVICE`. For `auto`, this is the GPU if it works, otherwise the CPU.
 
-    A GPU is tested with a small computation and becomes the current one of the calling thread. Call this function in
-    the thread that computes. RunnerError if the named GPU cannot be used.
+    A GPU is tested with a small computation and becomes the current device of the calling thread. The engine thread
+    must therefore call this function. Raises RunnerError if a GPU that was named cannot be used.
     """
     if name == "cpu":
         return torch.device(name)
@@ -68,21 +69,30 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the precision for `UNFOG_DTYPE`; RunnerError for float16 on a CPU. `auto` is the fastest precision."""
+    """Returns the precision for `UNFOG_DTYPE`. `auto` is the fastest one of the device.
+
+    Raises RunnerError for float16 on a CPU.
+    """
     if name == "auto":
         return fast_dtype(device)
     if name == "float16" and device.type != "cuda":
-        raise RunnerError("UNFOG_DTYPE=float16 needs a GPU. On a CPU use float32, bfloat16 or auto")
+        raise RunnerError("UNFOG_DTYPE=float16 needs a GPU. On a CPU, use float32, bfloat16 or auto")
     return DTYPES[name]
 
 
 def choose_num_threads(
     wanted: int | None, device: torch.device, dtype: torch.dtype, *, compiled: bool
 ) -> ComputeThreads:
-    """Returns the compute threads of a CPU: `wanted`, or one for each core. One fewer is used while a core is busy.
+    """Returns the compute threads for a CPU, and sets them in the calling thread.
 
-    Uncompiled float32 gets at most two threads by default. With more threads, torch's GELU computes the end of each
-    thread's share with scalar code, so that the last bits of a row depend on its place in the batch.
+    If `wanted` is given, this number is fixed. Otherwise the number is one for each core, but at most the CPU limit of
+    the container, rounded up. One thread fewer is used while another process uses a core (see threads.py).
+
+    Uncompiled float32 has at most two threads by default. With more threads, torch's GELU computes the end of each
+    thread's part with scalar code instead of vector code. The last bits of a row would then depend on its place in the
+    batch.
+
+    Example: on 8 cores with a container limit of 1.5 CPUs, compiled bfloat16 has 2 threads, or 1 while a core is busy.
     """
     most = torch.get_num_threads()
     if granted := granted_cores():
@@ -90,9 +100,7 @@ def choose_num_threads(
     if (device.type, dtype, compiled) == ("cpu", torch.float32, False):
         most = min(most, MAX_PLAIN_THREADS)
         if wanted and wanted > MAX_PLAIN_THREADS:
-            log.warning(
-                "float32 without compilation is reproducible only with 1 or 2 threads", extra={"threads": wanted}
-            )
+            log.warning("Uncompiled float32 is reproducible only with 1 or 2 threads", extra={"threads": wanted})
     may_vary = device.type == "cpu" and most > 1 and not wanted
     threads = ComputeThreads((most, most - 1) if may_vary else (wanted or most,))
     threads.set(threads.counts[0])
@@ -100,40 +108,41 @@ def choose_num_threads(
 
 
 def granted_cores(groups: Path = CGROUPS, own_group: Path = OWN_CGROUP) -> float | None:
-    """Returns the CPU limit of this process (of a container or a systemd unit), in cores; None without a limit."""
+    """Returns the CPU limit of this process's container or systemd unit in cores, or None without a limit."""
     folders = (groups / str(group).lstrip("/") for group in _own_groups(own_group))
     return min((cores for folder in folders if (cores := _limit(folder)) is not None), default=None)
 
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Translates torch's errors about the device into OutOfMemoryError and DeviceLostError."""
+    """Translates torch's device errors into OutOfMemoryError and DeviceLostError."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OutOfMemoryError from error
     except torch.AcceleratorError as error:
-        if getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY:  # such as that of a kernel loaded at first use
+        # CUDA itself can run out of memory, for example when it loads a kernel at its first use.
+        if getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY:
             raise OutOfMemoryError from error
         raise DeviceLostError(str(error).splitlines()[0]) from error
 
 
 def _open_gpu(device: torch.device) -> None:
-    """Selects the GPU for the calling thread and computes on it; RunnerError if there is no GPU of this number."""
-    torch.cuda.init()  # raises for an old driver, with which device_count() succeeds
+    """Selects the GPU in the calling thread and tests it. Raises RunnerError if there is no GPU with this number."""
+    torch.cuda.init()  # Raises if the driver is too old, while device_count() succeeds.
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
-        raise RunnerError(f"UNFOG_DEVICE={device}: there is no such GPU. Visible GPUs: {count}, numbered from 0")
+        raise RunnerError(f"UNFOG_DEVICE={device}: no GPU has this number. Visible GPUs: {count}, numbered from 0")
     torch.cuda.set_device(device.index or 0)
-    # float32 means float32: by default torch computes convolutions in TF32 on Ampere and newer. These are the older
-    # names of two settings. Setting only the newer ones (fp32_precision) makes every reader of the older ones raise.
+    # By default, torch computes float32 convolutions in TF32 on Ampere and newer, which has fewer bits. These are the
+    # older names of the settings. If only the newer ones (fp32_precision) were set, reading the older ones would raise.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    (torch.ones(1, device=device) + 1).item()  # fails where torch has no code for this GPU, or no memory is left
+    (torch.ones(1, device=device) + 1).item()  # Fails if torch has no code for this GPU, or if no memory is free.
 
 
 def _reason(message: str) -> str:
-    """Returns why the GPU cannot be used and what to do about it, in one line."""
+    """Returns one line for the operator: why the GPU cannot be used, and what to do."""
     for part, reason in (_ABSENT | _UNUSABLE).items():
         if part in message:
             return reason.format(torch=torch.__version__, cuda=torch.version.cuda)
@@ -141,7 +150,7 @@ def _reason(message: str) -> str:
 
 
 def _own_groups(own_group: Path) -> list[PurePosixPath]:
-    """Returns the control group of the process and those above it. Each of them may have a limit."""
+    """Returns the control group of the process and all its parents. Each of them may have a limit."""
     try:
         lines = own_group.read_text().splitlines()
     except OSError:
@@ -151,12 +160,12 @@ def _own_groups(own_group: Path) -> list[PurePosixPath]:
 
 
 def _limit(folder: Path) -> float | None:
-    """Returns the limit of a control group in cores; None without one.
+    """Returns the CPU limit of a control group in cores, or None without a limit.
 
-    Its file has `QUOTA PERIOD`, both in microseconds, or `max PERIOD`.
+    The file cpu.max has the form `QUOTA PERIOD`, both in microseconds, or `max PERIOD`.
     """
     try:
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):  # the root group has no such file
+    except (OSError, ValueError):  # The root group has no such file.
         return None

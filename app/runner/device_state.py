@@ -1,4 +1,4 @@
-"""The state of the images on the device, the table of their plans, and the indices that a step is called with."""
+"""Device state: the slots with the state of the images, the table of sampling plans, and the row indices of a step."""
 
 from collections.abc import Sequence
 
@@ -11,24 +11,29 @@ from model.sampler import make_plan
 from model.schedule import Schedule
 from model.step import Rows, State
 
-PADDING = 0  # the slot of rows that fill up a step
-FIRST_PLAN_ROWS = 16_384  # enough for every sampler with 1 to 100 steps: a CUDA graph is valid for one size only
+PADDING = 0  # the slot that padding rows use
+# The initial size of the table of plans. It holds the plans of every sampler with 1 to 100 steps and need not grow,
+# because a CUDA graph is valid for one size of its tensors only.
+FIRST_PLAN_ROWS = 16_384
 
 
 class Slots:
-    """A state whose rows, the slots, are assigned to trajectories. It grows when all slots are in use."""
+    """The state of all started images. Each row of its tensors is a slot, which is assigned to one trajectory.
+
+    The number of slots doubles when all slots are in use.
+    """
 
     def __init__(
         self, count: int, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers
     ) -> None:
         """Starts with `count` free slots."""
         self.state = State.zeros(1 + count, image_shape, device)
-        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True if all values were finite
+        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
         self._free = list(range(PADDING + 1, 1 + count))
         self._transfers = transfers
 
     def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
-        """Gives each trajectory a slot and writes its row of state there. If this raises, no trajectory has a slot."""
+        """Assigns a slot to each trajectory and writes its state there. If this raises, no trajectory has a slot."""
         while len(self._free) < len(trajectories):
             self._grow()
         slots = self._free[-len(trajectories) :]
@@ -40,7 +45,7 @@ class Slots:
             trajectory.slot = slot
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Releases the slots of the trajectories that have one."""
+        """Frees the slots of the trajectories that have one."""
         for trajectory in trajectories:
             if trajectory.slot is not None:
                 self._free.append(trajectory.slot)
@@ -51,17 +56,20 @@ class Slots:
         return self._transfers.upload([trajectory.slot for trajectory in trajectories if trajectory.slot is not None])
 
     def finite_after(self, slots: Tensor, finite: Tensor) -> Tensor:
-        """Returns (B,) True for slots whose values were all finite so far, including those of this step."""
+        """Returns (B,) True for each slot whose values were finite in all steps. `finite` is the flag of this step."""
         return self.finite[slots] & finite
 
     def write(self, slots: Tensor, **rows: Tensor) -> None:
-        """Writes the named rows (B, ...) to the slots (B,), in place. Allocates no memory on the device."""
+        """Writes rows (B, ...) of the named tensors to the slots (B,), in place. Allocates no memory on the device."""
         for name, value in rows.items():
             rows_of_slots = self.finite if name == "finite" else getattr(self.state, name)
             rows_of_slots.index_copy_(0, slots, value)
 
     def _grow(self) -> None:
-        """Doubles the slots. Makes all tensors before it replaces the first, since memory may run out in between."""
+        """Doubles the number of slots.
+
+        Allocates all new tensors before it replaces the first one, because memory may run out in between.
+        """
         size = len(self.state.seed)
         state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
         self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
@@ -70,15 +78,18 @@ class Slots:
 
 
 class Plans:
-    """The table (P, 5) of all plans, with one row for each step: t, a, b, c, s. It grows when it is full."""
+    """The table (P, 5) of all sampling plans in use. A plan has one row for each step.
+
+    The columns are t, a, b, c, s (see model/sampler.py). The size of the table doubles when it is full.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.table = torch.zeros(FIRST_PLAN_ROWS, 5, device=device)  # (P, 5)
-        self._starts: dict[tuple[str, str, int], int] = {}  # where each plan begins
+        self._starts: dict[tuple[str, str, int], int] = {}  # (model, sampler, num_steps) -> first row of the plan
         self._num_rows = 0
 
     def start_of(self, options: Options, schedule: Schedule) -> int:
-        """Returns the row where the plan of these options starts. The first call for a plan makes it."""
+        """Returns the first row of the plan for these options. Adds the plan to the table if it is missing."""
         key = (options.model, options.sampler, options.num_steps)
         if key not in self._starts:
             plan = make_plan(schedule, options.sampler, options.num_steps).table(self.table.device)  # (num_steps, 5)
@@ -91,14 +102,17 @@ class Plans:
 
 
 def rows_of(trajectories: Sequence[Trajectory], shapes: Shapes, transfers: Transfers) -> Rows:
-    """Returns the rows of a call of one network. Rows that are guided in their next step get a second evaluation.
+    """Returns the row indices for a call of one network. A row that is guided in its next step has a second evaluation.
 
-    If shapes are rounded, padding rows follow the rows of the trajectories, and extra evaluations of the first row
-    follow the guided evaluations. The results of both are not used.
+    If shapes are rounded up, padding rows follow the rows of the trajectories, and additional evaluations of the first
+    row follow the guided evaluations. Their results are discarded.
+
+    Example with exact shapes: three rows, of which row 1 is guided, have 4 evaluations. `source` is [0, 1, 2, 1] and
+    `second` is [0, 3, 2]: the second evaluation of row 1 is evaluation 3.
     """
     count = shapes.rows(len(trajectories))
     slots = [trajectory.slot for trajectory in trajectories]
-    assert None not in slots, "they have begun"
+    assert None not in slots, "rows_of() needs trajectories with a slot"
     guided = [place for place, trajectory in enumerate(trajectories) if trajectory.evaluations == 2]
     num_evaluations = shapes.evaluations(count, len(guided))
     second = list(range(count))

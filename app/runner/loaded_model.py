@@ -1,4 +1,4 @@
-"""A checkpoint whose network is on the device, and its description."""
+"""A model that is loaded on the device: its checkpoint, its step program and its description."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +14,7 @@ from model.step import ReverseStep, Step
 
 
 class LoadedModel:
-    """A checkpoint on its device, with its description and its reverse step, compiled or not."""
+    """A checkpoint on the device. `step` runs one reverse step. It is `program`, or the compiled version of it."""
 
     def __init__(self, name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.checkpoint, self.info = loaded, _describe(name, loaded, device, dtype)
@@ -22,7 +22,7 @@ class LoadedModel:
         self.step: Step = self.program
 
     def use(self, compiled: Step) -> None:
-        """Uses this compiled program for all further steps."""
+        """Uses the compiled program for all further steps."""
         self.step, self.info = compiled, replace(self.info, compiled=True)
 
 

@@ -1,4 +1,4 @@
-"""The runner computes one reverse step for a batch of rows, and keeps their state on the device."""
+"""The runner: computes one reverse step for a batch of rows, and keeps the state of the rows on the device."""
 
 import logging
 import time
@@ -19,7 +19,7 @@ from app.runner.device_state import Plans, Slots, rows_of
 from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Shapes, Transfers
-from app.runner.warm_up import check_known_picture, measure_step_times, record_shapes
+from app.runner.warm_up import check_probe_image, measure_step_times, record_shapes
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
@@ -31,18 +31,18 @@ from model.step import Stepped
 
 log = logging.getLogger(__name__)
 
-BATCHES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows whose steps are timed
+BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
 BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # the same on a GPU
-# Slots at the start: as many as warm-up uses at once. On a GPU there are enough that they need not grow, because a CUDA
-# graph is valid for one size only.
+# The initial number of slots. On a CPU it is the number that warm-up needs at the same time. On a GPU it is so large
+# that the slots need not grow, because a CUDA graph is valid for one size of its tensors only.
 FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
 
 
 class Runner:
-    """Holds the networks and, in slots, the state of every image that has begun.
+    """Holds the networks, and the state of every image that has started in a slot on the device.
 
-    State, history and update are float32. Only the input of the networks is cast. A step writes state after everything
-    else has succeeded, so that a step that fails can be run again with other rows.
+    The state is float32. Only the inputs of the networks are cast to the dtype. A step writes the state after
+    everything else has succeeded, so that a failed step can be repeated with fewer rows.
     """
 
     def __init__(
@@ -54,26 +54,34 @@ class Runner:
         *,
         runs_ahead: bool | None = None,
     ) -> None:
-        """With `runs_ahead` (None: on a GPU), shapes are rounded and only steps that finish an image are waited for."""
-        self.network_seconds = 0.0  # spent in calls of the networks
+        """If `runs_ahead` is True, the runner works as on a GPU: it rounds shapes and enqueues steps without waiting.
+
+        It then waits only for steps that finish an image. By default `runs_ahead` is True on a GPU only.
+        """
+        self.network_seconds = 0.0  # time spent in network calls
         self._threads = threads or ComputeThreads((torch.get_num_threads(),))
         self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
         self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
-        with torch.inference_mode():  # as for all later tensors: a compiled step distinguishes inference tensors
+        # All tensors are made in inference mode, because a compiled step distinguishes inference tensors from others.
+        with torch.inference_mode():
             self._plans = Plans(device)
             count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
             self._slots = Slots(count, self.image_shape, device, self._transfers)
 
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
-        """Returns the runner for these settings; RunnerError, with one sentence, if it cannot be made."""
+        """Returns the runner for these settings. Raises RunnerError with a message of one line if this fails."""
         models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
         if settings.fast_path:
             models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
-            if models[FAST_MODEL].image_shape != models[DEFAULT_MODEL].image_shape:
-                raise RunnerError("UNFOG_FAST_CHECKPOINT draws images of another size than UNFOG_CHECKPOINT")
+            fast, default = (_shape_text(models[name]) for name in (FAST_MODEL, DEFAULT_MODEL))
+            if fast != default:
+                raise RunnerError(
+                    "UNFOG_FAST_CHECKPOINT and UNFOG_CHECKPOINT must have the same image shape, "
+                    f"but have {fast} and {default}"
+                )
         device = choose_device(settings.device)
         dtype = choose_dtype(settings.dtype, device)
         wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
@@ -84,7 +92,10 @@ class Runner:
         return runner
 
     def compile(self, cache: Path, *, must: bool) -> bool:
-        """Compiles each network's step. Returns True if all are compiled; RunnerError if `must` and one is not."""
+        """Compiles the step of each model. Returns True if this succeeds for all models.
+
+        If a step cannot be compiled, raises RunnerError with `must`. Otherwise the model runs without compilation.
+        """
         if self.device.type == "cuda":
             try:
                 prepare_kernel_cache(cache)
@@ -96,7 +107,9 @@ class Runner:
             except CompilerError as error:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
-                log.warning("model %r is not compiled, and takes longer: %s", model.info.name, error)
+                log.warning(
+                    "Model not compiled, steps take longer", extra={"model": model.info.name, "reason": str(error)}
+                )
         return all(model.info.compiled for model in self._models.values())
 
     @property
@@ -106,13 +119,15 @@ class Runner:
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
-        """Returns a function that returns the bytes held on the GPU; None without a GPU."""
+        """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """Makes one reverse step of each row, with one call of each network. Returns True for rows with finite values.
+        """Runs one reverse step of each row, with one call of each network. Returns True for rows with finite values.
 
-        Raises OutOfMemoryError or DeviceLostError for errors of the device. Any other error is a bug.
+        With `runs_ahead`, the values are checked in every step, but the result is only read in steps that finish a row.
+        All other steps return True for all rows. Raises OutOfMemoryError or DeviceLostError for device errors. Any
+        other error is a bug.
         """
         start, on_core = time.perf_counter(), time.thread_time()
         by_model: dict[str, list[Trajectory]] = {}
@@ -124,9 +139,9 @@ class Runner:
 
     @torch.inference_mode()
     def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
-        """Computes all results before it writes state. Everything that allocates memory precedes the first write."""
+        """Computes all results before it writes state. All memory is allocated before the first write."""
         rows = list(chain(*by_model.values()))
-        # If the host runs ahead of the device, it reads whether values are finite only in steps that finish a row.
+        # Reading the flags means waiting for the device. If the host runs ahead, only steps that finish a row need it.
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
@@ -139,11 +154,11 @@ class Runner:
         try:
             of_row = dict(zip(rows, read().tolist(), strict=True))
         except Exception as error:
-            raise DeviceLostError("a step that was enqueued has failed") from error
+            raise DeviceLostError("a step failed after it was enqueued on the device") from error
         return [of_row[trajectory] for trajectory in trajectories]
 
     def _call(self, model: LoadedModel, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
-        """Returns the slots (B,) of the results, and the results."""
+        """Calls one network. Returns the slots (B,) of the rows, and their results."""
         rows = rows_of(trajectories, self._shapes, self._transfers)
         start = time.perf_counter()
         stepped = model.step(self._slots.state, self._plans.table, rows)
@@ -155,9 +170,10 @@ class Runner:
         return slots, (x_prev, x_0, finite)
 
     def _commit(self, parts: list[tuple[Tensor, Stepped]]) -> None:
-        """Writes the results of a step in place.
+        """Writes the results of a step to the slots.
 
-        If the first write fails, nothing has changed and the step can run again. DeviceLostError if a later one fails.
+        If the first write fails, no state has changed, and the step can be repeated. If a later write fails, the state
+        is inconsistent, and DeviceLostError is raised.
         """
         is_written = False
         try:
@@ -165,19 +181,19 @@ class Runner:
                 for name, rows in {"x_t": x_prev, "x_0": x_0, "finite": finite}.items():
                     self._slots.write(slots, **{name: rows})
                     is_written = True
-            self._transfers.note_step()
+            self._transfers.limit_steps_ahead()
         except Exception as error:
             if not is_written:
                 raise
-            raise DeviceLostError("a step was written in part") from error
+            raise DeviceLostError("only a part of a step's results was written") from error
 
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """Returns the images that are predicted now, in 8 bits. Trajectories that have not begun give black images."""
+        """Returns the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
         with device_errors():
             begun = [trajectory for trajectory in trajectories if trajectory.slot is not None]
             x_0 = self._slots.state.x_0[self._slots.of(begun)]  # (B, C, H, W)
-            x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # the last one is black
+            x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # adds a black image at the end
             levels = to_pixels(x_0)
             layout = "b 1 h w -> b h w" if self.image_shape[0] == 1 else "b c h w -> b h w c"
             images = self._transfers.download(rearrange(levels, layout).contiguous()).numpy()
@@ -189,17 +205,18 @@ class Runner:
         self._slots.release(trajectories)
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Draws the known picture of each model, then times steps; RunnerError if a picture differs.
+        """Tests each model with its probe image, then measures the step times of the default model.
 
-        Returns the times of the default model with the number of threads that is fastest now. While another process
-        uses a core, all threads wait for each other, and their times do not show which batch size is best.
+        The times are measured with each permitted number of threads, and the fastest ones are returned. If another
+        process uses a core during warm-up, all threads would wait for each other, and their times would not show which
+        batch size is best. Raises RunnerError if a probe image differs.
         """
-        with self._threads.fixed(self._threads.counts[-1]):  # these threads make progress even if one core is busy
+        with self._threads.fixed(self._threads.counts[-1]):  # The smallest number is fast even if one core is busy.
             try:
                 self.check()
                 if self._runs_ahead:
                     record_shapes(self, self.batches, should_stop)
-            except CompilerError as error:  # on a GPU the first calls compile the step
+            except CompilerError as error:  # On a GPU, the step is compiled during its first calls.
                 raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         measured = []
         for count in self._threads.counts:
@@ -208,12 +225,15 @@ class Runner:
         return min(measured, key=lambda times: times.step_seconds(self.batches[-1]))
 
     def check(self) -> None:
-        """Draws each network's known picture; RunnerError if one differs."""
+        """Generates the probe image of each model. Raises RunnerError if one differs from the stored image."""
         for model in self._models.values():
-            check_known_picture(self, model)
+            check_probe_image(self, model)
 
     def _time_step(self, trajectories: list[Trajectory]) -> tuple[float, float]:
-        """Makes a step. Returns its seconds, and the seconds in which this thread, or the GPU, worked."""
+        """Runs a step. Returns its duration, and the part of it in which this thread had a core.
+
+        On a GPU both values are the whole duration.
+        """
         self._transfers.wait()
         start, on_core = time.perf_counter(), time.thread_time()
         self.step(trajectories)
@@ -223,11 +243,11 @@ class Runner:
 
     @property
     def batches(self) -> tuple[int, ...]:
-        """Returns the numbers of rows whose steps are timed."""
+        """Returns the numbers of rows for which warm-up measures the step time."""
         return BATCHES_AHEAD if self._runs_ahead else BATCHES
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
-        """Gives each trajectory a slot and writes x_T and its options there."""
+        """Assigns a slot to each trajectory and writes x_T and the options there."""
         if not trajectories:
             return
         options = [trajectory.job.request.options for trajectory in trajectories]
@@ -246,6 +266,10 @@ class Runner:
             plan_row=plan_row,
             guidance_scale=scale,
         )
+
+
+def _shape_text(loaded: Checkpoint) -> str:
+    return "x".join(map(str, loaded.image_shape))
 
 
 def _load(path: Path, variable: str) -> Checkpoint:

@@ -1,9 +1,19 @@
-"""Chooses the number of compute threads on a CPU: all of them, or one fewer while another process uses a core.
+"""The number of compute threads on a CPU: all of them, or one fewer while another process uses a core.
 
-The threads of a step wait for each other at every operator, so that one thread without a core delays all of them.
-While another process uses one of two cores, two threads make 12 steps a second and one makes 22 (64 rows, Xeon with
-AMX). The thread that runs the steps has its core for 99 % of their time on an idle machine, and for 62 to 69 % of it
-while another process wants the core. This share does not change if the whole machine is slow.
+Reason: the compute threads of a step wait for each other after every operator. If one of them has no core, all of them
+wait. Measured on a Xeon with AMX, two cores, 64 rows per step, while another process uses one core: two threads run 12
+steps per second, one thread runs 22.
+
+Detection: the share of the duration of the steps in which the engine thread has a core. It is 99 % on an idle machine
+and 62 to 69 % while another process competes for the cores. A machine that is slow for another reason, such as a lower
+clock rate, does not change this share.
+
+Rule: the share is computed for windows of 0.1 s of steps. After three windows in a row with a share below 75 %, one
+thread fewer is used for a pause of 0.25 s. Then all threads are tried again. If the next window is below 75 % too, the
+next pause is twice as long, up to 4 s. A window with a higher share resets the pause to 0.25 s.
+
+Example: a backup uses one core for 10 minutes. One thread fewer is used after about 0.3 s of steps. Soon the pauses
+last 4 s, with one window of all threads between them. After the backup, all threads are used again within about 4 s.
 """
 
 import time
@@ -12,14 +22,16 @@ from contextlib import contextmanager
 
 import torch
 
-WINDOW_SECONDS = 0.1  # of steps with all threads; the share is computed over this time
-OWN_SHARE = 0.75  # a lower share means that another process wants the core
-BUSY_WINDOWS = 3  # in a row before one thread fewer is used; sending the answers of a large batch takes less time
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds with one fewer until all are tried again; doubles each time
+WINDOW_SECONDS = 0.1  # duration of the steps over which the share is computed
+OWN_SHARE = 0.75  # a lower share means that another process competes for the core
+# Number of consecutive windows with a low share after which one thread fewer is used. Encoding and sending the answers
+# of a large batch also lowers the share, but for a shorter time than this.
+BUSY_WINDOWS = 3
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds with one thread fewer
 
 
 class ComputeThreads:
-    """Chooses between the permitted numbers of threads. The results have the same bits with each number."""
+    """Chooses the number of compute threads for each step. The results are bitwise equal for all numbers."""
 
     def __init__(
         self,
@@ -27,23 +39,23 @@ class ComputeThreads:
         use: Callable[[int], None] = torch.set_num_threads,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`counts` has all threads first, then one fewer if permitted. `use` sets the number for the calling thread."""
+        """`counts` are the permitted numbers: (all,) or (all, all - 1). `use` sets the number in the calling thread."""
         self.counts, self._use, self._clock = tuple(counts), use, clock
-        self._busy_windows = 0  # consecutive, up to the last one
-        self._seconds, self._on_core = 0.0, 0.0  # of the present window
+        self._busy_windows = 0  # consecutive windows with a low share, up to the last window
+        self._seconds, self._on_core = 0.0, 0.0  # sums over the current window
         self._pause, self._set_at = SHORTEST_PAUSE, 0.0
         self._is_fixed = False
         self.count = self.counts[0]
 
     def set(self, count: int) -> None:
-        """Sets the number of threads."""
+        """Sets the number of threads and starts a new window."""
         self.count, self._set_at = count, self._clock()
         self._seconds = self._on_core = 0.0
         self._use(count)
 
     @contextmanager
     def fixed(self, count: int) -> Iterator[None]:
-        """Uses this number within the block, whatever is observed. Uses all threads after the block."""
+        """Uses this number of threads within the `with` block. Uses all threads after the block."""
         self._is_fixed = True
         self.set(count)
         try:
@@ -53,9 +65,9 @@ class ComputeThreads:
             self.set(self.counts[0])
 
     def observe(self, seconds: float, on_core: float) -> None:
-        """Chooses the number for the next step after a step that took `seconds`.
+        """Chooses the number of threads for the next step, after a step that took `seconds`.
 
-        `on_core` is the part of these seconds in which the calling thread had a core.
+        `on_core` is the part of `seconds` in which the engine thread had a core.
         """
         if self._is_fixed or len(self.counts) < 2:
             return

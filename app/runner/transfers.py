@@ -1,4 +1,8 @@
-"""Copies between host and device, and decides when the host waits for the device."""
+"""Copies between host and device, and the points at which the host waits for the device.
+
+On a GPU the host does not wait for each step. It enqueues up to STEPS_AHEAD steps, so that the GPU has work while the
+host selects the rows of the next step.
+"""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -7,42 +11,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-STEPS_AHEAD = 2  # enqueued and not done: enough to keep a GPU busy, few enough that a new row starts soon
+# The maximum number of steps that are enqueued and unfinished. A new row waits for these steps, so that a larger number
+# would delay it. A smaller number would leave the GPU idle between steps.
+STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The number of rows of a network call. On a GPU it is rounded up, since each number needs its own CUDA graph."""
+    """The shape of a network call. On a GPU it is rounded up, because each shape needs its own CUDA graph."""
 
-    exact: bool = True
+    exact: bool = True  # False if shapes are rounded up
 
     def rows(self, count: int) -> int:
-        """Returns `count` if shapes are exact, else the next power of two."""
+        """Returns the number of rows: `count`, or the next power of two if shapes are rounded up."""
         return count if self.exact else 1 << (count - 1).bit_length()
 
     def evaluations(self, rows: int, guided: int) -> int:
-        """Returns the evaluations of `rows` rows. If shapes are rounded, all rows count as guided if one is."""
+        """Returns the number of evaluations of `rows` rows, of which `guided` are guided.
+
+        If shapes are rounded up and one row is guided, all rows count as guided.
+        """
         return rows + guided if self.exact else rows * (2 if guided else 1)
 
 
 class Transfers:
-    """Copies tensors through pinned memory on a GPU, without waiting. On a CPU nothing is copied or waited for."""
+    """Copies tensors to and from a GPU through pinned memory, without waiting. On a CPU it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_gpu = device, device.type == "cuda"
         self._enqueued: deque[torch.cuda.Event] = deque()
 
     def upload(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
-        """Returns the values (N,) on the device."""
+        """Returns the values as a tensor (N,) on the device."""
         host = torch.tensor(values, dtype=dtype)
         return host.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else host
 
     def download(self, tensor: Tensor) -> Tensor:
-        """Waits until the tensor is computed and returns it on the host."""
+        """Waits until the tensor is computed. Returns it on the host."""
         return self.start_download(tensor)()
 
     def start_download(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Enqueues a copy to the host. Returns a function that waits for it and allocates no memory."""
+        """Enqueues a copy to the host. Returns a function that waits for the copy and allocates no memory."""
         if not self._is_gpu:
             return lambda: tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -55,15 +64,15 @@ class Transfers:
 
         return wait
 
-    def note_step(self) -> None:
-        """Call this after a step was enqueued. Waits until at most STEPS_AHEAD steps are not done."""
+    def limit_steps_ahead(self) -> None:
+        """Call this after a step is enqueued. Waits until at most STEPS_AHEAD steps are unfinished."""
         if self._is_gpu:
             self._enqueued.append(self._event())
             if len(self._enqueued) > STEPS_AHEAD:
                 self._enqueued.popleft().synchronize()
 
     def wait(self) -> None:
-        """Waits until all enqueued work is done."""
+        """Waits until all enqueued work is finished."""
         if self._is_gpu:
             torch.cuda.synchronize(self._device)
             self._enqueued.clear()

@@ -1,4 +1,12 @@
-"""Warms up before the service is ready: each model draws its known picture, and steps are timed."""
+"""Warm-up before the service is ready: tests each model with its probe image, and measures the step times.
+
+Probe image: a checkpoint contains one image and the options that generate it. Warm-up generates it again and compares.
+A large difference means that this machine computes wrong results, for example because of a miscompiled kernel, and the
+service does not start.
+
+Step times: the scheduler needs the duration of a step by batch size (see engine/step_times.py). They are measured in
+rounds. A round runs steps of every batch size. See `measure_step_times` for the evaluation.
+"""
 
 import statistics
 import time
@@ -12,22 +20,24 @@ from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.loaded_model import LoadedModel
 
-PROBE_TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1]; bfloat16 gives 0.01, another digit 0.3
+# The maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01, a different digit 0.3.
+PROBE_TOLERANCE = 0.1
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
-# No new round begins after TIMING_SECONDS. With fewer than FEWEST_ROUNDS, or while another process uses the core, the
+# No round starts after TIMING_SECONDS. If there are fewer than FEWEST_ROUNDS, or if another process uses the core, the
 # limit is LONGEST_TIMING_SECONDS.
 TIMING_SECONDS, LONGEST_TIMING_SECONDS = 0.3, 2.0
-QUIET_SHARE = 0.9  # of the time of the steps in which the core works, if no other process uses it
-# A small step is timed after others of its size: after a large step, its weights are not in the processor's caches.
-# A step of one row takes 1.0 ms after a step of one row, and 1.55 ms after a step of 64 rows (Zen 5).
+QUIET_SHARE = 0.9  # minimum share of the duration of the steps in which the thread has its core on an idle machine
+# In a round, a batch of n rows is repeated HOT_ROWS / n times, and the last step counts. After a step of another size,
+# the weights are not in the caches: on a Zen 5, a step of one row takes 1.0 ms after another step of one row, but
+# 1.55 ms after a step of 64 rows.
 HOT_ROWS = 8
 
-# Makes a step. Returns its seconds, and the seconds in which the calling thread, or the GPU, worked.
+# Runs a step. Returns its duration, and the part of it in which the calling thread had a core or the GPU was busy.
 TimeStep = Callable[[list[Trajectory]], tuple[float, float]]
 
 
-def check_known_picture(runner: StepRunner, model: LoadedModel) -> None:
-    """Draws the checkpoint's known picture; RunnerError if the result differs from it."""
+def check_probe_image(runner: StepRunner, model: LoadedModel) -> None:
+    """Generates the checkpoint's probe image. Raises RunnerError if the result differs from the stored image."""
     probe, info = model.checkpoint.config.probe, model.info
     scale = info.guidance_scale[probe.sampler]
     options = Options(probe.digit, probe.seed, probe.num_steps, probe.sampler, scale, info.name)
@@ -37,27 +47,38 @@ def check_known_picture(runner: StepRunner, model: LoadedModel) -> None:
         for _ in range(probe.num_steps):
             is_finite = all(runner.step([trajectory])) and is_finite
             trajectory.step += 1
-        (drawn,) = runner.pixels([trajectory])
+        (image,) = runner.pixels([trajectory])
     finally:
         runner.release([trajectory])
-    known = model.checkpoint.probe_image.permute(1, 2, 0).numpy().reshape(drawn.shape)  # (H, W) or (H, W, 3)
-    difference = np.abs(drawn / 127.5 - 1 - known).mean()
+    stored = model.checkpoint.probe_image.permute(1, 2, 0).numpy().reshape(image.shape)  # (H, W) or (H, W, 3)
+    difference = np.abs(image / 127.5 - 1 - stored).mean()
     if not is_finite or difference > PROBE_TOLERANCE:
-        what = f"differs by {difference:.2f} a pixel" if is_finite else "has NaN or infinite values"
-        raise RunnerError(f"this machine draws the known picture of model {info.name!r} wrong: it {what}")
+        reason = (
+            f"differs by {difference:.2f} per pixel (limit {PROBE_TOLERANCE})"
+            if is_finite
+            else "has NaN or infinite values"
+        )
+        raise RunnerError(
+            f"this machine computes wrong images: the probe image of model {info.name!r} {reason}. "
+            "Try UNFOG_COMPILE=off or UNFOG_DTYPE=float32"
+        )
 
 
 def measure_step_times(
     runner: StepRunner, time_step: TimeStep, batches: Sequence[int], should_stop: Callable[[], bool]
 ) -> StepTimes:
-    """Times steps of the default model in rounds through all batches.
+    """Measures the step times of the default model for these numbers of rows, in rounds of all batches.
 
-    The time of a batch is its share of a round's work, the median over the rounds, times the seconds of the fastest
-    round. Work is the time in which the core or the GPU worked: while another process wants the core, a long step waits
-    for it and a short one mostly does not. Shares compare batches although the machine changes its speed between
-    rounds. While another process used the core, four starts with medians of the work itself chose full steps of 4, 8,
-    64 and 64 evaluations, and six starts with shares 32 or 64 (Xeon with AMX). Batches for which the device has too
-    little memory are left out.
+        time of a batch = median over the rounds of (work of the batch / work of the round) * duration of fastest round
+
+    Work is the part of a step's duration in which the thread had a core. It excludes waiting: while another process
+    competes for the core, long steps wait for it, but short steps usually do not. On a GPU, work is the whole duration.
+
+    Shares of a round are compared, not times, because the speed of the machine can change between rounds. Within one
+    round it affects all batches. Measured on a Xeon with AMX while another process used the core: the best batch of six
+    starts was 32 or 64 with shares. With medians of the work it was 4, 8, 64 and 64 in four starts.
+
+    Batches for which the device does not have enough memory are left out. Without any result, one evaluation takes 1 s.
     """
     start, info = time.monotonic(), runner.models[DEFAULT_MODEL]
     jobs = {rows: _new_rows(info, rows) for rows in batches}
@@ -83,18 +104,21 @@ def measure_step_times(
         for rows in measured
     }
     quickest = min(sum(steps[rows][0] for rows in measured) for steps in rounds)
-    # Fewer rows take no longer than more.
+    # A smaller batch never takes longer than a larger one. Larger measured values are noise.
     return StepTimes({rows: quickest * min(share[more] for more in measured if more >= rows) for rows in measured})
 
 
 def _is_busy(rounds: Sequence[dict[int, tuple[float, float]]]) -> bool:
-    """Returns True if another process used the core during these rounds."""
+    """Returns True if another process competed for the core during these rounds."""
     steps = [step for times in rounds for step in times.values()]
     return sum(work for _, work in steps) < QUIET_SHARE * sum(seconds for seconds, _ in steps)
 
 
 def record_shapes(runner: StepRunner, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:
-    """Makes steps with each number of rows of each model, guided and not, since the first steps of a shape are slow."""
+    """Runs steps of each model with each number of rows, with and without guidance.
+
+    On a GPU, the first steps of a shape are slow if the step is compiled, because they record a CUDA graph.
+    """
     for info in runner.models.values():
         for rows in batches:
             for guided_steps in (range(0), range(info.max_steps))[: 1 + info.guidable]:

@@ -68,7 +68,7 @@ def test_compiled_bytes_are_the_same_after_a_restart_with_other_threads_and_batc
 def test_without_a_compiler_it_serves_not_compiled_and_says_so(start: Start, tmp_path: Path) -> None:
     plain = start(UNFOG_COMPILE="auto", UNFOG_CACHE_DIR=str(tmp_path), CXX="no-such-compiler")
     assert plain.client.get("/health").json()["compiled"] is False
-    assert any("is not compiled, and takes longer" in line for line in plain.process.lines)
+    assert any("Model not compiled, steps take longer" in line for line in plain.process.lines)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights, grey and coloured."""
+"""Fixtures with checkpoints of random weights, for grey and colour images."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from tests.tiny import tiny_unet
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of random weights."""
+    """Returns the file of a checkpoint with random weights."""
     network = tiny_unet(image_channels=request.param)
     for parameter in network.parameters():
-        parameter.mul_(0.6)  # so that not all pixels are clipped
+        parameter.mul_(0.6)  # With smaller weights, not all pixels are clipped.
     config = CheckpointConfig(
         unet=network.config, schedule=ScheduleConfig(), guidance=GUIDANCE, training={"label_drop": 0.1}
     )
@@ -34,7 +34,7 @@ def loaded(path: Path) -> Checkpoint:
 
 @pytest.fixture
 def other(loaded: Checkpoint, tmp_path: Path) -> Checkpoint:
-    """Another network, which predicts v for another schedule and draws in four steps only."""
+    """Returns a checkpoint with another network and schedule, which predicts v and permits only four steps."""
     torch.manual_seed(5)
     network = tiny_unet(image_channels=loaded.config.unet.image_channels, widths=(8, 24), seed=5)
     config = CheckpointConfig(

@@ -1,4 +1,4 @@
-"""Rows of many kinds, and a real runner on a CPU that draws them."""
+"""Helpers for tests of the real runner on a CPU: rows with different options, and functions that generate images."""
 
 import random
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ def rows_of(
 
 
 def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
-    """A step as the engine makes it, of jobs as the service makes them."""
+    """Runs one step in the same way as the engine, after setting the guided steps in the same way as the service."""
     for row in rows:
         request = row.job.request
         guided_steps = runner.models[request.options.model].guided_steps_of(request.options)
@@ -49,7 +49,10 @@ def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
 
 
 def draw(runner: Runner, rows: list[Trajectory], max_batch: int = 64, order: int | None = None) -> list[Pixels]:
-    """Every row to its end, `max_batch` at a time; in an order of its own at each step where `order` is a seed."""
+    """Generates the images of these rows, with at most `max_batch` rows in a step.
+
+    If `order` is given, it is the seed of a random order of the rows in each step.
+    """
     shuffle = random.Random(order)
     while left := [row for row in rows if row.steps_left]:
         if order is not None:
@@ -64,8 +67,8 @@ def equal(left: Iterable[Pixels], right: Iterable[Pixels]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-def company() -> list[Trajectory]:
-    """Rows that have nothing in common."""
+def mixed_rows() -> list[Trajectory]:
+    """Returns rows with different digits, seeds, numbers of steps, samplers and guidance scales."""
     choose = random.Random(7)
     jobs = [
         rows_of(
@@ -81,8 +84,8 @@ def company() -> list[Trajectory]:
     return [row for rows in jobs for row in rows]
 
 
-class Counting:
-    """The network, and how many rows it was given at each call."""
+class CountingNetwork:
+    """Replaces the network of a runner and counts the evaluations of each call."""
 
     def __init__(self, runner: Runner) -> None:
         self.rows: list[int] = []

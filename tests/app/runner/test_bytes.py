@@ -1,4 +1,4 @@
-"""Rows of the real runner against each other and against the offline sampler."""
+"""Compares rows of the real runner with each other and with the offline sampler."""
 
 import copy
 import dataclasses
@@ -12,52 +12,63 @@ from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.sampler import SAMPLERS, Guidance, Sampler, sample
-from tests.app.runner.rows import CPU, DTYPES, GUIDANCE, Counting, company, draw, equal, new_runner, rows_of, step
+from tests.app.runner.rows import (
+    CPU,
+    DTYPES,
+    GUIDANCE,
+    CountingNetwork,
+    draw,
+    equal,
+    mixed_rows,
+    new_runner,
+    rows_of,
+    step,
+)
 
 
 @DTYPES
-def test_a_row_has_the_same_pixels_alone_and_in_any_company(loaded: Checkpoint, dtype: torch.dtype) -> None:
+def test_row_has_the_same_pixels_alone_and_in_any_batch(loaded: Checkpoint, dtype: torch.dtype) -> None:
     runner = new_runner(loaded, dtype)
-    alone = [draw(runner, [row])[0] for row in company()]
+    alone = [draw(runner, [row])[0] for row in mixed_rows()]
     assert len({image.tobytes() for image in alone}) == len(alone)
     for max_batch, order in [(64, None), (64, 1), (16, 2), (7, 3), (3, 4), (2, 5), (1, 6)]:
-        assert equal(draw(runner, company(), max_batch, order), alone)
+        assert equal(draw(runner, mixed_rows(), max_batch, order), alone)
 
 
 @DTYPES
-def test_two_models_in_one_loop_draw_what_each_draws_alone(
+def test_two_models_in_one_step_generate_the_same_pixels_as_each_alone(
     loaded: Checkpoint, other: Checkpoint, dtype: torch.dtype
 ) -> None:
     def fast_rows(model: str) -> list[Trajectory]:
         return rows_of(5, seed=9, num_steps=4, sampler="ddim", model=model)
 
     expected = draw(new_runner(copy.deepcopy(other), dtype), fast_rows("default"))
-    beside = draw(new_runner(copy.deepcopy(loaded), dtype), company())
+    expected_mixed = draw(new_runner(copy.deepcopy(loaded), dtype), mixed_rows())
     both = Runner({"default": loaded, "fast": other}, CPU, dtype)
     both.warm_up(lambda: False)
     assert equal(draw(both, fast_rows("fast")), expected)
     for max_batch, order in [(64, None), (64, 1), (7, 2), (3, 3)]:
-        images = draw(both, [*fast_rows("fast"), *company()], max_batch, order)
+        images = draw(both, [*fast_rows("fast"), *mixed_rows()], max_batch, order)
         assert equal(images[:5], expected)
-        assert equal(images[5:], beside)
+        assert equal(images[5:], expected_mixed)
 
 
 @DTYPES
-def test_a_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: torch.dtype) -> None:
+def test_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: torch.dtype) -> None:
     runner = new_runner(loaded, dtype)
     alone = draw(runner, rows_of(num_steps=6, guidance_scale=1.5))
-    crowd, late = company(), rows_of(num_steps=6, guidance_scale=1.5)
+    early, late = mixed_rows(), rows_of(num_steps=6, guidance_scale=1.5)
     for _ in range(3):
-        step(runner, [row for row in crowd if row.steps_left])
-    assert equal(draw(runner, [*crowd, *late])[-1:], alone)
+        step(runner, [row for row in early if row.steps_left])
+    assert equal(draw(runner, [*early, *late])[-1:], alone)
 
 
-def test_another_runner_draws_the_same(path: Path) -> None:
-    first, second = (draw(new_runner(checkpoint.load(path)), company()) for _ in range(2))
+def test_two_runners_generate_the_same_pixels(path: Path) -> None:
+    first, second = (draw(new_runner(checkpoint.load(path)), mixed_rows()) for _ in range(2))
     assert equal(first, second)
 
 
-def test_an_image_does_not_depend_on_how_many_are_asked_for(loaded: Checkpoint) -> None:
+def test_image_does_not_depend_on_the_count_of_the_request(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     assert equal(draw(runner, rows_of(5))[:2], draw(runner, rows_of(2)))
 
@@ -65,7 +76,7 @@ def test_an_image_does_not_depend_on_how_many_are_asked_for(loaded: Checkpoint) 
 @pytest.mark.parametrize("num_steps", [1, 9, 30])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0), GUIDANCE], ids=["off", "everywhere", "interval"])
-def test_rows_are_what_the_offline_sampler_draws(
+def test_rows_equal_the_images_of_the_offline_sampler(
     loaded: Checkpoint, sampler: Sampler, guidance: Guidance, num_steps: int
 ) -> None:
     y, index = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 0, 1, 0])
@@ -86,56 +97,56 @@ def test_rows_are_what_the_offline_sampler_draws(
     runner = new_runner(dataclasses.replace(loaded, config=dataclasses.replace(loaded.config, guidance=guidance)))
     options = {"num_steps": num_steps, "sampler": sampler, "guidance_scale": guidance.scale}
     rows = [
-        *rows_of(1, digit=0, seed=5, **options),  # type: ignore[arg-type] # they are what rows_of takes
+        *rows_of(1, digit=0, seed=5, **options),  # type: ignore[arg-type] # These are the types that rows_of takes.
         *rows_of(2, digit=4, seed=2**53 - 1, **options),  # type: ignore[arg-type]
         *rows_of(1, digit=9, seed=0, **options),  # type: ignore[arg-type]
     ]
-    drawn = torch.stack([torch.from_numpy(image).float() for image in draw(runner, rows)])
-    offline = ((x_0 + 1) * 127.5).permute(0, 2, 3, 1).reshape(drawn.shape)
-    torch.testing.assert_close(drawn, offline, rtol=0, atol=0.51)  # the rounding, and float32's own
+    generated = torch.stack([torch.from_numpy(image).float() for image in draw(runner, rows)])
+    offline = ((x_0 + 1) * 127.5).permute(0, 2, 3, 1).reshape(generated.shape)
+    torch.testing.assert_close(generated, offline, rtol=0, atol=0.51)  # Rounding to 8 bits differs by at most 0.5.
 
 
-def test_a_row_pays_for_guidance_only_where_it_acts(loaded: Checkpoint) -> None:
-    runner = new_runner(loaded, torch.bfloat16)  # which is never padded
-    network = Counting(runner)
-    free, guided = rows_of(8, num_steps=10), rows_of(3, num_steps=10, guidance_scale=2.0)  # t = 100, 90, ... 10
+def test_row_has_a_second_evaluation_only_in_guided_steps(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded, torch.bfloat16)  # bfloat16 batches are never padded.
+    network = CountingNetwork(runner)
+    free, guided = rows_of(8, num_steps=10), rows_of(3, num_steps=10, guidance_scale=2.0)  # t is 100, 90, ..., 10.
     for _ in range(10):
         step(runner, [*free, *guided])
     assert network.rows == [11, 11] + [14] * 7 + [11]
 
 
-def test_each_samplers_rows_are_guided_in_its_own_interval(loaded: Checkpoint) -> None:
+def test_each_sampler_has_its_own_guidance_interval(loaded: Checkpoint) -> None:
     config = dataclasses.replace(loaded.config, guidance_by_sampler={"ddim": Guidance(3.0, 15, 35)})
     runner = new_runner(dataclasses.replace(loaded, config=config), torch.bfloat16)
-    network = Counting(runner)
+    network = CountingNetwork(runner)
     assert [runner.models["default"].guidance_scale[sampler] for sampler in ("ddpm", "ddim")] == [2.0, 3.0]
     rows = [
         *rows_of(2, num_steps=10, guidance_scale=2.0),
         *rows_of(3, num_steps=10, guidance_scale=2.0, sampler="ddim"),
     ]
-    for _ in range(10):  # t = 100, 90, ... 10: 80 to 20 are guided, 30 and 20 of ddim's
+    for _ in range(10):  # t is 100, 90, ..., 10. Guidance is from 80 to 20, with ddim only at 30 and 20.
         step(runner, rows)
     assert network.rows == [5, 5] + [7] * 5 + [10] * 2 + [5]
 
 
 @pytest.mark.parametrize(("sampler", "num_steps"), [("ddpm", 10), ("ddim", 7), ("dpmpp", 10), ("ddpm", 1)])
-def test_the_evaluations_that_are_forecast_are_those_that_are_made(
+def test_predicted_evaluations_equal_the_actual_evaluations(
     loaded: Checkpoint, sampler: Sampler, num_steps: int
 ) -> None:
     runner = new_runner(loaded, torch.bfloat16)
-    network = Counting(runner)
+    network = CountingNetwork(runner)
     guided_steps = runner.models["default"].guided_steps(sampler, num_steps)
     job = Job(JobRequest(Options(1, 0, num_steps, sampler, 2.0), 3, guided_steps=guided_steps))
-    forecast = []
+    predicted = []
     for _ in range(num_steps):
-        forecast.append(sum(row.evaluations for row in job.unfinished))
+        predicted.append(sum(row.evaluations for row in job.unfinished))
         step(runner, job.unfinished)
-    assert network.rows == forecast
-    assert sum(forecast) == 3 * job.request.evaluations_from(0)
+    assert network.rows == predicted
+    assert sum(predicted) == 3 * job.request.evaluations_from(0)
 
 
-def test_without_guidance_there_is_one_evaluation_a_row(loaded: Checkpoint) -> None:
+def test_row_without_guidance_has_one_evaluation_per_step(loaded: Checkpoint) -> None:
     runner = new_runner(loaded, torch.bfloat16)
-    network = Counting(runner)
+    network = CountingNetwork(runner)
     draw(runner, rows_of(20, num_steps=4))
     assert network.rows == [20] * 4

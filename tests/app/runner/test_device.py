@@ -1,4 +1,4 @@
-"""The device and precision that serve. A GPU is simulated by replacing what torch.cuda would answer."""
+"""Tests of the choice of device, precision and threads. GPUs are simulated by replacing functions of torch.cuda."""
 
 import logging
 import threading
@@ -24,10 +24,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
 OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver by"
 UNEXPECTED = "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before? Error"
-# What torch raises, seen with CUDA's own runtime library on a driver made for the purpose -> a part of the sentence.
+# (error of torch, a part of our message). The errors were observed with the CUDA runtime and a simulated driver.
 INIT_ERRORS = [
     (AssertionError("Torch not compiled with CUDA enabled"), "is built without CUDA"),
-    (RuntimeError(NO_DRIVER), "no GPU is visible. In a container, start it with --gpus all"),
+    (RuntimeError(NO_DRIVER), "no GPU is visible. Start a container with --gpus all"),
     (RuntimeError("No CUDA GPUs are available"), "no GPU is visible"),
     (RuntimeError(OLD_DRIVER), "driver is too old for PyTorch"),
     (RuntimeError(f"{UNEXPECTED} 804: forward compatibility was attempted on non supported HW"), "forward compat"),
@@ -47,14 +47,14 @@ COMPUTE_ERRORS = [
 
 @pytest.fixture(autouse=True)
 def no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the NVIDIA driver's file would be; absent."""
+    """Returns the path at which the code looks for the file of the NVIDIA driver. The file does not exist."""
     monkeypatch.setattr("app.runner.device.NVIDIA_DRIVER", tmp_path / "version")
     return tmp_path / "version"
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Two GPUs that work, and the threads in which one was selected, with its number."""
+    """Simulates two working GPUs. Returns a list of (thread name, GPU number) for each selection of a GPU."""
     selected: list[tuple[str, int]] = []
     ones = torch.ones
 
@@ -84,22 +84,22 @@ def raising(error: Exception) -> Any:
 
 
 @pytest.mark.parametrize(("error", "expected"), INIT_ERRORS)
-def test_gpu_that_does_not_initialize_is_one_sentence(
+def test_error_is_one_line_if_the_gpu_does_not_initialize(
     monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
 ) -> None:
-    """device_count() succeeds with an old driver, as it asks NVML."""
+    """torch's device_count() uses NVML, so that it succeeds even if the driver is too old."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "init", raising(error))
     with pytest.raises(RunnerError) as raised:
         choose_device("cuda")
-    sentence = str(raised.value)
-    assert sentence.startswith("UNFOG_DEVICE=cuda: ")
-    assert expected in sentence
-    assert "\n" not in sentence
+    message = str(raised.value)
+    assert message.startswith("UNFOG_DEVICE=cuda: ")
+    assert expected in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(("error", "expected"), COMPUTE_ERRORS)
-def test_gpu_that_does_not_compute_is_one_sentence(
+def test_error_is_one_line_if_the_gpu_does_not_compute(
     monkeypatch: pytest.MonkeyPatch, gpus: list[tuple[str, int]], error: Exception, expected: str
 ) -> None:
     monkeypatch.setattr(torch, "ones", raising(error))
@@ -108,7 +108,7 @@ def test_gpu_that_does_not_compute_is_one_sentence(
     assert "\n" not in str(raised.value)
 
 
-def test_old_driver_sentence_names_the_versions_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_for_an_old_driver_has_the_versions_and_the_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "init", raising(RuntimeError(OLD_DRIVER)))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "__version__", "2.13.0+cu130")
@@ -116,18 +116,16 @@ def test_old_driver_sentence_names_the_versions_and_the_remedy(monkeypatch: pyte
         choose_device("cuda")
 
 
-def test_gpu_number_that_does_not_exist_is_one_sentence(gpus: list[tuple[str, int]]) -> None:
-    with pytest.raises(RunnerError, match="UNFOG_DEVICE=cuda:2: there is no such GPU"):
+def test_error_for_an_unknown_gpu_number_has_the_number_of_gpus(gpus: list[tuple[str, int]]) -> None:
+    with pytest.raises(RunnerError, match=r"UNFOG_DEVICE=cuda:2: no GPU has this number\. Visible GPUs: 2"):
         choose_device("cuda:2")
     assert gpus == []
 
 
 @pytest.mark.parametrize(("name", "number"), [("cuda", 0), ("cuda:1", 1), ("auto", 0)])
-def test_chosen_gpu_is_the_current_one_of_the_thread_that_steps(
-    gpus: list[tuple[str, int]], name: str, number: int
-) -> None:
-    chosen, stepping = list[torch.device](), list[str]()
-    runner = FakeRunner(on_step=lambda rows: stepping.append(threading.current_thread().name))
+def test_gpu_is_selected_in_the_thread_that_runs_the_steps(gpus: list[tuple[str, int]], name: str, number: int) -> None:
+    chosen, step_threads = list[torch.device](), list[str]()
+    runner = FakeRunner(on_step=lambda rows: step_threads.append(threading.current_thread().name))
     engine, job = new_engine(runner), new_job()
     engine._load = lambda: chosen.append(choose_device(name)) or runner  # type: ignore[func-returns-value]
     with running(engine):
@@ -135,20 +133,20 @@ def test_chosen_gpu_is_the_current_one_of_the_thread_that_steps(
         engine.submit(job)
         job.future.result(WAIT_SECONDS)
     assert chosen == [torch.device("cuda" if name == "auto" else name)]
-    assert gpus == [(stepping[0], number)]
-    assert stepping[0] != threading.current_thread().name
+    assert gpus == [(step_threads[0], number)]
+    assert step_threads[0] != threading.current_thread().name
 
 
-def test_float32_on_a_gpu_is_not_tf32(gpus: list[tuple[str, int]]) -> None:
+def test_float32_on_a_gpu_does_not_use_tf32(gpus: list[tuple[str, int]]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     choose_device("cuda")
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    assert not torch.backends.cudnn.allow_tf32  # raises where the two kinds of settings disagree
+    assert not torch.backends.cudnn.allow_tf32  # Raises if the two kinds of settings disagree.
 
 
-def test_auto_without_a_gpu_is_the_cpu_without_a_warning(
+def test_auto_without_a_gpu_selects_the_cpu_without_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "init", raising(RuntimeError(NO_DRIVER)))
@@ -159,12 +157,12 @@ def test_auto_without_a_gpu_is_the_cpu_without_a_warning(
 @pytest.mark.parametrize(
     ("error", "has_driver", "reason"),
     [
-        (RuntimeError(OLD_DRIVER), False, "driver is too old"),  # as under WSL, which has no such file
-        (RuntimeError("No CUDA GPUs are available"), True, "--gpus all"),  # as in a container on a machine with a GPU
+        (RuntimeError(OLD_DRIVER), False, "driver is too old"),  # WSL does not have the file of the driver.
+        (RuntimeError("No CUDA GPUs are available"), True, "--gpus all"),  # a container without a GPU
         (AssertionError("Torch not compiled with CUDA enabled"), True, "Install a CUDA build"),
     ],
 )
-def test_auto_with_a_gpu_that_cannot_be_used_is_the_cpu_with_a_warning(
+def test_auto_with_an_unusable_gpu_selects_the_cpu_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     no_driver: Path,
@@ -181,7 +179,7 @@ def test_auto_with_a_gpu_that_cannot_be_used_is_the_cpu_with_a_warning(
     assert reason in vars(record)["reason"]
 
 
-def test_cpu_does_not_touch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_cpu_does_not_call_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "init", raising(AssertionError("called")))
     assert choose_device("cpu") == CPU
 
@@ -190,7 +188,7 @@ def test_cpu_does_not_touch_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     ("capability", "expected"),
     [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)],
 )
-def test_auto_precision_of_a_gpu_is_what_its_tensor_cores_multiply(
+def test_auto_precision_of_a_gpu_follows_from_its_compute_capability(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
     asked: list[torch.device] = []
@@ -199,26 +197,24 @@ def test_auto_precision_of_a_gpu_is_what_its_tensor_cores_multiply(
     assert asked == [torch.device("cuda:1")]
 
 
-def test_float16_is_accepted_on_a_gpu_and_refused_on_a_cpu() -> None:
+def test_float16_is_accepted_on_a_gpu_and_rejected_on_a_cpu() -> None:
     assert choose_dtype("float16", CUDA) is torch.float16
     with pytest.raises(RunnerError, match="UNFOG_DTYPE=float16 needs a GPU"):
         choose_dtype("float16", CPU)
 
 
-@pytest.mark.parametrize(("code", "understood"), [(2, OutOfMemoryError), (700, DeviceLostError)])
-def test_device_error_with_the_code_of_out_of_memory_is_not_a_lost_device(
-    code: int, understood: type[Exception]
-) -> None:
-    """Such as when a kernel is loaded at its first use: the memory is CUDA's own, not that of torch's allocator."""
+@pytest.mark.parametrize(("code", "translated"), [(2, OutOfMemoryError), (700, DeviceLostError)])
+def test_device_error_with_the_out_of_memory_code_is_not_a_lost_device(code: int, translated: type[Exception]) -> None:
+    """CUDA itself can run out of memory outside of torch's allocator, for example when it loads a kernel."""
     error = torch.AcceleratorError("CUDA error: out of memory")
-    error.error_code = code  # type: ignore[attr-defined] # as torch sets it
-    with pytest.raises(understood), device_errors():
+    error.error_code = code  # type: ignore[attr-defined] # torch sets this attribute.
+    with pytest.raises(translated), device_errors():
         raise error
 
 
 @pytest.fixture
 def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As on a larger machine, without a limit."""
+    """Simulates a machine with 8 cores and without a CPU limit."""
     monkeypatch.setattr("app.runner.device.granted_cores", lambda: None)
     before = torch.get_num_threads()
     torch.set_num_threads(8)
@@ -241,7 +237,7 @@ def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (3, torch.float32, True, 3),
     ],
 )
-def test_uncompiled_float32_uses_the_threads_at_which_bits_do_not_depend_on_the_batch(
+def test_uncompiled_float32_uses_at_most_two_threads_by_default(
     wanted: int | None, dtype: torch.dtype, compiled: bool, expected: int
 ) -> None:
     choose_num_threads(wanted, CPU, dtype, compiled=compiled)
@@ -250,7 +246,7 @@ def test_uncompiled_float32_uses_the_threads_at_which_bits_do_not_depend_on_the_
 
 @pytest.mark.usefixtures("many_threads")
 @pytest.mark.parametrize(("granted", "expected"), [(None, 8), (1.5, 2), (0.5, 1), (16.0, 8)])
-def test_container_uses_no_more_threads_than_its_cpu_limit(
+def test_number_of_threads_does_not_exceed_the_cpu_limit_of_the_container(
     granted: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.runner.device.granted_cores", lambda: granted)
@@ -260,7 +256,7 @@ def test_container_uses_no_more_threads_than_its_cpu_limit(
 
 @pytest.mark.usefixtures("many_threads")
 @pytest.mark.parametrize(("wanted", "compiled", "lines"), [(2, False, 0), (3, False, 1), (3, True, 0)])
-def test_more_threads_than_are_reproducible_are_logged(
+def test_warning_is_logged_if_the_number_of_threads_is_not_reproducible(
     wanted: int, compiled: bool, lines: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     choose_num_threads(wanted, CPU, torch.float32, compiled=compiled)
@@ -278,10 +274,10 @@ def test_more_threads_than_are_reproducible_are_logged(
         ({"a/b": "400000 100000", "a": "100000 100000"}, 1.0),
         ({"": "50000 100000"}, 0.5),
         ({"elsewhere": "100000 100000"}, None),
-        ({"a/b": "what no kernel writes"}, None),
+        ({"a/b": "not a number"}, None),
     ],
 )
-def test_the_smallest_limit_of_the_control_group_and_its_parents_applies(
+def test_smallest_limit_of_the_control_group_and_its_parents_applies(
     limits: dict[str, str], expected: float | None, tmp_path: Path
 ) -> None:
     (tmp_path / "cgroup").write_text("9:name=systemd:/elsewhere\n0::/a/b\n")
@@ -292,5 +288,5 @@ def test_the_smallest_limit_of_the_control_group_and_its_parents_applies(
     assert granted_cores(groups, tmp_path / "cgroup") == expected
 
 
-def test_without_control_groups_there_is_no_limit(tmp_path: Path) -> None:
+def test_no_limit_without_control_groups(tmp_path: Path) -> None:
     assert granted_cores(tmp_path, tmp_path / "cgroup") is None

@@ -1,4 +1,4 @@
-"""Slots and faults: a row that fails leaves the others and their state alone."""
+"""Tests of the slots, of the table of plans, and of failures: other rows and their state do not change."""
 
 import dataclasses
 from collections import Counter
@@ -25,12 +25,12 @@ from tests.app.runner.rows import CPU, draw, equal, new_runner, rows_of, step
 SCHEDULE = Schedule(ScheduleConfig())
 
 
-def test_slots_grow_with_the_rows_and_are_given_back(loaded: Checkpoint) -> None:
+def test_slots_grow_and_are_reused_after_release(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     rows = rows_of(150, num_steps=3)
     expected = draw(runner, rows_of(150, num_steps=3), max_batch=8)
     step(runner, rows[:50])
-    step(runner, rows[50:])  # the state of the first fifty moves to a larger place
+    step(runner, rows[50:])  # The state of the first 50 rows is copied to larger tensors.
     assert len({row.slot for row in rows}) == 150
     assert equal(draw(runner, rows), expected)
     assert all(row.slot is None for row in rows)
@@ -40,7 +40,7 @@ def test_slots_grow_with_the_rows_and_are_given_back(loaded: Checkpoint) -> None
     assert len(runner._slots.state.seed) == size
 
 
-def test_releasing_twice_gives_one_slot_back(loaded: Checkpoint) -> None:
+def test_second_release_of_a_row_has_no_effect(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     row = rows_of()
     step(runner, row)
@@ -51,7 +51,7 @@ def test_releasing_twice_gives_one_slot_back(loaded: Checkpoint) -> None:
     assert len({other.slot for other in others}) == 64
 
 
-def test_a_row_of_nan_leaves_the_others_alone(loaded: Checkpoint) -> None:
+def test_row_with_nan_does_not_change_other_rows(loaded: Checkpoint) -> None:
     healthy = draw(new_runner(loaded), [*rows_of(digit=2), *rows_of(digit=4, guidance_scale=1.5)])
     broken = dataclasses.replace(loaded)
     broken.network.class_embed.weight[3] = torch.nan
@@ -63,7 +63,7 @@ def test_a_row_of_nan_leaves_the_others_alone(loaded: Checkpoint) -> None:
     assert equal(images, healthy)
 
 
-def test_a_step_that_raises_has_changed_nothing(loaded: Checkpoint) -> None:
+def test_step_that_raises_does_not_change_the_state(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     expected = draw(runner, rows_of(3, num_steps=4))
     rows = rows_of(3, num_steps=4)
@@ -81,7 +81,7 @@ def test_a_step_that_raises_has_changed_nothing(loaded: Checkpoint) -> None:
     assert equal(draw(runner, rows), expected)
 
 
-def test_an_image_that_has_not_begun_is_black(loaded: Checkpoint) -> None:
+def test_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     rows = rows_of(3)
     step(runner, rows[1:2])
@@ -94,7 +94,7 @@ def test_an_image_that_has_not_begun_is_black(loaded: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize(
-    ("raised", "understood"),
+    ("raised", "translated"),
     [
         (torch.OutOfMemoryError("x"), OutOfMemoryError),
         (MemoryError(), OutOfMemoryError),
@@ -102,13 +102,13 @@ def test_an_image_that_has_not_begun_is_black(loaded: Checkpoint) -> None:
         (RuntimeError("x"), RuntimeError),
     ],
 )
-def test_what_the_device_raises_is_translated(raised: Exception, understood: type[Exception]) -> None:
-    with pytest.raises(understood), device_errors():
+def test_device_errors_are_translated(raised: Exception, translated: type[Exception]) -> None:
+    with pytest.raises(translated), device_errors():
         raise raised
 
 
-def test_a_row_whose_beginning_failed_begins_anew(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its slot may hold what another image left there."""
+def test_row_can_start_again_after_its_start_failed(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slot may contain the state of an earlier image."""
     runner = new_runner(loaded)
     expected = draw(runner, rows_of(4, seed=5))
     rows, write = rows_of(4, seed=5), runner._slots.write
@@ -129,7 +129,7 @@ READS = {f"aten.{name}.default" for name in ("resolve_conj", "resolve_neg", "_lo
 
 
 class OutOfMemoryAt(TorchDispatchMode):
-    """Counts tensor operations, and lets the one with this number run out of memory."""
+    """Counts tensor operations, and raises an out-of-memory error in the operation with this number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -148,10 +148,8 @@ class OutOfMemoryAt(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
-def test_step_out_of_memory_at_any_operation_leaves_state_or_is_lost_if_partly_written(
-    loaded: Checkpoint, runs_ahead: bool
-) -> None:
-    """Only a write that follows another one makes the device lost: everything that takes memory precedes them."""
+def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: Checkpoint, runs_ahead: bool) -> None:
+    """All memory is allocated before the first write. DeviceLostError is raised only by a later write or read."""
     runner, rows = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=runs_ahead), rows_of(2, num_steps=2)
     step(runner, rows)
     parts = [*runner._slots.state, runner._slots.finite]
@@ -159,22 +157,22 @@ def test_step_out_of_memory_at_any_operation_leaves_state_or_is_lost_if_partly_w
     with OutOfMemoryAt(-1) as counted, torch.inference_mode():
         runner.step(rows)
     assert counted.calls[WRITE] == 3  # x_t, x_0 and finite
-    lost = Counter[str]()
+    device_lost_after = Counter[str]()
     for number in range(counted.count):
         with torch.inference_mode():
-            for part, was in zip(parts, before, strict=True):
-                part.copy_(was)
+            for part, value_before in zip(parts, before, strict=True):
+                part.copy_(value_before)
         with pytest.raises((OutOfMemoryError, DeviceLostError)) as raised, OutOfMemoryAt(number) as mode:
             runner.step(rows)
         if raised.type is DeviceLostError:
-            lost[mode.last] += 1
+            device_lost_after[mode.last] += 1
         else:
-            assert all(torch.equal(part, was) for part, was in zip(parts, before, strict=True))
-    assert lost.pop(WRITE) == 2  # the second and the third one
-    assert set(lost) <= READS  # of what is on the host by then
+            assert all(torch.equal(part, value_before) for part, value_before in zip(parts, before, strict=True))
+    assert device_lost_after.pop(WRITE) == 2  # the second and the third write
+    assert set(device_lost_after) <= READS  # reads of the flags, which are on the host at this point
 
 
-def test_slots_out_of_memory_while_they_grow_are_unchanged(loaded: Checkpoint) -> None:
+def test_out_of_memory_while_slots_grow_does_not_change_them(loaded: Checkpoint) -> None:
     def attempt(slots: Slots, rows: list[Trajectory], number: int) -> int:
         """Returns the number of operations."""
         images, seed = torch.ones(len(rows), *loaded.image_shape), torch.arange(len(rows))
@@ -198,7 +196,7 @@ def test_slots_out_of_memory_while_they_grow_are_unchanged(loaded: Checkpoint) -
 @pytest.mark.parametrize(
     ("num_writes", "expected"), [(0, OutOfMemoryError), (1, DeviceLostError), (2, DeviceLostError)]
 )
-def test_step_that_was_written_in_part_is_lost_and_one_that_was_not_can_run_again(
+def test_failed_write_raises_device_lost_only_after_another_write(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, num_writes: int, expected: type[Exception]
 ) -> None:
     runner, rows = new_runner(loaded), rows_of(2)
@@ -216,8 +214,10 @@ def test_step_that_was_written_in_part_is_lost_and_one_that_was_not_can_run_agai
         runner.step(rows)
 
 
-def test_finite_flags_are_copied_before_state_is_written(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy takes pinned memory, which can run out."""
+def test_copy_of_finite_flags_is_allocated_before_state_is_written(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy needs pinned memory, which can run out."""
     runner, rows = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True), rows_of(2, num_steps=1)
     expected = draw(new_runner(loaded), rows_of(2, num_steps=1))
     start_download = runner._transfers.start_download
@@ -232,9 +232,7 @@ def test_finite_flags_are_copied_before_state_is_written(loaded: Checkpoint, mon
     assert equal(draw(runner, rows), expected)
 
 
-def test_step_that_fails_on_the_device_after_it_was_enqueued_is_lost(
-    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_of_an_enqueued_step_raises_device_lost(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
 
     def wait() -> Tensor:
@@ -250,7 +248,9 @@ def options(num_steps: int, model: str = "default") -> Options:
 
 
 @pytest.mark.parametrize("first_rows", [4, 1000])
-def test_each_plan_stays_at_its_start_when_others_are_added(monkeypatch: pytest.MonkeyPatch, first_rows: int) -> None:
+def test_start_of_a_plan_does_not_change_when_others_are_added(
+    monkeypatch: pytest.MonkeyPatch, first_rows: int
+) -> None:
     monkeypatch.setattr("app.runner.device_state.FIRST_PLAN_ROWS", first_rows)
     table = Plans(CPU)
     starts = {num_steps: table.start_of(options(num_steps), SCHEDULE) for num_steps in (7, 100, 1, 30)}
@@ -259,14 +259,14 @@ def test_each_plan_stays_at_its_start_when_others_are_added(monkeypatch: pytest.
         assert torch.equal(table.table[start : start + num_steps], expected)
 
 
-def test_each_plan_of_each_model_is_made_once() -> None:
+def test_plan_of_each_model_is_made_once() -> None:
     table = Plans(CPU)
     first = table.start_of(options(10), SCHEDULE)
     assert table.start_of(options(10), SCHEDULE) == first
     assert table.start_of(options(10, "fast"), SCHEDULE) == first + 10
 
 
-def test_the_table_has_room_for_all_plans_of_up_to_a_hundred_steps() -> None:
+def test_table_of_plans_has_room_for_all_plans_with_up_to_100_steps() -> None:
     table = Plans(CPU)
     size = len(table.table)
     for sampler in ("ddpm", "ddim", "dpmpp"):

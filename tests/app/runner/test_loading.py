@@ -1,4 +1,4 @@
-"""What the settings ask for is what serves, or one sentence says why not."""
+"""Tests of Runner.load: it serves what the settings say, or raises an error of one line."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.app.runner.rows import CPU, new_runner
 from tests.tiny import tiny_unet
 
 
-def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
+def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: Checkpoint) -> None:
     info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16", compile="off")).models["default"]
     assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")
     assert (info.max_steps, info.samplers, info.guidance_scale, info.guidable) == (
@@ -32,7 +32,7 @@ def test_it_says_what_is_served(path: Path, loaded: Checkpoint) -> None:
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
 
 
-def test_what_could_not_be_compiled_has_no_more_threads_than_keep_its_bits(
+def test_number_of_threads_is_limited_if_compilation_fails(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.compiled.compiler.can_compile", lambda: False)
@@ -46,58 +46,58 @@ def test_what_could_not_be_compiled_has_no_more_threads_than_keep_its_bits(
         torch.set_num_threads(before)
 
 
-def test_a_model_that_draws_in_few_steps_says_so(other: Checkpoint) -> None:
+def test_model_info_has_the_restrictions_of_the_checkpoint(other: Checkpoint) -> None:
     info = Runner({"default": other}, CPU, torch.float32).models["default"]
     assert (info.steps, info.default_steps, info.samplers, info.guidable) == ((4,), 4, ("ddim",), False)
 
 
-def test_without_dropped_labels_there_is_nothing_to_guide_by(loaded: Checkpoint) -> None:
+def test_model_trained_without_dropped_labels_is_not_guidable(loaded: Checkpoint) -> None:
     config = dataclasses.replace(loaded.config, training={}, guidance=Guidance())
     assert not new_runner(dataclasses.replace(loaded, config=config)).models["default"].guidable
 
 
-def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+def test_error_for_a_missing_checkpoint_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"nothing\.safetensors cannot be read"):
         Runner.load(Settings(checkpoint=tmp_path / "nothing.safetensors"))
 
 
-def test_a_second_checkpoint_is_served_beside_the_first(path: Path) -> None:
+def test_fast_checkpoint_is_served_as_a_second_model(path: Path) -> None:
     models = Runner.load(Settings(checkpoint=path, fast_checkpoint=path, device="cpu", compile="off")).models
     assert list(models) == ["default", "fast"]
     assert models["fast"].name == "fast"
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_a_second_checkpoint_of_another_size_is_one_sentence(path: Path, tmp_path: Path, size: int) -> None:
+def test_error_for_a_different_image_shape_has_both_shapes(path: Path, tmp_path: Path, size: int) -> None:
     network = tiny_unet(image_size=size)
     file = tmp_path / "larger.safetensors"
     checkpoint.save(file, network, CheckpointConfig(unet=network.config, schedule=ScheduleConfig()))
-    with pytest.raises(RunnerError, match="UNFOG_FAST_CHECKPOINT draws images of another size"):
+    with pytest.raises(RunnerError, match=f"must have the same image shape, but have 1x{size}x{size} and "):
         Runner.load(Settings(checkpoint=path, fast_checkpoint=file, device="cpu"))
 
 
-def test_a_missing_second_checkpoint_names_its_own_variable(path: Path, tmp_path: Path) -> None:
+def test_error_for_a_missing_fast_checkpoint_names_its_setting(path: Path, tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"UNFOG_FAST_CHECKPOINT: .*nothing\.safetensors cannot be read"):
         Runner.load(Settings(checkpoint=path, fast_checkpoint=tmp_path / "nothing.safetensors"))
 
 
-def test_a_device_that_is_not_there_is_one_sentence() -> None:
+def test_error_for_an_unknown_device_names_the_setting() -> None:
     with pytest.raises(RunnerError, match="UNFOG_DEVICE=cuda:99"):
         choose_device("cuda:99")
 
 
-def test_a_precision_that_is_named_is_the_one_that_serves() -> None:
+def test_named_precision_is_used() -> None:
     assert choose_dtype("float32", CPU) is torch.float32
     assert choose_dtype("bfloat16", CPU) is torch.bfloat16
     assert choose_dtype("auto", CPU) is fast_dtype(CPU)
 
 
-def test_the_service_draws_only_the_classes_that_the_checkpoint_has(loaded: Checkpoint) -> None:
+def test_number_of_classes_is_that_of_the_checkpoint(loaded: Checkpoint) -> None:
     assert new_runner(loaded).models["default"].num_classes == loaded.config.unet.num_classes
 
 
 @pytest.mark.parametrize("fault", [None, "the folder is mounted noexec"])
-def test_compiling_for_a_gpu_prepares_the_folder_for_its_kernels(
+def test_compiling_for_a_gpu_prepares_the_kernel_cache(
     loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str | None
 ) -> None:
     prepared: list[Path] = []

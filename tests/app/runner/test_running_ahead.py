@@ -1,4 +1,4 @@
-"""As on a GPU: steps that are not waited for, in few shapes."""
+"""Tests of a runner that runs ahead as on a GPU: it enqueues steps without waiting, and rounds shapes up."""
 
 from pathlib import Path
 
@@ -10,64 +10,66 @@ from app.runner.device_state import PADDING
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from model.step import Rows, State, Stepped
-from tests.app.runner.rows import CPU, company, draw, equal, new_runner, rows_of, step
+from tests.app.runner.rows import CPU, draw, equal, mixed_rows, new_runner, rows_of, step
 
 
 def ahead(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> Runner:
-    """A runner that works as on a GPU, but on a CPU."""
+    """Returns a runner on a CPU that runs ahead as on a GPU."""
     return Runner({"default": loaded}, CPU, dtype, runs_ahead=True)
 
 
 @pytest.mark.parametrize("max_batch", [64, 7, 3, 1])
-def test_where_steps_are_not_waited_for_the_images_are_the_same(loaded: Checkpoint, max_batch: int) -> None:
-    assert equal(draw(ahead(loaded), company(), max_batch), draw(new_runner(loaded), company()))
+def test_images_are_the_same_if_the_runner_runs_ahead(loaded: Checkpoint, max_batch: int) -> None:
+    assert equal(draw(ahead(loaded), mixed_rows(), max_batch), draw(new_runner(loaded), mixed_rows()))
 
 
-def test_where_steps_are_not_waited_for_shapes_are_few(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_are_rounded_up_if_the_runner_runs_ahead(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, shapes = ahead(loaded), set[tuple[int, int]]()
     network = runner._models["default"]
     step = network.step
 
-    def note(state: State, plans: Tensor, rows: Rows) -> Stepped:
+    def record_shape(state: State, plans: Tensor, rows: Rows) -> Stepped:
         assert len(rows.slots) == len(rows.second)
         shapes.add((len(rows.slots), len(rows.source)))
         return step(state, plans, rows)
 
-    network.step = note
+    network.step = record_shape
     for count in (1, 3, 5, 7, 8):
         draw(runner, rows_of(count, num_steps=2))
         draw(runner, rows_of(count, num_steps=2, guidance_scale=1.5))
     assert shapes == {(1, 1), (1, 2), (4, 4), (4, 8), (8, 8), (8, 16)}
 
 
-def test_where_steps_are_not_waited_for_a_row_of_nan_is_known_when_it_ends(loaded: Checkpoint) -> None:
+def test_row_with_nan_fails_at_its_last_step_if_the_runner_runs_ahead(loaded: Checkpoint) -> None:
     loaded.network.class_embed.weight[3] = torch.nan
     runner = ahead(loaded)
     rows = [*rows_of(digit=2, num_steps=3), *rows_of(digit=3, num_steps=3), *rows_of(digit=4, num_steps=4)]
     assert [step(runner, rows) for _ in range(3)] == [[True] * 3, [True] * 3, [True, False, True]]
     runner.release(rows)
-    healthy = rows_of(3, digit=2, num_steps=1)  # in slots of which one was not finite
+    healthy = rows_of(3, digit=2, num_steps=1)  # One of their slots had a row with NaN before.
     assert step(runner, healthy) == [True] * 3
 
 
-def test_what_fills_up_a_step_has_changed_nobody(loaded: Checkpoint) -> None:
+def test_padding_rows_do_not_change_the_padding_slot(loaded: Checkpoint) -> None:
     runner = ahead(loaded)
     before = [part[PADDING].clone() for part in runner._slots.state]
     draw(runner, rows_of(5, num_steps=3))
-    assert all(torch.equal(part[PADDING], was) for part, was in zip(runner._slots.state, before, strict=True))
+    assert all(
+        torch.equal(part[PADDING], value_before) for part, value_before in zip(runner._slots.state, before, strict=True)
+    )
 
 
-def test_warming_up_as_on_a_gpu_sees_every_shape(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_runs_every_shape_if_the_runner_runs_ahead(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.runner.runner.BATCHES_AHEAD", (1, 2, 8))
     runner, shapes = ahead(loaded), set[tuple[int, int]]()
     network = runner._models["default"]
     step = network.step
 
-    def note(state: State, plans: Tensor, rows: Rows) -> Stepped:
+    def record_shape(state: State, plans: Tensor, rows: Rows) -> Stepped:
         shapes.add((len(rows.step), len(rows.source)))
         return step(state, plans, rows)
 
-    network.step = note
+    network.step = record_shape
     free = len(runner._slots._free)
     runner.warm_up(lambda: False)
     assert shapes == {(1, 1), (1, 2), (2, 2), (2, 4), (8, 8), (8, 16)}
@@ -76,10 +78,10 @@ def test_warming_up_as_on_a_gpu_sees_every_shape(loaded: Checkpoint, monkeypatch
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_a_row_has_the_same_bits_in_any_company(loaded: Checkpoint, tmp_path: Path, compiled: bool) -> None:
+def test_row_has_the_same_pixels_in_any_batch_on_a_gpu(loaded: Checkpoint, tmp_path: Path, compiled: bool) -> None:
     runner = Runner({"default": loaded}, torch.device("cuda"), torch.bfloat16)
     if compiled:
         runner.compile(tmp_path, must=True)
-    alone = [image for row in company() for image in draw(runner, [row])]
+    alone = [image for row in mixed_rows() for image in draw(runner, [row])]
     for max_batch, order in [(64, None), (64, 1), (7, 3), (2, 5)]:
-        assert equal(draw(runner, company(), max_batch, order), alone)
+        assert equal(draw(runner, mixed_rows(), max_batch, order), alone)

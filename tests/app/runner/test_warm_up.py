@@ -1,4 +1,4 @@
-"""Steps are timed on a clock that the test moves."""
+"""Tests of the measured step times, with a simulated clock."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,12 @@ from app.runner.warm_up import (
 from tests.app.fakes import FakeRunner, Rows
 
 BATCHES = (1, 8, 64)
-ROUND = [1] * HOT_ROWS + [8, 64]  # the steps of one
-SECONDS = 1e-3 * sum(ROUND)
+ROUND = [1] * HOT_ROWS + [8, 64]  # the batch sizes of the steps of a round
+SECONDS = 1e-3 * sum(ROUND)  # duration of a round
 
 
 class Clock:
-    """Its steps take a millisecond a row, `slowness` times as long."""
+    """A simulated clock. A step takes `slowness` milliseconds per row."""
 
     def __init__(self) -> None:
         self.now, self.waited, self.slowness, self.batches = 0.0, 0.0, 1.0, list[int]()
@@ -63,7 +63,7 @@ def measure(clock: Clock, runner: FakeRunner, should_stop: Callable[[], bool] = 
     return measure_step_times(runner, time_step, BATCHES, should_stop)
 
 
-def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Clock) -> None:
+def test_slow_first_round_does_not_change_the_step_times(clock: Clock) -> None:
     def step(rows: Rows) -> None:
         clock.slowness = 2.0 if clock.now < 0.1 else 1.0  # for most of the first round
         clock.step(rows)
@@ -72,7 +72,7 @@ def test_a_machine_that_is_slow_for_a_while_is_so_to_all_batches_alike(clock: Cl
     assert [step_times.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
-def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(clock: Clock) -> None:
+def test_single_fast_step_does_not_make_its_batch_size_look_better(clock: Clock) -> None:
     def step(rows: Rows) -> None:
         is_first = len(clock.batches) == 1
         clock.slowness = 0.5 if is_first and len(rows) == 8 else 1.0
@@ -82,10 +82,10 @@ def test_a_batch_that_met_the_only_quick_moment_is_not_taken_for_a_better_one(cl
     assert step_times.step_seconds(64) == pytest.approx(8 * step_times.step_seconds(8), rel=0.01)
 
 
-def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Clock) -> None:
+def test_waiting_for_the_core_does_not_make_a_large_batch_look_worse(clock: Clock) -> None:
     def step(rows: Rows) -> None:
         clock.step(rows)
-        clock.wait_for_the_core(0.1 if len(rows) == 64 else 0.0)  # a short one is over before its turn ends
+        clock.wait_for_the_core(0.1 if len(rows) == 64 else 0.0)  # A short step does not wait.
 
     step_times = measure(clock, FakeRunner(on_step=step))
     assert step_times.step_seconds(64) == pytest.approx(64 * step_times.step_seconds(1))
@@ -93,17 +93,17 @@ def test_what_a_long_step_waits_for_its_core_makes_it_no_worse_batch(clock: Cloc
 
 
 @pytest.mark.parametrize(("share", "seconds"), [(0.95, TIMING_SECONDS), (0.5, LONGEST_TIMING_SECONDS)])
-def test_it_measures_longer_while_another_process_uses_the_core(clock: Clock, share: float, seconds: float) -> None:
+def test_measurement_is_longer_while_another_process_uses_the_core(clock: Clock, share: float, seconds: float) -> None:
     def step(rows: Rows) -> None:
         clock.step(rows)
         clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
 
     measure(clock, FakeRunner(on_step=step))
-    assert seconds < clock.now < seconds + SECONDS / share  # it ends with a round
+    assert seconds < clock.now < seconds + SECONDS / share  # It ends after a complete round.
 
 
-def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
-    """After a large one what it reads has left the caches: a lone image would be thought slower than it is."""
+def test_small_batch_is_measured_after_steps_of_the_same_size(clock: Clock) -> None:
+    """After a large step the weights are not in the caches, and a single row takes longer than it does in practice."""
 
     def step(rows: Rows) -> None:
         clock.slowness = 1.5 if len(rows) == 1 and clock.batches[-1:] != [1] else 1.0
@@ -113,7 +113,7 @@ def test_a_small_step_is_timed_among_its_like(clock: Clock) -> None:
     assert [step_times.step_seconds(rows) for rows in BATCHES] == pytest.approx([0.001, 0.008, 0.064])
 
 
-def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
+def test_smaller_batch_never_takes_longer_than_a_larger_one(clock: Clock) -> None:
     def step(rows: Rows) -> None:
         clock.now += 0.05 if len(rows) == 1 else 0.02
 
@@ -121,7 +121,7 @@ def test_fewer_rows_take_no_longer_than_more(clock: Clock) -> None:
     assert step_times.step_seconds(1) == step_times.step_seconds(64) == pytest.approx(0.02)
 
 
-def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time_is_up(clock: Clock) -> None:
+def test_no_round_starts_after_the_time_limit(clock: Clock) -> None:
     runner = FakeRunner(on_step=clock.step)
     measure(clock, runner)
     rounds = len(clock.batches) // len(ROUND)
@@ -131,13 +131,13 @@ def test_each_round_goes_through_all_batches_and_no_new_one_begins_when_the_time
 
 
 @pytest.mark.parametrize(("seconds_a_round", "rounds"), [(0.5, FEWEST_ROUNDS), (1.5, 2), (20.0, 1)])
-def test_where_a_round_takes_long_there_are_few(clock: Clock, seconds_a_round: float, rounds: int) -> None:
+def test_slow_machine_runs_few_rounds(clock: Clock, seconds_a_round: float, rounds: int) -> None:
     clock.slowness = seconds_a_round / (SECONDS)
     measure(clock, FakeRunner(on_step=clock.step))
     assert len(clock.batches) == rounds * len(ROUND)
 
 
-def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock: Clock) -> None:
+def test_batch_that_does_not_fit_into_memory_is_left_out(clock: Clock) -> None:
     def step(rows: Rows) -> None:
         if len(rows) > 8:
             raise OutOfMemoryError
@@ -149,7 +149,7 @@ def test_a_batch_that_is_too_large_for_the_device_ends_the_row_of_batches(clock:
     assert not runner.held
 
 
-def test_it_stops_when_it_is_asked_to_and_leaves_nothing_behind(clock: Clock) -> None:
+def test_measurement_stops_when_asked_and_releases_all_rows(clock: Clock) -> None:
     runner = FakeRunner(on_step=clock.step)
     measure(clock, runner, lambda: len(clock.batches) == HOT_ROWS + 1)
     assert clock.batches == ROUND[: HOT_ROWS + 1]

@@ -19,7 +19,7 @@ from model.compiled import compiler
 from model.compiled.compiler import CompilerError, LibraryError, library_of
 from model.precision import can_compile
 from model.step import ReverseStep, Step
-from tests.app.runner.rows import company, draw, equal
+from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.model.compiled.libraries import (
     CRASHES,
     HANGS,
@@ -156,14 +156,14 @@ def test_library_that_crashes_leaves_the_service_alive_and_not_compiled(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), company())
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), mixed_rows())
     library_of(program, tmp_path).write_bytes(library_content(CRASHES, tmp_path))
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
     runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
     assert not runner.compile(tmp_path, must=False)
     assert "its first call failed: ended by SIGSEGV" in caplog.text
     assert not runner.models["default"].compiled
-    assert equal(draw(runner, company()), plain)
+    assert equal(draw(runner, mixed_rows()), plain)
     with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: .*ended by SIGSEGV; compiling needs a C\+\+ compiler"):
         runner.compile(tmp_path, must=True)
 

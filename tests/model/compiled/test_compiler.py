@@ -24,7 +24,7 @@ from model.compiled import compiler
 from model.compiled.compiler import CompilerError, FlatStep, library_of
 from model.precision import CallRows, can_compile
 from model.step import ReverseStep, Rows, State, Stepped
-from tests.app.runner.rows import company, draw, equal
+from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -50,17 +50,17 @@ def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(
 ) -> None:
     runner = compiled_runner(loaded, cache, DTYPES[dtype])
     assert runner.models["default"].compiled
-    alone = [draw(runner, [row])[0] for row in company()]
+    alone = [draw(runner, [row])[0] for row in mixed_rows()]
     assert len({image.tobytes() for image in alone}) == len(alone)
     for max_batch, order in [(64, None), (64, 1), (7, 3), (2, 5), (1, 6)]:
-        assert equal(draw(runner, company(), max_batch, order), alone)
+        assert equal(draw(runner, mixed_rows(), max_batch, order), alone)
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compiled_it_draws_what_it_draws_otherwise_but_for_rounding(path: Path, cache: Path, dtype: str) -> None:
-    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]), company())
-    compiled = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company())
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]), mixed_rows())
+    compiled = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), mixed_rows())
     difference = np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean()
     assert difference < (8 if dtype == "bfloat16" else 0.01)  # of 255 levels
 
@@ -73,10 +73,10 @@ def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
     compiled_runner(checkpoint.load(path), cache, DTYPES[dtype])
     monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
     other = tiny_checkpoint(tmp_path, seed=1)
-    plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), company())
-    compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), company())
+    plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), mixed_rows())
+    compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), mixed_rows())
     assert np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean() < (8 if dtype == "bfloat16" else 0.01)
-    first = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company())
+    first = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), mixed_rows())
     assert np.abs(np.stack(first).astype(float) - np.stack(compiled)).mean() > 20
 
 
@@ -87,7 +87,7 @@ def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            images.append(draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), company()))
+            images.append(draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), mixed_rows()))
     finally:
         torch.set_num_threads(before)
     assert equal(images[0], images[1])
@@ -99,7 +99,7 @@ def test_threads_that_come_and_go_between_the_steps_of_an_image_leave_its_pixels
     loaded: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, before = compiled_runner(loaded, cache), torch.get_num_threads()
-    expected, step, counts = draw(runner, company()), runner.step, itertools.cycle((1, 3, 2))
+    expected, step, counts = draw(runner, mixed_rows()), runner.step, itertools.cycle((1, 3, 2))
 
     def step_with_others(trajectories: list[Trajectory]) -> list[bool]:
         torch.set_num_threads(next(counts))
@@ -107,7 +107,7 @@ def test_threads_that_come_and_go_between_the_steps_of_an_image_leave_its_pixels
 
     monkeypatch.setattr(runner, "step", step_with_others)
     try:
-        assert equal(draw(runner, company()), expected)
+        assert equal(draw(runner, mixed_rows()), expected)
     finally:
         torch.set_num_threads(before)
 
@@ -128,10 +128,10 @@ def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoin
 
 @needs_compiler
 def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = draw(compiled_runner(checkpoint.load(path), cache), company())
+    first = draw(compiled_runner(checkpoint.load(path), cache), mixed_rows())
     monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
-    assert equal(draw(compiled_runner(checkpoint.load(path), cache), company()), first)
+    assert equal(draw(compiled_runner(checkpoint.load(path), cache), mixed_rows()), first)
 
 
 @needs_compiler
@@ -183,7 +183,7 @@ def test_where_the_cache_cannot_be_used_it_is_compiled_all_the_same_and_the_log_
     caplog: pytest.LogCaptureFixture,
     fault: str,
 ) -> None:
-    first = draw(compiled_runner(checkpoint.load(path), cache), company())
+    first = draw(compiled_runner(checkpoint.load(path), cache), mixed_rows())
     library = library_of(ReverseStep(checkpoint.load(path), CPU, torch.bfloat16), cache)
     monkeypatch.setattr(compiler, "build", lambda program: library.read_bytes())
     if fault == "cannot be written":
@@ -196,7 +196,7 @@ def test_where_the_cache_cannot_be_used_it_is_compiled_all_the_same_and_the_log_
         return load_library(name)
 
     monkeypatch.setattr(ctypes, "CDLL", load_elsewhere)
-    assert equal(draw(compiled_runner(checkpoint.load(path), tmp_path / "unusable"), company()), first)
+    assert equal(draw(compiled_runner(checkpoint.load(path), tmp_path / "unusable"), mixed_rows()), first)
     assert "cannot be used, so each start compiles" in caplog.text
 
 
@@ -204,15 +204,16 @@ def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
-    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), company())
+    plain = draw(Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16), mixed_rows())
     runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
     with pytest.raises(RunnerError, match=r"UNFOG_COMPILE=on: compiling needs a C\+\+ compiler"):
         runner.compile(tmp_path, must=True)
     with caplog.at_level(logging.WARNING):
         runner.compile(tmp_path, must=False)
-    assert "is not compiled, and takes longer: compiling needs a C++ compiler" in caplog.text
+    (record,) = [record for record in caplog.records if record.message == "Model not compiled, steps take longer"]
+    assert "compiling needs a C++ compiler" in vars(record)["reason"]
     assert not runner.models["default"].compiled
-    assert equal(draw(runner, company()), plain)
+    assert equal(draw(runner, mixed_rows()), plain)
 
 
 def test_a_cache_that_cannot_be_looked_into_is_as_good_as_none(
@@ -305,7 +306,7 @@ def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shap
     compiled.step = torch.compile(compiled.program, backend=note, dynamic=True)
     try:
         for max_batch in (1, 64):
-            assert equal(*(draw(runner, company(), max_batch) for runner in runners))
+            assert equal(*(draw(runner, mixed_rows(), max_batch) for runner in runners))
     finally:
         torch._dynamo.reset()
     assert 1 <= len(graphs) <= 4

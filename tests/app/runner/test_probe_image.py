@@ -1,4 +1,4 @@
-"""Warming up: the known picture, and how long steps take."""
+"""Tests of warm-up: the probe image, and which step times it returns."""
 
 import dataclasses
 import time
@@ -12,16 +12,16 @@ from app.engine.step_times import StepTimes
 from app.runner.runner import Runner
 from app.runner.threads import ComputeThreads
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, load
-from tests.app.runner.rows import CPU, DTYPES, Counting, new_runner
+from tests.app.runner.rows import CPU, DTYPES, CountingNetwork, new_runner
 
 
-def test_the_picture_that_is_known_of_each_model_is_drawn_by_that_model(loaded: Checkpoint, other: Checkpoint) -> None:
+def test_warm_up_checks_the_probe_image_of_each_model(loaded: Checkpoint, other: Checkpoint) -> None:
     wrong = dataclasses.replace(other, probe_image=-other.probe_image)
-    with pytest.raises(RunnerError, match="known picture of model 'fast'"):
+    with pytest.raises(RunnerError, match="probe image of model 'fast'"):
         Runner({"default": loaded, "fast": wrong}, CPU, torch.float32).warm_up(lambda: True)
 
 
-def test_warming_up_measures_steps_and_leaves_nothing_behind(loaded: Checkpoint) -> None:
+def test_warm_up_measures_step_times_and_releases_all_slots(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     before = len(runner._slots._free)
     step_times = runner.warm_up(lambda: False)
@@ -30,7 +30,7 @@ def test_warming_up_measures_steps_and_leaves_nothing_behind(loaded: Checkpoint)
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [({4: 1.0, 3: 2.0}, 1.0), ({4: 9.0, 3: 2.0}, 2.0)])
-def test_the_step_times_are_those_of_the_number_of_threads_that_is_the_fastest(
+def test_warm_up_returns_the_step_times_of_the_fastest_number_of_threads(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], expected: float
 ) -> None:
     used: list[int] = []
@@ -43,46 +43,46 @@ def test_the_step_times_are_those_of_the_number_of_threads_that_is_the_fastest(
     assert runner.warm_up(bool).step_seconds(64) == expected
 
 
-def test_the_known_picture_is_drawn_by_as_many_threads_as_a_busy_core_leaves(
+def test_probe_image_is_generated_with_the_smallest_number_of_threads(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All of them would wait for each other, and for seconds a step."""
+    """If another process used a core, all threads would wait for each other, and a step could take seconds."""
     used: list[int] = []
-    seen = list[list[int]]()
-    monkeypatch.setattr("app.runner.runner.check_known_picture", lambda *arguments: seen.append(list(used)))
+    used_before = list[list[int]]()
+    monkeypatch.setattr("app.runner.runner.check_probe_image", lambda *arguments: used_before.append(list(used)))
     Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), used.append)).warm_up(lambda: True)
-    assert [before[-1] for before in seen] == [3]
-    assert used[-1] == 4  # with which it goes on
+    assert [before[-1] for before in used_before] == [3]
+    assert used[-1] == 4  # All threads are used after warm-up.
 
 
-def test_warming_up_stops_when_asked(loaded: Checkpoint) -> None:
+def test_warm_up_generates_only_the_probe_image_if_it_should_stop(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
-    network = Counting(runner)
+    network = CountingNetwork(runner)
     runner.warm_up(lambda: True)
-    assert len(network.rows) == loaded.config.probe.num_steps  # the probe alone
+    assert len(network.rows) == loaded.config.probe.num_steps  # only the steps of the probe image
 
 
 @DTYPES
-def test_a_machine_that_draws_the_known_picture_wrong_does_not_serve(loaded: Checkpoint, dtype: torch.dtype) -> None:
+def test_warm_up_raises_if_the_probe_image_differs(loaded: Checkpoint, dtype: torch.dtype) -> None:
     wrong = dataclasses.replace(loaded, probe_image=-loaded.probe_image)
-    with pytest.raises(RunnerError, match="known picture"):
+    with pytest.raises(RunnerError, match="probe image"):
         new_runner(wrong, dtype).warm_up(lambda: True)
 
 
-def test_a_known_picture_of_nan_is_wrong(loaded: Checkpoint) -> None:
+def test_warm_up_raises_if_the_probe_image_has_nan(loaded: Checkpoint) -> None:
     loaded.network.final_conv[0].bias[:] = torch.nan  # type: ignore[operator] # it is a Conv2d
-    with pytest.raises(RunnerError, match="known picture"):
+    with pytest.raises(RunnerError, match="probe image"):
         new_runner(loaded).warm_up(lambda: True)
 
 
 @pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST], ids=["default", "fast"])
-def test_float16_draws_the_known_picture_of_a_shipped_checkpoint(path: Path) -> None:
-    """On a CPU, which the service refuses for float16: this checks the range of the numbers, not a GPU's kernels."""
+def test_float16_generates_the_probe_image_of_a_shipped_checkpoint(path: Path) -> None:
+    """Checks that float16 has enough range. It runs on a CPU, so that it does not check the kernels of a GPU."""
     Runner({"default": load(path)}, CPU, torch.float16).warm_up(lambda: True)
 
 
 @pytest.mark.parametrize(("device", "counts_waiting"), [("cpu", False), ("cuda", True)])
-def test_the_time_on_the_core_counts_on_a_cpu_and_the_whole_time_on_a_gpu(
+def test_work_of_a_step_excludes_waiting_on_a_cpu_but_not_on_a_gpu(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, device: str, counts_waiting: bool
 ) -> None:
     runner = new_runner(loaded)
