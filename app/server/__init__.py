@@ -1,1 +1,1 @@
-"""The process: uvicorn, signals, and HTTP connections with timeouts and limits."""
+"""The server process: uvicorn, signal handling, and HTTP connections with timeouts and limits."""

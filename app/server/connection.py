@@ -1,7 +1,8 @@
 """HTTP/1.1 connections with timeouts and limits.
 
-Closes connections that do not send or accept data in time. api/requests.py limits the time of a body. uvicorn limits
-the time between two requests (5 s).
+Read timeout: a connection that does not send a complete request head in time is answered with 408 or closed. Write
+timeout: a connection that does not accept the data of an answer in time is closed. Two more timeouts are elsewhere:
+api/requests.py limits the time in which a body arrives, and uvicorn limits the time between two requests (5 s).
 """
 
 import asyncio
@@ -27,16 +28,17 @@ from app.server.framing import MAX_HEAD_BYTES, LimitedConnection
 from app.settings import Settings
 
 log = logging.getLogger("unfog.access")
-_ERRORS_ONLY = logging.getLogger(PROTOCOL_LOGGER)
-_ERRORS_ONLY.setLevel(logging.ERROR)  # requests that are not HTTP get their own line in the access log
+_protocol_log = logging.getLogger(PROTOCOL_LOGGER)
+_protocol_log.setLevel(logging.ERROR)  # uvicorn's warnings about malformed requests would duplicate our access log
 
-MAX_AHEAD_BYTES = 64 * 1024  # sent before the present request is answered; the largest request fits
-# Bounds the work for one read. asyncio would read up to 256 KiB at once. The loop uses it for one connection at a time.
+MAX_AHEAD_BYTES = 64 * 1024  # limit for bytes of later requests that arrive before the current request is answered
+# The read buffer bounds the work of one read: asyncio's default is 256 KiB. All connections share it, because the event
+# loop reads from one connection at a time and the bytes are copied before the next read.
 _BUFFER = memoryview(bytearray(16 * 1024))
 
 
 class Deadline:
-    """A timer that calls a function once, unless it is cleared before."""
+    """A timer that calls a function once after `seconds`, unless it is cleared before."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, callback: Callable[[], None]) -> None:
         self._loop, self._seconds, self._callback = loop, seconds, callback
@@ -54,7 +56,7 @@ class Deadline:
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
-    """An HTTP/1.1 connection with timeouts and limits. Buffers little data for a client that does not read."""
+    """An HTTP/1.1 connection with read and write timeouts, which enforces the limits of framing.py."""
 
     conn: LimitedConnection
     read_timeout: float
@@ -65,27 +67,27 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.conn = LimitedConnection(self.max_ahead_bytes)
-        self.logger = _ERRORS_ONLY
-        self._discards = False  # after a refusal: further input is dropped without parsing
+        self.logger = _protocol_log
+        self._is_discarding = False  # True after a rejected request: further input is dropped without parsing
         self._num_discarded = 0
-        self._linger = Deadline(self.loop, LINGER_SECONDS, lambda: self.transport.close())
-        self._head = Deadline(self.loop, self.read_timeout, self._give_up_reading)
-        self._taking = Deadline(self.loop, self.write_timeout, lambda: self.transport.abort())
+        self._close_deadline = Deadline(self.loop, LINGER_SECONDS, lambda: self.transport.close())
+        self._head_deadline = Deadline(self.loop, self.read_timeout, self._on_read_timeout)
+        self._write_deadline = Deadline(self.loop, self.write_timeout, lambda: self.transport.abort())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Starts the read timeout of the first request."""
+        """Starts the read timeout of the first request head."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that any data that the client does not accept starts the timeout
-        self._head.set()
+        transport.set_write_buffer_limits(high=0)  # Any data that the client does not accept starts the write timeout.
+        self._head_deadline.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops all timeouts. If an answer was not sent completely, the outcome of the request is CLIENT_GONE."""
+        """Stops all timeouts. If an answer was not sent completely, sets the outcome of the request to CLIENT_GONE."""
         if (context := self._context()) and context.status:
             context.outcome = context.outcome or CLIENT_GONE
         super().connection_lost(exc)
-        self._head.clear()
-        self._taking.clear()
-        self._linger.clear()
+        self._head_deadline.clear()
+        self._write_deadline.clear()
+        self._close_deadline.clear()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Returns the buffer for the next read."""
@@ -96,41 +98,48 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self.data_received(bytes(_BUFFER[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
-        """Parses the bytes that were read. The read timeout of a head starts with its first byte."""
-        if self._discards or self._answers_early():
+        """Parses the bytes that were read. Starts the read timeout at the first byte of a head."""
+        if self._is_discarding or self._answers_early():
             self._discard(data)
             return
         super().data_received(data)
-        if self._reads_head():
-            self._head.set()
+        if self._expects_head():
+            self._head_deadline.set()
         else:
-            self._head.clear()
+            self._head_deadline.clear()
 
     def pause_writing(self) -> None:
         """Starts the write timeout."""
         super().pause_writing()
-        self._taking.set()
+        self._write_deadline.set()
 
     def resume_writing(self) -> None:
-        """Ends the write timeout: the client has accepted all data."""
+        """Stops the write timeout, because the client has accepted all data."""
         super().resume_writing()
-        self._taking.clear()
+        self._write_deadline.clear()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers a request that is not valid HTTP, or exceeds a limit, with a problem document."""
-        self._refuse(self.conn.refusal)
+        """Answers a request that is not valid HTTP, or that exceeds a limit, with a problem document.
 
-    def _reads_head(self) -> bool:
-        return self.conn.their_state is h11.IDLE and not self.timeout_keep_alive_task and not self._discards
+        uvicorn calls this when `conn.next_event` raises RemoteProtocolError. `msg` is not used.
+        """
+        self._reject(self.conn.refusal)
 
-    def _give_up_reading(self) -> None:
+    def _expects_head(self) -> bool:
+        """True if a head must arrive within the read timeout. Between two requests, uvicorn's own timeout applies."""
+        return self.conn.their_state is h11.IDLE and not self.timeout_keep_alive_task and not self._is_discarding
+
+    def _on_read_timeout(self) -> None:
         if self.conn.has_part_of_head:
-            self._refuse(RequestTimeout())
-        else:  # no byte has arrived
+            self._reject(RequestTimeout())
+        else:  # No byte has arrived, so there is no request to answer.
             self.transport.close()
 
-    def _refuse(self, error: UnfogError) -> None:
-        """Answers with the error, without the application and unless an answer has begun. Closes the connection."""
+    def _reject(self, error: UnfogError) -> None:
+        """Answers with the error, without calling the application, and closes the connection.
+
+        If an answer has already started, only closes the connection.
+        """
         self._unset_keepalive_if_required()
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.close()
@@ -154,22 +163,23 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._close_slowly()
 
     def _close_slowly(self) -> None:
-        """Closes the connection when the client closes it, at the latest after LINGER_SECONDS.
+        """Ends the output, discards further input, and closes the connection after LINGER_SECONDS at the latest.
 
-        Closing it at once, with unread input, would reset the connection, and the client could lose the answer.
+        If a connection is closed while input is unread, the operating system resets it. The client could then lose the
+        answer before it has read it.
         """
-        self._discards = True
-        self.connections.discard(self)  # a shutdown need not wait for it
-        if self.cycle and not self.cycle.response_complete:  # tells the handler that the client has left
+        self._is_discarding = True
+        self.connections.discard(self)  # A shutdown does not wait for this connection.
+        if self.cycle and not self.cycle.response_complete:  # Tells the route handler that the client has disconnected.
             self.cycle.disconnected = True
             self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
-        with suppress(OSError):  # the client has reset the connection
+        with suppress(OSError):  # The client may have reset the connection.
             self.transport.write_eof()
-        self._linger.set()
+        self._close_deadline.set()
 
     def _answers_early(self) -> bool:
-        """True if the answer has begun before the request is complete. The connection then closes after the answer."""
+        """True if the answer has started before the whole request arrived. The connection then closes after it."""
         return self.conn.their_state is h11.SEND_BODY and self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
 
     def _discard(self, data: bytes) -> None:
@@ -178,7 +188,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.transport.close()
 
     def _context(self) -> RequestContext | None:
-        """Returns the context of the request that is being answered."""
+        """Returns the context of the request that is being answered, or None."""
         if not self.cycle or self.cycle.response_complete:
             return None
         return context_of(cast(Scope, self.cycle.scope))
@@ -192,15 +202,15 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             "outcome": context.outcome,
             "client": client,
         }
-        log.info("no request", extra=facts)
+        log.info("Request rejected before parsing", extra=facts)
 
 
 def connection_class(settings: Settings, metrics: Metrics) -> type[H11Protocol]:
-    """Returns the connection class for uvicorn, with these settings."""
-    own = {
+    """Returns the connection class for uvicorn with these settings."""
+    attributes = {
         "read_timeout": settings.read_timeout,
         "write_timeout": settings.write_timeout,
         "max_ahead_bytes": max(MAX_AHEAD_BYTES, MAX_HEAD_BYTES + settings.max_body_bytes),
         "metrics": metrics,
     }
-    return type("Connection", (Connection,), own)
+    return type("Connection", (Connection,), attributes)

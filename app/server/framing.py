@@ -1,7 +1,8 @@
-"""Limits on what a client may send over a connection, applied before h11 parses it.
+"""Limits for the bytes that a client sends, which are applied before h11 parses them.
 
-h11 limits only incomplete input: a head that arrives in one read may have any size. Some of its regular expressions
-take quadratic time on lines that they refuse. It also accepts requests whose body can be framed in two ways.
+h11 alone is not enough for three reasons. It limits only incomplete input, so that a head in a single read can have any
+size. Some of its regular expressions take quadratic time on invalid lines. It accepts requests with both Content-Length
+and Transfer-Encoding, which two servers can read as different bodies (request smuggling).
 """
 
 import re
@@ -11,19 +12,19 @@ import h11
 
 from app.errors import HeadersTooLarge, MalformedRequest, UnfogError
 
-MAX_HEADER_BYTES = 8 * 1024  # a line, with the lines that continue it
-MAX_HEAD_BYTES = 32 * 1024  # the request line and all headers; the same for trailers
-MAX_LINES = 1000  # in a head; each costs time in every search for a header
-MAX_CHUNK_LINE_BYTES = 1024  # a chunk's size and its extensions
-MAX_SMALL_CHUNKS = 1000  # this many chunks may have less than SMALL_CHUNK_BYTES on average
+MAX_HEADER_BYTES = 8 * 1024  # limit for the request line, and for each header with its continuation lines
+MAX_HEAD_BYTES = 32 * 1024  # limit for the request line and all headers together, and for all trailers together
+MAX_LINES = 1000  # limit for the lines of a head; each line costs time whenever the application looks up a header
+MAX_CHUNK_LINE_BYTES = 1024  # limit for the line with a chunk's size and extensions
+MAX_SMALL_CHUNKS = 1000  # a body with more chunks must have at least SMALL_CHUNK_BYTES per chunk on average
 SMALL_CHUNK_BYTES = 64
 
-_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # some clients end a body with one (RFC 9112, section 2.2)
-# h11 refuses these too, but only after trying every way to split the white space before them.
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # Some clients send an empty line after a body (RFC 9112, section 2.2).
+# h11 rejects these characters too, but its regular expression backtracks over the white space before them.
 _FORBIDDEN_IN_HEADER = re.compile(rb"[\x00\r\v\f]")
 _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)  # the part of a request target before its path
 _FORBIDDEN_IN_CHUNK_LINE = re.compile(rb"[\x00\r\n]")
-# h11 reads or refuses in these states of the client. In all others the present request is complete.
+# In these states of the client, h11 parses or rejects input. In all other states the current request is complete.
 _PARSED = (h11.IDLE, h11.SEND_BODY, h11.ERROR, h11.CLOSED)
 
 
@@ -32,23 +33,29 @@ class RefusedError(h11.RemoteProtocolError):
 
 
 class _Part(Protocol):
-    """A part of a request."""
+    """The part of a request that is arriving: the head or the body."""
 
     def measure(self, data: bytearray) -> int:
-        """Returns how many of the first bytes belong to the part and can be parsed; UnfogError past a limit."""
+        """Returns how many of the first bytes of `data` belong to this part and can be passed to h11 now.
+
+        Raises UnfogError if the bytes exceed a limit.
+        """
 
 
 class Head:
-    """The request line and the headers, or the trailers. Searches each byte once, however the bytes arrive."""
+    """The request line and the headers, or the trailers of a chunked body.
+
+    Searches each byte once, even if the bytes arrive one by one.
+    """
 
     def __init__(self) -> None:
         self._line_start = 0
-        self._searched = 0  # there is no line end between _line_start and here
-        self._header_bytes = 0  # of the header in the line before
+        self._searched = 0  # the end of the bytes that were searched for a line end
+        self._header_bytes = 0  # size of the current header up to the previous line
         self._num_lines = 0
 
     def measure(self, data: bytearray) -> int:
-        """Returns the number of bytes of the head; 0 while it is incomplete."""
+        """Returns the number of bytes of the head, or 0 while it is incomplete."""
         while (end := data.find(b"\n", self._searched, MAX_HEAD_BYTES)) >= 0:
             line = data[self._line_start : end].removesuffix(b"\r")
             if not line:
@@ -57,13 +64,13 @@ class Head:
             self._check_line(line)
             self._line_start = self._searched = end + 1
         self._searched = len(data)
-        self._check_size(data, len(data) - self._line_start - 1)  # the last byte may belong to the line end
+        self._check_size(data, len(data) - self._line_start - 1)  # The last byte may belong to the line end.
         if len(data) >= MAX_HEAD_BYTES:
             raise HeadersTooLarge
         return 0
 
     def _check_size(self, data: bytearray, line_bytes: int) -> int:
-        """Returns the size of the header so far. A line that begins with white space continues the one before."""
+        """Returns the size of the header so far. A line that starts with white space continues the previous line."""
         is_continued = data.startswith((b" ", b"\t"), self._line_start)
         header_bytes = line_bytes + (self._header_bytes if is_continued else 0)
         if header_bytes > MAX_HEADER_BYTES:
@@ -79,7 +86,7 @@ class Head:
 
 
 class SizedBody:
-    """A body with a Content-Length, or an empty body without one."""
+    """A body with a Content-Length, or an empty body if there is no such header."""
 
     def __init__(self, num_bytes: int) -> None:
         self._missing = num_bytes
@@ -92,16 +99,16 @@ class SizedBody:
 
 
 class ChunkedBody:
-    """A body in chunks, and its trailers. h11 checks the syntax."""
+    """A body in chunks and its trailers. This class applies the limits, and h11 checks the syntax."""
 
     def __init__(self) -> None:
-        self._missing = 0  # of the present chunk, with the line end that follows
+        self._missing = 0  # number of bytes of the current chunk and its line end that have not arrived
         self._num_chunks = 0
         self._num_bytes = 0
         self._trailers: Head | None = None
 
     def measure(self, data: bytearray) -> int:
-        """Returns the number of bytes that are complete size lines or parts of chunks."""
+        """Returns the number of bytes that are complete size lines, parts of chunks, or complete trailers."""
         position = 0
         while position < len(data) and not self._trailers:
             if self._missing:
@@ -125,12 +132,13 @@ class ChunkedBody:
             raise MalformedRequest("A chunk's size line contains a control character")
         if self._num_chunks > MAX_SMALL_CHUNKS and self._num_bytes < SMALL_CHUNK_BYTES * self._num_chunks:
             raise MalformedRequest(
-                f"The body has more than {MAX_SMALL_CHUNKS} chunks of less than {SMALL_CHUNK_BYTES} bytes on average"
+                f"The body has more than {MAX_SMALL_CHUNKS} chunks with an average of less than {SMALL_CHUNK_BYTES} "
+                "bytes. Send larger chunks"
             )
         try:
             size = int(line.partition(b";")[0], 16)
         except ValueError:
-            raise MalformedRequest("A chunk's size is not a number") from None
+            raise MalformedRequest("A chunk's size is not a hexadecimal number") from None
         self._num_chunks += 1
         self._num_bytes += size
         if size:
@@ -140,10 +148,10 @@ class ChunkedBody:
 
 
 class LimitedConnection(h11.Connection):
-    """The server's side of a connection. Passes only bytes of the present request that are within limits to h11.
+    """The server's side of a connection. Passes only bytes of the current request that are within the limits to h11.
 
-    Bytes that a client sends before its present request is answered are kept here, up to `max_ahead_bytes`.
-    Reading therefore never pauses, and a disconnect is noticed.
+    A client can send bytes of its next request before the current request is answered (pipelining). These bytes are
+    kept here, up to `max_ahead_bytes`. Reading therefore never pauses, and a disconnect is detected immediately.
     """
 
     def __init__(self, max_ahead_bytes: int) -> None:
@@ -151,11 +159,11 @@ class LimitedConnection(h11.Connection):
         self._max_ahead_bytes = max_ahead_bytes
         self._unparsed = bytearray()
         self._part: _Part = Head()
-        self.refusal: UnfogError = MalformedRequest()  # what to answer when next_event raises
+        self.refusal: UnfogError = MalformedRequest()  # the answer to send if next_event raises
 
     @property
     def has_part_of_head(self) -> bool:
-        """True if a request has begun to arrive and its head is incomplete."""
+        """True if a part of a request head has arrived, but not the complete head."""
         return self.their_state is h11.IDLE and bool(self._unparsed)
 
     def receive_data(self, data: bytes) -> None:
@@ -163,7 +171,7 @@ class LimitedConnection(h11.Connection):
         self._unparsed += data
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Returns h11's next event; RefusedError if the request is refused here. `refusal` is then the answer."""
+        """Returns h11's next event. Raises RefusedError if the bytes exceed a limit. `refusal` is then the answer."""
         try:
             return self._next_event()
         except UnfogError as error:
@@ -173,7 +181,9 @@ class LimitedConnection(h11.Connection):
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         if self.their_state not in _PARSED:
             if len(self._unparsed) > self._max_ahead_bytes:
-                raise MalformedRequest(f"More than {self._max_ahead_bytes} bytes were sent before the answer")
+                raise MalformedRequest(
+                    f"More than {self._max_ahead_bytes} bytes were sent before the current request was answered"
+                )
             return h11.NEED_DATA
         event = super().next_event()
         while event is h11.NEED_DATA and (size := self._measure()):
@@ -193,28 +203,35 @@ class LimitedConnection(h11.Connection):
                 del self._unparsed[: empty_lines.end()]
             if self._unparsed == b"\r":
                 return 0
-            if self._unparsed and self._unparsed[0] <= 0x20:  # not the start of a method: TLS, for example
+            # A method cannot start with such a byte. A TLS handshake does, for example.
+            if self._unparsed and self._unparsed[0] <= 0x20:
                 raise MalformedRequest
         return self._part.measure(self._unparsed)
 
 
 def _body_of(request: h11.Request) -> _Part:
-    """Returns the part for the body; MalformedRequest if another parser could see a different body (RFC 9112, 6.1)."""
+    """Returns the part for the body.
+
+    Raises MalformedRequest if another parser could see a different body (RFC 9112, section 6.1).
+    """
     if not request.http_version.startswith(b"1."):
         raise MalformedRequest("The HTTP version must be 1.0 or 1.1")
-    headers = dict(request.headers)  # h11 refuses several values of either
+    headers = dict(request.headers)  # h11 has rejected requests in which one of these two headers has several values
     length, encoding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
     if encoding is None:
         return SizedBody(int(length or 0))
     if length is not None:
         raise MalformedRequest("A request cannot have both Content-Length and Transfer-Encoding")
     if request.http_version < b"1.1":
-        raise MalformedRequest("A request of HTTP/1.0 cannot have Transfer-Encoding")
+        raise MalformedRequest("An HTTP/1.0 request cannot have Transfer-Encoding")
     return ChunkedBody()
 
 
 def _with_path(request: h11.Request) -> h11.Request:
-    """Returns the request with the path of an absolute target, as a server must accept it (RFC 9112, 3.2.2)."""
+    """Returns the request with an absolute target (`http://host/path`) reduced to its path.
+
+    A server must accept absolute targets (RFC 9112, section 3.2.2).
+    """
     if not (absolute := _ABSOLUTE.match(request.target)):
         return request
     rest = request.target[absolute.end() :]

@@ -1,4 +1,12 @@
-"""Runs the application under uvicorn with our own signal handling: after SIGTERM, admitted work is still answered."""
+"""Runs the application under uvicorn, with signal handling that lets admitted requests finish after SIGTERM.
+
+Drain: after the first SIGTERM or SIGINT the service still listens. New requests are answered with 503, and admitted
+requests are finished. The drain ends when all answers are sent, after `UNFOG_DRAIN_TIMEOUT`, or at the second signal.
+Requests that are unfinished then are answered with 503, and the process exits with status 0.
+
+uvicorn would close the listening socket at SIGTERM instead. Probes would then fail to connect, and clients would get
+connection errors instead of a 503 with Retry-After.
+"""
 
 import asyncio
 import contextlib
@@ -23,45 +31,48 @@ from app.settings import Settings
 
 log = logging.getLogger("unfog")
 
-LAST_ANSWERS_SECONDS = 5  # to send the answers that are left after the drain timeout
-BACKLOG = 2048
+LAST_ANSWERS_SECONDS = 5  # time for sending the remaining answers after the drain
+BACKLOG = 2048  # connections that the operating system queues before they are accepted
 MAX_DESCRIPTORS = 65_536
 NOT_STARTED = "the application failed to start, see the log"
 
 
 class StartError(Exception):
-    """The service cannot start. The message is one sentence."""
+    """The service cannot start. The message is one line that the operator sees."""
 
 
 class GivenUpError(Exception):
-    """The service stopped working and must be restarted. The message is one sentence or two."""
+    """The service has stopped working, and the process must be restarted. The message is logged."""
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its signal handling, which would close the listener at SIGTERM."""
+    """uvicorn without its own signal handling, and with an event for the end of its startup."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        # If uvicorn is stopped before its startup has ended, it cancels the lifespan instead of ending it.
+        # serve() must not stop uvicorn before this event: uvicorn would cancel the lifespan instead of ending it.
         self.startup_ended = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts the application and accepts connections; StartError if the application does not start."""
+        """Starts the application and accepts connections. Raises StartError if the application fails to start."""
         try:
             await super().startup(sockets)
-        except SystemExit as error:  # newer releases of uvicorn exit, older ones return
+        except SystemExit as error:  # Newer releases of uvicorn raise it, older ones return.
             raise StartError(NOT_STARTED) from error
         finally:
             self.startup_ended.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Does nothing: serve() handles the signals."""
+        """Replaces uvicorn's signal handlers with none, because serve() handles the signals."""
         yield
 
 
 def allow_connections() -> None:
-    """Raises the limit on open files to what the system permits, at most MAX_DESCRIPTORS. The default is often 1024."""
+    """Raises the soft limit of open files to the hard limit, but at most to MAX_DESCRIPTORS.
+
+    Each connection needs one file descriptor, and the soft limit is often only 1024.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -69,29 +80,30 @@ def allow_connections() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Opens the listening socket; StartError if the address is not available."""
+    """Opens the listening socket. Raises StartError if the address is invalid or in use."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: not a valid host name
-        number = getattr(error, "errno", None) or 0  # create_server adds the address to the text
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError is raised for an invalid host name.
+        number = getattr(error, "errno", None) or 0  # Not str(error), because create_server adds the address to it.
         reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise StartError(f"cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): {reason}") from error
-    # asyncio sets this only on sockets that it creates. Without it a body waits 40 ms until its head is acknowledged.
+    # Disables Nagle's algorithm, which delays a body by 40 ms until its head is acknowledged. asyncio disables it only
+    # for sockets that it creates itself.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, then drains.
+    """Serves requests until SIGTERM or SIGINT, then drains and returns.
 
-    StartError if the service cannot start, GivenUpError if the engine or the server is lost later.
+    Raises StartError if the service cannot start. Raises GivenUpError if the engine is lost or the HTTP server stops.
     """
     service: Service = app.state.service
     engine = service.engine
     server, url = _Uvicorn(_config(app, settings)), _url(listener)
-    stop, hurry = _signals()
-    hurry.add_done_callback(lambda _: setattr(server, "force_exit", True))
+    stop, stop_now = _signals()
+    stop_now.add_done_callback(lambda _: setattr(server, "force_exit", True))
     serving = asyncio.ensure_future(server.serve([listener]))
     await _wait_for_startup(server, serving)
     ready = asyncio.wrap_future(engine.ready)
@@ -105,7 +117,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         await serving
         raise GivenUpError("The HTTP server stopped unexpectedly. Exiting with status 1")
     if stop.done():
-        await _drain(service, settings.drain_timeout, hurry)
+        await _drain(service, settings.drain_timeout, stop_now)
     engine.give_up(errors.EngineFailed(RESTART_SECONDS))
     server.should_exit = True
     await serving
@@ -116,11 +128,11 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         )
     if ready.done() and (failure := ready.exception()):
         known = isinstance(failure, RunnerError)
-        raise StartError(str(failure) if known else "the engine failed while it was loading, see the log")
+        raise StartError(str(failure) if known else "the engine failed to start, see the log")
 
 
 async def _wait_for_startup(server: _Uvicorn, serving: "asyncio.Future[None]") -> None:
-    """Waits until the application has started; StartError if the application or uvicorn fails to start."""
+    """Waits until the application has started. Raises StartError if the application or uvicorn fails to start."""
     startup_ended = asyncio.ensure_future(server.startup_ended.wait())
     await asyncio.wait((serving, startup_ended), return_when=asyncio.FIRST_COMPLETED)
     startup_ended.cancel()
@@ -169,9 +181,9 @@ def _announce(info: ModelInfo, url: str, num_keys: int) -> None:
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
-    """Returns two futures. The first SIGTERM or SIGINT completes the first, which starts the drain.
+    """Returns two futures. The first SIGTERM or SIGINT completes the first future, the second signal the second one.
 
-    The second signal completes the second, which ends the drain early.
+    The first future starts the drain, and the second one ends it early.
     """
     loop = asyncio.get_running_loop()
     futures: tuple[asyncio.Future[None], asyncio.Future[None]] = (loop.create_future(), loop.create_future())
@@ -186,14 +198,17 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
     return futures
 
 
-async def _drain(service: Service, seconds: float, hurry: "asyncio.Future[None]") -> None:
-    """Waits until every job has ended and its answer is sent, at most `seconds`. Then drops the jobs that are left."""
+async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[None]") -> None:
+    """Waits until all jobs are finished and all answers are sent, but at most `seconds` or until `stop_now`.
+
+    Then answers all jobs that are left with 503.
+    """
     engine, backlog = service.engine, service.engine.backlog
     log.info("Draining", extra={"images": backlog.waiting + backlog.running})
     drained = asyncio.gather(asyncio.wrap_future(engine.drain()), service.in_flight.none())
-    drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # marks the exception as retrieved
-    await asyncio.wait((drained, hurry), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # Marks the exception as retrieved.
+    await asyncio.wait((drained, stop_now), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := backlog.waiting + backlog.running:
-        log.warning("Drain ended early: dropped unfinished images", extra={"count": left})
+        log.warning("Drain ended, dropped unfinished images", extra={"images": left})
     engine.give_up(errors.Draining(1))
     drained.cancel()
