@@ -1,4 +1,4 @@
-"""The service: an HTTP API and an engine that runs denoising steps. `app` imports `model`, never the reverse."""
+"""The service: an HTTP API, and an engine that runs denoising steps. `app` may import `model`, but not the reverse."""
 
 from importlib.metadata import version
 

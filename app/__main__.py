@@ -1,12 +1,12 @@
-"""Runs the command line of cli.py for `python -m app`."""
+"""Entry point of `python -m app`. Runs the command line in cli.py."""
 
 import os
 import signal
 
-# The imports take seconds. No request is accepted before they end, so SIGTERM may end the process with status 0.
+# The imports take seconds. No request is accepted during this time, so SIGTERM can exit immediately with status 0.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
-# If a standard stream is closed, the next file or socket gets its number and would receive what is printed.
+# If stdin, stdout or stderr is closed, the next file or socket would get its number and receive printed text.
 while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(descriptor)

@@ -1,10 +1,11 @@
-"""Starts the service. Each setting is a flag or an UNFOG_* variable; a flag wins over its variable."""
+"""The command line: parses the flags, configures the log, and starts the service."""
 
 import argparse
 import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Mapping
@@ -17,21 +18,25 @@ from app.logs import capture_stderr, configure_logging, start_log
 from app.main import create_app
 from app.runner.runner import Runner
 from app.server.server import GivenUpError, StartError, allow_connections, bind, serve
-from app.settings import Settings, SettingsError, flag_of, load_settings, unknown_variables
+from app.settings import Settings, SettingsError, flag_of, load_settings, unknown_variables, variable_of
 from model.compiled.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
-MIN_KEY_LENGTH = 16  # shorter keys can be guessed
+DESCRIPTION = (
+    "Start the service. Each setting is a flag or an environment variable: --max-batch 8 or UNFOG_MAX_BATCH=8. A flag "
+    "overrides its UNFOG_* variable."
+)
+MIN_KEY_LENGTH = 16  # characters; a shorter API key can be guessed
 COMPILE_ONLY = object()  # `--compile` without a value
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report after Ctrl-C
 
 
 def main() -> None:
-    """Parses the arguments and serves. If that is not possible, prints one line and exits with status 2."""
+    """Starts the service. If the arguments or settings are invalid, prints one line and exits with status 2."""
     parser = _parser()
     arguments, unknown = parser.parse_known_args()
-    if unknown:  # without the values of mistyped flags, which may be keys
+    if unknown:  # Do not print the values of mistyped flags: they can be API keys.
         flags_only = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
         parser.error(f"unknown arguments: {' '.join(flags_only or unknown)}")
     compile_only = arguments.compile is COMPILE_ONLY
@@ -39,7 +44,7 @@ def main() -> None:
     flags = {name: value for name, value in given.items() if isinstance(value, str)}
     if arguments.openapi:
         if flags or compile_only:
-            parser.error("--openapi takes no other argument")
+            parser.error("--openapi cannot be combined with other arguments")
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
     writer = start_log()
@@ -49,7 +54,7 @@ def main() -> None:
 
 
 def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> int:
-    """Serves or compiles, and returns the exit status."""
+    """Runs the service, or only compiles, and returns the exit status."""
     try:
         settings = load_settings(flags)
         capture_stderr(configure_logging(settings.log_format, settings.log_level, writer))
@@ -59,12 +64,12 @@ def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> 
         else:
             _serve(settings)
     except (SettingsError, StartError, RunnerError, TracesError) as error:
-        writer.put(f"unfog: {error}\n")
+        writer.put(f"unfog: {_name_flags(str(error), flags)}\n")
         return 2
     except GivenUpError as error:
         log.critical("%s", error)
         return 1
-    except KeyboardInterrupt:  # before serve() handles signals
+    except KeyboardInterrupt:  # serve() did not yet handle signals
         return INTERRUPTED
     except Exception:
         log.critical("Uncaught exception", exc_info=True)
@@ -76,17 +81,23 @@ def _warn(settings: Settings) -> None:
     for place, key in enumerate(settings.api_keys, 1):
         if len(key) < MIN_KEY_LENGTH:
             log.warning(
-                "UNFOG_API_KEYS: key %d is shorter than %d characters. Generate one with: openssl rand -hex 32",
-                place,
-                MIN_KEY_LENGTH,
+                "API key is too short. Generate one with: openssl rand -hex 32",
+                extra={"key": place, "min_characters": MIN_KEY_LENGTH},
             )
     for name in unknown_variables():
-        log.warning("Unknown setting %s: ignored", name)
+        log.warning("Unknown setting ignored", extra={"variable": name})
+
+
+def _name_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Replaces UNFOG_* names by flags for the settings that the user has given as flags."""
+    for field in flags:
+        message = re.sub(rf"\b{variable_of(field)}\b", flag_of(field), message)
+    return message
 
 
 def _serve(settings: Settings) -> None:
     if not keep_freed_memory():
-        log.info("This C library cannot keep freed memory for the next step, so steps take slightly longer")
+        log.info("Freed memory cannot be kept for the next step with this C library, steps are slightly slower")
     allow_connections()
     app = create_app(settings)
     listener = bind(settings.host, settings.port)
@@ -96,9 +107,9 @@ def _serve(settings: Settings) -> None:
 def _leave(status: int, writer: LogWriter) -> None:
     """Writes the queued log lines and exits without joining threads.
 
-    A thread that hangs in the device or in the log would keep the process alive.
+    Joining would never end if a thread hangs in the device or in the log.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):  # a further signal exits at once with the same status
+    for number in (signal.SIGTERM, signal.SIGINT):  # A further signal exits immediately with the same status.
         signal.signal(number, lambda *_: os._exit(status))
     writer.flush()
     os._exit(status)
@@ -106,13 +117,13 @@ def _leave(status: int, writer: LogWriter) -> None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Prints one sentence, without the usage of all flags before it; exit status 2."""
+        """Prints one line, without argparse's usage text, and exits with status 2."""
         print(f"unfog: {message} (--help shows all arguments)", file=sys.stderr)
         sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m app", description=__doc__, allow_abbrev=False)
+    parser = _Parser(prog="python -m app", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--openapi", action="store_true", help="print the OpenAPI document and exit")
     settings = parser.add_argument_group("settings")
     for name, field in Settings.model_fields.items():
@@ -124,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
                 type=_not_empty,
                 const=COMPILE_ONLY,
                 metavar="MODE",
-                help=f"{text}. Without a value: compile the step into the cache and exit",
+                help=f"{text}. Without a value: compile the step, store it in the cache and exit",
             )
         else:
             settings.add_argument(flag_of(name), type=_not_empty, metavar="VALUE", help=text)
@@ -133,5 +144,5 @@ def _parser() -> argparse.ArgumentParser:
 
 def _not_empty(value: str) -> str:
     if not value:
-        raise argparse.ArgumentTypeError("the value is empty")
+        raise argparse.ArgumentTypeError("the value must not be empty")
     return value

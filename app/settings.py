@@ -1,9 +1,9 @@
-"""The settings. They are read once from UNFOG_* variables, command-line flags and files of secrets."""
+"""Reads the settings once at the start: from command-line flags, UNFOG_* variables and secret files."""
 
 import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -21,43 +21,43 @@ KEYS_VARIABLE = "UNFOG_API_KEYS"
 OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
-_TOKEN = re.compile(r"[!-+\--~]+")  # characters that a header can have, except the comma, which separates keys
-SECRETS = Path("/run/secrets")  # Docker puts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
+_TOKEN = re.compile(r"[!-+\--~]+")  # printable ASCII without spaces and without the comma, which separates keys
+SECRETS = Path("/run/secrets")  # Docker mounts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
 
 
 class SettingsError(Exception):
-    """A setting has a wrong value. The message is one sentence that names the setting."""
+    """A setting is invalid. The message is one line that names the flag, the variable or the secret file."""
 
 
-def _rows_a_step(value: Any) -> Any:
-    """Returns None for `auto`, otherwise the value."""
+def _int_or_auto(value: Any) -> Any:
+    """Maps `auto` to None. Other values are checked by the type of the field."""
     return None if value == "auto" else value
 
 
 def _device(value: str) -> str:
-    """Returns the name of a device; ValueError unless it is `auto`, `cpu`, `cuda` or `cuda:N`."""
+    """Raises ValueError unless the value is `auto`, `cpu`, `cuda` or `cuda:N`."""
     if not _DEVICE.fullmatch(value):
         raise ValueError("must be auto, cpu, cuda or cuda:N")
     return value
 
 
 def _seconds_or_never(value: Any) -> Any:
-    """Returns None for `never`, otherwise the value."""
+    """Maps `never` to None. Other values are checked by the type of the field."""
     return None if value == "never" else value
 
 
 def _keys(value: Any) -> Any:
-    """Parses comma-separated API keys. No error message contains a key."""
+    """Parses comma-separated API keys. Error messages never contain a key."""
     if not isinstance(value, str):
         return value
     parts = _parts(value)
     if not all(_TOKEN.fullmatch(part) for part in parts):
-        raise ValueError("a key has a character that no header can carry; printable ASCII without spaces can")
+        raise ValueError("each API key must consist of printable ASCII characters without spaces")
     return tuple(SecretStr(part) for part in parts)
 
 
 def _rate_limits(value: Any) -> Any:
-    """Parses `off` or a limit such as `600/minute`. Of several, such as `10/second;600/minute`, each applies."""
+    """Parses `off` or comma-separated limits such as `10/second,600/minute`. A request must satisfy all of them."""
     if not isinstance(value, str):
         return value
     if value.strip().lower() == OFF:
@@ -65,15 +65,21 @@ def _rate_limits(value: Any) -> Any:
     try:
         items: list[RateLimitItem] = parse_many(value)
     except ValueError:
-        raise ValueError("must be off, or a number of requests and a time like 600/minute") from None
+        raise ValueError("must be off, or limits such as 600/minute, separated by commas") from None
     if any(item.amount < 1 or item.multiples < 1 for item in items):
-        raise ValueError("would permit no request: must be at least one request in at least one unit of time")
+        raise ValueError("must permit at least 1 request in at least 1 time unit, as in 600/minute")
     return tuple(items)
 
 
 def _origins(value: Any) -> Any:
     """Parses comma-separated origins such as `https://example.com` or `http://localhost:3000`; `*` is any origin."""
-    return _listed(value, _is_origin, "no origin: must be like https://example.com:8443, without a path, or *")
+    if not isinstance(value, str):
+        return value
+    parts = [part.lower() for part in _parts(value)]
+    for part in parts:
+        if part != ANY and not _is_origin(part):
+            raise ValueError(f"{part!r} is not an origin. Use the form https://example.com:8443 without a path, or *")
+    return tuple(parts)
 
 
 def _networks(value: Any) -> Any:
@@ -82,27 +88,17 @@ def _networks(value: Any) -> Any:
         return value
     parts = [part.lower() for part in _parts(value)]
     if ANY in parts and len(parts) > 1:
-        raise ValueError("* trusts every address and must stand alone")
+        raise ValueError("* trusts every address and cannot be combined with other entries")
     for part in parts:
         if part != ANY:
             _check_network(part)
     return tuple(parts)
 
 
-def _listed(value: Any, is_one: Callable[[str], bool], what_it_is: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    parts = [part.lower() for part in _parts(value)]
-    for part in parts:
-        if part != ANY and not is_one(part):
-            raise ValueError(f"{part!r} is {what_it_is}")
-    return tuple(parts)
-
-
 def _parts(value: str) -> list[str]:
     parts = [part.strip() for part in value.split(",")]
     if not all(parts):
-        raise ValueError("has nothing before, after or between its commas")
+        raise ValueError("contains an empty entry. Remove the extra comma, or set a value")
     return parts
 
 
@@ -113,18 +109,18 @@ def _check_network(text: str) -> None:
         raise ValueError(f"{text!r} is not an IP address or a network such as 10.0.0.0/8") from None
     address = text.partition("/")[0]
     if network.network_address != ipaddress.ip_address(address):
-        raise ValueError(f"{text!r} is neither one address nor a whole network. Write {address} or {network}")
+        raise ValueError(f"{text!r} has address bits after the prefix. Use {address} or {network}")
 
 
 def _is_origin(text: str) -> bool:
     try:
         url = urlsplit(text)
-        port = url.port  # ValueError if it is not a valid port
+        port = url.port  # raises ValueError for an invalid port
     except ValueError:
         return False
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
-    written = f"{url.scheme}://{host}" + (f":{port}" if port else "")
-    return url.scheme in ("http", "https") and bool(url.hostname) and text == written
+    origin = f"{url.scheme}://{host}" + (f":{port}" if port else "")
+    return url.scheme in ("http", "https") and bool(url.hostname) and text == origin
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -136,138 +132,166 @@ Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)]
 
 
 class Settings(BaseSettings):
-    """The settings of the service. An `auto` that changes pixels depends on hardware and files, never on timings."""
+    """The settings of the service.
+
+    An `auto` that changes pixels is resolved from hardware and files, never from timings. The text after each field is
+    its description in --help.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_ignore_empty=True,
         frozen=True,
-        arbitrary_types_allowed=True,  # a RateLimitItem
-        use_attribute_docstrings=True,  # the help of the command line shows them
+        arbitrary_types_allowed=True,  # for RateLimitItem
+        use_attribute_docstrings=True,  # --help shows them
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
     )
 
     checkpoint: Path = SHIPPED
-    """the checkpoint of the model `default`"""
+    """checkpoint of the model `default`, a .safetensors file (default: the checkpoint shipped with unfog)"""
     fast_checkpoint: Literal["auto", "none"] | Path = "auto"
-    """the checkpoint of the model `fast`; auto: the shipped one if UNFOG_CHECKPOINT is the shipped one"""
+    """checkpoint of the model `fast`: a .safetensors file, auto or none. auto: the shipped fast checkpoint if
+    UNFOG_CHECKPOINT is the shipped one, otherwise none. none: `fast` is not served. Both checkpoints must have the
+    same image size (default: auto)"""
     device: Annotated[str, AfterValidator(_device)] = "auto"
-    """auto, cpu, cuda or cuda:N"""
+    """auto, cpu, cuda or cuda:N. auto: the GPU if it works, otherwise the CPU (default: auto)"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """the precision of the network: auto, float32, bfloat16 or float16 (float16 on a GPU only)"""
+    """precision of the network: auto, float32, bfloat16 or float16. float16 needs a GPU. auto: bfloat16 or float16 if
+    the hardware accelerates it, otherwise float32 (default: auto)"""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto: compile on a CPU if a C++ compiler or a compiled step is found; on: fail without one; off: never"""
+    """compilation of the denoising step: auto, on or off. auto: on a CPU, compile if a C++ compiler or a compiled step
+    in the cache is found; on a GPU, do not compile. on: exit if compilation is not possible (default: auto)"""
     cache_dir: Path = Field(default_factory=default_cache)
-    """the folder of compiled code; no other user may write to it"""
+    """folder for compiled code. If other users can write to it, a private subfolder is used (default: unfog in
+    $XDG_CACHE_HOME or ~/.cache)"""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """compute threads on a CPU"""
-    max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_rows_a_step)] = None
-    """rows of a step; auto: chosen from the step times measured at the start"""
+    """compute threads on a CPU, 1 to 1024 (default: the available cores, one fewer while another process keeps a core
+    busy; at most 2 for float32 without compilation)"""
+    max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_int_or_auto)] = None
+    """maximum batch size: rows (images) per step, 1 to 4096, or auto. auto: chosen from step times that are measured at
+    the start (default: auto)"""
     queue_capacity: Count = 1024
-    """images that may wait"""
+    """maximum number of images in the queue. A request that does not fit is answered with 429 (default: 1024)"""
     max_count: Count = 64
-    """images of a request"""
+    """maximum number of images per request (default: 64)"""
     max_body_bytes: Count = 16 * 1024
-    """bytes of a request's body"""
+    """maximum size of a request body in bytes (default: 16384)"""
     request_timeout: Seconds = 30.0
-    """seconds until a request is answered with 504"""
+    """deadline of a request in seconds, then it is answered with 504. Also the upper limit of timeout_seconds
+    (default: 30)"""
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
-    """seconds after SIGTERM in which admitted requests are still answered"""
+    """seconds after SIGTERM to finish admitted requests. The remaining ones are then answered with 503 (default: 25)"""
     watchdog_seconds: Seconds = 10.0
-    """seconds of a step after which the engine counts as stuck"""
+    """maximum duration of a step in seconds. If it is exceeded, the engine counts as stuck and /livez answers 503
+    (default: 10)"""
     give_up_seconds: Annotated[Seconds | None, BeforeValidator(_seconds_or_never)] = 30.0
-    """seconds of a failed or stuck engine after which the process exits, or never"""
+    """exit with status 1 if the engine has failed or is stuck for this many seconds; never: do not exit
+    (default: 30)"""
     read_timeout: Seconds = 10.0
-    """seconds for a request's head to arrive, and then for its body"""
+    """seconds for the request line and headers to arrive, and again for the body. Then the request is answered with 408
+    (default: 10)"""
     write_timeout: Seconds = 30.0
-    """seconds for a client to take what was sent"""
+    """seconds for a client to accept the data that is ready to be sent. Then the connection is closed (default: 30)"""
     log_format: Literal["auto", "json", "console"] = "auto"
-    """auto, json or console"""
+    """auto, json or console. auto: console on a terminal, otherwise json (default: auto)"""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """debug, info, warning or error"""
+    """minimum level of log lines: debug, info, warning or error (default: info)"""
     host: str = "127.0.0.1"
-    """the address to listen on"""
+    """address to listen on (default: 127.0.0.1)"""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    """the port to listen on; 0: any free port"""
+    """port to listen on; 0: any free port (default: 8000)"""
     api_keys: Keys = ()
-    """API keys, separated by commas; other users can see the flag in the process list, the variable is safer"""
+    """API keys, separated by commas. If set, every request needs one of them in Authorization: Bearer or X-API-Key,
+    except /health, /livez, /readyz, /startupz, /metrics, /docs and /openapi.json. Other users can see the flag in the
+    process list, so use the variable or a secret file (default: no API keys, auth is off)"""
     rate_limit: RateLimits = ()
-    """requests of a key, or of an address if there is no key: off, or like 600/minute or 10/second;600/minute"""
+    """request limit per API key, or per client address without a valid key (IPv6: per /64 network): off, or limits such
+    as 600/minute or 10/second,600/minute, separated by commas. Requests to /health, /livez, /readyz, /startupz,
+    /metrics, /docs and /openapi.json are not limited and not counted (default: off)"""
     cors_origins: Origins = ()
-    """origins whose pages may call the service, separated by commas, or *"""
+    """origins whose web pages may call the service (CORS), such as https://example.com, separated by commas; * permits
+    every origin (default: none)"""
     trusted_proxies: Networks = ()
-    """addresses and networks whose X-Forwarded-For is trusted, separated by commas, or *"""
+    """addresses and networks of proxies whose X-Forwarded-For header is trusted, such as 10.0.0.0/8, separated by
+    commas; * alone trusts every address (default: none)"""
     docs: Literal["on", "off"] = "on"
-    """on or off: /docs and /openapi.json"""
+    """on or off: serve /docs and /openapi.json, which need no API key. off: they answer 404, or 401 if API keys are set
+    and the request has none (default: on)"""
     traces: Literal["on", "off"] = "off"
-    """on or off: traces by OpenTelemetry, which has environment variables of its own"""
+    """on or off: export OpenTelemetry traces. Needs the extra `traces`. The OTEL_* variables configure the export
+    (default: off)"""
 
     @property
     def largest_request(self) -> int:
-        """Returns the largest number of images that a request may have."""
+        """The maximum number of images in a request."""
         return min(self.max_count, self.queue_capacity)
 
     @property
     def model_names(self) -> list[str]:
-        """Returns the names of the served models, which a request may name."""
+        """The values of `model` that a request may have."""
         return [DEFAULT_MODEL, FAST_MODEL] if self.fast_path else [DEFAULT_MODEL]
 
     @property
     def fast_path(self) -> Path | None:
-        """Returns the path of the second checkpoint; None if only one is served."""
+        """The path of the checkpoint of the model `fast`; None if this model is not served."""
         if isinstance(self.fast_checkpoint, Path):
             return self.fast_checkpoint
-        beside_its_teacher = self.checkpoint.resolve() == SHIPPED.resolve()
-        return SHIPPED_FAST if self.fast_checkpoint == "auto" and beside_its_teacher else None
+        is_shipped = self.checkpoint.resolve() == SHIPPED.resolve()
+        return SHIPPED_FAST if self.fast_checkpoint == "auto" and is_shipped else None
 
 
 def unknown_variables() -> list[str]:
-    """Returns the UNFOG_* variables that are not settings: mistyped ones, or those of another release."""
+    """Returns the UNFOG_* variables that are not settings of this release."""
     return sorted(name for name in os.environ if name.upper().startswith(PREFIX) and not _is_setting(name))
 
 
 def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
-    """Returns the settings of this process. A flag wins over a variable, a variable over the file of a secret.
+    """Returns the settings of this process. A flag overrides a variable, and a variable overrides a secret file.
 
-    `flags` maps names of fields to texts. SettingsError for the first setting, or file of a secret, that is wrong.
+    `flags` maps field names to their unparsed values. Raises SettingsError for the first invalid setting or file.
     """
     flags = flags or {}
     _check_secrets()
     try:
-        return Settings(**flags)  # type: ignore[arg-type] # texts, which pydantic parses
+        return Settings(**flags)  # type: ignore[arg-type] # pydantic parses the strings
     except ValidationError as error:
         first = error.errors()[0]
         field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
-        name = flag_of(field) if field in flags else f"{PREFIX}{field}".upper()
+        name = flag_of(field) if field in flags else variable_of(field)
         value = "" if field == "api_keys" else f"={first['input']!r}"
         also = {"max_batch": ", or auto", "give_up_seconds": ", or never"}.get(field, "")
-        raise SettingsError(f"{name}{value} is wrong: {reason}{also}") from error
+        raise SettingsError(f"{name}{value} is invalid: {reason}{also}") from error
 
 
 def flag_of(field: str) -> str:
-    """Returns the command-line flag of a setting: `--max-batch`."""
+    """Returns the command-line flag of a setting, such as `--max-batch`."""
     return f"--{field.replace('_', '-')}"
 
 
-def _check_secrets() -> None:
-    """Checks the variable of API keys and the files of secrets; SettingsError if one is empty, unknown or unreadable.
+def variable_of(field: str) -> str:
+    """Returns the environment variable of a setting, such as `UNFOG_MAX_BATCH`."""
+    return f"{PREFIX}{field}".upper()
 
-    If they were ignored, the operator would believe that API keys are required although they are not.
+
+def _check_secrets() -> None:
+    """Raises SettingsError if UNFOG_API_KEYS or a secret file is empty, or a secret file is unknown or unreadable.
+
+    Ignoring such a file would start the service without the API keys that the operator has set.
     """
     if os.environ.get(KEYS_VARIABLE) == "":
-        raise SettingsError(f"{KEYS_VARIABLE} is set and empty: unset it, or give it a key")
+        raise SettingsError(f"{KEYS_VARIABLE} is empty. Set at least one API key, or unset it to turn auth off")
     folder = Settings.model_config.get("secrets_dir")
     for path in sorted(Path(str(folder)).iterdir()) if folder else ():
         if path.name.upper().startswith(PREFIX):
             if not _is_setting(path.name):
-                raise SettingsError(f"{path} is no setting of this release")
+                raise SettingsError(f"Secret file {path} is not named after a setting. Rename or remove it")
             try:
                 if not path.read_text().strip():
-                    raise SettingsError(f"{path} is empty")
+                    raise SettingsError(f"Secret file {path} is empty. Write a value to it, or remove it")
             except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or "it is no text"
-                raise SettingsError(f"{path} cannot be read: {reason}") from error
+                reason = getattr(error, "strerror", None) or "not valid UTF-8"
+                raise SettingsError(f"Secret file {path} cannot be read: {reason}") from error
 
 
 def _is_setting(name: str) -> bool:
-    return name.upper() in {f"{PREFIX}{field}".upper() for field in Settings.model_fields}
+    return name.upper() in {variable_of(field) for field in Settings.model_fields}

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from app import cli
+from app.engine.interface import RunnerError
 from app.server.server import GivenUpError
 from app.settings import Settings, SettingsError, flag_of
 
 
 class FakeWriter:
-    """Keeps what is written."""
+    """Collects the lines instead of writing them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -22,7 +23,7 @@ class FakeWriter:
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[dict[str, str], bool]]:
-    """Runs the command with these arguments. Returns the flags of each start, and True if it only compiles."""
+    """Runs the command line. Returns (flags, compile_only) of each start."""
     starts: list[tuple[dict[str, str], bool]] = []
 
     def start(writer: object, flags: dict[str, str], *, compile_only: bool) -> int:
@@ -49,7 +50,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[dic
         ["--openapi", "--port", "3"],
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_starts(
+def test_invalid_arguments_exit_with_status_2_before_the_start(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -58,7 +59,7 @@ def test_wrong_arguments_are_refused_before_anything_starts(
     assert arguments[0].rstrip("=") in capsys.readouterr().err
 
 
-def test_the_value_of_a_mistyped_flag_is_not_repeated(
+def test_error_about_an_unknown_flag_does_not_contain_its_value(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -85,7 +86,9 @@ def test_flags_are_settings_and_compile_without_a_value_only_compiles(
     assert run_main(monkeypatch, *arguments) == [(flags, compile_only)]
 
 
-def test_help_lists_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_contains_the_flag_of_every_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run_main(monkeypatch, "--help")
     assert not ended.value.code
@@ -99,12 +102,12 @@ def test_help_lists_every_setting(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.parametrize(
     ("error", "status", "written", "logged"),
     [
-        (SettingsError("a sentence"), 2, ["unfog: a sentence\n"], ""),
-        (GivenUpError("a sentence"), 1, [], "a sentence"),
+        (SettingsError("a message"), 2, ["unfog: a message\n"], ""),
+        (GivenUpError("a message"), 1, [], "a message"),
         (ZeroDivisionError("a bug"), 1, [], "ZeroDivisionError: a bug"),
         (KeyboardInterrupt(), 130, [], ""),
     ],
-    ids=["settings", "given up", "bug", "interrupt"],
+    ids=["settings", "engine given up", "bug", "interrupt"],
 )
 def test_exit_status_of_each_kind_of_error(
     error: BaseException,
@@ -124,3 +127,23 @@ def test_exit_status_of_each_kind_of_error(
     assert logged in caplog.text
     assert bool(caplog.records) is bool(logged)
     assert all(record.levelno == logging.CRITICAL for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "UNFOG_FAST_CHECKPOINT and UNFOG_CHECKPOINT differ"),
+        ({"checkpoint": "a"}, "UNFOG_FAST_CHECKPOINT and --checkpoint differ"),
+        ({"fast_checkpoint": "a"}, "--fast-checkpoint and UNFOG_CHECKPOINT differ"),
+    ],
+)
+def test_error_names_the_flag_if_the_setting_was_a_flag(
+    flags: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(flags: object) -> None:
+        raise RunnerError("UNFOG_FAST_CHECKPOINT and UNFOG_CHECKPOINT differ")
+
+    writer: Any = FakeWriter()
+    monkeypatch.setattr(cli, "load_settings", fail)
+    assert cli._run(writer, flags, compile_only=False) == 2
+    assert writer.lines == [f"unfog: {message}\n"]

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from model.checkpoint import SHIPPED, SHIPPED_FAST
 
 
 @pytest.fixture(autouse=True)
-def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_unfog_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.upper().startswith("UNFOG_"):
             monkeypatch.delenv(name)
@@ -35,7 +36,7 @@ DEFAULTS = {
     "UNFOG_GIVE_UP_SECONDS": ("give_up_seconds", 30.0),
     "UNFOG_READ_TIMEOUT": ("read_timeout", 10.0),
     "UNFOG_WRITE_TIMEOUT": ("write_timeout", 30.0),
-    "UNFOG_API_KEYS": ("api_keys", ()),  # nobody is asked for one
+    "UNFOG_API_KEYS": ("api_keys", ()),  # auth is off
     "UNFOG_RATE_LIMIT": ("rate_limit", ()),  # off
     "UNFOG_CORS_ORIGINS": ("cors_origins", ()),
     "UNFOG_TRUSTED_PROXIES": ("trusted_proxies", ()),
@@ -49,25 +50,32 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("variable", DEFAULTS)
-def test_the_defaults_are_the_promised_ones(variable: str) -> None:
+def test_default_of_each_setting(variable: str) -> None:
     field, default = DEFAULTS[variable]
     assert getattr(load_settings(), field) == default
 
 
 @pytest.mark.parametrize("variable", sorted(set(DEFAULTS) - {"UNFOG_API_KEYS"}))
-def test_an_empty_variable_is_the_default(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_variable_means_the_default(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "")
     field, default = DEFAULTS[variable]
     assert getattr(load_settings(), field) == default
 
 
-def test_every_setting_is_in_the_table() -> None:
+def test_defaults_table_contains_every_setting() -> None:
     assert {field for field, _ in DEFAULTS.values()} | {"cache_dir"} == set(Settings.model_fields)
 
 
-def test_compiled_code_is_kept_where_a_users_programs_keep_such_things(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("field", Settings.model_fields)
+def test_description_states_the_default(field: str) -> None:
+    info = Settings.model_fields[field]
+    stated = re.search(r"\(default: ([^)]+)\)$", info.description or "")
+    assert stated
+    if type(info.default) in (str, int, float):
+        assert stated[1] == (info.default if isinstance(info.default, str) else f"{info.default:g}")
+
+
+def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert load_settings().cache_dir == tmp_path / ".cache" / "unfog"
@@ -123,7 +131,7 @@ def test_compiled_code_is_kept_where_a_users_programs_keep_such_things(
         ("UNFOG_PORT", "0", 0),
     ],
 )
-def test_a_good_value_is_taken_from_a_variable_and_from_a_flag(
+def test_valid_value_is_read_from_a_variable_and_from_a_flag(
     variable: str, value: str, expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     field = DEFAULTS[variable][0]
@@ -143,13 +151,13 @@ def test_a_good_value_is_taken_from_a_variable_and_from_a_flag(
         (Path("own.safetensors"), SHIPPED_FAST, SHIPPED_FAST),
     ],
 )
-def test_the_shipped_student_is_served_beside_its_teacher_unless_told_otherwise(
+def test_auto_serves_the_shipped_fast_checkpoint_only_with_the_shipped_one(
     checkpoint: Path, fast: Path | Literal["auto", "none"], served: Path | None
 ) -> None:
     assert Settings(checkpoint=checkpoint, fast_checkpoint=fast).fast_path == served
 
 
-WRONG = {
+INVALID = {
     "UNFOG_DEVICE": ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "CPU", "cuda:1:2", ":"],
     "UNFOG_DTYPE": ["fp16", "fp32"],
     "UNFOG_COMPILE": ["yes", "1"],
@@ -185,54 +193,56 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("variable", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_wrong_value_is_one_line_that_names_the_variable(
+@pytest.mark.parametrize(("variable", "value"), [(name, value) for name, values in INVALID.items() for value in values])
+def test_error_about_an_invalid_value_is_one_line_that_starts_with_the_variable(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(variable, value)
-    with pytest.raises(SettingsError) as wrong:
+    with pytest.raises(SettingsError) as error:
         load_settings()
-    sentence = str(wrong.value)
-    assert len(sentence.splitlines()) == 1
-    assert sentence.startswith(variable)
-    assert "Error" not in sentence  # nothing of Python's
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    assert message.startswith(variable)
+    assert "Error" not in message  # no Python exception name
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("*,10.0.0.0/8", r"\* trusts every address and must stand alone"),
-        ("10.0.0.1/8", r"'10\.0\.0\.1/8' is neither .* Write 10\.0\.0\.1 or 10\.0\.0\.0/8"),
-        ("2001:db8::1/32", r"Write 2001:db8::1 or 2001:db8::/32"),
+        ("*,10.0.0.0/8", r"\* trusts every address and cannot be combined"),
+        ("10.0.0.1/8", r"'10\.0\.0\.1/8' has address bits .* Use 10\.0\.0\.1 or 10\.0\.0\.0/8"),
+        ("2001:db8::1/32", r"Use 2001:db8::1 or 2001:db8::/32"),
         ("10.0.0.0/33", r"'10\.0\.0\.0/33' is not an IP address or a network"),
     ],
 )
-def test_wrong_proxy_list_says_what_to_write(value: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_about_an_invalid_proxy_list_says_what_to_use(
+    value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("UNFOG_TRUSTED_PROXIES", value)
     with pytest.raises(SettingsError, match=reason):
         load_settings()
 
 
-def test_every_variable_that_can_be_wrong_is_tried() -> None:
-    assert set(DEFAULTS) - set(WRONG) == {
+def test_invalid_values_cover_every_variable_that_is_validated() -> None:
+    assert set(DEFAULTS) - set(INVALID) == {
         "UNFOG_CHECKPOINT",
         "UNFOG_FAST_CHECKPOINT",
         "UNFOG_HOST",
-    }  # any text may be a path or a name
+    }  # any text can be a path or a host name
 
 
-def test_a_secret_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_key_is_not_part_of_errors_or_repr(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNFOG_API_KEYS", "hunter2,")
-    with pytest.raises(SettingsError, match="UNFOG_API_KEYS") as wrong:
+    with pytest.raises(SettingsError, match="UNFOG_API_KEYS") as error:
         load_settings()
-    assert "hunter2" not in str(wrong.value)
+    assert "hunter2" not in str(error.value)
     monkeypatch.setenv("UNFOG_API_KEYS", "hunter2")
     assert "hunter2" not in repr(load_settings())
 
 
-def test_keys_that_are_set_and_empty_are_not_taken_for_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_empty_api_keys_stop_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("UNFOG_API_KEYS", "")
-    with pytest.raises(SettingsError, match="UNFOG_API_KEYS is set and empty"):
+    with pytest.raises(SettingsError, match="UNFOG_API_KEYS is empty"):
         load_settings()
     monkeypatch.delenv("UNFOG_API_KEYS")
     (tmp_path / "unfog_api_keys").write_text("\n")
@@ -241,29 +251,27 @@ def test_keys_that_are_set_and_empty_are_not_taken_for_none(monkeypatch: pytest.
         load_settings()
 
 
-def test_a_setting_may_come_as_a_file_among_the_secrets_and_the_environment_is_stronger(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "unfog_api_keys").write_text("from-a-file\n")
+def test_variable_overrides_the_secret_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "unfog_api_keys").write_text("key-of-the-file\n")
     monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
-    assert load_settings().api_keys == (SecretStr("from-a-file"),)
-    monkeypatch.setenv("UNFOG_API_KEYS", "from-outside")
-    assert load_settings().api_keys == (SecretStr("from-outside"),)
+    assert load_settings().api_keys == (SecretStr("key-of-the-file"),)
+    monkeypatch.setenv("UNFOG_API_KEYS", "key-of-the-variable")
+    assert load_settings().api_keys == (SecretStr("key-of-the-variable"),)
 
 
 @pytest.mark.parametrize("name", ["unfog_api_key", "UNFOG_KEYS"])
-def test_a_secret_that_is_no_setting_stops_the_start(
+def test_secret_file_not_named_after_a_setting_stops_the_start(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text("a-key")
-    (tmp_path / "somebody_elses").mkdir()
+    (tmp_path / "secret_of_another_program").mkdir()
     monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
-    with pytest.raises(SettingsError, match=f"{name} is no setting"):
+    with pytest.raises(SettingsError, match=f"{name} is not named after a setting"):
         load_settings()
 
 
-def test_a_secret_that_cannot_be_read_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Docker makes a folder where the file to mount is missing; then there would be no keys, and nobody would know."""
+def test_unreadable_secret_file_stops_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Docker creates a folder if the file to mount is missing. Ignoring it would turn auth off without an error."""
     secret = tmp_path / "unfog_api_keys"
     secret.mkdir()
     monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
@@ -271,11 +279,11 @@ def test_a_secret_that_cannot_be_read_stops_the_start(monkeypatch: pytest.Monkey
         load_settings()
     secret.rmdir()
     secret.write_bytes(b"\xff\xfe")
-    with pytest.raises(SettingsError, match="unfog_api_keys cannot be read: it is no text"):
+    with pytest.raises(SettingsError, match="unfog_api_keys cannot be read: not valid UTF-8"):
         load_settings()
 
 
-def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_variables_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("UNFOG_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("UNFOG_PORT", "9000")
@@ -283,7 +291,7 @@ def test_a_variable_that_is_no_setting_is_named(monkeypatch: pytest.MonkeyPatch)
     assert unknown_variables() == ["UNFOG_CHEKPOINT"]
 
 
-def test_settings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_do_not_change_after_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings()
     monkeypatch.setenv("UNFOG_PORT", "9000")
     assert settings.port == 8000
@@ -291,19 +299,19 @@ def test_settings_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
         settings.port = 9000
 
 
-def test_a_flag_wins_over_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flag_overrides_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNFOG_MAX_BATCH", "4")
     monkeypatch.setenv("UNFOG_PORT", "9000")
     settings = load_settings({"max_batch": "8"})
     assert (settings.max_batch, settings.port) == (8, 9000)
 
 
-def test_a_wrong_flag_is_named_as_it_was_typed() -> None:
-    with pytest.raises(SettingsError, match=r"^--max-batch='0' is wrong: .*, or auto$"):
+def test_error_about_an_invalid_flag_names_the_flag() -> None:
+    with pytest.raises(SettingsError, match=r"^--max-batch='0' is invalid: .*, or auto$"):
         load_settings({"max_batch": "0"})
 
 
-def test_a_wrong_key_is_not_repeated() -> None:
-    with pytest.raises(SettingsError) as refused:
+def test_error_about_an_invalid_api_key_does_not_contain_it() -> None:
+    with pytest.raises(SettingsError) as error:
         load_settings({"api_keys": "hunter2 hunter3"})
-    assert "hunter" not in str(refused.value)
+    assert "hunter" not in str(error.value)

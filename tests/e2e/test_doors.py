@@ -97,7 +97,7 @@ def test_a_key_that_no_header_can_carry_stops_the_start_and_is_not_said() -> Non
     process = Process(UNFOG_API_KEYS="a key with spaces")
     try:
         assert process.wait() == 2
-        assert "UNFOG_API_KEYS is wrong" in process.lines[-1]
+        assert "UNFOG_API_KEYS is invalid" in process.lines[-1]
         assert "a key with" not in "\n".join(process.lines)
     finally:
         process.end()
