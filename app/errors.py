@@ -1,44 +1,44 @@
-"""All errors that a client can receive, each with its status and code.
+"""Defines every error that a client can receive, with its HTTP status and its code.
 
 UnfogError
-├── MalformedJSON         400  the body is not JSON
+├── MalformedJSON         400  the body is empty or not JSON
 ├── MalformedRequest      400  the request is not valid HTTP
-├── OriginNotAllowed      400  a preflight request from an origin that is not in UNFOG_CORS_ORIGINS
+├── OriginNotAllowed      400  CORS preflight from an origin that is not in UNFOG_CORS_ORIGINS
 ├── Unauthorized          401  an API key is required and the request has none
-├── Forbidden             403  the API key is not valid
-├── NotFound              404
-├── MethodNotAllowed      405
-├── NotAcceptable         406  the Accept header allows none of the formats
-├── RequestTimeout        408  the head or the body did not arrive in time
-├── BodyTooLarge          413
-├── UnsupportedMediaType  415
-├── InvalidRequest        422  a field has a value that is not permitted; names the field
-├── HeadersTooLarge       431  a header, or all headers together, exceed the limit
-├── InternalError         500  a bug; the answer has no details
-├── DeadlineExceeded      504
+├── Forbidden             403  the API key is invalid
+├── NotFound              404  no route has this path
+├── MethodNotAllowed      405  the route does not support the method
+├── NotAcceptable         406  the Accept header allows none of the available formats
+├── RequestTimeout        408  the headers or the body did not arrive in time
+├── BodyTooLarge          413  the body exceeds UNFOG_MAX_BODY_BYTES
+├── UnsupportedMediaType  415  the Content-Type is not application/json
+├── InvalidRequest        422  a field is missing, unknown or invalid; lists the fields
+├── HeadersTooLarge       431  the headers exceed a size limit
+├── InternalError         500  a bug; the response has no details
+├── DeadlineExceeded      504  the images were not finished before the deadline
 ├── HTTPError                  raised by the web framework; keeps its status
 └── Unavailable                has a Retry-After header
-    ├── Overloaded        429  the queue has no room
+    ├── Overloaded        429  the queue is full or a deadline cannot be met
     ├── RateLimited       429  the caller exceeded its rate limit
-    ├── Starting          503
-    ├── Draining          503
-    └── EngineFailed      503
+    ├── Starting          503  the checkpoints are being loaded and warmed up
+    ├── Draining          503  the service is shutting down
+    └── EngineFailed      503  the engine has failed; the service must be restarted
 """
 
 from collections.abc import Mapping
 from http.client import responses
 from typing import Any
 
-# The names of RFC 9110 section 15. Python before 3.13 has older names for these two.
+# The reason phrases of RFC 9110, section 15. Python before 3.13 has older phrases for these two.
 TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class UnfogError(Exception):
-    """An error that is answered with a problem document (RFC 9457)."""
+    """An error whose response is a problem document (RFC 9457)."""
 
     status: int = 500
     code: str = "internal_error"
-    detail: str = "something went wrong on our side"
+    detail: str = "Internal error. Retry, or report the request_id to the operator"
 
     def __init__(self, detail: str | None = None) -> None:
         super().__init__(detail or self.detail)
@@ -46,11 +46,11 @@ class UnfogError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the headers that this error adds to the answer."""
+        """The headers that this error adds to the response."""
         return {}
 
     def problem(self, request_id: str) -> dict[str, Any]:
-        """Returns the body of the answer, which is application/problem+json."""
+        """Returns the body of the response (application/problem+json)."""
         return {
             "type": "about:blank",
             "title": TITLES.get(self.status, "Error"),
@@ -62,94 +62,72 @@ class UnfogError(Exception):
 
 
 class MalformedJSON(UnfogError):
-    """The body is empty or not JSON."""
-
-    status, code, detail = 400, "malformed_json", "the body is not JSON"
+    status, code, detail = 400, "malformed_json", "The body is not valid JSON in UTF-8"
 
 
 class MalformedRequest(UnfogError):
-    """The request is not valid HTTP."""
-
-    status, code, detail = 400, "malformed_request", "this is no HTTP request that can be understood"
+    status, code, detail = 400, "malformed_request", "The request is not valid HTTP"
 
 
 class Unauthorized(UnfogError):
-    """An API key is required and the request has none."""
-
     status, code = 401, "unauthorized"
-    detail = "a key is needed, in Authorization: Bearer or in X-API-Key"
+    detail = "An API key is required. Send it as Authorization: Bearer <key> or as X-API-Key: <key>"
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the header that says how to send a key."""
         return {"WWW-Authenticate": 'Bearer realm="unfog"'}
 
 
 class Forbidden(UnfogError):
-    """The API key of the request is not valid."""
-
-    status, code, detail = 403, "forbidden", "this key is not, or no longer, valid"
+    status, code, detail = 403, "forbidden", "The API key is invalid or has been removed"
 
 
 class OriginNotAllowed(UnfogError):
-    """A CORS preflight request comes from an origin that is not permitted."""
-
-    status, code = 400, "origin_not_allowed"  # not 403, which means a wrong API key
+    status, code = 400, "origin_not_allowed"  # not 403, which means an invalid API key
 
 
 class NotFound(UnfogError):
-    """No route has this path."""
-
-    status, code, detail = 404, "not_found", "there is nothing at this path"
+    status, code, detail = 404, "not_found", "No route has this path"
 
 
 class MethodNotAllowed(UnfogError):
-    """The path has a route, but not for this method."""
+    """`allow` is the value of the Allow header: the supported methods, separated by commas."""
 
-    status, code, detail = 405, "method_not_allowed", "this path does not take this method"
+    status, code = 405, "method_not_allowed"
 
     def __init__(self, allow: str) -> None:
-        super().__init__()
+        super().__init__(f"This route supports only {allow}")
         self.allow = allow
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the header with the methods that the path takes."""
         return {"Allow": self.allow}
 
 
 class NotAcceptable(UnfogError):
-    """The Accept header allows none of the available formats."""
-
     status, code = 406, "not_acceptable"
 
     def __init__(self, available: tuple[str, ...]) -> None:
-        super().__init__(f"Accept must allow one of {', '.join(available)}")
+        super().__init__(f"The Accept header must allow one of {', '.join(available)}")
 
 
 class RequestTimeout(UnfogError):
-    """The head or the body of the request did not arrive in time."""
-
-    status, code, detail = 408, "request_timeout", "the request did not arrive in time"
+    status, code, detail = 408, "request_timeout", "The request line and headers did not arrive in time"
 
 
 class BodyTooLarge(UnfogError):
-    """The body is larger than the limit."""
-
     status, code = 413, "body_too_large"
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"the body is larger than {limit} bytes")
+        super().__init__(f"The body exceeds the limit of {limit} bytes")
 
 
 class UnsupportedMediaType(UnfogError):
-    """The body is not declared as JSON."""
-
     status, code, detail = 415, "unsupported_media_type", "Content-Type must be application/json"
 
 
 class InvalidRequest(UnfogError):
-    """A field has a value that is not permitted. `errors` lists the fields: [{"loc": [...], "msg": ...}]."""
+    """One or more fields are missing, unknown or invalid. `errors` lists them as [{"loc": [...], "msg": ...}]."""
 
     status, code = 422, "invalid_request"
 
@@ -160,45 +138,44 @@ class InvalidRequest(UnfogError):
 
     @classmethod
     def of(cls, field: str, message: str) -> "InvalidRequest":
-        """Returns the error for one field of the body."""
+        """Creates the error for one field of the body."""
         return cls([{"loc": ["body", field], "msg": message}])
 
     def problem(self, request_id: str) -> dict[str, Any]:
-        """Returns the body of the answer, with a list of all wrong fields."""
+        """Returns the body of the response, with the list of fields."""
         return {**super().problem(request_id), "errors": self.errors}
 
 
 class HeadersTooLarge(UnfogError):
-    """A header, or all headers together, exceed the limit (app/server/framing.py)."""
+    """The limits are defined in app/server/framing.py."""
 
-    status, code, detail = 431, "headers_too_large", "The headers are too large"
+    status, code = 431, "headers_too_large"
+    detail = "The headers exceed a limit: 8 KiB per header, 32 KiB in total, fewer than 1,000 headers"
 
 
 class InternalError(UnfogError):
-    """A bug of the service. The log has the details, the answer has none."""
+    """A bug. Its details are logged, but not sent to the client."""
 
 
 class DeadlineExceeded(UnfogError):
-    """The timeout of the request ended before its last image was finished."""
-
-    status, code, detail = 504, "deadline_exceeded", "the request's time ran out"
+    status, code = 504, "deadline_exceeded"
+    detail = "The images were not finished before the deadline. Request fewer images or steps, or a longer timeout"
 
 
 class HTTPError(UnfogError):
-    """An error that the web framework raised, with its status and headers.
+    """An error raised by the web framework. It keeps its status and headers.
 
-    The code is that of the error in this module with the same status, or `http_error` if there is none.
+    Its code is the code of the error in this module with the same status, or `http_error` if there is none.
     """
 
     def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
-        # The framework's message about a server error could reveal internals.
+        # Do not send the framework's message about a server error: it could reveal internals.
         super().__init__(detail if status < 500 else None)
         self.status, self.code = status, _CODES.get(status, "http_error")
         self._headers = dict(headers or {})
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the headers that the framework has set."""
         return self._headers
 
 
@@ -220,43 +197,38 @@ _CODES: dict[int, str] = {
 
 
 class Unavailable(UnfogError):
-    """The request cannot be answered now. `retry_after` is the number of seconds after which to try again."""
+    """The request cannot be processed now. The client should retry after `retry_after` seconds."""
 
     def __init__(self, retry_after: int, detail: str | None = None) -> None:
-        super().__init__(detail)
+        super().__init__(f"{detail or self.detail}. Retry after {retry_after} s")
         self.retry_after = retry_after
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the Retry-After header."""
         return {"Retry-After": str(self.retry_after)}
 
 
 class Overloaded(Unavailable):
-    """The queue is full, or too long for the deadline of a request."""
+    """The queue is full, or admitting the request would make a request miss its deadline."""
 
-    status, code, detail = 429, "overloaded", "the queue has no room for this request"
+    status, code, detail = 429, "overloaded", "The queue has no room for this request"
 
 
 class RateLimited(Unavailable):
-    """The caller has exceeded its rate limit."""
-
-    status, code, detail = 429, "rate_limited", "too many requests from this caller"
+    status, code, detail = 429, "rate_limited", "The rate limit is exceeded"
 
 
 class Starting(Unavailable):
-    """The service is loading and warming up its checkpoints."""
-
-    status, code, detail = 503, "starting", "the service is starting"
+    status, code, detail = 503, "starting", "The service is starting"
 
 
 class Draining(Unavailable):
-    """The service is shutting down. It still finishes the admitted requests."""
+    """The service is shutting down and finishes only admitted requests."""
 
-    status, code, detail = 503, "draining", "the service is shutting down"
+    status, code, detail = 503, "draining", "The service is shutting down"
 
 
 class EngineFailed(Unavailable):
-    """The engine has failed. Only a restart of the service helps."""
+    """The engine has failed and does not recover without a restart of the service."""
 
-    status, code, detail = 503, "engine_failed", "the engine has failed"
+    status, code, detail = 503, "engine_failed", "The engine has failed and the service must be restarted"

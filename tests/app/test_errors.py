@@ -6,7 +6,7 @@ import pytest
 from app import errors
 from app.errors import UnfogError
 
-RFC_9110_NAMES = {413: "Content Too Large", 422: "Unprocessable Content"}  # those that Python before 3.13 lacks
+RFC_9110_PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # Python before 3.13 has older phrases
 # Contract, section 3.
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
@@ -36,27 +36,27 @@ cases = pytest.mark.parametrize(
 )
 
 
-def leaves(kind: type[UnfogError]) -> set[type[UnfogError]]:
+def leaf_classes(kind: type[UnfogError]) -> set[type[UnfogError]]:
     children = kind.__subclasses__()
-    return set.union(*map(leaves, children)) if children else {kind}
+    return set.union(*map(leaf_classes, children)) if children else {kind}
 
 
 @cases
-def test_every_error_has_its_status_and_code(error: UnfogError, status: int, code: str) -> None:
+def test_status_and_code_of_each_error(error: UnfogError, status: int, code: str) -> None:
     assert (error.status, error.code) == (status, code)
 
 
-def test_the_table_is_complete() -> None:
-    assert {type(error) for error, _, _ in EVERY_ERROR} == leaves(UnfogError)
+def test_table_contains_every_error_class() -> None:
+    assert {type(error) for error, _, _ in EVERY_ERROR} == leaf_classes(UnfogError)
 
 
 @cases
-def test_the_problem_is_what_rfc_9457_asks_for(error: UnfogError, status: int, code: str) -> None:
+def test_problem_document_has_the_members_of_rfc_9457(error: UnfogError, status: int, code: str) -> None:
     problem = json.loads(json.dumps(error.problem("an-id")))
     extra = problem.pop("errors", None)
     assert problem == {
         "type": "about:blank",
-        "title": RFC_9110_NAMES.get(status, HTTPStatus(status).phrase),
+        "title": RFC_9110_PHRASES.get(status, HTTPStatus(status).phrase),
         "status": status,
         "detail": error.detail,
         "code": code,
@@ -68,24 +68,26 @@ def test_the_problem_is_what_rfc_9457_asks_for(error: UnfogError, status: int, c
 
 
 @cases
-def test_what_is_worth_trying_again_says_when(error: UnfogError, status: int, code: str) -> None:
+def test_retry_after_is_sent_with_429_and_503_only(error: UnfogError, status: int, code: str) -> None:
     assert error.headers.get("Retry-After") == ("3" if status in (429, 503) else None)
 
 
-def test_who_has_no_key_is_told_how_to_show_one() -> None:
+def test_unauthorized_sends_www_authenticate() -> None:
     assert errors.Unauthorized().headers == {"WWW-Authenticate": 'Bearer realm="unfog"'}
 
 
-def test_a_wrong_method_names_the_right_ones() -> None:
-    assert errors.MethodNotAllowed("GET, HEAD").headers == {"Allow": "GET, HEAD"}
+def test_method_not_allowed_lists_the_supported_methods() -> None:
+    error = errors.MethodNotAllowed("GET, HEAD")
+    assert error.headers == {"Allow": "GET, HEAD"}
+    assert error.detail == "This route supports only GET, HEAD"
 
 
-def test_an_invalid_request_says_which_field() -> None:
+def test_invalid_request_names_the_field() -> None:
     problem = errors.InvalidRequest.of("count", "Input should be less").problem("an-id")
     assert problem["errors"] == [{"loc": ["body", "count"], "msg": "Input should be less"}]
     assert problem["detail"] == "body.count: Input should be less"
 
 
-def test_a_detail_of_its_own_replaces_the_usual_one() -> None:
-    assert errors.Overloaded(1, "too long a backlog").problem("an-id")["detail"] == "too long a backlog"
-    assert errors.Overloaded(1).detail == "the queue has no room for this request"
+def test_detail_replaces_the_default_and_states_when_to_retry() -> None:
+    assert errors.Overloaded(1, "Too long").problem("an-id")["detail"] == "Too long. Retry after 1 s"
+    assert errors.Overloaded(4).detail == "The queue has no room for this request. Retry after 4 s"
