@@ -1,9 +1,9 @@
-"""Logging: readable lines on a terminal, JSON lines elsewhere. Each item of `extra` becomes a field.
+"""Configures logging: readable lines on a terminal, otherwise JSON lines. Each item of `extra` becomes a field.
 
-The thread that logs formats the line, and another thread writes it (log_writer.py). If the writing thread formatted
-lines, tracebacks with their frames and request bodies would stay in memory while the reader stalls, and lines would
-show the later state of objects. The time that formatting takes in the event loop is bounded: a traceback has at most
-MAX_EXCEPTIONS exceptions with MAX_FRAMES frames each, and long texts are cut.
+The thread that logs also formats the line. Another thread writes it (log_writer.py). Formatting in the writing thread
+would keep tracebacks, with their frames and request bodies, in memory while stderr is blocked, and would show objects
+in a later state. The event loop also formats lines, so the work per line is limited: a traceback has at most
+MAX_EXCEPTIONS exceptions with MAX_FRAMES frames each, and long texts are shortened.
 """
 
 import asyncio
@@ -21,29 +21,29 @@ from types import TracebackType
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-from app.log_writer import LogWriter, without_waiting
+from app.log_writer import LogWriter, make_nonblocking
 
-# Fields of a request's line that are left out on a terminal.
-_NOT_FOR_PEOPLE = (
+# Fields that console lines omit, to keep them short.
+_JSON_ONLY = (
     *("logger", "color_message", "client", "route", "trace_id", "span_id"),
     *("model", "seed", "num_steps", "sampler", "guidance_scale"),
 )
-PROTOCOL_LOGGER = "uvicorn.error.protocol"  # used by our connections
+PROTOCOL_LOGGER = "uvicorn.error.protocol"  # used by app/server/connection.py
 _FIRST = ("time", "level", "logger", "message")
-MAX_TEXT = 4096  # characters of a field; longer texts lose their middle
+MAX_TEXT = 4096  # characters of a field; the middle of a longer text is omitted
 MAX_TRACEBACK = 16_384
-MAX_FRAMES = 30  # the last ones of each exception
-MAX_EXCEPTIONS = 8  # the exception, those that caused it and the members of a group
-MAX_LINE = 2**17  # characters; escaping can make a text six times as long
+MAX_FRAMES = 30  # innermost frames of each exception
+MAX_EXCEPTIONS = 8  # the exception, its causes and the members of exception groups
+MAX_LINE = 2**17  # characters; JSON escapes can make a text six times as long
 STDERR = 2
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tab and newline
 
-_writers: list[LogWriter] = []  # the process has at most one; the metric reads it
+_writers: list[LogWriter] = []  # at most one; read by the metric of dropped lines
 
 
 def start_log() -> LogWriter:
-    """Starts the thread that writes to stderr; lines in its queue are flushed when the process exits normally."""
-    without_waiting(STDERR)
+    """Starts the thread that writes to stderr. A normal exit of the process flushes its queue."""
+    make_nonblocking(STDERR)
     writer = LogWriter(STDERR)
     _writers[:] = [writer]
     atexit.register(writer.flush)
@@ -51,12 +51,11 @@ def start_log() -> LogWriter:
 
 
 def num_lines_dropped() -> int:
-    """Returns the number of log lines dropped since the process started."""
     return sum(writer.num_dropped for writer in _writers)
 
 
 def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging.Handler:
-    """Sends all logs to the writer; `auto` is console on a terminal and JSON elsewhere. Returns the handler."""
+    """Sends all log records to the writer and returns the handler. `auto` is console on a terminal, otherwise JSON."""
     is_terminal = os.isatty(writer.descriptor)
     console = log_format == "console" or (log_format == "auto" and is_terminal)
     facts: list[Processor] = [
@@ -73,29 +72,29 @@ def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.ExceptionRenderer(_format_exc_info),
                 _cut_long_texts,
-                *(_for_people(is_terminal) if console else _for_machines()),
+                *(_console_processors(is_terminal) if console else _json_processors()),
             ],
         )
     )
     writer.describe_drop = handler.describe_drop
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # our own access log replaces it and has the request id
+    logging.getLogger("uvicorn.access").disabled = True  # The access log of this service replaces it.
     for name in ("uvicorn.error", PROTOCOL_LOGGER):
-        logging.getLogger(name).addFilter(is_no_cancellation)
+        logging.getLogger(name).addFilter(is_not_cancellation)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
     return handler
 
 
 def capture_stderr(handler: logging.Handler) -> None:
-    """Turns what Python code prints to stderr into log lines: prints, warnings, and exceptions of threads."""
+    """Logs what Python code writes to stderr: prints, warnings, and uncaught exceptions of threads."""
     sys.stderr = _LoggedStream(handler)
     logging.captureWarnings(capture=True)
     threading.excepthook = _log_exception_of_thread
     sys.unraisablehook = _log_unraisable
 
 
-def is_no_cancellation(record: logging.LogRecord) -> bool:
-    """Returns False for the cancellation of a request at the end of a shutdown, which is expected and not an error."""
+def is_not_cancellation(record: logging.LogRecord) -> bool:
+    """Filters out uvicorn's errors about requests that a shutdown cancels. They are expected."""
     return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)) and (
         "asyncio.exceptions.CancelledError" not in record.getMessage()
     )
@@ -110,23 +109,25 @@ class _QueueHandler(logging.Handler):
         try:
             line = self.format(record)
             if len(line) > MAX_LINE:
-                line = self._format_instead(record, f"Log record of {len(line)} characters left out")
+                line = self._format_instead(record, reason="too long", characters=len(line), limit=MAX_LINE)
         except Exception as error:
-            line = self._format_instead(record, f"Log record left out, formatting it raised {type(error).__name__}")
+            line = self._format_instead(record, reason="formatting failed", error=type(error).__name__)
         self._writer.put(f"{line}\n")
 
     def describe_drop(self, count: int) -> str:
-        """Returns the line that reports dropped lines."""
+        """Returns the log line that reports `count` dropped lines."""
         record = logging.LogRecord("unfog.log", logging.WARNING, "", 0, "Dropped log lines", (), None)
         record.count = count
         return f"{self.format(record)}\n"
 
-    def _format_instead(self, record: logging.LogRecord, message: str) -> str:
-        return self.format(logging.LogRecord(record.name, record.levelno, "", 0, message, (), None))
+    def _format_instead(self, record: logging.LogRecord, **fields: str | int) -> str:
+        omitted = logging.LogRecord(record.name, record.levelno, "", 0, "Log record omitted", (), None)
+        vars(omitted).update(fields)
+        return self.format(omitted)
 
 
 class _LoggedStream(io.TextIOBase):
-    """Replaces sys.stderr. Each printed line becomes a log line. Lines of different threads do not mix."""
+    """Replaces sys.stderr and logs each printed line. Text of different threads is not mixed within a line."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -175,16 +176,16 @@ def _log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _format_exc_info(exc_info: ExcInfo) -> str:
-    """Returns text like that of traceback.format_exception(), but with bounded length and time."""
+    """Formats like traceback.format_exception(), but with limited length and time."""
     parts: list[str] = []
-    error: BaseException | None = exc_info[1]  # None for log.exception() where there is no exception
+    error: BaseException | None = exc_info[1]  # None for log.exception() outside of an except block
     pending = [(error, "")] if error else []
     while pending and len(parts) < MAX_EXCEPTIONS:
         error, relation = pending.pop(0)
         parts.append(f"{_format_traceback(error.__traceback__)}{_describe(error)}{relation}")
         pending += _related(error)
     if pending:
-        parts.append("Further exceptions left out.\n\n")
+        parts.append("Further exceptions omitted.\n\n")
     return "".join(reversed(parts))
 
 
@@ -195,8 +196,8 @@ def _format_traceback(last_frames: TracebackType | None) -> str:
     for _ in range(depth - MAX_FRAMES):
         assert last_frames
         last_frames = last_frames.tb_next
-    left_out = f"  {depth - MAX_FRAMES} frames left out\n" if depth > MAX_FRAMES else ""
-    return f"Traceback (most recent call last):\n{left_out}{''.join(traceback.format_tb(last_frames))}" if depth else ""
+    omitted = f"  {depth - MAX_FRAMES} frames omitted\n" if depth > MAX_FRAMES else ""
+    return f"Traceback (most recent call last):\n{omitted}{''.join(traceback.format_tb(last_frames))}" if depth else ""
 
 
 def _describe(error: BaseException) -> str:
@@ -210,7 +211,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _related(error: BaseException) -> Iterator[tuple[BaseException, str]]:
-    """Yields the exceptions to show before this one, each with the sentence that explains the relation."""
+    """Yields the exceptions to print before this one, each with the text that follows it, as in Python's tracebacks."""
     if error.__cause__:
         yield error.__cause__, "\n\nThe above exception was the direct cause of the following exception:\n\n"
     elif error.__context__ and not error.__suppress_context__:
@@ -224,7 +225,7 @@ def _cut(text: str, length: int) -> str:
     if len(text) <= length:
         return text
     half = length // 2
-    return f"{text[:half]} ... {len(text) - 2 * half} characters left out ... {text[-half:]}"
+    return f"{text[:half]} ... {len(text) - 2 * half} characters omitted ... {text[-half:]}"
 
 
 def _cut_long_texts(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -234,26 +235,26 @@ def _cut_long_texts(logger: WrappedLogger, method: str, event: EventDict) -> Eve
     return event
 
 
-def _for_machines() -> list[Processor]:
+def _json_processors() -> list[Processor]:
     return [structlog.processors.EventRenamer("message"), _in_order, structlog.processors.JSONRenderer()]
 
 
-def _for_people(colours: bool) -> list[Processor]:
+def _console_processors(colours: bool) -> list[Processor]:
     return [
-        _without(*_NOT_FOR_PEOPLE),
+        _without(*_JSON_ONLY),
         _readable,
         structlog.dev.ConsoleRenderer(colors=colours, pad_event_to=0, timestamp_key="time", sort_keys=False),
     ]
 
 
 def _in_order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Moves the fields that every line has to the front."""
-    event.pop("color_message", None)  # uvicorn's, for its own console
+    """Puts the fields that are part of every line first."""
+    event.pop("color_message", None)  # uvicorn adds it for its own console formatter
     return {name: event.pop(name) for name in _FIRST} | dict(event)
 
 
 def _readable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Shows booleans as JSON does, and escapes control characters, which a terminal would interpret."""
+    """Writes booleans as in JSON, and escapes control characters that a terminal would interpret."""
     for name, value in event.items():
         if isinstance(value, bool):
             event[name] = str(value).lower()

@@ -1,4 +1,4 @@
-"""Declares all metrics of the service, and the standard metrics of a process."""
+"""Declares all Prometheus metrics of the service, and the standard process_* metrics."""
 
 from collections.abc import Callable, Iterator
 
@@ -16,13 +16,13 @@ from prometheus_client.registry import Collector
 
 from app.errors import UnfogError
 
-disable_created_metrics()  # a second series for each counter would tell nothing that scrapes do not
+disable_created_metrics()  # The _created series double the number of series and are not used.
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 STEP_SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1)
 POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 STEPS = (0, 1, 2, 5, 10, 25, 50, 100, 250, 500, 1000)
-REJECTIONS = {  # by an error's code
+REJECTIONS = {  # error code -> value of the label `reason`
     "overloaded": "overloaded",
     "rate_limited": "rate_limited",
     "draining": "draining",
@@ -31,56 +31,71 @@ REJECTIONS = {  # by an error's code
 
 
 class Metrics:
-    """One set of metrics with its own registry, so that two applications in one process do not mix."""
+    """One set of metrics with its own registry, so that several applications in one process stay separate."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)  # process_*: memory, processor time, open files
-        self.requests = self._counter("requests", "HTTP requests answered.", "route", "code")
-        self.request_duration = self._histogram("request_duration_seconds", "Time of a request.", SECONDS, "route")
-        self.requests_in_progress = self._gauge("requests_in_progress", "HTTP requests being answered.")
-        self.images = self._counter("images", "Images finished.", "digit")
-        self.queue_depth = self._gauge("queue_depth_images", "Images that wait for their first step.")
-        self.queue_capacity = self._gauge("queue_capacity_images", "Images that may wait.")
-        self.running_images = self._gauge("running_images", "Images between their first step and their last.")
-        self.queue_wait = self._histogram("queue_wait_seconds", "An image's wait for its first step.", SECONDS)
-        self.admission_wait = self._histogram(
-            "admission_wait_steps", "Steps that ran between an image's admission and its first step.", STEPS
+        ProcessCollector(registry=self.registry)  # process_*: memory, CPU time, open files
+        self.requests = self._counter("requests", "HTTP requests completed, by route and status code.", "route", "code")
+        self.request_duration = self._histogram(
+            "request_duration_seconds",
+            "Seconds from the start of a request to the end of its response.",
+            SECONDS,
+            "route",
         )
-        self.rejected = self._counter("rejected", "Requests refused or timed out.", "reason")
-        self.cancelled = self._counter("cancelled", "Images given up before they were done.", "stage")
-        self.denoise_steps = self._counter("denoise_steps", "Reverse steps run, each for a batch of rows.")
-        self.step_duration = self._histogram("denoise_step_duration_seconds", "Time of a reverse step.", STEP_SECONDS)
-        self.network = self._counter("network_seconds", "Time within the networks' calls; on a GPU, to enqueue them.")
-        self.batch_rows = self._histogram("batch_rows", "Images in a reverse step.", POWERS_OF_TWO)
+        self.requests_in_progress = self._gauge("requests_in_progress", "HTTP requests in progress.")
+        self.images = self._counter("images", "Images generated.", "digit")
+        self.queue_depth = self._gauge("queue_depth_images", "Images in the queue, before their first step.")
+        self.queue_capacity = self._gauge("queue_capacity_images", "Maximum number of images in the queue.")
+        self.running_images = self._gauge("running_images", "Images between their first and last step.")
+        self.queue_wait = self._histogram(
+            "queue_wait_seconds", "Seconds from the admission of an image to its first step.", SECONDS
+        )
+        self.admission_wait = self._histogram(
+            "admission_wait_steps", "Steps run between the admission of an image and its first step.", STEPS
+        )
+        self.rejected = self._counter("rejected", "Requests rejected or timed out, by reason.", "reason")
+        self.cancelled = self._counter(
+            "cancelled", "Images cancelled before their last step, by stage: waiting or running.", "stage"
+        )
+        self.denoise_steps = self._counter("denoise_steps", "Denoising steps run. One step covers all rows of a batch.")
+        self.step_duration = self._histogram(
+            "denoise_step_duration_seconds", "Seconds per denoising step.", STEP_SECONDS
+        )
+        self.network = self._counter(
+            "network_seconds", "Seconds spent in network calls; on a GPU, the time to enqueue them."
+        )
+        self.batch_rows = self._histogram(
+            "batch_rows", "Batch size of a denoising step, in rows (images).", POWERS_OF_TWO
+        )
         self.encode_duration = self._histogram(
-            "encode_duration_seconds", "Time to encode a response's images, or one event of a stream.", SECONDS
+            "encode_duration_seconds", "Seconds to encode the images of a response, or one event of a stream.", SECONDS
         )
         self.model_info = self._gauge(
-            "model_info", "The model that is served.", "name", "sha256", "device", "dtype", "version"
+            "model_info", "A served model. The value is always 1.", "name", "sha256", "device", "dtype", "version"
         )
-        self.ready = self._gauge("ready", "1 while new work is taken.")
-        self.alive = self._gauge("alive", "0 where the engine has failed or is stuck.")
+        self.ready = self._gauge("ready", "1 if new requests are accepted, otherwise 0.")
+        self.alive = self._gauge("alive", "1 if the engine works, 0 if it has failed or is stuck.")
         for reason in REJECTIONS.values():
             self.rejected.labels(reason)
         for stage in ("waiting", "running"):
             self.cancelled.labels(stage)
 
     def count_rejection(self, error: UnfogError) -> None:
-        """Counts errors that reject or abandon work. Other errors count only as requests with their status."""
+        """Increments unfog_rejected_total for the errors in REJECTIONS, and does nothing for other errors."""
         if error.code in REJECTIONS:
             self.rejected.labels(REJECTIONS[error.code]).inc()
 
     def watch_device_memory(self, read: Callable[[], float]) -> None:
-        """Adds the gauge of the memory that the service holds on a GPU. `read` returns bytes."""
-        self._gauge("device_memory_bytes", "Memory that the service holds on its device.").set_function(read)
+        """Adds the gauge of GPU memory. `read` returns bytes."""
+        self._gauge("device_memory_bytes", "GPU memory reserved by the service.").set_function(read)
 
     def watch_dropped_log_lines(self, read: Callable[[], float]) -> None:
-        """Adds the counter of dropped log lines. The log belongs to the process and starts before the application."""
+        """Adds the counter of dropped log lines. `read` returns their number since the process started."""
         self.registry.register(_DroppedLogLines(read))
 
     def render(self) -> bytes:
-        """Returns all metrics in Prometheus' text format."""
+        """Returns all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -98,9 +113,8 @@ class _DroppedLogLines(Collector):
         self._read = read
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        """Yields the counter."""
         yield CounterMetricFamily(
             "unfog_log_lines_dropped",
-            "Log lines dropped because the reader of stderr did not take them.",
+            "Log lines dropped because stderr was not read fast enough.",
             value=self._read(),
         )

@@ -1,4 +1,4 @@
-"""The application in this process, without a socket, and a client of it."""
+"""Runs the application within the test process and calls it without a socket."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +16,7 @@ WORK = {"digit": 3, "num_steps": 3, "seed": 1}
 
 @asynccontextmanager
 async def client_of(runner: FakeRunner, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application that is ready."""
+    """Starts an application with this runner and yields a client when it is ready."""
     app = create_app(Settings(**settings), lambda: runner)
     transport = httpx.ASGITransport(app)
     async with (

@@ -1,4 +1,4 @@
-"""A runner whose images are known in closed form, and engines that run on it with and without their thread."""
+"""A fake runner with predictable images, and engines that use it with or without their thread."""
 
 import threading
 import time
@@ -35,42 +35,42 @@ INFO = ModelInfo(
     guided_steps=lambda sampler, num_steps: range(num_steps // 2),
     guidable=True,
 )
-WAIT_SECONDS = 60  # until a test gives up on another thread; never a measure of anything
+WAIT_SECONDS = 60  # a test fails if another thread takes longer
 
 Rows = list[Trajectory]
 
 
 def image(seed: int, index: int, num_steps: int) -> Pixels:
-    """What the fake draws: it tells whose image it is and how many steps were made."""
+    """Returns the image that FakeRunner generates. It encodes the seed, the index and the number of steps."""
     return np.array([[seed % 256, seed // 256, index, num_steps]], dtype=np.uint8)
 
 
 def images(job: Job) -> list[Pixels]:
-    """What the job must be answered with."""
+    """Returns the expected images of a job."""
     return [image(job.request.options.seed, index, job.request.options.num_steps) for index in range(job.request.count)]
 
 
 def same(left: list[Pixels], right: list[Pixels]) -> bool:
-    """Whether both are the same images in the same order."""
+    """True if both lists contain the same images in the same order."""
     return len(left) == len(right) and all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def new_job(
     count: int = 1, num_steps: int = 3, seed: int = 0, digit: int = 0, model: str = "default", **fields: Any
 ) -> Job:
-    """A job with the fields that a test is about."""
+    """Creates a job with defaults for the fields that a test does not need."""
     submitted_at = fields.pop("submitted_at", None)
     return Job(JobRequest(Options(digit, seed, num_steps, "ddpm", 1.0, model), count, **fields), submitted_at)
 
 
 def fixed_limits(max_rows: int) -> StepLimits:
-    """Steps of at most `max_rows` rows, as UNFOG_MAX_BATCH sets them."""
+    """Returns limits for steps of at most `max_rows` rows, as with UNFOG_MAX_BATCH=max_rows."""
     return StepLimits.of(StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, 1, auto=False)
 
 
 @dataclass
 class FakeRunner:
-    """Counts the steps of each row. `on_step` and `on_pixels` are called first and may raise or block."""
+    """Counts the steps of each row. The `on_*` functions are called first and can raise or block."""
 
     step_times: StepTimes = field(default_factory=lambda: StepTimes({1: 1e-6, 1024: 1e-6}))
     on_step: Callable[[Rows], None] = lambda rows: None
@@ -79,8 +79,8 @@ class FakeRunner:
     on_check: Callable[[], None] = lambda: None
     not_finite: Callable[[Trajectory], bool] = lambda row: False
     num_checks: int = 0
-    calls: list[Rows] = field(default_factory=list)  # the rows of each step that succeeded
-    held: Counter[Trajectory] = field(default_factory=Counter)  # steps of those that have begun
+    calls: list[Rows] = field(default_factory=list)  # the rows of each successful step
+    held: Counter[Trajectory] = field(default_factory=Counter)  # number of steps of each row that has started
     models: dict[str, ModelInfo] = field(default_factory=lambda: {"default": INFO})
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
@@ -89,7 +89,7 @@ class FakeRunner:
         self.on_step(trajectories)
         self.calls.append(list(trajectories))
         self.network_seconds += 0.25
-        assert len(set(trajectories)) == len(trajectories), "a row twice in one step"
+        assert len(set(trajectories)) == len(trajectories), "a step contains a row twice"
         self.held.update(trajectories)
         return [not self.not_finite(trajectory) for trajectory in trajectories]
 
@@ -111,7 +111,7 @@ class FakeRunner:
 
 
 class Gate:
-    """A step that hangs until it is let go."""
+    """An `on_step` function that blocks until `released` is set."""
 
     def __init__(self) -> None:
         self.entered, self.released = threading.Event(), threading.Event()
@@ -122,26 +122,26 @@ class Gate:
 
 
 def new_engine(runner: FakeRunner, **options: Any) -> Engine:
-    """An engine that was not started."""
+    """Creates an engine without starting it."""
     defaults: dict[str, Any] = {"capacity": 1024, "max_batch": 64, "watchdog_seconds": 1000.0, "metrics": Metrics()}
     return Engine(lambda: runner, **defaults | options)
 
 
 def opened(engine: Engine) -> Engine:
-    """The engine as it is after warming up, but without its thread: `tick` runs it."""
+    """Puts the engine into the state after warm-up, without starting its thread. `tick` then runs it."""
     engine._open(engine._runner.warm_up(lambda: False))
     return engine
 
 
 def tick(engine: Engine) -> None:
-    """One turn of the loop, where the thread would not wait."""
+    """Runs one iteration of the engine's loop, unless its thread would wait for work."""
     if engine.backlog.jobs or engine._abandoned:
         engine._tick()
 
 
 @contextmanager
 def running(engine: Engine) -> Iterator[Engine]:
-    """The engine with its thread."""
+    """Runs the engine with its thread within the block."""
     engine.start()
     try:
         yield engine
@@ -150,7 +150,7 @@ def running(engine: Engine) -> Iterator[Engine]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for what another thread does after it has answered."""
+    """Waits until the condition, which another thread changes, is true."""
     end = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert time.monotonic() < end
@@ -158,7 +158,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def step_backlog(backlog: Backlog, max_rows: int) -> Rows:
-    """Makes one step of the rows that the batcher selects, without an engine."""
+    """Runs one step of the rows that the batcher selects, without an engine."""
     rows = select_rows(backlog.jobs, fixed_limits(max_rows), at_risk=False)
     for row in rows:
         if not row.started:

@@ -7,7 +7,6 @@ from app import errors
 from app.errors import UnfogError
 
 RFC_9110_PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # Python before 3.13 has older phrases
-# Contract, section 3.
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
     (errors.MalformedRequest(), 400, "malformed_request"),

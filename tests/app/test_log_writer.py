@@ -1,4 +1,4 @@
-"""The queue between the log and its reader; the process as a whole is in tests/e2e/test_logs.py."""
+"""Tests of the log queue and its writing thread. tests/e2e/test_logs.py tests the whole process."""
 
 import os
 import threading
@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from app.log_writer import LINE_OVERHEAD_BYTES, LogWriter, without_waiting
+from app.log_writer import LINE_OVERHEAD_BYTES, LogWriter, make_nonblocking
 
 WAIT_SECONDS = 30.0
-MAX_QUEUED_BYTES = 300_000  # of which less than half fits into a pipe
+MAX_QUEUED_BYTES = 300_000  # a pipe holds less than half of this
 
 
 class Pipe:
-    """A pipe, a writer to it, and what has been read from it."""
+    """A pipe with a LogWriter. Collects the bytes that were read."""
 
     def __init__(self) -> None:
         self.reader, self._descriptor = os.pipe()
@@ -23,7 +23,7 @@ class Pipe:
         self._read = b""
 
     def read_until(self, end: str) -> list[str]:
-        """Reads until a line is this one; all lines so far."""
+        """Reads up to the line `end`. Returns all lines that were read since the start."""
         while f"\n{end}\n".encode() not in b"\n" + self._read:
             piece = os.read(self.reader, 65536)
             assert piece
@@ -31,7 +31,7 @@ class Pipe:
         return self._read.decode().splitlines()
 
     def fill(self) -> None:
-        """Writes more than the pipe and the queue hold."""
+        """Writes until the pipe and the queue are full and a line is dropped."""
         line = "x" * 999
         while not self.writer.num_dropped:
             self.writer.put(f"{line}\n")
@@ -42,7 +42,7 @@ class Pipe:
 
     def close(self) -> None:
         if self.reader >= 0:
-            self.close_reader()  # the thread's write, if it is in one, fails
+            self.close_reader()  # makes a blocked write of the thread fail
         self.writer.flush(WAIT_SECONDS)
         self.writer = LogWriter(os.open(os.devnull, os.O_WRONLY))
 
@@ -68,7 +68,7 @@ def test_lines_are_written_in_order(pipe: Pipe) -> None:
 def test_lines_of_several_threads_do_not_mix(pipe: Pipe) -> None:
     def put(letter: str) -> None:
         for _ in range(50):
-            pipe.writer.put(letter * 9000 + "\n")  # more than a pipe takes at once
+            pipe.writer.put(letter * 9000 + "\n")  # more than PIPE_BUF, so that a write is not atomic
 
     threads = [threading.Thread(target=put, args=(letter,)) for letter in "abcd"]
     collected: list[str] = []
@@ -89,7 +89,7 @@ def test_lines_of_several_threads_do_not_mix(pipe: Pipe) -> None:
     assert all(len(set(line)) == 1 for line in whole)
 
 
-def test_put_returns_and_counts_while_nobody_reads(pipe: Pipe) -> None:
+def test_put_counts_dropped_lines_while_the_pipe_is_full(pipe: Pipe) -> None:
     pipe.fill()
     before = pipe.writer.num_dropped
     for _ in range(10_000):
@@ -97,7 +97,7 @@ def test_put_returns_and_counts_while_nobody_reads(pipe: Pipe) -> None:
     assert pipe.writer.num_dropped == before + 10_000
 
 
-def test_queue_is_bounded_in_bytes_also_for_short_lines(pipe: Pipe) -> None:
+def test_queue_of_short_lines_is_bounded_in_bytes(pipe: Pipe) -> None:
     pipe.fill()
     pipe.read_until("x" * 999)
     for _ in range(100_000):
@@ -107,7 +107,7 @@ def test_queue_is_bounded_in_bytes_also_for_short_lines(pipe: Pipe) -> None:
     assert len(queued) <= MAX_QUEUED_BYTES / LINE_OVERHEAD_BYTES
 
 
-def test_line_that_is_longer_than_the_queue_is_dropped(pipe: Pipe) -> None:
+def test_line_longer_than_the_queue_is_dropped(pipe: Pipe) -> None:
     pipe.writer.put("x" * MAX_QUEUED_BYTES + "\n")
     pipe.writer.put("next\n")
     assert pipe.read_until("next")[0] == "unfog: 1 log lines were dropped"
@@ -119,7 +119,7 @@ def test_dropped_lines_are_reported_before_the_next_line(pipe: Pipe) -> None:
         pipe.writer.put("dropped\n")
     reader = threading.Thread(target=pipe.read_until, args=("unfog: 10 log lines were dropped",))
     reader.start()
-    reader.join(WAIT_SECONDS)  # without any further line
+    reader.join(WAIT_SECONDS)  # the report does not need another line
     assert not reader.is_alive()
     pipe.writer.put("next\n")
     lines = pipe.read_until("next")
@@ -143,7 +143,7 @@ def test_slow_reader_gets_one_report_until_half_of_the_queue_is_free(pipe: Pipe)
     assert reports(pipe.read_until("end")) == [dropped]
 
 
-def test_reader_that_is_gone_costs_one_write_a_line(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_line_is_tried_once_after_the_reader_closed_the_pipe(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     write = os.write
 
@@ -159,7 +159,7 @@ def test_reader_that_is_gone_costs_one_write_a_line(pipe: Pipe, monkeypatch: pyt
     assert (len(calls), pipe.writer.num_dropped) == (20, 20)
 
 
-def test_errors_of_a_write_are_reported_once_it_succeeds_again(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_errors_are_reported_after_the_next_successful_write(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     write = os.write
     left = [3]
 
@@ -182,8 +182,8 @@ def test_errors_of_a_write_are_reported_once_it_succeeds_again(pipe: Pipe, monke
     assert pipe.writer.num_dropped == 2
 
 
-def test_flush_writes_everything_while_the_reader_takes_it(pipe: Pipe) -> None:
-    lines = [f"{number:0>999}\n" for number in range(80)]  # less than the queue, more than the pipe
+def test_flush_writes_all_lines_while_the_pipe_is_read(pipe: Pipe) -> None:
+    lines = [f"{number:0>999}\n" for number in range(80)]  # fits into the queue, but not into the pipe
 
     def read() -> None:
         with suppress(OSError):
@@ -199,7 +199,7 @@ def test_flush_writes_everything_while_the_reader_takes_it(pipe: Pipe) -> None:
     reader.join(WAIT_SECONDS)
 
 
-def test_flush_gives_up_on_a_reader_that_takes_nothing(pipe: Pipe) -> None:
+def test_flush_returns_if_the_pipe_is_not_read(pipe: Pipe) -> None:
     pipe.fill()
     flushing = threading.Thread(target=pipe.writer.flush, args=(1000 * WAIT_SECONDS,))
     flushing.start()
@@ -208,7 +208,7 @@ def test_flush_gives_up_on_a_reader_that_takes_nothing(pipe: Pipe) -> None:
     assert pipe.writer._queue
 
 
-def test_non_blocking_descriptor_is_waited_for(pipe: Pipe) -> None:
+def test_lines_are_written_completely_to_a_nonblocking_descriptor(pipe: Pipe) -> None:
     os.set_blocking(pipe.writer.descriptor, False)
     lines = [f"{number:0>999}" for number in range(80)]
     for line in lines:
@@ -216,15 +216,15 @@ def test_non_blocking_descriptor_is_waited_for(pipe: Pipe) -> None:
     assert pipe.read_until(lines[-1]) == lines
 
 
-def test_text_that_no_encoding_has_is_escaped(pipe: Pipe) -> None:
+def test_lone_surrogates_are_escaped(pipe: Pipe) -> None:
     pipe.writer.put("\ud800\n")
     assert pipe.read_until("\\ud800")
 
 
-def test_writes_to_a_full_pipe_fail_without_waiting_and_the_other_descriptor_still_waits() -> None:
+def test_make_nonblocking_affects_only_this_descriptor_of_a_pipe() -> None:
     reader, writer = os.pipe()
     own = os.dup(writer)
-    without_waiting(own)
+    make_nonblocking(own)
     with suppress(BlockingIOError):
         while True:
             os.write(own, b"x" * 4096)
@@ -234,11 +234,11 @@ def test_writes_to_a_full_pipe_fail_without_waiting_and_the_other_descriptor_sti
         os.close(descriptor)
 
 
-def test_files_keep_their_position_and_closed_descriptors_are_left_alone(tmp_path: Path) -> None:
+def test_make_nonblocking_ignores_files_and_closed_descriptors(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     os.write(descriptor, b"before\n")
-    without_waiting(descriptor)
+    make_nonblocking(descriptor)
     os.write(descriptor, b"after\n")
     os.close(descriptor)
     assert (tmp_path / "log").read_bytes() == b"before\nafter\n"
-    without_waiting(descriptor)
+    make_nonblocking(descriptor)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def others_logging_is_left_as_it_was() -> Iterator[None]:
+def restore_logging() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers = []
@@ -30,7 +30,7 @@ def others_logging_is_left_as_it_was() -> Iterator[None]:
 
 
 class Log:
-    """The log of this process, in a file."""
+    """Writes the log of this process to a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -50,12 +50,12 @@ def log(tmp_path: Path) -> Log:
     return Log(tmp_path / "log")
 
 
-def test_a_json_line_has_its_facts_as_fields(log: Log) -> None:
+def test_json_line_contains_extra_items_as_fields(log: Log) -> None:
     log.configure("json", "info")
     logging.getLogger("unfog.x").warning("%d of %d", 1, 2, extra={"request_id": "an-id", "seconds": 0.5})
     (line,) = log.lines()
     fields = json.loads(line)
-    assert list(fields)[:4] == ["time", "level", "logger", "message"]  # what every line has comes first
+    assert list(fields)[:4] == ["time", "level", "logger", "message"]  # the fields of every line come first
     assert fields.pop("time").endswith("Z")
     assert fields == {
         "level": "warning",
@@ -66,14 +66,14 @@ def test_a_json_line_has_its_facts_as_fields(log: Log) -> None:
     }
 
 
-def test_what_cannot_be_json_is_still_one_line(log: Log) -> None:
+def test_values_that_json_cannot_represent_are_logged_in_one_line(log: Log) -> None:
     log.configure("json", "info")
     logging.getLogger("x").info("a\nb \ud800 \x1b[31m", extra={"thing": object()})
     (line,) = log.lines()
     assert json.loads(line)["message"].startswith("a\nb ")
 
 
-def test_an_exception_is_a_field_of_its_line(log: Log) -> None:
+def test_exception_is_a_field_of_the_line(log: Log) -> None:
     log.configure("json", "info")
     try:
         raise ArithmeticError("too much")
@@ -83,7 +83,7 @@ def test_an_exception_is_a_field_of_its_line(log: Log) -> None:
     assert json.loads(line)["exception"].endswith("ArithmeticError: too much")
 
 
-def test_the_console_is_for_people(log: Log) -> None:
+def test_console_line_omits_fields_that_only_json_lines_have(log: Log) -> None:
     log.configure("console", "info")
     logging.getLogger("unfog.access").info("POST /generate", extra={"status": 200, "digit": 7, "sampler": "ddpm"})
     (line,) = log.lines()
@@ -91,19 +91,19 @@ def test_the_console_is_for_people(log: Log) -> None:
     assert "POST /generate" in line
     assert "status=200" in line
     assert "digit=7" in line
-    assert "sampler" not in line  # that is for searching
-    assert "\x1b" not in line  # colours are for terminals
+    assert "sampler" not in line
+    assert "\x1b" not in line  # colours only on a terminal
 
 
-def test_auto_is_json_where_there_is_no_terminal(log: Log) -> None:
+def test_auto_is_json_without_a_terminal(log: Log) -> None:
     log.configure("auto", "warning")
-    logging.getLogger("x").info("not said")
-    logging.getLogger("x").warning("said")
+    logging.getLogger("x").info("below the level")
+    logging.getLogger("x").warning("at the level")
     (line,) = log.lines()
-    assert json.loads(line)["message"] == "said"
+    assert json.loads(line)["message"] == "at the level"
 
 
-def test_uvicorn_says_nothing_that_we_say(log: Log) -> None:
+def test_uvicorn_logs_warnings_only_and_no_access_lines(log: Log) -> None:
     log.configure("json", "info")
     logging.getLogger("uvicorn.access").info("GET / 200")
     logging.getLogger("uvicorn.error").info("Started server process")
@@ -114,7 +114,7 @@ def test_uvicorn_says_nothing_that_we_say(log: Log) -> None:
 
 
 def raise_at(depth: int) -> None:
-    """Two functions in turn, so that Python does not abbreviate the traceback."""
+    """Recurses with two functions alternately, so that Python does not abbreviate the traceback."""
 
     def even(left: int) -> None:
         odd(left - 1) if left else int("x")
@@ -137,14 +137,14 @@ def logged_exception(log: Log, fail: Callable[[], object]) -> str:
 
 
 @pytest.mark.parametrize("depth", [100, 800])
-def test_long_traceback_shows_the_last_frames(log: Log, depth: int) -> None:
+def test_long_traceback_shows_the_innermost_frames(log: Log, depth: int) -> None:
     text = logged_exception(log, lambda: raise_at(depth))
     assert text.count("in even") + text.count("in odd") == 30
-    assert f"{depth + 4 - 30} frames left out" in text
+    assert f"{depth + 4 - 30} frames omitted" in text
     assert text.endswith("ValueError: invalid literal for int() with base 10: 'x'")
 
 
-def test_causes_are_shown_before_the_exception_and_the_oldest_are_left_out(log: Log) -> None:
+def test_causes_are_printed_before_the_exception_and_the_oldest_are_omitted(log: Log) -> None:
     def fail(number: int = 20) -> None:
         try:
             if number:
@@ -154,12 +154,12 @@ def test_causes_are_shown_before_the_exception_and_the_oldest_are_left_out(log: 
 
     text = logged_exception(log, fail)
     assert text.count("During handling of the above exception") == MAX_EXCEPTIONS - 1
-    assert text.startswith("Further exceptions left out.")
+    assert text.startswith("Further exceptions omitted.")
     assert text.index("KeyError: 19") < text.index("KeyError: 20")
     assert text.endswith("KeyError: 20")
 
 
-def test_cause_notes_and_members_of_a_group_are_shown(log: Log) -> None:
+def test_cause_notes_and_members_of_an_exception_group_are_printed(log: Log) -> None:
     def fail() -> None:
         error = ExceptionGroup("several", [ValueError("one"), TypeError("two")])
         error.add_note("a note")
@@ -170,18 +170,18 @@ def test_cause_notes_and_members_of_a_group_are_shown(log: Log) -> None:
     assert text.endswith("ExceptionGroup: several (2 sub-exceptions)\na note")
 
 
-def test_long_texts_lose_their_middle(log: Log) -> None:
+def test_middle_of_a_long_text_is_omitted(log: Log) -> None:
     log.configure("json", "info")
     logging.getLogger("x").info("a" * 10**6 + "end", extra={"long": "\0" * 10**6})
     (line,) = log.lines()
     message = json.loads(line)["message"]
     assert message.startswith("aaa")
-    assert f"... {10**6 + 3 - MAX_TEXT} characters left out ..." in message
+    assert f"... {10**6 + 3 - MAX_TEXT} characters omitted ..." in message
     assert message.endswith("end")
     assert len(line) < 10 * MAX_TEXT
 
 
-def test_exception_of_a_long_text_is_cut(log: Log) -> None:
+def test_long_exception_text_is_shortened(log: Log) -> None:
     def fail() -> None:
         raise ValueError("\N{SNOWMAN}" * 10**6)
 
@@ -209,18 +209,17 @@ class Unprintable:
     ids=range(7),
 )
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_record_that_cannot_be_formatted_is_one_line_that_says_so(
+def test_record_that_cannot_be_formatted_is_replaced_by_one_line(
     log: Log, log_format: str, message: Any, arguments: tuple[Any, ...], extra: dict[str, Any]
 ) -> None:
     log.configure(log_format, "info")
     logging.getLogger("x").info(message, *arguments, extra=extra)
     (line,) = log.lines()
-    assert "Log record" in line
-    assert "left out" in line
+    assert "Log record omitted" in line
     assert log_format == "console" or json.loads(line)["logger"] == "x"
 
 
-def test_exception_without_a_text_and_log_without_an_exception_are_logged(log: Log) -> None:
+def test_exception_whose_str_fails_and_record_without_exception_are_logged(log: Log) -> None:
     class Error(Exception):
         def __str__(self) -> str:
             raise ArithmeticError("no text")
@@ -229,11 +228,11 @@ def test_exception_without_a_text_and_log_without_an_exception_are_logged(log: L
         raise Error
 
     assert logged_exception(log, fail).endswith("Error: <str() of this exception raised an exception>")
-    logging.getLogger("x").exception("there is none")
-    assert json.loads(log.lines()[-1])["message"] == "there is none"
+    logging.getLogger("x").exception("outside of an except block")
+    assert json.loads(log.lines()[-1])["message"] == "outside of an except block"
 
 
-def test_control_characters_do_not_reach_a_terminal(log: Log) -> None:
+def test_control_characters_are_escaped_on_the_console(log: Log) -> None:
     log.configure("console", "info")
     logging.getLogger("x").info("a\x1b[2J\r\x9b", extra={"good": True, "outcome": "b\x1b"})
     (line,) = log.lines()
@@ -242,14 +241,14 @@ def test_control_characters_do_not_reach_a_terminal(log: Log) -> None:
     assert line.isprintable()
 
 
-def test_dropped_lines_are_reported_in_the_format_of_the_log(log: Log) -> None:
+def test_report_of_dropped_lines_has_the_format_of_the_log(log: Log) -> None:
     log.configure("json", "info")
     fields = json.loads(log._writer.describe_drop(12))
     assert fields.pop("time")
     assert fields == {"level": "warning", "logger": "unfog.log", "message": "Dropped log lines", "count": 12}
 
 
-def test_what_is_printed_to_stderr_is_logged_line_by_line(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_printed_to_stderr_is_logged_line_by_line(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
     for target, name in ((sys, "stderr"), (sys, "unraisablehook"), (threading, "excepthook")):
         monkeypatch.setattr(target, name, getattr(target, name))
     log.configure("json", "info")

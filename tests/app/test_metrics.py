@@ -8,7 +8,7 @@ from app.metrics import Metrics
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
 
-# Contract, section 5: attribute of Metrics, name, type, labels.
+# attribute of Metrics, name, type, labels
 EVERY_METRIC = [
     ("requests", "unfog_requests_total", "counter", ("route", "code")),
     ("request_duration", "unfog_request_duration_seconds", "histogram", ("route",)),
@@ -29,7 +29,7 @@ EVERY_METRIC = [
     ("model_info", "unfog_model_info", "gauge", ("name", "sha256", "device", "dtype", "version")),
     ("log_lines_dropped", "unfog_log_lines_dropped_total", "counter", ()),
     ("ready", "unfog_ready", "gauge", ()),
-    ("alive", "unfog_alive", "gauge", ()),  # beyond the contract
+    ("alive", "unfog_alive", "gauge", ()),
 ]
 
 
@@ -37,8 +37,8 @@ def rendered(metrics: Metrics) -> dict[str, Metric]:
     return {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
 
 
-def touched() -> Metrics:
-    """Metrics in which every one with labels has a child."""
+def metrics_with_all_series() -> Metrics:
+    """Returns metrics in which every metric with labels has one series."""
     metrics = Metrics()
     metrics.watch_dropped_log_lines(lambda: 0)
     for attribute, _, _, labels in EVERY_METRIC:
@@ -48,10 +48,8 @@ def touched() -> Metrics:
 
 
 @pytest.mark.parametrize(("attribute", "name", "kind", "labels"), EVERY_METRIC)
-def test_every_metric_has_its_name_type_and_labels(
-    attribute: str, name: str, kind: str, labels: tuple[str, ...]
-) -> None:
-    family = rendered(touched())[name.removesuffix("_total")]
+def test_name_type_and_labels_of_each_metric(attribute: str, name: str, kind: str, labels: tuple[str, ...]) -> None:
+    family = rendered(metrics_with_all_series())[name.removesuffix("_total")]
     assert family.type == kind
     assert family.documentation
     assert {sample.name for sample in family.samples} == (
@@ -60,25 +58,25 @@ def test_every_metric_has_its_name_type_and_labels(
     assert {key for sample in family.samples for key in sample.labels} - {"le"} == set(labels)
 
 
-def test_there_are_no_others() -> None:
+def test_no_other_metrics_exist() -> None:
     names = {name.removesuffix("_total") for _, name, _, _ in EVERY_METRIC}
-    found = set(rendered(touched()))
-    of_the_process = {name for name in found if name.startswith("process_")}
-    assert "process_resident_memory_bytes" in of_the_process
-    assert found - of_the_process == names
-    on_a_gpu = touched()
-    on_a_gpu.watch_device_memory(lambda: 12.0)
-    families = rendered(on_a_gpu)
-    assert set(families) - names - of_the_process == {"unfog_device_memory_bytes"}
+    found = set(rendered(metrics_with_all_series()))
+    process_metrics = {name for name in found if name.startswith("process_")}
+    assert "process_resident_memory_bytes" in process_metrics
+    assert found - process_metrics == names
+    with_gpu = metrics_with_all_series()
+    with_gpu.watch_device_memory(lambda: 12.0)
+    families = rendered(with_gpu)
+    assert set(families) - names - process_metrics == {"unfog_device_memory_bytes"}
     assert families["unfog_device_memory_bytes"].type == "gauge"
     assert families["unfog_device_memory_bytes"].samples[0].value == 12
 
 
-def test_no_time_of_creation_is_exposed() -> None:
-    assert b"_created" not in touched().render()
+def test_created_series_are_not_exposed() -> None:
+    assert b"_created" not in metrics_with_all_series().render()
 
 
-def test_reasons_and_stages_are_there_from_the_start() -> None:
+def test_series_of_all_reasons_and_stages_start_at_zero() -> None:
     families = rendered(Metrics())
     reasons = {sample.labels["reason"]: sample.value for sample in families["unfog_rejected"].samples}
     assert reasons == dict.fromkeys(("overloaded", "rate_limited", "draining", "deadline"), 0)
@@ -98,20 +96,22 @@ def test_reasons_and_stages_are_there_from_the_start() -> None:
         (errors.MalformedJSON(), None),
     ],
 )
-def test_only_what_refuses_or_gives_up_work_counts_as_rejected(error: errors.UnfogError, reason: str | None) -> None:
+def test_only_errors_that_reject_or_abandon_work_count_as_rejected(
+    error: errors.UnfogError, reason: str | None
+) -> None:
     metrics = Metrics()
     metrics.count_rejection(error)
     counts = {s.labels["reason"]: s.value for s in rendered(metrics)["unfog_rejected"].samples if s.value}
     assert counts == ({reason: 1} if reason else {})
 
 
-def test_two_sets_do_not_mix() -> None:
+def test_two_metrics_objects_are_independent() -> None:
     first, second = Metrics(), Metrics()
     first.denoise_steps.inc()
     assert second.registry.get_sample_value("unfog_denoise_steps_total") == 0
 
 
-def test_a_scrape_reads_the_number_of_dropped_log_lines() -> None:
+def test_scrape_reads_the_number_of_dropped_log_lines() -> None:
     metrics = Metrics()
     dropped = 0
     metrics.watch_dropped_log_lines(lambda: dropped)
@@ -119,7 +119,7 @@ def test_a_scrape_reads_the_number_of_dropped_log_lines() -> None:
     assert metrics.registry.get_sample_value("unfog_log_lines_dropped_total") == 7
 
 
-def test_the_application_counts_the_dropped_lines_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_application_exposes_the_number_of_dropped_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.main.num_lines_dropped", lambda: 7)
     metrics: Metrics = create_app(Settings(), FakeRunner).state.service.metrics
     assert metrics.registry.get_sample_value("unfog_log_lines_dropped_total") == 7

@@ -18,7 +18,6 @@ def no_unfog_variables(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-# Contract, section 6.
 DEFAULTS = {
     "UNFOG_CHECKPOINT": ("checkpoint", SHIPPED),
     "UNFOG_FAST_CHECKPOINT": ("fast_checkpoint", "auto"),
