@@ -97,7 +97,7 @@ def _name_flags(message: str, flags: Mapping[str, str]) -> str:
 
 def _serve(settings: Settings) -> None:
     if not keep_freed_memory():
-        log.info("Freed memory cannot be kept for the next step with this C library, steps are slightly slower")
+        log.info("Freed memory is not kept for the next step", extra={"reason": "unsupported C library"})
     allow_connections()
     app = create_app(settings)
     listener = bind(settings.host, settings.port)

@@ -1,4 +1,4 @@
-"""Wires the application: settings, engine, routes and middleware."""
+"""Builds the application from its settings, engine, routes and middleware."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ from app import VERSION, errors
 from app.api.generation import Service
 from app.api.middleware.access_log import AccessLog
 from app.api.middleware.auth import Auth
-from app.api.middleware.cors import ANSWERS_HEADERS, CALLERS_HEADERS, CORS
+from app.api.middleware.cors import CORS, REQUEST_HEADERS, RESPONSE_HEADERS
 from app.api.middleware.head import HeadAsGet
 from app.api.middleware.request_context import RequestContextMiddleware
 from app.api.middleware.security_headers import SecurityHeaders
@@ -29,11 +29,11 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-STOP_SECONDS = 5.0  # for a step in progress
+STOP_SECONDS = 5.0  # limit for the step that runs at shutdown
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
-    """Returns the service as an ASGI application. `load` makes the runner, by default with `Runner.load(settings)`."""
+    """Returns the ASGI application. `load` creates the runner. The default is `Runner.load(settings)`."""
     meters = Metrics()
     engine = Engine(
         load or (lambda: Runner.load(settings)),
@@ -62,11 +62,11 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         lifespan=lifespan,
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs == "on" else None,
-        docs_url=None,  # FastAPI's page loads its scripts from a CDN: api/routes/docs.py replaces it
+        docs_url=None,  # FastAPI's page loads scripts from a CDN. api/routes/docs.py replaces it.
         redoc_url=None,
     )
     app.state.service = service
-    pages = _paths(app.routes)  # /openapi.json
+    pages = _paths(app.routes)  # only /openapi.json so far
     if settings.docs == "on":
         app.include_router(docs.router)
         pages |= _paths(docs.router.routes)
@@ -74,12 +74,14 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     app.include_router(monitoring.router)
     handle_errors(app, meters)
     add_openapi(app, service)
-    _surround(app, settings, meters, traces, pages)
+    _add_middleware(app, settings, meters, traces, pages)
     return app
 
 
-def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces | None, pages: frozenset[str]) -> None:
-    """Adds the middleware. The last is the outermost. CORS is outside of auth, so that a page can read a refusal."""
+def _add_middleware(
+    app: FastAPI, settings: Settings, meters: Metrics, traces: Traces | None, pages: frozenset[str]
+) -> None:
+    """Adds the middleware, innermost first. CORS is outside auth, so that web pages can read auth errors."""
     monitored = _paths(monitoring.router.routes)
     app.add_middleware(
         Auth, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=monitored | pages
@@ -89,8 +91,8 @@ def _surround(app: FastAPI, settings: Settings, meters: Metrics, traces: Traces 
             CORS,
             allow_origins=settings.cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=CALLERS_HEADERS,
-            expose_headers=ANSWERS_HEADERS,
+            allow_headers=REQUEST_HEADERS,
+            expose_headers=RESPONSE_HEADERS,
         )
     app.add_middleware(HeadAsGet)
     paths = monitored | pages | _paths(generate.router.routes)
@@ -106,22 +108,22 @@ def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:
 
 
 def _watch(engine: Engine, meters: Metrics) -> None:
-    """Connects the gauges to the engine. They read its state at each scrape."""
+    """Connects the gauges to the engine. Each scrape reads the current state."""
     meters.queue_depth.set_function(lambda: engine.backlog.waiting)
     meters.queue_capacity.set(engine.backlog.capacity)
     meters.running_images.set_function(lambda: engine.backlog.running)
     meters.ready.set_function(lambda: engine.apparent_state is EngineState.OK)
     meters.alive.set_function(lambda: engine.alive)
     meters.watch_dropped_log_lines(num_lines_dropped)
-    # The counters start at 0, since rate() does not count the first value of a series.
+    # Start these series at 0: PromQL's rate() ignores the increase from no series to the first value.
     for code in ("200", "429", "500", "503", "504"):
         meters.requests.labels("/generate", code)
 
-    def describe(ready: "Future[None]") -> None:
+    def publish_models(ready: "Future[None]") -> None:
         if not ready.exception():
             for info in engine.models.values():
                 meters.model_info.labels(info.name, info.sha256, info.device, info.dtype, info.version).set(1)
             if engine.device_memory:
                 meters.watch_device_memory(engine.device_memory)
 
-    engine.ready.add_done_callback(describe)
+    engine.ready.add_done_callback(publish_models)

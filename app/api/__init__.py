@@ -1,1 +1,1 @@
-"""The HTTP API: routes, schemas, answers and middleware."""
+"""The HTTP API: routes, schemas, responses and middleware."""

@@ -1,4 +1,4 @@
-"""The request context: facts about a request for the access log and the trace, collected while it is answered."""
+"""The request context: data about a request that the access log and the trace need."""
 
 import re
 import time
@@ -11,39 +11,39 @@ from starlette.types import Scope
 
 from app.engine.job import Job
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # an id that a client may set; any other is replaced
-CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that left; it appears only in the log
-OK, CLIENT_GONE = "ok", "client_gone"  # outcomes that are not the code of an error
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # valid X-Request-ID; any other value is replaced
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only logged, never sent
+OK, CLIENT_GONE = "ok", "client_gone"  # outcomes that are not error codes
 
 
 @dataclass(slots=True)
 class RequestContext:
-    """The context of one request. Its handler fills in the fields. Times are seconds of time.monotonic()."""
+    """The context of one request, filled in while it is processed. Times are in seconds, by time.monotonic()."""
 
     request_id: str
     started_at: float = field(default_factory=time.monotonic)
-    answered: ExitStack = field(default_factory=ExitStack)  # closed when the answer was sent or the client is gone
-    status: int = 0  # 0 until an answer has begun
-    outcome: str | None = None  # the code of an error, also if a stream ended with it
-    key: int | None = None  # the place of the caller's API key in the list of keys, from 1
+    answered: ExitStack = field(default_factory=ExitStack)  # closed after the response or a disconnect of the client
+    status: int = 0  # 0 until the response starts
+    outcome: str | None = None  # error code, also of an error event in a stream
+    key: int | None = None  # position of the caller's API key in UNFOG_API_KEYS, from 1
     job: Job | None = None
-    encodings: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each
+    encodings: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each encoding
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
-        """Measures the time in which images are encoded."""
+        """Records the time of the block as encoding time."""
         start = time.monotonic()
         yield
         self.encodings.append((start, time.monotonic()))
 
     @property
     def encode_seconds(self) -> float:
-        """Returns the seconds of all encodings together."""
+        """The total time of all encodings."""
         return sum(end - start for start, end in self.encodings)
 
 
 def context_of(scope: Scope) -> RequestContext:
-    """Returns the context of a request. The first call creates it."""
+    """Returns the context of a request. The first call for a request creates it."""
     state = scope.setdefault("state", {})
     if "context" not in state:
         state["context"] = RequestContext(_request_id(scope))
@@ -52,7 +52,7 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 def _request_id(scope: Scope) -> str:
-    """Returns the client's request id if it matches REQUEST_ID, else a new one."""
+    """Returns the X-Request-ID of the client if it is valid, otherwise a new id."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value.decode("latin-1")):
             return str(value.decode("latin-1"))

@@ -1,4 +1,4 @@
-"""A job's progress as server-sent events: accepted, progress, image, then done or error."""
+"""Sends the progress of a job as server-sent events: accepted, progress, image, then done or error."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.context import CLIENT_GONE, RequestContext, context_of
 from app.api.images import encode_base64, encode_image
-from app.api.requests import ClientGoneError, unless_gone
+from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent, Timing
 from app.engine.job import ImageDone, Job, Progress
 from app.errors import DeadlineExceeded, InternalError, UnfogError
@@ -23,14 +23,14 @@ from model.png import Provenance
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING_PREVIEWS = 256  # preview images of one job
-Cancel = Callable[[Job, Exception], None]  # answers a job with an error and frees its rows
+MAX_WAITING_PREVIEWS = 256  # unsent preview images per job
+Cancel = Callable[[Job, Exception], None]  # completes a job with an error and frees its rows
 
 
 class JobEvents:
     """Passes the events of a job from the engine thread to the event loop.
 
-    Every image is kept until it is read. Of the previews that a slow client has not read, only the newest are kept.
+    Images are kept until they are sent. If the client reads slowly, only the newest previews are kept.
     """
 
     def __init__(self, num_images: int) -> None:
@@ -40,12 +40,12 @@ class JobEvents:
         self._arrived = asyncio.Event()
 
     def put(self, event: Progress | ImageDone | None) -> None:
-        """Adds an event; None marks the end. Any thread may call this. Does nothing once the loop is closed."""
+        """Adds an event. None marks the end. Thread-safe. Does nothing if the event loop is closed."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._add, event)
 
     async def get(self) -> Progress | ImageDone | None:
-        """Waits for the next event and returns it; None at the end."""
+        """Waits for the next event. Returns None at the end."""
         while not self._waiting:
             self._arrived.clear()
             await self._arrived.wait()
@@ -61,15 +61,15 @@ class JobEvents:
 
 
 def event_text(name: str, data: dict[str, Any]) -> str:
-    """Returns one server-sent event."""
+    """Formats one server-sent event."""
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
 class EventStream(Response):
-    """Sends the events of a job and watches for a disconnect, which frees the rows of the job at once.
+    """Sends the events of a job. If the client disconnects, cancels the job, which frees its rows.
 
-    The deadline applies to the images, not to the client's reading. A client that accepts no data is disconnected
-    after UNFOG_WRITE_TIMEOUT, as on every connection.
+    The deadline of the request applies to the generation of the images, not to their transfer. UNFOG_WRITE_TIMEOUT
+    limits the transfer, as on every connection.
     """
 
     media_type = "text/event-stream"
@@ -84,14 +84,13 @@ class EventStream(Response):
         job.future.add_done_callback(lambda _: events.put(None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends all events up to the last one."""
         request, context = Request(scope, receive), context_of(scope)
         deadline = asyncio.get_running_loop().call_later(
             self._job.request.timeout, self._cancel, self._job, DeadlineExceeded()
         )
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await unless_gone(request, self._send_all(context, send))
+            await cancel_on_disconnect(request, self._send_all(context, send))
         except ClientGoneError:
             context.outcome = CLIENT_GONE
         finally:
@@ -105,13 +104,13 @@ class EventStream(Response):
         except UnfogError as known:
             error = known
         except Exception:
-            log.exception("a stream failed", extra={"request_id": context.request_id})
+            log.exception("Event stream failed", extra={"request_id": context.request_id})
             error = InternalError()
         await self._send_end(context, send, error)
 
     async def _send_work(self, context: RequestContext, send: Send) -> None:
         job, seed = self._job, self._job.request.options.seed
-        assert job.estimate, "the job is admitted"
+        assert job.estimate, "the job was not admitted"
         eta_seconds = round(job.estimate.seconds, 3)
         accepted = AcceptedEvent(seed=seed, position=job.estimate.position, eta_seconds=eta_seconds)
         await _send_event(send, "accepted", accepted.model_dump())
@@ -119,7 +118,7 @@ class EventStream(Response):
             with self._metrics.encode_duration.time(), context.encoding():
                 encoded = await asyncio.to_thread(self._encode, event)
             await _send_event(send, *encoded)
-        job.future.result()  # raises the error with which the job ended, if any
+        job.future.result()  # raises the job's error, if any
         await _send_event(send, "done", DoneEvent(seed=seed, timing=Timing.of(job.timings)).model_dump())
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:

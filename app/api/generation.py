@@ -1,8 +1,8 @@
-"""Generation: turns a request into a job and waits for its images. Also defines what the routes share."""
+"""Turns a request into a job and waits for its images. Also defines the service object that the routes share."""
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from app import errors
 from app.api.context import RequestContext
 from app.api.images import provenance_of
-from app.api.requests import ClientGoneError, unless_gone
+from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.schemas import GenerateRequest
 from app.engine.engine import Engine
 from app.engine.interface import ModelInfo
@@ -23,9 +23,9 @@ from model.png import Provenance
 
 
 class InFlight:
-    """Counts requests in flight: from their admission until the answer is sent or the client is gone.
+    """Counts the requests in flight: from admission until the response is sent or the client has disconnected.
 
-    Only the event loop may use it.
+    Not thread-safe: only the event loop may use it.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class InFlight:
 
     @contextmanager
     def one(self) -> Iterator[None]:
-        """Counts one request within the block."""
+        """Counts one request for the duration of the block."""
         self._count += 1
         self._none.clear()
         try:
@@ -52,7 +52,7 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The objects of one running service, which its routes use."""
+    """The objects of a running service that its routes use."""
 
     settings: Settings
     engine: Engine
@@ -62,26 +62,25 @@ class Service:
 
     @property
     def uptime_seconds(self) -> float:
-        """Returns the seconds since the application was made."""
+        """The time since the application was created."""
         return time.monotonic() - self.started_at
 
     def info(self, model: str) -> ModelInfo:
-        """Returns the model of this name; InvalidRequest if there is none, Starting or EngineFailed if not loaded."""
+        """Returns a model. Raises InvalidRequest for an unknown name, Starting or EngineFailed if none is loaded."""
         models = self.engine.models
         if not models:
             self.engine.state.refuse_unless_ok()
             raise errors.Starting(1)
         if model not in models:
-            names = " or ".join(f"'{name}'" for name in models)
-            raise errors.InvalidRequest.of("model", f"Input should be {names}")
+            raise errors.InvalidRequest.of("model", f"Input should be {_either(models)}")
         return models[model]
 
     def submit(
         self, body: GenerateRequest, context: RequestContext, num_previews: int = 0, listener: Listener | None = None
     ) -> Job:
-        """Admits a request and returns its job; InvalidRequest if it is never possible, Overloaded if not now.
+        """Submits a request to the engine and returns the job. The request is then in flight.
 
-        The request is in flight from now on.
+        Raises InvalidRequest if the model or a limit does not permit it, and Overloaded if it is not admitted now.
         """
         self._check(body)
         info = self.info(body.model)
@@ -103,15 +102,15 @@ class Service:
         return job
 
     def provenance(self, job: Job) -> Provenance:
-        """Returns the provenance that the PNGs of a job contain."""
+        """Returns the provenance for the PNG files of a job."""
         options = job.request.options
         return provenance_of(options, self.info(options.model).sha256)
 
     def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
-        """Returns the options, with the checkpoint's defaults; InvalidRequest if the checkpoint cannot draw them."""
+        """Adds the model's defaults. Raises InvalidRequest for a value that the model does not support."""
         sampler = body.sampler or info.samplers[0]
         if sampler not in info.samplers:
-            raise errors.InvalidRequest.of("sampler", f"Input should be one of {', '.join(info.samplers)}")
+            raise _unsupported("sampler", _either(info.samplers), info)
         options = Options(
             digit=body.digit,
             seed=body.seed,
@@ -121,18 +120,17 @@ class Service:
             model=info.name,
         )
         if options.digit >= info.num_classes:
-            raise errors.InvalidRequest.of("digit", f"Input should be less than {info.num_classes}")
+            raise _unsupported("digit", f"less than or equal to {info.num_classes - 1}", info)
         if options.num_steps > info.max_steps:
-            raise errors.InvalidRequest.of("num_steps", f"Input should be less than or equal to {info.max_steps}")
+            raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)
         if info.steps and options.num_steps not in info.steps:
-            permitted = " or ".join(map(str, info.steps))
-            raise errors.InvalidRequest.of("num_steps", f"Input should be {permitted} for model '{info.name}'")
+            raise _unsupported("num_steps", " or ".join(map(str, info.steps)), info)
         if options.guidance_scale != 1 and not info.guidable:
-            raise errors.InvalidRequest.of("guidance_scale", "Input should be 1: this checkpoint cannot be guided")
+            raise _unsupported("guidance_scale", "1 (no guidance)", info)
         return options
 
     def _check(self, body: GenerateRequest) -> None:
-        """Raises InvalidRequest if the request exceeds a limit of the settings."""
+        """Raises InvalidRequest if the request exceeds a limit in the settings."""
         limit = self.settings.largest_request
         if body.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
@@ -142,17 +140,25 @@ class Service:
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
-    """Returns the images of a job; DeadlineExceeded after its timeout, ClientGoneError if the client disconnects.
+    """Waits for the images of a job. Raises DeadlineExceeded after its timeout, ClientGoneError after a disconnect.
 
-    Cancels the job if it is not finished then.
+    In both cases, cancels the job.
     """
     try:
         async with asyncio.timeout(job.request.timeout):
-            return await unless_gone(request, asyncio.wrap_future(job.future))
+            return await cancel_on_disconnect(request, asyncio.wrap_future(job.future))
     except TimeoutError:
         raise errors.DeadlineExceeded from None
     finally:
         service.engine.cancel(job, ClientGoneError())
+
+
+def _unsupported(field: str, supported: str, info: ModelInfo) -> errors.InvalidRequest:
+    return errors.InvalidRequest.of(field, f"Input should be {supported} for model '{info.name}'")
+
+
+def _either(values: Iterable[str]) -> str:
+    return " or ".join(f"'{value}'" for value in values)
 
 
 async def _service(request: Request) -> Service:

@@ -1,4 +1,4 @@
-"""Encodes pixels as PNG files with their provenance, as contact sheets and as ZIP archives."""
+"""Encodes images as PNG files with provenance, as contact sheets and as ZIP archives."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ from PIL import Image
 from app.engine.job import Options, Pixels
 from model.png import Provenance, encode_png
 
-ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the format's first day; fixed, so that the same images give the same archive
+ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # earliest date of the format; constant, so that equal images give equal archives
 
 
 def provenance_of(options: Options, sha256: str) -> Provenance:
-    """Returns the provenance of a job's images. `sha256` is the digest of the checkpoint."""
+    """Returns the provenance for images with these options. `sha256` is the digest of the checkpoint file."""
     return Provenance(
         digit=options.digit,
         seed=options.seed,
@@ -28,22 +28,21 @@ def provenance_of(options: Options, sha256: str) -> Provenance:
 
 
 def encode_image(pixels: Pixels, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:
-    """Returns one image as PNG, each pixel enlarged to scale x scale."""
+    """Encodes one image as PNG. Each pixel is enlarged to scale x scale pixels."""
     return encode_png(Image.fromarray(pixels), scale=scale, text=text)
 
 
 def encode_base64(png: bytes) -> str:
-    """Returns a PNG as base64 text, for JSON."""
     return base64.b64encode(png).decode()
 
 
 def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> list[bytes]:
-    """Returns one PNG for each image."""
+    """Encodes each image as one PNG file."""
     return [encode_image(pixels, scale, provenance.text(i)) for i, pixels in enumerate(images)]
 
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """Returns a PNG of the single image, or a contact sheet of all: row-major, without gaps, empty cells black."""
+    """Encodes one image, or a contact sheet of several: row-major, without gaps, empty cells are black."""
     if len(images) == 1:
         return encode_images(images, provenance, scale)[0]
     columns = math.ceil(math.sqrt(len(images)))
@@ -57,7 +56,7 @@ def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> by
 
 
 def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """Returns a ZIP archive with one PNG for each image. It does not compress them, since PNG is compressed already."""
+    """Returns a ZIP archive with one PNG per image. The PNG files are stored, since they are already compressed."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):

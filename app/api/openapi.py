@@ -1,6 +1,7 @@
-"""The OpenAPI document: what FastAPI derives, and what it cannot derive.
+"""Builds the OpenAPI document.
 
-FastAPI cannot derive the body of /generate, what each served checkpoint permits, the events of a stream, and examples.
+FastAPI generates most of it. This module adds the body of /generate, the values that each served checkpoint supports,
+the events of a stream, and examples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,29 +24,29 @@ from model.sampler import SAMPLERS, Sampler
 
 SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
 
-KEYS = {  # required if UNFOG_API_KEYS is set
-    "bearer": {"type": "http", "scheme": "bearer"},
-    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+KEYS_REQUIRED = "Required if UNFOG_API_KEYS is set."
+KEYS = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": KEYS_REQUIRED},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": KEYS_REQUIRED},
 }
-
 
 REF = "#/components/schemas/{model}"
 JSON, PROBLEM_JSON, EVENT_STREAM = "application/json", "application/problem+json", "text/event-stream"
-EVENTS: dict[str, type[BaseModel]] = {  # name of each event, and its data
+EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
     "accepted": AcceptedEvent,
     "progress": ProgressEvent,
     "image": GeneratedImage,
     "done": DoneEvent,
     "error": Problem,
 }
-NUM_CLASSES = 10  # as many as GenerateRequest permits
+NUM_CLASSES = 10  # digits that GenerateRequest permits
 
 Schema = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Permitted:
-    """The values of a request that a served checkpoint permits."""
+    """The values of request fields that a served checkpoint supports."""
 
     num_classes: int
     max_steps: int
@@ -55,16 +56,16 @@ class Permitted:
 
     @classmethod
     def of_info(cls, info: ModelInfo) -> "Permitted":
-        """Returns the permitted values of a loaded checkpoint."""
+        """Reads the values from a loaded checkpoint."""
         return cls(info.num_classes, info.max_steps, info.steps, info.samplers, info.guidable)
 
     @classmethod
     def of_config(cls, config: CheckpointConfig) -> "Permitted":
-        """Returns the permitted values by the metadata of a checkpoint."""
+        """Reads the values from the metadata of a checkpoint file."""
         return cls(config.unet.num_classes, config.schedule.num_steps, config.steps, config.samplers, config.guidable)
 
     def condition(self, model: str) -> Schema | None:
-        """Returns the schema that requests for this model must satisfy beyond GenerateRequest; None without one."""
+        """Returns the schema that requests for this model must satisfy in addition to GenerateRequest, or None."""
         fields: Schema = {}
         if self.num_classes < NUM_CLASSES:
             fields["digit"] = {"maximum": self.num_classes - 1}
@@ -79,27 +80,26 @@ class Permitted:
         if not fields:
             return None
         named: Schema = {"properties": {"model": {"const": model}}}
-        if model != DEFAULT_MODEL:  # a request that names no model uses the default one
+        if model != DEFAULT_MODEL:  # A request without `model` uses the default model.
             named["required"] = ["model"]
         return {"if": named, "then": {"properties": fields}}
 
 
 class Document:
-    """Builds the OpenAPI document. It is built again after the checkpoints have been loaded."""
+    """Builds the OpenAPI document, and builds it again after the checkpoints are loaded."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self._app, self._service = app, service
         self._built: tuple[dict[str, Permitted], dict[str, Any]] | None = None
 
     def __call__(self) -> dict[str, Any]:
-        """Returns the document."""
         permitted = self._permitted()
         if not self._built or self._built[0] != permitted:
             self._built = permitted, self._build(permitted)
         return self._built[1]
 
     def _permitted(self) -> dict[str, Permitted]:
-        """Returns what each checkpoint permits, by the engine, or by the files before the engine has loaded them."""
+        """Returns the supported values of each model: from the engine, or from the files before they are loaded."""
         if models := self._service.engine.models:
             return {name: Permitted.of_info(info) for name, info in models.items()}
         if self._built:
@@ -108,7 +108,7 @@ class Document:
         paths = {DEFAULT_MODEL: settings.checkpoint, FAST_MODEL: settings.fast_path}
         try:
             return {name: Permitted.of_config(read_config(path)) for name, path in paths.items() if path}
-        except CheckpointError:  # the engine reports it when it loads the file
+        except CheckpointError:  # The engine reports the error when it loads the file.
             return {}
 
     def _build(self, permitted: Mapping[str, Permitted]) -> dict[str, Any]:
@@ -128,8 +128,8 @@ class Document:
 
 
 def add_openapi(app: FastAPI, service: Service) -> None:
-    """Makes the app return the complete document, with the limits of its settings and checkpoints."""
-    app.openapi = Document(app, service)  # type: ignore[method-assign] # FastAPI's own way of extending the document
+    """Makes `app.openapi()` return the complete document, with the limits of the settings and checkpoints."""
+    app.openapi = Document(app, service)  # type: ignore[method-assign] # FastAPI documents this way of extending it
 
 
 def _request_schema(settings: Settings, permitted: Mapping[str, Permitted]) -> Schema:
@@ -143,7 +143,7 @@ def _request_schema(settings: Settings, permitted: Mapping[str, Permitted]) -> S
 
 
 def _event_schemas() -> dict[str, Schema]:
-    """Returns the schemas of the data of each event, and StreamEvent, one event as OpenAPI 3.2 describes it."""
+    """Returns the schema of each event's data, and StreamEvent, the schema of one event as in OpenAPI 3.2."""
     _, definitions = models_json_schema([(model, "serialization") for model in EVENTS.values()], ref_template=REF)
     schemas: dict[str, Schema] = definitions["$defs"]
     schemas["StreamEvent"] = {
@@ -169,11 +169,11 @@ def _event_schema(name: str, model: str) -> Schema:
 
 
 def _event_stream() -> Schema:
-    """Returns the description of the stream.
+    """Returns the media type object of an event stream.
 
-    OpenAPI 3.1 can describe it only as text. The extension has the meaning of `itemSchema` in OpenAPI 3.2.
+    OpenAPI 3.1 can describe a stream only as text. `x-itemSchema` has the meaning of `itemSchema` in OpenAPI 3.2.
     """
-    description = "Server-sent events, each as in the schema StreamEvent: a line `event: name` and a line `data: JSON`."
+    description = "Server-sent events, each with a line `event: name` and a line `data: JSON` (schema StreamEvent)."
     return {
         "schema": {"type": "string", "description": description},
         "x-itemSchema": {"$ref": REF.format(model="StreamEvent")},
@@ -181,12 +181,12 @@ def _event_stream() -> Schema:
 
 
 def _add_examples(document: dict[str, Any], settings: Settings) -> None:
-    """Adds an example to every answer that is text, and to each error status only its own problem documents."""
+    """Adds examples: one for every text response, and for each error status its problem documents."""
     problems = examples.problems(settings)
     for path, status, response in _responses(document):
         content = response.get("content", {})
         if PROBLEM_JSON in content:
-            content.pop(JSON, None)  # FastAPI adds the media type of successful answers
+            content.pop(JSON, None)  # FastAPI adds the media type of successful responses
             content[PROBLEM_JSON]["examples"] = {
                 problem["code"]: {"value": problem} for problem in problems if problem["status"] == int(status)
             }

@@ -1,4 +1,4 @@
-"""Reading requests: the body, the answer format that Accept prefers, and whether the client is still connected."""
+"""Reads requests: parses the body, chooses the response format from Accept, and detects disconnected clients."""
 
 import asyncio
 import json
@@ -18,25 +18,25 @@ from app.errors import (
     UnsupportedMediaType,
 )
 
-MAX_UNKNOWN_FIELDS = 32  # that an error lists; a body of 16 KiB can have more than a thousand
-MAX_DIGITS = 400  # of an integer
+MAX_UNKNOWN_FIELDS = 32  # listed in an error; a body of 16 KiB can have more than 1,000
+MAX_DIGITS = 400  # of a JSON integer; longer ones are parsed as floats
 
 _WHITESPACE = " \t"
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
 _WEIGHT = frozenset("0123456789.")
 
-Weights = dict[tuple[str, bool], float]  # (media range, True if it has no parameters) -> weight
+Weights = dict[tuple[str, bool], float]  # (media range, True if it has no parameters) -> q value
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection, so that no answer can be sent."""
+    """The client has closed the connection, so no response can be sent."""
 
 
 async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: float) -> M:
-    """Returns the body as `schema`.
+    """Reads and validates the body, which must arrive within `seconds`.
 
     Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, MalformedJSON or InvalidRequest.
     """
@@ -44,7 +44,7 @@ async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: 
     if media_type != "application/json":
         raise UnsupportedMediaType
     document = _parse(await _read(request, max_bytes, seconds))
-    if not isinstance(document, dict):  # pydantic's own message would name a class
+    if not isinstance(document, dict):  # pydantic's message would contain the name of a class
         raise InvalidRequest([{"loc": ["body"], "msg": "Input should be an object"}])
     unknown = [name for name in document if name not in schema.model_fields]
     for name in unknown[MAX_UNKNOWN_FIELDS:]:
@@ -67,12 +67,12 @@ async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
                 if len(body) > max_bytes:
                     raise BodyTooLarge(max_bytes)
     except TimeoutError:
-        raise RequestTimeout(f"the body took longer than {seconds:g} s") from None
+        raise RequestTimeout(f"The body did not arrive within {seconds:g} s") from None
     return bytes(body)
 
 
 def _parse(body: bytes) -> Any:
-    """Parses JSON. Accepts NaN and Infinity, so that the schema's error names the field. The body limit bounds time."""
+    """Parses JSON. Accepts NaN and Infinity, so that the error of the schema names the field."""
     try:
         return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -80,21 +80,21 @@ def _parse(body: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns an object; InvalidRequest if a name occurs twice, since one of the two would be ignored."""
+    """Converts the pairs of a JSON object. Raises InvalidRequest for a duplicate name: one value would be ignored."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise InvalidRequest([{"loc": ["body", _printable(twice)], "msg": "Field given more than once"}])
+        duplicate = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise InvalidRequest([{"loc": ["body", _printable(duplicate)], "msg": "Field occurs more than once"}])
     return fields
 
 
 def _parse_int(digits: str) -> int | float:
-    """Returns an integer. One that is too long for Python's parser becomes infinity, since no field permits either."""
+    """Parses an integer. One with more than MAX_DIGITS digits becomes infinity, which no field permits."""
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _describe(error: ValidationError) -> list[dict[str, Any]]:
-    """Returns the place and the message of each error, without the input, which may not be valid text."""
+    """Returns the location and message of each error, without the input, which can be invalid Unicode."""
     return [
         {"loc": ["body", *(_printable(part) for part in item["loc"])], "msg": _printable(item["msg"])}
         for item in error.errors(include_url=False, include_input=False, include_context=False)
@@ -106,37 +106,38 @@ def _printable(part: int | str) -> int | str:
 
 
 def negotiate(request: Request, available: tuple[str, ...]) -> str:
-    """Returns the media type of the answer; NotAcceptable if the Accept headers allow none of them."""
+    """Returns the media type of the response. Raises NotAcceptable if the Accept headers allow none."""
     best = best_match(request.headers.getlist("accept"), available)
     if best is None:
         raise NotAcceptable(available)
     return best
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Returns the result of the work. If the client disconnects, cancels the work and raises ClientGoneError."""
+async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
+    """Returns the result of the work. If the client disconnects first, cancels the work and raises ClientGoneError."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_until_gone(request))
+    disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientGoneError
     finally:
         working.cancel()
-        leaving.cancel()
+        disconnect.cancel()
 
 
-async def _until_gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
-    """Returns the available type that the Accept headers prefer, or None if they allow none of them.
+    """Returns the available type that the Accept headers prefer, or None if they allow none (RFC 9110, section 12.5.1).
 
-    The most specific range decides about each type. Of several types, the one with the highest weight wins, then the
-    one with the most specific range, then the first. Malformed members are ignored. The time is linear in the input.
+    The q value of a type comes from the most specific range that matches it. The type with the highest q value wins,
+    then the one with the more specific range, then the first one. Malformed members are ignored. The time is linear in
+    the length of the headers.
     """
     members = [member for header in headers for member in _split(header.lower(), ",") if member]
     weights: Weights = {}
@@ -148,9 +149,10 @@ def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
 
 
 def _rank(media_type: str, weights: Weights) -> tuple[float, int]:
-    """Returns the weight of a type, and how specific the range is that gives the weight.
+    """Returns the q value of a type, and how specific the matching range is (greater is more specific).
 
-    Our types have no parameters. A range with parameters is used only if the same range without parameters is absent.
+    The available types have no parameters. A range with parameters counts only if the same range is not present without
+    parameters.
     """
     ranges = (media_type, f"{media_type.partition('/')[0]}/*", "*/*")
     keys = [(media_range, plain) for media_range in ranges for plain in (True, False)]
@@ -161,7 +163,7 @@ def _rank(media_type: str, weights: Weights) -> tuple[float, int]:
 
 
 def _add(member: str, weights: Weights) -> None:
-    """Adds a media range unless it is malformed. The first of two equal ranges counts."""
+    """Adds a media range unless it is malformed. If a range occurs twice, the first one counts."""
     media_range, *parameters = _split(member, ";")
     if media_range == "*":  # sent by Java's HttpURLConnection
         media_range = "*/*"
@@ -171,7 +173,7 @@ def _add(member: str, weights: Weights) -> None:
     plain, weight = True, 1.0
     for parameter in filter(None, parameters):
         name, _, value = parameter.partition("=")
-        if name.rstrip(_WHITESPACE) == "q":  # what follows the weight does not belong to the range
+        if name.rstrip(_WHITESPACE) == "q":  # parameters after q do not belong to the range
             weight = _parse_weight(value.lstrip(_WHITESPACE))
             break
         plain = False
@@ -180,7 +182,7 @@ def _add(member: str, weights: Weights) -> None:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Splits at the separators outside of quoted strings. A quoted string that is not closed ends with the text."""
+    """Splits at separators outside of quoted strings. An unclosed quoted string ends with the text."""
     if '"' not in text:
         return [part.strip(_WHITESPACE) for part in text.split(separator)]
     parts, start, quoted, escaped = [], 0, False, False
@@ -202,7 +204,7 @@ def _is_token(text: str) -> bool:
 
 
 def _parse_weight(text: str) -> float:
-    """Returns the weight; a number out of range if the text is malformed."""
+    """Returns the q value, or -1 if the text is malformed."""
     try:
         return float(text) if _WEIGHT.issuperset(text) else -1.0
     except ValueError:

@@ -1,4 +1,4 @@
-"""The schemas of requests and answers in JSON."""
+"""The schemas of JSON requests and responses. Their docstrings and descriptions appear in the OpenAPI document."""
 
 import secrets
 import time
@@ -9,86 +9,96 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFun
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON parser reads exactly
+MAX_SEED = 2**53 - 1  # the largest integer that a JSON parser with double precision reads exactly
 
 
 def _whole(value: Any) -> Any:
-    """Converts a whole float: 7.0 is the integer 7 (JSON Schema draft 2020-12, section 6.1.1)."""
+    """Converts 7.0 to 7, since both are integers in JSON Schema (validation draft 2020-12, section 6.1.1)."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_null(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """Refuses null with the message for a value of a wrong type. A client leaves a field out or gives it a value."""
+    """Rejects null with the error for a value of the wrong type. The field can be omitted, but not be null."""
     return handler(object() if value is None else value)
 
 
 def _may_be_absent(schema: dict[str, Any]) -> None:
-    """Describes a field that a client may leave out, but not set to null."""
+    """Edits the JSON schema of a field that can be omitted, but not be null."""
     schema.pop("default")
     schema.update(schema.pop("anyOf")[0])
 
 
-WHOLE = BeforeValidator(_whole)  # must follow the bounds: otherwise pydantic does not write them into the schema
+WHOLE = BeforeValidator(_whole)  # Put it after the bounds. Otherwise pydantic omits them from the JSON schema.
 NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class GenerateRequest(BaseModel):
-    """What to draw. On a CPU the same fields with the same seed give the same bytes under any load.
+    """The images to generate. On a CPU a request with the same fields and seed gives the same bytes under any load.
 
-    On a GPU such images may differ in the last bits of the network's precision from load to load.
+    On a GPU such images may differ in the last bits of the network's precision, depending on the load.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    digit: Annotated[int, Field(ge=0, le=9, description="the class to draw"), WHOLE]
-    count: Annotated[int, Field(ge=1, description="how many images, at most UNFOG_MAX_COUNT"), WHOLE] = 1
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED, description="drawn by the server when absent"), WHOLE] = Field(
-        default_factory=lambda: secrets.randbelow(MAX_SEED + 1)
-    )
+    digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
+    count: Annotated[int, Field(ge=1, description="Number of images, at most UNFOG_MAX_COUNT."), WHOLE] = 1
+    seed: Annotated[
+        int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
+    ] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
     num_steps: Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL] = Field(
         default=None,
-        description="steps of the reverse process; the model's own when absent: 100 of `default`",
+        description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
+        "`default`, 4 for `fast`).",
         json_schema_extra=_may_be_absent,
     )
     sampler: Annotated[Sampler | None, NOT_NULL] = Field(
         default=None,
-        description="ancestral with the posterior variance; deterministic; DPM-Solver++(2M); the model's own when "
-        "absent: ddpm of `default`",
+        description="ddpm: ancestral sampling with the posterior variance. ddim: deterministic. dpmpp: "
+        "DPM-Solver++(2M). If absent, the default of the model (shipped checkpoints: ddpm for `default`, ddim for "
+        "`fast`).",
         json_schema_extra=_may_be_absent,
     )
     guidance_scale: Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL] = Field(
         default=None,
-        description="1 = off; the checkpoint's when absent",
+        description="Scale of classifier-free guidance, 1 = off. If absent, the recommendation of the checkpoint for "
+        "the sampler.",
         json_schema_extra=_may_be_absent,
     )
-    scale: Annotated[int, Field(ge=1, le=16, description="enlarges each image by whole pixels"), WHOLE] = 1
+    scale: Annotated[
+        int, Field(ge=1, le=16, description="Enlargement factor: each pixel becomes scale x scale pixels."), WHOLE
+    ] = 1
     model: str = Field(
-        default=DEFAULT_MODEL, max_length=128, description=f"which checkpoint draws: {DEFAULT_MODEL} or {FAST_MODEL}"
+        default=DEFAULT_MODEL,
+        max_length=128,
+        description=f"The checkpoint that generates the images: `{DEFAULT_MODEL}` or `{FAST_MODEL}`. The shipped "
+        f"`{FAST_MODEL}` supports only num_steps 4, sampler ddim and guidance_scale 1, and answers other values with "
+        "422.",
     )
     timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
         default=None,
-        description="past it the request is answered 504; at most, and when absent, UNFOG_REQUEST_TIMEOUT",
+        description="Deadline in seconds. A request that is not finished by then is answered with 504. The maximum and "
+        "the default are UNFOG_REQUEST_TIMEOUT.",
         json_schema_extra=_may_be_absent,
     )
 
 
 class ModelName(BaseModel):
-    """Which weights drew."""
+    """The checkpoint that generated the images."""
 
     name: str
     sha256: str
 
 
 class GeneratedImage(BaseModel):
-    """One image, a PNG in base64."""
+    """One image as a PNG file in base64."""
 
     index: int
     png: str
 
 
 class Timing(BaseModel):
-    """Where the time went, in seconds."""
+    """Seconds that the request waited in the queue, that its denoising took, and that it took in total."""
 
     queue_seconds: float
     denoise_seconds: float
@@ -96,7 +106,7 @@ class Timing(BaseModel):
 
     @classmethod
     def of(cls, timings: Timings) -> "Timing":
-        """Returns the times of a finished job; the total is until now."""
+        """Returns the times of a finished job. The total ends now."""
         submitted = timings.submitted_at
         started, finished = timings.started_at or submitted, timings.finished_at or submitted
         return cls(
@@ -107,7 +117,7 @@ class Timing(BaseModel):
 
 
 class GenerateResponse(BaseModel):
-    """The images, and all that is needed to draw them again."""
+    """The images, and all values that are needed to reproduce them."""
 
     digit: int
     count: int
@@ -121,36 +131,36 @@ class GenerateResponse(BaseModel):
 
 
 class AcceptedEvent(BaseModel):
-    """First event of a stream: the request was admitted."""
+    """The first event of a stream. The request has been admitted."""
 
     seed: int
-    position: int = Field(description="images that were waiting when the request was admitted")
-    eta_seconds: float = Field(description="estimated seconds until the last image")
+    position: int = Field(description="Number of images in the queue when the request was admitted.")
+    eta_seconds: float = Field(description="Estimated seconds until the last image is finished.")
 
 
 class ProgressEvent(BaseModel):
-    """The reverse process has reached a step. An image's preview is its predicted x_0."""
+    """A denoising step is finished. The preview of an image is its predicted final state (x_0)."""
 
     step: int
-    of: int = Field(description="steps in total")
-    previews: list[str] = Field(description="one PNG in base64 for each image, not enlarged")
+    of: int = Field(description="Total number of steps.")
+    previews: list[str] = Field(description="One PNG in base64 per image, not enlarged.")
 
 
 class DoneEvent(BaseModel):
-    """Last event of a stream whose images are all finished."""
+    """The last event of a stream, after all images."""
 
     seed: int
     timing: Timing
 
 
 class HealthModel(ModelName):
-    """The model that is served."""
+    """A served model."""
 
     num_parameters: int
 
 
 class Queue(BaseModel):
-    """Images waiting for their first step, images between their steps, and how many may wait."""
+    """Images before their first step, images between their first and last step, and the maximum of waiting images."""
 
     waiting: int
     running: int
@@ -158,7 +168,7 @@ class Queue(BaseModel):
 
 
 class Health(BaseModel):
-    """The state of the service; models, device, dtype and compiled are absent while it starts."""
+    """The state of the service. The fields model, models, device, dtype and compiled are absent during the start."""
 
     status: Literal["ok", "starting", "draining", "failed"]
     version: str
@@ -166,25 +176,25 @@ class Health(BaseModel):
     models: list[HealthModel] | None = None
     device: str | None = None
     dtype: str | None = None
-    compiled: bool | None = None  # True if the step of every model is compiled, which changes bits
+    compiled: bool | None = None  # True if the denoising step of every model is compiled
     queue: Queue
     uptime_seconds: float
 
 
 class Liveness(BaseModel):
-    """Whether the process is alive: the answer itself, and the engine's heartbeat."""
+    """`alive` is false if the engine has failed or is stuck. The process must then be restarted."""
 
     alive: bool
 
 
 class Readiness(BaseModel):
-    """Whether new work is taken."""
+    """`ready` is true if new requests are accepted."""
 
     ready: bool
 
 
 class Problem(BaseModel):
-    """An error, RFC 9457."""
+    """A problem document (RFC 9457)."""
 
     type: str
     title: str

@@ -1,4 +1,4 @@
-"""The application in this process, on a runner that fails as a device would."""
+"""Tests of the application within this process, with a runner that fails like a device or like a bug."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ from tests.app.application import WORK, run
 from tests.app.fakes import INFO, FakeRunner, Rows
 
 
-def fails_for(seed: int, error: Exception) -> Callable[[Rows], None]:
+def raise_for_seed(seed: int, error: Exception) -> Callable[[Rows], None]:
     def on_step(rows: Rows) -> None:
         if any(row.job.request.options.seed == seed for row in rows):
             raise error
@@ -23,7 +23,7 @@ def fails_for(seed: int, error: Exception) -> Callable[[Rows], None]:
     return on_step
 
 
-def test_a_bug_costs_its_own_request_and_says_nothing_of_itself() -> None:
+def test_bug_fails_only_its_own_request_and_details_are_not_sent() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         bad, good = await asyncio.gather(
             client.post("/generate", json={**WORK, "seed": 13, "count": 3}), client.post("/generate", json=WORK)
@@ -33,10 +33,10 @@ def test_a_bug_costs_its_own_request_and_says_nothing_of_itself() -> None:
         assert good.status_code == 200
         assert (await client.get("/health")).status_code == 200
 
-    run(check, FakeRunner(on_step=fails_for(13, KeyError("secret"))))
+    run(check, FakeRunner(on_step=raise_for_seed(13, KeyError("secret"))))
 
 
-def test_a_lost_device_answers_everyone_and_turns_the_probes() -> None:
+def test_lost_device_fails_all_requests_and_probes_with_503() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         lost = await client.post("/generate", json={**WORK, "seed": 13})
         later = await client.post("/generate", json=WORK)
@@ -47,10 +47,10 @@ def test_a_lost_device_answers_everyone_and_turns_the_probes() -> None:
             assert (await client.get(probe)).status_code == 503
         assert (await client.get("/health")).json()["status"] == "failed"
 
-    run(check, FakeRunner(on_step=fails_for(13, DeviceLostError("gone"))))
+    run(check, FakeRunner(on_step=raise_for_seed(13, DeviceLostError("gone"))))
 
 
-def test_an_engine_that_hangs_is_neither_alive_nor_ready_and_its_waiters_are_answered() -> None:
+def test_stuck_engine_fails_the_probes_and_requests_end_at_their_deadline() -> None:
     hung, release = threading.Event(), threading.Event()
 
     def hang(rows: Rows) -> None:
@@ -71,7 +71,7 @@ def test_an_engine_that_hangs_is_neither_alive_nor_ready_and_its_waiters_are_ans
     run(check, FakeRunner(on_step=hang), watchdog_seconds=0.01)
 
 
-def test_a_digit_that_the_checkpoint_has_not_is_refused() -> None:
+def test_digit_beyond_the_classes_of_the_checkpoint_is_rejected() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json={**WORK, "digit": 5})
         assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "digit"])
@@ -80,7 +80,7 @@ def test_a_digit_that_the_checkpoint_has_not_is_refused() -> None:
     run(check, FakeRunner(models={"default": replace(INFO, num_classes=5)}))
 
 
-def test_guidance_is_refused_where_no_label_was_dropped_in_training() -> None:
+def test_guidance_is_rejected_for_a_checkpoint_without_guidance() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json={**WORK, "guidance_scale": 2})
         assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "guidance_scale"])
@@ -93,7 +93,7 @@ SCALES: dict[Sampler, float] = {"ddpm": 1.5, "ddim": 3.0, "dpmpp": 2.0}
 FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
 
 
-def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing() -> None:
+def test_missing_fields_use_the_defaults_of_the_model() -> None:
     runner = FakeRunner(models={"default": replace(INFO, guidance_scale=SCALES), "fast": FAST})
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -101,8 +101,8 @@ def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing(
         assert (own["sampler"], own["guidance_scale"]) == ("dpmpp", 2.0)
         for model, expected in (("default", (100, "ddpm", 1.5, "0")), ("fast", (4, "ddim", 1.0, "f"))):
             answer = (await client.post("/generate", json={"digit": 3, "seed": 1, "model": model})).json()
-            drawn = answer["num_steps"], answer["sampler"], answer["guidance_scale"], answer["model"]["sha256"][0]
-            assert drawn == expected
+            used = answer["num_steps"], answer["sampler"], answer["guidance_scale"], answer["model"]["sha256"][0]
+            assert used == expected
             assert answer["model"]["name"] == model
         assert {row.job.request.options.model for rows in runner.calls for row in rows} == {"default", "fast"}
         models = (await client.get("/health")).json()["models"]
@@ -112,7 +112,7 @@ def test_a_model_draws_by_its_own_recommendation_where_the_request_says_nothing(
     run(check, runner)
 
 
-def test_guided_steps_are_forecast_where_guidance_is_on() -> None:
+def test_job_knows_its_guided_steps_if_guidance_is_on() -> None:
     runner = FakeRunner()
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -120,7 +120,7 @@ def test_guided_steps_are_forecast_where_guidance_is_on() -> None:
             await client.post("/generate", json={**WORK, "num_steps": 4, "guidance_scale": scale})
         assert list(dict.fromkeys(row.job.request.guided_steps for rows in runner.calls for row in rows)) == [
             range(0),
-            range(2),  # by the fake's rule
+            range(2),  # half of the steps, as INFO defines
         ]
 
     run(check, runner)
@@ -129,7 +129,9 @@ def test_guided_steps_are_forecast_where_guidance_is_on() -> None:
 @pytest.mark.parametrize(
     ("field", "wrong", "right"), [("num_steps", 3, 2), ("sampler", "ddpm", "ddim"), ("guidance_scale", 2, 1)]
 )
-def test_what_a_model_does_not_permit_is_refused_by_name(field: str, wrong: object, right: object) -> None:
+def test_value_that_the_model_does_not_support_is_rejected_with_its_field(
+    field: str, wrong: object, right: object
+) -> None:
     body = {"digit": 3, "seed": 1, "model": "fast"}
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -140,7 +142,7 @@ def test_what_a_model_does_not_permit_is_refused_by_name(field: str, wrong: obje
     run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
-def test_an_unknown_model_is_answered_with_those_that_there_are() -> None:
+def test_error_about_an_unknown_model_lists_the_served_models() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json={**WORK, "model": "slow"})
         assert answer.status_code == 422
@@ -149,7 +151,7 @@ def test_an_unknown_model_is_answered_with_those_that_there_are() -> None:
     run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
-def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_ends_with_an_error_event_if_encoding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> bytes:
         raise ValueError("secret")
 
@@ -165,7 +167,7 @@ def test_a_stream_whose_encoding_fails_ends_with_an_error_event(monkeypatch: pyt
     run(check, FakeRunner())
 
 
-def test_routes_are_counted_by_name_and_paths_that_nobody_knows_together() -> None:
+def test_requests_to_unknown_paths_are_counted_with_route_other() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         for path in ("/health", "/docs", "/openapi.json", "/docs/", "/a", "/b"):
             await client.get(path)
@@ -183,8 +185,8 @@ def test_routes_are_counted_by_name_and_paths_that_nobody_knows_together() -> No
     run(check, FakeRunner())
 
 
-def test_what_went_wrong_is_counted_from_zero() -> None:
-    """Else a rate would not see the first time."""
+def test_request_counters_of_generate_start_at_zero() -> None:
+    """PromQL's rate() ignores the increase from no series to the first value."""
 
     async def check(client: httpx.AsyncClient) -> None:
         text = (await client.get("/metrics")).text
@@ -194,10 +196,10 @@ def test_what_went_wrong_is_counted_from_zero() -> None:
     run(check, FakeRunner())
 
 
-def test_answer_to_a_thousand_unknown_fields_is_short() -> None:
+def test_error_lists_a_limited_number_of_unknown_fields() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json={f"f{i}": i for i in range(1000)})
         assert answer.status_code == 422
-        assert len(answer.json()["errors"]) == 1 + MAX_UNKNOWN_FIELDS  # the digit is missing, too
+        assert len(answer.json()["errors"]) == 1 + MAX_UNKNOWN_FIELDS  # and the missing digit
 
     run(check, FakeRunner())

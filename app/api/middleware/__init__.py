@@ -1,1 +1,1 @@
-"""ASGI middleware around the routes."""
+"""The ASGI middleware that surrounds the routes."""

@@ -1,4 +1,4 @@
-"""The access log: one log line, the metrics and the trace of each request that has ended."""
+"""The access log: writes one log line per completed request, and updates its metrics and trace."""
 
 import logging
 import time
@@ -16,29 +16,29 @@ log = logging.getLogger("unfog.access")
 
 
 class AccessLog:
-    """Logs requests. `paths` are the known paths. All others share the label `other`, so that labels are bounded."""
+    """Logs requests. All paths that are not in `paths` share the label `other`, to limit the number of series."""
 
     def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
-        """Successful requests to the `quiet` paths (of probes and scrapers) are logged at debug and not traced."""
+        """Successful requests to the `quiet` paths (probes and scrapes) are logged at level debug and not traced."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 
     def write(self, scope: Scope, context: RequestContext) -> None:
-        """Logs one request that has ended."""
+        """Logs a completed request."""
         ended_at, status = time.monotonic(), context.status or CLIENT_CLOSED_REQUEST
         known = scope["path"] if scope["path"] in self._paths else "other"
-        # Without a route the request was answered before routing.
+        # Without a route, a middleware has answered before routing.
         route = str(getattr(scope.get("route"), "path", known))
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_duration.labels(route).observe(ended_at - context.started_at)
-        facts = self._facts(scope, context, route, status, ended_at - context.started_at)
+        fields = self._fields(scope, context, route, status, ended_at - context.started_at)
         is_quiet = route in self._quiet and status == 200
         if self._traces and not is_quiet:
-            facts |= self._traces.record(scope, context, facts, ended_at)
+            fields |= self._traces.record(scope, context, fields, ended_at)
         level = logging.DEBUG if is_quiet else logging.INFO
-        path = scope["raw_path"].decode("ascii", "backslashreplace")  # as received: a decoded one could forge a line
-        log.log(level, "%s %s", scope["method"], path, extra=facts)
+        path = scope["raw_path"].decode("ascii", "backslashreplace")  # a decoded path can contain line breaks
+        log.log(level, "%s %s", scope["method"], path, extra=fields)
 
-    def _facts(self, scope: Scope, context: RequestContext, route: str, status: int, seconds: float) -> dict[str, Any]:
+    def _fields(self, scope: Scope, context: RequestContext, route: str, status: int, seconds: float) -> dict[str, Any]:
         return {
             "request_id": context.request_id,
             "route": route,
@@ -47,12 +47,12 @@ class AccessLog:
             "client": client_address(scope),
             **({"key": context.key} if context.key else {}),
             "seconds": round(seconds, 6),
-            **(_facts_of(context.job, context.encode_seconds) if context.job else {}),
+            **(_job_fields(context.job, context.encode_seconds) if context.job else {}),
         }
 
 
-def _facts_of(job: Job, encode_seconds: float) -> dict[str, Any]:
-    """Returns the job's options and times. A job that never started has waited until its end."""
+def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
+    """Returns the options and times of a job. The queue time of a job that never started lasts until its end."""
     timings, options = job.timings, job.request.options
     finished_at = timings.finished_at or time.monotonic()
     started_at = timings.started_at or finished_at

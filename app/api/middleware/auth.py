@@ -1,4 +1,4 @@
-"""Auth: API keys and the rate limit. Probes, metrics and the API's description need neither."""
+"""Checks API keys and rate limits. Health, metrics, /docs and /openapi.json are exempt from both."""
 
 import hmac
 from collections.abc import Sequence
@@ -18,30 +18,30 @@ from app.metrics import Metrics
 
 
 class Keys:
-    """The valid API keys. There can be several, so that a new key can be handed out before the old one is removed."""
+    """The valid API keys. During a rotation, the old and the new key are valid."""
 
     def __init__(self, keys: Sequence[SecretStr]) -> None:
         self._digests = [_digest(key.get_secret_value().encode("ascii")) for key in keys]
 
     def check(self, headers: Headers) -> int | None:
-        """Returns the place of the request's key, from 1; None if no key is required.
+        """Returns the position of the request's valid key, from 1, or None if auth is off.
 
-        Unauthorized if the request has no key, Forbidden if it has no valid key. Every key is compared in full, so that
-        the time does not tell which one matched.
+        Raises Unauthorized if the request has no key, and Forbidden if none of its keys is valid. Always compares with
+        all keys, so that the time does not depend on which one matches.
         """
         if not self._digests:
             return None
-        shown = [_digest(key.encode("latin-1")) for key in _shown(headers)]
-        opens = [hmac.compare_digest(ours, theirs) for theirs in shown for ours in self._digests]
-        if not shown:
+        sent = [_digest(key.encode("latin-1")) for key in _sent_keys(headers)]
+        matches = [hmac.compare_digest(valid, candidate) for candidate in sent for valid in self._digests]
+        if not sent:
             raise Unauthorized
-        if not any(opens):
+        if not any(matches):
             raise Forbidden
-        return 1 + opens.index(True) % len(self._digests)
+        return 1 + matches.index(True) % len(self._digests)
 
 
 class Auth:
-    """Applies API keys and the rate limit to all paths except `open_paths`. Paths without a route need a key, too."""
+    """Applies auth and the rate limit to all paths except `open_paths`, also to paths without a route."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Auth:
         self._keys, self._limiter = Keys(keys), RateLimiter(rates)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on or refuses it, before any byte of its body is read."""
+        """Rejects a request before any byte of its body is read, or passes it on."""
         if scope["type"] == "http" and scope["path"] not in self._open_paths:
             try:
                 self._admit(scope)
@@ -66,26 +66,26 @@ class Auth:
         await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
-        """Checks the key and counts the request: under the key, or under the address if no key is valid.
+        """Checks the key, then counts the request for the key, or for the client address if no key is valid.
 
-        Requests without a valid key are counted too, since each costs some work.
+        Requests without a valid key also count, because each of them costs some work.
         """
         address = address_name(scope)
         try:
             key = self._keys.check(Headers(scope=scope))
         except UnfogError:
-            self._limiter.spend(address)
+            self._limiter.hit(address)
             raise
         context_of(scope).key = key
-        self._limiter.spend(key_name(key) if key else address)
+        self._limiter.hit(key_name(key) if key else address)
 
 
-def _shown(headers: Headers) -> list[str]:
+def _sent_keys(headers: Headers) -> list[str]:
     bearers = [value.split(None, 1) for value in headers.getlist("authorization")]
     tokens = [parts[1].strip() for parts in bearers if len(parts) == 2 and parts[0].lower() == "bearer"]
     return tokens + [value.strip() for value in headers.getlist("x-api-key") if value.strip()]
 
 
 def _digest(key: bytes) -> bytes:
-    """Returns a digest. All have one length, so that the time of a comparison does not tell the length of a key."""
+    """Hashes a key. Digests have equal lengths, so that the comparison time does not reveal the length of a key."""
     return sha256(key).digest()

@@ -1,30 +1,30 @@
-"""The sender of a request: the address for logs and traces, and the name for the rate limit."""
+"""Determines the client of a request: its address for logs and traces, and its name in the rate limiter."""
 
 import ipaddress
 
 from starlette.types import Scope
 
 UNKNOWN = "unknown"
-SUBSCRIBER_PREFIX = 64  # bits of an IPv6 address: a customer chooses all bits after them
+SUBSCRIBER_PREFIX = 64  # bits of an IPv6 address; a subscriber can use all addresses with the same prefix
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def client_address(scope: Scope) -> str:
-    """Returns the client's address in its standard form, without a port; `unknown` if there is none."""
+    """Returns the client's address in canonical form, without a port, or `unknown`."""
     return str(_parse(scope) or UNKNOWN)
 
 
-def key_name(place: int) -> str:
-    """Returns the name under which the rate limit counts the requests of an API key."""
-    return f"key:{place}"
+def key_name(position: int) -> str:
+    """Returns the name of an API key in the rate limiter."""
+    return f"key:{position}"
 
 
 def address_name(scope: Scope) -> str:
-    """Returns the name under which the rate limit counts an address. For IPv6 this is the customer's network.
+    """Returns the name of the client's address in the rate limiter. For IPv6 it is the /64 network.
 
-    A trusted proxy may forward text that is not an address. All such requests share one name: if the text were
-    the name, callers could choose a new one for each request, or one that is another caller's.
+    A trusted proxy can forward text that is not an address. All such requests share one name. If the text were the
+    name, a client could send a new name with each request, or the name of another client.
     """
     address = _parse(scope)
     if isinstance(address, ipaddress.IPv6Address):
@@ -33,10 +33,10 @@ def address_name(scope: Scope) -> str:
 
 
 def _parse(scope: Scope) -> Address | None:
-    """Parses the client's address; None for a socket without addresses and for what is not an address.
+    """Parses the client's address. Returns None for Unix sockets and for text that is not an address.
 
-    The address may come from X-Forwarded-For, where some proxies write a port (`192.0.2.7:1234`, `[2001:db8::1]:80`).
-    Older versions of uvicorn leave the port in place.
+    The address can come from X-Forwarded-For. Some proxies add a port (`192.0.2.7:1234`, `[2001:db8::1]:80`), which
+    older versions of uvicorn do not remove.
     """
     host = str((scope.get("client") or ("",))[0])
     if host.startswith("["):
@@ -44,7 +44,7 @@ def _parse(scope: Scope) -> Address | None:
     elif host.count(":") == 1:
         host = host.partition(":")[0]
     try:
-        address = ipaddress.ip_address(host.partition("%")[0])  # a zone has no length limit
+        address = ipaddress.ip_address(host.partition("%")[0])  # without the zone, whose length is unlimited
     except ValueError:
         return None
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:

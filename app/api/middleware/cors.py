@@ -1,4 +1,4 @@
-"""CORS by Starlette, with refusals as problem documents."""
+"""CORS, based on Starlette's middleware, with problem documents as errors."""
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -7,22 +7,22 @@ from starlette.types import Receive, Scope, Send
 from app.api.problems import problem_response
 from app.errors import OriginNotAllowed
 
-# The headers that a page of another origin may send and read.
-CALLERS_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
-ANSWERS_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
+# The headers that web pages of other origins may send and read.
+REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
+RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
 
 
 class CORS(CORSMiddleware):
-    """Answers preflight requests, and adds the CORS headers to answers."""
+    """Answers preflight requests and adds the CORS headers to other responses."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers as Starlette does, except for a preflight request that is refused."""
+        """Calls Starlette's middleware, but answers a rejected preflight request with a problem document."""
         if scope["type"] == "http" and scope["method"] == "OPTIONS":
             headers = Headers(scope=scope)
             if {"origin", "access-control-request-method"} <= set(headers):
-                refusal = self.preflight_response(headers)
-                if refusal.status_code != 200:
-                    error = OriginNotAllowed(bytes(refusal.body).decode())
+                preflight = self.preflight_response(headers)
+                if preflight.status_code != 200:
+                    error = OriginNotAllowed(bytes(preflight.body).decode())
                     await problem_response(error, scope)(scope, receive, send)
                     return
         await super().__call__(scope, receive, send)

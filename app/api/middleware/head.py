@@ -1,16 +1,15 @@
-"""Answers HEAD as GET without the body (RFC 9110, section 9.3.2), also for routes that permit GET only."""
+"""Adds HEAD to all routes that support GET (RFC 9110, section 9.3.2)."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadAsGet:
-    """Passes HEAD on as GET, and other methods unchanged."""
+    """Processes HEAD as GET and removes the body of the response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return

@@ -1,4 +1,4 @@
-"""Creates the context of each request, logs the request when it ends, and answers 500 after a bug."""
+"""Creates the context of each request, writes the access log, and answers with 500 after an unexpected exception."""
 
 import asyncio
 import logging
@@ -16,13 +16,12 @@ log = logging.getLogger(__name__)
 
 
 class RequestContextMiddleware:
-    """Plain ASGI middleware, so that the handler sees a disconnect at once."""
+    """Plain ASGI middleware, so that the handler sees a disconnect of the client immediately."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: AccessLog) -> None:
         self._app, self._metrics, self._access_log = app, metrics, access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -30,7 +29,7 @@ class RequestContextMiddleware:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                context.status = context.status or message["status"]  # the connection may have answered by itself
+                context.status = context.status or message["status"]  # already set if the connection has sent an error
                 MutableHeaders(scope=message)["X-Request-ID"] = context.request_id
             await send(message)
 
@@ -41,13 +40,13 @@ class RequestContextMiddleware:
         with self._metrics.requests_in_progress.track_inprogress(), context.answered:
             try:
                 await self._app(scope, receive, send_with_id)
-            except asyncio.CancelledError:  # by uvicorn, when the time for the last answers is over
+            except asyncio.CancelledError:  # uvicorn cancels the remaining requests at the end of a shutdown
                 if context.status:
                     context.outcome = Draining.code
                     raise
                 await fail_with(Draining(1))
             except Exception:
-                log.exception("a request failed", extra={"request_id": context.request_id})
+                log.exception("Request failed", extra={"request_id": context.request_id})
                 if not context.status:
                     await fail_with(InternalError())
             finally:

@@ -1,4 +1,4 @@
-"""Headers that forbid a browser to guess the type of an answer, to run it, to frame it or to pass on its address."""
+"""Adds security headers: no content sniffing, scripts, framing, referrer or cross-origin embedding."""
 
 from collections.abc import Mapping
 
@@ -15,15 +15,13 @@ SECURITY_HEADERS = {
 
 
 class SecurityHeaders:
-    """Adds the headers to every answer."""
+    """Adds the security headers to every response."""
 
     def __init__(self, app: ASGIApp, policies: Mapping[str, str]) -> None:
-        """`policies` are the content security policies of paths that a browser shows as pages."""
+        """`policies` maps the paths of web pages to their content security policies."""
         self._app, self._policies = app, policies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
-
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)

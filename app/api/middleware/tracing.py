@@ -1,8 +1,8 @@
-"""OpenTelemetry traces: a span for each request, with child spans for the queue, the denoising and each encoding.
+"""OpenTelemetry traces: one span per request, with child spans for queue, denoising and each encoding.
 
-Spans are made after a request has ended, from the times in its context. Before that, tracing costs no time. The
-variables of OpenTelemetry configure the export: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER
-and others.
+The spans are created after the end of a request, from the times in its context, so that tracing does not delay the
+request. OpenTelemetry's variables configure the export, for example OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and
+OTEL_TRACES_SAMPLER.
 """
 
 import os
@@ -26,25 +26,26 @@ try:
     from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    MISSING = None
+    IMPORT_ERROR = None
 except ImportError as error:
-    MISSING = error
+    IMPORT_ERROR = error
 
-LAST_SPANS_SECONDS = 2.0  # to send the last spans at shutdown
-LONGEST_PATH = 200
+FLUSH_SECONDS = 2.0  # limit for sending the last spans at shutdown
+MAX_PATH_LENGTH = 200
 
 
 class TracesError(Exception):
-    """OpenTelemetry is not installed."""
+    """UNFOG_TRACES is on, but OpenTelemetry is not installed."""
 
 
 class Traces:
-    """Sends spans in batches from a separate thread. If the collector does not answer, only spans are lost."""
+    """Sends spans in batches from a separate thread. A collector that does not respond does not affect requests."""
 
     def __init__(self) -> None:
         """Raises TracesError if OpenTelemetry is not installed."""
-        if MISSING:
-            raise TracesError("UNFOG_TRACES=on needs OpenTelemetry: .venv/bin/pip install -e '.[traces]'") from MISSING
+        if IMPORT_ERROR:
+            message = "UNFOG_TRACES=on needs OpenTelemetry. Install it with: .venv/bin/pip install -e '.[traces]'"
+            raise TracesError(message) from IMPORT_ERROR
         named = {} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "unfog"}
         self._provider = TracerProvider(
             resource=Resource.create({**named, "service.version": VERSION}), shutdown_on_exit=False
@@ -54,23 +55,23 @@ class Traces:
         self._propagator = TraceContextTextMapPropagator()
 
     def record(
-        self, scope: Scope, context: RequestContext, facts: Mapping[str, Any], ended_at: float
+        self, scope: Scope, context: RequestContext, fields: Mapping[str, Any], ended_at: float
     ) -> dict[str, str]:
-        """Makes the spans of a request that has ended. Returns the ids of its trace and span, for the log.
+        """Creates the spans of a completed request. Returns the ids of its trace and span, for the access log.
 
-        Continues the trace of the request's traceparent header, unless auth refused the request.
+        Continues the trace of the request's traceparent header, unless auth has rejected the request.
         """
-        is_stranger = facts["outcome"] in (Unauthorized.code, Forbidden.code)
-        parent = None if is_stranger else self._propagator.extract(dict(Headers(scope=scope)))
+        is_rejected = fields["outcome"] in (Unauthorized.code, Forbidden.code)
+        parent = None if is_rejected else self._propagator.extract(dict(Headers(scope=scope)))
         request = self._tracer.start_span(
-            f"{scope['method']} {facts['route']}",
+            f"{scope['method']} {fields['route']}",
             parent,
             SpanKind.SERVER,
-            attributes=_attributes(scope, facts),
+            attributes=_attributes(scope, fields),
             start_time=_nanoseconds(context.started_at),
         )
-        if facts["status"] >= 500 or (facts["status"] == 200 and facts["outcome"] != OK):
-            request.set_status(StatusCode.ERROR, str(facts["outcome"]))
+        if fields["status"] >= 500 or (fields["status"] == 200 and fields["outcome"] != OK):
+            request.set_status(StatusCode.ERROR, str(fields["outcome"]))
         for name, start, end in _phases(context):
             self._child(request, name, start, end)
         request.end(_nanoseconds(ended_at))
@@ -78,10 +79,10 @@ class Traces:
         return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
 
     def close(self) -> None:
-        """Sends the remaining spans, for at most LAST_SPANS_SECONDS. The SDK does not keep its own time limit."""
+        """Sends the remaining spans, for at most FLUSH_SECONDS. The time limit of the SDK is not reliable."""
         flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
         flushing.start()
-        flushing.join(LAST_SPANS_SECONDS)
+        flushing.join(FLUSH_SECONDS)
 
     def _child(self, request: "Span", name: str, start: float, end: float) -> None:
         context = set_span_in_context(request)
@@ -89,7 +90,7 @@ class Traces:
 
 
 def _phases(context: RequestContext) -> list[tuple[str, float, float]]:
-    """Returns the name, start and end of each phase. A job that never started has no denoise phase."""
+    """Returns (name, start, end) of each phase. A job that never started has no denoise phase."""
     job = context.job
     if not job:
         return []
@@ -101,20 +102,20 @@ def _phases(context: RequestContext) -> list[tuple[str, float, float]]:
     return phases + [("encode", start, end) for start, end in context.encodings]
 
 
-def _attributes(scope: Scope, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns attributes with OpenTelemetry's names for HTTP, and with our names for the rest."""
+def _attributes(scope: Scope, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns OpenTelemetry's attributes for HTTP, and the remaining fields with the prefix `unfog.`."""
     http = {
         "http.request.method": scope["method"],
-        "http.route": facts["route"],
-        "http.response.status_code": facts["status"],
-        "url.path": scope["path"][:LONGEST_PATH],
+        "http.route": fields["route"],
+        "http.response.status_code": fields["status"],
+        "url.path": scope["path"][:MAX_PATH_LENGTH],
         "url.scheme": scope["scheme"],
-        "client.address": facts["client"],
+        "client.address": fields["client"],
     }
-    ours = set(facts) - {"route", "status", "client", "seconds"}
-    return http | {f"unfog.{name}": facts[name] for name in ours if not name.endswith("_seconds")}
+    others = set(fields) - {"route", "status", "client", "seconds"}
+    return http | {f"unfog.{name}": fields[name] for name in others if not name.endswith("_seconds")}
 
 
 def _nanoseconds(moment: float) -> int:
-    """Returns a time of time.monotonic() as nanoseconds since 1970."""
+    """Converts a time of time.monotonic() to nanoseconds since 1970."""
     return time.time_ns() - round((time.monotonic() - moment) * 1e9)

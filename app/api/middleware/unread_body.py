@@ -1,7 +1,7 @@
-"""Handles requests whose body is not read to its end.
+"""Handles requests whose body is not read completely.
 
-The connection is closed after the answer, since the rest of the body may never end. It is not closed at once: that
-would reset the connection, and a client that still sends could lose the answer.
+The connection is closed after the response, because the rest of the body can be arbitrarily long. It is not closed
+immediately: this would reset the connection, and a client that is still sending could lose the response.
 """
 
 import asyncio
@@ -10,17 +10,16 @@ from contextlib import suppress
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # limits of the input that is discarded after the answer
+LINGER_SECONDS, LINGER_BYTES = 1.0, 16 * 1024 * 1024  # limits for the input that is discarded after the response
 
 
 class UnreadBody:
-    """Closes the connection after an answer that was sent before the end of the body."""
+    """Closes the connection after a response that was sent before the end of the request body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -49,7 +48,7 @@ class _Body:
         await self._send(message)
 
     async def _discard(self) -> None:
-        """Reads and drops input until the body or the connection ends, for at most LINGER_SECONDS."""
+        """Reads and discards input until the body or the connection ends, for at most LINGER_SECONDS."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while self._unread:

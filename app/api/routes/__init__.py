@@ -1,1 +1,1 @@
-"""The routes. They translate between HTTP and the engine and decide nothing."""
+"""The routes. They translate between HTTP and the engine."""

@@ -1,6 +1,6 @@
-"""GET /docs: the OpenAPI document in Swagger UI. Its files come from the package fastapi-offline, not from a CDN.
+"""GET /docs shows the OpenAPI document in Swagger UI, with files from the package fastapi-offline instead of a CDN.
 
-URLs in the page are relative, so that it also works behind a proxy that adds a prefix to every path.
+The URLs in the page are relative, so that the page also works behind a proxy that adds a path prefix.
 """
 
 from pathlib import Path
@@ -13,8 +13,8 @@ router = APIRouter(include_in_schema=False)
 
 ASSETS = Path(fastapi_offline.__file__).parent / "static"
 PAGE_PATH = "/docs"
-# The page may load files only from this service, and has no inline script. Swagger UI's icons have data: URLs, and
-# answers that are images have blob: URLs.
+# The page loads files only from this service and has no inline scripts. Swagger UI uses data: URLs for icons and blob:
+# URLs for image responses.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -30,13 +30,13 @@ PAGE = """<!doctype html>
 </head>
 <body>
 <div id="swagger-ui"></div>
-<noscript>This page needs JavaScript. The document itself is at <a href="openapi.json">openapi.json</a>.</noscript>
+<noscript>This page needs JavaScript. The OpenAPI document is at <a href="openapi.json">openapi.json</a>.</noscript>
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/start.js"></script>
 </body>
 </html>
 """
-# validatorUrl is null, since the badge of the online validator would send the document's URL to another host.
+# validatorUrl is null because Swagger UI would otherwise send the document's URL to an online validator.
 START = """SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#swagger-ui",
@@ -49,25 +49,22 @@ START = """SwaggerUIBundle({
 
 @router.get(PAGE_PATH, response_class=HTMLResponse)
 async def page() -> HTMLResponse:
-    """Returns the page."""
     return HTMLResponse(PAGE)
 
 
 @router.get(f"{PAGE_PATH}/start.js")
 async def start() -> Response:
-    """Returns the script that shows the document in the page."""
+    """Returns the script that starts Swagger UI. It is a file because the page has no inline scripts."""
     return Response(START, media_type="text/javascript")
 
 
 @router.get(f"{PAGE_PATH}/swagger-ui-bundle.js")
 async def bundle() -> FileResponse:
-    """Returns Swagger UI's script."""
     return _asset("swagger-ui-bundle.js", "text/javascript")
 
 
 @router.get(f"{PAGE_PATH}/swagger-ui.css")
 async def style() -> FileResponse:
-    """Returns Swagger UI's style sheet."""
     return _asset("swagger-ui.css", "text/css")
 
 

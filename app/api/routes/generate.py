@@ -1,4 +1,4 @@
-"""POST /generate: digits as JSON, PNG, ZIP or a stream of events."""
+"""POST /generate: generates digits and answers with JSON, PNG, ZIP or a stream of events."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,28 +21,28 @@ from model.png import Provenance
 router = APIRouter()
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
-FORMATS = (JSON, PNG, ZIP, EVENTS)  # in order of preference if Accept gives several the same weight
+FORMATS = (JSON, PNG, ZIP, EVENTS)  # in order of preference, for equal q values in Accept
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
-PREVIEWS = "About how many progress events a stream sends. Other answers ignore it."
+PREVIEWS = "Approximate number of progress events in a stream. Other formats ignore it."
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text, "content": _PROBLEM}
     for status, text in {
         400: "malformed_json or malformed_request",
-        401: "unauthorized: UNFOG_API_KEYS is set, and no key came",
-        403: "forbidden: a wrong key",
-        406: "not_acceptable",
-        408: "request_timeout: the body took longer than UNFOG_READ_TIMEOUT",
-        413: "body_too_large",
-        415: "unsupported_media_type",
-        422: "invalid_request",
-        429: "overloaded or rate_limited, with Retry-After",
-        431: "headers_too_large: a header over 8 KiB, 1,000 headers or more, or all together over 32 KiB",
-        500: "internal_error",
+        401: "unauthorized: UNFOG_API_KEYS is set and the request has no API key",
+        403: "forbidden: the API key is invalid",
+        406: "not_acceptable: the Accept header allows none of the formats",
+        408: "request_timeout: the body did not arrive within UNFOG_READ_TIMEOUT seconds",
+        413: "body_too_large: the body exceeds UNFOG_MAX_BODY_BYTES",
+        415: "unsupported_media_type: Content-Type is not application/json",
+        422: "invalid_request: a field is missing, unknown or invalid, or the model does not support its value",
+        429: "overloaded (the queue is full or a deadline could not be met) or rate_limited, with Retry-After",
+        431: "headers_too_large: a header exceeds 8 KiB, all headers exceed 32 KiB, or there are 1,000 or more",
+        500: "internal_error: a bug in the service",
         503: "starting, draining or engine_failed, with Retry-After",
-        504: "deadline_exceeded",
+        504: "deadline_exceeded: the images were not finished before the deadline",
     }.items()
 }
 
@@ -54,7 +54,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     responses={
         200: {
             "model": GenerateResponse,
-            "description": "the images, in the format that Accept asks for",
+            "description": "the images, in the format that Accept selects",
             "content": {PNG: _BINARY, ZIP: _BINARY, EVENTS: {"schema": {"type": "string"}}},
         },
         **_ERRORS,
@@ -71,9 +71,9 @@ async def generate(
     service: ServiceDependency,
     previews: Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])] = 10,
 ) -> Response:
-    """Draws digits of a class. On a CPU the same request with the same seed gives the same bytes under any load.
+    """Generates images of a digit. On a CPU the same request with the same seed gives the same bytes under any load.
 
-    On a GPU such images may differ in the last bits of the network's precision from load to load.
+    On a GPU such images may differ in the last bits of the network's precision, depending on the load.
     """
     media_type = negotiate(request, FORMATS)
     settings = service.settings

@@ -1,4 +1,4 @@
-"""GET /health for people, /livez, /readyz and /startupz for orchestrators, and /metrics for Prometheus."""
+"""Health and metrics: /health for people, /livez, /readyz and /startupz for orchestrators, /metrics for Prometheus."""
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -13,7 +13,7 @@ from app.errors import Draining, EngineFailed, Starting
 
 router = APIRouter()
 
-OUTCOMES = {  # the outcome of a failed probe: the code of an error
+OUTCOMES = {  # state -> outcome of a failed probe in the access log
     EngineState.STARTING: Starting.code,
     EngineState.DRAINING: Draining.code,
     EngineState.FAILED: EngineFailed.code,
@@ -22,7 +22,10 @@ OUTCOMES = {  # the outcome of a failed probe: the code of an error
 
 @router.get("/health", operation_id="get_health", response_model=Health, responses={503: {"model": Health}})
 async def health(request: Request, service: ServiceDependency) -> JSONResponse:
-    """Returns the state of the service: 200 while it accepts work, otherwise 503."""
+    """Returns the state of the service, with status 200 if it accepts requests, otherwise 503.
+
+    Needs no API key and does not count against the rate limit.
+    """
     engine, backlog = service.engine, service.engine.backlog
     infos = list(engine.models.values())
     models = [HealthModel(name=i.name, sha256=i.sha256, num_parameters=i.num_parameters) for i in infos]
@@ -43,7 +46,10 @@ async def health(request: Request, service: ServiceDependency) -> JSONResponse:
 
 @router.get("/livez", operation_id="get_livez", response_model=Liveness, responses={503: {"model": Liveness}})
 async def livez(request: Request, service: ServiceDependency) -> JSONResponse:
-    """Returns 200 while the engine's heartbeat is fresh. Load never makes it fail; only a restart helps if it does."""
+    """Returns 200 unless the engine has failed or is stuck. Then the process must be restarted. Load has no effect.
+
+    Needs no API key and does not count against the rate limit.
+    """
     return _answer(request, service, {"alive": service.engine.alive}, service.engine.alive)
 
 
@@ -56,7 +62,10 @@ async def livez(request: Request, service: ServiceDependency) -> JSONResponse:
     responses={503: {"model": Readiness}},
 )
 async def readyz(request: Request, service: ServiceDependency) -> JSONResponse:
-    """Returns 200 when the checkpoint is loaded and warm and the service is not draining."""
+    """Returns 200 if the checkpoints are loaded and warmed up and the service is not shutting down, otherwise 503.
+
+    Needs no API key and does not count against the rate limit.
+    """
     ready = service.engine.apparent_state is EngineState.OK
     return _answer(request, service, {"ready": ready}, ready)
 
@@ -68,7 +77,10 @@ async def readyz(request: Request, service: ServiceDependency) -> JSONResponse:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(service: ServiceDependency) -> Response:
-    """Returns all metrics in Prometheus' text format."""
+    """Returns all metrics in the Prometheus text format.
+
+    Needs no API key and does not count against the rate limit.
+    """
     return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -14,20 +14,20 @@ AVAILABLE = (JSON, PNG, ZIP, EVENTS)
 @pytest.mark.parametrize(
     ("accept", "expected"),
     [
-        # RFC 9110, section 12.5.1: the examples, with types of ours in place of theirs
+        # the examples of RFC 9110, section 12.5.1, with the available types
         ("text/*; q=0.2, image/png", PNG),
         ("text/plain; q=0.5, text/html, text/x-dvi; q=0.8, image/png", PNG),
         ("image/*, image/png, image/png;format=flowed, */*", PNG),
         ("text/*;q=0.3, application/json;q=0.7, application/json;level=1, */*;q=0.5", JSON),
         ("*/*;q=0.5, application/json;q=0.4", PNG),
-        # quoted strings hold commas, semicolons and escapes
+        # quoted strings can contain commas, semicolons and escapes
         ('image/png;a="x, application/json;q=1"', PNG),
         ('image/png;a="\\", application/json"', PNG),
         ('image/png;a="\\\\", application/json;q=0.5', PNG),
         ('application/json;a=";q=0", image/png;q=0.5', JSON),
         ('application/json;a="x";q=0.1, image/png;q=0.5', PNG),
         ('image/png, application/json;a="', PNG),
-        # letter case, white space, empty members
+        # upper case, white space, empty members
         ("Image/PNG;Q=0.5", PNG),
         ("\timage/png\t;\tq=0.5 ,", PNG),
         (", ,image/png,,", PNG),
@@ -45,12 +45,12 @@ AVAILABLE = (JSON, PNG, ZIP, EVENTS)
         ("image/png/x, im age/png, image/, /png, @/png, text/*;q=0.1", EVENTS),
         # Java's HttpURLConnection
         ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", JSON),
-        # a range with parameters counts only where there is none without
+        # a range with parameters counts only if it is not present without parameters
         ("application/json;v=1;q=0.1, application/json;q=0.9, image/png;q=0.5", JSON),
         ("application/json;v=1;q=0.9, image/png;q=0.5", JSON),
-        # the first of two equal ranges counts
+        # if a range occurs twice, the first one counts
         ("image/png;q=0.5, image/png;q=0, text/*;q=0.1", PNG),
-        # nothing that we have
+        # no available type
         ("text/html", None),
         ("image/png;q=0.000", None),
         ("*/*;q=0", None),
@@ -60,20 +60,20 @@ AVAILABLE = (JSON, PNG, ZIP, EVENTS)
         ('"image/png"', None),
     ],
 )
-def test_accept_header_chooses_the_type(accept: str, expected: str | None) -> None:
+def test_media_type_chosen_for_an_accept_header(accept: str, expected: str | None) -> None:
     assert best_match([accept], AVAILABLE) == expected
 
 
-def test_several_headers_are_one_list() -> None:
+def test_several_accept_headers_are_combined() -> None:
     assert best_match(["text/html", "image/png;q=0.5", "application/zip;q=0.6"], AVAILABLE) == ZIP
 
 
-def test_unterminated_quote_does_not_reach_into_the_next_header() -> None:
+def test_unclosed_quote_ends_with_its_header() -> None:
     assert best_match(['text/html;a="', "image/png"], AVAILABLE) == PNG
 
 
 class Member(NamedTuple):
-    """A member as its parts, which a parser must find again in the text."""
+    """The parts of a member of an Accept header, before they are rendered as text."""
 
     kind: str
     subtype: str
@@ -94,7 +94,7 @@ class Member(NamedTuple):
 
 
 def reference(members: list[Member]) -> str | None:
-    """Follows the RFC's sentences, without parsing anything."""
+    """Chooses a type by the rules of the RFC, without a parser."""
 
     def decisive(media_type: str) -> Member | None:
         matching = [member for member in members if member.matches(media_type)]
@@ -118,7 +118,7 @@ MEMBERS = st.builds(
 
 
 def render(member: Member, space: str, upper: bool) -> str:
-    """The member as text, every value a quoted string."""
+    """Renders a member as text, with quoted parameter values."""
     parts = [f"{member.kind}/{member.subtype}"]
     for name, value in member.parameters:
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
@@ -130,13 +130,13 @@ def render(member: Member, space: str, upper: bool) -> str:
 
 
 @given(st.lists(st.tuples(MEMBERS, st.sampled_from(["", " ", "\t "]), st.booleans()), min_size=1, max_size=6))
-def test_any_well_formed_header_chooses_what_the_rfc_says(members: list[tuple[Member, str, bool]]) -> None:
+def test_any_valid_header_gives_the_same_choice_as_the_reference(members: list[tuple[Member, str, bool]]) -> None:
     text = ",".join(space + render(member, space, upper) + space for member, space, upper in members)
     assert best_match([text], AVAILABLE) == reference([member for member, _, _ in members])
 
 
 @given(st.lists(st.text('ap/*;,q=0.1"\\ \t\x00é', max_size=40), max_size=3))
-def test_any_text_chooses_an_available_type_or_none(headers: list[str]) -> None:
+def test_any_text_gives_an_available_type_or_none(headers: list[str]) -> None:
     assert best_match(headers, AVAILABLE) in (*AVAILABLE, None)
 
 
@@ -157,13 +157,13 @@ BOMBS = {
 
 
 @pytest.mark.parametrize(("start", "piece"), BOMBS.values(), ids=BOMBS)
-def test_time_grows_no_faster_than_the_header(start: str, piece: str) -> None:
+def test_parsing_time_is_linear_in_the_header_length(start: str, piece: str) -> None:
     def seconds(size: int) -> float:
         header = start + piece * (size // len(piece))
         begin = time.process_time()
         best_match([header], AVAILABLE)
         return time.process_time() - begin
 
-    # Measured in turns, so that a slow moment of the machine affects both. The minimum has the least disturbance.
+    # Measure both sizes alternately, so that a slow phase of the machine affects both. Compare the minima.
     small, large = zip(*((seconds(20_000), seconds(8 * 20_000)) for _ in range(15)), strict=True)
     assert min(large) < 12 * min(small) + 0.001

@@ -1,4 +1,4 @@
-"""Events on their way from the engine's thread to a client."""
+"""Tests of the events that pass from the engine thread to a client."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ from app.settings import Settings
 from tests.app.application import WORK
 from tests.app.fakes import FakeRunner
 
-TIMEOUT = 1.0  # of images that take a few milliseconds
+TIMEOUT = 1.0  # seconds; the images take a few milliseconds
 BLACK: Pixels = np.zeros((1, 1), dtype=np.uint8)
 
 
@@ -23,7 +23,7 @@ def progress(step: int, num_images: int) -> Progress:
 
 
 def read_all(num_images: int, put: list[Progress | ImageDone]) -> list[Progress | ImageDone]:
-    """What a client reads that begins when everything has been put."""
+    """Returns the events that a client receives if it starts to read after all events were put."""
 
     async def main() -> list[Progress | ImageDone]:
         events = JobEvents(num_images)
@@ -38,13 +38,13 @@ def read_all(num_images: int, put: list[Progress | ImageDone]) -> list[Progress 
     return asyncio.run(main())
 
 
-def test_stream_deadline_does_not_apply_to_a_slow_reader() -> None:
-    """Nothing is taken until the deadline of finished images has passed."""
+def test_deadline_does_not_apply_to_the_transfer_of_finished_images() -> None:
 
     async def main() -> list[str]:
         app = create_app(Settings(), FakeRunner)
         engine = app.state.service.engine
-        body, reads, sent = json.dumps({**WORK, "count": 3, "timeout_seconds": TIMEOUT}).encode(), asyncio.Event(), []
+        body = json.dumps({**WORK, "count": 3, "timeout_seconds": TIMEOUT}).encode()
+        may_send, sent = asyncio.Event(), []
         requests = iter([{"type": "http.request", "body": body}])
 
         async def receive() -> Message:
@@ -53,7 +53,7 @@ def test_stream_deadline_does_not_apply_to_a_slow_reader() -> None:
         async def send(message: Message) -> None:
             sent.append(message)
             if message["type"] == "http.response.body":
-                await reads.wait()
+                await may_send.wait()
 
         headers = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
         scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b""}
@@ -63,7 +63,7 @@ def test_stream_deadline_does_not_apply_to_a_slow_reader() -> None:
             await asyncio.sleep(1.5 * TIMEOUT)
             assert len(sent) == 2
             assert not engine.backlog.waiting + engine.backlog.running
-            reads.set()
+            may_send.set()
             await answering
         return [message["body"].decode().split("\n")[0] for message in sent[1:-1]]
 
@@ -72,13 +72,13 @@ def test_stream_deadline_does_not_apply_to_a_slow_reader() -> None:
 
 
 @pytest.mark.parametrize(("num_images", "kept"), [(1, 100), (2, 100), (64, 4), (1000, 1)])
-def test_slow_reader_gets_the_newest_previews(num_images: int, kept: int) -> None:
+def test_slow_reader_receives_only_the_newest_previews(num_images: int, kept: int) -> None:
     put = [progress(step, num_images) for step in range(100)]
     steps = [event.step for event in read_all(num_images, [*put]) if isinstance(event, Progress)]
     assert steps == list(range(100 - kept, 100))
 
 
-def test_slow_reader_gets_every_image_in_order() -> None:
+def test_slow_reader_receives_every_image_in_order() -> None:
     put: list[Progress | ImageDone] = []
     for index in range(64):
         put += [progress(index, 64), ImageDone(index, BLACK)]
@@ -88,7 +88,7 @@ def test_slow_reader_gets_every_image_in_order() -> None:
     assert isinstance(read[-1], ImageDone)
 
 
-def test_reader_that_waits_gets_each_event_as_it_comes() -> None:
+def test_waiting_reader_receives_each_event_immediately() -> None:
     async def main() -> list[int]:
         events, steps = JobEvents(64), []
         for step in range(10):

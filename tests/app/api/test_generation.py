@@ -12,7 +12,7 @@ from tests.app.application import WORK
 from tests.app.fakes import WAIT_SECONDS, FakeRunner
 
 
-def test_no_request_is_in_flight_after_the_last_one_has_ended() -> None:
+def test_in_flight_is_zero_after_the_last_request_has_ended() -> None:
     async def main() -> None:
         in_flight = InFlight()
         await in_flight.none()
@@ -28,12 +28,12 @@ def test_no_request_is_in_flight_after_the_last_one_has_ended() -> None:
     asyncio.run(main())
 
 
-def test_a_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoding, go_on = threading.Event(), threading.Event()
+def test_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding, may_continue = threading.Event(), threading.Event()
 
     def encode(*arguments: object) -> bytes:
         encoding.set()
-        assert go_on.wait(WAIT_SECONDS)
+        assert may_continue.wait(WAIT_SECONDS)
         return encode_sheet(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("app.api.routes.generate.encode_sheet", encode)
@@ -53,7 +53,7 @@ def test_a_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest
             idle = asyncio.ensure_future(service.in_flight.none())
             await asyncio.sleep(0)
             assert not idle.done()
-            go_on.set()
+            may_continue.set()
             assert (await answering).status_code == 200
             await asyncio.wait_for(idle, WAIT_SECONDS)
 

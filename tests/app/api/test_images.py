@@ -30,7 +30,7 @@ def decode(png: bytes) -> tuple[Pixels, dict[Any, Any]]:
         return np.asarray(opened, dtype=np.uint8), opened.info
 
 
-def test_a_png_holds_the_pixels_as_they_are() -> None:
+def test_png_contains_the_exact_pixels() -> None:
     pixels, chunks = decode(encode_image(picture(0)))
     assert np.array_equal(pixels, picture(0))
     assert chunks == {}
@@ -41,14 +41,14 @@ def test_scale_enlarges_each_pixel_to_a_square() -> None:
     assert np.array_equal(pixels, np.kron(picture(0), np.ones((3, 3), dtype=np.uint8)))
 
 
-def test_colour_is_kept() -> None:
+def test_rgb_image_keeps_its_colours() -> None:
     pixels, _ = decode(encode_image(picture(0, 4, 4, 3), scale=2))
     assert pixels.shape == (8, 8, 3)
     assert np.array_equal(pixels[::2, ::2], picture(0, 4, 4, 3))
     assert np.array_equal(pixels[1::2, 1::2], picture(0, 4, 4, 3))
 
 
-def test_every_png_says_how_to_draw_it_again() -> None:
+def test_every_png_contains_its_provenance() -> None:
     for index, png in enumerate(encode_images(pictures(3), PROVENANCE, 1)):
         pixels, chunks = decode(png)
         assert np.array_equal(pixels, picture(index))
@@ -64,7 +64,7 @@ def test_every_png_says_how_to_draw_it_again() -> None:
         }
 
 
-def test_one_image_needs_no_sheet() -> None:
+def test_sheet_of_one_image_is_the_image() -> None:
     assert encode_sheet(pictures(1), PROVENANCE, 2) == encode_images(pictures(1), PROVENANCE, 2)[0]
 
 
@@ -73,7 +73,7 @@ def test_one_image_needs_no_sheet() -> None:
     [(2, 2, 1), (3, 2, 2), (4, 2, 2), (5, 3, 2), (7, 3, 3), (10, 4, 3), (16, 4, 4), (17, 5, 4), (64, 8, 8)],
 )
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)], ids=["grey", "colour"])
-def test_a_sheet_is_row_major_without_gaps(count: int, columns: int, rows: int, shape: tuple[int, ...]) -> None:
+def test_sheet_is_row_major_without_gaps(count: int, columns: int, rows: int, shape: tuple[int, ...]) -> None:
     sheet, chunks = decode(encode_sheet(pictures(count, *shape), PROVENANCE, 1))
     assert sheet.shape[:2] == (rows * 4, columns * 4)
     for cell in range(columns * rows):
@@ -84,13 +84,13 @@ def test_a_sheet_is_row_major_without_gaps(count: int, columns: int, rows: int, 
     assert chunks["Seed"] == "9007199254740991"
 
 
-def test_a_sheet_is_enlarged_as_a_whole() -> None:
+def test_scale_enlarges_the_whole_sheet() -> None:
     small, _ = decode(encode_sheet(pictures(3), PROVENANCE, 1))
     large, _ = decode(encode_sheet(pictures(3), PROVENANCE, 2))
     assert np.array_equal(large, np.kron(small, np.ones((2, 2), dtype=np.uint8)))
 
 
-def test_an_archive_holds_the_same_pngs_under_their_names() -> None:
+def test_zip_contains_the_png_files_with_their_names() -> None:
     with zipfile.ZipFile(io.BytesIO(encode_zip(pictures(11), PROVENANCE, 2))) as archive:
         assert archive.testzip() is None
         assert archive.namelist() == [f"digit-7-seed-9007199254740991-{index}.png" for index in range(11)]
@@ -98,17 +98,17 @@ def test_an_archive_holds_the_same_pngs_under_their_names() -> None:
 
 
 @pytest.mark.parametrize("encode", [encode_sheet, encode_zip, encode_images])
-def test_the_same_images_are_the_same_bytes(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoded_bytes_do_not_depend_on_the_time(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = encode(pictures(5), PROVENANCE, 2)
     monkeypatch.setattr("time.time", lambda: 2e9)
     monkeypatch.setattr("time.localtime", lambda *_: (2033, 5, 18, 3, 33, 20, 2, 138, 0))
     assert encode(pictures(5), PROVENANCE, 2) == before
 
 
-def test_an_image_is_the_same_whatever_the_count() -> None:
+def test_png_of_an_image_does_not_depend_on_the_count() -> None:
     assert encode_images(pictures(5), PROVENANCE, 1)[:2] == encode_images(pictures(2), PROVENANCE, 1)
 
 
-def test_base64_is_plain_text_of_the_same_bytes() -> None:
+def test_base64_decodes_to_the_same_bytes() -> None:
     png = encode_image(picture(0))
     assert base64.b64decode(encode_base64(png), validate=True) == png

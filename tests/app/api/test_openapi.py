@@ -1,4 +1,4 @@
-"""The OpenAPI document: complete, true, and with examples that work."""
+"""Tests that the OpenAPI document is complete and correct, and that its examples work."""
 
 import base64
 import io
@@ -29,27 +29,27 @@ def document() -> dict[str, Any]:
 
 
 def references(node: Any) -> set[str]:
-    """Every $ref below a node."""
+    """Returns every $ref within a node."""
     if isinstance(node, dict):
         found = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
         return found.union(*map(references, node.values()))
     return set().union(*map(references, node)) if isinstance(node, list) else set()
 
 
-def test_the_committed_document_is_the_one_that_is_served() -> None:
+def test_committed_document_is_up_to_date() -> None:
     assert json.loads(COMMITTED.read_text()) == document(), "run python -m app --openapi > docs/openapi.json"
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_has_a_schema() -> None:
     served = document()
     assert references(served) <= {f"#/components/schemas/{name}" for name in served["components"]["schemas"]}
 
 
-def test_every_route_is_described() -> None:
+def test_document_contains_every_route() -> None:
     assert set(document()["paths"]) == {"/generate", "/health", "/livez", "/readyz", "/startupz", "/metrics"}
 
 
-def test_the_body_and_the_answers_of_generate_are_described() -> None:
+def test_document_describes_the_body_and_responses_of_generate() -> None:
     served = document()
     generate = served["paths"]["/generate"]["post"]
     body = generate["requestBody"]["content"]["application/json"]["schema"]
@@ -70,7 +70,7 @@ def test_the_body_and_the_answers_of_generate_are_described() -> None:
     assert set(generate["responses"]) == refused | {"200", "500", "503", "504"}
     for status in refused | {"500", "503", "504"}:
         assert set(generate["responses"][status]["content"]) == {"application/problem+json"}
-    assert generate["security"] == [{}, {"bearer": []}, {"header": []}]  # none is needed unless keys are set
+    assert generate["security"] == [{}, {"bearer": []}, {"header": []}]  # {}: optional, needed with UNFOG_API_KEYS
     assert set(generate["responses"]["200"]["content"]) == {
         "application/json",
         "image/png",
@@ -79,7 +79,7 @@ def test_the_body_and_the_answers_of_generate_are_described() -> None:
     }
 
 
-def test_same_bytes_are_promised_on_a_cpu_only() -> None:
+def test_document_promises_the_same_bytes_only_on_a_cpu() -> None:
     served = document()
     texts = [
         served["paths"]["/generate"]["post"]["description"],
@@ -93,7 +93,7 @@ def test_same_bytes_are_promised_on_a_cpu_only() -> None:
 
 
 def is_valid(document: dict[str, Any], schema: dict[str, Any], instance: Any) -> bool:
-    """Whether the instance is valid by a schema of the document."""
+    """True if the instance is valid by a schema of the document."""
     whole = {**schema, "components": document["components"]}
     return bool(Draft202012Validator(whole).is_valid(instance))
 
@@ -109,7 +109,7 @@ def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 def described(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Where, media type and description of each body, asked for or answered."""
+    """Yields (place, media type, media type object) of each request and response body."""
     for path, operation in operations(document):
         bodies = {"request": operation.get("requestBody", {}), **operation["responses"]}
         for place, body in bodies.items():
@@ -122,7 +122,7 @@ def examples_of(content: dict[str, Any]) -> list[Any]:
     return several + ([content["example"]] if "example" in content else [])
 
 
-def test_operation_ids_are_readable() -> None:
+def test_operation_id_of_each_route() -> None:
     ids = {path: operation["operationId"] for path, operation in operations(document())}
     assert ids == {
         "/generate": "generate",
@@ -130,7 +130,7 @@ def test_operation_ids_are_readable() -> None:
     }
 
 
-def test_every_body_that_is_text_has_examples_that_are_valid() -> None:
+def test_every_text_body_has_valid_examples() -> None:
     served = document()
     num_examples = 0
     for place, media_type, content in described(served):
@@ -142,7 +142,7 @@ def test_every_body_that_is_text_has_examples_that_are_valid() -> None:
     assert num_examples > 25
 
 
-def test_every_error_has_an_example_that_is_its_problem_document() -> None:
+def test_every_error_of_generate_has_an_example() -> None:
     known = {(error.status, error.code): error.problem("an-id") for error, _, _ in EVERY_ERROR}
     responses = document()["paths"]["/generate"]["post"]["responses"]
     for status in set(responses) - {"200"}:
@@ -158,8 +158,7 @@ def test_every_error_has_an_example_that_is_its_problem_document() -> None:
     }
 
 
-def test_first_example_draws_a_digit_as_well_as_the_checkpoint_can() -> None:
-    """Nothing lowers the quality: the number of steps and the sampler are the recommended ones."""
+def test_request_examples_use_the_recommended_steps_and_sampler() -> None:
     content = document()["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     assert examples_of(content)[0] == {"digit": 7}
     assert {"digit": 7, "model": "fast"} in examples_of(content)
@@ -167,7 +166,7 @@ def test_first_example_draws_a_digit_as_well_as_the_checkpoint_can() -> None:
         assert not {"num_steps", "sampler", "guidance_scale", "timeout_seconds"} & set(body)
 
 
-def test_image_in_the_example_is_what_the_example_says() -> None:
+def test_image_in_the_example_has_the_provenance_of_the_example() -> None:
     (answer,) = examples_of(document()["paths"]["/generate"]["post"]["responses"]["200"]["content"]["application/json"])
     with Image.open(io.BytesIO(base64.b64decode(answer["images"][0]["png"], validate=True))) as image:
         assert image.size == (28, 28)
@@ -177,7 +176,7 @@ def test_image_in_the_example_is_what_the_example_says() -> None:
         assert chunks[chunk] == str(answer[field])
 
 
-def test_events_of_a_stream_are_described() -> None:
+def test_document_describes_the_events_of_a_stream() -> None:
     served = document()
     schemas = served["components"]["schemas"]
     stream = served["paths"]["/generate"]["post"]["responses"]["200"]["content"]["text/event-stream"]
@@ -215,7 +214,7 @@ SHIPPED_BODIES = [
 
 
 @pytest.mark.parametrize(("body", "valid"), SHIPPED_BODIES)
-def test_document_knows_what_the_shipped_models_permit(body: dict[str, Any], valid: bool) -> None:
+def test_document_contains_the_limits_of_the_shipped_models(body: dict[str, Any], valid: bool) -> None:
     assert is_valid_request(document(), body) is valid
 
 
@@ -243,7 +242,7 @@ FIELDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("models", MODELS)
-def test_running_service_accepts_what_its_document_permits(models: dict[str, ModelInfo]) -> None:
+def test_service_accepts_exactly_the_requests_that_its_document_permits(models: dict[str, ModelInfo]) -> None:
     accepted, refused = 0, 0
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -257,7 +256,7 @@ def test_running_service_accepts_what_its_document_permits(models: dict[str, Mod
                 accepted, refused = accepted + (status == 200), refused + (status == 422)
         content = served["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
         for body in examples_of(content):
-            drawn = await client.post("/generate", json={"seed": 1, **body})  # the fake draws no large seeds
+            drawn = await client.post("/generate", json={"seed": 1, **body})  # FakeRunner supports only small seeds
             assert drawn.status_code == 200, body
 
     run(check, FakeRunner(models=models))
@@ -265,7 +264,7 @@ def test_running_service_accepts_what_its_document_permits(models: dict[str, Mod
     assert refused
 
 
-def test_document_of_a_service_that_starts_is_built_again_when_it_is_ready() -> None:
+def test_document_is_built_again_after_the_checkpoints_are_loaded() -> None:
     app = create_app(Settings(), lambda: FakeRunner(models={"default": replace(INFO, steps=(10,))}))
     body = {"digit": 7, "num_steps": 11}
     assert is_valid_request(app.openapi(), body)

@@ -1,4 +1,4 @@
-"""What the web framework raises, as a client sees it."""
+"""Tests of the responses to errors that the web framework raises."""
 
 import asyncio
 
@@ -11,8 +11,8 @@ from app.settings import Settings
 from tests.app.fakes import FakeRunner
 
 
-def answer_to(error: HTTPException, method: str = "GET") -> httpx.Response:
-    """The application's answer where a route raises this."""
+def response_to(error: HTTPException, method: str = "GET") -> httpx.Response:
+    """Returns the response of the application if a route raises the error."""
     app = create_app(Settings(), FakeRunner)
 
     @app.get("/raises")
@@ -46,8 +46,8 @@ def answer_to(error: HTTPException, method: str = "GET") -> httpx.Response:
         (599, "Error", "http_error"),
     ],
 )
-def test_framework_error_keeps_its_status(status: int, title: str, code: str) -> None:
-    answer = answer_to(HTTPException(status, "what is wrong", {"X-More": "1"}))
+def test_framework_error_keeps_its_status_and_headers(status: int, title: str, code: str) -> None:
+    answer = response_to(HTTPException(status, "a message", {"X-More": "1"}))
     problem = answer.json()
     assert answer.headers["content-type"] == "application/problem+json"
     assert (answer.status_code, problem["status"], problem["code"]) == (status, status, code)
@@ -55,22 +55,22 @@ def test_framework_error_keeps_its_status(status: int, title: str, code: str) ->
     assert problem["request_id"] == answer.headers["x-request-id"]
     if status != 404:
         assert answer.headers["x-more"] == "1"
-        assert ("what is wrong" in problem["detail"]) is (status < 500)
+        assert ("a message" in problem["detail"]) is (status < 500)
 
 
-def test_framework_answer_without_a_body_keeps_its_status() -> None:
-    answer = answer_to(HTTPException(304, headers={"ETag": '"a"'}))
+def test_framework_response_without_a_body_keeps_its_status() -> None:
+    answer = response_to(HTTPException(304, headers={"ETag": '"a"'}))
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"a"')
 
 
-def test_allow_names_head_beside_get() -> None:
-    assert answer_to(HTTPException(405, headers={"Allow": "POST, GET"})).headers["allow"] == "GET, HEAD, POST"
-    assert answer_to(HTTPException(405, headers={"Allow": "POST"})).headers["allow"] == "POST"
+def test_allow_header_lists_head_if_get_is_supported() -> None:
+    assert response_to(HTTPException(405, headers={"Allow": "POST, GET"})).headers["allow"] == "GET, HEAD, POST"
+    assert response_to(HTTPException(405, headers={"Allow": "POST"})).headers["allow"] == "POST"
 
 
-def test_head_is_answered_as_get_without_a_body() -> None:
+def test_head_has_the_headers_of_get_and_no_body() -> None:
     for method in ("GET", "HEAD"):
-        answer = answer_to(HTTPException(426, "what is wrong"), method)
+        answer = response_to(HTTPException(426, "a message"), method)
         assert answer.status_code == 426
         assert bool(answer.content) is (method == "GET")
         assert int(answer.headers["content-length"]) > 0

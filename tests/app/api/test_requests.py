@@ -8,15 +8,15 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from app import errors
-from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, negotiate, read_json, unless_gone
+from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, cancel_on_disconnect, negotiate, read_json
 from app.api.routes.generate import EVENTS, FORMATS, JSON, PNG, ZIP
 from app.api.schemas import GenerateRequest
 
-LIMIT, PATIENCE = 1000, 60.0
+LIMIT, READ_SECONDS = 1000, 60.0
 
 
 class Body:
-    """What a client sends, in chunks; counts how many were asked for."""
+    """A request body in chunks. `taken` is the number of chunks that were received."""
 
     def __init__(self, *chunks: bytes) -> None:
         self.taken = 0
@@ -37,20 +37,22 @@ def request(body: Body | None = None, **headers: str) -> Request:
 
 
 async def silence() -> Message:
-    """A client that stays and sends nothing."""
+    """Receives nothing: the client stays connected and sends no data."""
     message: Message = await asyncio.get_running_loop().create_future()
     return message
 
 
 def read(*chunks: bytes, content_type: str = JSON) -> GenerateRequest:
-    return asyncio.run(read_json(request(Body(*chunks), content_type=content_type), GenerateRequest, LIMIT, PATIENCE))
+    return asyncio.run(
+        read_json(request(Body(*chunks), content_type=content_type), GenerateRequest, LIMIT, READ_SECONDS)
+    )
 
 
-def wrong(body: str | bytes) -> list[dict[str, Any]]:
-    """The fields that are wrong with a body."""
+def errors_of(body: str | bytes) -> list[dict[str, Any]]:
+    """Returns the errors of a body that is invalid."""
     with pytest.raises(errors.InvalidRequest) as invalid:
         read(body if isinstance(body, bytes) else body.encode())
-    json.dumps(invalid.value.problem("id")).encode()  # it can be sent back
+    json.dumps(invalid.value.problem("id")).encode()  # it can be encoded
     return invalid.value.errors
 
 
@@ -68,7 +70,7 @@ def wrong(body: str | bytes) -> list[dict[str, Any]]:
         ("application/zip", ZIP),
         ("text/event-stream", EVENTS),
         ("text/*", EVENTS),
-        ("image/png, application/json", JSON),  # the first of ours on a tie
+        ("image/png, application/json", JSON),  # the first available type wins a tie
         ("image/png, */*;q=0.1", PNG),
         ("application/json;q=0.5, image/png", PNG),
         ("application/json;q=0.5, image/png;q=0.4", JSON),
@@ -78,15 +80,15 @@ def wrong(body: str | bytes) -> list[dict[str, Any]]:
         ("image/png;q=1.0,text/html", PNG),
     ],
 )
-def test_accept_chooses_the_format(accept: str, chosen: str) -> None:
+def test_accept_header_selects_the_format(accept: str, chosen: str) -> None:
     assert negotiate(request(accept=accept), FORMATS) == chosen
 
 
-def test_without_accept_the_answer_is_json() -> None:
+def test_format_without_accept_header_is_json() -> None:
     assert negotiate(request(), FORMATS) == JSON
 
 
-def test_several_accept_headers_are_one_list() -> None:
+def test_several_accept_headers_are_combined() -> None:
     several = request()
     several.scope["headers"] = [(b"accept", b"text/html"), (b"accept", b"image/png")]
     assert negotiate(several, FORMATS) == PNG
@@ -95,35 +97,35 @@ def test_several_accept_headers_are_one_list() -> None:
 @pytest.mark.parametrize(
     "accept", ["text/html", "image/jpeg", "image/png;q=0", "*/*;q=0", "nonsense", "a/b/c", ";", "text/html, video/*"]
 )
-def test_an_accept_that_leaves_nothing_is_not_acceptable(accept: str) -> None:
+def test_accept_header_that_allows_no_format_is_not_acceptable(accept: str) -> None:
     with pytest.raises(errors.NotAcceptable) as refused:
         negotiate(request(accept=accept), FORMATS)
     assert PNG in refused.value.detail
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON ; charset=utf-8"])
-def test_a_body_is_read_as_what_it_asks_for(content_type: str) -> None:
+def test_valid_body_is_parsed(content_type: str) -> None:
     body = read(b'{"digit": 7.0, "count"', b': 3, "guidance_scale": 2}', content_type=content_type)
     assert (body.digit, body.count, body.guidance_scale) == (7, 3, 2)
     assert isinstance(body.digit, int)
 
 
 @pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonx"])
-def test_what_is_not_declared_as_json_is_not_read(content_type: str) -> None:
+def test_body_with_another_content_type_is_not_read(content_type: str) -> None:
     body = Body(b'{"digit": 7}')
     with pytest.raises(errors.UnsupportedMediaType):
-        asyncio.run(read_json(request(body, content_type=content_type), GenerateRequest, LIMIT, PATIENCE))
+        asyncio.run(read_json(request(body, content_type=content_type), GenerateRequest, LIMIT, READ_SECONDS))
     assert body.taken == 0
 
 
-def test_a_body_over_the_limit_is_cut_off_while_it_arrives() -> None:
+def test_body_over_the_limit_is_rejected_before_it_is_read_completely() -> None:
     body = Body(*[b" " * 300] * 100)
     with pytest.raises(errors.BodyTooLarge):
-        asyncio.run(read_json(request(body, content_type=JSON), GenerateRequest, LIMIT, PATIENCE))
+        asyncio.run(read_json(request(body, content_type=JSON), GenerateRequest, LIMIT, READ_SECONDS))
     assert body.taken == 4
 
 
-def test_the_limit_itself_is_allowed() -> None:
+def test_body_of_exactly_the_limit_is_accepted() -> None:
     assert read(b'{"digit": 7}'.ljust(LIMIT)).digit == 7
     with pytest.raises(errors.BodyTooLarge):
         read(b'{"digit": 7}'.ljust(LIMIT + 1))
@@ -146,18 +148,18 @@ def test_the_limit_itself_is_allowed() -> None:
         pytest.param(b"[" * 495 + b"]" * 495, id="deep-but-json"),
     ],
 )
-def test_what_is_not_json_is_malformed(body: bytes) -> None:
-    if body.endswith(b"]"):  # nested, but JSON: what is wrong is that it is no object
-        assert wrong(body)
+def test_body_that_is_not_json_is_malformed(body: bytes) -> None:
+    if body.endswith(b"]"):  # valid JSON, but not an object
+        assert errors_of(body)
         return
     with pytest.raises(errors.MalformedJSON):
         read(body)
 
 
-def test_nesting_as_deep_as_a_parser_goes_is_refused() -> None:
-    with pytest.raises((errors.MalformedJSON, errors.InvalidRequest)):  # as deep as this Python's parser goes
+def test_deeply_nested_body_is_rejected() -> None:
+    with pytest.raises((errors.MalformedJSON, errors.InvalidRequest)):  # depends on Python's recursion limit
         asyncio.run(
-            read_json(request(Body(b"[" * 999 + b"]" * 999), content_type=JSON), GenerateRequest, 10**6, PATIENCE)
+            read_json(request(Body(b"[" * 999 + b"]" * 999), content_type=JSON), GenerateRequest, 10**6, READ_SECONDS)
         )
 
 
@@ -208,28 +210,28 @@ def test_nesting_as_deep_as_a_parser_goes_is_refused() -> None:
         ('{"digit": 7, "colour": 1}', "colour"),
     ],
 )
-def test_what_cannot_be_asked_for_is_told_with_its_field(body: str, field: str) -> None:
-    found = wrong(body)
+def test_error_about_an_invalid_value_names_the_field(body: str, field: str) -> None:
+    found = errors_of(body)
     assert [item["loc"] for item in found] == [["body", field]]
     assert found[0]["msg"]
 
 
-def test_a_field_whose_name_is_no_text_is_refused() -> None:
-    assert wrong('{"digit": 7, "\\ud800": 1}')
-    assert wrong('{"digit": 7, "a": "\\udfff"}')
+def test_lone_surrogates_are_rejected() -> None:
+    assert errors_of('{"digit": 7, "\\ud800": 1}')
+    assert errors_of('{"digit": 7, "a": "\\udfff"}')
 
 
 @pytest.mark.parametrize("body", ['{"digit": 7, "digit": 7}', '{"digit": 7, "seed": 1, "digit": 8}'])
-def test_a_field_that_is_given_twice_is_refused_since_one_would_be_ignored(body: str) -> None:
-    assert wrong(body) == [{"loc": ["body", "digit"], "msg": "Field given more than once"}]
+def test_duplicate_field_is_rejected(body: str) -> None:
+    assert errors_of(body) == [{"loc": ["body", "digit"], "msg": "Field occurs more than once"}]
 
 
-def test_every_wrong_field_is_told() -> None:
-    found = wrong('{"digit": 10, "count": "a", "unknown": 1}')
+def test_error_lists_every_invalid_field() -> None:
+    found = errors_of('{"digit": 10, "count": "a", "unknown": 1}')
     assert {item["loc"][1] for item in found} == {"digit", "count", "unknown"}
 
 
-def test_answer_lists_the_first_of_thousands_of_unknown_fields() -> None:
+def test_error_lists_a_limited_number_of_unknown_fields() -> None:
     fields = ",".join(f'"f{i}":1' for i in range(3000))
     with pytest.raises(errors.InvalidRequest) as invalid:
         asyncio.run(
@@ -237,7 +239,7 @@ def test_answer_lists_the_first_of_thousands_of_unknown_fields() -> None:
                 request(Body(f'{{"digit": 10, {fields}}}'.encode()), content_type=JSON),
                 GenerateRequest,
                 10**6,
-                PATIENCE,
+                READ_SECONDS,
             )
         )
     assert [item["loc"] for item in invalid.value.errors[:2]] == [["body", "digit"], ["body", "f0"]]
@@ -245,55 +247,55 @@ def test_answer_lists_the_first_of_thousands_of_unknown_fields() -> None:
 
 
 @pytest.mark.parametrize("body", ["[]", '"digit"', "7", "null", "true"])
-def test_a_body_that_is_no_object_is_invalid(body: str) -> None:
-    found = wrong(body)
+def test_body_that_is_not_an_object_is_invalid(body: str) -> None:
+    found = errors_of(body)
     assert [item["loc"] for item in found] == [["body"]]
     assert "GenerateRequest" not in found[0]["msg"]
 
 
-def test_a_body_that_does_not_end_is_given_up() -> None:
+def test_body_that_does_not_end_is_a_request_timeout() -> None:
     stalled = Request({"type": "http", "headers": [(b"content-type", JSON.encode())]}, silence)
-    with pytest.raises(errors.RequestTimeout, match=r"longer than 0\.01 s"):
+    with pytest.raises(errors.RequestTimeout, match=r"within 0\.01 s"):
         asyncio.run(read_json(stalled, GenerateRequest, LIMIT, 0.01))
 
 
-def test_what_was_sent_is_not_sent_back() -> None:
-    assert "secret" not in json.dumps(wrong('{"digit": "secret"}'))
+def test_error_does_not_contain_the_input() -> None:
+    assert "secret" not in json.dumps(errors_of('{"digit": "secret"}'))
 
 
-def test_the_largest_seed_is_kept_whole() -> None:
+def test_largest_seed_keeps_its_exact_value() -> None:
     assert read(b'{"digit": 7, "seed": 9007199254740991}').seed == 2**53 - 1
     assert read(b'{"digit": 7, "seed": 9007199254740991.0}').seed == 2**53 - 1
 
 
-def test_a_seed_is_drawn_where_none_is_given() -> None:
+def test_missing_seed_is_chosen_at_random() -> None:
     seeds = {read(b'{"digit": 7}').seed for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed < 2**53 for seed in seeds)
 
 
-def test_work_is_cancelled_when_the_client_goes() -> None:
-    async def leave() -> bool:
+def test_work_is_cancelled_when_the_client_disconnects() -> None:
+    async def disconnect() -> bool:
         work = asyncio.get_running_loop().create_future()
         with pytest.raises(ClientGoneError):
-            await unless_gone(request(Body(b"", b"")), work)
+            await cancel_on_disconnect(request(Body(b"", b"")), work)
         return work.cancelled()
 
-    assert asyncio.run(leave())
+    assert asyncio.run(disconnect())
 
 
-def test_work_is_answered_while_the_client_stays() -> None:
+def test_result_is_returned_while_the_client_is_connected() -> None:
     async def stay() -> str:
-        return await unless_gone(Request({"type": "http"}, silence), asyncio.sleep(0, "done"))
+        return await cancel_on_disconnect(Request({"type": "http"}, silence), asyncio.sleep(0, "done"))
 
     assert asyncio.run(stay()) == "done"
 
 
-def test_an_error_of_the_work_comes_through() -> None:
+def test_error_of_the_work_is_raised() -> None:
     async def fail() -> None:
         work = asyncio.get_running_loop().create_future()
         work.set_exception(errors.Draining(1))
-        await unless_gone(Request({"type": "http"}, silence), work)
+        await cancel_on_disconnect(Request({"type": "http"}, silence), work)
 
     with pytest.raises(errors.Draining):
         asyncio.run(fail())

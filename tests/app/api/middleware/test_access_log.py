@@ -1,4 +1,4 @@
-"""What is said of a request when it has ended."""
+"""Tests of the access log."""
 
 import logging
 import threading
@@ -15,13 +15,13 @@ STREAM = {"accept": "text/event-stream"}
 
 
 def lines_of(caplog: pytest.LogCaptureFixture, route: str = "/generate") -> list[dict[str, Any]]:
-    """The facts of each line about a route."""
+    """Returns the fields of each access log line of a route."""
     records = [record for record in caplog.records if record.name == "unfog.access"]
     return [vars(record) for record in records if vars(record)["route"] == route]
 
 
 @pytest.mark.parametrize("accept", ["application/json", "image/png", "application/zip", "text/event-stream"])
-def test_a_line_has_what_was_drawn_and_where_the_time_went(caplog: pytest.LogCaptureFixture, accept: str) -> None:
+def test_line_contains_the_options_and_times_of_the_job(caplog: pytest.LogCaptureFixture, accept: str) -> None:
     caplog.set_level(logging.INFO)
     body = WORK | {"count": 2, "sampler": "ddim", "guidance_scale": 2}
 
@@ -31,14 +31,14 @@ def test_a_line_has_what_was_drawn_and_where_the_time_went(caplog: pytest.LogCap
     run(check, FakeRunner())
     (line,) = lines_of(caplog)
     expected = {"request_id": "find-me", "status": 200, "outcome": "ok", "client": "127.0.0.1"}
-    drawn = {"model": "default", "digit": 3, "count": 2, "seed": 1, "num_steps": 3, "sampler": "ddim"}
-    assert expected | drawn | {"guidance_scale": 2.0} == {
-        name: line[name] for name in (*expected, *drawn, "guidance_scale")
+    options = {"model": "default", "digit": 3, "count": 2, "seed": 1, "num_steps": 3, "sampler": "ddim"}
+    assert expected | options | {"guidance_scale": 2.0} == {
+        name: line[name] for name in (*expected, *options, "guidance_scale")
     }
     phases = [line[f"{phase}_seconds"] for phase in ("queue", "denoise", "encode")]
     assert all(0 <= seconds <= line["seconds"] for seconds in phases)
     assert line["encode_seconds"] > 0
-    if accept != "text/event-stream":  # which encodes one image while another is drawn
+    if accept != "text/event-stream":  # a stream encodes images while others are still running
         assert sum(phases) <= line["seconds"]
 
 
@@ -51,7 +51,7 @@ def test_a_line_has_what_was_drawn_and_where_the_time_went(caplog: pytest.LogCap
     ],
 )
 @pytest.mark.parametrize("headers", [{}, STREAM], ids=["json", "stream"])
-def test_the_outcome_of_what_went_wrong_is_its_code(
+def test_outcome_of_a_failed_request_is_its_error_code(
     caplog: pytest.LogCaptureFixture, body: dict[str, Any], status: int, outcome: str, headers: dict[str, str]
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -73,10 +73,10 @@ def test_the_outcome_of_what_went_wrong_is_its_code(
     run(check, FakeRunner(on_step=on_step))
     (line,) = lines_of(caplog)
     assert line["outcome"] == outcome
-    assert line["status"] == (200 if headers and status >= 500 else status)  # a stream had begun
+    assert line["status"] == (200 if headers and status >= 500 else status)  # the stream had started
 
 
-def test_a_row_that_fails_is_logged_with_the_request_that_it_was_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_row_is_logged_with_its_request_id(caplog: pytest.LogCaptureFixture) -> None:
     def fail(rows: Rows) -> None:
         raise KeyError("a bug")
 
@@ -89,7 +89,7 @@ def test_a_row_that_fails_is_logged_with_the_request_that_it_was_of(caplog: pyte
     assert record.exc_info
 
 
-def test_probes_and_scrapes_that_are_well_are_not_worth_a_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_successful_probes_and_scrapes_are_logged_at_debug(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -102,7 +102,7 @@ def test_probes_and_scrapes_that_are_well_are_not_worth_a_line(caplog: pytest.Lo
     assert levels == [logging.DEBUG, logging.INFO, logging.DEBUG]
 
 
-def test_the_outcome_of_a_probe_that_fails_is_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_outcome_of_a_failed_probe_is_the_reason(caplog: pytest.LogCaptureFixture) -> None:
     def fail(rows: Rows) -> None:
         raise DeviceLostError("gone")
 
@@ -116,7 +116,7 @@ def test_the_outcome_of_a_probe_that_fails_is_why(caplog: pytest.LogCaptureFixtu
     assert (line["status"], line["outcome"], line["levelno"]) == (503, "engine_failed", logging.INFO)
 
 
-def test_a_path_is_logged_as_it_came(caplog: pytest.LogCaptureFixture) -> None:
+def test_path_is_logged_without_decoding(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
     async def check(client: httpx.AsyncClient) -> None:

@@ -1,4 +1,4 @@
-"""Keys, rates, and what stands outside both."""
+"""Tests of API keys, rate limits, the paths that are exempt, CORS and security headers."""
 
 import hmac
 from typing import Any
@@ -14,8 +14,17 @@ from tests.app.application import WORK, run
 from tests.app.fakes import FakeRunner
 
 KEYS = Keys([SecretStr("first-key"), SecretStr("second-key")])
-OPEN = ("/health", "/livez", "/readyz", "/startupz", "/metrics", "/docs", "/docs/swagger-ui.css", "/openapi.json")
-SET = {"api_keys": "first-key,second-key"}
+EXEMPT_PATHS = (
+    "/health",
+    "/livez",
+    "/readyz",
+    "/startupz",
+    "/metrics",
+    "/docs",
+    "/docs/swagger-ui.css",
+    "/openapi.json",
+)
+WITH_KEYS = {"api_keys": "first-key,second-key"}
 
 
 @pytest.mark.parametrize(
@@ -25,57 +34,57 @@ SET = {"api_keys": "first-key,second-key"}
         {"authorization": "bearer  second-key"},
         {"x-api-key": "first-key"},
         {"x-api-key": " second-key "},
-        {"authorization": "Basic Zm9v", "x-api-key": "first-key"},  # a proxy's own
+        {"authorization": "Basic Zm9v", "x-api-key": "first-key"},  # Authorization is for a proxy
         {"authorization": "Bearer old", "x-api-key": "first-key"},
     ],
 )
-def test_each_key_opens_in_either_header(headers: dict[str, str]) -> None:
+def test_every_key_is_accepted_in_both_headers(headers: dict[str, str]) -> None:
     assert KEYS.check(Headers(headers)) in (1, 2)
 
 
-def test_a_key_is_known_by_its_place_and_not_by_itself() -> None:
-    names = [KEYS.check(Headers({"x-api-key": key})) for key in ("first-key", "second-key")]
-    assert names == [1, 2]
+def test_check_returns_the_position_of_the_key() -> None:
+    positions = [KEYS.check(Headers({"x-api-key": key})) for key in ("first-key", "second-key")]
+    assert positions == [1, 2]
     assert KEYS.check(Headers({"authorization": "Bearer wrong", "x-api-key": "second-key"})) == 2
 
 
 @pytest.mark.parametrize("headers", [{}, {"authorization": ""}, {"authorization": "Bearer"}, {"x-api-key": " "}])
-def test_no_key_is_unauthorized(headers: dict[str, str]) -> None:
+def test_request_without_a_key_is_unauthorized(headers: dict[str, str]) -> None:
     with pytest.raises(errors.Unauthorized):
         KEYS.check(Headers(headers))
 
 
 @pytest.mark.parametrize("key", ["first", "first-key2", "FIRST-KEY", "first-key,second-key", "ÿ", "0" * 10_000])
-def test_a_wrong_key_is_forbidden(key: str) -> None:
+def test_invalid_key_is_forbidden(key: str) -> None:
     for headers in ({"x-api-key": key}, {"authorization": f"Bearer {key}"}):
         with pytest.raises(errors.Forbidden):
             KEYS.check(Headers(headers))
 
 
-def test_without_keys_nobody_is_asked() -> None:
+def test_auth_is_off_without_keys() -> None:
     assert Keys([]).check(Headers({})) is None
     assert Keys([]).check(Headers({"x-api-key": "anything"})) is None
 
 
-def test_how_long_a_comparison_takes_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_check_compares_all_keys_with_equal_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[int, int]] = []
-    honest = hmac.compare_digest
+    original = hmac.compare_digest
 
     def compare(left: bytes, right: bytes) -> bool:
         compared.append((len(left), len(right)))
-        return honest(left, right)
+        return original(left, right)
 
     monkeypatch.setattr("app.api.middleware.auth.hmac.compare_digest", compare)
-    for key in ("first-key", "second-key"):  # found at once or at last: all are compared, and all are of one length
+    for key in ("first-key", "second-key"):  # the first and the last one that is compared
         KEYS.check(Headers({"x-api-key": key}))
     with pytest.raises(errors.Forbidden):
         KEYS.check(Headers({"x-api-key": "f"}))
     assert compared == [(32, 32)] * 6
 
 
-def test_with_keys_set_work_needs_one_and_watching_does_not() -> None:
+def test_generate_needs_a_key_and_exempt_paths_do_not() -> None:
     async def check(client: httpx.AsyncClient) -> None:
-        none = await client.post("/generate", content=b"not even read", headers={"content-type": "text/plain"})
+        none = await client.post("/generate", content=b"not read", headers={"content-type": "text/plain"})
         assert (none.status_code, none.json()["code"]) == (401, "unauthorized")
         assert none.headers["www-authenticate"].startswith("Bearer")
         assert none.json()["request_id"] == none.headers["x-request-id"]
@@ -84,7 +93,7 @@ def test_with_keys_set_work_needs_one_and_watching_does_not() -> None:
         assert "guess" not in wrong.text
         right = await client.post("/generate", json=WORK, headers={"authorization": "Bearer second-key"})
         assert right.status_code == 200
-        for path in OPEN:
+        for path in EXEMPT_PATHS:
             assert (await client.get(path)).status_code == 200, path
         for path in ("/", "/generate", "/generate/", "/health/", "/metrics/x", "//health", "/%2e/health"):
             assert (await client.get(path)).status_code == 401, path
@@ -92,24 +101,24 @@ def test_with_keys_set_work_needs_one_and_watching_does_not() -> None:
         assert 'unfog_requests_total{code="401",route="/generate"} 2.0' in counted
         assert 'unfog_requests_total{code="403",route="/generate"} 1.0' in counted
 
-    run(check, FakeRunner(), **SET)
+    run(check, FakeRunner(), **WITH_KEYS)
 
 
-def test_no_key_is_ever_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
 
     async def check(client: httpx.AsyncClient) -> None:
         for key in ("second-key", "guessed-key"):
             await client.post("/generate", json=WORK, headers={"authorization": f"Bearer {key}"})
 
-    run(check, FakeRunner(), **SET)
-    ours = [record for record in caplog.records if not record.name.startswith("http")]  # the client's own
+    run(check, FakeRunner(), **WITH_KEYS)
+    ours = [record for record in caplog.records if not record.name.startswith("http")]  # of the HTTP client
     lines = [vars(record) for record in ours if record.name == "unfog.access"]
-    assert [line.get("key") for line in lines] == [2, None]  # its place is
+    assert [line.get("key") for line in lines] == [2, None]  # only the position is logged
     assert not [record for record in ours if "-key" in str(record.__dict__)]
 
 
-def test_a_rate_holds_for_work_alone_and_says_when_to_come_again() -> None:
+def test_rate_limit_applies_to_generate_and_not_to_health() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         statuses = [(await client.post("/generate", json=WORK)).status_code for _ in range(2)]
         limited = await client.post("/generate", json=WORK)
@@ -125,7 +134,7 @@ def test_a_rate_holds_for_work_alone_and_says_when_to_come_again() -> None:
     run(check, FakeRunner(), rate_limit="2/hour")
 
 
-def test_each_key_has_its_rate_and_who_has_none_that_opens_the_addresss() -> None:
+def test_rate_limit_is_per_key_or_per_address_without_a_valid_key() -> None:
     async def post(client: httpx.AsyncClient, key: str) -> int:
         return (await client.post("/generate", json=WORK, headers={"x-api-key": key})).status_code
 
@@ -134,14 +143,14 @@ def test_each_key_has_its_rate_and_who_has_none_that_opens_the_addresss() -> Non
         assert [await post(client, "first-key") for _ in range(3)] == [200, 200, 429]
         assert [await post(client, "second-key") for _ in range(3)] == [200, 200, 429]
 
-    run(check, FakeRunner(), rate_limit="2/hour", **SET)
+    run(check, FakeRunner(), rate_limit="2/hour", **WITH_KEYS)
 
 
 BROWSER: dict[str, Any] = {"origin": "https://page.example", "access-control-request-method": "POST"}
 PREFLIGHT = BROWSER | {"access-control-request-headers": "x-api-key,content-type"}
 
 
-def test_a_page_of_a_listed_origin_may_call_and_read_also_what_it_is_refused() -> None:
+def test_cors_headers_are_sent_to_listed_origins_also_on_errors() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         asked = await client.options("/generate", headers=PREFLIGHT)
         assert asked.status_code == 200
@@ -157,10 +166,10 @@ def test_a_page_of_a_listed_origin_may_call_and_read_also_what_it_is_refused() -
         assert other.json()["request_id"] == other.headers["x-request-id"]
         assert "access-control-allow-origin" not in other.headers
 
-    run(check, FakeRunner(), cors_origins="https://page.example", **SET)
+    run(check, FakeRunner(), cors_origins="https://page.example", **WITH_KEYS)
 
 
-def test_without_a_list_no_page_is_let_in() -> None:
+def test_no_cors_headers_without_configured_origins() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         assert (await client.options("/generate", headers=PREFLIGHT)).status_code == 405
         answer = await client.post("/generate", json=WORK, headers={"origin": "https://page.example"})
@@ -170,7 +179,7 @@ def test_without_a_list_no_page_is_let_in() -> None:
     run(check, FakeRunner())
 
 
-def test_every_answer_tells_a_browser_to_leave_it_as_it_is() -> None:
+def test_every_response_has_security_headers() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answers = [await client.get(path) for path in ("/health", "/metrics", "/nowhere", "/docs")]
         answers.append(await client.post("/generate", json=WORK))

@@ -1,10 +1,10 @@
-"""Names of callers: one for each address, none that a caller can choose."""
+"""Tests of the client address in logs and in the rate limiter."""
 
 import pytest
 
 from app.api.middleware.client_address import address_name, client_address, key_name
 
-ADDRESSES = [  # host of the connection or of X-Forwarded-For, address in logs, name in the rate limiter
+ADDRESSES = [  # (host of the connection or X-Forwarded-For, address in logs, name in the rate limiter)
     ("192.0.2.7", "192.0.2.7", "address:192.0.2.7"),
     ("192.0.2.7:1234", "192.0.2.7", "address:192.0.2.7"),
     ("192.0.2.7:", "192.0.2.7", "address:192.0.2.7"),
@@ -22,25 +22,25 @@ NOT_ADDRESSES = ["", "unknown", "_hidden", "key:1", "key 1", "testclient", "1.2.
 
 
 @pytest.mark.parametrize(("host", "address", "name"), ADDRESSES, ids=[row[0][:30] for row in ADDRESSES])
-def test_address_has_one_spelling_and_one_name(host: str, address: str, name: str) -> None:
+def test_address_is_canonical_and_has_one_name(host: str, address: str, name: str) -> None:
     scope = {"type": "http", "client": (host, 1)}
     assert client_address(scope) == address
     assert address_name(scope) == name
 
 
 @pytest.mark.parametrize("host", [*NOT_ADDRESSES, "x" * 50_000, "1" * 50_000, "1:" * 25_000])
-def test_text_that_is_no_address_shares_one_short_name(host: str) -> None:
+def test_text_that_is_not_an_address_is_unknown(host: str) -> None:
     scope = {"type": "http", "client": (host, 1)}
     assert (client_address(scope), address_name(scope)) == ("unknown", "address:unknown")
 
 
 @pytest.mark.parametrize("scope", [{"type": "http"}, {"type": "http", "client": None}])
-def test_socket_without_address_is_unknown(scope: dict[str, object]) -> None:
+def test_connection_without_an_address_is_unknown(scope: dict[str, object]) -> None:
     assert (client_address(scope), address_name(scope)) == ("unknown", "address:unknown")
 
 
-def test_key_and_address_names_never_collide() -> None:
+def test_names_of_keys_and_addresses_do_not_collide() -> None:
     names = {address_name({"client": (host, 1)}) for host, _, _ in ADDRESSES}
     names |= {address_name({"client": (host, 1)}) for host in NOT_ADDRESSES}
-    assert not names & {key_name(place) for place in range(1, 100)}
+    assert not names & {key_name(position) for position in range(1, 100)}
     assert all(name.startswith("address:") for name in names)

@@ -1,4 +1,4 @@
-"""Traces, as a collector gets them over HTTP."""
+"""Tests of the traces that a collector receives over HTTP."""
 
 import threading
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ ERROR = 2  # STATUS_CODE_ERROR
 
 
 class Collector(ThreadingHTTPServer):
-    """Takes OTLP over HTTP, in protobuf, and keeps the spans."""
+    """Receives OTLP over HTTP (protobuf) and collects the spans."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.exports: list[ExportTraceServiceRequest] = []
         self.status = 200
-        self.go_on = threading.Event()
-        self.go_on.set()
+        self.may_respond = threading.Event()
+        self.may_respond.set()
 
     @property
     def spans(self) -> list[Any]:
-        """All that have arrived."""
+        """All received spans."""
         return [
             span
             for export in self.exports
@@ -43,7 +43,7 @@ class Collector(ThreadingHTTPServer):
         ]
 
     def resource(self) -> dict[str, str]:
-        """What the spans are of."""
+        """The attributes of the resource (the service)."""
         return attributes(self.exports[0].resource_spans[0].resource)
 
 
@@ -54,7 +54,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["content-length"]))
         assert (self.path, self.headers["content-type"]) == ("/v1/traces", "application/x-protobuf")
         self.server.exports.append(ExportTraceServiceRequest.FromString(body))
-        self.server.go_on.wait()
+        self.server.may_respond.wait()
         self.send_response(self.server.status)
         self.end_headers()
 
@@ -77,7 +77,7 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 
 
 def trace(body: dict[str, Any], runner: FakeRunner | None = None, **headers: str) -> httpx.Response:
-    """One request to a service that traces, and its end, after which all spans have been sent."""
+    """Sends one request to a service with traces, and stops the service, so that all spans are sent."""
     answers: list[httpx.Response] = []
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -87,7 +87,7 @@ def trace(body: dict[str, Any], runner: FakeRunner | None = None, **headers: str
     return answers[0]
 
 
-def test_a_request_is_a_span_with_its_queue_denoising_and_encoding_within(collector: Collector) -> None:
+def test_request_span_has_child_spans_for_queue_denoise_and_encode(collector: Collector) -> None:
     trace(WORK | {"count": 2}, **{"x-request-id": "find-me"})
     spans = {span.name: span for span in collector.spans}
     assert set(spans) == {"POST /generate", "queue", "denoise", "encode"}
@@ -100,21 +100,21 @@ def test_a_request_is_a_span_with_its_queue_denoising_and_encoding_within(collec
     assert spans["queue"].end_time_unix_nano <= spans["denoise"].start_time_unix_nano + 10**6
     assert spans["denoise"].end_time_unix_nano <= spans["encode"].start_time_unix_nano + 10**6
     found = attributes(request)
-    wanted = {"http.request.method": "POST", "http.route": "/generate", "http.response.status_code": 200}
-    ours = {"unfog.request_id": "find-me", "unfog.digit": 3, "unfog.count": 2, "unfog.outcome": "ok"}
-    assert wanted | ours == {name: found[name] for name in (*wanted, *ours)}
+    standard = {"http.request.method": "POST", "http.route": "/generate", "http.response.status_code": 200}
+    own = {"unfog.request_id": "find-me", "unfog.digit": 3, "unfog.count": 2, "unfog.outcome": "ok"}
+    assert standard | own == {name: found[name] for name in (*standard, *own)}
     assert collector.resource()["service.name"] == "unfog"
     assert collector.resource()["service.version"] == VERSION
 
 
-def test_a_stream_has_a_span_for_each_encoding(collector: Collector) -> None:
+def test_stream_has_one_span_per_encoding(collector: Collector) -> None:
     trace(WORK | {"count": 3}, accept="text/event-stream")
     names = [span.name for span in collector.spans]
     assert names.count("encode") >= 3
     assert names.count("POST /generate") == 1
 
 
-def test_a_callers_trace_is_continued_and_found_in_the_log(
+def test_trace_of_the_caller_is_continued_and_its_ids_are_logged(
     collector: Collector, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -126,29 +126,29 @@ def test_a_callers_trace_is_continued_and_found_in_the_log(
     assert (line["trace_id"], line["span_id"]) == (TRACE, request.span_id.hex())
 
 
-def test_a_caller_that_does_not_sample_is_obeyed(collector: Collector) -> None:
+def test_no_span_is_sent_if_the_caller_does_not_sample(collector: Collector) -> None:
     assert trace(WORK, traceparent=f"00-{TRACE}-{PARENT}-00").status_code == 200
     assert not collector.spans
 
 
-def test_a_failure_is_an_error_and_what_never_ran_has_only_waited(collector: Collector) -> None:
-    def be_slow(rows: Rows) -> None:
+def test_span_of_an_expired_request_is_an_error_without_encode_span(collector: Collector) -> None:
+    def slow_step(rows: Rows) -> None:
         threading.Event().wait(0.2)
 
-    trace(WORK | {"timeout_seconds": 0.01, "num_steps": 50}, FakeRunner(on_step=be_slow))
+    trace(WORK | {"timeout_seconds": 0.01, "num_steps": 50}, FakeRunner(on_step=slow_step))
     (request,) = [span for span in collector.spans if span.kind == SERVER]
     assert (request.status.code, request.status.message) == (ERROR, "deadline_exceeded")
     assert "encode" not in {span.name for span in collector.spans}
 
 
-def test_a_clients_mistake_is_no_error_of_ours(collector: Collector) -> None:
+def test_span_of_an_invalid_request_is_not_an_error(collector: Collector) -> None:
     trace({"digit": 10})
     (request,) = collector.spans
     assert request.status.code != ERROR
     assert attributes(request)["http.response.status_code"] == 422
 
 
-def test_opentelemetrys_own_variables_are_obeyed(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_otel_variables_set_the_resource_attributes(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", "digits")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=test")
     trace(WORK)
@@ -156,29 +156,29 @@ def test_opentelemetrys_own_variables_are_obeyed(collector: Collector, monkeypat
     assert collector.resource()["deployment.environment"] == "test"
 
 
-def test_a_collector_that_refuses_or_is_not_there_costs_no_answer(
+def test_request_succeeds_if_the_collector_rejects_or_is_unreachable(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collector.status = 400
     assert trace(WORK).status_code == 200
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")  # discard: nobody listens
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")  # no server listens on this port
     assert trace(WORK).status_code == 200
 
 
-def test_a_collector_that_never_answers_does_not_hold_up_the_end(
+def test_shutdown_does_not_wait_for_a_collector_that_hangs(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1000")
-    monkeypatch.setattr(tracing, "LAST_SPANS_SECONDS", 0.1)
-    collector.go_on.clear()
+    monkeypatch.setattr(tracing, "FLUSH_SECONDS", 0.1)
+    collector.may_respond.clear()
     service = threading.Thread(target=trace, args=(WORK,), daemon=True)
     service.start()
     service.join(60)
     assert not service.is_alive()
-    collector.go_on.set()
+    collector.may_respond.set()
 
 
-def test_a_strangers_trace_is_not_continued(collector: Collector) -> None:
+def test_trace_of_a_request_without_a_valid_key_is_not_continued(collector: Collector) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         await client.post("/generate", json=WORK, headers={"traceparent": f"00-{TRACE}-{PARENT}-01"})
 
@@ -187,7 +187,7 @@ def test_a_strangers_trace_is_not_continued(collector: Collector) -> None:
     assert request.trace_id.hex() != TRACE
 
 
-def test_probes_that_are_well_are_no_traces(collector: Collector) -> None:
+def test_successful_probes_are_not_traced(collector: Collector) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         await client.get("/readyz")
         await client.get("/metrics")
@@ -197,7 +197,7 @@ def test_probes_that_are_well_are_no_traces(collector: Collector) -> None:
     assert [span.name for span in collector.spans] == ["POST /readyz"]
 
 
-def test_without_the_setting_nothing_is_sent(collector: Collector) -> None:
+def test_no_spans_are_sent_if_traces_are_off(collector: Collector) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         await client.post("/generate", json=WORK)
 
@@ -205,7 +205,7 @@ def test_without_the_setting_nothing_is_sent(collector: Collector) -> None:
     assert not collector.exports
 
 
-def test_without_the_extra_a_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "MISSING", ImportError("no module"))
+def test_error_without_opentelemetry_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "IMPORT_ERROR", ImportError("no module"))
     with pytest.raises(TracesError, match=r"UNFOG_TRACES=on .*pip install -e '\.\[traces\]'"):
         Traces()

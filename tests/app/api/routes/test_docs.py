@@ -1,4 +1,4 @@
-"""The page /docs and its files."""
+"""Tests of the page /docs and its files."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from tests.app.application import run
 from tests.app.fakes import FakeRunner
 
-FILES = {  # of the page, with their types
+FILES = {  # path -> media type
     "/docs": "text/html; charset=utf-8",
     "/docs/start.js": "text/javascript; charset=utf-8",
     "/docs/swagger-ui-bundle.js": "text/javascript; charset=utf-8",
@@ -19,13 +19,13 @@ FILES = {  # of the page, with their types
 }
 
 
-def test_page_loads_only_files_that_the_service_has() -> None:
+def test_page_loads_only_files_of_the_service() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         page = await client.get("/docs")
         named = re.findall(r'(?:src|href)="([^"]*)"', page.text)
-        assert "data:," in named  # an icon of its own: a browser would ask for /favicon.ico
+        assert "data:," in named  # without an icon, browsers request /favicon.ico
         for address in set(named) - {"data:,"}:
-            assert not address.startswith(("http", "//", "/"))  # a proxy may add a prefix
+            assert not address.startswith(("http", "//", "/"))  # relative, since a proxy can add a prefix
             url = page.request.url.join(address)
             assert url.path in FILES
         assert {f"/{address}" for address in named} >= set(FILES) - {"/docs", "/openapi.json"}
@@ -37,7 +37,7 @@ def test_page_loads_only_files_that_the_service_has() -> None:
     run(check, FakeRunner())
 
 
-def test_page_permits_no_other_host_and_no_inline_script() -> None:
+def test_content_security_policy_forbids_other_hosts_and_inline_scripts() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         page = await client.get("/docs")
         directives = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
@@ -57,7 +57,7 @@ def test_page_permits_no_other_host_and_no_inline_script() -> None:
 
 
 @pytest.mark.parametrize(("path", "media_type"), FILES.items())
-def test_file_is_served_without_a_key(path: str, media_type: str) -> None:
+def test_docs_need_no_api_key(path: str, media_type: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.get(path)
         assert (answer.status_code, answer.headers["content-type"]) == (200, media_type)
@@ -69,7 +69,7 @@ def test_file_is_served_without_a_key(path: str, media_type: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["swagger-ui-bundle.js", "swagger-ui.css"])
-def test_swagger_ui_comes_from_its_package(name: str) -> None:
+def test_swagger_ui_files_come_from_the_package(name: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.get(f"/docs/{name}")
         assert answer.content == (Path(fastapi_offline.__file__).parent / "static" / name).read_bytes()
@@ -79,7 +79,7 @@ def test_swagger_ui_comes_from_its_package(name: str) -> None:
 
 
 @pytest.mark.parametrize("path", [*FILES, "/redoc", "/docs/oauth2-redirect"])
-def test_docs_can_be_switched_off(path: str) -> None:
+def test_docs_answer_404_if_switched_off(path: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.get(path)
         assert answer.status_code == 404
@@ -89,7 +89,7 @@ def test_docs_can_be_switched_off(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/redoc", "/docs/", "/docs/redoc.standalone.js", "/docs/../app/main.py"])
-def test_nothing_else_of_the_package_is_served(path: str) -> None:
+def test_other_files_of_the_package_are_not_served(path: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         assert (await client.get(path)).status_code == 404
 
