@@ -1,18 +1,19 @@
 """Measures the service over HTTP on loopback: `python -m scripts.bench --quick`, or with one of these modes.
 
-closed        1 to 64 clients that send the next request when the last is answered, alone and with disturbances
-open          requests at random times, at shares of the measured capacity; latency counts from the planned time;
-              compared with a simulation of the loop on the measured step times
-alternatives  the same loads on other servers with the same weights, in one run
-training      images per second of scripts.train, of a plain loop, and the limit set by the matrix rate
-endurance     an hour of mixed load: fails if memory grows or an image changes
-versions      throughput and latency of this version against another one, which is in the folder --base
-profile       where the time of a reverse step goes, kernel by kernel, not compiled and compiled
-page          makes a page of tables from the JSON files of one machine
+closed        closed loop: 1 to 64 clients, each sends its next request when the previous one is answered; also while
+              another process uses a core, and while another client floods the service
+open          open loop: requests at random times, at fractions of the measured capacity, compared with a simulation;
+              latency counts from the planned time of a request
+alternatives  the same loads on this service and on other servers with the same weights
+training      images per second of scripts.train and of a plain training loop, and the limit set by the matrix rate
+endurance     an hour of mixed load; fails if memory grows or if an image changes
+versions      throughput and latency of this version and of the version in the folder --base
+profile       time of each kind of kernel in a reverse step, not compiled and compiled
+page          write a page of tables from the JSON files of one machine
 
-Figures are medians with their range over the repeats; with twelve or more repeats, with their quartiles. Each start of
-a service is measured --turns times, and only the measured service runs. The raw results are written to a JSON file,
-with the machine and its matrix rate. UNFOG_* variables are passed to the service.
+Figures are medians over the repeats with their range, or with their quartiles for twelve or more repeats. Each service
+is started --repeats times and measured --turns times per start. While one service is measured, the others are
+suspended. The raw results are written to a JSON file. UNFOG_* variables are passed to the service.
 """
 
 import argparse
@@ -98,8 +99,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"first numbers in under a minute: one start, then 1 client, {QUICK_CLIENTS} clients and a request of 64 "
-        "images for a few seconds each; not comparable with the published figures",
+        help=f"first figures in less than a minute: one start, then 1 client, {QUICK_CLIENTS} clients and requests of "
+        "64 images for a few seconds each; not comparable with the published figures",
     )
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     closed, open_, alternatives, training, endurance, versions, profile, page = map(commands.add_parser, MODES)
@@ -110,61 +111,76 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         type=integer(1, 1024),
         nargs="+",
         default=CLIENTS,
-        help=f"numbers of clients; default: {' '.join(map(str, CLIENTS))}",
+        help=f"numbers of clients with one image per request; default: {' '.join(map(str, CLIENTS))}",
     )
     open_.add_argument(
         "--shares",
         type=positive,
         nargs="+",
         default=SHARES,
-        help=f"shares of the capacity; default: {' '.join(map(str, SHARES))}",
+        help=f"request rates as fractions of the capacity; default: {' '.join(map(str, SHARES))}",
     )
     alternatives.add_argument(
-        "--requests", choices=REQUESTS, default=REQUESTS[0], help=f"the load; default: {REQUESTS[0]}"
+        "--requests",
+        choices=REQUESTS,
+        default=REQUESTS[0],
+        help=f"small: 1 image per request, large: 64 images per request; default: {REQUESTS[0]}",
     )
-    training.add_argument("--repeats", type=integer(1, 100), default=5, help="measurements of each loop; default: 5")
-    training.add_argument("--preset", default="default", help="the recipe; default: default")
-    training.add_argument("--steps", type=integer(1, 100_000), default=30, help="steps per repeat; default: 30")
     training.add_argument(
-        "--data-dir", type=Path, default=Path("data"), help="folder of MNIST's IDX files; downloaded if missing"
+        "--repeats", type=integer(1, 100), default=5, help="measurements of each training loop; default: 5"
     )
-    endurance.add_argument("--minutes", type=positive, default=60.0, help="duration of the load; default: 60")
-    versions.add_argument("--base", type=Path, required=True, help="folder of the other version, such as a worktree")
-    versions.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of each load; default: 5")
+    training.add_argument(
+        "--preset", default="default", help="name of a recipe, or path to a .toml file; default: default"
+    )
+    training.add_argument(
+        "--steps", type=integer(1, 100_000), default=30, help="training steps per repeat; default: 30"
+    )
+    training.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder with MNIST's IDX files, downloaded if missing; default: data",
+    )
+    endurance.add_argument("--minutes", type=positive, default=60.0, help="minutes of load; default: 60")
     versions.add_argument(
-        "--seconds", type=positive, default=24.0, help="seconds for each version in a pair; default: 24"
+        "--base", type=Path, required=True, help="folder of the other version, such as a git worktree"
     )
-    profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows of a step; default: 64")
-    profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads")
+    versions.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of measurements per load; default: 5")
+    versions.add_argument("--seconds", type=positive, default=24.0, help="seconds per version and pair; default: 24")
+    profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
+    profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
     for command in (closed, open_, alternatives, training, endurance, versions, profile):
-        command.add_argument(
-            "--out", type=Path, required=command is not profile, help="the .json file for the raw results"
-        )
-    page.add_argument("folder", type=Path, help="JSON files of the other modes, all from one machine")
-    page.add_argument("--out", type=file_to_write(".md"), required=True, help="the .md file to write")
+        command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
+    page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
+    page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")
     args = parser.parse_args(argv)
     if args.quick == bool(args.mode):
-        parser.error(f"choose either --quick or a mode: {', '.join(MODES)}")
+        parser.error(f"give either --quick or one mode: {', '.join(MODES)}")
     return args
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
     """Adds the arguments that `_options` reads."""
+    command.add_argument("--repeats", type=integer(1, 100), default=5, help="starts of each service; default: 5")
+    command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="seconds per measurement; default: 20")
     command.add_argument(
-        "--repeats", type=integer(1, 100), default=5, help="fresh starts, each measured --turns times; default: 5"
-    )
-    command.add_argument("--seconds", type=integer(1, 86_400), default=20, help="length of a window; default: 20")
-    command.add_argument(
-        "--turns", type=integer(1, 1000), default=1, help="measurements per start, each its own repeat; default: 1"
+        "--turns", type=integer(1, 1000), default=1, help="measurements per start; each counts as a repeat; default: 1"
     )
     command.add_argument(
-        "--settle", type=integer(0, 86_400), default=8, help="seconds under load before a window opens; default: 8"
+        "--settle", type=integer(0, 86_400), default=8, help="seconds of load before a measurement begins; default: 8"
     )
     command.add_argument(
-        "--objective", type=positive, default=OBJECTIVE, help="seconds within which an answer is in time; default: 5"
+        "--objective",
+        type=positive,
+        default=OBJECTIVE,
+        help="latency limit in seconds; slower answers are not in time; default: 5",
     )
     command.add_argument(
-        "--max-batch", type=integer(1, 4096), nargs="*", default=[], help="also measure with these batch sizes"
+        "--max-batch",
+        type=integer(1, 4096),
+        nargs="*",
+        default=[],
+        help="also measure this service with these values of UNFOG_MAX_BATCH",
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
-from scripts.benchmark.endurance import complaint
+from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.evaluation.classifiers import load_classifier
 from scripts.evaluation.tables import as_column, as_run, as_sweep_row, read_evaluation
@@ -25,26 +25,26 @@ MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC, Zen 4", "zen5": "EPYC, 
 SPEED = {  # the README's figures: of which load, in which column
     "seconds for one image, idle service, guidance off": ("1 x 1 image", "p50, s"),
     "the same at the recommended guidance": ("1 x 1 image, guided", "p50, s"),
-    "seconds for one image while a request of 64 runs": ("1 x 1 image beside 1 x 64: one", "p50, s"),
-    "images a second, 64 clients of one image": ("64 x 1 image", "images a second"),
-    "images a second, 2 clients of 64 images": ("2 x 64 images", "images a second"),
-    "the same, guided": ("2 x 64 images, guided", "images a second"),
+    "seconds for one image while a request of 64 runs": ("1 x 1 image with 1 x 64: 1 image", "p50, s"),
+    "images a second, 64 clients of one image": ("64 x 1 image", "images/s"),
+    "images a second, 2 clients of 64 images": ("2 x 64 images", "images/s"),
+    "the same, guided": ("2 x 64 images, guided", "images/s"),
     "the same, unguided, while another process keeps one of the cores": (
         "2 x 64 images, another process on one core",
-        "images a second",
+        "images/s",
     ),
 }
 BESIDE = {  # the README's comparison: of which file and load, in which column
-    "images a second, 64 clients of one image": ("epyc/alternatives-small", "64 x 1 image", "images a second"),
-    "images a second, 2 clients of 64 images, Xeon": ("xeon/alternatives-large", "2 x 64 images", "images a second"),
+    "images a second, 64 clients of one image": ("epyc/alternatives-small", "64 x 1 image", "images/s"),
+    "images a second, 2 clients of 64 images, Xeon": ("xeon/alternatives-large", "2 x 64 images", "images/s"),
     "p95 in seconds, one image each at random times": (
         "epyc/alternatives-small",
-        "0.7 of the slower's capacity",
+        "70% of the slower service's capacity",
         "p95, s",
     ),
     "the same of ten steps, every other request": (
         "epyc/alternatives-small",
-        "the same, every other of 10 steps: 10 steps",
+        "70% of the slower service's capacity, half with 10 steps: 10 steps",
         "p95, s",
     ),
 }
@@ -206,4 +206,4 @@ def test_the_hour_of_load_stands_as_it_was_and_nothing_grew() -> None:
             f"{before[name]:.0f}{unit} before, {min(held):.0f} to {max(held):.0f} under load, {after[name]:.0f} after"
         )
         assert said in section
-    assert complaint(found) is None
+    assert problem_in(found) is None

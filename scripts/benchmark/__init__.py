@@ -1,1 +1,1 @@
-"""Benchmarks of the service and of what a user would pick instead; `python -m scripts.bench` runs them."""
+"""Benchmarks of the service, of alternative servers and of the training. Run them with `python -m scripts.bench`."""

@@ -1,4 +1,4 @@
-"""Loads the service in many ways for hours, and checks its memory, descriptors, threads and the image of a request."""
+"""Endurance test: mixed load for an hour, with checks of memory, file descriptors, threads and one request's image."""
 
 import asyncio
 import json
@@ -23,72 +23,75 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 CLIENTS = 8
-LOOK_SECONDS = 15.0  # between two looks at memory and at the picture
+SAMPLE_SECONDS = 15.0  # between two samples of the resources and the image
 FORMATS = ("application/json", "image/png", "application/zip", "text/event-stream")
-LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # shares of the requests
+LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # fractions of requests: client disconnects, body is invalid
 HOSTILE_CLIENTS = 2
-REST_SECONDS = 15.0  # after the load, for connections to be given up
-LONG_MINUTES = 30  # in a shorter time growth says little
-MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # an hour
-MOST_LEFT = 4  # descriptors more than before the load: of libraries that opened a file of theirs
-STAYS_SECONDS = 12.0  # the longest time that a hostile client waits
+REST_SECONDS = 15.0  # after the load, so that the service can close idle connections
+LONG_MINUTES = 30  # growth is only checked in runs of at least this length
+MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # per hour
+MOST_LEFT = 4  # additional descriptors after the load; libraries keep a few files open
+STAYS_SECONDS = 12.0  # the longest time that a hostile client keeps a connection open
 
 _BODY = json.dumps({"digit": 7, "count": 16, "num_steps": 20, "scale": 8}).encode()
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(_BODY)
 _STREAM = b"Accept: text/event-stream\r\n\r\n"
-BEHAVIOURS = {  # of hostile clients: what each sends, and what it does after that
-    "is silent": (b"", "stays"),
-    "stops in the head": (_HEAD[:40], "stays"),
+BEHAVIOURS = {  # of hostile clients: the bytes to send, and what to do next
+    "sends nothing": (b"", "stays"),
+    "stops in the headers": (_HEAD[:40], "stays"),
     "stops in the body": (_HEAD + b"\r\n" + _BODY[:5], "stays"),
-    "does not read": ((_HEAD + b"\r\n" + _BODY) * 20, "stays"),
-    "does not read its stream": (_HEAD + _STREAM + _BODY, "stays"),
+    "does not read its answers": ((_HEAD + b"\r\n" + _BODY) * 20, "stays"),
+    "does not read its event stream": (_HEAD + _STREAM + _BODY, "stays"),
     "closes its side": (_HEAD + b"\r\n" + _BODY, "closes its side"),
     "resets": (_HEAD + b"\r\n" + _BODY, "resets"),
     "sends more and resets": (_HEAD + b"\r\n" + _BODY + b"\r\n", "resets"),
-    "speaks no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", "stays"),
-    "sends a bomb": (_HEAD.replace(b"%d" % len(_BODY), b"16000") + b"\r\n" + b"[" * 16_000, "stays"),
+    "does not send HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", "stays"),
+    "sends deeply nested JSON": (_HEAD.replace(b"%d" % len(_BODY), b"16000") + b"\r\n" + b"[" * 16_000, "stays"),
 }
 PROBE = {"digit": 3, "seed": 11, "num_steps": 10, "sampler": "dpmpp"}
 
 
-class Look(NamedTuple):
-    """What a process holds at a moment, in seconds."""
+class ResourceSample(NamedTuple):
+    """The resources of a service at one time."""
 
-    at: float
+    at: float  # seconds since the load began
     megabytes: float
     descriptors: float
     threads: float
 
     @classmethod
-    def of(cls, running: Running, at: float) -> "Look":
-        """Returns what the service uses now, `at` seconds after the load began."""
+    def of(cls, running: Running, at: float) -> "ResourceSample":
+        """Returns the resources that the service uses now, `at` seconds after the load began."""
         return cls(at, *astuple(running.resources()))
 
 
 @dataclass(slots=True)
 class Log:
-    """What was seen."""
+    """The observations of a run."""
 
-    before: Look
-    looks: list[Look] = field(default_factory=list)
-    pictures: set[bytes] = field(default_factory=set)
-    answers: dict[int, int] = field(default_factory=dict)  # by status; 0 for a client that left
-    after: Look | None = None
+    before: ResourceSample
+    samples: list[ResourceSample] = field(default_factory=list)
+    pictures: set[bytes] = field(default_factory=set)  # different answers to PROBE
+    answers: dict[int, int] = field(default_factory=dict)  # number by status; 0: the client disconnected
+    after: ResourceSample | None = None
 
     def count(self, status: int) -> None:
-        """One more."""
+        """Counts an answer with this status."""
         self.answers[status] = self.answers.get(status, 0) + 1
 
     def as_json(self) -> dict[str, Any]:
-        """With what grew in the second half, when all that is kept for good has been made."""
-        later = self.looks[len(self.looks) // 2 :]
+        """Returns the results. Growth is of the second half, when caches are filled."""
+        later = self.samples[len(self.samples) // 2 :]
         return {
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
             "pictures": len(self.pictures),
             "before": self.before._asdict(),
             "after": self.after and self.after._asdict(),
-            **{name: [round(getattr(look, name), 1) for look in self.looks] for name in MOST_GROWTH},
-            **{f"{name}_an_hour": growth([(look.at, getattr(look, name)) for look in later]) for name in MOST_GROWTH},
+            **{name: [round(getattr(sample, name), 1) for sample in self.samples] for name in MOST_GROWTH},
+            **{
+                f"{name}_an_hour": growth([(sample.at, getattr(sample, name)) for sample in later])
+                for name in MOST_GROWTH
+            },
         }
 
 
@@ -101,30 +104,36 @@ def measure_endurance(minutes: float, out: Path, reporter: Reporter) -> None:
         log = asyncio.run(endure(running, 60 * minutes, reporter))
     found = {"machine": this_machine().as_json(), "minutes": minutes, **log.as_json()}
     write_json(out, found)
-    answers = ", ".join(f"{count} x {status or 'left'}" for status, count in sorted(log.answers.items()))
+    answers = ", ".join(f"{count} x {status or 'disconnected'}" for status, count in sorted(log.answers.items()))
     grown = ", ".join(f"{found[f'{name}_an_hour']:.2f} {name}" for name in MOST_GROWTH)
-    reporter.line(f"{answers}; growth in the second half, an hour: {grown}")
-    if wrong := complaint(found):
-        raise ScriptError(wrong)
+    reporter.line(f"Answers by status: {answers}. Growth per hour in the second half: {grown}")
+    if problem := problem_in(found):
+        raise ScriptError(problem)
 
 
-def complaint(found: dict[str, Any]) -> str | None:
-    """What is wrong with what was found; None where it is well."""
+def problem_in(found: dict[str, Any]) -> str | None:
+    """Returns what is wrong with these results; None if they pass."""
     if found["pictures"] != 1:
-        return f"the same request gave {found['pictures']} pictures"
-    if found["after"]["descriptors"] > found["before"]["descriptors"] + MOST_LEFT:
-        return "descriptors were left open"
-    grown = [name for name, most in MOST_GROWTH.items() if found[f"{name}_an_hour"] > most]
+        return f"The same request gave {found['pictures']} different images, expected 1"
+    before, after = found["before"]["descriptors"], found["after"]["descriptors"]
+    if after > before + MOST_LEFT:
+        return f"Descriptors were left open: {after:.0f} after the load, {before:.0f} before it"
+    rates = {name: found[f"{name}_an_hour"] for name in MOST_GROWTH}
+    grown = [
+        f"{name} grew by {rates[name]:.1f} per hour (limit {most:g})"
+        for name, most in MOST_GROWTH.items()
+        if rates[name] > most
+    ]
     if grown and found["minutes"] >= LONG_MINUTES:
-        return f"{' and '.join(grown)} grew"
+        return "Possible leak: " + ", ".join(grown)
     return None
 
 
-def growth(looks: Sequence[tuple[float, float]]) -> float:
-    """Returns the growth in an hour of (seconds, amount) by the Theil-Sen estimator; NaN for fewer than two samples."""
-    if len(looks) < 2:
+def growth(samples: Sequence[tuple[float, float]]) -> float:
+    """Returns the growth per hour of (seconds, amount) by the Theil-Sen estimator, or NaN for less than two samples."""
+    if len(samples) < 2:
         return float("nan")
-    seconds, amounts = zip(*looks, strict=True)
+    seconds, amounts = zip(*samples, strict=True)
     return 3600 * float(require("scipy.stats", extra="bench").theilslopes(amounts, seconds).slope)
 
 
@@ -133,16 +142,16 @@ async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: 
 
     Raises ScriptError if an answer is missing or has an unexpected status.
     """
-    log = Log(Look.of(running, 0.0))
+    log = Log(ResourceSample.of(running, 0.0))
     try:
         await _endure(running, seconds, reporter, seed, log)
-    except ExceptionGroup as group:  # a client's, whose end is everybody's
-        raise ScriptError(f"under load: {group.exceptions[0]!r}") from group
+    except ExceptionGroup as group:  # a client failed, so the task group cancelled the others
+        raise ScriptError(f"A client failed under load: {group.exceptions[0]!r}") from group
     unexpected = set(log.answers) - {0, 200, 422, 429}
     if unexpected:
-        raise ScriptError(f"answers of {sorted(unexpected)} under load")
+        raise ScriptError(f"Answers with unexpected status under load: {', '.join(map(str, sorted(unexpected)))}")
     await asyncio.sleep(REST_SECONDS)
-    log.after = Look.of(running, seconds + REST_SECONDS)
+    log.after = ResourceSample.of(running, seconds + REST_SECONDS)
     return log
 
 
@@ -158,11 +167,11 @@ async def _endure(running: Running, seconds: float, reporter: Reporter, seed: in
                 start = time.monotonic()
                 while (now := time.monotonic()) < end:
                     async with session.post("/generate", json=PROBE, headers={"Accept": FORMATS[1]}) as answer:
-                        if answer.status == 200:  # 429 where the others fill the queue
+                        if answer.status == 200:  # 429 if the other clients fill the queue
                             log.pictures.add(await answer.read())
-                    log.looks.append(Look.of(running, now - start))
-                    task.advance(round(min(LOOK_SECONDS, end - now)), f"{log.looks[-1].megabytes:.0f} MB")
-                    await asyncio.sleep(min(LOOK_SECONDS, max(0.0, end - time.monotonic())))
+                    log.samples.append(ResourceSample.of(running, now - start))
+                    task.advance(round(min(SAMPLE_SECONDS, end - now)), f"{log.samples[-1].megabytes:.0f} MB")
+                    await asyncio.sleep(min(SAMPLE_SECONDS, max(0.0, end - time.monotonic())))
 
 
 async def _client(session: "ClientSession", choose: random.Random, end: float, log: Log) -> None:
@@ -184,12 +193,12 @@ async def _client(session: "ClientSession", choose: random.Random, end: float, l
                     log.count(answer.status)
         except TimeoutError:
             if patience is None:
-                raise ScriptError("an answer took longer than ten minutes") from None
+                raise ScriptError("A request was not answered within 600 s") from None
             log.count(0)
 
 
 async def _hostile(url: str, choose: random.Random, end: float) -> None:
-    """Uses the BEHAVIOURS one after the other until the end. Ignores errors of connections."""
+    """Opens connections with random BEHAVIOURS until `end`. Ignores connection errors."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
     while time.monotonic() < end:
         sends, then = BEHAVIOURS[choose.choice(list(BEHAVIOURS))]
@@ -198,7 +207,10 @@ async def _hostile(url: str, choose: random.Random, end: float) -> None:
 
 
 async def _behave(host: str, port: int, sends: bytes, then: str, seconds: float) -> None:
-    """Opens a connection and behaves for at most `seconds`. asyncio's streams would read on their own."""
+    """Opens a connection, sends bytes, and does `then` for at most `seconds`.
+
+    Uses a socket, since asyncio's streams would read the answer.
+    """
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setblocking(False)

@@ -1,9 +1,10 @@
-"""Figures of a benchmark's JSON: bars a load and a contestant, or lines over the load where it rose."""
+"""Plots of the JSON results of scripts.bench: bars for each load and service, or lines over the request rate."""
 
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from scripts.benchmark.report import plain_kind, plain_load
 from scripts.common.figures import LABEL_SIZE, PIXELS_PER_LETTER, new_figure
 from scripts.common.progress import require
 
@@ -12,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 1000, 340  # pixels; of bars as many as there are
+WIDTH, HEIGHT = 1000, 340  # pixels; the height of bar plots depends on the number of bars
 BAR_HEIGHT, MARGIN = 22, 90
-KINDS_APART = 0.45  # of a bar: requests of several kinds under one load
+KINDS_APART = 0.45  # distance between kinds of requests of one load, in bars
 COLOURS = ("#1f77b4", "#6baed6", "#9e9e9e", "#c2a572", "#d95f02", "#a63603", "#7b3294")
-COLOUR_OF = {  # by how a contestant's name begins, the longer ones first; the same in every picture
+COLOUR_OF = {  # by prefix of the service's name; longer prefixes come first
     "unfog,": COLOURS[1],
     "unfog": COLOURS[0],
     "locked": COLOURS[2],
@@ -31,38 +32,42 @@ Rows = Sequence[dict[str, Any]]
 
 
 def show_bench(rows: Rows) -> "Figure":
-    """The rows of `scripts.bench`'s JSON."""
+    """Plots the rows of a JSON file of scripts.bench: lines for an open loop, otherwise bars."""
     rising = [row for row in rows if "predicted_p95" in row]
     return _lines(rising) if rising else _bars(rows)
 
 
 def _lines(rows: Rows) -> "Figure":
-    """Latency, and images a second, against the requests that come in a second."""
+    """Plots latency and throughput by request rate."""
     figure = new_figure(WIDTH, HEIGHT)
-    latency, rate = figure.subplots(1, 2)
+    latency, throughput = figure.subplots(1, 2)
     rates = sorted({row["rate"] for row in rows})
-    at = [[row for row in rows if row["rate"] == asked] for asked in rates]
+    at = [[row for row in rows if row["rate"] == rate] for rate in rates]
     (kind,) = rows[0]["latencies"]
     for share, colour in (("p50", COLOURS[1]), ("p95", COLOURS[0])):
-        _line(latency, rates, [[row["latencies"][kind][share] for row in of_it] for of_it in at], share, colour)
+        _line(latency, rates, [[row["latencies"][kind][share] for row in same_rate] for same_rate in at], share, colour)
     for name, label, colour in (("predicted_p95", "simulated", COLOURS[4]), ("replayed_p95", "replayed", COLOURS[2])):
         if all(name in row for row in rows):
-            said = [statistics.median(row[name] for row in of_it) for of_it in at]
-            latency.plot(rates, said, "x--", color=colour, label=f"p95, {label}")
+            medians = [statistics.median(row[name] for row in same_rate) for same_rate in at]
+            latency.plot(rates, medians, "x--", color=colour, label=f"p95, {label}")
     latency.set_yscale("log")
     _label_logarithms(latency.yaxis)
-    _describe(latency, "images asked for a second", "seconds until answered")
-    _line(rate, rates, [[row["images_a_second"] for row in of_it] for of_it in at], "answered", COLOURS[0])
-    _line(rate, rates, [[row["goodput"] for row in of_it] for of_it in at], "answered in time", COLOURS[4])
-    rate.plot(rates, rates, "x:", color="#bbbbbb", label="asked for")
-    rate.set_ylim(0, 1.3 * max(row["images_a_second"] for row in rows))
-    _describe(rate, "images asked for a second", "images a second")
+    _describe(latency, "requested images/s", "latency, s")
+    _line(
+        throughput, rates, [[row["images_a_second"] for row in same_rate] for same_rate in at], "answered", COLOURS[0]
+    )
+    _line(
+        throughput, rates, [[row["goodput"] for row in same_rate] for same_rate in at], "answered in time", COLOURS[4]
+    )
+    throughput.plot(rates, rates, "x:", color="#bbbbbb", label="requested")
+    throughput.set_ylim(0, 1.3 * max(row["images_a_second"] for row in rows))
+    _describe(throughput, "requested images/s", "images/s")
     figure.tight_layout()
     return figure
 
 
 def _line(axes: "Axes", x: Sequence[float], values: Sequence[Sequence[float]], label: str, colour: str) -> None:
-    """Medians, and the range over the repeats."""
+    """Plots the medians and shades the range over the repeats."""
     axes.plot(x, [statistics.median(found) for found in values], "o-", color=colour, label=label, markersize=4)
     axes.fill_between(x, [min(found) for found in values], [max(found) for found in values], color=colour, alpha=0.2)
 
@@ -76,7 +81,7 @@ def _describe(axes: "Axes", x: str, y: str) -> None:
 
 
 def _label_logarithms(axis: "Axis") -> None:
-    """0.1, 0.3, 1, 3, ... and no powers of ten."""
+    """Labels a logarithmic axis with 0.1, 0.3, 1, 3, ... instead of powers of ten."""
     ticker = require("matplotlib.ticker")
     axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -88,37 +93,41 @@ def _colour_of(contestant: str) -> str:
 
 
 def _bars(rows: Rows) -> "Figure":
-    """Images a second, and seconds until answered, of each contestant under each load."""
+    """Plots throughput and latency of each service under each load."""
     groups = list(dict.fromkeys((row["load"], row["contestant"]) for row in rows))
     height = BAR_HEIGHT * len(groups) + MARGIN
     figure = new_figure(WIDTH, height)
-    labels = [f"{load}: {contestant}" for load, contestant in groups]
+    labels = [f"{plain_load(load)}: {contestant}" for load, contestant in groups]
     left = PIXELS_PER_LETTER * max(map(len, labels)) + 10
     box = {"left": left / WIDTH, "right": 0.98, "bottom": 50 / height, "top": 1 - 10 / height, "wspace": 0.08}
     rate, latency = figure.subplots(1, 2, sharey=True, gridspec_kw=box)
     for place, (load, contestant) in enumerate(groups):
-        of_it = [row for row in rows if (row["load"], row["contestant"]) == (load, contestant)]
+        own_rows = [row for row in rows if (row["load"], row["contestant"]) == (load, contestant)]
         colour = _colour_of(contestant)
-        found = [row["images_a_second"] for row in of_it]
+        found = [row["images_a_second"] for row in own_rows]
         middle = statistics.median(found)
         spread = [[middle - min(found)], [max(found) - middle]]
         rate.barh(place, middle, color=colour, xerr=spread, error_kw={"ecolor": "#444444", "capsize": 2})
-        kinds = of_it[0]["latencies"]
+        kinds = own_rows[0]["latencies"]
         for k, kind in enumerate(kinds):
             at = place + KINDS_APART * (k - (len(kinds) - 1) / 2)
-            p50, p95 = (statistics.median(row["latencies"][kind][share] for row in of_it) for share in ("p50", "p95"))
+            p50, p95 = (
+                statistics.median(row["latencies"][kind][share] for row in own_rows) for share in ("p50", "p95")
+            )
             latency.plot([p50, p95], [at, at], "-", color=colour)
             latency.plot([p50], [at], "o", color=colour, markersize=4)
             latency.plot([p95], [at], "|", color=colour, markersize=9)
             if len(kinds) > 1:
-                latency.annotate(kind, (p95, at), (5, -3), textcoords="offset points", fontsize=LABEL_SIZE - 1)
+                latency.annotate(
+                    plain_kind(kind), (p95, at), (5, -3), textcoords="offset points", fontsize=LABEL_SIZE - 1
+                )
     rate.set_yticks(range(len(groups)), labels, fontsize=LABEL_SIZE)
     rate.invert_yaxis()
     latency.set_xscale("log")
     _label_logarithms(latency.xaxis)
     latency.margins(x=0.12)
-    rate.set_xlabel("images a second", fontsize=LABEL_SIZE)
-    latency.set_xlabel("seconds until answered, p50 to p95", fontsize=LABEL_SIZE)
+    rate.set_xlabel("images/s", fontsize=LABEL_SIZE)
+    latency.set_xlabel("latency, s, p50 to p95", fontsize=LABEL_SIZE)
     for axes in (rate, latency):
         axes.tick_params(labelsize=LABEL_SIZE)
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""The loads: who asks for what, how often, and what else the machine does meanwhile."""
+"""The loads of the benchmarks: the requests, their rate, and other processes that disturb the machine."""
 
 import subprocess
 import sys
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scripts.benchmark.clients import Ask, Asks
+from scripts.benchmark.clients import RequestMaker, RequestSpec
 
 LARGEST_REQUEST = 64
-NUM_STEPS = 100  # of a request that does not set num_steps
-ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of a rate
+NUM_STEPS = 100  # of requests without num_steps
+ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of rates
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
 FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
 FLOOD_CONNECTIONS = 8
@@ -27,76 +27,81 @@ threads = [threading.Thread(target=ask, daemon=True) for _ in range(int(sys.argv
 for thread in threads: thread.start()
 print(flush=True)
 threads[0].join()
-"""  # it ends when a request fails
+"""  # the process ends when a request fails
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Clients that ask one after the other, or requests at random times, `rate` a second."""
+    """A closed loop if `clients` is given. With `make_request`, an open loop with `rate` requests per second."""
 
     name: str
-    clients: tuple[Asks, ...] = ()
-    asks: Asks | None = None
+    clients: tuple[RequestMaker, ...] = ()  # each sends one request after the other
+    make_request: RequestMaker | None = None
     rate: float = 0.0
     disturbance: Literal["", "busy core", "flood"] = ""
 
     @property
     def is_plain(self) -> bool:
-        """Whether every image takes as many calls of the network as that of `one`, a hundred."""
-        asked = [asks(k).body for asks in (*self.clients, self.asks) if asks for k in range(2)]
-        as_one = [(body.get("guidance_scale"), body.get("num_steps")) for body in (*asked, one(0).body)]
-        return len(set(as_one)) == 1
+        """True if every image needs 100 network calls, like those of `one`."""
+        makers = [maker for maker in (*self.clients, self.make_request) if maker]
+        bodies = [one(0).body, *(maker(k).body for maker in makers for k in range(2))]
+        return len({(body.get("guidance_scale"), body.get("num_steps")) for body in bodies}) == 1
 
 
-def one(k: int) -> Ask:
-    """One image in 100 steps."""
-    return Ask("one", {**UNGUIDED, "digit": k % 10, "seed": k})
+def one(k: int) -> RequestSpec:
+    """Returns the k-th request for one image in 100 steps without guidance."""
+    return RequestSpec("one", {**UNGUIDED, "digit": k % 10, "seed": k})
 
 
-def many(k: int) -> Ask:
-    """The largest request."""
-    return Ask("64", {**one(k).body, "count": LARGEST_REQUEST})
+def many(k: int) -> RequestSpec:
+    """Returns the k-th request for LARGEST_REQUEST images."""
+    return RequestSpec("64", {**one(k).body, "count": LARGEST_REQUEST})
 
 
-def guided(asks: Asks) -> Asks:
-    """The same with the guidance that the checkpoint recommends."""
+def guided(make_request: RequestMaker) -> RequestMaker:
+    """Returns the same requests with the recommended guidance of the checkpoint."""
 
-    def ask(k: int) -> Ask:
-        asked = asks(k)
-        return Ask(asked.kind, {name: value for name, value in asked.body.items() if name != "guidance_scale"})
+    def guided_request(k: int) -> RequestSpec:
+        request = make_request(k)
+        body = {name: value for name, value in request.body.items() if name != "guidance_scale"}
+        return RequestSpec(request.kind, body)
 
-    return ask
+    return guided_request
 
 
-def mixed(k: int) -> Ask:
-    """Every other request is one of ten steps."""
-    return Ask(FEW, {**one(k).body, **FEW_STEPS}) if k % 2 else Ask("100 steps", one(k).body)
+def mixed(k: int) -> RequestSpec:
+    """Returns the k-th request of a mix: every other one uses 10 steps instead of 100."""
+    return RequestSpec(FEW, {**one(k).body, **FEW_STEPS}) if k % 2 else RequestSpec("100 steps", one(k).body)
 
 
 def clients_of_one(count: int) -> Load:
-    """So many clients of one image a request."""
+    """Returns a load of `count` clients with one image per request."""
     return Load(f"{count} x 1 image", (one,) * count)
 
 
 def large() -> Load:
-    """Two clients of the largest requests: there is always one that waits."""
+    """Returns a load of two clients with the largest requests, so that one request always waits."""
     return Load(f"2 x {LARGEST_REQUEST} images", (many,) * 2)
 
 
 def one_large() -> Load:
-    """Returns one client of the largest requests."""
+    """Returns a load of one client with the largest requests."""
     return Load(f"1 x {LARGEST_REQUEST} images", (many,))
 
 
 def closed_loads(clients: Sequence[int]) -> list[Load]:
-    """Ever more clients of one image; large requests; an image beside them; guided; on a disturbed machine."""
+    """Returns the loads of the mode `closed`.
+
+    First these numbers of clients of one image, then large requests, a small and a large request together, the same
+    with guidance, and large requests on a disturbed machine.
+    """
     of_many = large()
     return [
         *map(clients_of_one, clients),
         of_many,
-        Load(f"1 x 1 image beside 1 x {LARGEST_REQUEST}", (one, many)),
+        Load(f"1 x 1 image with 1 x {LARGEST_REQUEST}", (one, many)),
         Load("1 x 1 image, guided", (guided(one),)),
-        Load(f"1 x 1 image beside 1 x {LARGEST_REQUEST}, guided", (guided(one), guided(many))),
+        Load(f"1 x 1 image with 1 x {LARGEST_REQUEST}, guided", (guided(one), guided(many))),
         Load(f"{of_many.name}, guided", (guided(many),) * 2),
         Load(f"{of_many.name}, another process on one core", of_many.clients, disturbance="busy core"),
         Load(f"{of_many.name}, a flood of GET /livez", of_many.clients, disturbance="flood"),
@@ -104,14 +109,14 @@ def closed_loads(clients: Sequence[int]) -> list[Load]:
 
 
 def open_loads(capacity: float, shares: Sequence[float]) -> list[Load]:
-    """Poisson arrivals of one image each, at shares of so many images a second."""
-    return [Load(f"{share:g} of capacity", asks=one, rate=share * capacity) for share in shares]
+    """Returns Poisson arrivals of one image each. `shares` are fractions of `capacity` in images per second."""
+    return [Load(f"{100 * share:g}% of capacity", make_request=one, rate=share * capacity) for share in shares]
 
 
 def version_loads() -> dict[Load, str]:
-    """Returns the loads, each with the unit of its rate.
+    """Returns the loads of the mode `versions`, each with the unit of its rate.
 
-    Throughput is counted in rows, since a large request ends too rarely.
+    Throughput is counted in rows, since too few large requests complete in a measurement.
     """
     small, large = guided(one), guided(many)
     return {
@@ -124,10 +129,10 @@ def version_loads() -> dict[Load, str]:
 
 @contextmanager
 def disturbed(kind: str, url: str) -> Iterator[Callable[[], bool]]:
-    """Runs a process until the block ends, and yields a function that returns True while it runs.
+    """Runs a disturbing process until the block ends. Yields a function that returns True while it runs.
 
-    With `busy core` the process computes. With `flood` it sends GET /livez as fast as possible to the service at `url`.
-    Without a kind it runs no process.
+    A `busy core` process computes without end. A `flood` process sends GET /livez as fast as possible to the service
+    at `url`. If `kind` is empty, no process is run.
     """
     if not kind:
         yield lambda: True

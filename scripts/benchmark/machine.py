@@ -1,4 +1,4 @@
-"""What the machine is, and how fast it multiplies matrices: the measure that a step is held against."""
+"""Describes the machine and measures its matrix rate, the reference for the speed of a step."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 from model.precision import fast_dtype
 
-SIZE = 2048  # of the square matrices: large enough that nothing but the multiplication counts
+SIZE = 2048  # of the square matrices; large, so that the multiplication dominates the time
 REPEATS = 3
 
 
@@ -21,13 +21,13 @@ class Machine:
 
     processor: str
     cores: int
-    features: tuple[str, ...]  # those that bfloat16 is multiplied with
+    features: tuple[str, ...]  # instruction sets used for bfloat16 products
     gpu: str | None
     torch: str
     threads: int
 
     def as_json(self) -> dict[str, Any]:
-        """For the file of raw results."""
+        """Returns the fields for the JSON file of raw results."""
         return asdict(self)
 
 
@@ -37,7 +37,7 @@ def this_device() -> torch.device:
 
 
 def this_machine() -> Machine:
-    """The one that this runs on."""
+    """Returns the description of the machine that runs this process."""
     has = torch.cpu.get_capabilities()
     features = tuple(name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if has.get(name))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -47,7 +47,10 @@ def this_machine() -> Machine:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
-    """Floating point operations a second in a large product, the best of three; a multiply-add is two."""
+    """Returns the operations per second of a large matrix product, the best of three. A multiply-add counts as two.
+
+    `dtype` defaults to the fastest one of the device.
+    """
     dtype = dtype or fast_dtype(device)
     left, right = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
     seconds = []

@@ -1,4 +1,4 @@
-"""Measures services under loads, by the answers in a window and by the services' own metrics."""
+"""Measures services under load, from the answers to the clients and from the metrics of the services."""
 
 import asyncio
 import time
@@ -19,26 +19,26 @@ STEPS = "unfog_denoise_step_duration_seconds"
 ROWS = "unfog_batch_rows"
 NETWORK = "unfog_network_seconds_total"
 SHARES = (50, 95, 99)
-SCRAPE_SECONDS = 0.5  # between two scrapes of the metrics under an open loop
+SCRAPE_SECONDS = 0.5  # time between two scrapes of the metrics in an open loop
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """The times of a measurement, in seconds."""
+    """The durations of a measurement, in seconds."""
 
     window: float  # time in which requests are counted
     settle: float  # time under load before the window opens
-    objective: float  # a slower request does not count in goodput
+    objective: float  # latency limit; a slower request does not count in goodput
 
 
 def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, Any]:
     """Returns the figures of a service under a load. Raises ScriptError if a request fails."""
     before, moments = running.metrics(), list[Moment]()
     begin = time.perf_counter()
-    with disturbed(load.disturbance, running.url) as goes_on:
+    with disturbed(load.disturbance, running.url) as is_running:
         window = asyncio.run(_under(running, load, times, seed, moments if before.values else None))
-        if not goes_on():
-            raise ScriptError(f"{load.name}: the process that disturbs the machine has ended")
+        if not is_running():
+            raise ScriptError(f"{load.name}: the disturbing process ended during the measurement. Run it again")
     seconds = time.perf_counter() - begin
     if window.failures:
         raise ScriptError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
@@ -50,7 +50,7 @@ def measure(running: Running, contestant: Contestant, load: Load, times: Times, 
         **_figures_of(window, times.objective),
         "answers": _raw(window),
         "moments": moments,
-        **_said_by(running.metrics(), before, seconds),
+        **_figures_of_metrics(running.metrics(), before, seconds),
         "resident_megabytes": running.resources().megabytes,
         "ready_seconds": running.ready_seconds,
     }
@@ -61,44 +61,44 @@ def take_turns(
     loads: Sequence[Load],
     times: Times,
     repeats: Iterable[int],
-    witness: Callable[[], dict[str, Any]],
+    measure_machine: Callable[[], dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Starts all services and measures each of them under each load, once in a repeat. The order rotates.
+    """Starts all services, and measures each of them under each load once per repeat.
 
-    `witness` measures the machine before and after each measurement, while all services are suspended. Its results are
-    in `beside`.
+    The order of the services rotates. `measure_machine` is called before and after each measurement, while all services
+    are suspended. Its results are in `beside` of the yielded rows.
     """
     with all_started(contestants) as running:
         for repeat, load in product(repeats, loads):
             first = repeat % len(contestants)
             for contestant in [*contestants[first:], *contestants[:first]]:
-                before = witness()
+                before = measure_machine()
                 with running[contestant.name].turn():
                     figures = measure(running[contestant.name], contestant, load, times, repeat)
-                yield {"repeat": repeat, **figures, "beside": [before, witness()]}
+                yield {"repeat": repeat, **figures, "beside": [before, measure_machine()]}
 
 
 async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:
-    """Runs the closed or the open loop of a load. Under an open loop, `moments` is filled unless it is None."""
+    """Runs the closed or the open loop of a load. An open loop appends samples to `moments` unless it is None."""
     async with connected(running.url) as send, AsyncExitStack() as stack:
-        if not load.asks:
+        if not load.make_request:
             return await closed_loop(send, load.clients, times.settle, times.window)
         if moments is not None:
             await stack.enter_async_context(_watched(running, moments))
-        return await open_loop(send, load.asks, arrivals(load.rate, seed), times.settle, times.window)
+        return await open_loop(send, load.make_request, arrivals(load.rate, seed), times.settle, times.window)
 
 
 @asynccontextmanager
 async def _watched(running: Running, moments: list[Moment]) -> AsyncIterator[None]:
-    """Scrapes the metrics and appends them to `moments` until the block ends. Leaves out scrapes that fail."""
+    """Scrapes the metrics and appends them to `moments` until the block ends. Ignores scrapes that fail."""
     begin = time.perf_counter()
 
     async def watch() -> None:
         while True:
             with suppress(OSError, KeyError):
-                said = (await asyncio.to_thread(running.metrics)).values
+                values = (await asyncio.to_thread(running.metrics)).values
                 at = time.perf_counter() - begin
-                moments.append(Moment(at, said[f"{ROWS}_count"], said[f"{ROWS}_sum"], said[NETWORK]))
+                moments.append(Moment(at, values[f"{ROWS}_count"], values[f"{ROWS}_sum"], values[NETWORK]))
             await asyncio.sleep(SCRAPE_SECONDS)
 
     watching = asyncio.create_task(watch())
@@ -124,14 +124,14 @@ def _figures_of(window: Window, objective: float) -> dict[str, Any]:
 
 
 def _raw(window: Window) -> list[list[Any]]:
-    """Each request: its kind and images, and when it was due, sent and answered, in seconds of the window."""
+    """Returns kind, images, and planned, sent and answered time of each request, in seconds since the window opened."""
     return [
         [a.kind, a.images, *(round(at - window.start, 4) for at in (a.planned, a.sent, a.done))] for a in window.answers
     ]
 
 
-def _said_by(after: Metrics, before: Metrics, seconds: float) -> dict[str, Any]:
-    """Returns figures of the steps between two scrapes, `seconds` apart; no figures without steps or metrics."""
+def _figures_of_metrics(after: Metrics, before: Metrics, seconds: float) -> dict[str, Any]:
+    """Returns figures of the steps between two scrapes, `seconds` apart. Returns none without steps or metrics."""
     grown = {name: value - before.values.get(name, 0) for name, value in after.values.items()}
     steps = grown.get(f"{ROWS}_count")
     if not steps:

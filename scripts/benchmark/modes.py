@@ -35,10 +35,10 @@ from scripts.evaluation.tables import as_table
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
 REQUESTS = ("small", "large")  # loads of the alternatives
-SATURATING = 64  # clients of one image
+SATURATING = 64  # clients of one image that use the full capacity of a service
 OBJECTIVE = 5.0  # seconds
 QUICK_SECONDS, QUICK_CLIENTS = 3, 8
-QUICK_COLUMNS = ("load", "images a second", "p50, s", "requests")
+QUICK_COLUMNS = ("load", "images/s", "p50, s", "requests")
 Rows = list[dict[str, Any]]
 
 
@@ -60,14 +60,14 @@ class Options:
 
 
 def measure_closed(options: Options, clients: Sequence[int], reporter: Reporter) -> None:
-    """Measures this service under closed loops, with these numbers of clients of one image among them."""
+    """Measures this service in closed loops, among them loads with these numbers of clients of one image."""
     run = _Run(options, reporter)
     run.repeat(options.own, closed_loads(clients))
     run.finish()
 
 
 def measure_open(options: Options, shares: Sequence[float], reporter: Reporter) -> None:
-    """Measures this service under Poisson arrivals at shares of its capacity, and simulates the same arrivals."""
+    """Measures this service with Poisson arrivals at fractions of its capacity, and simulates the same arrivals."""
     run, own = _Run(options, reporter), options.own[:1]
     saturated = run.repeat(own, [clients_of_one(SATURATING)])
     run.repeat(own, open_loads(_rate_of(saturated, own[0].name), shares), Painter().measure_steps)
@@ -86,8 +86,8 @@ def measure_alternatives(options: Options, requests: str, reporter: Reporter) ->
         of_litserve = max(_rate_of(saturated, tuned.name) for tuned in litserve)
         rate = 0.7 * min(_rate_of(saturated, own[0].name), of_litserve)
         poisson = [
-            Load("0.7 of the slower's capacity", asks=one, rate=rate),
-            Load("the same, every other of 10 steps", asks=mixed, rate=rate),
+            Load("70% of the slower service's capacity", make_request=one, rate=rate),
+            Load("70% of the slower service's capacity, half with 10 steps", make_request=mixed, rate=rate),
         ]
         run.repeat([*own, *others], poisson)
     run.finish()
@@ -97,7 +97,7 @@ def measure_quick(reporter: Reporter) -> None:
     """Measures a few loads for a few seconds each on one start of the service, and prints a small table."""
     machine, own = this_machine(), this_service()
     reporter.line(f"{machine.processor}, {machine.cores} cores, torch {machine.torch}")
-    reporter.line("Starting the service. Its first start on a machine may compile for 30 to 60 s.")
+    reporter.line("Starting the service. The first start on a machine may compile for 30 to 60 s.")
     lines, times = list[list[str]](), Times(QUICK_SECONDS, 0, OBJECTIVE)
     with started(own) as running:
         reporter.line(_arithmetic_of(running))
@@ -109,8 +109,8 @@ def measure_quick(reporter: Reporter) -> None:
             )
     reporter.line(as_table(QUICK_COLUMNS, lines))
     reporter.line(
-        f"One start, windows of {QUICK_SECONDS} s, {NUM_STEPS} steps, no guidance: a first impression, not comparable "
-        "with the published figures. Use the mode closed for those."
+        f"One start, {QUICK_SECONDS} s per load, {NUM_STEPS} steps, no guidance. These figures are a first impression "
+        "and not comparable with the published figures. For comparable figures use the mode closed."
     )
 
 
@@ -122,7 +122,7 @@ def _arithmetic_of(running: Running) -> str:
 
 
 class _Run:
-    """The measurements of one mode. Each is written to the file of results at once."""
+    """The measurements of one mode. The JSON file is written again after each measurement."""
 
     def __init__(self, options: Options, reporter: Reporter) -> None:
         self._options, self._reporter, self._device = options, reporter, this_device()
@@ -130,7 +130,7 @@ class _Run:
         self._rows, self._raw = Rows(), list[list[Any]]()
         self._machine = {**this_machine().as_json(), "flop_a_call": self._flop}
         reporter.line(", ".join(f"{name}: {value}" for name, value in self._machine.items()))
-        keep_freed_memory()  # as in the services, since steps are timed here, too
+        keep_freed_memory()  # the services do the same, and steps are timed in this process too
 
     def repeat(
         self,
@@ -141,16 +141,16 @@ class _Run:
         """Measures each service under each load, with fresh starts, and returns the rows.
 
         The services take turns, so that changes of the machine's speed affect all of them. `measure_steps` returns the
-        seconds of a step by its rows. If it is given, the results have predictions of latency.
+        seconds per step for each number of rows. If it is given, the rows have predictions of the latency.
         """
         times, rows, turns = self._options.times, Rows(), self._options.turns
 
-        def look() -> dict[str, Any]:
+        def measure_machine() -> dict[str, Any]:
             steps = {"seconds_by_rows": measure_steps(STEP_ROWS)} if measure_steps else {}
             return {"matrix_rate": matrix_rate(self._device), **steps}
 
         for first in range(0, self._options.repeats * turns, turns):
-            for row in take_turns(contestants, loads, times, range(first, first + turns), look):
+            for row in take_turns(contestants, loads, times, range(first, first + turns), measure_machine):
                 if measure_steps:
                     row |= predictions(row, times.settle, times.settle + times.window)
                 found = f"{row['images_a_second']:.2f} images/s"
@@ -163,24 +163,26 @@ class _Run:
         return rows
 
     def finish(self) -> None:
-        """Adds the shares of the matrix rate to the rows, prints the table and writes the results."""
-        rate = self._machine["matrix_rate"] = max(look["matrix_rate"] for row in self._rows for look in row["beside"])
-        self._reporter.line(f"matrix rate: {rate / 1e9:.0f} GFLOP/s")
+        """Adds the fractions of the matrix rate to the rows, prints the table and writes the results."""
+        rate = self._machine["matrix_rate"] = max(
+            around["matrix_rate"] for row in self._rows for around in row["beside"]
+        )
+        self._reporter.line(f"Matrix rate: {rate / 1e9:.0f} GFLOP/s")
         for row in self._rows:
             if row["is_plain"]:
-                done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations a second
+                done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations per second
                 row["matrix_share"] = done / rate
-                row["matrix_share_beside"] = done / statistics.mean(look["matrix_rate"] for look in row["beside"])
+                row["matrix_share_beside"] = done / statistics.mean(around["matrix_rate"] for around in row["beside"])
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
         self._write()
 
     def _write(self) -> None:
-        """Writes the rows so far, and each answer to a file of its own."""
+        """Writes the rows so far. The times of the single requests are in a second file, `*.answers.json`."""
         out = self._options.out
         write_json(out, {"machine": self._machine, "seconds": asdict(self._options.times), "rows": self._rows})
         write_atomically(out.with_suffix(".answers.json"), json.dumps(self._raw).encode())
 
 
 def _rate_of(rows: Rows, contestant: str) -> float:
-    """Returns the median of a service's images a second."""
+    """Returns the median throughput of a service in images per second."""
     return statistics.median(row["images_a_second"] for row in rows if row["contestant"] == contestant)

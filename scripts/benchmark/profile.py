@@ -1,7 +1,7 @@
-"""Measures the time of each kernel of a reverse step, not compiled and compiled.
+"""Measures the time of each kind of kernel in a reverse step, not compiled and compiled.
 
-The compiled step is compiled again, so that it contains the names of its kernels. For its share of the machine's matrix
-rate, steps take turns with a large matrix product: if other load slows down the machine, it affects both equally.
+The step is compiled again, with names for its kernels. To compare it with the machine's matrix rate, steps take turns
+with a large matrix product, so that other load on the machine affects both equally.
 """
 
 import tempfile
@@ -30,17 +30,19 @@ from scripts.evaluation.tables import as_table
 
 WARM_UP, REPEATS, TURNS = 5, 20, 60
 Inputs = tuple[State, Tensor, Rows]  # inputs of a step: the state, the plans, the rows
-KINDS = (  # the first whose part is in a kernel's name
+KINDS = (  # a kernel is of the first kind with a part that is in the kernel's name
     ("normalisation", ("group_norm", "var_mean", "layer_norm", "rsqrt")),
     ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
     ("activations", ("gelu", "silu", "tanh", "erf")),
     ("copies", ("copy", "clone", "cat", "to_copy", "contiguous", "empty", "index")),
 )
-OTHER, WHOLE, SHARE = "all else", "whole", "of the matrix rate, %"
+OTHER, WHOLE = "all else", "whole"  # keys of the JSON
+LABELS = {OTHER: "other", WHOLE: "total, without the profiler"}
+SHARE = "share of the matrix rate, %"
 
 
 def measure_profile(rows: int, num_threads: int | None, out: Path | None, reporter: Reporter) -> None:
-    """Profiles a step of `rows` rows on the CPU, prints the table and writes the results if `out` is given."""
+    """Profiles a step with `rows` rows on the CPU, prints the table, and writes the results if `out` is given."""
     if num_threads:
         torch.set_num_threads(num_threads)
     keep_freed_memory()
@@ -59,11 +61,11 @@ def measure_profile(rows: int, num_threads: int | None, out: Path | None, report
 
 
 def profile_table(found: Mapping[str, Any]) -> Table:
-    """Columns and lines of what was found, as the JSON has it."""
+    """Returns the table of a JSON result."""
     by_name: dict[str, dict[str, float]] = found["milliseconds"]
-    columns = (f"ms of a step, rows: {found['rows']}", *by_name)
+    columns = (f"ms per step of {found['rows']} rows", *by_name)
     lines = [
-        [kind, *(f"{of_it.get(kind, 0.0):.2f}" for of_it in by_name.values())]
+        [LABELS.get(kind, kind), *(f"{times.get(kind, 0.0):.2f}" for times in by_name.values())]
         for kind in (*(name for name, _ in KINDS), OTHER, WHOLE)
     ]
     shares = with_spread([100 * share for share in found["matrix_shares"]])
@@ -71,7 +73,10 @@ def profile_table(found: Mapping[str, Any]) -> Table:
 
 
 def matrix_shares(step: Step, inputs: Inputs, flop: int) -> list[float]:
-    """What a step makes of the matrix rate that is measured right after it, again and again."""
+    """Returns the arithmetic rate of a step divided by the matrix rate measured directly after it, TURNS times.
+
+    `flop` is the number of floating point operations of a step.
+    """
     shares = []
     with torch.inference_mode():
         for _ in range(TURNS):
@@ -83,7 +88,7 @@ def matrix_shares(step: Step, inputs: Inputs, flop: int) -> list[float]:
 
 
 def milliseconds_by_kind(step: Step, inputs: Inputs) -> dict[str, float]:
-    """Of one call: its kernels by kind, what lies between them, and the whole as it is without the profiler."""
+    """Returns the milliseconds of one step by kind of kernel, and its total time without the profiler."""
     with torch.inference_mode():
         for _ in range(WARM_UP):
             step(*inputs)
@@ -98,12 +103,12 @@ def milliseconds_by_kind(step: Step, inputs: Inputs) -> dict[str, float]:
 
 
 def kind_of(kernel: str) -> str:
-    """What a kernel does, by its name; a fused one does the first of what it is named for."""
+    """Returns the kind of a kernel, from its name. A fused kernel is of the first matching kind of KINDS."""
     return next((kind for kind, parts in KINDS if any(part in kernel for part in parts)), OTHER)
 
 
 def _time(call: Callable[[], object]) -> float:
-    """Milliseconds, the least of a few."""
+    """Returns the shortest of REPEATS calls in milliseconds."""
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
@@ -113,7 +118,7 @@ def _time(call: Callable[[], object]) -> float:
 
 
 def _with_names(program: ReverseStep, cache: Path) -> Step:
-    """Compiled so that the profiler sees each kernel."""
+    """Compiles the step with names that the profiler can see."""
     with mock.patch.dict(compiler.OPTIONS, {"cpp.enable_kernel_profile": True}):
         return compiler.compiled_step(program, cache)
 

@@ -1,6 +1,7 @@
-"""Numbers out of answers: rates, percentiles, and tables with the spread over repeats."""
+"""Percentiles, and tables with the median and the range over repeats."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,28 +9,29 @@ from typing import Any
 import numpy as np
 
 Table = tuple[tuple[str, ...], list[list[str]]]  # columns and lines
-MANY = 12  # repeats, of which the range would be that of the two oddest
-COLUMNS = (
-    "contestant",
+MANY = 12  # with this number of repeats, quartiles are shown: the range would show only the two extreme repeats
+COLUMNS = (  # explained in page.EXPLANATIONS
+    "service",
     "load",
-    "images a second",
-    "of the first's",
-    "in time",
+    "images/s",
+    "images/s, ratio to the first",
+    "in time, images/s",
     "p50, s",
     "p95, s",
-    "of the first's p95",
-    "p95 simulated, s",
-    "p95 replayed, s",
-    "p95 replayed in batches, s",
+    "p95, ratio to the first",
+    "simulated p95, s",
+    "replayed p95, s",
+    "replayed p95 with request batching, s",
     "p99, s",
-    "first step, s",
-    "rows a step",
-    "p95 of steps, s",
-    "outside the network",
-    "of the matrix rate",
-    "of that beside it",
-    "memory, MB",
+    "wait for the first step, s",
+    "rows per step",
+    "step time p95, s",
+    "time outside the network",
+    "share of the matrix rate",
+    "share of the adjacent matrix rate",
+    "memory, MiB",
 )
+KINDS = {"one": "1 image", "64": "64 images"}  # other kinds of requests are shown as they are in the JSON
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -38,7 +40,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def quantile(buckets: Mapping[float, float], share: float) -> float:
-    """Returns a quantile of a histogram as Prometheus does: linear within a bucket.
+    """Returns a quantile of a histogram like Prometheus, by linear interpolation in a bucket.
 
     `buckets` has the cumulative counts by upper bound. The result never exceeds the largest finite bound.
     """
@@ -50,17 +52,30 @@ def quantile(buckets: Mapping[float, float], share: float) -> float:
 
 
 def with_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Median, and the range where there is more than one, of MANY their quartiles; a dash for none."""
+    """Returns the median, with the range for two or more values, or with the quartiles for MANY. No value is a dash."""
     if len(values) < 2:
         return f"{values[0]:.{digits}g}" if values else "-"
     low, *_, high = statistics.quantiles(values) if len(values) >= MANY else sorted(values)
     return f"{statistics.median(values):.{digits}g} ({low:.{digits}g} - {high:.{digits}g})"
 
 
-def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A line for each contestant under each load, and for each kind of request in it.
+def plain_load(name: str) -> str:
+    """Returns the name of a load to show. Published results also have the names that loads had earlier."""
+    name = name.replace(" beside 1 x ", " with 1 x ")
+    name = name.replace("0.7 of the slower's capacity", "70% of the slower service's capacity")
+    name = name.replace("the same, every other of 10 steps", "70% of the slower service's capacity, half with 10 steps")
+    return re.sub(r"^([\d.]+) of capacity$", lambda share: f"{100 * float(share[1]):g}% of capacity", name)
 
-    The others are held against the first of them in pairs: of each repeat the quotient.
+
+def plain_kind(kind: str) -> str:
+    """Returns the name of a kind of request to show."""
+    return KINDS.get(kind, kind)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Returns a line for each load, service and kind of request.
+
+    Ratios compare a service with the first one under the same load. They are the median of the ratios of each repeat.
     """
     lines = []
     for load in dict.fromkeys(row["load"] for row in rows):
@@ -69,39 +84,39 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             if row["load"] == load:
                 by_contestant[row["contestant"]].append(row)
         first, *others = filter(None, by_contestant.values())
-        lines += [_line(of_it, first, kind) for of_it in (first, *others) for kind in of_it[0]["latencies"]]
+        lines += [_line(own, first, kind) for own in (first, *others) for kind in own[0]["latencies"]]
     return lines
 
 
-def _line(of_it: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
-    load, is_first = of_it[0]["load"], of_it is first
+def _line(own: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], kind: str) -> list[str]:
+    load, is_first = plain_load(own[0]["load"]), own is first
 
     def p(share: int, rows: Sequence[Mapping[str, Any]]) -> list[float]:
         return [row["latencies"][kind][f"p{share}"] for row in rows]
 
-    def beside(own: Sequence[float], others: Sequence[float]) -> str:
-        return "-" if is_first else with_spread([a / b for a, b in zip(own, others, strict=True)])
+    def ratio(values: Sequence[float], of_first: Sequence[float]) -> str:
+        return "-" if is_first else with_spread([a / b for a, b in zip(values, of_first, strict=True)])
 
-    rates = [[row["images_a_second"] for row in rows] for rows in (of_it, first)]
+    rates = [[row["images_a_second"] for row in rows] for rows in (own, first)]
     return [
-        of_it[0]["contestant"],
-        load if len(of_it[0]["latencies"]) == 1 else f"{load}: {kind}",
+        own[0]["contestant"],
+        load if len(own[0]["latencies"]) == 1 else f"{load}: {plain_kind(kind)}",
         with_spread(rates[0]),
-        beside(*rates),
-        _figure(of_it, "goodput"),
-        with_spread(p(50, of_it)),
-        with_spread(p(95, of_it)),
-        beside(p(95, of_it), p(95, first)),
-        *(_figure(of_it, name) for name in ("predicted_p95", "replayed_p95", "batched_p95")),
-        with_spread(p(99, of_it)),
-        *(_figure(of_it, name) for name in ("seconds_to_first_step", "rows_a_step", "p95_of_steps")),
-        *(_percent(of_it, name) for name in ("outside_network", "matrix_share", "matrix_share_beside")),
-        _figure(of_it, "resident_megabytes"),
+        ratio(*rates),
+        _figure(own, "goodput"),
+        with_spread(p(50, own)),
+        with_spread(p(95, own)),
+        ratio(p(95, own), p(95, first)),
+        *(_figure(own, name) for name in ("predicted_p95", "replayed_p95", "batched_p95")),
+        with_spread(p(99, own)),
+        *(_figure(own, name) for name in ("seconds_to_first_step", "rows_a_step", "p95_of_steps")),
+        *(_percent(own, name) for name in ("outside_network", "matrix_share", "matrix_share_beside")),
+        _figure(own, "resident_megabytes"),
     ]
 
 
 def without_empty(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    """The table without the columns in which nobody has a figure."""
+    """Removes the columns in which every cell is a dash."""
     kept = [place for place in range(len(columns)) if any(line[place] != "-" for line in lines)]
     return tuple(columns[place] for place in kept), [[line[place] for place in kept] for line in lines]
 
@@ -111,6 +126,6 @@ def _figure(rows: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def _percent(rows: Sequence[Mapping[str, Any]], name: str) -> str:
-    """The median alone."""
+    """Returns the median in percent, or a dash."""
     values = [row[name] for row in rows if name in row]
     return f"{statistics.median(values):.1%}" if values else "-"

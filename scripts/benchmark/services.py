@@ -1,4 +1,4 @@
-"""Starts and stops the measured services (this one and its alternatives), and reads the resources that they use."""
+"""Starts, suspends and stops the measured services, and reads their metrics and resources."""
 
 import io
 import itertools
@@ -28,42 +28,42 @@ from scripts.common.progress import require
 
 START_SECONDS = 300  # some services compile first
 STOP_SECONDS = 60
-PROBE = {"count": 4, "seed": 5}  # the request to each service before it is measured
-ONE_LEVEL = 1  # of 255: the difference that rounding may make
+PROBE = {"count": 4, "seed": 5}  # the request that compares the images of the services before the measurement
+ONE_LEVEL = 1  # of 255; the largest difference that rounding may cause
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A service to measure: how it is started, and what it serves."""
+    """A service to measure, and how to start it."""
 
     name: str
-    arguments: tuple[str, ...]  # of Python; {port} is replaced by the port
-    variables: dict[str, str] = field(default_factory=dict)
-    is_of_our_network: bool = True  # True if it draws with the shipped weights
-    folder: Path | None = None  # where it is started; None: the working folder
+    arguments: tuple[str, ...]  # of the Python interpreter; {port} is replaced by the port
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables; {port} is replaced too
+    is_of_our_network: bool = True  # True if it uses the shipped weights
+    folder: Path | None = None  # the working folder of the service; None: that of this process
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The resources that all processes of a service use at one moment."""
+    """The resources that all processes of a service use at one time."""
 
-    megabytes: float  # MiB; memory that processes share is counted once
+    megabytes: float  # MiB; shared memory is counted once
     descriptors: int  # open files and sockets
     threads: int
 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The samples of a scrape without labels, and its histograms without labels except their bounds."""
+    """The samples without labels of a scrape of GET /metrics."""
 
-    values: dict[str, float] = field(default_factory=dict)  # by the name of the sample
-    buckets: dict[str, dict[float, float]] = field(default_factory=dict)  # cumulative counts by name and upper bound
+    values: dict[str, float] = field(default_factory=dict)  # by name of the sample
+    buckets: dict[str, dict[float, float]] = field(default_factory=dict)  # of histograms: counts by name and `le`
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A started service. `pid` is the leader of the process group of all its processes."""
+    """A started service. `pid` is the leader of the process group with all its processes."""
 
     url: str
     pid: int
@@ -71,7 +71,7 @@ class Running:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Suspends the service until the block ends. `turn` lets it run in between."""
+        """Suspends the service until the block ends. In the block, `turn` lets it run for a while."""
         os.killpg(self.pid, signal.SIGSTOP)
         try:
             yield
@@ -88,7 +88,7 @@ class Running:
             os.killpg(self.pid, signal.SIGSTOP)
 
     def resources(self) -> Resources:
-        """Returns what the process and its descendants use now. Leaves out a process that has just ended."""
+        """Returns the resources of the process and its descendants. Ignores a process that has just ended."""
         psutil = require("psutil", extra="bench")
         megabytes, descriptors, threads = 0.0, 0, 0
         for process in _process_tree(self.pid):
@@ -99,7 +99,7 @@ class Running:
         return Resources(megabytes, descriptors, threads)
 
     def metrics(self) -> Metrics:
-        """Returns the values of GET /metrics; no values if the service has no such path."""
+        """Scrapes GET /metrics. The result is empty if the service does not have this route."""
         metrics = Metrics()
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
@@ -116,7 +116,10 @@ class Running:
 
 
 def this_service(name: str = "unfog", folder: Path | None = None, **variables: str) -> Contestant:
-    """Returns this project's service with these UNFOG_ variables, or the version of it in `folder`."""
+    """Returns this project's service, or the version of it in `folder`.
+
+    `variables` are settings without the prefix UNFOG_, for example `max_batch="8"`.
+    """
     own = {
         "UNFOG_REQUEST_TIMEOUT": "600",
         "UNFOG_PORT": "{port}",
@@ -128,7 +131,7 @@ def this_service(name: str = "unfog", folder: Path | None = None, **variables: s
 
 
 def alternative(name: str, *options: str) -> Contestant:
-    """Returns a service of scripts.benchmark.alternatives."""
+    """Returns a service of scripts.benchmark.alternatives with these command-line options."""
     label = " ".join([name, *options])
     arguments = ("-m", "scripts.benchmark.alternatives", name, "{port}", *options)
     return Contestant(label, arguments, is_of_our_network=not name.startswith("diffusers"))
@@ -136,7 +139,7 @@ def alternative(name: str, *options: str) -> Contestant:
 
 @contextmanager
 def started(contestant: Contestant) -> Iterator[Running]:
-    """Runs the service until the block ends. Raises ScriptError if it does not answer within START_SECONDS."""
+    """Runs the service until the block ends. Raises ScriptError if it is not ready within START_SECONDS."""
     port = _free_port()
     variables = {name: value.format(port=port) for name, value in contestant.variables.items()}
     command = [sys.executable, *(part.format(port=port) for part in contestant.arguments)]
@@ -157,32 +160,33 @@ def started(contestant: Contestant) -> Iterator[Running]:
 
 @contextmanager
 def all_started(contestants: Sequence[Contestant]) -> Iterator[dict[str, Running]]:
-    """Starts all services and yields them by name. Each is suspended, since an idle service uses the processor too.
+    """Starts all services and yields them by name. All are suspended, since an idle service uses the processor too.
 
-    Raises ScriptError if a service draws other images than the first one although it has the same weights, or images
-    of another size.
+    Raises ScriptError if a service generates images of another size than the first one, or different images although
+    it uses the same weights.
     """
     running, expected = dict[str, Running](), None
     with ExitStack() as stack:
         for contestant in contestants:
             one = running[contestant.name] = stack.enter_context(started(contestant))
-            drawn = _picture(one)
-            expected = drawn if expected is None else expected
-            if drawn.shape != expected.shape or (contestant.is_of_our_network and _differ(drawn, expected)):
-                raise ScriptError(f"{contestant.name} draws other pictures than {contestants[0].name}")
+            images = _probe_sheet(one)
+            expected = images if expected is None else expected
+            if images.shape != expected.shape or (contestant.is_of_our_network and _differ(images, expected)):
+                names = f"{contestant.name} and {contestants[0].name}"
+                raise ScriptError(f"{names} generate different images. They must use the same checkpoint and settings")
             stack.enter_context(one.stopped())
         yield running
 
 
-def _differ(drawn: Pixels, expected: Pixels) -> bool:
-    return bool(np.abs(drawn.astype(int) - expected).max() > ONE_LEVEL)
+def _differ(images: Pixels, expected: Pixels) -> bool:
+    return bool(np.abs(images.astype(int) - expected).max() > ONE_LEVEL)
 
 
-def _picture(running: Running) -> Pixels:
-    """Requests a few images and returns their sheet, (H, W)."""
+def _probe_sheet(running: Running) -> Pixels:
+    """Sends the request PROBE and returns its contact sheet, (H, W)."""
     body, headers = UNGUIDED | PROBE, {"Content-Type": "application/json", "Accept": "image/png"}
-    asked = urllib.request.Request(f"{running.url}/generate", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(asked, timeout=600) as answer:
+    request = urllib.request.Request(f"{running.url}/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=600) as answer:
         return np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
 
 
@@ -191,16 +195,16 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) 
     body, headers = b'{"digit": 1, "num_steps": 1, "guidance_scale": 1}', {"Content-Type": "application/json"}
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            asked = urllib.request.Request(f"http://127.0.0.1:{port}/generate", body, headers)
-            with urllib.request.urlopen(asked, timeout=START_SECONDS):
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/generate", body, headers)
+            with urllib.request.urlopen(request, timeout=START_SECONDS):
                 return
         except OSError:  # not listening yet, or starting
             time.sleep(0.05)
-    raise ScriptError(f"{name} did not become ready")
+    raise ScriptError(f"{name} did not become ready: it exited, or did not answer within {START_SECONDS} s")
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the process, and then the descendants that still run."""
+    """Stops the process, then kills its descendants that still run."""
     psutil = require("psutil", extra="bench")
     descendants = _process_tree(process.pid)[1:]
     process.send_signal(signal.SIGTERM)

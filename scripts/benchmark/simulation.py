@@ -1,4 +1,4 @@
-"""What a service would do whose only cost is the steps: the same arrivals, on the step times that were measured."""
+"""Simulates a service whose only cost is the time of its steps, with the same arrivals as a measurement."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,14 @@ from scripts.benchmark.loads import NUM_STEPS
 from scripts.benchmark.report import percentile
 from scripts.common.errors import ScriptError
 
-STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)  # the rows of the steps that are timed
+STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows for which the step time is measured
 
 
 def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]:
-    """Seconds of a step of so many rows: linear between those measured, in proportion to the last one above."""
+    """Returns a function from the number of rows to the seconds of a step.
+
+    It interpolates linearly. Above the largest measured number of rows, the time is proportional to the rows.
+    """
     rows = sorted(seconds_by_rows)
     seconds = [seconds_by_rows[count] for count in rows]
 
@@ -28,19 +31,19 @@ def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]
 
 
 class Moment(NamedTuple):
-    """What a service had done so many seconds after a load began."""
+    """The counters of a service at one time of a load."""
 
-    at: float
+    at: float  # seconds since the load began
     steps: float
-    rows: float  # of all steps
-    seconds: float  # in the networks' calls
+    rows: float  # sum over all steps
+    seconds: float  # spent in network calls
 
 
 def slowness(moments: Sequence[Moment], step_seconds: Callable[[float], float]) -> Callable[[float], float]:
-    """How many times longer than `step_seconds` the steps took at a time; 1 where there were none at all.
+    """Returns a function from time to the ratio of the measured step times to `step_seconds`.
 
-    A machine that others use too is not equally fast for long: between two moments it is what the steps of that time
-    say, and changes evenly from the middle of one such time to that of the next.
+    The speed of a shared machine changes. The ratio is computed for each interval between two samples, and interpolated
+    linearly between the middles of the intervals. It is 1 if no interval has steps.
     """
     times, factors = list[float](), list[float]()
     for before, after in pairwise(moments):
@@ -52,15 +55,15 @@ def slowness(moments: Sequence[Moment], step_seconds: Callable[[float], float]) 
 
 
 @dataclass(frozen=True, slots=True)
-class Fate:
-    """Of one request."""
+class SimulatedRequest:
+    """The planned time and the completion time of a request, in seconds since the load began."""
 
     due: float
     done: float
 
     @property
     def latency(self) -> float:
-        """From when it was due."""
+        """The seconds from the planned time to completion."""
         return self.done - self.due
 
 
@@ -71,13 +74,13 @@ def simulate(
     most_rows: int,
     step_seconds: Callable[[float], float],
     slowness: Callable[[float], float] = lambda at: 1.0,
-) -> list[Fate]:
-    """Requests of one image that are due before `until`: all that are there take part in every step, the oldest first.
+) -> list[SimulatedRequest]:
+    """Simulates step-level batching of requests for one image. Returns the requests planned before `until`.
 
-    A step takes `step_seconds` of its rows times `slowness` of the time at which it begins.
-    Those that come later are there too until the last of the others is done.
+    Each step has the oldest requests, at most `most_rows`. It takes `step_seconds(rows) * slowness(start)` seconds.
+    Later requests take part too, until the last returned request is complete.
     """
-    coming, fates = iter(times), list[Fate]()
+    coming, completed = iter(times), list[SimulatedRequest]()
     running: list[list[float]] = []  # [due, steps left]
     now, due = 0.0, next(coming)
     while due < until or any(at < until for at, _ in running):
@@ -90,9 +93,9 @@ def simulate(
         now += step_seconds(len(rows)) * slowness(now)
         for row in rows:
             row[1] -= 1
-        fates += [Fate(at, now) for at, left in rows if not left and at < until]
+        completed += [SimulatedRequest(at, now) for at, left in rows if not left and at < until]
         running = [row for row in running if row[1]]
-    return fates
+    return completed
 
 
 def simulate_batches(
@@ -102,9 +105,12 @@ def simulate_batches(
     most_rows: int,
     step_seconds: Callable[[float], float],
     slowness: Callable[[float], float] = lambda at: 1.0,
-) -> list[Fate]:
-    """The same requests in batches of whole ones: all that wait when the last batch ends, the oldest first."""
-    coming, fates, waiting = iter(times), list[Fate](), list[float]()
+) -> list[SimulatedRequest]:
+    """Simulates request-level batching, with arguments like `simulate`.
+
+    When a batch ends, the oldest waiting requests form the next batch.
+    """
+    coming, completed, waiting = iter(times), list[SimulatedRequest](), list[float]()
     now, due = 0.0, next(coming)
     while due < until or any(at < until for at in waiting):
         if not waiting:
@@ -115,27 +121,27 @@ def simulate_batches(
         batch, waiting = waiting[:most_rows], waiting[most_rows:]
         for _ in range(num_steps):
             now += step_seconds(len(batch)) * slowness(now)
-        fates += [Fate(at, now) for at in batch if at < until]
-    return fates
+        completed += [SimulatedRequest(at, now) for at in batch if at < until]
+    return completed
 
 
-def predicted_p95(fates: Sequence[Fate], opens: float) -> float:
-    """Of the latencies of those that are due from `opens` on."""
-    return percentile([fate.latency for fate in fates if opens <= fate.due], 0.95)
+def predicted_p95(requests: Sequence[SimulatedRequest], opens: float) -> float:
+    """Returns the 95th percentile of the latency of the requests planned at `opens` or later."""
+    return percentile([request.latency for request in requests if opens <= request.due], 0.95)
 
 
 def predictions(row: Mapping[str, Any], opens: float, closes: float) -> dict[str, float]:
-    """Returns the 95th percentiles of latency that simulations give for the arrivals of a measurement.
+    """Simulates the arrivals of a measurement and returns 95th percentiles of the latency in seconds.
 
-    `row` is a measurement under an open loop, whose window was from `opens` to `closes` seconds. `predicted_p95` is for
-    the step times that were measured before and after it. `replayed_p95` is for the service's own step times.
-    `batched_p95` is for batches of whole requests with the service's step times. Raises ScriptError if the service's
-    metrics are missing.
+    `row` is a measurement in an open loop. Its window was from `opens` to `closes` seconds. `predicted_p95` uses the
+    step times measured before and after it. `replayed_p95` uses the step times of the service under load.
+    `batched_p95` uses the same step times with request-level batching. Raises ScriptError if the metrics of the service
+    are missing.
     """
-    looks = [look["seconds_by_rows"] for look in row["beside"]]
-    bare = step_times({rows: mean(look[rows] for look in looks) for rows in STEP_ROWS})
+    measured = [around["seconds_by_rows"] for around in row["beside"]]
+    bare = step_times({rows: mean(seconds[rows] for seconds in measured) for rows in STEP_ROWS})
     if len(row["moments"]) < 2:
-        raise ScriptError("the service's metrics could not be read under load")
+        raise ScriptError("GET /metrics of the service failed under load. Measure again, with a longer --seconds")
     own = slowness(row["moments"], bare)
     loops = {
         "predicted_p95": (simulate, lambda at: 1.0),

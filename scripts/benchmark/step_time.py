@@ -1,4 +1,4 @@
-"""What one step of a network costs: weights, arithmetic and time, several networks side by side in one run."""
+"""Compares networks by number of weights, arithmetic and time of a step, measured in one run."""
 
 import time
 from collections.abc import Callable
@@ -15,24 +15,24 @@ from model.unet import UNet
 from scripts.common.progress import Reporter
 
 REPEATS = 25
-COLUMNS = ("network", "parameters", "GFLOP a call", "ms a step")
+COLUMNS = ("network", "parameters", "GFLOP per call", "ms per step")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one network."""
+    """The cost of one network."""
 
     num_parameters: int
-    flop: int  # of a call for one row; a multiplication with its addition is two
-    seconds: float  # the shortest of all calls for all rows
+    flop: int  # per call with one row; a multiply-add counts as two
+    seconds: float  # the shortest call with all rows
 
 
 def costs_of(networks: dict[str, UNet], reporter: Reporter, *, rows: int, compiled: bool) -> dict[str, Cost]:
-    """The networks take turns, so that what else the machine does meets all alike."""
+    """Measures the networks in turns, so that other load on the machine affects all of them."""
     calls = {name: _call(network, rows, compiled=compiled) for name, network in networks.items()}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with reporter.task("timing", (REPEATS + 1) * len(calls), "steps") as task, torch.inference_mode():
-        for _ in range(REPEATS + 1):  # the first of each compiles
+        for _ in range(REPEATS + 1):  # the first call of each network compiles
             for name, call in calls.items():
                 start = time.perf_counter()
                 call()
@@ -42,12 +42,14 @@ def costs_of(networks: dict[str, UNet], reporter: Reporter, *, rows: int, compil
 
 
 def count_parameters(network: UNet) -> int:
-    """All of its weights."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def flop_of(network: UNet) -> int:
-    """Of a call for one row, what depends on t and y alone left out: that is looked up."""
+    """Returns the floating point operations of a call with one row.
+
+    The part that depends only on t and y is not counted, since the service looks it up in a table.
+    """
     x_t, c = _inputs(network, 1)
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         network.denoise(x_t, c)
@@ -56,12 +58,12 @@ def flop_of(network: UNet) -> int:
 
 
 def as_row(name: str, cost: Cost) -> list[str]:
-    """Its cells under COLUMNS."""
+    """Returns the cells of COLUMNS."""
     return [name, f"{cost.num_parameters / 1e6:.2f} M", f"{cost.flop / 1e9:.3f}", f"{cost.seconds * 1e3:.1f}"]
 
 
 def _call(network: UNet, rows: int, *, compiled: bool) -> Callable[[], Tensor]:
-    """One step as it is served: in the fast precision, x_t in channels_last."""
+    """Returns a function that runs the network as in the service: in the fast dtype, x_t in channels_last."""
     device = torch.device("cpu")
     served = UNet(network.config).to(device, fast_dtype(device))
     served.load_state_dict(network.state_dict())

@@ -1,4 +1,4 @@
-"""How fast training goes, beside a loop as one would first write it: `python -m scripts.bench training`."""
+"""Measures the training speed of scripts.train and of a plain training loop: `python -m scripts.bench training`."""
 
 import statistics
 import time
@@ -26,23 +26,23 @@ from scripts.training.recipe import Recipe, load_recipe
 from scripts.training.trainer import Trainer
 
 CONTESTANTS = ("scripts.train", "scripts.train, not compiled", "a plain loop")
-WARM_UP_STEPS = 5  # in which it compiles
-TRAINING_COLUMNS = ("training", "images a second", "of the limit")
-PASSES = 3  # a backward pass costs two forward ones
+WARM_UP_STEPS = 5  # not measured: the first steps compile
+TRAINING_COLUMNS = ("training loop", "training images/s", "share of the limit")  # explained in page.EXPLANATIONS
+PASSES = 3  # a backward pass costs as much as two forward passes
 
 
 class _EnoughError(Exception):
-    """All steps were made."""
+    """Ends the training after the last measured step."""
 
 
 def measure_training(preset: str, num_steps: int, repeats: int, data_dir: Path, out: Path, reporter: Reporter) -> None:
-    """Times the training loops in turns, writes the results and prints the table.
+    """Measures the training loops in turns, writes the results and prints the table.
 
-    The limit is the matrix rate divided by the arithmetic of the training of one image.
+    The limit is the matrix rate divided by the arithmetic of training with one image.
     """
     recipe, device = load_recipe(preset), this_device()
     images, labels = load_mnist("train", data_dir)
-    keep_freed_memory()  # as scripts.train does
+    keep_freed_memory()  # scripts.train does the same
     limit = matrix_rate(device) / (PASSES * flop_of(UNet(recipe.unet)))
     rates: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
     for repeat in range(repeats):
@@ -56,7 +56,10 @@ def measure_training(preset: str, num_steps: int, repeats: int, data_dir: Path, 
 def images_a_second(
     name: str, recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device, num_steps: int
 ) -> float:
-    """Of one contestant, over so many steps; images uint8 (N, C, H, W), labels (N,)."""
+    """Returns the speed of a training loop of CONTESTANTS over `num_steps` steps.
+
+    `images` are uint8 (N, C, H, W), `labels` (N,).
+    """
     if name == "a plain loop":
         times = list(islice(plain_loop(recipe, images, labels, device), WARM_UP_STEPS + num_steps + 1))
     else:
@@ -66,17 +69,17 @@ def images_a_second(
 
 
 def training_table(rates: Mapping[str, Sequence[float]], limit: float) -> list[list[str]]:
-    """A line a contestant; the limit is images a second too."""
+    """Returns a line for each training loop. `rates` and `limit` are in images per second."""
     return [[name, with_spread(found), f"{statistics.median(found) / limit:.0%}"] for name, found in rates.items()]
 
 
 def of_trainer(
     recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device, num_steps: int, *, compiled: bool
 ) -> list[float]:
-    """When each step of a training by the recipe was done."""
+    """Trains with scripts.train's trainer. Returns the time after each step, in seconds of `time.perf_counter`."""
     times: list[float] = []
 
-    def note(step: int, loss: float) -> None:
+    def record(step: int, loss: float) -> None:
         times.append(time.perf_counter())
         if len(times) > WARM_UP_STEPS + num_steps:
             raise _EnoughError
@@ -85,13 +88,13 @@ def of_trainer(
     trainer = Trainer(recipe, objective, seed=0, device=device, compiled=compiled)
     try:
         while True:
-            trainer.run_epoch(note)
+            trainer.run_epoch(record)
     except _EnoughError:
         return times
 
 
 def plain_loop(recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device) -> Iterator[float]:
-    """The same network learns eps from a DataLoader's shuffled batches in float32; when each step was done."""
+    """Trains the same network to predict eps, with a DataLoader in float32. Yields the time after each step."""
     network, schedule = UNet(recipe.unet).to(device), Schedule(recipe.schedule)
     alpha_bar = schedule.alpha_bar.float().to(device)  # (T + 1,)
     optimizer = torch.optim.Adam(network.parameters(), lr=recipe.optimizer.lr)

@@ -1,11 +1,11 @@
-"""Compares the speed of two versions of the service, each in its own folder, on one machine.
+"""Compares the speed of two versions of the service on one machine.
 
-Both services are loaded all the time. They run in turns of half a second, and the service whose turn it is not is
-stopped. The speed of a shared machine changes within seconds. With such short turns both services meet the same
-changes, so that the ratio of their rates varies much less than the rates.
+Both services are under load all the time. They run in turns of half a second; the other service is suspended. The speed
+of a shared machine changes within seconds. Short turns expose both services to the same changes, so that the ratio of
+their rates varies much less than the rates.
 
-The clients of a load start evenly spread over the first seconds. Otherwise all images would be at the same step, and
-the share of guided steps in a window would depend on when it opens.
+The clients start at different times. Otherwise all images would be at the same step, and the share of guided steps in a
+measurement would depend on its start.
 """
 
 import asyncio
@@ -21,29 +21,29 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_json
-from scripts.benchmark.clients import Asks, Send, connected
+from scripts.benchmark.clients import RequestMaker, Send, connected
 from scripts.benchmark.loads import ROWS_OF_ALL, Load, version_loads
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.measurement import ROWS
-from scripts.benchmark.report import with_spread
+from scripts.benchmark.report import plain_load, with_spread
 from scripts.benchmark.services import Contestant, Running, all_started, this_service
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 TURN_SECONDS = 0.5
-SPREAD_SECONDS = 12.0  # over which the clients start; with two services about the time of one image among 64
+SPREAD_SECONDS = 12.0  # the clients start within this time, which is about the time of an image among 64
 BASE, NEW = "base", "new"
-COLUMNS = ("load", "unit", BASE, NEW, "ratio", "rows a step")
+COLUMNS = ("load", "unit", BASE, NEW, "ratio", "rows per step")  # explained in page.EXPLANATIONS
 
 
 @dataclass(slots=True)
 class _Service:
-    """A running service, how long it has run, and the answers it has given."""
+    """A running service, the seconds it has run, and the number of its answers."""
 
     running: Running
     seconds: float = 0.0
-    answers: Counter[str] = field(default_factory=Counter)  # by the kind of the request
+    answers: Counter[str] = field(default_factory=Counter)  # by kind of request
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class _Service:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """The figures of one service at a moment."""
+    """The counters of a service at one time."""
 
     seconds: float
     rows: float
@@ -68,17 +68,17 @@ class _Reading:
         rows, steps = self.rows - start.rows, self.steps - start.steps
         count = rows if unit == ROWS_OF_ALL else self.answers - start.answers
         if not count or not steps:
-            raise ScriptError(f"a service made no progress in {self.seconds - start.seconds:.1f} s: use longer pairs")
+            raise ScriptError(f"A service made no progress in {self.seconds - start.seconds:.1f} s. Increase --seconds")
         return count / (self.seconds - start.seconds), rows / steps
 
 
 def measure_versions(base: Path, num_pairs: int, seconds: float, out: Path, reporter: Reporter) -> None:
-    """Compares the version in the working folder with the one in `base`, writes the results and prints the table.
+    """Compares the version in the working folder with the version in `base`, writes the results and prints the table.
 
-    Each version is measured for `seconds` in a pair. Raises ScriptError if `base` has no version of the service.
+    Each version is measured for `seconds` per pair. Raises ScriptError if `base` is not a version of the service.
     """
     if not (base / "app").is_dir():
-        raise ScriptError(f"{base} holds no version of the service: it has no folder app")
+        raise ScriptError(f"--base {base} is not a version of the service: it has no folder app")
     rows = list[dict[str, Any]]()
 
     def report(row: dict[str, Any]) -> None:
@@ -92,10 +92,10 @@ def measure_versions(base: Path, num_pairs: int, seconds: float, out: Path, repo
 
 
 def version(name: str, folder: Path) -> Contestant:
-    """Returns the service of a folder.
+    """Returns the version of the service in a folder.
 
-    The number of compute threads is fixed. A stopped process measures its pause as time without a core, as if its cores
-    were busy, and would use fewer threads.
+    The number of compute threads is fixed. Otherwise a suspended service would measure its pause as time in which its
+    core was busy, and would use fewer threads.
     """
     return this_service(name, folder, num_threads=str(len(os.sched_getaffinity(0))))
 
@@ -108,9 +108,10 @@ def compare_versions(
     seconds: float,
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Calls `report` with the rates of both services, for each load and pair. Each runs for `seconds` in a pair.
+    """Measures both services and calls `report` with their rates for each load and pair.
 
-    `loads` gives the unit of each load's rate. Raises ScriptError if a request fails or a service makes no progress.
+    Each service runs for `seconds` per pair. `loads` has the unit of each load's rate. Raises ScriptError if a request
+    fails or if a service makes no progress.
     """
     with all_started([base, new]) as running:
         for load, unit in loads.items():
@@ -119,14 +120,14 @@ def compare_versions(
 
 
 def versions_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Returns a line for each load: medians of the rates, median and range of the ratios."""
+    """Returns a line for each load, with medians of the rates, and median and range of the ratios."""
     lines = []
     for load, found in itertools.groupby(rows, key=lambda row: row["load"]):
         pairs = list(found)
         ratios = [row[NEW] / row[BASE] for row in pairs]
         rates = [f"{statistics.median(row[name] for row in pairs):.4g}" for name in (BASE, NEW)]
         batches = " and ".join(f"{statistics.median(row['rows_a_step'][n] for row in pairs):.0f}" for n in (0, 1))
-        lines.append([load, pairs[0]["unit"], *rates, with_spread(ratios), batches])
+        lines.append([plain_load(load), pairs[0]["unit"], *rates, with_spread(ratios), batches])
     return lines
 
 
@@ -142,9 +143,9 @@ async def _pairs(
         clients = []
         for service in services:
             send = await stack.enter_async_context(connected(service.running.url))
-            for place, asks in enumerate(load.clients):
+            for place, make_request in enumerate(load.clients):
                 delay = SPREAD_SECONDS * place / len(load.clients)
-                clients.append(asyncio.create_task(_client(service, send, asks, delay)))
+                clients.append(asyncio.create_task(_client(service, send, make_request, delay)))
         try:
             await _take_turns(services, SPREAD_SECONDS, clients)
             starts = [await _read(service) for service in services]
@@ -162,19 +163,19 @@ async def _pairs(
             await asyncio.gather(*clients, return_exceptions=True)
 
 
-async def _client(service: _Service, send: Send, asks: Asks, delay: float) -> None:
+async def _client(service: _Service, send: Send, make_request: RequestMaker, delay: float) -> None:
     await asyncio.sleep(delay)
     for k in itertools.count():
-        answer = await send(asks(k), time.perf_counter())
+        answer = await send(make_request(k), time.perf_counter())
         if answer.status != 200:
-            raise ScriptError(f"a request of kind {answer.kind!r} was answered with status {answer.status}")
+            raise ScriptError(f"A request of kind {answer.kind!r} was answered with status {answer.status}")
         service.answers[answer.kind] += 1
 
 
 async def _take_turns(services: Sequence[_Service], seconds: float, clients: Sequence["asyncio.Task[None]"]) -> None:
-    """Lets each service run for `seconds`. Who runs first alternates, so that neither always follows the other.
+    """Lets each service run for `seconds` in turns. The service that runs first alternates.
 
-    Raises the error of a client that failed.
+    Raises the exception of a client that failed.
     """
     first, second = services
     for k in range(max(1, round(seconds / TURN_SECONDS))):
@@ -188,8 +189,8 @@ async def _take_turns(services: Sequence[_Service], seconds: float, clients: Seq
 
 async def _read(service: _Service) -> _Reading:
     with service.turn():
-        said = (await asyncio.to_thread(service.running.metrics)).values
-    rows, steps = said.get(f"{ROWS}_sum"), said.get(f"{ROWS}_count")
+        values = (await asyncio.to_thread(service.running.metrics)).values
+    rows, steps = values.get(f"{ROWS}_sum"), values.get(f"{ROWS}_count")
     if rows is None or steps is None:
-        raise ScriptError("GET /metrics of a service does not have the rows of its steps")
+        raise ScriptError(f"GET /metrics of a service has no metric {ROWS}")
     return _Reading(service.seconds, rows, steps, service.answers["one"])

@@ -20,17 +20,18 @@ from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.loads import Load
 from scripts.benchmark.measurement import Times
 from scripts.benchmark.services import Contestant, started, this_service
-from scripts.benchmark.simulation import Fate
+from scripts.benchmark.simulation import SimulatedRequest
 from scripts.common.errors import ScriptError
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import RECIPES, trust_idx_files, write_idx_files
 
+OPEN_LOAD = "70% of the slower service's capacity"
 LITSERVE = [" ".join(["litserve", *options]) for options in modes.LITSERVE]
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The service that is measured draws with a tiny checkpoint."""
+    """Makes the measured service use a tiny checkpoint."""
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
     for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
         monkeypatch.setenv(f"UNFOG_{name}", value)
@@ -40,9 +41,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_real_service_is_started_measured_and_stopped(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
     bench.main(["closed", "--repeats=2", "--seconds=1", "--settle=0", "--clients", "1", "3", f"--out={out}"])
     content = json.loads(out.read_text())
@@ -50,9 +49,9 @@ def test_a_real_service_is_started_measured_and_stopped(
         "1 x 1 image",
         "3 x 1 image",
         "2 x 2 images",
-        "1 x 1 image beside 1 x 2",
+        "1 x 1 image with 1 x 2",
         "1 x 1 image, guided",
-        "1 x 1 image beside 1 x 2, guided",
+        "1 x 1 image with 1 x 2, guided",
         "2 x 2 images, guided",
         "2 x 2 images, another process on one core",
         "2 x 2 images, a flood of GET /livez",
@@ -66,10 +65,10 @@ def test_a_real_service_is_started_measured_and_stopped(
     assert [("matrix_share" in found) for found in content["rows"][:9]] == [True] * 4 + [False] * 3 + [True] * 2
     answers = json.loads(out.with_suffix(".answers.json").read_text())
     assert [load for _, load, *_ in answers] == [found["load"] for found in content["rows"]]
-    assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two kinds of request beside each other
+    assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two loads have two kinds of requests
 
 
-def test_two_versions_are_compared_in_turns(
+def test_versions_compares_two_services(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(versions, "TURN_SECONDS", 0.1)
@@ -79,16 +78,16 @@ def test_two_versions_are_compared_in_turns(
     found = json.loads(out.read_text())["rows"]
     assert [row["load"] for row in found] == ["64 x 1 image", "2 x 2 images", "1 x 1 image", "1 x 1 image and 1 x 2"]
     assert all(row["base"] > 0 and row["new"] > 0 for row in found)
-    assert "| load | unit | base | new | ratio | rows a step |" in capsys.readouterr().out
+    assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
 
 
-def test_a_folder_without_a_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_without_a_version_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["versions", f"--base={tmp_path}", f"--out={tmp_path / 'versions.json'}"])
-    assert "holds no version of the service" in capsys.readouterr().err
+    assert "is not a version of the service" in capsys.readouterr().err
 
 
-def test_quick_measures_three_loads_on_one_start_and_says_what_its_figures_are_not(
+def test_quick_measures_three_loads_on_one_start(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(modes, "QUICK_SECONDS", 1)
@@ -100,20 +99,20 @@ def test_quick_measures_three_loads_on_one_start_and_says_what_its_figures_are_n
 
     monkeypatch.setattr(modes, "started", start)
     bench.main(["--quick"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert starts == ["unfog"]
-    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")][2:]
+    rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["1 x 1 image", "8 x 1 image", "1 x 2 images"]
     assert all(float(cell) > 0 for row in rows for cell in row[1:])
-    assert "not compiled" in said
-    assert "not comparable with the published figures" in said
+    assert "not compiled" in output
+    assert "not comparable with the published figures" in output
 
 
 @pytest.mark.slow
 def test_quick_takes_less_than_a_minute(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """On an idle machine that draws four images a second or more, whose step is compiled."""
+    """Needs an idle machine that generates at least four images per second with a compiled step."""
     monkeypatch.setenv("UNFOG_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
     command = [sys.executable, "-m", "scripts.bench", "--quick"]
     subprocess.run([sys.executable, "-m", "app", "--compile"], check=True, capture_output=True)
@@ -125,7 +124,7 @@ def test_quick_takes_less_than_a_minute(
 @pytest.mark.parametrize(
     "arguments", [[], ["--quick", "closed", "--out=x.json"], ["closed", "--quick", "--out=x.json"]]
 )
-def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
+def test_quick_and_a_mode_exclude_each_other_and_one_is_required(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -146,7 +145,7 @@ def test_neither_quick_nor_a_mode_or_both_is_one_sentence(
         ("alternatives --requests=large", "diffusers"),
     ],
 )
-def test_a_missing_package_is_one_sentence_before_anything_is_started_or_measured(
+def test_missing_package_gives_an_error_before_the_measurement(
     mode: str, absent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("aiohttp", "psutil", "scipy", "litserve", "diffusers"):
@@ -161,11 +160,9 @@ def test_a_missing_package_is_one_sentence_before_anything_is_started_or_measure
     assert capsys.readouterr().err == f"{absent} is not installed. Install with: pip install -e '.[bench]'\n"
 
 
-def test_arrivals_at_random_are_held_against_a_simulation(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class InNoTime:
-        """Whose bare steps take next to nothing."""
+def test_open_has_predictions_of_a_simulation(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FastPainter:
+        """A painter whose steps take almost no time."""
 
         def measure_steps(self, rows: Sequence[int]) -> dict[int, float]:
             return dict.fromkeys(rows, 1e-9)
@@ -173,20 +170,20 @@ def test_arrivals_at_random_are_held_against_a_simulation(
     out = tmp_path / "bench.json"
     monkeypatch.setattr(modes, "SATURATING", 4)
     monkeypatch.setattr(simulation, "NUM_STEPS", 3)
-    monkeypatch.setattr(modes, "Painter", InNoTime)
-    monkeypatch.setattr(simulation, "simulate_batches", lambda *_: [Fate(0.5, 7.5)])
+    monkeypatch.setattr(modes, "Painter", FastPainter)
+    monkeypatch.setattr(simulation, "simulate_batches", lambda *_: [SimulatedRequest(0.5, 7.5)])
     bench.main(["open", "--repeats=1", "--seconds=2", "--settle=0", "--shares", "0.5", f"--out={out}"])
     saturated, half = json.loads(out.read_text())["rows"]
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
-    assert half["predicted_p95"] == pytest.approx(3e-9)  # nobody meets anybody
-    assert half["replayed_p95"] > 1000 * half["predicted_p95"]  # with steps as long as the service's were
+    assert half["predicted_p95"] == pytest.approx(3e-9)  # no two requests overlap
+    assert half["replayed_p95"] > 1000 * half["predicted_p95"]  # with the step times of the service
     assert half["latencies"]["one"]["p95"] > half["predicted_p95"]
     assert half["batched_p95"] == 7.0
     *_, moments = json.loads(out.with_suffix(".answers.json").read_text())[1]
     assert all(first < last for first, last in zip(moments[0], moments[-1], strict=True))
 
 
-def test_bare_steps_are_timed_for_each_number_of_rows(tiny: Path) -> None:
+def test_measure_steps_measures_each_number_of_rows(tiny: Path) -> None:
     painter, calls = Painter(tiny, compiled=False), list[int]()
     step = painter._step
 
@@ -201,13 +198,13 @@ def test_bare_steps_are_timed_for_each_number_of_rows(tiny: Path) -> None:
     assert all(seconds[rows] >= 0.0001 * rows for rows in (1, 64))
 
 
-def test_a_service_under_load_of_every_kind_is_looked_at(
+def test_endurance_measures_a_service_under_mixed_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors", num_steps=100)
     for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
         monkeypatch.setenv(f"UNFOG_{name}", value)
-    monkeypatch.setattr(endurance, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(endurance, "SAMPLE_SECONDS", 1.0)
     monkeypatch.setattr(endurance, "REST_SECONDS", 3.0)
     monkeypatch.setenv("UNFOG_READ_TIMEOUT", "1")
     out = tmp_path / "endurance.json"
@@ -219,10 +216,10 @@ def test_a_service_under_load_of_every_kind_is_looked_at(
     assert min(found["megabytes"]) > 50
     assert min(found["descriptors"]) > 5
     assert min(found["threads"]) > 1
-    assert "growth in the second half" in capsys.readouterr().out
+    assert "Growth per hour in the second half" in capsys.readouterr().out
 
 
-def test_trainings_are_timed_side_by_side(
+def test_training_measures_both_loops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_idx_files(tmp_path / "data")
@@ -239,20 +236,20 @@ def test_trainings_are_timed_side_by_side(
     assert capsys.readouterr().out.count("%") == 2
 
 
-def test_what_is_not_asked_for_otherwise_is_unguided() -> None:
+def test_requests_are_unguided_by_default() -> None:
     assert loads.one(13).body == {"digit": 3, "seed": 13, "guidance_scale": 1}
     assert loads.guided(loads.many)(13).body == {"digit": 3, "seed": 13, "count": 64}
     assert [loads.mixed(k).kind for k in range(2)] == ["100 steps", "10 steps"]
 
 
-def test_a_service_is_gone_when_its_measurement_is_over_even_by_an_error(tiny: Path) -> None:
+def test_service_is_stopped_after_an_error_in_the_measurement(tiny: Path) -> None:
     with pytest.raises(KeyError), started(this_service()) as running:
         assert psutil.pid_exists(running.pid)
         raise KeyError
     assert not psutil.pid_exists(running.pid)
 
 
-def test_a_service_that_does_not_start_is_one_sentence_and_status_2(
+def test_service_that_does_not_start_gives_an_error_and_status_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("UNFOG_CHECKPOINT", str(tmp_path / "missing.safetensors"))
@@ -262,19 +259,19 @@ def test_a_service_that_does_not_start_is_one_sentence_and_status_2(
     assert "did not become ready" in capsys.readouterr().err
 
 
-def test_one_that_never_listens_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_that_never_listens_gives_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(services, "START_SECONDS", 0.5)
     sleeper = Contestant("sleeper", ("-c", "import time; time.sleep(60)"))
     with pytest.raises(ScriptError, match="sleeper did not become ready"), started(sleeper):
         pass
 
 
-def test_a_start_has_several_turns_which_are_repeats_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_turns_of_a_start_count_as_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[list[int]] = []
 
-    def take_turns(contestants: object, loads: object, times: object, repeats: range, look: object) -> Iterator[Any]:
+    def take_turns(
+        contestants: object, loads: object, times: object, repeats: range, measure_machine: object
+    ) -> Iterator[Any]:
         starts.append(list(repeats))
         if len(starts) == 2:
             raise ScriptError("enough")
@@ -290,7 +287,7 @@ def test_a_start_has_several_turns_which_are_repeats_of_their_own(
     "wrong",
     [["open", "--shares", "0"], ["open", "--shares=-0.5"], ["endurance", "--minutes=0"], ["closed", "--objective=nan"]],
 )
-def test_a_number_that_says_nothing_is_one_sentence(
+def test_number_out_of_range_gives_an_error(
     wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -299,19 +296,19 @@ def test_a_number_that_says_nothing_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    ("requests", "others", "at_random"),
+    ("requests", "others", "open_loads"),
     [
-        ("small", {"batched", *LITSERVE}, {"0.7 of the slower's capacity", "the same, every other of 10 steps"}),
+        ("small", {"batched", *LITSERVE}, {OPEN_LOAD, f"{OPEN_LOAD}, half with 10 steps"}),
         ("large", {*LITSERVE, "diffusers", "diffusers-tuned", "diffusers-compiled"}, set[str]()),
     ],
 )
-def test_the_alternatives_meet_the_same_loads(
-    requests: str, others: set[str], at_random: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_alternatives_are_measured_under_the_same_loads(
+    requests: str, others: set[str], open_loads: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speed = {"unfog": 20.0, "unfog, 8 rows": 90.0, "locked": 1.0, "batched": 5.0, LITSERVE[0]: 30.0, LITSERVE[1]: 10.0}
 
     def take_turns(
-        contestants: Sequence[Contestant], loads: Sequence[Load], times: Times, repeats: range, look: object
+        contestants: Sequence[Contestant], loads: Sequence[Load], times: Times, repeats: range, measure_machine: object
     ) -> Iterator[dict[str, Any]]:
         for repeat, load, contestant in product(repeats, loads, contestants):
             yield {
@@ -336,5 +333,5 @@ def test_the_alternatives_meet_the_same_loads(
     own = {"unfog", "unfog, 8 rows"}
     saturating = "2 x 64 images" if requests == "large" else "64 x 1 image"
     assert named.pop(saturating) == own | others | ({"locked"} if requests == "small" else set())
-    assert named == dict.fromkeys(at_random, own | others)
-    assert {row["rate"] for row in rows} - {0.0} == ({0.7 * 20.0} if at_random else set())
+    assert named == dict.fromkeys(open_loads, own | others)
+    assert {row["rate"] for row in rows} - {0.0} == ({0.7 * 20.0} if open_loads else set())

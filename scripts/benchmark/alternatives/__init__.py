@@ -1,1 +1,1 @@
-"""What a user would write or pick instead of this service: the same weights and kernels, each tuned as its docs say."""
+"""Alternative servers for comparison: the same weights and compiled step, tuned as the documentation of each says."""

@@ -1,4 +1,4 @@
-"""`python -m scripts.benchmark.alternatives NAME PORT`: serves one alternative until it is told to stop."""
+"""Runs an alternative server on loopback: `python -m scripts.benchmark.alternatives NAME PORT`."""
 
 from model.compiled.memory import keep_freed_memory
 from scripts.common.arguments import Parser, integer
@@ -8,19 +8,21 @@ NAMES = ("locked", "batched", "litserve", "diffusers", "diffusers-tuned", "diffu
 
 
 def main() -> None:
-    """Parses the arguments and serves."""
+    """Parses the arguments and runs the server until the process is stopped."""
     parser = Parser(prog="python -m scripts.benchmark.alternatives")
-    parser.add_argument("name", choices=NAMES)
-    parser.add_argument("port", type=integer(1, 65535))
-    parser.add_argument("--max-images", type=integer(1), default=64, help="of a batch; default: 64")
-    parser.add_argument("--batch-timeout", type=float, default=0.01, help="LitServe's, in seconds; default: 0.01")
+    parser.add_argument("name", choices=NAMES, help="the server to run")
+    parser.add_argument("port", type=integer(1, 65535), help="port on 127.0.0.1")
+    parser.add_argument("--max-images", type=integer(1), default=64, help="images per batch; default: 64")
+    parser.add_argument(
+        "--batch-timeout", type=float, default=0.01, help="batch_timeout of LitServe in seconds; default: 0.01"
+    )
     args = parser.parse_args()
-    keep_freed_memory()  # as the service does
+    keep_freed_memory()  # the service does the same
     _serve(args.name, args.port, args.max_images, args.batch_timeout)
 
 
 def _serve(name: str, port: int, max_images: int, batch_timeout: float) -> None:
-    """Serves the alternative of that name until the process is stopped. `batch_timeout` is in seconds."""
+    """Runs the server until the process is stopped. `batch_timeout` is in seconds."""
     if name == "locked":
         from scripts.benchmark.alternatives import locked
 

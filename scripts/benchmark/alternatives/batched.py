@@ -1,4 +1,4 @@
-"""FastAPI with request-level batching: all that waits when the last batch ends is drawn as the next one."""
+"""FastAPI with request-level batching: when a batch ends, all waiting requests form the next batch."""
 
 import asyncio
 from collections import deque
@@ -13,26 +13,26 @@ from scripts.benchmark.alternatives.painter import Painter, Request
 
 
 class Queue:
-    """Requests that wait, and one task that draws as many of them at once as make up `max_images`."""
+    """The waiting requests, and a task that generates their images in batches of at most `max_images`."""
 
     def __init__(self, painter: Painter, max_images: int) -> None:
         self._painter, self._max_images = painter, max_images
         self._waiting: deque[tuple[Request, asyncio.Future[bytes]]] = deque()
-        self._news = asyncio.Event()
+        self._has_requests = asyncio.Event()
         self._pool = ThreadPoolExecutor(1)
 
     async def draw(self, request: Request) -> bytes:
-        """A PNG of all its images."""
+        """Waits for the batch of the request and returns a PNG of its images."""
         answer = asyncio.get_running_loop().create_future()
         self._waiting.append((request, answer))
-        self._news.set()
+        self._has_requests.set()
         return await answer
 
     async def run(self) -> None:
-        """Batch after batch, for ever."""
+        """Runs one batch after the other, without end."""
         loop = asyncio.get_running_loop()
         while True:
-            await self._news.wait()
+            await self._has_requests.wait()
             batch = self._next_batch()
             pngs = await loop.run_in_executor(self._pool, self._painter.draw, [request for request, _ in batch])
             for (_, answer), png in zip(batch, pngs, strict=True):
@@ -46,13 +46,13 @@ class Queue:
             batch.append(self._waiting.popleft())
             images += batch[-1][0].count
         if not self._waiting:
-            self._news.clear()
+            self._has_requests.clear()
         return batch
 
 
 def create_app(painter: Painter, max_images: int) -> FastAPI:
-    """Batches of at most so many images."""
-    painter.draw([Request(digit=0, num_steps=2)])  # warm before it is asked
+    """Returns the application. A batch has at most `max_images` images, except for a larger single request."""
+    painter.draw([Request(digit=0, num_steps=2)])  # warm up before the first request
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,5 +71,5 @@ def create_app(painter: Painter, max_images: int) -> FastAPI:
 
 
 def serve(port: int, max_images: int) -> None:
-    """Until it is told to stop."""
+    """Runs the server until the process is stopped."""
     uvicorn.run(create_app(Painter(), max_images), host="127.0.0.1", port=port, log_level="warning")

@@ -1,4 +1,4 @@
-"""Plain FastAPI: a thread pool, and a lock around the network, since two draws at once would share the cores anyway."""
+"""Plain FastAPI with a lock: one request at a time, since concurrent requests would only share the cores."""
 
 import threading
 
@@ -9,12 +9,12 @@ from scripts.benchmark.alternatives.painter import Painter, Request
 
 
 def create_app(painter: Painter) -> FastAPI:
-    """One request after the other, each as one batch."""
+    """Returns an application that runs one request after the other, each as one batch."""
     app, lock = FastAPI(), threading.Lock()
-    painter.draw([Request(digit=0, num_steps=2)])  # warm before it is asked
+    painter.draw([Request(digit=0, num_steps=2)])  # warm up before the first request
 
     @app.post("/generate")
-    def generate(request: Request) -> Response:  # not a coroutine: FastAPI gives it to the thread pool
+    def generate(request: Request) -> Response:  # not a coroutine, so that FastAPI runs it in its thread pool
         with lock:
             (png,) = painter.draw([request])
         return Response(png, media_type="image/png")
@@ -23,5 +23,5 @@ def create_app(painter: Painter) -> FastAPI:
 
 
 def serve(port: int) -> None:
-    """Until it is told to stop."""
+    """Runs the server until the process is stopped."""
     uvicorn.run(create_app(Painter()), host="127.0.0.1", port=port, log_level="warning")

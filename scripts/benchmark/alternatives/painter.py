@@ -1,4 +1,4 @@
-"""Draws whole requests, many at once, from x_T to x_0: what every alternative puts a server around."""
+"""Generates the images of whole requests in one batch, from x_T to x_0. All alternative servers use it."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ STEP_REPEATS = 40
 
 
 class Request(BaseModel):
-    """What this service's POST /generate takes, as far as a benchmark asks it; guidance is off."""
+    """The fields of POST /generate that the benchmarks use. Guidance must be off."""
 
     digit: int = Field(ge=0, le=9)
     count: int = Field(default=1, ge=1, le=64)
@@ -35,22 +35,22 @@ class Request(BaseModel):
 
 
 class Painter:
-    """The compiled step, and the state of one batch at a time; not for two threads at once."""
+    """Runs the compiled step for one batch at a time. Not thread-safe."""
 
     def __init__(self, path: Path = SHIPPED, *, compiled: bool = True) -> None:
-        """Loads the checkpoint in the fastest precision of this device; raises CompilerError."""
+        """Loads the checkpoint in the fastest dtype of this device. Raises CompilerError."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.checkpoint = load(path)
         program = ReverseStep(self.checkpoint, self.device, fast_dtype(self.device))
         self._step: Step = compiled_step(program, step_cache()) if compiled else program
 
     def draw(self, requests: list[Request]) -> list[bytes]:
-        """Returns a PNG of all images of each request. An image that has reached x_0 takes no more steps."""
-        plans = [make_plan(self.checkpoint.schedule, asked.sampler, asked.num_steps) for asked in requests]
+        """Returns a PNG with all images of a request, for each request. A finished image takes no more steps."""
+        plans = [make_plan(self.checkpoint.schedule, request.sampler, request.num_steps) for request in requests]
         rows = [
-            (asked.seed, index, asked.digit, plan)
-            for asked, plan in zip(requests, plans, strict=True)
-            for index in range(asked.count)
+            (request.seed, index, request.digit, plan)
+            for request, plan in zip(requests, plans, strict=True)
+            for index in range(request.count)
         ]
         seed, index, y, plan_of_row = zip(*rows, strict=True)
         x_0 = draw(
@@ -65,7 +65,7 @@ class Painter:
 
     @torch.inference_mode()
     def measure_steps(self, rows: Sequence[int]) -> dict[int, float]:
-        """Returns the mean seconds of a step of each of these numbers of rows. They take turns."""
+        """Returns the mean seconds of a step for each number of rows, measured in turns."""
         plan, shape = make_plan(self.checkpoint.schedule, "ddpm", 1), self.checkpoint.image_shape
         zeros = {count: torch.zeros(count, dtype=torch.int64, device=self.device) for count in rows}
         begun = {count: begin([plan] * count, shape, seed=zero, index=zero, y=zero) for count, zero in zeros.items()}
@@ -81,7 +81,7 @@ class Painter:
 
 
 def sheet_of(x_0: Tensor) -> bytes:
-    """(B, 1, H, W) in [-1, 1] -> one PNG, row by row, as near to a square as may be."""
+    """Returns a contact sheet of (B, 1, H, W) in [-1, 1] as a PNG: row-major, with ceil(sqrt(B)) columns."""
     columns = math.ceil(math.sqrt(len(x_0)))
     black = x_0.new_full((-len(x_0) % columns, *x_0.shape[1:]), -1)
     return encode_png(to_image(grid(torch.cat([x_0, black]).cpu(), columns)))

@@ -1,4 +1,4 @@
-"""The alternatives draw what the service's own sampler draws, however their requests are batched."""
+"""The alternative servers generate the same images as `model.sampler`, in any batch."""
 
 import asyncio
 import io
@@ -16,7 +16,7 @@ from scripts.benchmark.alternatives import batched, locked
 from scripts.benchmark.alternatives.painter import Painter, Request
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
-ASKED = [
+REQUESTS = [
     Request(digit=3, seed=5, num_steps=4, sampler="ddim"),
     Request(digit=1, seed=2**53 - 1, count=3, num_steps=9),
     Request(digit=8, seed=0, count=2, num_steps=1, sampler="dpmpp"),
@@ -30,7 +30,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def expected(path: Path, request: Request) -> np.ndarray:
-    """The images, one below the other."""
+    """Returns the images of the request, (B, H, W) with levels 0 to 255, from `model.sampler`."""
     loaded = load(path)
     x_0 = sample(
         loaded.network,
@@ -52,25 +52,25 @@ def images_in(png: bytes, count: int, size: int) -> np.ndarray:
     return sheet.reshape(rows, size, columns, size).swapaxes(1, 2).reshape(-1, size, size)[:count]
 
 
-def test_requests_of_one_batch_are_drawn_as_each_alone(path: Path) -> None:
+def test_images_of_a_request_are_the_same_alone_and_in_a_batch(path: Path) -> None:
     painter = Painter(path, compiled=False)
-    for request, png in zip(ASKED, painter.draw(ASKED), strict=True):
+    for request, png in zip(REQUESTS, painter.draw(REQUESTS), strict=True):
         wanted = expected(path, request)
         assert np.abs(images_in(png, request.count, wanted.shape[1]) - wanted).max() <= 1
         assert painter.draw([request]) == [png]
 
 
 @pytest.mark.parametrize("max_images", [0, 1, 4, 64], ids=["locked", "one", "some", "all"])
-def test_a_server_answers_each_request_with_its_own_images(path: Path, max_images: int) -> None:
+def test_server_answers_each_request_with_its_own_images(path: Path, max_images: int) -> None:
     painter = Painter(path, compiled=False)
     app = batched.create_app(painter, max_images) if max_images else locked.create_app(painter)
 
-    async def ask() -> list[bytes]:
+    async def send_all() -> list[bytes]:
         async with (
             app.router.lifespan_context(app),
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
         ):
-            answers = await asyncio.gather(*(client.post("/generate", json=r.model_dump()) for r in ASKED))
+            answers = await asyncio.gather(*(client.post("/generate", json=r.model_dump()) for r in REQUESTS))
         return [answer.content for answer in answers]
 
-    assert asyncio.run(ask()) == [painter.draw([request])[0] for request in ASKED]
+    assert asyncio.run(send_all()) == [painter.draw([request])[0] for request in REQUESTS]

@@ -1,4 +1,4 @@
-"""The clients against a service whose answers take a known time."""
+"""Tests of the load generators with a service whose answers take a known time."""
 
 import asyncio
 import statistics
@@ -11,22 +11,22 @@ from itertools import chain, count, islice, pairwise, takewhile
 import pytest
 from aiohttp import web
 
-from scripts.benchmark.clients import Answer, Ask, Window, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.clients import Answer, RequestSpec, Window, arrivals, closed_loop, connected, open_loop
 
 
-def ask(k: int) -> Ask:
-    return Ask("odd" if k % 2 else "even", {"digit": k % 10, "count": 3})
+def request(k: int) -> RequestSpec:
+    return RequestSpec("odd" if k % 2 else "even", {"digit": k % 10, "count": 3})
 
 
 @asynccontextmanager
 async def service(
     seconds: float = 0.0, status: int = 200, until: asyncio.Event | None = None
 ) -> AsyncIterator[tuple[str, list[int]]]:
-    """Answers one request at a time; its address, and how many were open when each came."""
+    """Answers one request at a time. Yields its URL, and the number of open requests at each arrival."""
     open_at_once: list[int] = []
     lock, num_open = asyncio.Lock(), 0
 
-    async def generate(request: web.Request) -> web.Response:
+    async def generate(_: web.Request) -> web.Response:
         nonlocal num_open
         num_open += 1
         open_at_once.append(num_open)
@@ -50,22 +50,22 @@ async def service(
 
 
 def endless(start: float) -> Iterator[float]:
-    """Every tenth of a second."""
+    """Yields a time every 0.1 s."""
     return (start + k / 10 for k in count())
 
 
-def test_arrivals_are_a_poisson_process_and_the_same_for_the_same_seed() -> None:
+def test_arrivals_are_a_poisson_process_and_reproducible() -> None:
     times = list(takewhile(lambda at: at < 200, arrivals(50, seed=1)))
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert len(times) == pytest.approx(10_000, rel=0.05)
-    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)  # as of an exponential
+    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)  # like an exponential distribution
     assert times == list(islice(arrivals(50, seed=1), len(times))) != list(islice(arrivals(50, seed=2), len(times)))
 
 
-def test_a_closed_loop_has_as_many_requests_open_as_clients() -> None:
+def test_closed_loop_has_one_open_request_per_client() -> None:
     async def run() -> tuple[Window, list[int]]:
         async with service(0.01) as (url, open_at_once), connected(url) as send:
-            return await closed_loop(send, (ask,) * 3, settle=0.1, window=0.3), open_at_once
+            return await closed_loop(send, (request,) * 3, settle=0.1, window=0.3), open_at_once
 
     window, open_at_once = asyncio.run(run())
     assert len(window.answers) == len(open_at_once)
@@ -75,10 +75,10 @@ def test_a_closed_loop_has_as_many_requests_open_as_clients() -> None:
     assert all(answer.planned <= answer.sent < answer.done for answer in window.answers)
 
 
-def test_a_window_opens_when_every_client_was_answered_and_the_load_goes_on_until_all_in_it_is() -> None:
+def test_closed_loop_keeps_the_load_for_the_whole_window() -> None:
     async def run() -> Window:
         async with service(0.05) as (url, _), connected(url) as send:
-            return await closed_loop(send, (ask,) * 4, settle=0.0, window=0.3)
+            return await closed_loop(send, (request,) * 4, settle=0.0, window=0.3)
 
     window = asyncio.run(run())
     first = sorted(window.answers, key=lambda answer: answer.sent)[:4]
@@ -86,46 +86,48 @@ def test_a_window_opens_when_every_client_was_answered_and_the_load_goes_on_unti
     counted = [answer for answer in window.answers if answer.sent < window.end]
     last = max(counted, key=lambda answer: answer.done)
     assert sum(answer.sent <= last.sent and answer.done >= last.sent for answer in window.answers) >= 2
-    # One request at a time of three images: the rate is known, however long it takes here.
+    # The service answers one request of three images at a time, so the rate follows from the answers.
     own = sorted(answer.done for answer in window.answers)
     seconds = statistics.mean(later - earlier for earlier, later in pairwise(own))
     assert window.images_a_second == pytest.approx(3 / seconds, rel=0.25)
 
 
-def test_an_open_loop_sends_when_it_is_time_and_counts_from_then() -> None:
+def test_open_loop_sends_at_the_planned_times() -> None:
     answering, released = asyncio.Event(), list[float]()
 
     async def run() -> Window:
         async with service(until=answering) as (url, _), connected(url) as send:
             times = chain([0.0, 0.0, 0.0, 0.05, 0.2], endless(0.4))
-            loop = asyncio.ensure_future(open_loop(send, ask, times, settle=0.0, window=0.2))
-            await asyncio.sleep(0.5)  # in which nobody is answered
+            loop = asyncio.ensure_future(open_loop(send, request, times, settle=0.0, window=0.2))
+            await asyncio.sleep(0.5)  # no request is answered in this time
             released.append(time.perf_counter())
             answering.set()
             return await loop
 
     window = asyncio.run(run())
     assert [answer.planned - window.start for answer in window.due()] == pytest.approx([0, 0, 0, 0.05])
-    assert all(answer.sent < released[0] for answer in window.due())  # nobody waited for an answer
+    assert all(answer.sent < released[0] for answer in window.due())  # no request waited for an answer
     assert min(window.latencies()) > 0.4
-    assert len(window.answers) > len(window.due())  # the load went on until the last of them was answered
+    assert len(window.answers) > len(
+        window.due()
+    )  # the load continued until the last request of the window was answered
 
 
-def test_a_refusal_is_noted() -> None:
+def test_rejected_requests_have_their_status() -> None:
     async def run() -> list[Answer]:
         async with service(status=429) as (url, _), connected(url) as send:
-            window = await open_loop(send, ask, chain([0.0, 0.0], endless(0.1)), settle=0.0, window=0.05)
+            window = await open_loop(send, request, chain([0.0, 0.0], endless(0.1)), settle=0.0, window=0.05)
             return list(window.due())
 
     assert [answer.status for answer in asyncio.run(run())] == [429] * 2
 
 
-def test_a_connection_that_breaks_is_a_failure() -> None:
+def test_broken_connection_has_status_0() -> None:
     async def run() -> Answer:
         async with service() as (url, _), connected(url) as send:
-            assert (await send(ask(1), 0.0)).status == 200
+            assert (await send(request(1), 0.0)).status == 200
         async with connected(url) as send:
-            return await send(ask(1), 0.0)
+            return await send(request(1), 0.0)
 
     assert asyncio.run(run()).status == 0
 
@@ -138,27 +140,29 @@ WINDOW = Window(
     10,
     20,
     (
-        answer(8, 12, images=4),  # half before, half within
+        answer(8, 12, images=4),  # half of its time is in the window
         answer(11, 13, images=2),
         answer(12, 19, kind="two"),
-        answer(18, 25),  # two sevenths within
+        answer(18, 25),  # two sevenths of its time are in the window
         answer(19, 19.5, images=64, status=429),
     ),
 )
 
 
-def test_images_count_as_far_as_they_were_drawn_within_and_latencies_where_they_were_due() -> None:
+def test_images_count_by_overlap_and_latencies_by_planned_time() -> None:
     assert WINDOW.images_a_second == pytest.approx((4 * 2 / 4 + 2 + 1 + 2 / 7) / 10)
     assert WINDOW.latencies() == [2, 7, 7, 0.5]
     assert WINDOW.latencies("two") == [7]
 
 
-def test_goodput_is_what_was_answered_in_time() -> None:
+def test_goodput_counts_answers_within_the_objective() -> None:
     assert WINDOW.goodput(2) == pytest.approx(2 / 10)
     assert WINDOW.goodput(7) == pytest.approx((2 + 1 + 1) / 10)
     assert WINDOW.failures == 1
 
 
-def test_in_an_open_loop_images_count_where_they_are_completed() -> None:
+def test_images_count_by_completion_in_an_open_loop() -> None:
     window = replace(WINDOW, by_completion=True)
-    assert window.images_a_second == pytest.approx((4 + 2 + 1) / 10)  # done at 12, 13 and 19; at 25 no more
+    assert window.images_a_second == pytest.approx(
+        (4 + 2 + 1) / 10
+    )  # completed at 12, 13 and 19; 25 is after the window

@@ -1,4 +1,4 @@
-"""Figures show the rows that they are given."""
+"""Plots show the values of their rows."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ BARS = [row(k, name, "64 x 1 image", rate) for k in range(3) for name, rate in (
 LINES = [row(k, "unfog", f"{rate}", rate, rate=rate, predicted_p95=1.5) for k in range(3) for rate in (2.0, 5.0, 8.0)]
 
 
-def test_bars_are_medians_with_their_range_a_load_and_contestant_each() -> None:
+def test_bars_show_the_median_of_each_load_and_service() -> None:
     rate, latency = show_bench(BARS).axes
     assert [label.get_text() for label in rate.get_yticklabels()] == ["64 x 1 image: unfog", "64 x 1 image: other"]
     assert [bar.get_width() for bar in rate.patches] == [10.0, 4.0]
@@ -35,25 +35,25 @@ def test_bars_are_medians_with_their_range_a_load_and_contestant_each() -> None:
     assert (p50, p95) == pytest.approx((1 / 9, 2 / 9))
 
 
-def test_a_rising_load_is_lines_with_the_simulation_beside() -> None:
-    saturated = row(0, "unfog", "64 x 1 image", 9.0)  # what the shares are of is no point of the line
+def test_open_loop_is_plotted_as_lines_with_the_simulation() -> None:
+    saturated = row(0, "unfog", "64 x 1 image", 9.0)  # the measurement of the capacity is not plotted
     latency, rate = show_bench([saturated, *LINES]).axes
     lines = {line.get_label(): line for line in latency.lines}
     assert set(lines) == {"p50", "p95", "p95, simulated"}
     assert lines["p95"].get_xdata().tolist() == [2.0, 5.0, 8.0]
     assert lines["p95"].get_ydata().tolist() == pytest.approx([1.0, 0.4, 0.25])
-    assert {line.get_label() for line in rate.lines} == {"answered", "answered in time", "asked for"}
+    assert {line.get_label() for line in rate.lines} == {"answered", "answered in time", "requested"}
 
 
 @pytest.mark.parametrize("rows", [BARS, LINES], ids=["bars", "lines"])
-def test_a_file_becomes_a_picture(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+def test_plot_bench_writes_a_png(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
     write_json(tmp_path / "bench.json", {"rows": rows})
     plot.main(["bench", str(tmp_path / "bench.json"), "--out", str(tmp_path / "bench.png")])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"rows": [{}]}'])
-def test_another_file_is_one_sentence_and_status_2(
+def test_other_file_gives_an_error_of_one_line_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     (tmp_path / "bench.json").write_text(content)

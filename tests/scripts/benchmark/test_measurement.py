@@ -1,4 +1,4 @@
-"""Services that are a few lines of Python take turns."""
+"""Tests of the turns of services, with services of a few lines of Python."""
 
 import pytest
 
@@ -11,12 +11,12 @@ from tests.scripts.benchmark.test_services import RUNNING, grey, wait_for_state
 TIMES = Times(window=1.0, settle=0.0, objective=5.0)
 
 
-def test_the_order_rotates_and_a_witness_looks_before_and_after_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks: list[int] = []
+def test_order_rotates_and_machine_is_measured_around_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
 
-    def witness() -> dict[str, int]:
-        looks.append(len(looks))
-        return {"look": looks[-1]}
+    def measure_machine() -> dict[str, int]:
+        calls.append(len(calls))
+        return {"call": calls[-1]}
 
     def measure(running: Running, contestant: Contestant, load: Load, times: Times, seed: int) -> dict[str, object]:
         wait_for_state(running, RUNNING)
@@ -24,9 +24,9 @@ def test_the_order_rotates_and_a_witness_looks_before_and_after_each_turn(monkey
 
     monkeypatch.setattr(measurement, "measure", measure)
     loads = [clients_of_one(1), clients_of_one(2)]
-    rows = list(take_turns([grey(name, 7) for name in "abc"], loads, TIMES, (1, 2), witness))
+    rows = list(take_turns([grey(name, 7) for name in "abc"], loads, TIMES, (1, 2), measure_machine))
     assert [(row["load"], row["repeat"], row["contestant"]) for row in rows] == [
         (load.name, repeat, name) for repeat, order in ((1, "bca"), (2, "cab")) for load in loads for name in order
     ]
-    assert [row["beside"] for row in rows] == [[{"look": 2 * k}, {"look": 2 * k + 1}] for k in range(12)]
+    assert [row["beside"] for row in rows] == [[{"call": 2 * k}, {"call": 2 * k + 1}] for k in range(12)]
     assert all(row["repeat"] == row["seed"] for row in rows)

@@ -1,4 +1,4 @@
-"""What was measured on one machine, as a page."""
+"""Tests of the page with the results of one machine."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 
 from scripts.bench import main
-from scripts.benchmark.page import page_of
+from scripts.benchmark.page import EXPLANATIONS, page_of
+from scripts.benchmark.report import COLUMNS
+from scripts.benchmark.training import TRAINING_COLUMNS
+from scripts.benchmark.versions import COLUMNS as VERSION_COLUMNS
 from scripts.common.errors import ScriptError
 from tests.scripts.benchmark.test_report import row
 
@@ -23,7 +26,7 @@ def write(folder: Path, **contents: dict[str, Any]) -> Path:
     return folder
 
 
-def test_a_page_has_the_machine_and_a_table_and_picture_of_each_file(tmp_path: Path) -> None:
+def test_page_has_the_machine_and_a_table_and_plot_of_each_file(tmp_path: Path) -> None:
     folder = write(tmp_path / "there", training=TRAINING, steps=STEPS)
     (folder / "training.answers.json").write_text("[]")
     out = tmp_path / "epyc-7.1.md"
@@ -37,23 +40,29 @@ def test_a_page_has_the_machine_and_a_table_and_picture_of_each_file(tmp_path: P
     assert "A Processor, 2 cores (avx2), no GPU, torch 2.13.0, 2 compute threads." in page
     assert page.index("## steps") < page.index("| copies | 1.50 |") < page.index("## training")
     assert "| scripts.train | 60 (50 - 70) | 30% |" in page
+    assert page.index("- share of the limit: ") < page.index("## steps")
+    assert "- service: " not in page
     assert "![training](epyc-7.1/training.png)" in page
     assert "answers" not in page
     assert "![steps]" not in page
 
 
-def test_loads_are_told_with_their_window_and_the_rate_that_shares_are_of(tmp_path: Path) -> None:
+def test_every_column_of_loads_trainings_and_versions_is_explained() -> None:
+    assert {*COLUMNS, *TRAINING_COLUMNS, *VERSION_COLUMNS} <= set(EXPLANATIONS)
+
+
+def test_page_of_loads_has_their_durations_and_the_matrix_rate(tmp_path: Path) -> None:
     loads = {
         "machine": {**MACHINE, "matrix_rate": 4e11},
         "seconds": {"window": 8, "settle": 2, "objective": 5.0},
         "rows": [row(0, "full", 12.5, one=1.0)],
     }
     page = page_of(write(tmp_path / "there", closed=loads, training=TRAINING), tmp_path / "page.md")
-    assert "Windows of 8 s, 2 s under load before; in time: within 5 s; matrix rate: 400 GFLOP/s." in page
+    assert "Each measurement took 8 s, after 2 s of load. Latency limit: 5 s. Matrix rate: 400 GFLOP/s." in page
     assert "| unfog | full | 12.5 | 6.25 | 1 | 2 | 3 | 8 | 5.0% | 300 |" in page
 
 
-def test_two_versions_are_compared_in_a_table(tmp_path: Path) -> None:
+def test_page_has_a_table_of_two_versions(tmp_path: Path) -> None:
     found = {"load": "64 x 1 image", "pair": 0, "unit": "rows/s", "base": 100.0, "new": 95.0, "rows_a_step": [64, 44]}
     page = page_of(
         write(tmp_path / "there", versions={"seconds_in_a_pair": 24.0, "rows": [found]}), tmp_path / "page.md"
@@ -72,7 +81,7 @@ def test_two_versions_are_compared_in_a_table(tmp_path: Path) -> None:
     ],
     ids=["another machine", "no results", "no machine", "an interrupted run", "an hour of load"],
 )
-def test_files_that_are_not_results_of_one_machine_make_no_page(other: dict[str, Any], tmp_path: Path) -> None:
+def test_files_that_are_not_results_of_one_machine_are_rejected(other: dict[str, Any], tmp_path: Path) -> None:
     folder = write(tmp_path / "there", training=TRAINING, other=other)
     with pytest.raises(ScriptError):
         page_of(folder, tmp_path / "there.md")
@@ -81,6 +90,6 @@ def test_files_that_are_not_results_of_one_machine_make_no_page(other: dict[str,
     assert not (tmp_path / "there.md").exists()
 
 
-def test_an_empty_folder_makes_no_page(tmp_path: Path) -> None:
+def test_empty_folder_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ScriptError):
         page_of(tmp_path, tmp_path / "page.md")

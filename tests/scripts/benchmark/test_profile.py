@@ -1,4 +1,4 @@
-"""What a step's time is said to be made of."""
+"""Tests of the profile of a step."""
 
 import json
 from pathlib import Path
@@ -35,11 +35,11 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
         ("aten::bitwise_xor", OTHER),
     ],
 )
-def test_a_kernel_is_of_one_kind(kernel: str, kind: str) -> None:
+def test_kernel_has_the_kind_of_its_name(kernel: str, kind: str) -> None:
     assert kind_of(kernel) == kind
 
 
-def test_a_step_is_made_of_kinds_that_take_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_of_a_step_has_times_by_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.benchmark.profile.REPEATS", 3)
     program = ReverseStep(load(save_tiny_checkpoint(tmp_path / "tiny.safetensors")), torch.device("cpu"), torch.float32)
     found = milliseconds_by_kind(program, _inputs(program, 16))
@@ -50,9 +50,9 @@ def test_a_step_is_made_of_kinds_that_take_time(tmp_path: Path, monkeypatch: pyt
     assert whole > 0
 
 
-def test_the_share_of_the_matrix_rate_is_of_steps_and_products_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrix_shares_alternate_steps_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    clock = iter(range(100))  # a step takes a second, whatever it does
+    clock = iter(range(100))  # each step takes 1 s on this clock
     monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(profile, "matrix_rate", lambda device: calls.append("product") or 4e9)
     monkeypatch.setattr(profile, "TURNS", 3)
@@ -60,16 +60,17 @@ def test_the_share_of_the_matrix_rate_is_of_steps_and_products_that_take_turns(m
     assert calls == ["step", "product"] * 3
 
 
-def test_the_table_of_a_profile_has_its_kinds_in_order_and_the_share_of_the_last() -> None:
+def test_profile_table_has_the_kinds_in_order_and_the_matrix_share() -> None:
     by_name = {"not compiled": {"activations": 1.0, "whole": 9.0}, "compiled": {"copies": 0.123, "whole": 3.0}}
     columns, lines = profile_table({"rows": 8, "milliseconds": by_name, "matrix_shares": [0.5, 0.25, 0.75]})
-    assert columns == ("ms of a step, rows: 8", "not compiled", "compiled")
-    assert [line[0] for line in lines] == [*(kind for kind, _ in KINDS), OTHER, "whole", "of the matrix rate, %"]
+    assert columns == ("ms per step of 8 rows", "not compiled", "compiled")
+    total, share = "total, without the profiler", "share of the matrix rate, %"
+    assert [line[0] for line in lines] == [*(kind for kind, _ in KINDS), "other", total, share]
     assert lines[2:4] == [["activations", "1.00", "0.00"], ["copies", "0.00", "0.12"]]
-    assert lines[-2:] == [["whole", "9.00", "3.00"], ["of the matrix rate, %", "-", "50 (25 - 75)"]]
+    assert lines[-2:] == [[total, "9.00", "3.00"], [share, "-", "50 (25 - 75)"]]
 
 
-def test_the_shipped_network_is_profiled_and_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_of_the_shipped_network_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"REPEATS": 2, "TURNS": 2, "_with_names": lambda program, cache: program}.items():
         monkeypatch.setattr(profile, name, value)
     bench.main(["profile", "--rows=2", f"--out={tmp_path / 'profile.json'}"])

@@ -1,4 +1,4 @@
-"""Services that are a few lines of Python: how they are started, suspended and stopped, and what is read of them."""
+"""Tests of starting, suspending and stopping services, with services of a few lines of Python."""
 
 import http.server
 import os
@@ -90,12 +90,12 @@ def serving(status: int, body: bytes) -> Iterator[Running]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Waits until the condition is true. The timeout of the test ends it."""
+    """Waits until the condition is true. The timeout of the test limits the time."""
     while not condition():
         time.sleep(0.01)
 
 
-def test_a_scrape_has_the_samples_without_labels_and_the_histograms() -> None:
+def test_metrics_have_samples_without_labels_and_histograms() -> None:
     with serving(200, SCRAPE) as running:
         metrics = running.metrics()
     assert metrics.values == {
@@ -106,12 +106,12 @@ def test_a_scrape_has_the_samples_without_labels_and_the_histograms() -> None:
     assert metrics.buckets == {"unfog_batch_rows": {1.0: 3.0, float("inf"): 5.0}}
 
 
-def test_a_service_without_metrics_has_none() -> None:
+def test_metrics_are_empty_for_a_service_without_metrics() -> None:
     with serving(404, b"") as running:
         assert running.metrics() == Metrics()
 
 
-def test_resources_and_signals_are_those_of_the_service_and_its_children() -> None:
+def test_resources_and_signals_include_child_processes() -> None:
     with started(Contestant("parent", ("-c", WITH_A_CHILD, "{port}"))) as running:
         parent = psutil.Process(running.pid)
         (child,) = parent.children()
@@ -126,14 +126,14 @@ def test_resources_and_signals_are_those_of_the_service_and_its_children() -> No
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # the parent cannot reap it
 
 
-def test_a_process_that_has_ended_uses_nothing() -> None:
+def test_resources_of_an_ended_process_are_zero() -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         process.wait()
     found = Running("http://127.0.0.1:9", process.pid, 0.0).resources()
     assert (found.megabytes, found.descriptors, found.threads) == (0, 0, 0)
 
 
-def test_all_stand_still_but_the_one_whose_turn_it_is() -> None:
+def test_all_services_are_suspended_except_in_their_turn() -> None:
     with all_started([grey("a", 7), grey("b", 7)]) as running:
         a, b = running["a"], running["b"]
         for one in (a, b):
@@ -148,12 +148,12 @@ def test_all_stand_still_but_the_one_whose_turn_it_is() -> None:
 @pytest.mark.parametrize(
     "odd", [grey("odd", 9), grey("odd", 7, size=28), grey("odd", 7, size=28, is_of_our_network=False)]
 )
-def test_who_draws_something_else_is_not_measured(odd: Contestant) -> None:
-    with pytest.raises(ScriptError, match="odd draws other pictures than a"), all_started([grey("a", 7), odd]):
+def test_service_with_different_images_is_rejected(odd: Contestant) -> None:
+    with pytest.raises(ScriptError, match="odd and a generate different images"), all_started([grey("a", 7), odd]):
         pass
 
 
-@pytest.mark.parametrize("alike", [grey("b", 8), grey("b", 200, is_of_our_network=False)])
-def test_rounding_and_another_network_are_let_pass(alike: Contestant) -> None:
-    with all_started([grey("a", 7), alike]) as running:
+@pytest.mark.parametrize("other", [grey("b", 8), grey("b", 200, is_of_our_network=False)])
+def test_rounding_differences_and_other_networks_are_accepted(other: Contestant) -> None:
+    with all_started([grey("a", 7), other]) as running:
         assert list(running) == ["a", "b"]

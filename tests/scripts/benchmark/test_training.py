@@ -1,4 +1,4 @@
-"""What is timed is training: both loops learn."""
+"""Tests that the measured loops train the network."""
 
 import itertools
 from pathlib import Path
@@ -21,31 +21,33 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Ten
     return load_mnist("train", tmp_path)
 
 
-def test_the_plain_loop_learns(examples: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_loop_reduces_the_loss(
+    examples: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses: list[float] = []
     mse_loss = torch.nn.functional.mse_loss
 
-    def note(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def record(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         loss = mse_loss(output, target)
         losses.append(loss.item())
         return loss
 
-    monkeypatch.setattr(training.nn.functional, "mse_loss", note)
+    monkeypatch.setattr(training.nn.functional, "mse_loss", record)
     torch.manual_seed(0)
     times = list(itertools.islice(plain_loop(recipe_of("cosine"), *examples, CPU), 60))
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
     assert times == sorted(times)
 
 
-def test_a_training_is_timed_step_by_step_over_as_many_epochs_as_it_takes(
+def test_trainer_is_timed_at_each_step_over_several_epochs(
     examples: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    times = of_trainer(recipe_of("cosine"), *examples, CPU, num_steps=9, compiled=False)  # four steps an epoch
+    times = of_trainer(recipe_of("cosine"), *examples, CPU, num_steps=9, compiled=False)  # four steps per epoch
     assert len(times) == WARM_UP_STEPS + 9 + 1
     assert times == sorted(times)
 
 
-def test_images_a_second_leave_the_first_steps_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_a_second_ignores_the_warm_up_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [100.0 * k for k in range(WARM_UP_STEPS)] + [1000.0 + 0.5 * k for k in range(5)]
     monkeypatch.setattr(training, "of_trainer", lambda *args, compiled: times)
     empty = torch.empty(0)

@@ -1,4 +1,4 @@
-"""Versions that are a few lines of Python: an answer takes a known processor time, and /metrics counts the answers."""
+"""Tests of the comparison of versions, with servers whose answers take a known processor time."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def server(name: str, seconds: float, failing_after: int = 1_000_000) -> Contest
     ("load", "unit"),
     [(Load("4 x 1 image", (one,) * 4), ROWS_OF_ALL), (Load("1 x 1 image and 1 x 64", (one, many)), ANSWERS_TO_ONE)],
 )
-def test_a_version_that_takes_a_quarter_of_the_time_has_a_multiple_of_the_rate(load: Load, unit: str) -> None:
+def test_faster_version_has_a_higher_rate(load: Load, unit: str) -> None:
     pairs = list[dict[str, Any]]()
     compare_versions(server(BASE, 0.02), server(NEW, 0.005), {load: unit}, 2, 1.0, pairs.append)
     assert [(found["load"], found["pair"], found["unit"]) for found in pairs] == [
@@ -78,13 +78,13 @@ def test_pairs_before_a_failed_request_are_reported() -> None:
     assert 0 < len(pairs) < 100
 
 
-def test_a_service_without_progress_ends_the_comparison() -> None:
+def test_service_without_progress_gives_an_error() -> None:
     load = Load("1 x 1 image", (one,))
     with pytest.raises(ScriptError, match="no progress"):
         compare_versions(server(BASE, 0.01), server(NEW, 0.4), {load: ANSWERS_TO_ONE}, 1, 0.1, [].append)
 
 
-def test_the_table_has_medians_and_the_range_of_the_ratios() -> None:
+def test_table_has_medians_and_the_range_of_the_ratios() -> None:
     pairs = [
         {"load": "a", "pair": k, "unit": "rows/s", BASE: base, NEW: new, "rows_a_step": [60.0, 40.0]}
         for k, (base, new) in enumerate([(100.0, 90.0), (200.0, 220.0), (150.0, 150.0)])
