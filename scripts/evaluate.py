@@ -1,11 +1,11 @@
-"""Evaluates drawn digits: `python -m scripts.evaluate digits --out evaluation/`.
+"""Evaluates generated digits: `python -m scripts.evaluate digits --out evaluation/`.
 
 digits     recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
 fog        recognition of real digits at each noise level
 clip       CLIP scores at each step of the reverse process
-synthetic  accuracy of a classifier that was trained on drawn digits only
+synthetic  accuracy of a classifier that was trained only on generated digits
 
-Use the validation split to make choices and the test split for published figures.
+Use the validation split to choose settings. Use the test split for the figures that you publish.
 """
 
 import argparse
@@ -43,10 +43,10 @@ from scripts.evaluation.synthetic import EPOCHS, evaluate_synthetic
 from scripts.evaluation.tables import FEWEST_IMAGES
 
 PACKAGES = {"digits": ("torchmetrics", "matplotlib"), "fog": ("matplotlib",), "clip": ("matplotlib",), "synthetic": ()}
-PICTURE_HELP = "the .png file to write; the figures are written to a .json file of the same name"
+PICTURE_HELP = "plot to write, a .png file; the data is written to a .json file with the same name"
 CLIP_HELP = (
     "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (for OpenAI's weights: "
-    "ViT-B-32-quickgelu:FILE); default: the small model that ships"
+    "ViT-B-32-quickgelu:FILE); default: the small model that ships with unfog"
 )
 
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         match args.command:
             case "digits":
                 if args.images and (given := given_options(args, kept=["num_threads"])):
-                    raise ScriptError(f"--images are drawn already: leave out {given[0]}")
+                    raise ScriptError(f"{given[0]} has no effect on existing images. Remove it, or remove --images")
                 if args.images:
                     samples = samples_of_folder(args.images, args.num_images, reporter)
                 else:
@@ -83,56 +83,83 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="digits|fog|clip|synthetic", dest="command")
-    digits = commands.add_parser("digits", help="evaluate drawn digits; writes a table, JSON and figures")
+    digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
     fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
     fog.add_argument(
-        "--checkpoint", type=Path, default=SHIPPED, help="checkpoint whose schedule is used; default: the shipped one"
+        "--checkpoint",
+        type=Path,
+        default=SHIPPED,
+        help="checkpoint with the noise schedule to use; default: the shipped one",
     )
     fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: the shipped ones")
     fog.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path = commands.add_parser("clip", help="CLIP scores at each step of the reverse process")
     _add_clip(clip_path)
-    synthetic = commands.add_parser("synthetic", help="accuracy of a classifier trained on drawn digits only")
-    synthetic.add_argument("folder", type=Path, help="a data set of scripts.make_dataset")
+    synthetic = commands.add_parser("synthetic", help="accuracy of a classifier trained only on generated digits")
+    synthetic.add_argument("folder", type=Path, help="data set written by scripts.make_dataset")
     synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"training epochs; default: {EPOCHS}")
-    synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="default: 0")
-    synthetic.add_argument("--out", type=file_to_write(".json"), help="the .json file to write")
+    synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="seed of the training; default: 0")
+    synthetic.add_argument("--out", type=file_to_write(".json"), help=".json file for the results; default: print only")
     for command in (fog, synthetic):
-        command.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
-    for command in (digits, fog, clip_path, synthetic):
-        splits = SPLITS if command is digits else HELD_OUT_SPLITS  # the others need digits that were not learned from
         command.add_argument(
-            "--split", choices=splits, default="test", help="real digits to compare with; default: test"
+            "--num-threads", type=integer(1, 1024), help="compute threads on a CPU; default: PyTorch's choice"
+        )
+    for command in (digits, fog, clip_path, synthetic):
+        splits = (
+            SPLITS if command is digits else HELD_OUT_SPLITS
+        )  # the others need digits that were not used for training
+        command.add_argument(
+            "--split",
+            choices=splits,
+            default="test",
+            help="split of MNIST with the real digits to compare with; default: test",
         )
         command.add_argument(
-            "--data-dir", type=Path, default=Path("data"), help="folder of MNIST's IDX files; downloaded if missing"
+            "--data-dir",
+            type=Path,
+            default=Path("data"),
+            help="folder with MNIST's IDX files, downloaded if missing; default: data",
         )
     return parser.parse_args(argv)
 
 
 def _add_digits(digits: argparse.ArgumentParser) -> None:
     digits.add_argument(
-        "--images", type=Path, help="evaluate this folder of PNGs or of scripts.make_dataset instead of drawing"
+        "--images",
+        type=Path,
+        help="evaluate the images in this folder instead of generating images: PNGs, or a data set of "
+        "scripts.make_dataset",
     )
-    digits.add_argument("--out", type=Path, help="folder for evaluation.json, evaluation.md and the figures")
+    digits.add_argument(
+        "--out", type=Path, help="folder for evaluation.json, evaluation.md and the plots; default: print only"
+    )
     digits.add_argument("--judge", type=Path, help="weights of the judge; default: the shipped ones")
     digits.add_argument("--extractor", type=Path, help="weights of the feature extractor; default: the shipped ones")
     digits.add_argument(
-        "--clip", nargs="?", const="embedded", metavar="MODEL", help=f"also compute CLIP scores, with {CLIP_HELP}"
+        "--clip",
+        nargs="?",
+        const="embedded",
+        metavar="MODEL",
+        help=f"also compute CLIP scores with this model: {CLIP_HELP}",
     )
     lowest = NUM_CLASSES * FEWEST_OF_EACH
     digits.add_argument(
         "--num-images",
         type=num_images(lowest, MOST_IMAGES),
-        help=f"a multiple of 10, at least {lowest}; fewer than {FEWEST_IMAGES:,} give no Fréchet distance; "
-        f"default: {NUM_IMAGES}, or as many as --images holds",
+        help=f"number of images, a multiple of 10, at least {lowest}; the Fréchet distance needs at least "
+        f"{FEWEST_IMAGES:,}; default: {NUM_IMAGES}, or all in --images up to this number",
     )
     add_drawing_arguments(digits, seed=0)
 
 
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:
-    clip_path.add_argument("--num-images", type=num_images(NUM_CLASSES, 4_000), default=200, help="default: 200")
+    clip_path.add_argument(
+        "--num-images",
+        type=num_images(NUM_CLASSES, 4_000),
+        default=200,
+        help="number of images, a multiple of 10; default: 200",
+    )
     clip_path.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=f"the CLIP model: {CLIP_HELP}")
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))

@@ -10,7 +10,7 @@ from model.checkpoint import SHIPPED, SHIPPED_FAST, load
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.evaluation.classifiers import load_classifier
-from scripts.evaluation.tables import as_column, as_run, as_sweep_row, read_evaluation
+from scripts.evaluation.tables import FRECHET_RATIO, as_column, as_run, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -103,7 +103,7 @@ def test_what_the_service_sends_is_as_good_as_what_was_drawn_before(name: str) -
     text = (DOCS / "benchmarks.md").read_text()
     lines = [cells(line) for line in text.splitlines() if line.startswith(f"| `{name}`")]
     columns = [as_column(evaluation) for evaluation in (served, before)]
-    wanted = ("recognised as asked", "as a multiple of real digits'")
+    wanted = ("recognised as asked", FRECHET_RATIO)
     assert [line[1:] for line in lines] == [[column[figure] for figure in wanted] for column in columns]
 
 

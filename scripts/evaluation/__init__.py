@@ -1,1 +1,1 @@
-"""How good drawn digits are: networks that look at them, and figures computed from what those see."""
+"""Evaluation of generated digits: classifiers, and metrics that are computed from their outputs."""

@@ -1,7 +1,7 @@
-"""Pictures of digits in many states, and the captions that are true, false or undecided of each.
+"""Training data of the small CLIP: pictures of digits in known states, and captions about these states.
 
-What the small CLIP learns from: a picture is made in a known state, and a caption says something about
-states, so its truth is known for every pair and no true caption counts against a picture.
+Since the state of each picture is known, every caption is known to be true, false or undecided for it. A true caption
+is therefore never a negative example.
 """
 
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from scripts.evaluation.classifier_training import augment
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLEAR, NOISY = "a clear picture", "a noisy, blurry picture"
-CLEAR_UNTIL, NOISY_FROM = 4, 12  # timesteps; between them a caption is neither true nor false
-DIGIT_UNTIL, STATIC_FROM = 60, 90
-FOGGED_SHARE, BLURRED_SHARE, RESTROKED_SHARE = 0.4, 0.1, 0.15  # of the pictures
+CLEAR_UNTIL, NOISY_FROM = 4, 12  # timesteps; between them the captions are undecided
+DIGIT_UNTIL, STATIC_FROM = 60, 90  # timesteps; between them the captions are undecided
+FOGGED_SHARE, BLURRED_SHARE, RESTROKED_SHARE = 0.4, 0.1, 0.15  # fractions of the pictures
 MAX_SHEAR = 0.25
-BOLDNESS = 0.42, 0.58  # up to the first fine, from the second on bold
-LEAN = 0.12, 0.3  # up to the first upright, from the second on slanted
+BOLDNESS = 0.42, 0.58  # fine up to the first value, bold from the second value
+LEAN = 0.12, 0.3  # upright up to the first value, slanted from the second value
 TRUE, FALSE, UNDECIDED = 1.0, -1.0, 0.0
 
 
 def digit_prompt(digit: int) -> str:
-    """What a picture of the digit is asked to be like."""
+    """Returns the CLIP prompt for a picture of the digit, such as "a handwritten digit seven"."""
     return f"a handwritten digit {WORDS[digit]}"
 
 
@@ -62,18 +62,22 @@ CAPTIONS = [
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A batch of pictures, and in which states they are."""
+    """A batch of pictures and their states."""
 
-    pictures: Tensor  # (B, 1, 28, 28) float32 in [0, 1], as 8 bits show them
+    pictures: Tensor  # (B, 1, 28, 28) float32 in [0, 1], rounded to 8 bits
     digit: Tensor  # (B,) int64
-    t: Tensor  # (B,) int64, how far the picture went into the fog
+    t: Tensor  # (B,) int64, timestep of the added noise, 0 for no noise
     blurred: Tensor  # (B,) bool
-    boldness: Tensor  # (B,) as `boldness` measures it before fog and blur
-    lean: Tensor  # (B,) as `lean` measures it before fog and blur
+    boldness: Tensor  # (B,) measured by `boldness` before noise and blur
+    lean: Tensor  # (B,) measured by `lean` before noise and blur
 
 
 def make_scene(images: Tensor, digit: Tensor, diffusion: Diffusion) -> Scene:
-    """uint8 (B, 1, 28, 28) -> half of them clear, the others in the fog or blurred, all moved and leant a little."""
+    """Makes a scene of images, uint8 (B, 1, 28, 28), and their digits (B,).
+
+    Half of the pictures are clear, 40% have noise and 10% are blurred. All are moved a little, many are sheared or get
+    thicker or thinner strokes.
+    """
 
     def draw() -> Tensor:
         return torch.rand(len(images), generator=diffusion.generator)  # (B,)
@@ -89,12 +93,12 @@ def make_scene(images: Tensor, digit: Tensor, diffusion: Diffusion) -> Scene:
 
 
 def boldness(x: Tensor) -> Tensor:
-    """The share of a digit's ink that is left when its strokes are thinned by a pixel: (B, 1, 28, 28) -> (B,)."""
+    """Returns the share of ink that is left when the strokes become one pixel thinner: (B, 1, 28, 28) -> (B,)."""
     return _thinned(x).sum(dim=(1, 2, 3)) / x.sum(dim=(1, 2, 3)).clamp(min=1e-6)
 
 
 def lean(x: Tensor) -> Tensor:
-    """How far a digit's ink moves to the right per row upwards, by its second moments: (B, 1, 28, 28) -> (B,)."""
+    """Returns the slant: pixels to the right per row upwards, from second moments: (B, 1, 28, 28) -> (B,)."""
     ink = x[:, 0] / x.sum(dim=(1, 2, 3)).clamp(min=1e-6)[:, None, None]  # (B, H, W)
     row, column = torch.arange(28.0)[:, None], torch.arange(28.0)
     mean_row, mean_column = (ink * row).sum(dim=(1, 2)), (ink * column).sum(dim=(1, 2))  # (B,)
@@ -103,11 +107,11 @@ def lean(x: Tensor) -> Tensor:
 
 
 def truth(scene: Scene) -> Tensor:
-    """TRUE, FALSE or UNDECIDED for each picture and each of CAPTIONS, (B, len(CAPTIONS))."""
+    """Returns TRUE, FALSE or UNDECIDED for each picture and each of CAPTIONS, (B, len(CAPTIONS))."""
     states = _states(scene)  # (B,) each
     is_digit = F.one_hot(scene.digit, NUM_CLASSES) * 2.0 - 1  # (B, 10)
-    shown = torch.where(is_digit == TRUE, states["written"][:, None], FALSE)  # (B, 10): in static there is no digit
-    by_digit = shown.repeat_interleave(2, dim=1).repeat(1, len(DIGIT_CAPTIONS))  # in words and in figures
+    shown = torch.where(is_digit == TRUE, states["written"][:, None], FALSE)  # (B, 10): pure noise shows no digit
+    by_digit = shown.repeat_interleave(2, dim=1).repeat(1, len(DIGIT_CAPTIONS))  # each digit has a word and a numeral
     clear_digit = torch.minimum(shown, states["clear"][:, None])
     noisy_digit = torch.minimum(shown, states["degraded"][:, None])
     by_state = [states[name] for name, captions in STATE_CAPTIONS.items() for _ in captions]
@@ -118,7 +122,7 @@ def _states(scene: Scene) -> dict[str, Tensor]:
     fogged = _rising(scene.t, CLEAR_UNTIL, NOISY_FROM)
     degraded = torch.where(scene.blurred, TRUE, fogged)
     clear = degraded == FALSE
-    blurry = torch.where(scene.blurred, TRUE, torch.where(clear, FALSE, UNDECIDED))  # noise may hide a blur
+    blurry = torch.where(scene.blurred, TRUE, torch.where(clear, FALSE, UNDECIDED))  # noise may hide the blur
     static = _rising(scene.t, DIGIT_UNTIL, STATIC_FROM)
     written = -static
     bold, leaning = _rising(scene.boldness, *BOLDNESS), _rising(scene.lean.abs(), *LEAN)
@@ -139,12 +143,12 @@ def _states(scene: Scene) -> dict[str, Tensor]:
 
 
 def _rising(x: Tensor, until: float, start: float) -> Tensor:
-    """FALSE up to `until`, TRUE from `start` on."""
+    """Returns FALSE up to `until`, TRUE from `start`, and UNDECIDED between them."""
     return torch.where(x <= until, FALSE, torch.where(x >= start, TRUE, UNDECIDED))
 
 
 def _restroke(x: Tensor, draw: Tensor) -> Tensor:
-    """Strokes of some pictures a pixel finer, of as many a pixel bolder; draw (B,) in [0, 1)."""
+    """Makes strokes one pixel thinner in 15% of the pictures and one pixel thicker in 15%. `draw` is (B,) in [0, 1)."""
     draw = draw[:, None, None, None]
     bold = F.max_pool2d(F.pad(x, (0, 1, 0, 1)), 2, stride=1)
     return torch.where(draw < RESTROKED_SHARE, _thinned(x), torch.where(draw > 1 - RESTROKED_SHARE, bold, x))

@@ -1,4 +1,4 @@
-"""Trains a classifier on MNIST's training split only. The test split is used once, after the training."""
+"""Trains a classifier on MNIST's training split. The test split is used only once, after the training."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,13 +21,13 @@ from scripts.evaluation.classifiers import KINDS, Classifier, accuracy, save_cla
 
 MAX_ROTATION = math.radians(12)
 MAX_SCALING = 0.1
-MAX_SHIFT = 2 / 14  # two pixels, in units of half the width of an image
+MAX_SHIFT = 2 / 14  # two pixels, in units of half of the image width
 BATCH_SIZE = 256
 WEIGHT_DECAY = 0.02
 LABEL_SMOOTHING = 0.05
 MAX_EMA_DECAY = 0.998  # averages over about two epochs
 
-# The extractor gets unchanged images, since it must measure slant, size and place, too.
+# The extractor is trained on unchanged images, since its features must also measure slant, size and position.
 RECIPES = {
     "judge": {"augmented": True, "epochs": 30, "seed": 0},
     "extractor": {"augmented": False, "epochs": 20, "seed": 1},
@@ -39,13 +39,13 @@ Labelled = tuple[Tensor, Tensor]  # uint8 (N, 1, 28, 28), int64 (N,)
 def train_and_save(
     kind: str, path: Path, data_dir: Path, reporter: Reporter, *, epochs: int | None = None, seed: int | None = None
 ) -> None:
-    """Trains a classifier of RECIPES on MNIST and writes it. `epochs` and `seed` replace those of the recipe.
+    """Trains a classifier of RECIPES on MNIST and saves it. `epochs` and `seed` override those of the recipe.
 
     Raises ScriptError if the data cannot be read.
     """
-    asked = {"epochs": epochs, "seed": seed}
-    recipe = {**RECIPES[kind], **{name: value for name, value in asked.items() if value is not None}}
-    torch.manual_seed(recipe["seed"])  # the first weights, and dropout
+    overrides = {"epochs": epochs, "seed": seed}
+    recipe = {**RECIPES[kind], **{name: value for name, value in overrides.items() if value is not None}}
+    torch.manual_seed(recipe["seed"])  # of the initial weights and of dropout
     path.parent.mkdir(parents=True, exist_ok=True)
     train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
     learn, choose = split_validation(*train)
@@ -60,7 +60,7 @@ def train_and_save(
     )
     facts = facts_of(network, choose, test, **recipe)
     save_classifier(path, kind, network, facts)
-    reporter.line(f"{facts['validation_accuracy']:.2%} of the validation digits recognised; saved as {path}")
+    reporter.line(f"Recognised {facts['validation_accuracy']:.2%} of the validation digits. Saved as {path}")
 
 
 def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
@@ -76,10 +76,10 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
     seed: int = 0,
     title: str = "training a classifier",
 ) -> Classifier:
-    """Trains on these digits. Returns the network with the running average of the weights after the last epoch.
+    """Trains the network on these digits and returns it with the running average of its weights.
 
-    `augmented` turns, scales and shifts each image a little: the network then recognises more digits, but distinguishes
-    fewer details. `fogged` adds noise to each image, of a random step of the cosine schedule.
+    `augmented` rotates, scales and shifts each image a little. The network then recognises more digits, but its
+    features measure fewer details. `fogged` adds the noise of a random timestep of the cosine schedule to each image.
     """
     generator = torch.Generator().manual_seed(seed)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), generator)
@@ -102,7 +102,7 @@ def train_classifier(  # noqa: PLR0913 # hyperparameters, each optional
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The rows of each batch of a training. An epoch leaves out the rows that do not fill a batch."""
+    """The row numbers of each batch of a training. The last incomplete batch of an epoch is dropped."""
 
     num_examples: int
     batch_size: int
@@ -110,11 +110,11 @@ class Batches:
     generator: torch.Generator
 
     def __len__(self) -> int:
-        """Returns the number of batches of all epochs."""
+        """Returns the number of batches in all epochs."""
         return self.epochs * (self.num_examples // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields rows (B,), shuffled anew in each epoch."""
+        """Yields row numbers (B,), shuffled in each epoch."""
         for _ in range(self.epochs):
             order = torch.randperm(self.num_examples, generator=self.generator)
             yield from order[: len(self) // self.epochs * self.batch_size].split(self.batch_size)
@@ -131,9 +131,9 @@ def fit(  # hyperparameters
     warm_up: float,
     average_buffers: bool = False,
 ) -> None:
-    """Minimises `loss_of(rows)` over all batches. Then sets the network to the running average of its weights.
+    """Minimises `loss_of(rows)` over all batches, then sets the network to the running average of its weights.
 
-    The learning rate rises to that of the optimizer during the share `warm_up` of the steps. Then it falls to zero.
+    The learning rate rises to that of the optimizer in the first fraction `warm_up` of the steps, then falls to zero.
     """
     averaged = AveragedModel(network, multi_avg_fn=running_average(MAX_EMA_DECAY), use_buffers=average_buffers)
     max_lr = optimizer.param_groups[0]["lr"]
@@ -151,7 +151,7 @@ def fit(  # hyperparameters
 
 
 def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: Any) -> dict[str, Any]:
-    """Returns the facts that are stored with the weights: accuracy on digits not trained on, and training options."""
+    """Returns the metadata of the weights: accuracy on digits not used for training, and the training options."""
     return {
         "test_accuracy": accuracy(network, *test),
         "num_test": len(test[0]),
@@ -162,13 +162,13 @@ def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: 
 
 
 def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:
-    """Returns x_t of x (B, 1, 28, 28) in [0, 1], at a random t in 1..T, rounded to 8 bits, in [0, 1]."""
+    """Returns x_t of x (B, 1, 28, 28) in [0, 1] at a random t in 1..T, rounded to 8 bits, in [0, 1]."""
     x_t, _ = diffusion.add_noise(2 * x - 1, diffusion.draw_timesteps(len(x)))
     return to_pixels(x_t) / 255
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns images, uint8 (B, 1, 28, 28), in [0, 1]. Each is turned, scaled and shifted a little at random."""
+    """Rotates, scales and shifts images at random: uint8 (B, 1, 28, 28) -> float32 (B, 1, 28, 28) in [0, 1]."""
     draws = 2 * torch.rand(4, len(images), generator=generator) - 1  # (4, B) in [-1, 1]
     angle, scaling, shift_x, shift_y = draws.unbind()  # (B,) each
     angle, zoom = MAX_ROTATION * angle, 1 + MAX_SCALING * scaling

@@ -1,8 +1,8 @@
-"""Small networks that tell digits apart, independent of those that draw them and of each other.
+"""Small digit classifiers for the evaluation. They are independent of the diffusion networks and of each other.
 
-The judge counts what is recognised in the tables that are published; the extractor's features are
-what distances between sets of images are measured in, and its answers are what choices are made by;
-the fog judge, which learned from noisy digits, is asked how far into the noise a digit can be read.
+The judge gives the recognition accuracy of published tables. The extractor gives the features for distances between
+sets of images, and the recognition accuracy by which settings are chosen. The fog judge was trained on noisy digits and
+measures up to which noise level a digit can be recognised.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ BATCH_SIZE = 500
 
 
 class Classifier(nn.Module):
-    """Images (B, 1, 28, 28) in [0, 1] -> features (B, 128) -> logits (B, 10)."""
+    """Base class: images (B, 1, 28, 28) in [0, 1] -> features (B, 128) -> logits (B, 10)."""
 
     num_features = 128
 
@@ -38,16 +38,16 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.num_features, NUM_CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
-        """What the head sees of the images, (B, 128)."""
+        """Returns the inputs of the head, (B, 128)."""
         return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits, (B, 10)."""
+        """Returns the logits, (B, 10)."""
         return self.head(self.dropout(self.features(x)))
 
 
 class Judge(Classifier):
-    """Five convolutions with batch norm, and the mean of the last one's maps."""
+    """Five convolutions with batch norm, followed by global average pooling."""
 
     def __init__(self) -> None:
         body = nn.Sequential(
@@ -65,7 +65,7 @@ class Judge(Classifier):
 
 
 class Extractor(Classifier):
-    """LeNet-5's way (LeCun 1998), with batch norm: two convolutions, then a layer that sees where things are."""
+    """Like LeNet-5 (LeCun 1998), with batch norm: two convolutions and a linear layer that keeps positions."""
 
     def __init__(self) -> None:
         body = nn.Sequential(
@@ -92,45 +92,45 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int) -> tuple[nn.Mod
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A trained classifier: its network, float32 and in evaluation mode, and what is known of it."""
+    """A trained classifier and its metadata."""
 
-    network: Classifier
-    facts: dict[str, Any]  # accuracy on real test digits, how it was trained
-    sha256: str  # of the file
+    network: Classifier  # float32, in evaluation mode
+    facts: dict[str, Any]  # accuracy on real test digits, and training options
+    sha256: str  # digest of the file
 
     @property
     def accuracy(self) -> float:
-        """The share of MNIST's 10,000 test digits that it recognises, measured when it was trained."""
+        """The accuracy on MNIST's 10,000 test digits, measured after the training."""
         return float(self.facts["test_accuracy"])
 
 
 @torch.inference_mode()
 def features_of(network: Classifier, images: Tensor) -> Tensor:
-    """Returns features (N, 128) of images, uint8 (N, 1, 28, 28); ScriptError for images of another shape."""
+    """Returns the features (N, 128) of uint8 images (N, 1, 28, 28). Raises ScriptError for other images."""
     if images.dtype != torch.uint8 or images.shape[1:] != (1, 28, 28):
         kind = f"{images.dtype} of {tuple(images.shape[1:])}"
-        raise ScriptError(f"classifiers see 8-bit images of 1x28x28, not {kind}")
+        raise ScriptError(f"Classifiers need uint8 images of 1x28x28, not {kind}")
     return torch.cat([network.features(batch / 255) for batch in images.split(BATCH_SIZE)])
 
 
 @torch.inference_mode()
 def probabilities_of(network: Classifier, images: Tensor) -> Tensor:
-    """uint8 (N, 1, 28, 28) -> how likely each image is each digit, (N, 10)."""
+    """Returns the class probabilities (N, 10) of uint8 images (N, 1, 28, 28)."""
     return network.head(features_of(network, images)).softmax(dim=1)
 
 
 def recognise(network: Classifier, images: Tensor) -> Tensor:
-    """The digit seen in each image: uint8 (N, 1, 28, 28) -> int64 (N,)."""
+    """Returns the most probable digit of each image: uint8 (N, 1, 28, 28) -> int64 (N,)."""
     return probabilities_of(network, images).argmax(dim=1)
 
 
 def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
-    """The share of images that are recognised as their labels."""
+    """Returns the share of images that are recognised as their labels."""
     return (recognise(network, images) == labels).double().mean().item()
 
 
 def save_classifier(path: Path, kind: str, network: Classifier, facts: dict[str, Any]) -> None:
-    """Writes weights and facts as one safetensors file, atomically."""
+    """Atomically writes weights and metadata to a safetensors file."""
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in network.state_dict().items()
     }
@@ -138,7 +138,7 @@ def save_classifier(path: Path, kind: str, network: Classifier, facts: dict[str,
 
 
 def load_classifier(kind: str, path: Path | None = None) -> Trained:
-    """Returns the classifier in the file, or the shipped one; ScriptError if the file is not a classifier."""
+    """Loads a classifier from the file, or the shipped one for None. Raises ScriptError for a wrong or damaged file."""
     path = path or WEIGHTS / f"{kind}.safetensors"
     network = KINDS[kind]()
     try:
@@ -152,6 +152,6 @@ def load_classifier(kind: str, path: Path | None = None) -> Trained:
     except OSError as error:
         raise ScriptError(f"{path} cannot be read: {error.strerror or error}") from error
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        message = f"{path} does not hold a digit {kind}: train one with python -m scripts.train_classifiers"
+        message = f"{path} is not a {kind}. Train one with python -m scripts.train_classifiers {kind}"
         raise ScriptError(message) from error
     return Trained(network.eval().requires_grad_(False), facts, sha256)

@@ -1,6 +1,6 @@
-"""CLIP as judge (Radford 2021): how alike pictures and sentences are, by any model that open_clip loads.
+"""CLIP scores (Radford 2021): similarity of pictures and prompts, by any model that open_clip loads.
 
-A score means something beside real digits only: of those, OpenAI's ViT-B/32 recognises about half.
+Compare a score only with that of real digits: OpenAI's ViT-B/32 recognises only about half of the real digits.
 """
 
 import logging
@@ -24,28 +24,29 @@ from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
 from scripts.evaluation.classifiers import WEIGHTS
 from scripts.evaluation.samples import Digits
 
-EMBEDDED = WEIGHTS / "clip"  # in open_clip's own format: "local-dir:<this>" loads it anywhere
+EMBEDDED = WEIGHTS / "clip"  # in open_clip's format, loaded by "local-dir:<folder>"
 BATCH_SIZE = 250
 PROMPTS = (*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY)
-PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule, of 100: captions say so from 12 on, where one may doubt
+PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule; at 12, where captions begin to say noisy, people may doubt
 
 
 @dataclass(frozen=True, slots=True)
 class ClipScores:
-    """What CLIP sees in digits; a score means something beside real digits' only."""
+    """The CLIP scores of a set of digits."""
 
-    recognised: float  # share whose most similar of ten prompts names the digit that was asked for
-    clear: float  # share more similar to CLEAR than to NOISY
-    similarity: float  # mean cosine between a picture and the prompt of its digit
+    recognised: float  # share of pictures whose most similar prompt, of ten, is that of their digit
+    clear: float  # share of pictures more similar to CLEAR than to NOISY
+    similarity: float  # mean cosine similarity of a picture and the prompt of its digit
 
 
 class ClipScorer:
-    """Cosines between 8-bit pictures and sentences."""
+    """Computes cosine similarities of 8-bit pictures and prompts with a CLIP model."""
 
     def __init__(self, name: str = "embedded") -> None:
-        """Loads `embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`; ScriptError.
+        """Loads a model: `embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`.
 
-        OpenAI's weights in a file need the architecture with their activation: `ViT-B-32-quickgelu:FILE`.
+        For a file with OpenAI's weights, use the architecture with their activation: `ViT-B-32-quickgelu:FILE`.
+        Raises ScriptError if the model cannot be loaded.
         """
         self.name = name
         architecture, _, weights = name.partition(":")
@@ -56,12 +57,12 @@ class ClipScorer:
 
     @torch.inference_mode()
     def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """uint8 (N, 1, H, W) -> (N, len(prompts))."""
+        """Returns cosine similarities (N, len(prompts)) of uint8 images (N, 1, H, W)."""
         texts = F.normalize(self.model.encode_text(self._tokenizer(prompts)), dim=1)  # (P, E)
         return torch.cat([self._embed(batch) @ texts.T for batch in images.split(BATCH_SIZE)])
 
     def score(self, digits: Digits) -> ClipScores:
-        """All scores of these digits."""
+        """Returns the scores of these digits."""
         similarities = self.similarities(digits.images, list(PROMPTS))  # (N, 12)
         by_digit, clear, noisy = similarities[:, :NUM_CLASSES], similarities[:, -2], similarities[:, -1]
         return ClipScores(
@@ -71,7 +72,10 @@ class ClipScorer:
         )
 
     def tells_noise(self, digits: Digits, scores: ClipScores) -> float:
-        """Of digits, each clear (their scores) and at one of t = 20 to 100: the share called clear and noisy so."""
+        """Returns the accuracy of deciding between clear and noisy pictures, 0.5 for guessing.
+
+        The pictures are the clear digits, with their `scores`, and the same digits at t = 20 to 100.
+        """
         return (scores.clear + 1 - self.score(noised(digits)).clear) / 2
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ class ClipScorer:
 
 
 def noised(digits: Digits) -> Digits:
-    """x_t of the cosine schedule, t = 20 to 100 in turn, the same noise every time."""
+    """Adds noise of the cosine schedule: t goes from 20 to 100 and starts again. The noise has a fixed seed."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
     t = PLAINLY_NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - PLAINLY_NOISY_FROM)  # (N,)
     x_t, _ = diffusion.add_noise(from_pixels(digits.images), t)
@@ -91,33 +95,33 @@ def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
     open_clip = require("open_clip", extra="clip")
     known = open_clip.pretrained.get_pretrained_cfg(architecture, weights) if weights else {}
     root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)  # the library reports each step of loading there
+    root.setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
     try:
         with warnings.catch_warnings(action="ignore"):
             model, preprocess = open_clip.create_model_from_pretrained(
                 architecture, weights, force_quick_gelu=bool(known.get("quick_gelu"))
             )
             tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:  # whatever a missing file, a broken one, an unknown name or no network leads to
+    except Exception as error:  # many types: missing or damaged file, unknown name, no network
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ScriptError(f"no CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
+        raise ScriptError(f"Cannot load CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
     finally:
         root.setLevel(level)
     return model.eval().requires_grad_(False), preprocess, tokenizer
 
 
 def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores, tells_noise: float) -> dict[str, Any]:
-    """Scores of drawn digits beside those of real ones."""
+    """Returns the scores of generated and of real digits for evaluation.json."""
     of_real = {**asdict(real), "tells_noise": tells_noise}
     return {"model": scorer.name, "weights_sha256": scorer.sha256, "drawn": asdict(drawn), "real": of_real}
 
 
 def as_markdown(scorer: ClipScorer, drawn: ClipScores, real: ClipScores, tells_noise: float) -> str:
-    """Rows for the table of figures."""
+    """Returns rows for the table of `quality.as_markdown`."""
     rows = [
-        ("names the digit, of ten", f"{drawn.recognised:.2%}", f"{real.recognised:.2%}"),
-        ("clear rather than noisy", f"{drawn.clear:.2%}", f"{real.clear:.2%}"),
-        ("tells clear from noisy (t of 20 to 100)", "", f"{tells_noise:.2%}"),
-        ("likeness to the digit's prompt", f"{drawn.similarity:.3f}", f"{real.similarity:.3f}"),
+        ("recognised as asked", f"{drawn.recognised:.2%}", f"{real.recognised:.2%}"),
+        ("more clear than noisy", f"{drawn.clear:.2%}", f"{real.clear:.2%}"),
+        ("accuracy for clear or noisy (t = 20 to 100)", "", f"{tells_noise:.2%}"),
+        ("similarity to the digit's prompt", f"{drawn.similarity:.3f}", f"{real.similarity:.3f}"),
     ]
-    return "\n".join(f"| CLIP {scorer.name}: {name} | {value} | {beside} |" for name, value, beside in rows)
+    return "\n".join(f"| CLIP {scorer.name}: {name} | {value} | {of_real} |" for name, value, of_real in rows)

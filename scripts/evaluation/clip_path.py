@@ -1,4 +1,4 @@
-"""What CLIP sees along the reverse process: static at first, a clear handwritten digit at the end."""
+"""Computes CLIP scores at each step of the reverse process, from noise to the finished digit."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from scripts.evaluation.samples import Digits, balanced, load_references
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINES = ("its own digit", CLEAR, NOISY)  # of the figure
+LINES = ("its own digit", CLEAR, NOISY)  # prompts with a line in the plot
 
 
 def evaluate_clip(
@@ -33,7 +33,7 @@ def evaluate_clip(
     split: str,
     data_dir: Path,
 ) -> None:
-    """Computes the CLIP scores along the reverse process. Writes a figure and its JSON.
+    """Computes CLIP scores along the reverse process. Writes a plot and a JSON file.
 
     Raises CheckpointError or ScriptError.
     """
@@ -42,8 +42,8 @@ def evaluate_clip(
     options = options_from(request, drawer.checkpoint)
     drawer.compile(request.compile, reporter)
     timesteps, means, of_real = scores_along(drawer, options, scorer, real, reporter, seed=request.seed)
-    for prompt, first, last, beside in zip(LINES, means[0], means[-1], of_real, strict=True):
-        reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {beside:.3f}")
+    for prompt, first, last, real_score in zip(LINES, means[0], means[-1], of_real, strict=True):
+        reporter.line(f"{prompt}: {first:.3f} at t = {timesteps[0]}, {last:.3f} at t = 0, real digits {real_score:.3f}")
     save_figure(show_scores(model, timesteps, means, of_real), out, grey=False)
     scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(LINES)}
     content = {
@@ -62,19 +62,19 @@ def evaluate_clip(
 def scores_along(
     drawer: Drawer, options: DrawingOptions, scorer: ClipScorer, real: Digits, reporter: Reporter, *, seed: int
 ) -> tuple[list[int], Tensor, Tensor]:
-    """t falling to 0, the mean similarity of x_t to each of LINES (K, 3), and that of real digits (3,).
+    """Returns the timesteps down to 0, the mean similarity of x_t to each of LINES (K, 3), and of real digits (3,).
 
-    As many digits are drawn as `real` holds, of the same classes.
+    Generates as many digits as `real` has, with the same labels.
     """
     timesteps: list[int] = []
     means: list[Tensor] = []
 
-    def look(t: int, x_t: Tensor, x_0: Tensor) -> None:
+    def score_step(t: int, x_t: Tensor, x_0: Tensor) -> None:
         timesteps.append(t)
         means.append(_mean_scores(scorer, Digits(to_pixels(x_t.cpu()), real.labels)))
 
     index = torch.arange(len(real.labels))
-    x_0 = drawer.draw(real.labels, index, options, reporter, seed=seed, batch_size=len(index), on_step=look)
+    x_0 = drawer.draw(real.labels, index, options, reporter, seed=seed, batch_size=len(index), on_step=score_step)
     means.append(_mean_scores(scorer, Digits(to_pixels(x_0), real.labels)))
     return [*timesteps, 0], torch.stack(means), _mean_scores(scorer, real)
 
@@ -86,7 +86,7 @@ def _mean_scores(scorer: ClipScorer, digits: Digits) -> Tensor:
 
 
 def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) -> "Figure":
-    """A line a prompt from static to digit, and where real digits lie."""
+    """Plots a line for each prompt, and the similarity of real digits."""
     figure = new_figure(760, 400)
     axes = figure.add_subplot()
     for i, prompt in enumerate(LINES):
@@ -95,5 +95,5 @@ def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) ->
     axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="real digits")
     axes.set_xlim(timesteps[0], 0)
     axes.set_xlabel("t")
-    axes.set_ylabel(f"cosine between $x_t$ and the prompt ({name})")
+    axes.set_ylabel(f"cosine similarity of $x_t$ and the prompt ({name})")
     return finish_curves(figure, fontsize=8)

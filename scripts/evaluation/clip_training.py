@@ -1,7 +1,7 @@
-"""Trains the small CLIP that judges digits, and writes it in open_clip's format.
+"""Trains the small CLIP model for digits and writes it in open_clip's format.
 
-For each picture it is known which of all captions are true, so that every pair counts. The loss is the sigmoid loss of
-SigLIP (Zhai 2023, section 3.2). The sign of a pair is the truth of its caption.
+For each picture it is known which captions are true, so every pair of a picture and a caption counts. The loss is the
+sigmoid loss of SigLIP (Zhai 2023, section 3.2). The sign of a pair says whether its caption is true.
 """
 
 from pathlib import Path
@@ -44,7 +44,7 @@ MAX_LR, WEIGHT_DECAY = 1.5e-3, 0.05
 
 
 def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epochs: int, seed: int) -> None:
-    """Trains a CLIP on MNIST's training split, saves it in the folder, and evaluates the saved model on real digits.
+    """Trains a CLIP model on MNIST's training split, saves it, and evaluates the saved model on real digits.
 
     Raises ScriptError if the data cannot be read.
     """
@@ -64,9 +64,9 @@ def train_and_save_clip(folder: Path, data_dir: Path, reporter: Reporter, *, epo
         scores = scorer.score(digits)
         recognised, told = scores.recognised, scorer.tells_noise(digits, scores)
         facts[name] = {"recognised": recognised, "tells_noise": told}
-        reporter.line(f"{name} digits: {recognised:.2%} recognised, {told:.2%} told from noisy ones")
+        reporter.line(f"{name} split: {recognised:.2%} recognised, {told:.2%} correct as clear or noisy")
     save_config(folder, facts)
-    reporter.line(f"saved in {folder}")
+    reporter.line(f"Saved in {folder}")
 
 
 def train_clip(
@@ -79,7 +79,7 @@ def train_clip(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> None:
-    """Trains on digits, uint8 (N, 1, 28, 28) and labels (N,), and tokens of captions. Sets the averaged weights."""
+    """Trains `model` on digits, uint8 (N, 1, 28, 28) with labels (N,), and captions. It ends with averaged weights."""
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(seed))
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ def train_clip(
 
     batches = Batches(len(learn[0]), batch_size, epochs, diffusion.generator)
     optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY)
-    fit(model, loss_of, batches, optimizer, reporter, title="training a CLIP", warm_up=0.1)
+    fit(model, loss_of, batches, optimizer, reporter, title="training a CLIP model", warm_up=0.1)
 
 
 def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
-    """Returns the loss (Zhai 2023, section 3.2) of pairs of known truth. True and false pairs have equal weight."""
+    """Returns the loss (Zhai 2023, section 3.2), without undecided pairs. True and false pairs have equal weight."""
     x = ((scene.pictures - MEAN) / STD).expand(-1, 3, -1, -1)  # (B, 3, 28, 28)
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # a fused attention's gradient is slow
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):  # the gradient of fused attention is slow
         pictures = F.normalize(model.encode_image(x).float(), dim=1)  # (B, E)
         texts = F.normalize(model.encode_text(tokens).float(), dim=1)  # (P, E)
     logits = model.logit_scale.exp() * pictures @ texts.T + model.logit_bias  # (B, P)
@@ -103,9 +103,9 @@ def _pair_loss(model: Any, tokens: Tensor, scene: Scene) -> Tensor:
 
 
 def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, Any]) -> None:
-    """Writes float16 weights and configuration, as `open_clip.create_model("local-dir:<folder>")` reads them.
+    """Writes float16 weights and the configuration for `open_clip.create_model("local-dir:<folder>")`.
 
-    Embeddings of words that are in no caption are set to zero, so that they compress well.
+    Embeddings of words that no caption uses are set to zero, so that the file compresses well.
     """
     tensors = {name: t.detach().half().clone() for name, t in model.state_dict().items()}
     known = torch.zeros(len(tensors[WORDS]), 1, dtype=torch.float16)
@@ -116,7 +116,7 @@ def save_clip(folder: Path, model: nn.Module, tokens: Tensor, facts: dict[str, A
 
 
 def save_config(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes the configuration from which open_clip builds the model, with facts about the training."""
+    """Writes the configuration of the model for open_clip, with facts about the training."""
     preprocess = {"mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
     config = {"model_cfg": MODEL, "preprocess_cfg": preprocess, "training": facts}
     write_json(folder / "open_clip_config.json", config)

@@ -1,4 +1,4 @@
-"""Tables that compare sampling options of one checkpoint, evaluations of several, and networks of recipes."""
+"""The subcommands of scripts.compare: sweeps of sampling options, tables of evaluations, and costs of networks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,12 +27,12 @@ STEPS = (1, 2, 4, 6, 10, 20, 50, 100)
 
 @dataclass(frozen=True, slots=True)
 class SweepRequest:
-    """The options that all sweeps share."""
+    """The options that are common to all sweeps."""
 
     num_images: int
     split: str
     data_dir: Path
-    out: Path  # folder of the figures; continues the sweep that is in it
+    out: Path  # folder for the results; a sweep in it continues
 
 
 def compare_steps(
@@ -45,16 +45,20 @@ def compare_steps(
 ) -> None:
     """Evaluates each sampler with each number of steps. Writes steps.md, steps.json and steps.png.
 
-    None means all samplers that the checkpoint permits, and the permitted numbers in STEPS. Each sampler uses its own
-    recommended guidance. Raises CheckpointError or ScriptError.
+    `samplers=None` means all that the checkpoint permits. `steps=None` means the numbers of the checkpoint, or STEPS.
+    Each sampler uses the guidance that is recommended for it. Raises CheckpointError or ScriptError.
     """
     drawer = open_drawer(request)
     config, T = drawer.checkpoint.config, drawer.checkpoint.schedule.num_steps
     permitted = config.steps or range(1, T + 1)
     samplers = samplers or config.samplers
     steps = steps or sorted(config.steps) or [num_steps for num_steps in STEPS if num_steps <= T]
-    if not set(samplers) <= set(config.samplers) or not set(steps) <= set(permitted):
-        raise ScriptError("this checkpoint does not permit those samplers or numbers of steps")
+    if wrong := [sampler for sampler in samplers if sampler not in config.samplers]:
+        raise ScriptError(f"The checkpoint does not permit sampler {wrong[0]}. It permits {', '.join(config.samplers)}")
+    if not set(steps) <= set(permitted):
+        numbers = ", ".join(map(str, sorted(config.steps))) or f"1 to {T}"
+        wrong_steps = min(set(steps) - set(permitted))
+        raise ScriptError(f"The checkpoint does not permit {wrong_steps} steps. It permits {numbers}")
     settings = [
         options_from(replace(request, sampler=sampler, num_steps=num_steps), drawer.checkpoint)
         for sampler in samplers
@@ -74,16 +78,16 @@ def compare_guidance(
     scales: Sequence[float],
     intervals: Sequence[tuple[int, int]],
 ) -> None:
-    """Evaluates drawing without guidance, and with each scale in each interval. Writes guidance.md and guidance.json.
+    """Evaluates images without guidance and with each scale and interval. Writes guidance.md and guidance.json.
 
     Raises CheckpointError or ScriptError.
     """
     drawer = open_drawer(request)
     if not drawer.checkpoint.config.guidable:
-        raise ScriptError("this checkpoint cannot be guided: no label was dropped in its training")
+        raise ScriptError("The checkpoint does not support guidance: it was trained without dropping labels")
     own, T = options_from(request, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
-    if max(stop for _, stop in intervals) > T:
-        raise ScriptError(f"this checkpoint has {T} steps: no interval may end above")
+    if (last := max(stop for _, stop in intervals)) > T:
+        raise ScriptError(f"An interval ends at {last}, but the checkpoint has {T} steps. Use intervals within 1-{T}")
     swept = [(scale, *interval) for scale in scales if scale != 1 for interval in intervals]
     guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
     sweep = _sweep("guidance", drawer, request, sweep_request, reporter)
@@ -92,13 +96,13 @@ def compare_guidance(
 
 
 def compare_runs(evaluations: Sequence[Path], out: Path | None, reporter: Reporter, *, columns: bool) -> None:
-    """Shows evaluations as rows of a table, or as columns, and writes it to `out`.
+    """Prints a table of evaluations, as rows or as columns, and writes it to `out` if given.
 
     Raises ScriptError for evaluations that cannot be compared.
     """
     read = {(path.parent if path.is_file() else path).name: read_evaluation(path) for path in evaluations}
     if len(read) < len(evaluations):
-        raise ScriptError("evaluations are told apart by the names of their folders, and two have the same")
+        raise ScriptError("Two evaluations have the same folder name. Rename one, since the table shows these names")
     check_comparable(list(read.values()))
     rows = [as_run(name, evaluation) for name, evaluation in read.items()]
     table = across(read) if columns else as_table(RUN_COLUMNS, rows)
@@ -110,14 +114,14 @@ def compare_runs(evaluations: Sequence[Path], out: Path | None, reporter: Report
 def compare_networks(
     presets: Sequence[str], reporter: Reporter, *, rows: int, compiled: bool, num_threads: int | None
 ) -> None:
-    """Shows weights, arithmetic and time of a step of each recipe's network. May raise ScriptError."""
+    """Prints number of weights, arithmetic and step time of each recipe's network. Raises ScriptError."""
     if compiled and not can_compile():
         raise ScriptError(f"--compile {no_compiler()}")
     if num_threads:
         torch.set_num_threads(num_threads)
     networks = {Path(preset).stem: UNet(load_recipe(preset).unet) for preset in presets}
     if len(networks) < len(presets):
-        raise ScriptError("recipes are told apart by their names, and two have the same")
+        raise ScriptError("Two recipes have the same name. Rename one, since the table shows these names")
     costs = costs_of(networks, reporter, rows=rows, compiled=compiled)
     reporter.line(as_table(COLUMNS, [as_row(name, cost) for name, cost in costs.items()]))
 
@@ -134,4 +138,4 @@ def _sweep(
 
 def _write_table(path: Path, table: str, reporter: Reporter) -> None:
     write_atomically(path, table.encode())
-    reporter.line(f"the table, with real digits beside: {path}")
+    reporter.line(f"Wrote the table to {path}")

@@ -1,4 +1,4 @@
-"""Writes drawn digits to a folder, as IDX files like MNIST's or as PNGs. `samples.read_samples` reads them."""
+"""Writes generated digits to a folder, as IDX files like MNIST's or as PNGs. `samples.read_samples` reads them."""
 
 import json
 import shutil
@@ -18,20 +18,22 @@ from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
-from scripts.evaluation.samples import FACTS, IDX
+from scripts.evaluation.samples import FACTS, IDX, generated_images
 
-PART = 1000  # number of images that are drawn and then saved
-PARTS = "parts"  # folder of the images so far; removed when all are drawn
+PART = 1000  # images per part; each part is saved when it is complete
+PARTS = "parts"  # folder of the parts, removed when the data set is complete
 
 
 def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, count: int, form: str) -> None:
-    """Draws the images that are missing in the folder and writes the data set. `form` is idx or png.
+    """Generates the images that are missing in the folder and writes the data set. `form` is idx or png.
 
-    Raises ScriptError if the checkpoint or the folder does not fit.
+    Raises ScriptError if the checkpoint has other images or classes, or if the folder has other content.
     """
     drawer = open_drawer(request)
     if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
-        raise ScriptError("this checkpoint does not draw digits of 1x28x28")
+        raise ScriptError(
+            f"The checkpoint must generate {NUM_CLASSES} classes of 1x28x28 images, {generated_images(drawer)}"
+        )
     options = options_from(request, drawer.checkpoint)
     begun = _find(folder)
     drawer.compile(_compile_mode(request.compile, begun), reporter)
@@ -41,16 +43,16 @@ def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, c
             path = folder / PARTS / f"{start:07d}"
             if not path.exists():
                 index = torch.arange(start, min(start + PART, count))
-                reporter.line(f"images {start} to {start + len(index) - 1} of {count}")
+                reporter.line(f"Images {start} to {start + len(index) - 1} of {count}")
                 write_atomically(path, _draw(drawer, options, index, request, reporter))
         write = write_idx if form == "idx" else write_pngs
         write(folder, _read_parts(folder / PARTS))
         shutil.rmtree(folder / PARTS)
-    reporter.line(f"{count} images: {folder}")
+    reporter.line(f"Wrote {count} images to {folder}")
 
 
 def write_idx(folder: Path, images: np.ndarray) -> None:
-    """Writes images, uint8 (N, 28, 28), and labels as two IDX files: magic number, sizes, bytes."""
+    """Writes images, uint8 (N, 28, 28), and their labels as two IDX files. Image i has the label i mod 10."""
     count = len(images)
     labels = (np.arange(count) % NUM_CLASSES).astype(np.uint8)
     header = struct.pack(">4i", 2051, *images.shape)
@@ -59,40 +61,47 @@ def write_idx(folder: Path, images: np.ndarray) -> None:
 
 
 def write_pngs(folder: Path, images: np.ndarray) -> None:
-    """Writes images, uint8 (N, 28, 28), as PNGs to one folder for each digit."""
+    """Writes images, uint8 (N, 28, 28), as PNGs, with one folder per digit."""
     for i, image in enumerate(images):
         png = encode_png(Image.fromarray(image))
         write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", png)
 
 
 def _find(folder: Path) -> dict[str, Any] | None:
-    """Returns the facts of the data set in the folder; None if it is empty, ScriptError for other content."""
+    """Returns the facts of the data set in the folder, or None for an empty folder.
+
+    Raises ScriptError for other content.
+    """
     path = folder / FACTS
     if not path.exists():
         if any(found != folder / PARTS for found in folder.rglob("*")):
-            raise ScriptError(f"{folder} is not empty and holds no data set; choose another --out")
+            raise ScriptError(f"{folder} is not empty and is not a data set. Choose another folder for --out")
         return None
     try:
         begun = json.loads(path.read_text("utf-8"))
     except ValueError:
         begun = None
     if not isinstance(begun, dict):
-        raise ScriptError(f"{path} is damaged; choose another --out")
+        raise ScriptError(f"{path} is damaged. Choose another folder for --out")
     return begun
 
 
 def _compile_mode(mode: str, begun: dict[str, Any] | None) -> str:
-    """Returns the compile mode. `auto` becomes the mode with which the data set was begun, since rounding differs."""
+    """Returns the compile mode. `auto` continues a data set in its own mode, since the modes round differently."""
     if mode == "auto" and begun and "compiled" in begun:
         return "on" if begun["compiled"] else "off"
     return mode
 
 
 def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) -> bool:
-    """Returns True if images are missing; ScriptError if the data set was made with other arguments."""
+    """Returns True if images are missing. Raises ScriptError if the data set was begun with other arguments."""
     if begun is not None:
         if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
-            raise ScriptError(f"{folder} holds a data set with another {differing[0]}; choose another --out")
+            name = differing[0]
+            raise ScriptError(
+                f"{folder} has a data set with another {name}: {begun.get(name)!r}, now {facts.get(name)!r}. "
+                "Use the same arguments, or choose another folder for --out"
+            )
         return (folder / PARTS).exists()
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     write_json(folder / FACTS, facts)

@@ -1,6 +1,7 @@
-"""How far a set of images is from real ones, and whether it covers them: computed from features.
+"""Metrics that compare generated with real images.
 
-Fréchet distance: Heusel 2017, eq. 6. Precision and recall: Kynkäänniemi 2019; coverage: Naeem 2020.
+Fréchet distance (Heusel 2017, eq. 6), precision and recall (Kynkäänniemi 2019) and coverage (Naeem 2020) use features.
+The share of memorised images (Yoon 2023) uses pixels.
 """
 
 from dataclasses import dataclass
@@ -12,13 +13,13 @@ from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import require
 from scripts.evaluation.tables import MANIFOLD
 
-NEAREST_PRECISION = 3  # neighbours that make the manifold of precision and recall,
-NEAREST_COVERAGE = 5  # and the balls of coverage: the papers' own choices
-DISTANCE_ROWS = 500  # images compared with all others at once
+NEAREST_PRECISION = 3  # neighbours for precision and recall, as in the paper
+NEAREST_COVERAGE = 5  # neighbours for coverage, as in the paper
+DISTANCE_ROWS = 500  # rows of the distance matrix in memory
 
 
 class _Features(torch.nn.Module):
-    """For torchmetrics, which would extract features itself: they are given to it."""
+    """An identity network, so that torchmetrics accepts features instead of images."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class _Features(torch.nn.Module):
 
 
 def frechet_distance(features: Tensor, real: Tensor) -> float:
-    """Between two sets of features (N, F) and (M, F), as if both were normally distributed."""
+    """Returns the distance of the normal distributions fitted to features (N, F) and to `real` (M, F)."""
     metric = require("torchmetrics.image.fid", extra="evaluate").FrechetInceptionDistance(_Features(features.shape[1]))
     metric.update(real.double(), real=True)
     metric.update(features.double(), real=False)
@@ -38,18 +39,18 @@ def frechet_distance(features: Tensor, real: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Manifold:
-    """Shares between 0 and 1, means over the digits; beside them those of each digit."""
+    """Precision, recall and coverage between 0 and 1, as means over the digits and for each digit."""
 
-    precision: float  # of the images that lie among real ones
-    recall: float  # of the real images that lie among these
-    coverage: float  # of the real images that have one of these nearby
-    per_digit: dict[str, list[float]]  # name of a share -> that of 0, of 1, ... of 9
+    precision: float  # share of generated images within the manifold of the real images
+    recall: float  # share of real images within the manifold of the generated images
+    coverage: float  # share of real images with a generated image in their neighbourhood
+    per_digit: dict[str, list[float]]  # name of the metric -> values of the digits 0 to 9
 
 
 def compare_manifolds(features: Tensor, labels: Tensor, real: Tensor, real_labels: Tensor) -> Manifold:
-    """Returns precision, recall and coverage of features (N, F) against `real` (M, F), digit by digit.
+    """Returns precision, recall and coverage of features (N, F) compared with `real` (M, F), for each digit.
 
-    The labels are (N,) and (M,). For each digit the first images of both sets are compared, in equal numbers.
+    The labels are (N,) and (M,). For each digit, both sets are cut to the number of images of the smaller set.
     """
     shares = []
     for digit in range(NUM_CLASSES):
@@ -77,35 +78,35 @@ def _shares(features: Tensor, real: Tensor) -> list[float]:
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Returns the distance of each of the features (N, F) to its k-th nearest neighbour, (N,)."""
-    # The nearest neighbour is the row itself.
+    # k + 1, since the nearest neighbour is the row itself.
     return torch.cat([_distances(rows, features).kthvalue(k + 1).values for rows in features.split(DISTANCE_ROWS)])
 
 
 def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Returns the Euclidean distances (B, N), from differences: a matrix product would lose precision."""
+    """Returns the Euclidean distances (B, N), without matrix products, which would lose precision."""
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """For each image the two nearest of those that were learned from, by the distance of their pixels."""
+    """The two nearest training images of each image, by Euclidean distance of the pixels."""
 
-    distances: Tensor  # (N, 2), nearest first, of pixels in [0, 1]
-    indices: Tensor  # (N, 2)
+    distances: Tensor  # (N, 2), nearest first, for pixels in [0, 1]
+    indices: Tensor  # (N, 2), into the training images
 
     @property
     def ratio(self) -> Tensor:
-        """How much nearer the nearest is than the second, (N,); below 1/3 counts as memorised (Yoon 2023)."""
+        """The nearest distance divided by the second nearest, (N,). Below 1/3 counts as memorised (Yoon 2023)."""
         return self.distances[:, 0] / self.distances[:, 1].clamp(min=1e-12)
 
 
 def nearest_learned(images: Tensor, learned: Tensor) -> Nearest:
-    """images and learned uint8 (N, 1, H, W) and (M, 1, H, W)."""
+    """Finds the nearest training images, `learned` (M, 1, H, W), of `images` (N, 1, H, W), both uint8."""
     ours, theirs = images.flatten(1).float() / 255, learned.flatten(1).float() / 255
     found = [torch.cdist(rows, theirs).topk(2, dim=1, largest=False) for rows in ours.split(DISTANCE_ROWS)]
     return Nearest(torch.cat([f.values for f in found]), torch.cat([f.indices for f in found]))
 
 
 def memorised_share(nearest: Nearest, threshold: float = 1 / 3) -> float:
-    """The share of images that are far nearer to one learned image than to any other."""
+    """Returns the share of images that are much nearer to one training image than to any other."""
     return (nearest.ratio < threshold).double().mean().item()

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: who is taken for whom, and the learned images that come nearest."""
+"""Plots of an evaluation: the confusion matrix, and generated images with their nearest training images."""
 
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,11 @@ from scripts.evaluation.samples import Digits
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_PAIRS = 12  # images shown beside what they come nearest to
+NUM_PAIRS = 12  # images shown with their nearest training images
 
 
 def show_confusion(judged: Recognition) -> "Figure":
-    """Asked for by row, seen by column; the colour counts mistakes alone, so that a few are seen."""
+    """Plots the confusion matrix. The colours show only mistakes, so that a few mistakes are visible."""
     counts = torch.tensor(judged.confusion)  # (10, 10)
     mistakes = counts.clone().fill_diagonal_(0)
     figure = new_figure(460, 440)
@@ -34,8 +34,8 @@ def show_confusion(judged: Recognition) -> "Figure":
     digits = range(NUM_CLASSES)
     axes.set_xticks(digits, [str(digit) for digit in digits])
     axes.set_yticks(digits, [str(digit) for digit in digits])
-    axes.set_xlabel("seen by the judge")
-    axes.set_ylabel("asked for")
+    axes.set_xlabel("recognised by the judge")
+    axes.set_ylabel("requested digit")
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     figure.tight_layout()
@@ -43,9 +43,9 @@ def show_confusion(judged: Recognition) -> "Figure":
 
 
 def show_nearest(digits: Digits, nearest: Nearest, learned: Tensor) -> "Figure":
-    """The images that come nearest to one that was learned, beside it and the second nearest."""
+    """Shows the images with the smallest `Nearest.ratio`, above their two nearest training images."""
     closest = nearest.ratio.argsort()[:NUM_PAIRS]  # (P,)
     rows = torch.stack([digits.images[closest], *(learned[nearest.indices[closest, k]] for k in (0, 1))])  # (3, P, ...)
     pixels = rearrange(rows, "row pair c h w -> (row h) (pair w) c")
     columns = [f"{ratio:.2f}" for ratio in nearest.ratio[closest].tolist()]
-    return draw_panels([Panel(pixels, columns, ["drawn", "nearest", "second"])], scale=2)
+    return draw_panels([Panel(pixels, columns, ["generated", "nearest", "second"])], scale=2)

@@ -1,4 +1,4 @@
-"""Computes all figures of one set of digits, and those of real digits for comparison."""
+"""Computes all metrics of a set of digits, and the same metrics of real digits for comparison."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,43 +26,43 @@ from scripts.evaluation.distances import (
 from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.recognition import Recognition, recognition
 from scripts.evaluation.samples import Digits, References, Samples, balanced, load_references
-from scripts.evaluation.tables import fixed, too_few_images
+from scripts.evaluation.tables import FRECHET_RATIO, fixed, too_few_images
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Figures of a set of digits, and the same figures of real digits.
+    """Metrics of a set of digits, and the same metrics of real digits.
 
-    The real digits are as many training digits; both are compared with the held-out digits. Every set holds the ten
-    digits equally often, since a different mix would count as a distance. Fréchet distances are None if there are
-    fewer than tables.FEWEST_IMAGES images.
+    The real digits are the same number of training digits. Both sets are compared with held-out digits. All sets have
+    the ten digits equally often, since a different mix would add to the distance. Fréchet distances are None for fewer
+    than tables.FEWEST_IMAGES images.
     """
 
     num_images: int
-    num_held_out: int  # real digits that distances are measured to: as many of each as of the scarcest
-    split: str  # where they are from
+    num_held_out: int  # held-out digits for distances: equally many of each digit
+    split: str  # MNIST split of the held-out digits
     judge: Recognition
-    real_judge: Recognition  # of all that are held out
+    real_judge: Recognition  # of all held-out digits
     extractor: Recognition
     real_extractor: Recognition
     frechet: float | None
-    real_frechet: float | None  # the floor
-    noise_frechet: float | None
+    real_frechet: float | None
+    noise_frechet: float | None  # of random noise
     manifold: Manifold
     real_manifold: Manifold
     memorised: float
-    held_out_memorised: float  # of real digits that were not learned from
+    held_out_memorised: float  # share of held-out digits that would count as memorised
 
     @property
     def frechet_ratio(self) -> float | None:
-        """The Fréchet distance as a multiple of its floor."""
+        """The Fréchet distance divided by that of real digits."""
         if self.frechet is None or self.real_frechet is None:
             return None
         return self.frechet / self.real_frechet
 
 
 class Evaluator:
-    """Evaluates sets of digits. The figures of the real digits are computed once."""
+    """Evaluates sets of digits. The metrics of the real digits are computed only once."""
 
     def __init__(self, references: References, judge: Trained, extractor: Trained, num_images: int) -> None:
         self.references, self.judge, self.extractor, self.num_images = references, judge, extractor, num_images
@@ -72,13 +72,13 @@ class Evaluator:
         self._held_out_features, self._held_out_labels = self._features(held_out.images), held_out.labels  # (M, F)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
-        self._floor = self._distance(real_features)
-        self._noise = self._distance(self._features(to_pixels(noise)))
+        self._real_distance = self._distance(real_features)
+        self._noise_distance = self._distance(self._features(to_pixels(noise)))
         self.real_manifold = self._manifold(real_features, real.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
 
     def evaluate(self, digits: Digits, reporter: Reporter) -> tuple[Quality, Nearest]:
-        """Returns the figures of these digits and the training images nearest to them."""
+        """Returns the metrics of these digits and their nearest training images."""
         with reporter.task("evaluating", 3, "parts") as task:
             features = self._features(digits.images)  # (N, F)
             judged = recognition(self.judge.network, digits)
@@ -96,8 +96,8 @@ class Evaluator:
             extractor=recognition(self.extractor.network, digits),
             real_extractor=self.real_extractor,
             frechet=self._distance(features),
-            real_frechet=self._floor,
-            noise_frechet=self._noise,
+            real_frechet=self._real_distance,
+            noise_frechet=self._noise_distance,
             manifold=manifold,
             real_manifold=self.real_manifold,
             memorised=memorised_share(nearest),
@@ -107,7 +107,7 @@ class Evaluator:
 
     @property
     def num_compared(self) -> int:
-        """Images on the smaller side of a distance."""
+        """The number of images in the smaller set of a distance."""
         return min(self.num_images, len(self._held_out_labels))
 
     def _features(self, images: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class Evaluator:
 
 
 def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
-    """Returns the figures and the networks they depend on; `notes` say which figures are missing and why."""
+    """Returns the content of evaluation.json: the metrics, the classifiers, and notes about missing metrics."""
     networks = {"judge": evaluator.judge, "extractor": evaluator.extractor}
     return {
         **asdict(quality),
@@ -133,34 +133,34 @@ def as_json(quality: Quality, evaluator: Evaluator) -> dict[str, Any]:
 
 
 def as_markdown(quality: Quality) -> str:
-    """Returns a table of the figures next to those of real digits."""
+    """Returns a Markdown table of the metrics of these digits and of real digits."""
     ours, theirs = quality.manifold, quality.real_manifold
-    floor = fixed(quality.real_frechet, 4)
+    real_distance = fixed(quality.real_frechet, 4)
     if quality.noise_frechet is not None:
-        floor += f" (noise {quality.noise_frechet:.0f})"
+        real_distance += f" (noise {quality.noise_frechet:.0f})"
     rows = [
-        *_beside("recognised as asked", quality.judge, quality.real_judge),
+        *_recognition_rows("recognised as asked", quality.judge, quality.real_judge),
         ("entropy of the judge, nats", f"{quality.judge.entropy:.3f}", f"{quality.real_judge.entropy:.3f}"),
-        *_beside("recognised by the extractor", quality.extractor, quality.real_extractor)[:1],
-        ("Fréchet distance", fixed(quality.frechet, 4), floor),
-        ("as a multiple of the floor", fixed(quality.frechet_ratio, 2), "1"),
+        *_recognition_rows("recognised by the extractor", quality.extractor, quality.real_extractor)[:1],
+        ("Fréchet distance", fixed(quality.frechet, 4), real_distance),
+        (FRECHET_RATIO, fixed(quality.frechet_ratio, 2), "1"),
         ("precision", f"{ours.precision:.3f}", f"{theirs.precision:.3f}"),
         ("recall", f"{ours.recall:.3f}", f"{theirs.recall:.3f}"),
         ("coverage", f"{ours.coverage:.3f}", f"{theirs.coverage:.3f}"),
         ("memorised", f"{quality.memorised:.2%}", f"{quality.held_out_memorised:.2%}"),
     ]
-    head = f"| figure | {quality.num_images:,} images | real digits ({quality.split} split) |\n| --- | --- | --- |\n"
-    return head + "\n".join(f"| {name} | {value} | {beside} |" for name, value, beside in rows)
+    head = f"| metric | {quality.num_images:,} images | real digits ({quality.split} split) |\n| --- | --- | --- |\n"
+    return head + "\n".join(f"| {name} | {value} | {of_real} |" for name, value, of_real in rows)
 
 
 def notes_of(quality: Quality) -> list[str]:
-    """Returns a sentence for each figure that was not computed."""
+    """Returns a sentence about the metrics that were not computed, in a list; empty if all were."""
     note = too_few_images(min(quality.num_images, quality.num_held_out))
     return [note] if note else []
 
 
-def _beside(name: str, ours: Recognition, real: Recognition) -> list[tuple[str, str, str]]:
-    """Returns the rows of one classifier: all digits, the worst digit, each digit."""
+def _recognition_rows(name: str, ours: Recognition, real: Recognition) -> list[tuple[str, str, str]]:
+    """Returns the table rows of a classifier: all digits, the worst digit, each digit."""
     worst, real_worst = (f"{r.worst_digit}: {r.per_digit[r.worst_digit]:.2%}" for r in (ours, real))
     each, real_each = (", ".join(f"{d}: {share:.1%}" for d, share in enumerate(r.per_digit)) for r in (ours, real))
     return [
@@ -181,10 +181,11 @@ def evaluate_digits(
     data_dir: Path,
     out: Path | None,
 ) -> None:
-    """Computes all figures of the samples, prints them, and writes them with pictures to the folder `out`.
+    """Computes all metrics of the samples, prints them, and writes them and plots to the folder `out` if given.
 
-    `judge` and `extractor` are files of weights; None means the shipped ones. CLIP scores are computed if a model is
-    named. Everything that can fail is loaded before the samples are drawn. Raises ScriptError.
+    `judge` and `extractor` are files with weights. None means the shipped ones. CLIP scores are computed if
+    `clip_model` is given. Models and data are loaded before the images are generated, since loading can fail. Raises
+    ScriptError.
     """
     scorer = ClipScorer(clip_model) if clip_model else None
     networks = load_classifier("judge", judge), load_classifier("extractor", extractor)
@@ -197,9 +198,9 @@ def evaluate_digits(
     table, content = as_markdown(quality), {**source, **as_json(quality, evaluator)}
     if scorer:
         real = references.held_out
-        of_real = scorer.score(real)
-        seen = scorer.score(digits), of_real, scorer.tells_noise(real, of_real)
-        table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *seen)}", clip.as_json(scorer, *seen)
+        real_scores = scorer.score(real)
+        scores = scorer.score(digits), real_scores, scorer.tells_noise(real, real_scores)
+        table, content["clip"] = f"{table}\n{clip.as_markdown(scorer, *scores)}", clip.as_json(scorer, *scores)
     table = "\n\n".join([table, *notes_of(quality)])
     reporter.line(table)
     if out:

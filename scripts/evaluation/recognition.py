@@ -1,4 +1,4 @@
-"""What a classifier sees in digits: how many it recognises as asked, and what it takes the others for."""
+"""Recognition of digits by a classifier: accuracy and confusion matrix."""
 
 from dataclasses import dataclass
 
@@ -11,21 +11,21 @@ from scripts.evaluation.samples import Digits
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """What a classifier sees in digits."""
+    """The recognition results of a classifier for a set of digits."""
 
-    accuracy: float  # share recognised as asked
-    per_digit: tuple[float, ...]
-    confusion: tuple[tuple[int, ...], ...]  # [asked][seen] -> images
-    entropy: float  # mean of the predicted distribution's, in nats
+    accuracy: float  # share recognised as the requested digit
+    per_digit: tuple[float, ...]  # the same for each digit
+    confusion: tuple[tuple[int, ...], ...]  # [requested][recognised as] -> number of images
+    entropy: float  # mean entropy of the predicted probabilities, in nats
 
     @property
     def worst_digit(self) -> int:
-        """The digit with the smallest share."""
+        """The digit with the lowest accuracy."""
         return self.per_digit.index(min(self.per_digit))
 
 
 def recognition(network: Classifier, digits: Digits) -> Recognition:
-    """Of digits of which there is at least one of each."""
+    """Classifies the images. There must be at least one image of each digit."""
     probabilities = probabilities_of(network, digits.images)  # (N, 10)
     seen = probabilities.argmax(dim=1)
     pairs = digits.labels * NUM_CLASSES + seen  # (N,)

@@ -1,4 +1,4 @@
-"""The digits that are evaluated: drawn by a checkpoint, or read from a folder."""
+"""Loads the digits to evaluate, from a checkpoint or from a folder, and the real digits to compare with."""
 
 import json
 import re
@@ -18,20 +18,20 @@ from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
 from scripts.common.progress import Reporter
 
-FEWEST_OF_EACH = 10  # that neighbours can be looked for among
-MOST_IMAGES = 49_000  # so that as many learned digits, as many of each, stand beside them
+FEWEST_OF_EACH = 10  # images of each digit; precision, recall and coverage need several neighbours
+MOST_IMAGES = 49_000  # the comparison needs as many training digits, equally many of each
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
-NUM_COMPARED = 20_000  # learned digits that stand for the held-out ones where those of the training split are asked for
+NUM_COMPARED = 20_000  # training digits that replace the held-out digits for the split `training`
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
-FACTS = "dataset.json"  # in a folder that scripts.make_dataset wrote: what its images were drawn with
-SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # the facts that decide the images
-NUM_IMAGES = 10_000  # evaluated by default
-NAMED = re.compile(r"digit-(\d)-")  # as in the service's zip and in `scripts.sample`'s folders
+FACTS = "dataset.json"  # written by scripts.make_dataset: the checkpoint and the options of the images
+SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # the facts that determine the images
+NUM_IMAGES = 10_000  # default number of images to evaluate
+NAMED = re.compile(r"digit-(\d)-")  # file names in ZIP answers of the service and in folders of scripts.sample
 
 
 class Digits(NamedTuple):
-    """Images and what they are, or were asked to be."""
+    """Images and their digits. For generated images these are the requested digits."""
 
     images: Tensor  # uint8 (N, 1, 28, 28)
     labels: Tensor  # int64 (N,)
@@ -39,38 +39,39 @@ class Digits(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """Real digits: those that are compared with, and others that were learned from, which make the floor."""
+    """The real digits of an evaluation."""
 
-    learned: Digits
-    held_out: Digits
-    name: str  # of the split that was held out
-    all_learned: Digits  # what may have been memorised: more than `learned` where that split was learned from too
+    learned: Digits  # training digits, which give the metrics of real digits
+    held_out: Digits  # the digits to compare with
+    name: str  # split of the held-out digits
+    all_learned: Digits  # all training digits; differs from `learned` only for the split `training`
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """The digits to evaluate. `get` draws them, which is slow, and returns them with the facts of SOURCE."""
+    """The digits to evaluate. `get` returns them with the facts of SOURCE, and may have to generate them first."""
 
     num_images: int
     get: Callable[[], tuple[Digits, dict[str, Any]]]
 
 
 def samples_of_folder(folder: Path, num_images: int | None, reporter: Reporter) -> Samples:
-    """Reads `num_images` digits of a folder, equally many of each; None: as many as possible, at most NUM_IMAGES.
+    """Reads `num_images` digits of a folder, equally many of each digit.
 
-    Raises ScriptError if the folder has too few.
+    None means as many as possible, at most NUM_IMAGES. Raises ScriptError if the folder has too few.
     """
     read, facts = read_samples(folder), read_facts(folder)
     fewest = int(read.labels.bincount(minlength=NUM_CLASSES).min())
     digits = balanced(read, num_images or min(NUM_IMAGES, NUM_CLASSES * fewest))
     if len(digits.labels) < len(read.labels):
-        reporter.line(f"the first {len(digits.labels) // NUM_CLASSES} of each digit, of {len(read.labels)} images")
+        each = len(digits.labels) // NUM_CLASSES
+        reporter.line(f"Using the first {each} images of each digit, of {len(read.labels)} images in {folder}")
     known = {name: facts[name] for name in SOURCE if name in facts}
     return Samples(len(digits.labels), lambda: (digits, {"images": folder.name, **known}))
 
 
 def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, reporter: Reporter) -> Samples:
-    """Loads the checkpoint and checks the options. Raises CheckpointError or ScriptError."""
+    """Loads the checkpoint and checks the options. None means NUM_IMAGES. Raises CheckpointError or ScriptError."""
     drawer, count = open_drawer(request), num_images or NUM_IMAGES
     options = options_from(request, drawer.checkpoint)
 
@@ -86,36 +87,44 @@ def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, repor
 def draw_samples(
     drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, num_images: int, seed: int, batch_size: int
 ) -> Digits:
-    """num_images digits, as many of each, in 8 bits as they would be served."""
+    """Generates `num_images` digits, equally many of each digit, with 8-bit pixels like those of the service."""
     if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
-        raise ScriptError("this checkpoint does not draw digits of 1x28x28, and nothing else is known here")
+        raise ScriptError(
+            f"The checkpoint must generate {NUM_CLASSES} classes of 1x28x28 images, {generated_images(drawer)}"
+        )
     labels = torch.arange(num_images) % NUM_CLASSES  # (N,)
     index = torch.arange(num_images)
     x_0 = drawer.draw(labels, index, options, reporter, seed=seed, batch_size=batch_size)
     return Digits(to_pixels(x_0), labels)
 
 
-def read_samples(folder: Path) -> Digits:
-    """Returns the digits of a folder with IDX files or PNGs; ScriptError for other content.
+def generated_images(drawer: Drawer) -> str:
+    """Returns the end of an error message: the number of classes and the image shape of the checkpoint."""
+    shape = "x".join(map(str, drawer.checkpoint.image_shape))
+    return f"but it generates {len(drawer.class_names)} classes of {shape} images"
 
-    PNGs have names such as `digit-<d>-….png`, or are in folders named 0 to 9.
+
+def read_samples(folder: Path) -> Digits:
+    """Returns the digits of a folder with IDX files or PNGs. Raises ScriptError for other content.
+
+    PNGs must have names such as `digit-<d>-….png`, or be in folders named 0 to 9.
     """
     digits = _read_idx(folder) if (folder / IDX[0]).exists() else _read_pngs(folder)
     counts = digits.labels.bincount(minlength=NUM_CLASSES)
     if counts.min() < FEWEST_OF_EACH:
-        scarce = int(counts.argmin())
-        raise ScriptError(f"{folder} holds {counts[scarce]} images of a {scarce}: {FEWEST_OF_EACH} of each are needed")
+        digit = int(counts.argmin())
+        raise ScriptError(f"{folder} has {counts[digit]} images of digit {digit}, at least {FEWEST_OF_EACH} are needed")
     return digits
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Which checkpoint drew the images of a folder, and how, as far as scripts.make_dataset has left it there."""
+    """Returns the facts that scripts.make_dataset or scripts.collect wrote to the folder. Empty without such a file."""
     try:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text("utf-8"))
     except OSError:
         return {}
     except ValueError as error:
-        raise ScriptError(f"{folder / FACTS} is not JSON") from error
+        raise ScriptError(f"{folder / FACTS} is not valid JSON. Delete it to evaluate the images without it") from error
     return facts
 
 
@@ -125,16 +134,19 @@ def _read_idx(folder: Path) -> Digits:
     try:
         images, labels = read_image_file(str(folder / IDX[0])), read_label_file(str(folder / IDX[1]))
     except (OSError, ValueError, AssertionError, KeyError) as error:
-        raise ScriptError(f"{folder} does not hold the IDX files that scripts.make_dataset writes") from error
+        raise ScriptError(f"Cannot read {IDX[0]} and {IDX[1]} in {folder}: not valid IDX files") from error
     if len(images) != len(labels) or not len(labels) or labels.max() >= NUM_CLASSES:
-        raise ScriptError(f"{folder} holds {len(images)} images and labels that do not fit them")
+        raise ScriptError(
+            f"The IDX files in {folder} are inconsistent: {len(images)} images, {len(labels)} labels. "
+            "They must have one label from 0 to 9 per image"
+        )
     return Digits(images[:, None], labels)
 
 
 def _read_pngs(folder: Path) -> Digits:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
-        raise ScriptError(f"{folder} holds no PNG and no IDX files")
+        raise ScriptError(f"{folder} has no PNG and no IDX files")
     images, labels = [], []
     for path in paths:
         labels.append(_digit_of(path))
@@ -143,10 +155,11 @@ def _read_pngs(folder: Path) -> Digits:
 
 
 def load_references(split: str, data_dir: Path) -> References:
-    """MNIST's training images less the last 5,000, and those that are held out: a split of SPLITS.
+    """Loads the training digits (MNIST's training file without its last 5,000 images) and the digits of a split.
 
-    Each in an order of its own, always the same: the files begin with other writers than they end with. So
-    validation is of few writers; training, 20,000 of the learned digits, is of all, and nobody saw the test split.
+    `validation` is the last 5,000 images, which are by few writers. `training` is 20,000 of the training digits, which
+    are by all writers. `test` is for published figures and must not be used to choose settings. All sets are shuffled
+    with a fixed seed, since the files are ordered by writer.
     """
     train, validation = split_validation(*load_mnist("train", data_dir))
     learned = _shuffled(*train)
@@ -165,12 +178,15 @@ def _shuffled(images: Tensor, labels: Tensor) -> Digits:
 
 
 def balanced(digits: Digits, count: int) -> Digits:
-    """Returns the first count / 10 images of each digit, in turn; ScriptError if there are too few."""
+    """Returns the first count / 10 images of each digit, in the order 0 to 9, 0 to 9, ...
+
+    Raises ScriptError if there are too few.
+    """
     each = count // NUM_CLASSES
     rows = [(digits.labels == digit).nonzero()[:each, 0] for digit in range(NUM_CLASSES)]
     fewest = min(len(of_digit) for of_digit in rows)
     if fewest < each:
-        raise ScriptError(f"{each} images of each digit are needed, and of one there are {fewest}")
+        raise ScriptError(f"Too few images: {fewest} of one digit, but {each} images of each digit are needed")
     order = torch.stack(rows, dim=1).flatten()  # (count,)
     return Digits(digits.images[order], digits.labels[order])
 
@@ -181,7 +197,7 @@ def _digit_of(path: Path) -> int:
         return int(named[1])
     if path.parent.name in map(str, range(NUM_CLASSES)):
         return int(path.parent.name)
-    raise ScriptError(f"{path} does not say its digit: name it digit-<d>-….png, or put it into a folder 0 to 9")
+    raise ScriptError(f"{path}: unknown digit. Name the file digit-<d>-….png, or move it to a folder named 0 to 9")
 
 
 def _read(path: Path) -> np.ndarray:
@@ -190,6 +206,6 @@ def _read(path: Path) -> np.ndarray:
             mode, pixels = image.mode, np.asarray(image)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise ScriptError(f"{path} cannot be read as a PNG") from error
-    if pixels.shape != (28, 28) or mode != "L":  # a palette's indices would look like grey
-        raise ScriptError(f"{path} is not an 8-bit grey image of 28x28")
+    if pixels.shape != (28, 28) or mode != "L":  # NumPy would read palette indices as grey levels
+        raise ScriptError(f"{path} is not an 8-bit grey image of 28x28 pixels")
     return pixels

@@ -1,4 +1,4 @@
-"""The same checkpoint drawn with in many ways, each evaluated alike; what was evaluated once is kept."""
+"""Evaluates one checkpoint with many sampling settings. Results are kept, so that a stopped sweep can continue."""
 
 import json
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ from scripts.evaluation.tables import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FEWEST_MISTAKES = 1e-4  # that an axis of powers of ten can show
+FEWEST_MISTAKES = 1e-4  # lower limit of plotted error rates, since a logarithmic axis cannot show 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What every setting has in common, and the file in which figures are kept."""
+    """What all settings of a sweep have in common, and the JSON file with the results."""
 
     drawer: Drawer
     evaluator: Evaluator
@@ -39,7 +39,7 @@ class Sweep:
     batch_size: int
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
-        """Returns the figures of each setting, in order; ScriptError if the file is of another sweep."""
+        """Returns the results of each setting, in order. Raises ScriptError if the file is of another sweep."""
         kept, figures = self._read(), []
         reporter.line(" | ".join(SWEEP_COLUMNS))
         for options in settings:
@@ -54,19 +54,19 @@ class Sweep:
         return figures
 
     def as_markdown(self, rows: list[Figures]) -> str:
-        """The rows under their heads, real digits last, and what was compared with what."""
+        """Returns a Markdown table of the rows and of real digits, with a caption."""
         evaluator = self.evaluator
         lines = [as_sweep_row(row) for row in (*rows, self._real)]
         caption = (
-            f"{evaluator.num_images:,} digits a line, seed {self.seed}, against the {evaluator.references.name} split; "
-            "recognised by the extractor, in whose features distances are measured."
+            f"{evaluator.num_images:,} digits per setting, seed {self.seed}, compared with the "
+            f"{evaluator.references.name} split. Accuracy and distances are measured with the extractor."
         )
         note = too_few_images(evaluator.num_compared)
         return f"{as_table(SWEEP_COLUMNS, lines)}\n{caption}\n" + (f"\n{note}\n" if note else "")
 
     @property
     def _real(self) -> Figures:
-        """The same figures of real digits."""
+        """The same metrics of real digits."""
         manifold, seen = self.evaluator.real_manifold, self.evaluator.real_extractor
         return {
             "extractor": seen.accuracy,
@@ -77,7 +77,7 @@ class Sweep:
 
     @property
     def _identity(self) -> Figures:
-        """What must not change between the parts of one sweep."""
+        """The facts that must be the same when a sweep continues."""
         evaluator = self.evaluator
         return {
             **self.drawer.facts,
@@ -105,14 +105,14 @@ class Sweep:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:
                 different = "another checkpoint, seed, split, number of images or --compile mode"
-                raise ScriptError(f"{self.file} holds figures of {different}")
+                raise ScriptError(f"{self.file} has results of {different}. Choose another folder for --out")
             rows: list[Figures] = content["figures"]
             for row in rows:
                 as_sweep_row(row)
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
-            raise ScriptError(f"{self.file} does not hold the figures of a sweep") from error
+            raise ScriptError(f"{self.file} is not a result of a sweep. Choose another folder for --out") from error
         return rows
 
     def _write(self, rows: list[Figures]) -> None:
@@ -120,7 +120,7 @@ class Sweep:
 
 
 def brief(quality: Quality) -> Figures:
-    """The figures by which settings are compared."""
+    """Returns the metrics by which settings are compared."""
     return {
         "judge": quality.judge.accuracy,
         "judge_worst": min(quality.judge.per_digit),
@@ -135,20 +135,20 @@ def brief(quality: Quality) -> Figures:
 
 
 def show_steps(rows: list[Figures]) -> "Figure":
-    """Plots errors and, if any was computed, the Fréchet distance against the number of steps; a line per sampler."""
+    """Plots error rates and, if computed, Fréchet ratios of each sampler by number of steps."""
     has_distances = any(row["frechet_ratio"] is not None for row in rows)
     figure = new_figure(900, 380)
     left, *right = figure.subplots(1, 1 + has_distances, squeeze=False)[0]
     for i, sampler in enumerate(dict.fromkeys(row["options"]["sampler"] for row in rows)):
-        of_it = [row for row in rows if row["options"]["sampler"] == sampler]
-        steps = [row["options"]["num_steps"] for row in of_it]
-        mistakes = [max(1 - row["extractor"], FEWEST_MISTAKES) for row in of_it]
+        of_sampler = [row for row in rows if row["options"]["sampler"] == sampler]
+        steps = [row["options"]["num_steps"] for row in of_sampler]
+        mistakes = [max(1 - row["extractor"], FEWEST_MISTAKES) for row in of_sampler]
         left.plot(steps, mistakes, f"C{i}o-", markersize=3, label=sampler)
         for axes in right:
-            axes.plot(steps, [row["frechet_ratio"] for row in of_it], f"C{i}o-", markersize=3, label=sampler)
-    left.set_ylabel("not recognised as asked")
+            axes.plot(steps, [row["frechet_ratio"] for row in of_sampler], f"C{i}o-", markersize=3, label=sampler)
+    left.set_ylabel("share not recognised as asked")
     for axes in right:
-        axes.set_ylabel("Fréchet distance ÷ floor")
+        axes.set_ylabel("Fréchet distance ÷ that of real digits")
         axes.axhline(1, color="grey", linestyle=":", linewidth=1)
     for axes in (left, *right):
         axes.set_xscale("log")

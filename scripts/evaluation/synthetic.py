@@ -1,4 +1,4 @@
-"""The classification accuracy score (Ravuri & Vinyals 2019): what a classifier learns from drawn digits alone."""
+"""Classification accuracy score (Ravuri & Vinyals 2019): a classifier is trained only on generated digits."""
 
 from pathlib import Path
 
@@ -11,22 +11,24 @@ from scripts.evaluation.classifiers import Judge, accuracy
 from scripts.evaluation.samples import Digits, load_references, read_facts, read_samples
 
 EPOCHS = 10
+KINDS = {"drawn": "generated", "real": "real"}  # JSON keys and the words of the output
 
 
 def evaluate_synthetic(
     folder: Path, out: Path | None, reporter: Reporter, *, epochs: int, seed: int, split: str, data_dir: Path
 ) -> None:
-    """Trains one classifier on the drawn digits of a folder and one on real digits. Writes their accuracy to `out`.
+    """Trains one classifier on the digits of a folder and one on real digits. Writes their accuracies to `out`.
 
-    Raises ScriptError.
+    Raises ScriptError if the folder or the data cannot be read.
     """
     references, drawn = load_references(split, data_dir), read_samples(folder)
     learned = {}
     for name, digits in (("drawn", drawn), ("real", references.learned)):
-        title = f"training a classifier on {name} digits"
+        kind = KINDS[name]
+        title = f"training a classifier on {kind} digits"
         share = accuracy_learned_from(digits, references.held_out, reporter, epochs=epochs, seed=seed, title=title)
         learned[name] = {"num_images": len(digits.labels), "accuracy": share}
-        reporter.line(f"learned from {len(digits.labels)} {name} digits: {share:.2%} of the {split} split recognised")
+        reporter.line(f"Trained on {len(digits.labels)} {kind} digits: {share:.2%} of the {split} split recognised")
     if out:
         facts = {"split": split, "epochs": epochs, "seed": seed}
         write_json(out, {**facts, **learned, "drawn_with": read_facts(folder)})
@@ -35,7 +37,7 @@ def evaluate_synthetic(
 def accuracy_learned_from(
     digits: Digits, test: Digits, reporter: Reporter, *, epochs: int, seed: int, title: str = "training a classifier"
 ) -> float:
-    """Trains a judge on these digits alone, always by the same recipe; its accuracy on `test`."""
+    """Trains a judge on these digits, with a fixed recipe. Returns its accuracy on `test`."""
     torch.manual_seed(seed)
     network = train_classifier(Judge(), digits, reporter, augmented=True, epochs=epochs, seed=seed, title=title)
     return accuracy(network, *test)

@@ -1,4 +1,4 @@
-"""Tables of figures: evaluations and sweeps, side by side. Needs none of the packages that compute the figures."""
+"""Markdown tables of evaluations and sweeps. Does not import the packages that compute the metrics."""
 
 import json
 from pathlib import Path
@@ -7,30 +7,31 @@ from typing import Any
 from scripts.common.errors import ScriptError
 
 Figures = dict[str, Any]
-Evaluation = dict[str, Any]  # as `scripts.evaluate digits` leaves it
+Evaluation = dict[str, Any]  # content of an evaluation.json of `scripts.evaluate digits`
 
-# Fewest images for a Fréchet distance. With no more images than features, 128, the covariance is singular; above that
-# the distance is still mostly bias, which falls as 1/images. Slightly blurred digits are at 4 times the distance of
-# real ones if 10,000 are compared. With 1,000 images this ratio is 1.7 to 2.2, with 500 1.3 to 1.6, with 200 1.0 to
-# 1.3, so that fewer images do not show a difference of this size.
+# Smallest number of images for a Fréchet distance. If there are at most as many images as features (128), the
+# covariance is singular. With more images, the distance is still mostly bias, which falls as 1/images. With 10,000
+# images, slightly blurred digits have 4 times the distance of real digits. This ratio is 1.7 to 2.2 with 1,000 images,
+# 1.3 to 1.6 with 500 and 1.0 to 1.3 with 200. Fewer than 1,000 images therefore do not show a difference of this size.
 FEWEST_IMAGES = 1_000
 
 SETTING = ("sampler", "steps", "guidance")
 MANIFOLD = ("precision", "recall", "coverage")
-SWEEP_COLUMNS = (*SETTING, "calls", "as asked, by the extractor", "worst digit", "Fréchet ÷ floor", *MANIFOLD)
+FRECHET_RATIO = "ratio to real digits"  # of the Fréchet distance
+SWEEP_COLUMNS = (*SETTING, "network calls", "accuracy (extractor)", "worst digit", "Fréchet ratio", *MANIFOLD)
 RUN_COLUMNS = (
     "run",
     *SETTING,
-    "as asked, by the extractor",
-    "by the judge",
-    "its worst digit",
-    "Fréchet ÷ floor",
+    "accuracy (extractor)",
+    "accuracy (judge)",
+    "worst digit (judge)",
+    "Fréchet ratio",
     *MANIFOLD,
 )
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in a file, or in a folder's evaluation.json."""
+    """Reads an evaluation from a file, or from evaluation.json in a folder. Raises ScriptError if it is incomplete."""
     file = path / "evaluation.json" if path.is_dir() else path
     try:
         content: Evaluation = json.loads(file.read_text("utf-8"))
@@ -42,49 +43,52 @@ def read_evaluation(path: Path) -> Evaluation:
     except OSError as error:
         raise ScriptError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ScriptError(f"{file} is not what scripts.evaluate digits leaves") from error
+        raise ScriptError(f"{file} is not an evaluation. Write one with python -m scripts.evaluate digits") from error
     return content
 
 
 def check_comparable(evaluations: list[Evaluation]) -> None:
-    """Raises ScriptError if the distances and shares of these evaluations cannot be compared."""
+    """Raises ScriptError if the evaluations have different numbers of images, splits or classifiers."""
     for field in ("num_images", "split", "networks"):
         if len({json.dumps(evaluation[field]) for evaluation in evaluations}) > 1:
-            raise ScriptError(f"the evaluations differ in {field}: distances and shares compare at equal ones only")
+            raise ScriptError(f"The evaluations cannot be compared: they differ in {field}")
 
 
 def as_table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Returns a Markdown table."""
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
     return "\n".join([lines[0], f"|{' --- |' * len(columns)}", *lines[1:]]) + "\n"
 
 
 def too_few_images(num_images: int) -> str:
-    """Returns the sentence for a table without a Fréchet distance, empty if there are enough images."""
+    """Returns a sentence if there are too few images for a Fréchet distance, otherwise an empty string."""
     if num_images >= FEWEST_IMAGES:
         return ""
     return f"Too few images for a Fréchet distance: {num_images:,}, at least {FEWEST_IMAGES:,} needed."
 
 
 def fixed(value: float | None, digits: int) -> str:
-    """Returns the value with that many digits after the point, or a dash if it was not computed."""
+    """Returns the value with `digits` decimal places, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def as_setting(options: dict[str, Any]) -> list[str]:
-    """Sampler, steps and guidance of DrawingOptions as JSON has them."""
+    """Returns sampler, steps and guidance. `options` are DrawingOptions as in the JSON."""
     guidance = options["guidance"]
-    acts = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
-    return [options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else acts]
+    scale_and_interval = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
+    return [options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else scale_and_interval]
 
 
 def as_sweep_row(figures: Figures) -> list[str]:
-    """A line of a sweep: choices are made by the extractor's answers, so those are shown.
+    """Returns the cells of SWEEP_COLUMNS.
 
-    Of real digits, which have no options, too.
+    The accuracy is that of the extractor, since the published accuracy of the judge must not influence choices.
+    `figures` without options are those of real digits.
     """
-    drawn = "options" in figures
-    setting = [*as_setting(figures["options"]), str(figures["evaluations"])] if drawn else ["real digits", "", "", ""]
+    generated = "options" in figures
+    setting = ["real digits", "", "", ""]
+    if generated:
+        setting = [*as_setting(figures["options"]), str(figures["evaluations"])]
     return [
         *setting,
         f"{figures['extractor']:.2%}",
@@ -95,10 +99,12 @@ def as_sweep_row(figures: Figures) -> list[str]:
 
 
 def as_run(name: str, evaluation: Evaluation) -> list[str]:
-    """A line an evaluation."""
+    """Returns the cells of RUN_COLUMNS."""
     judge = evaluation["judge"]
     worst = _worst(judge)
-    setting = as_setting(evaluation["options"]) if "options" in evaluation else ["?"] * len(SETTING)  # a folder's
+    setting = (
+        as_setting(evaluation["options"]) if "options" in evaluation else ["?"] * len(SETTING)
+    )  # unknown for a folder of images
     return [
         name,
         *setting,
@@ -111,7 +117,7 @@ def as_run(name: str, evaluation: Evaluation) -> list[str]:
 
 
 def as_column(evaluation: Evaluation, *, real: bool = False) -> dict[str, str]:
-    """A column an evaluation, by the names of its lines; `real`: that of the real digits beside it."""
+    """Returns the metrics of an evaluation as text, by name. `real=True` returns those of its real digits."""
     of = "real_" if real else ""
     judge = evaluation[f"{of}judge"]
     worst = _worst(judge)
@@ -122,14 +128,17 @@ def as_column(evaluation: Evaluation, *, real: bool = False) -> dict[str, str]:
         "recognised as asked": f"{judge['accuracy']:.2%}",
         "worst digit": f"{worst}: {judge['per_digit'][worst]:.1%}",
         "Fréchet distance": distance,
-        "as a multiple of real digits'": "1" if real else fixed(evaluation["frechet_ratio"], 2),
+        FRECHET_RATIO: "1" if real else fixed(evaluation["frechet_ratio"], 2),
         **{name: f"{evaluation[f'{of}manifold'][name]:.3f}" for name in MANIFOLD},
         "memorised": f"{evaluation['held_out_memorised' if real else 'memorised']:.2%}",
     }
 
 
 def across(evaluations: dict[str, Evaluation]) -> str:
-    """A column an evaluation by name, real digits last; all of one split, number of images and networks."""
+    """Returns a table with a column for each evaluation and a last column for real digits.
+
+    The evaluations must be comparable, see `check_comparable`.
+    """
     columns = [as_column(evaluation) for evaluation in evaluations.values()]
     columns.append(as_column(next(iter(evaluations.values())), real=True))
     rows = [[line, *(column[line] for column in columns)] for line in columns[0]]

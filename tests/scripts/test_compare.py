@@ -22,23 +22,23 @@ NUM_IMAGES = 400
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("comparison")
     write_idx_files(folder / "data", num_images=NUM_IMAGES)
     save_tiny_checkpoint(folder / "tiny.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
         patch.setattr("scripts.common.mnist.NUM_VALIDATION", 100)
-        patch.setattr(tables, "FEWEST_IMAGES", 10)  # there are few
+        patch.setattr(tables, "FEWEST_IMAGES", 10)  # the data has few images
         yield folder
 
 
-def arguments(workplace: Path, out: Path) -> list[str]:
-    data, checkpoint = workplace / "data", workplace / "tiny.safetensors"
+def arguments(inputs: Path, out: Path) -> list[str]:
+    data, checkpoint = inputs / "data", inputs / "tiny.safetensors"
     return [f"--data-dir={data}", f"--checkpoint={checkpoint}", f"--out={out}", "--num-images=100"]
 
 
-def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as exit_:
         compare.main(argv)
     assert exit_.value.code == 2
@@ -47,13 +47,13 @@ def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def swept(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("swept")
-    compare.main(["steps", *arguments(workplace, out), "--steps", "1", "2", "--samplers", "ddim", "ddpm"])
+    compare.main(["steps", *arguments(inputs, out), "--steps", "1", "2", "--samplers", "ddim", "ddpm"])
     return out
 
 
-def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_has(swept: Path) -> None:
+def test_steps_evaluates_each_sampler_with_each_number_of_steps(swept: Path) -> None:
     rows = json.loads((swept / "steps.json").read_text())["figures"]
     drawn = [(row["options"]["sampler"], row["options"]["num_steps"]) for row in rows]
     assert drawn == [("ddim", 1), ("ddim", 2), ("ddpm", 1), ("ddpm", 2)]
@@ -61,8 +61,12 @@ def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_h
     assert len(table) == 2 + 4 + 1 + 2
     assert table[6].startswith("| real digits |  |  |  | ")
     assert " | 1.00 | " in table[6]
-    assert table[8].startswith("100 digits a line, seed 1, against the validation split; recognised by the extractor")
-    assert table[2].startswith(f"| ddim | 1 | 1.5 in 2-8 | 1 | {rows[0]['extractor']:.2%} |")  # at t = 12 alone
+    assert table[8].startswith(
+        "100 digits per setting, seed 1, compared with the validation split. Accuracy and distances"
+    )
+    assert table[2].startswith(
+        f"| ddim | 1 | 1.5 in 2-8 | 1 | {rows[0]['extractor']:.2%} |"
+    )  # guidance acts at t = 12 only
     assert table[3].startswith(
         f"| ddim | 2 | 1.5 in 2-8 | 3 | {rows[1]['extractor']:.2%} |"
     )  # at t = 12, and twice at 6
@@ -70,9 +74,9 @@ def test_each_sampler_is_evaluated_at_each_number_of_steps_that_the_checkpoint_h
         assert min(image.size) > 100
 
 
-def test_what_is_evaluated_is_what_scripts_evaluate_gives(workplace: Path, swept: Path, tmp_path: Path) -> None:
+def test_sweep_has_the_results_of_scripts_evaluate(inputs: Path, swept: Path, tmp_path: Path) -> None:
     options = ["--split=validation", "--sampler=ddim", "--num-steps=2", "--seed=1"]
-    evaluate.main(["digits", *arguments(workplace, tmp_path), *options])
+    evaluate.main(["digits", *arguments(inputs, tmp_path), *options])
     alone = json.loads((tmp_path / "evaluation.json").read_text())
     row = json.loads((swept / "steps.json").read_text())["figures"][1]
     assert row["frechet_ratio"] == alone["frechet_ratio"]
@@ -80,8 +84,8 @@ def test_what_is_evaluated_is_what_scripts_evaluate_gives(workplace: Path, swept
     assert row["extractor_worst"] == min(alone["extractor"]["per_digit"])
 
 
-def test_a_sweep_goes_on_with_what_is_missing(
-    workplace: Path, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_stopped_sweep_continues_with_the_missing_settings(
+    inputs: Path, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
     drawn: list[int] = []
@@ -92,41 +96,43 @@ def test_a_sweep_goes_on_with_what_is_missing(
         return draw(drawer, options, *args, **named)
 
     monkeypatch.setattr(sweep, "draw_samples", watch)
-    compare.main(["steps", *arguments(workplace, tmp_path), "--steps", "1", "3", "--samplers", "ddim"])
+    compare.main(["steps", *arguments(inputs, tmp_path), "--steps", "1", "3", "--samplers", "ddim"])
     assert drawn == [3]
     assert len((tmp_path / "steps.md").read_text().splitlines()) == 2 + 2 + 1 + 2
 
 
-def test_figures_of_another_seed_are_not_gone_on_with(
-    workplace: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_sweep_of_another_seed_or_damaged_file_is_rejected(
+    inputs: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
-    assert "another checkpoint, seed" in sentence(["steps", *arguments(workplace, tmp_path), "--seed=0"], capsys)
+    assert "another checkpoint, seed" in error_of(["steps", *arguments(inputs, tmp_path), "--seed=0"], capsys)
     content = json.loads((swept / "steps.json").read_text())
     del content["figures"][0]["evaluations"]
     for damaged in ([], content):
         (tmp_path / "steps.json").write_text(json.dumps(damaged))
-        assert "does not hold the figures" in sentence(["steps", *arguments(workplace, tmp_path)], capsys)
+        assert "is not a result of a sweep" in error_of(["steps", *arguments(inputs, tmp_path)], capsys)
 
 
-def test_a_sweep_of_too_few_images_has_no_distances_and_says_so(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_sweep_of_too_few_images_has_a_note_instead_of_distances(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "FEWEST_IMAGES", 1_000)
-    for _ in range(2):  # drawn, then read from the file
-        compare.main(["steps", *arguments(workplace, tmp_path), "--steps", "1", "2", "--samplers", "ddim"])
+    for _ in range(2):  # the second run reads the file
+        compare.main(["steps", *arguments(inputs, tmp_path), "--steps", "1", "2", "--samplers", "ddim"])
         content = json.loads((tmp_path / "steps.json").read_text())
         assert [row["frechet_ratio"] for row in (*content["figures"], content["real"])] == [None] * 3
         *_, note = table = (tmp_path / "steps.md").read_text().splitlines()
-        assert note == "Too few images for a Fréchet distance: 80, at least 1,000 needed."  # of the held-out ones
+        assert (
+            note == "Too few images for a Fréchet distance: 80, at least 1,000 needed."
+        )  # there are 80 held-out digits
         assert [line.split(" | ")[6] for line in table[2:5]] == ["-"] * 3
         with Image.open(tmp_path / "steps.png") as image:
             assert min(image.size) > 100
 
 
-def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path, tmp_path: Path) -> None:
+def test_guidance_sweeps_no_guidance_and_all_scales_and_intervals(inputs: Path, tmp_path: Path) -> None:
     swept = ["--scales", "1", "2", "--intervals", "1-10", "3-5", "--num-steps=2", "--sampler=dpmpp"]
-    compare.main(["guidance", *arguments(workplace, tmp_path), *swept])
+    compare.main(["guidance", *arguments(inputs, tmp_path), *swept])
     guidances = [row["options"]["guidance"] for row in json.loads((tmp_path / "guidance.json").read_text())["figures"]]
     assert [(g["scale"], g["start"], g["stop"]) for g in guidances] == [(1, 1, 100), (2, 1, 10), (2, 3, 5)]
     assert [line.split(" | ")[2] for line in (tmp_path / "guidance.md").read_text().splitlines()[2:5]] == [
@@ -136,17 +142,17 @@ def test_guidance_is_swept_over_scales_and_intervals_beside_none(workplace: Path
     ]
 
 
-def test_each_sampler_is_guided_as_is_recommended_for_it(workplace: Path, tmp_path: Path) -> None:
+def test_steps_uses_the_recommended_guidance_of_each_sampler(inputs: Path, tmp_path: Path) -> None:
     loaded = load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     config = dataclasses.replace(loaded.config, guidance_by_sampler={"ddpm": Guidance(3.0, 4, 6)})
     save(tmp_path / "own.safetensors", loaded.network, config)
     options = [f"--checkpoint={tmp_path / 'own.safetensors'}", "--samplers", "ddim", "ddpm", "--steps", "1"]
-    compare.main(["steps", *arguments(workplace, tmp_path), *options])
+    compare.main(["steps", *arguments(inputs, tmp_path), *options])
     rows = json.loads((tmp_path / "steps.json").read_text())["figures"]
     assert [row["options"]["guidance"]["scale"] for row in rows] == [1.5, 3.0]
 
 
-def test_the_figure_has_a_line_a_sampler() -> None:
+def test_plot_has_a_line_per_sampler() -> None:
     def row(sampler: str, num_steps: int, extractor: float, ratio: float) -> dict[str, Any]:
         options = {"sampler": sampler, "num_steps": num_steps}
         return {"options": options, "extractor": extractor, "frechet_ratio": ratio}
@@ -158,10 +164,10 @@ def test_the_figure_has_a_line_a_sampler() -> None:
     assert [list(line.get_xdata()) for line in left.lines] == [[10, 20], [10]]
 
 
-def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_writes_a_table_of_evaluations(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, scale in (("one", "1"), ("two", "2")):
         options = ["--num-steps=1", f"--guidance-scale={scale}", "--split=validation"]
-        evaluate.main(["digits", *arguments(workplace, tmp_path / name), *options])
+        evaluate.main(["digits", *arguments(inputs, tmp_path / name), *options])
     one, two = tmp_path / "one", tmp_path / "two"
     compare.main(["runs", str(one), str(two), f"--out={tmp_path / 'table.md'}"])
     lines = (tmp_path / "table.md").read_text().splitlines()
@@ -177,40 +183,38 @@ def test_evaluations_stand_side_by_side(workplace: Path, tmp_path: Path, capsys:
     across = [line.split(" | ") for line in (tmp_path / "across.md").read_text().splitlines()]
     assert across[0][1:] == ["one", "two", "real digits |"]
     assert across[2][2] == f"{content['judge']['accuracy']:.2%}"
-    assert "two have the same" in sentence(["runs", str(two), str(two / "evaluation.json")], capsys)
+    assert "have the same folder name" in error_of(["runs", str(two), str(two / "evaluation.json")], capsys)
     content["num_images"] = 50
     (two / "evaluation.json").write_text(json.dumps(content))
-    assert "differ in num_images" in sentence(["runs", str(one), str(two)], capsys)
+    assert "differ in num_images" in error_of(["runs", str(one), str(two)], capsys)
     content["judge"]["per_digit"] = []
     (two / "evaluation.json").write_text(json.dumps(content))
-    assert "not what scripts.evaluate digits leaves" in sentence(["runs", str(two)], capsys)
+    assert "is not an evaluation" in error_of(["runs", str(two)], capsys)
     content = json.loads((one / "evaluation.json").read_text())
     del content["networks"]
     (two / "evaluation.json").write_text(json.dumps(content))
-    assert "not what scripts.evaluate digits leaves" in sentence(["runs", str(two)], capsys)
-    assert "cannot be read" in sentence(["runs", str(tmp_path / "none")], capsys)
+    assert "is not an evaluation" in error_of(["runs", str(two)], capsys)
+    assert "cannot be read" in error_of(["runs", str(tmp_path / "none")], capsys)
 
 
-def test_a_sweep_of_what_the_checkpoint_cannot_do_is_one_sentence(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_sweep_that_the_checkpoint_does_not_permit_is_rejected(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_tiny_checkpoint(tmp_path / "tiny.safetensors", label_drop=0, guidance=Guidance())
-    given = [*arguments(workplace, tmp_path), f"--checkpoint={tmp_path / 'tiny.safetensors'}"]
-    assert "cannot be guided" in sentence(["guidance", *given], capsys)
-    assert "10 steps" in sentence(["guidance", *arguments(workplace, tmp_path), "--intervals", "2-11"], capsys)
-    assert "does not permit" in sentence(["steps", *given, "--steps", "2", "99"], capsys)
-    assert "is not a multiple of 10" in sentence(["steps", *given, "--num-images=105"], capsys)
+    given = [*arguments(inputs, tmp_path), f"--checkpoint={tmp_path / 'tiny.safetensors'}"]
+    assert "does not support guidance" in error_of(["guidance", *given], capsys)
+    assert "10 steps" in error_of(["guidance", *arguments(inputs, tmp_path), "--intervals", "2-11"], capsys)
+    assert "does not permit" in error_of(["steps", *given, "--steps", "2", "99"], capsys)
+    assert "is not a multiple of 10" in error_of(["steps", *given, "--num-images=105"], capsys)
 
 
-def test_evaluations_are_compared_without_what_computes_them(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_needs_no_evaluation_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ["torchmetrics", *(name for name in sys.modules if name.startswith("torchmetrics."))]:
-        monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
+        monkeypatch.setitem(sys.modules, name, None)  # makes the import fail
     published = Path(__file__).parents[2] / "docs" / "results" / "final"
     compare.main(["runs", str(published / "ddpm"), str(published / "fast")])
     assert "| fast |" in capsys.readouterr().out
-    assert "torchmetrics is not installed" in sentence(["steps", "--out=nowhere"], capsys)
+    assert "torchmetrics is not installed" in error_of(["steps", "--out=nowhere"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -225,5 +229,5 @@ def test_evaluations_are_compared_without_what_computes_them(
         ["steps", "--split=test", "--out=here"],
     ],
 )
-def test_a_wrong_argument_is_one_sentence(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert sentence(wrong, capsys).startswith("python -m scripts.compare")
+def test_wrong_argument_gives_an_error_of_one_line(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert error_of(wrong, capsys).startswith("python -m scripts.compare")

@@ -20,8 +20,8 @@ NUM_IMAGES = 200
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with made-up data, trusted as if they were MNIST's, a checkpoint, and classifiers that know nothing."""
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Returns a folder with test data in place of MNIST, a tiny checkpoint, and untrained classifiers."""
     folder = tmp_path_factory.mktemp("evaluation")
     write_idx_files(folder / "data", num_images=NUM_IMAGES)
     save_tiny_checkpoint(folder / "tiny.safetensors")
@@ -30,72 +30,72 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_classifier(folder / f"{kind}.safetensors", kind, new(), {"test_accuracy": 0.125, "num_test": 80})
     with pytest.MonkeyPatch.context() as patch:
         trust_idx_files(patch, NUM_IMAGES)
-        patch.setattr(tables, "FEWEST_IMAGES", 100)  # there are few
+        patch.setattr(tables, "FEWEST_IMAGES", 100)  # the data has few images
         yield folder
 
 
-def arguments(workplace: Path, *more: str) -> list[str]:
-    networks = [f"--{kind}={workplace / kind}.safetensors" for kind in ("judge", "extractor")]
-    return [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}", *networks, *more]
+def arguments(inputs: Path, *more: str) -> list[str]:
+    networks = [f"--{kind}={inputs / kind}.safetensors" for kind in ("judge", "extractor")]
+    return [f"--data-dir={inputs / 'data'}", f"--checkpoint={inputs / 'tiny.safetensors'}", *networks, *more]
 
 
-def run(workplace: Path, out: Path, *more: str) -> dict[str, object]:
-    evaluate.main(["digits", *arguments(workplace, f"--out={out}", *more)])
+def run(inputs: Path, out: Path, *more: str) -> dict[str, object]:
+    evaluate.main(["digits", *arguments(inputs, f"--out={out}", *more)])
     written: dict[str, object] = json.loads((out / "evaluation.json").read_text())
     return written
 
 
-def evaluate_folder(workplace: Path, out: Path, images: Path, *more: str) -> dict[str, object]:
-    given = [argument for argument in arguments(workplace) if not argument.startswith("--checkpoint")]
+def evaluate_folder(inputs: Path, out: Path, images: Path, *more: str) -> dict[str, object]:
+    given = [argument for argument in arguments(inputs) if not argument.startswith("--checkpoint")]
     evaluate.main(["digits", *given, f"--images={images}", f"--out={out}", *more])
     written: dict[str, object] = json.loads((out / "evaluation.json").read_text())
     return written
 
 
-def test_a_folder_has_the_figures_of_the_checkpoint_that_drew_it(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_folder_has_the_same_metrics_as_its_checkpoint(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--num-steps", "2", "--guidance-scale", "2", "--guidance-stop", "7", "--seed", "5"]
-    drawn = run(workplace, tmp_path / "drawn", "--num-images", "100", *options)
+    drawn = run(inputs, tmp_path / "drawn", "--num-images", "100", *options)
     assert (tmp_path / "drawn" / "evaluation.md").read_text().strip() in capsys.readouterr().out
     guidance = {"scale": 2.0, "start": 2, "stop": 7}
     assert drawn["options"] == {"sampler": "ddpm", "num_steps": 2, "guidance": guidance}
-    assert drawn["weights_sha256"] == load(workplace / "tiny.safetensors").weights_sha256
+    assert drawn["weights_sha256"] == load(inputs / "tiny.safetensors").weights_sha256
     for name in ("confusion.png", "nearest.png"):
         with Image.open(tmp_path / "drawn" / name) as image:
             assert min(image.size) > 100
     for form in ("png", "idx"):
         made = tmp_path / form
-        given = [f"--checkpoint={workplace / 'tiny.safetensors'}", f"--out={made}", "--count=100"]
+        given = [f"--checkpoint={inputs / 'tiny.safetensors'}", f"--out={made}", "--count=100"]
         make_dataset.main([*given, f"--format={form}", *options])
-        read = evaluate_folder(workplace, tmp_path / f"read {form}", made)
+        read = evaluate_folder(inputs, tmp_path / f"read {form}", made)
         assert read.pop("images") == form
-        for name in ("frechet", "frechet_ratio"):  # a sum in another order
+        for name in ("frechet", "frechet_ratio"):  # the order of the sum differs
             assert read.pop(name) == pytest.approx(drawn[name], rel=1e-9)
         assert read == {name: value for name, value in drawn.items() if name in read}
         assert len(read) == len(drawn) - 2
     (made / "dataset.json").unlink()
-    unknown = evaluate_folder(workplace, tmp_path / "unknown", made)
+    unknown = evaluate_folder(inputs, tmp_path / "unknown", made)
     assert "options" not in unknown
     assert unknown["judge"] == drawn["judge"]
 
 
-def test_a_folder_is_evaluated_by_as_many_of_each_digit(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_folder_is_evaluated_with_equally_many_of_each_digit(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1"]
+    given = [f"--checkpoint={inputs / 'tiny.safetensors'}", "--num-steps=1"]
     make_dataset.main([*given, f"--out={tmp_path / 'large'}", "--count=125", "--format=png"])
     make_dataset.main([*given, f"--out={tmp_path / 'small'}", "--count=100"])
-    large, small = (evaluate_folder(workplace, tmp_path / f"of {n}", tmp_path / n) for n in ("large", "small"))
-    assert "the first 12 of each digit, of 125 images" in capsys.readouterr().out
+    large, small = (evaluate_folder(inputs, tmp_path / f"of {n}", tmp_path / n) for n in ("large", "small"))
+    assert "Using the first 12 images of each digit, of 125 images" in capsys.readouterr().out
     assert (large["num_images"], small["num_images"]) == (120, 100)
-    asked = evaluate_folder(workplace, tmp_path / "asked", tmp_path / "large", "--num-images=100")
+    asked = evaluate_folder(inputs, tmp_path / "asked", tmp_path / "large", "--num-images=100")
     assert {**asked, "images": "small"} == small
 
 
 @pytest.mark.parametrize("command", [["fog"], ["clip"], ["synthetic", "set"]], ids=" ".join)
 @pytest.mark.parametrize("out", ["figures", "figures.txt", "folder.png", "folder.json"])
-def test_where_the_answer_cannot_be_written_nothing_is_begun(
+def test_invalid_out_is_rejected_before_the_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], out: str
 ) -> None:
     for name in ("folder.png", "folder.json"):
@@ -103,17 +103,17 @@ def test_where_the_answer_cannot_be_written_nothing_is_begun(
     with pytest.raises(SystemExit) as exit_:
         evaluate.main([*command, f"--out={tmp_path / out}"])
     assert exit_.value.code == 2
-    assert "does not end in" in (said := capsys.readouterr().err) or "is a folder" in said
+    assert "does not end in" in (error := capsys.readouterr().err) or "is a folder" in error
 
 
 @pytest.mark.parametrize("option", ["--seed=0", "--batch-size=64", "--guidance-scale=2", "--compile"])
-def test_an_option_that_images_which_lie_there_cannot_heed_is_refused_also_at_its_default(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+def test_sampling_option_with_images_is_rejected_even_at_its_default(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
-        evaluate_folder(workplace, tmp_path, tmp_path, option)
+        evaluate_folder(inputs, tmp_path, tmp_path, option)
     assert exit_.value.code == 2
-    assert f"leave out {option.partition('=')[0]}" in capsys.readouterr().err
+    assert f"{option.partition('=')[0]} has no effect on existing images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -124,96 +124,94 @@ def test_an_option_that_images_which_lie_there_cannot_heed_is_refused_also_at_it
         (["--split", "train"], "invalid choice"),
         (["--judge", "nowhere.safetensors"], "cannot be read"),
         (["--checkpoint", "nowhere.safetensors"], "cannot be read"),
-        (["--images", "nowhere"], "drawn already: leave out --checkpoint"),
+        (["--images", "nowhere"], "--checkpoint has no effect on existing images"),
         (["--num-images", "50000"], "100 to 49000"),
         (["--num-images", "100", "--out", "/proc/none"], "No such file"),
         (["--data-dir", "nowhere"], "no MNIST files"),
     ],
 )
-def test_a_wrong_argument_is_one_sentence_and_status_2(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str], reason: str
+def test_wrong_argument_gives_an_error_of_one_line_and_status_2(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str], reason: str
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
     with pytest.raises(SystemExit) as exit_:
-        evaluate.main(["digits", *arguments(workplace, *wrong)])
+        evaluate.main(["digits", *arguments(inputs, *wrong)])
     assert exit_.value.code == 2
     (sentence,) = capsys.readouterr().err.splitlines()
     assert reason in sentence
 
 
-def test_the_fog_is_drawn_and_said(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [f"--data-dir={workplace / 'data'}", f"--checkpoint={workplace / 'tiny.safetensors'}"]
-    evaluate.main(["fog", *given, f"--judge={workplace / 'fog_judge.safetensors'}", f"--out={tmp_path / 'fog.png'}"])
-    said = [line for line in capsys.readouterr().out.splitlines() if "lost" in line]
-    assert [line[:2] for line in said] == [f"{digit}:" for digit in range(10)]
+def test_fog_prints_and_plots_each_digit(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [f"--data-dir={inputs / 'data'}", f"--checkpoint={inputs / 'tiny.safetensors'}"]
+    evaluate.main(["fog", *given, f"--judge={inputs / 'fog_judge.safetensors'}", f"--out={tmp_path / 'fog.png'}"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "informedness" in line]
+    assert [line[:2] for line in lines] == [f"{digit}:" for digit in range(10)]
     content = json.loads((tmp_path / "fog.json").read_text())
-    for lines in (content["recognised"], content["told"]):
-        assert [len(line) for line in lines] == [len(content["t"])] * 10
+    for shares in (content["recognised"], content["told"]):
+        assert [len(line) for line in shares] == [len(content["t"])] * 10
     with Image.open(tmp_path / "fog.png") as image:
         assert min(image.size) > 100
 
 
-def test_clip_judges_beside_the_others_where_it_is_asked(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_clip_scores_are_computed_on_request(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("open_clip")
-    written = run(workplace, tmp_path / "drawn", "--num-images", "100", "--num-steps", "2", "--clip")
+    written = run(inputs, tmp_path / "drawn", "--num-images", "100", "--num-steps", "2", "--clip")
     assert set(written["clip"]) == {"model", "weights_sha256", "drawn", "real"}  # type: ignore[call-overload]
-    assert "| CLIP embedded: clear rather than noisy | " in capsys.readouterr().out
-    given = [a for a in arguments(workplace) if not a.startswith(("--judge", "--extractor"))]
+    assert "| CLIP embedded: more clear than noisy | " in capsys.readouterr().out
+    given = [a for a in arguments(inputs) if not a.startswith(("--judge", "--extractor"))]
     evaluate.main(["clip", *given, "--num-steps=3", "--num-images=10", f"--out={tmp_path / 'clip.png'}"])
     assert len([line for line in capsys.readouterr().out.splitlines() if "at t = 10," in line]) == 3
     with Image.open(tmp_path / "clip.png") as image:
         assert min(image.size) > 100
     content = json.loads((tmp_path / "clip.json").read_text())
     assert (content["options"]["num_steps"], content["num_images"], content["split"]) == (3, 10, "test")
-    assert content["weights_sha256"] == load(workplace / "tiny.safetensors").weights_sha256
+    assert content["weights_sha256"] == load(inputs / "tiny.safetensors").weights_sha256
     assert content["clip"] == {name: written["clip"][name] for name in ("model", "weights_sha256")}  # type: ignore[index]
     assert [len(lines["drawn"]) for lines in content["scores"].values()] == [len(content["t"])] * 3
 
 
-def test_a_clip_that_is_not_there_is_said_before_anything_is_drawn(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_missing_clip_model_is_rejected_before_generating(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("open_clip")
     with pytest.raises(SystemExit) as exit_:
-        run(workplace, tmp_path, "--clip", "nowhere")
+        run(inputs, tmp_path, "--clip", "nowhere")
     assert exit_.value.code == 2
-    said = capsys.readouterr()
-    assert "no CLIP model 'nowhere'" in said.err
-    assert said.out == ""
+    output = capsys.readouterr()
+    assert "Cannot load CLIP model 'nowhere'" in output.err
+    assert output.out == ""
 
 
-def test_what_a_drawn_set_teaches_stands_beside_what_real_digits_teach(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_synthetic_compares_generated_and_real_training_digits(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classifier_training, "BATCH_SIZE", 8)
-    drawing = [f"--checkpoint={workplace / 'tiny.safetensors'}", "--num-steps=1", "--count=100"]
+    drawing = [f"--checkpoint={inputs / 'tiny.safetensors'}", "--num-steps=1", "--count=100"]
     make_dataset.main([f"--out={tmp_path / 'set'}", *drawing])
-    given = [f"--data-dir={workplace / 'data'}", "--epochs=3", f"--out={tmp_path / 'learned.json'}"]
+    given = [f"--data-dir={inputs / 'data'}", "--epochs=3", f"--out={tmp_path / 'learned.json'}"]
     evaluate.main(["synthetic", str(tmp_path / "set"), *given])
-    drawn, real = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learned from")]
-    assert drawn.startswith("learned from 100 drawn digits: ")
-    assert real.startswith(f"learned from {NUM_IMAGES - NUM_VALIDATION} real digits: ")
+    drawn, real = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Trained on")]
+    assert drawn.startswith("Trained on 100 generated digits: ")
+    assert real.startswith(f"Trained on {NUM_IMAGES - NUM_VALIDATION} real digits: ")
     written = json.loads((tmp_path / "learned.json").read_text())
     assert f"{written['drawn']['accuracy']:.2%}" in drawn
     assert written["drawn_with"]["options"]["num_steps"] == 1
     assert float(real.split()[5].rstrip("%")) > 2 * float(drawn.split()[5].rstrip("%"))
 
 
-def test_a_classifier_is_trained_and_found_again(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_train_classifiers_saves_a_classifier(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classifier_training, "BATCH_SIZE", 8)
     out = tmp_path / "extractor.safetensors"
-    train_classifiers.main(["extractor", f"--data-dir={workplace / 'data'}", f"--out={out}", "--epochs", "2"])
+    train_classifiers.main(["extractor", f"--data-dir={inputs / 'data'}", f"--out={out}", "--epochs", "2"])
     trained = load_classifier("extractor", out)
-    assert f"{trained.facts['validation_accuracy']:.2%} of the validation digits" in capsys.readouterr().out
+    assert f"Recognised {trained.facts['validation_accuracy']:.2%} of the validation digits" in capsys.readouterr().out
     assert (trained.facts["num_test"], trained.facts["epochs"]) == (NUM_IMAGES, 2)
 
 
 @pytest.mark.parametrize("kind", classifier_training.RECIPES)
-def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
+def test_shipped_classifiers_were_trained_with_their_recipes(kind: str) -> None:
     assert classifier_training.RECIPES[kind].items() <= load_classifier(kind).facts.items()
 
 
@@ -221,7 +219,7 @@ def test_what_ships_says_that_it_was_trained_by_the_recipe(kind: str) -> None:
     "wrong",
     [[], ["critic"], ["judge", "--epochs", "many"], ["judge", "--data-dir", "nowhere"], ["judge", "--out", "x"]],
 )
-def test_a_wrong_argument_of_the_training_is_one_sentence(
+def test_wrong_argument_of_train_classifiers_gives_an_error_of_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str]
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
@@ -232,7 +230,7 @@ def test_a_wrong_argument_of_the_training_is_one_sentence(
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["fog", "--help"], ["fog", "--out=fog.png", "--checkpoint=missing"]])
-def test_what_needs_no_distances_needs_none_of_their_packages(arguments: list[str]) -> None:
+def test_commands_without_distances_do_not_need_torchmetrics(arguments: list[str]) -> None:
     script = (
         "import sys\n"
         "sys.modules['torchmetrics'] = None\n"
@@ -244,7 +242,7 @@ def test_what_needs_no_distances_needs_none_of_their_packages(arguments: list[st
     assert len(ended.stderr.splitlines()) == ended.returncode // 2
 
 
-def test_without_the_packages_of_distances_a_sentence_says_what_to_install() -> None:
+def test_missing_torchmetrics_gives_an_error_with_the_install_command() -> None:
     script = "import sys\nsys.modules['torchmetrics'] = None\nfrom scripts import evaluate\nevaluate.main(['digits'])"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 2
@@ -252,7 +250,7 @@ def test_without_the_packages_of_distances_a_sentence_says_what_to_install() -> 
 
 
 @pytest.mark.parametrize("command", [["digits"], ["fog", "--out=fog.png"], ["clip", "--out=clip.png"]], ids=" ".join)
-def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
+def test_missing_matplotlib_is_rejected_before_generating(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -264,11 +262,11 @@ def test_without_matplotlib_nothing_is_drawn_that_could_not_be_shown(
     assert capsys.readouterr().err == "matplotlib is not installed. Install with: pip install -e '.[evaluate]'\n"
 
 
-def test_too_few_images_for_a_distance_are_said_in_the_output_and_in_every_file(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_too_few_images_for_a_distance_are_noted_in_output_and_files(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "FEWEST_IMAGES", 1_000)
-    written = run(workplace, tmp_path, "--num-images=110", "--num-steps=1")
+    written = run(inputs, tmp_path, "--num-images=110", "--num-steps=1")
     note = "Too few images for a Fréchet distance: 110, at least 1,000 needed."
     assert note in capsys.readouterr().out.splitlines()
     assert note in (tmp_path / "evaluation.md").read_text().splitlines()
@@ -276,11 +274,11 @@ def test_too_few_images_for_a_distance_are_said_in_the_output_and_in_every_file(
     assert tables.as_run("small", tables.read_evaluation(tmp_path))[7] == "-"
 
 
-def test_data_that_is_missing_is_noticed_before_anything_is_compiled(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_missing_data_is_rejected_before_compiling(
+    inputs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))
     monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
     with pytest.raises(SystemExit):
-        evaluate.main(["digits", *arguments(workplace, "--compile", "--data-dir=nowhere")])
+        evaluate.main(["digits", *arguments(inputs, "--compile", "--data-dir=nowhere")])
     assert "no MNIST files" in capsys.readouterr().err

@@ -24,7 +24,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Makes a small set, ten images a part."""
+    """Returns a function that makes a small data set with ten images per part."""
     monkeypatch.setattr(dataset, "PART", 10)
     tiny = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
 
@@ -41,7 +41,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_idx_files_are_read_by_torchvision_and_hold_what_the_checkpoint_draws(make: Make, tmp_path: Path) -> None:
+def test_idx_files_have_the_images_of_the_checkpoint(make: Make, tmp_path: Path) -> None:
     out = make("set")
     images = read_image_file(str(out / "train-images-idx3-ubyte"))
     labels = read_label_file(str(out / "train-labels-idx1-ubyte"))
@@ -56,7 +56,7 @@ def test_the_idx_files_are_read_by_torchvision_and_hold_what_the_checkpoint_draw
     assert (images.float() - expected).abs().max() <= 0.51
 
 
-def test_the_folders_hold_the_same_images(make: Make) -> None:
+def test_png_folders_have_the_same_images_as_idx_files(make: Make) -> None:
     images, folder = read_image_file(str(make("set") / "train-images-idx3-ubyte")), make("png", "--format=png")
     for i, image in enumerate(images):
         with Image.open(folder / str(i % 10) / f"{i // 10:05d}.png") as png:
@@ -65,7 +65,7 @@ def test_the_folders_hold_the_same_images(make: Make) -> None:
 
 
 @pytest.mark.parametrize("where", ["drawing", "writing"])
-def test_a_set_that_was_stopped_goes_on_and_is_the_same(
+def test_stopped_data_set_continues_and_is_the_same(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     whole, calls = files(make("whole")), iter(range(100))
@@ -91,7 +91,7 @@ def test_a_set_that_was_stopped_goes_on_and_is_the_same(
     assert files(make("stopped")) == whole
 
 
-def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
+def test_finished_data_set_is_kept_and_other_arguments_are_rejected(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = make("set")
@@ -99,7 +99,7 @@ def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
     make("set")
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    (tmp_path / "mine" / "other.txt").write_text("text")
     capsys.readouterr()
     for name, more in (("set", ["--seed=4"]), ("set", ["--format=png"]), ("mine", [])):
         with pytest.raises(SystemExit) as exit_:
@@ -113,7 +113,7 @@ def test_a_finished_set_is_left_as_it_is_and_another_is_refused(
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_auto_continues_a_set_the_way_it_was_begun(
+def test_auto_continues_a_data_set_in_its_own_compile_mode(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = files(make("whole", "--compile=off"))
@@ -127,14 +127,14 @@ def test_auto_continues_a_set_the_way_it_was_begun(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         make("stopped", "--compile=on")
-    assert "holds a data set with another compiled" in capsys.readouterr().err
+    assert "has a data set with another compiled: False, now True" in capsys.readouterr().err
 
 
-def test_a_folder_of_something_else_is_refused_before_anything_is_compiled(
+def test_folder_with_other_content_is_rejected_before_compiling(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    (tmp_path / "mine" / "other.txt").write_text("text")
     with pytest.raises(SystemExit):
         make("mine", "--compile")

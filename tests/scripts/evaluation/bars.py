@@ -1,4 +1,4 @@
-"""Ten classes that are easily told apart, and classifiers that are as good or as bad as a test needs."""
+"""Test data: images of ten classes that are easy to distinguish, and classifiers with known results."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from scripts.evaluation.samples import Digits
 
 
 def bars(count: int, seed: int) -> Digits:
-    """A bar whose place is the class, in static; the classes in turn."""
+    """Returns images of a bar in noise. The position of the bar is the class. The classes go from 0 to 9 in turn."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % 10
     images = torch.randint(0, 40, (count, 1, 28, 28), generator=generator, dtype=torch.uint8)
@@ -23,14 +23,14 @@ def untrained(kind: type[Judge] | type[Extractor]) -> Trained:
     return Trained(kind().eval().requires_grad_(False), {"test_accuracy": 0.125, "num_test": 80}, "0" * 64)
 
 
-class Witness(Judge):
-    """Keeps what it is shown; sees what it is told to see."""
+class FixedClassifier(Judge):
+    """Returns given digits for any images, and keeps the images in `shown`."""
 
-    def __init__(self, seen: Tensor) -> None:
+    def __init__(self, answers: Tensor) -> None:
         super().__init__()
-        self.seen, self.shown = seen, torch.empty(0)
+        self.answers, self.shown = answers, torch.empty(0)
         self.head = torch.nn.Identity()  # type: ignore[assignment]
 
     def features(self, x: Tensor) -> Tensor:
         self.shown = x
-        return torch.nn.functional.one_hot(self.seen, 10) * 50.0
+        return torch.nn.functional.one_hot(self.answers, 10) * 50.0

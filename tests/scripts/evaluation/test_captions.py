@@ -13,23 +13,23 @@ BOLD, FINE, SLANTED, UPRIGHT = "a thick digit", "a thin digit", "a slanted digit
 
 
 def scene(digit: int = 7, t: int = 0, *, blurred: bool = False, bold: float = 0.5, leaning: float = 0.0) -> Scene:
-    """One picture in a known state; what it shows does not matter."""
+    """Returns one picture in a known state. Its pixels do not matter."""
     rows = torch.tensor([digit]), torch.tensor([t]), torch.tensor([blurred])
     return Scene(torch.zeros(1, 1, 28, 28), *rows, torch.tensor([bold]), torch.tensor([leaning]))
 
 
-def said(of: Scene) -> dict[str, float]:
+def truth_by_caption(of: Scene) -> dict[str, float]:
     return dict(zip(CAPTIONS, truth(of)[0].tolist(), strict=True))
 
 
-def test_every_caption_is_there_once() -> None:
+def test_captions_are_unique_and_contain_the_prompts() -> None:
     assert len(set(CAPTIONS)) == len(CAPTIONS)
     assert {CLEAR, NOISY, *map(digit_prompt, range(10))} <= set(CAPTIONS)
 
 
-def test_of_a_clear_seven_all_that_names_another_digit_is_false() -> None:
+def test_captions_of_other_digits_are_false_for_a_clear_seven() -> None:
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    for caption, holds in said(scene(7)).items():
+    for caption, holds in truth_by_caption(scene(7)).items():
         named = {d for d in range(10) if words[d] in caption.split() or str(d) in caption.replace(",", "").split()}
         if named:
             assert holds == (1 if named == {7} and "noisy" not in caption else -1), caption
@@ -52,8 +52,8 @@ def test_of_a_clear_seven_all_that_names_another_digit_is_false() -> None:
         (scene(leaning=0.01), [UPRIGHT], [SLANTED]),
     ],
 )
-def test_what_is_true_and_false_of_a_state(state: Scene, true: list[str], false: list[str]) -> None:
-    holds = said(state)
+def test_captions_are_true_or_false_by_state(state: Scene, true: list[str], false: list[str]) -> None:
+    holds = truth_by_caption(state)
     assert {caption: holds[caption] for caption in true} == dict.fromkeys(true, 1)
     assert {caption: holds[caption] for caption in false} == dict.fromkeys(false, -1)
 
@@ -68,37 +68,37 @@ def test_what_is_true_and_false_of_a_state(state: Scene, true: list[str], false:
         (scene(bold=0.5, leaning=0.2), [BOLD, FINE, SLANTED, UPRIGHT]),
     ],
 )
-def test_what_nobody_could_say_counts_neither_way(state: Scene, undecided: list[str]) -> None:
-    holds = said(state)
+def test_captions_are_undecided_between_two_states(state: Scene, undecided: list[str]) -> None:
+    holds = truth_by_caption(state)
     assert [holds[caption] for caption in undecided] == [0] * len(undecided)
 
 
-def test_no_caption_that_names_a_digit_or_writing_is_true_of_static() -> None:
-    for caption, holds in said(scene(7, t=100)).items():
+def test_captions_with_a_digit_or_writing_are_not_true_for_pure_noise() -> None:
+    for caption, holds in truth_by_caption(scene(7, t=100)).items():
         if any(word in caption for word in ("digit", "writ", "number", "stroke")):
             assert holds in (-1, 0), caption
-    assert said(scene(7, t=100))["a noisy, blurry picture of a handwritten digit"] == -1
+    assert truth_by_caption(scene(7, t=100))["a noisy, blurry picture of a handwritten digit"] == -1
 
 
 def stroke(width: float, slope: float) -> Tensor:
-    """A line through the middle, `width` pixels wide, that moves `slope` pixels to the right per row upwards."""
+    """Returns a line through the middle, `width` pixels wide, with a slant of `slope` pixels per row."""
     row, column = torch.arange(28.0)[:, None], torch.arange(28.0)
     distance = (column - 13.5 - slope * (13.5 - row)).abs() / math.hypot(1, slope)
     inside = (distance < width / 2) & ((row - 13.5).abs() < 9)
     return inside.float()[None, None]
 
 
-def test_boldness_grows_with_the_strokes_width() -> None:
+def test_boldness_grows_with_the_stroke_width() -> None:
     widths = [boldness(stroke(width, 0)).item() for width in (2, 4, 8)]
     assert widths == pytest.approx([16 / 36 * 17 / 16, 3 / 4 * 17 / 18, 7 / 8 * 17 / 18], abs=0.04)
 
 
 @pytest.mark.parametrize("slope", [-0.5, -0.2, 0.0, 0.3, 0.6])
-def test_lean_is_the_slope_of_a_line(slope: float) -> None:
+def test_lean_equals_the_slope_of_a_line(slope: float) -> None:
     assert lean(stroke(3, slope)).item() == pytest.approx(slope, abs=0.03)
 
 
-def test_pictures_are_in_the_state_that_the_scene_says() -> None:
+def test_pictures_have_the_states_of_their_scene() -> None:
     images, labels = bars(2_000, 0)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(0))
     made = make_scene(images, labels, diffusion)

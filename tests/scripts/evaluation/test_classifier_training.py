@@ -21,7 +21,7 @@ def train(kind: str, *, augmented: bool, fogged: bool = False, seed: int = 0) ->
 
 
 @EVERY_KIND
-def test_it_learns_and_its_facts_are_of_digits_that_it_never_saw(kind: str) -> None:
+def test_classifier_learns_and_its_facts_are_of_unseen_digits(kind: str) -> None:
     network = train(kind, augmented=False)
     facts = facts_of(network, bars(100, 2), bars(200, 3), epochs=4)
     assert facts["test_accuracy"] == accuracy(network, *bars(200, 3)) > 0.9
@@ -30,20 +30,20 @@ def test_it_learns_and_its_facts_are_of_digits_that_it_never_saw(kind: str) -> N
 
 
 @pytest.mark.parametrize("augmented", [True, False])
-def test_a_seed_repeats_the_training(augmented: bool) -> None:
+def test_training_is_reproducible_with_a_seed(augmented: bool) -> None:
     first, again, other = (train("extractor", augmented=augmented, seed=seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
-def test_what_does_not_fill_a_batch_is_one() -> None:
+def test_training_set_smaller_than_a_batch_is_one_batch() -> None:
     torch.manual_seed(0)
     with Reporter() as reporter:
         network = train_classifier(KINDS["extractor"](), bars(100, 1), reporter, augmented=False, epochs=8)
     assert accuracy(network, *bars(200, 3)) > 0.5
 
 
-def test_who_has_learned_in_the_fog_reads_in_it() -> None:
+def test_classifier_trained_on_noisy_digits_recognises_noisy_digits() -> None:
     digits = bars(500, 2)
     diffusion = Diffusion(Schedule(ScheduleConfig(kind="cosine")), torch.Generator().manual_seed(9))
     x_t, _ = diffusion.add_noise(digits.images / 127.5 - 1, torch.full((500,), 60))
@@ -53,7 +53,7 @@ def test_who_has_learned_in_the_fog_reads_in_it() -> None:
     assert fogged > 0.9 > plain
 
 
-def test_augmentation_moves_the_image_a_little_and_keeps_its_levels() -> None:
+def test_augmentation_moves_images_a_little_and_keeps_their_levels() -> None:
     images = torch.zeros(500, 1, 28, 28, dtype=torch.uint8)
     images[:, :, 11:17, 11:17] = 200
     moved = augment(images, torch.Generator().manual_seed(0))
@@ -63,6 +63,6 @@ def test_augmentation_moves_the_image_a_little_and_keeps_its_levels() -> None:
     centre_x = (moved * place).sum(dim=(1, 2, 3)) / mass
     centre_y = (moved * place[:, None]).sum(dim=(1, 2, 3)) / mass
     furthest = torch.hypot(centre_x - 13.5, centre_y - 13.5).max()
-    assert 2 < furthest < 2 * 2**0.5 / 0.9 + 0.1  # two pixels each way, over the smallest zoom
+    assert 2 < furthest < 2 * 2**0.5 / 0.9 + 0.1  # two pixels in each direction, divided by the smallest zoom
     assert min(centre_x.std(), centre_y.std()) > 0.8
-    assert mass.std() / mass.mean() > 0.05  # the scale's doing
+    assert mass.std() / mass.mean() > 0.05  # caused by the scaling

@@ -25,7 +25,7 @@ FACTS = {"test_accuracy": 0.25, "epochs": 3}
 
 @torch.inference_mode()
 @EVERY_KIND
-def test_what_the_head_makes_of_the_features_is_what_the_network_says(kind: str) -> None:
+def test_features_and_head_give_the_logits_of_the_network(kind: str) -> None:
     network, images = KINDS[kind]().eval(), bars(20, 0).images
     features = features_of(network, images)
     assert features.shape == (20, network.num_features)
@@ -37,7 +37,7 @@ def test_what_the_head_makes_of_the_features_is_what_the_network_says(kind: str)
 
 
 @EVERY_KIND
-def test_a_saved_classifier_is_the_same_classifier(tmp_path: Path, kind: str) -> None:
+def test_saved_classifier_is_loaded_unchanged(tmp_path: Path, kind: str) -> None:
     network, path = KINDS[kind]().eval(), tmp_path / "saved.safetensors"
     save_classifier(path, kind, network, FACTS)
     loaded, images = load_classifier(kind, path), bars(20, 0).images
@@ -46,8 +46,8 @@ def test_a_saved_classifier_is_the_same_classifier(tmp_path: Path, kind: str) ->
     assert loaded.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "text", "the other"])
-def test_a_file_without_the_classifier_is_one_sentence(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "text", "other kind"])
+def test_wrong_classifier_file_gives_an_error_of_one_line(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "judge.safetensors"
     if damage == "truncated":
         save_classifier(path, "judge", KINDS["judge"](), FACTS)
@@ -56,22 +56,22 @@ def test_a_file_without_the_classifier_is_one_sentence(tmp_path: Path, damage: s
         save_file({"weight": torch.ones(2)}, path)
     elif damage == "text":
         path.write_text("seven")
-    elif damage == "the other":
+    elif damage == "other kind":
         save_classifier(path, "extractor", KINDS["extractor"](), FACTS)
-    with pytest.raises(ScriptError, match=r"cannot be read|does not hold a digit judge") as error:
+    with pytest.raises(ScriptError, match=r"cannot be read|is not a judge") as error:
         load_classifier("judge", path)
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("images", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], ids=str)
-def test_classifiers_see_8_bit_digits_only(images: Tensor) -> None:
-    with pytest.raises(ScriptError, match="classifiers see 8-bit images"):
+def test_classifiers_reject_images_other_than_8_bit_digits(images: Tensor) -> None:
+    with pytest.raises(ScriptError, match="Classifiers need uint8 images of 1x28x28"):
         recognise(KINDS["judge"]().eval(), images)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("judge", 0.996), ("extractor", 0.99), ("fog_judge", 0.99)])
-def test_those_that_ship_are_as_good_as_they_say(mnist_dir: Path, kind: str, least: float) -> None:
+def test_shipped_classifiers_have_their_stated_accuracy(mnist_dir: Path, kind: str, least: float) -> None:
     shipped = load_classifier(kind)
     measured = accuracy(shipped.network, *mnist.load_mnist("test", mnist_dir))
-    assert measured == pytest.approx(shipped.accuracy, abs=3e-4)  # other kernels round otherwise
+    assert measured == pytest.approx(shipped.accuracy, abs=3e-4)  # kernels of other processors round differently
     assert measured >= least

@@ -14,7 +14,7 @@ from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
 
 
 class Brightness(ClipScorer):
-    """A prompt's likeness is the picture's brightness, plus a tenth for each prompt before it."""
+    """The similarity is the brightness of the picture plus 0.1 times the index of the prompt."""
 
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
@@ -24,7 +24,7 @@ class Brightness(ClipScorer):
         return images.float().mean(dim=(1, 2, 3))[:, None] / 255 + torch.arange(len(prompts)) / 10
 
 
-def test_every_step_is_scored_for_its_own_digit_and_for_clear_and_noisy(tmp_path: Path) -> None:
+def test_scores_along_has_three_prompts_for_every_step(tmp_path: Path) -> None:
     drawer = Drawer(checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors")))
     scorer, real = Brightness(), bars(20, 0)
     options = DrawingOptions("ddim", 5, Guidance())
@@ -41,11 +41,11 @@ def test_every_step_is_scored_for_its_own_digit_and_for_clear_and_noisy(tmp_path
     assert torch.equal(scorer.seen[-1], real.images)
 
 
-def test_the_figure_has_a_line_a_prompt_and_one_for_real_digits() -> None:
+def test_plot_has_a_line_per_prompt_and_one_for_real_digits() -> None:
     means, real = torch.rand(3, 3), torch.rand(3)
-    lines = show_scores("told", [10, 5, 0], means, real).axes[0].lines
+    lines = show_scores("model", [10, 5, 0], means, real).axes[0].lines
     for i, prompt in enumerate(LINES):
-        drawn, beside = lines[2 * i : 2 * i + 2]
-        assert drawn.get_label() == prompt
-        assert list(drawn.get_ydata()) == pytest.approx(means[:, i].tolist())
-        assert list(beside.get_ydata()) == pytest.approx([real[i].item()] * 2)
+        generated, of_real = lines[2 * i : 2 * i + 2]
+        assert generated.get_label() == prompt
+        assert list(generated.get_ydata()) == pytest.approx(means[:, i].tolist())
+        assert list(of_real.get_ydata()) == pytest.approx([real[i].item()] * 2)

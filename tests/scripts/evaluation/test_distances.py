@@ -20,8 +20,8 @@ def gaussian(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(count, 6, generator=generator) @ mix * scale
 
 
-def test_the_frechet_distance_is_the_papers_formula() -> None:
-    """Heusel 2017, eq. 6, by scipy's matrix root."""
+def test_frechet_distance_equals_the_formula_of_the_paper() -> None:
+    """Heusel 2017, eq. 6, with the matrix square root of SciPy."""
     ours, real = gaussian(300, 1).numpy().astype(float), gaussian(400, 2, 1.3).numpy().astype(float) + 0.5
     covariances = np.cov(ours.T), np.cov(real.T)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
@@ -30,16 +30,16 @@ def test_the_frechet_distance_is_the_papers_formula() -> None:
     assert measured == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_shift_is_its_square_and_nothing_is_nothing() -> None:
+def test_frechet_distance_of_a_shift_is_its_square() -> None:
     features = gaussian(200, 3)
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(features + 0.25, features) == pytest.approx(6 * 0.25**2, rel=1e-4)
 
 
-def test_fewest_images_show_a_known_distance_that_fewer_images_hide() -> None:
-    """Of normal distributions with equal covariance the distance is |shift|^2, here about that of blurred digits.
+def test_frechet_distance_needs_fewest_images_to_show_a_known_distance() -> None:
+    """The distance of normal distributions with equal covariance is |shift|^2. Here it is about that of blurred digits.
 
-    The features have the extractor's number and about its variances: 30 together, most of it in a few.
+    The number of features and their variances (a sum of 30, most of it in few features) are like the extractor's.
     """
     random, features, truth = np.random.default_rng(0), Extractor.num_features, 0.17
     variances = 0.85 ** np.arange(features)
@@ -47,7 +47,7 @@ def test_fewest_images_show_a_known_distance_that_fewer_images_hide() -> None:
 
     def draw(count: int, shift: float = 0.0) -> torch.Tensor:
         drawn = random.standard_normal((count, features)) * np.sqrt(variances)
-        return torch.from_numpy(drawn + shift / features**0.5)  # the same in each feature
+        return torch.from_numpy(drawn + shift / features**0.5)  # an equal shift in each feature
 
     real = draw(9_000)
 
@@ -55,16 +55,16 @@ def test_fewest_images_show_a_known_distance_that_fewer_images_hide() -> None:
         same, shifted = ([frechet_distance(draw(count, shift), real) for _ in range(4)] for shift in (0, truth**0.5))
         return same, shifted
 
-    assert estimates(50_000)[1] == pytest.approx([truth] * 4, rel=0.3)  # the closed form is what many images give
+    assert estimates(50_000)[1] == pytest.approx([truth] * 4, rel=0.3)  # many images give the exact value
     same, shifted = estimates(FEWEST_IMAGES)
     assert min(shifted) > 1.4 * max(same)
     same, shifted = estimates(FEWEST_IMAGES // 5)
     assert min(shifted) < 1.4 * max(same)
     same, _ = estimates(features)
-    assert min(same) > 5 * truth  # at no distance at all
+    assert min(same) > 5 * truth  # although the true distance is 0
 
 
-def test_a_set_that_is_the_real_one_covers_it_and_one_far_away_does_not() -> None:
+def test_manifold_metrics_are_1_for_the_same_set_and_0_for_a_distant_set() -> None:
     features, labels = gaussian(400, 4), torch.arange(400) % 10
     same = compare_manifolds(features, labels, features, labels)
     assert (same.precision, same.recall, same.coverage) == (1, 1, 1)
@@ -72,7 +72,7 @@ def test_a_set_that_is_the_real_one_covers_it_and_one_far_away_does_not() -> Non
     assert (far.precision, far.recall, far.coverage) == (0, 0, 0)
 
 
-def test_a_set_that_stays_at_one_of_two_modes_is_precise_and_recalls_half() -> None:
+def test_set_with_one_of_two_modes_has_high_precision_and_half_recall() -> None:
     labels = torch.arange(800) % 10
     second = (torch.arange(800) >= 400)[:, None] * 50.0  # half of each digit's real images are elsewhere
     real = gaussian(800, 5) + second
@@ -84,13 +84,17 @@ def test_a_set_that_stays_at_one_of_two_modes_is_precise_and_recalls_half() -> N
 
 
 @pytest.mark.parametrize("block", [7, 40, 500])
-def test_precision_recall_and_coverage_are_what_the_papers_count(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    """Kynkäänniemi 2019, eq. 2, with k = 3; Naeem 2020, eq. 4, with k = 5; counted pair by pair for one digit."""
+def test_precision_recall_and_coverage_equal_the_formulas_of_the_papers(
+    monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """Kynkäänniemi 2019, eq. 2, with k = 3, and Naeem 2020, eq. 4, with k = 5, from all pairs of one digit."""
     monkeypatch.setattr(distances, "DISTANCE_ROWS", block)
     ours, real = gaussian(40, 8).numpy().astype(float), gaussian(40, 9, 1.2).numpy().astype(float)
 
     def radius(points: np.ndarray, k: int) -> np.ndarray:
-        return np.array([np.sort(np.linalg.norm(points - point, axis=1))[k] for point in points])  # [0] is itself
+        return np.array(
+            [np.sort(np.linalg.norm(points - point, axis=1))[k] for point in points]
+        )  # index 0 is the point itself
 
     between = np.linalg.norm(ours[:, None] - real[None], axis=2)  # (ours, real)
     precision = (between < radius(real, 3)).any(axis=1).mean()
@@ -103,14 +107,14 @@ def test_precision_recall_and_coverage_are_what_the_papers_count(monkeypatch: py
     assert (manifold.precision, manifold.recall, manifold.coverage) == pytest.approx((precision, recall, coverage))
 
 
-def test_digits_are_compared_with_their_own_kind() -> None:
+def test_manifold_metrics_compare_each_digit_with_the_same_digit() -> None:
     features, labels = gaussian(400, 7), torch.arange(400) % 10
     apart = features + 100.0 * labels[:, None]
     swapped = compare_manifolds(apart, (labels + 1) % 10, apart, labels)
     assert (swapped.precision, swapped.recall, swapped.coverage) == (0, 0, 0)
 
 
-def test_each_digit_has_shares_of_its_own_and_the_mean_stands_for_all() -> None:
+def test_manifold_metrics_are_means_over_the_digits() -> None:
     features, labels = gaussian(400, 7), torch.arange(400) % 10
     moved = compare_manifolds(features + 100.0 * (labels == 3)[:, None], labels, features, labels)
     for name in ("precision", "recall", "coverage"):
@@ -119,7 +123,7 @@ def test_each_digit_has_shares_of_its_own_and_the_mean_stands_for_all() -> None:
         assert getattr(moved, name) == pytest.approx(sum(each) / 10)
 
 
-def test_the_nearest_learned_images_are_those_of_a_search_one_by_one() -> None:
+def test_nearest_training_images_equal_those_of_a_brute_force_search() -> None:
     generator = torch.Generator().manual_seed(0)
     learned = torch.randint(0, 256, (90, 1, 28, 28), generator=generator, dtype=torch.uint8)
     images = torch.randint(0, 256, (7, 1, 28, 28), generator=generator, dtype=torch.uint8)
@@ -132,7 +136,7 @@ def test_the_nearest_learned_images_are_those_of_a_search_one_by_one() -> None:
     assert nearest.ratio[3] < 0.01
 
 
-def test_what_was_copied_counts_as_memorised() -> None:
+def test_copies_count_as_memorised() -> None:
     generator = torch.Generator().manual_seed(1)
     learned = torch.randint(0, 256, (90, 1, 28, 28), generator=generator, dtype=torch.uint8)
     images = torch.randint(0, 256, (8, 1, 28, 28), generator=generator, dtype=torch.uint8)

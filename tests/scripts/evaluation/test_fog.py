@@ -8,13 +8,13 @@ from model.schedule import Schedule, ScheduleConfig
 from scripts.common.progress import Reporter
 from scripts.evaluation.fog import informedness, lost_at, recognised_in_fog, show_fog
 from scripts.evaluation.samples import Digits
-from tests.scripts.evaluation.bars import Witness, bars
+from tests.scripts.evaluation.bars import FixedClassifier, bars
 
 SCHEDULE = Schedule(ScheduleConfig())
 
 
 def mean_clipped(mean: float, deviation: float) -> float:
-    """The mean of a normal variable clipped to [0, 1]."""
+    """Returns the mean of a normal variable that is clipped to [0, 1]."""
     if deviation < 1e-6:
         return min(max(mean, 0), 1)
     normal, low, high = NormalDist(), -mean / deviation, (1 - mean) / deviation
@@ -22,20 +22,20 @@ def mean_clipped(mean: float, deviation: float) -> float:
     return mean * between + deviation * (normal.pdf(low) - normal.pdf(high)) + 1 - normal.cdf(high)
 
 
-class Threshold(Witness):
-    """Sees the digit while the bar stands out from the image by enough, and a 0 after that."""
+class Threshold(FixedClassifier):
+    """Answers 7 while the contrast of the bar exceeds a threshold, and 0 otherwise."""
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         contrast = torch.stack([image[0, self.bar].mean() - image[0, ~self.bar].mean() for image in x])
         return torch.nn.functional.one_hot(torch.where(contrast > 0.25, 7, 0), 10) * 50.0
 
 
-def test_what_is_recognised_falls_with_the_signal_that_is_left() -> None:
+def test_recognition_falls_with_the_remaining_signal() -> None:
     digits = bars(400, 0)
     sevens = digits.images[digits.labels == 7]
     network = Threshold(torch.empty(0))
     network.bar = sevens[0, 0] > 100
-    # every digit must be there: the others' bars are elsewhere, and what is seen of them does not matter
+    # The function needs images of every digit. The answers for the other digits do not matter.
     shown = Digits(
         torch.cat([sevens, digits.images[:10]]), torch.cat([torch.full((len(sevens),), 7), torch.arange(10)])
     )
@@ -50,29 +50,29 @@ def test_what_is_recognised_falls_with_the_signal_that_is_left() -> None:
         seen.append(bar - rest > 0.25)
     assert [share > 0.5 for share in shares[:, 7].tolist()] == seen
     assert [share > 0.5 for share in recognised[:, 7].tolist()] == seen
-    assert recognised[-1, 0] == 1  # who calls all a 0 recognises every 0
-    assert shares[-1, 0].abs() < 0.05  # all are called a 0 then, which tells nothing of a 0
+    assert recognised[-1, 0] == 1  # the classifier answers 0 for every image
+    assert shares[-1, 0].abs() < 0.05  # the constant answer has no information
     assert lost_at(steps, shares)[7] == steps[seen.index(False)]
 
 
-def test_a_digit_is_lost_at_the_first_step_that_loses_it_or_never() -> None:
+def test_lost_at_is_the_first_timestep_below_the_limit_or_none() -> None:
     shares = torch.ones(3, 10)
     shares[1:, 4] = 0.2
     assert lost_at([0, 50, 100], shares) == [None, None, None, None, 50, None, None, None, None, None]
 
 
-def test_a_constant_answer_tells_nothing_and_half_right_tells_half() -> None:
+def test_informedness_is_0_for_a_constant_answer_and_half_for_half_right() -> None:
     always_eight = torch.zeros(10, 10, dtype=torch.long)
     always_eight[:, 8] = torch.tensor([10, 11, 9, 10, 10, 8, 10, 10, 10, 12])
     assert informedness(always_eight).tolist() == pytest.approx([0] * 10)
     assert informedness(torch.eye(10) * 7).tolist() == pytest.approx([1] * 10)
     half = torch.eye(10) * 10
-    half[3, 3], half[3, 5] = 5, 5  # five 3s are taken for a 5
+    half[3, 3], half[3, 5] = 5, 5  # five 3s are recognised as 5
     assert informedness(half)[3].item() == pytest.approx(0.5)
     assert informedness(half)[5].item() == pytest.approx(1 - 5 / 90)
 
 
-def test_the_figure_has_a_line_a_digit() -> None:
+def test_plot_has_a_line_per_digit() -> None:
     shares = torch.rand(3, 10)
     lines = {line.get_label(): line.get_ydata() for line in show_fog([0, 50, 100], shares).axes[0].lines}
     for digit in range(10):

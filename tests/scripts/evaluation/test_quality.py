@@ -10,14 +10,14 @@ from scripts.evaluation.pictures import show_confusion, show_nearest
 from scripts.evaluation.quality import Evaluator, Quality, as_json, as_markdown, notes_of
 from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits, References
-from tests.scripts.evaluation.bars import Witness, bars, untrained
+from tests.scripts.evaluation.bars import FixedClassifier, bars, untrained
 
 LEARNED = bars(300, 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def distances_of_few_images() -> Iterator[None]:
-    """The sets in these tests are small; how many images a distance needs is tested below."""
+def allow_distances_of_few_images() -> Iterator[None]:
+    """Lowers the minimum number of images for a distance, since the sets in these tests are small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "FEWEST_IMAGES", 100)
         yield
@@ -34,7 +34,7 @@ def evaluate(evaluator: Evaluator, digits: Digits) -> Quality:
         return evaluator.evaluate(digits, reporter)[0]
 
 
-def test_real_digits_are_at_the_floor_and_noise_is_far_above(evaluator: Evaluator) -> None:
+def test_frechet_ratio_is_1_for_real_digits_and_high_for_noise(evaluator: Evaluator) -> None:
     real = evaluate(evaluator, Digits(LEARNED.images[:100], LEARNED.labels[:100]))
     assert real.frechet_ratio == pytest.approx(1)
     assert real.manifold == real.real_manifold
@@ -44,7 +44,7 @@ def test_real_digits_are_at_the_floor_and_noise_is_far_above(evaluator: Evaluato
     assert other.manifold.coverage < 0.1 < real.manifold.coverage
 
 
-def test_a_surplus_of_one_digit_among_the_real_ones_is_no_distance(evaluator: Evaluator) -> None:
+def test_surplus_of_one_real_digit_does_not_change_the_distance(evaluator: Evaluator) -> None:
     held_out, more = bars(200, 2), bars(1000, 6)
     surplus = more.images[more.labels == 0]
     images, labels = torch.cat([held_out.images, surplus]), torch.cat([held_out.labels, torch.zeros(100).long()])
@@ -57,12 +57,12 @@ def test_a_surplus_of_one_digit_among_the_real_ones_is_no_distance(evaluator: Ev
     assert theirs.num_held_out == ours.num_held_out == 200
 
 
-def test_copies_are_memorised_and_held_out_digits_are_not(evaluator: Evaluator) -> None:
+def test_copies_count_as_memorised_and_held_out_digits_do_not(evaluator: Evaluator) -> None:
     quality = evaluate(evaluator, Digits(LEARNED.images[:100], LEARNED.labels[:100]))
     assert (quality.memorised, quality.held_out_memorised) == (1, 0)
 
 
-def test_a_copy_of_a_digit_that_was_learned_from_and_is_compared_with_is_memorised(evaluator: Evaluator) -> None:
+def test_copies_of_compared_training_digits_count_as_memorised(evaluator: Evaluator) -> None:
     compared = bars(200, 2)
     everything = Digits(*(torch.cat(part) for part in zip(LEARNED, compared, strict=True)))
     of_training = References(LEARNED, compared, "training", everything)
@@ -71,22 +71,22 @@ def test_a_copy_of_a_digit_that_was_learned_from_and_is_compared_with_is_memoris
     assert (evaluate(evaluator, copies).memorised, evaluate(other, copies).memorised) == (0, 1)
 
 
-def test_table_and_json_say_the_same(evaluator: Evaluator) -> None:
+def test_table_and_json_have_the_same_values(evaluator: Evaluator) -> None:
     quality = evaluate(evaluator, bars(100, 5))
     table, content = as_markdown(quality), as_json(quality, evaluator)
     assert f"| recognised as asked | {content['judge']['accuracy']:.2%} |" in table
     real = recognition(evaluator.extractor.network, evaluator.references.held_out).accuracy
     assert f"| recognised by the extractor | {content['extractor']['accuracy']:.2%} | {real:.2%} |" in table
-    assert f"| as a multiple of the floor | {content['frechet_ratio']:.2f} | 1 |" in table
+    assert f"| ratio to real digits | {content['frechet_ratio']:.2f} | 1 |" in table
     assert content["networks"]["judge"] == {"sha256": "0" * 64, "test_accuracy": 0.125}
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 @pytest.mark.parametrize(("num_images", "fewest"), [(100, 101), (290, 201)])
-def test_a_set_too_small_for_a_distance_has_all_other_figures_and_a_note(
+def test_small_set_has_a_note_instead_of_a_distance(
     evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch, num_images: int, fewest: int
 ) -> None:
-    """Too few are drawn, or too few are held out: of those there are 200."""
+    """There are too few generated images, or too few held-out images (200)."""
     monkeypatch.setattr(tables, "FEWEST_IMAGES", fewest)
     other = Evaluator(evaluator.references, evaluator.judge, evaluator.extractor, num_images)
     quality = evaluate(other, bars(num_images, 5))
@@ -103,11 +103,11 @@ def test_a_set_too_small_for_a_distance_has_all_other_figures_and_a_note(
     assert as_json(evaluate(enough, bars(100, 5)), enough)["notes"] == []
 
 
-def test_pictures_are_drawn_of_perfect_and_of_poor_digits(evaluator: Evaluator) -> None:
+def test_plots_work_for_perfect_and_for_poor_digits(evaluator: Evaluator) -> None:
     digits = bars(100, 5)
     with Reporter() as reporter:
         quality, nearest = evaluator.evaluate(digits, reporter)
-    perfect = recognition(Witness(digits.labels).eval(), digits)
+    perfect = recognition(FixedClassifier(digits.labels).eval(), digits)
     for judged in (quality.judge, perfect):
         texts = [text.get_text() for text in show_confusion(judged).axes[0].texts]
         assert sum(map(int, texts)) == 100

@@ -6,15 +6,15 @@ import torch
 from scripts.evaluation.classifiers import Judge
 from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits
-from tests.scripts.evaluation.bars import Witness, bars, untrained
+from tests.scripts.evaluation.bars import FixedClassifier, bars, untrained
 
 
-def test_what_is_seen_is_counted_by_what_was_asked() -> None:
-    asked = torch.arange(40) % 10
-    seen = asked.clone()
-    seen[[4, 14]] = 9
-    seen[7] = 1
-    judged = recognition(Witness(seen).eval(), Digits(bars(40, 0).images, asked))
+def test_recognition_counts_answers_by_requested_digit() -> None:
+    requested = torch.arange(40) % 10
+    answers = requested.clone()
+    answers[[4, 14]] = 9
+    answers[7] = 1
+    judged = recognition(FixedClassifier(answers).eval(), Digits(bars(40, 0).images, requested))
     assert judged.accuracy == pytest.approx(37 / 40)
     assert judged.per_digit == pytest.approx((1, 1, 1, 1, 0.5, 1, 1, 0.75, 1, 1))
     assert judged.worst_digit == 4
@@ -23,7 +23,7 @@ def test_what_is_seen_is_counted_by_what_was_asked() -> None:
     assert judged.entropy == pytest.approx(0, abs=1e-6)
 
 
-def test_a_judge_that_cannot_tell_doubts_by_the_logarithm_of_ten() -> None:
+def test_entropy_of_equal_probabilities_is_the_logarithm_of_ten() -> None:
     judge = untrained(Judge).network
     judge.head.weight.zero_()
     judge.head.bias.zero_()

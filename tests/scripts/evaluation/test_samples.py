@@ -30,11 +30,11 @@ def write(path: Path, pixels: np.ndarray) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def pictures(digits: Digits) -> set[bytes]:
+def unique_images(digits: Digits) -> set[bytes]:
     return {image.numpy().tobytes() for image in digits.images}
 
 
-def test_drawn_digits_are_as_many_of_each_in_8_bits(tmp_path: Path) -> None:
+def test_generated_digits_are_balanced_and_have_8_bits(tmp_path: Path) -> None:
     drawer = Drawer(checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors")))
     options = DrawingOptions("ddim", 2, Guidance())
     with Reporter() as reporter:
@@ -45,7 +45,7 @@ def test_drawn_digits_are_as_many_of_each_in_8_bits(tmp_path: Path) -> None:
     assert ((digits.images[14] / 127.5 - 1) - x_0).abs().max() <= 1 / 127.5
 
 
-def test_a_folder_is_read_by_the_names_of_its_files_or_of_its_folders(tmp_path: Path) -> None:
+def test_folder_is_read_by_file_names_or_folder_names(tmp_path: Path) -> None:
     images, labels = bars(100, 0)
     for i, (image, label) in enumerate(zip(images[:, 0].numpy(), labels.tolist(), strict=True)):
         write(tmp_path / "by file" / f"digit-{label}-seed-5-{i // 10}.png", image)
@@ -57,7 +57,7 @@ def test_a_folder_is_read_by_the_names_of_its_files_or_of_its_folders(tmp_path: 
         assert torch.equal(digits.images, images[order])
 
 
-def test_idx_files_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_idx_files_are_read_as_written(tmp_path: Path) -> None:
     digits = bars(100, 2)
     write_idx(tmp_path, digits.images[:, 0].numpy())
     read = read_samples(tmp_path)
@@ -66,19 +66,19 @@ def test_idx_files_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"seven"])
-def test_idx_files_that_are_none_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+def test_invalid_idx_files_give_an_error(tmp_path: Path, content: bytes) -> None:
     for name in IDX:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ScriptError, match="does not hold the IDX files"):
+    with pytest.raises(ScriptError, match="not valid IDX files"):
         read_samples(tmp_path)
 
 
-def test_labels_that_do_not_fit_their_images_are_one_sentence(tmp_path: Path) -> None:
+def test_wrong_number_of_labels_gives_an_error(tmp_path: Path) -> None:
     write_idx(tmp_path, bars(100, 2).images[:, 0].numpy())
     labels = (tmp_path / IDX[1]).read_bytes()
     write_idx(tmp_path, bars(110, 2).images[:, 0].numpy())
     (tmp_path / IDX[1]).write_bytes(labels)
-    with pytest.raises(ScriptError, match="110 images and labels that do not fit"):
+    with pytest.raises(ScriptError, match="inconsistent: 110 images, 100 labels"):
         read_samples(tmp_path)
 
 
@@ -88,55 +88,57 @@ GREY = np.zeros((28, 28), dtype=np.uint8)
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "holds no PNG"),
-        ({"seven.png": GREY}, "does not say its digit"),
+        ({}, "has no PNG"),
+        ({"seven.png": GREY}, "unknown digit"),
         ({"digit-7-a.png": np.zeros((28, 28, 3), dtype=np.uint8)}, "not an 8-bit grey image"),
         ({"digit-7-a.png": np.zeros((56, 56), dtype=np.uint8)}, "not an 8-bit grey image"),
         ({"digit-7-a.png": np.ones((28, 28), dtype=bool)}, "not an 8-bit grey image"),
-        ({f"{digit}/a.png": GREY for digit in range(10)}, "holds 1 images of a 0: 10 of each"),
+        ({f"{digit}/a.png": GREY for digit in range(10)}, "has 1 images of digit 0, at least 10"),
     ],
     ids=["empty", "unnamed", "colour", "size", "black and white", "missing digit"],
 )
-def test_a_folder_that_cannot_be_evaluated_says_why(tmp_path: Path, files: dict[str, np.ndarray], reason: str) -> None:
+def test_folder_that_cannot_be_evaluated_gives_the_reason(
+    tmp_path: Path, files: dict[str, np.ndarray], reason: str
+) -> None:
     for name, pixels in files.items():
         write(tmp_path / name, pixels)
     with pytest.raises(ScriptError, match=reason):
         read_samples(tmp_path)
 
 
-def test_the_indices_of_a_palette_are_not_taken_for_grey(tmp_path: Path) -> None:
+def test_palette_image_is_rejected(tmp_path: Path) -> None:
     Image.fromarray(GREY).quantize(16).save(tmp_path / "digit-7-a.png")
     with pytest.raises(ScriptError, match="not an 8-bit grey image"):
         read_samples(tmp_path)
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_error_names_a_file_that_is_not_an_image(tmp_path: Path) -> None:
     (tmp_path / "digit-1-a.png").write_text("one")
     with pytest.raises(ScriptError, match=r"digit-1-a\.png cannot be read"):
         read_samples(tmp_path)
 
 
-def test_a_damaged_picture_is_named_whatever_bit_fell(tmp_path: Path) -> None:
+def test_error_names_a_file_with_any_flipped_bit(tmp_path: Path) -> None:
     write(tmp_path / "digit-1-a.png", GREY)
     whole = (tmp_path / "digit-1-a.png").read_bytes()
     for bit in range(8 * len(whole)):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / "digit-1-a.png").write_bytes(damaged)
-        with pytest.raises(ScriptError, match=r"digit-1-a\.png|holds 0 images"):
+        with pytest.raises(ScriptError, match=r"digit-1-a\.png|has 0 images"):
             read_samples(tmp_path)
 
 
-def test_each_split_is_compared_with_digits_that_no_other_role_has(
+def test_compared_digits_of_each_split_are_not_training_digits_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_idx_files(tmp_path, num_images=200)
     trust_idx_files(monkeypatch, 200)
     monkeypatch.setattr("scripts.evaluation.samples.NUM_COMPARED", 60)
     found = {split: load_references(split, tmp_path) for split in SPLITS}
-    everything = {split: pictures(of.held_out) | pictures(of.learned) for split, of in found.items()}
-    assert not any(pictures(of.held_out) & pictures(of.learned) for of in found.values())
-    assert everything["training"] == pictures(found["test"].learned) == pictures(found["validation"].learned)
+    everything = {split: unique_images(of.held_out) | unique_images(of.learned) for split, of in found.items()}
+    assert not any(unique_images(of.held_out) & unique_images(of.learned) for of in found.values())
+    assert everything["training"] == unique_images(found["test"].learned) == unique_images(found["validation"].learned)
     assert {split: len(of.held_out.labels) for split, of in found.items()} == {
         "test": 200,
         "validation": NUM_VALIDATION,
@@ -146,11 +148,11 @@ def test_each_split_is_compared_with_digits_that_no_other_role_has(
     assert torch.equal(of_file[0].images, of_file[1].images)
 
 
-def test_balanced_takes_as_many_of_each_and_refuses_what_is_not_there() -> None:
+def test_balanced_takes_equally_many_of_each_digit_or_fails() -> None:
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 28, 28)
     labels = torch.cat([torch.zeros(30), torch.arange(30) % 10]).long()
     chosen = balanced(Digits(images, labels), 30)
     assert chosen.labels.tolist() == [*range(10)] * 3
     assert chosen.images[:, 0, 0, 0].tolist() == [0, *range(31, 40), 1, *range(41, 50), 2, *range(51, 60)]
-    with pytest.raises(ScriptError, match="4 images of each digit"):
+    with pytest.raises(ScriptError, match="3 of one digit, but 4 images of each digit are needed"):
         balanced(Digits(images, labels), 40)
