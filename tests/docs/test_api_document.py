@@ -1,0 +1,447 @@
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.routing import Route
+
+from app import errors
+from app.api.events import MAX_WAITING_PREVIEWS
+from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
+from app.api.openapi import EVENTS as EVENT_MODELS
+from app.api.routes import docs, generate, monitoring
+from app.main import create_app
+from app.server import connection, framing
+from app.settings import Settings
+from model.checkpoint import SHIPPED, SHIPPED_FAST, read_config
+from model.png import Provenance
+from tests.app.application import client_of, run
+from tests.app.fakes import FakeRunner
+from tests.docs.document import Document, Example, Row, codes
+from tests.e2e.conftest import start_service
+from tests.e2e.service import EVENTS, PNG, Service, open_png
+
+API = Document("api.md")
+BASE_URL = "http://127.0.0.1:8000"
+OPENAPI: dict[str, Any] = create_app(Settings()).openapi()
+SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
+KEY = "a-key-for-this-test"
+ORIGIN = "https://example.com"
+BODY = {"digit": 7, "num_steps": 3, "seed": 1}
+CURL = [example for example in API.examples("bash") if "curl" in example.text]
+PYTHON = API.examples("python")
+
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+
+
+def by_line(example: Example) -> str:
+    return f"line-{example.line}"
+
+
+def by(column: str, rows: list[Row]) -> dict[str, Row]:
+    """Returns the rows by the code in this column. Several codes in one cell share the row."""
+    return {code: row for row in rows for code in codes(row[column])}
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """The shipped models, which the examples use. The long timeout is for slow machines."""
+    with ExitStack() as stack:
+        yield start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32", UNFOG_REQUEST_TIMEOUT="300")
+
+
+# Routes
+
+
+def test_route_table_has_exactly_the_routes_of_the_application() -> None:
+    app = create_app(Settings())
+    routers = (docs.router, generate.router, monitoring.router)
+    routes = [route for router in (app, *routers) for route in router.routes if isinstance(route, Route)]
+    served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
+    assert set(by("Route", API.table("Routes", "Route"))) == served
+
+
+def test_each_route_that_needs_no_key_is_marked_so() -> None:
+    rows = by("Route", API.table("Routes", "Route"))
+
+    async def check(client: httpx.AsyncClient) -> None:
+        for route, row in rows.items():
+            method, path = route.split()
+            response = await client.request(method, path)
+            assert (response.status_code == 401) == row["API key"].startswith("required"), route
+            is_limited = [(await client.request(method, path)).status_code for _ in range(3)][-1] == 429
+            assert is_limited == (row["Rate limit"] == "counts"), route
+            assert (await client.head(path)).status_code == (200 if method == "GET" else 429)
+
+    run(check, FakeRunner(), api_keys=KEY, rate_limit="3/hour")
+
+
+@pytest.mark.parametrize(("keys", "status"), [((), 404), (KEY, 401)])
+def test_docs_that_are_off_have_the_documented_status(keys: Any, status: int) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        for path in ("/docs", "/openapi.json"):
+            assert (await client.get(path)).status_code == status
+
+    run(check, FakeRunner(), docs="off", api_keys=keys)
+
+
+# Request
+
+
+def test_request_table_has_each_field_with_its_type_default_and_limits() -> None:
+    schema = SCHEMAS["GenerateRequest"]
+    rows = by("Field", API.table("Request", "Field"))
+    assert list(rows) == list(schema["properties"])
+    for name, field in schema["properties"].items():
+        check_parameter(rows[name], field, required=name in schema["required"])
+
+
+def test_parameter_table_has_each_query_parameter() -> None:
+    parameters = OPENAPI["paths"]["/generate"]["post"]["parameters"]
+    rows = by("Parameter", API.table("Request", "Parameter"))
+    assert set(rows) == {parameter["name"] for parameter in parameters}
+    for parameter in parameters:
+        check_parameter(rows[parameter["name"]], parameter["schema"], required=parameter["required"])
+
+
+def check_parameter(row: Row, schema: dict[str, Any], *, required: bool) -> None:
+    assert row["Type"] == schema["type"]
+    assert (row["Default"] == "required") == required
+    if "default" in schema:
+        assert row["Default"].strip("`") == str(schema["default"])
+    bounds = [schema[name] for name in ("exclusiveMinimum", "minimum", "maximum") if name in schema]
+    found = re.findall(r"\d+", row["Allowed values"].partition("(")[0])
+    assert list(map(int, found)) == bounds
+    assert codes(row["Allowed values"]) == schema.get("enum", [])
+
+
+def test_defaults_of_the_shipped_checkpoints_are_the_documented_ones() -> None:
+    default, fast = read_config(SHIPPED), read_config(SHIPPED_FAST)
+    rows = by("Field", API.table("Request", "Field"))
+    scales = {sampler: default.guidance_of(sampler).scale for sampler in default.samplers}
+    assert scales["ddim"] == scales["dpmpp"]
+    assert rows["num_steps"]["Default"] == f"{default.recommended_steps} for `default`, {fast.steps[0]} for `fast`"
+    assert rows["sampler"]["Default"] == f"`{default.samplers[0]}` for `default`, `{fast.samplers[0]}` for `fast`"
+    assert rows["guidance_scale"]["Default"] == (
+        f"{scales['ddpm']:g} for `default` with `ddpm`, {scales['dpmpp']:g} for `default` with the other samplers, "
+        f"{fast.guidance.scale:g} for `fast`"
+    )
+    assert rows["timeout_seconds"]["Default"] == f"{Settings().request_timeout:g}"
+
+
+@pytest.mark.parametrize("option", [{"sampler": "ddpm"}, {"num_steps": 5}, {"guidance_scale": 1.5}])
+def test_fast_refuses_what_the_document_says(service: Service, option: dict[str, Any]) -> None:
+    response = service.post({"digit": 7, "model": "fast", **option})
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert response.json()["errors"][0]["loc"] == ["body", *option]
+    permitted = {"sampler": "ddim", "num_steps": 4, "guidance_scale": 1}
+    assert service.post({"digit": 7, "model": "fast", **permitted}).status_code == 200
+
+
+def test_guidance_has_no_effect_where_the_document_says_so(service: Service) -> None:
+    few = {"digit": 7, "seed": 1, "sampler": "dpmpp", "num_steps": 4}
+    assert "`dpmpp` with 4 steps is an example" in API.section("Request")
+    off, strong = (open_png(service.post({**few, "guidance_scale": scale}, PNG).content)[0] for scale in (1, 9))
+    assert (off == strong).all()
+
+
+# Responses
+
+
+def test_format_table_has_the_formats_in_their_order_of_preference() -> None:
+    rows = API.table("Responses", "Format")
+    assert [codes(row["Format"])[0] for row in rows] == list(generate.FORMATS)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        for row in rows:
+            (media_type,) = codes(row["Format"])
+            for accept in codes(row["Selected by"]):
+                if accept != "Accept":
+                    response = await client.post("/generate", json=BODY, headers={"Accept": accept})
+                    assert response.headers["content-type"].startswith(media_type), accept
+
+    run(check, FakeRunner())
+
+
+@pytest.mark.parametrize(
+    ("heading", "schema"),
+    [
+        ("JSON", "GenerateResponse"),
+        ("GET /health", "Health"),
+        ("GET /livez", "Liveness"),
+        ("GET /readyz", "Readiness"),
+        ("Errors", "Problem"),
+    ],
+)
+def test_field_table_has_exactly_the_fields_of_its_schema(heading: str, schema: str) -> None:
+    documented = {codes(row["Field"])[0]: row["Type"] for row in API.table(heading, "Field")}
+    assert documented == fields_of(SCHEMAS[schema])
+
+
+def test_event_table_has_exactly_the_fields_of_each_event() -> None:
+    documented: dict[str, dict[str, str]] = {}
+    for row in API.table("Event stream", "Event"):
+        documented.setdefault(row["Event"].strip("`"), {})[row["Field"].strip("`")] = row["Type"]
+    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in EVENT_MODELS.items()}
+
+
+def fields_of(schema: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Returns the type of each field of an object, with nested fields as `model.name` and `images[].png`."""
+    fields: dict[str, str] = {}
+    for name, field in schema["properties"].items():
+        resolved = _resolve(field)
+        items = _resolve(resolved.get("items", {}))
+        if "properties" in resolved:
+            fields |= fields_of(resolved, f"{prefix}{name}.")
+        elif "properties" in items:
+            fields |= fields_of(items, f"{prefix}{name}[].")
+        else:
+            kind = resolved["type"]
+            fields[f"{prefix}{name}"] = f"array of {items['type']}s" if kind == "array" else kind
+    return fields
+
+
+def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
+    """Follows a reference. Of alternatives it takes the first, since the other one is null."""
+    schema = schema.get("anyOf", [schema])[0]
+    return SCHEMAS[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+
+
+def test_chunk_table_has_exactly_the_text_chunks_of_a_png() -> None:
+    chunks = Provenance(digit=7, seed=42, sampler="dpmpp", num_steps=10, guidance_scale=1.7, model_sha256="f38bf767...")
+    documented = {codes(row["Chunk"])[0]: codes(row["Example"])[0] for row in API.table("PNG", "Chunk")}
+    assert documented == chunks.text(0)
+
+
+def test_slow_readers_keep_the_documented_number_of_progress_events() -> None:
+    assert f"{MAX_WAITING_PREVIEWS} / `count` of them" in API.section("Event stream")
+
+
+# Headers
+
+
+def test_header_table_has_exactly_the_headers_that_responses_have(service: Service) -> None:
+    documented = {name.lower() for name in by("Header", API.table("Headers", "Header", "Value"))}
+    assert asyncio.run(headers_of_the_application()) | headers_of_the_server(service) == documented
+
+
+async def headers_of_the_application() -> set[str]:
+    """Returns the names of the headers of many kinds of responses."""
+    allowed = {"X-API-Key": KEY, "Origin": ORIGIN}
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+    async with client_of(FakeRunner(), api_keys=KEY, rate_limit="5/hour", cors_origins=ORIGIN) as client:
+        responses = [
+            await client.get("/health"),
+            await client.get("/docs"),
+            await client.get("/docs/swagger-ui.css"),
+            await client.post("/generate", json=BODY),
+            await client.post("/generate", json=BODY, headers=allowed),
+            await client.post("/generate", json=BODY, headers={**allowed, "Accept": EVENTS}),
+            await client.get("/generate", headers=allowed),
+            await client.options("/generate", headers=preflight),
+            *[await client.post("/generate", json=BODY, headers=allowed) for _ in range(4)],
+        ]
+    assert [response.status_code for response in responses][:8] == [200, 200, 200, 401, 200, 200, 405, 200]
+    assert responses[-1].status_code == 429
+    return {name.lower() for response in responses for name in response.headers}
+
+
+def headers_of_the_server(service: Service) -> set[str]:
+    """Returns the names of the headers of responses over a socket, with those of the HTTP server."""
+    stream = service.post({"digit": 7, "model": "fast"}, EVENTS)
+    refused = service.client.get("/health", headers={"X-Large": "a" * 9000})
+    assert (stream.status_code, refused.status_code) == (200, 431)
+    return {name.lower() for response in (stream, refused) for name in response.headers}
+
+
+def test_cors_section_names_the_headers_of_the_preflight_response() -> None:
+    _, sent, read, *_ = API.section("CORS").split("\n- ")
+    preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+
+    async def check(client: httpx.AsyncClient) -> None:
+        allowed = (await client.options("/generate", headers=preflight)).headers["access-control-allow-headers"]
+        exposed = (await client.get("/health", headers={"Origin": ORIGIN})).headers["access-control-expose-headers"]
+        always = {"Accept", "Accept-Language", "Content-Language"}  # browsers need no permission for these
+        assert {*codes(sent)} - {"GET", "POST"} == {*allowed.split(", ")} - always
+        assert {*codes(read)} == {*exposed.split(", ")}
+        refused = await client.options("/generate", headers={**preflight, "Origin": "https://other.example"})
+        assert (refused.status_code, refused.json()["code"]) == (400, "origin_not_allowed")
+
+    run(check, FakeRunner(), api_keys=KEY, cors_origins=ORIGIN)
+
+
+# Errors and limits
+
+
+def all_errors(base: type[errors.UnfogError]) -> set[type[errors.UnfogError]]:
+    return {base}.union(*map(all_errors, base.__subclasses__()))
+
+
+def test_error_table_has_exactly_the_codes_of_the_application() -> None:
+    rows = API.table("Errors", "Status")
+    documented = {(row["Status"], row["Code"].strip("`")) for row in rows}
+    own = {(str(error.status), error.code) for error in all_errors(errors.UnfogError)}
+    assert documented == own | {("other", errors.HTTPError(418, "").code)}
+    assert len(rows) == len(documented)
+
+
+def test_every_status_of_generate_is_in_the_error_table() -> None:
+    statuses = {row["Status"] for row in API.table("Errors", "Status")}
+    assert {*OPENAPI["paths"]["/generate"]["post"]["responses"]} - {"200"} <= statuses
+
+
+def test_failures_are_reported_in_the_documented_order() -> None:
+    order = API.section("Errors").split("reports the first failure: ")[1].split(".")[0]
+    checks = ["API key", "query parameters", "`Accept`", "`Content-Type`", "body", "fields"]
+    assert sorted(checks, key=order.index) == checks
+    url, headers, content = "/generate?previews=x", {"Accept": "audio/wav"}, b"x" * 20_000
+    fixes: list[tuple[int, dict[str, Any]]] = [
+        (401, {"headers": {"X-API-Key": KEY}}),
+        (422, {"url": "/generate"}),
+        (406, {"headers": {"Accept": "image/png"}}),
+        (415, {"headers": {"Content-Type": "application/json"}}),
+        (413, {"content": b"x"}),
+        (400, {"content": b"{}"}),
+        (422, {"content": json.dumps(BODY).encode()}),
+    ]
+
+    async def check(client: httpx.AsyncClient) -> None:
+        request: dict[str, Any] = {"url": url, "headers": headers, "content": content}
+        for status, fix in fixes:
+            assert (await client.post(**request)).status_code == status
+            request = {**request, **fix, "headers": {**request["headers"], **fix.get("headers", {})}}
+        assert (await client.post(**request)).status_code == 200
+
+    run(check, FakeRunner(), api_keys=KEY)
+
+
+def test_limits_are_those_of_the_code() -> None:
+    values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
+    assert values["request line, or one header"] == f"{framing.MAX_HEADER_BYTES // 1024} KiB"
+    assert values["headers of a request"] == str(framing.MAX_LINES - 1)
+    assert values["request line and all headers together"] == f"{framing.MAX_HEAD_BYTES // 1024} KiB"
+    assert values["size line of a chunk, with its extensions"] == f"{framing.MAX_CHUNK_LINE_BYTES // 1024} KiB"
+    small = f"chunks of less than {framing.SMALL_CHUNK_BYTES} bytes on average"
+    assert values[small] == str(framing.MAX_SMALL_CHUNKS)
+    (ahead,) = (value for limit, value in values.items() if "pipelining" in limit)
+    assert ahead.startswith(f"{connection.MAX_AHEAD_BYTES // 1024} KiB")
+    assert f"up to {LINGER_BYTES // 2**20} MiB for up to {LINGER_SECONDS:g} s" in API.section("Limits")
+
+
+def test_values_of_settings_are_their_defaults() -> None:
+    settings = Settings()
+    found = re.findall(r"`UNFOG_(\w+)`(?:, | \()([\d.]+)( KiB)?", API.text)
+    assert len(found) >= 10
+    for name, number, unit in found:
+        assert float(number) * (1024 if unit else 1) == getattr(settings, name.lower()), name
+
+
+def test_every_setting_that_is_named_exists() -> None:
+    assert {name.lower() for name in re.findall(r"UNFOG_([A-Z_]+)", API.text)} <= set(Settings.model_fields)
+
+
+# Metrics
+
+
+def test_metrics_table_has_exactly_the_metrics_with_their_types_and_labels() -> None:
+    documented = {
+        codes(row["Metric"])[0]: (row["Type"], set(codes(row["Labels"]))) for row in API.table("Metrics", "Metric")
+    }
+    found: dict[str, tuple[str, set[str]]] = {}
+
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.post("/generate", json=BODY)
+        for family in text_string_to_metric_families((await client.get("/metrics")).text):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            found[name] = family.type, {label for sample in family.samples for label in sample.labels} - {"le"}
+
+    run(check, FakeRunner(device_memory=lambda: 1))
+    assert documented == found
+
+
+def test_reasons_and_stages_of_metrics_are_documented(service: Service) -> None:
+    rows = by("Metric", API.table("Metrics", "Metric"))
+    scraped = service.client.get("/metrics").text
+    for name, label in (("unfog_rejected_total", "reason"), ("unfog_cancelled_total", "stage")):
+        values = set(re.findall(rf'{name}{{{label}="(\w+)"}}', scraped))
+        assert values == set(codes(rows[name]["Meaning"])) - {label}
+
+
+# Examples
+
+
+@needs_curl
+@pytest.mark.parametrize("example", CURL, ids=by_line)
+def test_curl_example_runs_and_has_the_documented_output(service: Service, example: Example, tmp_path: Path) -> None:
+    script = example.text.replace(BASE_URL, service.url)
+    assert script != example.text
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env={**os.environ, "API_KEY": "not-checked"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    if example.output and example.output.language == "json":
+        assert_same_form(json.loads(example.output.text), json.loads(done.stdout))
+    elif example.output:
+        assert events_in(example.output.text) == events_in(done.stdout)
+
+
+PLACEHOLDERS = {"png", "previews", "detail", "msg", "request_id", "version", "device", "dtype"}
+
+
+def assert_same_form(documented: Any, found: Any, name: str = "") -> None:
+    """Compares fields and their order, and the values of texts and integers that do not change from run to run."""
+    assert type(documented) is type(found), name
+    if isinstance(documented, dict):
+        assert list(documented) == list(found)
+        for key, value in documented.items():
+            assert_same_form(value, found[key], key)
+    elif isinstance(documented, list):
+        for one, other in zip(documented, found, strict=False):
+            assert_same_form(one, other, name)
+    elif isinstance(documented, str | int) and not isinstance(documented, bool) and name not in PLACEHOLDERS:
+        assert documented == found, name
+
+
+def events_in(text: str) -> list[tuple[str, list[str]]]:
+    """Returns the name and the fields of each event."""
+    return [(name, list(json.loads(data))) for name, data in re.findall(r"event: (.+)\ndata: (.+)\n", text)]
+
+
+@pytest.mark.parametrize("example", PYTHON, ids=by_line)
+def test_python_example_compiles(example: Example) -> None:
+    compile(example.text, f"docs/api.md, line {example.line}", "exec")
+
+
+@pytest.mark.parametrize("example", PYTHON, ids=by_line)
+def test_python_example_runs(service: Service, example: Example, tmp_path: Path) -> None:
+    seven = service.post({"digit": 7, "model": "fast"}, PNG)
+    (tmp_path / "seven.png").write_bytes(seven.content)  # from the first curl example
+    program = example.text.replace(BASE_URL, service.url)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_only_installed_packages_are_named_with_their_installation() -> None:
+    """Packages outside of the standard library need an instruction to install them."""
+    for example in PYTHON:
+        imported = set(re.findall(r"^(?:from|import) (\w+)", example.text, re.MULTILINE)) - sys.stdlib_module_names
+        for package in imported:
+            assert f"`pip install {'pillow' if package == 'PIL' else package}`" in API.text
