@@ -276,7 +276,8 @@ def variable_of(field: str) -> str:
 def _check_secrets() -> None:
     """Raises SettingsError if UNFOG_API_KEYS or a secret file is empty, or a secret file is unknown or unreadable.
 
-    Ignoring such a file would start the service without the API keys that the operator has set.
+    A link to a file outside of the folder is refused too, since pydantic-settings skips it. Ignoring such a file would
+    start the service without the API keys that the operator has set.
     """
     if os.environ.get(KEYS_VARIABLE) == "":
         raise SettingsError(f"{KEYS_VARIABLE} is empty. Set at least one API key, or unset it to turn auth off")
@@ -288,6 +289,8 @@ def _check_secrets() -> None:
             try:
                 if not path.read_text().strip():
                     raise SettingsError(f"Secret file {path} is empty. Write a value to it, or remove it")
+                if not path.resolve().is_relative_to(Path(str(folder)).resolve()):
+                    raise SettingsError(f"Secret file {path} is a link to a file outside {folder}. Use a regular file")
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or "not valid UTF-8"
                 raise SettingsError(f"Secret file {path} cannot be read: {reason}") from error

@@ -282,6 +282,26 @@ def test_unreadable_secret_file_stops_the_start(monkeypatch: pytest.MonkeyPatch,
         load_settings()
 
 
+def test_secret_file_that_links_outside_its_folder_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "elsewhere").write_text("a-key")
+    (tmp_path / "secrets" / "unfog_api_keys").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path / "secrets")
+    with pytest.raises(SettingsError, match="unfog_api_keys is a link to a file outside"):
+        load_settings()
+
+
+def test_secret_file_that_links_within_its_folder_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Kubernetes mounts secrets in this way."""
+    (tmp_path / "..data").mkdir()
+    (tmp_path / "..data" / "unfog_api_keys").write_text("a-key")
+    (tmp_path / "unfog_api_keys").symlink_to(Path("..data") / "unfog_api_keys")
+    monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
+    assert load_settings().api_keys == (SecretStr("a-key"),)
+
+
 def test_unknown_variables_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("UNFOG_")]:
         monkeypatch.delenv(name)
