@@ -1,12 +1,14 @@
 # shellcheck shell=bash
 # Makes .venv and installs the project into it. The other scripts source this file. audit and environments set other
-# values of venv, python, pythons and constraints. All messages go to stderr.
+# values of venv, python, pythons, constraints and automatic_torch. All messages go to stderr.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 venv=$root/.venv
 python=$venv/bin/python
 constraints=$root/constraints.txt
 pythons=(python3 python3.14 python3.13 python3.12 python3.11)
+automatic_torch=yes # if empty, only UNFOG_TORCH_INDEX and pip's configuration say where PyTorch comes from
+cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf 'unfog: %s\n' "$*" >&2; }
 
@@ -70,21 +72,54 @@ find_python() {
 
 # install EXTRA
 install() {
-  local name=torch torch
+  local name=torch index torch
   say "installing into $venv"
-  if [[ -n ${UNFOG_TORCH_INDEX:-} ]]; then
+  index=$(torch_index)
+  if [[ -n $index ]]; then
     if [[ $1 == dev ]]; then
       name='torch(vision)?'
     fi
     mapfile -t torch < <(grep -oE "\"$name>=[^\"]+" -- "$root/pyproject.toml" | tr -d '"')
     # Without the constraints: this index has few versions of PyTorch's own dependencies.
-    run_pip --index-url "$UNFOG_TORCH_INDEX" "${torch[@]}"
+    run_pip --index-url "$index" "${torch[@]}"
     before=$(packages)
-  elif [[ $(uname -sm) == 'Linux x86_64' && $before != *$'\n'torch$'\n'* ]] && ! command -v nvidia-smi >/dev/null; then
-    say "no NVIDIA GPU is seen here: UNFOG_TORCH_INDEX can name an index with PyTorch's far smaller CPU build (README)"
   fi
   run_pip --constraint "$constraints" --editable ".${1:+[$1]}"
 }
+
+# Prints the index that PyTorch is installed from, or nothing if pip is to use its default. On x86-64 Linux, PyPI has only
+# the CUDA build of PyTorch, which takes several GB. A machine without an NVIDIA GPU gets the CPU build instead. If pip's
+# configuration says where packages come from, this does not change it.
+torch_index() {
+  if [[ -n ${UNFOG_TORCH_INDEX:-} ]]; then
+    printf '%s\n' "$UNFOG_TORCH_INDEX"
+  elif [[ -z $automatic_torch || $(uname -sm) != 'Linux x86_64' ]]; then
+    return
+  elif is_installed 'torch-*+cpu'; then
+    # Newer versions and torchvision must be CPU builds, too.
+    pip_has_a_source || printf '%s\n' "$cpu_index"
+  elif is_installed 'torch-*'; then
+    return
+  elif pip_has_a_source; then
+    say "installing PyTorch from the sources in pip's configuration; set UNFOG_TORCH_INDEX to use another index"
+  elif has_nvidia_gpu; then
+    say "NVIDIA GPU found: downloading PyTorch's CUDA build (several GB); set UNFOG_TORCH_INDEX=$cpu_index to get the CPU build"
+  else
+    say "no NVIDIA GPU found: installing PyTorch's CPU build from $cpu_index; to get the CUDA build (several GB), remove $venv and start again with UNFOG_TORCH_INDEX=https://pypi.org/simple"
+    printf '%s\n' "$cpu_index"
+  fi
+}
+
+# is_installed PATTERN: true if the venv has a package whose NAME-VERSION matches the pattern.
+is_installed() { compgen -G "$venv/lib/python*/site-packages/$1.dist-info" >/dev/null; }
+
+# pip lists its configuration files and its PIP_* environment variables.
+pip_has_a_source() {
+  "$python" -m pip config list | grep -E '^[^=]*\.(index-url|extra-index-url|find-links|no-index)=' >/dev/null
+}
+
+# WSL has a GPU without /dev/nvidiactl. nvidia-smi can be installed without a GPU or a driver, and fails then.
+has_nvidia_gpu() { [[ -e /dev/nvidiactl ]] || timeout 30 nvidia-smi --list-gpus >/dev/null 2>&1; }
 
 packages() { ls -A -- "$venv"/lib/python*/site-packages; }
 

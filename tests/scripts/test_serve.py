@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYTHONS = ["python3", *(f"python3.{minor}" for minor in range(11, 15))]
 
 # Stands in for pip: logs its arguments, makes the project importable, and can give up or die half-way.
@@ -22,6 +23,8 @@ import json, os, pathlib, signal, sys, sysconfig, time
 site = pathlib.Path(sysconfig.get_path("purelib"))
 if sys.argv[1] == "freeze":
     sys.exit(print(os.environ["PIP_FREEZE"]))
+if sys.argv[1] == "config":
+    sys.exit(print(os.environ.get("PIP_CONFIGURATION", "global.index-url='https://pypi.example/simple'")))
 with open(os.environ["PIP_LOG"], "a") as log:
     print(json.dumps(sys.argv[1:]), file=log)
 ending = os.environ.get("PIP_ENDING")
@@ -40,6 +43,8 @@ if ending == "killed":
 (site / "thing.py").write_text("print()")
 (info / "RECORD").write_text("thing.py,,7\\n")
 (site / "project.pth").write_text(os.getcwd())
+if build := os.environ.get("PIP_TORCH"):
+    (site / f"torch-{build}.dist-info").mkdir(exist_ok=True)
 """
 
 # Stands in for a Python that makes venvs.
@@ -278,6 +283,99 @@ def test_pytorch_comes_from_the_index_that_is_named(project: Project) -> None:
 def test_the_gates_torchvision_comes_from_the_index_too(project: Project) -> None:
     project.run(script="check", UNFOG_TORCH_INDEX="https://index.example/cpu")
     assert [requirement.split(">")[0] for requirement in project.installs[0][2:]] == ["torch", "torchvision"]
+
+
+@pytest.fixture
+def plain(project: Project) -> Project:
+    """An x86-64 Linux machine without an NVIDIA GPU. `PIP_CONFIGURATION=""` makes its pip unconfigured."""
+    project.give("uname", "echo Linux x86_64")
+    project.give("nvidia-smi", "exit 9")
+    script = project.root / "scripts" / "setup.sh"
+    text = script.read_text()
+    assert "/dev/nvidiactl" in text
+    script.write_text(text.replace("/dev/nvidiactl", f"'{project.bin}/nvidiactl'"))
+    return project
+
+
+def test_without_a_gpu_the_cpu_build_is_installed_and_explained(plain: Project) -> None:
+    status, _, err = plain.run(PIP_CONFIGURATION="")
+    assert status == 0, err
+    first, second = plain.installs
+    assert first[:2] == ["--index-url", CPU_INDEX]
+    assert [requirement.split(">")[0] for requirement in first[2:]] == ["torch"]
+    assert second == plain.constrained(".")
+    (line,) = [line for line in err.splitlines() if "NVIDIA" in line]
+    assert line.startswith(f"unfog: no NVIDIA GPU found: installing PyTorch's CPU build from {CPU_INDEX}")
+    assert "UNFOG_TORCH_INDEX=https://pypi.org/simple" in line
+    assert str(plain.venv) in line
+
+
+def test_a_named_torch_index_overrides_the_automatic_choice(plain: Project) -> None:
+    _, _, err = plain.run(PIP_CONFIGURATION="", UNFOG_TORCH_INDEX="https://pypi.org/simple")
+    assert plain.installs[0][:2] == ["--index-url", "https://pypi.org/simple"]
+    assert "NVIDIA" not in err
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        "global.index-url='https://mirror.example/simple'",
+        "install.extra-index-url='https://mirror.example/simple'",
+        ":env:.find-links='/opt/wheels'\nglobal.cert='/etc/ssl/ca.crt'",
+        "global.cert='/etc/ssl/ca.crt'\nglobal.no-index='true'",
+    ],
+)
+def test_a_package_source_in_pips_configuration_is_respected(plain: Project, configuration: str) -> None:
+    status, _, err = plain.run(PIP_CONFIGURATION=configuration)
+    assert status == 0, err
+    assert plain.installs == [plain.constrained(".")]
+    assert "installing PyTorch from the sources in pip's configuration" in err
+
+
+@pytest.mark.parametrize(
+    "configuration", ["global.cert='/index-url=/ca.crt'", ":env:.default-timeout='180'", "global.constraint='/c.txt'"]
+)
+def test_other_pip_configuration_does_not_prevent_the_cpu_build(plain: Project, configuration: str) -> None:
+    plain.serve(PIP_CONFIGURATION=configuration)
+    assert [install[:2] for install in plain.installs[:-1]] == [["--index-url", CPU_INDEX]]
+
+
+@pytest.mark.parametrize("sign", ["nvidia-smi", "nvidiactl"])
+def test_with_a_gpu_the_download_of_the_cuda_build_is_announced(plain: Project, sign: str) -> None:
+    plain.give(sign, "exit 0")
+    status, _, err = plain.run(PIP_CONFIGURATION="")
+    assert status == 0, err
+    assert plain.installs == [plain.constrained(".")]
+    (line,) = [line for line in err.splitlines() if "NVIDIA" in line]
+    assert line.startswith("unfog: NVIDIA GPU found: downloading PyTorch's CUDA build (several GB)")
+    assert f"UNFOG_TORCH_INDEX={CPU_INDEX}" in line
+
+
+@pytest.mark.parametrize("machine", ["Linux aarch64", "Darwin arm64"])
+def test_other_platforms_use_pips_default_index(plain: Project, machine: str) -> None:
+    plain.give("uname", f"echo {machine}")
+    _, _, err = plain.run(PIP_CONFIGURATION="")
+    assert plain.installs == [plain.constrained(".")]
+    assert "NVIDIA" not in err
+
+
+def test_an_installed_cpu_build_gets_its_torchvision_from_the_cpu_index(plain: Project) -> None:
+    plain.serve(PIP_CONFIGURATION="", PIP_TORCH="2.13.0+cpu")
+    plain.give("nvidia-smi", "exit 0")
+    _, _, err = plain.run(script="check", PIP_CONFIGURATION="")
+    assert [install[:2] for install in plain.installs[-2:]] == [
+        ["--index-url", CPU_INDEX],
+        plain.constrained(".[dev]")[:2],
+    ]
+    assert [requirement.split(">")[0] for requirement in plain.installs[-2][2:]] == ["torch", "torchvision"]
+    assert "NVIDIA" not in err
+
+
+def test_an_installed_cuda_build_is_kept_without_a_gpu(plain: Project) -> None:
+    plain.serve(PIP_TORCH="2.13.0")
+    _, _, err = plain.run(script="check", PIP_CONFIGURATION="")
+    assert plain.installs == [plain.constrained("."), plain.constrained(".[dev]")]
+    assert "NVIDIA" not in err
 
 
 def test_ctrl_c_before_a_package_has_changed_keeps_the_venv(project: Project) -> None:
