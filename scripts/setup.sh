@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Makes .venv and installs the project into it. The other scripts source this file. audit and environments set other
+# Creates .venv and installs the project into it. The other scripts source this file. audit and environments set other
 # values of venv, python, pythons, constraints and automatic_torch. All messages go to stderr.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -12,21 +12,21 @@ cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf 'unfog: %s\n' "$*" >&2; }
 
-# set_up EXTRA: installs the project with an extra of pyproject.toml, or without one for ''. Does nothing if this was done
-# before and `inputs` has not changed. $venv/unfinished exists while an installation changes packages. If it exists at the
-# start, an installation was interrupted in the middle, and a new venv is made.
+# set_up EXTRA: installs the project with an extra of pyproject.toml, or without an extra if EXTRA is ''. Does nothing if
+# the extra is installed and `inputs` has not changed. $venv/unfinished exists while an installation changes packages. If
+# it exists at the start, an earlier installation was interrupted, and the venv is created again.
 set_up() {
   local stamp=$venv/stamp-$1 base before
-  # The lock is on the folder, so it needs no file. pip inherits it and keeps it if this script is killed.
+  # The lock is on the folder, so it needs no lock file. pip inherits the lock and holds it if this script is killed.
   exec 9<"$root"
   if ! flock --nonblock 9; then
-    say "waiting for another set-up of $venv"
+    say "waiting for another process that installs into $venv"
     flock 9
   fi
   if [[ -e $venv/unfinished || ! -f $stamp || $(<"$stamp") != "$(inputs)" ]]; then
     if [[ -e $venv/unfinished ]] || ! "$python" -I -c 'import pip' 2>/dev/null; then
       base=$(find_python)
-      say "making $venv with $("$base" --version)"
+      say "creating $venv with $("$base" --version)"
       rm -rf -- "$venv"
       mkdir -- "$venv"
       touch -- "$venv/unfinished"
@@ -37,20 +37,20 @@ set_up() {
     trap keep_unchanged EXIT
     install "$1"
     trap - EXIT
-    inputs | tee -- "$venv/stamp-" > "$stamp" # with an extra, the base is installed, too
+    inputs | tee -- "$venv/stamp-" > "$stamp" # an extra includes the base installation
     rm -- "$venv/unfinished"
   fi
   exec 9<&-
 }
 
-# Prints what an installation depends on.
+# Prints the values that an installation depends on: Python version, digest of the requirements, project folder.
 inputs() {
   "$python" -I -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null || true
   cat -- "$root/pyproject.toml" "$constraints" | sha256sum
   printf '%s\n' "$root"
 }
 
-# Prints the first of $pythons that can make a venv.
+# Prints the first of $pythons that is 3.11 or newer and can create a venv.
 find_python() {
   local candidate without_venv=
   for candidate in "${pythons[@]}"; do
@@ -63,9 +63,9 @@ find_python() {
     fi
   done
   if [[ -n $without_venv ]]; then
-    say "$without_venv has no module venv: install the package $without_venv-venv"
+    say "$without_venv has no module venv. Install the package $without_venv-venv"
   else
-    say "no Python 3.11 or newer was found: install ${pythons[0]} and ${pythons[0]}-venv"
+    say "no Python 3.11 or newer found (tried: ${pythons[*]}). Install ${pythons[0]} and ${pythons[0]}-venv"
   fi
   return 1
 }
@@ -80,7 +80,7 @@ install() {
       name='torch(vision)?'
     fi
     mapfile -t torch < <(grep -oE "\"$name>=[^\"]+" -- "$root/pyproject.toml" | tr -d '"')
-    # Without the constraints: this index has few versions of PyTorch's own dependencies.
+    # Without the constraints, because this index has few versions of PyTorch's own dependencies.
     run_pip --index-url "$index" "${torch[@]}"
     before=$(packages)
   fi
@@ -123,7 +123,7 @@ has_nvidia_gpu() { [[ -e /dev/nvidiactl ]] || timeout 30 nvidia-smi --list-gpus 
 
 packages() { ls -A -- "$venv"/lib/python*/site-packages; }
 
-# If pip fails or is interrupted before it has changed a package, such as without a network, the venv is still good.
+# If pip fails before it changes a package, for example without network access, the venv is still usable.
 keep_unchanged() {
   if [[ $(packages) == "$before" ]]; then
     rm -f -- "$venv/unfinished"
@@ -132,7 +132,7 @@ keep_unchanged() {
 
 run_pip() {
   if ! (cd -- "$root" && "$python" -m pip install "$@" >&2); then
-    say "the installation failed, pip says why above; start again to go on"
+    say "installation failed. See the output of pip above, then run the same command again"
     exit 1
   fi
 }

@@ -55,7 +55,7 @@ def test_an_environment_needs_its_own_version_of_python(project: Project, name: 
     project.give(f"python{version}", "exit 1")
     status, err = run(project, name)
     assert status == 1
-    assert err.endswith(f" was found: install python{version} and python{version}-venv\n")
+    assert err.endswith(f" found (tried: python{version}). Install python{version} and python{version}-venv\n")
     assert len(err.splitlines()) == 1
 
 
