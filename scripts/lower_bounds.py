@@ -1,6 +1,6 @@
 """Prints each runtime requirement of a pyproject.toml at its lower bound, as a constraints file for pip.
 
-scripts/environments runs it before anything is installed, so it needs only the standard library.
+Uses only the standard library, because scripts/environments runs it before it installs anything.
 """
 
 import re
@@ -19,7 +19,7 @@ def runtime_requirements(pyproject: Path) -> list[str]:
 
 
 def lower_bounds(requirements: Iterable[str]) -> list[str]:
-    """Turns `name>=1.2,<2` into `name==1.2`; ValueError where a requirement does not start with a lower bound."""
+    """Converts `name>=1.2,<2` to `name==1.2`. Raises ValueError if a requirement does not start with a lower bound."""
     pins = []
     for requirement in requirements:
         match = _LOWER_BOUND.match(requirement)

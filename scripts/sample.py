@@ -1,4 +1,4 @@
-"""Draws digits to PNG files without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
+"""Generates digits without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
 
 import argparse
 import math
@@ -19,7 +19,6 @@ from scripts.common.progress import Reporter
 
 @reports_errors("sample")
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments, draws, and writes a sheet or a folder."""
     args = _parse(argv)
     if args.out.suffix.lower() not in ("", ".png"):
         raise ScriptError(f"--out {args.out} must be a .png file or a folder")
@@ -40,11 +39,15 @@ def main(argv: list[str] | None = None) -> None:
             for digit in digits:
                 provenance = _provenance(drawer, options, seed, digit)
                 write_folder(args.out, x_0[y == digit], provenance, scale=args.scale)
-        reporter.line(f"{len(y)} images with seed {seed}: {args.out}")
+        images = "1 image" if len(y) == 1 else f"{len(y)} images"
+        reporter.line(f"wrote {images} with seed {seed}: {args.out}")
 
 
 def choose_digits(asked: list[str], num_classes: int) -> list[int]:
-    """Returns the digits of --digit in order, each once; `all` means every class. Raises ScriptError for others."""
+    """Returns the digits of --digit in order, without duplicates. `all` means every class.
+
+    Raises ScriptError for a value that is not a digit.
+    """
     digits: list[int] = []
     for text in asked:
         known = [str(digit) for digit in range(num_classes)]
@@ -55,9 +58,9 @@ def choose_digits(asked: list[str], num_classes: int) -> list[int]:
 
 
 def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance, *, scale: int) -> None:
-    """Writes images (N, C, H, W), equally many of each digit, as one PNG.
+    """Writes images (N, C, H, W) as one PNG. They are sorted by digit, and each digit has the same number of images.
 
-    Each digit gets a row; the images of a single digit fill a square.
+    Each digit gets one row. The images of a single digit are arranged in a square.
     """
     count = len(x_0) // num_digits
     columns = count if num_digits > 1 else math.ceil(math.sqrt(count))
@@ -68,7 +71,7 @@ def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance
 
 
 def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
-    """Writes images (N, C, H, W) of one digit, one PNG for each image, named as in the service's ZIP."""
+    """Writes images (N, C, H, W) of one digit as one PNG each, with the file names of the service's ZIP answer."""
     for index, image in enumerate(x_0):
         png = encode_png(to_image(grid(image[None], 1)), scale=scale, text=provenance.text(index))
         write_atomically(folder / f"digit-{provenance.digit}-seed-{provenance.seed}-{index}.png", png)
@@ -87,12 +90,12 @@ def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int |
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.sample", description=__doc__)
-    parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; can be repeated")
-    parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images per digit; default: 1")
+    parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; may be repeated")
+    parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images per digit, 1 to 10000; default: 1")
     parser.add_argument(
-        "--out", type=Path, required=True, help="a .png file for one sheet, or a folder for one PNG per image"
+        "--out", type=Path, required=True, help="a .png file for one sheet of all images, or a folder for one PNG per image"
     )
-    parser.add_argument("--scale", type=integer(1, 16), default=1, help="enlarge by this factor; default: 1")
+    parser.add_argument("--scale", type=integer(1, 16), default=1, help="integer factor that enlarges the images, 1 to 16; default: 1")
     add_drawing_arguments(parser, seed=None)
     return parser.parse_args(argv)
 

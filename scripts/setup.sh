@@ -70,7 +70,7 @@ find_python() {
   return 1
 }
 
-# install EXTRA
+# install EXTRA: runs pip, with an index for PyTorch if torch_index names one.
 install() {
   local name=torch index torch
   say "installing into $venv"

@@ -1,8 +1,8 @@
-"""Makes the checkpoint that ships from a run's: `python -m scripts.ship runs/default/model.safetensors`.
+"""Writes the checkpoint of the repository from that of a run: `python -m scripts.ship runs/default/model.safetensors`.
 
-The weights are stored in float16, half the bytes; the guidance is the preset's that is named, where a sweep has
-found a better one than was trained with. Then evaluate what ships, and ship that once more with its evaluations:
-they go into the metadata, and name the weights that they are of.
+Stores the weights in float16, which halves the file size. --guidance-of replaces the recommended guidance by that of a
+preset. To add evaluations to the metadata, evaluate the written checkpoint, then run this script again with
+--evaluation. An evaluation contains a digest of the evaluated weights, which must match.
 """
 
 import argparse
@@ -19,24 +19,24 @@ from scripts.evaluation.tables import Evaluation, read_evaluation
 from scripts.training.recipe import Recipe, load_recipe
 
 STORED_AS = torch.float16
-MAX_BYTES = 12_000_000  # of all checkpoints that ship: a clone stays small
+MAX_BYTES = 12_000_000  # limit for all checkpoints in the repository together, to keep a clone small
 
 
 @reports_errors("ship")
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments and writes the checkpoint."""
     args = _parse(argv)
     loaded = checkpoint.load(args.checkpoint)
     target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
     recipe = load_recipe(args.guidance_of) if args.guidance_of else None
     ship(loaded, target, recipe, {path: read_evaluation(path) for path in args.evaluation})
-    print(f"{target}: {target.stat().st_size:,} bytes")
+    print(f"wrote {target} ({target.stat().st_size:,} bytes)")
 
 
 def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: dict[Path, Evaluation]) -> None:
-    """Writes the checkpoint with its evaluations and the recipe's guidance.
+    """Writes the checkpoint with its evaluations and with the guidance of the recipe.
 
-    Raises ScriptError if an evaluation or the guidance does not fit, or if all shipped checkpoints become too large.
+    Raises ScriptError if an evaluation or the guidance does not match the checkpoint, or if the checkpoints in the
+    target folder would exceed MAX_BYTES together.
     """
     config = replace(loaded.config, training={**loaded.config.training, "evaluation": [*evaluations.values()]})
     if recipe:
@@ -47,33 +47,38 @@ def ship(loaded: Checkpoint, target: Path, recipe: Recipe | None, evaluations: d
     weights = weights_sha256(loaded.network, STORED_AS)
     for path, evaluation in evaluations.items():
         _check(path, evaluation, config, weights)
-    beside = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
-    if 2 * sum(p.numel() for p in loaded.network.parameters()) + beside > MAX_BYTES:
-        raise ScriptError(f"with {target} more than {MAX_BYTES:,} bytes would ship")
+    other_bytes = sum(path.stat().st_size for path in target.parent.glob("*.safetensors") if path.name != target.name)
+    if 2 * sum(p.numel() for p in loaded.network.parameters()) + other_bytes > MAX_BYTES:
+        raise ScriptError(f"with {target}, the checkpoints in {target.parent} would have more than {MAX_BYTES:,} bytes")
     checkpoint.save(target, loaded.network, config, dtype=STORED_AS)
 
 
 def _check(path: Path, evaluation: Evaluation, config: CheckpointConfig, weights: str) -> None:
-    """Raises ScriptError for an evaluation of other weights or with a guidance that is not recommended."""
+    """Raises ScriptError if the weights or the guidance of the evaluation differ from those of the checkpoint."""
     options = evaluation.get("options")
     if evaluation.get("weights_sha256") != weights or not options:
-        raise ScriptError(f"{path} is not an evaluation of these weights, rounded as they ship")
+        raise ScriptError(f"{path} is not an evaluation of these weights in float16. Evaluate the written checkpoint")
     recommended = config.guidance_of(options["sampler"])
     if options["guidance"]["scale"] != 1 and options["guidance"] != asdict(recommended):
-        raise ScriptError(f"{path} was guided otherwise than what ships recommends: {recommended}")
+        raise ScriptError(
+            f"{path} was evaluated with guidance {options['guidance']}, but the checkpoint recommends {recommended}"
+        )
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m scripts.ship", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="a run's model.safetensors")
+    parser = Parser(prog="python -m scripts.ship", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
     parser.add_argument(
-        "--guidance-of", metavar="PRESET", help="whose guidance is recommended; default: the checkpoint keeps its own"
+        "--guidance-of", metavar="PRESET", help="preset whose guidance the checkpoint will recommend; default: keep its own"
     )
     parser.add_argument(
-        "--evaluation", type=Path, nargs="+", default=[], help="evaluation.json of `python -m scripts.evaluate digits`"
+        "--evaluation", type=Path, nargs="+", default=[], help="evaluation.json files of `python -m scripts.evaluate digits`"
     )
     parser.add_argument(
-        "--out", type=Path, help="default: where it is served from, default.safetensors or a student's fast.safetensors"
+        "--out",
+        type=Path,
+        help="file to write; default: default.safetensors in model/weights, which the service loads; "
+        "fast.safetensors for a distilled student. Overwrites the tracked file",
     )
     return parser.parse_args(argv)
 

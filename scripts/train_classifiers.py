@@ -1,11 +1,14 @@
-"""Trains the judges and the extractor that evaluate digits: `python -m scripts.train_classifiers judge`."""
+"""Trains the classifiers that evaluate generated digits: `python -m scripts.train_classifiers judge`.
+
+Without --out, overwrites the tracked weights in scripts/evaluation/weights, which scripts.evaluate uses.
+"""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from scripts.common.arguments import Parser, file_to_write, integer
+from scripts.common.arguments import Parser, add_data_argument, file_to_write, integer
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifier_training import RECIPES, train_and_save
@@ -14,7 +17,6 @@ from scripts.evaluation.classifiers import KINDS, WEIGHTS
 
 @reports_errors("train_classifiers")
 def main(argv: list[str] | None = None) -> None:
-    """Parses the arguments, trains and saves."""
     args = _parse(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -24,17 +26,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m scripts.train_classifiers", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("kind", choices=sorted(KINDS), help="which of them")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="IDX files; downloaded there if missing")
+    parser = Parser(prog="python -m scripts.train_classifiers", description=__doc__)
+    parser.add_argument("kind", choices=sorted(KINDS), help="the classifier to train")
+    add_data_argument(parser)
     parser.add_argument(
         "--out",
         type=file_to_write(".safetensors"),
-        help="a .safetensors file; default: where `scripts.evaluate` looks for it",
+        help="the .safetensors file to write; default: scripts/evaluation/weights/KIND.safetensors, "
+        "which is tracked and gets overwritten",
     )
-    parser.add_argument("--epochs", type=integer(1), help=f"default: {_each('epochs')}")
-    parser.add_argument("--seed", type=integer(0, 2**53 - 1), help=f"default: {_each('seed')}")
-    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
+    parser.add_argument("--epochs", type=integer(1), help=f"number of epochs; default: {_each('epochs')}")
+    parser.add_argument("--seed", type=integer(0, 2**53 - 1), help=f"seed of the weights and of the order of the images; default: {_each('seed')}")
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
     return parser.parse_args(argv)
 
 

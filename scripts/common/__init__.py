@@ -1,1 +1,1 @@
-"""Code that several scripts share: arguments, progress, files, pictures, MNIST, drawing."""
+"""Code that several scripts share: arguments, progress output, errors, figures, MNIST and image generation."""

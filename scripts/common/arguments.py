@@ -1,4 +1,4 @@
-"""Command-line arguments that several scripts share. A wrong argument exits with status 2 and one sentence."""
+"""Command-line arguments that several scripts share. A wrong argument exits with status 2 and a one-line message."""
 
 import argparse
 import inspect
@@ -14,24 +14,25 @@ from scripts.common.mnist import NUM_CLASSES
 
 COMPILE_MODES = ("auto", "on", "off")
 DEFAULT_COMPILE = "auto"
+SHIPPED_NAME = "/".join(SHIPPED.parts[-3:])  # model/weights/default.safetensors
 Request = TypeVar("Request")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose error is one sentence, without the usage before it."""
+    """Argument parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong; exit status 2."""
+        """Prints the message to stderr and exits with status 2."""
         print(f"{self.prog}: {message} (--help shows all arguments)", file=sys.stderr)
         sys.exit(2)
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an argument that is an integer from low to high."""
+    """Returns an argparse type for integers from `low` to `high`, or without an upper limit if `high` is None."""
     wanted = f"an integer from {low} to {high}" if high is not None else f"an integer of {low} or more"
 
     def parse(text: str) -> int:
-        # int() would take 1_000 and Arabic-Indic figures too; 20 figures are more than any argument has
+        # int() would also accept 1_000 and Arabic-Indic digits. No argument needs more than 20 digits.
         if not (text.isascii() and text.isdecimal() and len(text) <= 20 and low <= int(text) <= (high or int(text))):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return int(text)
@@ -40,19 +41,21 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def num_images(low: int, high: int) -> Callable[[str], int]:
-    """The type of an argument that is a number of images, as many of each digit."""
+    """Returns an argparse type for a number of images that can be divided evenly among the digits."""
     parse = integer(low, high)
 
     def parse_multiple(text: str) -> int:
         if parse(text) % NUM_CLASSES:
-            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {NUM_CLASSES}: each digit counts alike")
+            raise argparse.ArgumentTypeError(
+                f"{text} is not a multiple of {NUM_CLASSES}. Each digit needs the same number of images"
+            )
         return parse(text)
 
     return parse_multiple
 
 
 def file_to_write(suffix: str) -> Callable[[str], Path]:
-    """The type of an argument that names a file to write, whose name ends in .png or the like."""
+    """Returns an argparse type for the path of an output file with this suffix, such as `.png`."""
 
     def parse(text: str) -> Path:
         path = Path(text)
@@ -66,7 +69,7 @@ def file_to_write(suffix: str) -> Callable[[str], Path]:
 
 
 def positive(text: str) -> float:
-    """The type of an argument that is a number above 0."""
+    """Argparse type for a finite number above 0."""
     value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
@@ -74,7 +77,7 @@ def positive(text: str) -> float:
 
 
 def guidance_scale(text: str) -> float:
-    """The type of --guidance-scale."""
+    """Argparse type of --guidance-scale."""
     value = _number(text)
     if not 1 <= value <= MAX_GUIDANCE_SCALE:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MAX_GUIDANCE_SCALE}")
@@ -82,7 +85,7 @@ def guidance_scale(text: str) -> float:
 
 
 def _number(text: str) -> float:
-    """Returns the number, or NaN, which is in no range, if the text is none."""
+    """Returns the number, or NaN if the text is not a number. NaN fails every range check."""
     try:
         return float(text)
     except ValueError:
@@ -90,16 +93,19 @@ def _number(text: str) -> float:
 
 
 def from_arguments(kind: Callable[..., Request], args: argparse.Namespace) -> Request:
-    """Returns an object of the dataclass `kind` from the arguments with its fields' names.
+    """Creates an object of the dataclass `kind` from the arguments that have the names of its fields.
 
-    An argument that is None keeps the field's default.
+    If an argument is None, the field keeps its default.
     """
     given = {name: getattr(args, name) for name in inspect.signature(kind).parameters}
     return kind(**{name: value for name, value in given.items() if value is not None})
 
 
 class _Given(argparse.Action):
-    """Stores the value, and records that the option was given, which the value alone does not show."""
+    """Stores the value and appends the option to `namespace.given`.
+
+    The value alone does not show whether the user gave the option, because it can equal the default.
+    """
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
@@ -109,29 +115,30 @@ class _Given(argparse.Action):
 
 
 def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> list[str]:
-    """Returns the given options of `add_drawing_arguments` as they are typed, except those in `kept`."""
+    """Returns the options of `add_drawing_arguments` that the user gave, as on the command line, without `kept`."""
     return [f"--{name.replace('_', '-')}" for name in args.given if name not in kept]
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
-    """Adds the options of a `drawing.DrawingRequest`.
+    """Adds the options of `drawing.DrawingRequest`.
 
-    `without` names options that the command sets itself; they are rejected on the command line.
+    The options in `without` are not added. They are set to None and are rejected on the command line.
     """
     default = "random" if seed is None else str(seed)
     options: dict[str, dict[str, Any]] = {
-        "checkpoint": {"type": Path, "default": SHIPPED, "help": "a .safetensors file; default: the shipped one"},
+        "checkpoint": {"type": Path, "default": SHIPPED, "help": f"a .safetensors file; default: {SHIPPED_NAME}"},
         "num_steps": {
             "type": integer(1),
-            "help": "steps of the reverse process; default: recommended by the checkpoint, or all",
+            "help": "number of denoising steps; default: the number that the checkpoint recommends",
         },
-        "sampler": {"choices": SAMPLERS, "help": "default: the checkpoint's first, usually ddpm"},
+        "sampler": {"choices": SAMPLERS, "help": "default: the first sampler that the checkpoint permits, usually ddpm"},
         "guidance_scale": {
             "type": guidance_scale,
-            "help": f"classifier-free guidance, 1 to {MAX_GUIDANCE_SCALE}, 1 = off; default: the checkpoint's",
+            "help": f"scale of classifier-free guidance, 1 to {MAX_GUIDANCE_SCALE}, 1 = off; "
+            "default: the scale that the checkpoint recommends",
         },
-        "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep with guidance"},
-        "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep with guidance"},
+        "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep with guidance; default: from the checkpoint"},
+        "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep with guidance; default: from the checkpoint"},
         "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"seed of the noise; default: {default}"},
         "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images per batch; default: 64"},
         "compile": {
@@ -139,12 +146,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, 
             "const": "on",
             "choices": COMPILE_MODES,
             "default": DEFAULT_COMPILE,
-            "help": "draw with the compiled step, which is faster on a CPU. auto (default, as in the service): "
-            "on a CPU, if a C++ compiler or a step compiled before is found; on (or --compile alone): fail if it "
-            "cannot; off: never. The first run on a machine compiles for 30 to 60 s, also for a few digits; use off "
-            "to avoid that",
+            "help": "use the compiled denoising step, which is faster on a CPU. auto (default): compile on a CPU if a "
+            "C++ compiler or an earlier compiled step is found; on (or --compile alone): compile, or exit with an "
+            "error; off: never compile. The first compilation on a machine takes 30 to 60 s, even for a few images",
         },
-        "num_threads": {"type": integer(1, 1024), "help": "compute threads on a CPU"},
+        "num_threads": {"type": integer(1, 1024), "help": "number of CPU threads; default: chosen by torch"},
     }
     for name, how in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -155,17 +161,33 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, 
     parser.set_defaults(given=())
 
 
+def add_data_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --data-dir, the folder of MNIST."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="folder with the IDX files of MNIST; downloaded into it if missing; default: data",
+    )
+
+
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a `training.loop.TrainingRequest`, except --preset."""
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run; an unfinished run in it goes on")
-    parser.add_argument("--epochs", type=integer(1), help="instead of the preset's")
+    """Adds the options of `training.loop.TrainingRequest`, except --preset."""
+    parser.add_argument("--out", type=Path, required=True, help="run folder; an unfinished run in it is resumed")
+    parser.add_argument("--epochs", type=integer(1), help="number of epochs; default: from the preset")
     parser.add_argument(
         "--time-limit",
         type=positive,
         metavar="MINUTES",
-        help="stop before an epoch that, as long as those before, would not fit; the first is always made",
+        help="stop before an epoch that would exceed this limit (at least one epoch runs); default: no limit",
     )
-    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="same seed, same machine: same weights")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--compile", choices=COMPILE_MODES, default="auto", help="auto: where a compiler is found")
-    parser.add_argument("--num-threads", type=integer(1, 1024), help="compute threads on a CPU")
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="the same seed gives the same weights on the same machine; default: 0")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto, a GPU if there is one")
+    parser.add_argument(
+        "--compile",
+        choices=COMPILE_MODES,
+        default="auto",
+        help="compile the training step. auto (default): if a compiler is found; on: compile, or exit with an error; "
+        "off: never",
+    )
+    parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")

@@ -1,4 +1,4 @@
-"""Draws digits with a checkpoint, many at once, with the reverse step that the service uses."""
+"""Generates digits with a checkpoint in batches, with the same denoising step as the service."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
 
 @dataclass(frozen=True, slots=True)
 class DrawingRequest:
-    """The options of `arguments.add_drawing_arguments`. None means the checkpoint's own value."""
+    """Values of the options of `arguments.add_drawing_arguments`. None means the value in the checkpoint."""
 
     checkpoint: Path = SHIPPED
     sampler: Sampler | None = None
@@ -38,32 +38,30 @@ class DrawingRequest:
     seed: int = 0
     batch_size: int = 64
     compile: str = "auto"  # auto, on or off
-    num_threads: int | None = None  # None leaves the number to torch
+    num_threads: int | None = None  # None means torch's default
 
 
 @dataclass(frozen=True, slots=True)
 class DrawingOptions:
-    """How digits are drawn."""
-
     sampler: Sampler
     num_steps: int
     guidance: Guidance
 
     def evaluations(self, schedule: Schedule) -> int:
-        """Of the network, for one image: guidance takes a second one at each step in which it acts."""
+        """Returns the number of network evaluations for one image. A step with guidance needs two evaluations."""
         timesteps = timesteps_of(schedule, self.sampler, self.num_steps)[:-1]
         return len(timesteps) + sum(self.guidance.acts_at(t) for t in timesteps)
 
 
 def step_cache() -> Path:
-    """The folder where the service keeps compiled steps, which scripts share."""
+    """Returns the folder of compiled steps, which scripts share with the service."""
     return Path(os.environ.get("UNFOG_CACHE_DIR") or default_cache())
 
 
 class Drawer:
-    """Draws images with a checkpoint, by the same steps as the service.
+    """Generates images with a checkpoint, with the same denoising step as the service.
 
-    A compiled step draws faster on a CPU. It rounds differently, so the last bits of the images differ.
+    A compiled step is faster on a CPU. It rounds differently, so the last bits of the images differ.
     """
 
     def __init__(self, loaded: Checkpoint, device: torch.device | None = None) -> None:
@@ -74,30 +72,29 @@ class Drawer:
         self._step: Step = self._program
 
     def compile(self, mode: str, reporter: Reporter) -> None:
-        """Switches to the compiled step if `mode` says so; ScriptError if the mode is `on` and compiling fails.
+        """Compiles the denoising step, depending on `mode`. Raises ScriptError if `mode` is `on` and compilation fails.
 
-        `auto` compiles on a CPU only, as in the service. If compiling fails, it reports why and keeps the step
-        uncompiled. Compiling takes 30 to 60 seconds, so call this after everything else that can fail.
+        `auto` compiles on a CPU only, as in the service. If that fails, it reports the reason and keeps the uncompiled
+        step. Compilation takes 30 to 60 seconds, so call this after all other checks.
         """
         if mode == "off" or (mode == "auto" and self.device.type != "cpu"):
             return
         try:
-            with _log_shown(reporter):
+            with _show_model_log(reporter):
                 self._step = compiled_step(self._program, step_cache())
             self.compiled = True
         except CompilerError as error:
             if mode == "on":
                 raise ScriptError(f"--compile on: {error}") from error
-            reporter.line(f"Drawing without a compiled step, which is slower: {error}")
+            reporter.line(f"not compiled, so generating images is slower: {error}")
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the checkpoint can draw."""
         return self.checkpoint.config.class_names
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Everything except options and seed that decides the pixels, for JSON files."""
+        """Returns the facts that determine the pixels, except options and seed, for JSON files."""
         return {
             "weights_sha256": self.checkpoint.weights_sha256,
             "device": self.device.type,
@@ -117,15 +114,17 @@ class Drawer:
         timesteps: list[int] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Returns images (N, C, H, W) in [-1, 1] on the CPU for labels y and indices (N,), the same for the same seed.
+        """Returns images (N, C, H, W) in [-1, 1] on the CPU for labels `y` and indices `index` (N,).
 
-        `timesteps` falls to 0 and replaces the timesteps of num_steps. `on_step(t, x_t, x_0)` is called for each batch
-        at each step. Raises ScriptError if a step that is compiled on its first call, as on a GPU, cannot be compiled.
+        The same seed gives the same images. `timesteps`, if given, replaces the timesteps of num_steps. It must
+        decrease to 0. `on_step(t, x_t, x_0)` is called for each batch at each step, with the predicted x_0. On a GPU,
+        the step is compiled at the first call. Raises ScriptError if that fails.
         """
         timesteps = timesteps or timesteps_of(self.checkpoint.schedule, options.sampler, options.num_steps)
         plan = plan_through(self.checkpoint.schedule, options.sampler, timesteps)
         y, index, x_0 = y.to(self.device), index.to(self.device), []
-        with _compiler_errors(), reporter.task(f"drawing {len(y)} images", len(y) * options.num_steps, "steps") as task:
+        title, total = f"generating {len(y)} images", len(y) * options.num_steps
+        with _compiler_errors(), reporter.task(title, total, "steps") as task:
 
             def step(k: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
                 task.advance(len(x_t))
@@ -146,22 +145,21 @@ class Drawer:
         return torch.cat(x_0)
 
 
-class _Lines(logging.Handler):
-    """Shows log records as a reporter's lines."""
+class _ReporterHandler(logging.Handler):
+    """Log handler that prints each record as a line of a reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.INFO)
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Shows the message."""
         self._reporter.line(record.getMessage())
 
 
 @contextmanager
-def _log_shown(reporter: Reporter) -> Iterator[None]:
-    """Shows what `model` logs: that it compiles now, how long that took, or why a cached step is not used."""
-    log, handler = logging.getLogger("model"), _Lines(reporter)
+def _show_model_log(reporter: Reporter) -> Iterator[None]:
+    """Prints the log of the package `model`: start and duration of a compilation, or why a cached step is not used."""
+    log, handler = logging.getLogger("model"), _ReporterHandler(reporter)
     before = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -181,26 +179,30 @@ def _compiler_errors() -> Iterator[None]:
 
 
 def open_drawer(request: DrawingRequest) -> Drawer:
-    """Sets the number of threads and loads the checkpoint. The step is not compiled yet. Raises CheckpointError."""
+    """Sets the number of threads and loads the checkpoint. Does not compile. Raises CheckpointError."""
     if request.num_threads:
         torch.set_num_threads(request.num_threads)
     return Drawer(checkpoint.load(request.checkpoint))
 
 
 def options_from(request: DrawingRequest, loaded: Checkpoint) -> DrawingOptions:
-    """Returns the requested options, with the checkpoint's own for those that are None.
+    """Returns the requested options. An option that is None gets its value from the checkpoint.
 
     Raises ScriptError for options that the checkpoint does not permit.
     """
     T = loaded.schedule.num_steps
     num_steps, permitted = request.num_steps or loaded.config.recommended_steps, loaded.config.steps
     if num_steps > T:
-        raise ScriptError(f"--num-steps {num_steps} is too many: this checkpoint has {T} steps")
+        raise ScriptError(f"--num-steps {num_steps} is too large: this checkpoint has {T} timesteps")
     if permitted and num_steps not in permitted:
-        raise ScriptError(f"this checkpoint draws in {' or '.join(map(str, permitted))} steps, not in {num_steps}")
+        raise ScriptError(
+            f"this checkpoint does not permit --num-steps {num_steps}. Use {' or '.join(map(str, permitted))}"
+        )
     sampler = request.sampler or loaded.config.samplers[0]
     if sampler not in loaded.config.samplers:
-        raise ScriptError(f"this checkpoint does not permit --sampler {sampler}")
+        raise ScriptError(
+            f"this checkpoint does not permit --sampler {sampler}. Use {' or '.join(loaded.config.samplers)}"
+        )
     return DrawingOptions(sampler, num_steps, _guidance_from(request, loaded, sampler))
 
 
@@ -210,10 +212,16 @@ def _guidance_from(request: DrawingRequest, loaded: Checkpoint, sampler: Sampler
     start, stop = request.guidance_start or own.start, request.guidance_stop or own.stop
     if scale != 1 and not loaded.config.guidable:
         raise ScriptError(
-            "this checkpoint cannot be guided: no label was dropped in its training, so --guidance-scale must be 1"
+            f"--guidance-scale {scale:g}: this checkpoint does not support guidance, because it was trained without "
+            "label dropout. Use --guidance-scale 1"
         )
     if scale == 1 and (request.guidance_start or request.guidance_stop):
-        raise ScriptError("guidance is off: give a --guidance-scale above 1, or neither --guidance-start nor -stop")
+        raise ScriptError(
+            "--guidance-start and --guidance-stop need a --guidance-scale above 1. The scale is 1, so guidance is off"
+        )
     if start > stop or max(request.guidance_start or 1, request.guidance_stop or 1) > T:
-        raise ScriptError(f"--guidance-start must not lie above --guidance-stop, nor either of them above {T}")
+        raise ScriptError(
+            f"guidance from t = {start} to {stop}: --guidance-start must not be above --guidance-stop, "
+            f"and both must be at most {T}"
+        )
     return Guidance(scale, start, stop)

@@ -1,4 +1,4 @@
-"""The error of all scripts, and how an entry point reports it."""
+"""The exception type of all scripts, and the decorator that reports it to the user."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,13 +11,13 @@ P = ParamSpec("P")
 
 
 class ScriptError(Exception):
-    """A script cannot continue. The message is one sentence for the user."""
+    """The script cannot continue. The message is one line for the user: what is wrong and what to do."""
 
 
 def reports_errors(name: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """Makes an entry point print one sentence and exit with status 2 for an error that the user can correct.
+    """Decorates an entry point: ScriptError, CheckpointError and OSError print one line and exit with status 2.
 
-    These errors are ScriptError, CheckpointError and OSError. The sentence begins with the script's name.
+    The line begins with `name`, the name of the script. Other exceptions are bugs and keep their traceback.
     """
 
     def decorate(main: Callable[P, None]) -> Callable[P, None]:

@@ -1,4 +1,4 @@
-"""Figures of image grids with labels, each pixel of an image on a whole number of the figure's."""
+"""Figures with labelled image grids. Each image pixel covers a whole number of figure pixels, so images stay sharp."""
 
 import io
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ PIXELS_PER_LETTER = 7
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A grid of images with a label over each column and, for the first panel of a figure, beside each row."""
+    """A grid of images with labels above the columns. The first panel of a figure can also have row labels."""
 
     pixels: Tensor  # (H, W, C) uint8, C = 1 or 3
     columns: Sequence[str]
@@ -33,13 +33,13 @@ class Panel:
 
 
 def new_figure(width: int, height: int) -> "Figure":
-    """An empty white figure of that many pixels."""
+    """Returns an empty white figure. The size is in pixels."""
     figure: Figure = require("matplotlib.figure").Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     return figure
 
 
 def finish_curves(figure: "Figure", **legend: Any) -> "Figure":
-    """Adds a grid to all axes of a figure of curves, and a legend to the first axes. Returns the figure."""
+    """Adds grid lines to all axes of a figure with curves, and a legend to the first axes. Returns the figure."""
     for axes in figure.axes:
         axes.grid(which="both", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -49,7 +49,7 @@ def finish_curves(figure: "Figure", **legend: Any) -> "Figure":
 
 
 def draw_panels(panels: Sequence[Panel], *, scale: int) -> "Figure":
-    """The panels side by side, images enlarged by whole pixels."""
+    """Returns a figure with the panels in one row. `scale` is the integer factor by which images are enlarged."""
     left = 6 + PIXELS_PER_LETTER * max((len(label) for label in panels[0].rows), default=0)
     top = TOP + TITLE_HEIGHT * any(panel.title for panel in panels)
     widths = [panel.pixels.shape[1] * scale for panel in panels]
@@ -68,7 +68,7 @@ def draw_panels(panels: Sequence[Panel], *, scale: int) -> "Figure":
 def _draw_panel(figure: "Figure", panel: Panel, box: tuple[float, float, float, float]) -> None:
     axes = figure.add_axes(box)
     height, width, _ = panel.pixels.shape
-    colours = panel.pixels.expand(height, width, 3).numpy()  # as they are: a colour map would round them
+    colours = panel.pixels.expand(height, width, 3).numpy()  # RGB values, because a colour map would round them
     axes.imshow(colours, interpolation="nearest", aspect="auto")
     axes.xaxis.tick_top()
     axes.set_xticks(_centres(width, len(panel.columns)), panel.columns, fontsize=LABEL_SIZE)
@@ -84,7 +84,7 @@ def _centres(length: int, count: int) -> list[float]:
 
 
 def save_figure(figure: "Figure", path: Path, *, grey: bool) -> None:
-    """Writes a small PNG: grey in 8 bits, or a palette of 64 colours."""
+    """Writes a small PNG: 8-bit greyscale if `grey`, else a palette of 64 colours."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI)
     image = Image.open(buffer).convert("RGB")

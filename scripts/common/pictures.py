@@ -1,4 +1,4 @@
-"""Images as files: grids of digits in 8 bits."""
+"""Converts image tensors to 8-bit images and writes image grids as PNG files."""
 
 from pathlib import Path
 
@@ -12,16 +12,19 @@ from model.png import encode_png
 
 
 def grid(x_0: Tensor, columns: int) -> Tensor:
-    """(N, C, H, W) in [-1, 1] -> uint8 (rows * H, columns * W, C), row-major; N a multiple of columns."""
+    """Arranges images (N, C, H, W) in [-1, 1] row by row. Returns uint8 (rows * H, columns * W, C).
+
+    N must be a multiple of `columns`.
+    """
     return rearrange(to_pixels(x_0), "(r k) c h w -> (r h) (k w) c", k=columns)
 
 
 def save_grid(x_0: Tensor, path: Path, *, columns: int, scale: int = 2) -> None:
-    """Writes the images (N, C, H, W) as one PNG, each enlarged by whole pixels."""
+    """Writes images (N, C, H, W) as one PNG. `scale` is the integer factor by which they are enlarged."""
     write_atomically(path, encode_png(to_image(grid(x_0.cpu(), columns)), scale=scale))
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Returns an image from uint8 (H, W, C); grey if C is 1."""
+    """Returns an image from uint8 (H, W, C): greyscale if C is 1, else RGB."""
     array = pixels.numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)

@@ -1,4 +1,4 @@
-"""Figures of the forward and the reverse process, of drawn digits and of training runs."""
+"""Figures of the forward process, the reverse process, generated digits and training runs."""
 
 import csv
 import re
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USUAL_EPOCHS = (1, 5, 15, 30)
-ROW_GAP = 4  # white pixels between the grids of two epochs
+ROW_GAP = 4  # white pixels between the rows of two epochs
 NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
 Losses = dict[str, list[float]]  # column -> one value for each epoch
 
 
 def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) -> "Figure":
-    """Returns a figure of one image (C, H, W) in [-1, 1] at t = 0, T/10, ... T, always with the same noise."""
+    """Returns a figure of one image (C, H, W) in [-1, 1] at t = 0, T/10, ..., T, with the same noise at each t."""
     diffusion = Diffusion(schedule, torch.Generator().manual_seed(seed))
     t = torch.linspace(0, schedule.num_steps, NUM_NOISE_COLUMNS).round().long()
     eps = torch.randn(x_0.shape, generator=diffusion.generator).expand(len(t), *x_0.shape)
@@ -43,7 +43,7 @@ def show_noise_progression(x_0: Tensor, schedule: Schedule, *, seed: int = 0) ->
 
 
 def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, seed: int) -> "Figure":
-    """Returns a figure of the reverse process of all digits from the same noise: x_t, and x_0 predicted from it."""
+    """Returns a figure of the reverse process for all digits, from the same noise: x_t and the predicted x_0."""
     frames: list[tuple[int, Tensor, Tensor]] = []
 
     def keep(t: int, x_t: Tensor, x_0: Tensor) -> None:
@@ -64,13 +64,16 @@ def show_reverse_process(drawer: Drawer, options: DrawingOptions, reporter: Repo
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Returns `wanted` evenly spaced numbers of 0..count-1, with the first and the last; all of them if fewer."""
+    """Returns `wanted` evenly spaced integers from 0 to count - 1, including both ends.
+
+    Returns all integers if count is smaller than `wanted`.
+    """
     wanted = min(wanted, count)
     return [round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)]
 
 
 def show_losses(losses: dict[str, Losses]) -> "Figure":
-    """Returns a figure of the training and validation loss by epoch, with one colour for each run."""
+    """Returns a figure of the training and validation losses per epoch. Each run has its own colour."""
     figure = new_figure(760, 400)
     axes = figure.add_subplot()
     for i, (name, columns) in enumerate(losses.items()):
@@ -89,9 +92,9 @@ def show_losses(losses: dict[str, Losses]) -> "Figure":
 
 
 def read_losses(path: Path) -> Losses:
-    """Returns the losses.csv of a run. `path` is the file or the run.
+    """Reads the losses.csv of a run. `path` is the file or the run folder.
 
-    Raises ScriptError if the file is missing or not a losses.csv.
+    Raises ScriptError if the file is missing, has no epoch or is not a losses.csv.
     """
     path = path / "losses.csv" if path.is_dir() else path
     try:
@@ -101,39 +104,39 @@ def read_losses(path: Path) -> Losses:
     except OSError as error:
         raise ScriptError(f"{path} cannot be read: {error.strerror}") from error
     except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise ScriptError(f"{path} is not the losses.csv of a run") from error
+        raise ScriptError(f"{path} is not the losses.csv of a run of scripts.train") from error
     if not rows:
-        raise ScriptError(f"{path} holds no epoch yet")
+        raise ScriptError(f"{path} has no epoch yet. Wait until the first epoch has finished")
     return columns
 
 
 def show_epochs(run: Path, epochs: Sequence[int] | None = None) -> "Figure":
-    """Returns a figure of the same ten digits after several epochs, one row for each epoch.
+    """Returns a figure of the same ten digits after several epochs, with one row per epoch.
 
-    By default the epochs are 1, 5, 15 and 30, and the last one of the run instead of those that it does not have.
-    Raises ScriptError for an epoch that the run does not have.
+    The default epochs are 1, 5, 15 and 30. The last epoch of the run replaces those that are beyond it.
+    Raises ScriptError if the run does not have a requested epoch.
     """
     folder = run / "epochs"
-    there = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d+", path.stem))
-    if not there:
-        raise ScriptError(f"{folder} has no picture of an epoch")
-    epochs = epochs or sorted({min(epoch, there[-1]) for epoch in USUAL_EPOCHS})
-    missing = sorted(set(epochs) - set(there))
+    available = sorted(int(path.stem) for path in folder.glob("*.png") if re.fullmatch(r"\d+", path.stem))
+    if not available:
+        raise ScriptError(f"{folder} has no image of an epoch. Use the run folder of scripts.train")
+    epochs = epochs or sorted({min(epoch, available[-1]) for epoch in USUAL_EPOCHS})
+    missing = sorted(set(epochs) - set(available))
     if missing:
-        raise ScriptError(f"{folder} has no picture of epoch {missing[0]}: its last is {there[-1]}")
+        raise ScriptError(f"{folder} has no image of epoch {missing[0]}. The last epoch is {available[-1]}")
     grids = []
     for epoch in epochs:
         with Image.open(folder / f"{epoch:02d}.png") as image:
             pixels = torch.tensor(list(image.convert("L").tobytes()), dtype=torch.uint8)
             grids.append(F.pad(pixels.view(image.height, image.width), (0, 0, 0, ROW_GAP), value=255))
     if len({pixels.shape for pixels in grids}) > 1:
-        raise ScriptError(f"the pictures in {folder} differ in size: they are of different runs")
+        raise ScriptError(f"the images in {folder} have different sizes, so they are from different runs")
     labels = [f"epoch {epoch}" for epoch in epochs]
     return draw_panels([Panel(torch.cat(grids)[..., None], [str(digit) for digit in range(10)], labels)], scale=1)
 
 
 def plot_drawn_noise(request: DrawingRequest, digit: int, out: Path, reporter: Reporter) -> None:
-    """Writes the forward process of a drawn digit."""
+    """Writes a figure of the forward process of a generated digit."""
     y, drawer = torch.tensor([digit]), open_drawer(request)
     options, schedule = options_from(request, drawer.checkpoint), drawer.checkpoint.schedule
     drawer.compile(request.compile, reporter)
@@ -142,14 +145,17 @@ def plot_drawn_noise(request: DrawingRequest, digit: int, out: Path, reporter: R
 
 
 def plot_real_noise(path: Path, data_dir: Path, digit: int, out: Path, *, seed: int) -> None:
-    """Writes the forward process of MNIST's first test image of the digit, with the schedule of the checkpoint."""
+    """Writes a figure of the forward process of MNIST's first test image of the digit.
+
+    `path` is the checkpoint whose noise schedule is used.
+    """
     images, labels = load_mnist("test", data_dir)
     x_0, schedule = from_pixels(images[labels == digit][0]), checkpoint.load(path).schedule
     save_figure(show_noise_progression(x_0, schedule, seed=seed), out, grey=True)
 
 
 def plot_reverse(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
-    """Writes the reverse process of all digits."""
+    """Writes a figure of the reverse process of all digits."""
     drawer = open_drawer(request)
     options = options_from(request, drawer.checkpoint)
     drawer.compile(request.compile, reporter)
@@ -157,18 +163,18 @@ def plot_reverse(request: DrawingRequest, out: Path, reporter: Reporter) -> None
 
 
 def plot_losses(runs: Sequence[Path], out: Path) -> None:
-    """Writes the loss curves of runs. A run is given as its folder or its losses.csv."""
+    """Writes a figure of the losses of several runs. A run is a run folder or a losses.csv."""
     losses = {(path.parent if path.suffix == ".csv" else path).resolve().name: read_losses(path) for path in runs}
     save_figure(show_losses(losses), out, grey=False)
 
 
 def plot_epochs(run: Path, epochs: Sequence[int] | None, out: Path) -> None:
-    """Writes the pictures of several epochs of a run, one below the other."""
+    """Writes a figure with the digits of several epochs of a run, one row per epoch."""
     save_figure(show_epochs(run, epochs), out, grey=True)
 
 
 def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
-    """Writes ten images of each digit as one grid."""
+    """Writes one PNG with ten images of each digit, one row per digit."""
     drawer = open_drawer(request)
     num_classes, columns = len(drawer.class_names), 10
     y = torch.arange(num_classes).repeat_interleave(columns)  # (N,) one row for each digit

@@ -1,4 +1,4 @@
-"""What every script prints: a progress bar on a terminal, plain lines elsewhere, one sentence when it fails."""
+"""Output of the scripts: a progress bar on a terminal, plain lines in a file or pipe, and one-line errors."""
 
 import importlib
 import importlib.util
@@ -13,13 +13,13 @@ LINE_EVERY_SECONDS = 30
 
 
 def fail(message: str) -> "SystemExit":
-    """Prints one sentence on stderr and returns the exit with status 2, to be raised."""
+    """Prints the message to stderr and returns a SystemExit with status 2 for the caller to raise."""
     print(message, file=sys.stderr)
     return SystemExit(2)
 
 
 def require(module: str, extra: str = "train") -> ModuleType:
-    """Imports a module of an extra; if it is missing, exits with the command that installs it."""
+    """Imports a module of an optional extra. If it is missing, exits and prints the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -27,9 +27,9 @@ def require(module: str, extra: str = "train") -> ModuleType:
 
 
 def require_installed(*packages: str, extra: str = "train") -> None:
-    """Exits with the command that installs the extra unless all these packages are found.
+    """Exits and prints the command that installs the extra, unless all packages are installed.
 
-    Imports nothing. Call it before any work, so that a run does not fail at its end.
+    Does not import them. Call this first, so that a long run does not fail at its end.
     """
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
         raise _not_installed(missing, extra)
@@ -41,9 +41,9 @@ def _not_installed(packages: list[str], extra: str) -> SystemExit:
 
 
 class Reporter:
-    """Shows how far a long task is; `with Reporter() as reporter: with reporter.task(...) as task: ...`.
+    """Shows the progress of long tasks: `with Reporter() as reporter, reporter.task(...) as task: ...`.
 
-    Told to stop meanwhile, the script ends with the sentence `if_stopped`.
+    If Ctrl-C, SIGTERM or SIGHUP stops the script, it prints `if_stopped`.
     """
 
     def __init__(self, if_stopped: str = "stopped") -> None:
@@ -70,7 +70,7 @@ class Reporter:
         )
 
     def __enter__(self) -> "Reporter":
-        self._open.enter_context(_stoppable(self._if_stopped))
+        self._open.enter_context(_report_stop(self._if_stopped))
         if self._console.is_terminal:
             self._open.enter_context(self._bar)
         return self
@@ -81,7 +81,7 @@ class Reporter:
         self._open.__exit__(kind, error, trace)
 
     def line(self, text: str) -> None:
-        """One line that stays."""
+        """Prints a permanent line, above the progress bar if there is one."""
         if self._console.is_terminal:
             self._console.print(text, highlight=False, markup=False)
         else:
@@ -89,7 +89,7 @@ class Reporter:
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator["Task"]:
-        """A task of `total` units; advance it through what is yielded."""
+        """Shows a task of `total` units. Call `advance` of the yielded task to update it."""
         task = Task(self, description, total, unit)
         try:
             yield task
@@ -98,7 +98,7 @@ class Reporter:
 
 
 class Task:
-    """One task of a reporter."""
+    """A task that a Reporter shows."""
 
     def __init__(self, reporter: Reporter, description: str, total: int, unit: str) -> None:
         self._reporter, self._description, self._total, self._unit = reporter, description, total, unit
@@ -107,7 +107,10 @@ class Task:
         self._bar_task = reporter._bar.add_task(description, total=total, note="")
 
     def advance(self, amount: int, note: str = "") -> None:
-        """`amount` more units are done; `note` is shown beside them."""
+        """Adds `amount` completed units and shows `note` next to the rate.
+
+        Without a terminal, prints at most one line per LINE_EVERY_SECONDS.
+        """
         self._done += amount
         now = time.perf_counter()
         rate = self._done / (now - self._start)
@@ -119,15 +122,15 @@ class Task:
             print(f"{self._description} {self._done}/{self._total} {note}, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Removes the progress bar."""
         self._reporter._bar.remove_task(self._bar_task)
 
 
 @contextmanager
-def _stoppable(sentence: str) -> Iterator[None]:
-    """Prints `sentence` if Ctrl-C, SIGTERM or SIGHUP stops the block. The status is 130, 143 or 129, as in a shell.
+def _report_stop(message: str) -> Iterator[None]:
+    """Prints `message` if Ctrl-C, SIGTERM or SIGHUP stops the block, and exits with status 130, 143 or 129.
 
-    A signal that is ignored, as SIGHUP under nohup, stays ignored.
+    A signal that was ignored before, such as SIGHUP under nohup, remains ignored.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -138,11 +141,11 @@ def _stoppable(sentence: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\n{sentence}", file=sys.stderr)
+        print(f"\n{message}", file=sys.stderr)
         raise SystemExit(130) from None
     except SystemExit as exit:
         if exit.code in [128 + number for number in numbers]:
-            print(sentence, file=sys.stderr)
+            print(message, file=sys.stderr)
         raise
     finally:
         for number, handler in before.items():

@@ -1,1 +1,1 @@
-"""Training: recipes, objectives, the training loop and the folder of a run."""
+"""Training of the diffusion networks: recipes, losses, training loop, run folders and distillation."""

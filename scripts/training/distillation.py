@@ -1,9 +1,9 @@
-"""Few steps: a student learns to reach in one stride what its teacher reaches in several.
+"""Distillation: trains a student network that needs fewer denoising steps than its teacher.
 
-The teacher's guided, deterministic paths from noise to image are drawn once. Of each path the
-states at the student's timesteps are kept; the student, which begins as the teacher, learns to step
-from each to the next (Salimans & Ho 2022, section 3, all strides at once; Meng 2023 for the guidance,
-which is in the paths, so that the student needs no second evaluation).
+The teacher first generates paths from noise to image, with a deterministic sampler and with guidance. Each path keeps
+the images x_t at the timesteps of the student. The student starts with the teacher's weights. It learns to get from
+each kept image to the next one in a single step (Salimans & Ho 2022, section 3, but with the final number of steps from
+the start). The paths already contain the guidance, so the student evaluates its network once per step (Meng 2023).
 """
 
 import math
@@ -31,15 +31,17 @@ from scripts.training.objective import HeldOut, Losses, LossOf
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
 from scripts.training.trainer import Trainer
 
-PART_SIZE = 2_560  # paths a file
-NO_TIME = 1e-9  # minutes; no epoch fits into this time
-PATH_SEED = 2**52  # plus the run's: digits that are evaluated with a smaller seed share no noise with a path
+PART_SIZE = 2_560  # paths per file
+NO_TIME = 1e-9  # minutes; a positive time limit in which no epoch can finish
+# Added to the seed of the run. Evaluations use smaller seeds, so the noise of a path is never used in an evaluation.
+PATH_SEED = 2**52
 
 
 def teacher_timesteps(schedule: Schedule, recipe: DistillationRecipe) -> list[int]:
-    """About `teacher_steps`, the student's among them, falling to 0, as even in log-SNR as that allows.
+    """Returns the timesteps of the teacher, in decreasing order down to 0.
 
-    Even also across the student's timesteps: a second-order step must not be much longer than the one before it.
+    They include the student's timesteps and are nearly evenly spaced in log-SNR. There are about `teacher_steps` of
+    them. Even spacing matters because a second-order step must not be much longer than the step before it.
     """
     half_log_snr = schedule.half_log_snr.clamp(min=MIN_HALF_LOG_SNR)  # (T + 1,)
     stride = (half_log_snr[1] - half_log_snr[-1]) / recipe.teacher_steps
@@ -62,9 +64,11 @@ def draw_paths(
     seed: int,
     has_time: Callable[[], bool] = lambda: True,
 ) -> tuple[Tensor, Tensor] | None:
-    """Returns states (N, num_steps + 1, C, H, W) float16 and digits (N,), held-out ones last; None if time ran out.
+    """Returns x_t along each path (N, num_steps + 1, C, H, W) in float16, and the digits (N,). Held-out paths are last.
 
-    Keeps the paths that are in the folder. Raises ScriptError if they are of another teacher, seed or arithmetic.
+    Loads the paths that the folder already has and generates the others. Returns None if `has_time` becomes false
+    before all paths exist. Raises ScriptError if the folder has paths of another teacher, recipe, seed, device or
+    dtype.
     """
     count = recipe.num_paths + recipe.num_held_out
     paths = []
@@ -72,12 +76,12 @@ def draw_paths(
         file = folder / f"{start:07}.safetensors"
         if not file.exists() and not has_time():
             return None
-        paths.append(_part(drawer, recipe, file, range(start, start + PART_SIZE), reporter, seed=seed))
+        paths.append(_load_or_draw_part(drawer, recipe, file, range(start, start + PART_SIZE), reporter, seed=seed))
     states, y = (torch.cat([part[name] for part in paths]) for name in ("states", "y"))
     return states[:count], y[:count]
 
 
-def _part(
+def _load_or_draw_part(
     drawer: Drawer, recipe: DistillationRecipe, file: Path, index: range, reporter: Reporter, *, seed: int
 ) -> dict[str, Tensor]:
     facts = {
@@ -96,11 +100,11 @@ def _part(
         with safe_open(file, framework="pt") as opened:
             if opened.metadata() != facts:
                 raise ScriptError(
-                    f"{file} holds paths of another teacher, recipe, seed or arithmetic; name another --out"
+                    f"{file} has paths of another teacher, recipe, seed, device or dtype. Use another --out folder"
                 )
             return {name: opened.get_tensor(name) for name in ("states", "y")}
     except SafetensorError as error:
-        raise ScriptError(f"{file} is damaged: remove it and start again") from error
+        raise ScriptError(f"{file} is damaged. Remove it and run the same command again") from error
 
 
 def _draw_part(
@@ -122,7 +126,10 @@ def _draw_part(
 
 
 class DistillationObjective:
-    """The student's error at a random state of each path, from which it should step to the next."""
+    """Mean squared error of the student's output at a random step of each path.
+
+    The target is the output with which the student's sampler moves exactly to the next x_t of the path.
+    """
 
     def __init__(self, recipe: Recipe, states: Tensor, y: Tensor, device: torch.device) -> None:
         assert recipe.distillation
@@ -138,46 +145,50 @@ class DistillationObjective:
 
     @property
     def num_examples(self) -> int:
-        """Paths that are learned from."""
+        """Number of paths in the training set, without the held-out paths."""
         return len(self._states)
 
     def loss_of(self, generator: torch.Generator) -> LossOf:
-        """One random stride of each path."""
+        """Returns the loss at one random step of each path."""
 
         def loss(denoiser: Denoiser, rows: Tensor) -> Tensor:
             k = torch.randint(len(self._t), rows.shape, generator=generator, device=rows.device)  # (B,)
-            x_t, target = self._stride(self._states[rows, k], self._states[rows, k + 1], k)
+            x_t, target = self._step_target(self._states[rows, k], self._states[rows, k + 1], k)
             output = denoiser(x_t, self._t[k], self._y[rows]).float()  # (B, C, H, W)
             return (output - target).square().mean()
 
         return loss
 
     def validation_losses(self, denoiser: Denoiser) -> Losses:
-        """Over every stride of the paths that are held out; a band is a stride, the last one first."""
+        """Returns the mean loss over all steps of the held-out paths, and the loss of each step, last step first."""
         return self._held_out.losses(denoiser)
 
-    def _stride(self, x_t: Tensor, x_prev: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t in float32, and the output with which step k leads from x_t to x_prev; images (B, C, H, W), k (B,)."""
+    def _step_target(self, x_t: Tensor, x_prev: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x_t in float32 and the network output for which step k moves from x_t to x_prev.
+
+        Shapes: images (B, C, H, W), k (B,).
+        """
         x_t, x_prev = x_t.float(), x_prev.float()
         a, b, _, _ = self._coefficients[k][:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
         skip, scale, signal = self._mix[self._t[k]][:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
-        x_0 = ((x_prev - a * x_t) / b).clamp(-1, 1)  # as the sampler will clip it
+        x_0 = ((x_prev - a * x_t) / b).clamp(-1, 1)  # the sampler clips x_0 in the same way
         return x_t, (skip * x_t - signal * x_0) / scale
 
     def _hold_out(self, states: Tensor, y: Tensor) -> HeldOut:
-        strides = [
-            (*self._stride(before, after, torch.full_like(y, k)), torch.full_like(y, k))
+        steps = [
+            (*self._step_target(before, after, torch.full_like(y, k)), torch.full_like(y, k))
             for k, (before, after) in enumerate(pairwise(states.unbind(dim=1)))
         ]
-        x_t, target, k = (torch.cat(part) for part in zip(*strides, strict=True))
+        x_t, target, k = (torch.cat(part) for part in zip(*steps, strict=True))
         weights, band = torch.ones_like(x_t[:, 0, 0, 0]), len(self._t) - 1 - k  # (N,) each
         return HeldOut(x_t, self._t[k], y.repeat(len(self._t)), target, weights, band)
 
 
 def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
-    """Draws the missing paths of the teacher, a checkpoint, and trains the student on all of them.
+    """Generates the missing paths with the teacher, which is a checkpoint file, and trains the student on all paths.
 
-    Stops within the time limit. Raises CheckpointError, and ScriptError if recipe, teacher and folder do not fit.
+    Stops at the time limit. Raises CheckpointError if the teacher cannot be loaded. Raises ScriptError if the recipe
+    does not match the teacher or the folder.
     """
     recipe, loaded = request.load_recipe(), checkpoint.load(teacher)
     distillation = _check(recipe, loaded)
@@ -196,7 +207,7 @@ def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
         has_time=lambda: time.perf_counter() < end,
     )
     if not paths:
-        reporter.line("the time limit is there, not all paths: start again to go on")
+        reporter.line("time limit reached before all paths were generated; run the same command again to resume")
         return
     objective = DistillationObjective(recipe, *paths, device)
     trainer = Trainer(recipe, objective, seed=request.seed, device=device, compiled=compiled, start=start)
@@ -211,17 +222,21 @@ def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
 
 
 def _check(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:
-    """Raises ScriptError if the recipe has no distillation or does not fit the teacher."""
+    """Returns the [distillation] of the recipe. Raises ScriptError if there is none or the teacher is not suitable."""
     if not recipe.distillation:
-        raise ScriptError("the recipe has no [distillation]")
+        raise ScriptError("the recipe has no [distillation] table. Use --preset fast, or train with scripts.train")
     own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config
     for mine, theirs in zip(own, (its.unet, its.schedule, its.prediction), strict=True):
         if mine != theirs:
-            raise ScriptError(f"the student begins as its teacher, which is of another kind: {theirs}")
+            raise ScriptError(f"the recipe and the teacher differ: the recipe has {mine}, the teacher has {theirs}")
     if its.steps or TEACHER_SAMPLER not in its.samplers:
         raise ScriptError(
-            f"the teacher draws in {TEACHER_SAMPLER}'s steps, any number of them, which this one does not permit"
+            f"the teacher must permit the sampler {TEACHER_SAMPLER} with any number of steps. "
+            f"It permits {', '.join(its.samplers)} with {' or '.join(map(str, its.steps)) or 'any number of'} steps"
         )
     if recipe.distillation.guidance.scale != 1 and not its.guidable:
-        raise ScriptError("this teacher cannot be guided: no label was dropped in its training")
+        raise ScriptError(
+            "the teacher was trained without label dropout and does not support guidance. "
+            "Set distillation.guidance.scale to 1, or use another teacher"
+        )
     return recipe.distillation

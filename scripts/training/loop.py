@@ -1,4 +1,4 @@
-"""Runs a training from the last whole epoch in its folder to its end."""
+"""Runs the training loop. Resumes from the last complete epoch in the run folder."""
 
 import time
 from dataclasses import dataclass
@@ -19,24 +19,27 @@ from scripts.training.trainer import EpochResult, Trainer
 
 @dataclass(frozen=True, slots=True)
 class TrainingRequest:
-    """The options of `arguments.add_training_arguments`."""
+    """Values of the options of `arguments.add_training_arguments`."""
 
     preset: str
-    out: Path  # folder of the run
-    epochs: int | None = None  # None means the preset's
+    out: Path  # run folder
+    epochs: int | None = None  # None means the number in the preset
     time_limit: float | None = None  # minutes
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda or cuda:N
     compile: str = "auto"  # auto, on or off
-    num_threads: int | None = None  # None leaves the number to torch
+    num_threads: int | None = None  # None means torch's default
 
     def load_recipe(self) -> Recipe:
-        """Returns the preset's recipe with the requested number of epochs. Raises ScriptError."""
+        """Returns the recipe of the preset with the requested number of epochs. Raises ScriptError if it is invalid."""
         recipe = load_recipe(self.preset)
         return recipe.model_copy(update={"epochs": self.epochs}) if self.epochs else recipe
 
     def prepare(self) -> tuple[torch.device, bool]:
-        """Sets up torch. Returns the device, and True if the step is to be compiled. May raise ScriptError."""
+        """Sets torch's threads and allocator. Returns the device, and True if the training step will be compiled.
+
+        Raises ScriptError if the device or a required compiler is not available.
+        """
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
         keep_freed_memory()
@@ -44,15 +47,15 @@ class TrainingRequest:
         return device, should_compile(self.compile, device)
 
     def run_of(self, recipe: Recipe, data: str) -> Run:
-        """Returns the run in the folder. `data` describes the training data."""
+        """Returns the run of the folder `out`. `data` describes the training data."""
         return Run(self.out, Path(self.preset).stem, recipe, self.seed, data)
 
 
 def train_on_mnist(request: TrainingRequest, data_dir: Path, reporter: Reporter) -> None:
-    """Trains the preset's network on MNIST's training split; ScriptError if it cannot begin."""
+    """Trains the network of the preset on the training split of MNIST. Raises ScriptError if training cannot start."""
     recipe = request.load_recipe()
     if recipe.distillation:
-        raise ScriptError(f"{request.preset} trains a student: that is what scripts.distil does")
+        raise ScriptError(f"the preset {request.preset} is for distillation. Use it with scripts.distil")
     device, compiled = request.prepare()
     images, labels = load_mnist("train", data_dir)
     request.out.mkdir(parents=True, exist_ok=True)
@@ -63,21 +66,24 @@ def train_on_mnist(request: TrainingRequest, data_dir: Path, reporter: Reporter)
 
 
 def train(trainer: Trainer, run: Run, reporter: Reporter, *, time_limit: float | None = None) -> None:
-    """Runs the remaining epochs. Stops before an epoch that would not fit into `time_limit` minutes."""
+    """Runs the remaining epochs. Stops before an epoch that would exceed `time_limit`, in minutes."""
     start = time.perf_counter()
     if run.resume(trainer):
-        reporter.line(f"going on after epoch {trainer.epoch} of {run.folder}")
+        reporter.line(f"resuming from epoch {trainer.epoch} of {run.folder}")
         if run.earlier_arithmetic != trainer.arithmetic:
-            reporter.line(f"not bit by bit: before it was {run.earlier_arithmetic}, now {trainer.arithmetic}")
+            reporter.line(
+                "the result will not be identical to an uninterrupted run, because the environment has changed: "
+                f"{run.earlier_arithmetic} before, {trainer.arithmetic} now"
+            )
     num_parameters = sum(p.numel() for p in trainer.network.parameters())
     reporter.line(f"{num_parameters:,} parameters, {trainer.objective.num_examples:,} examples, on {trainer.device}")
     if trainer.compiled:
-        reporter.line("the first step compiles, which takes a minute or more")
+        reporter.line("compiling the training step during the first batch; this takes a minute or more")
     longest_epoch = 0.0
     while trainer.epoch < run.recipe.epochs:
         epoch_start = time.perf_counter()
         if time_limit and (epoch_start - start + longest_epoch) > 60 * time_limit:
-            reporter.line(f"the time limit is near: stopped after epoch {trainer.epoch}; start again to go on")
+            reporter.line(f"time limit: stopped after epoch {trainer.epoch}; run the same command again to resume")
             return
         result = _epoch(trainer, run, reporter)
         seconds = time.perf_counter() - epoch_start
@@ -98,13 +104,13 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of --device. Raises ScriptError if this machine has no such device."""
+    """Returns the device that --device names. Raises ScriptError if this machine does not have it."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type not in ("cpu", "cuda"):
-            raise ScriptError(f"--device {name}: auto, cpu, cuda or cuda:N")
+            raise ScriptError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ScriptError(f"--device {name}: no CUDA device is there")
+            raise ScriptError(f"--device {name}: no CUDA device found")
         torch.empty(0, device=device)  # fails for cuda:N above the last device
     except RuntimeError as error:
         raise ScriptError(str(error)) from error
@@ -112,7 +118,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def should_compile(wanted: str, device: torch.device) -> bool:
-    """Returns True for compiling. `auto` compiles if a compiler is found. `on` raises ScriptError without one."""
+    """Returns True if the training step will be compiled.
+
+    `auto` compiles if a compiler is found. `on` raises ScriptError if none is found. Compiling for a GPU needs no C++
+    compiler.
+    """
     possible = device.type == "cuda" or can_compile()
     if wanted == "on" and not possible:
         raise ScriptError(f"--compile on {no_compiler()}")

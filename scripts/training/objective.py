@@ -1,4 +1,4 @@
-"""What a training run minimises over its examples: for a denoiser, its errors at random timesteps of real images."""
+"""Loss functions for training: the interface, and the denoising loss at random timesteps of real images."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -14,31 +14,35 @@ from model.schedule import Schedule
 from scripts.common.mnist import split_validation
 from scripts.training.recipe import Recipe
 
-NUM_BANDS = 4  # the validation loss of a denoiser is also given for each quarter of the steps
+NUM_BANDS = 4  # the validation loss is also reported for each quarter of the timesteps
 VALIDATION_BATCH = 500
 LossOf = Callable[[Denoiser, Tensor], Tensor]  # (denoiser, rows of the examples (B,)) -> scalar
-Losses = tuple[float, tuple[float, ...]]  # over all held-out rows, and over those of each band, little noise first
+# Mean over all held-out rows, then the mean of each band of timesteps. The first band has the least noise.
+Losses = tuple[float, tuple[float, ...]]
 
 
 class Objective(Protocol):
-    """Examples, and the loss over any of them."""
+    """Training examples and the loss on them."""
 
     schedule: Schedule
     prediction: Prediction
 
     @property
     def num_examples(self) -> int:
-        """How many are learned from in an epoch."""
+        """Number of training examples in an epoch, without the held-out examples."""
 
     def loss_of(self, generator: torch.Generator) -> LossOf:
-        """The loss for an epoch whose randomness comes from the generator."""
+        """Returns the loss function for one epoch. It takes all its random numbers from the generator."""
 
     def validation_losses(self, denoiser: Denoiser) -> Losses:
-        """The same loss over examples that are held out, always the same rows."""
+        """Returns the loss on the held-out examples. The rows and their noise are the same at every call."""
 
 
 class DenoisingObjective:
-    """The recipe's loss (Ho 2020, eq. 14) over images uint8 (N, C, H, W) and labels (N,), less those held out."""
+    """The loss of Ho 2020, eq. 14, with the weights and the prediction of the recipe.
+
+    Takes images (N, C, H, W) in uint8 and labels (N,). Holds out the validation images (`split_validation`).
+    """
 
     def __init__(self, recipe: Recipe, images: Tensor, labels: Tensor, device: torch.device) -> None:
         self.recipe = recipe
@@ -50,11 +54,11 @@ class DenoisingObjective:
 
     @property
     def num_examples(self) -> int:
-        """Images that are learned from."""
+        """Number of training images, without the held-out images."""
         return len(self._images)
 
     def loss_of(self, generator: torch.Generator) -> LossOf:
-        """A random t and eps for each image, its label dropped as often as the recipe says."""
+        """Returns the loss with a random t and eps for each image. Drops labels with the probability `label_drop`."""
         diffusion, null_label = self._diffusion(generator), self.recipe.unet.num_classes
 
         def loss(denoiser: Denoiser, rows: Tensor) -> Tensor:
@@ -65,7 +69,7 @@ class DenoisingObjective:
         return loss
 
     def validation_losses(self, denoiser: Denoiser) -> Losses:
-        """Over held-out images, each with one t and one eps that never change: two epochs can be compared."""
+        """Returns the loss on the held-out images. Each has a fixed t and eps, so that epochs can be compared."""
         return self._held_out.losses(denoiser)
 
     def _diffusion(self, generator: torch.Generator) -> Diffusion:
@@ -73,14 +77,14 @@ class DenoisingObjective:
 
 
 class HeldOut:
-    """Rows of x_t, t and y with what should be predicted, each row's weight, and the band in which it counts."""
+    """Validation rows: inputs x_t, t and y, the target output, the weight in the loss, and the index of the band."""
 
     def __init__(self, x_t: Tensor, t: Tensor, y: Tensor, target: Tensor, weights: Tensor, band: Tensor) -> None:
         self.x_t, self.t, self.y, self.target, self.weights, self.band = x_t, t, y, target, weights, band
 
     @torch.inference_mode()
     def losses(self, denoiser: Denoiser) -> Losses:
-        """The mean squared error over all rows, and over the rows of each band."""
+        """Returns the weighted mean squared error over all rows, and over the rows of each band."""
         batches = zip(*(rows.split(VALIDATION_BATCH) for rows in (self.x_t, self.t, self.y)), strict=True)
         output = torch.cat([denoiser(*batch) for batch in batches])  # (N, C, H, W)
         errors = self.weights * (output - self.target).square().mean(dim=(1, 2, 3))  # (N,)

@@ -1,6 +1,6 @@
-"""A training recipe, read from a TOML file and checked before anything starts.
+"""Training recipes: reads them from TOML files and validates them before training starts.
 
-A recipe may say `base = "another"`, a preset's name: then it states only what is different.
+A recipe with `base = "NAME"` inherits from the preset NAME and contains only the values that differ from it.
 """
 
 import tomllib
@@ -18,8 +18,8 @@ from scripts.common.mnist import NUM_CLASSES
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 10
-STUDENT_SAMPLER: Sampler = "ddim"  # a stride of it is one line: the image that leads to a state is known
-TEACHER_SAMPLER: Sampler = "dpmpp"  # good in few steps, and deterministic
+STUDENT_SAMPLER: Sampler = "ddim"  # a step is linear in x_0, so the target x_0 for a given next x_t is known
+TEACHER_SAMPLER: Sampler = "dpmpp"  # deterministic, and accurate in few steps
 
 
 class _Strict(BaseModel):
@@ -30,8 +30,6 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerRecipe(_Strict):
-    """Adam or AdamW and its constants."""
-
     name: Literal["adam", "adamw"]
     lr: float = Field(gt=0)
     betas: tuple[Share, Share]
@@ -39,7 +37,11 @@ class OptimizerRecipe(_Strict):
 
 
 class LRScheduleRecipe(_Strict):
-    """cosine: warm-up, then half a cosine to zero, by step. plateau: lowered by `factor` after `patience` epochs."""
+    """Schedule of the learning rate.
+
+    `cosine` changes it at every step: linear warm-up over `warmup_steps`, then half a cosine down to zero. `plateau`
+    multiplies it by `factor` when the validation loss has not improved for more than `patience` epochs.
+    """
 
     name: Literal["cosine", "plateau"]
     warmup_steps: int = Field(default=0, ge=0)
@@ -48,17 +50,17 @@ class LRScheduleRecipe(_Strict):
 
 
 class DistillationRecipe(_Strict):
-    """A student that goes in `num_steps` steps where its teacher goes in more."""
+    """Distillation of a teacher into a student that uses `num_steps` steps."""
 
     num_steps: int = Field(ge=1, le=100)
-    teacher_steps: int = Field(ge=1, le=100)  # or about so many: the student's lie among them
-    guidance: Guidance  # of the paths: the student has it inside
-    num_paths: int = Field(ge=1)  # of the teacher, to learn from
-    num_held_out: int = Field(ge=1)  # and to validate on
+    teacher_steps: int = Field(ge=1, le=100)  # approximate: the student's timesteps are added to them
+    guidance: Guidance  # for the teacher's paths; the student learns guided images and needs no guidance itself
+    num_paths: int = Field(ge=1)  # for training
+    num_held_out: int = Field(ge=1)  # for validation
 
 
 class Recipe(_Strict):
-    """All that decides a training run but its seed and its machine."""
+    """All settings of a training run except the seed, the device and the training data."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, le=10_000)
@@ -68,45 +70,54 @@ class Recipe(_Strict):
     ema_max_decay: Share
     optimizer: OptimizerRecipe
     lr_schedule: LRScheduleRecipe
-    min_snr_gamma: float = Field(default=0.0, ge=0)  # weights the loss; 0 = not
+    min_snr_gamma: float = Field(default=0.0, ge=0)  # loss weight min(SNR, gamma) (Hang 2023); 0 = off
     guidance: Guidance
-    guidance_by_sampler: dict[Sampler, Guidance] = {}  # of those that want another
+    guidance_by_sampler: dict[Sampler, Guidance] = {}  # replaces `guidance` for these samplers
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
     distillation: DistillationRecipe | None = None
     unet: UNetConfig
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.unet.num_steps != self.schedule.num_steps:
             raise ValueError("unet.num_steps and schedule.num_steps must be equal")
         if self.distillation:
-            self._distillation_fits(self.distillation)
+            self._check_distillation(self.distillation)
         if not self.label_drop and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
-            raise ValueError("guidance needs label_drop above 0")
+            raise ValueError("guidance needs label_drop above 0. Set label_drop, or set the guidance scale to 1")
         if self.unet.num_classes != NUM_CLASSES:
-            raise ValueError(f"unet.num_classes must be {NUM_CLASSES}: that is what is trained on")
+            raise ValueError(f"unet.num_classes must be {NUM_CLASSES}, the number of classes in MNIST")
         return self
 
-    def _distillation_fits(self, distillation: DistillationRecipe) -> None:
+    def _check_distillation(self, distillation: DistillationRecipe) -> None:
         if self.prediction.kind == "eps":
-            raise ValueError("a student cannot predict eps: at t = T that tells nothing of the image")
+            # At t = T, x_t is pure noise, so the predicted eps says nothing about the image.
+            raise ValueError("distillation does not support prediction.kind eps. Use v or edm")
         if self.label_drop or self.guidance.scale != 1 or self.min_snr_gamma:
-            raise ValueError("a student drops no label, is not guided and weights no loss: set these to 0, 1 and 0")
+            raise ValueError("distillation needs label_drop = 0, guidance.scale = 1 and min_snr_gamma = 0")
         if max(distillation.num_steps, distillation.teacher_steps) > self.schedule.num_steps:
-            raise ValueError("distillation has more steps than the schedule")
+            raise ValueError(
+                "distillation.num_steps and distillation.teacher_steps must be at most schedule.num_steps, "
+                f"{self.schedule.num_steps}"
+            )
         if distillation.num_paths < self.batch_size:
-            raise ValueError("distillation.num_paths must fill a batch")
+            raise ValueError(
+                f"distillation.num_paths is {distillation.num_paths}. It must be at least batch_size, {self.batch_size}"
+            )
 
 
 def preset_names(*, of_students: bool | None = None) -> list[str]:
-    """The recipes that the repository brings: all, or those that train a student, or those that do not."""
+    """Returns the sorted names of the presets.
+
+    `of_students` True selects the presets for distillation, False the others, None all.
+    """
     names = sorted(path.stem for path in PRESETS.glob("*.toml"))
     return [name for name in names if of_students in (None, load_recipe(name).distillation is not None)]
 
 
 def load_recipe(preset: str) -> Recipe:
-    """Returns the recipe of this name, or of this path if it ends in .toml; ScriptError, with one sentence."""
+    """Returns the recipe of a preset, or of a file if `preset` ends in .toml. Raises ScriptError if it is invalid."""
     try:
         return Recipe.model_validate(_read(preset, depth=0))
     except ValidationError as error:
@@ -121,26 +132,28 @@ def _path(preset: str) -> Path:
 
 
 def _read(preset: str, depth: int) -> dict[str, Any]:
-    """The tables of a recipe over those of its base."""
+    """Returns the values of a recipe, merged over those of its base."""
     path = _path(preset)
     try:
         own = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ScriptError(f"no preset {preset!r}: {', '.join(preset_names())}, or a path to a .toml file") from error
+        raise ScriptError(
+            f"unknown preset {preset!r}. Use a path to a .toml file, or one of: {', '.join(preset_names())}"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ScriptError(f"{path} is not TOML: {error}") from error
+        raise ScriptError(f"{path} is not valid TOML: {error}") from error
     base = own.pop("base", None)
     if base is None:
         return own
     if not isinstance(base, str) or depth == MAX_BASES:
-        raise ScriptError(f"{path}: base: must name a recipe, and bases must come to an end")
-    return _over(_read(base, depth + 1), own)
+        raise ScriptError(f"{path}: base: must be the name of a preset, and bases must not form a cycle")
+    return _merge(_read(base, depth + 1), own)
 
 
-def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Table by table: what is named in `own` replaces what `base` says."""
+def _merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Merges nested tables. A value in `own` replaces the value of the same key in `base`."""
     merged = dict(base)
     for name, value in own.items():
         both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _over(base[name], value) if both else value
+        merged[name] = _merge(base[name], value) if both else value
     return merged

@@ -1,9 +1,9 @@
-"""The folder of a training run: what goes on from it, what is served from it, what is looked at in it.
+"""The run folder of a training. It contains these files:
 
-state.pt           all that a later start needs to go on
-model.safetensors  the checkpoint of the best validation loss
-losses.csv         one line an epoch
-epochs/NN.png      ten digits from the same noise after each epoch
+state.pt           the state that is needed to resume
+model.safetensors  the checkpoint with the lowest validation loss
+losses.csv         one line per epoch
+epochs/NN.png      ten digits after each epoch, generated from the same noise
 """
 
 import csv
@@ -29,20 +29,26 @@ PROBE_STEPS = 10
 
 
 class Run:
-    """One training run on disk. All files are written atomically: a kill leaves the last epoch whole."""
+    """One training run on disk.
+
+    All files are written atomically. If the process is killed, the files of the last complete epoch remain valid.
+    """
 
     def __init__(self, folder: Path, preset: str, recipe: Recipe, seed: int, data: str) -> None:
         self.folder, self.preset, self.recipe, self.seed, self.data = folder, preset, recipe, seed, data
         self.results: list[EpochResult] = []
-        self.earlier_arithmetic: str | None = None  # of the part that was gone on from
+        self.earlier_arithmetic: str | None = None  # Trainer.arithmetic before the run was resumed
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change between the parts of one run."""
+        """Returns the values that must be equal when a run is resumed."""
         return {"recipe": self.recipe.model_dump(mode="json"), "seed": self.seed, "data": self.data}
 
     def resume(self, trainer: Trainer) -> bool:
-        """Puts the trainer where the folder's last epoch left it; False where there is none yet."""
+        """Restores the trainer to the last complete epoch. Returns False if the folder has no state yet.
+
+        Raises ScriptError if the state cannot be read or belongs to another recipe, seed, data set or release.
+        """
         path = self.folder / "state.pt"
         if not path.exists():
             return False
@@ -50,19 +56,19 @@ class Run:
             state = torch.load(path, map_location=trainer.device, weights_only=True)
             identity = state["identity"]
         except Exception as error:
-            raise ScriptError(f"{path} cannot be read: {type(error).__name__}") from error
+            raise ScriptError(f"{path} cannot be read ({type(error).__name__}). Use another --out folder") from error
         if identity != self.identity:
-            raise ScriptError(f"{self.folder} holds a run of another recipe, seed or data; name another --out")
+            raise ScriptError(f"{self.folder} has a run with another recipe, seed or data. Use another --out folder")
         try:
             trainer.load_state_dict(state["trainer"])
             self.results = [EpochResult(**result) for result in state["results"]]
             self.earlier_arithmetic = state["arithmetic"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ScriptError(f"{path} is of another release: name another --out") from error
+            raise ScriptError(f"{path} was written by another release of unfog. Use another --out folder") from error
         return True
 
     def record(self, trainer: Trainer, result: EpochResult) -> bool:
-        """Keeps an epoch; returns whether its validation loss is the best so far."""
+        """Writes the files of an epoch. Returns True if its validation loss is the lowest so far."""
         loss = result.validation_loss
         best = math.isfinite(loss) and not any(earlier.validation_loss <= loss for earlier in self.results)
         self.results.append(result)
@@ -82,7 +88,7 @@ class Run:
         return best
 
     def safe_save_model(self, trainer: Trainer) -> None:
-        """A copy of the weights to serve, with all that serving needs."""
+        """Writes the checkpoint with the averaged weights and with the settings that the service needs."""
         checkpoint.save(self.folder / "model.safetensors", trainer.averaged, self._config(trainer))
 
     def _config(self, trainer: Trainer) -> checkpoint.CheckpointConfig:

@@ -1,7 +1,7 @@
-"""Trains a network by a recipe, one epoch at a time, and can stop and go on between any two.
+"""Trains a network with a recipe, one epoch at a time. Training can be stopped and resumed between epochs.
 
-All randomness of an epoch comes from a generator seeded with (seed, epoch), so nothing of
-it has to be saved: a run that was killed repeats its last epoch bit by bit.
+All random numbers of an epoch come from a generator that is seeded with (seed, epoch). The state of the generator is
+therefore not saved: a resumed run repeats the interrupted epoch with the same bits.
 """
 
 import math
@@ -26,19 +26,19 @@ OnStep = Callable[[int, float], None]
 
 @dataclass(frozen=True, slots=True)
 class EpochResult:
-    """What one epoch gave; the losses are mean squared errors of what is predicted, weighted as in training."""
+    """Result of one epoch. The losses are mean squared errors of the network's output, with the training weights."""
 
     epoch: int
     train_loss: float
     validation_loss: float
-    band_losses: tuple[float, ...]  # t in 1..T/4, ... ; little noise first
+    band_losses: tuple[float, ...]  # t in 1..T/4 (least noise) first
     learning_rate: float
 
 
 class Trainer:
-    """The state of a run: network, running average, optimizer, learning rate, epoch.
+    """Holds the network, its moving average, the optimizer, the learning rate and the epoch.
 
-    `start` has the first weights of the network. `averaged` is the network whose weights are served.
+    `start` contains the initial weights of the network. `averaged` is the network that is saved in the checkpoint.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Trainer:
         self.network = _new_network(recipe, device)
         if start:
             self.network.load_state_dict(start)
-        # Without an EMA the largest decay is 0, and the average equals the network.
+        # Without an EMA, the maximum decay is 0 and the average equals the network.
         self._average = AveragedModel(self.network, multi_avg_fn=running_average(recipe.ema_max_decay))
-        self._average.n_averaged.fill_(1)  # the first weights are part of the average
+        self._average.n_averaged.fill_(1)  # count the initial weights as part of the average
         self.averaged = cast(UNet, self._average.module).eval().requires_grad_(False)
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer.name]
         constants = recipe.optimizer
@@ -77,17 +77,21 @@ class Trainer:
         if compiled:
             use_private_compile_cache(default_cache())
         self.denoiser = torch.compile(self._denoise) if compiled else self._denoise
+        # The results have the same bits only if this, the recipe and the seed are the same.
         self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
             ", compiled" if compiled else ""
-        )  # what decides the last bits beside the recipe and the seed
+        )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches only: the rest of an epoch's shuffle is left out."""
+        """Number of full batches. The remaining examples of the epoch's shuffle are not used."""
         return self.objective.num_examples // self.recipe.batch_size
 
     def run_epoch(self, on_step: OnStep = lambda step, loss: None) -> EpochResult:
-        """One pass over the training images, then the validation loss of the weights to serve."""
+        """Trains on all training examples once, then computes the validation loss of the averaged weights.
+
+        `on_step` is called with the index of the step and its loss.
+        """
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.epoch)
         loss_of = self.objective.loss_of(generator)
         order = torch.randperm(self.objective.num_examples, generator=generator, device=self.device)
@@ -106,7 +110,7 @@ class Trainer:
         return EpochResult(self.epoch, train_loss, validation_loss, band_losses, learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a later run needs to go on as if it had never stopped."""
+        """Returns the state from which a resumed run continues with the same bits as an uninterrupted run."""
         return {
             "network": self.network.state_dict(),
             "ema": {"step": int(self._average.n_averaged) - 1, "shadow": self.averaged.state_dict()},
@@ -116,12 +120,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
+        """Restores the state that `state_dict` returned, also that of the previous release."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
         self.epoch = state["epoch"]
-        # Earlier releases stored None for a recipe without an EMA.
+        # The previous release stored None for a recipe without an EMA.
         ema = state["ema"] or {"step": 0, "shadow": state["network"]}
         self._average.n_averaged.fill_(ema["step"] + 1)
         self.averaged.load_state_dict(ema["shadow"])
@@ -141,7 +145,7 @@ class Trainer:
         return self._in_precision(self.network, x_t, t, y)
 
     def denoise_averaged(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """What the weights to serve predict, in the recipe's precision."""
+        """Returns the output of the averaged network in float32, computed in the precision of the recipe."""
         return self._in_precision(self.averaged, x_t, t, y).float()
 
     def _in_precision(self, network: UNet, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:

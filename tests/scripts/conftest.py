@@ -1,4 +1,4 @@
-"""What all tests of the scripts share."""
+"""Fixtures for all tests of the scripts."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from scripts.common import arguments
 
 @pytest.fixture(scope="session", autouse=True)
 def not_compiled_by_default() -> Iterator[None]:
-    """Compiling takes half a minute: here it is done only where a test asks for it, or starts a process of its own."""
+    """Sets --compile off by default, because compilation takes half a minute. Subprocesses are not affected."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arguments, "DEFAULT_COMPILE", "off")
         yield

@@ -35,7 +35,7 @@ stop = 12
 
 
 @pytest.fixture(autouse=True)
-def few_paths_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_paths_per_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.training.distillation.PART_SIZE", 64)
 
 
@@ -46,10 +46,10 @@ def preset(tmp_path: Path) -> Path:
     return tmp_path / "tiny.toml"
 
 
-def save_teacher(path: Path, kind: str = "v", *, loud: bool = False) -> Path:
-    """`loud`: it hears of the digit as of anything else, so that guidance is seen in what it draws."""
+def save_teacher(path: Path, kind: str = "v", *, large_embeddings: bool = False) -> Path:
+    """`large_embeddings` makes the effect of the class, and so of guidance, visible in the images."""
     network = tiny_unet(image_size=28, num_steps=NUM_STEPS, time_dim=8, embed_dim=8)
-    if loud:
+    if large_embeddings:
         network.class_embed.weight.mul_(10)
     config = CheckpointConfig(
         unet=network.config,
@@ -66,7 +66,7 @@ def run(preset: Path, teacher: Path, out: Path, *more: str) -> None:
     distil.main([f"--preset={preset}", f"--teacher={teacher}", f"--out={out}", "--compile=off", *more])
 
 
-def test_the_student_begins_as_its_teacher_and_says_in_how_many_steps_it_draws(preset: Path, tmp_path: Path) -> None:
+def test_student_starts_from_the_teacher_and_stores_its_number_of_steps(preset: Path, tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors")
     run(preset, teacher, tmp_path / "run")
     student = checkpoint.load(tmp_path / "run" / "model.safetensors")
@@ -78,14 +78,14 @@ def test_the_student_begins_as_its_teacher_and_says_in_how_many_steps_it_draws(p
     assert 0.5 < torch.stack(moved).mean() < 0.99999
 
 
-def test_the_student_comes_nearer_to_its_teachers_paths_than_the_teacher_in_as_many_steps(
+def test_student_is_closer_to_the_paths_than_the_teacher_with_the_same_steps(
     preset: Path, tmp_path: Path
 ) -> None:
-    teacher = save_teacher(tmp_path / "teacher.safetensors", loud=True)
+    teacher = save_teacher(tmp_path / "teacher.safetensors", large_embeddings=True)
     preset.write_text(preset.read_text().replace("num_paths = 56", "num_paths = 960"))
     run(preset, teacher, tmp_path / "run")
     last = max((tmp_path / "run" / "paths").iterdir())
-    paths, index = load_file(last), torch.arange(960, 1_024)  # that were not learned from
+    paths, index = load_file(last), torch.arange(960, 1_024)  # not in the training set
     options = DrawingOptions("ddim", 3, Guidance())
     distances = []
     for path in (tmp_path / "run" / "model.safetensors", teacher):
@@ -96,30 +96,30 @@ def test_the_student_comes_nearer_to_its_teachers_paths_than_the_teacher_in_as_m
     assert student < 0.7 * itself
 
 
-def test_time_that_runs_out_among_the_paths_is_said_and_they_are_gone_on_with(
+def test_time_limit_during_the_paths_is_reported_and_the_run_resumes(
     preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors")
     run(preset, teacher, tmp_path / "run", "--time-limit=0.0000001")
-    assert "not all paths" in capsys.readouterr().out
+    assert "time limit reached before all paths were generated" in capsys.readouterr().out
     assert not (tmp_path / "run" / "model.safetensors").exists()
     run(preset, teacher, tmp_path / "run")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_the_student_is_drawn_with_as_it_says(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_uses_the_steps_and_sampler_of_the_student(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(preset, save_teacher(tmp_path / "teacher.safetensors"), tmp_path / "run", "--epochs=1")
     drawing = [f"--checkpoint={tmp_path / 'run' / 'model.safetensors'}", "--digit=3", "--seed=1"]
     sample.main([*drawing, f"--out={tmp_path / 'own.png'}"])
-    sample.main([*drawing, f"--out={tmp_path / 'said.png'}", "--num-steps=3", "--sampler=ddim"])
-    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "said.png").read_bytes()
+    sample.main([*drawing, f"--out={tmp_path / 'expected.png'}", "--num-steps=3", "--sampler=ddim"])
+    assert (tmp_path / "own.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     for wrong in ("--num-steps=2", "--sampler=ddpm", "--guidance-scale=2"):
         with pytest.raises(SystemExit):
             sample.main([*drawing, f"--out={tmp_path / 'wrong.png'}", wrong])
         assert "this checkpoint" in capsys.readouterr().err
 
 
-def test_started_again_it_goes_on_as_if_it_had_never_stopped(
+def test_resumed_distillation_equals_an_uninterrupted_run(
     preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors")
@@ -134,30 +134,30 @@ def test_started_again_it_goes_on_as_if_it_had_never_stopped(
         patch.setattr(Run, "record", stop_after_the_first)
         run(preset, teacher, tmp_path / "parts")
     run(preset, teacher, tmp_path / "parts")
-    assert "going on after epoch 1" in capsys.readouterr().out
+    assert "resuming from epoch 1" in capsys.readouterr().out
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
 
 
 @pytest.mark.parametrize("kind", ["eps", "edm"])
-def test_a_teacher_of_another_kind_is_one_sentence(
+def test_teacher_with_another_prediction_gives_a_one_line_error(
     preset: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         run(preset, save_teacher(tmp_path / "teacher.safetensors", kind), tmp_path / "run")
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the student begins as its teacher" in line
+    assert "the recipe and the teacher differ" in line
     assert kind in line
 
 
-def test_a_teacher_that_may_not_draw_the_paths_is_one_sentence(
+def test_teacher_that_cannot_generate_the_paths_gives_a_one_line_error(
     preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = checkpoint.load(save_teacher(tmp_path / "teacher.safetensors"))
-    for change, said in (
-        ({"steps": (3,), "samplers": ("ddim",), "guidance": Guidance()}, "does not permit"),
-        ({"training": {}, "guidance": Guidance()}, "cannot be guided"),
+    for change, expected in (
+        ({"steps": (3,), "samplers": ("ddim",), "guidance": Guidance()}, "the teacher must permit the sampler dpmpp"),
+        ({"training": {}, "guidance": Guidance()}, "does not support guidance"),
     ):
         teacher = tmp_path / "other.safetensors"
         checkpoint.save(teacher, loaded.network, dataclasses.replace(loaded.config, **change))
@@ -165,28 +165,28 @@ def test_a_teacher_that_may_not_draw_the_paths_is_one_sentence(
             run(preset, teacher, tmp_path / "run")
         assert exit_.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert said in line
+        assert expected in line
 
 
-def test_a_student_is_not_trained_on_images(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_rejects_a_preset_for_distillation(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         train.main([f"--preset={preset}", f"--out={tmp_path / 'run'}"])
     assert exit_.value.code == 2
-    assert "that is what scripts.distil does" in capsys.readouterr().err
+    assert "is for distillation. Use it with scripts.distil" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "expected"),
     [
-        ('kind = "v"', 'kind = "eps"', "a student cannot predict eps"),
-        ("scale = 1.0", "scale = 1.5", "a student drops no label"),
-        ("label_drop = 0.0", "label_drop = 0.1", "a student drops no label"),
-        ("teacher_steps = 6", "teacher_steps = 50", "more steps than the schedule"),
-        ("num_paths = 56", "num_paths = 5", "must fill a batch"),
+        ('kind = "v"', 'kind = "eps"', "distillation does not support prediction.kind eps"),
+        ("scale = 1.0", "scale = 1.5", "distillation needs label_drop = 0"),
+        ("label_drop = 0.0", "label_drop = 0.1", "distillation needs label_drop = 0"),
+        ("teacher_steps = 6", "teacher_steps = 50", "must be at most schedule.num_steps"),
+        ("num_paths = 56", "num_paths = 5", "must be at least batch_size"),
     ],
 )
-def test_a_recipe_that_no_student_can_follow_is_one_sentence(
-    preset: Path, tmp_path: Path, before: str, after: str, said: str, capsys: pytest.CaptureFixture[str]
+def test_invalid_distillation_recipe_gives_a_one_line_error(
+    preset: Path, tmp_path: Path, before: str, after: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = preset.read_text()
     assert before in text
@@ -195,11 +195,11 @@ def test_a_recipe_that_no_student_can_follow_is_one_sentence(
         run(preset, save_teacher(tmp_path / "teacher.safetensors"), tmp_path / "run")
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert expected in line
 
 
 @pytest.mark.parametrize("preset_name", ["default", "baseline", "nowhere"])
-def test_a_recipe_that_distils_nothing_is_one_sentence(
+def test_preset_without_distillation_gives_a_one_line_error(
     tmp_path: Path, preset_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:

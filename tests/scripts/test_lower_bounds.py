@@ -1,4 +1,4 @@
-"""The lower bounds that scripts/environments installs are those that pyproject.toml declares."""
+"""Tests that scripts.lower_bounds prints the lower bounds in pyproject.toml."""
 
 import subprocess
 import sys
@@ -19,12 +19,12 @@ def test_each_requirement_is_pinned_to_its_lower_bound() -> None:
 
 
 @pytest.mark.parametrize("requirement", ["torch", "torch<3", "torch==2.13", "torch[all]>=2", "torch>=2.13rc1"])
-def test_a_requirement_without_a_plain_lower_bound_is_refused(requirement: str) -> None:
+def test_requirement_without_a_plain_lower_bound_is_rejected(requirement: str) -> None:
     with pytest.raises(ValueError, match="expected name>=version"):
         lower_bounds([requirement])
 
 
-def test_every_dependency_and_the_traces_are_pinned_by_the_command() -> None:
+def test_command_pins_every_dependency_and_the_traces_extra() -> None:
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     declared = project["dependencies"] + project["optional-dependencies"]["traces"]
     command = [sys.executable, "-I", str(module.__file__), str(PYPROJECT)]

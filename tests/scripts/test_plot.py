@@ -30,13 +30,13 @@ def pixels(path: Path) -> Tensor:
 
 
 def contains(picture: Tensor, part: Tensor) -> bool:
-    """Whether the part stands somewhere in the picture, pixel by pixel."""
+    """True if `part` occurs in the picture with exactly the same pixels."""
     height, width = part.shape
     starts = (picture[: picture.shape[0] - height + 1, : picture.shape[1] - width + 1] == part[0, 0]).nonzero()
     return any(torch.equal(picture[y : y + height, x : x + width], part) for y, x in starts.tolist())
 
 
-def test_each_pixel_of_an_image_is_a_whole_number_of_the_figures(tmp_path: Path) -> None:
+def test_image_pixels_are_enlarged_exactly_in_the_figure(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randint(0, 256, (2, 20, 30), generator=generator, dtype=torch.uint8)
     figure = draw_panels([Panel(left[..., None], ["a", "b"], ["row"], "left"), Panel(right[..., None], ["c"])], scale=3)
@@ -47,7 +47,7 @@ def test_each_pixel_of_an_image_is_a_whole_number_of_the_figures(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_the_noise_progression_goes_from_the_image_to_static(kind: str) -> None:
+def test_noise_progression_goes_from_the_image_to_noise(kind: str) -> None:
     x_0 = torch.full((1, 28, 28), -1.0)
     x_0[0, 6:22, 12:16] = 1.0
     figure = plots.show_noise_progression(x_0, Schedule(ScheduleConfig(kind)), seed=1)
@@ -62,14 +62,14 @@ def test_the_noise_progression_goes_from_the_image_to_static(kind: str) -> None:
     assert abs(likeness[-1]) < 0.1
 
 
-def test_the_noise_progression_of_a_drawn_digit_begins_with_it(tiny: Path, tmp_path: Path) -> None:
+def test_noise_progression_of_a_generated_digit_starts_with_that_digit(tiny: Path, tmp_path: Path) -> None:
     common = ["--checkpoint", str(tiny), "--digit", "3", "--seed", "9", "--num-steps", "3"]
     plot.main(["noise", *common, "--out", str(tmp_path / "noise.png")])
     sample.main([*common, "--scale", "3", "--out", str(tmp_path / "digit.png")])
     assert contains(pixels(tmp_path / "noise.png"), pixels(tmp_path / "digit.png"))
 
 
-def test_the_noise_progression_of_a_real_digit_shows_one(tiny: Path, tmp_path: Path, mnist_dir: Path) -> None:
+def test_noise_progression_with_data_dir_shows_a_real_digit(tiny: Path, tmp_path: Path, mnist_dir: Path) -> None:
     path = tmp_path / "noise.png"
     plot.main(["noise", "--checkpoint", str(tiny), "--data-dir", str(mnist_dir), "--out", str(path)])
     first_seven = 0  # the first test image is a 7
@@ -77,7 +77,7 @@ def test_the_noise_progression_of_a_real_digit_shows_one(tiny: Path, tmp_path: P
     assert contains(pixels(path), raw.repeat_interleave(3, 0).repeat_interleave(3, 1))
 
 
-def test_the_reverse_process_ends_in_the_digits_that_a_sample_gives(tiny: Path, tmp_path: Path) -> None:
+def test_reverse_process_ends_with_the_digits_of_scripts_sample(tiny: Path, tmp_path: Path) -> None:
     common = ["--checkpoint", str(tiny), "--seed", "4"]
     plot.main(["reverse", *common, "--out", str(tmp_path / "reverse.png")])
     sample.main([*common, "--digit", "all", "--batch-size", "10", "--out", str(tmp_path / "digits")])
@@ -97,7 +97,7 @@ def test_columns_are_spread_evenly(count: int, wanted: int, chosen: list[int]) -
     assert plots.spread(count, wanted) == chosen
 
 
-def test_a_sheet_has_a_row_of_ten_for_each_digit(tiny: Path, tmp_path: Path) -> None:
+def test_sheet_has_a_row_of_ten_images_per_digit(tiny: Path, tmp_path: Path) -> None:
     common = ["--checkpoint", str(tiny), "--seed", "2", "--num-steps", "2"]
     plot.main(["sheet", *common, "--out", str(tmp_path / "sheet.png")])
     sample.main([*common, "--digit", "all", "--count", "10", "--scale", "2", "--out", str(tmp_path / "same.png")])
@@ -113,7 +113,7 @@ def write_losses(folder: Path, rows: list[tuple[int, float, float]]) -> Path:
     return folder
 
 
-def test_loss_curves_are_those_of_the_runs(tmp_path: Path) -> None:
+def test_loss_curves_show_the_losses_of_the_runs(tmp_path: Path) -> None:
     first = write_losses(tmp_path / "first", [(1, 0.2, 0.1), (2, 0.06, 0.05), (3, 0.05, 0.04)])
     second = write_losses(tmp_path / "second", [(1, 0.3, 0.2)])
     figure = plots.show_losses({"first": plots.read_losses(first), "second": plots.read_losses(second / "losses.csv")})
@@ -137,14 +137,14 @@ def test_loss_curves_are_those_of_the_runs(tmp_path: Path) -> None:
         "epoch,train_loss,validation_loss\n1,a,b\n",
     ],
 )
-def test_another_file_has_no_losses(tmp_path: Path, content: str) -> None:
+def test_invalid_losses_csv_is_rejected(tmp_path: Path, content: str) -> None:
     path = tmp_path / "losses.csv"
     path.write_text(content)
-    with pytest.raises(ScriptError, match=r"is not the losses\.csv|holds no epoch"):
+    with pytest.raises(ScriptError, match=r"is not the losses\.csv|has no epoch"):
         plots.read_losses(path)
 
 
-def test_epochs_stand_under_each_other_in_the_order_asked(tmp_path: Path) -> None:
+def test_epochs_are_shown_as_rows_in_the_given_order(tmp_path: Path) -> None:
     grids = torch.rand(3, 10, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for epoch, x_0 in zip((1, 5, 15), grids, strict=True):
         save_grid(x_0, tmp_path / "epochs" / f"{epoch:02d}.png", columns=10)
@@ -154,7 +154,7 @@ def test_epochs_stand_under_each_other_in_the_order_asked(tmp_path: Path) -> Non
     assert contains(pixels(tmp_path / "out.png"), torch.cat([rows[0], gap, rows[1], gap, rows[2]]))
 
 
-def test_an_epoch_that_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_epoch_is_named_in_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_grid(torch.zeros(10, 1, 28, 28), tmp_path / "epochs" / "01.png", columns=10)
     with pytest.raises(SystemExit) as exit_:
         plot.main(["epochs", str(tmp_path), "--epochs", "1", "5", "--out", str(tmp_path / "out.png")])
@@ -167,7 +167,7 @@ def test_an_epoch_that_is_missing_is_named(tmp_path: Path, capsys: pytest.Captur
     ("there", "shown"),
     [([1], [1]), ([1, 2, 3], [1, 3]), (range(1, 19), [1, 5, 15, 18]), (range(1, 41), [1, 5, 15, 30])],
 )
-def test_without_being_asked_the_usual_epochs_are_shown_as_far_as_there_are_any(
+def test_default_epochs_are_1_5_15_30_or_the_last(
     tmp_path: Path, there: Sequence[int], shown: list[int]
 ) -> None:
     for epoch in there:
@@ -197,7 +197,7 @@ def test_without_being_asked_the_usual_epochs_are_shown_as_far_as_there_are_any(
     ],
     ids=lambda wrong: " ".join(wrong) or "nothing",
 )
-def test_a_wrong_argument_is_one_sentence_and_status_2(
+def test_wrong_argument_exits_with_status_2_and_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -209,7 +209,7 @@ def test_a_wrong_argument_is_one_sentence_and_status_2(
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib"])
-def test_a_missing_extra_is_named_with_the_line_that_installs_it(
+def test_missing_extra_is_reported_with_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
     run = write_losses(tmp_path / "run", [(1, 0.2, 0.1)])
@@ -222,7 +222,7 @@ def test_a_missing_extra_is_named_with_the_line_that_installs_it(
     assert package in sentence and "pip install -e '.[train]'" in sentence
 
 
-def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_works_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("rich", "matplotlib"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as exit_:
@@ -232,7 +232,7 @@ def test_help_needs_no_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("command", ["noise", "reverse", "losses runs", "epochs run", "bench bench.json"])
-def test_without_matplotlib_a_figure_is_refused_before_anything_is_read_or_drawn(
+def test_missing_matplotlib_is_reported_before_any_work(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -33,7 +33,7 @@ def draw(tiny: Path, out: Path, *arguments: str) -> None:
     sample.main(["--checkpoint", str(tiny), "--out", str(out), "--num-steps", "2", "--seed", "5", *arguments])
 
 
-def test_one_digit_fills_a_square_and_the_rest_is_black(tiny: Path, tmp_path: Path) -> None:
+def test_one_digit_is_arranged_in_a_square_and_empty_cells_are_black(tiny: Path, tmp_path: Path) -> None:
     draw(tiny, tmp_path / "a.png", "--digit", "7", "--count", "5")
     sheet = pixels(tmp_path / "a.png")
     assert sheet.shape == (2 * 28, 3 * 28)
@@ -41,7 +41,7 @@ def test_one_digit_fills_a_square_and_the_rest_is_black(tiny: Path, tmp_path: Pa
     assert all(cell.any() for cell in (sheet[:28, :28], sheet[28:, 28:56]))
 
 
-def test_several_digits_get_a_row_each(tiny: Path, tmp_path: Path) -> None:
+def test_several_digits_get_one_row_each(tiny: Path, tmp_path: Path) -> None:
     draw(tiny, tmp_path / "two.png", "--digit", "7", "--digit", "2", "--count", "3")
     draw(tiny, tmp_path / "two", "--digit", "2", "--count", "3")
     sheet = pixels(tmp_path / "two.png")
@@ -49,15 +49,15 @@ def test_several_digits_get_a_row_each(tiny: Path, tmp_path: Path) -> None:
     for i in range(3):
         alone = pixels(tmp_path / "two" / f"digit-2-seed-5-{i}.png").int()
         cell = sheet[28:, 28 * i : 28 * (i + 1)].int()
-        assert (alone - cell).abs().float().mean() < 2  # other batches may round differently
+        assert (alone - cell).abs().float().mean() < 2  # another batch size may round differently
 
 
-def test_all_is_every_digit_once(tiny: Path, tmp_path: Path) -> None:
+def test_all_means_every_digit_once(tiny: Path, tmp_path: Path) -> None:
     draw(tiny, tmp_path / "all", "--digit", "all", "--digit", "3")
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [f"digit-{d}-seed-5-0.png" for d in range(10)]
 
 
-def test_a_picture_says_where_it_comes_from(tiny: Path, tmp_path: Path) -> None:
+def test_png_contains_its_provenance(tiny: Path, tmp_path: Path) -> None:
     draw(tiny, tmp_path / "out", "--digit", "4", "--count", "2", "--sampler", "ddim", "--guidance-scale", "2.5")
     with Image.open(tmp_path / "out" / "digit-4-seed-5-1.png") as image:
         text = image.text  # type: ignore[attr-defined]
@@ -66,21 +66,21 @@ def test_a_picture_says_where_it_comes_from(tiny: Path, tmp_path: Path) -> None:
     assert text["Software"].startswith("unfog ") and len(text["Model-SHA256"]) == 64
 
 
-def test_scale_enlarges_by_whole_pixels(tiny: Path, tmp_path: Path) -> None:
+def test_scale_enlarges_by_an_integer_factor(tiny: Path, tmp_path: Path) -> None:
     draw(tiny, tmp_path / "small.png", "--digit", "1")
     draw(tiny, tmp_path / "large.png", "--digit", "1", "--scale", "3")
     small, large = pixels(tmp_path / "small.png"), pixels(tmp_path / "large.png")
     assert torch.equal(large, small.repeat_interleave(3, 0).repeat_interleave(3, 1))
 
 
-def test_a_seed_repeats_the_file_and_another_does_not(tiny: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_the_same_file_and_another_seed_does_not(tiny: Path, tmp_path: Path) -> None:
     for name, seed in (("a.png", "1"), ("b.png", "1"), ("c.png", "2")):
         draw(tiny, tmp_path / name, "--digit", "all", "--seed", seed)
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert a == b != c
 
 
-def test_without_a_seed_one_is_drawn_and_told(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_seed_a_random_seed_is_used_and_printed(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--checkpoint", str(tiny), "--num-steps", "1", "--digit", "1", "--out"]
     sample.main([*arguments, str(tmp_path / "a")])
     sample.main([*arguments, str(tmp_path / "b")])
@@ -110,7 +110,7 @@ def test_without_a_seed_one_is_drawn_and_told(tiny: Path, tmp_path: Path, capsys
     ],
     ids=lambda wrong: " ".join(wrong)[:40] or "nothing",
 )
-def test_a_wrong_argument_is_one_sentence_and_status_2(
+def test_wrong_argument_exits_with_status_2_and_one_line(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -120,18 +120,18 @@ def test_a_wrong_argument_is_one_sentence_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_guiding_a_network_that_cannot_be_guided_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guidance_is_rejected_if_the_checkpoint_does_not_support_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = save_tiny_checkpoint(tmp_path / "plain.safetensors", label_drop=0, guidance=Guidance())
     with pytest.raises(SystemExit) as exit_:
         draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1.3")
     assert exit_.value.code == 2
-    assert "cannot be guided" in capsys.readouterr().err
+    assert "does not support guidance" in capsys.readouterr().err
     draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1")
     assert (tmp_path / "x.png").exists()
 
 
 def sample_process(tiny: Path, out: Path, cache: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
-    """`python -m scripts.sample` with the default options, on a CPU: status, stdout and stderr."""
+    """Runs `python -m scripts.sample` on a CPU. Returns exit status, stdout and stderr."""
     command = [sys.executable, "-m", "scripts.sample", f"--checkpoint={tiny}", f"--out={out}", *arguments]
     own = {"UNFOG_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     options = ["--digit=7", "--num-steps=2", "--seed=5"]
@@ -139,7 +139,7 @@ def sample_process(tiny: Path, out: Path, cache: Path, *arguments: str, **variab
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def test_without_a_compiler_it_draws_uncompiled_and_says_so_unless_it_must_compile(tiny: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_auto_runs_uncompiled_and_on_fails(tiny: Path, tmp_path: Path) -> None:
     out, cache = tmp_path / "x.png", tmp_path / "cache"
     status, said, failed = sample_process(tiny, out, cache, "--compile", CXX="no-such-compiler")
     assert (status, said) == (2, "")
@@ -149,13 +149,13 @@ def test_without_a_compiler_it_draws_uncompiled_and_says_so_unless_it_must_compi
     status, said, failed = sample_process(tiny, out, cache, CXX="no-such-compiler")
     assert (status, failed) == (0, "")
     slow, drawn = said.splitlines()
-    assert "Drawing without a compiled step, which is slower: compiling needs a C++ compiler" in slow
-    assert drawn == f"1 images with seed 5: {out}"
+    assert "not compiled, so generating images is slower: compiling needs a C++ compiler" in slow
+    assert drawn == f"wrote 1 image with seed 5: {out}"
     assert out.exists()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_the_first_run_compiles_into_the_services_cache_and_the_next_one_finds_it(tiny: Path, tmp_path: Path) -> None:
+def test_second_run_uses_the_compiled_step_of_the_first_run(tiny: Path, tmp_path: Path) -> None:
     cache, cpu = tmp_path / "cache", torch.device("cpu")
     status, said, failed = sample_process(tiny, tmp_path / "first.png", cache)
     assert (status, failed) == (0, "")
@@ -163,12 +163,12 @@ def test_the_first_run_compiles_into_the_services_cache_and_the_next_one_finds_i
     assert library_of(ReverseStep(checkpoint.load(tiny), cpu, fast_dtype(cpu)), cache).exists()
     status, said, failed = sample_process(tiny, tmp_path / "second.png", cache, CXX="no-such-compiler")
     assert (status, failed) == (0, "")
-    assert said.splitlines() == [f"1 images with seed 5: {tmp_path / 'second.png'}"]
+    assert said.splitlines() == [f"wrote 1 image with seed 5: {tmp_path / 'second.png'}"]
     assert (tmp_path / "second.png").read_bytes() == (tmp_path / "first.png").read_bytes()
 
 
 @pytest.mark.parametrize("wrong", [["--digit=11"], ["--digit=1", "--num-steps=11"], ["--digit=1", "--guidance-stop=1"]])
-def test_a_wrong_argument_is_found_before_anything_is_compiled(
+def test_wrong_argument_is_reported_before_compilation(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: list[str]
 ) -> None:
     monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))

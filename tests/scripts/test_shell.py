@@ -1,4 +1,4 @@
-"""The shell scripts' own words: what they are asked with, before anything is made or installed."""
+"""Tests --help and wrong arguments of the shell scripts, which must not create or install anything."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def call(tmp_path: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A script alone in a folder, where what it would make can be seen."""
+    """Runs a copy of a script in an empty folder, where new files would be visible."""
     folder = tmp_path / "scripts"
     folder.mkdir(exist_ok=True)
     for script in (name, "setup.sh"):
@@ -19,7 +19,7 @@ def call(tmp_path: Path, name: str, *arguments: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("name", ["audit", "environments", "nightly", "serve", "test"])
-def test_help_is_printed_and_nothing_is_made(tmp_path: Path, name: str) -> None:
+def test_help_prints_the_usage_and_creates_nothing(tmp_path: Path, name: str) -> None:
     done = call(tmp_path, name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: scripts/{name}")
@@ -38,7 +38,7 @@ def test_help_is_printed_and_nothing_is_made(tmp_path: Path, name: str) -> None:
         ("nightly", ("--minutes=0",)),
     ],
 )
-def test_a_wrong_argument_is_status_2_and_nothing_is_made(
+def test_wrong_argument_exits_with_status_2_and_creates_nothing(
     tmp_path: Path, name: str, arguments: tuple[str, ...]
 ) -> None:
     done = call(tmp_path, name, *arguments)

@@ -16,7 +16,7 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 def evaluation_of(
     path: Path, *, sampler: str = "ddpm", guidance: Guidance = Guidance(), **facts: Any
 ) -> dict[str, Any]:
-    """As scripts.evaluate leaves it, of the weights in this file."""
+    """Returns an evaluation of the weights in this file, in the format of scripts.evaluate."""
     seen = {"accuracy": 0.5, "per_digit": [0.5] * 10}
     manifold = {"precision": 0.5, "recall": 0.5, "coverage": 0.5}
     return {
@@ -34,8 +34,8 @@ def evaluation_of(
     }
 
 
-def refusal(source: Path, content: Any, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said of an evaluation that does not ship."""
+def error_of_shipping(source: Path, content: Any, *arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs scripts.ship with a wrong evaluation and returns its error message."""
     file, target = source.parent / "evaluation.json", source.parent / "out.safetensors"
     file.write_text(json.dumps(content))
     with pytest.raises(SystemExit) as ended:
@@ -46,7 +46,7 @@ def refusal(source: Path, content: Any, *arguments: str, capsys: pytest.CaptureF
     return line
 
 
-def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evaluations(tmp_path: Path) -> None:
+def test_shipped_checkpoint_has_float16_weights_guidance_and_evaluations(tmp_path: Path) -> None:
     run, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "weights" / "default.safetensors"
     source, recipe = tmp_path / "shipped.safetensors", load_recipe("default")
     ship.main([str(run), f"--out={source}"])
@@ -68,41 +68,41 @@ def test_what_ships_has_the_weights_in_half_the_bytes_the_guidance_and_the_evalu
     assert (drawn - after.probe_image).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_the_evaluation_of_weights_that_shipping_rounds_does_not_ship(
+def test_evaluation_of_the_float32_weights_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = save_tiny_checkpoint(tmp_path / "run.safetensors")
-    assert "not an evaluation of these weights" in refusal(source, evaluation_of(source), capsys=capsys)
+    assert "not an evaluation of these weights" in error_of_shipping(source, evaluation_of(source), capsys=capsys)
 
 
 @pytest.mark.parametrize("wrong", [{"weights_sha256": "0" * 64}, {"options": None}])
-def test_the_evaluation_of_something_else_does_not_ship(
+def test_evaluation_of_other_weights_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: dict[str, Any]
 ) -> None:
     source = tmp_path / "shipped.safetensors"
     ship.main([str(save_tiny_checkpoint(tmp_path / "run.safetensors")), f"--out={source}"])
     content = {name: value for name, value in evaluation_of(source, **wrong).items() if value is not None}
-    assert "not an evaluation of these weights" in refusal(source, content, capsys=capsys)
+    assert "not an evaluation of these weights" in error_of_shipping(source, content, capsys=capsys)
 
 
-def test_an_evaluation_under_another_guidance_than_ships_does_not_ship(
+def test_evaluation_with_another_guidance_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = tmp_path / "shipped.safetensors"
     ship.main([str(save_tiny_checkpoint(tmp_path / "run.safetensors")), f"--out={source}"])
     content = evaluation_of(source, guidance=load(source).config.guidance)
-    assert "guided otherwise" in refusal(source, content, "--guidance-of=default", capsys=capsys)
+    assert "was evaluated with guidance" in error_of_shipping(source, content, "--guidance-of=default", capsys=capsys)
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"scores": {}}, "no evaluation"])
-def test_what_is_no_evaluation_does_not_ship(
+def test_json_that_is_not_an_evaluation_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
 ) -> None:
     source = save_tiny_checkpoint(tmp_path / "run.safetensors")
-    assert "not what scripts.evaluate digits leaves" in refusal(source, content, capsys=capsys)
+    assert "not what scripts.evaluate digits leaves" in error_of_shipping(source, content, capsys=capsys)
 
 
-def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
+def test_student_and_default_share_the_size_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("SHIPPED", "SHIPPED_FAST"):
@@ -118,7 +118,7 @@ def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
     monkeypatch.setattr(ship, "MAX_BYTES", default.stat().st_size + 1000)
     with pytest.raises(SystemExit):
         ship.main([str(student)])
-    assert "would ship" in capsys.readouterr().err
+    assert "would have more than" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_student_ships_beside_the_default_model_and_both_together_stay_small(
         (["{source}", "--evaluation", "missing.json"], "cannot be read"),
     ],
 )
-def test_what_cannot_ship_is_one_sentence_and_status_2(
+def test_wrong_argument_exits_with_status_2_and_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], reason: str
 ) -> None:
     source, target = save_tiny_checkpoint(tmp_path / "run.safetensors"), tmp_path / "out.safetensors"
@@ -142,7 +142,7 @@ def test_what_cannot_ship_is_one_sentence_and_status_2(
     assert not target.exists()
 
 
-def test_a_checkpoint_that_is_too_large_does_not_ship(
+def test_too_large_checkpoint_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_tiny_checkpoint(tmp_path / "run.safetensors")

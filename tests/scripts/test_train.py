@@ -22,8 +22,8 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with made-up data and recipes, trusted as if they were MNIST's."""
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with recipes and generated IDX files, which replace MNIST."""
     folder = tmp_path_factory.mktemp("training")
     write_idx_files(folder / "data")
     for name, text in RECIPES.items():
@@ -33,18 +33,18 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def arguments(workplace: Path, recipe: str, out: Path, *more: str) -> list[str]:
+def arguments(data_folder: Path, recipe: str, out: Path, *more: str) -> list[str]:
     fixed = ["--device", "cpu", "--compile", "off", "--num-threads", "1"]
-    paths = ["--preset", str(workplace / f"{recipe}.toml"), "--data-dir", str(workplace / "data"), "--out", str(out)]
+    paths = ["--preset", str(data_folder / f"{recipe}.toml"), "--data-dir", str(data_folder / "data"), "--out", str(out)]
     return [*paths, *fixed, *more]
 
 
 @pytest.fixture(scope="module")
-def unbroken(workplace: Path) -> dict[str, Path]:
-    """A whole run of each recipe."""
+def complete_runs(data_folder: Path) -> dict[str, Path]:
+    """An uninterrupted run of each recipe."""
     for recipe in RECIPES:
-        train.main(arguments(workplace, recipe, workplace / f"unbroken-{recipe}"))
-    return {recipe: workplace / f"unbroken-{recipe}" for recipe in RECIPES}
+        train.main(arguments(data_folder, recipe, data_folder / f"complete_runs-{recipe}"))
+    return {recipe: data_folder / f"complete_runs-{recipe}" for recipe in RECIPES}
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 
 def bits(value: Any, place: str = "") -> Iterator[tuple[str, object]]:
-    """Every leaf of a nested state with its place; tensors down to their bits."""
+    """Yields every leaf of a nested state with its path. Tensors are converted to bytes."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield from bits(part, f"{place}/{key}")
@@ -67,7 +67,7 @@ def bits(value: Any, place: str = "") -> Iterator[tuple[str, object]]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where the states of two runs differ in a bit, and which of their other files do."""
+    """Returns the state entries and the files in which two runs differ."""
     a, b = dict(bits(state_of(one))), dict(bits(state_of(other)))
     assert any(place.startswith("/trainer/optimizer/state/0/exp_avg") for place in a)
     states = [place for place in sorted(a.keys() | b.keys()) if a.get(place) != b.get(place)]
@@ -76,7 +76,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("script", [train, distil])
-def test_compiling_without_a_compiler_is_one_sentence(
+def test_compile_on_without_a_compiler_gives_a_one_line_error(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -89,84 +89,84 @@ def test_compiling_without_a_compiler_is_one_sentence(
 
 
 @pytest.mark.parametrize(("recipe", "where"), [("cosine", "epoch"), ("plateau", "epoch"), ("cosine", "write")])
-def test_a_run_that_was_killed_goes_on_bit_by_bit_as_if_never_stopped(
-    workplace: Path, unbroken: dict[str, Path], recipe: str, where: str
+def test_resumed_run_after_sigkill_has_the_same_bits_as_an_uninterrupted_run(
+    data_folder: Path, complete_runs: dict[str, Path], recipe: str, where: str
 ) -> None:
-    out = workplace / f"killed-{recipe}-{where}"
-    argv = arguments(workplace, recipe, out)
+    out = data_folder / f"killed-{recipe}-{where}"
+    argv = arguments(data_folder, recipe, out)
     command = [sys.executable, "-m", "tests.scripts.tiny_training", where, "SIGKILL", *argv]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     assert state_of(out)["trainer"]["epoch"] == 1
     train.main(argv)
     assert state_of(out)["trainer"]["epoch"] == 3
-    assert differences(out, unbroken[recipe]) == []
+    assert differences(out, complete_runs[recipe]) == []
 
 
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_run_that_is_told_to_stop_says_how_it_goes_on(workplace: Path, number: str, status: int) -> None:
-    out = workplace / f"stopped-{number}"
+def test_stopped_run_prints_how_to_resume(data_folder: Path, number: str, status: int) -> None:
+    out = data_folder / f"stopped-{number}"
     command = [sys.executable, "-m", "tests.scripts.tiny_training", "epoch", number]
     stopped = subprocess.run(
-        [*command, *arguments(workplace, "cosine", out)],
+        [*command, *arguments(data_folder, "cosine", out)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_DFL),  # these tests may run under nohup
+        preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_DFL),  # nohup ignores SIGHUP
     )
     assert stopped.returncode == status, stopped.stderr
-    assert stopped.stderr.strip().splitlines() == ["train: stopped; start again to go on after the last whole epoch"]
+    assert stopped.stderr.strip().splitlines() == ["train: stopped; run the same command again to resume from the last complete epoch"]
     assert state_of(out)["trainer"]["epoch"] == 1
 
 
-def test_a_state_of_another_release_is_one_sentence(workplace: Path, unbroken: dict[str, Path]) -> None:
-    out = workplace / "older"
+def test_state_of_another_release_exits_with_status_2(data_folder: Path, complete_runs: dict[str, Path]) -> None:
+    out = data_folder / "older"
     out.mkdir()
-    state = state_of(unbroken["cosine"])
+    state = state_of(complete_runs["cosine"])
     del state["trainer"]["optimizer"]
     torch.save(state, out / "state.pt")
     with pytest.raises(SystemExit) as exit_:
-        train.main(arguments(workplace, "cosine", out))
+        train.main(arguments(data_folder, "cosine", out))
     assert exit_.value.code == 2
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(workplace: Path, unbroken: dict[str, Path]) -> None:
-    train.main(arguments(workplace, "cosine", workplace / "again"))
-    assert differences(workplace / "again", unbroken["cosine"]) == []
-    train.main(arguments(workplace, "cosine", workplace / "other", "--seed", "1"))
-    networks = [state_of(run)["trainer"]["network"] for run in (workplace / "other", unbroken["cosine"])]
+def test_same_seed_gives_the_same_run_and_another_seed_does_not(data_folder: Path, complete_runs: dict[str, Path]) -> None:
+    train.main(arguments(data_folder, "cosine", data_folder / "again"))
+    assert differences(data_folder / "again", complete_runs["cosine"]) == []
+    train.main(arguments(data_folder, "cosine", data_folder / "other", "--seed", "1"))
+    networks = [state_of(run)["trainer"]["network"] for run in (data_folder / "other", complete_runs["cosine"])]
     assert not any(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
 
 
-def test_a_time_limit_stops_between_epochs_and_the_next_start_goes_on(
-    workplace: Path, unbroken: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_time_limit_stops_between_epochs_and_the_run_resumes(
+    data_folder: Path, complete_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By a clock that a reading moves on by a minute: the third epoch would begin in time and end too late."""
+    """Each reading of the fake clock takes a minute. The third epoch would end after the limit."""
     minutes = iter(range(1000))
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: 60.0 * next(minutes)))
-    argv = arguments(workplace, "cosine", workplace / "limited", "--time-limit", "5")
+    argv = arguments(data_folder, "cosine", data_folder / "limited", "--time-limit", "5")
     train.main(argv)
-    assert state_of(workplace / "limited")["trainer"]["epoch"] == 2
-    assert "the time limit is near: stopped after epoch 2" in capsys.readouterr().out
+    assert state_of(data_folder / "limited")["trainer"]["epoch"] == 2
+    assert "time limit: stopped after epoch 2" in capsys.readouterr().out
     train.main(argv)
-    assert "going on after epoch 2" in capsys.readouterr().out
-    assert differences(workplace / "limited", unbroken["cosine"]) == []
+    assert "resuming from epoch 2" in capsys.readouterr().out
+    assert differences(data_folder / "limited", complete_runs["cosine"]) == []
 
 
-def test_a_finished_run_is_left_as_it_is(workplace: Path, unbroken: dict[str, Path]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in unbroken["cosine"].rglob("*")}
-    train.main(arguments(workplace, "cosine", unbroken["cosine"]))
-    assert {path: path.stat().st_mtime_ns for path in unbroken["cosine"].rglob("*")} == before
+def test_finished_run_is_not_changed(data_folder: Path, complete_runs: dict[str, Path]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in complete_runs["cosine"].rglob("*")}
+    train.main(arguments(data_folder, "cosine", complete_runs["cosine"]))
+    assert {path: path.stat().st_mtime_ns for path in complete_runs["cosine"].rglob("*")} == before
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_leaves_losses_pictures_and_a_checkpoint(unbroken: dict[str, Path], recipe: str) -> None:
-    run = unbroken[recipe]
+def test_run_writes_losses_images_and_a_checkpoint(complete_runs: dict[str, Path], recipe: str) -> None:
+    run = complete_runs[recipe]
     with (run / "losses.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["validation_loss"]) for row in rows]
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    for row in rows:  # 20 images over 12 steps: the bands of three steps hold 6, 5, 6, 3 or so each
+    for row in rows:  # 20 images with t from 1 to 12: each band of three timesteps has at least 3 images
         bands = [float(row[f"validation_loss_band_{i}"]) for i in (1, 2, 3, 4)]
         assert min(bands) <= float(row["validation_loss"]) <= max(bands)
     for epoch in (1, 2, 3):
@@ -179,13 +179,13 @@ def test_a_run_leaves_losses_pictures_and_a_checkpoint(unbroken: dict[str, Path]
     assert loaded.config.schedule.num_steps == NUM_STEPS
 
 
-def test_fewer_epochs_than_the_presets_can_be_asked_for(workplace: Path) -> None:
-    train.main(arguments(workplace, "plateau", workplace / "short", "--epochs", "1"))
-    assert state_of(workplace / "short")["trainer"]["epoch"] == 1
+def test_epochs_option_overrides_the_preset(data_folder: Path) -> None:
+    train.main(arguments(data_folder, "plateau", data_folder / "short", "--epochs", "1"))
+    assert state_of(data_folder / "short")["trainer"]["epoch"] == 1
 
 
-def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said on stderr by a start that is refused with status 2."""
+def error_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs scripts.train, which must exit with status 2. Returns the line on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         train.main(argv)
@@ -198,7 +198,7 @@ def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--preset", "nonsense"], "no preset 'nonsense'"),
+        (["--preset", "nonsense"], "unknown preset 'nonsense'"),
         (["--epochs", "0"], "--epochs"),
         (["--epochs", "many"], "--epochs"),
         (["--time-limit", "0"], "--time-limit"),
@@ -216,66 +216,66 @@ def sentence(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_argument_is_one_sentence(
-    workplace: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+def test_wrong_argument_gives_a_one_line_error(
+    data_folder: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
 ) -> None:
-    assert message in sentence(arguments(workplace, "cosine", workplace / "never", *more), capsys)
-    assert not (workplace / "never").exists()
+    assert message in error_line(arguments(data_folder, "cosine", data_folder / "never", *more), capsys)
+    assert not (data_folder / "never").exists()
 
 
-def test_a_run_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--out" in sentence([], capsys)
+def test_out_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out" in error_line([], capsys)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has what must be missing")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
-def test_a_gpu_that_is_not_there_is_one_sentence(
-    workplace: Path, capsys: pytest.CaptureFixture[str], device: str
+def test_missing_gpu_gives_a_one_line_error(
+    data_folder: Path, capsys: pytest.CaptureFixture[str], device: str
 ) -> None:
-    argv = arguments(workplace, "cosine", workplace / "never", "--device", device)
-    assert f"--device {device}: no CUDA device is there" in sentence(argv, capsys)
+    argv = arguments(data_folder, "cosine", data_folder / "never", "--device", device)
+    assert f"--device {device}: no CUDA device found" in error_line(argv, capsys)
 
 
-def test_a_damaged_data_file_is_one_sentence(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_damaged_data_file_gives_a_one_line_error(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_idx_files(tmp_path)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(b"damaged")
-    argv = arguments(workplace, "cosine", workplace / "never", "--data-dir", str(tmp_path))
-    assert "train-labels-idx1-ubyte is damaged" in sentence(argv, capsys)
+    argv = arguments(data_folder, "cosine", data_folder / "never", "--data-dir", str(tmp_path))
+    assert "train-labels-idx1-ubyte is damaged" in error_line(argv, capsys)
 
 
 @pytest.mark.parametrize("folder", ["cosine.toml", "missing"])
-def test_a_data_folder_that_cannot_be_read_is_one_sentence(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str
+def test_unreadable_data_folder_gives_a_one_line_error(
+    data_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: str
 ) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
-    argv = arguments(workplace, "cosine", workplace / "never", "--data-dir", str(workplace / folder))
-    assert f"no MNIST files in {workplace / folder}" in sentence(argv, capsys)
+    argv = arguments(data_folder, "cosine", data_folder / "never", "--data-dir", str(data_folder / folder))
+    assert f"no MNIST files in {data_folder / folder}" in error_line(argv, capsys)
 
 
 @pytest.mark.parametrize("recipe", ["cosine", "plateau"])
-def test_the_folder_of_another_run_is_refused_and_kept(
-    workplace: Path, unbroken: dict[str, Path], capsys: pytest.CaptureFixture[str], recipe: str
+def test_folder_of_another_run_is_rejected_and_not_changed(
+    data_folder: Path, complete_runs: dict[str, Path], capsys: pytest.CaptureFixture[str], recipe: str
 ) -> None:
-    before = (unbroken["cosine"] / "state.pt").read_bytes()
-    argv = arguments(workplace, recipe, unbroken["cosine"], "--seed", "1")
-    assert "holds a run of another recipe, seed or data" in sentence(argv, capsys)
-    assert (unbroken["cosine"] / "state.pt").read_bytes() == before
+    before = (complete_runs["cosine"] / "state.pt").read_bytes()
+    argv = arguments(data_folder, recipe, complete_runs["cosine"], "--seed", "1")
+    assert "has a run with another recipe, seed or data" in error_line(argv, capsys)
+    assert (complete_runs["cosine"] / "state.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "a list"])
-def test_a_damaged_state_is_one_sentence(
-    workplace: Path, unbroken: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+def test_damaged_state_gives_a_one_line_error(
+    data_folder: Path, complete_runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     state = tmp_path / "state.pt"
-    content = (unbroken["cosine"] / "state.pt").read_bytes()
+    content = (complete_runs["cosine"] / "state.pt").read_bytes()
     state.write_bytes({"truncated": content[:-500], "empty": b""}.get(damage, b""))
     if damage == "foreign":
         torch.save({"weight": torch.ones(3)}, state)
     if damage == "a list":
         torch.save([1, 2], state)
-    assert f"{state} cannot be read" in sentence(arguments(workplace, "cosine", tmp_path), capsys)
+    assert f"{state} cannot be read" in error_line(arguments(data_folder, "cosine", tmp_path), capsys)

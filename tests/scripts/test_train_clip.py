@@ -18,7 +18,7 @@ open_clip = pytest.importorskip("open_clip")
 TOKENS = open_clip.SimpleTokenizer(context_length=24)(CAPTIONS)
 
 
-def trained(epochs: int, seed: int = 0) -> torch.nn.Module:
+def trained_clip(epochs: int, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     model: torch.nn.Module = open_clip.CLIP(**MODEL)
     with Reporter() as reporter:
@@ -26,8 +26,8 @@ def trained(epochs: int, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def test_it_learns_which_captions_hold_and_is_read_back_by_the_library(tmp_path: Path) -> None:
-    save_clip(tmp_path, trained(5), TOKENS, {"epochs": 5})
+def test_trained_clip_matches_captions_and_is_loaded_by_open_clip(tmp_path: Path) -> None:
+    save_clip(tmp_path, trained_clip(5), TOKENS, {"epochs": 5})
     digits = bars(200, 2)
     static = torch.randint(0, 256, digits.images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     scorer = ClipScorer(str(tmp_path))
@@ -37,14 +37,14 @@ def test_it_learns_which_captions_hold_and_is_read_back_by_the_library(tmp_path:
     assert torch.equal(known, TOKENS.unique())
 
 
-def test_a_seed_repeats_the_training() -> None:
-    first, again, other = (trained(1, seed).state_dict() for seed in (3, 3, 4))
+def test_same_seed_gives_the_same_weights() -> None:
+    first, again, other = (trained_clip(1, seed).state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["visual.conv1.weight"], other["visual.conv1.weight"])
 
 
 @pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--data-dir", "nowhere"], ["--out", "my:clip"]])
-def test_a_wrong_argument_is_one_sentence(
+def test_wrong_argument_exits_with_status_2_and_one_line(
     wrong: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.MNIST", lambda *args, **options: (_ for _ in ()).throw(OSError("none")))

@@ -1,4 +1,4 @@
-"""A checkpoint that draws in no time: 28x28, ten steps, a tiny network with random weights."""
+"""A checkpoint for fast tests: 28x28 pixels, ten timesteps, a tiny network with random weights."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""A training run that takes a second: 52 made-up images, a tiny network. As a program it kills itself on the way.
+"""A training run that takes one second: 52 generated images and a tiny network.
 
-python -m tests.scripts.tiny_training WHERE ARGUMENTS...
+`python -m tests.scripts.tiny_training WHERE SIGNAL ARGUMENTS...` trains and sends itself the signal during the run.
 """
 
 import gzip
@@ -90,12 +90,12 @@ RECIPES = {"cosine": COSINE, "plateau": PLATEAU}
 
 
 def recipe_of(name: str, **fields: Any) -> Recipe:
-    """One of the two, with other fields."""
+    """Returns the recipe `cosine` or `plateau` with the given fields replaced."""
     return Recipe.model_validate(tomllib.loads(RECIPES[name]) | fields)
 
 
 def idx_files(num_images: int = NUM_IMAGES) -> dict[str, bytes]:
-    """Both splits in the IDX format (LeCun's page): magic number, sizes, bytes; each label a bar in its own row."""
+    """Returns both splits as IDX files: magic number, sizes, bytes. Each digit is a bar at its own height."""
     files = {}
     for prefix in ("train", "t10k"):
         random = np.random.default_rng(len(prefix))
@@ -116,14 +116,14 @@ def write_idx_files(folder: Path, *, packed: bool = False, num_images: int = NUM
 
 
 def trust_idx_files(patch: pytest.MonkeyPatch, num_images: int = NUM_IMAGES) -> None:
-    """Puts the made-up images in MNIST's place."""
+    """Makes `load_mnist` accept the generated images as MNIST."""
     sums = {name: hashlib.md5(content).hexdigest() for name, content in idx_files(num_images).items()}
     patch.setattr(mnist, "CHECKSUMS", sums)
     patch.setattr(mnist, "NUM_VALIDATION", NUM_VALIDATION)
 
 
 def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
-    """Lets this process be sent a signal in the middle of the second epoch, or of writing that epoch's state."""
+    """Sends this process a signal in the middle of the second epoch, or while that epoch's state is written."""
 
     def kill(*args: Any) -> None:
         os.kill(os.getpid(), number)

@@ -42,7 +42,7 @@ def check(holds: object, sentence: str) -> None:
 def read_files(folder: Path, known: set[str], inside: str) -> list[tuple[Path, Json]]:
     """Each entry of the list `inside` in the folder's files."""
     files = sorted(path for path in folder.glob("*") if path.suffix in (".yaml", ".yml"))
-    check(files, f"{folder} holds no .yaml file")
+    check(files, f"{folder} contains no .yaml or .yml file")
     entries = []
     for path in files:
         try:

@@ -60,4 +60,4 @@ def test_other_file_gives_an_error_of_one_line_and_status_2(
     with pytest.raises(SystemExit) as ended:
         plot.main(["bench", str(tmp_path / "bench.json"), "--out", str(tmp_path / "bench.png")])
     assert ended.value.code == 2
-    assert "is none of scripts.bench's files" in capsys.readouterr().err
+    assert "is not a result file of scripts.bench" in capsys.readouterr().err

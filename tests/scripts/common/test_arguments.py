@@ -23,7 +23,7 @@ def parse(*given: str) -> argparse.Namespace:
     ],
     ids=" ".join,
 )
-def test_compile_takes_a_mode_and_means_on_without_one(
+def test_compile_option_takes_a_mode_and_defaults_to_on(
     monkeypatch: pytest.MonkeyPatch, given: list[str], mode: str
 ) -> None:
     monkeypatch.setattr(arguments, "DEFAULT_COMPILE", "auto")
@@ -32,7 +32,7 @@ def test_compile_takes_a_mode_and_means_on_without_one(
     assert ("--compile" in given_options(args)) == bool(given)
 
 
-def test_another_compile_mode_is_one_sentence_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_compile_mode_exits_with_status_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         parse("--compile=fast")
     assert exit_.value.code == 2

@@ -26,7 +26,7 @@ def request(**given: Any) -> DrawingRequest:
 
 @pytest.mark.parametrize("fast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
-def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
+def test_batches_equal_the_unbatched_reverse_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: Any, fast: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -50,12 +50,12 @@ def test_batches_are_drawn_as_the_whole_reverse_process_draws_them(
     )
     error = (drawn - expected).abs().mean()
     assert error < (0.05 if fast else 1e-4)
-    # another order of the same rows is another picture, in either precision
+    # Rows in another order must differ clearly, in either precision.
     assert (drawn - expected.flip(0)).abs().mean() > 0.2
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
-def test_compiled_it_draws_the_same_but_for_the_last_bits(tmp_path: Path) -> None:
+def test_compiled_step_gives_nearly_the_same_images(tmp_path: Path) -> None:
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
     y, options, images = torch.arange(9), DrawingOptions("ddim", 2, GUIDANCE), []
     with Reporter() as reporter:
@@ -83,13 +83,13 @@ def cannot_compile(program: ReverseStep, cache: Path) -> Step:
     raise CompilerError("compiling needs a C++ compiler")
 
 
-def test_auto_draws_without_a_compiled_step_that_cannot_be_had_and_says_why(
+def test_auto_falls_back_to_the_uncompiled_step_and_reports_the_reason(
     drawer: Drawer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(drawing, "compiled_step", cannot_compile)
     compile_with(drawer, "auto")
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith("which is slower: compiling needs a C++ compiler")
+    assert line == "not compiled, so generating images is slower: compiling needs a C++ compiler"
     assert not drawer.facts["compiled"]
     y = torch.arange(2)
     with Reporter() as reporter:
@@ -97,7 +97,7 @@ def test_auto_draws_without_a_compiled_step_that_cannot_be_had_and_says_why(
     assert drawn.shape == (2, 1, 28, 28)
 
 
-def test_on_without_a_compiled_step_is_one_sentence(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_on_fails_with_one_line_if_compilation_fails(drawer: Drawer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "compiled_step", cannot_compile)
     with pytest.raises(ScriptError, match=r"^--compile on: compiling needs a C\+\+ compiler$"):
         compile_with(drawer, "on")
@@ -105,7 +105,7 @@ def test_on_without_a_compiled_step_is_one_sentence(drawer: Drawer, monkeypatch:
 
 
 @pytest.mark.parametrize(("mode", "device"), [("off", "cpu"), ("off", "cuda"), ("auto", "cuda")])
-def test_off_and_auto_on_a_gpu_never_compile(
+def test_compile_off_and_auto_on_a_gpu_never_compile(
     drawer: Drawer, monkeypatch: pytest.MonkeyPatch, mode: str, device: str
 ) -> None:
     monkeypatch.setattr(drawing, "compiled_step", lambda *_: pytest.fail("compiled"))
@@ -114,10 +114,10 @@ def test_off_and_auto_on_a_gpu_never_compile(
     assert not drawer.facts["compiled"]
 
 
-def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(
+def test_compiler_error_at_the_first_call_is_reported_in_one_line(
     drawer: Drawer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where compiling begins with the first step."""
+    """On a GPU, compilation starts with the first step."""
 
     def step(*inputs: torch.Tensor) -> Stepped:
         raise CompilerError("compiling failed: no C compiler")
@@ -129,7 +129,7 @@ def test_a_compiler_that_fails_at_the_first_call_is_one_sentence(
         drawer.draw(y, y, DrawingOptions("ddim", 2, GUIDANCE), reporter, seed=6)
 
 
-def test_what_the_compiler_logs_is_shown_while_it_compiles_and_not_afterwards(
+def test_compiler_log_is_shown_only_during_compilation(
     drawer: Drawer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = logging.getLogger("model.compiled.compiler")
@@ -148,7 +148,7 @@ def test_what_the_compiler_logs_is_shown_while_it_compiles_and_not_afterwards(
     assert log.getEffectiveLevel() == before
 
 
-def test_compiled_steps_are_kept_where_the_service_keeps_them(
+def test_compiled_steps_use_the_cache_folder_of_the_service(
     drawer: Drawer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches: list[Path] = []
@@ -164,14 +164,14 @@ def test_compiled_steps_are_kept_where_the_service_keeps_them(
     assert caches == [tmp_path / "own", default_cache()]
 
 
-def test_options_are_the_checkpoints_where_nothing_is_asked(tmp_path: Path) -> None:
+def test_options_default_to_the_values_of_the_checkpoint(tmp_path: Path) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     assert options_from(request(), loaded) == DrawingOptions("ddpm", NUM_STEPS, GUIDANCE)
     asked = request(num_steps=3, sampler="ddim", guidance_scale=2.0, guidance_start=1, guidance_stop=5)
     assert options_from(asked, loaded) == DrawingOptions("ddim", 3, Guidance(2.0, 1, 5))
 
 
-def test_the_guidance_is_that_of_the_sampler(tmp_path: Path) -> None:
+def test_guidance_defaults_to_the_guidance_of_the_sampler(tmp_path: Path) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     config = dataclasses.replace(loaded.config, guidance_by_sampler={"dpmpp": Guidance(3.0, 4, 6)})
     loaded = dataclasses.replace(loaded, config=config)
@@ -180,11 +180,11 @@ def test_the_guidance_is_that_of_the_sampler(tmp_path: Path) -> None:
     assert options_from(request(sampler="dpmpp", guidance_scale=2.0), loaded).guidance == Guidance(2.0, 4, 6)
 
 
-def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> None:
+def test_guidance_is_rejected_without_label_dropout(tmp_path: Path) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "b.safetensors", label_drop=0, guidance=Guidance()))
     assert options_from(request(), loaded).guidance.scale == 1
     assert options_from(request(guidance_scale=1.0), loaded).guidance.scale == 1
-    with pytest.raises(ScriptError, match="cannot be guided"):
+    with pytest.raises(ScriptError, match="does not support guidance"):
         options_from(request(guidance_scale=1.5), loaded)
 
 
@@ -199,7 +199,7 @@ def test_a_network_that_never_dropped_a_label_is_not_guided(tmp_path: Path) -> N
     ],
     ids=str,
 )
-def test_what_the_checkpoint_cannot_do_or_would_ignore_is_refused(tmp_path: Path, wrong: dict[str, int]) -> None:
+def test_unsupported_or_ineffective_options_are_rejected(tmp_path: Path, wrong: dict[str, int]) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    with pytest.raises(ScriptError, match=r"too many|--guidance-start must not|guidance is off"):
+    with pytest.raises(ScriptError, match=r"too large|--guidance-start must not|guidance is off"):
         options_from(request(**wrong), loaded)

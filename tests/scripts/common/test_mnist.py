@@ -27,7 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", refuse)
 
 
-def refusal(folder: Path) -> str:
+def error_of(folder: Path) -> str:
     with pytest.raises(ScriptError) as caught:
         load_mnist("train", folder)
     assert len(str(caught.value).splitlines()) == 1
@@ -38,7 +38,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("folder", ["", "mnist", "MNIST/raw"])
-def test_idx_files_are_read_pixel_by_pixel(tmp_path: Path, folder: str, packed: bool, split: str) -> None:
+def test_idx_files_are_read_exactly(tmp_path: Path, folder: str, packed: bool, split: str) -> None:
     write_idx_files(tmp_path / folder, packed=packed)
     images, labels = load_mnist(split, tmp_path)  # type: ignore[arg-type]
     prefix = "train" if split == "train" else "t10k"
@@ -50,12 +50,12 @@ def test_idx_files_are_read_pixel_by_pixel(tmp_path: Path, folder: str, packed: 
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("place", [3, 20, -1])
-def test_one_flipped_bit_is_noticed(tmp_path: Path, place: int) -> None:
+def test_one_flipped_bit_is_detected(tmp_path: Path, place: int) -> None:
     write_idx_files(tmp_path)
     content = bytearray((tmp_path / IMAGES).read_bytes())
     content[place] ^= 1
     (tmp_path / IMAGES).write_bytes(content)
-    assert "is damaged" in refusal(tmp_path)
+    assert "is damaged" in error_of(tmp_path)
 
 
 def truncate(path: Path) -> None:
@@ -75,7 +75,7 @@ def put_folder(path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
         (truncate, "cannot be read"),
         (break_stream, "cannot be read"),
@@ -87,42 +87,42 @@ def put_folder(path: Path) -> None:
     ],
     ids=["truncated", "broken", "a web page", "empty", "other content", "missing", "a folder"],
 )
-def test_a_file_that_is_not_the_original_is_refused(
-    tmp_path: Path, spoil: Callable[[Path], None], message: str
+def test_damaged_file_is_rejected_with_its_path(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     write_idx_files(tmp_path, packed=True)
     path = tmp_path / f"{IMAGES}.gz"
-    spoil(path)
-    assert message in refusal(tmp_path)
-    assert str(path) in refusal(tmp_path)
+    damage(path)
+    assert message in error_of(tmp_path)
+    assert str(path) in error_of(tmp_path)
 
 
-def test_files_that_are_whole_but_not_mnists_are_refused(tmp_path: Path) -> None:
+def test_files_with_other_content_are_rejected(tmp_path: Path) -> None:
     write_idx_files(tmp_path)
-    assert "its checksum is not that of MNIST's" in refusal(tmp_path)
+    assert "its MD5 checksum differs from the original file" in error_of(tmp_path)
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_download_that_fails_is_one_sentence(tmp_path: Path) -> None:
-    message = refusal(tmp_path / "data")
+def test_failed_download_gives_a_one_line_error(tmp_path: Path) -> None:
+    message = error_of(tmp_path / "data")
     assert "no MNIST files in" in message
     assert "the download failed" in message
     assert "--data-dir" in message
 
 
 @pytest.mark.usefixtures("no_network")
-def test_a_file_where_the_folder_should_be_is_one_sentence(tmp_path: Path) -> None:
+def test_file_instead_of_the_data_folder_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "data").touch()
-    assert "no MNIST files in" in refusal(tmp_path / "data")
+    assert "no MNIST files in" in error_of(tmp_path / "data")
 
 
-def test_a_missing_torchvision_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_torchvision_gives_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
-    assert "torchvision, which downloads them, is not installed" in refusal(tmp_path)
+    assert "torchvision, which downloads them, is not installed" in error_of(tmp_path)
 
 
 @pytest.mark.usefixtures("tiny")
-def test_a_download_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_download_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tmp_path / "MNIST" / "raw"
     write_idx_files(raw)
     (raw / "train-labels-idx1-ubyte").unlink()
@@ -137,7 +137,7 @@ def test_a_download_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("tiny")
-def test_the_last_images_validate_and_are_not_learned_from() -> None:
+def test_last_images_are_for_validation_only() -> None:
     images, labels = torch.arange(NUM_IMAGES), torch.arange(NUM_IMAGES) + 100
     learn, validate = split_validation(images, labels)
     assert learn[0].tolist() == list(range(NUM_IMAGES - NUM_VALIDATION))
@@ -145,7 +145,7 @@ def test_the_last_images_validate_and_are_not_learned_from() -> None:
     assert (learn[1] - learn[0]).unique().tolist() == (validate[1] - validate[0]).unique().tolist() == [100]
 
 
-def test_mnist_is_as_the_world_knows_it(mnist_dir: Path) -> None:
+def test_mnist_has_the_published_statistics(mnist_dir: Path) -> None:
     images, labels = load_mnist("train", mnist_dir)
     assert images.shape == (60_000, 1, 28, 28)
     assert labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]

@@ -16,13 +16,13 @@ def test_a_grid_is_row_major() -> None:
     assert sheet[::2, ::3, 0].tolist() == [[0, 51, 102], [153, 204, 255]]
 
 
-def test_images_that_do_not_fill_the_grid_are_an_error() -> None:
+def test_grid_rejects_an_incomplete_row() -> None:
     with pytest.raises(EinopsError):
         grid(torch.zeros(5, 1, 2, 2), columns=3)
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_a_saved_grid_is_a_png_enlarged_by_whole_pixels(tmp_path: Path, channels: int, mode: str) -> None:
+def test_saved_grid_is_a_png_enlarged_by_an_integer_factor(tmp_path: Path, channels: int, mode: str) -> None:
     images = torch.rand(4, channels, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
     save_grid(images, tmp_path / "new" / "grid.png", columns=2, scale=3)
     with Image.open(tmp_path / "new" / "grid.png") as image:

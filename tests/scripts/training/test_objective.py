@@ -15,14 +15,14 @@ def objective(monkeypatch: pytest.MonkeyPatch) -> DenoisingObjective:
     return DenoisingObjective(recipe, images, torch.arange(NUM_IMAGES) % 10, torch.device("cpu"))
 
 
-def test_an_untrained_network_loses_the_noises_variance_in_every_band(objective: DenoisingObjective) -> None:
+def test_loss_of_a_zero_output_is_the_noise_variance_in_every_band(objective: DenoisingObjective) -> None:
     validation_loss, band_losses = objective.validation_losses(lambda x_t, t, y: torch.zeros_like(x_t))
     n = NUM_VALIDATION * 784
     assert abs(validation_loss - 1) < 5 * (2 / n) ** 0.5
     assert all(abs(loss - 1) < 5 * (2 / (n / 8)) ** 0.5 for loss in band_losses)
 
 
-def test_bands_are_the_quarters_of_the_steps_with_little_noise_first(objective: DenoisingObjective) -> None:
+def test_bands_are_quarters_of_the_timesteps_with_least_noise_first(objective: DenoisingObjective) -> None:
     held_out = objective._held_out
     _, band_losses = held_out.losses(lambda x_t, t, y: held_out.target[: len(x_t)] + t[:, None, None, None])
     quarter = NUM_STEPS // 4
@@ -31,7 +31,7 @@ def test_bands_are_the_quarters_of_the_steps_with_little_noise_first(objective: 
         assert loss == pytest.approx(sum(t * t for t in steps) / len(steps), rel=1e-4)
 
 
-def test_labels_are_dropped_as_often_as_the_recipe_says_and_held_out_images_never_seen(
+def test_labels_are_dropped_at_the_recipes_rate_and_held_out_images_are_unused(
     objective: DenoisingObjective,
 ) -> None:
     seen: list[torch.Tensor] = []

@@ -11,27 +11,27 @@ from scripts.training.recipe import load_recipe, preset_names
 from tests.scripts.tiny_training import COSINE, NUM_STEPS
 
 
-def refusal(preset: str) -> str:
+def error_of(preset: str) -> str:
     with pytest.raises(ScriptError) as caught:
         load_recipe(preset)
     assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
-def test_the_presets_are_baseline_and_default() -> None:
+def test_presets_include_baseline_default_and_fast() -> None:
     assert {"baseline", "default"} <= set(preset_names(of_students=False))
     assert preset_names(of_students=True) == ["fast"]
     assert sorted([*preset_names(of_students=False), "fast"]) == preset_names()
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_a_preset_describes_a_network_of_digits(name: str) -> None:
+def test_preset_networks_generate_mnist_digits_and_are_small(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.schedule.num_steps, recipe.unet.image_size, recipe.unet.num_classes) == (100, 28, 10)
-    assert sum(p.numel() for p in UNet(recipe.unet).parameters()) * 4 < 12e6  # all that ships fits into 12 MB
+    assert sum(p.numel() for p in UNet(recipe.unet).parameters()) * 4 < 12e6  # as in scripts.ship
 
 
-def test_baseline_is_the_textbooks_recipe() -> None:
+def test_baseline_is_the_textbook_recipe() -> None:
     recipe = load_recipe("baseline")
     assert (recipe.epochs, recipe.batch_size, recipe.optimizer.name) == (30, 64, "adam")
     assert (recipe.lr_schedule.name, recipe.lr_schedule.patience) == ("plateau", 5)
@@ -40,7 +40,7 @@ def test_baseline_is_the_textbooks_recipe() -> None:
 
 
 def differences(one: str, other: str) -> set[str]:
-    """Where two presets differ, as dotted names."""
+    """Returns the dotted names of the values in which two presets differ."""
 
     def leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
@@ -53,7 +53,7 @@ def differences(one: str, other: str) -> set[str]:
     return {place for place in a.keys() | b.keys() if a.get(place) != b.get(place)}
 
 
-GUIDANCE = {  # which is another rung, between these two
+GUIDANCE = {  # a separate rung between the two presets
     "guidance.scale",
     "guidance.start",
     "guidance.stop",
@@ -87,25 +87,25 @@ STUDENT = {
         ("default-eps", "default-edm", {"prediction.kind"}),
     ],
 )
-def test_a_rung_of_the_ladder_changes_what_it_says_and_nothing_else(below: str, rung: str, different: set[str]) -> None:
+def test_each_ablation_preset_changes_only_the_expected_values(below: str, rung: str, different: set[str]) -> None:
     assert differences(below, rung) == different
 
 
 @pytest.mark.parametrize("preset", preset_names())
-def test_where_guidance_is_off_no_interval_waits_for_whoever_turns_it_on(preset: str) -> None:
+def test_presets_without_guidance_have_the_default_interval(preset: str) -> None:
     recipe = load_recipe(preset)
     off = [g for g in (recipe.guidance, *recipe.guidance_by_sampler.values()) if g.scale == 1]
     assert off in ([], [Guidance()])
 
 
 @pytest.mark.parametrize("base", ['"circle"', "7", '"nonsense"'])
-def test_a_base_that_leads_nowhere_is_refused(tmp_path: Path, base: str) -> None:
+def test_invalid_or_cyclic_base_is_rejected(tmp_path: Path, base: str) -> None:
     path = tmp_path / "circle.toml"
     path.write_text(f"base = {base}".replace("circle", str(path)))
-    assert refusal(str(path))
+    assert error_of(str(path))
 
 
-def test_a_path_to_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
+def test_recipe_is_loaded_from_a_toml_path(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
     path.write_text(COSINE)
     recipe = load_recipe(str(path))
@@ -115,8 +115,8 @@ def test_a_path_to_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", ["nonsense", "../presets/none", "missing.toml", ""])
-def test_an_unknown_preset_is_refused_with_those_there_are(preset: str) -> None:
-    assert f"no preset {preset!r}: baseline, baseline-conditioned" in refusal(preset)
+def test_unknown_preset_is_rejected_and_the_error_lists_the_presets(preset: str) -> None:
+    assert f"unknown preset {preset!r}. Use a path to a .toml file, or one of: baseline, baseline-" in error_of(preset)
 
 
 @pytest.mark.parametrize(
@@ -142,17 +142,17 @@ def test_an_unknown_preset_is_refused_with_those_there_are(preset: str) -> None:
         ("widths = [8, 16]", "withs = [8, 16]", "unet.withs: "),
         ("widths = [8, 16]", "widths = [8, 20]", "widths must be multiples of 8"),
         (f"[unet]\nnum_steps = {NUM_STEPS}", "[unet]\nnum_steps = 99", "num_steps must be equal"),
-        ("[unet]", "[unet", "is not TOML"),
+        ("[unet]", "[unet", "is not valid TOML"),
     ],
 )
-def test_a_wrong_recipe_is_refused_with_its_place(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_invalid_recipe_is_rejected_with_the_path_and_the_field(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in COSINE
     path = tmp_path / "wrong.toml"
     path.write_text(COSINE.replace(old, new, 1))
-    assert message in refusal(str(path))
-    assert str(path) in refusal(str(path))
+    assert message in error_of(str(path))
+    assert str(path) in error_of(str(path))
 
 
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+def test_recipe_that_is_not_text_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    assert "is not TOML" in refusal(str(tmp_path / "binary.toml"))
+    assert "is not valid TOML" in error_of(str(tmp_path / "binary.toml"))
