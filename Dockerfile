@@ -1,25 +1,26 @@
-# docker build -t unfog .                                       PyTorch as PyPI has it: on x86 with CUDA
-# docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, such as the one of its CPU builds
+# docker build -t unfog .                                       PyTorch from PyPI: on x86, the CUDA build
+# docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, for example its CPU index
 # docker build -t unfog --build-context wheels=FOLDER .         PyTorch from a wheel in a folder
 # docker build -t unfog --build-arg COMPILER=gcc .              with a C compiler, for UNFOG_COMPILE=on on a GPU
-# docker build -t unfog-train --target train .                  with what training takes (docs/deployment.md)
+# docker build -t unfog-train --target train .                  the training image (docs/deployment.md)
 ARG PYTHON=python:3.11-slim
 
-# Empty, or the folder that --build-context names.
+# Empty, or the folder of --build-context wheels=FOLDER.
 FROM scratch AS wheels
 
-# The dependencies alone, which a change of the code leaves standing. pip stays outside: nobody installs into an image.
+# Dependencies only, so that a change of the code does not invalidate this layer. The venv has no pip, because nothing is
+# installed into a finished image.
 FROM $PYTHON AS dependencies
 RUN python -m venv --without-pip /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     PIP_PYTHON=/opt/venv/bin/python
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
-# Those of `traces` too, since compose hands UNFOG_TRACES on.
+# Includes the extra `traces`, because compose passes UNFOG_TRACES to the service.
 RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["traces"], sep="\n")' \
       > requirements.txt
 ARG TORCH_INDEX=
-# The minor version that was tested. PyPI's build of it needs an NVIDIA driver that supports its CUDA version.
+# The tested minor version. PyPI's build needs an NVIDIA driver that supports its CUDA version.
 ARG TORCH_VERSION=2.13
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
@@ -36,10 +37,10 @@ COPY LICENSE .
 COPY app app
 COPY model model
 COPY scripts scripts
-# Without the README's text, which would have the step compiled anew after each change of it.
+# An empty README.md, because a change of its text would otherwise cause a new compilation of the step.
 RUN --mount=type=cache,target=/root/.cache/pip touch README.md && pip install --no-deps --no-compile --target /opt/code .
 
-# The step, compiled for the processor that this runs on; on another one the service says that it is not compiled.
+# Compiles the denoising step for the CPU of this build machine. On another CPU, the service runs it uncompiled.
 FROM dependencies AS compiled
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
@@ -51,8 +52,9 @@ WORKDIR /
 COPY --from=code /opt/code /opt/code
 RUN PYTHONDONTWRITEBYTECODE=1 python -m app --compile
 
-# Without what only compilers and test runs read. A start then loads what is left, which shows that it is enough, and
-# writes the byte code of the modules that it imports: that of all the others would be a tenth of the image.
+# Removes files that only compilers and tests need. Then starts the service once without a compiler, which checks that
+# the remaining files are sufficient, and writes the byte code of the imported modules only. The byte code of all modules
+# would be 10 % of the image.
 FROM compiled AS trimmed
 RUN site=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
  && rm -rf "$site"/torch/include "$site"/torch/bin/protoc* \
@@ -65,7 +67,7 @@ RUN useradd --uid 10001 --user-group --create-home --shell /usr/sbin/nologin unf
 COPY --from=trimmed /opt/venv /opt/venv
 COPY --from=trimmed /opt/unfog /opt/unfog
 COPY --from=trimmed /opt/code /opt/code
-# Where UNFOG_COMPILE=on keeps a GPU's kernels. With a read-only root it takes a mount that allows execution.
+# UNFOG_COMPILE=on stores GPU kernels here. With a read-only root file system, mount it with permission to execute.
 RUN install --directory --owner unfog --group unfog --mode 700 /opt/unfog/gpu
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/opt/code \
@@ -77,7 +79,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /home/unfog
 USER 10001:10001
 
-# Trains, into /runs. It compiles while it runs, on a GPU too: hence the compiler, and the headers that were trimmed.
+# Trains and writes runs to /runs. It compiles at run time, also on a GPU, so it needs the compiler and the headers that
+# the stage `trimmed` removed.
 FROM runtime AS train
 USER root
 RUN apt-get update \
@@ -117,16 +120,16 @@ RUN --mount=type=tmpfs,target=/var/lib/apt/lists \
     fi
 USER 10001:10001
 EXPOSE 8000
-# It asks /readyz, as containers that depend on this one, and `up --wait`, wait for a service that draws. The start
-# period is five minutes: UNFOG_COMPILE=on compiles for up to three on a GPU, after the checkpoint is loaded. A start
-# that is quicker is healthy as soon as it answers.
+# Uses /readyz, because dependent containers and `up --wait` wait for a service that can generate images. The start period
+# is 5 minutes, because UNFOG_COMPILE=on compiles for up to 3 minutes on a GPU. A container becomes healthy at its first
+# successful check, also during the start period.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
   CMD ["python", "-ISc", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['UNFOG_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python", "-m", "app"]
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="unfog" \
-      org.opencontainers.image.description="Handwritten digits on request, by diffusion" \
+      org.opencontainers.image.description="Diffusion service that generates handwritten digits" \
       org.opencontainers.image.licenses="MIT" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION"
