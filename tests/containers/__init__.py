@@ -1,1 +1,1 @@
-"""What test_containers.py and its stand-in for Grafana are made of."""
+"""Helpers for tests/e2e/test_containers.py, with a replacement for Grafana."""

@@ -1,4 +1,4 @@
-"""The compose project as an operator starts it, under a name, tags and ports of its own."""
+"""Runs the compose project for tests, with its own project name, image tags and ports."""
 
 import json
 import os
@@ -14,15 +14,15 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).parent / "grafana"
-PATIENCE = 180  # seconds after which something that should happen does not; never a measure of speed
+PATIENCE = 180  # seconds; a generous timeout, not a measure of speed
 PULL_PATIENCE = 600
-BUILD_PATIENCE = 3600  # a build downloads PyTorch where no wheel is given
+BUILD_PATIENCE = 3600  # a build downloads PyTorch if no wheel is given
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PORTS = {"unfog": "UNFOG_PORT", "prometheus": "UNFOG_PROMETHEUS_PORT", "grafana": "UNFOG_GRAFANA_PORT"}
 
 
 def docker(*arguments: str, environment: dict[str, str] | None = None, patience: float = PATIENCE) -> str:
-    """What the command prints; AssertionError with what it said where it fails."""
+    """Runs docker and returns its stdout. Raises AssertionError with its output if it fails."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("UNFOG_", "COMPOSE_"))}
     command = ("docker", *arguments)
     done = subprocess.run(
@@ -33,12 +33,15 @@ def docker(*arguments: str, environment: dict[str, str] | None = None, patience:
 
 
 def has_image(name: str) -> bool:
-    """Whether it is on this machine."""
+    """True if the image exists on this machine."""
     return bool(docker("image", "ls", "--quiet", name).strip())
 
 
 def eventually(look: Callable[[], Any], what: str) -> Any:
-    """What `look` sees, once that is something; a service that is not there yet is nothing."""
+    """Calls `look` until its result is true, and returns the result. Connection errors count as false.
+
+    `what` describes the condition in the error. Raises AssertionError after PATIENCE seconds.
+    """
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -47,12 +50,12 @@ def eventually(look: Callable[[], Any], what: str) -> Any:
             last = seen
         except httpx.TransportError as error:
             last = error
-        assert time.monotonic() < deadline, f"still not so: {what} ({last!r})"
+        assert time.monotonic() < deadline, f"timeout while waiting for: {what} (last result: {last!r})"
         time.sleep(0.5)
 
 
 def free_ports(number: int) -> list[int]:
-    """Ports that nobody has, and that are free again."""
+    """Returns different TCP ports of this machine that are not in use."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -61,7 +64,7 @@ def free_ports(number: int) -> list[int]:
 
 
 class Stack:
-    """docker-compose.yml and docker-compose.cpu.yml, with no `.env` but the one that is made here."""
+    """The project of docker-compose.yml and docker-compose.cpu.yml, with an empty `.env`."""
 
     def __init__(self, folder: Path, wheels: Path | None) -> None:
         self.name = f"unfog-test-{os.getpid()}"
@@ -79,16 +82,16 @@ class Stack:
             self.environment["UNFOG_TORCH_INDEX"] = CPU_INDEX
         self._empty = folder / "no.env"
         self._empty.touch()
-        self.stand_in = False  # whether Grafana is one
+        self.stand_in = False  # True if Grafana is replaced by tests/containers/grafana
 
     def compose(self, *arguments: str, patience: float = PATIENCE) -> str:
-        """`docker compose` with these files."""
+        """Runs `docker compose` with the files of this project and returns its stdout."""
         files = [word for file in self.files for word in ("--file", file)]
         options = ("--project-name", self.name, "--env-file", str(self._empty), *files)
         return docker("compose", *options, *arguments, environment=self.environment, patience=patience)
 
     def build(self) -> None:
-        """The service's image, and a Grafana: the real one where it can be had."""
+        """Builds the image of the service. Pulls Grafana, or builds its replacement if the pull fails."""
         self.compose("build", "unfog", patience=BUILD_PATIENCE)
         grafana = self.config()["services"]["grafana"]["image"]
         if has_image(grafana):
@@ -100,15 +103,15 @@ class Stack:
             self.stand_in = True
 
     def up(self) -> None:
-        """All services, healthy."""
+        """Starts all services and waits until they are healthy."""
         self.compose("up", "--detach", "--wait", "--wait-timeout", str(PATIENCE), "--no-build", patience=2 * PATIENCE)
 
     def down(self) -> None:
-        """As an operator takes it away, volumes and all."""
+        """Removes all containers, networks and volumes of the project."""
         self.compose("--profile", "train", "down", "--volumes", "--remove-orphans", "--timeout", "10")
 
     def remove(self) -> None:
-        """Leaves nothing behind, whatever state it is in."""
+        """Removes the project and its images, in whatever state it is."""
         try:
             self.down()
         finally:
@@ -120,11 +123,11 @@ class Stack:
                     docker("image", "rm", "--force", image)
 
     def config(self) -> Any:
-        """All files as compose understands them."""
+        """Returns the merged configuration of all compose files."""
         return json.loads(self.compose("config", "--format", "json"))
 
     def left(self) -> dict[str, list[str]]:
-        """What there is of this project, by kind."""
+        """Returns the IDs of the containers, networks and volumes of this project."""
         label = f"label=com.docker.compose.project={self.name}"
         listings = {"container": ("--all",), "network": (), "volume": ()}
         return {
@@ -133,29 +136,29 @@ class Stack:
         }
 
     def container(self, service: str) -> Any:
-        """All that Docker says of a service's container."""
+        """Returns `docker container inspect` for the container of a service."""
         (name,) = self.compose("ps", "--all", "--quiet", service).split()
         return json.loads(docker("container", "inspect", name))[0]
 
     def status_of(self, service: str) -> dict[str, str]:
-        """/proc/PID/status of its first process, by name."""
+        """Returns the fields of /proc/1/status in the container of a service."""
         lines = self.compose("exec", "-T", service, "cat", "/proc/1/status").splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
     def url(self, service: str, path: str) -> str:
-        """Where it is published."""
+        """Returns the URL of a path on the published port of a service."""
         return f"http://127.0.0.1:{self.ports[service]}{path}"
 
     def get(self, service: str, path: str, **options: Any) -> httpx.Response:
-        """An answer that may be anything."""
+        """Sends a GET request to a service. Does not check the status."""
         return httpx.get(self.url(service, path), timeout=PATIENCE, **options)
 
     def query(self, expression: str) -> list[Any]:
-        """What Prometheus makes of it, by its own API."""
+        """Evaluates a PromQL expression with Prometheus' HTTP API."""
         answer = self.get("prometheus", "/api/v1/query", params={"query": expression})
         assert answer.status_code == 200, answer.text
         return list(answer.json()["data"]["result"])
 
     def value(self, expression: str) -> float:
-        """Of one series; 0 where there is none yet."""
+        """Returns the value of the first series of an expression, or 0 if there is none yet."""
         return float((self.query(expression) or [{"value": (0, "0")}])[0]["value"][1])

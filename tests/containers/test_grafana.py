@@ -1,4 +1,4 @@
-"""The stand-in for Grafana refuses what Grafana would pass over, or else it would show nothing."""
+"""Tests that the replacement for Grafana rejects errors in the provisioning, which Grafana would ignore."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ DASHBOARD = {"uid": "one", "title": "One", "panels": [{"datasource": {"type": "p
 
 
 def provision(folder: Path, sources: Any, provider: Any, **files: str) -> list[str]:
-    """The uids of the dashboards."""
+    """Writes provisioning files, reads them, and returns the uids of the dashboards."""
     for name in ("datasources", "dashboards", "files"):
         (folder / name).mkdir()
     (folder / "datasources/one.yml").write_text(yaml.safe_dump(sources))
@@ -29,7 +29,7 @@ def provider_of(folder: Path, **more: Any) -> dict[str, Any]:
     return {"name": "files", "type": "file", "options": {"path": str(folder / "files")}, **more}
 
 
-def test_what_is_right_is_read(tmp_path: Path) -> None:
+def test_valid_provisioning_is_read(tmp_path: Path) -> None:
     files = {uid: json.dumps(DASHBOARD | {"uid": uid}) for uid in ("one", "two")}
     sources = {"apiVersion": 1, "datasources": [SOURCE]}
     assert provision(tmp_path, sources, provider_of(tmp_path), **files) == ["one", "two"]
@@ -46,7 +46,7 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
         ({"apiVersion": 1, "datasources": [SOURCE | {"uid": "other"}]}, "no datasource prometheus"),
     ],
 )
-def test_a_mistake_in_the_datasources_is_an_error(tmp_path: Path, sources: Any, sentence: str) -> None:
+def test_error_in_the_data_sources_is_reported(tmp_path: Path, sources: Any, sentence: str) -> None:
     with pytest.raises(ProvisioningError, match=sentence):
         provision(tmp_path, sources, provider_of(tmp_path), one=json.dumps(DASHBOARD))
 
@@ -62,7 +62,7 @@ def test_a_mistake_in_the_datasources_is_an_error(tmp_path: Path, sources: Any, 
         (provider_of, {"one": json.dumps(DASHBOARD | {"title": ""})}, "no title"),
     ],
 )
-def test_a_mistake_in_the_dashboards_is_an_error(
+def test_error_in_the_dashboards_is_reported(
     tmp_path: Path, provider: Callable[[Path], dict[str, Any]], files: dict[str, str], sentence: str
 ) -> None:
     with pytest.raises(ProvisioningError, match=sentence):

@@ -1,4 +1,7 @@
-"""What a PromQL expression refers to, as far as rules and a dashboard write it; promtool knows whether it is valid."""
+"""Finds the series and labels in PromQL expressions. Supports the syntax of our rules and dashboard.
+
+promtool checks the syntax itself.
+"""
 
 import re
 
@@ -16,12 +19,12 @@ SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*(\{[^}]*\})?")
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 DURATION = re.compile(r"\[[^]]*\]|\boffset\s+\w+")
 KEYWORDS = {"and", "or", "unless", "bool"}
-TARGET = {"job", "instance"}  # what Prometheus adds to every scraped series
-OWN = {"up": set(), "ALERTS": {"alertname", "alertstate", "severity", "name"}}  # Prometheus' own series
+TARGET = {"job", "instance"}  # labels that Prometheus adds to every scraped series
+OWN = {"up": set(), "ALERTS": {"alertname", "alertstate", "severity", "name"}}  # series of Prometheus itself
 
 
 def exposed() -> dict[str, set[str]]:
-    """Every sample that the service can expose, with its labels; of the process too, and of a GPU."""
+    """Returns every sample name on /metrics with its labels, including those of the process and of a GPU."""
     metrics: Metrics = create_app(Settings(), FakeRunner).state.service.metrics
     for counter, labels in (
         (metrics.requests, ("/generate", "200")),
@@ -37,10 +40,10 @@ def exposed() -> dict[str, set[str]]:
 
 
 def selectors(expression: str) -> list[tuple[str, dict[str, str]]]:
-    """Each series that it selects: its name, and its matchers' labels with what they are compared with."""
+    """Returns the name of each selected series and its matchers as {label: value}."""
     bare = DURATION.sub(" ", GROUPING.sub(" ", expression))
     found, end = [], 0
-    masked = STRING.sub(lambda string: "\0" * len(string[0]), bare)  # of the same length: no name within a string
+    masked = STRING.sub(lambda string: "\0" * len(string[0]), bare)  # keep the length, but hide names within strings
     for match in SELECTOR.finditer(masked):
         is_call = masked[match.end() :].lstrip().startswith("(") and not match[2]
         is_number = match.start() > 0 and (masked[match.start() - 1].isalnum() or masked[match.start() - 1] == ".")
@@ -52,6 +55,6 @@ def selectors(expression: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def grouping_labels(expression: str) -> set[str]:
-    """The labels that it groups or joins by."""
+    """Returns the labels by which the expression groups or joins."""
     lists = (match[1].split(",") for match in GROUPING.finditer(STRING.sub('""', expression)))
     return {label.strip() for labels in lists for label in labels if label.strip()}

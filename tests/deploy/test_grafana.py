@@ -1,4 +1,4 @@
-"""The dashboard: what it asks exists and is valid, and it can be read."""
+"""Tests the dashboard: valid expressions, existing metrics, layout and descriptions."""
 
 import json
 import re
@@ -23,7 +23,7 @@ EXPRESSIONS = [
 
 
 def datasources(node: Any) -> list[Any]:
-    """Every data source that is named anywhere in the file."""
+    """Returns every data source in the dashboard."""
     if isinstance(node, dict):
         mine = [node["datasource"]] if "datasource" in node else []
         return mine + [found for value in node.values() for found in datasources(value)]
@@ -38,13 +38,13 @@ def without_variables(expression: str) -> str:
     return expression.replace("$__rate_interval", "1m").replace("$instance", ".*")
 
 
-def test_it_is_the_one_dashboard_and_is_formatted() -> None:
+def test_there_is_one_dashboard_and_it_is_formatted() -> None:
     assert [path.name for path in DASHBOARD.parent.iterdir()] == ["unfog.json"]
     assert json.dumps(BOARD, indent=2, ensure_ascii=False) + "\n" == TEXT
     assert (BOARD["uid"], BOARD["refresh"], BOARD["schemaVersion"]) == ("unfog", "10s", 39)
 
 
-def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
+def test_panels_have_unique_ids_and_do_not_overlap() -> None:
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"]) > 20
     for panel in BOARD["panels"]:
         place = panel["gridPos"]
@@ -59,13 +59,13 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:
         assert any(apart), (first["title"], second["title"])
 
 
-def test_panels_fill_the_rows_without_a_gap() -> None:
+def test_panels_fill_the_rows_without_gaps() -> None:
     bottom = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in BOARD["panels"])
     assert sum(panel["gridPos"]["w"] * panel["gridPos"]["h"] for panel in BOARD["panels"]) == 24 * bottom
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_a_panel_says_how_to_read_it(panel: dict[str, Any]) -> None:
+def test_panels_have_descriptions_units_and_legends(panel: dict[str, Any]) -> None:
     assert len(panel["description"]) > 20
     assert panel["title"]
     assert panel["targets"]
@@ -75,7 +75,7 @@ def test_a_panel_says_how_to_read_it(panel: dict[str, Any]) -> None:
         assert all(target["legendFormat"] for target in panel["targets"])
 
 
-def test_every_data_source_is_the_one_that_is_provisioned() -> None:
+def test_panels_use_the_provisioned_data_source() -> None:
     provisioned = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"]
     assert [(source["uid"], source["type"]) for source in provisioned] == [("prometheus", "prometheus")]
     named = datasources(BOARD)
@@ -83,38 +83,38 @@ def test_every_data_source_is_the_one_that_is_provisioned() -> None:
     assert all(source == {"type": "prometheus", "uid": "prometheus"} for source in named)
 
 
-def test_rates_span_the_interval_of_the_scrapes() -> None:
+def test_time_interval_equals_the_scrape_interval() -> None:
     source = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"][0]
     scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["global"]
     assert source["jsonData"]["timeInterval"] == scraped["scrape_interval"]
 
 
-def test_what_the_variable_chooses_is_known() -> None:
+def test_variable_selects_instances() -> None:
     (variable,) = BOARD["templating"]["list"]
     assert (variable["name"], variable["query"]["query"]) == ("instance", 'label_values(up{job="unfog"}, instance)')
     assert (variable["includeAll"], variable["allValue"]) == (True, ".*")
 
 
 @pytest.mark.parametrize(("title", "expression"), EXPRESSIONS)
-def test_an_expression_names_only_what_exists(title: str, expression: str) -> None:
+def test_expressions_use_existing_series_and_labels(title: str, expression: str) -> None:
     known, found = known_series(), selectors(expression)
     assert found
     for series, matchers in found:
         assert series in known, series
         assert set(matchers) <= known[series] | TARGET, (series, matchers)
         is_of_all = series.startswith("job:") or series == "ALERTS"
-        assert is_of_all or matchers["instance"] == "$instance", "it does not follow the variable"
+        assert is_of_all or matchers["instance"] == "$instance", "the expression ignores the variable $instance"
     assert grouping_labels(expression) <= set().union(TARGET, {"le"}, *(known[series] for series, _ in found))
 
 
-def test_every_metric_of_the_service_is_on_it() -> None:
+def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
     shown = {family(name) for _, expression in EXPRESSIONS for name in raw_metrics(expression)}
     every = {family(name) for name in exposed() if name.startswith("unfog_")}
-    # The count of rows says the first too; the other is for an alert, and whoever is not alive is not ready.
+    # unfog_batch_rows_count also counts steps. unfog_alive is for an alert, and unfog_ready is 0 if it is 0.
     assert every - shown == {"unfog_denoise_steps_total", "unfog_alive"}
 
 
-def test_promtool_takes_every_expression(tmp_path: Path) -> None:
+def test_promtool_accepts_every_expression(tmp_path: Path) -> None:
     rules = [
         {"record": f"dashboard:panel:{number}", "expr": without_variables(expression)}
         for number, (_, expression) in enumerate(EXPRESSIONS)

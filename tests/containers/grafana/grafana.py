@@ -1,6 +1,6 @@
-"""A stand-in for Grafana: it reads the same provisioning, and serves the part of its API that the tests ask.
+"""Replaces Grafana in tests: reads the same provisioning files and serves the API routes that the tests use.
 
-Grafana logs a mistake in its provisioning and goes on without. This ends with one sentence.
+Grafana logs an error in its provisioning files and continues. This program exits with a one-line error.
 """
 
 import base64
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-# The keys that Grafana 11 knows; whatever else stands there is a mistake that it would pass over.
+# The keys that Grafana 11 supports. It ignores other keys, so here they are errors.
 DATASOURCES = {"apiVersion", "prune", "datasources", "deleteDatasources"}
 DATASOURCE = {"name", "type", "access", "orgId", "uid", "url", "user", "database", "basicAuth", "basicAuthUser"}
 DATASOURCE |= {"withCredentials", "isDefault", "jsonData", "secureJsonData", "version", "editable"}
@@ -31,7 +31,7 @@ Json = dict[str, Any]
 
 
 class ProvisioningError(Exception):
-    """One sentence."""
+    """The provisioning files have an error. The message is one line."""
 
 
 def check(holds: object, sentence: str) -> None:
@@ -40,7 +40,10 @@ def check(holds: object, sentence: str) -> None:
 
 
 def read_files(folder: Path, known: set[str], inside: str) -> list[tuple[Path, Json]]:
-    """Each entry of the list `inside` in the folder's files."""
+    """Returns each entry of the list `inside` in the YAML files of the folder, with the path of its file.
+
+    Raises ProvisioningError for a key that is not in `known`.
+    """
     files = sorted(path for path in folder.glob("*") if path.suffix in (".yaml", ".yml"))
     check(files, f"{folder} contains no .yaml or .yml file")
     entries = []
@@ -57,7 +60,7 @@ def read_files(folder: Path, known: set[str], inside: str) -> list[tuple[Path, J
 
 
 def read_datasources(folder: Path) -> dict[str, Json]:
-    """By uid."""
+    """Returns the data sources by uid."""
     found: dict[str, Json] = {}
     for path, source in read_files(folder, DATASOURCES, "datasources"):
         check(set(source) <= DATASOURCE, f"{path}: unknown keys {set(source) - DATASOURCE}")
@@ -72,7 +75,7 @@ def read_datasources(folder: Path) -> dict[str, Json]:
 
 
 def read_dashboards(folder: Path, datasources: dict[str, Json]) -> dict[str, Json]:
-    """By uid."""
+    """Returns the dashboards by uid."""
     found: dict[str, Json] = {}
     for path, provider in read_files(folder, DASHBOARDS, "providers"):
         check(set(provider) <= PROVIDER, f"{path}: unknown keys {set(provider) - PROVIDER}")
@@ -89,13 +92,13 @@ def read_dashboards(folder: Path, datasources: dict[str, Json]) -> dict[str, Jso
 
 
 def read_dashboard(file: Path, datasources: dict[str, Json]) -> Json:
-    """One that has what Grafana needs, and names no datasource that is not there."""
+    """Returns a dashboard. Raises ProvisioningError if a required key or a data source is missing."""
     try:
         dashboard: Json = json.loads(file.read_text())
     except ValueError as error:
         raise ProvisioningError(f"{file}: {error}") from error
     check(dashboard.get("uid") and dashboard.get("title"), f"{file}: no uid or no title")
-    check(dashboard.get("id") is None, f"{file}: an id, which is only good in the database that it came from")
+    check(dashboard.get("id") is None, f"{file}: an id, which is only valid in the database of one Grafana")
     check(dashboard.get("panels"), f"{file}: no panels")
     for named in re.findall(r'"datasource": *({[^}]*}|"[^"]*")', json.dumps(dashboard)):
         source = json.loads(named)
@@ -105,7 +108,7 @@ def read_dashboard(file: Path, datasources: dict[str, Json]) -> Json:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Those routes of Grafana's API."""
+    """The routes of Grafana's API that the tests use."""
 
     datasources: dict[str, Json]
     dashboards: dict[str, Json]
@@ -113,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/api/health":
-            self.answer(200, {"database": "ok", "version": "stand-in"})
+            self.answer(200, {"database": "ok", "version": "test replacement"})
         elif not self.may_read():
             self.answer(401, {"message": "Unauthorized"})
         elif path.startswith("/api/dashboards/uid/"):
@@ -125,7 +128,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, {"message": "Not found"})
 
     def may_read(self) -> bool:
-        """Everybody, or the user `admin`, as far as the environment says that there is one."""
+        """True for anonymous access or for the user `admin`, if the environment enables it."""
         given = self.headers.get("Authorization")
         if given is None:
             return setting("AUTH_ANONYMOUS_ENABLED", "false") == "true"
@@ -146,7 +149,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Failures alone: a healthcheck is no news."""
+        """Logs only failures, not the frequent health checks."""
         if int(code) >= 400:
             super().log_request(code, size)
 
@@ -160,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def setting(name: str, default: str) -> str:
-    """As Grafana reads GF_*: an empty one is as good as none."""
+    """Returns the variable GF_<name>, or the default if it is unset or empty, as in Grafana."""
     return os.environ.get(f"GF_{name}") or default
 
 
@@ -173,7 +176,7 @@ def main() -> None:
         home = setting("DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH", "")
         check(not home or Path(home).is_file(), f"no dashboard {home}")
     except ProvisioningError as error:
-        sys.exit(f"stand-in for Grafana: {error}")
+        sys.exit(f"test replacement for Grafana: {error}")
     Path("/var/lib/grafana/grafana.db").touch()  # where Grafana keeps its database
     ThreadingHTTPServer(("0.0.0.0", 3000), Handler).serve_forever()
 

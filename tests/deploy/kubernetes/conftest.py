@@ -1,4 +1,4 @@
-"""Both overlays, one after the other."""
+"""Fixtures that run each test with both overlays, cpu and gpu."""
 
 import os
 
@@ -15,13 +15,13 @@ def overlay(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def manifests(overlay: str) -> list[Manifest]:
-    """All that Kubernetes itself knows: of an overlay, and the autoscaler."""
+    """The manifests of an overlay and the autoscaler, without custom resources."""
     return [*build(FOLDER / overlay), read(EXTRAS / "horizontal-pod-autoscaler.yaml")]
 
 
 @pytest.fixture
 def settings(manifests: list[Manifest], monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """What the service reads in a pod; SettingsError where it would not start."""
+    """The settings of the service in a pod. Raises SettingsError if the service would not start."""
     for name in [name for name in os.environ if name.upper().startswith("UNFOG_")]:
         monkeypatch.delenv(name)
     for name, value in find(manifests, "ConfigMap")["data"].items():

@@ -1,6 +1,6 @@
-"""What `kubectl kustomize` makes of a folder, for the few fields that deploy/kubernetes uses; more are an error.
+"""A small reimplementation of `kubectl kustomize`, for the fields that deploy/kubernetes uses.
 
-One thing is left out: the digest that it adds to the name of a generated ConfigMap.
+Unlike kustomize, it adds no digest to the name of a generated ConfigMap.
 """
 
 from pathlib import Path
@@ -16,17 +16,17 @@ Manifest = dict[str, Any]
 
 
 def read(path: Path) -> Manifest:
-    """The one document of a YAML file."""
+    """Returns the document of a YAML file."""
     content = yaml.safe_load(path.read_text())
     assert isinstance(content, dict), path
     return content
 
 
 def build(folder: Path) -> list[Manifest]:
-    """The manifests of its kustomization, patched."""
+    """Returns the patched manifests of the kustomization in a folder. Raises ValueError for an unsupported field."""
     content = read(folder / "kustomization.yaml")
     if unknown := content.keys() - FIELDS:
-        raise ValueError(f"{folder}: this merge does not know {sorted(unknown)}, of which it would say nothing")
+        raise ValueError(f"{folder}: unsupported fields {sorted(unknown)}. Implement them in {Path(__file__).name}")
     manifests: list[Manifest] = []
     for name in content["resources"]:
         manifests += build(folder / name) if (folder / name).is_dir() else [read(folder / name)]
@@ -46,26 +46,29 @@ def build(folder: Path) -> list[Manifest]:
 
 
 def find(manifests: list[Manifest], kind: str, name: str = "unfog") -> Manifest:
-    """The one of this kind and name; LookupError where there is none, or more."""
+    """Returns the manifest of this kind and name. Raises LookupError if there is not exactly one."""
     found = [each for each in manifests if (each["kind"], each["metadata"]["name"]) == (kind, name)]
     if len(found) != 1:
-        raise LookupError(f"{len(found)} {kind} {name}")
+        raise LookupError(f"found {len(found)} manifests of kind {kind} with the name {name}, expected 1")
     return found[0]
 
 
 def pod_of(manifests: list[Manifest]) -> Manifest:
-    """The template of the deployment's pods."""
+    """Returns the pod template of the deployment."""
     return find(manifests, "Deployment")["spec"]["template"]
 
 
 def container_of(manifests: list[Manifest]) -> Manifest:
-    """The only container of a pod."""
+    """Returns the only container of the pod template."""
     (container,) = pod_of(manifests)["spec"]["containers"]
     return container
 
 
 def merged(base: Any, patch: Any) -> Any:
-    """A strategic merge: maps by key, lists of what has a name by that, anything else replaced."""
+    """Returns the strategic merge of two values.
+
+    Merges maps by key and lists of named items by name. Other values of `patch` replace those of `base`.
+    """
     if isinstance(base, dict) and isinstance(patch, dict):
         return base | {key: merged(base.get(key), value) for key, value in patch.items()}
     if _are_named(base) and _are_named(patch):

@@ -1,4 +1,4 @@
-"""The chain from the service's gauge to the number of replicas, and what may end while others serve."""
+"""Tests the autoscaler, the metric that it uses, the disruption budget and the resources of a replica."""
 
 import re
 
@@ -9,14 +9,14 @@ from tests.deploy.kubernetes.kustomize import EXTRAS, Manifest, container_of, fi
 QUEUE = "unfog_queue_depth_images"
 
 
-def test_the_autoscaler_follows_a_gauge_that_the_service_has(manifests: list[Manifest]) -> None:
+def test_autoscaler_uses_a_gauge_of_the_service(manifests: list[Manifest]) -> None:
     (metric,) = find(manifests, "HorizontalPodAutoscaler")["spec"]["metrics"]
     assert metric["type"] == "Pods"
     assert metric["pods"]["metric"] == {"name": QUEUE}
     assert f"# TYPE {QUEUE} gauge\n".encode() in Metrics().render()
 
 
-def test_the_adapters_rule_makes_the_metric_of_each_pod() -> None:
+def test_adapter_rule_provides_the_metric_per_pod() -> None:
     (rule,) = read(EXTRAS / "prometheus-adapter-values.yaml")["rules"]["custom"]
     labels = rule["resources"]["overrides"]
     assert labels == {"namespace": {"resource": "namespace"}, "pod": {"resource": "pod"}}
@@ -30,7 +30,7 @@ def test_the_adapters_rule_makes_the_metric_of_each_pod() -> None:
     assert asked == f'sum({QUEUE}{{namespace="n",pod=~"a|b"}}) by (pod)'
 
 
-def test_the_autoscaler_alone_decides_about_the_number_of_replicas(manifests: list[Manifest]) -> None:
+def test_only_the_autoscaler_sets_the_number_of_replicas(manifests: list[Manifest]) -> None:
     deployment, scaler = find(manifests, "Deployment"), find(manifests, "HorizontalPodAutoscaler")["spec"]
     assert scaler["scaleTargetRef"] == {
         "apiVersion": deployment["apiVersion"],
@@ -41,32 +41,32 @@ def test_the_autoscaler_alone_decides_about_the_number_of_replicas(manifests: li
     assert 1 <= scaler["minReplicas"] < scaler["maxReplicas"]
 
 
-def test_replicas_are_added_long_before_requests_are_refused(manifests: list[Manifest], settings: Settings) -> None:
+def test_replicas_are_added_long_before_the_queue_is_full(manifests: list[Manifest], settings: Settings) -> None:
     (metric,) = find(manifests, "HorizontalPodAutoscaler")["spec"]["metrics"]
     target = metric["pods"]["target"]
     assert target["type"] == "AverageValue"
     assert settings.max_count <= int(target["averageValue"]) <= settings.queue_capacity / 8
 
 
-def evictable(budget: Manifest, replicas: int) -> int:
-    """How many of so many healthy replicas may be evicted at once."""
+def max_evictions(budget: Manifest, replicas: int) -> int:
+    """Returns how many healthy replicas the budget allows to evict at the same time."""
     spec = budget["spec"]
     return int(spec["maxUnavailable"]) if "maxUnavailable" in spec else replicas - int(spec["minAvailable"])
 
 
-def test_a_node_can_be_drained_whatever_the_number_of_replicas_and_others_serve_on(manifests: list[Manifest]) -> None:
+def test_a_node_can_be_drained_while_other_replicas_serve(manifests: list[Manifest]) -> None:
     budget, scaler = find(manifests, "PodDisruptionBudget"), find(manifests, "HorizontalPodAutoscaler")["spec"]
     numbers = range(scaler["minReplicas"], scaler["maxReplicas"] + 1)
-    assert evictable(budget, 1) == 1
-    assert all(1 <= evictable(budget, replicas) < replicas for replicas in numbers)
-    assert evictable({"spec": {"minAvailable": 1}}, 1) == 0  # as it would be the other way round
+    assert max_evictions(budget, 1) == 1
+    assert all(1 <= max_evictions(budget, replicas) < replicas for replicas in numbers)
+    assert max_evictions({"spec": {"minAvailable": 1}}, 1) == 0  # with minAvailable, a single replica could not be evicted
 
 
-def test_no_replica_is_missed_while_rolling(manifests: list[Manifest]) -> None:
+def test_rolling_update_keeps_all_replicas(manifests: list[Manifest]) -> None:
     assert find(manifests, "Deployment")["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
 
 
-def test_a_process_has_whole_cores_or_one_gpu_and_memory_that_it_is_sure_of(
+def test_replica_has_integer_cores_or_one_gpu_and_guaranteed_memory(
     manifests: list[Manifest], overlay: str
 ) -> None:
     requests, limits = (container_of(manifests)["resources"][name] for name in ("requests", "limits"))
@@ -76,4 +76,4 @@ def test_a_process_has_whole_cores_or_one_gpu_and_memory_that_it_is_sure_of(
     else:
         assert "nvidia.com/gpu" not in limits
         assert requests["cpu"] == limits["cpu"]
-        assert limits["cpu"].isdecimal()  # it bounds the compute threads: neither 1500m nor 1.5
+        assert limits["cpu"].isdecimal()  # it sets the number of compute threads, so not 1500m or 1.5

@@ -1,4 +1,4 @@
-"""The manifests are Kubernetes', and kustomizations make of them what is tested here. No cluster is asked."""
+"""Validates the manifests against the schemas of Kubernetes, and tests kustomize.py. Needs no cluster."""
 
 import copy
 import json
@@ -14,32 +14,32 @@ import yaml
 
 from tests.deploy.kubernetes.kustomize import FOLDER, Manifest, build, container_of, find, merged, pod_of, read
 
-VERSIONS = ("1.30", "1.37")  # the first in which preStop may sleep without being asked for, and the newest known
+VERSIONS = ("1.30", "1.37")  # the first version that enables sleep in preStop by default, and the newest schema
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_manifest_is_valid_in_the_oldest_and_the_newest_version(manifests: list[Manifest], version: str) -> None:
+def test_manifests_are_valid_in_the_oldest_and_newest_version(manifests: list[Manifest], version: str) -> None:
     kinds = [manifest["kind"] for manifest in manifests]
     assert len(kinds) == len(set(kinds)) == 8
     for manifest in manifests:
-        # it falls back to an older version where it does not have the one that is asked for, and says so
+        # It returns the version that it used, which is an older one if the requested schema is missing.
         assert kubernetes_validate.validate(manifest, version, strict=True) == version
 
 
 @pytest.mark.parametrize(
     ("kind", "break_it"),
     [
-        ("Deployment", lambda m: pod_of([m])["spec"].update(terminationGracePeriodSecond=45)),  # a letter is missing
+        ("Deployment", lambda m: pod_of([m])["spec"].update(terminationGracePeriodSecond=45)),  # the final s is missing
         ("Deployment", lambda m: container_of([m])["ports"][0].update(containerPort="8000")),
         ("Deployment", lambda m: m["spec"].pop("selector")),
         ("Service", lambda m: m["spec"].update(type=["ClusterIP"])),
         ("NetworkPolicy", lambda m: m["spec"]["ingress"][0].update(form=[])),
         ("PodDisruptionBudget", lambda m: m["spec"].update(maxUnavailable=[1])),
         ("HorizontalPodAutoscaler", lambda m: m["spec"].pop("maxReplicas")),
-        ("ConfigMap", lambda m: m["data"].update(UNFOG_DRAIN_TIMEOUT=25)),  # a number, where only text may stand
+        ("ConfigMap", lambda m: m["data"].update(UNFOG_DRAIN_TIMEOUT=25)),  # a number instead of a string
     ],
 )
-def test_a_field_that_is_misspelt_missing_or_of_another_type_is_noticed(
+def test_invalid_field_is_detected(
     manifests: list[Manifest], kind: str, break_it: Callable[[Manifest], Any]
 ) -> None:
     broken = copy.deepcopy(find(manifests, kind))
@@ -49,7 +49,7 @@ def test_a_field_that_is_misspelt_missing_or_of_another_type_is_noticed(
 
 
 @pytest.mark.parametrize("folder", ["base", "cpu", "gpu"])
-def test_a_kustomization_names_every_file_beside_it(folder: str) -> None:
+def test_kustomization_lists_every_file_of_its_folder(folder: str) -> None:
     content = read(FOLDER / folder / "kustomization.yaml")
     paths = [entry["path"] for entry in content.get("patches", ())]
     files = [file for generator in content["configMapGenerator"] for file in generator.get("envs", ())]
@@ -59,7 +59,7 @@ def test_a_kustomization_names_every_file_beside_it(folder: str) -> None:
     )
 
 
-def test_a_patch_changes_what_is_there_and_leaves_the_rest() -> None:
+def test_patch_changes_only_the_patched_fields() -> None:
     base = {"spec": {"containers": [{"name": "a", "image": "x", "args": ["1", "2"]}], "hostname": "h"}}
     patch = {"spec": {"containers": [{"name": "a", "args": ["3"]}]}}
     wanted = {"spec": {"containers": [{"name": "a", "image": "x", "args": ["3"]}], "hostname": "h"}}
@@ -69,15 +69,15 @@ def test_a_patch_changes_what_is_there_and_leaves_the_rest() -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-def test_kubectl_makes_the_same_of_an_overlay(overlay: str) -> None:
-    made = subprocess.run(["kubectl", "kustomize", FOLDER / overlay], check=True, capture_output=True, text=True).stdout
-    assert re.search(r"\bunfog-[a-z0-9]{10}\b", made)
-    theirs = list(yaml.safe_load_all(re.sub(r"\bunfog-[a-z0-9]{10}\b", "unfog", made)))
-    assert sorted(map(json.dumps, map(in_order, theirs))) == sorted(
-        map(json.dumps, map(in_order, build(FOLDER / overlay)))
+def test_overlay_equals_the_output_of_kubectl_kustomize(overlay: str) -> None:
+    output = subprocess.run(["kubectl", "kustomize", FOLDER / overlay], check=True, capture_output=True, text=True).stdout
+    assert re.search(r"\bunfog-[a-z0-9]{10}\b", output)
+    expected = list(yaml.safe_load_all(re.sub(r"\bunfog-[a-z0-9]{10}\b", "unfog", output)))
+    assert sorted(map(json.dumps, map(with_sorted_keys, expected))) == sorted(
+        map(json.dumps, map(with_sorted_keys, build(FOLDER / overlay)))
     )
 
 
-def in_order(manifest: Manifest) -> Any:
-    """The same with sorted keys."""
+def with_sorted_keys(manifest: Manifest) -> Any:
+    """Returns the manifest with sorted keys."""
     return json.loads(json.dumps(manifest, sort_keys=True))

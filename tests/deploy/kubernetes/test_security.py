@@ -1,4 +1,4 @@
-"""A pod asks for no more than the Pod Security Standard `restricted` allows, and the network for less."""
+"""Tests the Pod Security Standard `restricted`, API keys and the network policy."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persiste
 
 
 def violations(spec: Manifest) -> set[str]:
-    """Fields of a pod that the standard does not allow, each once, whatever container they are of."""
+    """Returns the fields of a pod and its containers that violate the standard `restricted`."""
     context = spec.get("securityContext", {})
     found = {field for field in ("hostNetwork", "hostPID", "hostIPC") if spec.get(field)}
     found |= {name for volume in spec.get("volumes", ()) for name in volume.keys() - {"name"} - VOLUMES}
@@ -48,7 +48,7 @@ def _handlers(container: Manifest) -> list[Manifest]:
     return [hook[kind] for hook in hooks for kind in ("httpGet", "tcpSocket") if kind in hook]
 
 
-def test_a_pod_is_restricted_and_its_namespace_takes_no_other(manifests: list[Manifest]) -> None:
+def test_pods_are_restricted_and_the_namespace_enforces_it(manifests: list[Manifest]) -> None:
     assert violations(pod_of(manifests)["spec"]) == set()
     labels = find(manifests, "Namespace")["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
@@ -73,7 +73,7 @@ def test_a_pod_is_restricted_and_its_namespace_takes_no_other(manifests: list[Ma
         ("allowPrivilegeEscalation", lambda pod, c: pod.update(initContainers=[c | {"securityContext": {}}])),
     ],
 )
-def test_a_pod_that_asked_for_more_would_be_noticed(
+def test_violation_of_the_standard_is_detected(
     manifests: list[Manifest], field: str, break_it: Callable[[Manifest, Manifest], Any]
 ) -> None:
     broken = copy.deepcopy(manifests)
@@ -81,7 +81,7 @@ def test_a_pod_that_asked_for_more_would_be_noticed(
     assert field in violations(pod_of(broken)["spec"])
 
 
-def test_the_user_is_the_images_and_writes_nowhere_but_to_its_own_scratch(
+def test_pod_has_the_user_of_the_image_and_writes_only_to_emptydirs(
     manifests: list[Manifest], overlay: str
 ) -> None:
     spec, container = pod_of(manifests)["spec"], container_of(manifests)
@@ -95,29 +95,29 @@ def test_the_user_is_the_images_and_writes_nowhere_but_to_its_own_scratch(
     assert all(volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"])
 
 
-def test_no_token_of_the_api_server_is_at_hand(manifests: list[Manifest]) -> None:
+def test_service_account_token_is_not_mounted(manifests: list[Manifest]) -> None:
     assert pod_of(manifests)["spec"]["automountServiceAccountToken"] is False
     assert find(manifests, "ServiceAccount")["automountServiceAccountToken"] is False
 
 
-def test_keys_are_named_but_never_kept_here(manifests: list[Manifest]) -> None:
+def test_api_keys_come_from_a_secret_that_is_not_in_the_manifests(manifests: list[Manifest]) -> None:
     (variable,) = container_of(manifests)["env"]
     reference = variable["valueFrom"]["secretKeyRef"]
     assert (variable["name"], reference["optional"]) == ("UNFOG_API_KEYS", True)
     assert "UNFOG_API_KEYS" not in find(manifests, "ConfigMap")["data"]
     assert "Secret" not in {manifest["kind"] for manifest in manifests}
-    # the commands that make and change the secret name that one, with that key
+    # The commands in the README must use the same secret and key.
     made = re.findall(r"create secret generic (\S+) --from-literal=(\w+)=", (FOLDER / "README.md").read_text())
     assert made == [(reference["name"], reference["key"])] * 2
 
 
-def test_only_who_is_named_reaches_the_port_and_nobody_is_reached(manifests: list[Manifest]) -> None:
+def test_network_policy_admits_listed_clients_and_blocks_egress(manifests: list[Manifest]) -> None:
     policy = find(manifests, "NetworkPolicy")["spec"]
     (rule,) = policy["ingress"]
-    assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]  # what is not listed is not restricted
+    assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]  # a type that is not listed is not restricted
     assert policy["egress"] == []
     assert rule["ports"] == [{"protocol": "TCP", "port": container_of(manifests)["ports"][0]["containerPort"]}]
     assert len(rule["from"]) == 3
     for peer in rule["from"]:
         (selector,) = peer.values()
-        assert selector["matchLabels"]  # an empty selector is everybody, as is no `from`
+        assert selector["matchLabels"]  # an empty selector would select all pods

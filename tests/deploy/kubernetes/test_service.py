@@ -1,4 +1,4 @@
-"""What the manifests say about the service is so: its routes, ports, settings, times and labels."""
+"""Tests that routes, ports, settings, timeouts and labels in the manifests match the service."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from tests.deploy.kubernetes.kustomize import EXTRAS, FOLDER, Manifest, containe
 
 ROOT = Path(__file__).parents[3]
 GIVE_UP_SECONDS = Settings.model_fields["give_up_seconds"].default
-COMPILED_START_SECONDS = 300  # 180 to compile for a GPU, the rest to load and to record graphs
-PROGRESS_SECONDS = 600  # Kubernetes' default: a rollout that takes longer counts as failed
+COMPILED_START_SECONDS = 300  # 180 s to compile for a GPU, the rest to load and to record CUDA graphs
+PROGRESS_SECONDS = 600  # default of Kubernetes: a rollout that takes longer has failed
 
 
-def test_probes_ask_routes_of_the_service_on_its_port(manifests: list[Manifest], settings: Settings) -> None:
+def test_probes_use_routes_and_port_of_the_service(manifests: list[Manifest], settings: Settings) -> None:
     container = container_of(manifests)
     paths = create_app(Settings.model_construct()).openapi()["paths"]
     asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")}
@@ -32,22 +32,22 @@ def test_probes_ask_routes_of_the_service_on_its_port(manifests: list[Manifest],
     assert f"UNFOG_PORT={settings.port}" in dockerfile and "UNFOG_HOST=0.0.0.0" in dockerfile
 
 
-def test_every_variable_is_a_setting_with_a_value_that_the_service_takes(
+def test_every_variable_is_a_valid_setting(
     manifests: list[Manifest], settings: Settings, overlay: str
 ) -> None:
     container = container_of(manifests)
     assert container["envFrom"] == [{"configMapRef": {"name": find(manifests, "ConfigMap")["metadata"]["name"]}}]
     names = {*find(manifests, "ConfigMap")["data"], *(each["name"] for each in container["env"])}
     assert names - {"TMPDIR"} <= {f"UNFOG_{field}".upper() for field in Settings.model_fields}
-    assert ("TMPDIR" in names) is (overlay == "gpu")  # where compiled kernels can be loaded from
+    assert ("TMPDIR" in names) is (overlay == "gpu")  # compiled kernels are loaded from there
     assert unknown_variables() == []
     assert settings.device == {"cpu": "cpu", "gpu": "cuda"}[overlay]
 
 
-def test_a_services_links_would_stop_the_start_and_are_off(
+def test_service_links_are_disabled_because_they_break_the_start(
     manifests: list[Manifest], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kubernetes sets NAME_PORT in each pod for each Service, also over what the image sets."""
+    """Kubernetes sets NAME_PORT in each pod for each Service. This overrides the variables of the image."""
     variable = f"{find(manifests, 'Service')['metadata']['name'].upper()}_PORT"
     monkeypatch.setenv(variable, "tcp://10.0.0.1:80")
     with pytest.raises(SettingsError, match=variable):
@@ -55,7 +55,7 @@ def test_a_services_links_would_stop_the_start_and_are_off(
     assert pod_of(manifests)["spec"]["enableServiceLinks"] is False
 
 
-def test_a_replica_that_is_told_to_stop_has_time_for_all_that_it_may_do(
+def test_grace_period_is_longer_than_a_complete_stop(
     manifests: list[Manifest], settings: Settings
 ) -> None:
     pause = container_of(manifests)["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -64,7 +64,7 @@ def test_a_replica_that_is_told_to_stop_has_time_for_all_that_it_may_do(
     assert settings.drain_timeout == Settings.model_fields["drain_timeout"].default
 
 
-def test_a_restart_comes_after_the_watchdog_and_after_the_process_itself(
+def test_liveness_restart_comes_after_the_watchdog_and_the_exit(
     manifests: list[Manifest], settings: Settings
 ) -> None:
     probe = container_of(manifests)["livenessProbe"]
@@ -73,19 +73,19 @@ def test_a_restart_comes_after_the_watchdog_and_after_the_process_itself(
     assert settings.watchdog_seconds == Settings.model_fields["watchdog_seconds"].default
 
 
-def test_a_start_may_compile_for_a_gpu_and_takes_less_than_a_rollout(manifests: list[Manifest]) -> None:
+def test_startup_probe_allows_gpu_compilation_within_a_rollout(manifests: list[Manifest]) -> None:
     probe = container_of(manifests)["startupProbe"]
     assert COMPILED_START_SECONDS <= probe["periodSeconds"] * probe["failureThreshold"] < PROGRESS_SECONDS
 
 
-def test_the_image_is_this_release(manifests: list[Manifest], overlay: str) -> None:
+def test_image_tag_is_this_version(manifests: list[Manifest], overlay: str) -> None:
     kind = {"cpu": "cpu", "gpu": "cuda"}[overlay]
     image = container_of(manifests)["image"]
     assert image == f"registry.example/unfog:{VERSION}-{kind}"
     assert f"docker push {image}\n" in (FOLDER / "README.md").read_text()
 
 
-def test_what_selects_pods_selects_these(manifests: list[Manifest]) -> None:
+def test_all_selectors_match_the_pods(manifests: list[Manifest]) -> None:
     labels, spec = pod_of(manifests)["metadata"]["labels"], pod_of(manifests)["spec"]
     monitor = read(EXTRAS / "pod-monitor.yaml")
     selectors = [
@@ -103,7 +103,7 @@ def test_what_selects_pods_selects_these(manifests: list[Manifest]) -> None:
     assert namespaces == {find(manifests, "Namespace")["metadata"]["name"]}
 
 
-def test_ports_lead_to_the_containers(manifests: list[Manifest]) -> None:
+def test_service_and_monitor_use_the_container_port(manifests: list[Manifest]) -> None:
     port = container_of(manifests)["ports"][0]["name"]
     (served,) = find(manifests, "Service")["spec"]["ports"]
     (scraped,) = read(EXTRAS / "pod-monitor.yaml")["spec"]["podMetricsEndpoints"]
