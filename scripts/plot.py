@@ -68,7 +68,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     noise = commands.add_parser("noise", help="forward process: one digit at t = 0, 10, ..., 100")
     noise.add_argument("--digit", type=integer(0, 9), default=7, help="digit to show, 0 to 9; default: 7")
-    noise.add_argument("--data-dir", type=Path, help="folder with the IDX files of MNIST: show a real digit instead of a generated one")
+    noise.add_argument(
+        "--data-dir", type=Path, help="folder with the IDX files of MNIST: show a real digit instead of a generated one"
+    )
     reverse = commands.add_parser("reverse", help="reverse process: ten digits from noise to image")
     sheet = commands.add_parser("sheet", help="grid with ten images of each digit")
     for command in (noise, reverse, sheet):
@@ -78,7 +80,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     losses.add_argument("runs", type=Path, nargs="+", help="run folders, or their losses.csv files")
     epochs = commands.add_parser("epochs", help="the same ten digits after several epochs of a run")
     epochs.add_argument("folder", type=Path, help="run folder")
-    epochs.add_argument("--epochs", type=integer(1), nargs="+", help="epochs to show; default: 1 5 15 30, and the last epoch of a shorter run")
+    epochs.add_argument(
+        "--epochs",
+        type=integer(1),
+        nargs="+",
+        help="epochs to show; default: 1 5 15 30, and the last epoch of a shorter run",
+    )
     bench = commands.add_parser("bench", help="results of scripts.bench")
     bench.add_argument("file", type=Path, help="JSON file that scripts.bench wrote")
     for command in (noise, reverse, sheet, losses, epochs, bench):

@@ -93,9 +93,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; may be repeated")
     parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images per digit, 1 to 10000; default: 1")
     parser.add_argument(
-        "--out", type=Path, required=True, help="a .png file for one sheet of all images, or a folder for one PNG per image"
+        "--out",
+        type=Path,
+        required=True,
+        help="a .png file for one sheet of all images, or a folder for one PNG per image",
     )
-    parser.add_argument("--scale", type=integer(1, 16), default=1, help="integer factor that enlarges the images, 1 to 16; default: 1")
+    parser.add_argument(
+        "--scale", type=integer(1, 16), default=1, help="integer factor that enlarges the images, 1 to 16; default: 1"
+    )
     add_drawing_arguments(parser, seed=None)
     return parser.parse_args(argv)
 

@@ -101,11 +101,11 @@ torch_index() {
   elif is_installed 'torch-*'; then
     return
   elif pip_has_a_source; then
-    say "installing PyTorch from the sources in pip's configuration; set UNFOG_TORCH_INDEX to use another index"
+    say "installing PyTorch from the package sources in pip's configuration. To use another index, set UNFOG_TORCH_INDEX"
   elif has_nvidia_gpu; then
-    say "NVIDIA GPU found: downloading PyTorch's CUDA build (several GB); set UNFOG_TORCH_INDEX=$cpu_index to get the CPU build"
+    say "NVIDIA GPU found. Downloading PyTorch's CUDA build (several GB). To get the CPU build, set UNFOG_TORCH_INDEX=$cpu_index"
   else
-    say "no NVIDIA GPU found: installing PyTorch's CPU build from $cpu_index; to get the CUDA build (several GB), remove $venv and start again with UNFOG_TORCH_INDEX=https://pypi.org/simple"
+    say "no NVIDIA GPU found. Installing PyTorch's CPU build ($cpu_index). To get the CUDA build (several GB), remove $venv and start again with UNFOG_TORCH_INDEX=https://pypi.org/simple"
     printf '%s\n' "$cpu_index"
   fi
 }

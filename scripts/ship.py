@@ -69,10 +69,16 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m scripts.ship", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
     parser.add_argument(
-        "--guidance-of", metavar="PRESET", help="preset whose guidance the checkpoint will recommend; default: keep its own"
+        "--guidance-of",
+        metavar="PRESET",
+        help="preset whose guidance the checkpoint will recommend; default: keep its own",
     )
     parser.add_argument(
-        "--evaluation", type=Path, nargs="+", default=[], help="evaluation.json files of `python -m scripts.evaluate digits`"
+        "--evaluation",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="evaluation.json files of `python -m scripts.evaluate digits`",
     )
     parser.add_argument(
         "--out",

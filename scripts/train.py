@@ -4,7 +4,6 @@ Run the same command again to resume from the last complete epoch. The result ha
 """
 
 import argparse
-from pathlib import Path
 
 from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments
 from scripts.common.errors import reports_errors

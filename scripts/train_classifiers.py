@@ -4,7 +4,6 @@ Without --out, overwrites the tracked weights in scripts/evaluation/weights, whi
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
@@ -36,7 +35,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "which is tracked and gets overwritten",
     )
     parser.add_argument("--epochs", type=integer(1), help=f"number of epochs; default: {_each('epochs')}")
-    parser.add_argument("--seed", type=integer(0, 2**53 - 1), help=f"seed of the weights and of the order of the images; default: {_each('seed')}")
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**53 - 1),
+        help=f"seed of the weights and of the order of the images; default: {_each('seed')}",
+    )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
     return parser.parse_args(argv)
 

@@ -34,7 +34,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder to write; default: scripts/evaluation/weights/clip, which is tracked and gets overwritten",
     )
     parser.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"number of epochs; default: {EPOCHS}")
-    parser.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="seed of the weights and of the order of the images; default: 0")
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**53 - 1),
+        default=0,
+        help="seed of the weights and of the order of the images; default: 0",
+    )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
     return parser.parse_args(argv)
 

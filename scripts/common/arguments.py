@@ -131,14 +131,25 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, 
             "type": integer(1),
             "help": "number of denoising steps; default: the number that the checkpoint recommends",
         },
-        "sampler": {"choices": SAMPLERS, "help": "default: the first sampler that the checkpoint permits, usually ddpm"},
+        "sampler": {
+            "choices": SAMPLERS,
+            "help": "default: the first sampler that the checkpoint permits, usually ddpm",
+        },
         "guidance_scale": {
             "type": guidance_scale,
             "help": f"scale of classifier-free guidance, 1 to {MAX_GUIDANCE_SCALE}, 1 = off; "
             "default: the scale that the checkpoint recommends",
         },
-        "guidance_start": {"type": integer(1), "metavar": "T", "help": "lowest timestep with guidance; default: from the checkpoint"},
-        "guidance_stop": {"type": integer(1), "metavar": "T", "help": "highest timestep with guidance; default: from the checkpoint"},
+        "guidance_start": {
+            "type": integer(1),
+            "metavar": "T",
+            "help": "lowest timestep with guidance; default: from the checkpoint",
+        },
+        "guidance_stop": {
+            "type": integer(1),
+            "metavar": "T",
+            "help": "highest timestep with guidance; default: from the checkpoint",
+        },
         "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"seed of the noise; default: {default}"},
         "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images per batch; default: 64"},
         "compile": {
@@ -181,8 +192,15 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help="stop before an epoch that would exceed this limit (at least one epoch runs); default: no limit",
     )
-    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="the same seed gives the same weights on the same machine; default: 0")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto, a GPU if there is one")
+    parser.add_argument(
+        "--seed",
+        type=integer(0, 2**32 - 1),
+        default=0,
+        help="the same seed gives the same weights on the same machine; default: 0",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N; default: auto, a GPU if there is one"
+    )
     parser.add_argument(
         "--compile",
         choices=COMPILE_MODES,

@@ -78,9 +78,7 @@ def test_student_starts_from_the_teacher_and_stores_its_number_of_steps(preset: 
     assert 0.5 < torch.stack(moved).mean() < 0.99999
 
 
-def test_student_is_closer_to_the_paths_than_the_teacher_with_the_same_steps(
-    preset: Path, tmp_path: Path
-) -> None:
+def test_student_is_closer_to_the_paths_than_the_teacher_with_the_same_steps(preset: Path, tmp_path: Path) -> None:
     teacher = save_teacher(tmp_path / "teacher.safetensors", large_embeddings=True)
     preset.write_text(preset.read_text().replace("num_paths = 56", "num_paths = 960"))
     run(preset, teacher, tmp_path / "run")
@@ -107,7 +105,9 @@ def test_time_limit_during_the_paths_is_reported_and_the_run_resumes(
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_sampling_uses_the_steps_and_sampler_of_the_student(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_uses_the_steps_and_sampler_of_the_student(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(preset, save_teacher(tmp_path / "teacher.safetensors"), tmp_path / "run", "--epochs=1")
     drawing = [f"--checkpoint={tmp_path / 'run' / 'model.safetensors'}", "--digit=3", "--seed=1"]
     sample.main([*drawing, f"--out={tmp_path / 'own.png'}"])
@@ -168,7 +168,9 @@ def test_teacher_that_cannot_generate_the_paths_gives_a_one_line_error(
         assert expected in line
 
 
-def test_train_rejects_a_preset_for_distillation(preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_rejects_a_preset_for_distillation(
+    preset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_:
         train.main([f"--preset={preset}", f"--out={tmp_path / 'run'}"])
     assert exit_.value.code == 2

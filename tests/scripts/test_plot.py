@@ -167,9 +167,7 @@ def test_missing_epoch_is_named_in_the_error(tmp_path: Path, capsys: pytest.Capt
     ("there", "shown"),
     [([1], [1]), ([1, 2, 3], [1, 3]), (range(1, 19), [1, 5, 15, 18]), (range(1, 41), [1, 5, 15, 30])],
 )
-def test_default_epochs_are_1_5_15_30_or_the_last(
-    tmp_path: Path, there: Sequence[int], shown: list[int]
-) -> None:
+def test_default_epochs_are_1_5_15_30_or_the_last(tmp_path: Path, there: Sequence[int], shown: list[int]) -> None:
     for epoch in there:
         level = torch.full((10, 1, 28, 28), epoch / 50)
         save_grid(level, tmp_path / "epochs" / f"{epoch:02d}.png", columns=10)

@@ -80,7 +80,9 @@ def test_same_seed_gives_the_same_file_and_another_seed_does_not(tiny: Path, tmp
     assert a == b != c
 
 
-def test_without_a_seed_a_random_seed_is_used_and_printed(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_seed_a_random_seed_is_used_and_printed(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["--checkpoint", str(tiny), "--num-steps", "1", "--digit", "1", "--out"]
     sample.main([*arguments, str(tmp_path / "a")])
     sample.main([*arguments, str(tmp_path / "b")])
@@ -120,7 +122,9 @@ def test_wrong_argument_exits_with_status_2_and_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_guidance_is_rejected_if_the_checkpoint_does_not_support_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guidance_is_rejected_if_the_checkpoint_does_not_support_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = save_tiny_checkpoint(tmp_path / "plain.safetensors", label_drop=0, guidance=Guidance())
     with pytest.raises(SystemExit) as exit_:
         draw(plain, tmp_path / "x.png", "--digit", "1", "--guidance-scale", "1.3")

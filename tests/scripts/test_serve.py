@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYTHONS = ["python3", *(f"python3.{minor}" for minor in range(11, 15))]
 
-# Fake pip: logs its arguments and makes the project importable. PIP_ENDING makes it fail or end early. PIP_CONFIGURATION
-# is the output of `pip config list`, by default with an index. PIP_TORCH is the version of PyTorch that it installs.
+# Fake pip: logs its arguments and makes the project importable. PIP_ENDING makes it fail or end early. PIP_TORCH is the
+# version of PyTorch that it installs. PIP_CONFIGURATION is the output of `pip config list`, by default with an index.
 FAKE_PIP = """
 import json, os, pathlib, signal, sys, sysconfig, time
 site = pathlib.Path(sysconfig.get_path("purelib"))
@@ -309,7 +309,7 @@ def test_without_a_gpu_the_cpu_build_is_installed_and_explained(without_gpu: Pro
     assert [requirement.split(">")[0] for requirement in first[2:]] == ["torch"]
     assert second == without_gpu.constrained(".")
     (line,) = [line for line in err.splitlines() if "NVIDIA" in line]
-    assert line.startswith(f"unfog: no NVIDIA GPU found: installing PyTorch's CPU build from {CPU_INDEX}")
+    assert line.startswith(f"unfog: no NVIDIA GPU found. Installing PyTorch's CPU build ({CPU_INDEX})")
     assert "UNFOG_TORCH_INDEX=https://pypi.org/simple" in line
     assert str(without_gpu.venv) in line
 
@@ -333,7 +333,7 @@ def test_a_package_source_in_pips_configuration_is_respected(without_gpu: Projec
     status, _, err = without_gpu.run(PIP_CONFIGURATION=configuration)
     assert status == 0, err
     assert without_gpu.installs == [without_gpu.constrained(".")]
-    assert "installing PyTorch from the sources in pip's configuration" in err
+    assert "installing PyTorch from the package sources in pip's configuration" in err
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_with_a_gpu_the_download_of_the_cuda_build_is_announced(without_gpu: Pro
     assert status == 0, err
     assert without_gpu.installs == [without_gpu.constrained(".")]
     (line,) = [line for line in err.splitlines() if "NVIDIA" in line]
-    assert line.startswith("unfog: NVIDIA GPU found: downloading PyTorch's CUDA build (several GB)")
+    assert line.startswith("unfog: NVIDIA GPU found. Downloading PyTorch's CUDA build (several GB)")
     assert f"UNFOG_TORCH_INDEX={CPU_INDEX}" in line
 
 

@@ -68,9 +68,7 @@ def test_shipped_checkpoint_has_float16_weights_guidance_and_evaluations(tmp_pat
     assert (drawn - after.probe_image).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_evaluation_of_the_float32_weights_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_of_the_float32_weights_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_tiny_checkpoint(tmp_path / "run.safetensors")
     assert "not an evaluation of these weights" in error_of_shipping(source, evaluation_of(source), capsys=capsys)
 
@@ -85,9 +83,7 @@ def test_evaluation_of_other_weights_is_rejected(
     assert "not an evaluation of these weights" in error_of_shipping(source, content, capsys=capsys)
 
 
-def test_evaluation_with_another_guidance_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluation_with_another_guidance_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "shipped.safetensors"
     ship.main([str(save_tiny_checkpoint(tmp_path / "run.safetensors")), f"--out={source}"])
     content = evaluation_of(source, guidance=load(source).config.guidance)

@@ -35,7 +35,14 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def arguments(data_folder: Path, recipe: str, out: Path, *more: str) -> list[str]:
     fixed = ["--device", "cpu", "--compile", "off", "--num-threads", "1"]
-    paths = ["--preset", str(data_folder / f"{recipe}.toml"), "--data-dir", str(data_folder / "data"), "--out", str(out)]
+    paths = [
+        "--preset",
+        str(data_folder / f"{recipe}.toml"),
+        "--data-dir",
+        str(data_folder / "data"),
+        "--out",
+        str(out),
+    ]
     return [*paths, *fixed, *more]
 
 
@@ -115,7 +122,9 @@ def test_stopped_run_prints_how_to_resume(data_folder: Path, number: str, status
         preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_DFL),  # nohup ignores SIGHUP
     )
     assert stopped.returncode == status, stopped.stderr
-    assert stopped.stderr.strip().splitlines() == ["train: stopped; run the same command again to resume from the last complete epoch"]
+    assert stopped.stderr.strip().splitlines() == [
+        "train: stopped; run the same command again to resume from the last complete epoch"
+    ]
     assert state_of(out)["trainer"]["epoch"] == 1
 
 
@@ -130,7 +139,9 @@ def test_state_of_another_release_exits_with_status_2(data_folder: Path, complet
     assert exit_.value.code == 2
 
 
-def test_same_seed_gives_the_same_run_and_another_seed_does_not(data_folder: Path, complete_runs: dict[str, Path]) -> None:
+def test_same_seed_gives_the_same_run_and_another_seed_does_not(
+    data_folder: Path, complete_runs: dict[str, Path]
+) -> None:
     train.main(arguments(data_folder, "cosine", data_folder / "again"))
     assert differences(data_folder / "again", complete_runs["cosine"]) == []
     train.main(arguments(data_folder, "cosine", data_folder / "other", "--seed", "1"))
@@ -139,7 +150,10 @@ def test_same_seed_gives_the_same_run_and_another_seed_does_not(data_folder: Pat
 
 
 def test_time_limit_stops_between_epochs_and_the_run_resumes(
-    data_folder: Path, complete_runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data_folder: Path,
+    complete_runs: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each reading of the fake clock takes a minute. The third epoch would end after the limit."""
     minutes = iter(range(1000))
@@ -229,9 +243,7 @@ def test_out_is_required(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", "cuda:7"])
-def test_missing_gpu_gives_a_one_line_error(
-    data_folder: Path, capsys: pytest.CaptureFixture[str], device: str
-) -> None:
+def test_missing_gpu_gives_a_one_line_error(data_folder: Path, capsys: pytest.CaptureFixture[str], device: str) -> None:
     argv = arguments(data_folder, "cosine", data_folder / "never", "--device", device)
     assert f"--device {device}: no CUDA device found" in error_line(argv, capsys)
 

@@ -59,16 +59,16 @@ def test_a_node_can_be_drained_while_other_replicas_serve(manifests: list[Manife
     numbers = range(scaler["minReplicas"], scaler["maxReplicas"] + 1)
     assert max_evictions(budget, 1) == 1
     assert all(1 <= max_evictions(budget, replicas) < replicas for replicas in numbers)
-    assert max_evictions({"spec": {"minAvailable": 1}}, 1) == 0  # with minAvailable, a single replica could not be evicted
+    assert (
+        max_evictions({"spec": {"minAvailable": 1}}, 1) == 0
+    )  # with minAvailable, a single replica could not be evicted
 
 
 def test_rolling_update_keeps_all_replicas(manifests: list[Manifest]) -> None:
     assert find(manifests, "Deployment")["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
 
 
-def test_replica_has_integer_cores_or_one_gpu_and_guaranteed_memory(
-    manifests: list[Manifest], overlay: str
-) -> None:
+def test_replica_has_integer_cores_or_one_gpu_and_guaranteed_memory(manifests: list[Manifest], overlay: str) -> None:
     requests, limits = (container_of(manifests)["resources"][name] for name in ("requests", "limits"))
     assert requests["memory"] == limits["memory"]
     if overlay == "gpu":

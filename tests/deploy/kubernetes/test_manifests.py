@@ -39,9 +39,7 @@ def test_manifests_are_valid_in_the_oldest_and_newest_version(manifests: list[Ma
         ("ConfigMap", lambda m: m["data"].update(UNFOG_DRAIN_TIMEOUT=25)),  # a number instead of a string
     ],
 )
-def test_invalid_field_is_detected(
-    manifests: list[Manifest], kind: str, break_it: Callable[[Manifest], Any]
-) -> None:
+def test_invalid_field_is_detected(manifests: list[Manifest], kind: str, break_it: Callable[[Manifest], Any]) -> None:
     broken = copy.deepcopy(find(manifests, kind))
     break_it(broken)
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -70,7 +68,9 @@ def test_patch_changes_only_the_patched_fields() -> None:
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
 def test_overlay_equals_the_output_of_kubectl_kustomize(overlay: str) -> None:
-    output = subprocess.run(["kubectl", "kustomize", FOLDER / overlay], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        ["kubectl", "kustomize", FOLDER / overlay], check=True, capture_output=True, text=True
+    ).stdout
     assert re.search(r"\bunfog-[a-z0-9]{10}\b", output)
     expected = list(yaml.safe_load_all(re.sub(r"\bunfog-[a-z0-9]{10}\b", "unfog", output)))
     assert sorted(map(json.dumps, map(with_sorted_keys, expected))) == sorted(

@@ -81,9 +81,7 @@ def test_violation_of_the_standard_is_detected(
     assert field in violations(pod_of(broken)["spec"])
 
 
-def test_pod_has_the_user_of_the_image_and_writes_only_to_emptydirs(
-    manifests: list[Manifest], overlay: str
-) -> None:
+def test_pod_has_the_user_of_the_image_and_writes_only_to_emptydirs(manifests: list[Manifest], overlay: str) -> None:
     spec, container = pod_of(manifests)["spec"], container_of(manifests)
     dockerfile = (FOLDER.parents[1] / "Dockerfile").read_text()
     user = spec["securityContext"]

@@ -32,9 +32,7 @@ def test_probes_use_routes_and_port_of_the_service(manifests: list[Manifest], se
     assert f"UNFOG_PORT={settings.port}" in dockerfile and "UNFOG_HOST=0.0.0.0" in dockerfile
 
 
-def test_every_variable_is_a_valid_setting(
-    manifests: list[Manifest], settings: Settings, overlay: str
-) -> None:
+def test_every_variable_is_a_valid_setting(manifests: list[Manifest], settings: Settings, overlay: str) -> None:
     container = container_of(manifests)
     assert container["envFrom"] == [{"configMapRef": {"name": find(manifests, "ConfigMap")["metadata"]["name"]}}]
     names = {*find(manifests, "ConfigMap")["data"], *(each["name"] for each in container["env"])}
@@ -55,18 +53,14 @@ def test_service_links_are_disabled_because_they_break_the_start(
     assert pod_of(manifests)["spec"]["enableServiceLinks"] is False
 
 
-def test_grace_period_is_longer_than_a_complete_stop(
-    manifests: list[Manifest], settings: Settings
-) -> None:
+def test_grace_period_is_longer_than_a_complete_stop(manifests: list[Manifest], settings: Settings) -> None:
     pause = container_of(manifests)["lifecycle"]["preStop"]["sleep"]["seconds"]
     longest = pause + settings.drain_timeout + LAST_ANSWERS_SECONDS + STOP_SECONDS
     assert pod_of(manifests)["spec"]["terminationGracePeriodSeconds"] >= longest + 5
     assert settings.drain_timeout == Settings.model_fields["drain_timeout"].default
 
 
-def test_liveness_restart_comes_after_the_watchdog_and_the_exit(
-    manifests: list[Manifest], settings: Settings
-) -> None:
+def test_liveness_restart_comes_after_the_watchdog_and_the_exit(manifests: list[Manifest], settings: Settings) -> None:
     probe = container_of(manifests)["livenessProbe"]
     soonest = probe["periodSeconds"] * (probe["failureThreshold"] - 1)
     assert soonest > max(settings.watchdog_seconds, GIVE_UP_SECONDS)

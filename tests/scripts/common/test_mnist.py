@@ -87,9 +87,7 @@ def put_folder(path: Path) -> None:
     ],
     ids=["truncated", "broken", "a web page", "empty", "other content", "missing", "a folder"],
 )
-def test_damaged_file_is_rejected_with_its_path(
-    tmp_path: Path, damage: Callable[[Path], None], message: str
-) -> None:
+def test_damaged_file_is_rejected_with_its_path(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
     write_idx_files(tmp_path, packed=True)
     path = tmp_path / f"{IMAGES}.gz"
     damage(path)

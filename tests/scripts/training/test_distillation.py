@@ -118,9 +118,7 @@ def test_existing_paths_are_not_generated_again(teacher: Path, tmp_path: Path) -
     assert torch.equal(first, again)
 
 
-def test_more_paths_are_added_to_existing_paths(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_paths_are_added_to_existing_paths(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scripts.training.distillation.PART_SIZE", 16)
     few, _ = load_or_draw_paths(teacher, tmp_path)
     more, y = load_or_draw_paths(teacher, tmp_path, DISTILLATION.model_copy(update={"num_paths": 60}))

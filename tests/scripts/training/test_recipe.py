@@ -145,7 +145,9 @@ def test_unknown_preset_is_rejected_and_the_error_lists_the_presets(preset: str)
         ("[unet]", "[unet", "is not valid TOML"),
     ],
 )
-def test_invalid_recipe_is_rejected_with_the_path_and_the_field(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_invalid_recipe_is_rejected_with_the_path_and_the_field(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
     assert old in COSINE
     path = tmp_path / "wrong.toml"
     path.write_text(COSINE.replace(old, new, 1))
