@@ -47,7 +47,10 @@ MODES = ("closed", "open", "alternatives", "training", "endurance", "versions", 
 @reports_errors("bench")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, measures and prints the table."""
-    args = _parse(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.quick == bool(args.mode):
+        parser.error(f"give either --quick or one mode: {', '.join(MODES)}")
     require_installed(*_packages_of(args), extra="bench")
     with Reporter() as reporter:
         _run(args, reporter)
@@ -92,7 +95,7 @@ def _packages_of(args: argparse.Namespace) -> tuple[str, ...]:
     return ("aiohttp", "psutil")
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -153,10 +156,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")
-    args = parser.parse_args(argv)
-    if args.quick == bool(args.mode):
-        parser.error(f"give either --quick or one mode: {', '.join(MODES)}")
-    return args
+    return parser
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:

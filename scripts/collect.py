@@ -33,7 +33,7 @@ OPTIONS = ("model", "num_steps", "sampler", "guidance_scale")
 @reports_errors("collect")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, requests the images and writes them to the folder."""
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
     with Reporter() as reporter:
         if args.out.exists() and any(args.out.iterdir()):
@@ -102,7 +102,7 @@ def _detail(problem: bytes) -> str:
         return "no details in the response"
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.collect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +123,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sampler", choices=SAMPLERS, help="default: the service's default")
     parser.add_argument("--guidance-scale", type=guidance_scale, help="1 = off; default: the service's default")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ SWEPT = {  # the sweep sets these options itself, from lists such as --scales
 @reports_errors("compare")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     if args.command in SWEPT:
         require_installed("torchmetrics", "matplotlib", extra="evaluate")
     with Reporter("compare: stopped. Run the same command again to continue") as reporter:
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
                 compare_networks(args.presets, reporter, **options)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +103,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     runs.add_argument("--out", type=Path, help=".md file for the table; default: print only")
     _add_networks(commands.add_parser("networks", help="number of weights, arithmetic and step time of networks"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add_sweep(command: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ Needs no data set, because the student learns from images that the teacher gener
 resume.
 """
 
-import argparse
 from pathlib import Path
 
 from model.checkpoint import SHIPPED
@@ -18,12 +17,12 @@ from scripts.training.recipe import preset_names
 
 @reports_errors("distil")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     with Reporter("distil: stopped; run the same command again to resume") as reporter:
         distil(from_arguments(TrainingRequest, args), args.teacher, reporter)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.distil", description=__doc__)
     parser.add_argument(
         "--preset",
@@ -32,7 +31,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--teacher", type=Path, default=SHIPPED, help=f"a checkpoint file; default: {SHIPPED_NAME}")
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

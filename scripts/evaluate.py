@@ -53,7 +53,7 @@ CLIP_HELP = (
 @reports_errors("evaluate")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     require_installed(*PACKAGES[args.command], extra="evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_synthetic(args.folder, args.out, reporter, epochs=args.epochs, seed=args.seed, **data)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,7 +121,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
             default=Path("data"),
             help="folder with MNIST's IDX files, downloaded if missing; default: data",
         )
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add_digits(digits: argparse.ArgumentParser) -> None:

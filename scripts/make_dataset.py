@@ -4,7 +4,6 @@ Writes MNIST's IDX files, or PNGs in folders 0 to 9. Image i shows the digit i m
 started again with the same arguments. The images are the same as those of a run that was not stopped.
 """
 
-import argparse
 from pathlib import Path
 
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer
@@ -17,13 +16,13 @@ from scripts.evaluation.dataset import make_dataset
 @reports_errors("make_dataset")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, generates the images and writes the data set."""
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     request = from_arguments(DrawingRequest, args)
     with Reporter("make_dataset: stopped. Run the same command again to continue") as reporter:
         make_dataset(request, args.out, reporter, count=args.count, form=args.format)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.make_dataset", description=__doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the data set; an unfinished data set continues"
@@ -33,7 +32,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--format", choices=["idx", "png"], default="idx", help="file format, idx is MNIST's; default: idx"
     )
     add_drawing_arguments(parser, seed=0)
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

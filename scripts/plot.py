@@ -1,6 +1,5 @@
 """Plots figures as PNG files: `python -m scripts.plot noise|reverse|losses|epochs|sheet|bench --out figure.png`."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from scripts.common.progress import Reporter, require_installed
 
 @reports_errors("plot")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     if args.command != "sheet":  # the sheet is written without matplotlib
         require_installed("matplotlib")
     with Reporter() as reporter:
@@ -62,7 +61,7 @@ def plot_bench(file: Path, out: Path) -> None:
     save_figure(figure, out, grey=False)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.plot", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="noise|reverse|losses|epochs|sheet|bench", dest="command")
 
@@ -90,7 +89,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     bench.add_argument("file", type=Path, help="JSON file that scripts.bench wrote")
     for command in (noise, reverse, sheet, losses, epochs, bench):
         command.add_argument("--out", type=file_to_write(".png"), required=True, help="the .png file to write")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

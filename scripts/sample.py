@@ -1,6 +1,5 @@
 """Generates digits without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
 
-import argparse
 import math
 import secrets
 from pathlib import Path
@@ -19,7 +18,7 @@ from scripts.common.progress import Reporter
 
 @reports_errors("sample")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     if args.out.suffix.lower() not in ("", ".png"):
         raise ScriptError(f"--out {args.out} must be a .png file or a folder")
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
@@ -88,7 +87,7 @@ def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int |
     )
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.sample", description=__doc__)
     parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; may be repeated")
     parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images per digit, 1 to 10000; default: 1")
@@ -102,7 +101,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--scale", type=integer(1, 16), default=1, help="integer factor that enlarges the images, 1 to 16; default: 1"
     )
     add_drawing_arguments(parser, seed=None)
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ preset. To add evaluations to the metadata, evaluate the written checkpoint, the
 --evaluation. An evaluation contains a digest of the evaluated weights, which must match.
 """
 
-import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ MAX_BYTES = 12_000_000  # limit for all checkpoints in the repository together, 
 
 @reports_errors("ship")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     loaded = checkpoint.load(args.checkpoint)
     target = args.out or (SHIPPED_FAST if loaded.config.steps else SHIPPED)
     recipe = load_recipe(args.guidance_of) if args.guidance_of else None
@@ -65,7 +64,7 @@ def _check(path: Path, evaluation: Evaluation, config: CheckpointConfig, weights
         )
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.ship", description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="model.safetensors of a run")
     parser.add_argument(
@@ -86,7 +85,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="file to write; default: default.safetensors in model/weights, which the service loads; "
         "fast.safetensors for a distilled student. Overwrites the tracked file",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

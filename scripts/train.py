@@ -3,8 +3,6 @@
 Run the same command again to resume from the last complete epoch. The result has the same bits as an uninterrupted run.
 """
 
-import argparse
-
 from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
@@ -14,12 +12,12 @@ from scripts.training.recipe import preset_names
 
 @reports_errors("train")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     with Reporter("train: stopped; run the same command again to resume from the last complete epoch") as reporter:
         train_on_mnist(from_arguments(TrainingRequest, args), args.data_dir, reporter)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train", description=__doc__)
     parser.add_argument(
         "--preset",
@@ -28,7 +26,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_data_argument(parser)
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":

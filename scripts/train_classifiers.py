@@ -3,8 +3,6 @@
 Without --out, overwrites the tracked weights in scripts/evaluation/weights, which scripts.evaluate uses.
 """
 
-import argparse
-
 import torch
 
 from scripts.common.arguments import Parser, add_data_argument, file_to_write, integer
@@ -16,7 +14,7 @@ from scripts.evaluation.classifiers import KINDS, WEIGHTS
 
 @reports_errors("train_classifiers")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     path = args.out or WEIGHTS / f"{args.kind}.safetensors"
@@ -24,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         train_and_save(args.kind, path, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train_classifiers", description=__doc__)
     parser.add_argument("kind", choices=sorted(KINDS), help="the classifier to train")
     add_data_argument(parser)
@@ -41,7 +39,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"seed of the weights and of the order of the images; default: {_each('seed')}",
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _each(part: str) -> str:

@@ -17,14 +17,14 @@ from scripts.evaluation.clip_training import EPOCHS, train_and_save_clip
 
 @reports_errors("train_clip")
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     with Reporter() as reporter:
         train_and_save_clip(args.out, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
 
 
-def _parse(argv: list[str] | None) -> argparse.Namespace:
+def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.train_clip", description=__doc__)
     add_data_argument(parser)
     parser.add_argument(
@@ -41,7 +41,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="seed of the weights and of the order of the images; default: 0",
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")
-    return parser.parse_args(argv)
+    return parser
 
 
 def _folder(text: str) -> Path:
