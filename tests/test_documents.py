@@ -10,17 +10,18 @@ from model.checkpoint import SHIPPED, SHIPPED_FAST, load
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.evaluation.classifiers import load_classifier
+from scripts.evaluation.clip import EMBEDDED
 from scripts.evaluation.tables import FRECHET_RATIO, as_column, as_run, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "results"
 FINAL = [  # the columns of the tables of 10,000 digits
-    ("README.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off", "fast")),
+    ("docs/evaluation.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off", "fast")),
     ("docs/model-card.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off")),
     ("docs/model-card.md", ("fast",)),
 ]
-WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of the ladder whose figures were not kept as JSON
+WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of ablations.md whose figures were not kept as JSON
 MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC, Zen 4", "zen5": "EPYC, Zen 5"}  # in the README
 SPEED = {  # the README's figures: of which load, in which column
     "seconds for one image, idle service, guidance off": ("1 x 1 image", "p50, s"),
@@ -59,7 +60,8 @@ CONTESTANTS = {
 EVALUATIONS = sorted((RESULTS / "ablations").rglob("evaluation.json"))
 SWEEPS = sorted({*RESULTS.rglob("guidance.json"), *RESULTS.rglob("steps.json")})
 MACHINES = sorted(path for path in (RESULTS / "benchmarks").iterdir() if path.is_dir())
-LADDER = set((DOCS / "ablations.md").read_text().splitlines())
+ABLATIONS = (DOCS / "ablations.md").read_text("utf-8")
+EVALUATION = (DOCS / "evaluation.md").read_text("utf-8")
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -71,7 +73,7 @@ def cells(line: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("document", "names"), FINAL)
-def test_a_final_table_has_the_figures_of_its_evaluations(document: str, names: tuple[str, ...]) -> None:
+def test_final_table_matches_its_evaluation_files(document: str, names: tuple[str, ...]) -> None:
     evaluations = [read_evaluation(RESULTS / "final" / name) for name in names]
     columns = [*map(as_column, evaluations), as_column(evaluations[0], real=True)]
     rows = [cells(line) for line in (ROOT / document).read_text().splitlines() if line.startswith("|")]
@@ -80,9 +82,18 @@ def test_a_final_table_has_the_figures_of_its_evaluations(document: str, names: 
 
 
 @pytest.mark.parametrize(
+    ("label", "name"), [("`ddpm`, 100 steps", "ddpm"), ("`dpmpp`, 10 steps", "dpmpp"), ("`fast`, 4 steps", "fast")]
+)
+def test_model_card_has_the_recognition_of_each_digit(label: str, name: str) -> None:
+    shares = read_evaluation(RESULTS / "final" / name)["judge"]["per_digit"]
+    row = as_written([label, *(f"{share:.1%}" for share in shares)])
+    assert row in (DOCS / "model-card.md").read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
     ("shipped", "names"), [(SHIPPED, ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off")), (SHIPPED_FAST, ("fast",))]
 )
-def test_the_final_figures_are_of_what_ships_and_stand_in_it(shipped: Path, names: tuple[str, ...]) -> None:
+def test_final_evaluations_match_the_shipped_checkpoint_and_its_metadata(shipped: Path, names: tuple[str, ...]) -> None:
     loaded = load(shipped)
     evaluations = [read_evaluation(RESULTS / "final" / name) for name in names]
     assert loaded.config.training["evaluation"] == evaluations
@@ -107,11 +118,11 @@ def test_what_the_service_sends_is_as_good_as_what_was_drawn_before(name: str) -
     assert [line[1:] for line in lines] == [[column[figure] for figure in wanted] for column in columns]
 
 
-def lines_of(path: Path) -> list[list[str]]:
-    """Its lines in a table: of an evaluation whole, without its name, or by its guidance alone."""
+def rows_of(path: Path) -> list[list[str]]:
+    """Returns the rows of a file of results. Some tables show an evaluation without its name, or only its guidance."""
     if path.name == "evaluation.json":
-        line = as_run(path.parent.name, read_evaluation(path))
-        return [line] if path.parents[1] == RESULTS / "ablations" else [line, line[1:], line[3:]]
+        row = as_run(path.parent.name, read_evaluation(path))
+        return [row] if path.parents[1] == RESULTS / "ablations" else [row, row[1:], row[3:]]
     content = json.loads(path.read_text())
     return [as_sweep_row(row) for row in (*content["figures"], content["real"])]
 
@@ -121,36 +132,50 @@ def as_written(line: list[str]) -> str:
 
 
 @pytest.mark.parametrize("file", named(EVALUATIONS))
-def test_each_evaluation_of_the_ladder_has_its_line(file: str) -> None:
-    assert set(map(as_written, lines_of(RESULTS / file))) & LADDER
+def test_each_evaluation_file_has_a_row_in_the_ablations(file: str) -> None:
+    assert set(map(as_written, rows_of(RESULTS / file))) & set(ABLATIONS.splitlines())
 
 
 @pytest.mark.parametrize("file", named(SWEEPS))
-def test_the_settings_of_a_sweep_stand_in_one_table_with_the_real_digits_beside(file: str) -> None:
-    wanted = set(map(as_written, lines_of(RESULTS / file)))
-    assert any(wanted <= set(table.splitlines()) for table in (DOCS / "ablations.md").read_text().split("\n\n"))
+def test_each_sweep_is_one_table_with_a_row_of_real_digits(file: str) -> None:
+    wanted = set(map(as_written, rows_of(RESULTS / file)))
+    assert any(wanted <= set(table.splitlines()) for table in ABLATIONS.split("\n\n"))
 
 
-def test_each_line_of_the_ladder_was_measured() -> None:
-    measured = {as_written(line) for path in (*EVALUATIONS, *SWEEPS) for line in lines_of(path)}
-    text = (DOCS / "ablations.md").read_text()
-    sections = [section for section in text.split("\n## ") if not section.startswith(WITHOUT_DATA)]
+def test_each_row_of_the_ablations_has_a_file_of_results() -> None:
+    measured = {as_written(row) for path in (*EVALUATIONS, *SWEEPS) for row in rows_of(path)}
+    sections = [section for section in ABLATIONS.split("\n## ") if not section.startswith(WITHOUT_DATA)]
     claimed = {line for section in sections for line in section.splitlines() if line.startswith("|") and "%" in line}
     assert claimed <= measured
 
 
-def test_what_was_learned_from_drawn_digits_alone_stands_in_the_readme() -> None:
+def test_synthetic_classifier_figures_match_the_file() -> None:
     learned = json.loads((RESULTS / "synthetic.json").read_text())
-    text = (ROOT / "README.md").read_text()
-    for name in ("drawn", "real"):
-        assert f"{learned[name]['num_images']:,}" in text
-        assert f"{100 * learned[name]['accuracy']:.2f} %" in text
+    rows = [cells(line) for line in EVALUATION.splitlines() if line.startswith("|")]
+    for kind, label in (("drawn", "generated digits, `dpmpp` in 10 steps"), ("real", "real digits")):
+        assert [f"{learned[kind]['num_images']:,} {label}", f"{learned[kind]['accuracy']:.2%}"] in rows
     assert learned["drawn_with"]["weights_sha256"] == load(SHIPPED).weights_sha256
     recommended = load(SHIPPED).config.guidance_of("dpmpp")
     assert learned["drawn_with"]["options"] == {"sampler": "dpmpp", "num_steps": 10, "guidance": asdict(recommended)}
 
 
-def test_the_networks_that_judged_are_those_that_ship() -> None:
+def test_fog_table_matches_the_file() -> None:
+    fog = json.loads((RESULTS / "fog.json").read_text())
+    assert as_written(["t", *map(str, fog["half_lost_at"])]) in EVALUATION.splitlines()
+
+
+def test_clip_figures_match_the_evaluation_and_the_metadata_of_the_model() -> None:
+    seen = read_evaluation(RESULTS / "ablations" / "seed-0" / "ddpm")["clip"]
+    training = json.loads((EMBEDDED / "open_clip_config.json").read_text())["training"]
+    rows = [cells(line) for line in EVALUATION.split("\n## CLIP")[1].splitlines() if line.startswith("|")]
+    shares = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert shares["real test digits"] == f"{seen['real']['recognised']:.2%}" == f"{training['test']['recognised']:.2%}"
+    assert shares["real validation digits"] == f"{training['validation']['recognised']:.2%}"
+    assert f"{seen['drawn']['recognised']:.2%}" in shares.values()
+    assert seen["real"]["tells_noise"] == 1
+
+
+def test_evaluations_used_the_shipped_classifiers() -> None:
     shipped = {name: load_classifier(name).sha256 for name in ("judge", "extractor", "fog_judge")}
     for path in (*RESULTS.glob("final/*/evaluation.json"), *EVALUATIONS):
         networks = json.loads(path.read_text())["networks"]
