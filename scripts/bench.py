@@ -4,6 +4,7 @@ closed        closed loop: 1 to 64 clients, each sends its next request when the
               another process uses a core, and while another client floods the service
 open          open loop: requests at random times, at fractions of the measured capacity, compared with a simulation;
               latency counts from the planned time of a request
+models        latency of one image on an idle service, with each setting in docs/results/final
 alternatives  the same loads on this service and on other servers with the same weights
 training      images per second of scripts.train and of a plain training loop, and the limit set by the matrix rate
 endurance     an hour of mixed load; fails if memory grows or if an image changes
@@ -28,6 +29,7 @@ from scripts.benchmark.modes import (
     Options,
     measure_alternatives,
     measure_closed,
+    measure_models,
     measure_open,
     measure_quick,
 )
@@ -41,7 +43,7 @@ from scripts.common.progress import Reporter, require_installed
 
 CLIENTS = (1, 4, 16, 64)
 SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
-MODES = ("closed", "open", "alternatives", "training", "endurance", "versions", "profile", "page")
+MODES = ("closed", "open", "models", "alternatives", "training", "endurance", "versions", "profile", "page")
 
 
 @reports_errors("bench")
@@ -58,12 +60,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace, reporter: Reporter) -> None:
     match args.mode:
-        case "closed":
-            measure_closed(_options(args), args.clients, reporter)
-        case "open":
-            measure_open(_options(args), args.shares, reporter)
-        case "alternatives":
-            measure_alternatives(_options(args), args.requests, reporter)
         case "training":
             measure_training(args.preset, args.steps, args.repeats, args.data_dir, args.out, reporter)
         case "endurance":
@@ -76,6 +72,20 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             write_page(args.folder, args.out, reporter)
         case None:
             measure_quick(reporter)
+        case _:
+            _measure_loads(args, reporter)
+
+
+def _measure_loads(args: argparse.Namespace, reporter: Reporter) -> None:
+    match args.mode:
+        case "closed":
+            measure_closed(_options(args), args.clients, reporter)
+        case "open":
+            measure_open(_options(args), args.shares, reporter)
+        case "models":
+            measure_models(_options(args), reporter)
+        case "alternatives":
+            measure_alternatives(_options(args), args.requests, reporter)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -106,8 +116,8 @@ def build_parser() -> Parser:
         "64 images for a few seconds each; not comparable with the published figures",
     )
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
-    closed, open_, alternatives, training, endurance, versions, profile, page = map(commands.add_parser, MODES)
-    for command in (closed, open_, alternatives):
+    closed, open_, models, alternatives, training, endurance, versions, profile, page = map(commands.add_parser, MODES)
+    for command in (closed, open_, models, alternatives):
         _add_options(command)
     closed.add_argument(
         "--clients",

@@ -1,11 +1,12 @@
-"""Plots of the JSON results of scripts.bench: bars for each load and service, or lines over the request rate."""
+"""Plots of the JSON results of scripts.bench: bars for each service or load, or lines over the request rate."""
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from scripts.benchmark.report import plain_kind, plain_load
-from scripts.common.figures import LABEL_SIZE, PIXELS_PER_LETTER, new_figure
+from scripts.common.figures import LABEL_SIZE, finish_curves, new_figure
 from scripts.common.progress import require
 
 if TYPE_CHECKING:
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 1000, 340  # pixels; the height of bar plots depends on the number of bars
-BAR_HEIGHT, MARGIN = 22, 90
-KINDS_APART = 0.45  # distance between kinds of requests of one load, in bars
+BAR_HEIGHT, MARGIN = 26, 110
+TITLE_WIDTH = 32  # letters
+LONE_CLIENT = "1 x 1 image"  # the beginning of the names of loads with a client of one image
 COLOURS = ("#1f77b4", "#6baed6", "#9e9e9e", "#c2a572", "#d95f02", "#a63603", "#7b3294")
 COLOUR_OF = {  # by prefix of the service's name; longer prefixes come first
     "unfog,": COLOURS[1],
@@ -32,9 +34,11 @@ Rows = Sequence[dict[str, Any]]
 
 
 def show_bench(rows: Rows) -> "Figure":
-    """Plots the rows of a JSON file of scripts.bench: lines for an open loop, otherwise bars."""
+    """Plots the rows of a JSON file of scripts.bench: lines for shares of the capacity, otherwise bars."""
     rising = [row for row in rows if "predicted_p95" in row]
-    return _lines(rising) if rising else _bars(rows)
+    if rising:
+        return _lines(rising)
+    return _facets(rows) if len({row["contestant"] for row in rows}) > 1 else _closed(rows)
 
 
 def _lines(rows: Rows) -> "Figure":
@@ -60,10 +64,9 @@ def _lines(rows: Rows) -> "Figure":
         throughput, rates, [[row["goodput"] for row in same_rate] for same_rate in at], "answered in time", COLOURS[4]
     )
     throughput.plot(rates, rates, "x:", color="#bbbbbb", label="requested")
-    throughput.set_ylim(0, 1.3 * max(row["images_a_second"] for row in rows))
+    throughput.set_ylim(0, 1.05 * max(rates))
     _describe(throughput, "requested images/s", "images/s")
-    figure.tight_layout()
-    return figure
+    return finish_curves(figure)
 
 
 def _line(axes: "Axes", x: Sequence[float], values: Sequence[Sequence[float]], label: str, colour: str) -> None:
@@ -76,8 +79,6 @@ def _describe(axes: "Axes", x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=LABEL_SIZE)
     axes.set_ylabel(y, fontsize=LABEL_SIZE)
     axes.tick_params(labelsize=LABEL_SIZE)
-    axes.legend(fontsize=LABEL_SIZE, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _label_logarithms(axis: "Axis") -> None:
@@ -92,43 +93,75 @@ def _colour_of(contestant: str) -> str:
     return next((colour for name, colour in COLOUR_OF.items() if contestant.startswith(name)), "#444444")
 
 
-def _bars(rows: Rows) -> "Figure":
-    """Plots throughput and latency of each service under each load."""
-    groups = list(dict.fromkeys((row["load"], row["contestant"]) for row in rows))
-    height = BAR_HEIGHT * len(groups) + MARGIN
-    figure = new_figure(WIDTH, height)
-    labels = [f"{plain_load(load)}: {contestant}" for load, contestant in groups]
-    left = PIXELS_PER_LETTER * max(map(len, labels)) + 10
-    box = {"left": left / WIDTH, "right": 0.98, "bottom": 50 / height, "top": 1 - 10 / height, "wspace": 0.08}
-    rate, latency = figure.subplots(1, 2, sharey=True, gridspec_kw=box)
-    for place, (load, contestant) in enumerate(groups):
-        own_rows = [row for row in rows if (row["load"], row["contestant"]) == (load, contestant)]
-        colour = _colour_of(contestant)
-        found = [row["images_a_second"] for row in own_rows]
-        middle = statistics.median(found)
-        spread = [[middle - min(found)], [max(found) - middle]]
-        rate.barh(place, middle, color=colour, xerr=spread, error_kw={"ecolor": "#444444", "capsize": 2})
-        kinds = own_rows[0]["latencies"]
-        for k, kind in enumerate(kinds):
-            at = place + KINDS_APART * (k - (len(kinds) - 1) / 2)
-            p50, p95 = (
-                statistics.median(row["latencies"][kind][share] for row in own_rows) for share in ("p50", "p95")
-            )
-            latency.plot([p50, p95], [at, at], "-", color=colour)
-            latency.plot([p50], [at], "o", color=colour, markersize=4)
-            latency.plot([p95], [at], "|", color=colour, markersize=9)
-            if len(kinds) > 1:
-                latency.annotate(
-                    plain_kind(kind), (p95, at), (5, -3), textcoords="offset points", fontsize=LABEL_SIZE - 1
-                )
-    rate.set_yticks(range(len(groups)), labels, fontsize=LABEL_SIZE)
-    rate.invert_yaxis()
-    latency.set_xscale("log")
-    _label_logarithms(latency.xaxis)
-    latency.margins(x=0.12)
-    rate.set_xlabel("images/s", fontsize=LABEL_SIZE)
-    latency.set_xlabel("latency, s, p50 to p95", fontsize=LABEL_SIZE)
-    for axes in (rate, latency):
-        axes.tick_params(labelsize=LABEL_SIZE)
-        axes.spines[["top", "right"]].set_visible(False)
+def _facets(rows: Rows) -> "Figure":
+    """Plots one facet for each load and kind of request, with a bar for each service.
+
+    Closed loops show the throughput. Random arrivals show the p95 latency. The whiskers show the range over the
+    repeats.
+    """
+    facets = list(dict.fromkeys((row["load"], kind) for row in rows for kind in row["latencies"]))
+    names = list(dict.fromkeys(row["contestant"] for row in rows))
+    figure = new_figure(WIDTH, BAR_HEIGHT * len(names) + MARGIN)
+    panels = figure.subplots(1, len(facets), sharey=True, squeeze=False)[0]
+    for axes, (load, kind) in zip(panels, facets, strict=True):
+        of_load = [row for row in rows if row["load"] == load]
+        is_open = bool(of_load[0].get("rate"))
+        for place, name in enumerate(names):
+            own = [row for row in of_load if row["contestant"] == name]
+            values = [row["latencies"][kind]["p95"] if is_open else row["images_a_second"] for row in own]
+            if values:
+                _bar(axes, place, values, _colour_of(name))
+        several = len(of_load[0]["latencies"]) > 1
+        quantity = "p95 latency, s" if is_open else "images/s"
+        axes.set_title(_wrapped(plain_load(load)), loc="left", fontsize=LABEL_SIZE)
+        axes.set_xlabel(f"{quantity}, {plain_kind(kind)}" if several else quantity, fontsize=LABEL_SIZE)
+        _clean(axes)
+    panels[0].set_yticks(range(len(names)), names, fontsize=LABEL_SIZE)
+    panels[0].invert_yaxis()
+    figure.tight_layout(w_pad=1.5)
     return figure
+
+
+def _closed(rows: Rows) -> "Figure":
+    """Plots the throughput of the loads with many images, and the latency of the loads with a client of one image."""
+    loads = list(dict.fromkeys(row["load"] for row in rows))
+    lone = [load for load in loads if load.startswith(LONE_CLIENT)]
+    of_many = [load for load in loads if load not in lone]
+    figure = new_figure(WIDTH, BAR_HEIGHT * max(len(lone), len(of_many)) + MARGIN)
+    panels = figure.subplots(1, 2)
+    quantities = ("images/s", "p50 latency of the client of one image, s")
+    for axes, names, quantity in zip(panels, (of_many, lone), quantities, strict=True):
+        for place, load in enumerate(names):
+            own = [row for row in rows if row["load"] == load]
+            values = [row["images_a_second"] if names is of_many else row["latencies"]["one"]["p50"] for row in own]
+            _bar(axes, place, values, COLOURS[0])
+        axes.set_yticks(range(len(names)), [plain_load(load) for load in names], fontsize=LABEL_SIZE)
+        axes.invert_yaxis()
+        axes.set_xlabel(quantity, fontsize=LABEL_SIZE)
+        _clean(axes)
+    figure.tight_layout(w_pad=1.5)
+    return figure
+
+
+def _bar(axes: "Axes", place: int, values: Sequence[float], colour: str) -> None:
+    """Draws a bar of the median, a whisker of the range, and the median as a label."""
+    middle = statistics.median(values)
+    spread = [[middle - min(values)], [max(values) - middle]]
+    axes.barh(place, middle, 0.6, color=colour, xerr=spread, error_kw={"ecolor": "#444444", "capsize": 2})
+    axes.annotate(
+        f"{middle:.3g}", (max(values), place), (5, 0), textcoords="offset points", va="center", fontsize=LABEL_SIZE
+    )
+
+
+def _clean(axes: "Axes") -> None:
+    axes.margins(x=0.18)
+    axes.set_xlim(left=0)
+    axes.tick_params(labelsize=LABEL_SIZE)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def _wrapped(title: str) -> str:
+    return "\n".join(textwrap.wrap(title, TITLE_WIDTH))

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +10,13 @@ from typing import Any, Literal
 from scripts.benchmark.clients import RequestMaker, RequestSpec
 
 LARGEST_REQUEST = 64
+PUBLISHED: dict[str, dict[str, Any]] = {  # evaluated settings: folder in docs/results/final -> fields of the request
+    "ddpm": {},
+    "ddpm-off": {"guidance_scale": 1},
+    "dpmpp": {"sampler": "dpmpp", "num_steps": 10},
+    "dpmpp-off": {"sampler": "dpmpp", "num_steps": 10, "guidance_scale": 1},
+    "fast": {"model": "fast"},
+}
 NUM_STEPS = 100  # of requests without num_steps
 ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of rates
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
@@ -106,6 +113,15 @@ def closed_loads(clients: Sequence[int]) -> list[Load]:
         Load(f"{of_many.name}, another process on one core", of_many.clients, disturbance="busy core"),
         Load(f"{of_many.name}, a flood of GET /livez", of_many.clients, disturbance="flood"),
     ]
+
+
+def published_loads() -> list[Load]:
+    """Returns a load of one client of one image for each evaluated setting. It has the name of the setting."""
+
+    def of(fields: Mapping[str, Any]) -> RequestMaker:
+        return lambda k: RequestSpec("one", {"digit": k % 10, "seed": k, **fields})
+
+    return [Load(name, (of(fields),)) for name, fields in PUBLISHED.items()]
 
 
 def open_loads(capacity: float, shares: Sequence[float]) -> list[Load]:

@@ -22,6 +22,7 @@ from scripts.benchmark.loads import (
     one,
     one_large,
     open_loads,
+    published_loads,
 )
 from scripts.benchmark.machine import matrix_rate, this_device, this_machine
 from scripts.benchmark.measurement import Times, measure, take_turns
@@ -63,6 +64,13 @@ def measure_closed(options: Options, clients: Sequence[int], reporter: Reporter)
     """Measures this service in closed loops, among them loads with these numbers of clients of one image."""
     run = _Run(options, reporter)
     run.repeat(options.own, closed_loads(clients))
+    run.finish()
+
+
+def measure_models(options: Options, reporter: Reporter) -> None:
+    """Measures the latency of one image on an idle service, with each evaluated setting."""
+    run = _Run(options, reporter)
+    run.repeat(options.own[:1], published_loads())
     run.finish()
 
 

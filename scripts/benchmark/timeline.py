@@ -1,10 +1,15 @@
 """Simulates the same requests with batching per step and per request, and draws both timelines."""
 
+import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.common.figures import new_figure
+from scripts.benchmark.simulation import step_times
+from scripts.common.errors import ScriptError
+from scripts.common.figures import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,6 +105,20 @@ def show_timeline(step_seconds: StepSeconds, requests: Sequence[Request] = EXAMP
     panels[1].margins(x=0.12)
     figure.tight_layout(h_pad=1.2)
     return figure
+
+
+def plot_timeline(file: Path, out: Path) -> None:
+    """Writes the figure, with the median step times in a result of `scripts.bench open`.
+
+    Raises ScriptError for another file.
+    """
+    try:
+        rows = json.loads(file.read_text("utf-8"))["rows"]
+        looks = [look["seconds_by_rows"] for row in rows for look in row["beside"] if "seconds_by_rows" in look]
+        measured = {int(count): statistics.median(look[count] for look in looks) for count in looks[0]}
+    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ScriptError(f"{file} has no step times. Use a result of scripts.bench open") from error
+    save_figure(show_timeline(step_times(measured)), out, grey=False)
 
 
 def _draw(axes: "Axes", requests: Sequence[Request], spans: Sequence[Span]) -> None:

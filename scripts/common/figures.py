@@ -4,8 +4,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -13,13 +14,16 @@ from model.files import write_atomically
 from scripts.common.progress import require
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 DPI = 100
 TOP, BOTTOM, RIGHT, GAP = 22, 4, 6, 14  # margins in pixels
 TITLE_HEIGHT = 20
 LABEL_SIZE = 8  # points
+LABEL_HEIGHT, LABEL_WIDTH = 12, 80  # least distance of two labels, in pixels
 PIXELS_PER_LETTER = 7
+RESOLUTION = 2  # pixels of the file for each pixel of a figure: files have 200 dpi
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +42,37 @@ def new_figure(width: int, height: int) -> "Figure":
     return figure
 
 
-def finish_curves(figure: "Figure", **legend: Any) -> "Figure":
-    """Adds grid lines to all axes of a figure with curves, and a legend to the first axes. Returns the figure."""
+def finish_curves(figure: "Figure") -> "Figure":
+    """Adds grid lines and the labels of the lines to all axes of a figure with curves. Returns the figure."""
     for axes in figure.axes:
-        axes.grid(which="both", alpha=0.25)
+        axes.grid(which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False, **legend)
+    figure.tight_layout()
+    for axes in figure.axes:
+        label_lines(axes)
     figure.tight_layout()
     return figure
+
+
+def label_lines(axes: "Axes") -> None:
+    """Writes the label of each line next to its last point, in the colour of the line. Labels do not overlap."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    ends = [(*axes.transData.transform(np.asarray(line.get_xydata())[-1]), line) for line in lines]  # in pixels
+    placed = list[tuple[float, float]]()
+    for x, y, line in sorted(ends, key=lambda end: end[1]):
+        below = [other for at, other in placed if abs(at - x) < LABEL_WIDTH]
+        placed.append((x, max(y, below[-1] + LABEL_HEIGHT) if below else y))
+        offset = (5, (placed[-1][1] - y) * 72 / DPI)  # in points
+        at_x, at_y = axes.transData.inverted().transform((x, y))
+        axes.annotate(
+            str(line.get_label()),
+            (at_x, at_y),
+            offset,
+            textcoords="offset points",
+            va="center",
+            fontsize=LABEL_SIZE,
+            color=line.get_color(),
+        )
 
 
 def draw_panels(panels: Sequence[Panel], *, scale: int) -> "Figure":
@@ -86,7 +113,7 @@ def _centres(length: int, count: int) -> list[float]:
 def save_figure(figure: "Figure", path: Path, *, grey: bool) -> None:
     """Writes a small PNG: 8-bit greyscale if `grey`, else a palette of 64 colours."""
     buffer, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=RESOLUTION * DPI)
     image = Image.open(buffer).convert("RGB")
     image = image.convert("L") if grey else image.quantize(64)
     image.save(small, format="PNG", optimize=True)

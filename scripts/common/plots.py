@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USUAL_EPOCHS = (1, 5, 15, 30)
+SCALES = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # of the guidance; 1 is off
 ROW_GAP = 4  # white pixels between the rows of two epochs
 NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
 Losses = dict[str, list[float]]  # column -> one value for each epoch
@@ -173,8 +175,11 @@ def plot_epochs(run: Path, epochs: Sequence[int] | None, out: Path) -> None:
     save_figure(show_epochs(run, epochs), out, grey=True)
 
 
-def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
-    """Writes one PNG with ten images of each digit, one row per digit."""
+def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter, *, data_dir: Path | None = None) -> None:
+    """Writes one PNG with ten images of each digit, one row per digit.
+
+    With `data_dir`, the folder of MNIST's IDX files, ten real test digits of each class are shown to the right.
+    """
     drawer = open_drawer(request)
     num_classes, columns = len(drawer.class_names), 10
     y = torch.arange(num_classes).repeat_interleave(columns)  # (N,) one row for each digit
@@ -182,4 +187,29 @@ def plot_sheet(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
     options = options_from(request, drawer.checkpoint)
     drawer.compile(request.compile, reporter)
     x_0 = drawer.draw(y, index, options, reporter, seed=request.seed, batch_size=request.batch_size)
-    save_grid(x_0, out, columns=columns, scale=2)
+    if data_dir is None:
+        save_grid(x_0, out, columns=columns, scale=2)
+        return
+    images, labels = load_mnist("test", data_dir)
+    real = torch.cat([images[labels == digit][:columns] for digit in range(num_classes)])  # (N, 1, 28, 28)
+    panels = [
+        Panel(grid(x_0, columns), (), drawer.class_names, "generated"),
+        Panel(grid(from_pixels(real), columns), (), title="real test digits of MNIST"),
+    ]
+    save_figure(draw_panels(panels, scale=1), out, grey=True)
+
+
+def plot_guidance(request: DrawingRequest, out: Path, reporter: Reporter) -> None:
+    """Writes all digits from the same noise with each of SCALES as guidance scale, one row per digit."""
+    drawer = open_drawer(request)
+    if not drawer.checkpoint.config.guidable:
+        raise ScriptError("The checkpoint does not support guidance: it was trained without dropping labels")
+    drawer.compile(request.compile, reporter)
+    y = torch.arange(len(drawer.class_names))
+    columns = []
+    for scale in SCALES:
+        options = options_from(replace(request, guidance_scale=scale), drawer.checkpoint)
+        columns.append(drawer.draw(y, torch.zeros_like(y), options, reporter, seed=request.seed))
+    x_0 = rearrange(columns, "scale digit c h w -> (digit scale) c h w")
+    panel = Panel(grid(x_0, len(SCALES)), [f"{scale:g}" for scale in SCALES], drawer.class_names, "guidance scale")
+    save_figure(draw_panels([panel], scale=1), out, grey=True)

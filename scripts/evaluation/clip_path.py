@@ -96,4 +96,4 @@ def show_scores(name: str, timesteps: list[int], means: Tensor, real: Tensor) ->
     axes.set_xlim(timesteps[0], 0)
     axes.set_xlabel("t")
     axes.set_ylabel(f"cosine similarity of $x_t$ and the prompt ({name})")
-    return finish_curves(figure, fontsize=8)
+    return finish_curves(figure)

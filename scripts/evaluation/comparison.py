@@ -67,7 +67,7 @@ def compare_steps(
     sweep = _sweep("steps", drawer, request, sweep_request, reporter)
     rows = sweep.run(settings, reporter)
     _write_table(sweep_request.out / "steps.md", sweep.as_markdown(rows), reporter)
-    save_figure(show_steps(rows), sweep_request.out / "steps.png", grey=False)
+    save_figure(show_steps(rows, sweep_request.num_images), sweep_request.out / "steps.png", grey=False)
 
 
 def compare_guidance(

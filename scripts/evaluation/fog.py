@@ -1,5 +1,6 @@
 """Measures up to which noise level of the forward process a digit can be recognised."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,15 +12,19 @@ from model.diffusion import Diffusion
 from model.files import write_json
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule
-from scripts.common.figures import finish_curves, new_figure, save_figure
+from scripts.common.figures import LABEL_SIZE, finish_curves, new_figure, save_figure
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.progress import Reporter
+from scripts.common.progress import Reporter, require
 from scripts.evaluation.classifiers import Classifier, load_classifier
 from scripts.evaluation.recognition import recognition
 from scripts.evaluation.samples import Digits, load_references
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+SHOWN_FROM = 0.4  # of the timesteps; before, every digit is recognised
+LABELS_FROM, LABELS_TO = 0.85, 0.15  # heights of the labels of the first and the last line
 
 
 def evaluate_fog(path: Path, judge: Path | None, out: Path, reporter: Reporter, *, split: str, data_dir: Path) -> None:
@@ -35,7 +40,9 @@ def evaluate_fog(path: Path, judge: Path | None, out: Path, reporter: Reporter, 
     for digit, t in enumerate(lost):
         when = "never" if t is None else f"at t = {t}"
         reporter.line(f"{digit}: informedness falls below 50% {when}")
-    save_figure(show_fog(timesteps, shares), out, grey=False)
+    counts = torch.bincount(digits.labels, minlength=NUM_CLASSES)  # (10,)
+    error = standard_error(recognised, shares, counts)
+    save_figure(show_fog(timesteps, shares, error), out, grey=False)
     content = {
         "split": split,
         "judge": {"sha256": trained.sha256, "test_accuracy": trained.accuracy},
@@ -43,6 +50,7 @@ def evaluate_fog(path: Path, judge: Path | None, out: Path, reporter: Reporter, 
         "recognised": recognised.T.tolist(),
         "told": shares.T.tolist(),
         "half_lost_at": lost,
+        "counts": counts.tolist(),
     }
     write_json(out.with_suffix(".json"), content)
 
@@ -84,16 +92,44 @@ def lost_at(timesteps: list[int], shares: Tensor, share: float = 0.5) -> list[in
     return [timesteps[int(lost.int().argmax())] if lost.any() else None for lost in below]
 
 
-def show_fog(timesteps: list[int], shares: Tensor) -> "Figure":
-    """Plots the informedness of each digit by timestep."""
+def standard_error(recognised: Tensor, informed: Tensor, counts: Tensor) -> Tensor:
+    """Returns the standard error of the informedness (K, 10), given the number of digits of each class (10,)."""
+    hits, false_alarms = recognised, recognised - informed  # (K, 10) each
+    others = counts.sum() - counts  # (10,)
+    variance = hits * (1 - hits) / counts + false_alarms * (1 - false_alarms) / others  # (K, 10)
+    return variance.clamp(min=0).sqrt()
+
+
+def show_fog(timesteps: list[int], informed: Tensor, error: Tensor) -> "Figure":
+    """Plots the informedness of each digit by timestep, with bands of two standard errors. Both are (K, 10)."""
     figure = new_figure(760, 420)
     axes = figure.add_subplot()
-    for digit in range(NUM_CLASSES):
-        axes.plot(timesteps, shares[:, digit].tolist(), f"C{digit}", linewidth=1.2, label=str(digit))
-    axes.axhline(0, color="grey", linestyle=":", linewidth=1, label="guessing")
-    axes.set_xlabel("t")
+    colours = require("matplotlib").colormaps["tab10"].colors
+    by_loss = informed.sum(dim=0).argsort().tolist()  # the digit that is lost first comes first
+    for place, digit in enumerate(by_loss):
+        line, band = informed[:, digit], 2 * error[:, digit]  # (K,) each
+        axes.plot(timesteps, line.tolist(), color=colours[digit], linewidth=1.3)
+        axes.fill_between(timesteps, (line - band).tolist(), (line + band).tolist(), color=colours[digit], alpha=0.15)
+        height = LABELS_FROM + (LABELS_TO - LABELS_FROM) * place / (NUM_CLASSES - 1)
+        _label(axes, str(digit), _crossing(timesteps, line.tolist(), height), height, colours[digit])
+    axes.axhline(0, color="grey", linestyle=":", linewidth=1)
+    axes.text(SHOWN_FROM * timesteps[-1], 0.015, " guessing", color="grey", fontsize=LABEL_SIZE)
+    axes.set_xlabel("timestep t (0: image, 100: noise)" if timesteps[-1] == 100 else "timestep t")
     axes.set_ylabel("recognised in $x_t$, minus false alarms")
-    axes.set_xlim(timesteps[0], timesteps[-1])
+    axes.set_xlim(SHOWN_FROM * timesteps[-1], timesteps[-1])
     axes.set_ylim(-0.05, 1.02)
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    return finish_curves(figure, fontsize=8, ncols=2)
+    return finish_curves(figure)
+
+
+def _crossing(timesteps: list[int], line: list[float], height: float) -> float:
+    """Returns the timestep at which a falling line reaches a height; the last timestep if it stays above."""
+    for (t, above), (u, below) in pairwise(zip(timesteps, line, strict=True)):
+        if above >= height > below:
+            return t + (u - t) * (above - height) / (above - below)
+    return timesteps[-1]
+
+
+def _label(axes: "Axes", text: str, x: float, y: float, colour: object) -> None:
+    box = {"boxstyle": "circle,pad=0.15", "facecolor": "white", "edgecolor": "none"}
+    axes.text(x, y, text, color=colour, ha="center", va="center", fontsize=LABEL_SIZE, fontweight="bold", bbox=box)

@@ -1,6 +1,7 @@
 """Evaluates one checkpoint with many sampling settings. Results are kept, so that a stopped sweep can continue."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from model.files import write_json
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
-from scripts.common.figures import finish_curves, new_figure
+from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.progress import Reporter
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
@@ -134,26 +135,64 @@ def brief(quality: Quality) -> Figures:
     }
 
 
-def show_steps(rows: list[Figures]) -> "Figure":
-    """Plots error rates and, if computed, Fréchet ratios of each sampler by number of steps."""
+def show_steps(rows: list[Figures], num_images: int) -> "Figure":
+    """Plots error rates and, if computed, Fréchet ratios of each sampler by number of steps.
+
+    Bands show 95 % confidence intervals of the error rate of `num_images` images (Wilson 1927). A row with a `label` is
+    a point of its own.
+    """
     has_distances = any(row["frechet_ratio"] is not None for row in rows)
-    figure = new_figure(900, 380)
+    figure = new_figure(900, 400)
     left, *right = figure.subplots(1, 1 + has_distances, squeeze=False)[0]
-    for i, sampler in enumerate(dict.fromkeys(row["options"]["sampler"] for row in rows)):
-        of_sampler = [row for row in rows if row["options"]["sampler"] == sampler]
-        steps = [row["options"]["num_steps"] for row in of_sampler]
-        mistakes = [max(1 - row["extractor"], FEWEST_MISTAKES) for row in of_sampler]
-        left.plot(steps, mistakes, f"C{i}o-", markersize=3, label=sampler)
-        for axes in right:
-            axes.plot(steps, [row["frechet_ratio"] for row in of_sampler], f"C{i}o-", markersize=3, label=sampler)
-    left.set_ylabel("share not recognised as asked")
-    for axes in right:
-        axes.set_ylabel("Fréchet distance ÷ that of real digits")
-        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
     for axes in (left, *right):
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("steps")
+        axes.set_xticks([1, 2, 4, 10, 20, 50, 100])
         axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    names = [str(row.get("label", row["options"]["sampler"])) for row in rows]
+    for i, name in enumerate(dict.fromkeys(names)):
+        own = [row for row, label in zip(rows, names, strict=True) if label == name]
+        steps = [row["options"]["num_steps"] for row in own]
+        style = f"C{i}o-" if len(own) > 1 else f"C{i}D"
+        errors = [max(1 - row["extractor"], FEWEST_MISTAKES) for row in own]
+        low, high = zip(*[_confidence(error, num_images) for error in errors], strict=True)
+        left.plot(steps, errors, style, markersize=4, label=name)
+        if len(own) > 1:
+            left.fill_between(steps, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+        else:
+            left.vlines(steps, low, high, color=f"C{i}", linewidth=1)
+        for axes in right:
+            axes.plot(steps, [row["frechet_ratio"] for row in own], style, markersize=4, label=name)
+    left.set_title("Digits that are not recognised", loc="left", fontsize=10)
+    left.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
+    for axes in right:
+        axes.set_title("Fréchet distance, ratio to real digits", loc="left", fontsize=10)
+        axes.axhline(1, color="grey", linestyle=":", linewidth=1)
         axes.yaxis.set_major_formatter("{x:g}")
     return finish_curves(figure)
+
+
+def _confidence(share: float, count: int) -> tuple[float, float]:
+    """Returns the Wilson interval of a share, with a confidence of 95 %."""
+    z = 1.96
+    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return centre - half, centre + half
+
+
+def plot_steps(file: Path, fast: Path | None, out: Path) -> None:
+    """Writes the figure of a steps.json of scripts.compare, and of that of the checkpoint `fast` as a point."""
+    rows, num_images = _read_steps(file)
+    if fast is not None:
+        rows += [{**row, "label": "fast"} for row in _read_steps(fast)[0]]
+    save_figure(show_steps(rows, num_images), out, grey=False)
+
+
+def _read_steps(file: Path) -> tuple[list[Figures], int]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+        return list(content["figures"]), int(content["sweep"]["num_images"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ScriptError(f"{file} is not a steps.json of scripts.compare") from error

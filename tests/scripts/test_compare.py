@@ -158,7 +158,7 @@ def test_plot_has_a_line_per_sampler() -> None:
         return {"options": options, "extractor": extractor, "frechet_ratio": ratio}
 
     rows = [row("ddpm", 10, 0.75, 4), row("ddpm", 20, 0.875, 2), row("ddim", 10, 0.5, 3)]
-    left, right = show_steps(rows).axes
+    left, right = show_steps(rows, 100).axes
     assert [list(line.get_ydata()) for line in left.lines] == [[0.25, 0.125], [0.5]]
     assert [list(line.get_ydata()) for line in right.lines[:2]] == [[4, 2], [3]]
     assert [list(line.get_xdata()) for line in left.lines] == [[10, 20], [10]]

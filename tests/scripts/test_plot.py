@@ -1,3 +1,4 @@
+import re
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -12,7 +13,7 @@ from model.schedule import Schedule, ScheduleConfig
 from scripts import plot, sample
 from scripts.common import plots
 from scripts.common.errors import ScriptError
-from scripts.common.figures import Panel, draw_panels, save_figure
+from scripts.common.figures import RESOLUTION, Panel, draw_panels, label_lines, new_figure, save_figure
 from scripts.common.pictures import save_grid
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
@@ -36,14 +37,18 @@ def contains(picture: Tensor, part: Tensor) -> bool:
     return any(torch.equal(picture[y : y + height, x : x + width], part) for y, x in starts.tolist())
 
 
+def enlarged(image: Tensor, scale: int) -> Tensor:
+    return image.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+
+
 def test_image_pixels_are_enlarged_exactly_in_the_figure(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randint(0, 256, (2, 20, 30), generator=generator, dtype=torch.uint8)
     figure = draw_panels([Panel(left[..., None], ["a", "b"], ["row"], "left"), Panel(right[..., None], ["c"])], scale=3)
     save_figure(figure, tmp_path / "figure.png", grey=True)
     picture = pixels(tmp_path / "figure.png")
-    assert contains(picture, left.repeat_interleave(3, 0).repeat_interleave(3, 1))
-    assert contains(picture, right.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    assert contains(picture, enlarged(left, 3 * RESOLUTION))
+    assert contains(picture, enlarged(right, 3 * RESOLUTION))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
@@ -66,7 +71,7 @@ def test_noise_progression_of_a_generated_digit_starts_with_that_digit(tiny: Pat
     common = ["--checkpoint", str(tiny), "--digit", "3", "--seed", "9", "--num-steps", "3"]
     plot.main(["noise", *common, "--out", str(tmp_path / "noise.png")])
     sample.main([*common, "--scale", "3", "--out", str(tmp_path / "digit.png")])
-    assert contains(pixels(tmp_path / "noise.png"), pixels(tmp_path / "digit.png"))
+    assert contains(pixels(tmp_path / "noise.png"), enlarged(pixels(tmp_path / "digit.png"), RESOLUTION))
 
 
 def test_noise_progression_with_data_dir_shows_a_real_digit(tiny: Path, tmp_path: Path, mnist_dir: Path) -> None:
@@ -74,7 +79,7 @@ def test_noise_progression_with_data_dir_shows_a_real_digit(tiny: Path, tmp_path
     plot.main(["noise", "--checkpoint", str(tiny), "--data-dir", str(mnist_dir), "--out", str(path)])
     first_seven = 0  # the first test image is a 7
     raw = plots.load_mnist("test", mnist_dir)[0][first_seven, 0]
-    assert contains(pixels(path), raw.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    assert contains(pixels(path), enlarged(raw, 3 * RESOLUTION))
 
 
 def test_reverse_process_ends_with_the_digits_of_scripts_sample(tiny: Path, tmp_path: Path) -> None:
@@ -82,7 +87,7 @@ def test_reverse_process_ends_with_the_digits_of_scripts_sample(tiny: Path, tmp_
     plot.main(["reverse", *common, "--out", str(tmp_path / "reverse.png")])
     sample.main([*common, "--digit", "all", "--batch-size", "10", "--out", str(tmp_path / "digits")])
     column = torch.cat([pixels(tmp_path / "digits" / f"digit-{digit}-seed-4-0.png") for digit in range(10)])
-    column = column.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    column = enlarged(column, 2 * RESOLUTION)
     picture = pixels(tmp_path / "reverse.png")
     assert contains(picture[:, : picture.shape[1] // 2], column)  # x_t at t = 0
     assert contains(picture[:, picture.shape[1] // 2 :], column)  # predicted x_0
@@ -104,6 +109,52 @@ def test_sheet_has_a_row_of_ten_images_per_digit(tiny: Path, tmp_path: Path) -> 
     sheet = pixels(tmp_path / "sheet.png")
     assert sheet.shape == (560, 560)
     assert torch.equal(sheet, pixels(tmp_path / "same.png"))
+
+
+def test_sheet_with_data_dir_shows_real_digits_next_to_the_generated_ones(
+    tiny: Path, tmp_path: Path, mnist_dir: Path
+) -> None:
+    common = ["--checkpoint", str(tiny), "--seed", "2", "--num-steps", "2"]
+    plot.main(["sheet", *common, "--data-dir", str(mnist_dir), "--out", str(tmp_path / "sheet.png")])
+    sample.main([*common, "--digit", "all", "--count", "10", "--scale", "1", "--out", str(tmp_path / "same.png")])
+    sheet = pixels(tmp_path / "sheet.png")
+    assert contains(sheet, enlarged(pixels(tmp_path / "same.png"), RESOLUTION))
+    first_seven = plots.load_mnist("test", mnist_dir)[0][0, 0]  # the first test image is a 7
+    assert contains(sheet[:, sheet.shape[1] // 2 :], enlarged(first_seven, RESOLUTION))
+
+
+def test_guidance_figure_has_a_column_per_scale_from_the_same_noise(tiny: Path, tmp_path: Path) -> None:
+    common = ["--checkpoint", str(tiny), "--seed", "2", "--num-steps", "3"]
+    plot.main(["guidance", *common, "--out", str(tmp_path / "guidance.png")])
+    picture = pixels(tmp_path / "guidance.png")
+    for scale in (1, 10):
+        digits = tmp_path / str(scale)
+        sample.main([*common, "--digit", "4", "--guidance-scale", str(scale), "--scale", "1", "--out", f"{digits}.png"])
+        assert contains(picture, enlarged(pixels(Path(f"{digits}.png")), RESOLUTION))
+
+
+def test_animation_ends_with_the_digits_of_scripts_sample(tiny: Path, tmp_path: Path) -> None:
+    common = ["--checkpoint", str(tiny), "--seed", "4", "--num-steps", "5"]
+    plot.main(["animation", *common, "--out", str(tmp_path / "animation.webp")])
+    sample.main([*common, "--digit", "all", "--batch-size", "10", "--scale", "3", "--out", str(tmp_path / "digits")])
+    line = torch.cat([pixels(tmp_path / "digits" / f"digit-{digit}-seed-4-0.png") for digit in range(10)], dim=1)
+    with Image.open(tmp_path / "animation.webp") as animation:
+        animation.seek(animation.n_frames - 1)
+        last = torch.frombuffer(bytearray(animation.convert("L").tobytes()), dtype=torch.uint8)
+    assert torch.equal(last.view(line.shape), line)
+
+
+def test_labels_of_lines_with_the_same_end_do_not_overlap() -> None:
+    figure = new_figure(400, 300)
+    axes = figure.add_subplot()
+    for name in ("first", "second", "third"):
+        axes.plot([0, 1], [0, 1], label=name)
+    axes.plot([0, 0.5], [0, 0.5], label="elsewhere")
+    label_lines(axes)
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == ["elsewhere", "first", "second", "third"]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
 
 
 def write_losses(folder: Path, rows: list[tuple[int, float, float]]) -> Path:
@@ -151,7 +202,8 @@ def test_epochs_are_shown_as_rows_in_the_given_order(tmp_path: Path) -> None:
     plot.main(["epochs", str(tmp_path), "--epochs", "1", "15", "5", "--out", str(tmp_path / "out.png")])
     rows = [pixels(tmp_path / "epochs" / name) for name in ("01.png", "15.png", "05.png")]
     gap = torch.full((plots.ROW_GAP, 560), 255, dtype=torch.uint8)
-    assert contains(pixels(tmp_path / "out.png"), torch.cat([rows[0], gap, rows[1], gap, rows[2]]))
+    expected = torch.cat([rows[0], gap, rows[1], gap, rows[2]])
+    assert contains(pixels(tmp_path / "out.png"), enlarged(expected, RESOLUTION))
 
 
 def test_missing_epoch_is_named_in_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,10 +278,24 @@ def test_help_works_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: p
     with pytest.raises(SystemExit) as exit_:
         plot.main(["--help"])
     assert exit_.value.code == 0
-    assert "noise|reverse|losses|epochs|sheet" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    for figure in ("noise", "reverse", "animation", "guidance", "sheet", "losses", "epochs", "steps", "tradeoff"):
+        assert re.search(rf"^    {figure}\b", shown, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["noise", "reverse", "losses runs", "epochs run", "bench bench.json"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "noise",
+        "reverse",
+        "losses runs",
+        "epochs run",
+        "bench bench.json",
+        "guidance",
+        "sheet --data-dir=data",
+        "steps steps.json",
+    ],
+)
 def test_missing_matplotlib_is_reported_before_any_work(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,12 +27,23 @@ BARS = [row(k, name, "64 x 1 image", rate) for k in range(3) for name, rate in (
 LINES = [row(k, "unfog", f"{rate}", rate, rate=rate, predicted_p95=1.5) for k in range(3) for rate in (2.0, 5.0, 8.0)]
 
 
-def test_bars_show_the_median_of_each_load_and_service() -> None:
-    rate, latency = show_bench(BARS).axes
-    assert [label.get_text() for label in rate.get_yticklabels()] == ["64 x 1 image: unfog", "64 x 1 image: other"]
-    assert [bar.get_width() for bar in rate.patches] == [10.0, 4.0]
-    p50, p95 = latency.lines[0].get_xdata()
-    assert (p50, p95) == pytest.approx((1 / 9, 2 / 9))
+def test_facets_show_the_median_of_each_service_under_each_load() -> None:
+    arrivals = [
+        row(k, name, "0.7", rate, rate=5.0) for k in range(3) for name, rate in (("unfog", 8.0), ("other", 4.0))
+    ]
+    throughput, latency = show_bench([*BARS, *arrivals]).axes
+    assert [label.get_text() for label in throughput.get_yticklabels()] == ["unfog", "other"]
+    assert [bar.get_width() for bar in throughput.patches] == [10.0, 4.0]
+    assert [bar.get_width() for bar in latency.patches] == [0.25, 0.5]
+    assert (throughput.get_xlabel(), latency.get_xlabel()) == ("images/s", "p95 latency, s")
+
+
+def test_loads_of_one_service_are_split_into_throughput_and_latency() -> None:
+    loads = (("64 x 1 image", 8.0), ("1 x 1 image", 4.0), ("1 x 1 image beside 1 x 64", 2.0))
+    throughput, latency = show_bench([row(k, "unfog", load, rate) for k in range(3) for load, rate in loads]).axes
+    assert [bar.get_width() for bar in throughput.patches] == [9.0]
+    assert [bar.get_width() for bar in latency.patches] == [0.25, 0.5]
+    assert [label.get_text() for label in latency.get_yticklabels()] == ["1 x 1 image", "1 x 1 image with 1 x 64"]
 
 
 def test_open_loop_is_plotted_as_lines_with_the_simulation() -> None:

@@ -1,7 +1,10 @@
 """Timelines of batching per step and per request, compared with times computed by hand."""
 
+from pathlib import Path
+
 import pytest
 
+from scripts import plot
 from scripts.benchmark.timeline import (
     EXAMPLE,
     Request,
@@ -54,3 +57,13 @@ def test_the_figure_has_a_bar_and_a_latency_for_each_request() -> None:
         assert sum(text.get_text().endswith(" ms") for text in axes.texts) == len(EXAMPLE)
     assert [text.get_text() for text in panels[0].texts] == ["290 ms", "30 ms", "292 ms", "31 ms"]
     assert [text.get_text() for text in panels[1].texts].count("waits") == 3
+
+
+def test_result_without_step_times_gives_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bench.json").write_text('{"rows": []}')
+    with pytest.raises(SystemExit) as ended:
+        plot.main(["timeline", str(tmp_path / "bench.json"), "--out", str(tmp_path / "timeline.png")])
+    assert ended.value.code == 2
+    assert "has no step times" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import torch
 
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.progress import Reporter
-from scripts.evaluation.fog import informedness, lost_at, recognised_in_fog, show_fog
+from scripts.evaluation.fog import informedness, lost_at, recognised_in_fog, show_fog, standard_error
 from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import FixedClassifier, bars
 
@@ -74,6 +74,23 @@ def test_informedness_is_0_for_a_constant_answer_and_half_for_half_right() -> No
 
 def test_plot_has_a_line_per_digit() -> None:
     shares = torch.rand(3, 10)
-    lines = {line.get_label(): line.get_ydata() for line in show_fog([0, 50, 100], shares).axes[0].lines}
+    (axes,) = show_fog([0, 50, 100], shares, torch.full((3, 10), 0.01)).axes
+    lines = [list(line.get_ydata()) for line in axes.lines]
     for digit in range(10):
-        assert list(lines[str(digit)]) == pytest.approx(shares[:, digit].tolist())
+        assert pytest.approx(shares[:, digit].tolist()) in lines
+
+
+def test_label_of_a_digit_is_on_its_line() -> None:
+    shares = torch.stack([torch.ones(10), torch.linspace(0.9, 0.95, 10), torch.zeros(10)])
+    (axes,) = show_fog([0, 50, 100], shares, torch.zeros(3, 10)).axes
+    labels = {text.get_text(): text.get_position() for text in axes.texts}
+    for digit in range(10):
+        t, height = labels[str(digit)]
+        assert height == pytest.approx(shares[1, digit].item() * (100 - t) / 50)
+
+
+def test_standard_error_is_that_of_two_independent_shares() -> None:
+    recognised, informed = torch.full((1, 10), 0.8), torch.full((1, 10), 0.7)
+    counts = torch.full((10,), 100)
+    expected = (0.8 * 0.2 / 100 + 0.1 * 0.9 / 900) ** 0.5
+    assert standard_error(recognised, informed, counts).flatten().tolist() == pytest.approx([expected] * 10)
