@@ -1,4 +1,4 @@
-"""A tiny checkpoint, and services that draw with it."""
+"""Fixtures: tiny checkpoints, and running services that use them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,13 +20,13 @@ GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
 
 @pytest.fixture(scope="session")
 def network() -> UNet:
-    """Random weights: what it draws is noise, and every bit of the noise depends on every option."""
+    """Returns a network with random weights. Its images are noise, and every option changes their bits."""
     return tiny_unet(image_size=28, widths=(8, 16))
 
 
 @pytest.fixture(scope="session")
 def checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that the service takes."""
+    """Returns a valid checkpoint with the recommended guidance GUIDANCE."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     config = CheckpointConfig(network.config, ScheduleConfig(), guidance=GUIDANCE, training={"label_drop": 0.1})
     save(path, network, config)
@@ -35,7 +35,7 @@ def checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def fast_checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One that permits little: two numbers of steps, one sampler, no guidance."""
+    """Returns a checkpoint that permits 2 or 4 steps, the sampler ddim and no guidance."""
     path = tmp_path_factory.mktemp("weights") / "fast.safetensors"
     save(path, network, CheckpointConfig(network.config, ScheduleConfig(), samplers=("ddim",), steps=(4, 2)))
     return path
@@ -43,22 +43,22 @@ def fast_checkpoint(network: UNet, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def service(checkpoint: Path) -> Iterator[Service]:
-    """One for all tests that leave it as they found it: rows enough for the largest request."""
+    """Shared service for tests that leave it idle. One step has room for the largest request (64 images)."""
     with ExitStack() as stack:
         yield start_service(stack, checkpoint, UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
 
 
 @pytest.fixture
 def start(checkpoint: Path) -> Iterator[Start]:
-    """Starts services with variables of one's own; all have ended when the test has."""
+    """Returns a function that starts a service with the given environment variables. All stop after the test."""
     with ExitStack() as stack:
         yield lambda **variables: start_service(stack, checkpoint, **variables)
 
 
 def start_service(stack: ExitStack, checkpoint: Path, module: str = "app", **variables: str) -> Service:
-    """A service that is ready, and has ended when the stack is closed."""
+    """Starts a service and waits until it is ready. Closing the stack stops it."""
     process = Process(module, UNFOG_CHECKPOINT=str(checkpoint), **variables)
-    stack.callback(process.end)
+    stack.callback(process.kill)
     service = Service(process)
     stack.callback(service.client.close)
     return service

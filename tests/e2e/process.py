@@ -1,4 +1,4 @@
-"""The service as a process of its own, as an operator starts it."""
+"""Runs the service as a separate process, as an operator would."""
 
 import json
 import os
@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60  # seconds after which something that should happen does not; never a measure of speed
-START_PATIENCE = 240  # of a start, which may compile; less than pytest's own patience with a test
+TIMEOUT = 60  # seconds to wait for an expected event before the test fails; not a performance limit
+START_TIMEOUT = 240  # seconds for a start, which may compile; less than pytest's timeout for a test
 BASE = {
     "OMP_NUM_THREADS": "1",
     "UNFOG_NUM_THREADS": "1",
     "UNFOG_PORT": "0",
     "UNFOG_DEVICE": "cpu",
-    "UNFOG_COMPILE": "off",  # which takes half a minute; test_compiled.py is about it
+    "UNFOG_COMPILE": "off",  # compiling takes half a minute; test_compiled.py tests it
 }
 
 
 class Process:
-    """`python -m app` with these variables and no other of ours; every line of its stderr is kept.
+    """Runs `python -m app` with the given environment variables and keeps every line of its stderr.
 
-    While it is paused, its stderr is not read: the pipe fills, after some kilobytes in the reader's own buffer.
+    UNFOG_ variables of the test process are not passed on. After `stop_reading` the pipe fills up, apart from a few
+    kilobytes in the reader's buffer.
     """
 
     def __init__(self, module: str = "app", **variables: str) -> None:
@@ -49,40 +50,37 @@ class Process:
         self._reader.start()
 
     def wait_until_ready(self) -> str:
-        """Returns the address in the line `Ready`."""
-        deadline = time.monotonic() + START_PATIENCE
+        """Returns the URL in the log line `Ready`. Fails if the process ends before that."""
+        deadline = time.monotonic() + START_TIMEOUT
         while (line := self._news.get(timeout=deadline - time.monotonic())) is not None:
             fields = json.loads(line) if line.startswith("{") else {}
             if fields.get("message") == "Ready":
                 return str(fields["url"])
-        raise AssertionError(f"it ended before it was ready: {self.lines}")
+        raise AssertionError(f"the process ended before it was ready: {self.lines}")
 
     @property
     def pid(self) -> int:
-        """Its number."""
         return self._process.pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal."""
         self._process.send_signal(number)
 
-    def pause(self) -> None:
-        """Stops reading its stderr."""
+    def stop_reading(self) -> None:
+        """Stops reading stderr, like a log reader that stalls."""
         self._may_read.clear()
 
-    def resume(self) -> None:
-        """Reads its stderr again."""
+    def resume_reading(self) -> None:
         self._may_read.set()
 
     def wait(self) -> int:
-        """The exit status, once it has ended by itself; what it wrote while it was paused is read then."""
-        status = self._process.wait(PATIENCE)
-        self.resume()
-        self._reader.join(PATIENCE)
+        """Waits until the process exits, reads the rest of its stderr and returns the exit status."""
+        status = self._process.wait(TIMEOUT)
+        self.resume_reading()
+        self._reader.join(TIMEOUT)
         return status
 
-    def end(self) -> None:
-        """Leaves nothing behind, whatever state it is in."""
+    def kill(self) -> None:
+        """Kills the process if it still runs."""
         if self._process.poll() is None:
             self._process.kill()
         self.wait()
@@ -97,9 +95,9 @@ class Process:
         self._news.put(None)
 
 
-def eventually(holds: Callable[[], Any], what: str) -> None:
-    """Waits, but not for ever, for what happens after the answer has been read."""
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline, f"still not so: {what}"
+def wait_until(condition: Callable[[], Any], description: str) -> None:
+    """Polls the condition until it is true. Fails after TIMEOUT seconds."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, f"after {TIMEOUT} s still not true: {description}"
         time.sleep(0.02)

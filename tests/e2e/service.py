@@ -1,4 +1,4 @@
-"""A client of a running service: requests, what came back, and its metrics."""
+"""A client of a running service: sends requests, reads responses and scrapes metrics."""
 
 import base64
 import io
@@ -15,55 +15,56 @@ import numpy.typing as npt
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.process import PATIENCE, ROOT, Process, eventually
+from tests.e2e.process import ROOT, TIMEOUT, Process, wait_until
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
-PROBLEM = {"type", "title", "status", "detail", "code", "request_id"}
-# What an answer must never hold: traces, paths, names from inside.
-INSIDE = re.compile(rf"Traceback|\.py\b|{re.escape(str(ROOT))}|/tmp/|torch|pydantic|GenerateRequest|\bapp\.|\bat 0x")
+PROBLEM_FIELDS = {"type", "title", "status", "detail", "code", "request_id"}
+# A response must not contain stack traces, paths or internal names.
+INTERNAL_DETAILS = re.compile(
+    rf"Traceback|\.py\b|{re.escape(str(ROOT))}|/tmp/|torch|pydantic|GenerateRequest|\bapp\.|\bat 0x"
+)
 
 Pixels = npt.NDArray[np.uint8]
 
 
 class Samples(dict[tuple[str, frozenset[tuple[str, str]]], float]):
-    """One scrape: a value for each name and set of labels."""
+    """One scrape of /metrics: a value for each metric name and set of labels."""
 
-    def of(self, name: str, /, **labels: str) -> float:
-        """A sample, 0 where there is none yet."""
+    def value(self, name: str, /, **labels: str) -> float:
+        """Returns the sample of unfog_<name> with exactly these labels, or 0 if there is none."""
         return self.get((f"unfog_{name}", frozenset(labels.items())), 0.0)
 
 
 class Service:
-    """A process that is ready, and an HTTP client for it."""
+    """A ready process and an HTTP client for it."""
 
     def __init__(self, process: Process) -> None:
         self.process = process
         self.url = process.wait_until_ready()
         self.address = httpx.URL(self.url).host, httpx.URL(self.url).port or 0
-        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE)
+        self.client = httpx.Client(base_url=self.url, timeout=TIMEOUT)
 
     def post(self, body: Any, accept: str = JSON, query: str = "", **headers: str) -> httpx.Response:
-        """POST /generate; a body of bytes goes as it is."""
+        """Sends POST /generate. The body is encoded as JSON unless it is bytes."""
         return self.client.post(f"/generate{query}", **_request(body, accept, headers))
 
     def images(self, **body: Any) -> list[bytes]:
-        """The PNGs of a request that succeeds."""
-        answer = self.post(body)
-        assert answer.status_code == 200, answer.text
-        return pngs(answer)
+        """Returns the PNG files of a request. Fails unless the status is 200."""
+        response = self.post(body)
+        assert response.status_code == 200, response.text
+        return pngs(response)
 
     @contextmanager
     def events(self, body: Any, query: str = "") -> Iterator[Iterator[tuple[str, dict[str, Any]]]]:
-        """The stream of a request's events; leaving it closes the connection."""
+        """Opens an event stream for a request. Leaving the context closes the connection."""
         with (
-            httpx.Client(base_url=self.url, timeout=PATIENCE) as client,
-            client.stream("POST", f"/generate{query}", **_request(body, EVENTS, {})) as answer,
+            httpx.Client(base_url=self.url, timeout=TIMEOUT) as client,
+            client.stream("POST", f"/generate{query}", **_request(body, EVENTS, {})) as response,
         ):
-            assert answer.status_code == 200, answer.read()
-            yield read_events(answer)
+            assert response.status_code == 200, response.read()
+            yield read_events(response)
 
     def metrics(self) -> Samples:
-        """A scrape."""
         families = text_string_to_metric_families(self.client.get("/metrics").text)
         return Samples(
             ((sample.name, frozenset(sample.labels.items())), sample.value)
@@ -72,26 +73,27 @@ class Service:
         )
 
     def mean_rows_since(self, before: Samples) -> float:
-        """Rows a step, averaged over the steps since a scrape."""
+        """Returns the mean rows per step since the scrape `before`."""
         after = self.metrics()
-        rows, steps = (after.of(f"batch_rows_{part}") - before.of(f"batch_rows_{part}") for part in ("sum", "count"))
+        rows, steps = (
+            after.value(f"batch_rows_{part}") - before.value(f"batch_rows_{part}") for part in ("sum", "count")
+        )
         return rows / steps
 
     def wait_for(self, value: float, name: str, /, **labels: str) -> None:
-        """Waits until a metric has the value."""
-        eventually(lambda: self.metrics().of(name, **labels) == value, f"{name} {labels} is {value}")
+        wait_until(lambda: self.metrics().value(name, **labels) == value, f"{name} {labels} is {value}")
 
     def wait_until_running(self) -> None:
-        """Waits until an image has had a step."""
-        eventually(lambda: self.metrics().of("running_images"), "images run")
+        """Waits until an image has started its first step."""
+        wait_until(lambda: self.metrics().value("running_images"), "at least one image runs")
 
     def wait_until_idle(self) -> None:
-        """Waits until no image is left anywhere."""
+        """Waits until no image is queued or running."""
         self.wait_for(0, "running_images")
         self.wait_for(0, "queue_depth_images")
 
-    def end(self) -> int:
-        """Stops it as an operator does."""
+    def stop(self) -> int:
+        """Stops the process with SIGTERM and returns its exit status."""
         self.client.close()
         self.process.signal(signal.SIGTERM)
         return self.process.wait()
@@ -102,14 +104,14 @@ def _request(body: Any, accept: str, headers: dict[str, str]) -> dict[str, Any]:
     return {"content": content, "headers": {"accept": accept, "content-type": JSON, **headers}}
 
 
-def pngs(answer: httpx.Response) -> list[bytes]:
-    """The files in a JSON answer, in order."""
-    return [base64.b64decode(image["png"], validate=True) for image in answer.json()["images"]]
+def pngs(response: httpx.Response) -> list[bytes]:
+    """Returns the PNG files of a JSON response in order."""
+    return [base64.b64decode(image["png"], validate=True) for image in response.json()["images"]]
 
 
-def read_events(answer: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Server-sent events, each one `event:` and one `data:` line and an empty one."""
-    lines = answer.iter_lines()
+def read_events(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Parses server-sent events: a line `event:`, a line `data:` and an empty line each."""
+    lines = response.iter_lines()
     for line in lines:
         kind, name = line.split(": ", 1)
         data_kind, data = next(lines).split(": ", 1)
@@ -118,28 +120,28 @@ def read_events(answer: httpx.Response) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def open_png(png: bytes) -> tuple[Pixels, dict[str, str], str]:
-    """Pixels, text chunks and Pillow's mode."""
+    """Returns the pixels, the text chunks and Pillow's mode of a PNG."""
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         return np.asarray(image), dict(image.text), image.mode  # type: ignore[attr-defined]
 
 
-def assert_problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The answer is a problem document of that status and code, and tells nothing from inside."""
-    problem: dict[str, Any] = answer.json()
-    assert (answer.status_code, problem["code"], problem["status"]) == (status, code, status), answer.text
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert set(problem) == PROBLEM | ({"errors"} if status == 422 else set())
-    assert problem["request_id"] == answer.headers["x-request-id"]
+def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    """Checks that the response is a problem document (RFC 9457) without internal details, and returns it."""
+    problem: dict[str, Any] = response.json()
+    assert (response.status_code, problem["code"], problem["status"]) == (status, code, status), response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert set(problem) == PROBLEM_FIELDS | ({"errors"} if status == 422 else set())
+    assert problem["request_id"] == response.headers["x-request-id"]
     assert problem["title"]
     assert problem["detail"]
-    assert not INSIDE.search(answer.text), answer.text
-    assert status not in (429, 503) or int(answer.headers["retry-after"]) >= 1
+    assert not INTERNAL_DETAILS.search(response.text), response.text
+    assert status not in (429, 503) or int(response.headers["retry-after"]) >= 1
     return problem
 
 
-def assert_invalid(answer: httpx.Response, *location: str) -> None:
-    """422, and the first error is there."""
-    problem = assert_problem(answer, 422, "invalid_request")
-    assert problem["errors"][0]["loc"] == list(location), answer.text
+def assert_invalid(response: httpx.Response, *location: str) -> None:
+    """Checks that the status is 422 and that the first error has this location."""
+    problem = assert_problem(response, 422, "invalid_request")
+    assert problem["errors"][0]["loc"] == list(location), response.text
     assert problem["errors"][0]["msg"]

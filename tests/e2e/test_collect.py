@@ -1,4 +1,4 @@
-"""Digits collected from a real service are the bytes that it sends, in a folder that can be evaluated."""
+"""scripts.collect downloads digits from a running service into a folder that can be evaluated."""
 
 from pathlib import Path
 
@@ -9,24 +9,24 @@ from scripts.evaluation.samples import read_facts, read_samples
 from tests.e2e.service import Service, open_png
 
 
-def test_what_is_collected_is_what_the_service_sends(
+def test_collected_files_equal_the_images_of_the_service(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "A_REQUEST", 8)  # ten of each digit are two requests
+    monkeypatch.setattr(collect, "A_REQUEST", 8)  # 10 images of each digit need two requests
     out, options = tmp_path / "served", ["--num-steps=2", "--sampler=ddim", "--guidance-scale=1"]
     collect.main([service.url, "--num-images=100", "--seed=40", *options, f"--out={out}"])
-    asked = {"num_steps": 2, "sampler": "ddim", "guidance_scale": 1}
-    last = service.images(digit=9, count=2, seed=59, **asked)
+    body = {"num_steps": 2, "sampler": "ddim", "guidance_scale": 1}
+    last = service.images(digit=9, count=2, seed=59, **body)
     assert [(out / f"digit-9-seed-59-{i}.png").read_bytes() for i in range(2)] == last
     read = read_samples(out)
     assert read.labels.bincount().tolist() == [10] * 10
     assert any((image[0].numpy() == open_png(last[0])[0]).all() for image in read.images)
     facts = read_facts(out)
-    assert (facts["asked"], facts["seed"]) == (asked, 40)
+    assert (facts["asked"], facts["seed"]) == (body, 40)
     assert facts["models"][0]["name"] == "default"
 
 
-def test_a_folder_that_holds_something_is_left_alone(
+def test_folder_that_is_not_empty_is_not_changed(
     service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.txt").touch()
@@ -37,7 +37,7 @@ def test_a_folder_that_holds_something_is_left_alone(
 
 
 @pytest.mark.parametrize(("option", "reason"), [("--num-steps=101", "answered 422"), ("--model=none", "answered 422")])
-def test_a_refusal_is_one_sentence_and_status_2(
+def test_rejected_request_is_a_one_line_error_with_status_2(
     service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, reason: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -48,7 +48,7 @@ def test_a_refusal_is_one_sentence_and_status_2(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_nobody_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_service_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         collect.main(["http://127.0.0.1:9", "--num-images=10", f"--out={tmp_path / 'new'}"])
-    assert "does not answer" in capsys.readouterr().err
+    assert "does not response" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The image and the compose project, built and run for real: --containers, and a Docker engine."""
+"""Builds and runs the Docker image and the compose project. Needs --containers and a Docker engine."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.containers.panels import expressions
 from tests.containers.stack import BUILD_PATIENCE, PATIENCE, ROOT, Stack, docker, eventually
 
-MOST_BYTES = 1_200_000_000  # of the image for CPUs
+MAX_IMAGE_BYTES = 1_200_000_000  # of the CPU image
 SERVICES = ("unfog", "prometheus", "grafana")
 NO_CAPABILITIES = "0" * 16
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.timeout(BUILD_PATIENCE + 10 * PATIENCE)
 
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The images, and at the end no trace of them."""
+    """Builds the images and removes them at the end. Prints the service logs if a test failed."""
     if not request.config.getoption("--containers"):
-        pytest.skip("builds images and runs them: --containers, with a Docker engine")
+        pytest.skip("builds and runs images: needs --containers and a Docker engine")
     stack = Stack(tmp_path_factory.mktemp("containers"), request.config.getoption("--wheels"))
     failed_before = request.session.testsfailed
     try:
@@ -44,12 +44,12 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def stack(built: Stack) -> Stack:
-    """All services up and healthy, whatever the test before did to them."""
+    """Starts all services that a previous test has stopped and waits until they are healthy."""
     built.up()
     return built
 
 
-def draw(stack: Stack, **body: Any) -> httpx.Response:
+def generate(stack: Stack, **body: Any) -> httpx.Response:
     return httpx.post(stack.url("unfog", "/generate"), json=body, headers={"accept": "image/png"}, timeout=PATIENCE)
 
 
@@ -57,14 +57,14 @@ def image_of(stack: Stack) -> Any:
     return json.loads(docker("image", "inspect", stack.image))[0]
 
 
-def test_the_image_is_small(built: Stack) -> None:
-    assert 0 < image_of(built)["Size"] <= MOST_BYTES
+def test_image_is_smaller_than_the_limit(built: Stack) -> None:
+    assert 0 < image_of(built)["Size"] <= MAX_IMAGE_BYTES
 
 
-def test_the_image_says_what_it_is_and_how_it_runs(built: Stack) -> None:
+def test_image_has_labels_user_entrypoint_and_health_check(built: Stack) -> None:
     config = image_of(built)["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Entrypoint"] == ["python", "-m", "app"]  # a shell in between would keep SIGTERM to itself
+    assert config["Entrypoint"] == ["python", "-m", "app"]  # a shell as process 1 would not forward SIGTERM
     assert config["Healthcheck"]["Test"][0] == "CMD"
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -74,19 +74,19 @@ def test_the_image_says_what_it_is_and_how_it_runs(built: Stack) -> None:
     assert labels["revision"]
 
 
-def test_the_image_has_no_build_tools(built: Stack) -> None:
+def test_image_has_no_build_tools(built: Stack) -> None:
     found = docker(
         "run", "--rm", "--entrypoint", "sh", built.image, "-c", "command -v python gcc g++ cc c++ ld make git; true"
     )
     assert found.split() == ["/opt/venv/bin/python"]
 
 
-def test_a_gpu_is_asked_for_but_in_the_project_for_cpus(built: Stack) -> None:
+def test_compose_reserves_a_gpu_except_with_the_cpu_override(built: Stack) -> None:
     def devices(config: Any) -> list[Any]:
-        reservations = [config["services"][name]["deploy"]["resources"].get("reservations") for name in asked]
+        reservations = [config["services"][name]["deploy"]["resources"].get("reservations") for name in gpu_services]
         return [(reservation or {}).get("devices") for reservation in reservations]
 
-    asked = ("unfog", "train")
+    gpu_services = ("unfog", "train")
     options = ("--profile", "train", "config", "--format", "json")
     with_gpu = json.loads(docker("compose", "--env-file", "/dev/null", "--file", "docker-compose.yml", *options))
     for config, device in ((with_gpu, "cuda"), (json.loads(built.compose(*options)), "cpu")):
@@ -95,20 +95,20 @@ def test_a_gpu_is_asked_for_but_in_the_project_for_cpus(built: Stack) -> None:
     assert devices(json.loads(built.compose(*options))) == [None] * 2
 
 
-def test_the_same_seed_draws_the_same_picture(stack: Stack) -> None:
-    one, again, other = (draw(stack, digit=7, seed=seed) for seed in (42, 42, 43))
+def test_same_seed_gives_the_same_png(stack: Stack) -> None:
+    one, again, other = (generate(stack, digit=7, seed=seed) for seed in (42, 42, 43))
     assert (one.status_code, one.headers["content-type"]) == (200, "image/png")
     assert one.content.startswith(b"\x89PNG")
     assert one.content == again.content != other.content
 
 
-def test_the_step_was_compiled_while_the_image_was_built(stack: Stack) -> None:
+def test_step_was_compiled_during_the_image_build(stack: Stack) -> None:
     health = stack.get("unfog", "/health").json()
     assert (health["status"], health["compiled"], health["device"]) == ("ok", True, "cpu")
     assert "Compiling" not in stack.compose("logs", "unfog")
 
 
-def test_every_service_runs_without_privileges(stack: Stack) -> None:
+def test_every_container_runs_without_privileges(stack: Stack) -> None:
     for service in SERVICES:
         status = stack.status_of(service)
         assert [status[name] for name in ("CapEff", "CapPrm", "CapBnd")] == [NO_CAPABILITIES] * 3, service
@@ -121,7 +121,7 @@ def test_every_service_runs_without_privileges(stack: Stack) -> None:
     assert stack.status_of("unfog")["Uid"].split() == ["10001"] * 4
 
 
-def test_service_writes_only_to_tmp_and_its_kernel_folder_and_executes_only_from_the_latter(stack: Stack) -> None:
+def test_only_tmp_and_the_kernel_folder_are_writable_and_tmp_is_noexec(stack: Stack) -> None:
     script = """
 import errno, os, pathlib, stat
 for folder in ("/tmp", "/opt/unfog/gpu", "/home/unfog", "/runs", "/opt/unfog"):
@@ -132,7 +132,7 @@ for folder in ("/tmp", "/opt/unfog/gpu", "/home/unfog", "/runs", "/opt/unfog"):
     except OSError as error:
         print(folder, errno.errorcode[error.errno])
 """
-    read_only = errno.errorcode[errno.EROFS]  # not EACCES: the user owns the first two of them
+    read_only = errno.errorcode[errno.EROFS]  # and not EACCES: the user owns /home/unfog and /runs
     written = stack.compose("exec", "-T", "unfog", "python", "-c", script).splitlines()
     assert written == [
         "/tmp noexec",
@@ -141,20 +141,20 @@ for folder in ("/tmp", "/opt/unfog/gpu", "/home/unfog", "/runs", "/opt/unfog"):
     ]
 
 
-def test_gpu_that_cannot_be_used_stops_the_start(built: Stack) -> None:
-    """The image for CPUs has a PyTorch without CUDA."""
+def test_cuda_device_without_a_gpu_stops_the_start(built: Stack) -> None:
+    """PyTorch in the CPU image is built without CUDA."""
     with pytest.raises(AssertionError, match=r"unfog: UNFOG_DEVICE=cuda: PyTorch \S+ is built without CUDA"):
         docker("run", "--rm", "--env", "UNFOG_DEVICE=cuda", built.image)
 
 
-def test_prometheus_sees_the_service_and_what_it_draws(stack: Stack) -> None:
+def test_prometheus_scrapes_the_service_and_counts_its_images(stack: Stack) -> None:
     eventually(lambda: stack.value('up{job="unfog"}'), "the target is up")
     before = stack.value("sum(unfog_images_total)")
-    assert draw(stack, digit=3, count=5).status_code == 200
+    assert generate(stack, digit=3, count=5).status_code == 200
     eventually(lambda: stack.value("sum(unfog_images_total)") >= before + 5, "five more images are counted")
 
 
-def test_prometheus_has_loaded_its_rules(stack: Stack) -> None:
+def test_prometheus_loads_and_evaluates_its_rules(stack: Stack) -> None:
     files = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text()).get("rule_files")
     if not files:
         pytest.skip("deploy/prometheus/prometheus.yml names no rule files")
@@ -168,66 +168,68 @@ def test_prometheus_has_loaded_its_rules(stack: Stack) -> None:
 
 
 def test_grafana_serves_the_dashboard_and_its_panels_have_data(stack: Stack) -> None:
-    if stack.stand_in:  # said where the summary shows it
+    if stack.stand_in:  # a warning, so that the summary of pytest shows it
         with warnings.catch_warnings(action="default"):
-            warnings.warn("Grafana's image could not be had: a stand-in read its provisioning", stacklevel=1)
-    answer = stack.get("grafana", "/api/dashboards/uid/unfog")
-    assert answer.status_code == 200, answer.text
-    targets = expressions(answer.json()["dashboard"])
+            warnings.warn("Grafana image not available: tested with a substitute", stacklevel=1)
+    response = stack.get("grafana", "/api/dashboards/uid/unfog")
+    assert response.status_code == 200, response.text
+    targets = expressions(response.json()["dashboard"])
     assert targets
 
     def series(expression: str) -> list[Any]:
         path = "/api/datasources/proxy/uid/prometheus/api/v1/query"
-        answer = stack.get("grafana", path, params={"query": expression})
-        assert answer.status_code == 200, f"{expression}: {answer.text}"
-        return list(answer.json()["data"]["result"])
+        response = stack.get("grafana", path, params={"query": expression})
+        assert response.status_code == 200, f"{expression}: {response.text}"
+        return list(response.json()["data"]["result"])
 
     def with_data() -> list[str]:
-        draw(stack, digit=1)  # a rate takes two scrapes between which there was something
+        generate(stack, digit=1)  # a rate needs an increase between two scrapes
         return [expression for expression in targets if series(expression)]
 
     eventually(lambda: len(with_data()) > 0.8 * len(targets), "panels have data")
     assert any("unfog_images" in expression for expression in with_data())
 
 
-def test_nobody_is_admin_of_grafana_by_default(stack: Stack) -> None:
+def test_grafana_has_no_default_admin_login(stack: Stack) -> None:
     for user, password in (("admin", "admin"), ("admin", "")):
         assert stack.get("grafana", "/api/dashboards/uid/unfog", auth=(user, password)).status_code == 401
 
 
-def test_a_killed_service_comes_back_and_prometheus_notices(stack: Stack) -> None:
+def test_killed_service_restarts_and_prometheus_scrapes_it_again(stack: Stack) -> None:
     started = 'process_start_time_seconds{job="unfog"}'
-    before = eventually(lambda: stack.value(started), "its start is known")
+    before = eventually(lambda: stack.value(started), "Prometheus has scraped the start time")
     container = stack.container("unfog")
     pid = container["State"]["Pid"]
     command = Path(f"/proc/{pid}/cmdline")
     if os.geteuid() or not command.exists() or command.read_bytes() != b"python\0-m\0app\0":
-        pytest.skip("kills the process on the host, which takes root and an engine on this very machine")
-    os.kill(pid, signal.SIGKILL)  # `docker kill` counts as a stop, after which nothing is started again
-    eventually(lambda: stack.container("unfog")["RestartCount"] == 1, "it was started again")
-    eventually(lambda: stack.container("unfog")["State"]["Health"]["Status"] == "healthy", "it is healthy again")
-    assert draw(stack, digit=7).status_code == 200
-    eventually(lambda: stack.value(started) > before, "Prometheus has seen the new one")
+        pytest.skip("kills the process on the host: needs root and a Docker engine on this machine")
+    os.kill(pid, signal.SIGKILL)  # after `docker kill` the restart policy does not apply
+    eventually(lambda: stack.container("unfog")["RestartCount"] == 1, "the container was restarted")
+    eventually(
+        lambda: stack.container("unfog")["State"]["Health"]["Status"] == "healthy", "the container is healthy again"
+    )
+    assert generate(stack, digit=7).status_code == 200
+    eventually(lambda: stack.value(started) > before, "Prometheus has scraped the new process")
 
 
-def test_a_stop_answers_what_was_admitted(stack: Stack) -> None:
+def test_compose_stop_completes_admitted_requests(stack: Stack) -> None:
     def running() -> bool:
         families = text_string_to_metric_families(stack.get("unfog", "/metrics").text)
         return any(family.name == "unfog_running_images" and family.samples[0].value for family in families)
 
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(draw, stack, digit=4, count=32, seed=1)
-        eventually(lambda: answer.done() or running(), "the request is being drawn")
-        assert not answer.done()
+        response = pool.submit(generate, stack, digit=4, count=32, seed=1)
+        eventually(lambda: response.done() or running(), "the request is running")
+        assert not response.done()
         stack.compose("stop", "unfog")
-        assert answer.result(PATIENCE).status_code == 200
+        assert response.result(PATIENCE).status_code == 200
     state = stack.container("unfog")["State"]
-    assert (state["Status"], state["ExitCode"]) == ("exited", 0)  # 137 past the grace period
+    assert (state["Status"], state["ExitCode"]) == ("exited", 0)  # 137 if killed after the grace period
     assert "Draining" in stack.compose("logs", "unfog")
 
 
 @pytest.mark.slow
-def test_what_the_profile_trains_is_served(stack: Stack, mnist_dir: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_the_train_profile_can_be_served(stack: Stack, mnist_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text('base = "baseline"\nbatch_size = 256\n[unet]\nwidths = [8, 16]\n')
     mounts = ("--volume", f"{mnist_dir}:/data:ro", "--volume", f"{tmp_path / 'tiny.toml'}:/tiny.toml:ro")
     train = ("--profile", "train", "run", "-T", "--rm", *mounts, "train")
@@ -243,12 +245,12 @@ def test_what_the_profile_trains_is_served(stack: Stack, mnist_dir: Path, tmp_pa
         trained = stack.get("unfog", "/health").json()["model"]["sha256"]
         digest = stack.compose("exec", "-T", "unfog", "sha256sum", stack.environment["UNFOG_CHECKPOINT"])
         assert digest.split()[0] == trained != shipped
-        assert draw(stack, digit=7).status_code == 200
+        assert generate(stack, digit=7).status_code == 200
     finally:
         del stack.environment["UNFOG_CHECKPOINT"]
 
 
-def test_down_leaves_nothing(stack: Stack) -> None:
+def test_compose_down_removes_containers_network_and_volumes(stack: Stack) -> None:
     before = {kind: len(found) for kind, found in stack.left().items()}
     assert before["container"] == len(SERVICES)
     assert before["network"] == 1

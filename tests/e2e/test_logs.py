@@ -1,4 +1,4 @@
-"""The log through a real process: readers that stall, come back, leave or were never there, and hostile requests."""
+"""The log of a running service while its reader stalls, returns or is missing, and under hostile requests."""
 
 import json
 import os
@@ -17,80 +17,80 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.conftest import Start
-from tests.e2e.faulty import seed_of
-from tests.e2e.hostile import HEAD, KINDS, document, post
-from tests.e2e.process import BASE, PATIENCE, ROOT, eventually
+from tests.e2e.faulty_service import fault_seed
+from tests.e2e.hostile_requests import HEAD, KINDS, document, post
+from tests.e2e.process import BASE, ROOT, TIMEOUT, wait_until
 from tests.e2e.service import Service
 
-FAULTY = "tests.e2e.faulty"
-LONG_PATH = "/" + "a" * 4500  # its line is as long as lines become
-MANY = 400  # such lines are more than the pipe and the queue hold
+FAULTY = "tests.e2e.faulty_service"
+LONG_PATH = "/" + "a" * 4500  # its access log line has the maximum length
+MANY = 400  # this many long lines overflow the pipe and the queue
 FORGED = '{"level": "critical", "logger": "forged", "message": "forged"}'
 
 
-def ask(service: Service, count: int) -> None:
-    """Makes requests whose lines are long; their ids are numbers."""
+def write_long_lines(service: Service, count: int) -> None:
+    """Sends requests whose log lines are long. Their request ids are numbered."""
     for number in range(count):
-        answer = service.client.get(LONG_PATH, headers={"X-Request-ID": f"number.{number}"})
-        assert answer.status_code == 404
+        response = service.client.get(LONG_PATH, headers={"X-Request-ID": f"number.{number}"})
+        assert response.status_code == 404
 
 
-def fields(service: Service) -> list[dict[str, Any]]:
+def log_lines(service: Service) -> list[dict[str, Any]]:
     return [json.loads(line) for line in service.process.lines]
 
 
-def drops(service: Service) -> int:
-    return int(service.metrics().of("log_lines_dropped_total"))
+def dropped_lines(service: Service) -> int:
+    return int(service.metrics().value("log_lines_dropped_total"))
 
 
-def reported(service: Service) -> int:
-    return sum(line["count"] for line in fields(service) if line["message"] == "Dropped log lines")
+def reported_drops(service: Service) -> int:
+    return sum(line["count"] for line in log_lines(service) if line["message"] == "Dropped log lines")
 
 
-def test_service_answers_and_stops_while_nobody_reads_its_log(start: Start) -> None:
+def test_service_answers_and_stops_while_its_log_is_not_read(start: Start) -> None:
     service = start()
-    service.process.pause()
-    ask(service, MANY)
+    service.process.stop_reading()
+    write_long_lines(service, MANY)
     assert [service.client.get(path).status_code for path in ("/livez", "/health")] == [200, 200]
     assert service.post({"digit": 7, "num_steps": 1}).status_code == 200
-    assert drops(service) > 0
+    assert dropped_lines(service) > 0
     service.process.signal(signal.SIGTERM)
     assert service.process.wait() == 0
 
 
-def test_log_goes_on_and_reports_every_dropped_line_when_the_reader_is_back(start: Start) -> None:
+def test_log_continues_and_reports_dropped_lines_when_the_reader_returns(start: Start) -> None:
     service = start()
-    service.process.pause()
-    ask(service, MANY)
-    dropped = drops(service)
+    service.process.stop_reading()
+    write_long_lines(service, MANY)
+    dropped = dropped_lines(service)
     assert dropped > 0
-    service.process.resume()
-    eventually(lambda: reported(service) == dropped, "the number of dropped lines is reported")
+    service.process.resume_reading()
+    wait_until(lambda: reported_drops(service) == dropped, "the number of dropped lines is reported")
     service.client.get("/", headers={"X-Request-ID": "after"})
-    eventually(lambda: "after" in service.process.lines[-1], "lines come again")
-    assert drops(service) == dropped
-    ids = [line.get("request_id", "") for line in fields(service)]
+    wait_until(lambda: "after" in service.process.lines[-1], "new lines are written")
+    assert dropped_lines(service) == dropped
+    ids = [line.get("request_id", "") for line in log_lines(service)]
     numbers = [int(request_id.removeprefix("number.")) for request_id in ids if request_id.startswith("number.")]
     assert numbers == sorted(set(numbers))
     assert len(numbers) + dropped == MANY
 
 
-def test_c_code_that_prints_or_crashes_does_not_hang_while_nobody_reads(start: Start) -> None:
+def test_c_code_that_prints_or_crashes_does_not_block_while_stderr_is_not_read(start: Start) -> None:
     service = start(module=FAULTY, PYTHONFAULTHANDLER="1")
-    service.process.pause()
-    ask(service, MANY)
-    assert service.post({"digit": 7, "num_steps": 2, "seed": seed_of("print in C", 1)}).status_code == 200
+    service.process.stop_reading()
+    write_long_lines(service, MANY)
+    assert service.post({"digit": 7, "num_steps": 2, "seed": fault_seed("print in C", 1)}).status_code == 200
     assert service.client.get("/livez").status_code == 200
     service.process.signal(signal.SIGSEGV)
     assert service.process.wait() == -signal.SIGSEGV
 
 
-def test_prints_warnings_and_exceptions_of_threads_are_log_lines(start: Start) -> None:
+def test_prints_warnings_and_thread_exceptions_are_log_lines(start: Start) -> None:
     service = start(module=FAULTY)
-    assert service.post({"digit": 7, "num_steps": 2, "seed": seed_of("noise", 1)}).status_code == 200
-    service.end()
+    assert service.post({"digit": 7, "num_steps": 2, "seed": fault_seed("noise", 1)}).status_code == 200
+    service.stop()
     by_logger: dict[str, list[dict[str, Any]]] = {}
-    for line in fields(service):
+    for line in log_lines(service):
         by_logger.setdefault(line["logger"], []).append(line)
     assert [line["message"] for line in by_logger["stderr"]] == ["a print of two words", "a print without an end"]
     (warning,) = by_logger["py.warnings"]
@@ -104,7 +104,7 @@ def test_prints_warnings_and_exceptions_of_threads_are_log_lines(start: Start) -
 def process_with_stderr(
     descriptor: int | None, **variables: str
 ) -> Iterator[tuple["subprocess.Popen[bytes]", httpx.Client]]:
-    """A service whose stderr is this descriptor, or closed, and a client for it; it may not be ready."""
+    """Starts a service with this descriptor as stderr (None: closed). Yields process and client without waiting."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("UNFOG_")}
@@ -118,11 +118,11 @@ def process_with_stderr(
         stderr=descriptor,
     )
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT) as client:
             yield process, client
     finally:
         process.kill()
-        process.wait(PATIENCE)
+        process.wait(TIMEOUT)
 
 
 def is_ready(client: httpx.Client) -> bool:
@@ -131,8 +131,8 @@ def is_ready(client: httpx.Client) -> bool:
     return False
 
 
-def fill(writer: int) -> None:
-    """Leaves no room in a pipe."""
+def fill_pipe(writer: int) -> None:
+    """Fills the buffer of a pipe."""
     os.set_blocking(writer, False)
     with suppress(BlockingIOError):
         while True:
@@ -140,39 +140,39 @@ def fill(writer: int) -> None:
     os.set_blocking(writer, True)
 
 
-def test_start_that_fails_exits_with_status_2_while_nobody_reads() -> None:
+def test_failed_start_exits_with_status_2_while_stderr_is_not_read() -> None:
     reader, writer = os.pipe()
-    fill(writer)
+    fill_pipe(writer)
     with process_with_stderr(writer, UNFOG_CHECKPOINT="/nowhere.safetensors") as (process, _):
         os.close(writer)
-        assert process.wait(PATIENCE) == 2
+        assert process.wait(TIMEOUT) == 2
     os.close(reader)
 
 
-def test_pipe_that_somebody_made_non_blocking_loses_no_line(checkpoint: Path) -> None:
+def test_non_blocking_stderr_pipe_loses_no_line(checkpoint: Path) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     with process_with_stderr(writer, UNFOG_CHECKPOINT=str(checkpoint)) as (process, client):
         os.close(writer)
-        eventually(lambda: is_ready(client), "it is ready")
+        wait_until(lambda: is_ready(client), "the service is ready")
         for number in range(100):  # more than the pipe holds, less than the queue
             client.get(LONG_PATH, headers={"X-Request-ID": f"number.{number}"})
         process.send_signal(signal.SIGTERM)
         with os.fdopen(reader, "rb") as pipe:
             lines = [json.loads(line) for line in pipe]
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
     numbered = [line["request_id"] for line in lines if str(line.get("request_id")).startswith("number.")]
     assert numbered == [f"number.{number}" for number in range(100)]
 
 
-@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "without a reader"])
-def test_service_without_a_log_serves_and_stops(checkpoint: Path, is_closed: bool) -> None:
+@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "no reader"])
+def test_service_without_a_usable_stderr_answers_and_stops(checkpoint: Path, is_closed: bool) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     variables = {"UNFOG_CHECKPOINT": str(checkpoint)}
     with process_with_stderr(None if is_closed else writer, **variables) as (process, client):
         os.close(writer)
-        eventually(lambda: is_ready(client), "it is ready")
+        wait_until(lambda: is_ready(client), "the service is ready")
         assert client.post("/generate", json={"digit": 7, "num_steps": 1}).status_code == 200
         (family,) = (
             family
@@ -181,11 +181,11 @@ def test_service_without_a_log_serves_and_stops(checkpoint: Path, is_closed: boo
         )
         assert [sample.value == 0 for sample in family.samples if sample.name.endswith("_total")] == [is_closed]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0
+        assert process.wait(TIMEOUT) == 0
 
 
 def hostile_requests(choose: random.Random) -> Iterator[bytes]:
-    """Requests that try to end a log line and to write another one."""
+    """Yields requests that try to end a log line and to inject another one."""
     forged = FORGED.encode()
     end = b"Host: x\r\nConnection: close\r\n\r\n"
     for newline in (
@@ -214,34 +214,34 @@ def hostile_requests(choose: random.Random) -> Iterator[bytes]:
         yield HEAD + b"X-Request-ID: a\r\n " + line + b"\r\n" + end
         yield post(json.dumps({"digit": 7, "model": line.decode("utf-8", "replace")}).encode(), b"Connection: close")
         yield post(json.dumps({line.decode("utf-8", "replace"): 7}).encode(), b"Connection: close")
-    for kind in ("noise", "a header", "a path", "framing", "a wrong field"):
+    for kind in ("random bytes", "a header", "a path", "framing", "a wrong field"):
         for _ in range(10):
             yield KINDS[kind](choose)
 
 
 @pytest.mark.parametrize("is_read", [True, False], ids=["read", "unread"])
-def test_hostile_requests_cannot_forge_or_break_a_line(start: Start, is_read: bool) -> None:
+def test_hostile_requests_cannot_forge_or_break_a_log_line(start: Start, is_read: bool) -> None:
     service = start(UNFOG_READ_TIMEOUT="1", UNFOG_LOG_LEVEL="debug", UNFOG_TRUSTED_PROXIES="*")
     if not is_read:
-        service.process.pause()
-        ask(service, MANY)
+        service.process.stop_reading()
+        write_long_lines(service, MANY)
     for request in hostile_requests(random.Random(0)):
-        with socket.create_connection(service.address, PATIENCE) as client, suppress(ConnectionError):
+        with socket.create_connection(service.address, TIMEOUT) as client, suppress(ConnectionError):
             client.sendall(request)
             client.shutdown(socket.SHUT_WR)
             while client.recv(65536):
                 pass
     assert service.client.get("/livez").status_code == 200
-    service.process.resume()
+    service.process.resume_reading()
 
     def is_logged() -> bool:
-        """A request's line is dropped while the queue is full."""
+        """Repeats the request, because its log line is dropped while the queue is full."""
         service.client.get("/", headers={"X-Request-ID": "the-last"})
         return any("the-last" in line for line in service.process.lines)
 
-    eventually(is_logged, "the log has caught up")
-    assert service.end() == 0
-    lines = fields(service)  # each is JSON
+    wait_until(is_logged, "the last request is logged")
+    assert service.stop() == 0
+    lines = log_lines(service)  # fails unless every line is JSON
     assert len(lines) > 100
     for line in lines:
         assert list(line)[:4] == ["time", "level", "logger", "message"]

@@ -1,4 +1,4 @@
-"""GET /metrics: every metric with its labels, and counts that agree with what was sent."""
+"""GET /metrics: names, types and labels of all metrics, and counts that match the requests."""
 
 import re
 import shutil
@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.process import eventually
+from tests.e2e.process import wait_until
 from tests.e2e.service import EVENTS, PNG, ZIP, Samples, Service
 
 METRICS = {
@@ -36,23 +36,25 @@ METRICS = {
 
 
 def scrape_after(service: Service, requests: int, before: Samples) -> Samples:
-    """The scrape in which that many requests to /generate more than before have been counted."""
+    """Waits until `requests` more requests to /generate are counted than in `before`, and returns a new scrape."""
 
     def counted() -> bool:
         metrics = service.metrics()
         name = "request_duration_seconds_count"
-        return metrics.of(name, route="/generate") >= before.of(name, route="/generate") + requests
+        return metrics.value(name, route="/generate") >= before.value(name, route="/generate") + requests
 
-    eventually(counted, f"{requests} requests are counted")
+    wait_until(counted, f"{requests} requests are counted")
     return service.metrics()
 
 
-def test_every_metric_is_there_with_its_type_and_its_labels(service: Service) -> None:
+def test_metrics_have_the_documented_names_types_and_labels(service: Service) -> None:
     service.post({"digit": 7, "num_steps": 1})
-    eventually(lambda: service.metrics().of("requests_total", route="/generate", code="200"), "the request is counted")
-    answer = service.client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    wait_until(
+        lambda: service.metrics().value("requests_total", route="/generate", code="200"), "the request is counted"
+    )
+    response = service.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
     assert {name for name in families if not name.startswith("process_")} == set(METRICS)
     for name, (kind, labels) in METRICS.items():
         assert families[name].type == kind
@@ -61,49 +63,49 @@ def test_every_metric_is_there_with_its_type_and_its_labels(service: Service) ->
         assert {label for sample in families[name].samples for label in sample.labels} - {"le"} == labels
 
 
-def test_prometheus_own_linter_finds_nothing(service: Service) -> None:
+def test_promtool_finds_no_problem_in_the_metrics(service: Service) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("needs promtool, of the package prometheus")
+        pytest.skip("needs promtool (Debian package prometheus)")
     text = service.client.get("/metrics").text
     checked = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False)
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
 
 
-def test_counts_agree_with_what_was_drawn(service: Service) -> None:
+def test_counters_match_the_requests(service: Service) -> None:
     service.wait_until_idle()
     before = service.metrics()
-    asked = [(3, 4, "application/json"), (1, 9, PNG), (5, 6, ZIP), (2, 7, EVENTS)]
-    for count, num_steps, accept in asked:
+    requests = [(3, 4, "application/json"), (1, 9, PNG), (5, 6, ZIP), (2, 7, EVENTS)]
+    for count, num_steps, accept in requests:
         body = {"digit": 8, "count": count, "num_steps": num_steps, "guidance_scale": 7}
         assert service.post(body, accept).status_code == 200
-    after = scrape_after(service, len(asked), before)
+    after = scrape_after(service, len(requests), before)
 
     def more(name: str, **labels: str) -> float:
-        return after.of(name, **labels) - before.of(name, **labels)
+        return after.value(name, **labels) - before.value(name, **labels)
 
-    images = sum(count for count, _, _ in asked)
+    images = sum(count for count, _, _ in requests)
     assert more("images_total", digit="8") == images
-    assert more("requests_total", route="/generate", code="200") == len(asked)
-    assert more("request_duration_seconds_count", route="/generate") == len(asked)
+    assert more("requests_total", route="/generate", code="200") == len(requests)
+    assert more("request_duration_seconds_count", route="/generate") == len(requests)
     assert more("queue_wait_seconds_count") == more("admission_wait_steps_count") == images
-    # rows are images, not the second evaluations of guidance
-    assert more("batch_rows_sum") == sum(count * num_steps for count, num_steps, _ in asked)
-    assert more("denoise_steps_total") == sum(num_steps for _, num_steps, _ in asked)
+    # a row is an image; the second evaluation for guidance is not counted
+    assert more("batch_rows_sum") == sum(count * num_steps for count, num_steps, _ in requests)
+    assert more("denoise_steps_total") == sum(num_steps for _, num_steps, _ in requests)
     assert more("denoise_step_duration_seconds_count") == more("batch_rows_count") == more("denoise_steps_total")
-    assert more("encode_duration_seconds_count") >= len(asked)
+    assert more("encode_duration_seconds_count") >= len(requests)
     assert more("cancelled_total", stage="waiting") == more("cancelled_total", stage="running") == 0
 
 
 def test_gauges_of_an_idle_service(service: Service) -> None:
     service.wait_until_idle()
     metrics = service.metrics()
-    assert metrics.of("queue_capacity_images") == 1024
-    assert metrics.of("requests_in_progress") == 1  # the scrape
-    assert metrics.of("ready") == 1
+    assert metrics.value("queue_capacity_images") == 1024
+    assert metrics.value("requests_in_progress") == 1  # the scrape itself
+    assert metrics.value("ready") == 1
 
 
-def test_model_info_says_what_health_says(service: Service) -> None:
+def test_model_info_matches_health(service: Service) -> None:
     health = service.client.get("/health").json()
     labels = {
         "name": "default",
@@ -112,10 +114,10 @@ def test_model_info_says_what_health_says(service: Service) -> None:
         "dtype": health["dtype"],
         "version": version("unfog"),
     }
-    assert service.metrics().of("model_info", **labels) == 1
+    assert service.metrics().value("model_info", **labels) == 1
 
 
-def test_refused_requests_are_counted_by_route_and_code_and_strange_paths_as_one(service: Service) -> None:
+def test_errors_are_counted_by_route_and_code_with_one_route_for_unknown_paths(service: Service) -> None:
     before = service.metrics()
     for path in ("/nowhere", "/nowhere/2", "/%F0%9F%90%88"):
         service.client.get(path)
@@ -135,12 +137,12 @@ def test_refused_requests_are_counted_by_route_and_code_and_strange_paths_as_one
     }
     for (route, code), count in expected.items():
         labels = {"route": route, "code": code}
-        assert after.of("requests_total", **labels) - before.of("requests_total", **labels) == count, labels
+        assert after.value("requests_total", **labels) - before.value("requests_total", **labels) == count, labels
     routes = {value for _, labels in after for name, value in labels if name == "route"}
     assert all(re.fullmatch(r"other|/[a-z./{}_-]+", route) for route in routes), routes
 
 
-def test_the_smallest_set_of_reasons_is_there_before_anything_was_refused(service: Service) -> None:
+def test_rejection_counters_exist_for_every_reason_from_the_start(service: Service) -> None:
     names = {labels for name, labels in service.metrics() if name == "unfog_rejected_total"}
     assert {reason for labels in names for _, reason in labels} == {
         "overloaded",

@@ -1,4 +1,4 @@
-"""Requests made from the API's own document, good ones and bad ones, against the running service."""
+"""Valid and invalid requests generated from the OpenAPI document, sent to a running service."""
 
 import json
 import subprocess
@@ -18,8 +18,8 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 
 
 @pytest.fixture(scope="module")
-def described(checkpoint: Path, fast_checkpoint: Path) -> Iterator[Service]:
-    """Two models that permit different requests, of which the largest is small: hundreds of them are asked for."""
+def service_with_two_models(checkpoint: Path, fast_checkpoint: Path) -> Iterator[Service]:
+    """A service with two models that permit different requests, and a small maximum count to save time."""
     with ExitStack() as stack:
         yield start_service(
             stack,
@@ -32,20 +32,20 @@ def described(checkpoint: Path, fast_checkpoint: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def document(described: Service) -> dict[str, Any]:
-    """What it says of itself."""
-    served: dict[str, Any] = described.client.get("/openapi.json").json()
+def document(service_with_two_models: Service) -> dict[str, Any]:
+    """Returns the OpenAPI document that the service serves."""
+    served: dict[str, Any] = service_with_two_models.client.get("/openapi.json").json()
     return served
 
 
 def is_valid(document: dict[str, Any], schema: str, instance: Any) -> bool:
-    """Whether the instance is valid by one of the document's schemas."""
+    """Validates the instance with a schema of the OpenAPI document."""
     whole = {"$ref": f"#/components/schemas/{schema}", "components": document["components"]}
     return bool(Draft202012Validator(whole).is_valid(instance))
 
 
 def run_schemathesis(service: Service, examples: int, folder: Path) -> None:
-    """All of its checks, in a folder for what it leaves; what it finds is in the message."""
+    """Runs all checks of schemathesis with `folder` as current folder. Fails with its output if it finds a problem."""
     command = [
         *(sys.executable, "-m", "schemathesis.cli", f"--config-file={CONFIG}", "run", f"{service.url}/openapi.json"),
         *("--mode=all", "--phases=examples,coverage,fuzzing", "--checks=all", f"--max-examples={examples}"),
@@ -76,34 +76,34 @@ def run_schemathesis(service: Service, examples: int, folder: Path) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("model", ["default", "fast", "slow"])
-def test_request_is_accepted_if_and_only_if_the_document_permits_it(
-    described: Service, document: dict[str, Any], model: str, fields: dict[str, Any]
+def test_request_is_accepted_if_and_only_if_the_schema_permits_it(
+    service_with_two_models: Service, document: dict[str, Any], model: str, fields: dict[str, Any]
 ) -> None:
     body = {"digit": 7, "model": model, **fields}
     status = 200 if is_valid(document, "GenerateRequest", body) else 422
-    assert described.post(body).status_code == status
+    assert service_with_two_models.post(body).status_code == status
 
 
-def test_fast_model_permits_less_than_the_default_one(document: dict[str, Any]) -> None:
+def test_schema_of_the_fast_model_is_stricter_than_of_the_default_model(document: dict[str, Any]) -> None:
     body = {"digit": 7, "num_steps": 1}
     assert is_valid(document, "GenerateRequest", body)
     assert not is_valid(document, "GenerateRequest", {**body, "model": "fast"})
 
 
-def test_every_example_of_a_request_is_answered(described: Service, document: dict[str, Any]) -> None:
+def test_every_request_example_succeeds(service_with_two_models: Service, document: dict[str, Any]) -> None:
     content = document["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]
     examples = [example["value"] for example in content["examples"].values()]
     assert {"digit": 7, "model": "fast"} in examples
     for body in examples:
-        answer = described.post(body)
-        assert answer.status_code == 200, answer.text
-        assert is_valid(document, "GenerateResponse", answer.json())
+        response = service_with_two_models.post(body)
+        assert response.status_code == 200, response.text
+        assert is_valid(document, "GenerateResponse", response.json())
 
 
-def test_events_of_a_stream_are_as_described(described: Service, document: dict[str, Any]) -> None:
-    with described.events({"digit": 7, "count": 2, "num_steps": 10}) as stream:
+def test_stream_events_match_their_schemas(service_with_two_models: Service, document: dict[str, Any]) -> None:
+    with service_with_two_models.events({"digit": 7, "count": 2, "num_steps": 10}) as stream:
         events = list(stream)
-    with described.events({"digit": 7, "count": 4, "timeout_seconds": 0.001}) as stream:
+    with service_with_two_models.events({"digit": 7, "count": 4, "timeout_seconds": 0.001}) as stream:
         events += list(stream)
     names = {"accepted", "progress", "image", "done", "error"}
     assert {name for name, _ in events} >= names - {"error"}
@@ -119,11 +119,11 @@ def test_events_of_a_stream_are_as_described(described: Service, document: dict[
         assert set(data) <= set(document["components"]["schemas"][data_schema[name]]["properties"])
 
 
-def test_the_service_is_what_its_document_says(described: Service, tmp_path: Path) -> None:
-    run_schemathesis(described, 25, tmp_path)
+def test_schemathesis_finds_no_problem_with_25_examples(service_with_two_models: Service, tmp_path: Path) -> None:
+    run_schemathesis(service_with_two_models, 25, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_service_is_what_its_document_says_a_thousand_times(described: Service, tmp_path: Path) -> None:
-    run_schemathesis(described, 1000, tmp_path)
+def test_schemathesis_finds_no_problem_with_1000_examples(service_with_two_models: Service, tmp_path: Path) -> None:
+    run_schemathesis(service_with_two_models, 1000, tmp_path)

@@ -1,4 +1,4 @@
-"""A service that has not loaded its checkpoint yet."""
+"""A service that is still loading its checkpoint."""
 
 import os
 import socket
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import httpx
 
-from tests.e2e.process import PATIENCE, Process, eventually
+from tests.e2e.process import TIMEOUT, Process, wait_until
 
 
-class Loading:
-    """A process that reads its checkpoint from a pipe, and so loads until it is given the bytes."""
+class LoadingProcess:
+    """A process that reads its checkpoint from a named pipe. Loading blocks until `finish_loading` writes the bytes."""
 
     def __init__(self, checkpoint: Path, folder: Path) -> None:
         self._checkpoint, self._pipe = checkpoint, folder / "checkpoint"
@@ -18,22 +18,22 @@ class Loading:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.process = Process(UNFOG_CHECKPOINT=str(self._pipe), UNFOG_PORT=str(port))
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT)
         self._writer = -1
-        eventually(self._is_read, "the process reads its checkpoint")
+        wait_until(self._is_read, "the process has opened its checkpoint")
 
-    def go_on(self) -> None:
-        """Gives it what it waits for; what it opens next is the file itself."""
+    def finish_loading(self) -> None:
+        """Writes the checkpoint to the pipe. Replaces the pipe with a link, so that later reads open the file."""
         self._pipe.unlink()
         self._pipe.symlink_to(self._checkpoint)
         with os.fdopen(self._writer, "wb") as file:
             os.set_blocking(self._writer, True)
             file.write(self._checkpoint.read_bytes())
 
-    def end(self) -> None:
-        """Leaves nothing behind."""
+    def close(self) -> None:
+        """Closes the client and kills the process."""
         self.client.close()
-        self.process.end()
+        self.process.kill()
 
     def _is_read(self) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""The four answers hold the same images, and say where they come from."""
+"""The four response formats contain the same images, with their provenance, seed and times."""
 
 import base64
 import hashlib
@@ -19,42 +19,42 @@ TIMES = ("queue_seconds", "denoise_seconds", "total_seconds")
 
 
 @pytest.fixture(scope="module")
-def drawn(service: Service) -> dict[str, Any]:
-    """The JSON answer to BODY."""
-    answer: dict[str, Any] = service.post(BODY).json()
-    return answer
+def generated(service: Service) -> dict[str, Any]:
+    """Returns the JSON response to BODY."""
+    response: dict[str, Any] = service.post(BODY).json()
+    return response
 
 
 @pytest.fixture(scope="module")
-def images(drawn: dict[str, Any]) -> list[bytes]:
-    """Its files."""
-    return [base64.b64decode(image["png"]) for image in drawn["images"]]
+def images(generated: dict[str, Any]) -> list[bytes]:
+    """Returns the PNG files in that response."""
+    return [base64.b64decode(image["png"]) for image in generated["images"]]
 
 
-def test_json_says_what_was_drawn_and_how(drawn: dict[str, Any], checkpoint: Path) -> None:
+def test_json_contains_all_options_and_the_model(generated: dict[str, Any], checkpoint: Path) -> None:
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    fields = {name: value for name, value in drawn.items() if name not in ("images", "timing")}
+    fields = {name: value for name, value in generated.items() if name not in ("images", "timing")}
     assert fields == {**BODY, "model": {"name": "default", "sha256": sha256}}
-    assert [set(image) for image in drawn["images"]] == [{"index", "png"}] * 5
-    assert [image["index"] for image in drawn["images"]] == [0, 1, 2, 3, 4]
+    assert [set(image) for image in generated["images"]] == [{"index", "png"}] * 5
+    assert [image["index"] for image in generated["images"]] == [0, 1, 2, 3, 4]
 
 
-def test_times_are_told_and_add_up(drawn: dict[str, Any]) -> None:
-    assert set(drawn["timing"]) == set(TIMES)
-    queue, denoise, total = (drawn["timing"][name] for name in TIMES)
+def test_times_in_json_are_consistent(generated: dict[str, Any]) -> None:
+    assert set(generated["timing"]) == set(TIMES)
+    queue, denoise, total = (generated["timing"][name] for name in TIMES)
     assert queue >= 0
     assert denoise > 0
-    assert queue + denoise <= total + 1e-5  # each is rounded
+    assert queue + denoise <= total + 1e-5  # rounding error
 
 
-def test_an_image_is_28_by_28_greyscale_and_differs_from_the_next(images: list[bytes]) -> None:
+def test_images_are_28x28_greyscale_and_distinct(images: list[bytes]) -> None:
     for png in images:
         pixels, _, mode = open_png(png)
         assert (pixels.shape, mode) == ((28, 28), "L")
     assert len(set(images)) == 5
 
 
-def test_every_png_carries_its_provenance(images: list[bytes], checkpoint: Path) -> None:
+def test_every_png_contains_its_provenance(images: list[bytes], checkpoint: Path) -> None:
     for index, png in enumerate(images):
         assert open_png(png)[1] == {
             "Software": f"unfog {version('unfog')}",
@@ -68,11 +68,11 @@ def test_every_png_carries_its_provenance(images: list[bytes], checkpoint: Path)
         }
 
 
-def test_one_image_as_png_is_the_file_in_the_json(service: Service, images: list[bytes]) -> None:
+def test_png_response_of_one_image_equals_the_png_in_the_json(service: Service, images: list[bytes]) -> None:
     assert service.post({**BODY, "count": 1}, PNG).content == images[0]
 
 
-def test_several_images_as_png_are_a_contact_sheet(service: Service, images: list[bytes]) -> None:
+def test_png_response_of_several_images_is_a_contact_sheet(service: Service, images: list[bytes]) -> None:
     sheet, chunks, mode = open_png(service.post(BODY, PNG).content)
     assert (sheet.shape, mode) == ((2 * 28, 3 * 28), "L")
     cells = [
@@ -87,14 +87,12 @@ def test_several_images_as_png_are_a_contact_sheet(service: Service, images: lis
 @pytest.mark.parametrize(
     ("count", "rows", "columns"), [(2, 1, 2), (3, 2, 2), (4, 2, 2), (9, 3, 3), (10, 3, 4), (13, 4, 4)]
 )
-def test_a_sheet_has_as_many_columns_as_the_square_root_rounded_up(
-    service: Service, count: int, rows: int, columns: int
-) -> None:
-    answer = service.post({"digit": 0, "count": count, "num_steps": 1}, PNG)
-    assert open_png(answer.content)[0].shape == (28 * rows, 28 * columns)
+def test_contact_sheet_has_ceil_sqrt_count_columns(service: Service, count: int, rows: int, columns: int) -> None:
+    response = service.post({"digit": 0, "count": count, "num_steps": 1}, PNG)
+    assert open_png(response.content)[0].shape == (28 * rows, 28 * columns)
 
 
-def test_a_zip_holds_the_same_files_by_name(service: Service, images: list[bytes]) -> None:
+def test_zip_contains_the_same_files(service: Service, images: list[bytes]) -> None:
     with zipfile.ZipFile(io.BytesIO(service.post(BODY, ZIP).content)) as archive:
         assert archive.testzip() is None
         files = {name: archive.read(name) for name in archive.namelist()}
@@ -102,36 +100,34 @@ def test_a_zip_holds_the_same_files_by_name(service: Service, images: list[bytes
 
 
 @pytest.mark.parametrize("scale", [2, 5])
-def test_scale_enlarges_by_whole_pixels_and_changes_nothing_else(
-    service: Service, images: list[bytes], scale: int
-) -> None:
+def test_scale_repeats_pixels_and_changes_nothing_else(service: Service, images: list[bytes], scale: int) -> None:
     for large, small in zip(pngs(service.post({**BODY, "scale": scale})), images, strict=True):
         (large_pixels, large_chunks, _), (small_pixels, small_chunks, _) = open_png(large), open_png(small)
         assert (large_pixels == small_pixels.repeat(scale, axis=0).repeat(scale, axis=1)).all()
         assert large_chunks == small_chunks
 
 
-def test_a_sheet_is_enlarged_as_a_whole(service: Service) -> None:
+def test_scale_enlarges_the_whole_contact_sheet(service: Service) -> None:
     small, large = (open_png(service.post({**BODY, "scale": scale}, PNG).content)[0] for scale in (1, 3))
     assert (large == small.repeat(3, axis=0).repeat(3, axis=1)).all()
 
 
 @pytest.mark.parametrize("accept", ["application/json", PNG, ZIP])
-def test_headers_tell_the_seed_and_where_the_time_went(service: Service, accept: str) -> None:
-    answer = service.post(BODY, accept)
-    assert answer.headers["x-seed"] == str(BODY["seed"])
+def test_headers_contain_the_seed_and_the_server_timing(service: Service, accept: str) -> None:
+    response = service.post(BODY, accept)
+    assert response.headers["x-seed"] == str(BODY["seed"])
     number = r"\d+(\.\d+)?"
     assert re.fullmatch(
-        f"queue;dur={number}, denoise;dur={number}, encode;dur={number}", answer.headers["server-timing"]
+        f"queue;dur={number}, denoise;dur={number}, encode;dur={number}", response.headers["server-timing"]
     )
 
 
-def test_the_seed_in_the_header_is_the_one_that_was_drawn(service: Service) -> None:
-    answer = service.post({"digit": 7, "num_steps": 1})
-    assert answer.headers["x-seed"] == str(answer.json()["seed"])
+def test_seed_header_equals_the_seed_in_the_json(service: Service) -> None:
+    response = service.post({"digit": 7, "num_steps": 1})
+    assert response.headers["x-seed"] == str(response.json()["seed"])
 
 
-def test_events_come_in_order_and_bring_the_same_images(service: Service, images: list[bytes]) -> None:
+def test_events_are_in_order_and_contain_the_same_images(service: Service, images: list[bytes]) -> None:
     with service.events({**BODY, "scale": 1}) as stream:
         events = list(stream)
     names = [name for name, _ in events]
@@ -151,7 +147,9 @@ def test_events_come_in_order_and_bring_the_same_images(service: Service, images
     ("query", "num_steps", "expected"),
     [("", 100, 10), ("?previews=0", 30, 0), ("?previews=4", 30, 4), ("?previews=100", 100, 100), ("?previews=9", 3, 3)],
 )
-def test_previews_are_about_as_many_as_asked_for(service: Service, query: str, num_steps: int, expected: int) -> None:
+def test_number_of_previews_is_within_one_of_the_requested_number(
+    service: Service, query: str, num_steps: int, expected: int
+) -> None:
     with service.events({"digit": 2, "count": 2, "num_steps": num_steps, "scale": 4}, query) as stream:
         progress = [data for name, data in stream if name == "progress"]
     assert abs(len(progress) - expected) <= 1
@@ -166,8 +164,8 @@ def test_previews_are_about_as_many_as_asked_for(service: Service, query: str, n
         assert (pixels.shape, chunks, mode) == ((28, 28), {}, "L")  # unscaled, without provenance
 
 
-def test_the_last_preview_of_a_deterministic_path_is_nearly_the_image(service: Service) -> None:
-    """What is predicted at the last step is x_0 itself."""
+def test_last_ddim_preview_equals_the_image(service: Service) -> None:
+    """The last step of DDIM returns the predicted x_0."""
     with service.events({"digit": 2, "num_steps": 10, "sampler": "ddim"}, "?previews=10") as stream:
         events = list(stream)
     (image,) = [data["png"] for name, data in events if name == "image"]
@@ -176,9 +174,9 @@ def test_the_last_preview_of_a_deterministic_path_is_nearly_the_image(service: S
     assert (open_png(base64.b64decode(last["previews"][0]))[0] == open_png(base64.b64decode(image))[0]).all()
 
 
-def test_an_event_stream_says_so_and_is_not_stored(service: Service) -> None:
-    answer = service.post({**BODY, "num_steps": 1}, EVENTS)
-    assert answer.headers["content-type"].partition(";")[0] == EVENTS
-    assert answer.headers["cache-control"] == "no-store"
-    assert answer.headers["x-seed"] == str(BODY["seed"])
-    assert json.loads(answer.text.split("\n")[1].removeprefix("data: "))["seed"] == BODY["seed"]
+def test_event_stream_has_its_media_type_and_no_store(service: Service) -> None:
+    response = service.post({**BODY, "num_steps": 1}, EVENTS)
+    assert response.headers["content-type"].partition(";")[0] == EVENTS
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-seed"] == str(BODY["seed"])
+    assert json.loads(response.text.split("\n")[1].removeprefix("data: "))["seed"] == BODY["seed"]

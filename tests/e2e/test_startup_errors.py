@@ -1,4 +1,4 @@
-"""What stops the start: one sentence, status 2."""
+"""A start that fails prints a one-line error and exits with status 2."""
 
 import json
 import re
@@ -32,12 +32,12 @@ def a_pickle(path: Path) -> None:
     path.write_bytes(b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00cposix\nsystem\n.")
 
 
-def somebody_elses_tensors(path: Path) -> None:
+def without_metadata(path: Path) -> None:
     save_file({}, path)
 
 
-def rewritten(path: Path, part: str, **fields: object) -> None:
-    """Changes a part of the metadata, and the digest with it."""
+def rewrite_metadata(path: Path, part: str, **fields: object) -> None:
+    """Changes fields in a part of the metadata and updates the digest."""
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = json.loads(file.metadata()["unfog"])
@@ -47,35 +47,35 @@ def rewritten(path: Path, part: str, **fields: object) -> None:
     save_torch_file(tensors, path, {"unfog": json.dumps(metadata)})
 
 
-def a_size_that_overflows(path: Path) -> None:
-    rewritten(path, "unet", time_dim=10**400)
+def overflowing_size(path: Path) -> None:
+    rewrite_metadata(path, "unet", time_dim=10**400)
 
 
-def a_network_of_terabytes(path: Path) -> None:
-    rewritten(path, "unet", num_pairs=10**9)
+def network_of_terabytes(path: Path) -> None:
+    rewrite_metadata(path, "unet", num_pairs=10**9)
 
 
 DAMAGES: tuple[Callable[[Path], None], ...] = (
-    *(truncated, one_bit_flipped, a_pickle, somebody_elses_tensors),
-    *(a_size_that_overflows, a_network_of_terabytes),
+    *(truncated, one_bit_flipped, a_pickle, without_metadata),
+    *(overflowing_size, network_of_terabytes),
 )
 WRONG_SETTINGS = {
     "UNFOG_PORT": "eighty",
     "UNFOG_MAX_BATCH": "0",
     "UNFOG_REQUEST_TIMEOUT": "nan",
     "UNFOG_DEVICE": "cuda:99",
-    "UNFOG_DTYPE": "float16",  # on a CPU
+    "UNFOG_DTYPE": "float16",  # not supported on a CPU
     "UNFOG_CHECKPOINT": "/nowhere/to/be/found.safetensors",
 }
-FAULTS = ("lifespan", "server")  # which tests.e2e.faulty knows
+FAULTS = ("lifespan", "server")  # values of FAULT_AT_START in tests.e2e.faulty_service
 
 
 @pytest.fixture(scope="module")
-def failed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
-    """The exit status and stderr of every start that must fail; most of it is Python's own start, so two at a time."""
+def failed_starts(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
+    """Returns the exit status and stderr of every start that must fail. Runs two at a time to save time."""
     folder = tmp_path_factory.mktemp("damaged")
     starts = {name: {name: value} for name, value in WRONG_SETTINGS.items()}
-    starts |= {fault: {"module": "tests.e2e.faulty", "FAULT_AT_START": fault} for fault in FAULTS}
+    starts |= {fault: {"module": "tests.e2e.faulty_service", "FAULT_AT_START": fault} for fault in FAULTS}
     for damage in DAMAGES:
         path = folder / f"{damage.__name__}.safetensors"
         shutil.copy(checkpoint, path)
@@ -87,17 +87,17 @@ def failed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         try:
             return process.wait(), process.lines
         finally:
-            process.end()
+            process.kill()
 
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(starts, pool.map(run, starts.values()), strict=True))
 
 
 @pytest.mark.parametrize("start", [*WRONG_SETTINGS, *(damage.__name__ for damage in DAMAGES)])
-def test_a_start_that_cannot_be_is_one_sentence_and_status_2(
-    failed: dict[str, tuple[int, list[str]]], start: str
+def test_failed_start_is_a_one_line_error_with_status_2(
+    failed_starts: dict[str, tuple[int, list[str]]], start: str
 ) -> None:
-    status, lines = failed[start]
+    status, lines = failed_starts[start]
     assert status == 2
     assert 1 <= len(lines) <= 2, lines
     assert lines[-1].startswith("unfog: ")
@@ -105,10 +105,10 @@ def test_a_start_that_cannot_be_is_one_sentence_and_status_2(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_server_or_lifespan_that_fails_is_status_2_with_a_sentence_after_the_log(
-    failed: dict[str, tuple[int, list[str]]], fault: str
+def test_server_or_lifespan_failure_is_status_2_with_an_error_after_the_log(
+    failed_starts: dict[str, tuple[int, list[str]]], fault: str
 ) -> None:
-    status, lines = failed[fault]
+    status, lines = failed_starts[fault]
     assert status == 2
     assert lines[-1].startswith("unfog: the ")
     assert lines[-1].endswith(" failed to start, see the log")
@@ -119,28 +119,28 @@ def test_server_or_lifespan_that_fails_is_status_2_with_a_sentence_after_the_log
 @pytest.mark.parametrize(
     "name", ["UNFOG_PORT", "UNFOG_MAX_BATCH", "UNFOG_REQUEST_TIMEOUT", "UNFOG_DEVICE", "UNFOG_DTYPE"]
 )
-def test_the_sentence_names_the_variable(failed: dict[str, tuple[int, list[str]]], name: str) -> None:
-    assert f"{name}={WRONG_SETTINGS[name]}" in failed[name][1][-1].replace("'", "")
+def test_error_names_the_variable(failed_starts: dict[str, tuple[int, list[str]]], name: str) -> None:
+    assert f"{name}={WRONG_SETTINGS[name]}" in failed_starts[name][1][-1].replace("'", "")
 
 
-def test_device_that_cannot_be_used_is_reported_with_what_to_do(failed: dict[str, tuple[int, list[str]]]) -> None:
-    """Which sentence it is depends on the machine: no CUDA in PyTorch, no driver, no GPU, too few GPUs."""
-    assert re.search(r"UNFOG_DEVICE=cpu|numbered from 0|[Uu]pdate", failed["UNFOG_DEVICE"][1][-1])
+def test_error_for_an_unusable_device_says_what_to_do(failed_starts: dict[str, tuple[int, list[str]]]) -> None:
+    """The message depends on the machine: PyTorch without CUDA, no driver, no GPU or too few GPUs."""
+    assert re.search(r"UNFOG_DEVICE=cpu|numbered from 0|[Uu]pdate", failed_starts["UNFOG_DEVICE"][1][-1])
 
 
-def test_the_sentence_names_the_file(failed: dict[str, tuple[int, list[str]]]) -> None:
-    assert WRONG_SETTINGS["UNFOG_CHECKPOINT"] in failed["UNFOG_CHECKPOINT"][1][-1]
+def test_error_names_the_checkpoint_file(failed_starts: dict[str, tuple[int, list[str]]]) -> None:
+    assert WRONG_SETTINGS["UNFOG_CHECKPOINT"] in failed_starts["UNFOG_CHECKPOINT"][1][-1]
     for damage in DAMAGES:
-        assert f"{damage.__name__}.safetensors" in failed[damage.__name__][1][-1]
+        assert f"{damage.__name__}.safetensors" in failed_starts[damage.__name__][1][-1]
 
 
-def test_two_services_cannot_share_a_port_and_the_first_goes_on(service: Service) -> None:
+def test_port_in_use_stops_the_second_service_and_not_the_first(service: Service) -> None:
     host, port = service.address
     second = Process(UNFOG_PORT=str(port))
     try:
         assert second.wait() == 2
     finally:
-        second.end()
+        second.kill()
     (line,) = second.lines
     assert line.startswith(f"unfog: cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): ")
     assert service.client.get("/readyz").status_code == 200

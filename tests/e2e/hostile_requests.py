@@ -1,4 +1,4 @@
-"""Requests that nobody means well with, each made from a seed."""
+"""Generates hostile and malformed requests, each from a seed."""
 
 import gzip
 import json
@@ -10,11 +10,11 @@ MAX_BODY_BYTES = 16 * 1024  # UNFOG_MAX_BODY_BYTES
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
 JSON_TYPE = b"Content-Type: application/json\r\n"
 
-Maker = Callable[[random.Random], bytes]
+RequestFactory = Callable[[random.Random], bytes]
 
 
 def post(body: bytes, *headers: bytes) -> bytes:
-    """A request whose framing is right, whatever is in it."""
+    """Returns a correctly framed POST /generate with any body and extra headers."""
     lines = b"".join(header + b"\r\n" for header in headers)
     return HEAD + JSON_TYPE + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
@@ -35,22 +35,22 @@ def _fields(size: int) -> bytes:
     return b"{" + b",".join(b'"f%06d":1' % i for i in range((size - 2) // 12)) + b"}"
 
 
-# Bodies of at most the given size that could take a parser much time or memory.
+# Bodies of at most the given size that could cost a JSON parser much time or memory.
 BOMBS: dict[str, Callable[[int], bytes]] = {
-    "nested lists": _repeat(b"["),
-    "nested lists that close": _nested,
-    "nested objects": _repeat(b'{"a":'),
+    "unclosed lists": _repeat(b"["),
+    "nested lists": _nested,
+    "unclosed objects": _repeat(b'{"a":'),
     "a number of many digits": _repeat(b"9", b'{"digit": ', b"}"),
     "a fraction of many digits": _repeat(b"9", b'{"digit": 1.5', b"}"),
     "an exponent": _repeat(b"9", b'{"digit": 1e', b"}"),
     "lists in a list": _repeat(b"[],", b"[", b"[]]"),
     "objects in a list": _repeat(b"{},", b"[", b"{}]"),
     "many fields": _fields,
-    "one field many times": _repeat(b'"digit":1,', b"{", b'"digit":1}'),
+    "a repeated field": _repeat(b'"digit":1,', b"{", b'"digit":1}'),
     "a long string": _repeat(b"a", b'{"digit": "', b'"}'),
     "a long name": _repeat(b"a", b'{"', b'": 1}'),
     "escapes": _repeat(b"\\ud83d\\ude00", b'{"model": "', b'"}'),
-    "a wide list": _repeat(b"0,", b'{"digit": [', b"0]}"),
+    "a long list": _repeat(b"0,", b'{"digit": [', b"0]}"),
     "spaces": _repeat(b" ", b"", b"{}"),
 }
 
@@ -60,7 +60,7 @@ def _bytes(choose: random.Random, most: int) -> bytes:
 
 
 def _broken(choose: random.Random) -> bytes:
-    """A good document with some bytes of it changed."""
+    """Returns a valid body with 1 to 4 bytes replaced at random."""
     body = bytearray(document(choose, seed=1, count=1))
     for _ in range(choose.randrange(1, 5)):
         body[choose.randrange(len(body))] = choose.randrange(256)
@@ -76,8 +76,8 @@ def _field(choose: random.Random) -> bytes:
     return post(document(choose, **{choose.choice(names): choose.choice(values)}))
 
 
-def _cut(choose: random.Random) -> bytes:
-    """A good request that stops somewhere."""
+def _truncated(choose: random.Random) -> bytes:
+    """Returns a valid request that is cut off at a random byte."""
     whole = post(document(choose, count=4, num_steps=20))
     return whole[: choose.randrange(1, len(whole))]
 
@@ -105,7 +105,7 @@ def _path(choose: random.Random) -> bytes:
 
 
 def _framing(choose: random.Random) -> bytes:
-    """What two readers would read differently."""
+    """Returns ambiguous or invalid framing, followed by a smuggled request (request smuggling)."""
     smuggled = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
     lines = (
         *(b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", b"Content-Length: 3, 4\r\n\r\n{}"),
@@ -123,28 +123,28 @@ def _framing(choose: random.Random) -> bytes:
     return HEAD + JSON_TYPE + choose.choice(lines) + smuggled
 
 
-def _ahead(choose: random.Random) -> bytes:
-    """Further bytes after a request that takes long; the client leaves without its answer."""
+def _pipelined(choose: random.Random) -> bytes:
+    """Returns a slow request followed by more bytes. The client disconnects before the response."""
     request = post(document(choose, count=16, num_steps=100), b"X: y")
     return request + choose.choice((b"\r\n", b"\x00", b"GET", request, request * 20, b"\r\n" * 20_000))
 
 
-# Requests of about the given size that make a parser work. 8 KiB is within the limits, a megabyte is not.
+# Requests of about the given size that are expensive to parse. 8 KiB is within the limits, 1 MiB is not.
 CHUNKED = HEAD + JSON_TYPE + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
-FLOODS: dict[str, Callable[[int], bytes]] = {
+EXPENSIVE: dict[str, Callable[[int], bytes]] = {
     "a path": _repeat(b"/", b"POST /", b" HTTP/1.1\r\nHost: x" + END),
     "a query": _repeat(b"previews=1&", b"POST /generate?", b" HTTP/1.1\r\nHost: x" + END),
     "a header": _repeat(b"a", HEAD + JSON_TYPE + b"X: ", END),
-    "a header of many lines": _repeat(b"\r\n a", HEAD + JSON_TYPE + b"X: a", END),
-    "white space before a control character": _repeat(b" ", HEAD + JSON_TYPE + b"X:", b"\x00" + END),
-    "white space before a carriage return": _repeat(b" ", HEAD + JSON_TYPE + b"X: a", b"\ra" + END),
+    "a folded header": _repeat(b"\r\n a", HEAD + JSON_TYPE + b"X: a", END),
+    "whitespace before a control character": _repeat(b" ", HEAD + JSON_TYPE + b"X:", b"\x00" + END),
+    "whitespace before a carriage return": _repeat(b" ", HEAD + JSON_TYPE + b"X: a", b"\ra" + END),
     "headers": _repeat(b"a:\n", HEAD + JSON_TYPE, b"X:" + END),
-    "keys": _repeat(b"X-API-Key: a\r\n", HEAD + JSON_TYPE, b"X:" + END),
+    "API keys": _repeat(b"X-API-Key: a\r\n", HEAD + JSON_TYPE, b"X:" + END),
     "Accept: semicolons in an open quote": _repeat(b";", HEAD + JSON_TYPE + b'Accept: */*;"', END),
     "Accept: quotes": _repeat(b'"', HEAD + JSON_TYPE + b"Accept: */*;", END),
     "Accept: commas": _repeat(b",", HEAD + JSON_TYPE + b"Accept: */*", END),
-    "Accept: weights": _repeat(b";q=0", HEAD + JSON_TYPE + b"Accept: */*", END),
+    "Accept: q-values": _repeat(b";q=0", HEAD + JSON_TYPE + b"Accept: */*", END),
     "Accept headers": _repeat(b'Accept: a/b;c=","\r\n', HEAD + JSON_TYPE, b"X:" + END),
     "Connection: tokens": _repeat(b"a,", HEAD + JSON_TYPE + b"Connection: ", END),
     "X-Forwarded-For: addresses": _repeat(b"10.0.0.1,", HEAD + JSON_TYPE + b"X-Forwarded-For: ", END),
@@ -161,31 +161,37 @@ FLOODS: dict[str, Callable[[int], bytes]] = {
 }
 
 
-KINDS: dict[str, Maker] = {
-    "noise": lambda choose: _bytes(choose, 2000),
-    "noise in a body": lambda choose: post(_bytes(choose, 2000)),
+KINDS: dict[str, RequestFactory] = {
+    "random bytes": lambda choose: _bytes(choose, 2000),
+    "random bytes in a body": lambda choose: post(_bytes(choose, 2000)),
     "a broken document": _broken,
     "a wrong field": _field,
-    "a request that stops": _cut,
+    "a truncated request": _truncated,
     "a header": _header,
     "a path": _path,
     "framing": _framing,
-    "bytes ahead": _ahead,
-    "a flood": lambda choose: choose.choice(list(FLOODS.values()))(choose.choice((1024, 8 * 1024))),
-    "a flood, too large": lambda choose: choose.choice(list(FLOODS.values()))(MEGABYTE),
+    "pipelined bytes": _pipelined,
+    "an expensive request": lambda choose: choose.choice(list(EXPENSIVE.values()))(choose.choice((1024, 8 * 1024))),
+    "an expensive request over the limit": lambda choose: choose.choice(list(EXPENSIVE.values()))(MEGABYTE),
     "gzip": lambda choose: post(gzip.compress(bytes(10 * MEGABYTE)), b"Content-Encoding: gzip"),
-    "too large": lambda choose: post(b" " * (MAX_BODY_BYTES + choose.randrange(1, MEGABYTE))),
-    "too large, of no length": lambda choose: (
+    "a body over the limit": lambda choose: post(b" " * (MAX_BODY_BYTES + choose.randrange(1, MEGABYTE))),
+    "a chunked body over the limit": lambda choose: (
         HEAD + JSON_TYPE + b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b" " * 65536 + b"\r\n") * 20
     ),
-    "a bomb": lambda choose: post(choose.choice(list(BOMBS.values()))(MAX_BODY_BYTES)),
-    "a bomb, too large": lambda choose: post(choose.choice(list(BOMBS.values()))(MEGABYTE)),
+    "a JSON bomb": lambda choose: post(choose.choice(list(BOMBS.values()))(MAX_BODY_BYTES)),
+    "a JSON bomb over the limit": lambda choose: post(choose.choice(list(BOMBS.values()))(MEGABYTE)),
 }
 
 
 def make(seed: int) -> tuple[str, bytes]:
-    """Its kind, and the bytes; those of up to a megabyte are rarer."""
+    """Returns the kind and the bytes of a request. Kinds of about 1 MiB are five times rarer."""
     choose = random.Random(seed)
-    large = ("gzip", "too large", "too large, of no length", "a bomb, too large", "a flood, too large")
+    large = (
+        "gzip",
+        "a body over the limit",
+        "a chunked body over the limit",
+        "a JSON bomb over the limit",
+        "an expensive request over the limit",
+    )
     kind = choose.choices(list(KINDS), [0.2 if name in large else 1.0 for name in KINDS])[0]
     return kind, KINDS[kind](choose)

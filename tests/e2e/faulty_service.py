@@ -1,7 +1,7 @@
-"""The service with a runner that fails on request: `python -m tests.e2e.faulty`, configured like the service.
+"""The service with fault injection: `python -m tests.e2e.faulty_service`, configured like the service.
 
-A request asks for its failure by its seed: FAULTS[kind] + 1000 + the step before which it happens. Only the runner is
-wrapped: what answers, isolates and watches is the service's own.
+The seed of a request selects the fault and the step before which it happens: FAULTS[kind] + 1000 + step. Only the
+runner is replaced. Responses, fault isolation and the watchdog are those of the service.
 """
 
 import ctypes
@@ -28,29 +28,29 @@ log = logging.getLogger(__name__)
 
 KINDS = ("exception", "nan", "memory", "lost", "stuck", "noise", "print in C", "broken")
 FAULTS = {kind: place * 10**9 for place, kind in enumerate(KINDS, 1)}
-MEMORY_ROWS = 16  # more of them beside a row with that fault are too many
+MEMORY_ROWS = 16  # a step with a "memory" row and more rows than this raises OutOfMemoryError
 STUCK_SECONDS = 3600.0
 
 
 def fault_at(trajectory: Trajectory) -> str | None:
-    """What is to happen before this row's next step."""
+    """Returns the kind of the fault to inject before this row's next step."""
     kind, step = divmod(trajectory.job.request.options.seed, 10**9)
     names = {number // 10**9: name for name, number in FAULTS.items()}
     return names.get(kind) if step == 1000 + trajectory.step else None
 
 
-def seed_of(kind: str, step: int) -> int:
-    """The seed that asks for it."""
+def fault_seed(kind: str, step: int) -> int:
+    """Returns the seed that injects a fault of this kind before this step."""
     return FAULTS[kind] + 1000 + step
 
 
 class FaultyRunner(Runner):
-    """Fails as a bug, a network, a device would."""
+    """Injects the fault that the seed of a row selects before the step."""
 
     is_broken = False
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """With SLOW_WARM_UP set it goes on until it is told to stop, and says when it begins."""
+        """If SLOW_WARM_UP is set, logs a line and waits until the start is interrupted."""
         if "SLOW_WARM_UP" in os.environ:
             log.warning("warming up")
             while not should_stop():
@@ -58,12 +58,12 @@ class FaultyRunner(Runner):
         return super().warm_up(should_stop)
 
     def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """As it is told."""
+        """Injects the faults of these rows, then runs the step."""
         for trajectory in trajectories:
             fault = fault_at(trajectory)
             self.is_broken = self.is_broken or fault == "broken"
             if fault == "exception":
-                raise ZeroDivisionError("a secret of the inside")
+                raise ZeroDivisionError("an internal detail")
             if fault == "memory" and len(trajectories) > MEMORY_ROWS:
                 raise OutOfMemoryError
             if fault == "lost":
@@ -78,7 +78,7 @@ class FaultyRunner(Runner):
                 with torch.inference_mode():
                     self._slots.state.x_t[trajectory.slot] = float("nan")
         if self.is_broken:
-            raise ZeroDivisionError("a secret of the inside")
+            raise ZeroDivisionError("an internal detail")
         return super().step(trajectories)
 
 
@@ -90,7 +90,7 @@ class Unraisable:
 
 
 def make_noise() -> None:
-    """Writes to stderr in every way that Python code has, but for the log."""
+    """Writes to stderr in every way that Python code can, except through logging."""
     print("a print", "of two words", file=sys.stderr)
     print("a print without an end", file=sys.stderr, end="", flush=True)
     warnings.warn("a warning", stacklevel=1)

@@ -1,0 +1,89 @@
+"""500 random requests give the same bytes with one row per step and in random batches."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from model.checkpoint import SHIPPED
+from model.precision import can_compile
+from tests.e2e.conftest import Start, start_service
+from tests.e2e.service import Service
+
+NUM_IMAGES, CLIENTS, ENOUGH_ROWS = 500, 64, 16
+REQUEST_TIMEOUT = 600  # seconds
+VARYING_THREADS = {"OMP_NUM_THREADS": "2", "UNFOG_NUM_THREADS": ""}  # the service adapts threads to the load
+BATCHED = (  # settings and the minimum of mean rows per step
+    # A low minimum, because auto chooses small steps if the machine was busy during the start.
+    ({**VARYING_THREADS, "UNFOG_MAX_BATCH": "auto"}, 2),
+    ({**VARYING_THREADS, "UNFOG_MAX_BATCH": "64"}, ENOUGH_ROWS),
+    ({"UNFOG_MAX_BATCH": "23", "UNFOG_NUM_THREADS": "2"}, ENOUGH_ROWS),
+)
+Body = dict[str, Any]
+
+
+def requests(steps: tuple[int, int], models: tuple[str, ...]) -> list[Body]:
+    """Returns NUM_IMAGES distinct requests of one image each."""
+    choose = random.Random(4)
+    return [
+        {
+            "digit": choose.randrange(10),
+            "seed": seed,
+            "num_steps": choose.randint(*steps),
+            "sampler": choose.choice(["ddpm", "ddim", "dpmpp"]),
+            "guidance_scale": choose.choice([1, 1.5, 3]),
+        }
+        if choose.choice(models) == "default"
+        else {"digit": choose.randrange(10), "seed": seed, "model": "fast"}
+        for seed in range(NUM_IMAGES)
+    ]
+
+
+def generate(service: Service, bodies: list[Body], order: int) -> tuple[list[bytes], float]:
+    """Sends the requests in a random order given by `order`. Returns the images and the mean rows per step."""
+    indices = random.Random(order).sample(range(len(bodies)), len(bodies))
+    service.client.timeout = REQUEST_TIMEOUT  # with one row per step the last client waits long
+    service.wait_until_idle()
+    before = service.metrics()
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        responses = dict(zip(indices, pool.map(lambda index: service.images(**bodies[index]), indices), strict=True))
+    return [responses[index][0] for index in range(len(bodies))], service.mean_rows_since(before)
+
+
+def num_equal(one: list[bytes], other: list[bytes]) -> int:
+    return sum(a == b for a, b in zip(one, other, strict=True))
+
+
+def test_500_images_are_the_same_in_random_batches(start: Start) -> None:
+    bodies = requests(steps=(5, 20), models=("default",))
+    alone, rows = generate(start(UNFOG_MAX_BATCH="1", UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT)), bodies, order=0)
+    assert rows == 1
+    assert len(set(alone)) == NUM_IMAGES
+    batched, rows = generate(start(UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT), UNFOG_MAX_BATCH="64"), bodies, order=1)
+    assert rows >= ENOUGH_ROWS
+    assert num_equal(batched, alone) == NUM_IMAGES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("compile_", ["on", "off"])
+def test_500_images_of_the_shipped_models_are_the_same_in_random_batches(compile_: str) -> None:
+    if compile_ == "on" and not can_compile():
+        pytest.skip("needs a C++ compiler")
+    bodies = requests(steps=(20, 100), models=("default", "default", "default", "fast"))
+    with ExitStack() as stack:
+
+        def service(**variables: str) -> Service:
+            return start_service(
+                stack, SHIPPED, UNFOG_COMPILE=compile_, UNFOG_REQUEST_TIMEOUT=str(REQUEST_TIMEOUT), **variables
+            )
+
+        alone, rows = generate(service(UNFOG_MAX_BATCH="1", UNFOG_NUM_THREADS="1"), bodies, order=0)
+        assert rows == 1
+        assert len(set(alone)) == NUM_IMAGES
+        for order, (variables, enough_rows) in enumerate(BATCHED, start=1):
+            batched, rows = generate(service(**variables), bodies, order)
+            assert rows >= enough_rows
+            assert num_equal(batched, alone) == NUM_IMAGES
