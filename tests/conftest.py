@@ -1,4 +1,4 @@
-"""What every test may use: the options for real data and containers, one compute thread, tiny networks."""
+"""Fixtures and options of all tests: --data-dir, --containers, --wheels, one compute thread, tiny networks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,22 +11,26 @@ from tests.tiny import tiny_unet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--data-dir", type=Path, help="IDX files of MNIST, for the tests that need them")
-    parser.addoption("--containers", action="store_true", help="build the images and run them; needs a Docker engine")
-    parser.addoption("--wheels", type=Path, help="folder with PyTorch's wheel, for --containers; else its CPU index")
+    parser.addoption(
+        "--data-dir", type=Path, help="folder with the IDX files of MNIST; default: skip the tests that need them"
+    )
+    parser.addoption("--containers", action="store_true", help="build and run the Docker images; needs a Docker engine")
+    parser.addoption(
+        "--wheels", type=Path, help="folder with a PyTorch wheel for --containers; default: PyTorch's CPU index"
+    )
 
 
 @pytest.fixture(scope="session")
 def mnist_dir(request: pytest.FixtureRequest) -> Path:
     folder: Path | None = request.config.getoption("--data-dir")
     if folder is None:
-        pytest.skip("needs the IDX files of MNIST: --data-dir=FOLDER")
+        pytest.skip("needs the IDX files of MNIST (--data-dir=FOLDER)")
     return folder.resolve()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_compute_thread() -> Iterator[None]:
-    """Tiny tensors are slower on several threads, most of all on a busy machine."""
+    """Uses one thread, because several threads are slower for tiny tensors, above all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,8 +38,8 @@ def one_compute_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing that tests compile is kept where programs of the same user look."""
+def temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keeps compiled code of the tests out of the user's cache folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -44,5 +48,5 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(params=["every_block", "bottom"])
 def network(request: pytest.FixtureRequest) -> UNet:
-    """A tiny U-Net of either conditioning, every one of whose parameters matters."""
+    """Returns a tiny U-Net of each conditioning. Every parameter affects the output."""
     return tiny_unet(conditioning=request.param)

@@ -1,4 +1,4 @@
-"""Promises of the Dockerfile and the compose files that need no Docker; e2e/test_containers.py runs them."""
+"""Static checks of the Dockerfile and the compose files. tests/e2e/test_containers.py builds and runs them."""
 
 import re
 from collections.abc import Iterator
@@ -15,20 +15,20 @@ from model.compiled.compiler import GPU_FOLDER
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-COMPILED_START_SECONDS = 300  # 180 to compile for a GPU, the rest to load and to record graphs
+COMPILED_START_SECONDS = 300  # 180 to compile for a GPU, the rest to load and to record CUDA graphs
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-+])((?:[^{}])*))?\}")
-OWN = {"unfog", "unfog-train"}  # images that are built here
+OWN = {"unfog", "unfog-train"}  # images that this repository builds
 
 
 class Loader(yaml.SafeLoader):
-    """With compose's tags for what an override takes away."""
+    """YAML loader that knows the tag `!reset`, with which an override file removes a value."""
 
 
 Loader.add_constructor("!reset", lambda loader, node: None)
 
 
 def with_defaults(text: str) -> str:
-    """As compose reads it where no variable is set."""
+    """Replaces variables in the text as compose does if none of them is set."""
     return VARIABLE.sub(lambda found: (found[3] or "") if found[2] == "-" else "", text)
 
 
@@ -43,7 +43,7 @@ every_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVIC
 
 
 @every_service
-def test_a_service_has_no_privileges_and_writes_nowhere_else(service: dict[str, Any]) -> None:
+def test_container_has_no_privileges_and_a_read_only_file_system(service: dict[str, Any]) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert "cap_add" not in service
     assert "privileged" not in service
@@ -52,44 +52,44 @@ def test_a_service_has_no_privileges_and_writes_nowhere_else(service: dict[str, 
 
 
 @every_service
-def test_a_service_is_limited_and_so_is_its_log(service: dict[str, Any]) -> None:
+def test_container_has_limits_for_memory_processes_and_log_size(service: dict[str, Any]) -> None:
     assert re.fullmatch(r"[1-9]\d*[mg]", service["mem_limit"])
     assert int(service["pids_limit"]) > 0
     assert {"max-size", "max-file"} <= set(service["logging"]["options"])
 
 
-def test_what_serves_comes_back_and_what_trains_ends() -> None:
+def test_servers_restart_and_the_training_does_not() -> None:
     restarts = {name: service["restart"] for name, service in SERVICES.items()}
     assert restarts.pop("train") == "no"
     assert set(restarts.values()) == {"unless-stopped"}
 
 
-def test_ports_are_open_to_this_host_alone_unless_one_says_otherwise() -> None:
+def test_ports_are_bound_to_localhost_by_default() -> None:
     ports = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert len(ports) == 3
     assert [port for port in ports if not re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port)] == []
 
 
-def test_opening_the_service_does_not_open_its_monitoring() -> None:
+def test_bind_address_of_the_service_is_separate_from_that_of_the_monitoring() -> None:
     names = {name: re.findall(r"\$\{(UNFOG_\w*BIND)", block) for name, block in blocks().items()}
     monitoring = ["UNFOG_MONITORING_BIND"]
     assert names == {"unfog": ["UNFOG_BIND"], "prometheus": monitoring, "grafana": monitoring, "train": []}
 
 
 def blocks() -> dict[str, str]:
-    """The lines of each service."""
+    """Returns the text of each service in docker-compose.yml."""
     _, *parts = re.split(r"^  (\w+):$", COMPOSE.split("\nservices:\n")[1].split("\nvolumes:\n")[0], flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
-def test_a_stop_is_forced_only_after_the_drain_and_the_last_answers() -> None:
+def test_stop_grace_period_is_longer_than_drain_and_last_responses() -> None:
     grace = re.fullmatch(r"(\d+)s", SERVICES["unfog"]["stop_grace_period"])
     assert grace
     drain = Settings.model_fields["drain_timeout"].default
-    assert int(grace[1]) >= drain + LAST_ANSWERS_SECONDS + 5  # what is left to end in
+    assert int(grace[1]) >= drain + LAST_ANSWERS_SECONDS + 5  # 5 s for the process to exit
 
 
-def test_every_mounted_file_of_the_repository_is_there() -> None:
+def test_every_mounted_file_of_the_repository_exists() -> None:
     sources = [volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])]
     from_here = [source for source in sources if source.startswith((".", "/"))]
     assert from_here
@@ -98,29 +98,29 @@ def test_every_mounted_file_of_the_repository_is_there() -> None:
     assert {source for source in sources if source not in from_here} == set(named)
 
 
-def test_mounted_files_of_the_repository_are_not_written() -> None:
+def test_files_of_the_repository_are_mounted_read_only() -> None:
     mounts = [volume for service in SERVICES.values() for volume in service.get("volumes", []) if volume[0] == "."]
     assert mounts
     assert [mount for mount in mounts if not mount.endswith(":ro")] == []
 
 
-def test_images_of_others_are_pinned() -> None:
+def test_third_party_images_are_pinned() -> None:
     images = {service["image"].partition(":")[::2] for service in SERVICES.values()}
     others = {name: tag for name, tag in images if name not in OWN}
     assert set(others) == {"prom/prometheus", "grafana/grafana"}
     assert [name for name, tag in others.items() if not re.fullmatch(r"v?\d+\.\d+\.\d+", tag)] == []
 
 
-def test_without_a_gpu_everything_that_asks_for_one_is_told_so() -> None:
-    asking = {name for name, service in SERVICES.items() if "deploy" in service}
+def test_cpu_override_removes_every_gpu_reservation() -> None:
+    gpu_services = {name for name, service in SERVICES.items() if "deploy" in service}
     override = yaml.load((ROOT / "docker-compose.cpu.yml").read_text(), Loader)["services"]
-    assert asking == set(override) == {"unfog", "train"}
+    assert gpu_services == set(override) == {"unfog", "train"}
     for service in override.values():
         assert service["deploy"]["resources"]["reservations"]["devices"] is None
 
 
-def test_device_is_cuda_unless_one_says_otherwise_and_cpu_in_the_project_for_cpus() -> None:
-    """With `auto`, an old driver or a GPU that is not passed on would mean a service on the CPU."""
+def test_device_is_cuda_by_default_and_cpu_with_the_cpu_override() -> None:
+    """With `auto` the service would silently use the CPU if the driver is old or the GPU is not passed through."""
     assert "UNFOG_DEVICE=cuda" in SERVICES["unfog"]["environment"]
     assert "- UNFOG_DEVICE=${UNFOG_DEVICE:-cuda}\n" in COMPOSE
     override = yaml.load((ROOT / "docker-compose.cpu.yml").read_text(), Loader)["services"]
@@ -128,7 +128,7 @@ def test_device_is_cuda_unless_one_says_otherwise_and_cpu_in_the_project_for_cpu
 
 
 def test_folder_for_gpu_kernels_is_private_writable_and_executable() -> None:
-    """It lies where the image's UNFOG_CACHE_DIR puts it, and goes with the container."""
+    """The folder is in the UNFOG_CACHE_DIR of the image and is lost with the container."""
     (cache,) = set(re.findall(r"UNFOG_CACHE_DIR=(\S+)", DOCKERFILE))
     folder = Path(cache, GPU_FOLDER)
     options = dict(mount.partition(":")[::2] for mount in SERVICES["unfog"]["tmpfs"])[str(folder)]
@@ -139,20 +139,20 @@ def test_folder_for_gpu_kernels_is_private_writable_and_executable() -> None:
     assert f"mountPath: {folder}\n" in manifest
 
 
-def test_image_of_the_service_runs_without_privileges() -> None:
+def test_service_image_runs_as_an_unprivileged_user() -> None:
     *_, service = DOCKERFILE.split("\nFROM ")
     assert service.startswith("runtime AS service\n")
     assert re.findall(r"^USER (.+)$", service, re.MULTILINE)[-1:] == ["10001:10001"]
 
 
-def test_health_check_waits_for_a_start_that_compiles_for_a_gpu() -> None:
+def test_start_period_of_the_health_check_covers_compiling_for_a_gpu() -> None:
     found = re.search(r"^HEALTHCHECK .*--start-period=(\d+)s", DOCKERFILE, re.MULTILINE)
     assert found
     assert int(found[1]) >= COMPILED_START_SECONDS
 
 
-def test_image_has_a_minor_version_of_torch_that_the_bounds_allow() -> None:
-    """Without a version, each build would have the newest release that the bounds allow, tested or not."""
+def test_image_pins_a_minor_version_of_torch_within_the_bounds() -> None:
+    """Without a pin each build would install the newest release within the bounds, even if it is not tested."""
     pinned = re.search(r"^ARG TORCH_VERSION=(\d+\.\d+)$", DOCKERFILE, re.MULTILINE)
     bounds = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert pinned and bounds
@@ -165,7 +165,7 @@ def test_image_has_a_minor_version_of_torch_that_the_bounds_allow() -> None:
     assert all('"$torch"' in line for line in installs)
 
 
-def test_no_admin_of_grafana_is_made_unless_a_password_is_set() -> None:
+def test_grafana_has_no_admin_unless_a_password_is_set() -> None:
     (name,) = re.findall(r"- (GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION\S*)=true", COMPOSE)
     variable = VARIABLE.search(name)
     assert variable
@@ -174,8 +174,8 @@ def test_no_admin_of_grafana_is_made_unless_a_password_is_set() -> None:
     assert "- GF_SECURITY_ADMIN_PASSWORD=${UNFOG_GRAFANA_PASSWORD:-}" in COMPOSE
 
 
-def test_the_example_lists_what_compose_reads_with_the_same_defaults() -> None:
-    """A comment behind a value would be part of it, and a password that everybody knows."""
+def test_env_example_lists_the_compose_variables_with_their_defaults() -> None:
+    """A comment after a value would become part of the value, for example of a password."""
     lines = (ROOT / ".env.example").read_text().splitlines()
     listed = dict(line[1:].split("=", 1) for line in lines if re.match(r"#\w+=", line))
     assert all(line.startswith("#") for line in lines if line)
@@ -187,16 +187,16 @@ def test_the_example_lists_what_compose_reads_with_the_same_defaults() -> None:
     assert {name: listed[name] for name in read} == read
 
 
-def test_the_image_is_of_the_version_that_it_says() -> None:
+def test_version_of_the_image_is_that_of_the_project() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version
     assert f"\nARG VERSION={version[1]}\n" in (ROOT / "Dockerfile").read_text()
 
 
-def test_images_install_the_tested_versions() -> None:
+def test_images_install_the_pinned_versions() -> None:
     installs = re.findall(r"pip install .*--requirement.*", (ROOT / "Dockerfile").read_text())
     service, train = installs
     assert "--constraint constraints.txt" in service
-    assert "/requirements.txt" in train  # of the stage `train`, where a variable names the constraints
+    assert "/requirements.txt" in train  # in the stage `train`, where PIP_CONSTRAINT names the constraints
     assert "PIP_CONSTRAINT='/tmp/installed.txt /src/constraints.txt'" in (ROOT / "Dockerfile").read_text()
     assert "!constraints.txt" in (ROOT / ".dockerignore").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""pyproject.toml declares what the sources import, with the bounds that were tested."""
+"""pyproject.toml declares every imported package, with tested version bounds."""
 
 import ast
 import importlib.metadata
@@ -13,20 +13,20 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"app", "model", "scripts"}
-# The extras that modules may import from, besides the dependencies: of the first prefix that matches a path.
+# The extras that a module may import in addition to the dependencies. The first matching path prefix applies.
 MAY_USE = {
     "app/": ["traces"],
     "model/": [],
     "scripts/bench": ["train", "evaluate", "bench"],
     "scripts/": ["train", "evaluate", "clip"],
 }
-# Their private or fast-moving interfaces are used, so only tested minor versions are permitted.
+# The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
 BOUNDED_BY_MINOR = {"torch", "uvicorn", "limits"}
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 
 
 def normalized(name: str) -> str:
-    """A distribution's name as package indexes compare it."""
+    """Returns the name of a distribution in the normalised form of package indexes (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -42,7 +42,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def third_party(source: str) -> set[str]:
-    """The top-level packages of others that a source imports, anywhere in it."""
+    """Returns the third-party top-level packages that a source imports, including imports inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -56,7 +56,7 @@ def third_party(source: str) -> set[str]:
 
 
 def distributions_of(package: str) -> set[str]:
-    """The distributions that install a package; one that is not installed here is taken to have the same name."""
+    """Returns the distributions that install a package. Assumes the same name if the package is not installed."""
     return {normalized(name) for name in DISTRIBUTIONS.get(package, [package])}
 
 
@@ -66,7 +66,7 @@ def sources() -> dict[str, str]:
 
 
 def undeclared(path: str, source: str) -> set[str]:
-    """The packages that a module imports and that neither a dependency nor one of its extras installs."""
+    """Returns the imported packages that neither a dependency nor a permitted extra installs."""
     permitted = declared(*next(extras for prefix, extras in MAY_USE.items() if path.startswith(prefix)))
     return {package for package in third_party(source) if not distributions_of(package) & permitted}
 
@@ -86,7 +86,7 @@ def test_every_imported_package_is_declared() -> None:
         ("scripts/benchmark/clients.py", "import aiohttp", set()),
     ],
 )
-def test_an_import_from_another_extra_is_undeclared(path: str, source: str, packages: set[str]) -> None:
+def test_import_from_an_extra_that_is_not_permitted_is_undeclared(path: str, source: str, packages: set[str]) -> None:
     assert undeclared(path, source) == packages
 
 
@@ -103,12 +103,12 @@ def test_every_requirement_has_a_lower_and_an_upper_bound(requirement: str) -> N
 
 
 @pytest.mark.parametrize("name", sorted(BOUNDED_BY_MINOR))
-def test_the_upper_bound_of_a_fast_moving_dependency_is_a_minor_version(name: str) -> None:
+def test_upper_bound_of_an_unstable_dependency_is_a_minor_version(name: str) -> None:
     (requirement,) = (r for r in PROJECT["dependencies"] if name_of(r) == name)
     assert re.search(r",<\d+\.[1-9]\d*$", requirement)
 
 
-def test_constraints_are_exact_versions_that_the_declared_ranges_permit() -> None:
+def test_constraints_are_exact_versions_within_the_declared_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {normalized(name): version for name, version in (line.split("==") for line in lines)}
     assert not {"torch", "torchvision", "unfog"} & pins.keys()

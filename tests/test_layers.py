@@ -1,4 +1,4 @@
-"""Imports point one way: app -> model, scripts -> model, and inside app from layer to layer."""
+"""Import rules: app and scripts import model, and each layer of app imports only lower layers. No cycles."""
 
 import ast
 from functools import cache
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"app", "model", "scripts"}
 MAY_IMPORT = {"app": {"app", "model"}, "model": {"model"}, "scripts": {"scripts", "model"}}
-# What each layer of app may import of app. The modules of no folder are layers of their own; main and cli wire them.
+# The layers of app that each layer may import. A module outside a folder is a layer. main and cli may import all.
 LAYERS = {
     "errors": set(),
     "log_writer": set(),
@@ -21,11 +21,11 @@ LAYERS = {
     "api": {"api", "engine", "errors", "metrics", "settings"},
     "server": {"server", "api", "engine", "errors", "logs", "metrics", "settings"},
 }
-LONGEST_CHAIN = 9  # modules of app, from the command line to the last one
+LONGEST_CHAIN = 9  # modules in the longest permitted import chain of app
 
 
 def modules(package: str) -> dict[str, Path]:
-    """The files of a package by the names of their modules."""
+    """Returns the files of a package by module name."""
     found = {}
     for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -34,7 +34,7 @@ def modules(package: str) -> dict[str, Path]:
 
 
 def imports(source: str, module: str, known: set[str]) -> set[str]:
-    """The known modules that the source of a module imports, anywhere in it."""
+    """Returns the modules in `known` that the source imports, including imports inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -48,7 +48,7 @@ def imports(source: str, module: str, known: set[str]) -> set[str]:
 
 @cache
 def graph(package: str) -> dict[str, set[str]]:
-    """Which modules of the package each of its modules imports, without the package itself."""
+    """Returns the imports between the modules of a package, without the package itself."""
     files = modules(package)
     known = set(files)
     return {
@@ -61,14 +61,14 @@ def layer_of(module: str) -> str:
 
 
 def chain_from(module: str, edges: dict[str, set[str]], above: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The longest chain of imports that begins with the module. Fails at a circle."""
+    """Returns the longest import chain that starts with the module. Fails if the imports are circular."""
     assert module not in above, f"circular imports: {' -> '.join([*above, module])}"
     below = [chain_from(each, edges, (*above, module)) for each in edges[module]]
     return (module, *max(below, key=len, default=()))
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
-def test_a_package_imports_only_what_it_may(package: str) -> None:
+def test_package_imports_only_permitted_packages(package: str) -> None:
     files = modules(package)
     assert files
     wrong = {}
@@ -78,7 +78,7 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
     assert {module: found for module, found in wrong.items() if found} == {}
 
 
-def test_a_layer_of_app_imports_only_the_layers_below_it() -> None:
+def test_layer_of_app_imports_only_lower_layers() -> None:
     edges = {module: found for module, found in graph("app").items() if module != "app"}
     assert {layer_of(module) for module in edges} == {*LAYERS, "main", "cli", "__main__"}
     wrong = {
@@ -91,12 +91,12 @@ def test_a_layer_of_app_imports_only_the_layers_below_it() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
-def test_no_imports_are_circular(package: str) -> None:
+def test_imports_are_not_circular(package: str) -> None:
     edges = graph(package)
     assert all(chain_from(module, edges) for module in edges)
 
 
-def test_the_longest_chain_of_imports_in_app_is_short() -> None:
+def test_longest_import_chain_of_app_is_within_the_limit() -> None:
     longest = max((chain_from(module, graph("app")) for module in graph("app")), key=len)
     assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
 
@@ -114,10 +114,10 @@ def test_the_longest_chain_of_imports_in_app_is_short() -> None:
         ("import application", {"application"}),
     ],
 )
-def test_every_form_of_import_is_seen(source: str, found: set[str]) -> None:
+def test_every_form_of_import_is_found(source: str, found: set[str]) -> None:
     assert imports(source, "app.cli", {"app", "app.main", "app.api.routes.generate"}) == found
 
 
-def test_a_circle_is_found() -> None:
+def test_circular_import_is_found() -> None:
     with pytest.raises(AssertionError, match="a -> b -> a"):
         chain_from("a", {"a": {"b"}, "b": {"a"}})

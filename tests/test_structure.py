@@ -1,4 +1,4 @@
-"""Promises about the sources themselves; test_layers.py tests the imports."""
+"""Rules for the imports of third-party packages, and for the settings in docker-compose.yml."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 def imported(source: str) -> set[str]:
-    """The top-level names of all modules that a source imports, anywhere in it."""
+    """Returns the top-level names of all imported modules, including imports inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -33,17 +33,17 @@ def test_only_the_runner_imports_torch() -> None:
     assert all(name.startswith("app/runner/") for name in named)
 
 
-def test_the_model_imports_only_torch_einops_and_safetensors_and_pillow_for_png() -> None:
+def test_model_imports_only_torch_einops_safetensors_and_pillow_for_png() -> None:
     allowed = sys.stdlib_module_names | {"model", "torch", "einops", "safetensors"}
     used = {str(path.relative_to(ROOT)): imported(path.read_text()) - allowed for path in sources("model")}
     assert {name: more for name, more in used.items() if more} == {"model/png.py": {"PIL"}}
 
 
-def test_compose_hands_on_every_setting_but_where_to_listen_and_where_the_image_keeps_compiled_code() -> None:
-    """A variable that it drops is one that an operator believes in."""
+def test_compose_passes_on_every_setting_except_host_port_and_cache_dir() -> None:
+    """A missing variable would have no effect although the operator sets it."""
     listed = set(re.findall(r"^      - (UNFOG_\w+)", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE))
-    own = {"UNFOG_HOST", "UNFOG_PORT", "UNFOG_CACHE_DIR"}
-    assert listed == {f"UNFOG_{field}".upper() for field in Settings.model_fields} - own
+    fixed = {"UNFOG_HOST", "UNFOG_PORT", "UNFOG_CACHE_DIR"}
+    assert listed == {f"UNFOG_{field}".upper() for field in Settings.model_fields} - fixed
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_compose_hands_on_every_setting_but_where_to_listen_and_where_the_image_
         ("from .torch import x", set()),
     ],
 )
-def test_every_form_of_import_is_seen(source: str, names: set[str]) -> None:
+def test_every_form_of_import_is_found(source: str, names: set[str]) -> None:
     assert imported(source) == names

@@ -1,4 +1,4 @@
-"""Networks small enough for tests, and a denoiser whose answers are known in closed form."""
+"""Tiny networks for tests, and an ideal denoiser with a closed-form solution."""
 
 from typing import Any
 
@@ -10,7 +10,10 @@ from model.unet import UNet, UNetConfig
 
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet:
-    """A U-Net of two levels with random weights, those that training starts at zero too; in evaluation mode."""
+    """Returns a U-Net of two levels in evaluation mode.
+
+    All weights are random, including those that training initialises with 0.
+    """
     defaults: dict[str, Any] = {
         "image_size": 8,
         "num_classes": 10,
@@ -28,16 +31,16 @@ def tiny_unet(seed: int = 0, **config: Any) -> UNet:
 
 
 class IdealDenoiser:
-    """The best possible prediction of eps when the data are nothing but a few labelled points.
+    """Predicts eps optimally for a data set that consists of a few labelled points.
 
-    E[x_0 | x_t] is then a mean of the points weighted by how likely each is to have become x_t
-    (Karras 2022, eq. 57), whatever the schedule. The null label stands for all points. Computed in float64.
+    E[x_0 | x_t] is the mean of the points, weighted by the probability that each one became x_t (Karras 2022,
+    eq. 57). This holds for every schedule. The null label selects all points. Computes in float64.
     """
 
     def __init__(self, points: Tensor, labels: Tensor, schedule: Schedule, null_label: int = 10) -> None:
         self.points = points.double()  # (N, C, H, W)
         self.labels, self.alpha_bar, self.null_label = labels, schedule.alpha_bar, null_label
-        self.calls: list[tuple[Tensor, Tensor]] = []  # t and y of each call
+        self.calls: list[tuple[Tensor, Tensor]] = []  # the t and y of each call
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self.calls.append((t, y))
