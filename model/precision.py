@@ -1,4 +1,7 @@
-"""The arithmetic that draws: in which precision, compiled or not, a row's bits the same whatever the other rows."""
+"""Precision and batch shape of network calls, and whether a C++ compiler is available.
+
+Each row of a batch has the same bits in every batch. CallRows ensures this where torch's kernels do not.
+"""
 
 import os
 import shutil
@@ -9,16 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FLOAT32_ROWS = 16  # of a call on a CPU: other numbers of rows are summed in other orders
-# The oldest compute capabilities whose tensor cores multiply these types.
+FLOAT32_ROWS = 16  # rows per network call on a CPU; the number of rows changes the order of float32 sums
+# The oldest compute capabilities with tensor cores for these types.
 BFLOAT16_CAPABILITY, FLOAT16_CAPABILITY = (8, 0), (7, 0)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Returns the fastest precision that the hardware multiplies: a fact of the processor, never a timing.
+    """Returns the fastest dtype for which the hardware has multiply instructions.
 
-    A GPU with bfloat16 units (compute capability 8.0 and newer) gets bfloat16, an older one with tensor cores (7.0
-    and newer) float16. A CPU with AMX or AVX-512 BF16 gets bfloat16. Everything else gets float32.
+    GPUs with compute capability 8.0 or newer get bfloat16, GPUs with 7.x get float16. CPUs with AMX or AVX-512
+    BF16 get bfloat16. All others get float32. The choice depends on processor features and never on timings, because a
+    restart must not change the images.
     """
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -30,26 +34,26 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def cpp_compiler() -> str:
-    """The program that torch.compile calls for a CPU's kernels."""
+    """Returns the C++ compiler that torch.compile calls for CPU kernels: the value of CXX, or its default."""
     return os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
 
 
 def no_compiler() -> str:
-    """What to say to whoever asked for it where there is none."""
-    return f"needs a C++ compiler, and there is no {cpp_compiler()!r}; CXX may name one"
+    """Returns the end of an error message for a missing C++ compiler, to follow the name of an option."""
+    return f"needs a C++ compiler, but {cpp_compiler()!r} was not found. Install it, or set CXX to another compiler"
 
 
 def can_compile() -> bool:
-    """Whether that program is there."""
+    """Returns True if the C++ compiler is installed."""
     return shutil.which(cpp_compiler()) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class CallRows:
-    """How many rows a call of the network has: fewer are padded with zeros, more are several calls.
+    """Limits of the number of rows in a network call. Fewer rows are padded with zeros, more rows are split.
 
-    In bfloat16 torch's CPU kernels give a row the same bits in any batch (but for one: model.operations.gelu). In
-    float32 they do not, so there every call has the same shape.
+    In bfloat16, torch's CPU kernels compute the same bits for a row in every batch; model.operations.gelu works around
+    the only exception. In float32 they do not, so every call has the same number of rows.
     """
 
     least: int = 1
@@ -57,13 +61,13 @@ class CallRows:
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> "CallRows":
-        """The rule for a device and a precision."""
+        """Returns the limits for a device and a dtype."""
         if device.type == "cpu" and dtype == torch.float32:
             return cls(FLOAT32_ROWS, FLOAT32_ROWS)
         return cls()
 
     def call(self, denoise: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, c: Tensor) -> Tensor:
-        """denoise(x_t (N, C, H, W), c (N, D)) -> (N, C, H, W) for any number of rows."""
+        """Returns denoise(x_t, c), (N, C, H, W), for any number of rows. x_t is (N, C, H, W) and c is (N, D)."""
         if self == CallRows():
             return denoise(x_t, c)
         rows = self.most or len(x_t)

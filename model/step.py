@@ -1,7 +1,7 @@
-"""One reverse step of any rows as one tensor program: what is compiled, and then called once a step.
+"""One reverse step for a batch of rows, as one tensor program that can be compiled.
 
-No branch depends on a value, so that one compilation serves every batch: which rows take part, and which
-of them the network sees a second time, come in as indices.
+The program has no branches on tensor values: index tensors select the rows of the step and the rows that need a second
+evaluation for guidance. Therefore one compiled program works for every batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,46 +20,50 @@ from model.sampler import guide, reverse_step
 
 @dataclass(slots=True)
 class State:
-    """S rows: x_t, the last predicted x_0, and what each row was asked to be."""
+    """State of S rows (images in progress): x_t, the last predicted x_0, and the parameters of each row."""
 
     x_t: Tensor  # (S, C, H, W) float32
     x_0: Tensor  # (S, C, H, W) float32
-    seed: Tensor  # (S,) int64, as all below
+    seed: Tensor  # (S,) int64, as the next three
     index: Tensor
     y: Tensor
-    plan_row: Tensor  # where in the table of plans the row's own starts
+    plan_row: Tensor  # first row of the plan in the table of plans
     guidance_scale: Tensor  # (S,) float32
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
-        """Rows that nobody has asked for."""
+        """Returns the state of `count` unused rows."""
         x_t, x_0 = (torch.zeros(count, *image_shape, device=device) for _ in range(2))
         seed, index, y, plan_row = torch.zeros(4, count, dtype=torch.int64, device=device).unbind()
         return cls(x_t, x_0, seed, index, y, plan_row, torch.ones(count, device=device))
 
     def __iter__(self) -> Iterator[Tensor]:
-        """In the order in which the step takes them."""
+        """Yields the tensors in the order of the inputs of a compiled step."""
         return iter((self.x_t, self.x_0, self.seed, self.index, self.y, self.plan_row, self.guidance_scale))
 
 
 class Rows(NamedTuple):
-    """Which rows of the state take a step, and what the network sees: each of them, then the guided ones once more."""
+    """Selects the B rows that take a step and the N evaluations of the network.
 
-    slots: Tensor  # (B,) int64: their places in the state
-    step: Tensor  # (B,) int64: reverse steps that each has done
-    source: Tensor  # (N,) int64: whose each evaluation is, 0..B-1 and then the guided rows again
-    second: Tensor  # (B,) int64: which evaluation is the row's without label; its first one where it is not guided
+    The first B evaluations are the conditional ones of all rows. The others are the unconditional ones of guided rows.
+    """
+
+    slots: Tensor  # (B,) int64: index of each row in the state
+    step: Tensor  # (B,) int64: number of steps that each row has completed
+    source: Tensor  # (N,) int64: row of each evaluation: 0..B-1, then the guided rows again
+    second: Tensor  # (B,) int64: index of the row's unconditional evaluation; of its conditional one if not guided
 
 
-Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), whether the row is finite (B,)
+Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), and True where the output is finite (B,)
 Step = Callable[[State, Tensor, Rows], Stepped]  # a ReverseStep or a compiled step
 
 
 class ReverseStep(nn.Module):
-    """Computes x_t -> x_prev with one checkpoint's network.
+    """Computes x_prev from x_t with the network of one checkpoint.
 
-    State and update are float32; the network has its own precision. Values that depend only on t and y come from
-    tables. Those tables and the noise's block counter are buffers, so that a compiled program receives them.
+    The state and the update are float32; the network runs in `dtype`. Values that depend only on t and y come from
+    tables. The tables and the block counter of the noise are buffers, because a compiled program takes buffers as
+    inputs. This module moves the network of the checkpoint to `device` and `dtype`.
     """
 
     def __init__(self, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -67,7 +71,7 @@ class ReverseStep(nn.Module):
         self.checkpoint, self.device, self.dtype = loaded, device, dtype
         self.null_label = loaded.network.null_label
         self.mix = nn.Buffer(loaded.prediction.table(device))  # (T + 1, 3)
-        condition = loaded.network.condition_table().clone()  # a tensor of inference mode cannot be exported
+        condition = loaded.network.condition_table().clone()  # tensors made in inference mode cannot be exported
         self.condition = nn.Buffer(condition.to(device, dtype))  # (T + 1, num_classes + 1, D)
         self.noise_block = nn.Buffer(block_counter(loaded.image_shape, device))  # (1, num_blocks)
         network = loaded.network.to(device, dtype)
@@ -76,7 +80,10 @@ class ReverseStep(nn.Module):
         self.denoise: Callable[[Tensor, Tensor], Tensor] = self._denoise
 
     def forward(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
-        """Makes a step of `rows`. `plans` (P, 5) has t, a, b, c and s of each step of each plan."""
+        """Computes one step of `rows`. `plans` (P, 5) has t, a, b, c and s of each step of each plan.
+
+        The state is not changed: the caller stores x_prev and x_0.
+        """
         slots, step, source, second = rows
         x_t, x_0_prev, y = state.x_t[slots], state.x_0[slots], state.y[slots]  # (B, ...) each
         plan = plans[state.plan_row[slots] + step]  # (B, 5)
@@ -94,8 +101,8 @@ class ReverseStep(nn.Module):
         return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
 
     @torch.inference_mode()
-    def see_network(self) -> None:
-        """One call of it, for whoever wants to see its parts at work."""
+    def run_network_once(self) -> None:
+        """Calls the network on one row of zeros, so that forward hooks can record the shapes of its layers."""
         x_t = torch.zeros(1, *self.checkpoint.image_shape, dtype=self.dtype, device=self.device)
         self._denoise(x_t, self.condition[:1, 0])
 

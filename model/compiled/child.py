@@ -1,4 +1,4 @@
-"""Calls a function in a child process, where native code may crash or hang without ending this process."""
+"""Calls a function in a child process, so that a crash or a hang of native code does not affect this process."""
 
 import ctypes
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-# The child runs with -I, since -c alone puts the current folder first in sys.path. It then takes the parent's path.
+# -I keeps the current folder out of sys.path, where -c would put it first. The child then copies the parent's sys.path.
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from model.compiled.child import main; main()"
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends to this process when its parent ends
 
 
 class ChildError(Exception):
-    """The call failed or ended its process; one sentence."""
+    """The call raised an exception, crashed or timed out. The message is one line."""
 
 
 def call_in_child(
@@ -30,31 +30,36 @@ def call_in_child(
     variables: Mapping[str, str] | None = None,
     descriptors: Sequence[int] = (),
 ) -> None:
-    """Calls a function of a module; its arguments are pickled, `descriptors` stay open in the child.
+    """Calls a function in a child process and waits until it returns. The result is discarded.
 
-    Raises OSError where the function does, and ChildError for every other exception, for a crash, and if it takes
-    longer than `seconds`. A fork without exec would be unsafe: this process has threads.
+    Function and arguments are pickled, so the function must belong to a module. `variables` are added to the
+    environment of the child. `descriptors` stay open in the child. The child is a new interpreter, because a fork
+    without exec is unsafe in a process with threads. Raises OSError if the function does. Raises ChildError for every
+    other exception, after a crash, and if the call takes longer than `seconds`.
     """
     path = [entry or str(Path.cwd()) for entry in sys.path]
     command = [sys.executable, "-I", "-c", _PROGRAM, json.dumps(path)]
-    own = {**os.environ, **(variables or {})}
+    environment = {**os.environ, **(variables or {})}
     call = pickle.dumps((function, arguments))
     try:
-        done = subprocess.run(command, input=call, capture_output=True, env=own, pass_fds=descriptors, timeout=seconds)
+        done = subprocess.run(
+            command, input=call, capture_output=True, env=environment, pass_fds=descriptors, timeout=seconds
+        )
     except subprocess.TimeoutExpired as error:
-        raise ChildError(f"no result within {seconds:.0f} s") from error
-    log.debug("Child process ended with status %d: %s", done.returncode, done.stderr.decode(errors="replace"))
+        raise ChildError(f"child process gave no result within {seconds:.0f} s") from error
+    stderr = done.stderr.decode(errors="replace")
+    log.debug("Child process ended", extra={"status": done.returncode, "stderr": stderr})
     if done.returncode == -signal.SIGALRM:
-        raise ChildError("no result in time")
+        raise ChildError("child process gave no result in time")
     if done.returncode < 0:
-        raise ChildError(f"ended by {signal.Signals(-done.returncode).name}")
+        raise ChildError(f"child process ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:
         kind, reason = _failure(done.stdout, done.returncode)
         raise OSError(reason) if kind == "OSError" else ChildError(reason)
 
 
 def main() -> None:
-    """Runs the call from standard input; on an exception its kind and message go to standard output."""
+    """Runs in the child. Reads the call from stdin. Prints the type and message of an exception to stdout as JSON."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -72,5 +77,5 @@ def _failure(output: bytes, status: int) -> tuple[str, str]:
     try:
         kind, reason = json.loads(lines[-1])
     except (IndexError, ValueError):
-        return "", f"ended with status {status}"
+        return "", f"child process ended with status {status}"
     return kind, reason

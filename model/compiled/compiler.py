@@ -1,9 +1,22 @@
-"""Compiles the reverse step ahead of time, once for an architecture and a processor, and loads it at later starts.
+"""Compiles the reverse step ahead of time, caches the result as a shared library, and loads it at later starts.
 
-The library holds no weights, so that checkpoints of one architecture share it. Its name depends on everything that
-changes its bits, except the C++ compiler, which later starts do not need. Since the library is machine code,
-private_cache.py refuses files that others could have written, and Inductor works in a private temporary folder. The
-first call of a library is made in a child process: after a crash there, the service uses the step without compilation.
+torch.compile compiles in the running process, so a start would need a C++ compiler and about half a minute. Here the
+work is done ahead of time, once per machine: torch.export traces the step into a graph, AOTInductor (torch's
+ahead-of-time compiler) generates C++ code from the graph, and the C++ compiler builds a shared library from the code.
+
+- Program: in bfloat16 the library computes the whole step for any number of rows. In float32 it computes only the
+  network, because there each network call has the same number of rows (model/precision.py).
+- Cache: the library is stored without weights, so checkpoints of the same architecture share it. Its file name is a
+  hash of everything that affects its code: architecture, dtypes, torch, processor, options and the sources of this
+  package. The C++ compiler is not part of it, because a start with a cached library must not need one.
+- Trust: the library is machine code, so files that other users could have written are refused (private_cache.py).
+  Inductor works in a private temporary folder for the same reason.
+- Check: the file ends with a digest, which detects damage. The first call of a new library runs in a child process
+  (child.py), where its results are compared with the step without compilation. A crash there cannot end the service.
+- Failure: an unusable library is compiled again. If that fails too, `compiled_step` raises CompilerError. With
+  UNFOG_COMPILE=auto the service then runs without compilation, with UNFOG_COMPILE=on it does not start.
+
+On a GPU, torch.compile is used instead, and compiles during the first calls.
 """
 
 import ctypes
@@ -38,34 +51,37 @@ from model.step import ReverseStep, Rows, State, Step, Stepped
 log = logging.getLogger(__name__)
 
 OPTIONS = {
-    "cpp.dynamic_threads": True,  # as many as serve, not as many as compiled
-    "compile_threads": 1,  # no pool of processes for one program
-    "always_keep_tensor_constants": True,  # no weight is written into the code, however short
-    "aot_inductor.package_constants_in_so": False,  # nor beside it: each program would hold a copy
-    "aot_inductor.precompile_headers": False,  # they would be used once: making them takes a quarter of the time
+    "cpp.dynamic_threads": True,  # use the number of threads at run time, not that at compile time
+    "compile_threads": 1,  # one program does not need a pool of compiler processes
+    "always_keep_tensor_constants": True,  # do not write small weights into the code as literals
+    "aot_inductor.package_constants_in_so": False,  # keep weights out of the library; each program would copy them
+    "aot_inductor.precompile_headers": False,  # they would be used only once, and take a quarter of the total time
 }
 
-RECOMPILE_LIMIT = 64
-GPU_FOLDER = "gpu"  # below the cache; in a container it is a mount of its own
-DIGEST_BYTES = hashlib.sha256().digest_size  # at a library's end, where its loader does not look
-COMPILE_SECONDS = 1800  # takes half a minute on an idle machine
-FIRST_CALL_SECONDS = 60  # takes milliseconds on an idle machine
-START_SECONDS = 240  # until a child process has imported torch, which takes 3 s on an idle machine
-TOLERANCE = 0.1  # mean absolute difference of pixels in [-1, 1] to the step that is not compiled, as in warm-up
+RECOMPILE_LIMIT = 64  # GPU only: recompilations per function, for all networks together
+GPU_FOLDER = "gpu"  # subfolder of the cache; a container mounts a separate file system there
+DIGEST_BYTES = hashlib.sha256().digest_size  # appended to the library; the dynamic loader ignores it
+COMPILE_SECONDS = 1800  # timeout; compilation takes half a minute on an idle machine
+FIRST_CALL_SECONDS = 60  # timeout; the call takes milliseconds on an idle machine
+START_SECONDS = 240  # timeout for a child process to import torch, which takes 3 s on an idle machine
+TOLERANCE = 0.1  # maximum mean absolute difference from the step without compilation, for pixels in [-1, 1]
 
-_checked: set[str] = set()  # keys of libraries whose first call succeeded in a child of this process
+_checked: set[str] = set()  # keys of libraries that this process has checked in a child process
 
 
 class CompilerError(Exception):
-    """The step cannot be compiled; one sentence."""
+    """The step cannot be compiled. The message is one line with the reason."""
 
 
 class LibraryError(Exception):
-    """The library cannot be used; one sentence."""
+    """A compiled library cannot be used. The message is the reason, in one line."""
 
 
 def default_cache() -> Path:
-    """Where a user's programs keep what they can make again; a user without a home has / for one, as in a shell."""
+    """Returns the default cache folder, `unfog` in $XDG_CACHE_HOME or ~/.cache.
+
+    For a user without a home directory / is used as home, as shells do.
+    """
     try:
         home = Path.home()
     except RuntimeError:
@@ -74,57 +90,65 @@ def default_cache() -> Path:
 
 
 def compiled_step(program: ReverseStep, cache: Path) -> Step:
-    """Loads the step from the cache, or compiles it if it is missing or unusable; CompilerError.
+    """Returns the compiled step: loads it from the cache, or compiles it if it is missing or unusable.
 
-    On a GPU it is compiled by its first calls.
+    On a GPU the returned step compiles during its first calls, and those can raise CompilerError too. Raises
+    CompilerError if the step cannot be compiled. If the cache folder cannot be used, logs a warning and compiles.
     """
     if program.device.type != "cpu":
         return _compiled_with_graphs(program, cache)
-    library, reason = _find(program, cache), None
+    library, reason = _cached_library(program, cache), None
     if library:
         try:
             return load(program, library)
         except FileNotFoundError:
             pass
         except (OSError, AttributeError, KeyError, RuntimeError, LibraryError) as error:
-            reason = f"{library} cannot be used: {error}"
+            reason = str(error) or type(error).__name__
     if not can_compile():
-        raise CompilerError("; ".join(filter(None, (reason, f"compiling {no_compiler()}"))))
+        unusable = f"{library} cannot be used: {reason}. Compiling it again" if reason else "compiling"
+        raise CompilerError(f"{unusable} {no_compiler()}")
     if reason:
-        log.warning("Discarding compiled step, recompiling: %s", reason)
+        log.warning("Discarding compiled step, recompiling", extra={"path": str(library), "reason": reason})
     try:
-        return _keep(program, build(program), library)
-    except Exception as error:  # a full disk, an unusual compiler, torch itself
+        return _store_and_load(program, build(program), library)
+    except Exception as error:  # for example a full disk, an incompatible compiler or an error in torch
         raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
 
 
-def _find(program: ReverseStep, cache: Path) -> Path | None:
-    """The library's path in a private folder; None, and a warning, if the cache cannot be used."""
+def _cached_library(program: ReverseStep, cache: Path) -> Path | None:
+    """Returns the path of the library in the cache. If the cache cannot be used, logs a warning and returns None."""
     try:
         return library_of(program, private_folder(cache))
     except OSError as error:
         log.warning(
-            "Cache folder %s cannot be used, so each start compiles: %s. Use a folder that belongs to this user and "
-            "that no other user can write to",
-            cache,
-            error,
+            "Cache folder not usable, each start recompiles",
+            extra={
+                "path": str(cache),
+                "reason": str(error),
+                "remedy": "Use a folder that only this user can write to",
+            },
         )
         return None
 
 
 def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
-    """The step for a GPU. torch compiles it once for all shapes but 1, and records a graph for each shape it meets."""
+    """Returns the step for a GPU, compiled by torch.compile with CUDA graphs.
+
+    torch compiles one program for all batch sizes except 1, and records a CUDA graph for each batch size that occurs.
+    Kernels are cached in `cache`/gpu.
+    """
     try:
         use_private_compile_cache(cache / GPU_FOLDER)
     except OSError as error:
-        raise CompilerError(f"there is no folder for compiled kernels: {error}") from error
-    with _quiet():  # imported late: this creates the folder of the compile cache
-        importlib.import_module("torch._inductor.cudagraph_trees")  # which the first call would import, with warnings
+        raise CompilerError(f"no folder for compiled kernels can be created: {error}") from error
+    with _quiet():  # imported here because the import creates the folder of the compile cache
+        importlib.import_module("torch._inductor.cudagraph_trees")  # else the first call imports it, with warnings
         from torch._dynamo.exc import TorchDynamoException
 
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # of all networks together
-    limits.fail_on_recompile_limit_hit = True  # else it would go on uncompiled
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # for all networks together
+    limits.fail_on_recompile_limit_hit = True  # the default continues without compilation
     compiled = torch.compile(FlatStep(program), mode="reduce-overhead", dynamic=True)
 
     def step(state: State, plans: Tensor, rows: Rows) -> Stepped:
@@ -133,13 +157,13 @@ def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
             x_prev, x_0, finite = compiled(*state, plans, *rows)
         except TorchDynamoException as error:
             raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
-        return x_prev.clone(), x_0.clone(), finite.clone()  # the next call writes where these lie
+        return x_prev.clone(), x_0.clone(), finite.clone()  # the next call reuses the memory of the results
 
     return step
 
 
 def library_of(program: ReverseStep, folder: Path) -> Path:
-    """The path of the compiled step in a folder, whether it exists or not."""
+    """Returns the path of the compiled step in a folder. The file does not need to exist."""
     facts = (
         program.checkpoint.config.unet,
         {name: (tensor.shape, tensor.dtype, tensor.device) for name, tensor in program.state_dict().items()},
@@ -153,28 +177,31 @@ def library_of(program: ReverseStep, folder: Path) -> Path:
 
 
 def build(program: ReverseStep) -> bytes:
-    """Compiles a library in a child process; takes half a minute and a C++ compiler.
+    """Compiles the step in a child process. Returns the content of the library followed by its digest.
 
-    Inductor loads and runs files of its cache, its precompiled headers and its processor tests. In the child all of
-    them, and the compiler's temporary files, are in a folder that only this user can read, and that is then removed.
+    Inductor loads and runs files from its cache, its precompiled headers and its processor tests, by default in a
+    folder of /tmp with a predictable name. In the child process all of them, and the temporary files of the compiler,
+    are in a private folder, which is deleted afterwards. Compilation needs a C++ compiler and takes about half a
+    minute. Raises OSError or ChildError if it fails.
     """
     start = time.monotonic()
-    log.info("Compiling the step for this machine, once")
+    log.info("Compiling step")
     with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
         variables = {**compile_variables(Path(folder, "cache")), "TMPDIR": folder, "PYTHONSAFEPATH": "1"}
         arguments = program, torch.get_num_threads(), OPTIONS, Path(folder, "step.so")
         call_in_child(compile_to_file, *arguments, seconds=COMPILE_SECONDS, variables=variables)
         code = Path(folder, "step.so").read_bytes()
-    log.info("Compiled in %.0f s", time.monotonic() - start)
-    return code + hashlib.sha256(code).digest()  # one file, so that a start sees both or neither
+    log.info("Compiled step", extra={"seconds": round(time.monotonic() - start)})
+    return code + hashlib.sha256(code).digest()  # one file, so that both are written atomically
 
 
 def compile_to_file(program: ReverseStep, threads: int, options: dict[str, bool | int], library: Path) -> None:
-    """Compiles in this process, with Inductor's caches where its environment says."""
-    torch.set_num_threads(threads)  # they decide how loops are split
+    """Compiles the step in this process and writes the library. The environment determines Inductor's folders."""
+    torch.set_num_threads(threads)  # Inductor splits loops for this number of threads
     with _quiet(), torch.no_grad():
         exported = _export_denoise(program) if program.call_rows.most else _export_step(program)
-        for node in exported.graph.nodes:  # torch 2.13 writes them into the code, where a `)"` of ours ends them
+        # torch 2.13 copies stack traces into C++ raw strings, which a `)"` in a line of our code would end.
+        for node in exported.graph.nodes:
             node.meta.pop("stack_trace", None)
         package = torch._inductor.aoti_compile_and_package(
             exported, package_path=str(library.with_suffix(".pt2")), inductor_configs=options
@@ -184,8 +211,8 @@ def compile_to_file(program: ReverseStep, threads: int, options: dict[str, bool 
             library.write_bytes(content.read(name))
 
 
-def _keep(program: ReverseStep, content: bytes, library: Path | None) -> Step:
-    """Writes the library to the cache and loads it; from a temporary folder if the cache cannot be written or run."""
+def _store_and_load(program: ReverseStep, content: bytes, library: Path | None) -> Step:
+    """Writes the library to the cache and loads it. Uses a temporary folder if the cache is read-only or noexec."""
     if library:
         try:
             write_atomically(library, content)
@@ -194,7 +221,10 @@ def _keep(program: ReverseStep, content: bytes, library: Path | None) -> Step:
             library.unlink(missing_ok=True)
             raise
         except OSError as error:
-            log.warning("%s cannot be used, so each start compiles: %s", library, error)
+            log.warning(
+                "Compiled step not usable from the cache, each start recompiles",
+                extra={"path": str(library), "reason": str(error)},
+            )
     with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
         library = Path(folder, "step.so")
         write_atomically(library, content)
@@ -202,10 +232,11 @@ def _keep(program: ReverseStep, content: bytes, library: Path | None) -> Step:
 
 
 def load(program: ReverseStep, library: Path) -> Step:
-    """The step that the library holds. OSError, RuntimeError or LibraryError if it cannot be used.
+    """Checks a library, loads it into this process and returns its step.
 
-    It is opened once: what is checked, tried in a child process and loaded is the same file, even if its name now
-    belongs to another one.
+    The file is opened once. The digest, the first call in a child process and the loader all use this descriptor, so
+    replacing the file at this path has no effect. Raises OSError if the file is missing or not private, LibraryError if
+    it is damaged or its first call fails, and AttributeError, KeyError or RuntimeError if it is not a compiled step.
     """
     descriptor = open_private(library)
     try:
@@ -218,16 +249,20 @@ def load(program: ReverseStep, library: Path) -> Step:
     except BaseException:
         os.close(descriptor)
         raise
-    # It stays open: if a later library had the same path, the loader would take it for this one.
-    return _link(program, _path_of(descriptor, library))
+    # The descriptor stays open. Otherwise a later library could get the same /proc/self/fd path, and the loader would
+    # return this library for it.
+    return _open_library(program, _path_of(descriptor, library))
 
 
 def _check_first_call(program: ReverseStep, library: Path, descriptor: int, digest: bytes) -> None:
-    """Calls a library in a child process, unless a file next to it records a success; LibraryError if it fails."""
+    """Calls the library in a child process. Skips this if an earlier success is recorded in the `.checked` file.
+
+    Raises LibraryError if the call fails.
+    """
     key, checked = _key_of(digest), library.with_suffix(".checked")
     if key in _checked or _read_private(checked) == key:
         return
-    log.info("Calling the compiled step for the first time, in a child process")
+    log.info("Checking compiled step in a child process", extra={"path": str(library)})
     arguments = program, torch.get_num_threads(), descriptor, library, FIRST_CALL_SECONDS
     seconds = START_SECONDS + FIRST_CALL_SECONDS
     try:
@@ -235,34 +270,37 @@ def _check_first_call(program: ReverseStep, library: Path, descriptor: int, dige
     except ChildError as error:
         raise LibraryError(f"its first call failed: {error}") from error
     _checked.add(key)
-    with suppress(OSError):  # a folder that cannot be written: the next process calls it again
+    with suppress(OSError):  # in a read-only folder, the next process repeats the check
         write_atomically(checked, key.encode())
 
 
 def first_call(program: ReverseStep, threads: int, descriptor: int, library: Path, seconds: int) -> None:
-    """Compares the compiled step with the other one; LibraryError. Ends this process if it takes too long."""
+    """Compares one step of the library with the step without compilation. Runs in the child process.
+
+    Raises LibraryError if the results differ. SIGALRM ends the process after `seconds`.
+    """
     torch.set_num_threads(threads)
-    signal.alarm(seconds)  # no Python handler: native code in a loop never returns to Python to run one
+    signal.alarm(seconds)  # without a handler: an endless loop in native code would never run a Python handler
     inputs = _small_step(program)
     with torch.inference_mode():
         expected = program(*inputs)
-        found = _link(program, _path_of(descriptor, library))(*inputs)
+        found = _open_library(program, _path_of(descriptor, library))(*inputs)
     for one, other in zip(found, expected, strict=True):
         if one.shape != other.shape or not (one.float() - other.float()).abs().mean() <= TOLERANCE:
-            raise LibraryError("its results are wrong")
+            raise LibraryError("its results differ from those of the step without compilation")
 
 
 def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
-    """Inputs of a step of three rows, two of them guided."""
+    """Returns inputs for a step of three rows, two of which are guided."""
     state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
-    t = program.checkpoint.schedule.num_steps // 4  # where a predicted x_0 does not magnify rounding
+    t = program.checkpoint.schedule.num_steps // 4  # low noise, where predicting x_0 does not amplify rounding errors
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
     return state, plans, Rows(rows, torch.zeros_like(rows), torch.cat([rows, rows[:2]]), torch.tensor([3, 4, 2]))
 
 
 def _key_of(digest: bytes) -> str:
-    """What a successful first call depends on: the library, torch, Python, the C library and the processor."""
+    """Returns a hash of what the first call depends on: library, torch, Python, C library and processor."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     size = torch_library.stat().st_size if torch_library.exists() else None
     versions = torch.__version__, torch.version.git_version, size, sys.version, platform.libc_ver()
@@ -270,7 +308,7 @@ def _key_of(digest: bytes) -> str:
 
 
 def _read_private(path: Path) -> str | None:
-    """The text of a file; None if it does not exist, or if others could have written it."""
+    """Returns the text of a file, or None if it does not exist or other users could have written it."""
     try:
         descriptor = open_private(path)
     except OSError:
@@ -280,13 +318,16 @@ def _read_private(path: Path) -> str | None:
 
 
 def _path_of(descriptor: int, library: Path) -> str:
-    """A path that the loader opens as the open file; its own one where there is no /proc."""
+    """Returns a path that opens the already open file again. Without /proc, returns the path of the library."""
     path = f"/proc/self/fd/{descriptor}"
     return path if Path(path).exists() else str(library)
 
 
-def _link(program: ReverseStep, path: str) -> Step:
-    """The step of a library, which is loaded into this process."""
+def _open_library(program: ReverseStep, path: str) -> Step:
+    """Loads a library into this process and connects it to the weights of `program`. Returns its step.
+
+    With a fixed number of rows per call (float32) the library contains only the network, otherwise the whole step.
+    """
     native, flat = ctypes.CDLL(path), FlatStep(program)
     constants = flat.state_dict()
     if program.call_rows.most:
@@ -300,34 +341,41 @@ def _link(program: ReverseStep, path: str) -> Step:
 
 
 class FlatStep(nn.Module):
-    """The step with all tensors as positional arguments, as a compiled program takes them."""
+    """The step with all tensors as positional arguments, which compiled programs need."""
 
     def __init__(self, program: ReverseStep) -> None:
         super().__init__()
         self.program = program
 
     def forward(self, *tensors: Tensor) -> Stepped:
-        """Makes a step. `tensors` are the tensors of a State, the plans, and the tensors of Rows, in this order."""
+        """Computes a step. `tensors` are the tensors of a State, the plans, and the tensors of Rows, in this order."""
         num_rows = len(Rows._fields)
         *state, plans = tensors[:-num_rows]
         return cast(Stepped, self.program(State(*state), plans, Rows(*tensors[-num_rows:])))
 
 
 class _PackedStep:
-    """The compiled step with weights packed for the evaluations of each call, and for the threads that make it."""
+    """The compiled step with packed weights (packing.py).
+
+    The best weight layout depends on the number of evaluations in a call and on the number of threads. There is one
+    program for each combination. All of them share the library.
+    """
 
     def __init__(self, flat: FlatStep, library: ctypes.CDLL) -> None:
         self._library, self._constants = library, flat.state_dict()
-        self._packer = Packer(flat, flat.program.see_network)
+        self._packer = Packer(flat, flat.program.run_network_once)
         self._programs: dict[tuple[int, int], NativeProgram] = {}
-        self._program_for(torch.get_num_threads())  # where it cannot be had, that is known now
+        self._program_for(torch.get_num_threads())  # fails now rather than at the first step
 
     def __call__(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
-        """Makes a step, as a ReverseStep does."""
+        """Computes a step, as a ReverseStep does."""
         return cast(Stepped, self._program_for(len(rows.source))(*state, plans, *rows))
 
     def _program_for(self, evaluations: int) -> NativeProgram:
-        """From as many evaluations as threads on, oneDNN's choice is the same."""
+        """Returns the program for this number of evaluations.
+
+        oneDNN chooses the same layout for all numbers of evaluations from the number of threads upwards.
+        """
         threads = torch.get_num_threads()
         rows = min(evaluations, threads)
         if (threads, rows) not in self._programs:
@@ -337,8 +385,8 @@ class _PackedStep:
 
 
 def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
-    """The whole step, for any number of rows."""
-    B, N = 8, 11  # neither 0 nor 1, nor equal: what is equal is taken for the same
+    """Exports the whole step for any number of rows."""
+    B, N = 8, 11  # torch.export specializes on sizes 0 and 1, and treats equal sizes as one dimension
     state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
     plans = torch.zeros(4, 5, device=program.device)
     slots, step, source, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, B))
@@ -350,7 +398,7 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
 
 
 class _Denoise(nn.Module):
-    """The network alone, where every call has the same number of rows."""
+    """The network only, for devices where every call has the same number of rows."""
 
     def __init__(self, program: ReverseStep) -> None:
         super().__init__()
@@ -362,14 +410,14 @@ class _Denoise(nn.Module):
 
 def _export_denoise(program: ReverseStep) -> torch.export.ExportedProgram:
     rows = program.call_rows.most
-    assert rows, "only where it is fixed"
+    assert rows, "the number of rows must be fixed"
     x_t = torch.zeros(rows, *program.checkpoint.image_shape, dtype=program.dtype, device=program.device)
     c = torch.zeros(rows, program.condition.shape[-1], dtype=program.dtype, device=program.device)
     return torch.export.export(_Denoise(program), (x_t, c))
 
 
 def _processor_features() -> str:
-    """What the processor can do: the code is made for exactly that."""
+    """Returns the instruction set extensions of the processor. The generated code uses all of them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -378,13 +426,13 @@ def _processor_features() -> str:
 
 
 def _digest_of_sources() -> str:
-    """Hashes all sources of the package, since nearly all of them can change the code or how it is called."""
+    """Returns a hash of all sources of this package, because most of them affect the compiled code or its interface."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppresses the warnings that torch raises about itself while it compiles."""
+    """Suppresses warnings. torch raises warnings about its own code while it compiles."""
     with warnings.catch_warnings(action="ignore"):
         yield

@@ -1,4 +1,4 @@
-"""What compiling kernels for a GPU needs: a private folder that allows execution, a C compiler, Python's headers."""
+"""Prepares the compilation of GPU kernels. It needs an executable private folder, a C compiler and Python's headers."""
 
 import os
 import shutil
@@ -10,10 +10,10 @@ from model.compiled.private_cache import use_private_compile_cache
 
 
 def prepare_kernel_cache(cache: Path) -> Path:
-    """Returns the private folder below `cache` in which Inductor and Triton keep kernels from now on.
+    """Makes Inductor and Triton keep their kernels in a private folder in `cache`, and returns that folder.
 
-    CompilerError, with what to do, if its mount does not allow writing or execution, as a container's /tmp may not,
-    or if kernels cannot be compiled here.
+    Raises CompilerError if the folder is mounted read-only or noexec (as /tmp in some containers), or if the C compiler
+    or Python's headers are missing. The message says what to install or to set.
     """
     _check_compiler()
     folder = use_private_compile_cache(cache / GPU_FOLDER)
@@ -28,8 +28,11 @@ def prepare_kernel_cache(cache: Path) -> Path:
 
 
 def _check_compiler() -> None:
-    """Triton compiles a module for Python at its first start, with the compiler that it looks for in this order."""
+    """Raises CompilerError without a C compiler or Python's headers. Triton needs them to build its launcher module.
+
+    Triton looks for CC, gcc and clang in this order.
+    """
     if not any(map(shutil.which, [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"])):
-        raise CompilerError("compiling for a GPU needs a C compiler. Install gcc, or name a compiler in CC")
+        raise CompilerError("compiling for a GPU needs a C compiler. Install gcc, or set CC to another compiler")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         raise CompilerError("compiling for a GPU needs Python's headers. Install the package python3-dev")

@@ -1,7 +1,10 @@
-"""Calls what AOTInductor compiled through its C interface (torch/csrc/inductor/aoti_runtime/interface.h).
+"""Calls a library of AOTInductor through its C interface (torch/csrc/inductor/aoti_runtime/interface.h).
 
-torch's own binding keeps the interpreter's lock for the whole call (torch 2.13), so that no other thread, and so
-no event loop, could run beside a step. ctypes gives the lock away.
+torch's own Python binding holds the global interpreter lock (GIL) during the whole call (torch 2.13), so the event loop
+would be blocked during each step. ctypes releases the GIL.
+
+The C interface takes tensors as handles: addresses of heap-allocated C++ tensors. torch creates such handles, and turns
+handles back into tensors. Both functions are undocumented, so pyproject.toml permits tested versions of torch only.
 """
 
 import ctypes
@@ -10,65 +13,72 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype, _capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+# torch passes handles to and from Python as capsules: Python objects that wrap a C pointer.
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
 
-class _Entry(ctypes.Structure):
+class _NamedTensor(ctypes.Structure):
+    """AOTInductorConstantMapEntry of the C interface."""
+
     _fields_ = (("name", ctypes.c_char_p), ("tensor", ctypes.c_void_p))
 
 
 class NativeProgram:
-    """A compiled program on the CPU: tensors in, `num_outputs` tensors out. One call at a time.
+    """A compiled program on the CPU. It takes tensors and returns `num_outputs` tensors. Calls must not overlap.
 
-    `constants` are its weights by name; they are used where they lie, and must have the types, shapes and strides of
-    those that it was compiled with, or be what oneDNN packed of them.
+    `constants` are the weights by name. They are used without a copy. They must have the dtypes, shapes and strides of
+    the weights at compile time, or be packed by oneDNN from such weights.
     """
 
     def __init__(self, library: ctypes.CDLL, constants: Mapping[str, Tensor], num_outputs: int) -> None:
-        """AttributeError, KeyError or RuntimeError where the library is none that can be run."""
+        """Raises AttributeError, KeyError or RuntimeError if the library is not a program for these constants."""
         self._library, self._num_outputs = library, num_outputs
         self._container = ctypes.c_void_p()
         create = library.AOTInductorModelContainerCreateWithDevice
         if create(ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None):
-            raise RuntimeError(f"{library} holds no program")
-        self._constants = self._take(constants)  # they live as long as the program does
+            raise RuntimeError(f"AOTInductor cannot create a program from {library}")
+        self._constants = self._set_constants(constants)  # the program uses them, so they must not be freed
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Contiguous inputs, of the types that they had when it was compiled; RuntimeError for others in memory."""
+        """Runs the program. Inputs must have the dtypes of those at compile time, which is not checked.
+
+        Raises RuntimeError if an input is not contiguous or the program fails.
+        """
         if not all(map(Tensor.is_contiguous, inputs)):
-            raise RuntimeError("the compiled step reads its inputs as contiguous, and one is not")
-        given = (ctypes.c_void_p * len(inputs))(*_handles(inputs))  # whose tensors the call takes over
-        made = (ctypes.c_void_p * self._num_outputs)()
-        num_given, num_made = ctypes.c_size_t(len(inputs)), ctypes.c_size_t(self._num_outputs)
-        self._ask("RunSingleThreaded", given, num_given, made, num_made, None, None)
-        outputs = [_capsule(pointer, None, None) for pointer in made]
+            raise RuntimeError("the inputs of the compiled step must be contiguous")
+        input_handles = (ctypes.c_void_p * len(inputs))(*_handles(inputs))  # the program frees the handles
+        output_handles = (ctypes.c_void_p * self._num_outputs)()
+        num_inputs, num_outputs = ctypes.c_size_t(len(inputs)), ctypes.c_size_t(self._num_outputs)
+        self._call("RunSingleThreaded", input_handles, num_inputs, output_handles, num_outputs, None, None)
+        outputs = [_new_capsule(handle, None, None) for handle in output_handles]
         return tuple(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(outputs))
 
-    def _take(self, constants: Mapping[str, Tensor]) -> list[Tensor]:
+    def _set_constants(self, constants: Mapping[str, Tensor]) -> list[Tensor]:
+        """Passes the weights that the program needs to it, and returns them."""
         number = ctypes.c_size_t()
-        self._ask("GetNumConstants", ctypes.byref(number))
+        self._call("GetNumConstants", ctypes.byref(number))
         names = [self._name_of("GetConstantName", index) for index in range(number.value)]
         tensors = [constants[self._name_of("GetConstantOriginalFQN", i).decode()] for i in range(number.value)]
         pairs = zip(names, _handles(tensors), strict=True)
-        entries = (_Entry * number.value)(*(_Entry(name, handle) for name, handle in pairs))
+        entries = (_NamedTensor * number.value)(*(_NamedTensor(name, handle) for name, handle in pairs))
         inactive, complete = ctypes.c_bool(False), ctypes.c_bool(True)
-        self._ask("UpdateUserManagedConstantBufferPairs", entries, number, inactive, complete)
+        self._call("UpdateUserManagedConstantBufferPairs", entries, number, inactive, complete)
         return tensors
 
-    def _name_of(self, question: str, index: int) -> bytes:
+    def _name_of(self, function: str, index: int) -> bytes:
         name = ctypes.c_char_p()
-        self._ask(question, ctypes.c_size_t(index), ctypes.byref(name))
+        self._call(function, ctypes.c_size_t(index), ctypes.byref(name))
         assert name.value is not None, "every constant has a name"
         return name.value
 
-    def _ask(self, question: str, *arguments: object) -> None:
-        if getattr(self._library, f"AOTInductorModelContainer{question}")(self._container, *arguments):
-            raise RuntimeError(f"the compiled step failed in {question}; its own words are on stderr")
+    def _call(self, function: str, *arguments: object) -> None:
+        if getattr(self._library, f"AOTInductorModelContainer{function}")(self._container, *arguments):
+            raise RuntimeError(f"the compiled step failed in {function}; torch printed the reason to stderr")
 
 
 def _handles(tensors: Iterable[Tensor]) -> list[int]:
-    """Addresses of new references to the tensors."""
-    return [_pointer(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))]
+    """Returns a new handle for each tensor. A handle is a new reference to the same data."""
+    return [_pointer_of(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))]

@@ -145,15 +145,19 @@ class Drawer:
         return torch.cat(x_0)
 
 
+_STANDARD_FIELDS = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime"}
+
+
 class _ReporterHandler(logging.Handler):
-    """Log handler that prints each record as a line of a reporter."""
+    """Log handler that prints each record, with the fields of `extra`, as a line of a reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         super().__init__(logging.INFO)
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._reporter.line(record.getMessage())
+        fields = {name: value for name, value in vars(record).items() if name not in _STANDARD_FIELDS}
+        self._reporter.line(" ".join([record.getMessage(), *(f"{name}={value}" for name, value in fields.items())]))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Libraries of a compiled step that misbehave, made by the C++ compiler in a second."""
+"""Builds shared libraries that look like a compiled step and crash or hang."""
 
 import hashlib
 import os
@@ -25,6 +25,6 @@ def compile_library(source: str, library: Path) -> Path:
 
 
 def library_content(source: str, folder: Path) -> bytes:
-    """Like a file of the cache: the library and its digest."""
-    code = compile_library(source, folder / "made.so").read_bytes()
+    """Returns the content of a cached file: the library and its digest."""
+    code = compile_library(source, folder / "source.so").read_bytes()
     return code + hashlib.sha256(code).digest()

@@ -12,7 +12,7 @@ from model.compiled.child import ChildError, call_in_child
 SECONDS = 100
 
 
-def test_child_gets_arguments_and_variables(tmp_path: Path) -> None:
+def test_child_receives_arguments_and_environment_variables(tmp_path: Path) -> None:
     call_in_child(os.mkdir, tmp_path / "made", seconds=SECONDS)
     assert (tmp_path / "made").is_dir()
     with pytest.raises(ChildError, match="OWN_VARIABLE"):
@@ -22,37 +22,37 @@ def test_child_gets_arguments_and_variables(tmp_path: Path) -> None:
 
 
 def test_child_crash_is_an_error_with_the_signal() -> None:
-    with pytest.raises(ChildError, match=r"^ended by SIGABRT$"):
+    with pytest.raises(ChildError, match=r"^child process ended by SIGABRT$"):
         call_in_child(os.abort, seconds=SECONDS)
 
 
-def test_child_without_end_is_stopped() -> None:
-    with pytest.raises(ChildError, match=r"^no result within 1 s$"):
+def test_child_that_exceeds_the_timeout_is_stopped() -> None:
+    with pytest.raises(ChildError, match=r"^child process gave no result within 1 s$"):
         call_in_child(time.sleep, 600, seconds=1)
 
 
 def test_child_alarm_is_an_error() -> None:
-    with pytest.raises(ChildError, match=r"^no result in time$"):
+    with pytest.raises(ChildError, match=r"^child process gave no result in time$"):
         call_in_child(exec, "import signal; signal.alarm(1); signal.pause()", seconds=SECONDS)
 
 
-def test_child_error_is_one_sentence() -> None:
+def test_child_exception_is_one_line() -> None:
     with pytest.raises(ChildError, match=r"^first line$"):
         call_in_child(exec, "raise ValueError('first line\\nsecond line')", seconds=SECONDS)
 
 
-def test_child_os_error_stays_an_os_error(tmp_path: Path) -> None:
+def test_child_os_error_is_raised_as_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         call_in_child(os.stat, tmp_path / "missing", seconds=SECONDS)
 
 
-def test_child_that_exits_without_a_result_is_an_error() -> None:
-    with pytest.raises(ChildError, match=r"^ended with status 7$"):
+def test_child_exit_without_result_is_an_error() -> None:
+    with pytest.raises(ChildError, match=r"^child process ended with status 7$"):
         call_in_child(os._exit, 7, seconds=SECONDS)
 
 
 def test_child_ignores_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module in the folder where the service was started must not replace one of its own."""
+    """A module in the current folder must not replace a module of the service or of Python."""
     (tmp_path / "json.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry] + [str(Path(__file__).parents[3])])

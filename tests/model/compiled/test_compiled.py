@@ -8,12 +8,12 @@ from torch.nn import functional as F
 from tests.tiny import tiny_unet
 
 
-@pytest.mark.timeout(1200)  # on a starved machine the compiler alone takes minutes
+@pytest.mark.timeout(1200)  # on a busy machine the compiler can take minutes
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-# What torch itself warns of while it compiles is not ours to mend.
+# torch raises warnings about its own code while it compiles.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_compiled_bfloat16_gives_every_parameter_the_gradient_of_float32() -> None:
-    """It has not always: nn.Upsample's gradient is zero there in torch 2.13, and nothing below it learns."""
+def test_compiled_bfloat16_gradients_match_float32() -> None:
+    """Regression test: in torch 2.13 the compiled gradient of nn.Upsample is zero, so lower levels did not learn."""
     network = tiny_unet(attention_heads=0).train().requires_grad_(True)
     size = network.config.image_size
     generator = torch.Generator().manual_seed(0)

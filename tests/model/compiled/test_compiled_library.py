@@ -1,4 +1,4 @@
-"""Which files are loaded as a compiled step, and what happens if native code in them fails."""
+"""Tests which files are loaded as a compiled step, and what happens if their native code fails."""
 
 import os
 import stat
@@ -28,6 +28,7 @@ from tests.model.compiled.libraries import (
     library_content,
     needs_root,
 )
+from tests.model.compiled.log_fields import logged_field
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def program(path: Path) -> ReverseStep:
 
 @pytest.fixture(scope="module")
 def content(path: Path, cache: Path) -> bytes:
-    """A good library, compiled once for all tests."""
+    """The content of a working library, compiled once for all tests."""
     program = ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
     compiler.compiled_step(program, cache)
     return library_of(program, cache).read_bytes()
@@ -49,22 +50,22 @@ def content(path: Path, cache: Path) -> bytes:
 
 @pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the functions that are called in a child process from now on, by a process that has called none."""
+    """Records the names of functions that are called in a child process. Forgets earlier checks of this process."""
     called: list[str] = []
     call = compiler.call_in_child
 
-    def note(function: Callable[..., None], *arguments: object, **how: object) -> None:
+    def record_call(function: Callable[..., None], *arguments: object, **options: object) -> None:
         called.append(function.__name__)
-        call(function, *arguments, **how)  # type: ignore[arg-type]
+        call(function, *arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(compiler, "call_in_child", note)
+    monkeypatch.setattr(compiler, "call_in_child", record_call)
     monkeypatch.setattr(compiler, "_checked", set())
     return called
 
 
 @pytest.fixture
 def builds(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[ReverseStep]:
-    """Programs that are compiled from now on; it takes no time."""
+    """Records the compiled programs. Replaces the compiler by a copy of the working library."""
     built: list[ReverseStep] = []
 
     def build(program: ReverseStep) -> bytes:
@@ -80,22 +81,22 @@ def small_step(step: Step, program: ReverseStep) -> tuple[Tensor, ...]:
         return step(*compiler._small_step(program))
 
 
-def test_library_in_a_folder_of_another_user_is_not_loaded(
+def test_library_in_a_folder_that_others_can_write_is_not_loaded(
     program: ReverseStep, content: bytes, builds: list[ReverseStep], tmp_path: Path
 ) -> None:
     library_of(program, tmp_path).write_bytes(content)
     tmp_path.chmod(0o777)
     compiler.compiled_step(program, tmp_path)
     assert builds == [program]
-    own = tmp_path / f"private-{os.geteuid()}"
-    assert library_of(program, own).exists()
-    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    subfolder = tmp_path / f"private-{os.geteuid()}"
+    assert library_of(program, subfolder).exists()
+    assert stat.S_IMODE(subfolder.stat().st_mode) == 0o700
     compiler.compiled_step(program, tmp_path)
     assert builds == [program]  # found in the private subfolder
 
 
 @needs_root
-def test_library_cache_that_cannot_be_trusted_is_reported_and_a_temporary_folder_used(
+def test_untrusted_library_cache_is_logged_and_replaced_by_a_temporary_folder(
     program: ReverseStep,
     content: bytes,
     builds: list[ReverseStep],
@@ -110,12 +111,12 @@ def test_library_cache_that_cannot_be_trusted_is_reported_and_a_temporary_folder
     step = compiler.compiled_step(program, tmp_path)
     assert builds == [program]
     assert small_step(step, program)[0].isfinite().all()
-    assert f"owned by user {OTHER_USER}" in caplog.text
-    assert "Use a folder that belongs to this user" in caplog.text
+    assert f"owned by user {OTHER_USER}" in logged_field(caplog, "Cache folder not usable")
+    assert "only this user" in logged_field(caplog, "Cache folder not usable", "remedy")
 
 
-@pytest.mark.parametrize("fault", ["writable by others", pytest.param("owned by user", marks=needs_root), "a link"])
-def test_library_file_that_others_could_write_is_compiled_again(
+@pytest.mark.parametrize("fault", ["writable by others", pytest.param("owned by user", marks=needs_root), "link"])
+def test_library_file_that_others_could_write_is_recompiled(
     program: ReverseStep,
     content: bytes,
     builds: list[ReverseStep],
@@ -138,7 +139,7 @@ def test_library_file_that_others_could_write_is_compiled_again(
     assert stat.S_IMODE(library.lstat().st_mode) == 0o644
 
 
-def test_library_that_is_replaced_after_its_check_is_not_loaded(
+def test_library_replaced_after_its_check_is_not_loaded(
     program: ReverseStep, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = library_of(program, tmp_path)
@@ -149,7 +150,7 @@ def test_library_that_is_replaced_after_its_check_is_not_loaded(
     assert small_step(compiler.load(program, library), program)[0].isfinite().all()
 
 
-def test_library_that_crashes_leaves_the_service_alive_and_not_compiled(
+def test_crashing_library_leaves_the_service_alive_without_compilation(
     path: Path,
     program: ReverseStep,
     tmp_path: Path,
@@ -161,47 +162,47 @@ def test_library_that_crashes_leaves_the_service_alive_and_not_compiled(
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
     runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
     assert not runner.compile(tmp_path, must=False)
-    assert "its first call failed: ended by SIGSEGV" in caplog.text
+    assert "first call failed: child process ended by SIGSEGV" in logged_field(caplog, "Model not compiled")
     assert not runner.models["default"].compiled
     assert equal(draw(runner, mixed_rows()), plain)
-    with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: .*ended by SIGSEGV; compiling needs a C\+\+ compiler"):
+    with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: .*SIGSEGV\. Compiling it again needs a C\+\+ compiler"):
         runner.compile(tmp_path, must=True)
 
 
-def test_library_that_crashes_is_compiled_again(
+def test_crashing_library_is_recompiled(
     program: ReverseStep, builds: list[ReverseStep], content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     library = library_of(program, tmp_path)
     library.write_bytes(library_content(CRASHES, tmp_path))
     step = compiler.compiled_step(program, tmp_path)
-    assert "ended by SIGSEGV" in caplog.text
+    assert "ended by SIGSEGV" in logged_field(caplog, "Discarding compiled step")
     assert builds == [program]
     assert library.read_bytes() == content
     assert small_step(step, program)[0].isfinite().all()
 
 
-def test_library_that_crashes_when_it_is_new_is_not_kept(
+def test_new_library_that_crashes_is_not_cached(
     program: ReverseStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").mkdir()
     crashing = library_content(CRASHES, tmp_path)
     monkeypatch.setattr(compiler, "build", lambda program: crashing)
-    with pytest.raises(CompilerError, match=r"^compiling failed: its first call failed: ended by SIGSEGV$"):
+    with pytest.raises(CompilerError, match=r"^compiling failed: its first call failed: .*ended by SIGSEGV$"):
         compiler.compiled_step(program, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_library_that_hangs_is_not_used(program: ReverseStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_library_is_not_used(program: ReverseStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library_of(program, tmp_path).write_bytes(library_content(HANGS, tmp_path))
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
     monkeypatch.setattr(compiler, "FIRST_CALL_SECONDS", 1)
-    with pytest.raises(CompilerError, match="its first call failed: no result in time"):
+    with pytest.raises(CompilerError, match="its first call failed: child process gave no result in time"):
         compiler.compiled_step(program, tmp_path)
 
 
-@pytest.mark.parametrize("wrong", ["shape", "value", "nan", "none"])
-def test_first_call_compares_with_the_step_that_is_not_compiled(
-    program: ReverseStep, monkeypatch: pytest.MonkeyPatch, wrong: str
+@pytest.mark.parametrize("error", ["shape", "value", "nan", "none"])
+def test_first_call_compares_with_the_step_without_compilation(
+    program: ReverseStep, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
     changes: dict[str, Callable[[Tensor], Tensor]] = {
         "shape": lambda x: x[:, :, 1:],
@@ -212,19 +213,19 @@ def test_first_call_compares_with_the_step_that_is_not_compiled(
 
     def step(*inputs: Any) -> tuple[Tensor, ...]:
         x_prev, x_0, finite = program(*inputs)
-        return x_prev, changes[wrong](x_0), finite
+        return x_prev, changes[error](x_0), finite
 
-    monkeypatch.setattr(compiler, "_link", lambda program, path: step)
+    monkeypatch.setattr(compiler, "_open_library", lambda program, path: step)
     monkeypatch.setattr("signal.alarm", lambda seconds: None)
     arguments = program, torch.get_num_threads(), 0, Path("library"), 1
-    if wrong == "none":
+    if error == "none":
         compiler.first_call(*arguments)
         return
-    with pytest.raises(LibraryError, match="its results are wrong"):
+    with pytest.raises(LibraryError, match="its results differ"):
         compiler.first_call(*arguments)
 
 
-def test_library_is_called_in_a_child_only_the_first_time(
+def test_library_is_checked_in_a_child_process_only_once(
     program: ReverseStep,
     content: bytes,
     children: list[str],
@@ -243,7 +244,7 @@ def test_library_is_called_in_a_child_only_the_first_time(
     assert children == ["first_call"] * 2
 
 
-def test_library_whose_check_others_could_have_written_is_called_in_a_child(
+def test_check_file_that_others_could_write_is_ignored(
     program: ReverseStep, content: bytes, children: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = library_of(program, tmp_path)
@@ -255,7 +256,7 @@ def test_library_whose_check_others_could_have_written_is_called_in_a_child(
     assert children == ["first_call"] * 2
 
 
-PLANT = """
+PLANT_LIBRARIES = """
 import shutil, sys
 from torch._inductor.cpp_builder import CppBuilder
 from torch._inductor.cpu_vec_isa import VecISA, supported_vec_isa_list
@@ -276,33 +277,38 @@ try:
 except compiler.CompilerError as error:
     print(error)
 """
-SETS_A_MARK = """
+WRITES_MARKER = """
 #include <cstdlib>
 #include <fstream>
-__attribute__((constructor)) static void run() { if (auto* mark = std::getenv("MARK")) std::ofstream(mark) << "ran"; }
+__attribute__((constructor)) static void run() {
+    if (auto* marker = std::getenv("MARKER")) std::ofstream(marker) << "ran";
+}
 """
 
 
-def test_library_planted_in_the_predictable_folder_is_not_run(path: Path, tmp_path: Path) -> None:
-    """Inductor tests the processor with libraries that it takes from its cache. The compiler refuses everything else,
-    so that compiling ends soon."""
-    trap, mark, temporary = compile_library(SETS_A_MARK, tmp_path / "trap.so"), tmp_path / "mark", tmp_path / "tmp"
+def test_library_planted_in_the_predictable_folder_is_not_executed(path: Path, tmp_path: Path) -> None:
+    """Inductor tests the processor with libraries from its cache, so a planted library would be loaded.
+
+    The fake g++ answers questions about its version and fails otherwise, so that the test is fast.
+    """
+    planted, marker = compile_library(WRITES_MARKER, tmp_path / "planted.so"), tmp_path / "marker"
+    temporary = tmp_path / "tmp"
     temporary.mkdir()
     cxx = tmp_path / "g++"
     cxx.write_text('#!/bin/sh\ncase "$*" in *-v|*--version|*-dumpversion|*-dumpmachine) exec g++ "$@";; esac\nexit 1\n')
     cxx.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    own = clean | {"TMPDIR": str(temporary), "CXX": str(cxx)}
+    environment = clean | {"TMPDIR": str(temporary), "CXX": str(cxx)}
 
     def run(code: str, *arguments: Path, **variables: str) -> str:
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, env=own | variables, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment | variables, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run(PLANT, trap)
+    run(PLANT_LIBRARIES, planted)
     (predictable,) = temporary.glob("torchinductor_*")
     assert list(predictable.rglob("*.so"))
-    assert "compiling failed" in run(COMPILE, path, tmp_path / "cache", MARK=str(mark))
-    assert not mark.exists()
-    assert list(temporary.iterdir()) == [predictable]  # the private folder is removed
+    assert "compiling failed" in run(COMPILE, path, tmp_path / "cache", MARKER=str(marker))
+    assert not marker.exists()
+    assert list(temporary.iterdir()) == [predictable]  # the private folder is deleted

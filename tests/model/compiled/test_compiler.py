@@ -1,4 +1,4 @@
-"""The compiled step against itself in other company, and against the one that is not compiled."""
+"""Compares the compiled step with itself in other batches, and with the step without compilation."""
 
 import ctypes
 import itertools
@@ -25,6 +25,7 @@ from model.compiled.compiler import CompilerError, FlatStep, library_of
 from model.precision import CallRows, can_compile
 from model.step import ReverseStep, Rows, State, Stepped
 from tests.app.runner.rows import draw, equal, mixed_rows
+from tests.model.compiled.log_fields import logged_field
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -45,9 +46,7 @@ def compiled_runner(loaded: Checkpoint, cache: Path, dtype: torch.dtype = torch.
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(
-    loaded: Checkpoint, cache: Path, dtype: str
-) -> None:
+def test_compiled_row_has_the_same_pixels_in_any_batch(loaded: Checkpoint, cache: Path, dtype: str) -> None:
     runner = compiled_runner(loaded, cache, DTYPES[dtype])
     assert runner.models["default"].compiled
     alone = [draw(runner, [row])[0] for row in mixed_rows()]
@@ -58,7 +57,7 @@ def test_compiled_a_row_has_the_same_pixels_alone_and_in_any_company(
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_it_draws_what_it_draws_otherwise_but_for_rounding(path: Path, cache: Path, dtype: str) -> None:
+def test_compiled_step_equals_plain_step_except_for_rounding(path: Path, cache: Path, dtype: str) -> None:
     plain = draw(Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]), mixed_rows())
     compiled = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), mixed_rows())
     difference = np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean()
@@ -67,11 +66,11 @@ def test_compiled_it_draws_what_it_draws_otherwise_but_for_rounding(path: Path, 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
+def test_checkpoints_share_a_library_and_keep_their_own_images(
     path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     compiled_runner(checkpoint.load(path), cache, DTYPES[dtype])
-    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
+    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("compiled again"))
     other = tiny_checkpoint(tmp_path, seed=1)
     plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), mixed_rows())
     compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), mixed_rows())
@@ -82,7 +81,7 @@ def test_another_checkpoint_of_the_same_architecture_draws_its_own_images(
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache: Path, dtype: str) -> None:
+def test_pixels_do_not_depend_on_the_number_of_threads(path: Path, cache: Path, dtype: str) -> None:
     before, images = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -95,17 +94,17 @@ def test_with_one_thread_and_with_more_the_pixels_are_the_same(path: Path, cache
 
 
 @needs_compiler
-def test_threads_that_come_and_go_between_the_steps_of_an_image_leave_its_pixels(
+def test_changing_the_number_of_threads_between_steps_keeps_the_pixels(
     loaded: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, before = compiled_runner(loaded, cache), torch.get_num_threads()
     expected, step, counts = draw(runner, mixed_rows()), runner.step, itertools.cycle((1, 3, 2))
 
-    def step_with_others(trajectories: list[Trajectory]) -> list[bool]:
+    def step_with_other_threads(trajectories: list[Trajectory]) -> list[bool]:
         torch.set_num_threads(next(counts))
         return step(trajectories)
 
-    monkeypatch.setattr(runner, "step", step_with_others)
+    monkeypatch.setattr(runner, "step", step_with_other_threads)
     try:
         assert equal(draw(runner, mixed_rows()), expected)
     finally:
@@ -113,10 +112,10 @@ def test_threads_that_come_and_go_between_the_steps_of_an_image_leave_its_pixels
 
 
 @needs_compiler
-def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoint, cache: Path) -> None:
+def test_non_contiguous_inputs_are_rejected(loaded: Checkpoint, cache: Path) -> None:
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     if program.call_rows.most:
-        pytest.skip("the network alone is compiled here, and its inputs are made for it")
+        pytest.skip("with a fixed number of rows only the network is compiled, and its inputs are always contiguous")
     step, every = compiler.compiled_step(program, cache), torch.arange(2)
     state = State.zeros(4, loaded.image_shape, CPU)
     plans, rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every)
@@ -127,32 +126,32 @@ def test_inputs_that_lie_otherwise_are_refused_and_not_misread(loaded: Checkpoin
 
 
 @needs_compiler
-def test_what_was_compiled_is_found_again(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_step_is_loaded_from_the_cache(path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = draw(compiled_runner(checkpoint.load(path), cache), mixed_rows())
-    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("it lies there"))
+    monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("compiled again"))
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
     assert equal(draw(compiled_runner(checkpoint.load(path), cache), mixed_rows()), first)
 
 
 @needs_compiler
-def test_a_library_holds_no_weights(loaded: Checkpoint, cache: Path) -> None:
-    """Each program that is made of it would hold a copy of them, which nobody reads."""
+def test_library_contains_no_weights(loaded: Checkpoint, cache: Path) -> None:
+    """Weights in the library would be copied for each program, and would prevent sharing it between checkpoints."""
     program = compiled_runner(loaded, cache)._models["default"].program
     content = library_of(program, cache).read_bytes()
     for tensor in program.state_dict().values():
         assert tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()[:64] not in content
 
 
-def test_a_user_without_a_home_has_a_cache_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_cache_of_a_user_without_home_is_below_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # whom nobody has heard of
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # not in the user database
     assert compiler.default_cache() == Path("/.cache/unfog")
 
 
 @needs_compiler
-@pytest.mark.parametrize("damage", ["a byte", "its end", "all of it"])
-def test_a_damaged_library_is_made_anew(
+@pytest.mark.parametrize("damage", ["changed byte", "missing end", "other content"])
+def test_damaged_library_is_recompiled(
     loaded: Checkpoint,
     cache: Path,
     tmp_path: Path,
@@ -165,17 +164,17 @@ def test_a_damaged_library_is_made_anew(
     content = bytearray(library_of(program, cache).read_bytes())
     content[len(content) // 2] ^= 1
     library = library_of(program, tmp_path)
-    library.write_bytes({"a byte": content, "its end": content[:-100], "all of it": b"half"}[damage])
-    whole = library_of(program, cache).read_bytes()
-    monkeypatch.setattr(compiler, "build", lambda program: whole)
+    library.write_bytes({"changed byte": content, "missing end": content[:-100], "other content": b"other"}[damage])
+    intact = library_of(program, cache).read_bytes()
+    monkeypatch.setattr(compiler, "build", lambda program: intact)
     compiler.compiled_step(program, tmp_path)
-    assert library.read_bytes() == whole
+    assert library.read_bytes() == intact
     assert "Discarding compiled step, recompiling" in caplog.text
 
 
 @needs_compiler
-@pytest.mark.parametrize("fault", ["cannot be written", "runs no programs"])
-def test_where_the_cache_cannot_be_used_it_is_compiled_all_the_same_and_the_log_says_so(
+@pytest.mark.parametrize("fault", ["not writable", "noexec"])
+def test_unusable_cache_is_logged_and_the_step_is_compiled(
     path: Path,
     cache: Path,
     tmp_path: Path,
@@ -186,21 +185,21 @@ def test_where_the_cache_cannot_be_used_it_is_compiled_all_the_same_and_the_log_
     first = draw(compiled_runner(checkpoint.load(path), cache), mixed_rows())
     library = library_of(ReverseStep(checkpoint.load(path), CPU, torch.bfloat16), cache)
     monkeypatch.setattr(compiler, "build", lambda program: library.read_bytes())
-    if fault == "cannot be written":
+    if fault == "not writable":
         (tmp_path / "unusable").touch()
     load_library = ctypes.CDLL
 
-    def load_elsewhere(name: str) -> ctypes.CDLL:
+    def load_outside_the_cache(name: str) -> ctypes.CDLL:
         if os.path.realpath(name).startswith(str(tmp_path / "unusable")):
             raise OSError("failed to map segment from shared object")
         return load_library(name)
 
-    monkeypatch.setattr(ctypes, "CDLL", load_elsewhere)
+    monkeypatch.setattr(ctypes, "CDLL", load_outside_the_cache)
     assert equal(draw(compiled_runner(checkpoint.load(path), tmp_path / "unusable"), mixed_rows()), first)
-    assert "cannot be used, so each start compiles" in caplog.text
+    assert "each start recompiles" in caplog.text
 
 
-def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
+def test_missing_compiler_is_logged_and_the_plain_step_is_used(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
@@ -210,47 +209,44 @@ def test_without_a_compiler_and_a_library_it_serves_as_it_is_and_says_so(
         runner.compile(tmp_path, must=True)
     with caplog.at_level(logging.WARNING):
         runner.compile(tmp_path, must=False)
-    (record,) = [record for record in caplog.records if record.message == "Model not compiled, steps take longer"]
-    assert "compiling needs a C++ compiler" in vars(record)["reason"]
+    assert "compiling needs a C++ compiler" in logged_field(caplog, "Model not compiled, steps take longer")
     assert not runner.models["default"].compiled
     assert equal(draw(runner, mixed_rows()), plain)
 
 
-def test_a_cache_that_cannot_be_looked_into_is_as_good_as_none(
+def test_unreadable_cache_is_treated_as_empty(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     open_ = os.open
 
-    def refuse(file: Path, *how: Any, **more: Any) -> int:
+    def open_outside_the_cache(file: Path, *arguments: Any, **options: Any) -> int:
         if Path(file).is_relative_to(tmp_path):
             raise PermissionError(13, "Permission denied", str(file))
-        return open_(file, *how, **more)
+        return open_(file, *arguments, **options)
 
     runner = Runner({"default": checkpoint.load(path)}, CPU, torch.bfloat16)
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "open", open_outside_the_cache)
     monkeypatch.setattr(compiler, "can_compile", lambda: False)
     assert not runner.compile(tmp_path, must=False)
-    assert "Permission denied" in caplog.text
+    assert "Permission denied" in logged_field(caplog, "Model not compiled")
 
 
-def test_a_compiler_that_fails_is_one_sentence(
-    loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiler_failure_is_one_line(loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(program: ReverseStep) -> bytes:
-        raise RuntimeError("it said\nmany things")
+        raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr(compiler, "build", fail)
     monkeypatch.setattr(compiler, "can_compile", lambda: True)
-    with pytest.raises(CompilerError, match=r"^compiling failed: it said$"):
+    with pytest.raises(CompilerError, match=r"^compiling failed: first line$"):
         compiler.compiled_step(ReverseStep(loaded, CPU, torch.bfloat16), tmp_path)
 
 
-def test_what_torch_cannot_compile_for_a_gpu_is_one_sentence_when_the_service_warms_up(
+def test_gpu_compiler_failure_at_warm_up_is_one_line(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compile_(program: FlatStep, **how: object) -> Callable[..., Stepped]:
+    def compile_(program: FlatStep, **options: object) -> Callable[..., Stepped]:
         def step(*inputs: Tensor) -> Stepped:
-            raise InternalTorchDynamoError("no C compiler\nand much more")
+            raise InternalTorchDynamoError("no C compiler\nsecond line")
 
         return step
 
@@ -265,19 +261,19 @@ def test_what_torch_cannot_compile_for_a_gpu_is_one_sentence_when_the_service_wa
             runner.warm_up(lambda: False)
 
 
-def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_the_next_call_writes(
+def test_gpu_step_copies_results_that_the_next_call_overwrites(
     loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = tuple(torch.zeros(2) for _ in range(3))
-    asked: list[object] = []
+    calls: list[object] = []
     results: list[Stepped] = []
 
-    def compile_(program: FlatStep, **how: object) -> Callable[..., tuple[Tensor, ...]]:
-        asked.append(how)
+    def compile_(program: FlatStep, **options: object) -> Callable[..., tuple[Tensor, ...]]:
+        calls.append(options)
         return lambda *tensors: tuple(part.fill_(tensors[0].flatten()[0]) for part in memory)
 
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(compiler, "use_private_compile_cache", asked.append)
+    monkeypatch.setattr(compiler, "use_private_compile_cache", calls.append)
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     program.device = torch.device("cuda")
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
@@ -288,14 +284,14 @@ def test_on_a_gpu_torch_compiles_while_it_is_called_and_nothing_is_left_where_th
             results.append(step(state, torch.zeros(1, 5), rows))
         assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert all(part.tolist() == [1.0, 1.0] for part in results[0])
-    assert asked == [tmp_path / "gpu", {"mode": "reduce-overhead", "dynamic": True}]
+    assert calls == [tmp_path / "gpu", {"mode": "reduce-overhead", "dynamic": True}]
     assert not list(tmp_path.iterdir())
 
 
-def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shapes(loaded: Checkpoint) -> None:
+def test_gpu_step_is_traced_at_most_four_times_for_all_batch_sizes(loaded: Checkpoint) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
-    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    def record_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
@@ -303,7 +299,7 @@ def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shap
     for runner in runners:
         runner._models["default"].program.call_rows = CallRows()  # as on a GPU
     compiled = runners[0]._models["default"]
-    compiled.step = torch.compile(compiled.program, backend=note, dynamic=True)
+    compiled.step = torch.compile(compiled.program, backend=record_graph, dynamic=True)
     try:
         for max_batch in (1, 64):
             assert equal(*(draw(runner, mixed_rows(), max_batch) for runner in runners))
@@ -314,7 +310,7 @@ def test_as_it_is_compiled_for_a_gpu_the_step_is_traced_a_few_times_for_all_shap
 
 @pytest.fixture
 def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Libraries that must not be taken for each other."""
+    """Names of libraries that differ in one property each."""
 
     def name(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> str:
         return library_of(ReverseStep(loaded, CPU, dtype), tmp_path).name
@@ -328,12 +324,12 @@ def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield [*found, name(checkpoint.load(path))]
 
 
-def test_a_library_is_of_one_architecture_precision_processor_and_torch(names: list[str]) -> None:
+def test_library_name_depends_on_architecture_dtype_processor_and_torch(names: list[str]) -> None:
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_what_the_compiler_would_make_slow_code_of_comes_in_other_words(loaded: Checkpoint, dtype: torch.dtype) -> None:
+def test_exported_step_uses_the_faster_formulas(loaded: Checkpoint, dtype: torch.dtype) -> None:
     program = ReverseStep(loaded, CPU, dtype)
     with torch.no_grad():
         exported = compiler._export_denoise(program) if program.call_rows.most else compiler._export_step(program)

@@ -1,4 +1,4 @@
-"""What compiling for a GPU needs. No GPU is needed here; test_private_cache.py is about the folder itself."""
+"""Tests the requirements for compiling GPU kernels, without a GPU. test_private_cache.py tests the folder itself."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from model.compiled.kernel_cache import prepare_kernel_cache
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A C compiler, Python's headers, and a folder whose use does not change this process."""
+    """Provides a C compiler and Python's headers, and a compile cache that does not change this process."""
 
     def use(cache: Path) -> Path:
         (cache / "torch").mkdir(parents=True, exist_ok=True)
@@ -26,13 +26,13 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     monkeypatch.setenv("CC", sys.executable)  # a program that exists on every machine
 
 
-def test_kernels_are_kept_in_the_gpu_folder_of_the_cache(tmp_path: Path) -> None:
-    """In a container that folder is a mount that allows execution."""
+def test_kernels_are_cached_in_the_gpu_folder(tmp_path: Path) -> None:
+    """In a container this folder is a mount that allows execution."""
     assert prepare_kernel_cache(tmp_path) == tmp_path / "gpu" / "torch"
 
 
 @pytest.mark.parametrize(("flag", "name"), [(os.ST_NOEXEC, "noexec"), (os.ST_RDONLY, "read-only")])
-def test_mount_that_cannot_hold_code_is_refused(
+def test_read_only_or_noexec_mount_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: int, name: str
 ) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=flag))
@@ -40,9 +40,9 @@ def test_mount_that_cannot_hold_code_is_refused(
         prepare_kernel_cache(tmp_path)
 
 
-def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_c_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(CompilerError, match=r"needs a C compiler\. Install gcc, or name a compiler in CC"):
+    with pytest.raises(CompilerError, match=r"needs a C compiler\. Install gcc, or set CC to another compiler"):
         prepare_kernel_cache(tmp_path)
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -52,7 +52,7 @@ def test_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     prepare_kernel_cache(tmp_path)
 
 
-def test_missing_headers_of_python_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_python_headers_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": str(tmp_path)})
     with pytest.raises(CompilerError, match="python3-dev"):
         prepare_kernel_cache(tmp_path)

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-# Takes and frees 64 MB thirty times, in a thread as the engine does, and prints how many pages had to be faulted in.
-FAULTS = """
+# Allocates and frees 64 MB 30 times, in a thread as the engine does, and prints the number of page faults.
+COUNT_PAGE_FAULTS = """
 import resource, sys, threading
 import torch
 from model.compiled.memory import keep_freed_memory
@@ -23,11 +23,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
+def page_faults(mode: str) -> int:
+    done = subprocess.run([sys.executable, "-c", COUNT_PAGE_FAULTS, mode], capture_output=True, text=True, check=True)
     return int(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no mallopt")
-def test_pages_that_were_freed_are_not_faulted_in_again() -> None:
-    assert faults("kept") < faults("default") / 5
+def test_freed_pages_cause_no_new_page_faults() -> None:
+    assert page_faults("kept") < page_faults("default") / 5

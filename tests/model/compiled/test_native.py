@@ -1,4 +1,4 @@
-"""What is no compiled program is refused; that one is called aright is test_compiler.py's."""
+"""Tests that other libraries are rejected. test_compiler.py tests calls of compiled programs."""
 
 import ctypes.util
 
@@ -7,9 +7,9 @@ import pytest
 from model.compiled.native import NativeProgram
 
 
-def test_a_library_without_a_program_is_refused() -> None:
+def test_library_without_a_compiled_program_is_rejected() -> None:
     library = ctypes.util.find_library("c")
     if library is None:
-        pytest.skip("no C library is found by name")
+        pytest.skip("the C library is not found by name")
     with pytest.raises(AttributeError, match="AOTInductorModelContainer"):
         NativeProgram(ctypes.CDLL(library), {}, num_outputs=1)

@@ -1,4 +1,4 @@
-"""Packed weights against the same ones as they are."""
+"""Compares packed with plain weights."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="n
 
 
 class Convolutions(nn.Module):
-    """Of every kind that the network has, and one that it has not."""
+    """Convolutions with the options of the network, and one with options that the network does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def inputs(program: ReverseStep, rows: int) -> tuple[State, Tensor, Rows]:
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @needs_bfloat16
-def test_a_program_that_takes_packed_weights_computes_the_same(rows: int) -> None:
+def test_program_for_packed_weights_computes_the_same_bits(rows: int) -> None:
     module = Convolutions().bfloat16().to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     x = torch.randn(rows, 3, 14, 14).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def test_a_program_that_takes_packed_weights_computes_the_same(rows: int) -> Non
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 @needs_bfloat16
-def test_packed_weights_are_the_same_numbers_in_another_order(rows: int) -> None:
+def test_packed_weights_have_the_same_values(rows: int) -> None:
     module = Convolutions().bfloat16().to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     packer = Packer(module, lambda: module(torch.zeros(1, 3, 14, 14, dtype=torch.bfloat16)))
     packed, state = packer.weights_for(rows), module.state_dict()
@@ -72,7 +72,7 @@ def test_packed_weights_are_the_same_numbers_in_another_order(rows: int) -> None
 
 
 @needs_bfloat16
-def test_weights_that_lie_alike_are_kept_once() -> None:
+def test_weights_with_the_same_layout_are_stored_once() -> None:
     module = Convolutions().bfloat16().eval()
     packer = Packer(module, lambda: module(torch.zeros(1, 3, 14, 14, dtype=torch.bfloat16)))
     first, again = packer.weights_for(64), packer.weights_for(64)
@@ -81,23 +81,23 @@ def test_weights_that_lie_alike_are_kept_once() -> None:
 
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
 @needs_bfloat16
-def test_compiled_the_step_has_the_same_bits_with_packed_weights(
+def test_compiled_step_has_the_same_bits_with_packed_and_plain_weights(
     path: Path, cache: Path, threads: Callable[[int], None]
 ) -> None:
     program = ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
     packed = compiler.compiled_step(program, cache)
     library = ctypes.CDLL(str(library_of(program, cache)))
-    as_they_are = NativeProgram(library, FlatStep(program).state_dict(), num_outputs=3)
+    plain = NativeProgram(library, FlatStep(program).state_dict(), num_outputs=3)
     with torch.inference_mode():
         for count in (1, 2, 3):
             threads(count)
             for rows in (1, 2, 5):
                 state, plans, of_step = inputs(program, rows)
-                found = packed(state, plans, of_step), as_they_are(*state, plans, *of_step)
+                found = packed(state, plans, of_step), plain(*state, plans, *of_step)
                 for one, other in zip(*found, strict=True):
                     assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
-def test_elsewhere_nothing_is_packed(device: str, dtype: torch.dtype) -> None:
+def test_weights_are_packed_only_in_bfloat16_on_a_cpu(device: str, dtype: torch.dtype) -> None:
     assert not can_pack(torch.device(device), dtype)

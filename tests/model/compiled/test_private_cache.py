@@ -19,7 +19,7 @@ def mode(path: Path) -> int:
 
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
-    """The name of the subfolder that is used in a folder that others can write to."""
+    """The private subfolder that is used if others can write to the folder."""
     return tmp_path / f"private-{os.geteuid()}"
 
 
@@ -30,11 +30,11 @@ def test_private_folder_is_created_without_write_permission_for_others(tmp_path:
     finally:
         os.umask(before)
     assert folder == tmp_path / "new"
-    assert mode(folder) == 0o755  # a container image is built by root, and read by another user
+    assert mode(folder) == 0o755  # a container image is built by root, but another user reads it
 
 
 @pytest.mark.parametrize("permissions", [0o775, 0o777, 0o2770, 0o1777])
-def test_private_folder_that_others_can_write_is_replaced_by_a_subfolder(
+def test_folder_that_others_can_write_is_replaced_by_a_private_subfolder(
     tmp_path: Path, own: Path, permissions: int
 ) -> None:
     tmp_path.chmod(permissions)
@@ -44,13 +44,13 @@ def test_private_folder_that_others_can_write_is_replaced_by_a_subfolder(
 
 
 @needs_root
-def test_private_folder_of_another_user_is_replaced_by_a_subfolder(tmp_path: Path, own: Path) -> None:
+def test_folder_of_another_user_is_replaced_by_a_private_subfolder(tmp_path: Path, own: Path) -> None:
     os.chown(tmp_path, OTHER_USER, OTHER_USER)
     assert private_folder(tmp_path) == own
 
 
 @needs_root
-def test_private_subfolder_of_another_user_is_refused(tmp_path: Path, own: Path) -> None:
+def test_private_subfolder_of_another_user_is_rejected(tmp_path: Path, own: Path) -> None:
     own.mkdir(mode=0o700)
     os.chown(own, OTHER_USER, OTHER_USER)
     tmp_path.chmod(0o777)
@@ -58,7 +58,7 @@ def test_private_subfolder_of_another_user_is_refused(tmp_path: Path, own: Path)
         private_folder(tmp_path)
 
 
-def test_private_subfolder_that_is_a_link_is_refused(tmp_path: Path, own: Path) -> None:
+def test_private_subfolder_that_is_a_symbolic_link_is_rejected(tmp_path: Path, own: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     own.symlink_to(tmp_path / "elsewhere")
     tmp_path.chmod(0o777)
@@ -67,26 +67,28 @@ def test_private_subfolder_that_is_a_link_is_refused(tmp_path: Path, own: Path) 
 
 
 @needs_root
-def test_private_folder_by_the_link_of_another_user_is_refused(tmp_path: Path) -> None:
+def test_symbolic_link_of_another_user_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert private_folder(tmp_path / "link") == tmp_path / "link"
     os.lchown(tmp_path / "link", OTHER_USER, OTHER_USER)
-    with pytest.raises(PermissionError, match="symbolic link of user"):
+    with pytest.raises(PermissionError, match="symbolic link owned by user"):
         private_folder(tmp_path / "link")
 
 
 def test_private_subfolder_that_others_could_write_is_emptied(
     tmp_path: Path, own: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Kubernetes makes every folder of a volume with fsGroup writable by the group, at each start of a pod."""
+    """With fsGroup, Kubernetes makes all folders of a volume writable by the group at each start of a pod."""
     tmp_path.chmod(0o2770)
     (private_folder(tmp_path) / "step.so").write_text("from before")
     own.chmod(0o2770)
     assert private_folder(tmp_path) == own
     assert mode(own) == 0o700
     assert not list(own.iterdir())
-    assert "writable by others" in caplog.text
+    (record,) = caplog.records
+    assert record.getMessage() == "Deleting untrusted cache folder"
+    assert "writable by others" in vars(record)["reason"]
 
 
 def test_private_file_of_this_user_is_opened(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_private_file_of_this_user_is_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("permissions", [0o664, 0o646])
-def test_private_file_that_others_can_write_is_refused(tmp_path: Path, permissions: int) -> None:
+def test_private_file_that_others_can_write_is_rejected(tmp_path: Path, permissions: int) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "file").chmod(permissions)
     with pytest.raises(PermissionError, match=f"writable by others \\(mode 0{permissions:o}\\)"):
@@ -106,7 +108,7 @@ def test_private_file_that_others_can_write_is_refused(tmp_path: Path, permissio
 
 
 @needs_root
-def test_private_file_of_another_user_is_refused(tmp_path: Path) -> None:
+def test_private_file_of_another_user_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     os.chown(tmp_path / "file", OTHER_USER, OTHER_USER)
     with pytest.raises(PermissionError, match=f"owned by user {OTHER_USER}"):
@@ -114,7 +116,7 @@ def test_private_file_of_another_user_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
-def test_private_file_that_is_none_is_refused(tmp_path: Path, kind: str) -> None:
+def test_private_file_must_be_a_regular_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind
     if kind == "link":
         (tmp_path / "file").touch()
@@ -128,9 +130,9 @@ def test_private_file_that_is_none_is_refused(tmp_path: Path, kind: str) -> None
 
 
 def run_with_private_cache(cache: Path, temporary: Path, code: str) -> str:
-    """Runs code in a new process, after it has set up its compile cache."""
+    """Sets up the compile cache in a new process and runs code there. Returns its output."""
     temporary.mkdir()
-    own = {
+    environment = {
         name: value for name, value in os.environ.items() if name not in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     }
     call = (
@@ -138,7 +140,8 @@ def run_with_private_cache(cache: Path, temporary: Path, code: str) -> str:
         f"folder = use_private_compile_cache(pathlib.Path({str(cache)!r}))\n{code}"
     )
     command = [sys.executable, "-c", call]
-    done = subprocess.run(command, env=own | {"TMPDIR": str(temporary)}, cwd=ROOT, capture_output=True, text=True)
+    environment["TMPDIR"] = str(temporary)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -151,7 +154,7 @@ print(cache_dir_utils.triton_cache_dir(0), codecache.get_lock_dir(), codecache._
 """
 
 
-def test_compile_cache_of_torch_is_in_the_private_folder(tmp_path: Path) -> None:
+def test_torch_compile_cache_is_in_the_private_folder(tmp_path: Path) -> None:
     folders = run_with_private_cache(tmp_path / "cache", tmp_path / "tmp", PRINT_FOLDERS).splitlines()
     assert len(folders) == 6
     assert all(Path(folder).is_relative_to(tmp_path / "cache" / "torch") for folder in folders)
@@ -161,7 +164,7 @@ def test_compile_cache_of_torch_is_in_the_private_folder(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
-def test_compile_cache_of_torch_leaves_nothing_in_the_predictable_folder(tmp_path: Path) -> None:
+def test_torch_compile_writes_nothing_to_the_predictable_folder(tmp_path: Path) -> None:
     run_with_private_cache(
         tmp_path / "cache", tmp_path / "tmp", "torch.compile(lambda x: x.exp().sum(0))(torch.ones(64, 64))"
     )
@@ -169,11 +172,11 @@ def test_compile_cache_of_torch_leaves_nothing_in_the_predictable_folder(tmp_pat
     assert not list((tmp_path / "tmp").glob("torchinductor_*"))
 
 
-def test_compile_cache_in_a_folder_that_others_can_replace_is_temporary(tmp_path: Path) -> None:
+def test_compile_cache_below_a_folder_that_others_can_write_is_temporary(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     code = "print(folder); assert folder.stat().st_mode & 0o777 == 0o700"
     printed = run_with_private_cache(tmp_path / "shared" / "cache", tmp_path / "tmp", code)
     assert f"{tmp_path / 'shared'} is writable by others" in printed
     assert str(tmp_path / "tmp" / "unfog-") in printed
-    assert not list((tmp_path / "tmp").iterdir())  # removed at exit
+    assert not list((tmp_path / "tmp").iterdir())  # deleted at exit

@@ -1,4 +1,4 @@
-"""The Triton code that Inductor generates for a GPU, compiled and interpreted without one (triton_code.py)."""
+"""Compiles and interprets the Triton code that Inductor generates for a GPU, without a GPU (triton_code.py)."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.model.tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = (75, 80, 86, 90)
-TESTED = {"torch": "2.13.", "triton": "3."}  # their interfaces that triton_code.py uses are not documented
+TESTED = {"torch": "2.13.", "triton": "3."}  # triton_code.py uses undocumented interfaces
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +24,7 @@ def tested_versions() -> None:
         try:
             found = version(package)
         except PackageNotFoundError:
-            pytest.skip(f"needs {package} {prefix}*, of the development extra on Linux x86-64")
+            pytest.skip(f"needs {package} {prefix}*, which the development extra installs on Linux x86-64")
         if not found.startswith(prefix):
             pytest.skip(f"needs {package} {prefix}*, found {found}")
 
@@ -36,8 +36,8 @@ def caches(tmp_path: Path) -> dict[str, str]:
 
 def triton_code(*arguments: str, timeout: float = 280, **variables: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.model.compiled.triton_code", *arguments]
-    own = os.environ | variables
-    done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    environment = os.environ | variables
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -57,7 +57,7 @@ def test_triton_kernels_of_the_shipped_step_compile_for_every_architecture(cache
     assert found["errors"] == {}
 
 
-def test_triton_noise_has_the_words_of_the_cpu(caches: dict[str, str]) -> None:
+def test_triton_noise_equals_the_cpu_noise(caches: dict[str, str]) -> None:
     found = triton_code("noise", TRITON_INTERPRET="1", **caches)
     assert found["words"] == 4 * 8 * 196
     assert found["different_words"] == 0

@@ -1,9 +1,9 @@
-"""Generates the Triton code of a GPU on a machine without one, and compiles or interprets it.
+"""Generates Triton code for a GPU on a machine without a GPU, and compiles or interprets it.
 
-Run as a program, in a process of its own, because it makes torch believe in a GPU:
-  python -m tests.model.triton_code step CHECKPOINT SM...    compiles the kernels of the whole reverse step
-  python -m tests.model.triton_code noise                    runs the noise's kernels (needs TRITON_INTERPRET=1)
-It prints one JSON object. Inductor traces with tensors that hold no data, so no kernel of CUDA is needed.
+This module runs as a separate process, because it makes torch behave as if there were a GPU:
+  python -m tests.model.compiled.triton_code step CHECKPOINT SM...    compiles the kernels of the whole reverse step
+  python -m tests.model.compiled.triton_code noise                    runs the noise kernels (needs TRITON_INTERPRET=1)
+It prints one JSON object. Inductor traces with fake tensors, which have no data, so CUDA is not needed.
 """
 
 import importlib.util
@@ -39,12 +39,12 @@ from model.step import ReverseStep
 
 GPU = torch.device("cuda:0")
 ROWS, EVALUATIONS, SLOTS, PLANS = 8, 12, 256, 512
-# Block sizes that Inductor's heuristics would choose from; the compiler takes any power of two.
+# Block sizes that the heuristics of Inductor could choose. Triton compiles any power of two.
 BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 256}
 
 
 class H100:
-    """What torch reads from a GPU's properties."""
+    """The GPU properties that torch reads."""
 
     name, major, minor, gcnArchName = "NVIDIA H100 80GB HBM3", 9, 0, ""
     total_memory, L2_cache_size = 80 << 30, 50 << 20
@@ -55,7 +55,7 @@ class H100:
 
 
 class Driver:
-    """What Triton asks its driver when it generates code."""
+    """The part of a Triton driver that code generation uses."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -68,7 +68,7 @@ class Driver:
 
 
 def pretend_gpu() -> None:
-    """Makes torch and Triton of this process believe that there is one H100."""
+    """Makes torch and Triton behave as if this machine had one H100."""
     torch.version.cuda = "13.0"
     facts: dict[str, Any] = {
         "get_device_properties": H100,
@@ -77,10 +77,10 @@ def pretend_gpu() -> None:
         "device_count": 1,
         "is_bf16_supported": True,
     }
-    for name, answer in facts.items():
-        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    for name, answer in {**facts, "get_compute_capability": 90, "is_available": True}.items():
-        setattr(CudaInterface, name, staticmethod(lambda *_, answer=answer, **__: answer))
+    for name, value in facts.items():
+        setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    for name, value in {**facts, "get_compute_capability": 90, "is_available": True}.items():
+        setattr(CudaInterface, name, staticmethod(lambda *_, value=value, **__: value))
     CudaInterface.Worker.get_device_properties = staticmethod(lambda *_, **__: H100)
     CudaInterface.Worker.current_device = staticmethod(lambda: 0)
     drivers = sys.modules["triton.runtime.driver"].driver
@@ -89,9 +89,10 @@ def pretend_gpu() -> None:
 
 
 def generate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
-    """The Python module with Triton kernels that Inductor makes of the function for a GPU.
+    """Returns the source of the Python module with Triton kernels that Inductor generates for the function.
 
-    It is traced with CPU tensors without data, since torch's CPU build traces no others; then the graph moves.
+    The CPU build of torch can trace fake CPU tensors only. So the function is traced on the CPU, and then the graph is
+    moved to the GPU.
     """
     with FakeTensorMode(shape_env=ShapeEnv()), torch.no_grad():
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) for x in inputs]
@@ -103,7 +104,7 @@ def generate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
             node.args = (node.args[0], GPU, *node.args[2:])
         node.meta.pop("val", None)
     graph.recompile()
-    assert not [node for node in graph.graph.nodes if node.op == "get_attr"], "a constant would stay on the CPU"
+    assert not [node for node in graph.graph.nodes if node.op == "get_attr"], "constants are not moved to the GPU"
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with mode:
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU) for x in inputs]
@@ -117,20 +118,20 @@ def generate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
 
 
 def kernels(code: str) -> Iterator[tuple[str, str]]:
-    """Name and source of each Triton kernel in a generated module."""
+    """Yields the name and the source of each Triton kernel in a generated module."""
     for found in re.finditer(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", code, re.DOTALL):
         yield found.group(1), found.group(2)
 
 
 def signature_of(source: str) -> dict[str, str]:
-    """A kernel's arguments and their types; `constexpr` are block sizes."""
+    """Returns the arguments of a kernel and their types. Arguments of type `constexpr` are block sizes."""
     found = re.search(r"'signature': \{(.*?)\}", source)
     assert found
     return dict(re.findall(r"'(\w+)': '([*\w]+)'", found.group(1)))
 
 
 def kernel_of(name: str, source: str, folder: Path) -> Any:
-    """The kernel as Triton's own function, without the heuristics that would launch it."""
+    """Returns the kernel as a Triton function, without the decorator of Inductor that launches it."""
     source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton\.jit)", "", source, flags=re.DOTALL)
     path = folder / f"{name}.py"
     path.write_text(source.replace("triton_helpers.set_driver_to_gpu()", ""))
@@ -142,7 +143,7 @@ def kernel_of(name: str, source: str, folder: Path) -> Any:
 
 
 def compile_errors(code: str, architectures: Sequence[int]) -> dict[str, str]:
-    """For each kernel and architecture that Triton cannot compile, what it says."""
+    """Returns the error message for each kernel and architecture that Triton cannot compile."""
     errors = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, source in kernels(code):
@@ -160,7 +161,7 @@ def compile_errors(code: str, architectures: Sequence[int]) -> dict[str, str]:
 
 
 class InterpretedKernel:
-    """A pointwise kernel in Triton's interpreter, launched as a generated module launches it."""
+    """A pointwise kernel in Triton's interpreter, with the interface that a generated module calls."""
 
     def __init__(self, name: str, source: str, folder: Path) -> None:
         self._kernel, self._signature = kernel_of(name, source, folder), signature_of(source)
@@ -173,7 +174,7 @@ class InterpretedKernel:
 
 
 def run_interpreted(code: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Runs a generated module with Triton's interpreter on CPU tensors."""
+    """Runs a generated module in Triton's interpreter on CPU tensors. Returns its outputs."""
 
     def empty(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype)
@@ -193,7 +194,7 @@ def run_interpreted(code: str, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def step_code(path: Path) -> str:
-    """The code of a checkpoint's whole reverse step in bfloat16."""
+    """Returns the generated code of the whole reverse step of a checkpoint in bfloat16."""
     program = ReverseStep(checkpoint.load(path), torch.device("cpu"), torch.bfloat16)
     program.call_rows = CallRows()  # as on a GPU
     flat, shape = FlatStep(program), program.checkpoint.image_shape
@@ -206,24 +207,25 @@ def step_code(path: Path) -> str:
     images, whole = [torch.empty(SLOTS, *shape)] * 2, [torch.empty(SLOTS, dtype=torch.int64)] * 4
     rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, ROWS)]
     state = [*images, *whole, torch.empty(SLOTS), torch.empty(PLANS, 5)]
-    # As it is elsewhere than on a CPU, where the trace is made.
+    # The trace is made on a CPU, where gelu() has a special case for bfloat16. On a GPU it calls F.gelu only.
     with mock.patch.object(blocks, "gelu", lambda x: F.gelu(x, approximate="tanh")):
         return generate(step, [*tensors.values(), *state, *rows])
 
 
 def noise_differences() -> dict[str, float]:
-    """How far interpreted kernels are from the CPU: Philox words that differ, and the largest distance of normals."""
+    """Compares interpreted kernels with the CPU: number of different Philox words, and maximum error of the noise."""
     seed = torch.tensor([0, 1, 2**53 - 1, 123456789012, 7, 8, 9, 2**32])
     index, step = torch.arange(8), torch.tensor([0, 1, 2, 50, 99, 100, 3, 4])
     inputs = [seed, index, step, noise.block_counter((1, 28, 28), seed.device)]
 
-    def drawn(seed: Tensor, index: Tensor, step: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
+    def words_and_noise(seed: Tensor, index: Tensor, step: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
         return (
             noise.random_words(seed, index, step, block),
             noise.normal(seed, index, step, (1, 28, 28), block),
         )
 
-    (words, z), (expected_words, expected_z) = run_interpreted(generate(drawn, inputs), inputs), drawn(*inputs)
+    words, z = run_interpreted(generate(words_and_noise, inputs), inputs)
+    expected_words, expected_z = words_and_noise(*inputs)
     return {
         "words": words.numel(),
         "different_words": int((words != expected_words).sum()),

@@ -137,12 +137,13 @@ def test_compiler_log_is_shown_only_during_compilation(
 
     def compile_and_log(program: ReverseStep, cache: Path) -> Step:
         log.info("compiling for %s", "this machine")
-        log.warning("the cache cannot be used")
+        log.warning("the cache cannot be used", extra={"reason": "read-only"})
         return program
 
     monkeypatch.setattr(drawing, "compiled_step", compile_and_log)
     compile_with(drawer, "auto")
-    assert capsys.readouterr().out.splitlines() == ["compiling for this machine", "the cache cannot be used"]
+    lines = ["compiling for this machine", "the cache cannot be used reason=read-only"]
+    assert capsys.readouterr().out.splitlines() == lines
     log.error("later")
     assert capsys.readouterr().out == ""
     assert log.getEffectiveLevel() == before
