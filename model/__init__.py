@@ -1,1 +1,1 @@
-"""The mathematics and the network of unfog. Knows neither the service nor the scripts."""
+"""The mathematics and the network of unfog. This package imports neither the service nor the scripts."""

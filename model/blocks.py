@@ -1,4 +1,4 @@
-"""The bricks of the U-Net. Each takes and returns images (B, C, H, W); conditioning is a vector a row."""
+"""Building blocks of the U-Net. Features are (B, C, H, W). The conditioning is one vector per row of the batch."""
 
 import math
 
@@ -13,15 +13,15 @@ NUM_GROUPS = 8
 
 
 class GELUConvBlock(nn.Module):
-    """Conv2d, GroupNorm, GELU; between norm and GELU a scale and shift a row where it is modulated.
+    """Applies Conv2d, GroupNorm and GELU. A modulated block scales and shifts each row between GroupNorm and GELU.
 
-    A modulated block reads its own columns of the conditioning vector (adaptive group norm,
-    Dhariwal & Nichol 2021, section 3); the U-Net deals the columns out.
+    The scale and the shift are columns of the conditioning vector (adaptive group normalization, Dhariwal & Nichol
+    2021, section 3). The U-Net assigns the columns to the blocks.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, modulated: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm's shift is the bias
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm has a bias
         self.norm = GroupNorm(NUM_GROUPS, out_channels)
         self.num_columns = 2 * out_channels if modulated else 0
         self.columns = slice(0, 0)
@@ -35,10 +35,11 @@ class GELUConvBlock(nn.Module):
 
 
 class ConvPair(nn.Module):
-    """Two convolutions, the unit that levels are made of.
+    """Two convolutions. Each level of the U-Net is a sequence of such pairs.
 
-    Plain: two GELUConvBlocks. Residual: a GELUConvBlock and a convolution that starts at zero,
-    added to the input, so that the untrained block is the identity.
+    A plain pair is two GELUConvBlocks. A residual pair adds its input to the output of a GELUConvBlock and a
+    convolution. The weights of that convolution are initialized to zero, so the untrained pair is the identity, or
+    its 1x1 shortcut convolution if the number of channels changes.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, residual: bool, modulated: bool) -> None:
@@ -60,7 +61,7 @@ class ConvPair(nn.Module):
 
 
 class RearrangePoolBlock(nn.Module):
-    """Halves the image without losing a pixel: each 2x2 patch goes into the channels, a convolution maps them back."""
+    """Halves the resolution: moves each 2x2 patch into the channels, so no value is lost, then a 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -72,9 +73,9 @@ class RearrangePoolBlock(nn.Module):
 
 
 class EnlargeBlock(nn.Module):
-    """Doubles the image: a convolution maps the channels, each pixel becomes a 2x2 patch, and no checkerboard.
+    """Doubles the resolution: a 1x1 convolution, then nearest-neighbour upsampling. This avoids checkerboard patterns.
 
-    nn.Upsample would do the same, but compiled in bfloat16 on a CPU (torch 2.13) its gradient is zero.
+    nn.Upsample would compute the same, but compiled in bfloat16 on a CPU its gradient is zero (torch 2.13).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -86,7 +87,7 @@ class EnlargeBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder: pairs of convolutions, whose result is the skip, and a pool to the next level."""
+    """One level of the encoder: pairs of convolutions, then pooling. Returns the pooled features and the skip."""
 
     def __init__(self, channels: int, pool_to: int | None, *, num_pairs: int, residual: bool, modulated: bool) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder: pairs of convolutions over the level's skip, enlarged towards the next level."""
+    """One level of the decoder: concatenates the skip, applies pairs of convolutions, then doubles the resolution."""
 
     def __init__(
         self, channels: int, enlarge_to: int | None, *, num_pairs: int, residual: bool, modulated: bool
@@ -122,7 +123,10 @@ class UpBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Lets every position of the smallest level see every other (Vaswani 2017); starts as the identity."""
+    """Multi-head self-attention over all positions, with a residual connection (Vaswani 2017, section 3.2).
+
+    The output projection is initialized to zero, so the untrained module is the identity.
+    """
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -140,7 +144,7 @@ class SelfAttention(nn.Module):
 
 
 class SinusoidalEmbedding(nn.Module):
-    """t as sines and cosines of falling frequency (Vaswani 2017, section 3.5), t stretched to 0..1000."""
+    """Encodes t as sines and cosines (Vaswani 2017, section 3.5). t is scaled from 0..num_steps to 0..1000."""
 
     frequency: Tensor
 
@@ -155,7 +159,7 @@ class SinusoidalEmbedding(nn.Module):
 
 
 def zero_init(conv: nn.Conv2d) -> nn.Conv2d:
-    """The same convolution, with all its parameters at zero."""
+    """Sets all parameters of the convolution to zero, and returns it."""
     nn.init.zeros_(conv.weight)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)

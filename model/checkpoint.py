@@ -1,4 +1,7 @@
-"""Checkpoints: one safetensors file with the weights to serve and everything that is needed to serve them."""
+"""Checkpoints: one safetensors file with the weights and all metadata that is needed to serve them.
+
+Files are not trusted. `load` checks sizes, types and a digest before it uses the content.
+"""
 
 import base64
 import copy
@@ -26,9 +29,9 @@ from model.schedule import Schedule, ScheduleConfig
 from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
-MOST_STEPS = 100  # that a request can ask for
+MOST_STEPS = 100  # the limit of num_steps in a request
 MAX_FILE_BYTES = 2**28
-# A small file can describe a network that needs terabytes, so these are checked before anything is allocated.
+# A small file can describe a network that needs terabytes. These limits are checked before memory is allocated.
 MAX_SIZES = {
     "image_channels": 16,
     "image_size": 256,
@@ -41,25 +44,28 @@ MAX_SIZES = {
     "embed_dim": 4096,
 }
 MAX_LEVELS, MAX_WIDTH = 8, 4096
-MAX_ACTIVATIONS = 2**22  # values of one image at one level
+MAX_ACTIVATIONS = 2**22  # values per image in the features of one level
 MAX_ATTENTION_POSITIONS = 1024
-MAX_TABLE = 2**26  # values of UNet.condition_table()
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of stored weights
+MAX_TABLE = 2**26  # values in the result of UNet.condition_table()
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # permitted types of stored weights
 SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
-SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # its student
+SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # distilled from SHIPPED
 METADATA_KEY = "unfog"
 MAX_HEADER_BYTES = 1 << 20
-# The first files have no prediction, steps, training or guidance_by_sampler.
+# The oldest files lack prediction, steps, training and guidance_by_sampler, so those are optional.
 REQUIRED = ("unet", "schedule", "class_names", "guidance", "samplers", "probe")
 
 
 class CheckpointError(Exception):
-    """The file cannot be served. The message is one sentence that names the file and the reason."""
+    """The file cannot be loaded. The message is one line with the path and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Options of a picture that is stored with the weights, so that a reader can draw it and compare."""
+    """Options of the probe image, which is stored with the weights.
+
+    At start, the service generates the image again and compares it, which detects wrong kernels.
+    """
 
     digit: int = 7
     seed: int = 2**53 - 1
@@ -69,21 +75,20 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """The metadata: everything that the tensors alone do not say."""
+    """Metadata of a checkpoint. Raises ValueError if its parts contradict each other or the network is too large."""
 
     unet: UNetConfig
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
     class_names: tuple[str, ...] = tuple("0123456789")
-    guidance: Guidance = Guidance()  # the recommended one
-    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # overrides it for some samplers
-    samplers: tuple[Sampler, ...] = SAMPLERS  # the permitted ones, the recommended one first
-    steps: tuple[int, ...] = ()  # permitted numbers of steps, the recommended one first; empty = all up to T
+    guidance: Guidance = Guidance()  # recommended
+    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # overrides guidance for these samplers
+    samplers: tuple[Sampler, ...] = SAMPLERS  # permitted samplers; the first is recommended
+    steps: tuple[int, ...] = ()  # permitted numbers of steps, the first is recommended; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
     probe: Probe = Probe()
 
     def __post_init__(self) -> None:
-        """ValueError where the parts contradict each other or are too large."""
         _check_size(self.unet)
         T, num_classes, probe = self.schedule.num_steps, self.unet.num_classes, self.probe
         if self.unet.num_steps != T:
@@ -91,43 +96,43 @@ class CheckpointConfig:
         if len(self.class_names) != num_classes:
             raise ValueError(f"{len(self.class_names)} class names, but the network has {num_classes} classes")
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
-            raise ValueError(f"samplers must be among {', '.join(SAMPLERS)}")
+            raise ValueError(f"samplers and probe.sampler must be one or more of {', '.join(SAMPLERS)}")
         if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
-            raise ValueError(f"steps must be integers within the schedule, and at most {MOST_STEPS}")
+            raise ValueError(f"steps must be integers from 1 to {min(T, MOST_STEPS)}")
         if not isinstance(self.training.get("label_drop", 0), int | float):
             raise ValueError("training.label_drop must be a number")
         if not set(self.guidance_by_sampler) <= set(SAMPLERS):
-            raise ValueError(f"guidance_by_sampler must be of samplers among {', '.join(SAMPLERS)}")
+            raise ValueError(f"the keys of guidance_by_sampler must be samplers: {', '.join(SAMPLERS)}")
         if not self.guidable and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
-            raise ValueError("guidance needs training.label_drop above 0")
+            raise ValueError("a guidance scale other than 1 needs training.label_drop above 0")
         if not (0 <= probe.digit < num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
-            raise ValueError(f"probe must have a digit below {num_classes}, 1 to {T} steps and a seed below 2^53")
+            raise ValueError(f"probe needs a digit 0 to {num_classes - 1}, num_steps 1 to {T} and a seed below 2^53")
 
     @property
     def recommended_steps(self) -> int:
-        """The number of steps for a request that names none."""
+        """The number of steps of a request without num_steps."""
         return self.steps[0] if self.steps else min(self.schedule.num_steps, MOST_STEPS)
 
     def guidance_of(self, sampler: Sampler) -> Guidance:
-        """The recommended guidance of this sampler. Its interval also holds for requests with another scale."""
+        """Returns the recommended guidance of this sampler. Requests with another scale use its interval too."""
         return self.guidance_by_sampler.get(sampler, self.guidance)
 
     @property
     def guidable(self) -> bool:
-        """True if labels were dropped in training; without that the network has no unconditional prediction."""
+        """True if labels were dropped in training. Guidance needs the unconditional prediction that is learned then."""
         return bool(self.training.get("label_drop", 0) > 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A loaded checkpoint: `network` is called as (x_t, t, y), in evaluation mode, float32, on the CPU."""
+    """A loaded checkpoint. `network` is called with (x_t, t, y). It is in evaluation mode, float32 and on the CPU."""
 
     network: UNet
     schedule: Schedule
     prediction: Prediction
     config: CheckpointConfig
     sha256: str  # of the file
-    weights_sha256: str  # of the weights alone, whatever the metadata is
+    weights_sha256: str  # of the weights only, independent of the metadata
     probe_image: Tensor  # (C, H, W) in [-1, 1], quantised to 8 bits
 
     @property
@@ -138,7 +143,7 @@ class Checkpoint:
 
 
 def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
-    """Draws the probe's picture with this network, (C, H, W) in [-1, 1]."""
+    """Generates the probe image with this network. Returns x_0 (C, H, W) in [-1, 1]."""
     probe, device = config.probe, next(network.parameters()).device
     x_0 = sample(
         network,
@@ -157,17 +162,17 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
 
 
 def save(path: Path, network: UNet, config: CheckpointConfig, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the checkpoint atomically: after a crash the file is the old one or the new one, never a part.
+    """Writes a checkpoint atomically: after a crash the file is the old one or the complete new one.
 
-    Weights are stored as `dtype` and loaded as float32. float16 halves the file and still has three bits of mantissa
-    more than bfloat16, in which networks are served.
+    Weights are stored as `dtype` and loaded as float32. float16 halves the size of the file. Its mantissa has three
+    bits more than that of bfloat16, the usual type of the service. Raises OSError if the file cannot be written.
     """
     tensors = {
         name: t.detach().cpu().to(dtype, copy=True, memory_format=torch.contiguous_format)
         for name, t in network.state_dict().items()
     }
     stored = copy.deepcopy(network)
-    stored.load_state_dict(tensors)  # the probe is drawn with the weights that a reader will have
+    stored.load_state_dict(tensors)  # the probe image must match the weights after loading
     image = to_pixels(draw_probe(stored, config).cpu())
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -179,16 +184,16 @@ def save(path: Path, network: UNet, config: CheckpointConfig, *, dtype: torch.dt
 
 
 def load(path: Path) -> Checkpoint:
-    """Loads and verifies a checkpoint; CheckpointError for whatever is wrong with it. Nothing is half loaded.
+    """Loads and verifies a checkpoint. Raises CheckpointError if the file cannot be read or is not valid.
 
-    Sizes are checked before memory is allocated for them.
+    Sizes are checked before memory is allocated.
     """
     content = _read(path)
     tensors, metadata = _deserialize(path, content)
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         shown = ascii(version).strip("'")[:20] if isinstance(version, int | float | str | None) else "unknown"
-        raise CheckpointError(f"{path} has format version {shown}; this release reads version {FORMAT_VERSION}")
+        raise CheckpointError(f"{path} has format version {shown}, but this release reads version {FORMAT_VERSION}")
     _check_tensors(path, tensors, metadata)
     try:
         del metadata["format_version"]
@@ -197,7 +202,7 @@ def load(path: Path) -> Checkpoint:
         _check_shapes(config.unet, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
         shape = (config.unet.image_channels, config.unet.image_size, config.unet.image_size)
         if len(probe_bytes) != math.prod(shape):
-            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network draws {math.prod(shape)}")
+            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network needs {math.prod(shape)}")
     except ValueError as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog: {error}") from error
     network, schedule = UNet(config.unet), Schedule(config.schedule)
@@ -210,9 +215,9 @@ def load(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> CheckpointConfig:
-    """Reads the configuration from the file's header alone, in milliseconds; CheckpointError if it cannot.
+    """Reads only the metadata of a checkpoint, which takes milliseconds. Raises CheckpointError if that fails.
 
-    The weights are neither read nor verified: use `load` for a checkpoint that is to draw.
+    The weights are neither read nor verified. Use `load` to generate images.
     """
     try:
         with path.open("rb") as file:
@@ -232,11 +237,11 @@ def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             is_large = os.fstat(file.fileno()).st_size > MAX_FILE_BYTES
-            content = b"" if is_large else file.read(MAX_FILE_BYTES + 1)  # a pipe or a device has no size
+            content = b"" if is_large else file.read(MAX_FILE_BYTES + 1)  # the size of a pipe or a device is unknown
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if is_large or len(content) > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MiB")
+        raise CheckpointError(f"{path} is larger than the limit of {MAX_FILE_BYTES >> 20} MiB")
     return content
 
 
@@ -248,20 +253,20 @@ def _deserialize(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[st
         if not isinstance(metadata, dict):
             raise TypeError("metadata must be an object")
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file") from error
+        raise CheckpointError(f"{path} is not a complete safetensors file") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:  # RecursionError is a RuntimeError
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog") from error
     return tensors, metadata
 
 
 def _check_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Compares content and digest, which is removed from the metadata, and refuses values that no weight can have."""
+    """Checks the digest, the types and that all values are finite. Removes the digest from `metadata`."""
     digest = metadata.pop("digest", None)
     try:
-        is_whole = digest == _digest(tensors, metadata)
+        is_intact = digest == _digest(tensors, metadata)
     except RecursionError as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog: its metadata is nested too deeply") from error
-    if not is_whole:
+    if not is_intact:
         raise CheckpointError(f"{path} is damaged: its content does not match the digest stored with it")
     if not all(tensor.dtype in DTYPES for tensor in tensors.values()):
         raise CheckpointError(f"{path} is not a checkpoint of unfog: weights must be float32, float16 or bfloat16")
@@ -274,26 +279,26 @@ def _decode(probe_image: object) -> bytes:
         raise ValueError("probe_image must be base64")
     try:
         return base64.b64decode(probe_image, validate=True)
-    except ValueError as error:  # its text may quote the input
+    except ValueError as error:  # the message of the original error may quote the input
         raise ValueError("probe_image must be base64") from error
 
 
 def _check_size(unet: UNetConfig) -> None:
-    """ValueError for a network that needs too much memory, whatever its weights are."""
+    """Raises ValueError if the architecture exceeds a size limit."""
     for name, limit in MAX_SIZES.items():
         if getattr(unet, name) > limit:
-            raise ValueError(f"unet.{name} must be at most {limit}")
+            raise ValueError(f"unet.{name} must be at most {limit}, got {getattr(unet, name)}")
     if len(unet.widths) > MAX_LEVELS or max(unet.widths) > MAX_WIDTH:
-        raise ValueError(f"unet.widths must be at most {MAX_LEVELS} numbers of at most {MAX_WIDTH}")
+        raise ValueError(f"unet.widths must be at most {MAX_LEVELS} numbers, each at most {MAX_WIDTH}")
     edges = [unet.image_size // unet.stem_patch // 2**level for level in range(len(unet.widths))]
     if any(edge**2 * width > MAX_ACTIVATIONS for edge, width in zip(edges, unet.widths, strict=True)):
-        raise ValueError(f"unet.widths: a level has more than {MAX_ACTIVATIONS} values an image")
+        raise ValueError(f"unet.widths: a level has more than {MAX_ACTIVATIONS} values per image")
     if unet.attention_heads and edges[-1] ** 2 > MAX_ATTENTION_POSITIONS:
         raise ValueError(f"unet.attention_heads: the last level has more than {MAX_ATTENTION_POSITIONS} positions")
 
 
 def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
-    """ValueError if the tensors are not the network's, or if its conditioning table is too large."""
+    """Raises ValueError if the tensors do not match the network, or if its conditioning table is too large."""
     with torch.device("meta"):  # allocates nothing
         network = UNet(unet)
     for name, tensor in network.state_dict().items():
@@ -304,21 +309,21 @@ def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"the network has {len(network.state_dict())} tensors, but the file has {len(shapes)}")
     table = (unet.num_steps + 1) * (unet.num_classes + 1) * network.condition_proj.out_features
     if table > MAX_TABLE:
-        raise ValueError(f"steps, classes and widths make a table of {table} values, the limit is {MAX_TABLE}")
+        raise ValueError(f"steps x classes x widths make a table of {table} values, the limit is {MAX_TABLE}")
 
 
 def weights_sha256(network: UNet, stored_as: torch.dtype = torch.float32) -> str:
-    """The digest of the weights as they are after they were stored in this precision and loaded."""
+    """Returns the digest of the weights after rounding them to `stored_as`, as `save` and `load` do."""
     return _digest({name: tensor.to(stored_as).float() for name, tensor in network.state_dict().items()}, {})
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
-    """The digest of both; the metadata has none yet."""
+    """Returns the digest of tensors and metadata. The metadata must not contain a digest yet."""
     return tensors_sha256(tensors, json.dumps(metadata, sort_keys=True).encode())
 
 
 def tensors_sha256(tensors: dict[str, Tensor], first: bytes = b"") -> str:
-    """Hashes `first`, then name, type, shape and content of each CPU tensor in the order of their names."""
+    """Returns the SHA-256 of `first`, then the name, dtype, shape and content of each CPU tensor, sorted by name."""
     digest = hashlib.sha256(first)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

@@ -1,4 +1,4 @@
-"""The forward process and what training asks of the network (Ho 2020)."""
+"""The forward process and the training loss (Ho 2020), and the moving average of the weights."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,10 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Diffusion:
-    """Adds noise, draws timesteps and states the loss; draws all of it from one generator, so a seed repeats it.
+    """Adds noise, draws random timesteps and computes the training loss.
 
-    `prediction` is what the network predicts, eps by default; `min_snr_gamma` weights the loss (0 = not).
+    All random numbers come from one generator, so a run with the same seed is repeatable. `prediction` is the target of
+    the network (default: eps). `min_snr_gamma` sets the loss weighting of Hang 2023; 0 turns it off.
     """
 
     def __init__(
@@ -35,7 +36,10 @@ class Diffusion:
         self.alpha_bar = schedule.alpha_bar.float().to(generator.device)  # (T + 1,)
 
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x_0 (B, C, H, W) in [-1, 1], t (B,) in 0..T -> x_t and the noise eps in it (Ho 2020, eq. 4)."""
+        """Returns x_t and its noise eps, (B, C, H, W) each (Ho 2020, eq. 4).
+
+        x_0 is (B, C, H, W) in [-1, 1] and t is (B,) in 0..T. A random eps is drawn if none is given.
+        """
         if eps is None:
             eps = torch.randn(x_0.shape, generator=self.generator, device=x_0.device)
         alpha_bar_t = self.alpha_bar[t][:, None, None, None]  # (B, 1, 1, 1)
@@ -43,11 +47,11 @@ class Diffusion:
         return x_t, eps
 
     def draw_timesteps(self, num_rows: int) -> Tensor:
-        """A random t in 1..T for each row, (num_rows,)."""
+        """Returns a uniformly random t in 1..T for each row, (num_rows,)."""
         return torch.randint(1, self.num_steps + 1, (num_rows,), generator=self.generator, device=self.generator.device)
 
     def draw_label_mask(self, num_rows: int, drop_probability: float) -> Tensor:
-        """True where the row's label is dropped, (num_rows,); whole labels, never parts of their embedding."""
+        """Returns a random mask (num_rows,), True where the label is dropped (Ho & Salimans 2022, algorithm 1)."""
         draws = torch.rand(num_rows, generator=self.generator, device=self.generator.device)
         return draws < drop_probability
 
@@ -59,9 +63,10 @@ class Diffusion:
         c_mask: Tensor,
         null_label: int,
     ) -> Tensor:
-        """The mean squared error of what is predicted at a random t per image (Ho 2020, eq. 14), a scalar.
+        """Returns the training loss at a random t for each row: the weighted mean squared error (Ho 2020, eq. 14).
 
-        x_0 (B, C, H, W); y (B,) integer labels, those under c_mask (B,) replaced by `null_label`.
+        x_0 is (B, C, H, W) in [-1, 1], y (B,) has integer labels, and c_mask (B,) is True where the label is replaced
+        by `null_label`. The result is a scalar.
         """
         t = self.draw_timesteps(len(x_0))  # (B,)
         x_t, eps = self.add_noise(x_0, t)
@@ -69,23 +74,24 @@ class Diffusion:
         return self.errors(output.float(), x_0, eps, t).mean()
 
     def errors(self, output: Tensor, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """Each row's squared error, weighted, (B,), for an output (B, C, H, W) at timesteps t (B,)."""
+        """Returns the weighted mean squared error of each row, (B,), for an output (B, C, H, W) at timesteps t (B,)."""
         target = self.prediction.target(x_0, eps, t)  # (B, C, H, W)
         return self.weights[t] * (output - target).square().mean(dim=(1, 2, 3))
 
 
 def ema_decay(step: int, max_decay: float) -> float:
-    """Returns the decay of the running average at this step, where 1 is the first step.
+    """Returns the decay of the moving average (EMA) at this step. The first step is 1.
 
-    1 - (1 + step)^(-2/3) forgets the random start within a few steps and still averages over a growing share of a run.
+    The decay is 1 - (1 + step)^(-2/3), at most `max_decay`. It is small at first, so the random initial weights are
+    forgotten within a few steps, and it grows, so the average later covers many steps.
     """
     return min(max_decay, 1 - (1 + step) ** (-2 / 3))
 
 
 def running_average(max_decay: float) -> Callable[[Tensors, Tensors, Tensor | int], None]:
-    """Returns an averaging function for `torch.optim.swa_utils.AveragedModel`: an EMA whose decay is `ema_decay`.
+    """Returns an averaging function for `torch.optim.swa_utils.AveragedModel`: an EMA with the decay of `ema_decay`.
 
-    The step is the number of networks that the model has averaged so far.
+    The step is the number of updates of the averaged model so far.
     """
 
     def update(averaged: Tensors, current: Tensors, num_averaged: Tensor | int) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writes files atomically: a reader sees the old file or the complete new one."""
 
 import json
 import os
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a temporary file in the same folder and renames it to `path`. Creates the folder if it does not exist."""
+    """Writes a temporary file in the same folder, then renames it to `path`. Creates the folder if it does not exist.
+
+    The file has mode 0644. Raises OSError if it cannot be written; then the old file is unchanged.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
@@ -23,5 +26,5 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes compact JSON with a newline at its end."""
+    """Writes compact JSON and a final newline, atomically."""
     write_atomically(path, f"{json.dumps(content, separators=(',', ':'))}\n".encode())

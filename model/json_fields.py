@@ -1,4 +1,4 @@
-"""Builds dataclasses from JSON values. Types and sizes are checked first, so that no value has to be trusted."""
+"""Builds dataclasses from untrusted JSON values. Checks types and sizes first."""
 
 from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
@@ -12,9 +12,10 @@ MAX_ITEMS = 1000
 
 
 def build(kind: type[T], values: Any, name: str = "", required: Collection[str] = ()) -> T:
-    """Returns the dataclass with these fields; ValueError for a field that is unknown, missing or of another type.
+    """Returns an instance of the dataclass `kind` with these fields. Fields that are not given have their defaults.
 
-    A field that is neither required nor given has the dataclass's default.
+    `name` is the path of `values` in the JSON document, for error messages. Raises ValueError if a field is unknown,
+    has the wrong type or size, or is listed in `required` and missing.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{name} must be an object")
@@ -54,7 +55,7 @@ def _checked_dict(value: Any, kinds: tuple[Any, ...], name: str) -> dict[Any, An
         raise ValueError(f"{name} must be an object")
     if value_kind is Any:
         return value
-    return {_checked(key, key_kind, f"a key of {name}"): _checked(own, value_kind, name) for key, own in value.items()}
+    return {_checked(k, key_kind, f"a key of {name}"): _checked(item, value_kind, name) for k, item in value.items()}
 
 
 def _is_number(value: Any) -> bool:
@@ -66,7 +67,7 @@ _SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     float: (f"a number of at most {MAX_NUMBER}", _is_number),
     bool: ("true or false", lambda value: type(value) is bool),
     str: (
-        f"a text of at most {MAX_CHARACTERS} characters",
+        f"a string of at most {MAX_CHARACTERS} characters",
         lambda value: isinstance(value, str) and len(value) <= MAX_CHARACTERS,
     ),
 }

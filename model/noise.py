@@ -1,7 +1,7 @@
-"""Gaussian noise as a pure function of (seed, index, step): no generator, no state, no batch order.
+"""Gaussian noise as a pure function of (seed, index, step), without the state of a random generator.
 
-Philox4x32-10 (Salmon 2011), a counter-based generator, gives each row the same bits whatever
-stands beside it in the batch and whichever process draws it; Box-Muller makes them normal.
+Each row gets the same noise in every batch and in every process. The random bits come from Philox4x32-10, a
+counter-based generator (Salmon 2011). The Box-Muller transform turns them into normal values.
 """
 
 import math
@@ -18,11 +18,14 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Philox4x32-10: four counter words and two key words, int64 tensors holding 32 bits, broadcast together."""
+    """Returns four random words by Philox4x32-10 (Salmon 2011) for four counter words and two key words.
+
+    Words are 32-bit values in int64 tensors. Their shapes are broadcast.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_NUM_ROUNDS):
-        product_0 = c0 * _MULTIPLIERS[0]  # wraps past 63 bits; the masked shift still yields the upper word
+        product_0 = c0 * _MULTIPLIERS[0]  # may overflow 63 bits, but the masked shift is still the upper word
         product_1 = c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product_1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -35,13 +38,19 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
 
 
 def block_counter(image_shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """The first counter word of each Philox block of one image, (1, num_blocks) int64; a block yields four values."""
+    """Returns the first counter word of each Philox block of one image, (1, num_blocks) int64.
+
+    A block yields four values of the image.
+    """
     num_blocks = -(-math.prod(image_shape) // 4)
     return torch.arange(num_blocks, device=device)[None]
 
 
 def random_words(seed: Tensor, index: Tensor, step: Tensor, block: Tensor) -> Tensor:
-    """Uniform 32-bit words (4, B, num_blocks) as int64 for rows seed, index, step (B,) and blocks (1, num_blocks)."""
+    """Returns uniform 32-bit words (4, B, num_blocks) as int64.
+
+    seed, index and step are (B,) int64, block is (1, num_blocks).
+    """
     key = ((seed & _MASK)[:, None], (seed >> 32)[:, None])  # (B, 1) each
     counter = (block, step[:, None], index[:, None], torch.zeros_like(block))
     return torch.stack(torch.broadcast_tensors(*philox(counter, key)))
@@ -50,11 +59,12 @@ def random_words(seed: Tensor, index: Tensor, step: Tensor, block: Tensor) -> Te
 def normal(
     seed: Tensor, index: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor | None = None
 ) -> Tensor:
-    """Standard normal noise (B, C, H, W) float32 for int64 rows seed, index, step (B,).
+    """Returns standard normal noise (B, C, H, W) float32, by the Box-Muller transform of Philox words.
 
-    `seed` is 0..2^53 - 1, `index` the image's place in its request, `step` 0 for x_T and
-    k for the k-th reverse step. `block` is block_counter(image_shape). A program that is compiled for a GPU must
-    pass it as a buffer: Inductor treats arange as an int32 index, and Triton rejects its product with a multiplier.
+    seed, index and step are (B,) int64. `seed` is 0 to 2^53 - 1, `index` is the index of the image in its request, and
+    `step` is 0 for x_T and k for the k-th reverse step. `block` is block_counter(image_shape). Code that is compiled
+    for a GPU must pass it as a buffer: otherwise Inductor computes arange as an int32 index, and Triton rejects its
+    product with a Philox multiplier.
     """
     if block is None:
         block = block_counter(image_shape, seed.device)  # (1, num_blocks)

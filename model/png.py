@@ -1,4 +1,4 @@
-"""Encodes PNG files with text chunks that say how the image was drawn, so that it can be drawn again."""
+"""Encodes PNG files. Text chunks record how an image was generated, so that it can be reproduced."""
 
 import io
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from importlib.metadata import version
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-LEVEL = 6  # compression level of zlib
+LEVEL = 6  # zlib compression level
 SOFTWARE = f"unfog {version('unfog')}"
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How an image was drawn. Together with an index, this decides every bit of the image."""
+    """The parameters of a generated image. Together with its index they determine the pixels."""
 
-    digit: int | str  # a contact sheet of several digits lists them, separated by commas
+    digit: int | str  # for a contact sheet of several digits: the digits, separated by commas
     seed: int
     sampler: str
     num_steps: int
@@ -24,7 +24,7 @@ class Provenance:
     model_sha256: str
 
     def text(self, index: int | str) -> dict[str, str]:
-        """Returns the text chunks for the PNG of the image `index`, or for a contact sheet of a range of indices."""
+        """Returns the PNG text chunks for the image `index`. The index of a contact sheet is a range such as "0-3"."""
         return {
             "Software": SOFTWARE,
             "Digit": str(self.digit),
@@ -38,7 +38,7 @@ class Provenance:
 
 
 def encode_png(image: Image.Image, *, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:
-    """Returns the image as PNG, each pixel enlarged to scale x scale, with these text chunks."""
+    """Returns the image as a PNG file with these text chunks. Enlarges each pixel to scale x scale pixels."""
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     chunks, buffer = PngInfo(), io.BytesIO()

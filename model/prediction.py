@@ -1,7 +1,7 @@
-"""What the network's output F(x_t, t, y) means: the noise, or another affine mix of image and noise.
+"""The prediction target of the network output F(x_t, t, y): the noise, or another combination of image and noise.
 
-Every kind is one line, x_0 = (skip_t x_t - scale_t F) / signal_t, so that samplers know no kinds, and
-guidance may be applied to F itself:
+All kinds give x_0 = (skip_t x_t - scale_t F) / signal_t, with coefficients from a table. Therefore samplers do not
+depend on the kind, and guidance can be applied to F directly:
 
     eps  skip 1, scale sqrt(1 - alpha_bar), signal sqrt(alpha_bar)   Ho 2020, eq. 15
     v    skip sqrt(alpha_bar), scale sqrt(1 - alpha_bar), signal 1   Salimans & Ho 2022, section 4
@@ -20,21 +20,20 @@ KINDS = ("eps", "v", "edm")
 
 @dataclass(frozen=True, slots=True)
 class PredictionConfig:
-    """What the network predicts; travels inside the checkpoint."""
+    """The kind of prediction. It is stored in the checkpoint. Raises ValueError for invalid values."""
 
     kind: str = "eps"
-    sigma_data: float = 0.6162  # edm only: of MNIST at 28x28 in [-1, 1]
+    sigma_data: float = 0.6162  # edm only: standard deviation of MNIST at 28x28 in [-1, 1]
 
     def __post_init__(self) -> None:
-        """ValueError for what no network predicts."""
         if self.kind not in KINDS:
-            raise ValueError(f"unknown prediction kind {self.kind!r}: {', '.join(KINDS)}")
+            raise ValueError(f"unknown prediction kind {self.kind!r}: must be one of {', '.join(KINDS)}")
         if not self.sigma_data > 0:
-            raise ValueError("sigma_data must be above 0")
+            raise ValueError(f"sigma_data must be above 0, got {self.sigma_data}")
 
 
 class Prediction:
-    """The mix for every t of a schedule."""
+    """The coefficients skip, scale and signal of a prediction kind for every t of a schedule."""
 
     def __init__(self, config: PredictionConfig, schedule: Schedule) -> None:
         self.config = config
@@ -52,21 +51,28 @@ class Prediction:
         self._target = (torch.stack([of_x_0, of_eps]) / scale).T.float()  # (T + 1, 2), undefined at t = 0
 
     def table(self, device: torch.device) -> Tensor:
-        """skip, scale and signal of every t, (T + 1, 3) float32: what `predict_x_0` takes rows of."""
+        """Returns skip, scale and signal for t = 0..T, (T + 1, 3) float32. `predict_x_0` takes rows of this table."""
         return self._mix.T.float().to(device)
 
     def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What F should be: x_0 and eps (B, C, H, W), t (B,) in 1..T -> (B, C, H, W)."""
+        """Returns the training target of F, (B, C, H, W), for x_0 and eps (B, C, H, W) and t (B,) in 1..T."""
         of_x_0, of_eps = self._target.to(x_0.device)[t][:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
         return of_x_0 * x_0 + of_eps * eps
 
     def min_snr_weights(self, gamma: float) -> Tensor:
-        """Weights of F's squared error so that x_0's counts min(SNR, gamma) times (Hang 2023); (T + 1,) float32."""
+        """Returns the Min-SNR loss weights for t = 0..T, (T + 1,) float32 (Hang 2023).
+
+        With these weights of the squared error of F, the squared error of x_0 has weight min(SNR, gamma).
+        """
         _, scale, signal = self._mix
         return (self._snr.clamp(max=gamma) * (scale / signal).square()).float()
 
 
 def predict_x_0(x_t: Tensor, output: Tensor, mix: Tensor) -> Tensor:
-    """The image that F implies, clipped, as for eps near t = T an error is multiplied by hundreds; mix (B, 3)."""
+    """Returns the predicted x_0, (B, C, H, W) in [-1, 1], for a network output F (B, C, H, W).
+
+    mix (B, 3) has the rows of `Prediction.table` for each t. The result is clipped, because near t = T the eps kind
+    multiplies errors of F by hundreds.
+    """
     skip, scale, signal = mix[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
     return ((skip * x_t - scale * output) / signal).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""The whole reverse process of many rows with the step of `model.step`. Each row follows its own plan."""
+"""The complete reverse process for a batch of rows, each with its own plan. It uses the step of model/step.py."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -10,7 +10,7 @@ from model.noise import normal
 from model.sampler import Guidance, Plan
 from model.step import Rows, State, Step
 
-OnStep = Callable[[int, Tensor, Tensor], None]  # (k, x_t, predicted x_0) of the rows that take step k
+OnStep = Callable[[int, Tensor, Tensor], None]  # called with k, x_t and predicted x_0 of the rows that take step k
 
 
 def begin(
@@ -22,9 +22,9 @@ def begin(
     y: Tensor,
     guidance_scale: float = 1.0,
 ) -> tuple[State, Tensor]:
-    """Returns the state of rows at x_T, and the table (P, 5) of all their plans, which a step takes.
+    """Returns the initial state of the rows (x_T) and the table (P, 5) of their plans. Both are inputs of a step.
 
-    Row i follows plans[i]. Rows may share a plan. seed, index and y are (B,) on the device of the step.
+    Row i follows plans[i]. Rows can share a plan. seed, index and y are (B,) int64 on the device of the step.
     """
     distinct = {id(plan): plan for plan in plans}
     starts = dict(zip(distinct, accumulate((plan.num_steps for plan in distinct.values()), initial=0), strict=False))
@@ -48,7 +48,11 @@ def draw(
     guidance: Guidance | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Returns x_0 (B, C, H, W) of the rows that `begin` describes. A row that has reached x_0 takes no more steps."""
+    """Generates images: returns x_0 (B, C, H, W). Row i follows plans[i].
+
+    `step` computes each step, for the rows whose plan is not finished. seed, index and y are (B,) int64 on the device
+    of `step`. `guidance` applies to all rows; None turns it off. `on_step` is called after each step.
+    """
     guidance = guidance or Guidance()
     keys = {"seed": seed, "index": index, "y": y}
     state, table = begin(plans, image_shape, **keys, guidance_scale=guidance.scale)

@@ -1,7 +1,7 @@
-"""The reverse process, one step for every row at once; rows may differ in step, sampler and guidance.
+"""Samplers for the reverse process. Rows of one batch can have different steps, samplers and guidance.
 
-Every sampler is one affine line, x_prev = a x_t + b x_0 + c x_0_prev + s eps, whose coefficients
-depend on the schedule alone: a plan holds them, a row points into it.
+Each step of each sampler is x_prev = a x_t + b x_0 + c x_0_prev + s z, with fresh noise z. The coefficients a, b, c and
+s depend on the schedule only. A plan holds the coefficients of all steps.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from model.noise import normal
 from model.prediction import Prediction, PredictionConfig, predict_x_0
 from model.schedule import Schedule
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps, or what else is predicted
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps or another prediction
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 MAX_GUIDANCE_SCALE = 10
@@ -24,10 +24,11 @@ MAX_GUIDANCE_SCALE = 10
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """Classifier-free guidance (Ho & Salimans 2022): how strong, and between which timesteps it acts.
+    """Scale of classifier-free guidance (Ho & Salimans 2022) and the interval of timesteps in which it is applied.
 
-    1 is off. Outside start..stop (both included) the conditional prediction stands alone (Kynkäänniemi 2024):
-    at low noise guidance is useless, at high noise it costs variety.
+    A scale of 1 turns guidance off. Outside start..stop (inclusive) only the conditional prediction is used
+    (Kynkäänniemi 2024): at low noise levels guidance has no benefit, at high ones it reduces diversity. Raises
+    ValueError for invalid values.
     """
 
     scale: float = 1.0
@@ -35,52 +36,60 @@ class Guidance:
     stop: int = 100
 
     def __post_init__(self) -> None:
-        """ValueError for a scale or an interval that means nothing."""
         if not 1 <= self.scale <= MAX_GUIDANCE_SCALE:
-            raise ValueError(f"guidance.scale must be 1 to {MAX_GUIDANCE_SCALE}")
+            raise ValueError(f"guidance.scale must be 1 to {MAX_GUIDANCE_SCALE}, got {self.scale}")
         if not 1 <= self.start <= self.stop:
-            raise ValueError("guidance.start must be 1 or more, and not above guidance.stop")
+            raise ValueError(
+                f"guidance.start must be at least 1 and not above guidance.stop, got {self.start} and {self.stop}"
+            )
 
     def acts_at(self, t: int) -> bool:
-        """Whether step t needs the second evaluation."""
+        """Returns True if a step at timestep t needs a second, unconditional evaluation of the network."""
         return self.scale != 1.0 and self.start <= t <= self.stop
 
     def interval_of(self, timesteps: list[int]) -> range:
-        """Which of the falling timesteps lie within start..stop: their places."""
-        places = [k for k, t in enumerate(timesteps) if self.start <= t <= self.stop]
-        return range(places[0], places[-1] + 1) if places else range(0)
+        """Returns the indices of the timesteps within start..stop. `timesteps` must be decreasing."""
+        steps = [k for k, t in enumerate(timesteps) if self.start <= t <= self.stop]
+        return range(steps[0], steps[-1] + 1) if steps else range(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps of one sampler: at step k x goes from timesteps[k] to timesteps[k + 1]."""
+    """The steps of one sampler. Step k goes from timesteps[k] to timesteps[k + 1]."""
 
-    timesteps: tuple[int, ...]  # num_steps + 1 falling, 0 last
+    timesteps: tuple[int, ...]  # num_steps + 1 decreasing values, the last is 0
     coefficients: Tensor  # (num_steps, 4) float32: a, b, c, s
 
     def table(self, device: torch.device) -> Tensor:
-        """A row a step: t, a, b, c, s; (num_steps, 5) float32."""
+        """Returns t, a, b, c and s of each step, (num_steps, 5) float32."""
         t = torch.tensor(self.timesteps[:-1])[:, None]  # (num_steps, 1)
         return torch.cat([t, self.coefficients], dim=1).to(device)
 
     @property
     def num_steps(self) -> int:
-        """Of the reverse process: in each the network is called once, and where guidance acts once more."""
+        """Number of steps. Each calls the network once, or twice if guidance is applied."""
         return len(self.timesteps) - 1
 
 
 def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
-    """The plan of `num_steps` network calls; ValueError for an unknown sampler or a num_steps out of range."""
+    """Returns the plan of a sampler for `num_steps` steps.
+
+    Raises ValueError if the sampler is unknown or num_steps is not in 1..T.
+    """
     return plan_through(schedule, sampler, timesteps_of(schedule, sampler, num_steps))
 
 
 def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int) -> list[int]:
-    """num_steps + 1 falling timesteps, 0 last, spaced as the sampler likes; ValueError for a num_steps out of range."""
+    """Returns num_steps + 1 decreasing timesteps that end with 0.
+
+    They are evenly spaced in log-SNR for dpmpp, and evenly spaced in t for the other samplers. Raises ValueError if
+    num_steps is not in 1..T.
+    """
     return schedule.log_snr_timesteps(num_steps) if sampler == "dpmpp" else schedule.even_timesteps(num_steps)
 
 
 def plan_through(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> Plan:
-    """The plan through these falling timesteps, 0 last; ValueError for an unknown sampler."""
+    """Returns the plan for decreasing timesteps that end with 0. Raises ValueError for an unknown sampler."""
     if sampler == "dpmpp":
         rows = _dpmpp_coefficients(schedule.half_log_snr, schedule.alpha_bar, timesteps)
     elif sampler in SAMPLERS:
@@ -88,12 +97,12 @@ def plan_through(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> 
         alpha_bar = schedule.alpha_bar[timesteps]  # (num_steps + 1,)
         rows = [step(*pair) for pair in pairwise(alpha_bar)]
     else:
-        raise ValueError(f"unknown sampler {sampler!r}: {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
     return Plan(tuple(timesteps), torch.tensor(rows, dtype=torch.float64).float())
 
 
 def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, ...]:
-    """The posterior q(x_prev | x_t, x_0), Ho 2020, eq. 6 and 7, for a step of any length."""
+    """Ancestral sampling with the posterior q(x_prev | x_t, x_0) of Ho 2020, eq. 6 and 7, for steps of any length."""
     alpha_t = alpha_bar_t / alpha_bar_prev
     a = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
     b = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
@@ -102,14 +111,14 @@ def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Ten
 
 
 def _ddim_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, ...]:
-    """Song 2021 (DDIM), eq. 12 with sigma_t = 0, eps written in x_t and x_0."""
+    """DDIM, Song 2021, eq. 12 with sigma_t = 0. eps is expressed in x_t and x_0."""
     a = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
     b = alpha_bar_prev.sqrt() - a * alpha_bar_t.sqrt()
     return a, b, torch.zeros_like(a), torch.zeros_like(a)
 
 
 def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list[int]) -> list[tuple[Tensor, ...]]:
-    """DPM-Solver++(2M), Lu 2022b, algorithm 2; first order at the first step and at the last, where h is infinite."""
+    """DPM-Solver++(2M), Lu 2022b, algorithm 2. The first and the last step, where h is infinite, have first order."""
     rows: list[tuple[Tensor, ...]] = []
     h_before = None
     for t, t_prev in pairwise(timesteps):
@@ -123,21 +132,22 @@ def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance_scale: Tensor) -> Tensor:
-    """Away from "no class" and past the class; guidance_scale broadcasts against (B, C, H, W), 1 is off.
+    """Returns the guided prediction (B, C, H, W) of classifier-free guidance, where a scale of 1 is off.
 
-    For a given x_t every prediction is affine in eps, so this guides eps whatever the network predicts.
+    This is Ho & Salimans 2022, eq. 6 with w = guidance_scale - 1. guidance_scale broadcasts against (B, C, H, W). For a
+    given x_t all prediction kinds are affine in eps, so the formula for eps applies to each of them.
     """
     return uncond + guidance_scale * (cond - uncond)
 
 
 def reverse_step(x_t: Tensor, x_0: Tensor, x_0_prev: Tensor, z: Tensor, coefficients: Tensor) -> Tensor:
-    """One step of any sampler; images (B, C, H, W), fresh noise z likewise, coefficients (B, 4) -> x_prev."""
+    """Returns x_prev of one step of any sampler. z is fresh noise. Images are (B, C, H, W), coefficients (B, 4)."""
     a, b, c, s = coefficients[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
     return a * x_t + b * x_0 + c * x_0_prev + s * z
 
 
 @torch.inference_mode()
-def sample(  # noqa: PLR0913 # the options of a sampler, each optional
+def sample(  # noqa: PLR0913 # most are optional
     denoiser: Denoiser,
     schedule: Schedule,
     y: Tensor,
@@ -153,13 +163,14 @@ def sample(  # noqa: PLR0913 # the options of a sampler, each optional
     null_label: int = 10,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Returns x_0 (B, C, H, W) for labels y, seeds and indices (B,): the whole reverse process with any denoiser.
+    """Runs the complete reverse process with any denoiser. Returns x_0 (B, C, H, W) for y, seed and index (B,).
 
-    `timesteps` falls to 0 and replaces the timesteps of `num_steps`. `on_step(t, x_t, x_0)` is called with the input
-    of each step and the image predicted from it.
+    `timesteps` replaces the timesteps that follow from `num_steps`; they must be decreasing and end with 0.
+    `on_step(t, x_t, x_0)` is called with the input of each step and the predicted x_0. Raises ValueError for an unknown
+    sampler or a num_steps out of range.
 
-    `model.process.draw` is the fast loop for a checkpoint. This loop is kept because training and the probe of a
-    checkpoint have only a network, and because tests compare the fast loop and the service with it.
+    `model.process.draw` is the fast loop for a loaded checkpoint. This simple loop exists because training and the
+    probe image of a checkpoint have only a network, and because tests use it as the reference for the fast loop.
     """
     guidance = guidance or Guidance()
     mix = (prediction or Prediction(PredictionConfig(), schedule)).table(y.device)  # (T + 1, 3)

@@ -1,4 +1,4 @@
-"""The noise schedule: how much of the image is left at each step, and which steps a sampler visits."""
+"""The noise schedule alpha_bar_t, and the timesteps that a sampler visits."""
 
 import math
 from dataclasses import dataclass
@@ -7,33 +7,35 @@ import torch
 from torch import Tensor
 
 COSINE_OFFSET = 0.008  # s of Nichol & Dhariwal 2021, eq. 17
-MAX_BETA = 0.999  # same paper, section 3.2: keeps the last step from dividing by zero
-MIN_HALF_LOG_SNR = -5.1  # below it DPM-Solver++ on a cosine schedule diverges
+MAX_BETA = 0.999  # same paper, section 3.2: avoids a division by zero at the last step
+MIN_HALF_LOG_SNR = -5.1  # DPM-Solver++ on a cosine schedule diverges if it starts below this value
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """What a schedule is made from; travels inside the checkpoint."""
+    """Parameters of the noise schedule. They are stored in the checkpoint. Raises ValueError for invalid values."""
 
     kind: str = "cosine"  # "cosine" or "linear"
     num_steps: int = 100  # T
-    beta_start: float = 1e-3  # linear only: 1e-4 and 0.02, made for T = 1000, scaled to T = 100
+    beta_start: float = 1e-3  # linear only; 10 times the values of Ho 2020, which are for T = 1000
     beta_end: float = 0.2
 
     def __post_init__(self) -> None:
-        """ValueError for a schedule that cannot be made."""
         if self.kind not in ("cosine", "linear"):
-            raise ValueError(f"unknown schedule kind {self.kind!r}: linear or cosine")
+            raise ValueError(f"unknown schedule kind {self.kind!r}: must be linear or cosine")
         if self.num_steps < 1:
-            raise ValueError("num_steps must be at least 1")
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError("betas must rise between 0 and 1")
+            raise ValueError(
+                f"betas must satisfy 0 < beta_start <= beta_end < 1, got {self.beta_start} and {self.beta_end}"
+            )
 
 
 class Schedule:
-    """alpha_bar_t for t = 0..T, with alpha_bar_0 = 1: the clean image needs no special case.
+    """The noise schedule alpha_bar_t for t = 0..T. t = 0 is the clean image, with alpha_bar_0 = 1.
 
-    DDPM (Ho 2020, eq. 4) for the linear kind; Nichol & Dhariwal 2021, eq. 17 for the cosine kind.
+    The linear kind is that of DDPM (Ho 2020, eq. 4 and section 4), the cosine kind that of Nichol & Dhariwal 2021,
+    eq. 17.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
@@ -42,24 +44,28 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """T, the number of steps from the image to pure noise."""
+        """T, the number of steps of the forward process."""
         return self.config.num_steps
 
     @property
     def half_log_snr(self) -> Tensor:
-        """lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), (T + 1,); infinite at t = 0."""
+        """lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), (T + 1,) float64. It is infinite at t = 0."""
         return 0.5 * torch.log(self.alpha_bar / (1 - self.alpha_bar))
 
     def even_timesteps(self, num_steps: int) -> list[int]:
-        """num_steps + 1 falling timesteps, T first and 0 last, evenly spaced in t."""
+        """Returns num_steps + 1 decreasing timesteps from T to 0, evenly spaced in t.
+
+        Raises ValueError if num_steps is not in 1..T.
+        """
         self._check(num_steps)
         return [round(self.num_steps * i / num_steps) for i in range(num_steps, -1, -1)]
 
     def log_snr_timesteps(self, num_steps: int) -> list[int]:
-        """num_steps + 1 falling timesteps, 0 last, each the nearest to an even grid of log-SNR.
+        """Returns num_steps + 1 decreasing timesteps that end with 0 and are evenly spaced in log-SNR.
 
-        DPM-Solver (Lu 2022, section 3.3). Near t = 0 the grid is finer than the integers are,
-        so each timestep gives way just as far as it must to keep all of them distinct.
+        This is the spacing of DPM-Solver (Lu 2022, section 3.3), rounded to integer timesteps. Near t = 0 several grid
+        points have the same nearest timestep. Such timesteps are moved by the smallest amount that makes all distinct.
+        Raises ValueError if num_steps is not in 1..T.
         """
         self._check(num_steps)
         half_log_snr = self.half_log_snr[1:]  # (T,) t = 1..T

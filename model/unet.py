@@ -1,4 +1,4 @@
-"""The class-conditional U-Net: (x_t, t, y) -> the noise in x_t."""
+"""The class-conditional U-Net. It predicts the noise in x_t from (x_t, t, y)."""
 
 from dataclasses import dataclass
 
@@ -21,23 +21,22 @@ from model.blocks import (
 
 @dataclass(frozen=True, slots=True)
 class UNetConfig:
-    """Everything that decides the network's shape; travels inside the checkpoint."""
+    """The architecture of the network. It is stored in the checkpoint. Raises ValueError for invalid values."""
 
     image_channels: int = 1
     image_size: int = 28
     num_classes: int = 10
-    num_steps: int = 100  # T, stretches the time embedding
-    stem_patch: int = 2  # edge of the patches that the stem folds into channels; 1 = none
-    widths: tuple[int, ...] = (64, 128)  # channels of each level, the largest image first
-    num_pairs: int = 2  # pairs of convolutions a level
+    num_steps: int = 100  # T; scales the time embedding
+    stem_patch: int = 2  # the stem moves patches of this edge length into the channels; 1 = off
+    widths: tuple[int, ...] = (64, 128)  # channels of each level, from the highest resolution to the lowest
+    num_pairs: int = 2  # pairs of convolutions per level
     residual: bool = True
-    conditioning: str = "every_block"  # "every_block" (scale and shift) or "bottom" (added after the middle)
-    attention_heads: int = 4  # in the middle; 0 = no attention
+    conditioning: str = "every_block"  # "every_block" (scale and shift) or "bottom" (added after the middle blocks)
+    attention_heads: int = 4  # in the middle blocks; 0 = no attention
     time_dim: int = 128
     embed_dim: int = 128
 
     def __post_init__(self) -> None:
-        """ValueError for a shape that no network has."""
         for name in (
             "image_channels",
             "image_size",
@@ -48,25 +47,28 @@ class UNetConfig:
             "embed_dim",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.widths or any(width < 1 or width % NUM_GROUPS for width in self.widths):
-            raise ValueError(f"widths must be multiples of {NUM_GROUPS}")
+            raise ValueError(f"widths must be multiples of {NUM_GROUPS} and not empty")
         if self.attention_heads < 0 or (self.attention_heads and self.widths[-1] % self.attention_heads):
-            raise ValueError("attention_heads must divide the last width, or be 0")
+            raise ValueError(
+                f"attention_heads must divide the last width {self.widths[-1]}, or be 0, got {self.attention_heads}"
+            )
         if self.time_dim < 2 or self.time_dim % 2:
-            raise ValueError("time_dim must be even")
+            raise ValueError(f"time_dim must be even and at least 2, got {self.time_dim}")
         smallest_level = self.stem_patch * 2 ** (len(self.widths) - 1)
         if self.image_size % smallest_level:
-            raise ValueError(f"image_size {self.image_size} must be a multiple of {smallest_level}")
+            raise ValueError(f"image_size must be a multiple of {smallest_level}, got {self.image_size}")
         if self.conditioning not in ("every_block", "bottom"):
-            raise ValueError(f"unknown conditioning {self.conditioning!r}: every_block or bottom")
+            raise ValueError(f"unknown conditioning {self.conditioning!r}: must be every_block or bottom")
 
 
 class UNet(nn.Module):
-    """Predicts eps, or what else its training asked for, from x_t, for each row's own timestep t and label y.
+    """Predicts eps, or another target (model/prediction.py), from x_t. Each row has its own timestep t and label y.
 
-    `forward` is `denoise(x_t, condition(t, y))`: what depends on t and y alone is one vector a row,
-    which whoever calls the network often can keep in a table.
+    The network is a U-Net (Ronneberger 2015), similar to that of DDPM (Ho 2020, appendix B). `forward` is
+    `denoise(x_t, condition(t, y))`. The condition is one vector per row that depends on t and y only, so callers can
+    compute it once for all t and y with `condition_table`.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -101,33 +103,33 @@ class UNet(nn.Module):
             nn.SiLU(),
             nn.Linear(config.embed_dim, config.embed_dim),
         )
-        self.class_embed = nn.Embedding(config.num_classes + 1, config.embed_dim)  # the last is "no class"
-        condition_dim = self._deal_columns() if modulated else widths[-1]
+        self.class_embed = nn.Embedding(config.num_classes + 1, config.embed_dim)  # the last row is the null label
+        condition_dim = self._assign_columns() if modulated else widths[-1]
         self.condition_proj = nn.Linear(config.embed_dim, condition_dim)
 
     @property
     def null_label(self) -> int:
-        """The label that means "no class"."""
+        """The label that means "no class", for classifier-free guidance."""
         return self.config.num_classes
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """x_t (B, C, H, W) in float, t (B,) in 1..T, y (B,) in 0..num_classes -> eps (B, C, H, W)."""
+        """Returns eps (B, C, H, W) for x_t (B, C, H, W), t (B,) in 1..T and y (B,) in 0..num_classes."""
         return self.denoise(x_t, self.condition(t, y))
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """t (B,), y (B,) -> all that the network hears of them, (B, D)."""
+        """Returns the conditioning vectors (B, D) for t (B,) and y (B,). This is the only use of t and y."""
         embedding = self.time_embed(t) + self.class_embed(y)  # (B, embed_dim)
         return self.condition_proj(F.silu(embedding))
 
     @torch.inference_mode()
     def condition_table(self) -> Tensor:
-        """`condition` for every t in 0..T and every label, (T + 1, num_classes + 1, D): it depends on nothing else."""
+        """Returns `condition` of every t in 0..T and every label, (T + 1, num_classes + 1, D)."""
         t, y = torch.arange(self.config.num_steps + 1), torch.arange(self.config.num_classes + 1)
         pairs = torch.cartesian_prod(t, y).to(self.class_embed.weight.device)  # ((T + 1) * (num_classes + 1), 2)
         return self.condition(*pairs.unbind(dim=1)).unflatten(0, (len(t), len(y)))
 
     def denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
-        """x_t (B, C, H, W), c (B, D) from `condition` -> eps (B, C, H, W)."""
+        """Returns eps (B, C, H, W) for x_t (B, C, H, W) and the result c (B, D) of `condition`."""
         h = self.stem(x_t)  # (B, widths[0], H / stem_patch, W / stem_patch)
         skips = []
         for down in self.downs:
@@ -141,8 +143,8 @@ class UNet(nn.Module):
             h = up(h, skips.pop(), c)
         return self.final_conv(h)
 
-    def _deal_columns(self) -> int:
-        """Gives each modulated block its columns of the conditioning vector; returns the vector's length."""
+    def _assign_columns(self) -> int:
+        """Assigns columns of the conditioning vector to each modulated block. Returns the length of the vector."""
         start = 0
         for module in self.modules():
             if isinstance(module, GELUConvBlock):

@@ -1,4 +1,4 @@
-"""A small checkpoint and what is compiled of it, for all tests of the session: compiling takes long."""
+"""A small checkpoint and a cache of compiled steps. All tests of a session share them, because compilation is slow."""
 
 from pathlib import Path
 
@@ -14,5 +14,5 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all tests keep what they compile."""
+    """The folder for compiled steps that all tests share."""
     return tmp_path_factory.mktemp("compiled")

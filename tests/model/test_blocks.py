@@ -23,11 +23,11 @@ def seeded() -> None:
 
 
 def gelu(x: torch.Tensor) -> torch.Tensor:
-    """The tanh form of Hendrycks & Gimpel 2016, section 2."""
+    """The tanh approximation of Hendrycks & Gimpel 2016, section 2."""
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def test_a_gelu_conv_block_is_convolution_norm_gelu() -> None:
+def test_gelu_conv_block_is_convolution_norm_gelu() -> None:
     block, x = GELUConvBlock(3, 16, modulated=False), torch.randn(2, 3, 6, 6)
     h = F.conv2d(x, block.conv.weight, padding=1)  # (2, 16, 6, 6)
     groups = h.reshape(2, 8, 2, 6, 6)
@@ -37,7 +37,7 @@ def test_a_gelu_conv_block_is_convolution_norm_gelu() -> None:
     torch.testing.assert_close(block(x, torch.empty(2, 0)), gelu(normed))
 
 
-def test_a_modulated_block_scales_and_shifts_each_row_by_its_own_columns() -> None:
+def test_modulated_block_scales_and_shifts_each_row_by_its_columns() -> None:
     block, x, c = GELUConvBlock(3, 8, modulated=True), torch.randn(2, 3, 6, 6), torch.randn(2, 40)
     block.columns = slice(20, 36)
     scale, shift = c[:, 20:28], c[:, 28:36]  # (2, 8) each
@@ -46,42 +46,42 @@ def test_a_modulated_block_scales_and_shifts_each_row_by_its_own_columns() -> No
     torch.testing.assert_close(block(x, c), expected)
 
 
-def test_a_modulated_block_that_hears_zeros_is_an_unmodulated_one() -> None:
+def test_modulated_block_with_zero_conditioning_equals_unmodulated_block() -> None:
     block, x = GELUConvBlock(3, 8, modulated=True), torch.randn(2, 3, 6, 6)
     block.columns = slice(0, 16)
     torch.testing.assert_close(block(x, torch.zeros(2, 16)), gelu(block.norm(block.conv(x))))
 
 
 @pytest.mark.parametrize("modulated", [True, False])
-def test_an_untrained_residual_pair_is_the_identity(modulated: bool) -> None:
+def test_untrained_residual_pair_is_the_identity(modulated: bool) -> None:
     pair, x = ConvPair(8, 8, residual=True, modulated=modulated), torch.randn(2, 8, 6, 6)
     pair.first.columns = slice(0, pair.first.num_columns)
     assert torch.equal(pair(x, torch.randn(2, 16)), x)
 
 
-def test_a_residual_pair_of_another_width_starts_as_its_shortcut() -> None:
+def test_untrained_residual_pair_that_changes_width_is_its_shortcut() -> None:
     pair, x = ConvPair(16, 8, residual=True, modulated=False), torch.randn(2, 16, 6, 6)
     assert torch.equal(pair(x, torch.empty(2, 0)), pair.shortcut(x))
 
 
-def test_a_plain_pair_is_one_block_after_the_other() -> None:
+def test_plain_pair_applies_two_blocks_in_sequence() -> None:
     pair, x, c = ConvPair(8, 16, residual=False, modulated=False), torch.randn(2, 8, 6, 6), torch.empty(2, 0)
     assert torch.equal(pair(x, c), pair.second(pair.first(x, c), c))
 
 
-def test_a_pool_puts_each_2x2_patch_into_the_channels_and_loses_no_pixel() -> None:
+def test_pool_moves_each_2x2_patch_into_the_channels() -> None:
     pool, x = RearrangePoolBlock(3, 5), torch.randn(2, 3, 6, 4)
     h = pool.rearrange(x)
     assert h.shape == (2, 12, 3, 2)
     for channel in range(3):
         for row in range(6):
             for column in range(4):
-                place = channel * 4 + (row % 2) * 2 + column % 2
-                assert torch.equal(h[:, place, row // 2, column // 2], x[:, channel, row, column])
+                target = channel * 4 + (row % 2) * 2 + column % 2
+                assert torch.equal(h[:, target, row // 2, column // 2], x[:, channel, row, column])
     assert pool(x).shape == (2, 5, 3, 2)
 
 
-def test_a_down_block_hands_out_its_skip_before_it_pools() -> None:
+def test_down_block_returns_the_skip_before_pooling() -> None:
     block, x, c = (
         DownBlock(8, 16, num_pairs=2, residual=False, modulated=False),
         torch.randn(2, 8, 6, 6),
@@ -94,13 +94,13 @@ def test_a_down_block_hands_out_its_skip_before_it_pools() -> None:
     assert pooled.shape == (2, 16, 3, 3)
 
 
-def test_the_lowest_down_block_does_not_pool() -> None:
+def test_lowest_down_block_does_not_pool() -> None:
     block = DownBlock(8, None, num_pairs=1, residual=False, modulated=False)
     pooled, skip = block(torch.randn(2, 8, 6, 6), torch.empty(2, 0))
     assert torch.equal(pooled, skip)
 
 
-def test_an_up_block_reads_its_skip_and_doubles_the_image_pixel_by_pixel() -> None:
+def test_up_block_uses_the_skip_and_doubles_the_resolution() -> None:
     block, c = UpBlock(8, 16, num_pairs=1, residual=False, modulated=False), torch.empty(2, 0)
     x, skip = torch.randn(2, 8, 3, 3), torch.randn(2, 8, 3, 3)
     enlarged = block(x, skip, c)
@@ -116,7 +116,7 @@ def test_untrained_attention_is_the_identity() -> None:
     assert torch.equal(attention(x, torch.empty(2, 0)), x)
 
 
-def test_attention_is_softmax_of_scaled_products_head_by_head() -> None:
+def test_attention_is_softmax_of_scaled_products_per_head() -> None:
     attention, x = SelfAttention(16, num_heads=4), torch.randn(2, 16, 3, 5)
     nn.init.normal_(attention.proj.weight)
     q, k, v = attention.qkv(attention.norm(x)).flatten(2).split(16, dim=1)  # (2, 16, 15) each
@@ -129,7 +129,7 @@ def test_attention_is_softmax_of_scaled_products_head_by_head() -> None:
     torch.testing.assert_close(attention(x, torch.empty(2, 0)), expected)
 
 
-def test_a_time_embedding_is_sines_then_cosines_of_t_stretched_to_1000() -> None:
+def test_time_embedding_is_sines_and_cosines_of_t_scaled_to_1000() -> None:
     embedded = SinusoidalEmbedding(8, num_steps=100)(torch.tensor([0, 1, 37, 100]))
     for row, t in zip(embedded, (0, 10, 370, 1000), strict=True):
         angles = [t / 10_000 ** (i / 4) for i in range(4)]
@@ -137,12 +137,12 @@ def test_a_time_embedding_is_sines_then_cosines_of_t_stretched_to_1000() -> None
         torch.testing.assert_close(row, torch.tensor(expected), atol=1e-4, rtol=0)
 
 
-def test_no_two_timesteps_have_nearly_the_same_embedding() -> None:
+def test_time_embeddings_of_different_timesteps_are_far_apart() -> None:
     embedded = SinusoidalEmbedding(128, num_steps=100)(torch.arange(1, 101))
     distances = torch.cdist(embedded, embedded).fill_diagonal_(torch.inf)
     assert distances.min() > 1
 
 
-def test_zero_init_leaves_nothing_of_weights_and_bias() -> None:
+def test_zero_init_sets_weights_and_bias_to_zero() -> None:
     conv = zero_init(nn.Conv2d(3, 4, 3))
     assert not conv(torch.randn(1, 3, 5, 5)).any()

@@ -55,14 +55,14 @@ def saved(network: UNet, tmp_path: Path) -> Path:
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], int]:
-    """The safetensors header and where the tensors begin."""
+    """Returns the safetensors header and the offset of the first tensor."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), start
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """The same tensors with changed metadata and the digest that belongs to both."""
+def rewrite_metadata(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the metadata, and updates the digest so that it is valid."""
     header, _ = header_of(path)
     metadata = json.loads(header["__metadata__"]["unfog"])
     del metadata["digest"]
@@ -72,8 +72,8 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     save_file(tensors, path, {"unfog": json.dumps(metadata)})
 
 
-def refusal(path: Path) -> str:
-    """The one sentence with which the file is refused."""
+def rejection(path: Path) -> str:
+    """Loads a file that must be rejected. Returns the error message, which is one line and names the file."""
     with pytest.raises(CheckpointError) as caught:
         load(path)
     message = str(caught.value)
@@ -82,7 +82,7 @@ def refusal(path: Path) -> str:
     return message
 
 
-def test_what_is_saved_is_loaded(network: UNet, saved: Path) -> None:
+def test_load_returns_what_save_wrote(network: UNet, saved: Path) -> None:
     loaded = load(saved)
     assert loaded.config == config_of(network)
     assert loaded.schedule.config == ScheduleConfig(kind="linear")
@@ -94,7 +94,7 @@ def test_what_is_saved_is_loaded(network: UNet, saved: Path) -> None:
     assert not any(p.requires_grad for p in loaded.network.parameters())
 
 
-def test_configuration_is_read_without_the_weights(network: UNet, saved: Path) -> None:
+def test_read_config_works_without_the_weights(network: UNet, saved: Path) -> None:
     config = config_of(network, steps=(4, 2), samplers=("ddim",))
     save(saved, network, config)
     _, start = header_of(saved)
@@ -106,27 +106,25 @@ def test_configuration_is_read_without_the_weights(network: UNet, saved: Path) -
     "content",
     [b"", b"abc", b"\xff" * 8, b"\xff" * 100, b"\x02" + bytes(7) + b"{}", b"\x02" + bytes(7) + b"[]", pickle.dumps(1)],
 )
-def test_configuration_of_a_foreign_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_read_config_rejects_a_foreign_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"foreign\.safetensors is not a checkpoint of unfog"):
         read_config(path)
 
 
-def test_configuration_of_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+def test_read_config_rejects_a_missing_file_and_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.safetensors"):
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_config(path)
 
 
-def test_a_loaded_network_is_called_as_the_saved_one(network: UNet, saved: Path) -> None:
+def test_loaded_network_gives_the_same_output_as_the_saved_one(network: UNet, saved: Path) -> None:
     batch = torch.randn(3, 1, 8, 8), torch.tensor([1, 50, 100]), torch.tensor([0, 9, 10])
     assert torch.equal(load(saved).network(*batch), network(*batch))
 
 
-def test_weights_stored_in_float16_are_float32_again_when_loaded_and_drew_the_probe(
-    network: UNet, tmp_path: Path
-) -> None:
+def test_float16_weights_are_loaded_as_float32_and_match_the_probe_image(network: UNet, tmp_path: Path) -> None:
     save(tmp_path / "half.safetensors", network, config_of(network), dtype=torch.float16)
     loaded = load(tmp_path / "half.safetensors")
     before, after = network.state_dict(), loaded.network.state_dict()
@@ -135,14 +133,14 @@ def test_weights_stored_in_float16_are_float32_again_when_loaded_and_drew_the_pr
     assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # half of one grey level
 
 
-def test_weights_in_channels_last_are_saved_as_any_others(network: UNet, saved: Path, tmp_path: Path) -> None:
+def test_channels_last_weights_are_saved_like_contiguous_ones(network: UNet, saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save(other, network.to(memory_format=torch.channels_last), config_of(network))  # type: ignore[call-overload]
     before, after = load(saved).network.state_dict(), load(other).network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_the_sha256_is_the_files(saved: Path) -> None:
+def test_sha256_is_that_of_the_file(saved: Path) -> None:
     printed = subprocess.run(["sha256sum", saved], capture_output=True, text=True, check=True).stdout
     assert load(saved).sha256 == printed.split()[0]
 
@@ -152,15 +150,15 @@ def test_saving_twice_writes_the_same_bytes(network: UNet, saved: Path, tmp_path
     assert (tmp_path / "again.safetensors").read_bytes() == saved.read_bytes()
 
 
-def test_the_probe_image_is_what_a_fresh_draw_gives(saved: Path) -> None:
+def test_probe_image_equals_a_newly_generated_one(saved: Path) -> None:
     loaded = load(saved)
     fresh = draw_probe(loaded.network, loaded.config)
-    assert fresh.std() > 0.1  # a picture, not an even grey
+    assert fresh.std() > 0.1  # not a constant image
     assert loaded.probe_image.shape == fresh.shape == (1, 8, 8)
     assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # half of one grey level
 
 
-def test_the_probe_image_shows_other_weights(network: UNet, tmp_path: Path) -> None:
+def test_probe_image_differs_for_other_weights(network: UNet, tmp_path: Path) -> None:
     config = config_of(network, probe=Probe(digit=3, seed=5, num_steps=4, sampler="dpmpp"))
     save(tmp_path / "other.safetensors", network, config)
     other = tiny_unet(seed=1, conditioning=network.config.conditioning)
@@ -169,114 +167,114 @@ def test_the_probe_image_shows_other_weights(network: UNet, tmp_path: Path) -> N
     assert (loaded.probe_image - draw_probe(other, config)).abs().max() > 0.1
 
 
-def test_a_file_truncated_anywhere_is_refused(saved: Path) -> None:
+def test_truncated_file_is_rejected(saved: Path) -> None:
     content = saved.read_bytes()
     _, start = header_of(saved)
     for length in (0, 1, 7, 8, 9, start // 2, start - 1, start, (start + len(content)) // 2, len(content) - 1):
         saved.write_bytes(content[:length])
-        assert "not a whole safetensors file" in refusal(saved)
+        assert "not a complete safetensors file" in rejection(saved)
 
 
-def test_bytes_after_the_end_are_refused(saved: Path) -> None:
+def test_bytes_after_the_end_are_rejected(saved: Path) -> None:
     saved.write_bytes(saved.read_bytes() + b"\0")
-    refusal(saved)
+    rejection(saved)
 
 
-def test_one_flipped_bit_in_any_tensor_is_noticed(saved: Path) -> None:
+def test_flipped_bit_in_any_tensor_is_detected(saved: Path) -> None:
     content = saved.read_bytes()
     header, start = header_of(saved)
     del header["__metadata__"]
     assert len(header) > 20
-    for place, field in enumerate(header.values()):
+    for number, field in enumerate(header.values()):
         begin, end = field["data_offsets"]
         flipped = bytearray(content)
-        flipped[start + begin + place % (end - begin)] ^= 1 << place % 8
+        flipped[start + begin + number % (end - begin)] ^= 1 << number % 8
         saved.write_bytes(flipped)
-        assert "is damaged" in refusal(saved)
+        assert "is damaged" in rejection(saved)
 
 
-def test_two_tensors_in_each_others_place_are_noticed(saved: Path) -> None:
+def test_swapped_tensors_are_detected(saved: Path) -> None:
     tensors, metadata = load_file(saved), header_of(saved)[0]["__metadata__"]
     a, b = "time_embed.1.bias", "time_embed.3.bias"
     tensors[a], tensors[b] = tensors[b], tensors[a]
     save_file(tensors, saved, metadata)
-    assert "is damaged" in refusal(saved)
+    assert "is damaged" in rejection(saved)
 
 
-def test_a_flipped_bit_in_the_header_is_noticed(saved: Path) -> None:
+def test_flipped_bit_in_the_header_is_detected(saved: Path) -> None:
     content = saved.read_bytes()
     original = load(saved).config
     _, start = header_of(saved)
-    for place in range(0, start, 13):
+    for offset in range(0, start, 13):
         flipped = bytearray(content)
-        flipped[place] ^= 1 << place % 8
+        flipped[offset] ^= 1 << offset % 8
         saved.write_bytes(flipped)
         try:
-            assert load(saved).config == original  # only where the JSON means the same, as 1e-05 and 1E-05
+            assert load(saved).config == original  # if the JSON has the same meaning, as 1e-05 and 1E-05
         except CheckpointError as error:
             assert len(str(error).splitlines()) == 1
 
 
-def test_a_changed_guidance_is_noticed(saved: Path) -> None:
+def test_changed_guidance_is_detected(saved: Path) -> None:
     content = saved.read_bytes()
     assert content.count(b'\\"scale\\": 1.5') == 1
     saved.write_bytes(content.replace(b'\\"scale\\": 1.5', b'\\"scale\\": 9.5'))
-    assert "is damaged" in refusal(saved)
+    assert "is damaged" in rejection(saved)
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"unfog": "{"}, {"unfog": "[]"}], ids=str)
-def test_a_foreign_safetensors_file_is_refused(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+def test_foreign_safetensors_file_is_rejected(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.ones(3)}, path, metadata)
-    assert "not a checkpoint of unfog" in refusal(path)
+    assert "not a checkpoint of unfog" in rejection(path)
 
 
-def test_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
-    class Trap:
+def test_pickle_is_rejected_and_never_executed(tmp_path: Path) -> None:
+    class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (tmp_path / "sprung",)
+            return Path.touch, (tmp_path / "executed",)
 
     path = tmp_path / "model.safetensors"
-    path.write_bytes(pickle.dumps(Trap()))
-    assert "not a whole safetensors file" in refusal(path)
+    path.write_bytes(pickle.dumps(Payload()))
+    assert "not a complete safetensors file" in rejection(path)
     torch.save({"weight": torch.ones(3)}, path)
-    assert "not a whole safetensors file" in refusal(path)
-    assert not (tmp_path / "sprung").exists()
+    assert "not a complete safetensors file" in rejection(path)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("version", [2, 0, "1", None])
-def test_another_format_version_is_refused_by_its_number(saved: Path, version: object) -> None:
-    rewrite(saved, lambda metadata: metadata.update(format_version=version))
-    message = refusal(saved)
+def test_other_format_version_is_rejected_with_its_number(saved: Path, version: object) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(format_version=version))
+    message = rejection(saved)
     assert f"format version {version}" in message
-    assert "reads version 1" in message
+    assert "this release reads version 1" in message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(network: UNet, tmp_path: Path, value: float) -> None:
+def test_nan_and_infinite_weights_are_rejected(network: UNet, tmp_path: Path, value: float) -> None:
     path = tmp_path / "nan.safetensors"
     network.mids[0].first.norm.bias[3] = value
     save(path, network, config_of(network, probe=Probe(num_steps=1)))
-    assert "NaN or infinite" in refusal(path)
+    assert "NaN or infinite" in rejection(path)
 
 
-def test_a_missing_file_a_folder_and_a_file_as_folder_are_refused_with_the_reason(saved: Path, tmp_path: Path) -> None:
-    assert "No such file" in refusal(tmp_path / "missing.safetensors")
-    assert "Is a directory" in refusal(tmp_path)
-    assert "Not a directory" in refusal(saved / "deeper")
+def test_unreadable_path_is_rejected_with_the_reason(saved: Path, tmp_path: Path) -> None:
+    assert "No such file" in rejection(tmp_path / "missing.safetensors")
+    assert "Is a directory" in rejection(tmp_path)
+    assert "Not a directory" in rejection(saved / "deeper")
 
 
 @pytest.mark.parametrize("part", [None, "unet", "schedule", "prediction", "guidance", "probe"])
-def test_an_unknown_field_of_the_configuration_is_refused(saved: Path, part: str | None) -> None:
-    rewrite(saved, lambda metadata: (metadata[part] if part else metadata).update(invented=1))
-    assert "not a checkpoint of unfog" in refusal(saved)
+def test_unknown_field_is_rejected(saved: Path, part: str | None) -> None:
+    rewrite_metadata(saved, lambda metadata: (metadata[part] if part else metadata).update(invented=1))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
-def test_a_sampler_may_have_a_guidance_of_its_own(network: UNet, tmp_path: Path) -> None:
-    own = Guidance(4.0, 20, 60)
-    save(tmp_path / "tiny.safetensors", network, config_of(network, guidance_by_sampler={"ddpm": own}))
+def test_guidance_by_sampler_overrides_the_recommended_guidance(network: UNet, tmp_path: Path) -> None:
+    of_ddpm = Guidance(4.0, 20, 60)
+    save(tmp_path / "tiny.safetensors", network, config_of(network, guidance_by_sampler={"ddpm": of_ddpm}))
     config = load(tmp_path / "tiny.safetensors").config
-    assert [config.guidance_of(sampler) for sampler in ("ddpm", "ddim")] == [own, Guidance(1.5, 10, 90)]
+    assert [config.guidance_of(sampler) for sampler in ("ddpm", "ddim")] == [of_ddpm, Guidance(1.5, 10, 90)]
 
 
 @pytest.mark.parametrize(
@@ -284,18 +282,18 @@ def test_a_sampler_may_have_a_guidance_of_its_own(network: UNet, tmp_path: Path)
     [{"euler": {}}, {"ddpm": {"scale": 0.5}}, {"ddpm": {"start": 9, "stop": 8}}, {"ddpm": {"invented": 1}}, [], 7],
     ids=str,
 )
-def test_guidance_of_a_sampler_that_cannot_be_is_refused(saved: Path, wrong: object) -> None:
-    rewrite(saved, lambda metadata: metadata.update(guidance_by_sampler=wrong))
-    assert "not a checkpoint of unfog" in refusal(saved)
+def test_invalid_guidance_by_sampler_is_rejected(saved: Path, wrong: object) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(guidance_by_sampler=wrong))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
-def test_guidance_of_one_sampler_needs_dropped_labels_too(network: UNet) -> None:
+def test_guidance_by_sampler_needs_label_drop(network: UNet) -> None:
     with pytest.raises(ValueError, match="label_drop"):
         CheckpointConfig(network.config, ScheduleConfig(), guidance_by_sampler={"ddpm": Guidance(2.0)})
 
 
-def test_the_first_files_do_not_say_that_they_predict_eps(saved: Path) -> None:
-    rewrite(saved, lambda metadata: metadata.pop("prediction"))
+def test_file_without_prediction_predicts_eps(saved: Path) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.pop("prediction"))
     assert load(saved).config.prediction == PredictionConfig("eps")
 
 
@@ -303,9 +301,9 @@ OPTIONAL = {"training", "prediction", "steps", "guidance_by_sampler"}
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(CheckpointConfig) if field.name not in OPTIONAL])
-def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str) -> None:
-    rewrite(saved, lambda metadata: metadata.pop(field))
-    assert "not a checkpoint of unfog" in refusal(saved)
+def test_missing_required_field_is_rejected(saved: Path, field: str) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.pop(field))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
 @pytest.mark.parametrize(
@@ -335,35 +333,35 @@ def test_a_missing_field_of_the_configuration_is_refused(saved: Path, field: str
         ("probe", "seed", -1),
     ],
 )
-def test_a_configuration_that_does_not_fit_the_tensors_is_refused(
+def test_configuration_that_contradicts_the_tensors_is_rejected(
     saved: Path, part: str, field: str, value: object
 ) -> None:
-    rewrite(saved, lambda metadata: metadata[part].update({field: value}))
-    assert "not a checkpoint of unfog" in refusal(saved)
+    rewrite_metadata(saved, lambda metadata: metadata[part].update({field: value}))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
 @pytest.mark.parametrize("samplers", [[], ["euler"], ["ddpm", "euler"]], ids=str)
-def test_samplers_that_nobody_knows_are_refused(saved: Path, samplers: list[str]) -> None:
-    rewrite(saved, lambda metadata: metadata.update(samplers=samplers))
-    assert "not a checkpoint of unfog" in refusal(saved)
+def test_unknown_samplers_are_rejected(saved: Path, samplers: list[str]) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(samplers=samplers))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
 @pytest.mark.parametrize("image", ["", "AAAA", "not base64!", 7, None], ids=str)
-def test_a_probe_image_of_another_size_or_none_is_refused(saved: Path, image: object) -> None:
-    rewrite(saved, lambda metadata: metadata.update(probe_image=image))
-    assert "not a checkpoint of unfog" in refusal(saved)
+def test_invalid_probe_image_is_rejected(saved: Path, image: object) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(probe_image=image))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
 @pytest.mark.parametrize("steps", [[0], [4.5], [101], ["4"], [4, -1], 4], ids=str)
-def test_steps_that_no_request_can_name_are_refused(saved: Path, steps: object) -> None:
-    rewrite(saved, lambda metadata: metadata.update(steps=steps))
-    assert "not a checkpoint of unfog" in refusal(saved)
+def test_steps_outside_the_limits_of_requests_are_rejected(saved: Path, steps: object) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(steps=steps))
+    assert "not a checkpoint of unfog" in rejection(saved)
 
 
 @pytest.mark.parametrize(
     ("num_steps", "steps", "recommended"), [(100, (), 100), (12, (), 12), (400, (), 100), (100, (4, 2), 4)]
 )
-def test_where_nobody_asks_the_first_permitted_number_of_steps_is_made_or_all_up_to_a_hundred(
+def test_recommended_steps_is_the_first_permitted_number_or_at_most_100(
     num_steps: int, steps: tuple[int, ...], recommended: int
 ) -> None:
     unet, schedule = tiny_unet(num_steps=num_steps).config, ScheduleConfig(num_steps=num_steps)
@@ -371,13 +369,13 @@ def test_where_nobody_asks_the_first_permitted_number_of_steps_is_made_or_all_up
     assert config.recommended_steps == recommended
 
 
-def test_a_digest_is_of_names_types_shapes_and_bytes_in_the_order_of_the_names() -> None:
+def test_digest_covers_names_types_shapes_and_bytes_sorted_by_name() -> None:
     tensors = {"b": torch.tensor([1.0, -2.0]), "a": torch.tensor([[3]])}
     content = b"{}a torch.int64 (1, 1);" + struct.pack("<q", 3) + b"b torch.float32 (2,);" + struct.pack("<2f", 1, -2)
     assert tensors_sha256(tensors, b"{}") == hashlib.sha256(content).hexdigest()
 
 
-def test_the_weights_have_a_digest_of_their_own_whatever_stands_beside_them(network: UNet, tmp_path: Path) -> None:
+def test_weights_sha256_does_not_depend_on_the_metadata(network: UNet, tmp_path: Path) -> None:
     one, other = tmp_path / "one.safetensors", tmp_path / "other.safetensors"
     save(one, network, config_of(network))
     save(other, network, dataclasses.replace(config_of(network), guidance=Guidance(3.0)))
@@ -396,23 +394,23 @@ HOSTILE = [
 ]
 
 
-def places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a value can be replaced: every field, and every item of a list."""
+def paths_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Returns the path of every field and list item in a JSON value, starting with the empty path."""
     items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [place, *(found for key, item in items for found in places(item, (*place, key)))]
+    return [path, *(found for key, item in items for found in paths_in(item, (*path, key)))]
 
 
-def replace_at(metadata: dict[str, Any], place: tuple[Any, ...], value: object) -> None:
-    *path, last = place
+def replace_value(metadata: dict[str, Any], path: tuple[Any, ...], value: object) -> None:
+    *parents, last = path
     target: Any = metadata
-    for key in path:
+    for key in parents:
         target = target[key]
     if isinstance(target, dict) == isinstance(last, str):
         target[last] = copy.deepcopy(value)
 
 
-def can_be_loaded(path: Path) -> bool:
-    """Whether the file is loaded; if not, it is refused with one sentence that can be printed."""
+def assert_loaded_or_rejected(path: Path) -> bool:
+    """Returns True if the file is loaded. If it is rejected, checks that the message is short and printable."""
     try:
         load(path)
     except CheckpointError as error:
@@ -425,48 +423,48 @@ def can_be_loaded(path: Path) -> bool:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_hostile_metadata_is_loaded_or_refused(saved: Path, network: UNet, data: st.DataObject) -> None:
+def test_hostile_metadata_is_loaded_or_rejected(saved: Path, network: UNet, data: st.DataObject) -> None:
     save(saved, network, config_of(network, guidance_by_sampler={"ddpm": Guidance(2.0)}, steps=(4, 2)))
     original = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
     del original["digest"]
-    anywhere = st.sampled_from(places(original)[1:])
-    changes = data.draw(st.lists(st.tuples(anywhere, st.sampled_from(HOSTILE)), min_size=1, max_size=3))
+    any_path = st.sampled_from(paths_in(original)[1:])
+    changes = data.draw(st.lists(st.tuples(any_path, st.sampled_from(HOSTILE)), min_size=1, max_size=3))
 
     def change(metadata: dict[str, Any]) -> None:
-        for place, value in changes:
-            with suppress(KeyError, IndexError, TypeError):  # an earlier change removed the place
-                replace_at(metadata, place, value)
+        for path, value in changes:
+            with suppress(KeyError, IndexError, TypeError):  # an earlier change removed this path
+                replace_value(metadata, path, value)
 
-    rewrite(saved, change)
-    can_be_loaded(saved)
+    rewrite_metadata(saved, change)
+    assert_loaded_or_rejected(saved)
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_value_anywhere_in_the_network_or_the_schedule_is_loaded_or_refused(saved: Path, value: object) -> None:
+def test_hostile_value_in_any_field_is_loaded_or_rejected(saved: Path, value: object) -> None:
     content = saved.read_bytes()
     metadata = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
     for part in ("unet", "schedule", "prediction", "guidance", "probe"):
         for field in metadata[part]:
             saved.write_bytes(content)
-            rewrite(saved, lambda metadata, part=part, field=field: replace_at(metadata, (part, field), value))
-            can_be_loaded(saved)
+            rewrite_metadata(saved, lambda m, part=part, field=field: replace_value(m, (part, field), value))
+            assert_loaded_or_rejected(saved)
 
 
-def with_steps(metadata: dict[str, Any], num_steps: object) -> None:
+def set_num_steps(metadata: dict[str, Any], num_steps: object) -> None:
     metadata["unet"]["num_steps"] = metadata["schedule"]["num_steps"] = num_steps
 
 
-def with_classes(metadata: dict[str, Any], num_classes: int) -> None:
+def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
     metadata["unet"]["num_classes"], metadata["class_names"] = num_classes, ["a"] * num_classes
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: with_steps(m, 10**9), "unet.num_steps must be at most 10000"),
-        (lambda m: with_steps(m, HUGE), f"unet.num_steps must be an integer of at most {2**53}"),
-        (lambda m: with_classes(m, 1001), "class_names must be a list of at most 1000 values"),
-        (lambda m: m["unet"].update(widths=[2**40]), "unet.widths must be at most 8 numbers of at most 4096"),
+        (lambda m: set_num_steps(m, 10**9), "unet.num_steps must be at most 10000, got 1000000000"),
+        (lambda m: set_num_steps(m, HUGE), f"unet.num_steps must be an integer of at most {2**53}"),
+        (lambda m: set_num_classes(m, 1001), "class_names must be a list of at most 1000 values"),
+        (lambda m: m["unet"].update(widths=[2**40]), "unet.widths must be at most 8 numbers, each at most 4096"),
         (lambda m: m["unet"].update(widths=[8] * 9, image_size=256, stem_patch=1), "unet.widths must be at most 8"),
         (lambda m: m["unet"].update(widths=[4096, 4096]), "but the network needs (4096, 4, 3, 3)"),
         (lambda m: m["unet"].update(image_size=256, widths=[4096]), "a level has more than 4194304 values"),
@@ -483,7 +481,7 @@ def with_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m.update(samplers=["euler"]), "samplers[0] must be one of ddpm, ddim, dpmpp"),
         (lambda m: m.update(class_names=["a"] * 9), "9 class names, but the network has 10 classes"),
         (lambda m: m["schedule"].update(num_steps=50), "the schedule has 50 steps, but the network has 100"),
-        (lambda m: m.update(probe_image="AAAA"), "the probe image has 3 bytes, but the network draws 64"),
+        (lambda m: m.update(probe_image="AAAA"), "the probe image has 3 bytes, but the network needs 64"),
         (lambda m: m.update(probe_image="\u0661"), "probe_image must be base64"),
         (lambda m: m["unet"].update({"new\n": 1}), r"unknown field unet.new\n"),
         (lambda m: m.pop("probe"), "probe is missing"),
@@ -491,27 +489,25 @@ def with_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m["unet"].update(num_pairs=2), "is missing, but the network needs"),
     ],
 )
-def test_reason_of_a_refusal_is_in_the_sentence(
-    saved: Path, change: Callable[[dict[str, Any]], None], reason: str
-) -> None:
-    rewrite(saved, change)
+def test_rejection_names_the_reason(saved: Path, change: Callable[[dict[str, Any]], None], reason: str) -> None:
+    rewrite_metadata(saved, change)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    message = refusal(saved)
+    message = rejection(saved)
     assert "is not a checkpoint of unfog: " in message
     assert reason in message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
-def test_tensor_that_the_network_does_not_have_is_refused(saved: Path) -> None:
+def test_unexpected_tensor_is_rejected(saved: Path) -> None:
     tensors, metadata = load_file(saved), json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
     tensors["extra"] = torch.ones(1)
     del metadata["digest"]
     metadata["digest"] = _digest(tensors, metadata)
     save_file(tensors, saved, {"unfog": json.dumps(metadata)})
-    assert f"the network has {len(tensors) - 1} tensors, but the file has {len(tensors)}" in refusal(saved)
+    assert f"the network has {len(tensors) - 1} tensors, but the file has {len(tensors)}" in rejection(saved)
 
 
-def test_table_of_many_steps_and_classes_is_refused_before_it_is_made(tmp_path: Path) -> None:
+def test_too_large_conditioning_table_is_rejected_before_allocation(tmp_path: Path) -> None:
     network, path = tiny_unet(num_classes=1000, num_steps=10_000), tmp_path / "wide.safetensors"
     names, probe = ("a",) * 1000, Probe(num_steps=1)
     save(
@@ -519,39 +515,39 @@ def test_table_of_many_steps_and_classes_is_refused_before_it_is_made(tmp_path: 
         network,
         CheckpointConfig(network.config, ScheduleConfig(num_steps=10_000), class_names=names, probe=probe),
     )
-    assert "make a table of" in refusal(path)
+    assert "make a table of" in rejection(path)
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])
-def test_metadata_that_is_nested_deeply_is_refused(saved: Path, depth: int) -> None:
+def test_deeply_nested_metadata_is_rejected(saved: Path, depth: int) -> None:
     header = json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
     del header["training"]
     text = json.dumps(header)[:-1] + ', "training": ' + '{"a":' * depth + "1" + "}" * depth + "}"
     save_file(load_file(saved), saved, {"unfog": text})
-    refusal(saved)
+    rejection(saved)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64, torch.float8_e5m2], ids=str)
-def test_weights_of_a_type_that_no_network_has_are_refused(saved: Path, dtype: torch.dtype) -> None:
+def test_weights_of_unsupported_dtype_are_rejected(saved: Path, dtype: torch.dtype) -> None:
     tensors, metadata = load_file(saved), json.loads(header_of(saved)[0]["__metadata__"]["unfog"])
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     del metadata["digest"]
     metadata["digest"] = _digest(tensors, metadata)
     save_file(tensors, saved, {"unfog": json.dumps(metadata)})
-    assert "weights must be float32, float16 or bfloat16" in refusal(saved)
+    assert "weights must be float32, float16 or bfloat16" in rejection(saved)
 
 
 @pytest.mark.parametrize("version", ["1\n2", "\x1b[2J", "1" * 1000, [[1]], {"a": 1}, HUGE], ids=range(6))
-def test_format_version_of_another_kind_is_refused_in_one_line(saved: Path, version: object) -> None:
-    rewrite(saved, lambda metadata: metadata.update(format_version=version))
-    assert "has format version" in refusal(saved)
-    assert not can_be_loaded(saved)
+def test_format_version_of_wrong_type_is_rejected_in_one_line(saved: Path, version: object) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(format_version=version))
+    assert "has format version" in rejection(saved)
+    assert not assert_loaded_or_rejected(saved)
 
 
-def test_file_that_never_ends_or_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_or_too_large_file_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.checkpoint.MAX_FILE_BYTES", 2**20)
-    assert "is larger than 1 MiB" in refusal(Path("/dev/zero"))
+    assert "is larger than the limit of 1 MiB" in rejection(Path("/dev/zero"))
     sparse = tmp_path / "sparse.safetensors"
     with sparse.open("wb") as file:
         file.truncate(2**40)
-    assert "is larger than 1 MiB" in refusal(sparse)
+    assert "is larger than the limit of 1 MiB" in rejection(sparse)

@@ -21,7 +21,7 @@ def diffusion(make_diffusion: Callable[[], Diffusion]) -> Diffusion:
     return make_diffusion()
 
 
-def test_noise_is_added_with_the_mean_and_variance_of_the_papers_equation_4(diffusion: Diffusion) -> None:
+def test_add_noise_has_the_mean_and_variance_of_equation_4(diffusion: Diffusion) -> None:
     x_0 = torch.tensor([-1.0, 0.25, 0.5, 1.0])[:, None, None, None].expand(-1, 1, 300, 300)
     t = torch.tensor([1, 30, 70, 100])
     x_t, _ = diffusion.add_noise(x_0, t)
@@ -32,7 +32,7 @@ def test_noise_is_added_with_the_mean_and_variance_of_the_papers_equation_4(diff
         assert abs(row.var() / variance - 1) < 5 * (2 / n) ** 0.5
 
 
-def test_the_noise_that_is_returned_is_the_noise_within(diffusion: Diffusion) -> None:
+def test_add_noise_returns_the_noise_in_x_t(diffusion: Diffusion) -> None:
     x_0, t = torch.rand(3, 1, 8, 8) * 2 - 1, torch.tensor([5, 50, 95])
     x_t, eps = diffusion.add_noise(x_0, t)
     for i, step in enumerate(t.tolist()):
@@ -40,27 +40,27 @@ def test_the_noise_that_is_returned_is_the_noise_within(diffusion: Diffusion) ->
         torch.testing.assert_close(x_t[i], alpha_bar**0.5 * x_0[i] + (1 - alpha_bar) ** 0.5 * eps[i])
 
 
-def test_noise_that_is_given_is_used(diffusion: Diffusion) -> None:
+def test_add_noise_uses_the_given_noise(diffusion: Diffusion) -> None:
     x_0, eps = torch.rand(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
     x_t, same_eps = diffusion.add_noise(x_0, torch.tensor([0, 100]), eps)
     assert same_eps is eps
     assert torch.equal(x_t[0], x_0[0])  # t = 0 is the clean image
-    assert (x_t[1] - eps[1]).abs().max() < 1e-3  # t = 100 is nothing but noise
+    assert (x_t[1] - eps[1]).abs().max() < 1e-3  # t = 100 is pure noise
 
 
-def test_timesteps_are_drawn_evenly_from_1_to_the_last(diffusion: Diffusion) -> None:
+def test_timesteps_are_uniform_from_1_to_num_steps(diffusion: Diffusion) -> None:
     counts = diffusion.draw_timesteps(100_000).bincount(minlength=101)
     assert len(counts) == 101
     assert counts[0] == 0
     assert (counts[1:] - 1000).abs().max() < 5 * 1000**0.5
 
 
-def test_labels_are_dropped_at_the_asked_rate(diffusion: Diffusion) -> None:
+def test_labels_are_dropped_with_the_given_probability(diffusion: Diffusion) -> None:
     assert abs(diffusion.draw_label_mask(100_000, 0.1).double().mean() - 0.1) < 5 * (0.09 / 100_000) ** 0.5
     assert not diffusion.draw_label_mask(1000, 0.0).any()
 
 
-def test_a_train_step_shows_the_network_noisy_images_their_t_and_labels_masked_whole(
+def test_train_step_passes_noisy_images_timesteps_and_masked_labels(
     make_diffusion: Callable[[], Diffusion],
 ) -> None:
     x_0, y = torch.rand(6, 1, 8, 8) * 2 - 1, torch.tensor([0, 1, 2, 3, 4, 5])
@@ -83,7 +83,7 @@ def test_a_train_step_shows_the_network_noisy_images_their_t_and_labels_masked_w
     assert loss.item() == pytest.approx(((eps - 0.5) ** 2).mean().item())
 
 
-def test_a_denoiser_that_sees_the_image_loses_nothing(diffusion: Diffusion) -> None:
+def test_loss_of_a_perfect_denoiser_is_zero(diffusion: Diffusion) -> None:
     x_0, y = torch.rand(16, 1, 8, 8) * 2 - 1, torch.zeros(16).long()
 
     def denoiser(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -93,13 +93,13 @@ def test_a_denoiser_that_sees_the_image_loses_nothing(diffusion: Diffusion) -> N
     assert diffusion.train_step(denoiser, x_0, y, torch.zeros(16).bool(), NULL) < 1e-6
 
 
-def test_a_loss_in_bfloat16_is_computed_in_float32(diffusion: Diffusion) -> None:
+def test_loss_of_bfloat16_output_is_computed_in_float32(diffusion: Diffusion) -> None:
     x_0, y = torch.zeros(4, 1, 8, 8), torch.zeros(4).long()
     loss = diffusion.train_step(lambda x_t, t, y: x_t.bfloat16(), x_0, y, torch.zeros(4).bool(), NULL)
     assert loss.dtype == torch.float32
 
 
-def test_a_seed_repeats_all_that_is_drawn(make_diffusion: Callable[[], Diffusion]) -> None:
+def test_same_seed_gives_the_same_random_numbers(make_diffusion: Callable[[], Diffusion]) -> None:
     def draws(diffusion: Diffusion) -> list[Tensor]:
         x_0 = torch.zeros(2, 1, 8, 8)
         t = diffusion.draw_timesteps(2)
@@ -109,14 +109,14 @@ def test_a_seed_repeats_all_that_is_drawn(make_diffusion: Callable[[], Diffusion
 
 
 def average_of(network: nn.Module, max_decay: float) -> AveragedModel:
-    """An average that begins with the network's weights."""
+    """Returns an average that starts with the weights of the network."""
     average = AveragedModel(network, multi_avg_fn=running_average(max_decay))
     average.n_averaged.fill_(1)
     return average
 
 
 @pytest.mark.parametrize("max_decay", [0.9999, 0.7])
-def test_the_average_of_a_network_that_stands_still_nears_it_as_the_decays_say(max_decay: float) -> None:
+def test_average_of_a_constant_network_converges_as_the_decay_predicts(max_decay: float) -> None:
     network = nn.Linear(3, 2)
     start = network.weight.detach().clone()
     average = average_of(network, max_decay)
@@ -129,7 +129,7 @@ def test_the_average_of_a_network_that_stands_still_nears_it_as_the_decays_say(m
         torch.testing.assert_close(average.module.weight.detach(), 5 + left * (start - 5), rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_is_the_weighted_sum_of_all_that_the_network_was() -> None:
+def test_average_is_the_weighted_sum_of_all_past_weights() -> None:
     network = nn.Linear(1, 1, bias=False)
     average = average_of(network, 0.5)
     values = [network.weight.item()]
@@ -146,7 +146,7 @@ def test_the_average_is_the_weighted_sum_of_all_that_the_network_was() -> None:
     assert average.module.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_average_without_decay_is_the_network() -> None:
+def test_average_with_zero_decay_equals_the_network() -> None:
     network = nn.Linear(3, 2)
     average = average_of(network, 0.0)
     nn.init.normal_(network.weight)
@@ -154,7 +154,7 @@ def test_an_average_without_decay_is_the_network() -> None:
     assert torch.equal(average.module.weight, network.weight)
 
 
-def test_the_average_shares_no_memory_with_the_network() -> None:
+def test_average_shares_no_memory_with_the_network() -> None:
     network = nn.Linear(3, 2)
     average = average_of(network, 0.99)
     before = average.module.weight.clone()

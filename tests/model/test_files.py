@@ -13,7 +13,7 @@ from tests.tiny import tiny_unet
 
 @pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_litter(
+def test_failed_save_keeps_the_old_file_and_leaves_no_temporary_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
 ) -> None:
     network, path = tiny_unet(), tmp_path / "tiny.safetensors"
@@ -32,7 +32,7 @@ def test_a_save_that_fails_in_the_middle_leaves_the_old_file_and_no_litter(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_killed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     code = (
@@ -45,7 +45,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     assert path.read_text() == "old"
 
 
-def test_a_write_makes_the_folders_on_its_way_and_a_file_that_all_may_read(tmp_path: Path) -> None:
+def test_write_creates_missing_folders_and_a_world_readable_file(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "new" / "file"
     write_atomically(path, b"content")
     assert path.read_bytes() == b"content"

@@ -1,4 +1,4 @@
-"""Types of JSON values; tests/model/test_checkpoint.py has hostile ones."""
+"""Tests the types of JSON values. tests/model/test_checkpoint.py tests hostile values."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,7 +27,7 @@ class Outer:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def test_values_of_the_right_types_make_the_dataclass() -> None:
+def test_build_accepts_values_of_the_right_types() -> None:
     values = {
         "number": 2,
         "name": "x" * MAX_CHARACTERS,
@@ -56,8 +56,8 @@ def test_values_of_the_right_types_make_the_dataclass() -> None:
         ({"number": float("nan")}, "number must be a number"),
         ({"number": float("inf")}, "number must be a number"),
         ({"number": True}, "number must be a number"),
-        ({"name": "x" * (MAX_CHARACTERS + 1)}, "name must be a text"),
-        ({"name": None}, "name must be a text"),
+        ({"name": "x" * (MAX_CHARACTERS + 1)}, "name must be a string"),
+        ({"name": None}, "name must be a string"),
         ({"is_on": 1}, "is_on must be true or false"),
         ({"letter": "c"}, "letter must be one of a, b"),
         ({"letter": ["a"]}, "letter must be one of a, b"),
@@ -69,12 +69,12 @@ def test_values_of_the_right_types_make_the_dataclass() -> None:
         ({"facts": []}, "facts must be an object"),
     ],
 )
-def test_value_of_another_type_is_named(values: Any, reason: str) -> None:
+def test_invalid_value_is_named_in_the_error(values: Any, reason: str) -> None:
     with pytest.raises(ValueError) as caught:
         build(Outer, values)
     assert str(caught.value).startswith(reason)
 
 
-def test_missing_field_that_is_required_is_named() -> None:
+def test_missing_required_field_is_named_in_the_error() -> None:
     with pytest.raises(ValueError, match=r"^letter is missing$"):
         build(Outer, {}, required=("letter",))

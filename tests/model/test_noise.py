@@ -9,7 +9,7 @@ WORD = 0xFFFFFFFF
 
 
 def rows(seeds: list[int], indices: list[int] | None = None, steps: list[int] | None = None) -> Tensor:
-    """Noise (B, 784) of rows given as lists."""
+    """Returns the noise (B, 784) for seeds, indices and steps."""
     zeros = [0] * len(seeds)
     keys = (torch.tensor(seeds), torch.tensor(indices or zeros), torch.tensor(steps or zeros))
     return normal(*keys, SHAPE).flatten(1)
@@ -38,7 +38,7 @@ def test_philox_gives_the_known_answers_of_random123(
 
 def test_noise_is_standard_normal() -> None:
     z = rows(list(range(3000))).double().flatten()
-    n = len(z)  # 2,352,000; each moment within five of its own standard errors
+    n = len(z)  # 2,352,000 values; each moment is compared within 5 standard errors
     assert abs(z.mean()) < 5 / n**0.5
     assert abs(z.square().mean() - 1) < 5 * (2 / n) ** 0.5
     assert abs(z.pow(3).mean()) < 5 * (15 / n) ** 0.5
@@ -54,7 +54,7 @@ def test_neighbouring_pixels_are_independent() -> None:
         assert abs(product) < 5 / (z.numel() - 300 * lag) ** 0.5
 
 
-def test_a_row_has_the_same_bits_alone_and_in_any_company() -> None:
+def test_row_has_the_same_bits_in_any_batch() -> None:
     seeds, indices, steps = [7, 2**53 - 1, 7, 0, 2**32], [0, 3, 1, 63, 0], [0, 100, 0, 5, 1]
     together = rows(seeds, indices, steps)
     for i in range(5):
@@ -67,31 +67,31 @@ def test_a_row_has_the_same_bits_alone_and_in_any_company() -> None:
 def test_rows_that_differ_in_one_key_are_uncorrelated(varied: str) -> None:
     keys = {"seeds": [5] * 64, "indices": [5] * 64, "steps": [5] * 64} | {varied: list(range(64))}
     z = rows(**keys).double()  # (64, 784)
-    correlation = (z @ z.T / 784).fill_diagonal_(0)  # each about N(0, 1/784)
+    correlation = (z @ z.T / 784).fill_diagonal_(0)  # each value is approximately N(0, 1/784)
     assert correlation.abs().max() < 5.5 / 784**0.5
 
 
-def test_no_key_is_mistaken_for_another() -> None:
+def test_seed_index_and_step_are_not_interchangeable() -> None:
     z = rows([1, 0, 0], [0, 1, 0], [0, 0, 1]).double()
     correlation = (z @ z.T / 784).fill_diagonal_(0)
     assert correlation.abs().max() < 5 / 784**0.5
 
 
 @pytest.mark.parametrize("seed", [2**32, 2**33, 2**52, 5 * 2**32])
-def test_the_upper_bits_of_a_seed_matter(seed: int) -> None:
+def test_upper_bits_of_a_seed_change_the_noise(seed: int) -> None:
     low, high = rows([0, seed]).double()
     assert abs((low * high).mean()) < 5 / 784**0.5
 
 
-def test_an_image_whose_size_is_no_multiple_of_four_is_the_start_of_a_larger_one() -> None:
+def test_image_size_that_is_not_a_multiple_of_four_truncates_the_noise() -> None:
     key = torch.tensor([3, 4])
     small = normal(key, key, key, (1, 3, 3))
     assert torch.equal(small.flatten(1), normal(key, key, key, (1, 4, 4)).flatten(1)[:, :9])
-    assert small.is_contiguous()  # as a compiled step reads it
+    assert small.is_contiguous()  # compiled steps need contiguous inputs
 
 
 def test_noise_is_finite_over_millions_of_draws() -> None:
     z = normal(torch.arange(40), torch.zeros(40).long(), torch.zeros(40).long(), (1, 256, 256))
     assert z.dtype == torch.float32
     assert z.isfinite().all()
-    assert 4 < z.abs().max() < 7  # of 2.6 million normals the largest is nearly surely above 4
+    assert 4 < z.abs().max() < 7  # the largest of 2.6 million normal values is above 4 almost surely

@@ -1,4 +1,4 @@
-"""Each operation in other words against torch's own, in float64 where that is the truth."""
+"""Compares the faster formulas with torch's own operations, in float64 where rounding matters."""
 
 import pytest
 import torch
@@ -34,17 +34,17 @@ def queries_keys_values() -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("mean", "std", "tolerance"), [(0, 1, 1e-5), (0, 1e-3, 1e-5), (-3, 0.5, 1e-4), (30, 1, 2e-3)])
-def test_group_norm_is_torchs_own(mean: float, std: float, tolerance: float) -> None:
+def test_group_norm_equals_torch(mean: float, std: float, tolerance: float) -> None:
     x, (weight, bias) = images(mean, std), weight_and_bias()
     truth = F.group_norm(x.double(), GROUPS, weight.double(), bias.double())
     assert (group_norm_by_channel(x, GROUPS, weight, bias, EPS) - truth).abs().max() < tolerance
 
 
-def test_group_norm_of_a_constant_image_is_the_shift() -> None:
+def test_group_norm_of_a_constant_image_is_the_bias() -> None:
     weight, bias = weight_and_bias()
     x = torch.full((2, CHANNELS, 7, 7), 1.7)
     found = group_norm_by_channel(x, GROUPS, weight, bias, EPS)
-    assert torch.allclose(found, bias[:, None, None].expand_as(found), atol=0.2)  # 1e-3 of rounding over 1 / eps ** 0.5
+    assert torch.allclose(found, bias[:, None, None].expand_as(found), atol=0.2)  # rounding / eps ** 0.5
     assert torch.isfinite(found).all()
 
 
@@ -56,23 +56,23 @@ def test_group_norm_sums_bfloat16_in_float32() -> None:
     assert torch.allclose(found.double(), truth, rtol=2**-7, atol=2**-10)
 
 
-def test_gelu_is_torchs_own_by_tanh() -> None:
+def test_gelu_by_sigmoid_equals_tanh_gelu_of_torch() -> None:
     x = torch.linspace(-30, 30, 10_001)
     truth = F.gelu(x.double(), approximate="tanh")
     assert (gelu_by_sigmoid(x) - truth).abs().max() < 5e-6
     assert gelu_by_sigmoid(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_gelu_of_every_bfloat16_is_the_same_alone_and_among_others() -> None:
-    """Uncompiled, a row's end may lie within a vector or not."""
+def test_gelu_of_every_bfloat16_value_is_the_same_in_any_batch() -> None:
+    """The kernel of torch handles full SIMD vectors and the remaining elements differently."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()]
     alone = torch.stack([gelu(x) for x in every])
-    assert torch.equal(gelu(every).view(torch.int16), alone.view(torch.int16))  # -0 is not 0
+    assert torch.equal(gelu(every).view(torch.int16), alone.view(torch.int16))  # distinguishes -0 from 0
     assert torch.allclose(alone.double(), F.gelu(every.double(), approximate="tanh"), rtol=2**-7, atol=1e-6)
 
 
-def test_uncompiled_they_are_torchs_own_to_the_bit() -> None:
+def test_operations_without_compilation_equal_torch_bit_for_bit() -> None:
     x, (weight, bias) = images(), weight_and_bias()
     norm = GroupNorm(GROUPS, CHANNELS)
     norm.weight.data, norm.bias.data = weight, bias
@@ -82,7 +82,7 @@ def test_uncompiled_they_are_torchs_own_to_the_bit() -> None:
     assert torch.equal(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
 
 
-def test_attention_and_its_gradient_are_those_of_torchs_own_in_float64() -> None:
+def test_attention_and_its_gradient_equal_torch_in_float64() -> None:
     found, truth = (tuple(part.to(dtype).requires_grad_() for part in queries_keys_values()) for dtype in DTYPES)
     attended, expected = attention(*found), F.scaled_dot_product_attention(*truth)
     assert torch.allclose(attended.double(), expected, atol=1e-6)
@@ -94,7 +94,7 @@ def test_attention_and_its_gradient_are_those_of_torchs_own_in_float64() -> None
         assert torch.allclose(gradient.double(), true_one, atol=1e-5)
 
 
-def test_trained_attention_is_in_float32_under_autocast() -> None:
+def test_attention_in_training_uses_float32_under_autocast() -> None:
     q, k, v = (part.bfloat16().requires_grad_() for part in queries_keys_values())
     truth = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,7 +104,7 @@ def test_trained_attention_is_in_float32_under_autocast() -> None:
     assert torch.allclose(found.double(), truth, rtol=2**-8, atol=2**-10)
 
 
-def test_what_is_not_finite_stays_so() -> None:
+def test_nan_and_infinite_values_are_kept() -> None:
     x = torch.tensor([float("nan"), float("inf")])
     assert not gelu_by_sigmoid(x).isfinite().any()
     assert not gelu(x.bfloat16()).isfinite().any()

@@ -1,4 +1,4 @@
-"""PNG files, read back with Pillow."""
+"""Reads the PNG files back with Pillow."""
 
 import io
 
@@ -12,7 +12,7 @@ PROVENANCE = Provenance(
 )
 
 
-def test_the_text_chunks_hold_everything_that_draws_the_image_again() -> None:
+def test_text_chunks_contain_all_generation_parameters() -> None:
     png = encode_png(Image.new("L", (2, 3)), text=PROVENANCE.text(4))
     with Image.open(io.BytesIO(png)) as image:
         assert image.info == {
@@ -27,7 +27,7 @@ def test_the_text_chunks_hold_everything_that_draws_the_image_again() -> None:
         }
 
 
-def test_each_pixel_is_enlarged_to_a_square() -> None:
+def test_scale_enlarges_each_pixel_to_a_square() -> None:
     pixels = np.array([[0, 100], [200, 255]], dtype=np.uint8)
     with Image.open(io.BytesIO(encode_png(Image.fromarray(pixels), scale=3))) as image:
         assert np.array_equal(np.asarray(image), np.kron(pixels, np.ones((3, 3), np.uint8)))

@@ -20,7 +20,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ({"amx_bf16": True}, torch.bfloat16),
     ],
 )
-def test_bfloat16_is_taken_where_a_cpu_multiplies_it(
+def test_fast_dtype_is_bfloat16_on_cpus_with_bfloat16_instructions(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
@@ -38,7 +38,7 @@ def test_bfloat16_is_taken_where_a_cpu_multiplies_it(
         ((12, 0), torch.bfloat16),
     ],
 )
-def test_gpu_precision_is_what_its_tensor_cores_multiply(
+def test_fast_dtype_of_a_gpu_follows_its_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -46,8 +46,8 @@ def test_gpu_precision_is_what_its_tensor_cores_multiply(
 
 
 @pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST], ids=["default", "fast"])
-def test_shipped_network_in_float16_is_finite_and_near_float32(path: Path) -> None:
-    """On a CPU, whose float16 kernels also accumulate in float32. Conditions are those of every step and digit."""
+def test_shipped_network_in_float16_is_finite_and_close_to_float32(path: Path) -> None:
+    """Runs on a CPU, whose float16 kernels accumulate in float32, as those of a GPU do."""
     half, full = (load(path).network.to(dtype) for dtype in (torch.float16, torch.float32))
     table = load(path).network.condition_table()  # (T + 1, num_classes + 1, D)
     assert table.half().isfinite().all()
@@ -63,7 +63,7 @@ def test_shipped_network_in_float16_is_finite_and_near_float32(path: Path) -> No
         actual = half.denoise(x_t.half(), c.half()).float()
     assert actual.isfinite().all()
     assert (actual - expected).abs().mean() < 0.01 * expected.abs().mean()
-    assert max(largest) < torch.finfo(torch.float16).max / 16  # activations are far from an overflow
+    assert max(largest) < torch.finfo(torch.float16).max / 16  # activations are far below the overflow
 
 
 def _largest(output: Tensor | tuple[Tensor, ...]) -> float:
@@ -83,9 +83,7 @@ def _largest(output: Tensor | tuple[Tensor, ...]) -> float:
         (CallRows.of(CUDA, torch.float32), 35, [35]),
     ],
 )
-def test_every_row_is_answered_in_its_place_however_the_calls_are_cut(
-    rule: CallRows, num_rows: int, calls: list[int]
-) -> None:
+def test_call_rows_pads_and_splits_without_changing_results(rule: CallRows, num_rows: int, calls: list[int]) -> None:
     seen: list[int] = []
 
     def denoise(x_t: Tensor, c: Tensor) -> Tensor:
@@ -98,14 +96,14 @@ def test_every_row_is_answered_in_its_place_however_the_calls_are_cut(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_row_of_the_network_that_ships_has_the_same_bits_in_any_batch_on_any_number_of_threads(
+def test_row_has_the_same_bits_for_any_batch_and_number_of_threads(
     dtype: torch.dtype,
 ) -> None:
-    """Widths decide which kernels run: a tiny network would not show it."""
+    """Uses the shipped architecture, because the widths determine which kernels torch selects."""
     torch.manual_seed(0)
     network = UNet(UNetConfig()).eval().requires_grad_(False)
     for parameter in network.parameters():
-        parameter.copy_(torch.randn(parameter.shape) * 0.05)  # what training starts at zero, too
+        parameter.copy_(torch.randn(parameter.shape) * 0.05)  # also the weights that are initialized to zero
     c = network.condition(torch.arange(1, 71), torch.arange(70) % 11).to(dtype)
     x_t = torch.randn(70, 1, 28, 28).to(dtype)
     network = network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

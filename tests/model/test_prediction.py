@@ -13,7 +13,7 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 def forward(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_0, eps and x_t, in float64."""
+    """Returns x_0, eps and x_t in float64."""
     generator = torch.Generator().manual_seed(0)
     x_0 = torch.rand(len(t), 1, 4, 4, generator=generator, dtype=torch.float64) * 2 - 1
     eps = torch.randn(len(t), 1, 4, 4, generator=generator, dtype=torch.float64)
@@ -22,27 +22,27 @@ def forward(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @EVERY_KIND
-def test_the_image_that_the_target_implies_is_the_image(kind: str) -> None:
+def test_predict_x_0_inverts_the_target(kind: str) -> None:
     prediction = Prediction(PredictionConfig(kind), SCHEDULE)
-    x_0, eps, x_t = forward(T[:-1])  # at t = 100 eps alone says too little in float32
+    x_0, eps, x_t = forward(T[:-1])  # at t = 100, float32 is not precise enough to recover x_0 from eps
     target = prediction.target(x_0, eps, T[:-1])
     implied = predict_x_0(x_t, target, prediction.table(x_t.device)[T[:-1]])
     torch.testing.assert_close(implied, x_0, rtol=0, atol=1e-4)
 
 
-def test_the_targets_are_the_papers() -> None:
+def test_targets_equal_the_formulas_of_the_papers() -> None:
     x_0, eps, x_t = forward(T)
     alpha, sigma = (root[T][:, None, None, None] for root in (ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()))
     targets = {kind: Prediction(PredictionConfig(kind, 0.5), SCHEDULE).target(x_0, eps, T) for kind in KINDS}
     torch.testing.assert_close(targets["eps"], eps, rtol=0, atol=1e-6)
     torch.testing.assert_close(targets["v"], alpha * eps - sigma * x_0, rtol=0, atol=1e-6)  # Salimans & Ho, section 4
-    # Karras 2022, table 1 and eq. 8, of x_t / alpha, whose noise is sigma / alpha; the sign is v's
+    # Karras 2022, table 1 and eq. 8, for x_t / alpha, which has noise sigma / alpha. The sign is that of v.
     noise, data = sigma / alpha, 0.5
     c_skip, c_out = data**2 / (noise**2 + data**2), noise * data / (noise**2 + data**2).sqrt()
     torch.testing.assert_close(targets["edm"], -(x_0 - c_skip * x_t / alpha) / c_out, rtol=1e-5, atol=1e-6)
 
 
-def test_edm_targets_have_the_variance_of_one_for_data_of_that_deviation() -> None:
+def test_edm_target_has_unit_variance_for_data_with_sigma_data() -> None:
     generator = torch.Generator().manual_seed(1)
     prediction = Prediction(PredictionConfig("edm", 0.3), SCHEDULE)
     for t in (1, 20, 60, 99):
@@ -50,7 +50,7 @@ def test_edm_targets_have_the_variance_of_one_for_data_of_that_deviation() -> No
         assert prediction.target(0.3 * x_0, eps, torch.tensor([t])).var() == pytest.approx(1, rel=0.05)
 
 
-def test_the_predicted_image_stays_in_range() -> None:
+def test_predicted_x_0_is_clipped() -> None:
     prediction = Prediction(PredictionConfig(), SCHEDULE)
     _, eps, x_t = forward(T)
     assert predict_x_0(x_t, -3 * eps, prediction.table(x_t.device)[T]).abs().max() == 1
@@ -58,7 +58,7 @@ def test_the_predicted_image_stays_in_range() -> None:
 
 @EVERY_KIND
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_counts_an_error_of_the_image_at_most_gamma_times(kind: str, gamma: float) -> None:
+def test_min_snr_weights_errors_of_x_0_by_at_most_gamma(kind: str, gamma: float) -> None:
     prediction = Prediction(PredictionConfig(kind), SCHEDULE)
     diffusion = Diffusion(SCHEDULE, torch.Generator().manual_seed(0), prediction, gamma)
     x_0, eps, x_t = forward(T)
@@ -74,6 +74,6 @@ def test_min_snr_counts_an_error_of_the_image_at_most_gamma_times(kind: str, gam
 @pytest.mark.parametrize(
     ("config", "reason"), [({"kind": "x_0"}, "unknown prediction kind"), ({"sigma_data": 0.0}, "above 0")]
 )
-def test_what_no_network_predicts_is_refused(config: dict[str, object], reason: str) -> None:
+def test_invalid_prediction_config_is_rejected(config: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         PredictionConfig(**config)  # type: ignore[arg-type]

@@ -31,13 +31,13 @@ def step(loaded: Checkpoint) -> ReverseStep:
 
 @pytest.fixture
 def plans(loaded: Checkpoint) -> list[Plan]:
-    """A plan for each row; the second row and the third share one."""
+    """Returns the plan of each row. The second and the third row share a plan."""
     made = {row: make_plan(loaded.schedule, *row) for row in ROWS}  # type: ignore[arg-type]
     return [made[row] for row in ROWS]
 
 
 @pytest.mark.parametrize("guidance", [None, GUIDANCE], ids=["off", "guided"])
-def test_each_row_is_drawn_by_its_own_plan_as_the_plain_loop_draws_it(
+def test_draw_equals_the_reference_loop_for_each_row(
     loaded: Checkpoint, step: ReverseStep, plans: list[Plan], guidance: Guidance | None
 ) -> None:
     x_0 = draw(step, plans, loaded.image_shape, **KEYS, guidance=guidance)
@@ -56,17 +56,17 @@ def test_each_row_is_drawn_by_its_own_plan_as_the_plain_loop_draws_it(
         assert (x_0[row] - x_0[row - 1]).abs().mean() > 0.1
 
 
-def test_a_row_is_computed_until_it_has_reached_x_0_and_twice_where_it_is_guided(
+def test_finished_rows_are_skipped_and_guided_rows_are_evaluated_twice(
     loaded: Checkpoint, step: ReverseStep, plans: list[Plan]
 ) -> None:
     calls: list[tuple[int, int]] = []
 
-    def watched(state: State, plans: Tensor, rows: Rows) -> Stepped:
+    def counted(state: State, plans: Tensor, rows: Rows) -> Stepped:
         calls.append((len(rows.slots), len(rows.source)))
         stepped: Stepped = step(state, plans, rows)
         return stepped
 
-    draw(watched, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
+    draw(counted, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
     for k, (num_rows, num_evaluations) in enumerate(calls):
         timesteps = [plan.timesteps[k] for plan in plans if k < plan.num_steps]
         assert num_rows == len(timesteps)
@@ -74,13 +74,11 @@ def test_a_row_is_computed_until_it_has_reached_x_0_and_twice_where_it_is_guided
     assert len(calls) == 9
 
 
-def test_the_caller_sees_each_step_of_the_rows_that_take_it(
-    loaded: Checkpoint, step: ReverseStep, plans: list[Plan]
-) -> None:
+def test_on_step_is_called_with_the_rows_of_each_step(loaded: Checkpoint, step: ReverseStep, plans: list[Plan]) -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
     drawn = draw(step, plans, loaded.image_shape, **KEYS, on_step=lambda k, x_t, x_0: seen.append((k, x_t, x_0)))
     state, _ = begin(plans, loaded.image_shape, **KEYS)
     assert [k for k, _, _ in seen] == list(range(9))
     assert torch.equal(seen[0][1], state.x_t)
-    assert torch.equal(seen[0][2][3], drawn[3])  # its only step
+    assert torch.equal(seen[0][2][3], drawn[3])  # this row has one step
     assert torch.equal(seen[-1][2], drawn[1:3])

@@ -21,7 +21,7 @@ EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCH
 
 @pytest.fixture
 def points() -> Tensor:
-    """Two images of each of three labels; any two differ in half of their pixels (Hadamard's matrix)."""
+    """Returns two images for each of three labels. Any two differ in half of their pixels (Hadamard matrix)."""
     bits = torch.arange(16)[None] & torch.arange(1, 7)[:, None]  # (6, 16)
     parity = sum((bits >> i) & 1 for i in range(4)) % 2
     return (parity * 1.6 - 0.8).reshape(6, *SHAPE)
@@ -31,19 +31,19 @@ LABELS = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 def draw(denoiser: Any, schedule: Schedule, y: list[int], **options: Any) -> Tensor:
-    """Samples (B, 16) of labels y from seed 11, index 0, 1, ..."""
+    """Returns samples (B, 16) for labels y, seed 11 and indices 0, 1, ..."""
     rows = len(y)
     keys = {"seed": torch.full((rows,), 11), "index": torch.arange(rows), "image_shape": SHAPE}
     return sample(denoiser, schedule, torch.tensor(y), **keys | options).flatten(1)
 
 
 def noise(row: int, step: int) -> Tensor:
-    """The noise that `draw` gives a row, (16,) in float64."""
+    """Returns the noise that `draw` uses for a row, (16,) in float64."""
     return normal(torch.tensor([11]), torch.tensor([row]), torch.tensor([step]), SHAPE).double().flatten()
 
 
 class Gaussian:
-    """The best denoiser of data N(0, std^2), whose probability flow has a solution in closed form."""
+    """The optimal denoiser for data from N(0, std^2). Its probability flow ODE has a closed-form solution."""
 
     def __init__(self, std: float, schedule: Schedule) -> None:
         self.variance, self.alpha_bar = std**2, schedule.alpha_bar
@@ -60,7 +60,7 @@ class Gaussian:
 @EVERY_SCHEDULE
 @EVERY_SAMPLER
 @pytest.mark.parametrize("num_steps", [100, 20, 8])
-def test_samples_of_the_ideal_denoiser_land_on_the_points_of_their_label(
+def test_samples_of_the_ideal_denoiser_are_data_points_of_their_label(
     points: Tensor, schedule: Schedule, sampler: Sampler, num_steps: int
 ) -> None:
     y = [0, 1, 2] * 8
@@ -73,7 +73,7 @@ def test_samples_of_the_ideal_denoiser_land_on_the_points_of_their_label(
 
 
 @EVERY_SAMPLER
-def test_samples_are_shared_among_the_points_as_the_data_are(points: Tensor, sampler: Sampler) -> None:
+def test_samples_have_the_distribution_of_the_data(points: Tensor, sampler: Sampler) -> None:
     one_to_three = IdealDenoiser(points[[0, 1, 1, 1]], torch.zeros(4).long(), COSINE)
     samples = draw(one_to_three, COSINE, [0] * 400, sampler=sampler, num_steps=50)
     share = ((samples - points[0].flatten()).abs().amax(dim=1) < 0.02).double().mean()
@@ -81,8 +81,8 @@ def test_samples_are_shared_among_the_points_as_the_data_are(points: Tensor, sam
 
 
 @EVERY_SCHEDULE
-def test_ddpm_is_the_textbooks_ancestral_loop(points: Tensor, schedule: Schedule) -> None:
-    """Ho 2020, algorithm 2, with sigma_t^2 of eq. 7; beta as variance would not do."""
+def test_ddpm_equals_algorithm_2_of_the_paper(points: Tensor, schedule: Schedule) -> None:
+    """Ho 2020, algorithm 2, with the variance of eq. 7 rather than beta."""
     denoiser, alpha_bar = IdealDenoiser(points, LABELS, schedule), schedule.alpha_bar.tolist()
     samples = draw(denoiser, schedule, [0, 1, 2])
     for row in range(3):
@@ -98,8 +98,8 @@ def test_ddpm_is_the_textbooks_ancestral_loop(points: Tensor, schedule: Schedule
 
 
 @pytest.mark.parametrize("num_steps", [100, 13, 1])
-def test_a_wild_prediction_is_clipped_before_the_posterior_is_formed(num_steps: int) -> None:
-    """Ho 2020, eq. 6 and 7, between any two of the visited steps."""
+def test_predicted_x_0_is_clipped_before_the_posterior(num_steps: int) -> None:
+    """Ho 2020, eq. 6 and 7, between consecutive timesteps of the plan."""
     alpha_bar = COSINE.alpha_bar.tolist()
     samples = draw(lambda x_t, t, y: 2 * x_t.flip(3) - 0.3, COSINE, [0, 1], num_steps=num_steps)
     for row in range(2):
@@ -117,7 +117,7 @@ def test_a_wild_prediction_is_clipped_before_the_posterior_is_formed(num_steps: 
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("num_steps", [100, 20, 7])
-def test_ddim_is_the_papers_equation_12(points: Tensor, schedule: Schedule, num_steps: int) -> None:
+def test_ddim_equals_equation_12_of_the_paper(points: Tensor, schedule: Schedule, num_steps: int) -> None:
     denoiser, alpha_bar = IdealDenoiser(points, LABELS, schedule), schedule.alpha_bar
     samples = draw(denoiser, schedule, [0, 1, 2], sampler="ddim", num_steps=num_steps)
     for row in range(3):
@@ -131,11 +131,9 @@ def test_ddim_is_the_papers_equation_12(points: Tensor, schedule: Schedule, num_
 
 @EVERY_SCHEDULE
 @pytest.mark.parametrize("num_steps", [100, 20, 9, 2, 1])
-@pytest.mark.parametrize("data", ["points", "a normal cloud"])
-def test_dpmpp_is_the_papers_algorithm_2_in_lambda(
-    points: Tensor, schedule: Schedule, num_steps: int, data: str
-) -> None:
-    """Lu 2022b, with the first and, as lambda_0 is infinite, the last step of first order."""
+@pytest.mark.parametrize("data", ["points", "gaussian"])
+def test_dpmpp_equals_algorithm_2_of_the_paper(points: Tensor, schedule: Schedule, num_steps: int, data: str) -> None:
+    """Lu 2022b, with first order at the first step and, because lambda_0 is infinite, at the last step."""
     denoiser = IdealDenoiser(points, LABELS, schedule) if data == "points" else Gaussian(0.25, schedule)
     samples = draw(denoiser, schedule, [0, 1, 2], sampler="dpmpp", num_steps=num_steps)
     steps = schedule.log_snr_timesteps(num_steps)
@@ -161,7 +159,7 @@ def test_dpmpp_is_the_papers_algorithm_2_in_lambda(
         torch.testing.assert_close(samples[row].double(), x, rtol=0, atol=1e-4)
 
 
-def test_the_deterministic_samplers_follow_the_probability_flow_and_the_second_order_one_closer() -> None:
+def test_dpmpp_follows_the_probability_flow_more_closely_than_ddim() -> None:
     gaussian, errors = Gaussian(0.2, COSINE), {}
     for sampler, num_steps in (("ddim", 20), ("ddim", 100), ("dpmpp", 20)):
         samples = draw(gaussian, COSINE, [0] * 4, sampler=sampler, num_steps=num_steps).double()
@@ -173,7 +171,7 @@ def test_the_deterministic_samplers_follow_the_probability_flow_and_the_second_o
 
 
 @EVERY_SAMPLER
-def test_rows_draw_the_same_image_alone_and_in_company(points: Tensor, sampler: Sampler) -> None:
+def test_row_gives_the_same_image_in_any_batch(points: Tensor, sampler: Sampler) -> None:
     denoiser = IdealDenoiser(points, LABELS, COSINE)
     together = draw(denoiser, COSINE, [0, 1, 2, 0], sampler=sampler, num_steps=10)
     for row, label in enumerate([0, 1, 2, 0]):
@@ -182,42 +180,42 @@ def test_rows_draw_the_same_image_alone_and_in_company(points: Tensor, sampler: 
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
-def test_deterministic_samplers_take_no_noise_after_the_first(sampler: Sampler) -> None:
+def test_deterministic_samplers_add_no_noise(sampler: Sampler) -> None:
     assert not make_plan(COSINE, sampler, 30).coefficients[:, 3].any()
 
 
 @EVERY_SCHEDULE
 @EVERY_SAMPLER
-def test_every_number_of_steps_is_that_many_calls_at_falling_timesteps(schedule: Schedule, sampler: Sampler) -> None:
+def test_plan_has_num_steps_distinct_decreasing_timesteps(schedule: Schedule, sampler: Sampler) -> None:
     for num_steps in range(1, 101):
         plan = make_plan(schedule, sampler, num_steps)
         assert plan.num_steps == num_steps == len(plan.coefficients)
         assert sorted(set(plan.timesteps), reverse=True) == list(plan.timesteps)
         assert plan.timesteps[-1] == 0
         assert plan.coefficients.isfinite().all()
-        # The last step is the predicted image itself, without noise.
+        # The last step returns the predicted x_0 without noise.
         torch.testing.assert_close(plan.coefficients[-1], torch.tensor([0.0, 1.0, 0.0, 0.0]))
 
 
 @EVERY_SAMPLER
-def test_the_denoiser_is_called_at_the_plans_timesteps_and_watched_there(points: Tensor, sampler: Sampler) -> None:
-    denoiser, watched = IdealDenoiser(points, LABELS, COSINE), []
-    draw(denoiser, COSINE, [2, 0], sampler=sampler, num_steps=9, on_step=lambda t, x_t, x_0: watched.append(t))
+def test_denoiser_and_on_step_are_called_at_the_timesteps_of_the_plan(points: Tensor, sampler: Sampler) -> None:
+    denoiser, seen = IdealDenoiser(points, LABELS, COSINE), []
+    draw(denoiser, COSINE, [2, 0], sampler=sampler, num_steps=9, on_step=lambda t, x_t, x_0: seen.append(t))
     *timesteps, _ = make_plan(COSINE, sampler, 9).timesteps
     assert [t.tolist() for t, _ in denoiser.calls] == [[t, t] for t in timesteps]
     assert [y.tolist() for _, y in denoiser.calls] == [[2, 0]] * 9
-    assert watched == timesteps
+    assert seen == timesteps
 
 
 @pytest.mark.parametrize(
-    ("start", "stop", "places"),
+    ("start", "stop", "steps"),
     [(1, 100, [0, 1, 2, 3, 4]), (40, 80, [1, 2, 3]), (41, 59, []), (100, 100, [0]), (1, 20, [4])],
 )
-def test_the_guided_steps_are_those_within_the_interval(start: int, stop: int, places: list[int]) -> None:
-    assert list(Guidance(2.0, start, stop).interval_of([100, 80, 60, 40, 20])) == places
+def test_interval_of_returns_the_steps_within_the_interval(start: int, stop: int, steps: list[int]) -> None:
+    assert list(Guidance(2.0, start, stop).interval_of([100, 80, 60, 40, 20])) == steps
 
 
-def test_guidance_of_1_is_off(points: Tensor) -> None:
+def test_guidance_scale_1_is_off(points: Tensor) -> None:
     guided, plain = (IdealDenoiser(points, LABELS, COSINE) for _ in range(2))
     one = draw(guided, COSINE, [0, 1], num_steps=10, guidance=Guidance(scale=1.0))
     assert torch.equal(one, draw(plain, COSINE, [0, 1], num_steps=10))
@@ -226,7 +224,7 @@ def test_guidance_of_1_is_off(points: Tensor) -> None:
     torch.testing.assert_close(guide(eps[0], eps[1], torch.tensor(1.0)), eps[0])
 
 
-def test_guidance_goes_past_the_class_away_from_no_class() -> None:
+def test_guide_extrapolates_from_unconditional_to_conditional() -> None:
     eps_cond, eps_uncond = torch.randn(2, 3, *SHAPE)
     scale = torch.tensor([0.0, 1.0, 3.0])[:, None, None, None]
     guided = guide(eps_cond, eps_uncond, scale)
@@ -235,7 +233,7 @@ def test_guidance_goes_past_the_class_away_from_no_class() -> None:
     torch.testing.assert_close(guided[2] - eps_cond[2], 2 * (eps_cond[2] - eps_uncond[2]))
 
 
-def test_guidance_acts_inside_its_interval_and_nowhere_else(points: Tensor) -> None:
+def test_guidance_is_applied_only_within_its_interval(points: Tensor) -> None:
     denoiser = IdealDenoiser(points, LABELS, COSINE)
     draw(denoiser, COSINE, [0, 2], guidance=Guidance(scale=2.0, start=20, stop=80))
     without_class = [t[0].item() for t, y in denoiser.calls if y.tolist() == [10, 10]]
@@ -243,7 +241,7 @@ def test_guidance_acts_inside_its_interval_and_nowhere_else(points: Tensor) -> N
     assert [t[0].item() for t, y in denoiser.calls if y.tolist() == [0, 2]] == list(range(100, 0, -1))
 
 
-def test_a_guided_sample_is_one_of_the_guided_denoiser(points: Tensor) -> None:
+def test_guided_sample_equals_a_sample_of_a_guided_denoiser(points: Tensor) -> None:
     ideal = IdealDenoiser(points, LABELS, COSINE)
 
     def guided(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -256,7 +254,7 @@ def test_a_guided_sample_is_one_of_the_guided_denoiser(points: Tensor) -> None:
     torch.testing.assert_close(samples, expected, rtol=0, atol=1e-4)
 
 
-def test_rows_of_one_step_may_differ_in_their_coefficients() -> None:
+def test_reverse_step_uses_the_coefficients_of_each_row() -> None:
     x_t, x_0, x_0_prev, z = torch.randn(4, 3, *SHAPE)
     coefficients = torch.randn(3, 4)
     x_prev = reverse_step(x_t, x_0, x_0_prev, z, coefficients)
@@ -264,13 +262,13 @@ def test_rows_of_one_step_may_differ_in_their_coefficients() -> None:
         torch.testing.assert_close(x_prev[row], a * x_t[row] + b * x_0[row] + c * x_0_prev[row] + s * z[row])
 
 
-def test_an_unknown_sampler_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown sampler 'euler': ddpm, ddim, dpmpp"):
+def test_unknown_sampler_is_rejected() -> None:
+    with pytest.raises(ValueError, match="unknown sampler 'euler': must be one of ddpm, ddim, dpmpp"):
         make_plan(COSINE, "euler", 10)  # type: ignore[arg-type]
 
 
-class AsPredicted:
-    """The same knowledge in another form: F of a kind, made from eps."""
+class OtherPrediction:
+    """Converts the eps of a denoiser to another prediction kind."""
 
     def __init__(self, denoiser: Any, kind: str) -> None:
         self.denoiser = denoiser
@@ -286,11 +284,11 @@ class AsPredicted:
 @EVERY_SAMPLER
 @pytest.mark.parametrize("kind", ["v", "edm"])
 @pytest.mark.parametrize("guidance", [Guidance(), Guidance(2.0, 20, 80)], ids=["unguided", "guided"])
-def test_what_the_network_predicts_does_not_matter_to_the_samples(
+def test_samples_do_not_depend_on_the_prediction_kind(
     points: Tensor, sampler: Sampler, kind: str, guidance: Guidance
 ) -> None:
     ideal = IdealDenoiser(points, LABELS, COSINE)
-    other = AsPredicted(ideal, kind)
+    other = OtherPrediction(ideal, kind)
     expected = draw(ideal, COSINE, [0, 1, 2, 0], sampler=sampler, num_steps=20, guidance=guidance)
     drawn = draw(
         other, COSINE, [0, 1, 2, 0], sampler=sampler, num_steps=20, guidance=guidance, prediction=other.prediction
@@ -300,12 +298,12 @@ def test_what_the_network_predicts_does_not_matter_to_the_samples(
 
 @EVERY_SAMPLER
 @pytest.mark.parametrize("num_steps", [0, 101])
-def test_a_number_of_steps_out_of_range_is_refused(sampler: Sampler, num_steps: int) -> None:
+def test_num_steps_out_of_range_is_rejected(sampler: Sampler, num_steps: int) -> None:
     with pytest.raises(ValueError, match="num_steps must be 1 to 100"):
         make_plan(COSINE, sampler, num_steps)
 
 
 @pytest.mark.parametrize("wrong", [(0.5, 1, 100), (11.0, 1, 100), (2.0, 0, 100), (2.0, 50, 49)])
-def test_a_guidance_that_means_nothing_cannot_be_made(wrong: tuple[float, int, int]) -> None:
+def test_invalid_guidance_is_rejected(wrong: tuple[float, int, int]) -> None:
     with pytest.raises(ValueError, match=r"guidance\.(scale|start)"):
         Guidance(*wrong)

@@ -1,4 +1,4 @@
-"""The samplers beside diffusers' schedulers: the same network, timesteps and noise, the same images."""
+"""Compares the samplers with the schedulers of diffusers, for the same network, timesteps and noise."""
 
 import warnings
 from typing import Any
@@ -11,7 +11,7 @@ from model.noise import normal
 from model.sampler import Sampler, sample
 from model.schedule import Schedule, ScheduleConfig
 
-with warnings.catch_warnings():  # of its own dependencies
+with warnings.catch_warnings():  # the dependencies of diffusers raise warnings
     warnings.simplefilter("ignore")
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
     from diffusers.schedulers import scheduling_ddpm
@@ -23,13 +23,13 @@ SCHEDULES = {kind: Schedule(ScheduleConfig(kind=kind)) for kind in ("cosine", "l
 
 
 def eps(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """No denoiser at all, but smooth, and different at every t and y; x_0 of it is clipped at most steps."""
+    """Not a denoiser, but a smooth function of x_t, t and y. The predicted x_0 is clipped at most steps."""
     angle = 0.01 * t + y
     return torch.tanh(x_t) * angle.cos()[:, None, None, None] + 0.3 * x_t.flip(3)
 
 
 def theirs(scheduler: Any, schedule: Schedule, timesteps: list[int]) -> Tensor:
-    """The loop that diffusers' pipelines run, from our x_T; they count timesteps from 0."""
+    """Runs the loop of the diffusers pipelines, starting from our x_T. diffusers counts timesteps from 0."""
     x_t = normal(SEED, INDEX, torch.zeros_like(SEED), SHAPE)
     y = torch.arange(3)
     for t in timesteps[:-1]:
@@ -53,7 +53,7 @@ def settings(schedule: Schedule) -> dict[str, Any]:
 
 @pytest.mark.parametrize("num_steps", [100, 30, 7, 1])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_ddpm_with_the_posterior_variance(schedule: Schedule, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddpm_equals_diffusers(schedule: Schedule, num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = DDPMScheduler(**settings(schedule), variance_type="fixed_small", clip_sample=True)
     timesteps = schedule.even_timesteps(num_steps)
     scheduler.set_timesteps(timesteps=[t - 1 for t in timesteps[:-1]])
@@ -68,9 +68,9 @@ def test_ddpm_with_the_posterior_variance(schedule: Schedule, num_steps: int, mo
     )
 
 
-@pytest.mark.parametrize("num_steps", [100, 50, 20, 10, 1])  # theirs steps by a whole T / num_steps alone
+@pytest.mark.parametrize("num_steps", [100, 50, 20, 10, 1])  # diffusers needs an integer T / num_steps
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_ddim(schedule: Schedule, num_steps: int) -> None:
+def test_ddim_equals_diffusers(schedule: Schedule, num_steps: int) -> None:
     scheduler = DDIMScheduler(**settings(schedule), timestep_spacing="trailing", clip_sample=True)
     scheduler.set_timesteps(num_steps)
     timesteps = schedule.even_timesteps(num_steps)
@@ -83,7 +83,7 @@ def test_ddim(schedule: Schedule, num_steps: int) -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 @pytest.mark.parametrize("num_steps", [100, 30, 18, 10, 2, 1])
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_dpmpp_2m_on_our_timesteps(schedule: Schedule, num_steps: int) -> None:
+def test_dpmpp_equals_diffusers(schedule: Schedule, num_steps: int) -> None:
     scheduler = DPMSolverMultistepScheduler(**settings(schedule), final_sigmas_type="zero")
     timesteps = schedule.log_snr_timesteps(num_steps)
     scheduler.set_timesteps(timesteps=[t - 1 for t in timesteps[:-1]])

@@ -14,7 +14,7 @@ EVERY_NUM_STEPS = range(1, 101)
 
 
 @BOTH
-def test_the_clean_image_is_step_0_and_every_step_takes_signal_away(config: ScheduleConfig) -> None:
+def test_alpha_bar_is_1_at_step_0_and_decreases(config: ScheduleConfig) -> None:
     alpha_bar = Schedule(config).alpha_bar
     assert alpha_bar.shape == (101,)
     assert alpha_bar[0] == 1
@@ -23,23 +23,23 @@ def test_the_clean_image_is_step_0_and_every_step_takes_signal_away(config: Sche
 
 
 @BOTH
-def test_nothing_is_left_of_the_image_at_the_last_step(config: ScheduleConfig) -> None:
+def test_alpha_bar_is_near_0_at_the_last_step(config: ScheduleConfig) -> None:
     assert Schedule(config).alpha_bar[100] < 1e-3
 
 
-def test_the_betas_made_for_1000_steps_leave_a_third_of_the_image_at_100() -> None:
+def test_betas_for_1000_steps_leave_alpha_bar_at_0_36_after_100_steps() -> None:
     naive = Schedule(ScheduleConfig(kind="linear", beta_start=1e-4, beta_end=0.02))
     assert naive.alpha_bar[100].item() == pytest.approx(0.364, abs=5e-4)
 
 
-def test_the_linear_schedule_is_the_running_product_of_1_minus_beta() -> None:
+def test_linear_schedule_is_the_product_of_1_minus_beta() -> None:
     product = 1.0
     for t in range(1, 101):
         product *= 1 - (1e-3 + (0.2 - 1e-3) * (t - 1) / 99)
         assert Schedule(LINEAR).alpha_bar[t].item() == pytest.approx(product, rel=1e-12)
 
 
-def test_the_cosine_schedule_is_the_papers_until_beta_is_clipped_at_the_last_step() -> None:
+def test_cosine_schedule_equals_the_paper_and_clips_the_last_beta() -> None:
     def f(t: int) -> float:
         return math.cos((t / 100 + 0.008) / 1.008 * math.pi / 2) ** 2
 
@@ -58,7 +58,7 @@ def test_half_log_snr_inverts_to_alpha_bar(config: ScheduleConfig) -> None:
 
 @BOTH
 @pytest.mark.parametrize("spacing", ["even_timesteps", "log_snr_timesteps"])
-def test_every_number_of_steps_has_that_many_distinct_falling_timesteps(config: ScheduleConfig, spacing: str) -> None:
+def test_timesteps_are_distinct_and_decreasing_for_every_num_steps(config: ScheduleConfig, spacing: str) -> None:
     schedule = Schedule(config)
     for num_steps in EVERY_NUM_STEPS:
         timesteps = getattr(schedule, spacing)(num_steps)
@@ -69,7 +69,7 @@ def test_every_number_of_steps_has_that_many_distinct_falling_timesteps(config: 
 
 
 @BOTH
-def test_even_timesteps_start_at_pure_noise_and_lie_within_half_a_step_of_even(config: ScheduleConfig) -> None:
+def test_even_timesteps_start_at_T_and_are_rounded_from_an_even_grid(config: ScheduleConfig) -> None:
     for num_steps in EVERY_NUM_STEPS:
         timesteps = Schedule(config).even_timesteps(num_steps)
         assert timesteps[0] == 100
@@ -78,7 +78,7 @@ def test_even_timesteps_start_at_pure_noise_and_lie_within_half_a_step_of_even(c
 
 
 @BOTH
-def test_log_snr_timesteps_are_the_nearest_to_an_even_grid_that_starts_at_the_cap(config: ScheduleConfig) -> None:
+def test_log_snr_timesteps_are_nearest_to_an_even_grid(config: ScheduleConfig) -> None:
     half_log_snr = Schedule(config).half_log_snr.tolist()
     start = max(half_log_snr[100], -5.1)
     for num_steps in (1, 2, 5, 9, 18):
@@ -86,11 +86,11 @@ def test_log_snr_timesteps_are_the_nearest_to_an_even_grid_that_starts_at_the_ca
         for i, t in enumerate(timesteps):
             target = start + (half_log_snr[1] - start) * (i / (num_steps - 1) if i else 0)
             nearest = min(range(1, 101), key=lambda s: abs(half_log_snr[s] - target))
-            # Near t = 0 the grid is finer than the integers: there a timestep makes room for those that follow.
+            # Near t = 0 several grid points have the same nearest timestep. Then it is moved to keep all distinct.
             assert t == max(nearest, num_steps - i) or (nearest >= timesteps[i - 1] and t == timesteps[i - 1] - 1)
 
 
-def test_log_snr_timesteps_leave_out_the_noise_beyond_the_cap() -> None:
+def test_log_snr_timesteps_start_at_the_minimum_log_snr() -> None:
     schedule = Schedule(COSINE)
     first = schedule.log_snr_timesteps(10)[0]
     assert schedule.half_log_snr[100] < -5.1
@@ -98,14 +98,14 @@ def test_log_snr_timesteps_leave_out_the_noise_beyond_the_cap() -> None:
     assert abs(schedule.half_log_snr[first] + 5.1) <= abs(schedule.half_log_snr[first - 1] + 5.1)
 
 
-def test_all_timesteps_are_visited_when_there_are_as_many_as_steps() -> None:
+def test_all_timesteps_are_visited_with_T_steps() -> None:
     assert Schedule(COSINE).even_timesteps(100) == list(range(100, -1, -1))
     assert Schedule(COSINE).log_snr_timesteps(100) == list(range(100, -1, -1))
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 101])
 @pytest.mark.parametrize("spacing", ["even_timesteps", "log_snr_timesteps"])
-def test_a_number_of_steps_out_of_range_is_refused(num_steps: int, spacing: str) -> None:
+def test_num_steps_out_of_range_is_rejected(num_steps: int, spacing: str) -> None:
     with pytest.raises(ValueError, match="num_steps must be 1 to 100"):
         getattr(Schedule(COSINE), spacing)(num_steps)
 
@@ -113,13 +113,13 @@ def test_a_number_of_steps_out_of_range_is_refused(num_steps: int, spacing: str)
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"kind": "sigmoid"}, "unknown schedule kind 'sigmoid': linear or cosine"),
-        ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"beta_start": 0.3, "beta_end": 0.2}, "betas must rise between 0 and 1"),
-        ({"beta_end": 1.0}, "betas must rise between 0 and 1"),
-        ({"beta_start": float("nan")}, "betas must rise between 0 and 1"),
+        ({"kind": "sigmoid"}, "unknown schedule kind 'sigmoid': must be linear or cosine"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"beta_start": 0.3, "beta_end": 0.2}, "betas must satisfy .*, got 0.3 and 0.2"),
+        ({"beta_end": 1.0}, "betas must satisfy .*, got 0.001 and 1.0"),
+        ({"beta_start": float("nan")}, "betas must satisfy .*, got nan and 0.2"),
     ],
 )
-def test_a_schedule_that_cannot_be_made_is_refused(field: dict[str, Any], message: str) -> None:
+def test_invalid_schedule_config_is_rejected(field: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**field)

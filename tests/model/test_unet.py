@@ -33,68 +33,68 @@ def differing_rows(a: Tensor, b: Tensor) -> list[int]:
     ids=["digits", "textbook", "colour", "one level"],
 )
 @pytest.mark.parametrize("conditioning", ["every_block", "bottom"])
-def test_the_noise_has_the_images_shape(config: dict[str, Any], conditioning: str) -> None:
+def test_output_has_the_shape_of_x_t(config: dict[str, Any], conditioning: str) -> None:
     network = tiny_unet(conditioning=conditioning, **config)
     x_t = torch.randn(2, network.config.image_channels, network.config.image_size, network.config.image_size)
     assert network(x_t, torch.tensor([1, 100]), torch.tensor([0, 10])).shape == x_t.shape
 
 
-@pytest.mark.parametrize("what", ["x_t", "t", "y"])
-def test_a_row_depends_on_its_own_inputs_and_on_no_other_row(network: UNet, batch: Batch, what: str) -> None:
+@pytest.mark.parametrize("changed_input", ["x_t", "t", "y"])
+def test_row_depends_only_on_its_own_inputs(network: UNet, batch: Batch, changed_input: str) -> None:
     x_t, t, y = batch
     before = network(x_t, t, y)
     changed = {"x_t": x_t.clone(), "t": t.clone(), "y": y.clone()}
-    changed[what][2] = {"x_t": -x_t[2], "t": torch.tensor(20), "y": torch.tensor(7)}[what]
+    changed[changed_input][2] = {"x_t": -x_t[2], "t": torch.tensor(20), "y": torch.tensor(7)}[changed_input]
     assert differing_rows(before, network(**changed)) == [2]
 
 
-def test_a_row_alone_equals_the_row_in_company(network: UNet, batch: Batch) -> None:
+def test_row_has_the_same_output_alone_and_in_a_batch(network: UNet, batch: Batch) -> None:
     together = network(*batch)
     for i in range(4):
         torch.testing.assert_close(network(*(rows[i : i + 1] for rows in batch))[0], together[i], rtol=1e-4, atol=1e-5)
 
 
-def test_no_class_is_a_label_of_its_own(network: UNet, batch: Batch) -> None:
+def test_null_label_differs_from_every_class(network: UNet, batch: Batch) -> None:
     assert network.null_label == 10
     x_t = batch[0][:1].expand(11, -1, -1, -1)
     eps = network(x_t, torch.full((11,), 50), torch.arange(11)).flatten(1)
     assert torch.cdist(eps, eps).fill_diagonal_(torch.inf).min() > 1e-2
 
 
-def test_a_label_beyond_no_class_is_an_error(network: UNet, batch: Batch) -> None:
+def test_label_above_the_null_label_is_an_error(network: UNet, batch: Batch) -> None:
     x_t, t, _ = batch
     with pytest.raises(IndexError):
         network(x_t, t, torch.tensor([0, 1, 2, 11]))
 
 
-def test_every_timestep_is_heard(network: UNet, batch: Batch) -> None:
+def test_output_differs_for_every_timestep(network: UNet, batch: Batch) -> None:
     x_t = batch[0][:1].expand(100, -1, -1, -1)
     eps = network(x_t, torch.arange(1, 101), torch.full((100,), 3)).flatten(1)
     assert torch.cdist(eps, eps).fill_diagonal_(torch.inf).min() > 1e-4
 
 
 @pytest.mark.parametrize("conditioning", ["every_block", "bottom"])
-def test_an_untrained_network_predicts_zero(batch: Batch, conditioning: str) -> None:
+def test_untrained_network_predicts_zero(batch: Batch, conditioning: str) -> None:
     network = UNet(UNetConfig(image_size=8, widths=(8, 16), attention_heads=2, conditioning=conditioning))
     assert not network(*batch).any()
 
 
-def test_the_condition_can_be_computed_apart(network: UNet, batch: Batch) -> None:
+def test_forward_equals_denoise_of_condition(network: UNet, batch: Batch) -> None:
     x_t, t, y = batch
     assert torch.equal(network.denoise(x_t, network.condition(t, y)), network(x_t, t, y))
 
 
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("num_pairs", [1, 3])
-def test_columns_are_dealt_without_overlap_and_cover_the_condition(residual: bool, num_pairs: int) -> None:
+def test_condition_columns_are_assigned_without_gap_or_overlap(residual: bool, num_pairs: int) -> None:
     network = tiny_unet(residual=residual, num_pairs=num_pairs)
     blocks = [module for module in network.modules() if isinstance(module, GELUConvBlock)]
-    dealt = [column for block in blocks for column in range(block.columns.start, block.columns.stop)]
-    assert len(dealt) == sum(2 * block.conv.out_channels for block in blocks)
-    assert sorted(dealt) == list(range(network.condition_proj.out_features))
+    assigned = [column for block in blocks for column in range(block.columns.start, block.columns.stop)]
+    assert len(assigned) == sum(2 * block.conv.out_channels for block in blocks)
+    assert sorted(assigned) == list(range(network.condition_proj.out_features))
 
 
-def test_every_modulated_block_is_heard_in_the_output(batch: Batch) -> None:
+def test_every_modulated_block_affects_the_output(batch: Batch) -> None:
     network, (x_t, t, y) = tiny_unet(), batch
     c = network.condition(t, y)
     before = network.denoise(x_t, c)
@@ -104,7 +104,7 @@ def test_every_modulated_block_is_heard_in_the_output(batch: Batch) -> None:
         assert differing_rows(before, network.denoise(x_t, other)) == [0, 1, 2, 3]
 
 
-def test_conditioning_at_the_bottom_is_added_after_the_middle_and_nowhere_else(batch: Batch) -> None:
+def test_bottom_conditioning_is_added_once_after_the_middle_blocks(batch: Batch) -> None:
     network, (x_t, t, y) = tiny_unet(conditioning="bottom"), batch
     assert network.condition_proj.out_features == 16  # channels of the lowest level
     added = []
@@ -116,43 +116,43 @@ def test_conditioning_at_the_bottom_is_added_after_the_middle_and_nowhere_else(b
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
-def test_the_skip_of_every_level_reaches_the_output(level: int) -> None:
+def test_skip_of_every_level_affects_the_output(level: int) -> None:
     network = tiny_unet(widths=(8, 16, 24), stem_patch=1)
     x_t, t, y = torch.randn(2, 1, 8, 8), torch.tensor([10, 90]), torch.tensor([1, 2])
     before = network(x_t, t, y)
     seen = []
 
-    def silence(module: object, args: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def zero_skip(module: object, args: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         seen.append(output[1].shape)
         return output[0], torch.zeros_like(output[1])
 
-    network.downs[level].register_forward_hook(silence)
+    network.downs[level].register_forward_hook(zero_skip)
     assert differing_rows(before, network(x_t, t, y)) == [0, 1]
     assert seen == [(2, (8, 16, 24)[level], 8 // 2**level, 8 // 2**level)]
 
 
-def test_all_parameters_learn(batch: Batch) -> None:
+def test_all_parameters_have_a_gradient(batch: Batch) -> None:
     network = tiny_unet().requires_grad_(True)
     network(*batch).square().sum().backward()
-    silent = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    assert silent == []
+    without_gradient = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without_gradient == []
 
 
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"image_size": 30}, "image_size 30 must be a multiple of 4"),
-        ({"conditioning": "top"}, "unknown conditioning 'top': every_block or bottom"),
+        ({"image_size": 30}, "image_size must be a multiple of 4, got 30"),
+        ({"conditioning": "top"}, "unknown conditioning 'top': must be every_block or bottom"),
         ({"stem_patch": 0}, "stem_patch must be at least 1"),
         ({"num_steps": 0}, "num_steps must be at least 1"),
         ({"num_pairs": 0}, "num_pairs must be at least 1"),
         ({"widths": ()}, "widths must be multiples of 8"),
         ({"widths": (0, 8)}, "widths must be multiples of 8"),
         ({"widths": (64, 100)}, "widths must be multiples of 8"),
-        ({"attention_heads": 3}, "attention_heads must divide the last width"),
-        ({"time_dim": 33}, "time_dim must be even"),
+        ({"attention_heads": 3}, "attention_heads must divide the last width 128, or be 0, got 3"),
+        ({"time_dim": 33}, "time_dim must be even and at least 2, got 33"),
     ],
 )
-def test_a_shape_that_no_network_has_is_refused(field: dict[str, Any], message: str) -> None:
+def test_invalid_unet_config_is_rejected(field: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         UNetConfig(**field)

@@ -1,4 +1,4 @@
-"""A small checkpoint that can be guided."""
+"""Writes a small checkpoint that supports guidance."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.tiny import tiny_unet
 def tiny_checkpoint(folder: Path, **config: Any) -> Path:
     network = tiny_unet(**config)
     for parameter in network.parameters():
-        parameter.mul_(0.6)  # so that not all pixels are clipped
+        parameter.mul_(0.6)  # larger weights would clip all pixels
     guidance = Guidance(scale=2.0, start=20, stop=80)
     config = CheckpointConfig(network.config, ScheduleConfig(), guidance=guidance, training={"label_drop": 0.1})
     checkpoint.save(folder / "tiny.safetensors", network, config)
