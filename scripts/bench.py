@@ -162,7 +162,7 @@ def build_parser() -> Parser:
     versions.add_argument("--seconds", type=positive, default=24.0, help="seconds per version and pair; default: 24")
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
-    for command in (closed, open_, alternatives, training, endurance, versions, profile):
+    for command in (closed, open_, models, alternatives, training, endurance, versions, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")

@@ -1,4 +1,4 @@
-"""Commands in the documents about the model have arguments that their scripts accept."""
+"""Commands in the documents have arguments that their scripts accept."""
 
 import shlex
 from importlib import import_module
@@ -8,7 +8,7 @@ import pytest
 from scripts.training.recipe import load_recipe
 from tests.docs.markdown import ROOT, blocks, commands
 
-DOCUMENTS = tuple(f"docs/{name}.md" for name in ("training", "evaluation", "ablations", "model-card"))
+DOCUMENTS = tuple(f"docs/{name}.md" for name in ("training", "evaluation", "ablations", "model-card", "benchmarks"))
 PREFIX = "python -m scripts."
 TRACKED_FOLDERS = ("docs/", "model/", "scripts/")
 
