@@ -6,7 +6,8 @@ import signal
 # The imports take seconds. No request is accepted during this time, so SIGTERM can exit immediately with status 0.
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
-# If stdin, stdout or stderr is closed, the next file or socket would get its number and receive printed text.
+# Open the descriptors 0 to 2 if they are closed. Otherwise the next file or socket would get such a number, and
+# text that is printed to stdout or stderr would be written to it.
 while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
     pass
 os.close(descriptor)

@@ -27,8 +27,8 @@ DESCRIPTION = (
     "Start the service. Each setting is a flag or an environment variable: --max-batch 8 or UNFOG_MAX_BATCH=8. A flag "
     "overrides its UNFOG_* variable, and the variable overrides a file of that name in /run/secrets."
 )
-MIN_KEY_LENGTH = 16  # characters; a shorter API key can be guessed
-COMPILE_ONLY = object()  # `--compile` without a value
+MIN_KEY_LENGTH = 16  # in characters; a shorter API key can be guessed
+COMPILE_ONLY = object()  # means that `--compile` has no value
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report after Ctrl-C
 
 
@@ -69,7 +69,7 @@ def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> 
     except GivenUpError as error:
         log.critical("%s", error)
         return 1
-    except KeyboardInterrupt:  # before serve() installs its signal handlers
+    except KeyboardInterrupt:  # Ctrl-C before serve() installs its signal handlers
         return INTERRUPTED
     except Exception:
         log.critical("Uncaught exception", exc_info=True)

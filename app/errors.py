@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from http.client import responses
 from typing import Any
 
-# The reason phrases of RFC 9110, section 15. Python before 3.13 has older phrases for these two.
+# The reason phrases of RFC 9110, section 15. Python before 3.13 has older phrases for these statuses.
 TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
 
 
@@ -83,7 +83,7 @@ class Forbidden(UnfogError):
 
 
 class OriginNotAllowed(UnfogError):
-    status, code = 400, "origin_not_allowed"  # not 403, which means an invalid API key
+    status, code = 400, "origin_not_allowed"  # 400 is used, because 403 means an invalid API key
 
 
 class NotFound(UnfogError):
@@ -209,7 +209,7 @@ class Unavailable(UnfogError):
 
 
 class Overloaded(Unavailable):
-    """The queue is full, or admitting the request would make a request miss its deadline."""
+    """The queue is full, or a request would miss its deadline if this one were admitted."""
 
     status, code, detail = 429, "overloaded", "The queue has no room for this request"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 MAX_QUEUED_BYTES = 2**20
 LINE_OVERHEAD_BYTES = 100  # added per line, so that many short lines cannot exceed the memory limit
-FLUSH_SECONDS = 1.0  # maximum time that an exit waits until the queued lines are written
+FLUSH_SECONDS = 1.0  # maximum time that an exit waits for the queued lines
 STALL_SECONDS = 0.25  # an exit stops waiting if no line is written for this time
 
 
@@ -27,14 +27,14 @@ class LogWriter:
         self.num_dropped = 0  # total number of dropped lines
         self.describe_drop: Callable[[int], str] = lambda count: f"unfog: {count} log lines were dropped\n"
         self._max_queued_bytes = max_queued_bytes
-        # Reentrant, because a destructor or a signal handler can log while its thread holds the lock.
+        # The lock is reentrant, because a destructor or a signal handler can log while its thread holds the lock.
         self._condition = threading.Condition(threading.RLock())
         self._queue: deque[tuple[bytes, int]] = deque()  # (line, number of dropped lines that it reports)
         self._queued_bytes = 0  # includes the line that is being written
         self._num_written = 0
         self._num_unreported = 0  # dropped lines that are not yet reported by a queued line
-        self._is_broken = False  # the last write failed
-        self._has_torn_line = False  # a write failed in the middle of a line
+        self._is_broken = False  # True if the last write failed
+        self._has_torn_line = False  # True if a write failed in the middle of a line
         self._writable = select.poll()
         self._writable.register(descriptor, select.POLLOUT)
         threading.Thread(target=self._run, name="log", daemon=True).start()
@@ -87,7 +87,7 @@ class LogWriter:
                 if not self._queue:  # All lines are written. Report the drops without waiting for the next line.
                     self._report_drops()
                 line, num_reported = self._queue.popleft()
-            is_written = self._write(line)  # Do not hold the lock: this can block forever.
+            is_written = self._write(line)  # Write without the lock, because a write can block forever.
             with self._condition:
                 self._queued_bytes -= len(line) + LINE_OVERHEAD_BYTES
                 self._num_written += is_written

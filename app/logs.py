@@ -30,15 +30,15 @@ _JSON_ONLY = (
 )
 PROTOCOL_LOGGER = "uvicorn.error.protocol"  # used by app/server/connection.py
 _FIRST = ("time", "level", "logger", "message")
-MAX_TEXT = 4096  # characters of a field; the middle of a longer text is omitted
+MAX_TEXT = 4096  # limit of characters in a field; the middle of a longer text is omitted
 MAX_TRACEBACK = 16_384
-MAX_FRAMES = 30  # innermost frames of each exception
-MAX_EXCEPTIONS = 8  # the exception, its causes and the members of exception groups
-MAX_LINE = 2**17  # characters; JSON escapes can make a text six times as long
+MAX_FRAMES = 30  # limit of frames per exception; the innermost ones are kept
+MAX_EXCEPTIONS = 8  # limit for the exception, its causes and the members of its groups together
+MAX_LINE = 2**17  # limit of characters in a line; JSON escapes can make a text six times as long
 STDERR = 2
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # except tab and newline
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters except tab and newline
 
-_writers: list[LogWriter] = []  # at most one; read by the metric of dropped lines
+_writers: list[LogWriter] = []  # at most one writer; the metric of dropped lines reads it
 
 
 def start_log() -> LogWriter:
@@ -78,7 +78,7 @@ def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging
     )
     writer.describe_drop = handler.describe_drop
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.getLogger("uvicorn.access").disabled = True  # The access log of this service replaces it.
+    logging.getLogger("uvicorn.access").disabled = True  # The access log of this service replaces that of uvicorn.
     for name in ("uvicorn.error", PROTOCOL_LOGGER):
         logging.getLogger(name).addFilter(is_not_cancellation)
     logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
@@ -176,7 +176,7 @@ def _log_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _format_exc_info(exc_info: ExcInfo) -> str:
-    """Formats like traceback.format_exception(), but with limited length and time."""
+    """Formats an exception like traceback.format_exception(), but with limited length and time."""
     parts: list[str] = []
     error: BaseException | None = exc_info[1]  # None for log.exception() outside of an except block
     pending = [(error, "")] if error else []
@@ -211,7 +211,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _related(error: BaseException) -> Iterator[tuple[BaseException, str]]:
-    """Yields the exceptions to print before this one, each with the text that follows it, as in Python's tracebacks."""
+    """Yields the exceptions that are printed before this one, and the text between it and each of them."""
     if error.__cause__:
         yield error.__cause__, "\n\nThe above exception was the direct cause of the following exception:\n\n"
     elif error.__context__ and not error.__suppress_context__:
@@ -248,8 +248,8 @@ def _console_processors(colours: bool) -> list[Processor]:
 
 
 def _in_order(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-    """Puts the fields that are part of every line first."""
-    event.pop("color_message", None)  # uvicorn adds it for its own console formatter
+    """Moves the fields that every line has to the front."""
+    event.pop("color_message", None)  # a field for uvicorn's own console formatter
     return {name: event.pop(name) for name in _FIRST} | dict(event)
 
 

@@ -29,7 +29,7 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-STOP_SECONDS = 5.0  # limit for the step that runs at shutdown
+STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
@@ -66,7 +66,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         redoc_url=None,
     )
     app.state.service = service
-    pages = _paths(app.routes)  # only /openapi.json so far
+    pages = _paths(app.routes)  # at this point only /openapi.json
     if settings.docs == "on":
         app.include_router(docs.router)
         pages |= _paths(docs.router.routes)
@@ -115,7 +115,7 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.ready.set_function(lambda: engine.apparent_state is EngineState.OK)
     meters.alive.set_function(lambda: engine.alive)
     meters.watch_dropped_log_lines(num_lines_dropped)
-    # Start these series at 0: PromQL's rate() ignores the increase from no series to the first value.
+    # Start these series at 0: PromQL's rate() ignores the first value of a new series.
     for code in ("200", "429", "500", "503", "504"):
         meters.requests.labels("/generate", code)
 

@@ -35,7 +35,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)  # process_*: memory, CPU time, open files
+        ProcessCollector(registry=self.registry)  # adds process_*: memory, CPU time, open files
         self.requests = self._counter("requests", "HTTP requests completed, by route and status code.", "route", "code")
         self.request_duration = self._histogram(
             "request_duration_seconds",

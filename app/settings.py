@@ -72,7 +72,7 @@ def _rate_limits(value: Any) -> Any:
 
 
 def _origins(value: Any) -> Any:
-    """Parses comma-separated origins such as `https://example.com` or `http://localhost:3000`; `*` is any origin."""
+    """Parses comma-separated origins such as `https://example.com` or `http://localhost:3000`. `*` means any origin."""
     if not isinstance(value, str):
         return value
     parts = [part.lower() for part in _parts(value)]
@@ -115,7 +115,7 @@ def _check_network(text: str) -> None:
 def _is_origin(text: str) -> bool:
     try:
         url = urlsplit(text)
-        port = url.port  # raises ValueError for an invalid port
+        port = url.port  # this access raises ValueError for an invalid port
     except ValueError:
         return False
     host = f"[{url.hostname}]" if ":" in (url.hostname or "") else url.hostname
@@ -142,8 +142,8 @@ class Settings(BaseSettings):
         env_prefix=PREFIX,
         env_ignore_empty=True,
         frozen=True,
-        arbitrary_types_allowed=True,  # for RateLimitItem
-        use_attribute_docstrings=True,  # --help shows them
+        arbitrary_types_allowed=True,  # because RateLimitItem is not a type of pydantic
+        use_attribute_docstrings=True,  # --help shows the docstrings of the fields
         secrets_dir=SECRETS if SECRETS.is_dir() else None,
     )
 
@@ -177,7 +177,7 @@ class Settings(BaseSettings):
     max_body_bytes: Count = 16 * 1024
     """maximum size of a request body in bytes (default: 16384)"""
     request_timeout: Seconds = 30.0
-    """deadline of a request in seconds, then it is answered with 504. Also the upper limit of timeout_seconds
+    """deadline of a request in seconds. A late request is answered with 504. Also the upper limit of timeout_seconds
     (default: 30)"""
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     """seconds after SIGTERM to finish admitted requests. The remaining ones are then answered with 503 (default: 25)"""

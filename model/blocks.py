@@ -21,7 +21,7 @@ class GELUConvBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, modulated: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # the norm has a bias
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)  # GroupNorm adds a bias
         self.norm = GroupNorm(NUM_GROUPS, out_channels)
         self.num_columns = 2 * out_channels if modulated else 0
         self.columns = slice(0, 0)
@@ -75,7 +75,8 @@ class RearrangePoolBlock(nn.Module):
 class EnlargeBlock(nn.Module):
     """Doubles the resolution: a 1x1 convolution, then nearest-neighbour upsampling. This avoids checkerboard patterns.
 
-    nn.Upsample would compute the same, but compiled in bfloat16 on a CPU its gradient is zero (torch 2.13).
+    nn.Upsample would compute the same. It is not used because its gradient is zero if it is compiled in bfloat16 on a
+    CPU (torch 2.13).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

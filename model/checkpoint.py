@@ -44,9 +44,9 @@ MAX_SIZES = {
     "embed_dim": 4096,
 }
 MAX_LEVELS, MAX_WIDTH = 8, 4096
-MAX_ACTIVATIONS = 2**22  # values per image in the features of one level
+MAX_ACTIVATIONS = 2**22  # limit of values per image in the features of one level
 MAX_ATTENTION_POSITIONS = 1024
-MAX_TABLE = 2**26  # values in the result of UNet.condition_table()
+MAX_TABLE = 2**26  # limit of values in the result of UNet.condition_table()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # permitted types of stored weights
 SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
 SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # distilled from SHIPPED
@@ -81,8 +81,8 @@ class CheckpointConfig:
     schedule: ScheduleConfig
     prediction: PredictionConfig = PredictionConfig()
     class_names: tuple[str, ...] = tuple("0123456789")
-    guidance: Guidance = Guidance()  # recommended
-    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # overrides guidance for these samplers
+    guidance: Guidance = Guidance()  # recommended guidance of all other samplers
+    guidance_by_sampler: dict[Sampler, Guidance] = field(default_factory=dict)  # recommended guidance of these samplers
     samplers: tuple[Sampler, ...] = SAMPLERS  # permitted samplers; the first is recommended
     steps: tuple[int, ...] = ()  # permitted numbers of steps, the first is recommended; empty = all up to T
     training: dict[str, Any] = field(default_factory=dict)  # preset, data, epochs, seed, losses, evaluation
@@ -119,7 +119,7 @@ class CheckpointConfig:
 
     @property
     def guidable(self) -> bool:
-        """True if labels were dropped in training. Guidance needs the unconditional prediction that is learned then."""
+        """True if the network supports guidance, which needs training with dropped labels."""
         return bool(self.training.get("label_drop", 0) > 0)
 
 
@@ -131,8 +131,8 @@ class Checkpoint:
     schedule: Schedule
     prediction: Prediction
     config: CheckpointConfig
-    sha256: str  # of the file
-    weights_sha256: str  # of the weights only, independent of the metadata
+    sha256: str  # digest of the file
+    weights_sha256: str  # digest of the weights without the metadata
     probe_image: Tensor  # (C, H, W) in [-1, 1], quantised to 8 bits
 
     @property
@@ -254,7 +254,7 @@ def _deserialize(path: Path, content: bytes) -> tuple[dict[str, Tensor], dict[st
             raise TypeError("metadata must be an object")
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a complete safetensors file") from error
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:  # RecursionError is a RuntimeError
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:  # RuntimeError includes RecursionError
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of unfog") from error
     return tensors, metadata
 
@@ -299,7 +299,7 @@ def _check_size(unet: UNetConfig) -> None:
 
 def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError if the tensors do not match the network, or if its conditioning table is too large."""
-    with torch.device("meta"):  # allocates nothing
+    with torch.device("meta"):  # on this device tensors need no memory
         network = UNet(unet)
     for name, tensor in network.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):
@@ -309,7 +309,9 @@ def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
         raise ValueError(f"the network has {len(network.state_dict())} tensors, but the file has {len(shapes)}")
     table = (unet.num_steps + 1) * (unet.num_classes + 1) * network.condition_proj.out_features
     if table > MAX_TABLE:
-        raise ValueError(f"steps x classes x widths make a table of {table} values, the limit is {MAX_TABLE}")
+        raise ValueError(
+            f"the conditioning table (steps x classes x widths) has {table} values, the limit is {MAX_TABLE}"
+        )
 
 
 def weights_sha256(network: UNet, stored_as: torch.dtype = torch.float32) -> str:
@@ -323,7 +325,7 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
 
 
 def tensors_sha256(tensors: dict[str, Tensor], first: bytes = b"") -> str:
-    """Returns the SHA-256 of `first`, then the name, dtype, shape and content of each CPU tensor, sorted by name."""
+    """Returns the SHA-256 of `first` and of each CPU tensor (name, dtype, shape and content), sorted by name."""
     digest = hashlib.sha256(first)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

@@ -10,7 +10,7 @@ from typing import Any
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a temporary file in the same folder, then renames it to `path`. Creates the folder if it does not exist.
 
-    The file has mode 0644. Raises OSError if it cannot be written; then the old file is unchanged.
+    The file has mode 0644. Raises OSError if it cannot be written. The old file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:

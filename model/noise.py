@@ -25,7 +25,7 @@ def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_NUM_ROUNDS):
-        product_0 = c0 * _MULTIPLIERS[0]  # may overflow 63 bits, but the masked shift is still the upper word
+        product_0 = c0 * _MULTIPLIERS[0]  # If the product overflows, its upper word is still correct.
         product_1 = c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product_1 >> 32) & _MASK) ^ c1 ^ k0,

@@ -39,7 +39,7 @@ def cpp_compiler() -> str:
 
 
 def no_compiler() -> str:
-    """Returns the end of an error message for a missing C++ compiler, to follow the name of an option."""
+    """Returns the error message for a missing C++ compiler. The caller puts the name of an option before it."""
     return f"needs a C++ compiler, but {cpp_compiler()!r} was not found. Install it, or set CXX to another compiler"
 
 
@@ -50,9 +50,9 @@ def can_compile() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class CallRows:
-    """Limits of the number of rows in a network call. Fewer rows are padded with zeros, more rows are split.
+    """Limits of the number of rows in a network call. Too few rows are padded with zeros. Too many rows are split.
 
-    In bfloat16, torch's CPU kernels compute the same bits for a row in every batch; model.operations.gelu works around
+    In bfloat16, torch's CPU kernels compute the same bits for a row in every batch. model.operations.gelu works around
     the only exception. In float32 they do not, so every call has the same number of rows.
     """
 

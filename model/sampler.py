@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps. Each calls the network once, or twice if guidance is applied."""
+        """The number of steps. Each step calls the network once, or twice if guidance is applied."""
         return len(self.timesteps) - 1
 
 
@@ -106,7 +106,7 @@ def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Ten
     alpha_t = alpha_bar_t / alpha_bar_prev
     a = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
     b = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
-    s = ((1 - alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()  # 0 at the last step
+    s = ((1 - alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()  # is 0 at the last step
     return a, b, torch.zeros_like(a), s
 
 
@@ -132,7 +132,7 @@ def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance_scale: Tensor) -> Tensor:
-    """Returns the guided prediction (B, C, H, W) of classifier-free guidance, where a scale of 1 is off.
+    """Returns the guided prediction (B, C, H, W) of classifier-free guidance. A scale of 1 turns guidance off.
 
     This is Ho & Salimans 2022, eq. 6 with w = guidance_scale - 1. guidance_scale broadcasts against (B, C, H, W). For a
     given x_t all prediction kinds are affine in eps, so the formula for eps applies to each of them.

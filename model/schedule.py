@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COSINE_OFFSET = 0.008  # s of Nichol & Dhariwal 2021, eq. 17
-MAX_BETA = 0.999  # same paper, section 3.2: avoids a division by zero at the last step
+COSINE_OFFSET = 0.008  # the offset s of Nichol & Dhariwal 2021, eq. 17
+MAX_BETA = 0.999  # limit of beta, section 3.2 of the same paper; avoids a division by zero at the last step
 MIN_HALF_LOG_SNR = -5.1  # DPM-Solver++ on a cosine schedule diverges if it starts below this value
 
 

@@ -24,10 +24,10 @@ class State:
 
     x_t: Tensor  # (S, C, H, W) float32
     x_0: Tensor  # (S, C, H, W) float32
-    seed: Tensor  # (S,) int64, as the next three
-    index: Tensor
-    y: Tensor
-    plan_row: Tensor  # first row of the plan in the table of plans
+    seed: Tensor  # (S,) int64
+    index: Tensor  # (S,) int64
+    y: Tensor  # (S,) int64
+    plan_row: Tensor  # (S,) int64: first row of the plan in the table of plans
     guidance_scale: Tensor  # (S,) float32
 
     @classmethod
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
     slots: Tensor  # (B,) int64: index of each row in the state
     step: Tensor  # (B,) int64: number of steps that each row has completed
     source: Tensor  # (N,) int64: row of each evaluation: 0..B-1, then the guided rows again
-    second: Tensor  # (B,) int64: index of the row's unconditional evaluation; of its conditional one if not guided
+    second: Tensor  # (B,) int64: unconditional evaluation of a guided row, conditional evaluation of any other row
 
 
 Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), and True where the output is finite (B,)
@@ -61,7 +61,7 @@ Step = Callable[[State, Tensor, Rows], Stepped]  # a ReverseStep or a compiled s
 class ReverseStep(nn.Module):
     """Computes x_prev from x_t with the network of one checkpoint.
 
-    The state and the update are float32; the network runs in `dtype`. Values that depend only on t and y come from
+    The state and the update are float32. The network runs in `dtype`. Values that depend only on t and y come from
     tables. The tables and the block counter of the noise are buffers, because a compiled program takes buffers as
     inputs. This module moves the network of the checkpoint to `device` and `dtype`.
     """

@@ -26,7 +26,7 @@ class UNetConfig:
     image_channels: int = 1
     image_size: int = 28
     num_classes: int = 10
-    num_steps: int = 100  # T; scales the time embedding
+    num_steps: int = 100  # the number T of diffusion steps, which scales the time embedding
     stem_patch: int = 2  # the stem moves patches of this edge length into the channels; 1 = off
     widths: tuple[int, ...] = (64, 128)  # channels of each level, from the highest resolution to the lowest
     num_pairs: int = 2  # pairs of convolutions per level

@@ -18,20 +18,20 @@ OK, CLIENT_GONE = "ok", "client_gone"  # outcomes that are not error codes
 
 @dataclass(slots=True)
 class RequestContext:
-    """The context of one request, filled in while it is processed. Times are in seconds, by time.monotonic()."""
+    """The context of one request. It is filled while the request is processed. Times are from time.monotonic()."""
 
     request_id: str
     started_at: float = field(default_factory=time.monotonic)
-    answered: ExitStack = field(default_factory=ExitStack)  # closed after the response or a disconnect of the client
+    answered: ExitStack = field(default_factory=ExitStack)  # closed after the response or after a disconnect
     status: int = 0  # 0 until the response starts
-    outcome: str | None = None  # error code, also of an error event in a stream
+    outcome: str | None = None  # error code of the response or of a stream's error event
     key: int | None = None  # position of the caller's API key in UNFOG_API_KEYS, from 1
     job: Job | None = None
-    encodings: list[tuple[float, float]] = field(default_factory=list)  # (start, end) of each encoding
+    encodings: list[tuple[float, float]] = field(default_factory=list)  # start and end of each encoding
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
-        """Records the time of the block as encoding time."""
+        """Adds the start and the end of the `with` block to `encodings`."""
         start = time.monotonic()
         yield
         self.encodings.append((start, time.monotonic()))

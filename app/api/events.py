@@ -40,7 +40,7 @@ class JobEvents:
         self._arrived = asyncio.Event()
 
     def put(self, event: Progress | ImageDone | None) -> None:
-        """Adds an event. None marks the end. Thread-safe. Does nothing if the event loop is closed."""
+        """Adds an event. None marks the end. Any thread may call it. Does nothing if the event loop is closed."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._add, event)
 
@@ -118,7 +118,7 @@ class EventStream(Response):
             with self._metrics.encode_duration.time(), context.encoding():
                 encoded = await asyncio.to_thread(self._encode, event)
             await _send_event(send, *encoded)
-        job.future.result()  # raises the job's error, if any
+        job.future.result()  # raises the error of a failed job
         await _send_event(send, "done", DoneEvent(seed=seed, timing=Timing.of(job.timings)).model_dump())
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ from model.png import Provenance
 class InFlight:
     """Counts the requests in flight: from admission until the response is sent or the client has disconnected.
 
-    Not thread-safe: only the event loop may use it.
+    It is not thread-safe: only the event loop may use it.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,10 @@ class Service:
         return time.monotonic() - self.started_at
 
     def info(self, model: str) -> ModelInfo:
-        """Returns a model. Raises InvalidRequest for an unknown name, Starting or EngineFailed if none is loaded."""
+        """Returns a model.
+
+        Raises InvalidRequest if the name is unknown. Raises Starting or EngineFailed if no model is loaded.
+        """
         models = self.engine.models
         if not models:
             self.engine.state.refuse_unless_ok()

@@ -42,7 +42,10 @@ def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> l
 
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """Encodes one image, or a contact sheet of several: row-major, without gaps, empty cells are black."""
+    """Encodes one image, or a contact sheet of several images.
+
+    The sheet is row-major and has no gaps. Its empty cells are black.
+    """
     if len(images) == 1:
         return encode_images(images, provenance, scale)[0]
     columns = math.ceil(math.sqrt(len(images)))

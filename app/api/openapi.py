@@ -181,7 +181,7 @@ def _event_stream() -> Schema:
 
 
 def _add_examples(document: dict[str, Any], settings: Settings) -> None:
-    """Adds examples: one for every text response, and for each error status its problem documents."""
+    """Adds an example for every text response, and example problem documents for each error status."""
     problems = examples.problems(settings)
     for path, status, response in _responses(document):
         content = response.get("content", {})

@@ -23,7 +23,7 @@ def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
 
 
 def client_gone(scope: Scope) -> Response:
-    """Returns the response for a client that has disconnected. Only the access log sees it."""
+    """Returns the response for a client that has disconnected. It is not sent. Only the access log uses it."""
     context = context_of(scope)
     context.outcome = context.outcome or CLIENT_GONE
     return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -18,8 +18,8 @@ from app.errors import (
     UnsupportedMediaType,
 )
 
-MAX_UNKNOWN_FIELDS = 32  # listed in an error; a body of 16 KiB can have more than 1,000
-MAX_DIGITS = 400  # of a JSON integer; longer ones are parsed as floats
+MAX_UNKNOWN_FIELDS = 32  # limit of unknown fields that an error lists; a body can have more
+MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
 _WHITESPACE = " \t"
 _TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz")
@@ -44,7 +44,7 @@ async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: 
     if media_type != "application/json":
         raise UnsupportedMediaType
     document = _parse(await _read(request, max_bytes, seconds))
-    if not isinstance(document, dict):  # pydantic's message would contain the name of a class
+    if not isinstance(document, dict):  # pydantic's message would contain a class name
         raise InvalidRequest([{"loc": ["body"], "msg": "Input should be an object"}])
     unknown = [name for name in document if name not in schema.model_fields]
     for name in unknown[MAX_UNKNOWN_FIELDS:]:
@@ -80,7 +80,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Converts the pairs of a JSON object. Raises InvalidRequest for a duplicate name: one value would be ignored."""
+    """Converts the pairs of a JSON object. Raises InvalidRequest if a name occurs more than once."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         duplicate = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
@@ -89,7 +89,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_int(digits: str) -> int | float:
-    """Parses an integer. One with more than MAX_DIGITS digits becomes infinity, which no field permits."""
+    """Parses an integer. More than MAX_DIGITS digits give infinity, which no field permits."""
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
@@ -135,9 +135,9 @@ async def _wait_for_disconnect(request: Request) -> None:
 def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
     """Returns the available type that the Accept headers prefer, or None if they allow none (RFC 9110, section 12.5.1).
 
-    The q value of a type comes from the most specific range that matches it. The type with the highest q value wins,
-    then the one with the more specific range, then the first one. Malformed members are ignored. The time is linear in
-    the length of the headers.
+    The q value of a type comes from the most specific range that matches it. The type with the highest q value is
+    chosen. If q values are equal, the more specific range is preferred, and then the first available type. Malformed
+    members are ignored. The time is linear in the length of the headers.
     """
     members = [member for header in headers for member in _split(header.lower(), ",") if member]
     weights: Weights = {}
@@ -165,7 +165,7 @@ def _rank(media_type: str, weights: Weights) -> tuple[float, int]:
 def _add(member: str, weights: Weights) -> None:
     """Adds a media range unless it is malformed. If a range occurs twice, the first one counts."""
     media_range, *parameters = _split(member, ";")
-    if media_range == "*":  # sent by Java's HttpURLConnection
+    if media_range == "*":  # Java's HttpURLConnection sends this invalid range
         media_range = "*/*"
     kind, _, subtype = media_range.partition("/")
     if not (_is_token(kind) and _is_token(subtype)) or (kind == "*" and subtype != "*"):

@@ -13,7 +13,7 @@ MAX_SEED = 2**53 - 1  # the largest integer that a JSON parser with double preci
 
 
 def _whole(value: Any) -> Any:
-    """Converts 7.0 to 7, since both are integers in JSON Schema (validation draft 2020-12, section 6.1.1)."""
+    """Converts 7.0 to 7, because both are integers in JSON Schema (validation draft 2020-12, section 6.1.1)."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -28,7 +28,7 @@ def _may_be_absent(schema: dict[str, Any]) -> None:
     schema.update(schema.pop("anyOf")[0])
 
 
-WHOLE = BeforeValidator(_whole)  # Put it after the bounds. Otherwise pydantic omits them from the JSON schema.
+WHOLE = BeforeValidator(_whole)  # Use WHOLE after the bounds. Otherwise the JSON schema lacks them.
 NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -106,7 +106,7 @@ class Timing(BaseModel):
 
     @classmethod
     def of(cls, timings: Timings) -> "Timing":
-        """Returns the times of a finished job. The total ends now."""
+        """Returns the times of a finished job. The total time ends with this call."""
         submitted = timings.submitted_at
         started, finished = timings.started_at or submitted, timings.finished_at or submitted
         return cls(

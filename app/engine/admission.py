@@ -57,7 +57,7 @@ class Admission:
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
         self._limits: dict[int, StepLimits] = {}  # the key is the number of models
-        # No target is at risk before this time, unless the slowdown rises above the one of the last check.
+        # No target is at risk before this time, unless the slowdown exceeds its value at the last check.
         self._safe_until = -math.inf
         self._safe_slowdown = 0.0
 

@@ -144,9 +144,9 @@ class Backlog:
     def slack(self, full: Throughput, now: float) -> float:
         """Returns the time in seconds for which row selection may still deviate from the order of the jobs.
 
-        This is the minimum over all jobs of target - (now + bound + time of one full step). The full step is in
-        progress, or it is chosen next and may deviate. If the result is negative, a target is at risk. Lost jobs are
-        ignored. The result is infinity without jobs.
+        This is the minimum over all jobs of target - (now + bound + time of one full step). The full step is the step
+        in progress, or the next step, which may deviate. If the result is negative, a target is at risk. Lost jobs
+        are ignored. The result is infinity without jobs.
         """
         rows = self._table[self._order]
         left = np.cumsum(rows[:, _WORK])
@@ -176,7 +176,8 @@ class Backlog:
         if start + _finish(own, own_left, full)[0] > target:
             return False
         delayed = (left > 0) & ~_is_lost(rows, full, now)
-        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)  # share of each tail after the wait
+        # the share of each tail that is left after the wait
+        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)
         rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
         if self.num_models() == self.num_models(job):
             delayed[:place] = False  # without another model, the job does not delay jobs with earlier targets
@@ -226,7 +227,7 @@ class Backlog:
 
 
 def _table_row(job: Job) -> tuple[float, ...]:
-    last = job.unfinished[-1]  # the tail: `unfinished` is in order of progress
+    last = job.unfinished[-1]  # the tail, because `unfinished` is in order of progress
     return (
         job.target,
         job.deadline,

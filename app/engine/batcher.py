@@ -52,7 +52,7 @@ class StepLimits:
         Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short.
         """
         lone = times.measured_seconds(1)
-        calls = (num_models - 1) * lone  # each model after the first one costs another call
+        calls = (num_models - 1) * lone  # each further model needs another call
         most = max(2, times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone)) if auto else 2 * (max_rows or 1)
         rows = min(most, max_rows or most)
         most = min(most, 2 * rows)  # a guided row takes two evaluations
@@ -68,8 +68,8 @@ class StepLimits:
 
         `fewest_images` is the number of images of the smallest job. `first_round` is the number of evaluations of the
         first round. The step is short if all images of the smallest job fit into its equal share of a short step.
-        Otherwise a short step would cost throughput and not help that job. A short step has room for at least twice the
-        evaluations of the first round, so that several small jobs together use at most half of it.
+        Otherwise a short step would lower the throughput without helping that job. A short step has room for at least
+        twice the evaluations of the first round, so that several small jobs together use at most half of it.
 
         Example without guidance: a short step has 8 evaluations. Two jobs with 64 images and 4 images get short steps,
         since 2 * 4 <= 8. Two jobs with 64 and 5 images get full steps. A job with 64 images and five jobs with one
@@ -84,7 +84,7 @@ class StepLimits:
 def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:
     """Returns the rows of the next step. The module docstring explains the rule.
 
-    `jobs` are in order of their targets. `at_risk` says that a job may miss its target. Of each job, the rows with the
+    `jobs` are in order of their targets. `at_risk` says that a job may miss its target. The rows of a job with the
     fewest steps left come first, so that its first images finish early. If there are jobs, the step has at least one
     row.
     """

@@ -99,7 +99,7 @@ class Engine:
             self._condition.notify()
 
     def cancel(self, job: Job, error: Exception) -> None:
-        """Answers a job with an error. The next step does not contain its rows. Does nothing if it is answered."""
+        """Answers a job with an error. The next step does not contain its rows. Does nothing if the job is answered."""
         with self._condition:
             self._end(job, error)
             self._condition.notify()

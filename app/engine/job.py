@@ -41,7 +41,7 @@ class Trajectory:
     index: int
     step: int = 0  # number of finished reverse steps
     started: bool = False  # True if the first step is finished or in progress
-    slot: int | None = None  # where the runner keeps the state; None before the first step and after release
+    slot: int | None = None  # slot of its state on the device; None before the first step and after release
 
     @property
     def steps_left(self) -> int:
@@ -89,7 +89,7 @@ class JobRequest:
     num_previews: int = 0  # number of Progress events to send
     listener: Listener | None = None
     guided_steps: range = range(0)  # the steps that need a second evaluation
-    request_id: str = ""  # for log lines
+    request_id: str = ""  # used in log lines
 
     def evaluations_from(self, step: int) -> int:
         """Returns the number of network evaluations of one image from `step` to x_0. A guided step has two."""
@@ -102,7 +102,7 @@ class Timings:
     """The times at which a job reached each stage, in seconds of time.monotonic()."""
 
     submitted_at: float = field(default_factory=time.monotonic)
-    submitted_at_step: int = 0  # the number of steps that the engine had finished
+    submitted_at_step: int = 0  # number of steps that the engine had finished at this time
     started_at: float | None = None
     finished_at: float | None = None
 
@@ -127,10 +127,11 @@ class Job:
         self.estimate: Estimate | None = None  # set by admission
         self.future: Future[list[Pixels]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
-        self.unfinished = [Trajectory(self, index) for index in range(request.count)]  # most finished steps first
+        # The images with the most finished steps come first.
+        self.unfinished = [Trajectory(self, index) for index in range(request.count)]
         self.num_waiting = request.count  # images that have not started
-        self.evaluations_left = request.count * request.evaluations_from(0)  # the sum over all images
-        self.steps_done = 0  # the sum over all images
+        self.evaluations_left = request.count * request.evaluations_from(0)  # sum over all images
+        self.steps_done = 0  # sum of the finished steps of all images
         # True if the job is answered. Every step checks this for every row. future.done() takes a lock and is slower.
         self.closed = False
         self._pixels: list[Pixels | None] = [None] * request.count

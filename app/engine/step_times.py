@@ -1,7 +1,7 @@
 """The step time model: predicts the duration of one reverse step from its number of network evaluations.
 
-Warm-up measures the times of a few batch sizes. The scheduler needs the time of every size, and it needs the time now:
-the machine may be slower than it was at warm-up. The model therefore is a curve times a factor:
+Warm-up measures the times of a few batch sizes. The scheduler needs the time of every size at the current
+speed of the machine, which may be slower than at warm-up. The model therefore is a curve times a factor:
 
     step_seconds(n) = slowdown * measured_seconds(n)
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SMOOTHING = 0.05  # weight of the newest step
+SMOOTHING = 0.05  # weight of the newest step in the moving average
 # The largest ratio of the actual to the predicted time that counts. A larger ratio means that the step was interrupted,
 # for example because the process was paused. It says little about the next steps.
 MAX_JUMP = 4.0
@@ -27,7 +27,7 @@ MAX_JUMP = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """The speed of the machine as the scheduler uses it."""
+    """The predicted speed of steps on this machine, as the scheduler uses it."""
 
     rate: float  # evaluations per second in full steps
     step_seconds: float  # duration of a full step

@@ -15,13 +15,13 @@ from app.engine.engine import Engine, EngineState
 
 log = logging.getLogger(__name__)
 
-CHECKS = 20  # per timeout, so that a lost engine is detected at most 5 % of the timeout too late
+CHECKS = 20  # number of checks in one timeout, so that the delay is at most 5 % of the timeout
 
 
 class Watchdog:
     """Checks the engine regularly from the event loop.
 
-    `lost` completes when all checks during the timeout have found the engine not alive.
+    `lost` completes when all checks during the timeout have found that the engine is not alive.
     """
 
     def __init__(self, engine: Engine, seconds: float | None) -> None:

@@ -14,14 +14,14 @@ from model.precision import fast_dtype
 
 log = logging.getLogger(__name__)
 
-MAX_PLAIN_THREADS = 2  # for reproducible results with uncompiled float32, see choose_num_threads()
+MAX_PLAIN_THREADS = 2  # limit for uncompiled float32, see choose_num_threads()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A file of the NVIDIA kernel module. It is also visible in a container that has no access to the GPU.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # of cgroup v2
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # paths of cgroup v2
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
-# Fragments of messages of torch and CUDA, and the message for the operator. The first fragment that matches is used.
+# Parts of error messages of torch and CUDA, each with a message for the operator. The first match is used.
 _NO_GPU = "no GPU is visible. Start a container with --gpus all. On a machine without a GPU, set UNFOG_DEVICE=cpu"
 _ABSENT = {
     "not compiled with CUDA": "PyTorch {torch} is built without CUDA. Install a CUDA build, or set UNFOG_DEVICE=cpu",
@@ -51,7 +51,7 @@ def choose_device(name: str) -> torch.device:
     """Returns the device for `UNFOG_DEVICE`. For `auto`, this is the GPU if it works, otherwise the CPU.
 
     A GPU is tested with a small computation and becomes the current device of the calling thread. The engine thread
-    must therefore call this function. Raises RunnerError if a GPU that was named cannot be used.
+    must therefore call this function. Raises RunnerError if `UNFOG_DEVICE` names a GPU that cannot be used.
     """
     if name == "cpu":
         return torch.device(name)
@@ -69,7 +69,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Returns the precision for `UNFOG_DTYPE`. `auto` is the fastest one of the device.
+    """Returns the precision for `UNFOG_DTYPE`. `auto` selects the fastest precision of the device.
 
     Raises RunnerError for float16 on a CPU.
     """
@@ -129,7 +129,7 @@ def device_errors() -> Iterator[None]:
 
 def _open_gpu(device: torch.device) -> None:
     """Selects the GPU in the calling thread and tests it. Raises RunnerError if there is no GPU with this number."""
-    torch.cuda.init()  # Raises if the driver is too old, while device_count() succeeds.
+    torch.cuda.init()  # Raises if the driver is too old. device_count() does not raise then.
     count = torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise RunnerError(f"UNFOG_DEVICE={device}: no GPU has this number. Visible GPUs: {count}, numbered from 0")
@@ -138,7 +138,7 @@ def _open_gpu(device: torch.device) -> None:
     # older names of the settings. If only the newer ones (fp32_precision) were set, reading the older ones would raise.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    (torch.ones(1, device=device) + 1).item()  # Fails if torch has no code for this GPU, or if no memory is free.
+    (torch.ones(1, device=device) + 1).item()  # This raises if torch has no code for this GPU or no memory is free.
 
 
 def _reason(message: str) -> str:
@@ -167,5 +167,5 @@ def _limit(folder: Path) -> float | None:
     try:
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):  # The root group has no such file.
+    except (OSError, ValueError):  # The root control group has no cpu.max.
         return None

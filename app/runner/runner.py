@@ -32,14 +32,14 @@ from model.step import Stepped
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
-BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # the same on a GPU
+BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # the numbers of rows that are measured on a GPU
 # The initial number of slots. On a CPU it is the number that warm-up needs at the same time. On a GPU it is so large
 # that the slots need not grow, because a CUDA graph is valid for one size of its tensors only.
 FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
 
 
 class Runner:
-    """Holds the networks, and the state of every image that has started in a slot on the device.
+    """Holds the networks and the state of the images. Each image that has started has a slot on the device.
 
     The state is float32. Only the inputs of the networks are cast to the dtype. A step writes the state after
     everything else has succeeded, so that a failed step can be repeated with fewer rows.
@@ -94,7 +94,8 @@ class Runner:
     def compile(self, cache: Path, *, must: bool) -> bool:
         """Compiles the step of each model. Returns True if this succeeds for all models.
 
-        If a step cannot be compiled, raises RunnerError with `must`. Otherwise the model runs without compilation.
+        If a step cannot be compiled and `must` is True, raises RunnerError. If `must` is False, the model then runs
+        without compilation.
         """
         if self.device.type == "cuda":
             try:
@@ -139,9 +140,9 @@ class Runner:
 
     @torch.inference_mode()
     def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
-        """Computes all results before it writes state. All memory is allocated before the first write."""
+        """Computes all results before it writes state. So all memory is allocated before the first write."""
         rows = list(chain(*by_model.values()))
-        # Reading the flags means waiting for the device. If the host runs ahead, only steps that finish a row need it.
+        # Reading the flags waits for the device. If the host runs ahead, only steps that finish a row read them.
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
@@ -164,7 +165,7 @@ class Runner:
         stepped = model.step(self._slots.state, self._plans.table, rows)
         self.network_seconds += time.perf_counter() - start
         slots = rows.slots[: len(trajectories)]
-        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the rest is padding
+        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the slots after these are padding
         if self._runs_ahead:
             finite = self._slots.finite_after(slots, finite)
         return slots, (x_prev, x_0, finite)
@@ -211,7 +212,9 @@ class Runner:
         process uses a core during warm-up, all threads would wait for each other, and their times would not show which
         batch size is best. Raises RunnerError if a probe image differs.
         """
-        with self._threads.fixed(self._threads.counts[-1]):  # The smallest number is fast even if one core is busy.
+        with self._threads.fixed(
+            self._threads.counts[-1]
+        ):  # With the smallest number of threads, a step is fast even if one core is busy.
             try:
                 self.check()
                 if self._runs_ahead:

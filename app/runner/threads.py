@@ -1,12 +1,12 @@
-"""The number of compute threads on a CPU: all of them, or one fewer while another process uses a core.
+"""Chooses the number of compute threads on a CPU. One thread fewer is used while another process uses a core.
 
 Reason: the compute threads of a step wait for each other after every operator. If one of them has no core, all of them
-wait. Measured on a Xeon with AMX, two cores, 64 rows per step, while another process uses one core: two threads run 12
-steps per second, one thread runs 22.
+wait. This was measured on a Xeon with AMX (two cores, 64 rows per step) while another process used one core: two
+threads ran 12 steps per second, and one thread ran 22.
 
-Detection: the share of the duration of the steps in which the engine thread has a core. It is 99 % on an idle machine
-and 62 to 69 % while another process competes for the cores. A machine that is slow for another reason, such as a lower
-clock rate, does not change this share.
+Detection: the share of the steps' duration in which the engine thread has a core is measured. It is 99 % on an idle
+machine and 62 to 69 % while another process competes for the cores. A machine that is slow for another reason, such as
+a lower clock rate, does not change this share.
 
 Rule: the share is computed for windows of 0.1 s of steps. After three windows in a row with a share below 75 %, one
 thread fewer is used for a pause of 0.25 s. Then all threads are tried again. If the next window is below 75 % too, the
@@ -27,7 +27,7 @@ OWN_SHARE = 0.75  # a lower share means that another process competes for the co
 # Number of consecutive windows with a low share after which one thread fewer is used. Encoding and sending the answers
 # of a large batch also lowers the share, but for a shorter time than this.
 BUSY_WINDOWS = 3
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 4.0  # seconds with one thread fewer
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.25, 4.0  # duration in seconds of a pause, which uses one thread fewer
 
 
 class ComputeThreads:
@@ -42,7 +42,7 @@ class ComputeThreads:
         """`counts` are the permitted numbers: (all,) or (all, all - 1). `use` sets the number in the calling thread."""
         self.counts, self._use, self._clock = tuple(counts), use, clock
         self._busy_windows = 0  # consecutive windows with a low share, up to the last window
-        self._seconds, self._on_core = 0.0, 0.0  # sums over the current window
+        self._seconds, self._on_core = 0.0, 0.0  # sums over the steps of the current window
         self._pause, self._set_at = SHORTEST_PAUSE, 0.0
         self._is_fixed = False
         self.count = self.counts[0]

@@ -5,7 +5,7 @@ A large difference means that this machine computes wrong results, for example b
 service does not start.
 
 Step times: the scheduler needs the duration of a step by batch size (see engine/step_times.py). They are measured in
-rounds. A round runs steps of every batch size. See `measure_step_times` for the evaluation.
+rounds. A round runs steps of every batch size. `measure_step_times` describes the calculation.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.loaded_model import LoadedModel
 
-# The maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01, a different digit 0.3.
+# Maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01. A different digit gives 0.3.
 PROBE_TOLERANCE = 0.1
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 30
 # No round starts after TIMING_SECONDS. If there are fewer than FEWEST_ROUNDS, or if another process uses the core, the
@@ -75,8 +75,8 @@ def measure_step_times(
     competes for the core, long steps wait for it, but short steps usually do not. On a GPU, work is the whole duration.
 
     Shares of a round are compared, not times, because the speed of the machine can change between rounds. Within one
-    round it affects all batches. Measured on a Xeon with AMX while another process used the core: the best batch of six
-    starts was 32 or 64 with shares. With medians of the work it was 4, 8, 64 and 64 in four starts.
+    round it affects all batches. This was measured on a Xeon with AMX while another process used the core. With shares,
+    the best batch was 32 or 64 in six starts. With medians of the work, it was 4, 8, 64 and 64 in four starts.
 
     Batches for which the device does not have enough memory are left out. Without any result, one evaluation takes 1 s.
     """

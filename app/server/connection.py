@@ -179,7 +179,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._close_deadline.set()
 
     def _answers_early(self) -> bool:
-        """True if the answer has started before the whole request arrived. The connection then closes after it."""
+        """True if the answer has started before the whole request arrived. The connection is then closed after it."""
         return self.conn.their_state is h11.SEND_BODY and self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE)
 
     def _discard(self, data: bytes) -> None:

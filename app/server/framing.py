@@ -20,7 +20,7 @@ MAX_SMALL_CHUNKS = 1000  # a body with more chunks must have at least SMALL_CHUN
 SMALL_CHUNK_BYTES = 64
 
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")  # Some clients send an empty line after a body (RFC 9112, section 2.2).
-# h11 rejects these characters too, but its regular expression backtracks over the white space before them.
+# h11 rejects these characters too, but its regular expression takes quadratic time on white space before them.
 _FORBIDDEN_IN_HEADER = re.compile(rb"[\x00\r\v\f]")
 _ABSOLUTE = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)  # the part of a request target before its path
 _FORBIDDEN_IN_CHUNK_LINE = re.compile(rb"[\x00\r\n]")
@@ -203,7 +203,7 @@ class LimitedConnection(h11.Connection):
                 del self._unparsed[: empty_lines.end()]
             if self._unparsed == b"\r":
                 return 0
-            # A method cannot start with such a byte. A TLS handshake does, for example.
+            # No HTTP method starts with such a byte. A TLS handshake starts with one.
             if self._unparsed and self._unparsed[0] <= 0x20:
                 raise MalformedRequest
         return self._part.measure(self._unparsed)

@@ -2,7 +2,7 @@
 
 Drain: after the first SIGTERM or SIGINT the service still listens. New requests are answered with 503, and admitted
 requests are finished. The drain ends when all answers are sent, after `UNFOG_DRAIN_TIMEOUT`, or at the second signal.
-Requests that are unfinished then are answered with 503, and the process exits with status 0.
+Unfinished requests are then answered with 503, and the process exits with status 0.
 
 uvicorn would close the listening socket at SIGTERM instead. Probes would then fail to connect, and clients would get
 connection errors instead of a 503 with Retry-After.
@@ -46,25 +46,25 @@ class GivenUpError(Exception):
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn without its own signal handling, and with an event for the end of its startup."""
+    """A uvicorn server without signal handlers. `startup_ended` is set at the end of its startup."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        # serve() must not stop uvicorn before this event: uvicorn would cancel the lifespan instead of ending it.
+        # serve() must not stop uvicorn before this event. Otherwise uvicorn cancels the application's lifespan.
         self.startup_ended = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts the application and accepts connections. Raises StartError if the application fails to start."""
         try:
             await super().startup(sockets)
-        except SystemExit as error:  # Newer releases of uvicorn raise it, older ones return.
+        except SystemExit as error:  # Newer releases of uvicorn raise SystemExit, older ones return.
             raise StartError(NOT_STARTED) from error
         finally:
             self.startup_ended.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Replaces uvicorn's signal handlers with none, because serve() handles the signals."""
+        """Installs no signal handlers, because serve() handles the signals."""
         yield
 
 
@@ -85,7 +85,8 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError is raised for an invalid host name.
-        number = getattr(error, "errno", None) or 0  # Not str(error), because create_server adds the address to it.
+        # str(error) is not used, because create_server adds the address to it.
+        number = getattr(error, "errno", None) or 0
         reason = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise StartError(f"cannot listen on {host}:{port} (UNFOG_HOST, UNFOG_PORT): {reason}") from error
     # Disables Nagle's algorithm, which delays a body by 40 ms until its head is acknowledged. asyncio disables it only
@@ -181,9 +182,9 @@ def _announce(info: ModelInfo, url: str, num_keys: int) -> None:
 
 
 def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
-    """Returns two futures. The first SIGTERM or SIGINT completes the first future, the second signal the second one.
+    """Returns two futures. The first one starts the drain, and the second one ends it early.
 
-    The first future starts the drain, and the second one ends it early.
+    The first SIGTERM or SIGINT completes the first future. A second signal completes the second future.
     """
     loop = asyncio.get_running_loop()
     futures: tuple[asyncio.Future[None], asyncio.Future[None]] = (loop.create_future(), loop.create_future())
@@ -201,7 +202,7 @@ def _signals() -> tuple["asyncio.Future[None]", "asyncio.Future[None]"]:
 async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[None]") -> None:
     """Waits until all jobs are finished and all answers are sent, but at most `seconds` or until `stop_now`.
 
-    Then answers all jobs that are left with 503.
+    Then answers all remaining jobs with 503.
     """
     engine, backlog = service.engine, service.engine.backlog
     log.info("Draining", extra={"images": backlog.waiting + backlog.running})

@@ -51,11 +51,11 @@ from model.step import ReverseStep, Rows, State, Step, Stepped
 log = logging.getLogger(__name__)
 
 OPTIONS = {
-    "cpp.dynamic_threads": True,  # use the number of threads at run time, not that at compile time
+    "cpp.dynamic_threads": True,  # use the number of threads at run time
     "compile_threads": 1,  # one program does not need a pool of compiler processes
     "always_keep_tensor_constants": True,  # do not write small weights into the code as literals
     "aot_inductor.package_constants_in_so": False,  # keep weights out of the library; each program would copy them
-    "aot_inductor.precompile_headers": False,  # they would be used only once, and take a quarter of the total time
+    "aot_inductor.precompile_headers": False,  # precompiling takes a quarter of the total time
 }
 
 RECOMPILE_LIMIT = 64  # GPU only: recompilations per function, for all networks together
@@ -80,7 +80,7 @@ class LibraryError(Exception):
 def default_cache() -> Path:
     """Returns the default cache folder, `unfog` in $XDG_CACHE_HOME or ~/.cache.
 
-    For a user without a home directory / is used as home, as shells do.
+    If the user has no home directory, / is used instead, as in a shell.
     """
     try:
         home = Path.home()
@@ -92,7 +92,7 @@ def default_cache() -> Path:
 def compiled_step(program: ReverseStep, cache: Path) -> Step:
     """Returns the compiled step: loads it from the cache, or compiles it if it is missing or unusable.
 
-    On a GPU the returned step compiles during its first calls, and those can raise CompilerError too. Raises
+    On a GPU the returned step compiles during its first calls, and these calls can raise CompilerError too. Raises
     CompilerError if the step cannot be compiled. If the cache folder cannot be used, logs a warning and compiles.
     """
     if program.device.type != "cpu":
@@ -142,13 +142,14 @@ def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
         use_private_compile_cache(cache / GPU_FOLDER)
     except OSError as error:
         raise CompilerError(f"no folder for compiled kernels can be created: {error}") from error
-    with _quiet():  # imported here because the import creates the folder of the compile cache
-        importlib.import_module("torch._inductor.cudagraph_trees")  # else the first call imports it, with warnings
+    with _quiet():  # The imports are here because they create the folder of the cache.
+        # Without this import, the first call imports the module and prints warnings.
+        importlib.import_module("torch._inductor.cudagraph_trees")
         from torch._dynamo.exc import TorchDynamoException
 
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # for all networks together
-    limits.fail_on_recompile_limit_hit = True  # the default continues without compilation
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # the limit for all networks together
+    limits.fail_on_recompile_limit_hit = True  # By default, torch continues without compilation.
     compiled = torch.compile(FlatStep(program), mode="reduce-overhead", dynamic=True)
 
     def step(state: State, plans: Tensor, rows: Rows) -> Stepped:
@@ -157,7 +158,7 @@ def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
             x_prev, x_0, finite = compiled(*state, plans, *rows)
         except TorchDynamoException as error:
             raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
-        return x_prev.clone(), x_0.clone(), finite.clone()  # the next call reuses the memory of the results
+        return x_prev.clone(), x_0.clone(), finite.clone()  # The next call overwrites the results.
 
     return step
 
@@ -192,7 +193,7 @@ def build(program: ReverseStep) -> bytes:
         call_in_child(compile_to_file, *arguments, seconds=COMPILE_SECONDS, variables=variables)
         code = Path(folder, "step.so").read_bytes()
     log.info("Compiled step", extra={"seconds": round(time.monotonic() - start)})
-    return code + hashlib.sha256(code).digest()  # one file, so that both are written atomically
+    return code + hashlib.sha256(code).digest()  # one file can be written atomically
 
 
 def compile_to_file(program: ReverseStep, threads: int, options: dict[str, bool | int], library: Path) -> None:
@@ -234,9 +235,9 @@ def _store_and_load(program: ReverseStep, content: bytes, library: Path | None) 
 def load(program: ReverseStep, library: Path) -> Step:
     """Checks a library, loads it into this process and returns its step.
 
-    The file is opened once. The digest, the first call in a child process and the loader all use this descriptor, so
-    replacing the file at this path has no effect. Raises OSError if the file is missing or not private, LibraryError if
-    it is damaged or its first call fails, and AttributeError, KeyError or RuntimeError if it is not a compiled step.
+    The file is opened once. The digest, the first call in a child process and the loader all use the same descriptor,
+    so replacing the file has no effect. Raises OSError if the file is missing or not private, LibraryError if it is
+    damaged or its first call fails, and AttributeError, KeyError or RuntimeError if it is not a compiled step.
     """
     descriptor = open_private(library)
     try:
@@ -280,7 +281,7 @@ def first_call(program: ReverseStep, threads: int, descriptor: int, library: Pat
     Raises LibraryError if the results differ. SIGALRM ends the process after `seconds`.
     """
     torch.set_num_threads(threads)
-    signal.alarm(seconds)  # without a handler: an endless loop in native code would never run a Python handler
+    signal.alarm(seconds)  # A Python handler would never run during an endless loop in native code.
     inputs = _small_step(program)
     with torch.inference_mode():
         expected = program(*inputs)
@@ -294,13 +295,13 @@ def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     """Returns inputs for a step of three rows, two of which are guided."""
     state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
-    t = program.checkpoint.schedule.num_steps // 4  # low noise, where predicting x_0 does not amplify rounding errors
+    t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
     return state, plans, Rows(rows, torch.zeros_like(rows), torch.cat([rows, rows[:2]]), torch.tensor([3, 4, 2]))
 
 
 def _key_of(digest: bytes) -> str:
-    """Returns a hash of what the first call depends on: library, torch, Python, C library and processor."""
+    """Returns a hash of everything that affects the first call: library, torch, Python, C library and processor."""
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     size = torch_library.stat().st_size if torch_library.exists() else None
     versions = torch.__version__, torch.version.git_version, size, sys.version, platform.libc_ver()
@@ -365,10 +366,10 @@ class _PackedStep:
         self._library, self._constants = library, flat.state_dict()
         self._packer = Packer(flat, flat.program.run_network_once)
         self._programs: dict[tuple[int, int], NativeProgram] = {}
-        self._program_for(torch.get_num_threads())  # fails now rather than at the first step
+        self._program_for(torch.get_num_threads())  # An unusable library raises here and not at the first step.
 
     def __call__(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
-        """Computes a step, as a ReverseStep does."""
+        """Computes one step, with the arguments and the result of ReverseStep."""
         return cast(Stepped, self._program_for(len(rows.source))(*state, plans, *rows))
 
     def _program_for(self, evaluations: int) -> NativeProgram:

@@ -9,7 +9,7 @@ _MAX_MMAP_THRESHOLD_OLD = 32 << 20  # bytes; the limit of glibc before 2.35
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory for the next step. Returns False, and changes nothing, without glibc on Linux.
+    """Makes glibc keep freed memory for the next step. If the C library is not glibc on Linux, returns False.
 
     By default glibc takes blocks of more than 128 KiB from the kernel and returns them to it, so each step causes page
     faults for all its memory. All threads share one arena, because glibc returns the arenas of other threads to the
@@ -18,9 +18,9 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if not mallopt:  # musl
+    if not mallopt:  # the C library is musl
         return False
-    # Setting any option turns off the automatic adaptation of this threshold, so the others alone would be harmful.
+    # glibc adapts this threshold until any option is set. Setting only the other options would be harmful.
     if not any(mallopt(_MMAP_THRESHOLD, limit) for limit in (_THRESHOLD, _MAX_MMAP_THRESHOLD_OLD)):
         return False
     limits = {_TRIM_THRESHOLD: _THRESHOLD, _TOP_PAD: 64 << 20, _ARENA_MAX: 1}

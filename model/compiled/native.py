@@ -21,7 +21,7 @@ _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, 
 
 
 class _NamedTensor(ctypes.Structure):
-    """AOTInductorConstantMapEntry of the C interface."""
+    """The struct AOTInductorConstantMapEntry of the C interface."""
 
     _fields_ = (("name", ctypes.c_char_p), ("tensor", ctypes.c_void_p))
 
@@ -40,10 +40,10 @@ class NativeProgram:
         create = library.AOTInductorModelContainerCreateWithDevice
         if create(ctypes.byref(self._container), ctypes.c_size_t(1), b"cpu", None):
             raise RuntimeError(f"AOTInductor cannot create a program from {library}")
-        self._constants = self._set_constants(constants)  # the program uses them, so they must not be freed
+        self._constants = self._set_constants(constants)  # keeps the tensors alive while the program exists
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Runs the program. Inputs must have the dtypes of those at compile time, which is not checked.
+        """Runs the program. Inputs must have the same dtypes as at compile time. This is not checked.
 
         Raises RuntimeError if an input is not contiguous or the program fails.
         """
@@ -57,7 +57,7 @@ class NativeProgram:
         return tuple(torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(outputs))
 
     def _set_constants(self, constants: Mapping[str, Tensor]) -> list[Tensor]:
-        """Passes the weights that the program needs to it, and returns them."""
+        """Gives the program the weights that it needs. Returns these weights."""
         number = ctypes.c_size_t()
         self._call("GetNumConstants", ctypes.byref(number))
         names = [self._name_of("GetConstantName", index) for index in range(number.value)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx.node import Argument
 
 _CONV = torch.ops.aten.conv2d.default
-_DEFAULTS: list[Argument] = [None, [1, 1], [0, 0], [1, 1], 1]  # bias, stride, padding, dilation, groups
+_DEFAULTS: list[Argument] = [None, [1, 1], [0, 0], [1, 1], 1]  # default bias, stride, padding, dilation and groups
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -52,7 +52,7 @@ class Packer:
         named = module.named_modules()
         self._convolutions = {name: part for name, part in named if isinstance(part, nn.Conv2d)}
         self._sizes: dict[nn.Module, torch.Size] = {}  # (C, H, W) of the inputs
-        self._packed: dict[tuple[str, bytes], Tensor] = {}  # key: name of the convolution, description of the layout
+        self._packed: dict[tuple[str, bytes], Tensor] = {}  # (convolution, layout) -> packed weights
         hooks = [conv.register_forward_pre_hook(self._record_size) for conv in self._convolutions.values()]
         try:
             call()

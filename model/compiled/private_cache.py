@@ -16,7 +16,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # mode bits
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # mode bits of a file
 
 
 def private_folder(folder: Path) -> Path:
@@ -90,7 +90,7 @@ def compile_variables(folder: Path) -> dict[str, str]:
 def _redirect_default_cache(folder: Path) -> None:
     """Replaces Inductor's default folder. Inductor ignores TORCHINDUCTOR_CACHE_DIR for its precompiled headers."""
     with warnings.catch_warnings(action="ignore"):  # torch raises warnings about its own code
-        # Imported here because the import takes a second and creates the folder in TORCHINDUCTOR_CACHE_DIR.
+        # The import is here because it takes a second and creates the folder in TORCHINDUCTOR_CACHE_DIR.
         from torch._inductor import codecache
         from torch._inductor.runtime import cache_dir_utils, runtime_utils
     for module in (codecache, cache_dir_utils, runtime_utils):
@@ -100,7 +100,7 @@ def _redirect_default_cache(folder: Path) -> None:
 
 
 def _create_private(folder: Path) -> Path:
-    """Creates a folder that only this user can access. Deletes the content of an existing one that is not private."""
+    """Creates a folder that only this user can access. Empties an existing folder that is not private."""
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):

@@ -35,7 +35,7 @@ INFO = ModelInfo(
     guided_steps=lambda sampler, num_steps: range(num_steps // 2),
     guidable=True,
 )
-WAIT_SECONDS = 60  # a test fails if another thread takes longer
+WAIT_SECONDS = 60  # time limit in seconds for another thread
 
 Rows = list[Trajectory]
 
@@ -150,7 +150,7 @@ def running(engine: Engine) -> Iterator[Engine]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits until the condition, which another thread changes, is true."""
+    """Waits until the condition is true. Another thread must make it true."""
     end = time.monotonic() + WAIT_SECONDS
     while not condition():
         assert time.monotonic() < end

@@ -80,7 +80,7 @@ def test_error_about_an_unknown_flag_does_not_contain_its_value(
         (["--compile", "--cache-dir", "/c"], {"cache_dir": "/c"}, True),
     ],
 )
-def test_flags_are_settings_and_compile_without_a_value_only_compiles(
+def test_flags_are_settings_and_compile_flag_without_a_value_only_compiles(
     arguments: list[str], flags: dict[str, str], compile_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run_main(monkeypatch, *arguments) == [(flags, compile_only)]
@@ -109,7 +109,7 @@ def test_help_contains_the_flag_of_every_setting(
     ],
     ids=["settings", "engine given up", "bug", "interrupt"],
 )
-def test_exit_status_of_each_kind_of_error(
+def test_each_kind_of_error_has_its_exit_status(
     error: BaseException,
     status: int,
     written: list[str],

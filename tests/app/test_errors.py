@@ -6,7 +6,8 @@ import pytest
 from app import errors
 from app.errors import UnfogError
 
-RFC_9110_PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}  # Python before 3.13 has older phrases
+# Python before 3.13 has older phrases for these statuses.
+RFC_9110_PHRASES = {413: "Content Too Large", 422: "Unprocessable Content"}
 EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.MalformedJSON(), 400, "malformed_json"),
     (errors.MalformedRequest(), 400, "malformed_request"),
@@ -41,7 +42,7 @@ def leaf_classes(kind: type[UnfogError]) -> set[type[UnfogError]]:
 
 
 @cases
-def test_status_and_code_of_each_error(error: UnfogError, status: int, code: str) -> None:
+def test_each_error_has_its_status_and_code(error: UnfogError, status: int, code: str) -> None:
     assert (error.status, error.code) == (status, code)
 
 

@@ -119,7 +119,7 @@ def test_dropped_lines_are_reported_before_the_next_line(pipe: Pipe) -> None:
         pipe.writer.put("dropped\n")
     reader = threading.Thread(target=pipe.read_until, args=("unfog: 10 log lines were dropped",))
     reader.start()
-    reader.join(WAIT_SECONDS)  # the report does not need another line
+    reader.join(WAIT_SECONDS)  # the drops are reported although no further line is logged
     assert not reader.is_alive()
     pipe.writer.put("next\n")
     lines = pipe.read_until("next")

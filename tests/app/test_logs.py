@@ -92,10 +92,10 @@ def test_console_line_omits_fields_that_only_json_lines_have(log: Log) -> None:
     assert "status=200" in line
     assert "digit=7" in line
     assert "sampler" not in line
-    assert "\x1b" not in line  # colours only on a terminal
+    assert "\x1b" not in line  # colours are used only on a terminal
 
 
-def test_auto_is_json_without_a_terminal(log: Log) -> None:
+def test_log_format_auto_is_json_without_a_terminal(log: Log) -> None:
     log.configure("auto", "warning")
     logging.getLogger("x").info("below the level")
     logging.getLogger("x").warning("at the level")

@@ -112,7 +112,7 @@ def test_missing_fields_use_the_defaults_of_the_model() -> None:
     run(check, runner)
 
 
-def test_job_knows_its_guided_steps_if_guidance_is_on() -> None:
+def test_job_has_guided_steps_if_guidance_is_on() -> None:
     runner = FakeRunner()
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -120,7 +120,7 @@ def test_job_knows_its_guided_steps_if_guidance_is_on() -> None:
             await client.post("/generate", json={**WORK, "num_steps": 4, "guidance_scale": scale})
         assert list(dict.fromkeys(row.job.request.guided_steps for rows in runner.calls for row in rows)) == [
             range(0),
-            range(2),  # half of the steps, as INFO defines
+            range(2),  # INFO applies guidance in half of the steps
         ]
 
     run(check, runner)
@@ -186,7 +186,7 @@ def test_requests_to_unknown_paths_are_counted_with_route_other() -> None:
 
 
 def test_request_counters_of_generate_start_at_zero() -> None:
-    """PromQL's rate() ignores the increase from no series to the first value."""
+    """PromQL's rate() ignores the first value of a new series, so each series must exist before the first request."""
 
     async def check(client: httpx.AsyncClient) -> None:
         text = (await client.get("/metrics")).text
@@ -200,6 +200,6 @@ def test_error_lists_a_limited_number_of_unknown_fields() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json={f"f{i}": i for i in range(1000)})
         assert answer.status_code == 422
-        assert len(answer.json()["errors"]) == 1 + MAX_UNKNOWN_FIELDS  # and the missing digit
+        assert len(answer.json()["errors"]) == 1 + MAX_UNKNOWN_FIELDS  # one error is for the missing digit
 
     run(check, FakeRunner())

@@ -48,7 +48,9 @@ def metrics_with_all_series() -> Metrics:
 
 
 @pytest.mark.parametrize(("attribute", "name", "kind", "labels"), EVERY_METRIC)
-def test_name_type_and_labels_of_each_metric(attribute: str, name: str, kind: str, labels: tuple[str, ...]) -> None:
+def test_each_metric_has_its_name_type_and_labels(
+    attribute: str, name: str, kind: str, labels: tuple[str, ...]
+) -> None:
     family = rendered(metrics_with_all_series())[name.removesuffix("_total")]
     assert family.type == kind
     assert family.documentation

@@ -49,7 +49,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("variable", DEFAULTS)
-def test_default_of_each_setting(variable: str) -> None:
+def test_each_setting_has_its_default(variable: str) -> None:
     field, default = DEFAULTS[variable]
     assert getattr(load_settings(), field) == default
 
@@ -202,7 +202,7 @@ def test_error_about_an_invalid_value_is_one_line_that_starts_with_the_variable(
     message = str(error.value)
     assert len(message.splitlines()) == 1
     assert message.startswith(variable)
-    assert "Error" not in message  # no Python exception name
+    assert "Error" not in message  # the name of a Python exception
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_secret_file_that_links_outside_its_folder_stops_the_start(
 
 
 def test_secret_file_that_links_within_its_folder_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Kubernetes mounts secrets in this way."""
+    """Kubernetes mounts secrets as links of this kind."""
     (tmp_path / "..data").mkdir()
     (tmp_path / "..data" / "unfog_api_keys").write_text("a-key")
     (tmp_path / "unfog_api_keys").symlink_to(Path("..data") / "unfog_api_keys")

@@ -27,7 +27,7 @@ def gelu(x: torch.Tensor) -> torch.Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def test_gelu_conv_block_is_convolution_norm_gelu() -> None:
+def test_gelu_conv_block_applies_convolution_norm_and_gelu() -> None:
     block, x = GELUConvBlock(3, 16, modulated=False), torch.randn(2, 3, 6, 6)
     h = F.conv2d(x, block.conv.weight, padding=1)  # (2, 16, 6, 6)
     groups = h.reshape(2, 8, 2, 6, 6)

@@ -130,17 +130,17 @@ def test_float16_weights_are_loaded_as_float32_and_match_the_probe_image(network
     before, after = network.state_dict(), loaded.network.state_dict()
     assert all(torch.equal(before[name].half().float(), after[name]) for name in before)
     fresh = draw_probe(loaded.network, loaded.config)
-    assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # half of one grey level
+    assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # the tolerance is half a grey level
 
 
-def test_channels_last_weights_are_saved_like_contiguous_ones(network: UNet, saved: Path, tmp_path: Path) -> None:
+def test_channels_last_weights_are_saved_like_contiguous_weights(network: UNet, saved: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save(other, network.to(memory_format=torch.channels_last), config_of(network))  # type: ignore[call-overload]
     before, after = load(saved).network.state_dict(), load(other).network.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_sha256_is_that_of_the_file(saved: Path) -> None:
+def test_sha256_is_the_digest_of_the_file(saved: Path) -> None:
     printed = subprocess.run(["sha256sum", saved], capture_output=True, text=True, check=True).stdout
     assert load(saved).sha256 == printed.split()[0]
 
@@ -153,9 +153,9 @@ def test_saving_twice_writes_the_same_bytes(network: UNet, saved: Path, tmp_path
 def test_probe_image_equals_a_newly_generated_one(saved: Path) -> None:
     loaded = load(saved)
     fresh = draw_probe(loaded.network, loaded.config)
-    assert fresh.std() > 0.1  # not a constant image
+    assert fresh.std() > 0.1  # the probe image is not constant
     assert loaded.probe_image.shape == fresh.shape == (1, 8, 8)
-    assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # half of one grey level
+    assert (loaded.probe_image - fresh).abs().max() <= 0.5 / 127.5 + 1e-4  # the tolerance is half a grey level
 
 
 def test_probe_image_differs_for_other_weights(network: UNet, tmp_path: Path) -> None:
@@ -210,7 +210,8 @@ def test_flipped_bit_in_the_header_is_detected(saved: Path) -> None:
         flipped[offset] ^= 1 << offset % 8
         saved.write_bytes(flipped)
         try:
-            assert load(saved).config == original  # if the JSON has the same meaning, as 1e-05 and 1E-05
+            # The JSON can still have the same meaning, for example 1e-05 and 1E-05.
+            assert load(saved).config == original
         except CheckpointError as error:
             assert len(str(error).splitlines()) == 1
 
@@ -292,7 +293,7 @@ def test_guidance_by_sampler_needs_label_drop(network: UNet) -> None:
         CheckpointConfig(network.config, ScheduleConfig(), guidance_by_sampler={"ddpm": Guidance(2.0)})
 
 
-def test_file_without_prediction_predicts_eps(saved: Path) -> None:
+def test_checkpoint_without_a_prediction_field_predicts_eps(saved: Path) -> None:
     rewrite_metadata(saved, lambda metadata: metadata.pop("prediction"))
     assert load(saved).config.prediction == PredictionConfig("eps")
 
@@ -432,7 +433,7 @@ def test_hostile_metadata_is_loaded_or_rejected(saved: Path, network: UNet, data
 
     def change(metadata: dict[str, Any]) -> None:
         for path, value in changes:
-            with suppress(KeyError, IndexError, TypeError):  # an earlier change removed this path
+            with suppress(KeyError, IndexError, TypeError):  # A previous change has removed this path.
                 replace_value(metadata, path, value)
 
     rewrite_metadata(saved, change)
@@ -489,7 +490,9 @@ def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m["unet"].update(num_pairs=2), "is missing, but the network needs"),
     ],
 )
-def test_rejection_names_the_reason(saved: Path, change: Callable[[dict[str, Any]], None], reason: str) -> None:
+def test_error_about_a_rejected_file_contains_the_reason(
+    saved: Path, change: Callable[[dict[str, Any]], None], reason: str
+) -> None:
     rewrite_metadata(saved, change)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message = rejection(saved)
@@ -515,7 +518,7 @@ def test_too_large_conditioning_table_is_rejected_before_allocation(tmp_path: Pa
         network,
         CheckpointConfig(network.config, ScheduleConfig(num_steps=10_000), class_names=names, probe=probe),
     )
-    assert "make a table of" in rejection(path)
+    assert "the conditioning table" in rejection(path)
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])

@@ -103,7 +103,7 @@ def test_row_has_the_same_bits_for_any_batch_and_number_of_threads(
     torch.manual_seed(0)
     network = UNet(UNetConfig()).eval().requires_grad_(False)
     for parameter in network.parameters():
-        parameter.copy_(torch.randn(parameter.shape) * 0.05)  # also the weights that are initialized to zero
+        parameter.copy_(torch.randn(parameter.shape) * 0.05)  # some weights are initialized to zero
     c = network.condition(torch.arange(1, 71), torch.arange(70) % 11).to(dtype)
     x_t = torch.randn(70, 1, 28, 28).to(dtype)
     network = network.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

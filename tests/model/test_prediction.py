@@ -36,7 +36,7 @@ def test_targets_equal_the_formulas_of_the_papers() -> None:
     targets = {kind: Prediction(PredictionConfig(kind, 0.5), SCHEDULE).target(x_0, eps, T) for kind in KINDS}
     torch.testing.assert_close(targets["eps"], eps, rtol=0, atol=1e-6)
     torch.testing.assert_close(targets["v"], alpha * eps - sigma * x_0, rtol=0, atol=1e-6)  # Salimans & Ho, section 4
-    # Karras 2022, table 1 and eq. 8, for x_t / alpha, which has noise sigma / alpha. The sign is that of v.
+    # Karras 2022, table 1 and eq. 8, for x_t / alpha with noise sigma / alpha. The sign is the sign of v.
     noise, data = sigma / alpha, 0.5
     c_skip, c_out = data**2 / (noise**2 + data**2), noise * data / (noise**2 + data**2).sqrt()
     torch.testing.assert_close(targets["edm"], -(x_0 - c_skip * x_t / alpha) / c_out, rtol=1e-5, atol=1e-6)
@@ -58,7 +58,7 @@ def test_predicted_x_0_is_clipped() -> None:
 
 @EVERY_KIND
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weights_errors_of_x_0_by_at_most_gamma(kind: str, gamma: float) -> None:
+def test_min_snr_weight_of_an_x_0_error_is_at_most_gamma(kind: str, gamma: float) -> None:
     prediction = Prediction(PredictionConfig(kind), SCHEDULE)
     diffusion = Diffusion(SCHEDULE, torch.Generator().manual_seed(0), prediction, gamma)
     x_0, eps, x_t = forward(T)

@@ -82,7 +82,7 @@ def test_samples_have_the_distribution_of_the_data(points: Tensor, sampler: Samp
 
 @EVERY_SCHEDULE
 def test_ddpm_equals_algorithm_2_of_the_paper(points: Tensor, schedule: Schedule) -> None:
-    """Ho 2020, algorithm 2, with the variance of eq. 7 rather than beta."""
+    """Compares with Ho 2020, algorithm 2, with the variance of eq. 7 instead of beta."""
     denoiser, alpha_bar = IdealDenoiser(points, LABELS, schedule), schedule.alpha_bar.tolist()
     samples = draw(denoiser, schedule, [0, 1, 2])
     for row in range(3):
@@ -99,7 +99,7 @@ def test_ddpm_equals_algorithm_2_of_the_paper(points: Tensor, schedule: Schedule
 
 @pytest.mark.parametrize("num_steps", [100, 13, 1])
 def test_predicted_x_0_is_clipped_before_the_posterior(num_steps: int) -> None:
-    """Ho 2020, eq. 6 and 7, between consecutive timesteps of the plan."""
+    """Compares with Ho 2020, eq. 6 and 7, for consecutive timesteps of the plan."""
     alpha_bar = COSINE.alpha_bar.tolist()
     samples = draw(lambda x_t, t, y: 2 * x_t.flip(3) - 0.3, COSINE, [0, 1], num_steps=num_steps)
     for row in range(2):
@@ -133,7 +133,7 @@ def test_ddim_equals_equation_12_of_the_paper(points: Tensor, schedule: Schedule
 @pytest.mark.parametrize("num_steps", [100, 20, 9, 2, 1])
 @pytest.mark.parametrize("data", ["points", "gaussian"])
 def test_dpmpp_equals_algorithm_2_of_the_paper(points: Tensor, schedule: Schedule, num_steps: int, data: str) -> None:
-    """Lu 2022b, with first order at the first step and, because lambda_0 is infinite, at the last step."""
+    """Compares with Lu 2022b. The first step has first order, and the last one too, because lambda_0 is infinite."""
     denoiser = IdealDenoiser(points, LABELS, schedule) if data == "points" else Gaussian(0.25, schedule)
     samples = draw(denoiser, schedule, [0, 1, 2], sampler="dpmpp", num_steps=num_steps)
     steps = schedule.log_snr_timesteps(num_steps)

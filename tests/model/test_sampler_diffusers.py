@@ -23,7 +23,7 @@ SCHEDULES = {kind: Schedule(ScheduleConfig(kind=kind)) for kind in ("cosine", "l
 
 
 def eps(x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Not a denoiser, but a smooth function of x_t, t and y. The predicted x_0 is clipped at most steps."""
+    """A smooth function of x_t, t and y instead of a network. The predicted x_0 is clipped in most steps."""
     angle = 0.01 * t + y
     return torch.tanh(x_t) * angle.cos()[:, None, None, None] + 0.3 * x_t.flip(3)
 

@@ -86,7 +86,7 @@ def test_log_snr_timesteps_are_nearest_to_an_even_grid(config: ScheduleConfig) -
         for i, t in enumerate(timesteps):
             target = start + (half_log_snr[1] - start) * (i / (num_steps - 1) if i else 0)
             nearest = min(range(1, 101), key=lambda s: abs(half_log_snr[s] - target))
-            # Near t = 0 several grid points have the same nearest timestep. Then it is moved to keep all distinct.
+            # Near t = 0 several grid points have the same nearest timestep. Such timesteps are moved to be distinct.
             assert t == max(nearest, num_steps - i) or (nearest >= timesteps[i - 1] and t == timesteps[i - 1] - 1)
 
 

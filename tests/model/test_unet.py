@@ -106,7 +106,7 @@ def test_every_modulated_block_affects_the_output(batch: Batch) -> None:
 
 def test_bottom_conditioning_is_added_once_after_the_middle_blocks(batch: Batch) -> None:
     network, (x_t, t, y) = tiny_unet(conditioning="bottom"), batch
-    assert network.condition_proj.out_features == 16  # channels of the lowest level
+    assert network.condition_proj.out_features == 16  # the number of channels of the lowest level
     added = []
     handle = network.mids[-1].register_forward_hook(lambda module, args, h: added.append(h))
     network.ups[0].register_forward_pre_hook(lambda module, args: added.append(args[0]))

@@ -26,7 +26,7 @@ class AccessLog:
         """Logs a completed request."""
         ended_at, status = time.monotonic(), context.status or CLIENT_CLOSED_REQUEST
         known = scope["path"] if scope["path"] in self._paths else "other"
-        # Without a route, a middleware has answered before routing.
+        # The scope has no route if a middleware has answered before routing.
         route = str(getattr(scope.get("route"), "path", known))
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_duration.labels(route).observe(ended_at - context.started_at)
@@ -52,7 +52,7 @@ class AccessLog:
 
 
 def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
-    """Returns the options and times of a job. The queue time of a job that never started lasts until its end."""
+    """Returns the options and times of a job. The queue time of a job that never started ends with the job."""
     timings, options = job.timings, job.request.options
     finished_at = timings.finished_at or time.monotonic()
     started_at = timings.started_at or finished_at

@@ -5,7 +5,8 @@ import ipaddress
 from starlette.types import Scope
 
 UNKNOWN = "unknown"
-SUBSCRIBER_PREFIX = 64  # bits of an IPv6 address; a subscriber can use all addresses with the same prefix
+# Number of leading bits of an IPv6 address that identify a subscriber, who can use all addresses with these bits.
+SUBSCRIBER_PREFIX = 64
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -44,7 +45,8 @@ def _parse(scope: Scope) -> Address | None:
     elif host.count(":") == 1:
         host = host.partition(":")[0]
     try:
-        address = ipaddress.ip_address(host.partition("%")[0])  # without the zone, whose length is unlimited
+        # Remove an IPv6 zone such as %eth0, because its length is unlimited.
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return None
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:

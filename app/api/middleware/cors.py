@@ -1,4 +1,4 @@
-"""CORS, based on Starlette's middleware, with problem documents as errors."""
+"""Adds CORS headers with Starlette's middleware. Errors are problem documents."""
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware

@@ -14,7 +14,7 @@ from limits import RateLimitItem
 
 from app.errors import RateLimited
 
-MAX_CALLERS = 32_768  # with counters in memory
+MAX_CALLERS = 32_768  # limit of callers whose counters are in memory
 
 
 @dataclass(slots=True)
@@ -68,9 +68,10 @@ def _wait(item: RateLimitItem, window: Window, now: float) -> float:
     """Returns the seconds until the limit permits one more request."""
     seconds = item.get_expiry()
     window.advance(int(now // seconds))
-    left = seconds - now % seconds  # of the current window; the previous window has the weight left / seconds
+    left = seconds - now % seconds  # time left in the current window
+    # The weight of the previous window decreases from 1 to 0 during the current window.
     if window.previous * left / seconds + window.current < item.amount:
         return 0.0
-    if window.current >= item.amount:  # these requests count until the window ends
+    if window.current >= item.amount:  # requests of this window count until its end
         return left
     return max(left - (item.amount - window.current) * seconds / window.previous, 1e-3)

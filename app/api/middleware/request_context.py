@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestContextMiddleware:
-    """Plain ASGI middleware, so that the handler sees a disconnect of the client immediately."""
+    """This is plain ASGI middleware, so that the route handler is informed of a disconnect immediately."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, access_log: AccessLog) -> None:
         self._app, self._metrics, self._access_log = app, metrics, access_log
@@ -29,7 +29,8 @@ class RequestContextMiddleware:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                context.status = context.status or message["status"]  # already set if the connection has sent an error
+                # If the connection has already sent an error, keep the status of that error.
+                context.status = context.status or message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = context.request_id
             await send(message)
 

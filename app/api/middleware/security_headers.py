@@ -1,4 +1,4 @@
-"""Adds security headers: no content sniffing, scripts, framing, referrer or cross-origin embedding."""
+"""Adds security headers that forbid content sniffing, scripts, framing, referrers and cross-origin embedding."""
 
 from collections.abc import Mapping
 

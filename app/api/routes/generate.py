@@ -21,7 +21,7 @@ from model.png import Provenance
 router = APIRouter()
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
-FORMATS = (JSON, PNG, ZIP, EVENTS)  # in order of preference, for equal q values in Accept
+FORMATS = (JSON, PNG, ZIP, EVENTS)  # If q values in Accept are equal, the first of these types is chosen.
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
 PREVIEWS = "Approximate number of progress events in a stream. Other formats ignore it."

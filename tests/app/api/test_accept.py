@@ -50,7 +50,7 @@ AVAILABLE = (JSON, PNG, ZIP, EVENTS)
         ("application/json;v=1;q=0.9, image/png;q=0.5", JSON),
         # if a range occurs twice, the first one counts
         ("image/png;q=0.5, image/png;q=0, text/*;q=0.1", PNG),
-        # no available type
+        # the header allows no available type
         ("text/html", None),
         ("image/png;q=0.000", None),
         ("*/*;q=0", None),
@@ -60,7 +60,7 @@ AVAILABLE = (JSON, PNG, ZIP, EVENTS)
         ('"image/png"', None),
     ],
 )
-def test_media_type_chosen_for_an_accept_header(accept: str, expected: str | None) -> None:
+def test_accept_header_selects_the_expected_media_type(accept: str, expected: str | None) -> None:
     assert best_match([accept], AVAILABLE) == expected
 
 

@@ -14,7 +14,7 @@ from app.settings import Settings
 from tests.app.application import WORK
 from tests.app.fakes import FakeRunner
 
-TIMEOUT = 1.0  # seconds; the images take a few milliseconds
+TIMEOUT = 1.0  # in seconds; the images are generated in a few milliseconds
 BLACK: Pixels = np.zeros((1, 1), dtype=np.uint8)
 
 
@@ -23,7 +23,7 @@ def progress(step: int, num_images: int) -> Progress:
 
 
 def read_all(num_images: int, put: list[Progress | ImageDone]) -> list[Progress | ImageDone]:
-    """Returns the events that a client receives if it starts to read after all events were put."""
+    """Returns the events that a client receives if it starts to read after all events were added."""
 
     async def main() -> list[Progress | ImageDone]:
         events = JobEvents(num_images)

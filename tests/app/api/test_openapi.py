@@ -70,7 +70,8 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
     assert set(generate["responses"]) == refused | {"200", "500", "503", "504"}
     for status in refused | {"500", "503", "504"}:
         assert set(generate["responses"][status]["content"]) == {"application/problem+json"}
-    assert generate["security"] == [{}, {"bearer": []}, {"header": []}]  # {}: optional, needed with UNFOG_API_KEYS
+    # {} means that a key is optional. It is needed only with UNFOG_API_KEYS.
+    assert generate["security"] == [{}, {"bearer": []}, {"header": []}]
     assert set(generate["responses"]["200"]["content"]) == {
         "application/json",
         "image/png",
@@ -79,7 +80,7 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
     }
 
 
-def test_document_promises_the_same_bytes_only_on_a_cpu() -> None:
+def test_document_guarantees_the_same_bytes_only_on_a_cpu() -> None:
     served = document()
     texts = [
         served["paths"]["/generate"]["post"]["description"],
@@ -93,7 +94,7 @@ def test_document_promises_the_same_bytes_only_on_a_cpu() -> None:
 
 
 def is_valid(document: dict[str, Any], schema: dict[str, Any], instance: Any) -> bool:
-    """True if the instance is valid by a schema of the document."""
+    """True if the instance is valid against a schema of the document."""
     whole = {**schema, "components": document["components"]}
     return bool(Draft202012Validator(whole).is_valid(instance))
 
@@ -122,7 +123,7 @@ def examples_of(content: dict[str, Any]) -> list[Any]:
     return several + ([content["example"]] if "example" in content else [])
 
 
-def test_operation_id_of_each_route() -> None:
+def test_each_route_has_its_operation_id() -> None:
     ids = {path: operation["operationId"] for path, operation in operations(document())}
     assert ids == {
         "/generate": "generate",
@@ -218,7 +219,7 @@ def test_document_contains_the_limits_of_the_shipped_models(body: dict[str, Any]
     assert is_valid_request(document(), body) is valid
 
 
-def test_document_without_a_readable_checkpoint_has_no_conditions(tmp_path: Path) -> None:
+def test_document_has_no_limits_of_a_model_without_a_readable_checkpoint(tmp_path: Path) -> None:
     served = create_app(Settings(checkpoint=tmp_path / "missing.safetensors")).openapi()
     assert "allOf" not in served["components"]["schemas"]["GenerateRequest"]
 

@@ -52,7 +52,7 @@ def errors_of(body: str | bytes) -> list[dict[str, Any]]:
     """Returns the errors of a body that is invalid."""
     with pytest.raises(errors.InvalidRequest) as invalid:
         read(body if isinstance(body, bytes) else body.encode())
-    json.dumps(invalid.value.problem("id")).encode()  # it can be encoded
+    json.dumps(invalid.value.problem("id")).encode()  # the errors can be encoded as UTF-8
     return invalid.value.errors
 
 
@@ -70,7 +70,7 @@ def errors_of(body: str | bytes) -> list[dict[str, Any]]:
         ("application/zip", ZIP),
         ("text/event-stream", EVENTS),
         ("text/*", EVENTS),
-        ("image/png, application/json", JSON),  # the first available type wins a tie
+        ("image/png, application/json", JSON),  # if q values are equal, the first available type is chosen
         ("image/png, */*;q=0.1", PNG),
         ("application/json;q=0.5, image/png", PNG),
         ("application/json;q=0.5, image/png;q=0.4", JSON),
@@ -291,7 +291,7 @@ def test_result_is_returned_while_the_client_is_connected() -> None:
     assert asyncio.run(stay()) == "done"
 
 
-def test_error_of_the_work_is_raised() -> None:
+def test_exception_of_the_work_is_raised() -> None:
     async def fail() -> None:
         work = asyncio.get_running_loop().create_future()
         work.set_exception(errors.Draining(1))

@@ -17,13 +17,14 @@ PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=
 
 
 def random_job(choose: random.Random, now: float, *, fresh: bool = False) -> Job:
-    """Returns a random job. Unless it is `fresh`, its images have made a random number of steps."""
+    """Returns a random job. If it is not `fresh`, its images have finished a random number of steps."""
     num_steps = choose.choice([1, 4, 10, 50])
     guided = range(*sorted(choose.choices(range(num_steps + 1), k=2)))
     timeout = choose.choice([0.5, 2.0, 10.0, 30.0, math.inf])
     job = new_job(choose.randint(1, 9), num_steps, timeout=timeout, guided_steps=guided, submitted_at=now)
     if not fresh:
-        steps = sorted((choose.randrange(num_steps) for _ in job.unfinished), reverse=True)  # most steps first
+        # The images with the most finished steps come first.
+        steps = sorted((choose.randrange(num_steps) for _ in job.unfinished), reverse=True)
         for row, step in zip(job.unfinished, steps, strict=True):
             job.evaluations_left -= sum(2 if k in guided else 1 for k in range(step))
             row.step = step
@@ -110,7 +111,7 @@ def test_random_jobs_are_both_admitted_and_refused() -> None:
     assert decisions == {True, False}
 
 
-def test_lost_job_does_not_keep_other_jobs_out() -> None:
+def test_lost_job_does_not_prevent_the_admission_of_other_jobs() -> None:
     backlog = Backlog(10_000)
     lost = new_job(64, num_steps=100, timeout=10.0, submitted_at=0.0)  # 64 s of work
     backlog.add(lost)
@@ -128,7 +129,7 @@ def test_job_with_another_model_delays_all_jobs() -> None:
     assert not backlog.admits(other, slower, 0.0)
 
 
-def test_admission_after_a_wait_counts_the_work_finished_until_then() -> None:
+def test_admission_after_a_wait_includes_the_work_that_finishes_before() -> None:
     backlog = Backlog(10_000)
     backlog.add(new_job(50, num_steps=20, timeout=15.0, submitted_at=0.0))  # 1,000 evaluations take 10 s
     candidate = new_job(10, num_steps=50, timeout=16.0, submitted_at=0.0)  # its own bound is 12.5 s, its target 14.4 s
@@ -136,7 +137,7 @@ def test_admission_after_a_wait_counts_the_work_finished_until_then() -> None:
     assert [wait for wait in range(12) if not backlog.admits(candidate, FULL, 0.0, wait)] == list(range(9))
 
 
-def test_images_after_counts_jobs_in_order() -> None:
+def test_jobs_finish_in_order_in_the_prediction() -> None:
     backlog = Backlog(10_000)
     for job in (new_job(10, num_steps=10, submitted_at=0.0), new_job(10, num_steps=10, submitted_at=1.0)):
         backlog.add(job)
@@ -144,7 +145,7 @@ def test_images_after_counts_jobs_in_order() -> None:
     assert remaining == [20, 18, 16, 10, 5, 0, 0]
 
 
-def test_images_after_counts_running_images_before_waiting_images() -> None:
+def test_running_images_finish_before_waiting_images_in_the_prediction() -> None:
     backlog = Backlog(10_000)
     job = new_job(10, num_steps=10, submitted_at=0.0)
     backlog.add(job)

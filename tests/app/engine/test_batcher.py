@@ -200,7 +200,7 @@ def test_single_small_job_gets_full_steps() -> None:
 @pytest.mark.parametrize(
     ("curve", "evaluations", "short"),
     [
-        ({1: 1.0, 64: 64.0}, 2, 2),  # Batching gains nothing, but a guided row needs two evaluations.
+        ({1: 1.0, 64: 64.0}, 2, 2),  # Larger batches are not faster, but a guided row needs two evaluations.
         ({1: 1.0, 64: 1.0}, 64, 64),
         ({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0}, 16, 8),
         ({1: 1.0, 2: 1.5, 4: 2.6, 8: 5.2}, 8, 4),  # The batches 4 and 8 have the same rate.
@@ -224,14 +224,15 @@ def test_fixed_limit_is_the_number_of_rows(max_rows: int) -> None:
     limits = StepLimits.of(STEP_TIMES, max_rows, 1, auto=False)
     backlog = backlog_with(new_job(100, num_steps=10, guided_steps=range(10)), new_job(1))
     assert len(select_rows(backlog.jobs, limits, at_risk=False)) == max_rows
-    assert limits.full.step_seconds == STEP_TIMES.step_seconds(2 * max_rows)  # if all rows are guided
+    # If all rows are guided, there are two evaluations per row.
+    assert limits.full.step_seconds == STEP_TIMES.step_seconds(2 * max_rows)
     slowest = min(n / STEP_TIMES.step_seconds(n) for n in (max_rows, 2 * max_rows))
     assert limits.full.rate == pytest.approx(slowest, rel=0.5)
     assert limits.full.rate <= slowest
 
 
-def test_rate_holds_for_a_full_step_that_lacks_one_evaluation() -> None:
-    """If only one place is left and the next row is guided, the place stays empty."""
+def test_rate_of_a_full_step_allows_for_one_empty_place() -> None:
+    """If one place is left and the next row is guided, the place stays empty. The step then has 15 evaluations."""
     staircase = StepTimes({1: 16.0, 16: 16.0, 17: 32.0})
     assert StepLimits.of(staircase, None, 1, auto=True).full.rate == 15 / 16
 

@@ -85,7 +85,7 @@ def test_row_that_does_not_fit_into_memory_alone_fails() -> None:
     assert [index for index, _ in compute.failed] == [0, 1]
 
 
-def test_lost_device_fails_no_row() -> None:
+def test_lost_device_error_is_raised_and_no_row_fails() -> None:
     compute = Compute({1}, error=DeviceLostError("gone"))
     with pytest.raises(DeviceLostError):
         compute.run(one_job_each(4))

@@ -48,7 +48,7 @@ def test_listener_receives_each_finished_image() -> None:
     assert not job.closed
 
 
-def test_steps_left_is_the_number_of_missing_steps() -> None:
+def test_steps_left_is_the_number_of_unfinished_steps() -> None:
     trajectory = new_job(num_steps=5).unfinished[0]
     trajectory.step += 2
     assert trajectory.steps_left == 3

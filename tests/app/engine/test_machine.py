@@ -65,7 +65,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.runner = FakeRunner(step_times=self.step_times.copy())
         self.engine = opened(new_engine(self.runner, capacity=CAPACITY, max_batch=self.max_batch))
-        self.max_rows = MAX_BATCH  # lowered by memory shortages
+        self.max_rows = MAX_BATCH  # current row limit, which memory shortages lower
         self.expected_jobs: list[ExpectedJob] = []
         self.drained: Future[None] | None = None
         self.images_done: Counts[str] = Counts()
@@ -227,7 +227,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.unanswered)
     @rule(data=st.data())
     def fail_to_read_an_image(self, data: st.DataObject) -> None:
-        """Makes reading one image fail. Only its job fails, at its last step or earlier if a preview is read."""
+        """Makes the read of one image fail. Only its job fails, at its last step or earlier if a preview is read."""
         rows = self.expected_rows()
         suspect, index = data.draw(st.sampled_from(rows))
         blamed = False
@@ -368,7 +368,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 class AutoEngineMachine(EngineMachine):
-    """Lets the step times decide the size of a step. A full step has five evaluations, a short step has three."""
+    """The step times determine the size of a step. A full step has five evaluations, a short step has three."""
 
     max_batch = None
     step_times = StepTimes({1: 1e-6, 4: 4e-6, 5: 4.1e-6})

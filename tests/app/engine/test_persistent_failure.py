@@ -1,4 +1,4 @@
-"""Tests of consecutive batches without a surviving row: the probe image decides whether the engine has failed."""
+"""Tests of consecutive failed batches. The engine fails if it then cannot generate the probe image."""
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_other_jobs_are_answered_when_the_engine_fails() -> None:
     assert found == [errors.InternalError] * MAX_FAILED_BATCHES + [errors.EngineFailed] * 7
 
 
-def test_log_has_the_error_of_the_check(caplog: pytest.LogCaptureFixture) -> None:
+def test_error_of_the_probe_image_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with running(new_engine(FakeRunner(on_step=fail, on_check=fail_check))) as engine:
         engine.ready.result(60)
         for _ in range(MAX_FAILED_BATCHES):

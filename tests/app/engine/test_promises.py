@@ -135,7 +135,7 @@ def refused_and_actual_wait(seed: int, measured: dict[int, float]) -> tuple[int,
 
 @pytest.mark.parametrize("slowness", [1, 3])
 @pytest.mark.parametrize("measured", [MEASURED, MEASURED_WITH_AMX], ids=["without AMX", "with AMX"])
-def test_retry_after_is_within_a_factor_of_two(measured: dict[int, float], slowness: int) -> None:
+def test_retry_after_equals_the_needed_time_within_a_factor_of_two(measured: dict[int, float], slowness: int) -> None:
     """Retry-After is a whole number of seconds, so that times below one second are rounded up."""
     measured = {evaluations: slowness * seconds for evaluations, seconds in measured.items()}
     seeds = (*range(60), *range(1000, 1030))

@@ -19,7 +19,7 @@ def test_job_that_would_finish_after_its_deadline_is_refused() -> None:
     assert job.estimate.seconds == 10
 
 
-def test_step_times_are_observed_by_evaluations_not_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_times_are_learned_per_evaluation_and_not_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
     observed: list[int] = []
     monkeypatch.setattr(StepTimes, "observe", lambda step_times, calls, seconds: observed.extend(calls))
     engine = opened(new_engine(FakeRunner()))

@@ -65,7 +65,7 @@ def test_steps_with_the_predicted_time_do_not_change_the_slowdown() -> None:
         ({1: 1.0, 8: 1.0, 64: 100.0}, 0.2, 200.0, 8),  # The largest batch has a low rate.
     ],
 )
-def test_best_batch_is_the_largest_near_the_best_rate_within_the_time_limit(
+def test_best_batch_is_the_largest_batch_with_almost_the_best_rate(
     curve: dict[int, float], tolerance: float, seconds: float, best: int
 ) -> None:
     assert StepTimes(curve).best_batch(tolerance, seconds) == best
@@ -89,7 +89,7 @@ def test_predicted_time_of_two_models_is_the_sum_of_their_calls() -> None:
         ({16: 1.0, 32: 2.0}, 1.5, 24),  # Below 16 rows the time is constant.
     ],
 )
-def test_largest_batch_within_a_time_limit(curve: dict[int, float], seconds: float, largest: int) -> None:
+def test_largest_batch_within_a_time_limit_is_found(curve: dict[int, float], seconds: float, largest: int) -> None:
     step_times = StepTimes(curve)
     step_times.slowdown = 7.0
     assert step_times.largest_batch(seconds) == largest

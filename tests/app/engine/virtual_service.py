@@ -47,7 +47,8 @@ class Client:
 class Result:
     """The results of all requests."""
 
-    latencies: dict[str, list[float]] = field(default_factory=dict)  # seconds of the finished requests, by client name
+    # latencies of the finished requests in seconds, by client name
+    latencies: dict[str, list[float]] = field(default_factory=dict)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by client name and status
     late: list[Job] = field(default_factory=list)  # jobs that missed their deadlines against admission's prediction
     num_images: int = 0

@@ -103,7 +103,8 @@ def test_rows_equal_the_images_of_the_offline_sampler(
     ]
     generated = torch.stack([torch.from_numpy(image).float() for image in draw(runner, rows)])
     offline = ((x_0 + 1) * 127.5).permute(0, 2, 3, 1).reshape(generated.shape)
-    torch.testing.assert_close(generated, offline, rtol=0, atol=0.51)  # Rounding to 8 bits differs by at most 0.5.
+    # Rounding to 8 bits changes a value by at most 0.5.
+    torch.testing.assert_close(generated, offline, rtol=0, atol=0.51)
 
 
 def test_row_has_a_second_evaluation_only_in_guided_steps(loaded: Checkpoint) -> None:

@@ -143,7 +143,7 @@ def test_float32_on_a_gpu_does_not_use_tf32(gpus: list[tuple[str, int]]) -> None
     choose_device("cuda")
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    assert not torch.backends.cudnn.allow_tf32  # Raises if the two kinds of settings disagree.
+    assert not torch.backends.cudnn.allow_tf32  # This read raises if the older and the newer settings disagree.
 
 
 def test_auto_without_a_gpu_selects_the_cpu_without_a_warning(
@@ -256,7 +256,7 @@ def test_number_of_threads_does_not_exceed_the_cpu_limit_of_the_container(
 
 @pytest.mark.usefixtures("many_threads")
 @pytest.mark.parametrize(("wanted", "compiled", "lines"), [(2, False, 0), (3, False, 1), (3, True, 0)])
-def test_warning_is_logged_if_the_number_of_threads_is_not_reproducible(
+def test_warning_is_logged_if_too_many_threads_prevent_reproducible_results(
     wanted: int, compiled: bool, lines: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     choose_num_threads(wanted, CPU, torch.float32, compiled=compiled)
@@ -288,5 +288,5 @@ def test_smallest_limit_of_the_control_group_and_its_parents_applies(
     assert granted_cores(groups, tmp_path / "cgroup") == expected
 
 
-def test_no_limit_without_control_groups(tmp_path: Path) -> None:
+def test_cpu_limit_is_none_without_control_groups(tmp_path: Path) -> None:
     assert granted_cores(tmp_path, tmp_path / "cgroup") is None

@@ -1,4 +1,4 @@
-"""Tests of the slots, of the table of plans, and of failures: other rows and their state do not change."""
+"""Tests of the slots, of the table of plans, and of failures, which must not change other rows."""
 
 import dataclasses
 from collections import Counter
@@ -156,7 +156,7 @@ def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: C
     before = [part.clone() for part in parts]
     with OutOfMemoryAt(-1) as counted, torch.inference_mode():
         runner.step(rows)
-    assert counted.calls[WRITE] == 3  # x_t, x_0 and finite
+    assert counted.calls[WRITE] == 3  # one write each for x_t, x_0 and finite
     device_lost_after = Counter[str]()
     for number in range(counted.count):
         with torch.inference_mode():
@@ -169,7 +169,7 @@ def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: C
         else:
             assert all(torch.equal(part, value_before) for part, value_before in zip(parts, before, strict=True))
     assert device_lost_after.pop(WRITE) == 2  # the second and the third write
-    assert set(device_lost_after) <= READS  # reads of the flags, which are on the host at this point
+    assert set(device_lost_after) <= READS  # the operations that read the flags on the host
 
 
 def test_out_of_memory_while_slots_grow_does_not_change_them(loaded: Checkpoint) -> None:
@@ -248,7 +248,7 @@ def options(num_steps: int, model: str = "default") -> Options:
 
 
 @pytest.mark.parametrize("first_rows", [4, 1000])
-def test_start_of_a_plan_does_not_change_when_others_are_added(
+def test_start_of_a_plan_does_not_change_when_other_plans_are_added(
     monkeypatch: pytest.MonkeyPatch, first_rows: int
 ) -> None:
     monkeypatch.setattr("app.runner.device_state.FIRST_PLAN_ROWS", first_rows)

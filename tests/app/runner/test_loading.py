@@ -1,4 +1,4 @@
-"""Tests of Runner.load: it serves what the settings say, or raises an error of one line."""
+"""Tests of Runner.load, which loads the models of the settings or raises an error of one line."""
 
 import dataclasses
 from pathlib import Path
@@ -86,13 +86,13 @@ def test_error_for_an_unknown_device_names_the_setting() -> None:
         choose_device("cuda:99")
 
 
-def test_named_precision_is_used() -> None:
+def test_precision_of_the_settings_is_used() -> None:
     assert choose_dtype("float32", CPU) is torch.float32
     assert choose_dtype("bfloat16", CPU) is torch.bfloat16
     assert choose_dtype("auto", CPU) is fast_dtype(CPU)
 
 
-def test_number_of_classes_is_that_of_the_checkpoint(loaded: Checkpoint) -> None:
+def test_model_info_has_the_number_of_classes_of_the_checkpoint(loaded: Checkpoint) -> None:
     assert new_runner(loaded).models["default"].num_classes == loaded.config.unet.num_classes
 
 

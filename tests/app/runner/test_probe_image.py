@@ -1,4 +1,4 @@
-"""Tests of warm-up: the probe image, and which step times it returns."""
+"""Tests of warm-up: the check of the probe image and the measured step times."""
 
 import dataclasses
 import time

@@ -46,7 +46,7 @@ def test_row_with_nan_fails_at_its_last_step_if_the_runner_runs_ahead(loaded: Ch
     rows = [*rows_of(digit=2, num_steps=3), *rows_of(digit=3, num_steps=3), *rows_of(digit=4, num_steps=4)]
     assert [step(runner, rows) for _ in range(3)] == [[True] * 3, [True] * 3, [True, False, True]]
     runner.release(rows)
-    healthy = rows_of(3, digit=2, num_steps=1)  # One of their slots had a row with NaN before.
+    healthy = rows_of(3, digit=2, num_steps=1)  # One of these slots was used by a row with NaN.
     assert step(runner, healthy) == [True] * 3
 
 

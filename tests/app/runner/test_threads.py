@@ -6,7 +6,7 @@ from app.engine.step_times import StepTimes
 from app.runner.threads import BUSY_WINDOWS, LONGEST_PAUSE, SHORTEST_PAUSE, WINDOW_SECONDS, ComputeThreads
 
 TWO, ONE = StepTimes({1: 0.0025, 64: 0.056}), StepTimes({1: 0.004, 64: 0.108})  # measured seconds
-NOTICED = (BUSY_WINDOWS + 1) * WINDOW_SECONDS  # a busy core is detected after this time and the step in progress
+NOTICED = (BUSY_WINDOWS + 1) * WINDOW_SECONDS  # a busy core is detected at the end of the first step after this time
 STALL = 3.0  # factor by which a step of two threads is slower if one of them has no core
 SHARE = 2 / 3  # the share of a core that each of three threads has on two cores
 
@@ -47,7 +47,7 @@ def test_one_thread_fewer_is_used_while_another_process_uses_a_core(evaluations:
     assert machine.steps(NOTICED + 6 * longest, evaluations, busy=True)[1] > 0
     machine.steps(2 * LONGEST_PAUSE, evaluations, busy=True)
     settled = machine.steps(10 * LONGEST_PAUSE, evaluations, busy=True)
-    assert settled[2] <= 10 * (longest + WINDOW_SECONDS)  # one window between two pauses
+    assert settled[2] <= 10 * (longest + WINDOW_SECONDS)  # all threads are used for one window between two pauses
     assert settled[1] > 0
 
 
@@ -109,7 +109,7 @@ def test_busy_core_is_detected_after_an_earlier_slow_phase(evaluations: int) -> 
     assert later[1] > 0.8 * 60
 
 
-def test_fixed_number_is_kept_within_the_block_and_reset_after_it() -> None:
+def test_fixed_number_of_threads_is_used_only_within_the_block() -> None:
     machine = Machine(2, 1)
     with machine.threads.fixed(1):
         assert machine.steps(20, 64, busy=False)[2] == 0
@@ -119,14 +119,14 @@ def test_fixed_number_is_kept_within_the_block_and_reset_after_it() -> None:
     assert machine.steps(20, 64, busy=False)[1] == 0
 
 
-def test_single_permitted_number_is_kept() -> None:
+def test_single_permitted_number_of_threads_is_kept() -> None:
     machine = Machine(2)
     assert machine.steps(20, 64, busy=True)[1] == 0
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3])
-def test_process_that_uses_a_part_of_a_core_does_not_change_the_number(share: float) -> None:
-    """A step takes twice as long with one thread. Two threads lose only the part of the core that is used."""
+def test_use_of_a_part_of_a_core_does_not_change_the_number_of_threads(share: float) -> None:
+    """A step takes twice as long with one thread. With two threads, only the used part of the core is lost."""
     machine = Machine(2, 1)
     for _ in range(1000):
         seconds = TWO.step_seconds(64) * (1 + share)

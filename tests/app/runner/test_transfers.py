@@ -15,7 +15,7 @@ def test_rows_are_rounded_up_to_a_power_of_two_on_a_gpu(count: int, rows: int) -
 
 
 @pytest.mark.parametrize(("guided", "evaluations"), [(0, 8), (1, 16), (8, 16)])
-def test_all_rows_count_as_guided_on_a_gpu_if_one_is(guided: int, evaluations: int) -> None:
+def test_all_rows_count_as_guided_on_a_gpu_if_one_row_is_guided(guided: int, evaluations: int) -> None:
     assert Shapes(exact=False).evaluations(8, guided) == evaluations
     assert Shapes(exact=True).evaluations(8, guided) == 8 + guided
 

@@ -65,7 +65,7 @@ def measure(clock: Clock, runner: FakeRunner, should_stop: Callable[[], bool] = 
 
 def test_slow_first_round_does_not_change_the_step_times(clock: Clock) -> None:
     def step(rows: Rows) -> None:
-        clock.slowness = 2.0 if clock.now < 0.1 else 1.0  # for most of the first round
+        clock.slowness = 2.0 if clock.now < 0.1 else 1.0  # the machine is slow for most of the first round
         clock.step(rows)
 
     step_times = measure(clock, FakeRunner(on_step=step))
@@ -99,7 +99,7 @@ def test_measurement_is_longer_while_another_process_uses_the_core(clock: Clock,
         clock.wait_for_the_core(1e-3 * len(rows) * (1 - share) / share)
 
     measure(clock, FakeRunner(on_step=step))
-    assert seconds < clock.now < seconds + SECONDS / share  # It ends after a complete round.
+    assert seconds < clock.now < seconds + SECONDS / share  # The measurement ends after a complete round.
 
 
 def test_small_batch_is_measured_after_steps_of_the_same_size(clock: Clock) -> None:

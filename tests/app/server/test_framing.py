@@ -230,7 +230,7 @@ def test_average_chunk_size_includes_large_chunks() -> None:
     assert isinstance(refusal(CHUNKED + large * 4 + small * 1000), MalformedRequest)
 
 
-def test_announced_chunk_counts_only_after_it_has_arrived() -> None:
+def test_chunk_is_counted_only_after_it_has_arrived() -> None:
     assert isinstance(refusal(CHUNKED + b"1\r\na\r\n" * 1001 + b"fffffff\r\n"), MalformedRequest)
 
 
@@ -305,7 +305,7 @@ SLOW_INPUTS = {
 
 
 @pytest.mark.parametrize(("start", "piece", "slice_bytes"), SLOW_INPUTS.values(), ids=SLOW_INPUTS)
-@pytest.mark.parametrize("small", [1_000, 100_000])  # bytes: within the limits, and above them
+@pytest.mark.parametrize("small", [1_000, 100_000])  # number of bytes: one within the limits, one above them
 def test_parsing_time_grows_linearly_with_the_input(start: bytes, piece: bytes, slice_bytes: int, small: int) -> None:
     def seconds(size: int) -> float:
         data = start + piece * (size // len(piece)) + b"\x00\n\r\n\r\n"

@@ -30,7 +30,7 @@ def test_error_for_an_invalid_host_is_one_line(host: str) -> None:
     assert host in str(caught.value)
 
 
-def test_error_for_a_port_in_use_says_so() -> None:
+def test_error_for_a_port_in_use_has_the_reason() -> None:
     with bind("127.0.0.1", 0) as first, pytest.raises(StartError, match="in use"):
         bind("127.0.0.1", first.getsockname()[1])
 

@@ -65,7 +65,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def builds(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[ReverseStep]:
-    """Records the compiled programs. Replaces the compiler by a copy of the working library."""
+    """Replaces the compiler by a function that records each program and copies the working library."""
     built: list[ReverseStep] = []
 
     def build(program: ReverseStep) -> bytes:
@@ -92,7 +92,7 @@ def test_library_in_a_folder_that_others_can_write_is_not_loaded(
     assert library_of(program, subfolder).exists()
     assert stat.S_IMODE(subfolder.stat().st_mode) == 0o700
     compiler.compiled_step(program, tmp_path)
-    assert builds == [program]  # found in the private subfolder
+    assert builds == [program]  # not compiled again, because the private subfolder has the library
 
 
 @needs_root
@@ -236,7 +236,7 @@ def test_library_is_checked_in_a_child_process_only_once(
     library.write_bytes(content)
     compiler.load(program, library)
     assert children == ["first_call"]
-    monkeypatch.setattr(compiler, "_checked", set())  # as in a new process
+    monkeypatch.setattr(compiler, "_checked", set())  # a new process has not checked any library
     compiler.load(program, library)
     assert children == ["first_call"]
     monkeypatch.setattr(torch.version, "git_version", "another build")

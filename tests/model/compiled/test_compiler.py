@@ -61,7 +61,7 @@ def test_compiled_step_equals_plain_step_except_for_rounding(path: Path, cache: 
     plain = draw(Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]), mixed_rows())
     compiled = draw(compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]), mixed_rows())
     difference = np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean()
-    assert difference < (8 if dtype == "bfloat16" else 0.01)  # of 255 levels
+    assert difference < (8 if dtype == "bfloat16" else 0.01)  # in grey levels from 0 to 255
 
 
 @needs_compiler
@@ -135,7 +135,7 @@ def test_compiled_step_is_loaded_from_the_cache(path: Path, cache: Path, monkeyp
 
 @needs_compiler
 def test_library_contains_no_weights(loaded: Checkpoint, cache: Path) -> None:
-    """Weights in the library would be copied for each program, and would prevent sharing it between checkpoints."""
+    """If the library contained weights, each program would copy them, and checkpoints could not share the library."""
     program = compiled_runner(loaded, cache)._models["default"].program
     content = library_of(program, cache).read_bytes()
     for tensor in program.state_dict().values():
@@ -145,7 +145,7 @@ def test_library_contains_no_weights(loaded: Checkpoint, cache: Path) -> None:
 def test_default_cache_of_a_user_without_home_is_below_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # not in the user database
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # this user id is not in the user database
     assert compiler.default_cache() == Path("/.cache/unfog")
 
 
@@ -297,7 +297,7 @@ def test_gpu_step_is_traced_at_most_four_times_for_all_batch_sizes(loaded: Check
 
     runners = [Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True) for _ in range(2)]
     for runner in runners:
-        runner._models["default"].program.call_rows = CallRows()  # as on a GPU
+        runner._models["default"].program.call_rows = CallRows()  # a GPU has no limits for the number of rows
     compiled = runners[0]._models["default"]
     compiled.step = torch.compile(compiled.program, backend=record_graph, dynamic=True)
     try:
@@ -310,7 +310,7 @@ def test_gpu_step_is_traced_at_most_four_times_for_all_batch_sizes(loaded: Check
 
 @pytest.fixture
 def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of libraries that differ in one property each."""
+    """Yields the file names of libraries with different properties."""
 
     def name(loaded: Checkpoint, dtype: torch.dtype = torch.float32) -> str:
         return library_of(ReverseStep(loaded, CPU, dtype), tmp_path).name

@@ -27,7 +27,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 
 def test_kernels_are_cached_in_the_gpu_folder(tmp_path: Path) -> None:
-    """In a container this folder is a mount that allows execution."""
+    """In a container, the folder `gpu` is a mount that allows execution."""
     assert prepare_kernel_cache(tmp_path) == tmp_path / "gpu" / "torch"
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode) & 0o777  # a subfolder inherits the group bit of 2770
+    return stat.S_IMODE(path.stat().st_mode) & 0o777  # without the setgid bit, which a subfolder inherits
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_torch_compile_writes_nothing_to_the_predictable_folder(tmp_path: Path) 
     assert not list((tmp_path / "tmp").glob("torchinductor_*"))
 
 
-def test_compile_cache_below_a_folder_that_others_can_write_is_temporary(tmp_path: Path) -> None:
+def test_compile_cache_in_a_folder_that_others_can_write_is_temporary(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     code = "print(folder); assert folder.stat().st_mode & 0o777 == 0o700"

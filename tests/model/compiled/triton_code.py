@@ -85,7 +85,7 @@ def pretend_gpu() -> None:
     CudaInterface.Worker.current_device = staticmethod(lambda: 0)
     drivers = sys.modules["triton.runtime.driver"].driver
     drivers._active = drivers._default = Driver()
-    torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last  # as cuDNN does for bfloat16
+    torch._C._conv_determine_backend_memory_format = lambda *_: torch.channels_last  # cuDNN chooses the same format
 
 
 def generate(function: Callable[..., Any], inputs: Sequence[Tensor]) -> str:
@@ -196,7 +196,7 @@ def run_interpreted(code: str, inputs: Sequence[Tensor]) -> list[Tensor]:
 def step_code(path: Path) -> str:
     """Returns the generated code of the whole reverse step of a checkpoint in bfloat16."""
     program = ReverseStep(checkpoint.load(path), torch.device("cpu"), torch.bfloat16)
-    program.call_rows = CallRows()  # as on a GPU
+    program.call_rows = CallRows()  # a GPU has no limits for the number of rows
     flat, shape = FlatStep(program), program.checkpoint.image_shape
     tensors = flat.state_dict()
 
@@ -213,7 +213,7 @@ def step_code(path: Path) -> str:
 
 
 def noise_differences() -> dict[str, float]:
-    """Compares interpreted kernels with the CPU: number of different Philox words, and maximum error of the noise."""
+    """Compares interpreted kernels with the CPU. Returns the number of different words and the maximum error."""
     seed = torch.tensor([0, 1, 2**53 - 1, 123456789012, 7, 8, 9, 2**32])
     index, step = torch.arange(8), torch.tensor([0, 1, 2, 50, 99, 100, 3, 4])
     inputs = [seed, index, step, noise.block_counter((1, 28, 28), seed.device)]

@@ -73,7 +73,7 @@ def test_outcome_of_a_failed_request_is_its_error_code(
     run(check, FakeRunner(on_step=on_step))
     (line,) = lines_of(caplog)
     assert line["outcome"] == outcome
-    assert line["status"] == (200 if headers and status >= 500 else status)  # the stream had started
+    assert line["status"] == (200 if headers and status >= 500 else status)  # the response status was already sent
 
 
 def test_failed_row_is_logged_with_its_request_id(caplog: pytest.LogCaptureFixture) -> None:

@@ -34,7 +34,7 @@ WITH_KEYS = {"api_keys": "first-key,second-key"}
         {"authorization": "bearer  second-key"},
         {"x-api-key": "first-key"},
         {"x-api-key": " second-key "},
-        {"authorization": "Basic Zm9v", "x-api-key": "first-key"},  # Authorization is for a proxy
+        {"authorization": "Basic Zm9v", "x-api-key": "first-key"},  # a proxy can use the Authorization header
         {"authorization": "Bearer old", "x-api-key": "first-key"},
     ],
 )
@@ -75,7 +75,7 @@ def test_every_check_compares_all_keys_with_equal_lengths(monkeypatch: pytest.Mo
         return original(left, right)
 
     monkeypatch.setattr("app.api.middleware.auth.hmac.compare_digest", compare)
-    for key in ("first-key", "second-key"):  # the first and the last one that is compared
+    for key in ("first-key", "second-key"):  # the first and the last key of the comparison
         KEYS.check(Headers({"x-api-key": key}))
     with pytest.raises(errors.Forbidden):
         KEYS.check(Headers({"x-api-key": "f"}))
@@ -112,9 +112,10 @@ def test_keys_are_not_logged(caplog: pytest.LogCaptureFixture) -> None:
             await client.post("/generate", json=WORK, headers={"authorization": f"Bearer {key}"})
 
     run(check, FakeRunner(), **WITH_KEYS)
-    ours = [record for record in caplog.records if not record.name.startswith("http")]  # of the HTTP client
+    # Leave out the log lines of the HTTP client.
+    ours = [record for record in caplog.records if not record.name.startswith("http")]
     lines = [vars(record) for record in ours if record.name == "unfog.access"]
-    assert [line.get("key") for line in lines] == [2, None]  # only the position is logged
+    assert [line.get("key") for line in lines] == [2, None]  # the log has only the position of the key
     assert not [record for record in ours if "-key" in str(record.__dict__)]
 
 
@@ -169,7 +170,7 @@ def test_cors_headers_are_sent_to_listed_origins_also_on_errors() -> None:
     run(check, FakeRunner(), cors_origins="https://page.example", **WITH_KEYS)
 
 
-def test_no_cors_headers_without_configured_origins() -> None:
+def test_cors_headers_are_not_sent_without_configured_origins() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         assert (await client.options("/generate", headers=PREFLIGHT)).status_code == 405
         answer = await client.post("/generate", json=WORK, headers={"origin": "https://page.example"})

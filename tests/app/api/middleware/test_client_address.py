@@ -39,7 +39,7 @@ def test_connection_without_an_address_is_unknown(scope: dict[str, object]) -> N
     assert (client_address(scope), address_name(scope)) == ("unknown", "address:unknown")
 
 
-def test_names_of_keys_and_addresses_do_not_collide() -> None:
+def test_limiter_names_of_keys_and_addresses_are_different() -> None:
     names = {address_name({"client": (host, 1)}) for host, _, _ in ADDRESSES}
     names |= {address_name({"client": (host, 1)}) for host in NOT_ADDRESSES}
     assert not names & {key_name(position) for position in range(1, 100)}

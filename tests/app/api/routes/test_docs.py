@@ -25,7 +25,7 @@ def test_page_loads_only_files_of_the_service() -> None:
         named = re.findall(r'(?:src|href)="([^"]*)"', page.text)
         assert "data:," in named  # without an icon, browsers request /favicon.ico
         for address in set(named) - {"data:,"}:
-            assert not address.startswith(("http", "//", "/"))  # relative, since a proxy can add a prefix
+            assert not address.startswith(("http", "//", "/"))  # URLs are relative, because a proxy can add a prefix
             url = page.request.url.join(address)
             assert url.path in FILES
         assert {f"/{address}" for address in named} >= set(FILES) - {"/docs", "/openapi.json"}
