@@ -8,8 +8,8 @@ ARG PYTHON=python:3.11-slim
 # Empty, or the folder of --build-context wheels=FOLDER.
 FROM scratch AS wheels
 
-# Dependencies only, so that a change of the code does not invalidate this layer. The venv has no pip, because nothing is
-# installed into a finished image.
+# This layer has only dependencies, so that a change of the code does not invalidate it. The venv has no pip, because
+# nothing is installed into a finished image.
 FROM $PYTHON AS dependencies
 RUN python -m venv --without-pip /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \

@@ -1,1 +1,1 @@
-"""What a person runs offline: training, sampling, judging and plotting. Knows the model, never the service."""
+"""Command-line programs for training, sampling, evaluation, benchmarks and plots. They import `model`, never `app`."""

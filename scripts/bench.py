@@ -183,7 +183,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         "--objective",
         type=positive,
         default=OBJECTIVE,
-        help="latency limit in seconds; slower answers are not in time; default: 5",
+        help="latency limit in seconds; slower requests do not count in goodput; default: 5",
     )
     command.add_argument(
         "--max-batch",

@@ -24,9 +24,9 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.samples import FACTS
 
 IMAGES_PER_REQUEST = 50
-CLIENTS = 2  # so that the service generates images of one request while it encodes those of the other
+CLIENTS = 2  # two, so that the service generates images of one request while it encodes the other
 TIMEOUT = 600  # seconds
-RETRY_STATUSES = (429, 503)  # the service sends Retry-After with these
+RETRY_STATUSES = (429, 503)  # statuses with the header Retry-After
 OPTIONS = ("model", "num_steps", "sampler", "guidance_scale")
 
 

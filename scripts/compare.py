@@ -117,10 +117,12 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
         "--split",
         choices=[split for split in SPLITS if split != "test"],
         default="validation",
-        help="real digits to compare with: validation has few writers and was not used for training, training has "
-        "all writers; default: validation",
+        help="real digits to compare with. validation: few writers, not used for training. training: all writers. "
+        "default: validation",
     )
-    command.add_argument("--out", type=Path, required=True, help="folder for the results; a sweep in it continues")
+    command.add_argument(
+        "--out", type=Path, required=True, help="folder for the results; an unfinished sweep in it is continued"
+    )
     command.add_argument(
         "--data-dir",
         type=Path,

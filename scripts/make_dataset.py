@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.make_dataset", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the data set; an unfinished data set continues"
+        "--out", type=Path, required=True, help="folder for the data set; an unfinished data set in it is continued"
     )
     parser.add_argument("--count", type=integer(1, 1_000_000), default=60_000, help="number of images; default: 60000")
     parser.add_argument(

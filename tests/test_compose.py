@@ -15,7 +15,7 @@ from model.compiled.compiler import GPU_FOLDER
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-COMPILED_START_SECONDS = 300  # 180 to compile for a GPU, the rest to load and to record CUDA graphs
+COMPILED_START_SECONDS = 300  # 180 s to compile for a GPU, and 120 s to load and to record CUDA graphs
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-+])((?:[^{}])*))?\}")
 OWN = {"unfog", "unfog-train"}  # images that this repository builds
 
@@ -175,7 +175,7 @@ def test_grafana_has_no_admin_unless_a_password_is_set() -> None:
 
 
 def test_env_example_lists_the_compose_variables_with_their_defaults() -> None:
-    """A comment after a value would become part of the value, for example of a password."""
+    """A comment after a value, for example after a password, would become part of the value."""
     lines = (ROOT / ".env.example").read_text().splitlines()
     listed = dict(line[1:].split("=", 1) for line in lines if re.match(r"#\w+=", line))
     assert all(line.startswith("#") for line in lines if line)
@@ -197,6 +197,6 @@ def test_images_install_the_pinned_versions() -> None:
     installs = re.findall(r"pip install .*--requirement.*", (ROOT / "Dockerfile").read_text())
     service, train = installs
     assert "--constraint constraints.txt" in service
-    assert "/requirements.txt" in train  # in the stage `train`, where PIP_CONSTRAINT names the constraints
+    assert "/requirements.txt" in train  # the stage `train` has the constraints in PIP_CONSTRAINT
     assert "PIP_CONSTRAINT='/tmp/installed.txt /src/constraints.txt'" in (ROOT / "Dockerfile").read_text()
     assert "!constraints.txt" in (ROOT / ".dockerignore").read_text().splitlines()

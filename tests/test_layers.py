@@ -1,4 +1,4 @@
-"""Import rules: app and scripts import model, and each layer of app imports only lower layers. No cycles."""
+"""Tests imports: app and scripts import model, layers of app import only lower layers, and no import is circular."""
 
 import ast
 from functools import cache

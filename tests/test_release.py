@@ -30,7 +30,7 @@ def test_changelog_begins_with_unreleased_and_the_version_with_its_date() -> Non
 
 
 @pytest.mark.parametrize("heading", sections())
-def test_changelog_groups_one_line_entries(heading: str) -> None:
+def test_changelog_entries_are_grouped_and_have_one_line(heading: str) -> None:
     text = sections()[heading]
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= KINDS
     entries = [line for line in text.splitlines() if line.startswith("- ")]
@@ -42,7 +42,7 @@ def test_openapi_document_has_the_version() -> None:
     assert json.loads((ROOT / "docs" / "openapi.json").read_text())["info"]["version"] == VERSION
 
 
-def test_project_cannot_be_uploaded_by_mistake_and_lists_the_supported_versions_of_python() -> None:
+def test_project_is_private_and_lists_the_supported_python_versions() -> None:
     assert "Private :: Do Not Upload" in PROJECT["classifiers"]
     assert "Typing :: Typed" in PROJECT["classifiers"]
     assert "Programming Language :: Python :: 3.11" in PROJECT["classifiers"]

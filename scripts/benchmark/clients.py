@@ -56,7 +56,7 @@ Send = Callable[[RequestSpec, float], Awaitable[Answer]]
 
 
 def arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Yields the times of a Poisson process with `rate` events per second, without end."""
+    """Yields the times of an endless Poisson process with `rate` events per second."""
     generator, at = random.Random(seed), 0.0
     while True:
         at += generator.expovariate(rate)
@@ -69,7 +69,7 @@ class Window:
 
     start: float
     end: float
-    answers: tuple[Answer, ...]  # also those before and after the window
+    answers: tuple[Answer, ...]  # all answers, also those before and after the window
     by_completion: bool = False  # True: count a request where it completes. False: count its overlap with the window
 
     @property
@@ -87,11 +87,11 @@ class Window:
         return [a for a in self.answers if self.start <= a.planned < self.end and kind in (None, a.kind)]
 
     def latencies(self, kind: str | None = None) -> list[float]:
-        """Returns the latencies, in seconds, of the requests of `due`."""
+        """Returns the latencies, in seconds, of the requests that `due` returns."""
         return [a.latency for a in self.due(kind)]
 
     def goodput(self, objective: float) -> float:
-        """Returns the images per second of the requests of `due` that were answered within `objective` seconds."""
+        """Returns the images per second, counting only requests of `due` answered within `objective` seconds."""
         good = (a.images for a in self.due() if a.status == 200 and a.latency <= objective)
         return sum(good) / (self.end - self.start)
 
@@ -166,12 +166,12 @@ async def open_loop(
 
 
 class _Loop:
-    """The answers so far. Keeps up the load until every request planned in the window is answered."""
+    """State of a running load: the window, the answers and the requests in flight."""
 
     def __init__(self) -> None:
         self.start = self.end = 0.0
         self.answers: list[Answer] = []
-        self.unanswered: set[int] = set()  # numbers of the clients without an answer
+        self.unanswered: set[int] = set()  # numbers of the clients that have no answer yet
         self._open: list[float] = []  # planned times of the requests in flight
 
     def is_over(self, now: float) -> bool:

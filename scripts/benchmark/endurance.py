@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 CLIENTS = 8
-SAMPLE_SECONDS = 15.0  # between two samples of the resources and the image
+SAMPLE_SECONDS = 15.0  # time between two checks of the resources and of the image
 FORMATS = ("application/json", "image/png", "application/zip", "text/event-stream")
 LEAVES_EARLY, IS_WRONG = 0.1, 0.05  # fractions of requests: client disconnects, body is invalid
 HOSTILE_CLIENTS = 2
-REST_SECONDS = 15.0  # after the load, so that the service can close idle connections
+REST_SECONDS = 15.0  # wait after the load, so that the service can close idle connections
 LONG_MINUTES = 30  # growth is only checked in runs of at least this length
-MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # per hour
-MOST_LEFT = 4  # additional descriptors after the load; libraries keep a few files open
+MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # limits of the growth per hour
+MOST_LEFT = 4  # permitted number of additional descriptors after the load; libraries keep a few files open
 STAYS_SECONDS = 12.0  # the longest time that a hostile client keeps a connection open
 
 _BODY = json.dumps({"digit": 7, "count": 16, "num_steps": 20, "scale": 8}).encode()
 _HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n" % len(_BODY)
 _STREAM = b"Accept: text/event-stream\r\n\r\n"
-BEHAVIOURS = {  # of hostile clients: the bytes to send, and what to do next
+BEHAVIOURS = {  # hostile clients: the bytes that they send, and what they do next
     "sends nothing": (b"", "stays"),
     "stops in the headers": (_HEAD[:40], "stays"),
     "stops in the body": (_HEAD + b"\r\n" + _BODY[:5], "stays"),
@@ -72,7 +72,7 @@ class Log:
     before: ResourceSample
     samples: list[ResourceSample] = field(default_factory=list)
     pictures: set[bytes] = field(default_factory=set)  # different answers to PROBE
-    answers: dict[int, int] = field(default_factory=dict)  # number by status; 0: the client disconnected
+    answers: dict[int, int] = field(default_factory=dict)  # status -> number of answers; 0: the client disconnected
     after: ResourceSample | None = None
 
     def count(self, status: int) -> None:
@@ -80,7 +80,7 @@ class Log:
         self.answers[status] = self.answers.get(status, 0) + 1
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the results. Growth is of the second half, when caches are filled."""
+        """Returns the results. Growth is measured in the second half, when the caches are full."""
         later = self.samples[len(self.samples) // 2 :]
         return {
             "answers": {str(status): count for status, count in sorted(self.answers.items())},
@@ -96,9 +96,9 @@ class Log:
 
 
 def measure_endurance(minutes: float, out: Path, reporter: Reporter) -> None:
-    """Loads one start of the service for `minutes`, writes the results and prints a summary.
+    """Starts the service, loads it for `minutes`, writes the results and prints a summary.
 
-    Raises ScriptError if an image changed or if the service used more and more memory, descriptors or threads.
+    Raises ScriptError if an image changed, or if memory, file descriptors or threads grew.
     """
     with started(this_service()) as running:
         log = asyncio.run(endure(running, 60 * minutes, reporter))
@@ -112,7 +112,7 @@ def measure_endurance(minutes: float, out: Path, reporter: Reporter) -> None:
 
 
 def problem_in(found: dict[str, Any]) -> str | None:
-    """Returns what is wrong with these results; None if they pass."""
+    """Returns a message about a problem in these results, or None if there is none."""
     if found["pictures"] != 1:
         return f"The same request gave {found['pictures']} different images, expected 1"
     before, after = found["before"]["descriptors"], found["after"]["descriptors"]
@@ -130,7 +130,7 @@ def problem_in(found: dict[str, Any]) -> str | None:
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> float:
-    """Returns the growth per hour of (seconds, amount) by the Theil-Sen estimator, or NaN for less than two samples."""
+    """Returns the Theil-Sen slope of samples (seconds, amount), per hour. Returns NaN for fewer than two samples."""
     if len(samples) < 2:
         return float("nan")
     seconds, amounts = zip(*samples, strict=True)
@@ -207,7 +207,7 @@ async def _hostile(url: str, choose: random.Random, end: float) -> None:
 
 
 async def _behave(host: str, port: int, sends: bytes, then: str, seconds: float) -> None:
-    """Opens a connection, sends bytes, and does `then` for at most `seconds`.
+    """Opens a connection, sends bytes, then performs the action `then` for at most `seconds`.
 
     Uses a socket, since asyncio's streams would read the answer.
     """

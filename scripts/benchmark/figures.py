@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 1000, 340  # pixels; the height of bar plots depends on the number of bars
 BAR_HEIGHT, MARGIN = 26, 110
 TITLE_WIDTH = 32  # letters
-LONE_CLIENT = "1 x 1 image"  # the beginning of the names of loads with a client of one image
+LONE_CLIENT = "1 x 1 image"  # prefix of the names of loads that include a client of one image
 COLOURS = ("#1f77b4", "#6baed6", "#9e9e9e", "#c2a572", "#d95f02", "#a63603", "#7b3294")
-COLOUR_OF = {  # by prefix of the service's name; longer prefixes come first
+COLOUR_OF = {  # prefix of the service's name -> colour; longer prefixes come first
     "unfog,": COLOURS[1],
     "unfog": COLOURS[0],
     "locked": COLOURS[2],

@@ -17,8 +17,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # evaluated settings: folder in docs/r
     "dpmpp-off": {"sampler": "dpmpp", "num_steps": 10, "guidance_scale": 1},
     "fast": {"model": "fast"},
 }
-NUM_STEPS = 100  # of requests without num_steps
-ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of rates
+NUM_STEPS = 100  # default number of steps of the service
+ROWS_OF_ALL, ANSWERS_TO_ONE = "rows/s", "answers/s to the client of one image"  # units of the measured rates
 UNGUIDED: dict[str, Any] = {"digit": 7, "guidance_scale": 1}
 FEW, FEW_STEPS = "10 steps", {"num_steps": 10, "sampler": "ddim"}
 FLOOD_CONNECTIONS = 8
@@ -39,7 +39,11 @@ threads[0].join()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A closed loop if `clients` is given. With `make_request`, an open loop with `rate` requests per second."""
+    """A load on a service.
+
+    It is a closed loop if `clients` is given. It is an open loop with `rate` requests per second if `make_request` is
+    given.
+    """
 
     name: str
     clients: tuple[RequestMaker, ...] = ()  # each sends one request after the other
@@ -49,7 +53,7 @@ class Load:
 
     @property
     def is_plain(self) -> bool:
-        """True if every image needs 100 network calls, like those of `one`."""
+        """True if every image needs 100 network calls, as in the requests that `one` returns."""
         makers = [maker for maker in (*self.clients, self.make_request) if maker]
         bodies = [one(0).body, *(maker(k).body for maker in makers for k in range(2))]
         return len({(body.get("guidance_scale"), body.get("num_steps")) for body in bodies}) == 1
@@ -77,7 +81,7 @@ def guided(make_request: RequestMaker) -> RequestMaker:
 
 
 def mixed(k: int) -> RequestSpec:
-    """Returns the k-th request of a mix: every other one uses 10 steps instead of 100."""
+    """Returns the k-th request of a mix: every second request uses 10 steps instead of 100."""
     return RequestSpec(FEW, {**one(k).body, **FEW_STEPS}) if k % 2 else RequestSpec("100 steps", one(k).body)
 
 
@@ -116,7 +120,7 @@ def closed_loads(clients: Sequence[int]) -> list[Load]:
 
 
 def published_loads() -> list[Load]:
-    """Returns a load of one client of one image for each evaluated setting. It has the name of the setting."""
+    """Returns one load for each evaluated setting, named after it. Each load has one client of one image."""
 
     def of(fields: Mapping[str, Any]) -> RequestMaker:
         return lambda k: RequestSpec("one", {"digit": k % 10, "seed": k, **fields})
@@ -147,8 +151,8 @@ def version_loads() -> dict[Load, str]:
 def disturbed(kind: str, url: str) -> Iterator[Callable[[], bool]]:
     """Runs a disturbing process until the block ends. Yields a function that returns True while it runs.
 
-    A `busy core` process computes without end. A `flood` process sends GET /livez as fast as possible to the service
-    at `url`. If `kind` is empty, no process is run.
+    A `busy core` process uses one core permanently. A `flood` process sends GET /livez as fast as possible to the
+    service at `url`. If `kind` is empty, no process is run.
     """
     if not kind:
         yield lambda: True

@@ -11,7 +11,7 @@ import torch
 
 from model.precision import fast_dtype
 
-SIZE = 2048  # of the square matrices; large, so that the multiplication dominates the time
+SIZE = 2048  # size of the square matrices; large, so that the multiplication dominates the time
 REPEATS = 3
 
 
@@ -55,7 +55,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype | None = None) -> float
     left, right = (torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(2))
     seconds = []
     with torch.inference_mode():
-        for _ in range(REPEATS + 1):  # the first warms up
+        for _ in range(REPEATS + 1):  # the first product warms up the device
             _wait(device)
             start = time.perf_counter()
             torch.mm(left, right)

@@ -66,7 +66,7 @@ def take_turns(
     """Starts all services, and measures each of them under each load once per repeat.
 
     The order of the services rotates. `measure_machine` is called before and after each measurement, while all services
-    are suspended. Its results are in `beside` of the yielded rows.
+    are suspended. Its results are in the field `beside` of each yielded row.
     """
     with all_started(contestants) as running:
         for repeat, load in product(repeats, loads):
@@ -79,7 +79,7 @@ def take_turns(
 
 
 async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:
-    """Runs the closed or the open loop of a load. An open loop appends samples to `moments` unless it is None."""
+    """Runs the load. An open loop also appends scrapes of the metrics to `moments`, unless it is None."""
     async with connected(running.url) as send, AsyncExitStack() as stack:
         if not load.make_request:
             return await closed_loop(send, load.clients, times.settle, times.window)
@@ -131,7 +131,7 @@ def _raw(window: Window) -> list[list[Any]]:
 
 
 def _figures_of_metrics(after: Metrics, before: Metrics, seconds: float) -> dict[str, Any]:
-    """Returns figures of the steps between two scrapes, `seconds` apart. Returns none without steps or metrics."""
+    """Returns figures of the steps between two scrapes, `seconds` apart. Empty if there were no steps or metrics."""
     grown = {name: value - before.values.get(name, 0) for name, value in after.values.items()}
     steps = grown.get(f"{ROWS}_count")
     if not steps:

@@ -35,9 +35,9 @@ from scripts.evaluation.tables import as_table
 
 LITSERVE = (("--batch-timeout", "0.01"), ("--batch-timeout", "0.1"))
 DIFFUSERS = ("diffusers", "diffusers-tuned", "diffusers-compiled")
-REQUESTS = ("small", "large")  # loads of the alternatives
-SATURATING = 64  # clients of one image that use the full capacity of a service
-OBJECTIVE = 5.0  # seconds
+REQUESTS = ("small", "large")  # sizes of the requests in the mode alternatives
+SATURATING = 64  # number of clients that use the full capacity of a service
+OBJECTIVE = 5.0  # latency limit in seconds
 QUICK_SECONDS, QUICK_CLIENTS = 3, 8
 QUICK_COLUMNS = ("load", "images/s", "p50, s", "requests")
 Rows = list[dict[str, Any]]
@@ -49,9 +49,9 @@ class Options:
 
     out: Path
     times: Times
-    repeats: int  # fresh starts of all services
-    turns: int  # measurements of each load in a start
-    max_batch: Sequence[int]  # this service is also measured with these values
+    repeats: int  # number of times that all services are started
+    turns: int  # number of measurements of each load per start
+    max_batch: Sequence[int]  # further values of UNFOG_MAX_BATCH to measure
 
     @property
     def own(self) -> list[Contestant]:
@@ -61,7 +61,7 @@ class Options:
 
 
 def measure_closed(options: Options, clients: Sequence[int], reporter: Reporter) -> None:
-    """Measures this service in closed loops, among them loads with these numbers of clients of one image."""
+    """Measures this service in closed loops. `clients` has the numbers of clients that request one image at a time."""
     run = _Run(options, reporter)
     run.repeat(options.own, closed_loads(clients))
     run.finish()
@@ -83,7 +83,7 @@ def measure_open(options: Options, shares: Sequence[float], reporter: Reporter) 
 
 
 def measure_alternatives(options: Options, requests: str, reporter: Reporter) -> None:
-    """Measures this service and the alternatives under the loads of `requests`, one of REQUESTS."""
+    """Measures this service and the alternatives. `requests` is one of REQUESTS and selects the loads."""
     run, own = _Run(options, reporter), options.own
     litserve = [alternative("litserve", *arguments) for arguments in LITSERVE]
     if requests == "large":
@@ -138,7 +138,7 @@ class _Run:
         self._rows, self._raw = Rows(), list[list[Any]]()
         self._machine = {**this_machine().as_json(), "flop_a_call": self._flop}
         reporter.line(", ".join(f"{name}: {value}" for name, value in self._machine.items()))
-        keep_freed_memory()  # the services do the same, and steps are timed in this process too
+        keep_freed_memory()  # the services also do this, and this process measures step times
 
     def repeat(
         self,

@@ -24,7 +24,7 @@ CELLS = (
     "Cells show the median over the repeats and their range in parentheses. With 12 or more repeats, the quartiles "
     "replace the range. `-` means that there is no figure. The columns are:"
 )
-EXPLANATIONS = {  # of the columns
+EXPLANATIONS = {  # column of a table -> explanation
     "service": "The measured server. `unfog` is this service with its default settings. `unfog, N rows` has "
     "`UNFOG_MAX_BATCH=N`. docs/benchmarks.md describes the others.",
     "load": "The clients and their requests. `16 x 1 image` means 16 clients that request one image at a time. Each "

@@ -30,13 +30,13 @@ from scripts.evaluation.tables import as_table
 
 WARM_UP, REPEATS, TURNS = 5, 20, 60
 Inputs = tuple[State, Tensor, Rows]  # inputs of a step: the state, the plans, the rows
-KINDS = (  # a kernel is of the first kind with a part that is in the kernel's name
+KINDS = (  # kind of kernel, and the parts of kernel names that identify it; the first match applies
     ("normalisation", ("group_norm", "var_mean", "layer_norm", "rsqrt")),
     ("convolutions and products", ("convolution", "linear", "mm", "attention", "conv2d")),
     ("activations", ("gelu", "silu", "tanh", "erf")),
     ("copies", ("copy", "clone", "cat", "to_copy", "contiguous", "empty", "index")),
 )
-OTHER, WHOLE = "all else", "whole"  # keys of the JSON
+OTHER, WHOLE = "all else", "whole"  # keys in the JSON file
 LABELS = {OTHER: "other", WHOLE: "total, without the profiler"}
 SHARE = "share of the matrix rate, %"
 
@@ -103,7 +103,7 @@ def milliseconds_by_kind(step: Step, inputs: Inputs) -> dict[str, float]:
 
 
 def kind_of(kernel: str) -> str:
-    """Returns the kind of a kernel, from its name. A fused kernel is of the first matching kind of KINDS."""
+    """Returns the kind of a kernel, from its name. A fused kernel gets the first kind in KINDS that matches."""
     return next((kind for kind, parts in KINDS if any(part in kernel for part in parts)), OTHER)
 
 

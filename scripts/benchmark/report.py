@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-Table = tuple[tuple[str, ...], list[list[str]]]  # columns and lines
-MANY = 12  # with this number of repeats, quartiles are shown: the range would show only the two extreme repeats
+Table = tuple[tuple[str, ...], list[list[str]]]  # names of the columns, and cells of each line
+MANY = 12  # from this number of repeats on, show quartiles, because the range depends only on two extreme repeats
 COLUMNS = (  # explained in page.EXPLANATIONS
     "service",
     "load",
@@ -31,11 +31,11 @@ COLUMNS = (  # explained in page.EXPLANATIONS
     "share of the adjacent matrix rate",
     "memory, MiB",
 )
-KINDS = {"one": "1 image", "64": "64 images"}  # other kinds of requests are shown as they are in the JSON
+KINDS = {"one": "1 image", "64": "64 images"}  # other kinds are shown with their names in the JSON file
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Returns the smallest value such that at least this share of all values is not larger; NaN without values."""
+    """Returns the percentile by the nearest-rank method, for `share` in [0, 1]. Returns NaN if there are no values."""
     return float(np.quantile(values, share, method="inverted_cdf")) if values else float("nan")
 
 
@@ -52,7 +52,7 @@ def quantile(buckets: Mapping[float, float], share: float) -> float:
 
 
 def with_spread(values: Sequence[float], digits: int = 3) -> str:
-    """Returns the median, with the range for two or more values, or with the quartiles for MANY. No value is a dash."""
+    """Returns the median with the range, or with the quartiles from MANY values on. An empty list gives a dash."""
     if len(values) < 2:
         return f"{values[0]:.{digits}g}" if values else "-"
     low, *_, high = statistics.quantiles(values) if len(values) >= MANY else sorted(values)
@@ -60,7 +60,7 @@ def with_spread(values: Sequence[float], digits: int = 3) -> str:
 
 
 def plain_load(name: str) -> str:
-    """Returns the name of a load to show. Published results also have the names that loads had earlier."""
+    """Returns the name to show for a load. Converts the older names in published results to the current ones."""
     name = name.replace(" beside 1 x ", " with 1 x ")
     name = name.replace("0.7 of the slower's capacity", "70% of the slower service's capacity")
     name = name.replace("the same, every other of 10 steps", "70% of the slower service's capacity, half with 10 steps")
@@ -68,7 +68,7 @@ def plain_load(name: str) -> str:
 
 
 def plain_kind(kind: str) -> str:
-    """Returns the name of a kind of request to show."""
+    """Returns the name to show for a kind of request."""
     return KINDS.get(kind, kind)
 
 

@@ -28,8 +28,8 @@ from scripts.common.progress import require
 
 START_SECONDS = 300  # some services compile first
 STOP_SECONDS = 60
-PROBE = {"count": 4, "seed": 5}  # the request that compares the images of the services before the measurement
-ONE_LEVEL = 1  # of 255; the largest difference that rounding may cause
+PROBE = {"count": 4, "seed": 5}  # request whose images must be the same from all services
+ONE_LEVEL = 1  # largest difference of pixels that rounding may cause, of 255 levels
 Pixels = npt.NDArray[np.uint8]
 
 
@@ -38,8 +38,8 @@ class Contestant:
     """A service to measure, and how to start it."""
 
     name: str
-    arguments: tuple[str, ...]  # of the Python interpreter; {port} is replaced by the port
-    variables: dict[str, str] = field(default_factory=dict)  # environment variables; {port} is replaced too
+    arguments: tuple[str, ...]  # arguments of the Python interpreter; {port} is replaced by the port
+    variables: dict[str, str] = field(default_factory=dict)  # environment variables; {port} is also replaced
     is_of_our_network: bool = True  # True if it uses the shipped weights
     folder: Path | None = None  # the working folder of the service; None: that of this process
 
@@ -55,10 +55,10 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """The samples without labels of a scrape of GET /metrics."""
+    """The samples of one scrape of GET /metrics that have no labels."""
 
-    values: dict[str, float] = field(default_factory=dict)  # by name of the sample
-    buckets: dict[str, dict[float, float]] = field(default_factory=dict)  # of histograms: counts by name and `le`
+    values: dict[str, float] = field(default_factory=dict)  # name of the sample -> value
+    buckets: dict[str, dict[float, float]] = field(default_factory=dict)  # name of the histogram -> `le` -> count
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) 
             request = urllib.request.Request(f"http://127.0.0.1:{port}/generate", body, headers)
             with urllib.request.urlopen(request, timeout=START_SECONDS):
                 return
-        except OSError:  # not listening yet, or starting
+        except OSError:  # the service does not listen yet, or it is not ready
             time.sleep(0.05)
     raise ScriptError(f"{name} did not become ready: it exited, or did not answer within {START_SECONDS} s")
 

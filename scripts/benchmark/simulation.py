@@ -35,8 +35,8 @@ class Moment(NamedTuple):
 
     at: float  # seconds since the load began
     steps: float
-    rows: float  # sum over all steps
-    seconds: float  # spent in network calls
+    rows: float  # number of rows, summed over all steps
+    seconds: float  # time spent in network calls
 
 
 def slowness(moments: Sequence[Moment], step_seconds: Callable[[float], float]) -> Callable[[float], float]:

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 900, 360
 WAITING, RUNNING, SHORT = "#d5dbe3", "#5b7fb4", "#c24a06"
-LONG_REQUEST = 100  # steps
+LONG_REQUEST = 100  # number of steps
 BAR_HEIGHT = 0.56
-LABELLED_WAIT = 0.05  # of the whole time; a shorter wait has no room for its label
+LABELLED_WAIT = 0.05  # fraction of the plotted time; a shorter wait has no room for its label
 StepSeconds = Callable[[float], float]  # rows -> seconds of a step
 
 
@@ -72,7 +72,7 @@ def batched_by_step(requests: Sequence[Request], step_seconds: StepSeconds) -> l
 
 
 def batched_by_request(requests: Sequence[Request], step_seconds: StepSeconds) -> list[Span]:
-    """Returns the span of each request if all requests that wait form a batch when the last batch has ended.
+    """Returns the span of each request if all waiting requests form a batch when the previous batch has ended.
 
     All requests of a batch are answered when its longest request is done. `requests` are in order of arrival.
     """

@@ -26,7 +26,7 @@ from scripts.training.recipe import Recipe, load_recipe
 from scripts.training.trainer import Trainer
 
 CONTESTANTS = ("scripts.train", "scripts.train, not compiled", "a plain loop")
-WARM_UP_STEPS = 5  # not measured: the first steps compile
+WARM_UP_STEPS = 5  # not measured, because the first steps compile
 TRAINING_COLUMNS = ("training loop", "training images/s", "share of the limit")  # explained in page.EXPLANATIONS
 PASSES = 3  # a backward pass costs as much as two forward passes
 

@@ -32,7 +32,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 TURN_SECONDS = 0.5
-SPREAD_SECONDS = 12.0  # the clients start within this time, which is about the time of an image among 64
+SPREAD_SECONDS = 12.0  # the clients start within this time, about the latency of an image with 64 clients
 BASE, NEW = "base", "new"
 COLUMNS = ("load", "unit", BASE, NEW, "ratio", "rows per step")  # explained in page.EXPLANATIONS
 
@@ -43,7 +43,7 @@ class _Service:
 
     running: Running
     seconds: float = 0.0
-    answers: Counter[str] = field(default_factory=Counter)  # by kind of request
+    answers: Counter[str] = field(default_factory=Counter)  # number of answers for each kind of request
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -61,7 +61,7 @@ class _Reading:
     seconds: float
     rows: float
     steps: float
-    answers: int  # to clients of one image
+    answers: int  # number of answers to requests for one image
 
     def since(self, start: "_Reading", unit: str) -> tuple[float, float]:
         """Returns the rate and the rows per step since `start`; ScriptError if nothing was counted."""

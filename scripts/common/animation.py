@@ -38,7 +38,7 @@ def plot_animation(request: DrawingRequest, out: Path, reporter: Reporter) -> No
 def encode_animation(frames: Sequence[Tensor]) -> bytes:
     """Returns a lossless animated WebP of frames (N, C, H, W) in [-1, 1]. The images of a frame form one line.
 
-    The animation repeats without end. Its last frame stays for three seconds.
+    The animation repeats forever and shows its last frame for three seconds.
     """
     images = [_enlarged(to_image(grid(frame, len(frame)))) for frame in frames]
     durations = [FIRST_MS, *[FRAME_MS] * (len(images) - 2), LAST_MS]

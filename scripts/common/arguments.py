@@ -115,7 +115,7 @@ class _Given(argparse.Action):
 
 
 def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> list[str]:
-    """Returns the options of `add_drawing_arguments` that the user gave, as on the command line, without `kept`."""
+    """Returns the names of the drawing options that the user gave, such as `--seed`, without those in `kept`."""
     return [f"--{name.replace('_', '-')}" for name in args.given if name not in kept]
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 DPI = 100
 TOP, BOTTOM, RIGHT, GAP = 22, 4, 6, 14  # margins in pixels
 TITLE_HEIGHT = 20
-LABEL_SIZE = 8  # points
-LABEL_HEIGHT, LABEL_WIDTH = 12, 80  # least distance of two labels, in pixels
+LABEL_SIZE = 8  # font size in points
+LABEL_HEIGHT, LABEL_WIDTH = 12, 80  # minimum distance of two labels, in pixels
 PIXELS_PER_LETTER = 7
-RESOLUTION = 2  # pixels of the file for each pixel of a figure: files have 200 dpi
+RESOLUTION = 2  # number of file pixels per figure pixel; files have 200 dpi
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def new_figure(width: int, height: int) -> "Figure":
 
 
 def finish_curves(figure: "Figure") -> "Figure":
-    """Adds grid lines and the labels of the lines to all axes of a figure with curves. Returns the figure."""
+    """Adds grid lines and line labels to all axes of a figure with curves. Returns the figure."""
     for axes in figure.axes:
         axes.grid(which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -57,12 +57,13 @@ def finish_curves(figure: "Figure") -> "Figure":
 def label_lines(axes: "Axes") -> None:
     """Writes the label of each line next to its last point, in the colour of the line. Labels do not overlap."""
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
-    ends = [(*axes.transData.transform(np.asarray(line.get_xydata())[-1]), line) for line in lines]  # in pixels
+    # (x, y, line) with the position of the last point, in pixels
+    ends = [(*axes.transData.transform(np.asarray(line.get_xydata())[-1]), line) for line in lines]
     placed = list[tuple[float, float]]()
     for x, y, line in sorted(ends, key=lambda end: end[1]):
         below = [other for at, other in placed if abs(at - x) < LABEL_WIDTH]
         placed.append((x, max(y, below[-1] + LABEL_HEIGHT) if below else y))
-        offset = (5, (placed[-1][1] - y) * 72 / DPI)  # in points
+        offset = (5, (placed[-1][1] - y) * 72 / DPI)  # offset in points
         at_x, at_y = axes.transData.inverted().transform((x, y))
         axes.annotate(
             str(line.get_label()),

@@ -14,7 +14,7 @@ from scripts.common.errors import ScriptError
 
 NUM_VALIDATION = 5_000
 NUM_CLASSES = 10
-# MD5 of the original files, unpacked.
+# MD5 checksums of the original files after decompression.
 CHECKSUMS = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USUAL_EPOCHS = (1, 5, 15, 30)
-SCALES = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # of the guidance; 1 is off
+SCALES = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # guidance scales; 1 means off
 ROW_GAP = 4  # white pixels between the rows of two epochs
 NUM_NOISE_COLUMNS = 11  # t = 0, 10, ... 100
 Losses = dict[str, list[float]]  # column -> one value for each epoch
@@ -203,7 +203,9 @@ def plot_guidance(request: DrawingRequest, out: Path, reporter: Reporter) -> Non
     """Writes all digits from the same noise with each of SCALES as guidance scale, one row per digit."""
     drawer = open_drawer(request)
     if not drawer.checkpoint.config.guidable:
-        raise ScriptError("The checkpoint does not support guidance: it was trained without dropping labels")
+        raise ScriptError(
+            "The checkpoint does not support guidance: it was trained without label dropout. Use another checkpoint"
+        )
     drawer.compile(request.compile, reporter)
     y = torch.arange(len(drawer.class_names))
     columns = []

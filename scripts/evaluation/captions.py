@@ -75,7 +75,7 @@ class Scene:
 def make_scene(images: Tensor, digit: Tensor, diffusion: Diffusion) -> Scene:
     """Makes a scene of images, uint8 (B, 1, 28, 28), and their digits (B,).
 
-    Half of the pictures are clear, 40% have noise and 10% are blurred. All are moved a little, many are sheared or get
+    Half of the pictures are clear, 40% have noise and 10% are blurred. All are moved a little. Many are sheared or get
     thicker or thinner strokes.
     """
 

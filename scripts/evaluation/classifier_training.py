@@ -45,7 +45,7 @@ def train_and_save(
     """
     overrides = {"epochs": epochs, "seed": seed}
     recipe = {**RECIPES[kind], **{name: value for name, value in overrides.items() if value is not None}}
-    torch.manual_seed(recipe["seed"])  # of the initial weights and of dropout
+    torch.manual_seed(recipe["seed"])  # for the initial weights and for dropout
     path.parent.mkdir(parents=True, exist_ok=True)
     train, test = (load_mnist(split, data_dir) for split in ("train", "test"))
     learn, choose = split_validation(*train)
@@ -162,7 +162,7 @@ def facts_of(network: Classifier, choose: Labelled, test: Labelled, **training: 
 
 
 def _fog(x: Tensor, diffusion: Diffusion) -> Tensor:
-    """Returns x_t of x (B, 1, 28, 28) in [0, 1] at a random t in 1..T, rounded to 8 bits, in [0, 1]."""
+    """Returns x_t of x (B, 1, 28, 28) at a random t in 1..T. Both are in [0, 1]. x_t is rounded to 8 bits."""
     x_t, _ = diffusion.add_noise(2 * x - 1, diffusion.draw_timesteps(len(x)))
     return to_pixels(x_t) / 255
 

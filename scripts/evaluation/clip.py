@@ -27,7 +27,7 @@ from scripts.evaluation.samples import Digits
 EMBEDDED = WEIGHTS / "clip"  # in open_clip's format, loaded by "local-dir:<folder>"
 BATCH_SIZE = 250
 PROMPTS = (*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY)
-PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule; at 12, where captions begin to say noisy, people may doubt
+PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule; the noise at lower timesteps is hard to see
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
                 architecture, weights, force_quick_gelu=bool(known.get("quick_gelu"))
             )
             tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:  # many types: missing or damaged file, unknown name, no network
+    except Exception as error:  # exceptions of many types: missing or damaged file, unknown name, no network
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ScriptError(f"Cannot load CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
     finally:

@@ -62,7 +62,7 @@ def evaluate_clip(
 def scores_along(
     drawer: Drawer, options: DrawingOptions, scorer: ClipScorer, real: Digits, reporter: Reporter, *, seed: int
 ) -> tuple[list[int], Tensor, Tensor]:
-    """Returns the timesteps down to 0, the mean similarity of x_t to each of LINES (K, 3), and of real digits (3,).
+    """Returns the timesteps down to 0, and mean similarities to each of LINES: of x_t (K, 3), and of real digits (3,).
 
     Generates as many digits as `real` has, with the same labels.
     """

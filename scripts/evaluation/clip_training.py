@@ -37,7 +37,7 @@ MODEL: dict[str, Any] = {
     "init_logit_bias": 0.0,
 }
 WORDS = "token_embedding.weight"
-MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels
+MEAN, STD = 0.1307, 0.3081  # mean and standard deviation of MNIST's pixels
 BATCH_SIZE = 256
 EPOCHS = 20
 MAX_LR, WEIGHT_DECAY = 1.5e-3, 0.05

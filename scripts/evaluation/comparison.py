@@ -32,7 +32,7 @@ class SweepRequest:
     num_images: int
     split: str
     data_dir: Path
-    out: Path  # folder for the results; a sweep in it continues
+    out: Path  # folder for the results; an unfinished sweep in it is continued
 
 
 def compare_steps(
@@ -84,7 +84,9 @@ def compare_guidance(
     """
     drawer = open_drawer(request)
     if not drawer.checkpoint.config.guidable:
-        raise ScriptError("The checkpoint does not support guidance: it was trained without dropping labels")
+        raise ScriptError(
+            "The checkpoint does not support guidance: it was trained without label dropout. Use another checkpoint"
+        )
     own, T = options_from(request, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
     if (last := max(stop for _, stop in intervals)) > T:
         raise ScriptError(f"An interval ends at {last}, but the checkpoint has {T} steps. Use intervals within 1-{T}")

@@ -99,7 +99,7 @@ def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) ->
         if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
             name = differing[0]
             raise ScriptError(
-                f"{folder} has a data set with another {name}: {begun.get(name)!r}, now {facts.get(name)!r}. "
+                f"{folder} has a data set with {name} = {begun.get(name)!r}, but this run has {facts.get(name)!r}. "
                 "Use the same arguments, or choose another folder for --out"
             )
         return (folder / PARTS).exists()

@@ -92,7 +92,7 @@ class Nearest:
     """The two nearest training images of each image, by Euclidean distance of the pixels."""
 
     distances: Tensor  # (N, 2), nearest first, for pixels in [0, 1]
-    indices: Tensor  # (N, 2), into the training images
+    indices: Tensor  # (N, 2), indices of the training images
 
     @property
     def ratio(self) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN_FROM = 0.4  # of the timesteps; before, every digit is recognised
+SHOWN_FROM = 0.4  # fraction of the timesteps where the plot starts; every digit is recognised before it
 LABELS_FROM, LABELS_TO = 0.85, 0.15  # heights of the labels of the first and the last line
 
 
@@ -105,7 +105,7 @@ def show_fog(timesteps: list[int], informed: Tensor, error: Tensor) -> "Figure":
     figure = new_figure(760, 420)
     axes = figure.add_subplot()
     colours = require("matplotlib").colormaps["tab10"].colors
-    by_loss = informed.sum(dim=0).argsort().tolist()  # the digit that is lost first comes first
+    by_loss = informed.sum(dim=0).argsort().tolist()  # sorted by the noise level at which digits become unrecognisable
     for place, digit in enumerate(by_loss):
         line, band = informed[:, digit], 2 * error[:, digit]  # (K,) each
         axes.plot(timesteps, line.tolist(), color=colours[digit], linewidth=1.3)

@@ -42,12 +42,12 @@ class Quality:
     num_held_out: int  # held-out digits for distances: equally many of each digit
     split: str  # MNIST split of the held-out digits
     judge: Recognition
-    real_judge: Recognition  # of all held-out digits
+    real_judge: Recognition  # metrics of all held-out digits
     extractor: Recognition
     real_extractor: Recognition
     frechet: float | None
     real_frechet: float | None
-    noise_frechet: float | None  # of random noise
+    noise_frechet: float | None  # Fréchet distance of random noise
     manifold: Manifold
     real_manifold: Manifold
     memorised: float
@@ -154,7 +154,7 @@ def as_markdown(quality: Quality) -> str:
 
 
 def notes_of(quality: Quality) -> list[str]:
-    """Returns a sentence about the metrics that were not computed, in a list; empty if all were."""
+    """Returns a list with a sentence about the metrics that were not computed. It is empty if all were computed."""
     note = too_few_images(min(quality.num_images, quality.num_held_out))
     return [note] if note else []
 

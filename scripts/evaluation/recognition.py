@@ -14,7 +14,7 @@ class Recognition:
     """The recognition results of a classifier for a set of digits."""
 
     accuracy: float  # share recognised as the requested digit
-    per_digit: tuple[float, ...]  # the same for each digit
+    per_digit: tuple[float, ...]  # share recognised, for each digit
     confusion: tuple[tuple[int, ...], ...]  # [requested][recognised as] -> number of images
     entropy: float  # mean entropy of the predicted probabilities, in nats
 

@@ -19,7 +19,7 @@ from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
 from scripts.common.progress import Reporter
 
 FEWEST_OF_EACH = 10  # images of each digit; precision, recall and coverage need several neighbours
-MOST_IMAGES = 49_000  # the comparison needs as many training digits, equally many of each
+MOST_IMAGES = 49_000  # images are compared with the same number of training digits, equally many of each digit
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 NUM_COMPARED = 20_000  # training digits that replace the held-out digits for the split `training`
 HELD_OUT_SPLITS = ("test", "validation")

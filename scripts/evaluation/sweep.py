@@ -31,7 +31,7 @@ FEWEST_MISTAKES = 1e-4  # lower limit of plotted error rates, since a logarithmi
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What all settings of a sweep have in common, and the JSON file with the results."""
+    """The values that all settings of a sweep share, and the JSON file with the results."""
 
     drawer: Drawer
     evaluator: Evaluator
@@ -40,7 +40,7 @@ class Sweep:
     batch_size: int
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
-        """Returns the results of each setting, in order. Raises ScriptError if the file is of another sweep."""
+        """Returns the results of each setting, in order. Raises ScriptError if the file belongs to another sweep."""
         kept, figures = self._read(), []
         reporter.line(" | ".join(SWEEP_COLUMNS))
         for options in settings:
@@ -67,7 +67,7 @@ class Sweep:
 
     @property
     def _real(self) -> Figures:
-        """The same metrics of real digits."""
+        """The metrics of real digits, with the same fields as a row."""
         manifold, seen = self.evaluator.real_manifold, self.evaluator.real_extractor
         return {
             "extractor": seen.accuracy,
@@ -139,7 +139,7 @@ def show_steps(rows: list[Figures], num_images: int) -> "Figure":
     """Plots error rates and, if computed, Fréchet ratios of each sampler by number of steps.
 
     Bands show 95 % confidence intervals of the error rate of `num_images` images (Wilson 1927). A row with a `label` is
-    a point of its own.
+    drawn as a separate point.
     """
     has_distances = any(row["frechet_ratio"] is not None for row in rows)
     figure = new_figure(900, 400)
@@ -183,7 +183,7 @@ def _confidence(share: float, count: int) -> tuple[float, float]:
 
 
 def plot_steps(file: Path, fast: Path | None, out: Path) -> None:
-    """Writes the figure of a steps.json of scripts.compare, and of that of the checkpoint `fast` as a point."""
+    """Writes the figure of a steps.json. `fast` is the steps.json of the checkpoint `fast`, drawn as a point."""
     rows, num_images = _read_steps(file)
     if fast is not None:
         rows += [{**row, "label": "fast"} for row in _read_steps(fast)[0]]

@@ -11,7 +11,7 @@ from scripts.evaluation.classifiers import Judge, accuracy
 from scripts.evaluation.samples import Digits, load_references, read_facts, read_samples
 
 EPOCHS = 10
-KINDS = {"drawn": "generated", "real": "real"}  # JSON keys and the words of the output
+KINDS = {"drawn": "generated", "real": "real"}  # JSON key -> word in the output
 
 
 def evaluate_synthetic(

@@ -17,7 +17,7 @@ FEWEST_IMAGES = 1_000
 
 SETTING = ("sampler", "steps", "guidance")
 MANIFOLD = ("precision", "recall", "coverage")
-FRECHET_RATIO = "ratio to real digits"  # of the Fréchet distance
+FRECHET_RATIO = "ratio to real digits"  # the Fréchet distance divided by that of real digits
 SWEEP_COLUMNS = (*SETTING, "network calls", "accuracy (extractor)", "worst digit", "Fréchet ratio", *MANIFOLD)
 RUN_COLUMNS = (
     "run",
@@ -73,7 +73,7 @@ def fixed(value: float | None, digits: int) -> str:
 
 
 def as_setting(options: dict[str, Any]) -> list[str]:
-    """Returns sampler, steps and guidance. `options` are DrawingOptions as in the JSON."""
+    """Returns sampler, steps and guidance. `options` are DrawingOptions as a JSON object."""
     guidance = options["guidance"]
     scale_and_interval = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
     return [options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else scale_and_interval]
@@ -104,7 +104,7 @@ def as_run(name: str, evaluation: Evaluation) -> list[str]:
     worst = _worst(judge)
     setting = (
         as_setting(evaluation["options"]) if "options" in evaluation else ["?"] * len(SETTING)
-    )  # unknown for a folder of images
+    )  # the options of a folder of images are unknown
     return [
         name,
         *setting,

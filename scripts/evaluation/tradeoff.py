@@ -30,12 +30,12 @@ class Setting(NamedTuple):
     name: str
     milliseconds: list[float]
     recognised: float
-    real: float  # share of real digits
+    real: float  # share of real digits that are recognised
     num_images: int
 
 
 def plot_tradeoff(file: Path, evaluations: Path, out: Path) -> None:
-    """Writes the figure. `file` is the result of `scripts.bench models`, `evaluations` has a folder for each setting.
+    """Writes the figure. `file` is the result of `scripts.bench models`. `evaluations` has a folder for each setting.
 
     Raises ScriptError for other files.
     """

@@ -222,7 +222,7 @@ def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
 
 
 def _check(recipe: Recipe, teacher: Checkpoint) -> DistillationRecipe:
-    """Returns the [distillation] of the recipe. Raises ScriptError if there is none or the teacher is not suitable."""
+    """Returns the recipe's table [distillation]. Raises ScriptError if it is missing or does not fit the teacher."""
     if not recipe.distillation:
         raise ScriptError("the recipe has no [distillation] table. Use --preset fast, or train with scripts.train")
     own, its = (recipe.unet, recipe.schedule, recipe.prediction), teacher.config

@@ -54,9 +54,9 @@ class DistillationRecipe(_Strict):
 
     num_steps: int = Field(ge=1, le=100)
     teacher_steps: int = Field(ge=1, le=100)  # approximate: the student's timesteps are added to them
-    guidance: Guidance  # for the teacher's paths; the student learns guided images and needs no guidance itself
-    num_paths: int = Field(ge=1)  # for training
-    num_held_out: int = Field(ge=1)  # for validation
+    guidance: Guidance  # guidance of the teacher's paths; the student itself needs none
+    num_paths: int = Field(ge=1)  # number of paths for training
+    num_held_out: int = Field(ge=1)  # number of paths for validation
 
 
 class Recipe(_Strict):

@@ -31,7 +31,7 @@ class EpochResult:
     epoch: int
     train_loss: float
     validation_loss: float
-    band_losses: tuple[float, ...]  # t in 1..T/4 (least noise) first
+    band_losses: tuple[float, ...]  # of four bands of t; the first, 1..T/4, has the least noise
     learning_rate: float
 
 
@@ -77,7 +77,7 @@ class Trainer:
         if compiled:
             use_private_compile_cache(default_cache())
         self.denoiser = torch.compile(self._denoise) if compiled else self._denoise
-        # The results have the same bits only if this, the recipe and the seed are the same.
+        # Two runs have the same bits only if this description, the recipe and the seed are the same.
         self.arithmetic = f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads" + (
             ", compiled" if compiled else ""
         )

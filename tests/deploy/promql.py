@@ -43,7 +43,7 @@ def selectors(expression: str) -> list[tuple[str, dict[str, str]]]:
     """Returns the name of each selected series and its matchers as {label: value}."""
     bare = DURATION.sub(" ", GROUPING.sub(" ", expression))
     found, end = [], 0
-    masked = STRING.sub(lambda string: "\0" * len(string[0]), bare)  # keep the length, but hide names within strings
+    masked = STRING.sub(lambda string: "\0" * len(string[0]), bare)  # hides names within strings, and keeps the length
     for match in SELECTOR.finditer(masked):
         is_call = masked[match.end() :].lstrip().startswith("(") and not match[2]
         is_number = match.start() > 0 and (masked[match.start() - 1].isalnum() or masked[match.start() - 1] == ".")

@@ -110,7 +110,7 @@ def test_expressions_use_existing_series_and_labels(title: str, expression: str)
 def test_every_metric_of_the_service_is_on_the_dashboard() -> None:
     shown = {family(name) for _, expression in EXPRESSIONS for name in raw_metrics(expression)}
     every = {family(name) for name in exposed() if name.startswith("unfog_")}
-    # unfog_batch_rows_count also counts steps. unfog_alive is for an alert, and unfog_ready is 0 if it is 0.
+    # The series unfog_batch_rows_count also counts steps. An alert uses unfog_alive. If it is 0, unfog_ready is also 0.
     assert every - shown == {"unfog_denoise_steps_total", "unfog_alive"}
 
 

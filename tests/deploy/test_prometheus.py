@@ -45,7 +45,7 @@ def known_series() -> dict[str, set[str]]:
 
 
 def raw_metrics(expression: str) -> set[str]:
-    """Returns the metrics of an expression, with recorded series resolved."""
+    """Returns the metrics that an expression uses, directly or through recorded series."""
     names = {name for name, _ in selectors(expression)}
     return {raw for name in names for raw in (raw_metrics(RECORDED[name]) if name in RECORDED else {name})}
 
@@ -152,7 +152,7 @@ def test_rules_pass_their_promtool_cases(path: Path) -> None:
 
 
 @pytest.mark.slow  # runs all cases again
-def test_cases_detect_a_missing_for(tmp_path: Path) -> None:
+def test_promtool_cases_fail_if_alerts_have_no_for(tmp_path: Path) -> None:
     alerts_with_for = {name for name, alert in ALERTS.items() if "for" in alert}
     groups = yaml.safe_load((FOLDER / "alerts.yml").read_text())["groups"]
     for group in groups:

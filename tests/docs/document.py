@@ -40,7 +40,7 @@ class Document:
         return "\n".join(self._lines[start:])
 
     def table(self, heading: str, *columns: str) -> list[Row]:
-        """Returns the rows of the first table of a section that has these columns."""
+        """Returns the rows of the first table with these columns in a section."""
         return next(table for table in tables_in(self.section(heading)) if set(columns) <= set(table[0]))
 
     def examples(self, language: str) -> list[Example]:

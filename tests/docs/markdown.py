@@ -26,7 +26,7 @@ class Block(NamedTuple):
 
 
 def blocks(path: Path, language: str = "") -> list[Block]:
-    """Returns the fenced code blocks of a document, in order; with `language`, only those in that language."""
+    """Returns the fenced code blocks of a document in order, or only those in `language` if it is given."""
     found = [Block(*match.groups()) for match in _FENCE.finditer(path.read_text())]
     return [block for block in found if language in ("", block.language)]
 

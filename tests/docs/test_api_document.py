@@ -49,7 +49,7 @@ def by_line(example: Example) -> str:
 
 
 def by(column: str, rows: list[Row]) -> dict[str, Row]:
-    """Returns the rows by the code in this column. Several codes in one cell share the row."""
+    """Returns the rows by the text between backticks in this column. A cell with several codes gives several keys."""
     return {code: row for row in rows for code in codes(row[column])}
 
 
@@ -71,7 +71,7 @@ def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     assert set(by("Route", API.table("Routes", "Route"))) == served
 
 
-def test_each_route_that_needs_no_key_is_marked_so() -> None:
+def test_route_table_states_which_routes_need_a_key_or_are_rate_limited() -> None:
     rows = by("Route", API.table("Routes", "Route"))
 
     async def check(client: httpx.AsyncClient) -> None:
@@ -87,7 +87,7 @@ def test_each_route_that_needs_no_key_is_marked_so() -> None:
 
 
 @pytest.mark.parametrize(("keys", "status"), [((), 404), (KEY, 401)])
-def test_docs_that_are_off_have_the_documented_status(keys: Any, status: int) -> None:
+def test_disabled_docs_give_the_documented_status(keys: Any, status: int) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         for path in ("/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == status
@@ -98,7 +98,7 @@ def test_docs_that_are_off_have_the_documented_status(keys: Any, status: int) ->
 # Request
 
 
-def test_request_table_has_each_field_with_its_type_default_and_limits() -> None:
+def test_request_table_has_every_field_with_its_type_default_and_limits() -> None:
     schema = SCHEMAS["GenerateRequest"]
     rows = by("Field", API.table("Request", "Field"))
     assert list(rows) == list(schema["properties"])
@@ -106,7 +106,7 @@ def test_request_table_has_each_field_with_its_type_default_and_limits() -> None
         check_parameter(rows[name], field, required=name in schema["required"])
 
 
-def test_parameter_table_has_each_query_parameter() -> None:
+def test_parameter_table_has_every_query_parameter() -> None:
     parameters = OPENAPI["paths"]["/generate"]["post"]["parameters"]
     rows = by("Parameter", API.table("Request", "Parameter"))
     assert set(rows) == {parameter["name"] for parameter in parameters}
@@ -125,7 +125,7 @@ def check_parameter(row: Row, schema: dict[str, Any], *, required: bool) -> None
     assert codes(row["Allowed values"]) == schema.get("enum", [])
 
 
-def test_defaults_of_the_shipped_checkpoints_are_the_documented_ones() -> None:
+def test_documented_defaults_equal_those_of_the_shipped_checkpoints() -> None:
     default, fast = read_config(SHIPPED), read_config(SHIPPED_FAST)
     rows = by("Field", API.table("Request", "Field"))
     scales = {sampler: default.guidance_of(sampler).scale for sampler in default.samplers}
@@ -140,7 +140,7 @@ def test_defaults_of_the_shipped_checkpoints_are_the_documented_ones() -> None:
 
 
 @pytest.mark.parametrize("option", [{"sampler": "ddpm"}, {"num_steps": 5}, {"guidance_scale": 1.5}])
-def test_fast_refuses_what_the_document_says(service: Service, option: dict[str, Any]) -> None:
+def test_model_fast_rejects_the_options_that_it_does_not_permit(service: Service, option: dict[str, Any]) -> None:
     response = service.post({"digit": 7, "model": "fast", **option})
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
     assert response.json()["errors"][0]["loc"] == ["body", *option]
@@ -148,7 +148,7 @@ def test_fast_refuses_what_the_document_says(service: Service, option: dict[str,
     assert service.post({"digit": 7, "model": "fast", **permitted}).status_code == 200
 
 
-def test_guidance_has_no_effect_where_the_document_says_so(service: Service) -> None:
+def test_guidance_has_no_effect_with_dpmpp_in_4_steps(service: Service) -> None:
     few = {"digit": 7, "seed": 1, "sampler": "dpmpp", "num_steps": 4}
     assert "`dpmpp` with 4 steps is an example" in API.section("Request")
     off, strong = (open_png(service.post({**few, "guidance_scale": scale}, PNG).content)[0] for scale in (1, 9))
@@ -158,7 +158,7 @@ def test_guidance_has_no_effect_where_the_document_says_so(service: Service) -> 
 # Responses
 
 
-def test_format_table_has_the_formats_in_their_order_of_preference() -> None:
+def test_format_table_lists_the_formats_by_preference() -> None:
     rows = API.table("Responses", "Format")
     assert [codes(row["Format"])[0] for row in rows] == list(generate.FORMATS)
 
@@ -212,7 +212,7 @@ def fields_of(schema: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _resolve(schema: dict[str, Any]) -> dict[str, Any]:
-    """Follows a reference. Of alternatives it takes the first, since the other one is null."""
+    """Returns the schema that a reference names. Takes the first of two alternatives, since the second one is null."""
     schema = schema.get("anyOf", [schema])[0]
     return SCHEMAS[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
 
@@ -223,20 +223,20 @@ def test_chunk_table_has_exactly_the_text_chunks_of_a_png() -> None:
     assert documented == chunks.text(0)
 
 
-def test_slow_readers_keep_the_documented_number_of_progress_events() -> None:
+def test_number_of_progress_events_for_slow_readers_is_documented() -> None:
     assert f"{MAX_WAITING_PREVIEWS} / `count` of them" in API.section("Event stream")
 
 
 # Headers
 
 
-def test_header_table_has_exactly_the_headers_that_responses_have(service: Service) -> None:
+def test_header_table_has_exactly_the_headers_of_responses(service: Service) -> None:
     documented = {name.lower() for name in by("Header", API.table("Headers", "Header", "Value"))}
     assert asyncio.run(headers_of_the_application()) | headers_of_the_server(service) == documented
 
 
 async def headers_of_the_application() -> set[str]:
-    """Returns the names of the headers of many kinds of responses."""
+    """Returns the names of all headers in responses of the application, without those of the HTTP server."""
     allowed = {"X-API-Key": KEY, "Origin": ORIGIN}
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     async with client_of(FakeRunner(), api_keys=KEY, rate_limit="5/hour", cors_origins=ORIGIN) as client:
@@ -257,11 +257,11 @@ async def headers_of_the_application() -> set[str]:
 
 
 def headers_of_the_server(service: Service) -> set[str]:
-    """Returns the names of the headers of responses over a socket, with those of the HTTP server."""
+    """Returns the names of all headers in responses that are sent over a socket. They include the server's headers."""
     stream = service.post({"digit": 7, "model": "fast"}, EVENTS)
-    refused = service.client.get("/health", headers={"X-Large": "a" * 9000})
-    assert (stream.status_code, refused.status_code) == (200, 431)
-    return {name.lower() for response in (stream, refused) for name in response.headers}
+    rejected = service.client.get("/health", headers={"X-Large": "a" * 9000})
+    assert (stream.status_code, rejected.status_code) == (200, 431)
+    return {name.lower() for response in (stream, rejected) for name in response.headers}
 
 
 def test_cors_section_names_the_headers_of_the_preflight_response() -> None:
@@ -271,11 +271,11 @@ def test_cors_section_names_the_headers_of_the_preflight_response() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         allowed = (await client.options("/generate", headers=preflight)).headers["access-control-allow-headers"]
         exposed = (await client.get("/health", headers={"Origin": ORIGIN})).headers["access-control-expose-headers"]
-        always = {"Accept", "Accept-Language", "Content-Language"}  # browsers need no permission for these
+        always = {"Accept", "Accept-Language", "Content-Language"}  # browsers always allow these headers
         assert {*codes(sent)} - {"GET", "POST"} == {*allowed.split(", ")} - always
         assert {*codes(read)} == {*exposed.split(", ")}
-        refused = await client.options("/generate", headers={**preflight, "Origin": "https://other.example"})
-        assert (refused.status_code, refused.json()["code"]) == (400, "origin_not_allowed")
+        rejected = await client.options("/generate", headers={**preflight, "Origin": "https://other.example"})
+        assert (rejected.status_code, rejected.json()["code"]) == (400, "origin_not_allowed")
 
     run(check, FakeRunner(), api_keys=KEY, cors_origins=ORIGIN)
 
@@ -325,7 +325,7 @@ def test_failures_are_reported_in_the_documented_order() -> None:
     run(check, FakeRunner(), api_keys=KEY)
 
 
-def test_limits_are_those_of_the_code() -> None:
+def test_documented_limits_equal_those_in_the_code() -> None:
     values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
     assert values["request line, or one header"] == f"{framing.MAX_HEADER_BYTES // 1024} KiB"
     assert values["headers of a request"] == str(framing.MAX_LINES - 1)
@@ -338,7 +338,7 @@ def test_limits_are_those_of_the_code() -> None:
     assert f"up to {LINGER_BYTES // 2**20} MiB for up to {LINGER_SECONDS:g} s" in API.section("Limits")
 
 
-def test_values_of_settings_are_their_defaults() -> None:
+def test_documented_values_of_settings_are_their_defaults() -> None:
     settings = Settings()
     found = re.findall(r"`UNFOG_(\w+)`(?:, | \()([\d.]+)( KiB)?", API.text)
     assert len(found) >= 10
@@ -346,14 +346,14 @@ def test_values_of_settings_are_their_defaults() -> None:
         assert float(number) * (1024 if unit else 1) == getattr(settings, name.lower()), name
 
 
-def test_every_setting_that_is_named_exists() -> None:
+def test_every_documented_setting_exists() -> None:
     assert {name.lower() for name in re.findall(r"UNFOG_([A-Z_]+)", API.text)} <= set(Settings.model_fields)
 
 
 # Metrics
 
 
-def test_metrics_table_has_exactly_the_metrics_with_their_types_and_labels() -> None:
+def test_metrics_table_has_exactly_the_existing_metrics_with_types_and_labels() -> None:
     documented = {
         codes(row["Metric"])[0]: (row["Type"], set(codes(row["Labels"]))) for row in API.table("Metrics", "Metric")
     }
@@ -404,7 +404,7 @@ PLACEHOLDERS = {"png", "previews", "detail", "msg", "request_id", "version", "de
 
 
 def assert_same_form(documented: Any, found: Any, name: str = "") -> None:
-    """Compares fields and their order, and the values of texts and integers that do not change from run to run."""
+    """Compares the fields, their order, and the texts and integers that are the same in every run."""
     assert type(documented) is type(found), name
     if isinstance(documented, dict):
         assert list(documented) == list(found)
@@ -430,7 +430,7 @@ def test_python_example_compiles(example: Example) -> None:
 @pytest.mark.parametrize("example", PYTHON, ids=by_line)
 def test_python_example_runs(service: Service, example: Example, tmp_path: Path) -> None:
     seven = service.post({"digit": 7, "model": "fast"}, PNG)
-    (tmp_path / "seven.png").write_bytes(seven.content)  # from the first curl example
+    (tmp_path / "seven.png").write_bytes(seven.content)  # the file that the first curl example writes
     program = example.text.replace(BASE_URL, service.url)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
@@ -439,8 +439,7 @@ def test_python_example_runs(service: Service, example: Example, tmp_path: Path)
     assert done.stdout
 
 
-def test_only_installed_packages_are_named_with_their_installation() -> None:
-    """Packages outside of the standard library need an instruction to install them."""
+def test_packages_of_python_examples_have_an_install_command() -> None:
     for example in PYTHON:
         imported = set(re.findall(r"^(?:from|import) (\w+)", example.text, re.MULTILINE)) - sys.stdlib_module_names
         for package in imported:

@@ -1,4 +1,4 @@
-"""Commands in the documents have arguments that their scripts accept."""
+"""Tests that the commands in the documents are valid: scripts, arguments, presets and paths."""
 
 import shlex
 from importlib import import_module
@@ -18,7 +18,7 @@ def script_commands(document: str) -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """Returns the module and its arguments."""
+    """Returns the module name and the arguments of a `python -m` command."""
     return shlex.split(command)[2:]
 
 
@@ -26,7 +26,7 @@ COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in s
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_script_command_of_a_document_is_checked(document: str) -> None:
+def test_every_script_command_is_in_a_bash_block(document: str) -> None:
     shown = sum(block.text.count(PREFIX) for block in blocks(ROOT / document))
     assert len(script_commands(document)) == shown > 0
 

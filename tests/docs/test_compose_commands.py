@@ -1,4 +1,4 @@
-"""The docker commands of the README and of the deployment document name files, profiles and services that exist."""
+"""Tests the files, profiles, services and limits in the docker commands of README.md and docs/deployment.md."""
 
 import os
 import shlex
@@ -13,7 +13,7 @@ from tests.docs.markdown import ROOT, commands
 
 DOCUMENTS = ("README.md", "docs/deployment.md")
 COMPOSE = [command for name in DOCUMENTS for command in commands(ROOT / name) if "docker compose" in command]
-OWN_FILES = {"keys.yml"}  # the reader writes them
+READER_FILES = {"keys.yml"}  # the document tells the reader to write these
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 
 
@@ -30,14 +30,14 @@ def has_compose() -> bool:
     )
 
 
-def test_documents_show_how_to_start_with_and_without_a_gpu() -> None:
+def test_documents_have_the_commands_to_start_with_and_without_a_gpu() -> None:
     assert {"docker compose up", "docker compose -f docker-compose.yml -f docker-compose.cpu.yml up"} <= set(COMPOSE)
 
 
 @pytest.mark.parametrize("command", COMPOSE)
-def test_compose_command_names_files_profiles_and_services_that_exist(command: str) -> None:
+def test_compose_command_names_existing_files_profiles_and_services(command: str) -> None:
     files = options(command, "-f")
-    assert all((ROOT / file).is_file() for file in files if file not in OWN_FILES)
+    assert all((ROOT / file).is_file() for file in files if file not in READER_FILES)
     profiles = {profile for service in SERVICES.values() for profile in service.get("profiles", [])}
     assert set(options(command, "--profile")) <= profiles
     words = shlex.split(command)
@@ -51,7 +51,7 @@ def test_compose_command_names_files_profiles_and_services_that_exist(command: s
 @pytest.mark.skipif(not has_compose(), reason="needs docker compose")
 @pytest.mark.parametrize("files", sorted({tuple(options(command, "-f")) for command in COMPOSE}), ids="+".join)
 def test_compose_accepts_the_files_of_the_commands(files: tuple[str, ...]) -> None:
-    arguments = [word for file in files if file not in OWN_FILES for word in ("-f", file)]
+    arguments = [word for file in files if file not in READER_FILES for word in ("-f", file)]
     variables = {name: value for name, value in os.environ.items() if not name.startswith("UNFOG_")}
     subprocess.run(["docker", "compose", *arguments, "config", "--quiet"], cwd=ROOT, env=variables, check=True)
 
@@ -59,7 +59,7 @@ def test_compose_accepts_the_files_of_the_commands(files: tuple[str, ...]) -> No
 @pytest.mark.parametrize(
     "command", [c for name in DOCUMENTS for c in commands(ROOT / name) if c.startswith("docker run")]
 )
-def test_docker_run_command_has_the_port_and_the_limits_of_the_compose_file(command: str) -> None:
+def test_docker_run_command_has_the_port_and_limits_of_the_compose_file(command: str) -> None:
     assert options(command, "-p") == ["127.0.0.1:8000:8000"]
     if "--memory" in command:
         assert options(command, "--memory") == ["4g"]

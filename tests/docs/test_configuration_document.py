@@ -22,12 +22,12 @@ NUMBERS = {
 }
 RANGE = re.compile(r"(\d+) to (\d+)|(\d+) or more|more than (\d+)")
 WORDS_OF_VALIDATORS = {"device": {"auto", "cpu", "cuda"}, "max_batch": {"auto"}, "give_up_seconds": {"never"}}
-FLAGS_THAT_ARE_NO_SETTINGS = {"--help", "--openapi", "--compile"}
-NOT_OF_THE_SERVICE = {"UNFOG_TORCH_INDEX"}
+FLAGS_WITHOUT_SETTING = {"--help", "--openapi", "--compile"}
+INSTALLATION_VARIABLES = {"UNFOG_TORCH_INDEX"}
 
 
 @pytest.fixture(autouse=True)
-def no_variables_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_unfog_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.upper().startswith("UNFOG_")]:
         monkeypatch.delenv(name)
 
@@ -36,18 +36,18 @@ def field_of(variable: str) -> str:
     return variable.removeprefix("UNFOG_").lower()
 
 
-def test_each_setting_has_exactly_one_row() -> None:
+def test_every_setting_has_exactly_one_row() -> None:
     assert sorted(map(field_of, ROWS)) == sorted(Settings.model_fields)
     assert len(re.findall(r"^\| `UNFOG_\w+` \| `--", CONFIGURATION.text, re.MULTILINE)) == len(ROWS)
 
 
 @pytest.mark.parametrize(("variable", "row"), ROWS.items(), ids=ROWS)
-def test_the_flag_belongs_to_the_variable(variable: str, row: Row) -> None:
+def test_documented_flag_sets_the_same_setting_as_the_variable(variable: str, row: Row) -> None:
     assert row["Flag"] == f"`{flag_of(field_of(variable))}`"
 
 
 @pytest.mark.parametrize(("variable", "row"), ROWS.items(), ids=ROWS)
-def test_the_default_is_that_of_the_setting(
+def test_documented_default_equals_that_of_the_setting(
     variable: str, row: Row, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     field, default = field_of(variable), row["Default"]
@@ -62,12 +62,12 @@ def test_the_default_is_that_of_the_setting(
         assert load_settings().cache_dir == tmp_path / ".cache" / "unfog"
     elif codes(default):
         assert getattr(load_settings({field: default.strip("`")}), field) == getattr(load_settings(), field)
-    else:  # a description of the absence of a value
+    else:  # the cell says in words that there is no default value
         assert not getattr(load_settings(), field)
 
 
 @pytest.mark.parametrize(("variable", "row"), ROWS.items(), ids=ROWS)
-def test_allowed_words_are_accepted_and_complete(variable: str, row: Row) -> None:
+def test_documented_words_are_accepted_and_complete(variable: str, row: Row) -> None:
     field = field_of(variable)
     words = [word for word in codes(row["Allowed values"]) if re.fullmatch("[a-z0-9]+", word)]
     for word in words:
@@ -83,13 +83,13 @@ def _literals(annotation: Any) -> set[Any]:
 
 
 @pytest.mark.parametrize("field", sorted(NUMBERS))
-def test_the_range_of_a_number_is_that_of_the_setting(field: str) -> None:
+def test_documented_range_equals_that_of_the_setting(field: str) -> None:
     allowed = ROWS[f"UNFOG_{field.upper()}"]["Allowed values"]
     found = RANGE.search(allowed)
     assert found, allowed
     lowest, highest, or_more, more_than = found.groups()
     accepted = [lowest, highest, or_more, more_than and "0.5"]
-    refused = [
+    rejected = [
         lowest and int(lowest) - 1,
         highest and int(highest) + 1,
         or_more and int(or_more) - 1,
@@ -97,19 +97,19 @@ def test_the_range_of_a_number_is_that_of_the_setting(field: str) -> None:
     ]
     for value in filter(None, accepted):
         load_settings({field: value})
-    for value in (str(value) for value in refused if value is not None):
+    for value in (str(value) for value in rejected if value is not None):
         with pytest.raises(SettingsError):
             load_settings({field: value})
 
 
-def test_every_variable_that_is_named_exists() -> None:
+def test_every_documented_variable_exists() -> None:
     named = set(re.findall(r"UNFOG_[A-Z_]+", CONFIGURATION.text))
-    assert named - NOT_OF_THE_SERVICE <= set(ROWS)
+    assert named - INSTALLATION_VARIABLES <= set(ROWS)
 
 
-def test_every_flag_that_is_named_exists() -> None:
+def test_every_documented_flag_exists() -> None:
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", CONFIGURATION.text))
-    assert named <= set(map(flag_of, Settings.model_fields)) | FLAGS_THAT_ARE_NO_SETTINGS
+    assert named <= set(map(flag_of, Settings.model_fields)) | FLAGS_WITHOUT_SETTING
 
 
 def test_examples_in_code_blocks_are_accepted() -> None:
@@ -139,30 +139,30 @@ def test_example_values_are_accepted(field: str, heading: str) -> None:
 
 
 @pytest.mark.parametrize("separator", [",", ";", "|"])
-def test_the_documented_separators_of_rate_limits_are_accepted(separator: str) -> None:
+def test_documented_separators_of_rate_limits_are_accepted(separator: str) -> None:
     assert separator in codes(CONFIGURATION.section("Rate limit"))
     assert len(load_settings({"rate_limit": f"10/second{separator}600/minute"}).rate_limit) == 2
 
 
 @pytest.mark.parametrize("unit", ["second", "minute", "hour", "day", "month", "year"])
-def test_the_documented_units_of_rate_limits_are_accepted(unit: str) -> None:
+def test_documented_units_of_rate_limits_are_accepted(unit: str) -> None:
     assert unit in codes(CONFIGURATION.section("Rate limit"))
     load_settings({"rate_limit": f"10/{unit}"})
     load_settings({"rate_limit": f"10/2 {unit}s"})
 
 
-def test_a_network_with_host_bits_and_a_star_with_others_are_refused_as_documented() -> None:
+def test_proxy_network_with_host_bits_or_star_among_others_is_rejected() -> None:
     for value in ("10.0.0.1/8", "*,10.0.0.0/8"):
         with pytest.raises(SettingsError):
             load_settings({"trusted_proxies": value})
 
 
-def test_off_is_an_api_key_as_documented() -> None:
+def test_api_keys_off_sets_the_key_off() -> None:
     (key,) = load_settings({"api_keys": "off"}).api_keys
     assert key.get_secret_value() == "off"
 
 
-def test_the_order_of_the_sources_is_the_documented_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sources_of_settings_have_the_documented_priority(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "UNFOG_MAX_COUNT").write_text(" 1\n")
     monkeypatch.setitem(Settings.model_config, "secrets_dir", tmp_path)
     assert load_settings().max_count == 1
@@ -184,7 +184,7 @@ def test_the_order_of_the_sources_is_the_documented_one(monkeypatch: pytest.Monk
         ([], {"UNFOG_API_KEYS": ""}),
     ],
 )
-def test_a_wrong_setting_is_one_line_and_status_2(arguments: list[str], variables: dict[str, str]) -> None:
+def test_invalid_setting_exits_with_status_2_and_one_line(arguments: list[str], variables: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "app", *arguments],
         cwd=ROOT,

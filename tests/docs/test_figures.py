@@ -17,14 +17,14 @@ from scripts.evaluation.tables import FRECHET_RATIO, as_column, as_run, as_sweep
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 RESULTS = DOCS / "results"
-FINAL = [  # the columns of the tables of 10,000 digits
+FINAL = [  # tables of metrics of 10,000 digits: document, and the evaluation in each column
     ("docs/evaluation.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off", "fast")),
     ("docs/model-card.md", ("ddpm", "ddpm-off", "dpmpp", "dpmpp-off")),
     ("docs/model-card.md", ("fast",)),
 ]
-WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of ablations.md whose figures were not kept as JSON
+WITHOUT_DATA = ("Norms, activations and sizes",)  # sections of ablations.md without JSON files
 MACHINE_NAMES = {"xeon": "Xeon with AMX", "epyc": "EPYC, Zen 4", "zen5": "EPYC, Zen 5"}
-SPEED = {  # rows of the tables of speed: load and column of the page of a machine
+SPEED = {  # row of the speed tables -> load and column in the results
     "latency of one image, idle service, s": ("1 x 1 image", "p50, s"),
     "the same with guidance, s": ("1 x 1 image, guided", "p50, s"),
     "latency of one image during a request for 64, s": ("1 x 1 image with 1 x 64: 1 image", "p50, s"),
@@ -38,7 +38,7 @@ SPEED = {  # rows of the tables of speed: load and column of the page of a machi
 }
 IN_THE_README = list(SPEED)[:5]
 RANDOM = "70% of the slower service's capacity"
-COMPARISON = {  # rows of the comparison with alternatives: file, load and column
+COMPARISON = {  # row of the comparison table -> file, load and column in the results
     "images/s, 64 clients, Xeon": ("xeon/alternatives-small", "64 x 1 image", "images/s"),
     "p95 at random arrivals, s, Xeon": ("xeon/alternatives-small", RANDOM, "p95, s"),
     "p95 of 10-step requests, s, Xeon": (
@@ -113,7 +113,7 @@ def test_final_evaluations_match_the_shipped_checkpoint_and_its_metadata(shipped
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (RESULTS / "served").iterdir()))
-def test_digits_of_the_service_are_as_good_as_those_of_the_evaluation(name: str) -> None:
+def test_served_digits_have_the_published_quality(name: str) -> None:
     served, before = (read_evaluation(RESULTS / folder / name) for folder in ("served", "final"))
     assert (served["num_images"], served["networks"]) == (before["num_images"], before["networks"])
     assert served["judge"]["accuracy"] == pytest.approx(before["judge"]["accuracy"], abs=0.001)
@@ -126,7 +126,8 @@ def test_digits_of_the_service_are_as_good_as_those_of_the_evaluation(name: str)
 
 
 def rows_of(path: Path) -> list[list[str]]:
-    """Returns the rows of a file of results. Some tables show an evaluation without its name, or only its guidance."""
+    """Returns the table rows of a result file. An evaluation has three forms: complete, without its name, and without
+    name, sampler and steps."""
     if path.name == "evaluation.json":
         row = as_run(path.parent.name, read_evaluation(path))
         return [row] if path.parents[1] == RESULTS / "ablations" else [row, row[1:], row[3:]]
@@ -139,17 +140,17 @@ def as_written(line: list[str]) -> str:
 
 
 @pytest.mark.parametrize("file", named(EVALUATIONS))
-def test_each_evaluation_file_has_a_row_in_the_ablations(file: str) -> None:
+def test_every_evaluation_file_has_a_row_in_the_ablations(file: str) -> None:
     assert set(map(as_written, rows_of(RESULTS / file))) & set(ABLATIONS.splitlines())
 
 
 @pytest.mark.parametrize("file", named(SWEEPS))
-def test_each_sweep_is_one_table_with_a_row_of_real_digits(file: str) -> None:
+def test_every_sweep_has_a_table_with_a_row_of_real_digits(file: str) -> None:
     wanted = set(map(as_written, rows_of(RESULTS / file)))
     assert any(wanted <= set(table.splitlines()) for table in ABLATIONS.split("\n\n"))
 
 
-def test_each_row_of_the_ablations_has_a_file_of_results() -> None:
+def test_every_row_of_the_ablations_has_a_result_file() -> None:
     measured = {as_written(row) for path in (*EVALUATIONS, *SWEEPS) for row in rows_of(path)}
     sections = [section for section in ABLATIONS.split("\n## ") if not section.startswith(WITHOUT_DATA)]
     claimed = {line for section in sections for line in section.splitlines() if line.startswith("|") and "%" in line}
@@ -171,7 +172,7 @@ def test_fog_table_matches_the_file() -> None:
     assert as_written(["t", *map(str, fog["half_lost_at"])]) in EVALUATION.splitlines()
 
 
-def test_clip_figures_match_the_evaluation_and_the_metadata_of_the_model() -> None:
+def test_clip_figures_match_the_evaluation_and_the_model_metadata() -> None:
     seen = read_evaluation(RESULTS / "ablations" / "seed-0" / "ddpm")["clip"]
     training = json.loads((EMBEDDED / "open_clip_config.json").read_text())["training"]
     rows = [cells(line) for line in EVALUATION.split("\n## CLIP")[1].splitlines() if line.startswith("|")]
@@ -196,7 +197,7 @@ def test_evaluations_used_the_shipped_classifiers() -> None:
 
 
 @pytest.mark.parametrize("folder", MACHINES, ids=[folder.name for folder in MACHINES])
-def test_page_of_a_machine_matches_its_results(folder: Path) -> None:
+def test_benchmark_page_matches_the_results_of_its_machine(folder: Path) -> None:
     page = DOCS / "benchmarks" / f"{folder.name}.md"
     assert page.read_text() == page_of(folder, page)
     assert f"(benchmarks/{folder.name}.md)" in (DOCS / "benchmarks.md").read_text()
@@ -207,7 +208,7 @@ def test_page_of_a_machine_matches_its_results(folder: Path) -> None:
     [("README.md", IN_THE_README), ("docs/benchmarks.md", list(SPEED))],
     ids=["readme", "benchmarks"],
 )
-def test_table_of_speed_matches_the_results_of_each_machine(document: str, names: list[str]) -> None:
+def test_speed_table_matches_the_results_of_each_machine(document: str, names: list[str]) -> None:
     heading = as_written(["", *MACHINE_NAMES.values()]).replace("|  |", "| |")
     table = (ROOT / document).read_text().split(heading)[1].split("\n\n")[0]
     measured = [own_figures(RESULTS / "benchmarks" / name / "closed.json") for name in MACHINE_NAMES]
@@ -221,7 +222,7 @@ def own_figures(path: Path) -> dict[str, dict[str, str]]:
     return {line[1]: dict(zip(columns, line, strict=True)) for line in lines if line[0] == "unfog"}
 
 
-def test_table_of_the_comparison_matches_the_results() -> None:
+def test_comparison_table_matches_the_results() -> None:
     lines = (DOCS / "benchmarks.md").read_text().splitlines()
     assert as_written(["", *CONTESTANTS]).replace("|  |", "| |") in lines
     for name, place in COMPARISON.items():
@@ -229,13 +230,13 @@ def test_table_of_the_comparison_matches_the_results() -> None:
 
 
 def compared(file: str, under: str, column: str) -> list[str]:
-    """Returns the figure of each contestant, or - if it was not measured."""
+    """Returns the figure of each service, or a dash if it was not measured."""
     columns, table = table_in(json.loads((RESULTS / "benchmarks" / f"{file}.json").read_text()))
     figures = {line[0]: line[columns.index(column)] for line in table if line[1] == under}
     return [figures.get(contestant, "-") for contestant in CONTESTANTS.values()]
 
 
-def test_the_readme_states_the_measured_ratio_of_latencies() -> None:
+def test_readme_states_the_measured_ratio_of_latencies() -> None:
     under, column = f"{RANDOM}, half with 10 steps: 10 steps", "p95, ratio to the first"
     _, ratio, *_ = compared("xeon/alternatives-small", under, column)
     median, low, high = re.fullmatch(r"([\d.]+) \(([\d.]+) - ([\d.]+)\)", ratio).groups()  # type: ignore[union-attr]
@@ -245,7 +246,7 @@ def test_the_readme_states_the_measured_ratio_of_latencies() -> None:
     )
 
 
-def test_endurance_figures_in_reliability_md_match_the_results_and_nothing_grew() -> None:
+def test_endurance_figures_match_the_results_and_show_no_leak() -> None:
     found, text = json.loads((RESULTS / "endurance.json").read_text()), (DOCS / "reliability.md").read_text()
     section = text.split("## An hour of load")[1].split("\n## ")[0]
     answers, before, after = found["answers"], found["before"], found["after"]

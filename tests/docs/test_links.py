@@ -1,4 +1,4 @@
-"""Links of the documents: each file and each heading exists, and each picture is used."""
+"""Tests the documents: links lead to existing files and headings, and every picture is used and described."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
+def test_links_lead_to_existing_files_and_headings(name: str) -> None:
     document = ROOT / name
     for target in links(document):
         if "://" in target:
@@ -23,18 +23,18 @@ def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
         assert not anchor or path.suffix != ".md" or anchor in anchors(path), target
 
 
-def test_each_picture_is_shown_in_a_document() -> None:
+def test_every_picture_is_shown_in_a_document() -> None:
     shown = {(path.parent / target).resolve() for path in DOCUMENTS for target in links(path)}
     pictures = {path for suffix in ("png", "svg", "webp") for path in (ROOT / "docs").rglob(f"*.{suffix}")}
     assert pictures <= shown
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_has_a_description(name: str) -> None:
+def test_every_picture_has_a_description(name: str) -> None:
     assert "![](" not in prose(ROOT / name)
 
 
-def test_each_document_can_be_reached_from_the_readme() -> None:
+def test_every_document_can_be_reached_from_the_readme() -> None:
     reached, todo = set[Path](), [ROOT / "README.md"]
     while todo:
         path = todo.pop()

@@ -1,4 +1,4 @@
-"""The README: its length, and its quickstart, which is run as printed."""
+"""Tests the length of the README, and runs the commands of its quickstart."""
 
 import os
 import shutil
@@ -22,7 +22,8 @@ README = ROOT / "README.md"
 SHELL = {name: value for name, value in os.environ.items() if not name.startswith(("UNFOG_", "PIP_"))}
 START_SECONDS = 240
 
-# A Python whose venvs have a pip that installs nothing: it makes the packages of this test and the copy importable.
+# Fake Python. It creates venvs with a fake pip, which installs nothing but makes two folders importable: the packages
+# of this test run, and the copy of the project.
 PIP = f"""
 import os, pathlib, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
@@ -40,7 +41,7 @@ pip.mkdir()
 """
 
 
-def test_the_readme_is_at_most_130_lines_and_1200_words() -> None:
+def test_readme_is_at_most_130_lines_and_1200_words() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 130
     assert len(text.split()) <= 1200
@@ -56,7 +57,7 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the project in a folder of the name that the first command gives it."""
+    """A copy of the project in a folder named as in the first command of the quickstart."""
     first = commands(README)[0]
     assert first == "git clone <this repository> unfog && cd unfog"
     folder = tmp_path_factory.mktemp("clone") / "unfog"
@@ -69,7 +70,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(clone: Path, port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Runs the second command of the quickstart in the clone until the service is ready. Only its port differs."""
+    """Starts the service with the second command of the quickstart, on another port. Stops it after the tests."""
     programs = tmp_path_factory.mktemp("bin")
     (programs / "fake.py").write_text(PYTHON)
     (programs / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{programs / "fake.py"}" "$@"\n')
@@ -109,7 +110,7 @@ def has_curl_with_json() -> bool:
 
 
 @pytest.mark.skipif(not has_curl_with_json(), reason="needs curl 7.82 or newer")
-def test_the_curl_command_of_the_quickstart_saves_a_seven(served: Path, port: int, tmp_path: Path) -> None:
+def test_curl_command_of_the_quickstart_saves_a_seven(served: Path, port: int, tmp_path: Path) -> None:
     command = commands(README)[2]
     assert command.startswith("curl ")
     subprocess.run(["bash", "-c", command.replace("localhost:8000", f"127.0.0.1:{port}")], cwd=tmp_path, check=True)
@@ -118,7 +119,7 @@ def test_the_curl_command_of_the_quickstart_saves_a_seven(served: Path, port: in
         assert image.info["Digit"] == "7"
 
 
-def test_the_python_lines_of_the_quickstart_save_sixteen_sevens(served: Path, port: int, tmp_path: Path) -> None:
+def test_python_code_of_the_quickstart_saves_sixteen_sevens(served: Path, port: int, tmp_path: Path) -> None:
     (block,) = blocks(README, "python")
     assert len(block.text.splitlines()) == 4
     code = block.text.replace("localhost:8000", f"127.0.0.1:{port}")

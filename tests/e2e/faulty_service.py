@@ -73,7 +73,7 @@ class FaultyRunner(Runner):
             if fault == "noise":
                 make_noise()
             if fault == "print in C":
-                ctypes.PyDLL(None).write(2, b"c" * 999 + b"\n", 1000)  # holds the interpreter's lock meanwhile
+                ctypes.PyDLL(None).write(2, b"c" * 999 + b"\n", 1000)  # holds the interpreter's lock during the fault
             if fault == "nan" and trajectory.slot is not None:
                 with torch.inference_mode():
                     self._slots.state.x_t[trajectory.slot] = float("nan")
@@ -92,7 +92,7 @@ class Unraisable:
 def make_noise() -> None:
     """Writes to stderr in every way that Python code can, except through logging."""
     print("a print", "of two words", file=sys.stderr)
-    print("a print without an end", file=sys.stderr, end="", flush=True)
+    print("a print without a newline", file=sys.stderr, end="", flush=True)
     warnings.warn("a warning", stacklevel=1)
     thread = threading.Thread(target=lambda: [][1])
     thread.start()

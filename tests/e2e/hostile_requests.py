@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 MEGABYTE = 2**20
-MAX_BODY_BYTES = 16 * 1024  # UNFOG_MAX_BODY_BYTES
+MAX_BODY_BYTES = 16 * 1024  # the default of UNFOG_MAX_BODY_BYTES
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\n"
 JSON_TYPE = b"Content-Type: application/json\r\n"
 

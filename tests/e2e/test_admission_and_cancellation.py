@@ -100,7 +100,7 @@ def test_expired_deadline_is_504_and_frees_the_rows(one_row_service: Service) ->
         eta = first(events, "accepted")["eta_seconds"]
     one_row_service.wait_until_idle()
     before, left_before = one_row_service.metrics(), cancelled(one_row_service)
-    body["timeout_seconds"] = 3 * eta + 1  # enough for both requests
+    body["timeout_seconds"] = 3 * eta + 1  # enough time for both requests
     with ThreadPoolExecutor() as pool, one_row_service.events(body, "?previews=100") as events:
         first(events, "progress")
         late = pool.submit(one_row_service.post, body)

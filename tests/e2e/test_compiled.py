@@ -104,7 +104,7 @@ def compile_only(checkpoint: Path, **variables: str) -> "subprocess.CompletedPro
 
 
 def test_compile_only_succeeds_if_the_step_is_cached(checkpoint: Path, variables: dict[str, str]) -> None:
-    assert compile_only(checkpoint, **variables).returncode == 0  # CXX is no compiler
+    assert compile_only(checkpoint, **variables).returncode == 0  # CXX does not name a compiler
 
 
 def test_compile_only_without_a_compiler_is_a_one_line_error(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ LONG = json.dumps({"digit": 7, "count": 64, "seed": 1}).encode()
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 READ_TIMEOUT, WRITE_TIMEOUT = 0.5, 1.0
-UNREAD_RESPONSES = 100  # of 150 kB each; the kernel does not buffer that much for a client that does not read
+UNREAD_RESPONSES = 100  # 150 kB each, more in total than the kernel buffers for a client
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_client_that_sends_more_and_disconnects_frees_its_rows(
     with connection(short_timeouts) as client:
         client.sendall(request(LONG, header))
         short_timeouts.wait_until_running()
-        for i in range(2):  # so that the server reads twice
+        for i in range(2):  # two writes, so that the server reads twice
             client.sendall(further[i * len(further) // 2 : (i + 1) * len(further) // 2])
             assert short_timeouts.client.get("/livez").status_code == 200
         if resets:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.containers.panels import expressions
 from tests.containers.stack import BUILD_PATIENCE, PATIENCE, ROOT, Stack, docker, eventually
 
-MAX_IMAGE_BYTES = 1_200_000_000  # of the CPU image
+MAX_IMAGE_BYTES = 1_200_000_000  # limit for the CPU image
 SERVICES = ("unfog", "prometheus", "grafana")
 NO_CAPABILITIES = "0" * 16
 
@@ -132,7 +132,7 @@ for folder in ("/tmp", "/opt/unfog/gpu", "/home/unfog", "/runs", "/opt/unfog"):
     except OSError as error:
         print(folder, errno.errorcode[error.errno])
 """
-    read_only = errno.errorcode[errno.EROFS]  # and not EACCES: the user owns /home/unfog and /runs
+    read_only = errno.errorcode[errno.EROFS]  # not EACCES, because the user owns the folders
     written = stack.compose("exec", "-T", "unfog", "python", "-c", script).splitlines()
     assert written == [
         "/tmp noexec",
@@ -224,7 +224,7 @@ def test_compose_stop_completes_admitted_requests(stack: Stack) -> None:
         stack.compose("stop", "unfog")
         assert response.result(PATIENCE).status_code == 200
     state = stack.container("unfog")["State"]
-    assert (state["Status"], state["ExitCode"]) == ("exited", 0)  # 137 if killed after the grace period
+    assert (state["Status"], state["ExitCode"]) == ("exited", 0)  # it would be 137 if Docker had killed the container
     assert "Draining" in stack.compose("logs", "unfog")
 
 

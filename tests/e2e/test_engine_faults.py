@@ -17,7 +17,7 @@ from tests.e2e.service import Service, assert_problem, pngs
 
 FAULTY = "tests.e2e.faulty_service"
 NEIGHBOURS: list[dict[str, Any]] = [{"digit": digit, "count": 8, "seed": digit} for digit in range(4)]
-STEPS = (0, 1, 50, 99)  # of 100 steps
+STEPS = (0, 1, 50, 99)  # steps at which a fault is injected, of 100
 SOON = {"UNFOG_WATCHDOG_SECONDS": "0.5", "UNFOG_GIVE_UP_SECONDS": "1"}
 
 
@@ -149,7 +149,7 @@ def test_permanent_step_failure_turns_readyz_to_503_and_ends_the_process(checkpo
     with ExitStack() as stack:
         broken = start_service(stack, checkpoint, FAULTY, **SOON)
         assert_problem(broken.post({"digit": 9, "seed": fault_seed("broken", 0)}), 500, "internal_error")
-        assert broken.client.get("/readyz").status_code == 200  # one failed batch is not enough
+        assert broken.client.get("/readyz").status_code == 200  # a single failed batch does not change /readyz
         for _ in range(2):
             assert_problem(broken.post({"digit": 1}), 500, "internal_error")
         wait_until(lambda: broken.client.get("/readyz").status_code == 503, "the probe image could not be generated")

@@ -11,7 +11,7 @@ from tests.e2e.process import TIMEOUT
 from tests.e2e.service import EVENTS, JSON, PNG, ZIP, Service, assert_problem
 
 CHEAP = {"digit": 7, "num_steps": 1, "seed": 1}
-LIMIT = 16 * 1024  # UNFOG_MAX_BODY_BYTES
+LIMIT = 16 * 1024  # the default of UNFOG_MAX_BODY_BYTES
 MAX_BYTES_SENT = 2**28  # a server that accepts this much has no limit
 
 
@@ -188,4 +188,6 @@ def test_content_length_over_the_limit_is_413_before_the_body_arrives(service: S
     head = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n{}"
     with socket.create_connection(service.address, TIMEOUT) as client:
         client.sendall((head % length).encode())
-        assert client.recv(12) == b"HTTP/1.1 413"  # instead of 408 after UNFOG_READ_TIMEOUT
+        assert (
+            client.recv(12) == b"HTTP/1.1 413"
+        )  # if it waited for the body, it would answer 408 after UNFOG_READ_TIMEOUT

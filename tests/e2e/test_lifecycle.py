@@ -22,7 +22,7 @@ from tests.e2e.service import Service, assert_problem, pngs
 
 PROBES = ("/health", "/livez", "/readyz", "/startupz")
 WORK = {"digit": 4, "count": 10, "seed": 11}
-ONE_ROW = {"UNFOG_MAX_BATCH": "1", "UNFOG_REQUEST_TIMEOUT": "300"}  # so that requests take long
+ONE_ROW = {"UNFOG_MAX_BATCH": "1", "UNFOG_REQUEST_TIMEOUT": "300"}  # makes requests slow
 
 
 def statuses(client: httpx.Client) -> list[int]:

@@ -92,7 +92,7 @@ def test_prints_warnings_and_thread_exceptions_are_log_lines(start: Start) -> No
     by_logger: dict[str, list[dict[str, Any]]] = {}
     for line in log_lines(service):
         by_logger.setdefault(line["logger"], []).append(line)
-    assert [line["message"] for line in by_logger["stderr"]] == ["a print of two words", "a print without an end"]
+    assert [line["message"] for line in by_logger["stderr"]] == ["a print of two words", "a print without a newline"]
     (warning,) = by_logger["py.warnings"]
     assert "UserWarning: a warning" in warning["message"]
     of_thread, unraisable = by_logger["unfog.thread"]
@@ -155,7 +155,7 @@ def test_non_blocking_stderr_pipe_loses_no_line(checkpoint: Path) -> None:
     with process_with_stderr(writer, UNFOG_CHECKPOINT=str(checkpoint)) as (process, client):
         os.close(writer)
         wait_until(lambda: is_ready(client), "the service is ready")
-        for number in range(100):  # more than the pipe holds, less than the queue
+        for number in range(100):  # this is more than the pipe holds, and less than the queue holds
             client.get(LONG_PATH, headers={"X-Request-ID": f"number.{number}"})
         process.send_signal(signal.SIGTERM)
         with os.fdopen(reader, "rb") as pipe:

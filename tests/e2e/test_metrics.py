@@ -97,11 +97,11 @@ def test_counters_match_the_requests(service: Service) -> None:
     assert more("cancelled_total", stage="waiting") == more("cancelled_total", stage="running") == 0
 
 
-def test_gauges_of_an_idle_service(service: Service) -> None:
+def test_gauges_of_an_idle_service_have_the_expected_values(service: Service) -> None:
     service.wait_until_idle()
     metrics = service.metrics()
     assert metrics.value("queue_capacity_images") == 1024
-    assert metrics.value("requests_in_progress") == 1  # the scrape itself
+    assert metrics.value("requests_in_progress") == 1  # the scrape is also a request
     assert metrics.value("ready") == 1
 
 

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 CAPACITY = 256
 ONE: dict[str, Any] = {"digit": 7, "seed": 7, "guidance_scale": 1}
 HEALTH_SECONDS = 1.0  # the longest permitted latency of /health
-MAX_SLOWDOWN = 1.5  # of a single image after the overload; allows for noise of the machine
+MAX_SLOWDOWN = 1.5  # limit for a single image after the overload; includes variations of the machine
 MEGABYTES = 2**20
 
 
@@ -61,7 +61,9 @@ def single_image_seconds(service: Service) -> float:
     return statistics.median(seconds)
 
 
-def test_overload_of_ten_times_the_capacity(shipped: Service, record_property: Any) -> None:
+def test_overload_of_ten_times_the_capacity_does_not_delay_health_or_later_images(
+    shipped: Service, record_property: Any
+) -> None:
     process = psutil.Process(shipped.process.pid)
     image = shipped.images(**ONE)
     send_all(shipped, requests_of(CAPACITY, 0))  # fills caches and thread pools

@@ -16,7 +16,7 @@ NUM_IMAGES, CLIENTS, ENOUGH_ROWS = 500, 64, 16
 REQUEST_TIMEOUT = 600  # seconds
 VARYING_THREADS = {"OMP_NUM_THREADS": "2", "UNFOG_NUM_THREADS": ""}  # the service adapts threads to the load
 BATCHED = (  # settings and the minimum of mean rows per step
-    # A low minimum, because auto chooses small steps if the machine was busy during the start.
+    # The minimum is low, because auto chooses small steps if the machine was busy during the start.
     ({**VARYING_THREADS, "UNFOG_MAX_BATCH": "auto"}, 2),
     ({**VARYING_THREADS, "UNFOG_MAX_BATCH": "64"}, ENOUGH_ROWS),
     ({"UNFOG_MAX_BATCH": "23", "UNFOG_NUM_THREADS": "2"}, ENOUGH_ROWS),
@@ -44,7 +44,7 @@ def requests(steps: tuple[int, int], models: tuple[str, ...]) -> list[Body]:
 def generate(service: Service, bodies: list[Body], order: int) -> tuple[list[bytes], float]:
     """Sends the requests in a random order given by `order`. Returns the images and the mean rows per step."""
     indices = random.Random(order).sample(range(len(bodies)), len(bodies))
-    service.client.timeout = REQUEST_TIMEOUT  # with one row per step the last client waits long
+    service.client.timeout = REQUEST_TIMEOUT  # with one row per step, the last client waits for a long time
     service.wait_until_idle()
     before = service.metrics()
     with ThreadPoolExecutor(CLIENTS) as pool:

@@ -16,7 +16,7 @@ from model.sampler import Guidance, sample
 from tests.e2e.conftest import GUIDANCE, Start, start_service
 from tests.e2e.service import Service, open_png
 
-# All samplers, few and many steps, guidance off, recommended and strong.
+# These requests cover all samplers, few and many steps, and guidance that is off, recommended or strong.
 REQUESTS: dict[str, dict[str, Any]] = {
     "default": {"digit": 7, "seed": 1},
     "several images": {"digit": 3, "seed": 1, "count": 5, "num_steps": 37, "guidance_scale": 3},

@@ -44,7 +44,7 @@ def test_times_in_json_are_consistent(generated: dict[str, Any]) -> None:
     queue, denoise, total = (generated["timing"][name] for name in TIMES)
     assert queue >= 0
     assert denoise > 0
-    assert queue + denoise <= total + 1e-5  # rounding error
+    assert queue + denoise <= total + 1e-5  # the times are rounded
 
 
 def test_images_are_28x28_greyscale_and_distinct(images: list[bytes]) -> None:
@@ -161,7 +161,7 @@ def test_number_of_previews_is_within_one_of_the_requested_number(
         assert 0 < data["step"] <= num_steps
     for preview in (data["previews"][-1] for data in progress):
         pixels, chunks, mode = open_png(base64.b64decode(preview))
-        assert (pixels.shape, chunks, mode) == ((28, 28), {}, "L")  # unscaled, without provenance
+        assert (pixels.shape, chunks, mode) == ((28, 28), {}, "L")  # previews are not scaled and have no metadata
 
 
 def test_last_ddim_preview_equals_the_image(service: Service) -> None:

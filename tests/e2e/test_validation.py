@@ -141,7 +141,7 @@ def test_malformed_json_is_400(service: Service, document: bytes) -> None:
     assert_problem(service.post(document), 400, "malformed_json")
 
 
-LARGEST = 16 * 1024  # UNFOG_MAX_BODY_BYTES
+LARGEST = 16 * 1024  # the default of UNFOG_MAX_BODY_BYTES
 
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":'], ids=["lists", "objects"])

@@ -176,7 +176,7 @@ def test_open_has_predictions_of_a_simulation(tiny: Path, tmp_path: Path, monkey
     saturated, half = json.loads(out.read_text())["rows"]
     assert half["rate"] == pytest.approx(0.5 * saturated["images_a_second"])
     assert half["predicted_p95"] == pytest.approx(3e-9)  # no two requests overlap
-    assert half["replayed_p95"] > 1000 * half["predicted_p95"]  # with the step times of the service
+    assert half["replayed_p95"] > 1000 * half["predicted_p95"]  # the replay uses the step times of the service
     assert half["latencies"]["one"]["p95"] > half["predicted_p95"]
     assert half["batched_p95"] == 7.0
     *_, moments = json.loads(out.with_suffix(".answers.json").read_text())[1]

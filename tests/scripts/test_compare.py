@@ -66,10 +66,10 @@ def test_steps_evaluates_each_sampler_with_each_number_of_steps(swept: Path) -> 
     )
     assert table[2].startswith(
         f"| ddim | 1 | 1.5 in 2-8 | 1 | {rows[0]['extractor']:.2%} |"
-    )  # guidance acts at t = 12 only
+    )  # guidance only applies at t = 12
     assert table[3].startswith(
         f"| ddim | 2 | 1.5 in 2-8 | 3 | {rows[1]['extractor']:.2%} |"
-    )  # at t = 12, and twice at 6
+    )  # one evaluation at t = 12, two at t = 6
     with Image.open(swept / "steps.png") as image:
         assert min(image.size) > 100
 
@@ -130,7 +130,7 @@ def test_sweep_of_too_few_images_has_a_note_instead_of_distances(
             assert min(image.size) > 100
 
 
-def test_guidance_sweeps_no_guidance_and_all_scales_and_intervals(inputs: Path, tmp_path: Path) -> None:
+def test_guidance_sweep_covers_guidance_off_and_all_scales_and_intervals(inputs: Path, tmp_path: Path) -> None:
     swept = ["--scales", "1", "2", "--intervals", "1-10", "3-5", "--num-steps=2", "--sampler=dpmpp"]
     compare.main(["guidance", *arguments(inputs, tmp_path), *swept])
     guidances = [row["options"]["guidance"] for row in json.loads((tmp_path / "guidance.json").read_text())["figures"]]

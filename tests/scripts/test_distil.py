@@ -83,7 +83,7 @@ def test_student_is_closer_to_the_paths_than_the_teacher_with_the_same_steps(pre
     preset.write_text(preset.read_text().replace("num_paths = 56", "num_paths = 960"))
     run(preset, teacher, tmp_path / "run")
     last = max((tmp_path / "run" / "paths").iterdir())
-    paths, index = load_file(last), torch.arange(960, 1_024)  # not in the training set
+    paths, index = load_file(last), torch.arange(960, 1_024)  # paths that are not in the training set
     options = DrawingOptions("ddim", 3, Guidance())
     distances = []
     for path in (tmp_path / "run" / "model.safetensors", teacher):

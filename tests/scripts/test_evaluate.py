@@ -70,7 +70,7 @@ def test_folder_has_the_same_metrics_as_its_checkpoint(
         make_dataset.main([*given, f"--format={form}", *options])
         read = evaluate_folder(inputs, tmp_path / f"read {form}", made)
         assert read.pop("images") == form
-        for name in ("frechet", "frechet_ratio"):  # the order of the sum differs
+        for name in ("frechet", "frechet_ratio"):  # these values are summed in another order
             assert read.pop(name) == pytest.approx(drawn[name], rel=1e-9)
         assert read == {name: value for name, value in drawn.items() if name in read}
         assert len(read) == len(drawn) - 2

@@ -127,7 +127,7 @@ def test_auto_continues_a_data_set_in_its_own_compile_mode(
     capsys.readouterr()
     with pytest.raises(SystemExit):
         make("stopped", "--compile=on")
-    assert "has a data set with another compiled: False, now True" in capsys.readouterr().err
+    assert "has a data set with compiled = False, but this run has True" in capsys.readouterr().err
 
 
 def test_folder_with_other_content_is_rejected_before_compiling(

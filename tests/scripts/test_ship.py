@@ -95,7 +95,7 @@ def test_json_that_is_not_an_evaluation_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: object
 ) -> None:
     source = save_tiny_checkpoint(tmp_path / "run.safetensors")
-    assert "not what scripts.evaluate digits leaves" in error_of_shipping(source, content, capsys=capsys)
+    assert "is not an evaluation" in error_of_shipping(source, content, capsys=capsys)
 
 
 def test_student_and_default_share_the_size_limit(

@@ -95,7 +95,7 @@ def recipe_of(name: str, **fields: Any) -> Recipe:
 
 
 def idx_files(num_images: int = NUM_IMAGES) -> dict[str, bytes]:
-    """Returns both splits as IDX files: magic number, sizes, bytes. Each digit is a bar at its own height."""
+    """Returns both splits as IDX files: magic number, sizes, bytes. Each digit is a bar at a different height."""
     files = {}
     for prefix in ("train", "t10k"):
         random = np.random.default_rng(len(prefix))

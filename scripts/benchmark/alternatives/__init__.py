@@ -1,1 +1,1 @@
-"""Alternative servers for comparison: the same weights and compiled step, tuned as the documentation of each says."""
+"""Alternative servers for comparison: the same weights and compiled step, tuned as their documentation says."""

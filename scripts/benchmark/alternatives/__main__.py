@@ -17,7 +17,7 @@ def main() -> None:
         "--batch-timeout", type=float, default=0.01, help="batch_timeout of LitServe in seconds; default: 0.01"
     )
     args = parser.parse_args()
-    keep_freed_memory()  # the service does the same
+    keep_freed_memory()  # the service also does this
     _serve(args.name, args.port, args.max_images, args.batch_timeout)
 
 

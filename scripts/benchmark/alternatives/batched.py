@@ -29,7 +29,7 @@ class Queue:
         return await answer
 
     async def run(self) -> None:
-        """Runs one batch after the other, without end."""
+        """Runs batches one after the other until the task is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self._has_requests.wait()

@@ -75,7 +75,7 @@ class Painter:
                 slots = torch.arange(count, device=self.device)  # (B,)
                 start = time.perf_counter()
                 _, _, finite = self._step(state, plans, Rows(slots, torch.zeros_like(slots), slots, slots))
-                finite.cpu()  # waits for a GPU
+                finite.cpu()  # waits until a GPU has finished
                 seconds[count].append(time.perf_counter() - start)
         return {count: statistics.mean(found) for count, found in seconds.items()}
 

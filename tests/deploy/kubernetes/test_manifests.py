@@ -36,7 +36,7 @@ def test_manifests_are_valid_in_the_oldest_and_newest_version(manifests: list[Ma
         ("NetworkPolicy", lambda m: m["spec"]["ingress"][0].update(form=[])),
         ("PodDisruptionBudget", lambda m: m["spec"].update(maxUnavailable=[1])),
         ("HorizontalPodAutoscaler", lambda m: m["spec"].pop("maxReplicas")),
-        ("ConfigMap", lambda m: m["data"].update(UNFOG_DRAIN_TIMEOUT=25)),  # a number instead of a string
+        ("ConfigMap", lambda m: m["data"].update(UNFOG_DRAIN_TIMEOUT=25)),  # the value is a number, not a string
     ],
 )
 def test_invalid_field_is_detected(manifests: list[Manifest], kind: str, break_it: Callable[[Manifest], Any]) -> None:

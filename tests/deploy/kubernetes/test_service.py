@@ -12,7 +12,7 @@ from tests.deploy.kubernetes.kustomize import EXTRAS, FOLDER, Manifest, containe
 
 ROOT = Path(__file__).parents[3]
 GIVE_UP_SECONDS = Settings.model_fields["give_up_seconds"].default
-COMPILED_START_SECONDS = 300  # 180 s to compile for a GPU, the rest to load and to record CUDA graphs
+COMPILED_START_SECONDS = 300  # 180 s to compile for a GPU, and 120 s to load and to record CUDA graphs
 PROGRESS_SECONDS = 600  # default of Kubernetes: a rollout that takes longer has failed
 
 
@@ -37,7 +37,7 @@ def test_every_variable_is_a_valid_setting(manifests: list[Manifest], settings: 
     assert container["envFrom"] == [{"configMapRef": {"name": find(manifests, "ConfigMap")["metadata"]["name"]}}]
     names = {*find(manifests, "ConfigMap")["data"], *(each["name"] for each in container["env"])}
     assert names - {"TMPDIR"} <= {f"UNFOG_{field}".upper() for field in Settings.model_fields}
-    assert ("TMPDIR" in names) is (overlay == "gpu")  # compiled kernels are loaded from there
+    assert ("TMPDIR" in names) is (overlay == "gpu")  # the service loads compiled kernels from this folder
     assert unknown_variables() == []
     assert settings.device == {"cpu": "cpu", "gpu": "cuda"}[overlay]
 

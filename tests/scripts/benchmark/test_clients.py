@@ -22,7 +22,7 @@ def request(k: int) -> RequestSpec:
 async def service(
     seconds: float = 0.0, status: int = 200, until: asyncio.Event | None = None
 ) -> AsyncIterator[tuple[str, list[int]]]:
-    """Answers one request at a time. Yields its URL, and the number of open requests at each arrival."""
+    """A service that answers one request at a time. Yields its URL, and the number of open requests at each arrival."""
     open_at_once: list[int] = []
     lock, num_open = asyncio.Lock(), 0
 
@@ -50,7 +50,7 @@ async def service(
 
 
 def endless(start: float) -> Iterator[float]:
-    """Yields a time every 0.1 s."""
+    """Yields the times 0.1 s, 0.2 s, 0.3 s and so on."""
     return (start + k / 10 for k in count())
 
 
@@ -58,7 +58,9 @@ def test_arrivals_are_a_poisson_process_and_reproducible() -> None:
     times = list(takewhile(lambda at: at < 200, arrivals(50, seed=1)))
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert len(times) == pytest.approx(10_000, rel=0.05)
-    assert statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.05)  # like an exponential distribution
+    assert statistics.stdev(gaps) == pytest.approx(
+        statistics.mean(gaps), rel=0.05
+    )  # true for an exponential distribution
     assert times == list(islice(arrivals(50, seed=1), len(times))) != list(islice(arrivals(50, seed=2), len(times)))
 
 
@@ -165,4 +167,4 @@ def test_images_count_by_completion_in_an_open_loop() -> None:
     window = replace(WINDOW, by_completion=True)
     assert window.images_a_second == pytest.approx(
         (4 + 2 + 1) / 10
-    )  # completed at 12, 13 and 19; 25 is after the window
+    )  # the images completed at 12, 13 and 19 s count, the image at 25 s does not

@@ -1,4 +1,4 @@
-"""Tests of the turns of services, with services of a few lines of Python."""
+"""Tests how services take turns, with services of a few lines of Python."""
 
 import pytest
 

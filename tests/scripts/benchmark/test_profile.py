@@ -35,7 +35,7 @@ from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
         ("aten::bitwise_xor", OTHER),
     ],
 )
-def test_kernel_has_the_kind_of_its_name(kernel: str, kind: str) -> None:
+def test_kind_of_a_kernel_follows_from_its_name(kernel: str, kind: str) -> None:
     assert kind_of(kernel) == kind
 
 
@@ -50,7 +50,7 @@ def test_profile_of_a_step_has_times_by_kind(tmp_path: Path, monkeypatch: pytest
     assert whole > 0
 
 
-def test_matrix_shares_alternate_steps_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrix_shares_measure_steps_and_products_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     clock = iter(range(100))  # each step takes 1 s on this clock
     monkeypatch.setattr(profile.time, "perf_counter", lambda: float(next(clock)))

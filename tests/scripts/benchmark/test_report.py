@@ -33,7 +33,7 @@ def test_with_spread_shows_the_quartiles_for_many_values() -> None:
 
 
 def test_quantile_of_a_histogram_is_that_of_prometheus() -> None:
-    buckets = {0.1: 10.0, 0.2: 30.0, 0.4: 40.0, math.inf: 40.0}  # 10 below 0.1, 20 from there to 0.2, 10 to 0.4
+    buckets = {0.1: 10.0, 0.2: 30.0, 0.4: 40.0, math.inf: 40.0}  # 10 values up to 0.1, 20 up to 0.2, 10 up to 0.4
     assert quantile(buckets, 0.5) == pytest.approx(0.15)
     assert quantile(buckets, 0.875) == pytest.approx(0.3)
     assert quantile({0.1: 1.0, math.inf: 2.0}, 0.95) == 0.1  # limited to the largest finite bound
@@ -85,7 +85,7 @@ def test_table_has_the_median_of_the_ratios_to_the_first_service() -> None:
         "-",
         "-",
         "1.5 (0.5 - 2)",
-    ]  # 2 / 1, 3 / 2 and 5 / 10
+    ]  # the ratios are 2 / 1, 3 / 2 and 5 / 10
     assert [line["p95, ratio to the first"] for line in table] == ["-", "-", "3 (2 - 5)"]
 
 
@@ -99,5 +99,5 @@ def test_table_has_the_median_of_the_ratios_to_the_first_service() -> None:
         ("the same, every other of 10 steps", "70% of the slower service's capacity, half with 10 steps"),
     ],
 )
-def test_names_of_loads_in_earlier_results_are_shown_in_plain_words(name: str, shown: str) -> None:
+def test_older_names_of_loads_are_shown_as_the_current_names(name: str, shown: str) -> None:
     assert plain_load(name) == shown

@@ -90,7 +90,7 @@ def serving(status: int, body: bytes) -> Iterator[Running]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Waits until the condition is true. The timeout of the test limits the time."""
+    """Waits until the condition is true. If it stays false, pytest's timeout fails the test."""
     while not condition():
         time.sleep(0.01)
 

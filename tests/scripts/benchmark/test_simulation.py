@@ -33,7 +33,7 @@ def test_new_request_joins_the_next_step() -> None:
     assert [(request.due, request.done) for request in requests] == [
         (0.0, 3.0),
         (0.25, 4.0),
-    ]  # steps of 1, 2 and 1 seconds
+    ]  # the steps take 1, 2 and 1 seconds
 
 
 def test_oldest_requests_run_first_if_a_step_is_full() -> None:
@@ -66,7 +66,7 @@ def test_batch_has_all_requests_that_wait_when_the_last_one_ends() -> None:
     assert [(request.due, request.done) for request in late] == [
         (0.0, 2.0),
         (0.5, 6.0),
-    ]  # in the same batch as a request that does not count
+    ]  # a request after the window is in the same batch
 
 
 def test_batches_of_one_request_take_the_time_of_steps_of_one_row() -> None:
@@ -91,7 +91,7 @@ def test_step_time_is_multiplied_by_the_slowness_at_its_start() -> None:
 
 def test_slowness_is_the_ratio_of_measured_to_expected_step_times() -> None:
     samples = [Moment(0, 10, 40, 5.0), Moment(2, 12, 48, 9.0), Moment(4, 16, 48 + 8, 17.0)]
-    ratio = slowness(samples, lambda rows: rows / 4)  # steps of 4 rows that took 2 s each, then of 2 rows and 2 s
+    ratio = slowness(samples, lambda rows: rows / 4)  # measured: 2 s per step, first with 4 rows, then with 2
     assert [ratio(at) for at in (0, 1, 2, 3, 9)] == [2, 2, 3, 4, 4]
 
 

@@ -21,7 +21,7 @@ def test_animation_shows_every_frame_without_loss() -> None:
         assert torch.equal(pixels[::SCALE, ::SCALE], expected)
 
 
-def test_last_frame_of_an_animation_stays_longest_and_it_repeats_without_end() -> None:
+def test_animation_repeats_and_shows_its_last_frame_longest() -> None:
     frames = [torch.full((2, 1, 4, 4), value) for value in (-1.0, 0.0, 1.0)]
     with Image.open(io.BytesIO(encode_animation(frames))) as animation:
         durations = []

@@ -50,7 +50,7 @@ def test_batches_equal_the_unbatched_reverse_process(
     )
     error = (drawn - expected).abs().mean()
     assert error < (0.05 if fast else 1e-4)
-    # Rows in another order must differ clearly, in either precision.
+    # The limit must detect rows in a wrong order, both in float32 and in bfloat16.
     assert (drawn - expected.flip(0)).abs().mean() > 0.2
 
 

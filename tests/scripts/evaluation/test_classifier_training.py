@@ -21,7 +21,7 @@ def train(kind: str, *, augmented: bool, fogged: bool = False, seed: int = 0) ->
 
 
 @EVERY_KIND
-def test_classifier_learns_and_its_facts_are_of_unseen_digits(kind: str) -> None:
+def test_classifier_learns_and_stores_its_accuracy_on_unseen_digits(kind: str) -> None:
     network = train(kind, augmented=False)
     facts = facts_of(network, bars(100, 2), bars(200, 3), epochs=4)
     assert facts["test_accuracy"] == accuracy(network, *bars(200, 3)) > 0.9
@@ -63,6 +63,6 @@ def test_augmentation_moves_images_a_little_and_keeps_their_levels() -> None:
     centre_x = (moved * place).sum(dim=(1, 2, 3)) / mass
     centre_y = (moved * place[:, None]).sum(dim=(1, 2, 3)) / mass
     furthest = torch.hypot(centre_x - 13.5, centre_y - 13.5).max()
-    assert 2 < furthest < 2 * 2**0.5 / 0.9 + 0.1  # two pixels in each direction, divided by the smallest zoom
+    assert 2 < furthest < 2 * 2**0.5 / 0.9 + 0.1  # a shift of two pixels in x and y, divided by the smallest scale
     assert min(centre_x.std(), centre_y.std()) > 0.8
-    assert mass.std() / mass.mean() > 0.05  # caused by the scaling
+    assert mass.std() / mass.mean() > 0.05  # the images are scaled

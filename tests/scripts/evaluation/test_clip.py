@@ -58,7 +58,12 @@ class FixedScorer(ClipScorer):
 
 def test_scores_are_shares_of_the_pictures() -> None:
     given = torch.zeros(4, 12)
-    given[0, 0], given[1, 1], given[2, 7], given[3, 3] = 0.5, 0.5, 0.5, 0.5  # the third is a 2 that looks like a 7
+    given[0, 0], given[1, 1], given[2, 7], given[3, 3] = (
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+    )  # the third picture, a 2, is most similar to the prompt of 7
     given[:, 10] = torch.tensor([0.4, 0.4, 0.4, 0.1])
     given[:, 11] = 0.2
     scores = FixedScorer(given).score(bars(4, 0))
@@ -98,9 +103,9 @@ def test_noised_digits_go_from_timestep_20_to_100() -> None:
     x_0, x_t = digits.images.float(), noised(digits).images.float()
     difference = (x_t - x_0).square().mean(dim=(1, 2, 3))  # (162,)
     assert torch.equal(noised(digits).images, noised(digits).images)
-    assert difference[0] > 0  # t = 20
-    assert difference[:10].max() < difference[71:81].min()  # t = 91 to 100
-    assert difference[81:91].max() < difference[152:].min()  # then from 20 again
+    assert difference[0] > 0  # the pictures with t = 20
+    assert difference[:10].max() < difference[71:81].min()  # the pictures with t = 91 to 100
+    assert difference[81:91].max() < difference[152:].min()  # t starts at 20 again
 
 
 @pytest.mark.parametrize("name", ["nowhere", "ViT-B-32:no/such/file.pt", "no-such-model:openai"])
@@ -111,7 +116,7 @@ def test_missing_model_gives_an_error_of_one_line(name: str) -> None:
 
 
 def test_weights_in_a_file_are_loaded_for_the_named_architecture(tmp_path: Path) -> None:
-    """Downloaded weights of OpenAI or LAION are such files. The test uses random weights of a tiny architecture."""
+    """Weights of OpenAI and LAION are downloaded as files. The test uses random weights of a tiny architecture."""
     architecture = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},

@@ -30,13 +30,13 @@ def test_frechet_distance_equals_the_formula_of_the_paper() -> None:
     assert measured == pytest.approx(expected, rel=1e-5)
 
 
-def test_frechet_distance_of_a_shift_is_its_square() -> None:
+def test_frechet_distance_of_a_shift_is_the_squared_shift() -> None:
     features = gaussian(200, 3)
     assert frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(features + 0.25, features) == pytest.approx(6 * 0.25**2, rel=1e-4)
 
 
-def test_frechet_distance_needs_fewest_images_to_show_a_known_distance() -> None:
+def test_fewest_images_are_enough_to_detect_a_known_frechet_distance() -> None:
     """The distance of normal distributions with equal covariance is |shift|^2. Here it is about that of blurred digits.
 
     The number of features and their variances (a sum of 30, most of it in few features) are like the extractor's.
@@ -61,7 +61,7 @@ def test_frechet_distance_needs_fewest_images_to_show_a_known_distance() -> None
     same, shifted = estimates(FEWEST_IMAGES // 5)
     assert min(shifted) < 1.4 * max(same)
     same, _ = estimates(features)
-    assert min(same) > 5 * truth  # although the true distance is 0
+    assert min(same) > 5 * truth  # the true distance is 0
 
 
 def test_manifold_metrics_are_1_for_the_same_set_and_0_for_a_distant_set() -> None:

@@ -61,7 +61,7 @@ def test_lost_at_is_the_first_timestep_below_the_limit_or_none() -> None:
     assert lost_at([0, 50, 100], shares) == [None, None, None, None, 50, None, None, None, None, None]
 
 
-def test_informedness_is_0_for_a_constant_answer_and_half_for_half_right() -> None:
+def test_informedness_is_0_for_constant_and_half_for_half_correct_answers() -> None:
     always_eight = torch.zeros(10, 10, dtype=torch.long)
     always_eight[:, 8] = torch.tensor([10, 11, 9, 10, 10, 8, 10, 10, 10, 12])
     assert informedness(always_eight).tolist() == pytest.approx([0] * 10)

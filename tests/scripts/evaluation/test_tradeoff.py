@@ -1,4 +1,4 @@
-"""The plot of quality against latency shows the values of its files."""
+"""Tests that the plot of quality against latency shows the values in its input files."""
 
 import json
 import shutil

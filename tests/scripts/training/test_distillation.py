@@ -40,7 +40,7 @@ def teacher(tmp_path: Path) -> Path:
         unet=network.config,
         schedule=RECIPE.schedule,
         prediction=PredictionConfig("v"),
-        guidance=Guidance(1.2),  # not used for the paths: the recipe has its own guidance
+        guidance=Guidance(1.2),  # not used for the paths, which use the guidance of the recipe
         training={"label_drop": 0.1},
     )
     checkpoint.save(tmp_path / "teacher.safetensors", network, config)
@@ -66,7 +66,7 @@ def test_teacher_timesteps_include_the_students_and_are_evenly_spaced(teacher_st
     assert teacher_steps - 2 <= len(timesteps) - 1 <= teacher_steps + 2
     half_log_snr = schedule.half_log_snr.tolist()
     lengths = [half_log_snr[t_prev] - half_log_snr[t] for t, t_prev in pairwise(timesteps[:-1])]
-    assert max(after / before for before, after in pairwise(lengths)) < 2  # accurate for order 2
+    assert max(after / before for before, after in pairwise(lengths)) < 2  # keeps a second-order sampler accurate
 
 
 def sample_paths(teacher: Path, guidance: Guidance, y: torch.Tensor) -> torch.Tensor:
@@ -91,12 +91,12 @@ def sample_paths(teacher: Path, guidance: Guidance, y: torch.Tensor) -> torch.Te
 def test_a_path_leads_from_its_noise_to_the_guided_image(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # makes this machine compute in float32
     states, y = load_or_draw_paths(teacher, tmp_path)
     assert states.shape == (40, 4, 1, 28, 28)
     assert y.tolist() == [i % 10 for i in range(40)]
     own = Guidance(2.0, 3, NUM_STEPS)
-    assert (states.float() - sample_paths(teacher, own, y)).abs().mean() < 1e-3  # float16 rounding
+    assert (states.float() - sample_paths(teacher, own, y)).abs().mean() < 1e-3  # the paths are rounded to float16
     for guidance, digits in ((Guidance(), y), (Guidance(2.0, 1, 2), y), (own, (y + 1) % 10)):
         assert (states.float() - sample_paths(teacher, guidance, digits)).abs().mean() > 1e-2
 
@@ -215,7 +215,7 @@ def test_each_step_has_its_own_validation_loss(states: torch.Tensor) -> None:
     perfect = Perfect(states)
     wrong_at_8 = lambda x_t, t, y: perfect(x_t, t, y) + 2.0 * (t == 8)[:, None, None, None]  # noqa: E731
     loss, bands = objective.validation_losses(wrong_at_8)
-    assert bands == pytest.approx((0, 4, 0), abs=1e-6)  # last step first
+    assert bands == pytest.approx((0, 4, 0), abs=1e-6)  # the losses begin with the last step
     assert loss == pytest.approx(4 / 3)
 
 

@@ -28,7 +28,7 @@ def test_presets_include_baseline_default_and_fast() -> None:
 def test_preset_networks_generate_mnist_digits_and_are_small(name: str) -> None:
     recipe = load_recipe(name)
     assert (recipe.schedule.num_steps, recipe.unet.image_size, recipe.unet.num_classes) == (100, 28, 10)
-    assert sum(p.numel() for p in UNet(recipe.unet).parameters()) * 4 < 12e6  # as in scripts.ship
+    assert sum(p.numel() for p in UNet(recipe.unet).parameters()) * 4 < 12e6  # the limit in scripts.ship
 
 
 def test_baseline_is_the_textbook_recipe() -> None:
@@ -53,7 +53,7 @@ def differences(one: str, other: str) -> set[str]:
     return {place for place in a.keys() | b.keys() if a.get(place) != b.get(place)}
 
 
-GUIDANCE = {  # a separate rung between the two presets
+GUIDANCE = {  # the values of the guidance, which rung 6 changes
     "guidance.scale",
     "guidance.start",
     "guidance.stop",
@@ -61,7 +61,7 @@ GUIDANCE = {  # a separate rung between the two presets
 }
 
 
-STEM_AND_RECIPE = {  # rung 5
+STEM_AND_RECIPE = {  # the values that rung 5 changes
     *("batch_size", "grad_clip", "optimizer.name", "optimizer.lr", "optimizer.betas", "optimizer.weight_decay"),
     *("lr_schedule.name", "lr_schedule.warmup_steps"),
     *("unet.stem_patch", "unet.widths", "unet.num_pairs", "unet.residual", "unet.attention_heads"),
