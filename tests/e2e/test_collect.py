@@ -12,7 +12,7 @@ from tests.e2e.service import Service, open_png
 def test_collected_files_equal_the_images_of_the_service(
     service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "A_REQUEST", 8)  # 10 images of each digit need two requests
+    monkeypatch.setattr(collect, "IMAGES_PER_REQUEST", 8)  # 10 images of each digit need two requests
     out, options = tmp_path / "served", ["--num-steps=2", "--sampler=ddim", "--guidance-scale=1"]
     collect.main([service.url, "--num-images=100", "--seed=40", *options, f"--out={out}"])
     body = {"num_steps": 2, "sampler": "ddim", "guidance_scale": 1}
@@ -36,19 +36,19 @@ def test_folder_that_is_not_empty_is_not_changed(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize(("option", "reason"), [("--num-steps=101", "answered 422"), ("--model=none", "answered 422")])
+@pytest.mark.parametrize("option", ["--num-steps=101", "--model=none"])
 def test_rejected_request_is_a_one_line_error_with_status_2(
-    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, reason: str
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         collect.main([service.url, "--num-images=10", option, f"--out={tmp_path / 'new'}"])
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert reason in error
+    assert "answered with status 422" in error
     assert len(error.strip().splitlines()) == 1
 
 
 def test_unreachable_service_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         collect.main(["http://127.0.0.1:9", "--num-images=10", f"--out={tmp_path / 'new'}"])
-    assert "does not response" in capsys.readouterr().err
+    assert "No answer from http://127.0.0.1:9/health" in capsys.readouterr().err
