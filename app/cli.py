@@ -63,7 +63,10 @@ def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> 
             Runner.load(settings.model_copy(update={"compile": "on"}))
         else:
             _serve(settings)
-    except (SettingsError, StartError, RunnerError, TracesError) as error:
+    except SettingsError as error:  # It names the flag or the variable itself.
+        writer.put(f"unfog: {error}\n")
+        return 2
+    except (StartError, RunnerError, TracesError) as error:
         writer.put(f"unfog: {_name_flags(str(error), flags)}\n")
         return 2
     except GivenUpError as error:
@@ -118,7 +121,7 @@ def _leave(status: int, writer: LogWriter) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints one line, without argparse's usage text, and exits with status 2."""
-        print(f"unfog: {message} (--help shows all arguments)", file=sys.stderr)
+        print(f"unfog: {message} (list the arguments with: python -m app --help)", file=sys.stderr)
         sys.exit(2)
 
 

@@ -113,9 +113,11 @@ torch_index() {
 # is_installed PATTERN: true if the venv has a package whose NAME-VERSION matches the pattern.
 is_installed() { compgen -G "$venv/lib/python*/site-packages/$1.dist-info" >/dev/null; }
 
-# pip lists its configuration files and its PIP_* environment variables.
+# pip lists its configuration files and its PIP_* environment variables. Empty values have no effect. pypi-url is another
+# name of index-url.
 pip_has_a_source() {
-  "$python" -m pip config list | grep -E '^[^=]*\.(index-url|extra-index-url|find-links|no-index)=' >/dev/null
+  local option='(index-url|pypi-url|extra-index-url|find-links)=.[^'"'"'"]' no_index="no-index='(1|true|yes|on)'"
+  "$python" -m pip config list | grep -iE "^(global|install|:env:)\.($option|$no_index)" >/dev/null
 }
 
 # WSL has a GPU without /dev/nvidiactl. nvidia-smi can be installed without a GPU or a driver, and fails then.

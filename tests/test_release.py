@@ -63,7 +63,9 @@ def test_workflow_runs_the_tests_with_few_permissions_and_a_timeout(path: Path) 
     commands = [step["run"].split()[0] for step in steps if "run" in step]
     assert "scripts/test" in commands
     assert all((ROOT / command).is_file() for command in commands if command.startswith("scripts/"))
-    assert set(workflow["permissions"]) == {"contents"}
+    assert workflow["permissions"] == {"contents": "read"}
+    writers = [name for name, job in workflow["jobs"].items() if "permissions" in job]
+    assert all("scripts/test" not in str(workflow["jobs"][name]["steps"]) for name in writers)
     assert all(0 < job["timeout-minutes"] <= 120 for job in workflow["jobs"].values())
 
 

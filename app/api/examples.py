@@ -108,7 +108,7 @@ def problems(settings: Settings) -> list[dict[str, Any]]:
         errors.Unauthorized(),
         errors.Forbidden(),
         errors.NotAcceptable(("application/json", "image/png", "application/zip", "text/event-stream")),
-        errors.RequestTimeout(),
+        errors.RequestTimeout(f"The body did not arrive within {settings.read_timeout:g} s"),
         errors.BodyTooLarge(settings.max_body_bytes),
         errors.UnsupportedMediaType(),
         errors.InvalidRequest.of("digit", "Input should be less than or equal to 9"),

@@ -108,8 +108,9 @@ class Runner:
             except CompilerError as error:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+                # Not `model`: the console does not show the fields of the access log.
                 log.warning(
-                    "Model not compiled, steps take longer", extra={"model": model.info.name, "reason": str(error)}
+                    "Model not compiled, steps take longer", extra={"checkpoint": model.info.name, "reason": str(error)}
                 )
         return all(model.info.compiled for model in self._models.values())
 

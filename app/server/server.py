@@ -210,6 +210,6 @@ async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[Non
     drained.add_done_callback(lambda done: done.cancelled() or done.exception())  # Marks the exception as retrieved.
     await asyncio.wait((drained, stop_now), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := backlog.waiting + backlog.running:
-        log.warning("Drain ended, dropped unfinished images", extra={"images": left})
+        log.warning("Drain ended, dropped unfinished images", extra={"count": left})
     engine.give_up(errors.Draining(1))
     drained.cancel()

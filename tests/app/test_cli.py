@@ -147,3 +147,11 @@ def test_error_names_the_flag_if_the_setting_was_a_flag(
     monkeypatch.setattr(cli, "load_settings", fail)
     assert cli._run(writer, flags, compile_only=False) == 2
     assert writer.lines == [f"unfog: {message}\n"]
+
+
+def test_error_about_a_variable_does_not_name_the_flag_of_the_same_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_API_KEYS", "")
+    writer: Any = FakeWriter()
+    assert cli._run(writer, {"api_keys": "k" * 20}, compile_only=False) == 2
+    (line,) = writer.lines
+    assert line.startswith("unfog: UNFOG_API_KEYS is empty")

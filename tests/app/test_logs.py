@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from app import logs
 from app.log_writer import LogWriter
 from app.logs import MAX_EXCEPTIONS, MAX_LINE, MAX_TEXT, MAX_TRACEBACK, capture_stderr, configure_logging
 
@@ -287,3 +289,12 @@ for number in range(500):
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert [json.loads(line)["message"] for line in done.stderr.splitlines()] == [str(n) for n in range(500)]
+
+
+def test_only_access_log_lines_have_fields_that_the_console_omits() -> None:
+    """An event with such a field would lose it on a terminal."""
+    pattern = re.compile(r"log\.(?:debug|info|warning|error|critical)\((?:[^()]|\([^()]*\))*\)")
+    omitted = [f'"{name}":' for name in logs._JSON_ONLY]
+    for path in [*(ROOT / "app").rglob("*.py"), *(ROOT / "model").rglob("*.py")]:
+        calls = pattern.findall(path.read_text())
+        assert [call for call in calls if any(name in call for name in omitted)] == [], path

@@ -327,6 +327,8 @@ def test_a_named_torch_index_overrides_the_automatic_choice(without_gpu: Project
         "install.extra-index-url='https://mirror.example/simple'",
         ":env:.find-links='/opt/wheels'\nglobal.cert='/etc/ssl/ca.crt'",
         "global.cert='/etc/ssl/ca.crt'\nglobal.no-index='true'",
+        ":env:.pypi-url='https://mirror.example/simple'",
+        ":env:.no-index='1'",
     ],
 )
 def test_a_package_source_in_pips_configuration_is_respected(without_gpu: Project, configuration: str) -> None:
@@ -337,7 +339,15 @@ def test_a_package_source_in_pips_configuration_is_respected(without_gpu: Projec
 
 
 @pytest.mark.parametrize(
-    "configuration", ["global.cert='/index-url=/ca.crt'", ":env:.default-timeout='180'", "global.constraint='/c.txt'"]
+    "configuration",
+    [
+        "global.cert='/index-url=/ca.crt'",
+        ":env:.default-timeout='180'",
+        "global.constraint='/c.txt'",
+        ":env:.index-url=''",
+        "global.no-index='false'",
+        "download.index-url='https://mirror.example/simple'",
+    ],
 )
 def test_other_pip_configuration_does_not_prevent_the_cpu_build(without_gpu: Project, configuration: str) -> None:
     without_gpu.serve(PIP_CONFIGURATION=configuration)
