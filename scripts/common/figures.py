@@ -56,7 +56,9 @@ def finish_curves(figure: "Figure") -> "Figure":
 
 def label_lines(axes: "Axes") -> None:
     """Writes the label of each line next to its last point, in the colour of the line. Labels do not overlap."""
-    lines = [line for line in axes.get_lines() if len(line.get_xydata()) and not str(line.get_label()).startswith("_")]
+    lines = [
+        line for line in axes.get_lines() if np.size(line.get_xydata()) and not str(line.get_label()).startswith("_")
+    ]
     # (x, y, line) with the position of the last point, in pixels
     ends = [(*axes.transData.transform(np.asarray(line.get_xydata())[-1]), line) for line in lines]
     placed = list[tuple[float, float]]()

@@ -57,6 +57,14 @@ def test_service_answers_while_it_loads_the_checkpoint(loading: LoadingProcess, 
     assert "unfog_ready 1.0" in client.get("/metrics").text
 
 
+def is_draining(client: httpx.Client) -> bool:
+    """Returns True also if the port is closed already: without admitted requests, the drain ends immediately."""
+    try:
+        return bool(client.get("/health").json()["status"] == "draining")
+    except httpx.TransportError:
+        return True
+
+
 def test_sigterm_while_loading_exits_with_status_0(loading: LoadingProcess) -> None:
     assert loading.client.get("/livez").status_code == 200
     loading.process.signal(signal.SIGTERM)
@@ -68,7 +76,7 @@ def test_sigterm_while_loading_exits_with_status_0(loading: LoadingProcess) -> N
 def test_second_sigterm_while_loading_exits_with_status_0(loading: LoadingProcess) -> None:
     assert loading.client.get("/livez").status_code == 200
     loading.process.signal(signal.SIGTERM)
-    wait_until(lambda: loading.client.get("/health").json()["status"] == "draining", "the service is draining")
+    wait_until(lambda: is_draining(loading.client), "the service is draining")
     loading.process.signal(signal.SIGTERM)
     loading.finish_loading()
     assert loading.process.wait() == 0
