@@ -109,7 +109,8 @@ class Project:
         """Starts a script. The current folder is not the project folder."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("UNFOG_", "PIP_"))}
         return subprocess.Popen(
-            [str(self.root / "scripts" / script), *arguments],
+            # A background process of a shell ignores SIGINT, and its children inherit this.
+            ["env", "--default-signal=INT", str(self.root / "scripts" / script), *arguments],
             env=clean | {"PATH": f"{self.bin}:{clean['PATH']}", "PIP_LOG": str(self.pip_log)} | variables,
             cwd=self.bin,
             stdout=subprocess.PIPE,

@@ -92,7 +92,7 @@ def test_compile_on_without_a_compiler_gives_a_one_line_error(
         script.main(["--compile=on", "--device=cpu", f"--out={tmp_path}"])
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "there is no 'no-such-compiler'" in line
+    assert "needs a C++ compiler, but 'no-such-compiler' was not found" in line
 
 
 @pytest.mark.parametrize(("recipe", "where"), [("cosine", "epoch"), ("plateau", "epoch"), ("cosine", "write")])
