@@ -105,7 +105,7 @@ torch_index() {
   elif has_nvidia_gpu; then
     say "NVIDIA GPU found. Downloading PyTorch's CUDA build (several GB). To get the CPU build, set UNFOG_TORCH_INDEX=$cpu_index"
   else
-    say "no NVIDIA GPU found. Installing PyTorch's CPU build ($cpu_index). To get the CUDA build (several GB), remove $venv and start again with UNFOG_TORCH_INDEX=https://pypi.org/simple"
+    say "no NVIDIA GPU found. Installing PyTorch's CPU build ($cpu_index). To get the CUDA build (several GB), remove $venv and start again with UNFOG_TORCH_INDEX set to an index of pytorch.org/get-started"
     printf '%s\n' "$cpu_index"
   fi
 }

@@ -66,7 +66,7 @@ def take_turns(
     """Starts all services, and measures each of them under each load once per repeat.
 
     The order of the services rotates. `measure_machine` is called before and after each measurement, while all services
-    are suspended. Its results are in the field `beside` of each yielded row.
+    are suspended. Its results are in the field `adjacent` of each yielded row.
     """
     with all_started(contestants) as running:
         for repeat, load in product(repeats, loads):
@@ -75,7 +75,7 @@ def take_turns(
                 before = measure_machine()
                 with running[contestant.name].turn():
                     figures = measure(running[contestant.name], contestant, load, times, repeat)
-                yield {"repeat": repeat, **figures, "beside": [before, measure_machine()]}
+                yield {"repeat": repeat, **figures, "adjacent": [before, measure_machine()]}
 
 
 async def _under(running: Running, load: Load, times: Times, seed: int, moments: list[Moment] | None) -> Window:

@@ -173,14 +173,16 @@ class _Run:
     def finish(self) -> None:
         """Adds the fractions of the matrix rate to the rows, prints the table and writes the results."""
         rate = self._machine["matrix_rate"] = max(
-            around["matrix_rate"] for row in self._rows for around in row["beside"]
+            around["matrix_rate"] for row in self._rows for around in row["adjacent"]
         )
         self._reporter.line(f"Matrix rate: {rate / 1e9:.0f} GFLOP/s")
         for row in self._rows:
             if row["is_plain"]:
                 done = row["images_a_second"] * NUM_STEPS * self._flop  # floating point operations per second
                 row["matrix_share"] = done / rate
-                row["matrix_share_beside"] = done / statistics.mean(around["matrix_rate"] for around in row["beside"])
+                row["adjacent_matrix_share"] = done / statistics.mean(
+                    around["matrix_rate"] for around in row["adjacent"]
+                )
         self._reporter.line(as_table(*without_empty(COLUMNS, table_of(self._rows))))
         self._write()
 

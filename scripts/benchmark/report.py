@@ -61,7 +61,6 @@ def with_spread(values: Sequence[float], digits: int = 3) -> str:
 
 def plain_load(name: str) -> str:
     """Returns the name to show for a load. Converts the older names in published results to the current ones."""
-    name = name.replace(" beside 1 x ", " with 1 x ")
     name = name.replace("0.7 of the slower's capacity", "70% of the slower service's capacity")
     name = name.replace("the same, every other of 10 steps", "70% of the slower service's capacity, half with 10 steps")
     return re.sub(r"^([\d.]+) of capacity$", lambda share: f"{100 * float(share[1]):g}% of capacity", name)
@@ -110,7 +109,7 @@ def _line(own: Sequence[Mapping[str, Any]], first: Sequence[Mapping[str, Any]], 
         *(_figure(own, name) for name in ("predicted_p95", "replayed_p95", "batched_p95")),
         with_spread(p(99, own)),
         *(_figure(own, name) for name in ("seconds_to_first_step", "rows_a_step", "p95_of_steps")),
-        *(_percent(own, name) for name in ("outside_network", "matrix_share", "matrix_share_beside")),
+        *(_percent(own, name) for name in ("outside_network", "matrix_share", "adjacent_matrix_share")),
         _figure(own, "resident_megabytes"),
     ]
 

@@ -138,7 +138,7 @@ def predictions(row: Mapping[str, Any], opens: float, closes: float) -> dict[str
     `batched_p95` uses the same step times with request-level batching. Raises ScriptError if the metrics of the service
     are missing.
     """
-    measured = [around["seconds_by_rows"] for around in row["beside"]]
+    measured = [around["seconds_by_rows"] for around in row["adjacent"]]
     bare = step_times({rows: mean(seconds[rows] for seconds in measured) for rows in STEP_ROWS})
     if len(row["moments"]) < 2:
         raise ScriptError("GET /metrics of the service failed under load. Measure again, with a longer --seconds")

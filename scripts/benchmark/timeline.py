@@ -114,7 +114,7 @@ def plot_timeline(file: Path, out: Path) -> None:
     """
     try:
         rows = json.loads(file.read_text("utf-8"))["rows"]
-        looks = [look["seconds_by_rows"] for row in rows for look in row["beside"] if "seconds_by_rows" in look]
+        looks = [look["seconds_by_rows"] for row in rows for look in row["adjacent"] if "seconds_by_rows" in look]
         measured = {int(count): statistics.median(look[count] for look in looks) for count in looks[0]}
     except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ScriptError(f"{file} has no step times. Use a result of scripts.bench open") from error

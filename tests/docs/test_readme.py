@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.docs.markdown import ROOT, blocks, commands
+from tests.fake_python import fake_python
 
 README = ROOT / "README.md"
 SHELL = {name: value for name, value in os.environ.items() if not name.startswith(("UNFOG_", "PIP_"))}
@@ -29,16 +30,7 @@ import os, pathlib, sysconfig
 site = pathlib.Path(sysconfig.get_path("purelib"))
 (site / "project.pth").write_text(os.getcwd() + "\\n" + {sysconfig.get_path("purelib")!r})
 """
-PYTHON = f"""
-import pathlib, subprocess, sys
-if sys.argv[1:3] != ["-m", "venv"]:
-    sys.exit(subprocess.run([{sys.executable!r}, *sys.argv[1:]]).returncode)
-subprocess.run([{sys.executable!r}, "-m", "venv", "--without-pip", sys.argv[3]], check=True)
-pip = next(pathlib.Path(sys.argv[3]).glob("lib/python*/site-packages")) / "pip"
-pip.mkdir()
-(pip / "__init__.py").touch()
-(pip / "__main__.py").write_text({PIP!r})
-"""
+PYTHON = fake_python(PIP)
 
 
 def test_readme_is_at_most_130_lines_and_1200_words() -> None:

@@ -61,7 +61,7 @@ def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pyte
     assert all(0 < found["outside_network"] < 1 for found in content["rows"])
     assert content["machine"]["flop_a_call"] > 1e8
     assert content["machine"]["matrix_rate"] == 1e12
-    assert all(found["beside"] == [{"matrix_rate": 1e12}] * 2 for found in content["rows"])
+    assert all(found["adjacent"] == [{"matrix_rate": 1e12}] * 2 for found in content["rows"])
     assert [("matrix_share" in found) for found in content["rows"][:9]] == [True] * 4 + [False] * 3 + [True] * 2
     answers = json.loads(out.with_suffix(".answers.json").read_text())
     assert [load for _, load, *_ in answers] == [found["load"] for found in content["rows"]]
@@ -319,7 +319,7 @@ def test_alternatives_are_measured_under_the_same_loads(
                 "is_plain": True,
                 "images_a_second": speed.get(contestant.name, 2.0),
                 "latencies": {"one": {"p50": 1.0, "p95": 2.0, "p99": 3.0}},
-                "beside": [{"matrix_rate": 1e12}],
+                "adjacent": [{"matrix_rate": 1e12}],
                 "answers": [],
                 "moments": [],
             }

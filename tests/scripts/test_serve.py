@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_python import fake_python
+
 ROOT = Path(__file__).parents[2]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYTHONS = ["python3", *(f"python3.{minor}" for minor in range(11, 15))]
@@ -48,17 +50,7 @@ if build := os.environ.get("PIP_TORCH"):
     (site / f"torch-{build}.dist-info").mkdir(exist_ok=True)
 """
 
-# Fake Python: `-m venv` creates a venv with the fake pip. Runs everything else with the real Python.
-FAKE_PYTHON = f"""
-import pathlib, subprocess, sys
-if sys.argv[1:3] != ["-m", "venv"]:
-    sys.exit(subprocess.run([{sys.executable!r}, *sys.argv[1:]]).returncode)
-subprocess.run([{sys.executable!r}, "-m", "venv", "--without-pip", sys.argv[3]], check=True)
-pip = next(pathlib.Path(sys.argv[3]).glob("lib/python*/site-packages")) / "pip"
-pip.mkdir()
-(pip / "__init__.py").touch()
-(pip / "__main__.py").write_text({FAKE_PIP!r})
-"""
+FAKE_PYTHON = fake_python(FAKE_PIP)
 
 # Fake service: prints its settings, arguments and current folder.
 FAKE_APP = """
@@ -311,13 +303,13 @@ def test_without_a_gpu_the_cpu_build_is_installed_and_explained(without_gpu: Pro
     assert second == without_gpu.constrained(".")
     (line,) = [line for line in err.splitlines() if "NVIDIA" in line]
     assert line.startswith(f"unfog: no NVIDIA GPU found. Installing PyTorch's CPU build ({CPU_INDEX})")
-    assert "UNFOG_TORCH_INDEX=https://pypi.org/simple" in line
+    assert "UNFOG_TORCH_INDEX set to an index of pytorch.org/get-started" in line
     assert str(without_gpu.venv) in line
 
 
 def test_a_named_torch_index_overrides_the_automatic_choice(without_gpu: Project) -> None:
-    _, _, err = without_gpu.run(PIP_CONFIGURATION="", UNFOG_TORCH_INDEX="https://pypi.org/simple")
-    assert without_gpu.installs[0][:2] == ["--index-url", "https://pypi.org/simple"]
+    _, _, err = without_gpu.run(PIP_CONFIGURATION="", UNFOG_TORCH_INDEX="https://index.example/cuda")
+    assert without_gpu.installs[0][:2] == ["--index-url", "https://index.example/cuda"]
     assert "NVIDIA" not in err
 
 

@@ -39,7 +39,7 @@ def test_facets_show_the_median_of_each_service_under_each_load() -> None:
 
 
 def test_loads_of_one_service_are_split_into_throughput_and_latency() -> None:
-    loads = (("64 x 1 image", 8.0), ("1 x 1 image", 4.0), ("1 x 1 image beside 1 x 64", 2.0))
+    loads = (("64 x 1 image", 8.0), ("1 x 1 image", 4.0), ("1 x 1 image with 1 x 64", 2.0))
     throughput, latency = show_bench([row(k, "unfog", load, rate) for k in range(3) for load, rate in loads]).axes
     assert [bar.get_width() for bar in throughput.patches] == [9.0]
     assert [bar.get_width() for bar in latency.patches] == [0.25, 0.5]

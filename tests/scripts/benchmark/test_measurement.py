@@ -28,5 +28,5 @@ def test_order_rotates_and_machine_is_measured_around_each_turn(monkeypatch: pyt
     assert [(row["load"], row["repeat"], row["contestant"]) for row in rows] == [
         (load.name, repeat, name) for repeat, order in ((1, "bca"), (2, "cab")) for load in loads for name in order
     ]
-    assert [row["beside"] for row in rows] == [[{"call": 2 * k}, {"call": 2 * k + 1}] for k in range(12)]
+    assert [row["adjacent"] for row in rows] == [[{"call": 2 * k}, {"call": 2 * k + 1}] for k in range(12)]
     assert all(row["repeat"] == row["seed"] for row in rows)

@@ -93,7 +93,6 @@ def test_table_has_the_median_of_the_ratios_to_the_first_service() -> None:
     ("name", "shown"),
     [
         ("64 x 1 image", "64 x 1 image"),
-        ("1 x 1 image beside 1 x 64, guided", "1 x 1 image with 1 x 64, guided"),
         ("0.2 of capacity", "20% of capacity"),
         ("0.7 of the slower's capacity", "70% of the slower service's capacity"),
         ("the same, every other of 10 steps", "70% of the slower service's capacity, half with 10 steps"),
