@@ -113,11 +113,11 @@ def _centres(length: int, count: int) -> list[float]:
     return [length * (i + 0.5) / count - 0.5 for i in range(count)]
 
 
-def save_figure(figure: "Figure", path: Path, *, grey: bool) -> None:
-    """Writes a small PNG: 8-bit greyscale if `grey`, else a palette of 64 colours."""
+def save_figure(figure: "Figure", path: Path, *, grey: bool, colours: int = 64) -> None:
+    """Writes a small PNG: 8-bit greyscale if `grey`, else a palette of at most `colours` colours (up to 256)."""
     buffer, small = io.BytesIO(), io.BytesIO()
     figure.savefig(buffer, format="png", dpi=RESOLUTION * DPI)
     image = Image.open(buffer).convert("RGB")
-    image = image.convert("L") if grey else image.quantize(64)
+    image = image.convert("L") if grey else image.quantize(colours)
     image.save(small, format="PNG", optimize=True)
     write_atomically(path, small.getvalue())
