@@ -1,0 +1,401 @@
+"""Converts a picture of a handwritten digit to the format of MNIST: white on black, 28 x 28 pixels, centred by mass.
+
+The steps of `digit`, which follow the description of MNIST by LeCun, Cortes and Burges (1998):
+
+1. Paper: a quadratic surface is fitted to the picture and subtracted, so that uneven light becomes black.
+2. Drawing: pixels that differ clearly from the paper form connected components. Small components (speckles) and
+   components along the border (such as the edge of a table) are ignored. The rest gives the bounding box.
+3. Stroke: a stroke that is much thinner or thicker than the strokes of MNIST is thickened or thinned.
+4. Size: the longest side of the bounding box is scaled to 20 pixels with antialiasing.
+5. Position: the box is placed so that its centre of mass is at the centre of the image.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.pixels import from_pixels
+
+Fit = Literal["auto", "resize", "digit"]
+Invert = bool | Literal["auto"]
+
+SIZE = 28  # pixels per side of an MNIST image
+BOX = 20 / 28  # longest side of the drawing, as a share of the image
+COARSE = 256  # the drawing is searched in a picture that is reduced to at most this many pixels per side
+FINE = 8  # subpixels per pixel while the stroke width is changed
+BAND_BYTES = 4 * 2**20  # rows are converted to float32 in bands of about this size, to limit the memory
+
+# Mean stroke widths in pixels, by `_stroke_width`. The quantiles of 1,000 validation digits of MNIST are 1.4 (1 %),
+# 2.6 (50 %), 3.9 (95 %) and 4.6 (99 %). Strokes outside of the bounds are changed: thin ones become typical. Thick ones
+# become only as thin as FIRM, because the outline of a loop that the stroke has filled would otherwise be lost.
+THINNEST, THICKEST = 1.4, 4.2
+TYPICAL, FIRM = 2.6, 3.4
+
+LEAST_CONTRAST = 0.04  # strokes must differ from the paper by at least this share of the range from black to white
+LEAST_EXTENT = 0.1  # a component that is smaller than this share of the largest component is a speckle
+LEAST_MASS = 0.02  # also a component whose mass is below this share
+BORDER_CONTACT = 0.25  # a component that touches the border along this share of a side is not part of the drawing
+
+
+@dataclass(frozen=True, slots=True)
+class DigitImage:
+    """A normalised image, and how it was made from the picture."""
+
+    pixels: Tensor  # uint8, (1, size, size), white strokes on black
+    fit: Literal["resize", "digit"]  # `resize` if `digit` found no drawing
+    inverted: bool  # True if the picture had dark strokes on a light background
+
+    @property
+    def x(self) -> Tensor:
+        """The image as float32 in [-1, 1], (1, size, size)."""
+        return from_pixels(self.pixels)
+
+
+@torch.inference_mode()
+def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: int = SIZE) -> DigitImage:
+    """Converts a grey picture (H, W), uint8 or float in 0..255, to an image of size x size pixels.
+
+    `picture` is a tensor or an array that `torch.as_tensor` accepts. `fit` is one of:
+    `resize`: the whole picture is scaled, with its aspect ratio, and centred on its background;
+    `digit`: MNIST's normalisation, or `resize` if the picture contains no drawing;
+    `auto`: a picture of size x size pixels keeps its pixels, and every other picture is fitted by `digit`.
+    `invert`: True for dark strokes on a light background, False for the opposite. `auto` detects it from the border
+    (pictures of size x size pixels) or from the sign of the contrast between strokes and paper (other pictures).
+    Raises ValueError if the picture is not two-dimensional or is empty.
+    """
+    grey = torch.as_tensor(picture)
+    if grey.ndim != 2 or not grey.numel():
+        raise ValueError(f"A picture must have the shape (H, W), not {tuple(grey.shape)}")
+    if tuple(grey.shape) == (size, size) and fit != "digit":
+        inverted = _has_light_border(grey.float()) if invert == "auto" else invert
+        return DigitImage(_whole(grey, size, inverted), "resize", inverted)
+    coarse = _reduce(grey, COARSE)
+    paper = _fit_paper(coarse)
+    contrast = coarse - _evaluate(paper, *_grid(coarse.shape))
+    inverted = _is_darker(contrast, coarse) if invert == "auto" else invert
+    if fit != "resize" and (drawing := _find_drawing(-contrast if inverted else contrast)) is not None:
+        return DigitImage(_to_pixels(_fit_digit(grey, drawing, paper, inverted, size)), "digit", inverted)
+    return DigitImage(_whole(grey, size, inverted), "resize", inverted)
+
+
+@torch.inference_mode()
+def resize(picture: Any, size: int = SIZE) -> Tensor:
+    """Scales a grey picture (H, W), 0..255, into size x size pixels and centres it on its background: uint8 (1, s, s).
+
+    The aspect ratio is kept. The background is the median of the border. A picture of this size is not changed.
+    """
+    return _whole(torch.as_tensor(picture), size, False)
+
+
+def _whole(grey: Tensor, size: int, inverted: bool) -> Tensor:
+    height, width = _box_of(grey.shape, size)
+    small = grey.float()[None, None] if max(grey.shape) <= size else _reduce(grey, 8 * size)[None, None] * 255
+    small = F.interpolate(small, (height, width), mode="bilinear", antialias=True)[0]  # (1, h, w)
+    image = torch.full((1, size, size), _border(small[0], 1).median().item())
+    top, left = (size - height) // 2, (size - width) // 2
+    image[:, top : top + height, left : left + width] = small
+    image = image.round().clamp(0, 255).to(torch.uint8)
+    return 255 - image if inverted else image
+
+
+def _has_light_border(grey: Tensor) -> bool:
+    """True if the border of an image is light, and lighter than its middle. MNIST's strokes do not reach the border.
+
+    The second condition matters for noisy images, in which the mean of a black border is grey.
+    """
+    margin = max(1, round(min(grey.shape) * (1 - BOX) / 2))
+    border = _border(grey, margin)
+    inside = grey[margin:-margin, margin:-margin]
+    return border.mean().item() > 127.5 and (not inside.numel() or border.mean().item() > inside.mean().item())
+
+
+def _border(grey: Tensor, margin: int) -> Tensor:
+    """Returns the pixels within `margin` pixels of the border, (N,)."""
+    is_border = torch.ones(grey.shape, dtype=torch.bool)
+    is_border[margin:-margin, margin:-margin] = False
+    return grey[is_border]
+
+
+def _box_of(shape: tuple[int, ...], longest: int) -> tuple[int, int]:
+    """Returns height and width with the aspect ratio of the shape and this longest side."""
+    scale = longest / max(shape)
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+
+
+def _reduce(grey: Tensor, longest: int) -> Tensor:
+    """Averages blocks of k x k pixels, so that no side is longer than `longest`. Returns float32 in [0, 1].
+
+    Works in bands of rows, so that no float32 copy of a large picture is made.
+    """
+    k = -(-max(grey.shape) // longest)
+    rows = k * max(1, BAND_BYTES // (4 * k * grey.shape[1]))
+    bands = [F.avg_pool2d(band.float()[None, None], k, ceil_mode=True)[0, 0] for band in grey.split(rows)]
+    return torch.cat(bands) / 255
+
+
+def _grid(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Returns the positions of rows (H,) and columns (W,) as shares of the picture, 0..1."""
+    rows, columns = ((torch.arange(n) + 0.5) / n for n in shape)
+    return rows, columns
+
+
+def _terms(rows: Tensor, columns: Tensor) -> Tensor:
+    """Returns the terms 1, x, y, x^2, xy, y^2 of a quadratic surface, (H, W, 6)."""
+    y, x = torch.meshgrid(2 * rows - 1, 2 * columns - 1, indexing="ij")
+    return torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y], dim=-1)
+
+
+def _evaluate(paper: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    return _terms(rows, columns) @ paper
+
+
+def _fit_paper(coarse: Tensor) -> Tensor:
+    """Fits a quadratic surface to the brightness of the paper. Returns its 6 coefficients.
+
+    Minimises the mean of the absolute residuals, plus half of the squared coefficients except the constant, by
+    iteratively reweighted least squares. Strokes have no influence while
+    they cover less than half of the picture, as for a median.
+    """
+    stride = max(1, max(coarse.shape) // 64)
+    rows, columns = _grid(coarse.shape)
+    terms = _terms(rows[::stride], columns[::stride]).flatten(0, 1).double()  # (N, 6)
+    brightness = coarse[::stride, ::stride].flatten().double()  # (N,)
+    weight = torch.ones_like(brightness)
+    paper = torch.zeros(6, dtype=torch.float64)
+    # Without a penalty on its slope and curvature, the surface would follow large strokes at the border. The penalty on
+    # the constant only makes the equations solvable.
+    ridge = len(brightness) * torch.diag(torch.tensor([1e-6, 1, 1, 1, 1, 1], dtype=torch.float64))
+    for _ in range(20):
+        weighted = terms * weight[:, None]
+        paper = torch.linalg.solve(terms.T @ weighted + ridge, weighted.T @ brightness)
+        weight = 1 / (brightness - terms @ paper).abs().clamp_min(0.005)
+    return paper.float()
+
+
+def _noise(contrast: Tensor) -> float:
+    """Returns the standard deviation of the paper's noise, estimated from the median of the absolute contrast."""
+    return 1.4826 * contrast.abs().median().item()
+
+
+def _is_darker(contrast: Tensor, coarse: Tensor) -> bool:
+    """True if the strokes are darker than the paper. Without strokes, True if the paper is light."""
+    least = 4 * _noise(contrast) + LEAST_CONTRAST
+    lighter = (contrast - least).clamp_min(0).sum().item()
+    darker = (-contrast - least).clamp_min(0).sum().item()
+    return darker > lighter if darker or lighter else coarse.median().item() > 0.5
+
+
+def _stroke_level(strength: Tensor, noise: float) -> float:
+    """Returns the typical strength of a stroke, or 0 if no pixels differ clearly from the paper."""
+    strokes = strength[strength > max(5 * noise, LEAST_CONTRAST)]
+    return strokes.quantile(0.9).item() if len(strokes) >= 4 else 0.0
+
+
+def _find_drawing(strength: Tensor) -> Tensor | None:
+    """Returns the mask (H, W) of the drawing in a coarse picture, or None if there is no drawing."""
+    noise = _noise(strength)
+    level = _stroke_level(strength, noise)
+    if not level:
+        return None
+    mask = strength > max(5 * noise, 0.35 * level)
+    labels = _components(_dilate(mask.float(), 1) > 0) * mask
+    kept = _select(labels, strength)
+    return torch.isin(labels, kept) & mask if len(kept) else None
+
+
+def _components(mask: Tensor) -> Tensor:
+    """Labels the connected components of a mask (H, W): int64 (H, W), 0 outside of the mask.
+
+    Each pixel takes the largest label of its neighbours, and so does the pixel that its old label names. Labels are
+    then replaced by the labels of the pixels that they name. The number of iterations is about the logarithm of the
+    length of the longest path.
+    """
+    index = torch.arange(1, mask.numel() + 1).view(mask.shape)
+    label = index * mask
+    while True:
+        grown = F.max_pool2d(label.double()[None, None], 3, 1, 1)[0, 0].long() * mask
+        roots = torch.cat([torch.zeros(1, dtype=torch.int64), grown.flatten()])  # (1 + H W,), by label
+        roots = roots.scatter_reduce(0, label.flatten(), grown.flatten(), "amax")
+        roots[0] = 0
+        grown = roots[roots[grown]]
+        if torch.equal(grown, label):
+            return label
+        label = grown
+
+
+def _select(labels: Tensor, strength: Tensor) -> Tensor:
+    """Returns the labels of the components that belong to the drawing."""
+    names, inverse = labels.unique(return_inverse=True)
+    flat = inverse.flatten()
+    height, width = labels.shape
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+
+    def extreme(values: Tensor, kind: str) -> Tensor:
+        return torch.zeros(len(names), dtype=torch.int64).scatter_reduce(0, flat, values, kind, include_self=False)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros(len(names)).scatter_add(0, flat, values.float())
+
+    extent = 1 + torch.maximum(extreme(y, "amax") - extreme(y, "amin"), extreme(x, "amax") - extreme(x, "amin"))
+    mass = total(strength.flatten())
+    sides = [total(axis == end) for axis, length in ((y, height), (x, width)) for end in (0, length - 1)]
+    contact = torch.stack(sides).amax(dim=0) / min(height, width)
+    is_drawing = names > 0
+    is_inside = is_drawing & (contact < BORDER_CONTACT)
+    if (is_inside & (extent >= 0.15 * max(height, width))).any():
+        is_drawing = is_inside
+    if not is_drawing.any():
+        return names[:0]
+    main = (mass * is_drawing).argmax()
+    return names[is_drawing & (extent >= LEAST_EXTENT * extent[main]) & (mass >= LEAST_MASS * mass[main])]
+
+
+def _bounds(mask: Tensor) -> tuple[int, int, int, int]:
+    """Returns the bounding box of a mask: top, bottom, left, right. Bottom and right are exclusive."""
+    rows, columns = (mask.any(dim=dim).nonzero().flatten() for dim in (1, 0))
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+
+
+def _fit_digit(grey: Tensor, drawing: Tensor, paper: Tensor, inverted: bool, size: int) -> Tensor:
+    """Returns the image (1, size, size) in [0, 1] of the drawing, whose mask was found in the coarse picture."""
+    strokes = _crop_strokes(grey, drawing, paper, inverted)  # (h, w)
+    longest = max(1, round(size * BOX))
+    height, width = _box_of(strokes.shape, FINE * longest)
+    fine = F.interpolate(strokes[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+    if (changed := _with_typical_stroke(fine > 0.5)) is not None:
+        strokes = changed
+    box = F.interpolate(strokes[None, None], _box_of(strokes.shape, longest), mode="bilinear", antialias=True)[0, 0]
+    return _centre(box.clamp(0, 1), size)
+
+
+def _crop_strokes(grey: Tensor, drawing: Tensor, paper: Tensor, inverted: bool) -> Tensor:
+    """Returns the strength of the strokes within their bounding box, 0 = paper and 1 = stroke, (h, w).
+
+    The crop is made from the original picture, so that a small drawing in a large picture keeps its details.
+    """
+    height, width = grey.shape
+    k = -(-max(grey.shape) // COARSE)  # pixels of the picture per pixel of the mask
+    top, bottom, left, right = _bounds(drawing)
+    top, left = max(0, (top - 1) * k), max(0, (left - 1) * k)
+    bottom, right = min(height, (bottom + 1) * k), min(width, (right + 1) * k)
+    crop = _reduce(grey[top:bottom, left:right], COARSE)
+    step = -(-max(bottom - top, right - left) // COARSE)
+    rows = (top + (torch.arange(crop.shape[0]) + 0.5) * step).clamp_max(height - 1)
+    columns = (left + (torch.arange(crop.shape[1]) + 0.5) * step).clamp_max(width - 1)
+    contrast = crop - _evaluate(paper, rows / height, columns / width)
+    near = _dilate(drawing.float(), 2)[(rows / k).long()][:, (columns / k).long()] > 0
+    strength = -contrast if inverted else contrast
+    noise = _noise(contrast[~near]) if (~near).any() else 0.0
+    level = _stroke_level(strength[near], noise)
+    if not level:  # The drawing is fainter than the noise at this resolution. Use the coarse mask itself.
+        return _tight(drawing.float(), drawing)
+    floor = min(3 * noise, 0.5 * level)
+    strokes = ((strength - floor) / (level - floor)).clamp(0, 1) * near
+    return _tight(strokes, strokes > 0.15)
+
+
+def _tight(values: Tensor, mask: Tensor) -> Tensor:
+    top, bottom, left, right = _bounds(mask)
+    return values[top:bottom, left:right]
+
+
+def _with_typical_stroke(mask: Tensor) -> Tensor | None:
+    """Returns the mask (h, w) with strokes of MNIST's typical width, or None if their width is as in MNIST.
+
+    The longest side of the mask is FINE subpixels per pixel of the box. The strokes keep their topology.
+    """
+    if not mask.any():
+        return None
+    mask = _tight(mask, mask)
+    width, longest = _stroke_width(mask), max(mask.shape)
+    unit = longest / (SIZE * BOX)  # subpixels per pixel of an MNIST image
+    if THINNEST <= width / unit <= THICKEST:
+        return None
+    # With `change` subpixels fewer on each side, both the stroke and the box become smaller:
+    # width - 2 change = share * (longest - 2 change)
+    share = (TYPICAL if width < THINNEST * unit else FIRM) / (SIZE * BOX)
+    change = round((width - share * longest) / (2 * (1 - share)))
+    if change < 0:
+        return _tight_or_none(_dilate(F.pad(mask.float(), [-change + 2] * 4), -change) > 0)
+    rest = round(0.25 * TYPICAL * unit)  # thin parts of a stroke keep at least twice this width
+    thin = _thin(F.pad(mask, [rest + 2] * 4), change + rest)
+    return _tight_or_none(_dilate(thin.float(), rest) > 0)
+
+
+def _tight_or_none(mask: Tensor) -> Tensor | None:
+    return _tight(mask.float(), mask) if mask.any() else None
+
+
+def _stroke_width(mask: Tensor) -> float:
+    """Returns the mean width of the strokes of a mask in its pixels.
+
+    The mean number of erosions that a pixel of a stroke of width w survives, including the pixel itself, is about
+    w / 4 + 1 / 2.
+    """
+    left, areas = F.pad(mask.float(), [1] * 4), []
+    while area := left.sum().item():
+        areas.append(area)
+        left = 1 - _grow(1 - left, len(areas) % 2 == 0)
+    return 4 * (sum(areas) / areas[0] - 0.5)
+
+
+def _dilate(mask: Tensor, radius: int) -> Tensor:
+    """Grows a mask (H, W) by about `radius` pixels in every direction. The structuring element is an octagon."""
+    for i in range(radius):
+        mask = _grow(mask, i % 2 == 0)
+    return mask
+
+
+def _grow(mask: Tensor, square: bool) -> Tensor:
+    """Grows a mask by one pixel: with a square of 3 x 3 pixels, or with a cross."""
+    image = mask[None, None]
+    if square:
+        return F.max_pool2d(image, 3, 1, 1)[0, 0]
+    rows, columns = F.max_pool2d(image, (3, 1), 1, (1, 0)), F.max_pool2d(image, (1, 3), 1, (0, 1))
+    return torch.maximum(rows, columns)[0, 0]
+
+
+def _thin(mask: Tensor, layers: int) -> Tensor:
+    """Removes up to `layers` layers of pixels without breaking a stroke (Zhang and Suen, 1984).
+
+    The outermost pixels of the mask must be empty.
+    """
+    for _ in range(layers):
+        before = mask
+        for is_first in (True, False):
+            n, ne, e, se, s, sw, w, nw = (
+                mask.roll(shift, (0, 1))
+                for shift in ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
+            )
+            ring = (n, ne, e, se, s, sw, w, nw, n)
+            neighbours = torch.stack(ring[:8]).sum(dim=0)  # B(p)
+            rises = torch.stack([~a & b for a, b in pairwise(ring)]).sum(dim=0)  # A(p)
+            ends = ~(n & e & s) & ~(e & s & w) if is_first else ~(n & e & w) & ~(n & s & w)
+            mask = mask & ~((neighbours >= 2) & (neighbours <= 6) & (rises == 1) & ends)
+        if torch.equal(mask, before):
+            break
+    return mask
+
+
+def _centre(box: Tensor, size: int) -> Tensor:
+    """Places a box (h, w) in an image (1, size, size), so that its centre of mass is at pixel (size / 2, size / 2).
+
+    This pixel of MNIST images is half a pixel below and to the right of the geometric centre.
+    """
+    mass = box.sum().clamp_min(1e-6)
+    corner = []
+    for dim, length in enumerate(box.shape):
+        centre = ((torch.arange(length) + 0.5) * box.sum(dim=1 - dim)).sum() / mass
+        corner.append(min(max(round((size + 1) / 2 - centre.item()), 0), size - length))
+    image = torch.zeros(1, size, size)
+    image[0, corner[0] : corner[0] + box.shape[0], corner[1] : corner[1] + box.shape[1]] = box
+    return image
+
+
+def _to_pixels(image: Tensor) -> Tensor:
+    """Converts an image in [0, 1] to uint8."""
+    return (image * 255).round().clamp(0, 255).to(torch.uint8)
