@@ -1,0 +1,99 @@
+"""Decodes pictures of clients to grey pixels. The additional memory is at most about 100 MB for a permitted picture."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from app.api.picture_files import PictureError, PictureFile, damaged, inspect
+from app.engine.job import Pixels
+
+BAND_ROWS = 64  # rows that are converted at a time; a converted copy of a large picture would double the memory
+# If a larger share of the picture is opaque, it has a background of its own. Otherwise its opaque pixels are strokes.
+OPAQUE_BACKGROUND = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded picture."""
+
+    format: str  # PNG, JPEG, WEBP or GIF
+    grey: Pixels  # (H, W)
+
+
+def decode(data: bytes) -> Picture:
+    """Decodes a PNG, JPEG, WebP or single-frame GIF file to grey pixels (ITU-R BT.601). Raises PictureError.
+
+    Pictures with transparency are placed on black or white, so that their strokes are visible. EXIF orientation is
+    applied. 16-bit pixels are scaled to 8 bits.
+    """
+    file = inspect(data)
+    try:
+        grey = _decode(file)
+    except PictureError:
+        raise
+    except Exception as error:  # Pillow raises many types of exceptions for damaged files.
+        raise damaged(file.format) from error
+    return Picture(file.format, _upright(grey, file.orientation))
+
+
+def _decode(file: PictureFile) -> Pixels:
+    with Image.open(io.BytesIO(file.data), formats=[file.format]) as image:
+        if image.size != (file.width, file.height):
+            raise damaged(file.format)
+        if file.format == "JPEG":
+            image.draft("L", None)  # decodes only the brightness and leaves out the colours
+        image.load()
+        grey: Pixels = np.empty((image.height, image.width), np.uint8)
+        if not image.has_transparency_data:
+            for rows, band, _ in _bands(image):
+                grey[rows] = band
+            return grey
+        background = _background(image)
+        for rows, band, alpha in _bands(image):
+            product = band.astype(np.uint16) * alpha + background * (255 - alpha).astype(np.uint16)  # at most 255 * 255
+            grey[rows] = (product + 127) // 255
+        return grey
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Pixels, Pixels]]:
+    """Yields the rows, their grey values and their alpha values, in bands."""
+    for top in range(0, image.height, BAND_ROWS):
+        bottom = min(top + BAND_ROWS, image.height)
+        yield slice(top, bottom), *_grey_and_alpha(image, image.crop((0, top, image.width, bottom)))
+
+
+def _grey_and_alpha(image: Image.Image, band: Image.Image) -> tuple[Pixels, Pixels]:
+    if image.mode.startswith("I"):  # 16 bits; a colour that is transparent has alpha 0
+        deep = np.asarray(band).astype(np.uint32)
+        alpha = np.where(deep == image.info.get("transparency", -1), 0, 255)
+        return ((deep + 128) // 257).astype(np.uint8), alpha.astype(np.uint8)
+    if not image.has_transparency_data:
+        grey = np.asarray(band.convert("L"))
+        return grey, np.full_like(grey, 255)
+    both = np.asarray(band.convert("RGBA").convert("LA"))
+    return both[..., 0], both[..., 1]
+
+
+def _background(image: Image.Image) -> int:
+    """Returns black or white: the colour on which the opaque pixels are visible."""
+    total = opaque = 0
+    for _, band, alpha in _bands(image):
+        total += int((band * alpha.astype(np.uint32)).sum(dtype=np.uint64))
+        opaque += int(alpha.sum(dtype=np.uint64))
+    is_light = total >= 128 * opaque
+    has_background = opaque >= OPAQUE_BACKGROUND * 255 * image.width * image.height
+    return 255 if is_light == has_background else 0
+
+
+def _upright(grey: Pixels, orientation: int) -> Pixels:
+    """Turns and mirrors the pixels as the EXIF orientation demands."""
+    if orientation in (2, 3, 7, 8):
+        grey = grey[:, ::-1]
+    if orientation in (3, 4, 6, 7):
+        grey = grey[::-1]
+    if orientation >= 5:
+        grey = grey.T
+    return np.ascontiguousarray(grey)

@@ -1,0 +1,329 @@
+import io
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from app.api import picture_files
+from app.api.picture_files import MAX_CHUNKS, MAX_SCANS, MAX_SIDE, PictureError, inspect
+from app.api.pictures import decode
+from tests.app.api.samples import DRAWING, SIGNATURE, animation, chunk, encode, exif, grey, png, zeros
+
+RGB = np.stack([DRAWING, DRAWING // 2, 255 - DRAWING], axis=-1)
+TINY = png(2, 2, zeros(6))
+
+
+def expected(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"))
+
+
+def message_of(data: bytes) -> str:
+    with pytest.raises(PictureError) as refused:
+        decode(data)
+    return str(refused.value)
+
+
+# Modes
+
+
+@pytest.mark.parametrize("name", ["PNG", "WEBP", "GIF"])
+def test_grey_picture_keeps_its_pixels(name: str) -> None:
+    options = {"lossless": True, "exact": True} if name == "WEBP" else {}
+    picture = decode(encode(grey(), name, **options))
+    assert picture.format == name
+    assert picture.grey.dtype == np.uint8
+    np.testing.assert_array_equal(picture.grey, DRAWING)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg_is_decoded_to_its_brightness(mode: str, progressive: bool) -> None:
+    image = Image.fromarray(RGB).convert(mode)
+    data = encode(image, "JPEG", quality=95, subsampling=0 if mode == "RGB" else -1, progressive=progressive)
+    truth = expected(Image.open(io.BytesIO(data))).astype(int)
+    assert np.abs(decode(data).grey - truth).max() <= 8  # the colours between are clipped, the brightness is not
+
+
+def test_colour_becomes_brightness() -> None:
+    image = Image.fromarray(RGB)
+    np.testing.assert_array_equal(decode(encode(image, "PNG")).grey, expected(image))
+
+
+def test_picture_with_1_bit_becomes_black_and_white() -> None:
+    np.testing.assert_array_equal(decode(encode(grey().convert("1"), "PNG")).grey, DRAWING)
+
+
+def test_picture_with_a_palette_has_the_brightness_of_its_colours() -> None:
+    image = Image.fromarray(RGB).quantize(8)
+    np.testing.assert_array_equal(decode(encode(image, "PNG")).grey, expected(image))
+
+
+def test_picture_with_16_bits_is_scaled_and_not_clipped() -> None:
+    deep = np.array([[0, 256, 32896, 65535]], np.uint16)
+    assert decode(encode(Image.fromarray(deep), "PNG")).grey.tolist() == [[0, 1, 128, 255]]
+
+
+def test_picture_higher_than_a_band_is_complete() -> None:
+    rows = np.arange(1000, dtype=np.uint32)[:, None] * np.ones((1, 3), np.uint32)
+    pixels = (rows * 7 % 256).astype(np.uint8)
+    np.testing.assert_array_equal(decode(encode(grey(pixels), "PNG")).grey, pixels)
+
+
+# Transparency
+
+
+def with_alpha(level: int, mode: str) -> Image.Image:
+    """Strokes of this grey level. Everything else is transparent and has the same colour."""
+    image = Image.new("L", DRAWING.shape[::-1], level).convert(mode)
+    image.putalpha(grey())
+    return image
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_black_strokes_on_transparency_are_placed_on_white(mode: str) -> None:
+    np.testing.assert_array_equal(decode(encode(with_alpha(0, mode), "PNG")).grey, 255 - DRAWING)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_white_strokes_on_transparency_are_placed_on_black(mode: str) -> None:
+    np.testing.assert_array_equal(decode(encode(with_alpha(255, mode), "PNG")).grey, DRAWING)
+
+
+def test_half_transparent_pixels_are_mixed_with_the_background() -> None:
+    image = with_alpha(0, "RGBA")
+    image.putalpha(grey(DRAWING // 2))
+    assert set(np.unique(decode(encode(image, "PNG")).grey)) == {128, 255}
+
+
+def test_transparent_corners_of_a_sheet_have_the_colour_of_the_sheet() -> None:
+    sheet = grey(255 - DRAWING).convert("RGBA")
+    alpha = np.full_like(DRAWING, 255)
+    alpha[:2, :2] = 0
+    sheet.putalpha(grey(alpha))
+    np.testing.assert_array_equal(decode(encode(sheet, "PNG")).grey, 255 - DRAWING)
+
+
+def test_transparent_colour_of_a_palette_is_background() -> None:
+    image = grey(np.where(DRAWING, 1, 0).astype(np.uint8)).convert("P")
+    image.putpalette([255, 0, 0, 0, 0, 0])
+    for name in ("PNG", "GIF"):
+        np.testing.assert_array_equal(decode(encode(image, name, transparency=0)).grey, 255 - DRAWING)
+
+
+def test_transparent_grey_level_with_16_bits_is_background() -> None:
+    key = chunk(b"tRNS", (1000).to_bytes(2, "big"))
+    pixels = b"\0" + (1000).to_bytes(2, "big") + (0).to_bytes(2, "big") + (1000).to_bytes(2, "big")
+    assert decode(png(3, 1, zlib.compress(pixels), [key], depth=16)).grey.tolist() == [[255, 0, 255]]
+
+
+def test_completely_transparent_picture_is_uniform() -> None:
+    image = with_alpha(255, "RGBA")
+    image.putalpha(0)
+    assert len(np.unique(decode(encode(image, "PNG")).grey)) == 1
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])
+def test_orientation_is_applied(name: str, orientation: int) -> None:
+    options = {"JPEG": {"quality": 100}, "WEBP": {"lossless": True}}.get(name, {})
+    data = encode(grey(), name, exif=exif(orientation), **options)
+    truth = expected(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int)
+    assert decode(data).grey.shape == truth.shape
+    assert np.abs(decode(data).grey - truth).max() <= 2
+
+
+@pytest.mark.parametrize("metadata", [b"", b"MM", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff", exif(6)[:20]])
+def test_damaged_metadata_is_ignored(metadata: bytes) -> None:
+    data = png(2, 2, zeros(6), [chunk(b"eXIf", metadata)])
+    assert decode(data).grey.shape == (2, 2)
+
+
+# Files that are refused
+
+
+@pytest.mark.parametrize(
+    "data", [b"hello", b"%PDF-1.7", b"<svg/>", b"BM" + bytes(60), b"II*\0" + bytes(60), b"\xff\xd8"]
+)
+def test_file_of_another_format_is_refused(data: bytes) -> None:
+    assert "not a PNG, JPEG, WebP or GIF picture" in message_of(data)
+
+
+def test_empty_file_is_refused() -> None:
+    assert "empty" in message_of(b"")
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_file_that_ends_early_is_refused(name: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40), np.uint8)
+    data = encode(grey(noise), name)
+    for length in {*range(12, len(data) * 3 // 4, 37), len(data) // 2}:
+        assert "Save it again" in message_of(data[:length])
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_damaged_file_is_decoded_or_refused_with_a_sentence(name: str) -> None:
+    data = encode(Image.fromarray(RGB), name)
+    random = np.random.default_rng(1)
+    for _ in range(300):
+        changed = bytearray(data)
+        for position in random.integers(8, len(data), 3):
+            changed[position] = random.integers(256)
+        try:
+            assert decode(bytes(changed)).grey.ndim == 2
+        except PictureError as error:
+            assert str(error)[-1] != "."
+
+
+def test_changed_byte_in_png_pixels_is_refused() -> None:
+    data = bytearray(encode(grey(), "PNG"))
+    data[data.index(b"IDAT") + 8] ^= 1
+    assert "damaged" in message_of(bytes(data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [animation("GIF", 2), animation("GIF", 10_000), animation("PNG", 2), animation("WEBP", 2)],
+    ids=["GIF", "GIF with 10,000 frames", "PNG", "WEBP"],
+)
+def test_animated_picture_is_refused(data: bytes) -> None:
+    assert message_of(data) == "The picture is animated. Send a picture with a single frame"
+
+
+@pytest.mark.parametrize("name", ["PNG", "GIF", "WEBP"])
+def test_animation_of_a_single_frame_is_a_picture(name: str) -> None:
+    assert decode(animation(name, 1)).grey.shape == (4, 4)
+
+
+@pytest.mark.parametrize(("width", "height"), [(60_000, 60_000), (MAX_SIDE + 1, 1), (1, MAX_SIDE + 1), (2**31, 1)])
+def test_too_large_picture_is_refused_by_its_header(width: int, height: int) -> None:
+    text = message_of(png(width, height, b""))
+    assert f"{width} x {height} pixels" in text
+    assert f"At most {MAX_SIDE} x {MAX_SIDE}" in text
+
+
+def test_frame_that_enlarges_a_gif_counts_for_its_size() -> None:
+    data = bytearray(encode(grey(), "GIF"))
+    at = data.index(b"\x2c")
+    data[at + 5 : at + 9] = b"\xff\xff\xff\xff"
+    assert "At most" in message_of(bytes(data))
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE, 1), (1, MAX_SIDE)])
+def test_longest_permitted_side_is_accepted(size: tuple[int, int]) -> None:
+    assert decode(encode(Image.new("L", size), "PNG")).grey.shape == size[::-1]
+
+
+@pytest.mark.parametrize(
+    ("data", "most"),
+    [
+        (b"RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + (2048).to_bytes(3, "little") * 2, "4194304"),
+        (b"\xff\xd8\xff\xc2\0\x11\x08\x0f\xff\x0f\xff\x03" + bytes(9) + b"\xff\xda\0\x0c\x03", "12582912"),
+        (b"\xff\xd8\xff\xc0\0\x11\x08\x0f\xff\x0f\xff\x03" + bytes(9) + b"\xff\xda\0\x08\x01", "12582912"),
+        (b"\xff\xd8\xff\xc2\0\x14\x08\x0f\xff\x0f\xff\x04" + bytes(12) + b"\xff\xda\0\x0e\x04", "4194304"),
+    ],
+    ids=["WebP", "progressive JPEG", "JPEG with a scan for each colour", "progressive CMYK JPEG"],
+)
+def test_format_whose_decoder_needs_much_memory_has_a_lower_limit(data: bytes, most: str) -> None:
+    assert f"at most {most} pixels" in message_of(data)
+
+
+def test_jpeg_with_many_scans_is_refused() -> None:
+    data = encode(grey(), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert f"more than {MAX_SCANS} scans" in message_of(data[:-2] + data[last:-2] * MAX_SCANS + b"\xff\xd9")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(2, 2, zeros(6), [chunk(b"tEXt")] * MAX_CHUNKS),
+        b"\xff\xd8" + b"\xff\xe1\0\2" * (MAX_CHUNKS + 1),
+    ],
+    ids=["PNG", "JPEG"],
+)
+def test_file_with_many_parts_is_refused(data: bytes) -> None:
+    assert f"more than {MAX_CHUNKS}" in message_of(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        (
+            "PNG",
+            lambda: png(
+                2, 2, zeros(6), [chunk(b"iCCP", b"p\0\0" + zeros(2**24)), chunk(b"zTXt", b"t\0\0" + zeros(2**24))]
+            ),
+        ),
+        ("JPEG", lambda: encode(grey(), "JPEG", icc_profile=bytes(60_000), comment=b"c" * 60_000)),
+        ("GIF", lambda: encode(grey(), "GIF", comment=b"c" * 60_000)),
+    ],
+)
+def test_metadata_is_removed_before_decoding(name: str, make: Callable[[], bytes]) -> None:
+    data = make()
+    file = inspect(data)
+    assert len(file.data) < 2000
+    with Image.open(io.BytesIO(file.data), formats=[name]) as image:
+        image.load()
+        assert not {"icc_profile", "comment", "t"} & set(image.info)
+
+
+def test_format_is_never_one_that_pillow_guesses() -> None:
+    """An icon or a TIFF file within a PNG header would otherwise reach other decoders."""
+    assert set(picture_files._READERS) == {"PNG", "JPEG", "WebP", "GIF"}
+    assert "damaged" in message_of(SIGNATURE + bytes(100))
+
+
+# Memory
+
+PEAKS = """
+import sys
+from app.api.pictures import decode
+
+def memory(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name))
+
+small, large = (group.split(",") for group in sys.argv[1:])
+for path in small + large:
+    with open(path, "rb") as file:
+        data = file.read()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM, the peak
+    before = memory("VmRSS")
+    shape = decode(data).grey.shape
+    if path in large:
+        print((memory("VmHWM") - before) // 1024)
+"""
+LARGE: dict[str, Callable[[], bytes]] = {
+    "RGBA PNG": lambda: png(MAX_SIDE, MAX_SIDE, zeros((4 * MAX_SIDE + 1) * MAX_SIDE), colour=6),
+    "CMYK JPEG": lambda: encode(Image.new("CMYK", (MAX_SIDE, MAX_SIDE)), "JPEG"),
+    "progressive JPEG": lambda: encode(Image.new("RGB", (4032, 3024)), "JPEG", progressive=True, subsampling=0),
+    "WebP": lambda: encode(Image.new("RGBA", (2048, 2048)), "WEBP", method=0),
+    "more data than the stated size": lambda: png(1, 1, zeros(2**28)),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_largest_permitted_picture_needs_at_most_100_megabytes(tmp_path: Path) -> None:
+    """The small pictures load the decoders, whose memory does not count."""
+    files = {
+        **{name: encode(Image.new("RGB", (8, 8)), name) for name in ("PNG", "JPEG", "WEBP", "GIF")},
+        **{name: make() for name, make in LARGE.items()},
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    small = ",".join(str(tmp_path / name) for name in files if name not in LARGE)
+    large = ",".join(str(tmp_path / name) for name in LARGE)
+    done = subprocess.run([sys.executable, "-c", PEAKS, small, large], capture_output=True, text=True, check=True)
+    peaks = dict(zip(LARGE, map(int, done.stdout.split()), strict=True))
+    assert max(peaks.values()) <= 100, peaks
+    assert peaks["RGBA PNG"] >= 64  # the measurement works
+    assert peaks["more data than the stated size"] <= 5
