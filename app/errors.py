@@ -10,9 +10,11 @@ UnfogError
 ├── MethodNotAllowed      405  the route does not support the method
 ├── NotAcceptable         406  the Accept header allows none of the available formats
 ├── RequestTimeout        408  the headers or the body did not arrive in time
-├── BodyTooLarge          413  the body exceeds UNFOG_MAX_BODY_BYTES
-├── UnsupportedMediaType  415  the Content-Type is not application/json
-├── InvalidRequest        422  a field is missing, unknown or invalid; lists the fields
+├── BodyTooLarge          413  the body exceeds UNFOG_MAX_BODY_BYTES or UNFOG_MAX_IMAGE_BYTES
+├── UnsupportedMediaType  415  the route does not support the Content-Type
+├── InvalidFields              lists the fields that are wrong
+│   ├── InvalidRequest    422  a field is missing, unknown or invalid
+│   └── InvalidImage      422  a field is not a picture that can be decoded
 ├── HeadersTooLarge       431  the headers exceed a size limit
 ├── InternalError         500  a bug; the response has no details
 ├── DeadlineExceeded      504  the images were not finished before the deadline
@@ -27,7 +29,7 @@ UnfogError
 
 from collections.abc import Mapping
 from http.client import responses
-from typing import Any
+from typing import Any, Self
 
 # The reason phrases of RFC 9110, section 15. Python before 3.13 has older phrases for these statuses.
 TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
@@ -126,8 +128,8 @@ class UnsupportedMediaType(UnfogError):
     status, code, detail = 415, "unsupported_media_type", "Content-Type must be application/json"
 
 
-class InvalidRequest(UnfogError):
-    """One or more fields are missing, unknown or invalid. `errors` lists them as [{"loc": [...], "msg": ...}]."""
+class InvalidFields(UnfogError):
+    """Fields of the request are wrong. `errors` lists them as [{"loc": [...], "msg": ...}]."""
 
     status, code = 422, "invalid_request"
 
@@ -137,13 +139,23 @@ class InvalidRequest(UnfogError):
         self.errors = errors
 
     @classmethod
-    def of(cls, field: str, message: str) -> "InvalidRequest":
+    def of(cls, field: str, message: str) -> Self:
         """Creates the error for one field of the body."""
         return cls([{"loc": ["body", field], "msg": message}])
 
     def problem(self, request_id: str) -> dict[str, Any]:
         """Returns the body of the response, with the list of fields."""
         return {**super().problem(request_id), "errors": self.errors}
+
+
+class InvalidRequest(InvalidFields):
+    """One or more fields are missing, unknown or invalid."""
+
+
+class InvalidImage(InvalidFields):
+    """A field is not a picture in a permitted format, or the picture is damaged, animated or too large."""
+
+    code = "invalid_image"
 
 
 class HeadersTooLarge(UnfogError):

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -40,10 +40,18 @@ async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: 
 
     Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, MalformedJSON or InvalidRequest.
     """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    if media_type_of(request) != "application/json":
         raise UnsupportedMediaType
-    document = _parse(await _read(request, max_bytes, seconds))
+    return validate(parse_json(await read_body(request, max_bytes, seconds)), schema)
+
+
+def media_type_of(request: Request) -> str:
+    """Returns the media type of the body in lower case, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def validate(document: Any, schema: type[M]) -> M:
+    """Validates the fields of a request. Raises InvalidRequest, which lists at most MAX_UNKNOWN_FIELDS unknown ones."""
     if not isinstance(document, dict):  # pydantic's message would contain a class name
         raise InvalidRequest([{"loc": ["body"], "msg": "Input should be an object"}])
     unknown = [name for name in document if name not in schema.model_fields]
@@ -55,7 +63,13 @@ async def read_json(request: Request, schema: type[M], max_bytes: int, seconds: 
         raise InvalidRequest(_describe(error)) from error
 
 
-async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
+async def read_body(
+    request: Request, max_bytes: int, seconds: float, on_bytes: Callable[[int], None] = lambda _: None
+) -> bytes:
+    """Reads the body. Calls `on_bytes` with the size of each part before the part is kept.
+
+    Raises BodyTooLarge, or RequestTimeout after `seconds`.
+    """
     body = bytearray()
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > MAX_DIGITS or int(declared) > max_bytes):
@@ -63,6 +77,7 @@ async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
     try:
         async with asyncio.timeout(seconds):
             async for chunk in request.stream():
+                on_bytes(len(chunk))
                 body += chunk
                 if len(body) > max_bytes:
                     raise BodyTooLarge(max_bytes)
@@ -71,7 +86,7 @@ async def _read(request: Request, max_bytes: int, seconds: float) -> bytes:
     return bytes(body)
 
 
-def _parse(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     """Parses JSON. Accepts NaN and Infinity, so that the error of the schema names the field."""
     try:
         return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)

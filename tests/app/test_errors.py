@@ -21,6 +21,7 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.BodyTooLarge(10), 413, "body_too_large"),
     (errors.UnsupportedMediaType(), 415, "unsupported_media_type"),
     (errors.InvalidRequest.of("digit", "too large"), 422, "invalid_request"),
+    (errors.InvalidImage.of("image", "The file is empty"), 422, "invalid_image"),
     (errors.HeadersTooLarge(), 431, "headers_too_large"),
     (errors.Overloaded(3), 429, "overloaded"),
     (errors.RateLimited(3), 429, "rate_limited"),

@@ -29,6 +29,7 @@ DEFAULTS = {
     "UNFOG_QUEUE_CAPACITY": ("queue_capacity", 1024),
     "UNFOG_MAX_COUNT": ("max_count", 64),
     "UNFOG_MAX_BODY_BYTES": ("max_body_bytes", 2**14),
+    "UNFOG_MAX_IMAGE_BYTES": ("max_image_bytes", 2**22),
     "UNFOG_REQUEST_TIMEOUT": ("request_timeout", 30.0),
     "UNFOG_DRAIN_TIMEOUT": ("drain_timeout", 25.0),
     "UNFOG_WATCHDOG_SECONDS": ("watchdog_seconds", 10.0),
@@ -71,7 +72,7 @@ def test_description_states_the_default(field: str) -> None:
     stated = re.search(r"\(default: ([^)]+)\)$", info.description or "")
     assert stated
     if type(info.default) in (str, int, float):
-        assert stated[1] == (info.default if isinstance(info.default, str) else f"{info.default:g}")
+        assert stated[1] == (f"{info.default:g}" if isinstance(info.default, float) else str(info.default))
 
 
 def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -102,6 +103,7 @@ def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.Monk
         ("UNFOG_QUEUE_CAPACITY", "1", 1),
         ("UNFOG_MAX_COUNT", "128", 128),
         ("UNFOG_MAX_BODY_BYTES", "100", 100),
+        ("UNFOG_MAX_IMAGE_BYTES", "100", 100),
         ("UNFOG_REQUEST_TIMEOUT", "0.5", 0.5),
         ("UNFOG_DRAIN_TIMEOUT", "0", 0.0),
         ("UNFOG_WATCHDOG_SECONDS", "2", 2.0),
@@ -165,6 +167,7 @@ INVALID = {
     "UNFOG_QUEUE_CAPACITY": ["0", "-1", "x", "1e3"],
     "UNFOG_MAX_COUNT": ["0", "x"],
     "UNFOG_MAX_BODY_BYTES": ["0", "1MiB"],
+    "UNFOG_MAX_IMAGE_BYTES": ["0", "4MiB"],
     "UNFOG_REQUEST_TIMEOUT": ["0", "-1", "nan", "inf", "30s"],
     "UNFOG_DRAIN_TIMEOUT": ["-1", "nan", "inf", "x"],
     "UNFOG_WATCHDOG_SECONDS": ["0", "nan", "inf", "x"],

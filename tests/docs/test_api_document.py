@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
 from app import errors
+from app.api import picture_files, uploads
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import EVENTS as EVENT_MODELS
@@ -340,10 +341,28 @@ def test_documented_limits_equal_those_in_the_code() -> None:
 
 def test_documented_values_of_settings_are_their_defaults() -> None:
     settings = Settings()
-    found = re.findall(r"`UNFOG_(\w+)`(?:, | \()([\d.]+)( KiB)?", API.text)
+    found = re.findall(r"`UNFOG_(\w+)`(?:, | \()([\d.]+)( KiB| MiB)?", API.text)
+    units = {"": 1, " KiB": 2**10, " MiB": 2**20}
     assert len(found) >= 10
     for name, number, unit in found:
-        assert float(number) * (1024 if unit else 1) == getattr(settings, name.lower()), name
+        assert float(number) * units[unit] == getattr(settings, name.lower()), name
+
+
+def test_documented_limits_of_images_are_those_of_the_code() -> None:
+    values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
+    bodies = "bodies with images that are received and decoded at the same time"
+    assert values[bodies] == f"{uploads.MAX_BODIES} x `UNFOG_MAX_IMAGE_BYTES` in total"
+    assert values["width and height of an image in a request"] == f"{picture_files.MAX_SIDE} pixels each"
+    progressive, cmyk = picture_files.MAX_PIXELS_PROGRESSIVE, picture_files.MAX_PIXELS_PROGRESSIVE_CMYK
+    assert values["pixels of a progressive JPEG image in a request"] == f"{progressive:,}"
+    assert values["pixels of a WebP or a progressive CMYK JPEG image in a request"] == f"{cmyk:,}"
+    assert cmyk == picture_files.MAX_PIXELS_WEBP
+    assert values["scans of a JPEG image in a request"] == str(picture_files.MAX_SCANS)
+    assert values["parts of a multipart body"] == str(uploads.MAX_PARTS)
+    text = f"{uploads.MAX_TEXT_BYTES // 1024} KiB"
+    assert values["text field of a multipart body"] == text
+    strings = "JSON with images: bytes outside of strings, strings, backslashes"
+    assert values[strings] == f"{text}, {uploads.MAX_STRINGS}, {uploads.MAX_ESCAPES:,}"
 
 
 def test_every_documented_setting_exists() -> None:

@@ -1,0 +1,333 @@
+"""Reads requests with pictures: multipart/form-data, or JSON with the pictures in base64.
+
+Only the arrival of the body is handled on the event loop. Parsing, validation and decoding run in worker threads.
+Their number limits the memory, because each decoding needs up to 100 MB. A worker must not hold the interpreter lock
+for long, because the event loop would wait for it. JSON is therefore checked before it is parsed.
+"""
+
+import asyncio
+import binascii
+import json
+import re
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Request
+from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
+from pydantic import BaseModel, Field
+
+from app.api.picture_files import PictureError
+from app.api.pictures import Picture, decode
+from app.api.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
+from app.errors import (
+    DeadlineExceeded,
+    InvalidImage,
+    InvalidRequest,
+    MalformedRequest,
+    Overloaded,
+    UnsupportedMediaType,
+)
+from app.settings import Settings
+
+JSON, MULTIPART = "application/json", "multipart/form-data"
+NUM_WORKERS = 2  # pictures that are decoded at the same time
+MAX_BODIES = 16  # the bodies that are held in memory may have this many times the size of the largest body
+MAX_PARTS = 32
+MAX_PART_HEADER_BYTES = 1024
+MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
+MAX_TEXT_BYTES = 16 * 1024  # limit for a text field, and for a JSON body without the contents of its strings
+MAX_STRINGS = 256  # limit for the strings of a JSON body, including field names
+MAX_ESCAPES = 128 * 1024  # limit for backslashes in a JSON body; base64 in lines of 76 characters has 2 % of them
+
+_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false")
+_DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]*)*;base64,", re.IGNORECASE)
+_STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture in a schema
+
+
+class ImageReader:
+    """Reads requests with pictures. All routes share one reader, so that its limits hold for the whole service."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._max_bytes = settings.max_image_bytes
+        self._read_seconds, self._decode_seconds = settings.read_timeout, settings.request_timeout
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="pictures")
+        self._held = _HeldBytes(MAX_BODIES * settings.max_image_bytes)
+
+    async def read(
+        self,
+        request: Request,
+        schema: type[M],
+        image_fields: Sequence[str],
+        convert: Callable[[M, str, Picture], T],
+    ) -> tuple[M, dict[str, list[T]]]:
+        """Returns the validated fields, and the converted pictures of each image field that is present.
+
+        In `schema`, an image field has the type Base64 or list[Base64]. In the returned model it has empty strings. In
+        a multipart body, a list has one part for each element. `convert` is called in a worker thread with the fields,
+        the name of the image field and the picture. A list of pictures is decoded and converted one by one.
+
+        Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, Overloaded, MalformedJSON, MalformedRequest,
+        InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
+        """
+        parse = _parser_of(request, schema)
+        held = self._held.begin()
+        try:
+            body = await read_body(request, self._max_bytes, self._read_seconds, held.add)
+            work = self._workers.submit(_read, body, parse, schema, image_fields, convert)
+        except BaseException:
+            held.end()
+            raise
+        work.add_done_callback(lambda _: held.end())  # also called if the work is cancelled before it begins
+        try:
+            async with asyncio.timeout(self._decode_seconds):
+                return await cancel_on_disconnect(request, asyncio.wrap_future(work))
+        except TimeoutError:
+            raise DeadlineExceeded("The picture was not decoded before the deadline. Retry later") from None
+
+    def close(self) -> None:
+        """Cancels the work that has not begun."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+
+class _HeldBytes:
+    """Counts the bytes of all bodies that are in memory, and refuses more than a limit. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._total, self._lock = limit, 0, threading.Lock()
+
+    def begin(self) -> "_HeldBody":
+        return _HeldBody(self)
+
+    def add(self, size: int) -> None:
+        """Raises Overloaded if the limit would be exceeded."""
+        with self._lock:
+            if self._total + size > self._limit:
+                raise Overloaded(1, "Too many pictures are being received")
+            self._total += size
+
+    def remove(self, size: int) -> None:
+        with self._lock:
+            self._total -= size
+
+
+class _HeldBody:
+    """The bytes of one body."""
+
+    def __init__(self, total: _HeldBytes) -> None:
+        self._total, self._size = total, 0
+
+    def add(self, size: int) -> None:
+        self._total.add(size)
+        self._size += size
+
+    def end(self) -> None:
+        self._total.remove(self._size)
+        self._size = 0
+
+
+# A parsed body: the fields as in JSON. A picture is bytes (multipart) or a string (base64).
+Parser = Callable[[bytes], dict[str, Any]]
+
+
+def _parser_of(request: Request, schema: type[BaseModel]) -> Parser:
+    """Returns the parser for the Content-Type of the request."""
+    media_type = media_type_of(request)
+    if media_type == JSON:
+        return _parse_json
+    if media_type != MULTIPART:
+        raise UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}")
+    _, parameters = parse_options_header(request.headers["content-type"])
+    boundary = parameters.get("boundary", "")
+    if not 0 < len(boundary) <= MAX_BOUNDARY or not boundary.isascii():
+        raise MalformedRequest(f"Content-Type needs a boundary of 1 to {MAX_BOUNDARY} characters")
+    return lambda body: _parse_multipart(body, boundary, schema)
+
+
+def _read(
+    body: bytes,
+    parse: Parser,
+    schema: type[M],
+    image_fields: Sequence[str],
+    convert: Callable[[M, str, Picture], T],
+) -> tuple[M, dict[str, list[T]]]:
+    document = parse(body)
+    files: dict[str, list[bytes | str]] = {}
+    for name in image_fields:
+        value = document.get(name)
+        values: list[Any] = value if isinstance(value, list) else [value]
+        if values and all(isinstance(each, bytes | str) for each in values):
+            files[name] = values
+            document[name] = [""] * len(values) if isinstance(value, list) else ""
+    fields = validate(document, schema)
+    pictures: dict[str, list[T]] = {}
+    for name, values in files.items():
+        pictures[name] = []
+        for i in range(len(values)):
+            # The bytes of a file are released before the next one is decoded.
+            pictures[name].append(convert(fields, name, _decode(name, values[i])))
+            values[i] = b""
+    return fields, pictures
+
+
+def _decode(field: str, value: bytes | str) -> Picture:
+    try:
+        return decode(_decode_base64(value) if isinstance(value, str) else value)
+    except PictureError as error:
+        raise InvalidImage.of(field, str(error)) from error
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decodes base64 in the standard or the URL-safe alphabet, with or without padding, white space and a data URL."""
+    if text[:5].lower() == "data:" and (prefix := _DATA_URL.match(text[:256])):
+        text = text[prefix.end() :]
+    try:
+        data = text.encode("ascii").translate(_STANDARD_ALPHABET, b" \t\r\n")
+        data = data.rstrip(b"=")
+        return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
+    except ValueError:  # also UnicodeEncodeError and binascii.Error
+        raise PictureError("The value is not valid base64. Encode the bytes of the file in base64") from None
+
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    _check_json(body)
+    document = parse_json(body)
+    if not isinstance(document, dict):
+        raise _invalid("Input should be an object")
+    return document
+
+
+def _check_json(body: bytes) -> None:
+    """Refuses JSON that is expensive to parse. The time is linear in the size of the body, and short.
+
+    A request needs a few fields, and only its strings can be long. Everything outside of the strings is therefore
+    limited to the size of a request without pictures. This also limits nesting, and the digits of numbers.
+    """
+    if body.count(b'"') > 2 * MAX_STRINGS:
+        raise _invalid(f"The JSON has more than {MAX_STRINGS} strings. Send one object with the fields of this route")
+    if body.count(b"\\") > MAX_ESCAPES:
+        raise _invalid(f"The JSON has more than {MAX_ESCAPES} backslashes. Send base64 without escapes")
+    if _bytes_outside_strings(body) > MAX_TEXT_BYTES:
+        raise _invalid(
+            f"The JSON has more than {MAX_TEXT_BYTES} bytes outside of its strings. Send one object with the fields "
+            "of this route"
+        )
+
+
+def _bytes_outside_strings(body: bytes) -> int:
+    """Returns the number of bytes outside of JSON strings. A regular expression would take ten times as long."""
+    outside, is_inside = 0, False
+    for part in body.split(b'"'):
+        if is_inside:  # A quote after an odd number of backslashes does not end the string.
+            is_inside = (len(part) - len(part.rstrip(b"\\"))) % 2 == 1
+        else:
+            outside += len(part)
+            is_inside = True
+    return outside
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest([{"loc": ["body"], "msg": message}])
+
+
+def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel]) -> dict[str, Any]:
+    """Parses a multipart body (RFC 7578)."""
+    document: dict[str, Any] = {}
+    kinds = _kinds_of(schema)
+    for name, content in _parts(body, boundary):
+        kind = kinds.get(name, _Kind())
+        value: Any = content
+        if not kind.is_image:
+            value = _text(name, content, kind)
+        if kind.is_list:
+            document.setdefault(name, []).append(value)
+        elif name in document:
+            raise InvalidRequest.of(name[:200], "Field occurs more than once")
+        else:
+            document[name] = value
+    return document
+
+
+def _parts(body: bytes, boundary: str) -> list[tuple[str, bytes]]:
+    """Returns the name and the content of each part."""
+    parts: list[tuple[str, bytes]] = []
+    chunks: list[bytes] = []
+    name = ""
+    try:
+        with PushMultipartParser(
+            boundary,
+            max_header_size=MAX_PART_HEADER_BYTES,
+            max_segment_count=MAX_PARTS,
+            strict=True,
+        ) as parser:
+            for event in parser.parse(body) if body else ():
+                if event is None:
+                    parts.append((name, b"".join(chunks)))
+                elif isinstance(event, bytes | bytearray):
+                    chunks.append(bytes(event))
+                else:
+                    name, chunks = event.name or "", []
+    except ParserLimitReached as error:
+        raise _invalid(
+            f"The multipart body has more than {MAX_PARTS} parts, or headers of a part that are too long"
+        ) from error
+    except MultipartError as error:
+        raise MalformedRequest("The body is not valid multipart/form-data, or it is incomplete") from error
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a field of a schema can be in a multipart body."""
+
+    is_image: bool = False
+    is_list: bool = False
+    has_numbers: bool = False  # true for a number or a boolean
+
+
+@cache
+def _kinds_of(schema: type[BaseModel]) -> dict[str, _Kind]:
+    """Returns the kind of each field, from the JSON schema."""
+    return {name: _kind_of(field) for name, field in schema.model_json_schema()["properties"].items()}
+
+
+def _kind_of(field: dict[str, Any]) -> _Kind:
+    if field.get("type") == "array":
+        return replace(_kind_of(field["items"]), is_list=True)
+    types = {each.get("type") for each in (field, *field.get("anyOf", ()))}
+    return _Kind(
+        is_image=field.get("contentEncoding") == "base64",
+        has_numbers=not types.isdisjoint({"integer", "number", "boolean"}),
+    )
+
+
+def _text(name: str, content: bytes, kind: _Kind) -> Any:
+    """Returns the value of a text field: a number or a boolean in the syntax of JSON if the schema permits it."""
+    if len(content) > MAX_TEXT_BYTES:
+        raise InvalidRequest.of(name[:200], f"The field has more than {MAX_TEXT_BYTES} bytes")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise InvalidRequest.of(name[:200], "The field is not text in UTF-8") from None
+    return parse_json(content) if kind.has_numbers and _NUMBER.fullmatch(text) else text
+
+
+def multipart_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Returns the JSON schema of a multipart body from the schema of the JSON body (OpenAPI 3.1, section 4.8.15).
+
+    A picture in base64 becomes a file.
+    """
+    schema = json.loads(json.dumps(schema))
+    for field in schema["properties"].values():
+        picture = field.get("items", field)
+        if picture.pop("contentEncoding", None) == "base64":
+            picture["contentMediaType"] = "application/octet-stream"
+    return schema

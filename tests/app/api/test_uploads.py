@@ -1,0 +1,493 @@
+import asyncio
+import base64
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.types import Message
+
+from app import errors
+from app.api import uploads
+from app.api.pictures import Picture
+from app.api.requests import ClientGoneError
+from app.api.schemas import WHOLE
+from app.api.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, Base64, ImageReader, multipart_schema
+from app.settings import Settings
+from tests.app.api.samples import DRAWING, animation, encode, grey
+
+LIMIT = 4 * 2**20
+PNG = encode(grey(), "PNG")
+NOISE = encode(grey(np.random.default_rng(0).integers(0, 255, (20, 20), np.uint8)), "PNG")
+JSON = "application/json"
+FORM = "multipart/form-data; boundary=xx"
+
+
+class Fields(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    image: Base64
+    mask: Base64 | None = Field(default=None, json_schema_extra={"contentEncoding": "base64"})
+    images: list[Base64] = []
+    prompts: list[str] = []
+    digit: Annotated[int, Field(ge=0, le=9), WHOLE] | None = None
+    noise_std: float | None = None
+    invert: bool | Literal["auto"] = "auto"
+    name: str = "none"
+
+
+IMAGES = ("image", "mask", "images")
+Result = tuple[Fields, dict[str, list[Picture]]]
+
+
+class Client:
+    """Sends a body in chunks. Then it stays connected, unless `leaves` is true."""
+
+    def __init__(self, body: bytes, content_type: str, *, leaves: bool = False, size: int = 2**16) -> None:
+        chunks = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
+        self.taken, self._leaves = 0, leaves
+        self._messages: Iterator[Message] = iter(
+            [{"type": "http.request", "body": each, "more_body": i < len(chunks) - 1} for i, each in enumerate(chunks)]
+        )
+        self.request = Request(
+            {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type.encode())]},
+            self.receive,
+        )
+
+    async def receive(self) -> Message:
+        self.taken += 1
+        message = next(self._messages, None)
+        if message is None and not self._leaves:
+            message = await asyncio.get_running_loop().create_future()
+        return message or {"type": "http.disconnect"}
+
+
+def same(fields: Fields, name: str, picture: Picture) -> Picture:
+    return picture
+
+
+def read(body: bytes, content_type: str = JSON, **settings: Any) -> Result:
+    async def main() -> Result:
+        reader = ImageReader(Settings(**settings))
+        try:
+            return await reader.read(Client(body, content_type).request, Fields, IMAGES, same)
+        finally:
+            reader.close()
+
+    return asyncio.run(main())
+
+
+def as_json(**fields: Any) -> bytes:
+    encoded = {
+        name: base64.b64encode(each).decode() if isinstance(each, bytes) else each for name, each in fields.items()
+    }
+    return json.dumps(encoded).encode()
+
+
+def as_form(*parts: tuple[str, bytes]) -> bytes:
+    """Returns a multipart body with the boundary xx."""
+    lines: Iterable[bytes] = (
+        b'--xx\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content)
+        for name, content in parts
+    )
+    return b"".join([*lines, b"--xx--\r\n"])
+
+
+def refusal(body: bytes, content_type: str = JSON, **settings: Any) -> errors.InvalidFields:
+    with pytest.raises(errors.InvalidFields) as refused:
+        read(body, content_type, **settings)
+    json.dumps(refused.value.problem("id"))
+    return refused.value
+
+
+# Both content types
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (as_json(image=PNG, digit=7, noise_std=2.5, invert=True, prompts=["a", "b"]), JSON),
+        (
+            as_form(
+                *(("image", PNG), ("digit", b"7"), ("noise_std", b"2.5"), ("invert", b"true")),
+                *(("prompts", b"a"), ("prompts", b"b")),
+            ),
+            FORM,
+        ),
+    ],
+    ids=["JSON", "multipart"],
+)
+def test_both_content_types_give_the_same_fields_and_pictures(body: bytes, content_type: str) -> None:
+    fields, pictures = read(body, content_type)
+    assert fields == Fields(image="", digit=7, noise_std=2.5, invert=True, prompts=["a", "b"])
+    assert list(pictures) == ["image"]
+    (picture,) = pictures["image"]
+    assert picture.format == "PNG"
+    np.testing.assert_array_equal(picture.grey, DRAWING)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (as_json(image=PNG, images=[base64.b64encode(each).decode() for each in (PNG, animation("GIF", 1))]), JSON),
+        (as_form(("image", PNG), ("images", PNG), ("images", animation("GIF", 1))), FORM),
+    ],
+    ids=["JSON", "multipart"],
+)
+def test_list_of_pictures_keeps_its_order(body: bytes, content_type: str) -> None:
+    fields, pictures = read(body, content_type)
+    assert [picture.format for picture in pictures["images"]] == ["PNG", "GIF"]
+    assert fields.images == ["", ""]
+
+
+@pytest.mark.parametrize(("body", "content_type"), [(as_json(digit=7), JSON), (as_form(("digit", b"7")), FORM)])
+def test_missing_picture_is_an_invalid_field(body: bytes, content_type: str) -> None:
+    error = refusal(body, content_type)
+    assert error.code == "invalid_request"
+    assert error.errors == [{"loc": ["body", "image"], "msg": "Field required"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [(as_json(image=PNG, mask=b"text"), JSON), (as_form(("image", PNG), ("mask", b"text")), FORM)],
+)
+def test_file_that_is_no_picture_names_its_field(body: bytes, content_type: str) -> None:
+    error = refusal(body, content_type)
+    assert (error.status, error.code) == (422, "invalid_image")
+    assert error.errors[0]["loc"] == ["body", "mask"]
+    assert "not a PNG, JPEG, WebP or GIF picture" in error.detail
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [(as_json(image=PNG, other=1), JSON), (as_form(("image", PNG), ("other", b"1")), FORM)],
+)
+def test_unknown_field_is_refused(body: bytes, content_type: str) -> None:
+    assert refusal(body, content_type).errors[0]["loc"] == ["body", "other"]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b'{"image": "", "digit": 1, "digit": 2}', JSON),
+        (as_form(("image", PNG), ("digit", b"1"), ("digit", b"2")), FORM),
+        (as_form(("image", PNG), ("image", PNG)), FORM),
+    ],
+)
+def test_repeated_field_is_refused(body: bytes, content_type: str) -> None:
+    assert "occurs more than once" in refusal(body, content_type).detail
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "image/png", "multipart/mixed; boundary=xx"])
+def test_other_content_type_is_not_read(content_type: str) -> None:
+    client = Client(PNG, content_type)
+
+    async def main() -> None:
+        await ImageReader(Settings()).read(client.request, Fields, IMAGES, same)
+
+    with pytest.raises(errors.UnsupportedMediaType) as refused:
+        asyncio.run(main())
+    assert refused.value.detail == "Content-Type must be application/json or multipart/form-data"
+    assert client.taken == 0
+
+
+def test_body_over_the_limit_for_images_is_refused_while_it_arrives() -> None:
+    with pytest.raises(errors.BodyTooLarge):
+        read(as_form(("image", bytes(2000))), FORM, max_image_bytes=1000)
+    assert refusal(as_form(("image", bytes(2000))), FORM, max_body_bytes=1000).code == "invalid_image"
+
+
+# Fields of a multipart body
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7", 7), ("7.0", 7), ("007", None), ("+7", None), ("seven", None), ("", None), ("1e400", None)]
+)
+def test_number_in_a_part_has_the_syntax_of_json(text: str, value: int | None) -> None:
+    body = as_form(("image", PNG), ("digit", text.encode()))
+    if value is None:
+        assert refusal(body, FORM).errors[0]["loc"][:2] == ["body", "digit"]
+    else:
+        assert read(body, FORM)[0].digit == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("auto", "auto")])
+def test_boolean_or_word_in_a_part_is_read(text: str, value: Any) -> None:
+    assert read(as_form(("image", PNG), ("invert", text.encode())), FORM)[0].invert == value
+
+
+@pytest.mark.parametrize("text", ["7", "true", "sieben Ümläute"])
+def test_text_field_remains_text(text: str) -> None:
+    assert read(as_form(("image", PNG), ("name", text.encode())), FORM)[0].name == text
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"7" * (MAX_TEXT_BYTES + 1)])
+def test_long_or_undecodable_text_field_is_refused(content: bytes) -> None:
+    assert refusal(as_form(("image", PNG), ("digit", content)), FORM).errors[0]["loc"] == ["body", "digit"]
+
+
+def test_file_name_and_type_of_a_part_are_ignored() -> None:
+    body = as_form(("image", PNG)).replace(
+        b'name="image"', b'name="image"; filename="../a.svg"\r\nContent-Type: image/svg+xml'
+    )
+    assert read(body, FORM)[1]["image"][0].format == "PNG"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"", FORM),
+        (as_form(("image", PNG))[:-10], FORM),
+        (b"text " + as_form(("image", PNG)), FORM),
+        (as_form(("image", PNG)).replace(b"form-data", b"attachment"), FORM),
+        (as_form(("image", PNG)), "multipart/form-data"),
+        (as_form(("image", PNG)), "multipart/form-data; boundary=" + "x" * 71),
+        (as_form(("image", PNG)), 'multipart/form-data; boundary=""'),
+    ],
+)
+def test_malformed_multipart_body_is_refused(body: bytes, content_type: str) -> None:
+    with pytest.raises(errors.MalformedRequest) as refused:
+        read(body, content_type)
+    assert "multipart/form-data" in refused.value.detail or "boundary" in refused.value.detail
+
+
+@pytest.mark.parametrize("num_parts", [MAX_PARTS + 1, 1000])
+def test_many_parts_are_refused(num_parts: int) -> None:
+    assert f"more than {MAX_PARTS} parts" in refusal(as_form(*[("prompts", b"a")] * num_parts), FORM).detail
+
+
+def test_permitted_number_of_parts_is_accepted() -> None:
+    assert len(read(as_form(("image", PNG), *[("prompts", b"a")] * (MAX_PARTS - 1)), FORM)[0].prompts) == MAX_PARTS - 1
+
+
+def test_part_with_long_headers_is_refused() -> None:
+    assert "headers" in refusal(b"--xx\r\nX: " + b"a" * LIMIT, FORM, max_image_bytes=2 * LIMIT).detail
+
+
+# Base64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        base64.b64encode(NOISE).decode(),
+        base64.urlsafe_b64encode(NOISE).decode(),
+        base64.b64encode(NOISE).decode().rstrip("="),
+        base64.encodebytes(NOISE).decode(),
+        base64.encodebytes(NOISE).decode().replace("\n", "\r\n "),
+        "data:image/png;base64," + base64.b64encode(NOISE).decode(),
+        "DATA:;charset=utf-8;base64," + base64.b64encode(NOISE).decode(),
+    ],
+)
+def test_every_usual_form_of_base64_is_decoded(text: str) -> None:
+    assert read(json.dumps({"image": text}).encode())[1]["image"][0].format == "PNG"
+
+
+def test_alphabets_differ_in_the_test_data() -> None:
+    assert base64.b64encode(NOISE) != base64.urlsafe_b64encode(NOISE)
+    assert base64.b64encode(NOISE).endswith(b"=")
+
+
+@pytest.mark.parametrize("text", ["%%%%", "AAA A=A", "ÄÖÜ", "A", "data:image/png,AAAA", "\ud800"])
+def test_invalid_base64_is_refused(text: str) -> None:
+    error = refusal(json.dumps({"image": text}).encode())
+    assert error.code == "invalid_image"
+    assert "base64" in error.detail
+
+
+@pytest.mark.parametrize("value", [None, 7, {}, True, [1]])
+def test_picture_that_is_no_string_is_an_invalid_field(value: Any) -> None:
+    error = refusal(as_json(image=value))
+    assert (error.code, error.errors[0]["loc"][:2]) == ("invalid_request", ["body", "image"])
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"text"', b"7", b"null"])
+def test_json_that_is_no_object_is_refused(body: bytes) -> None:
+    assert refusal(body).detail == "body: Input should be an object"
+
+
+# JSON that is expensive to parse
+
+ROOM = LIMIT - 100
+BOMBS = {
+    "arrays": b'{"a": [' + b"[]," * (ROOM // 3) + b"[]]}",
+    "nesting": b"[" * ROOM,
+    "objects": b'{"a":' * (ROOM // 5),
+    "digits": b'{"digit": ' + b"7" * ROOM + b"}",
+    "white space": b"{" + b" " * ROOM + b"}",
+    "quotes": b'"' * ROOM,
+    "names": b"{" + b'"a":1,' * (ROOM // 6) + b'"a":1}',
+    "escapes": b'{"image": "' + b"\\n" * (ROOM // 2) + b'"}',
+    "after an escaped quote": b'{"a": "\\"", "b": ' + b"[" * ROOM,
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_json_bomb_is_refused_before_it_is_parsed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    monkeypatch.setattr(uploads, "parse_json", parsed.append)
+    error = refusal(BOMBS[name])
+    assert "The JSON has more than" in error.detail
+    assert error.errors[0]["loc"] == ["body"]
+    assert parsed == []
+
+
+def test_json_at_the_limits_is_parsed() -> None:
+    text = base64.b64encode(PNG).decode()
+    escaped = "\\n" * (MAX_ESCAPES // 2) + "\\r" * (MAX_ESCAPES // 2)
+    body = f'{{"image": "{text}{escaped}", "name": "{"[{," * 10_000}"}}{" " * 10_000}'
+    assert read(body.encode())[1]["image"][0].format == "PNG"
+
+
+@pytest.mark.parametrize("length", [MAX_STRINGS, MAX_STRINGS + 1])
+def test_number_of_strings_is_limited(length: int) -> None:
+    body = json.dumps({"prompts": [""] * (length - 1)}).encode()
+    assert ("strings" in refusal(body).detail) == (length > MAX_STRINGS)
+
+
+@pytest.mark.parametrize(
+    ("body", "outside"),
+    [
+        (b"", 0),
+        (b"{}", 2),
+        (b'{"a": "b"}', 4),
+        (b'{"a\\"[[[": 1}', 5),
+        (b'{"a\\\\": 1}', 5),
+        (b'{"a\\\\\\"[[[": 1}', 5),
+        (b'{"open [[[', 1),
+    ],
+)
+def test_bytes_outside_of_strings_are_counted(body: bytes, outside: int) -> None:
+    assert uploads._bytes_outside_strings(body) == outside
+
+
+# Load
+
+
+async def start(reader: ImageReader, client: Client, convert: Any = same) -> asyncio.Task[Result]:
+    """Begins to read a request, and returns after its body has arrived."""
+    task = asyncio.ensure_future(reader.read(client.request, Fields, IMAGES, convert))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    return task
+
+
+def test_at_most_two_requests_are_decoded_at_a_time() -> None:
+    begun, go_on = threading.Semaphore(0), threading.Event()
+    running: list[int] = []
+
+    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+        running.append(1)
+        begun.release()
+        go_on.wait(30)
+        return picture
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        tasks = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(5)]
+        for _ in range(2):
+            await asyncio.to_thread(begun.acquire, timeout=30)
+        await asyncio.sleep(0.05)
+        assert len(running) == 2
+        tasks[-1].cancel()  # is waiting, so that it never runs
+        await asyncio.wait([tasks[-1]])
+        go_on.set()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(each, asyncio.CancelledError) for each in done] == [False] * 4 + [True]
+        assert len(running) == 4
+        reader.close()
+        assert reader._held._total == 0
+
+    asyncio.run(main())
+
+
+def test_client_that_leaves_while_its_request_waits_is_noticed() -> None:
+    go_on = threading.Event()
+
+    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+        go_on.wait(30)
+        return picture
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
+        with pytest.raises(ClientGoneError):
+            await reader.read(Client(as_json(image=PNG), JSON, leaves=True).request, Fields, IMAGES, convert)
+        go_on.set()
+        await asyncio.gather(*busy)
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_request_that_waits_until_its_deadline_is_answered() -> None:
+    go_on = threading.Event()
+
+    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+        go_on.wait(30)
+        return picture
+
+    async def main() -> None:
+        reader = ImageReader(Settings(request_timeout=0.05))
+        with pytest.raises(errors.DeadlineExceeded) as late:
+            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, IMAGES, convert)
+        assert "decoded" in late.value.detail
+        go_on.set()
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
+    size = 1000
+
+    async def main() -> None:
+        reader = ImageReader(Settings(max_image_bytes=size))
+        slow = [Client(bytes(size), JSON, size=size - 1) for _ in range(uploads.MAX_BODIES + 1)]
+        for client in slow:
+            client._messages = iter([next(client._messages)])  # the rest never arrives
+        tasks = [await start(reader, client) for client in slow]
+        assert [task.done() for task in tasks] == [False] * uploads.MAX_BODIES + [True]
+        with pytest.raises(errors.Overloaded) as refused:
+            tasks[-1].result()
+        assert refused.value.headers == {"Retry-After": "1"}
+        for task in tasks[:-1]:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert reader._held._total == 0
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_failed_request_releases_its_bytes() -> None:
+    async def main() -> None:
+        reader = ImageReader(Settings(max_image_bytes=1000))
+        for body, content_type in ((bytes(5000), JSON), (b"{", JSON), (b"", FORM), (as_json(image=b"text"), JSON)):
+            with pytest.raises(errors.UnfogError):
+                await reader.read(Client(body, content_type, size=100).request, Fields, IMAGES, same)
+        await asyncio.sleep(0.05)
+        assert reader._held._total == 0
+        reader.close()
+
+    asyncio.run(main())
+
+
+# OpenAPI
+
+
+def test_multipart_schema_has_files_where_the_json_schema_has_base64() -> None:
+    schema = Fields.model_json_schema()
+    properties = multipart_schema(schema)["properties"]
+    assert schema["properties"]["image"]["contentEncoding"] == "base64"
+    assert properties["image"] == {
+        "contentMediaType": "application/octet-stream",
+        "title": "Image",
+        "type": "string",
+    }
+    assert properties["images"]["items"]["contentMediaType"] == "application/octet-stream"
+    assert properties["digit"] == schema["properties"]["digit"]
