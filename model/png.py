@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 
 from PIL import Image
@@ -22,6 +22,7 @@ class Provenance:
     num_steps: int
     guidance_scale: float
     model_sha256: str
+    task: Mapping[str, str] = field(default_factory=dict)  # further text chunks of tasks other than generation
 
     def text(self, index: int | str) -> dict[str, str]:
         """Returns the PNG text chunks for the image `index`. The index of a contact sheet is a range such as "0-3"."""
@@ -34,6 +35,7 @@ class Provenance:
             "Steps": str(self.num_steps),
             "Guidance-Scale": str(self.guidance_scale),
             "Model-SHA256": self.model_sha256,
+            **self.task,
         }
 
 

@@ -74,5 +74,10 @@ def predict_x_0(x_t: Tensor, output: Tensor, mix: Tensor) -> Tensor:
     mix (B, 3) has the rows of `Prediction.table` for each t. The result is clipped, because near t = T the eps kind
     multiplies errors of F by hundreds.
     """
+    return unclipped_x_0(x_t, output, mix).clamp(-1, 1)
+
+
+def unclipped_x_0(x_t: Tensor, output: Tensor, mix: Tensor) -> Tensor:
+    """Returns `predict_x_0` before clipping, (B, C, H, W)."""
     skip, scale, signal = mix[:, :, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
-    return ((skip * x_t - scale * output) / signal).clamp(-1, 1)
+    return (skip * x_t - scale * output) / signal

@@ -1,6 +1,7 @@
-"""The complete reverse process for a batch of rows, each with its own plan. It uses the step of model/step.py."""
+"""The complete process for a batch of rows, each with its own plan. It uses the step of model/step.py."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -8,9 +9,39 @@ from torch import Tensor
 
 from model.noise import normal
 from model.sampler import Guidance, Plan
+from model.schedule import Schedule
 from model.step import Rows, State, Step
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # called with k, x_t and predicted x_0 of the rows that take step k
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Images from which trajectories start: x_t = signal * image + noise * z. Without a Start, x_T = z.
+
+    Pixels with `is_known` are pixels of x_0: each step replaces the predicted x_0 there by `image`. They then follow
+    the forward process exactly, so the other pixels are generated to fit (Lugmayr 2022, eq. 8, for any sampler).
+    """
+
+    image: Tensor  # (B, C, H, W) float32
+    signal: Tensor  # (B,) float32
+    noise: Tensor  # (B,) float32
+    is_known: Tensor | None = None  # (B, C, H, W) bool; None = no pixel is known
+
+    @classmethod
+    def at(cls, schedule: Schedule, t: int, image: Tensor, is_known: Tensor | None = None) -> "Start":
+        """Starts all rows from the forward process at timestep t: x_t ~ q(x_t | x_0 = image) (Ho 2020, eq. 4)."""
+        alpha_bar = schedule.alpha_bar[t].expand(len(image)).to(image.device)  # (B,)
+        return cls(image, alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), is_known)
+
+    def rows(self, rows: Tensor) -> "Start":
+        """Returns the images with the indices `rows` (B,), on the device of `rows`."""
+        parts = (self.image, self.signal, self.noise, self.is_known)
+        return Start(*(None if part is None else part.to(rows.device)[rows] for part in parts))  # type: ignore[arg-type]
+
+    def x_t(self, z: Tensor) -> Tensor:
+        """Returns the first x_t (B, C, H, W) for standard normal noise z (B, C, H, W)."""
+        return self.signal[:, None, None, None] * self.image + self.noise[:, None, None, None] * z
 
 
 def begin(
@@ -19,25 +50,29 @@ def begin(
     *,
     seed: Tensor,
     index: Tensor,
-    y: Tensor,
     guidance_scale: float = 1.0,
+    start: Start | None = None,
 ) -> tuple[State, Tensor]:
-    """Returns the initial state of the rows (x_T) and the table (P, 5) of their plans. Both are inputs of a step.
+    """Returns the initial state of the rows and the table (P, 5) of their plans. Both are inputs of a step.
 
-    Row i follows plans[i]. Rows can share a plan. seed, index and y are (B,) int64 on the device of the step.
+    Row i follows plans[i]. Rows can share a plan. seed and index are (B,) int64 on the device of the step. Without
+    `start`, the rows start from x_T.
     """
     distinct = {id(plan): plan for plan in plans}
     starts = dict(zip(distinct, accumulate((plan.num_steps for plan in distinct.values()), initial=0), strict=False))
-    state = State.zeros(len(plans), image_shape, y.device)
-    state.x_t = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
-    state.seed, state.index, state.y = seed, index, y
-    state.plan_row = torch.tensor([starts[id(plan)] for plan in plans], device=y.device)
+    state = State.zeros(len(plans), image_shape, seed.device)
+    z = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
+    state.x_t = start.x_t(z) if start else z
+    if start and start.is_known is not None:
+        state.known, state.is_known = start.image, start.is_known
+    state.seed, state.index = seed, index
+    state.plan_row = torch.tensor([starts[id(plan)] for plan in plans], device=seed.device)
     state.guidance_scale.fill_(guidance_scale)
-    return state, torch.cat([plan.table(y.device) for plan in distinct.values()])
+    return state, torch.cat([plan.table(seed.device) for plan in distinct.values()])
 
 
 @torch.inference_mode()
-def draw(
+def draw(  # noqa: PLR0913 # most are optional
     step: Step,
     plans: Sequence[Plan],
     image_shape: tuple[int, int, int],
@@ -45,17 +80,19 @@ def draw(
     seed: Tensor,
     index: Tensor,
     y: Tensor,
+    null_label: int = 10,
     guidance: Guidance | None = None,
+    start: Start | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Generates images: returns x_0 (B, C, H, W). Row i follows plans[i].
 
     `step` computes each step, for the rows whose plan is not finished. seed, index and y are (B,) int64 on the device
-    of `step`. `guidance` applies to all rows; None turns it off. `on_step` is called after each step.
+    of `step`. `guidance` applies to all rows; None turns it off. `start` has the images to start from. `on_step` is
+    called after each step.
     """
     guidance = guidance or Guidance()
-    keys = {"seed": seed, "index": index, "y": y}
-    state, table = begin(plans, image_shape, **keys, guidance_scale=guidance.scale)
+    state, table = begin(plans, image_shape, seed=seed, index=index, guidance_scale=guidance.scale, start=start)
     for k in range(max(plan.num_steps for plan in plans)):
         running = [row for row, plan in enumerate(plans) if k < plan.num_steps]
         guided = [i for i, row in enumerate(running) if guidance.acts_at(plans[row].timesteps[k])]
@@ -63,10 +100,11 @@ def draw(
         rows, again = torch.arange(len(running)), torch.tensor(guided, dtype=torch.int64)
         source, second = torch.cat([rows, again]), rows.clone()
         second[again] = len(rows) + torch.arange(len(again))
-        taken = Rows(slots, torch.full_like(slots, k), source.to(y.device), second.to(y.device))
-        x_prev, x_0, _ = step(state, table, taken)
+        label = torch.cat([y[slots], torch.full_like(y[: len(again)], null_label)])
+        taken = Rows(slots, torch.full_like(slots, k), source.to(y.device), label, second.to(y.device))
+        stepped = step(state, table, taken)
         if on_step:
-            on_step(k, state.x_t[slots], x_0)
-        state.x_t.index_copy_(0, slots, x_prev)
-        state.x_0.index_copy_(0, slots, x_0)
+            on_step(k, state.x_t[slots], stepped.x_0)
+        state.x_t.index_copy_(0, slots, stepped.x_prev)
+        state.x_0.index_copy_(0, slots, stepped.x_0)
     return state.x_0

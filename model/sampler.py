@@ -2,11 +2,15 @@
 
 Each step of each sampler is x_prev = a x_t + b x_0 + c x_0_prev + s z, with fresh noise z. The coefficients a, b, c and
 s depend on the schedule only. A plan holds the coefficients of all steps.
+
+A plan can follow any path of timesteps. It can start below T, and it can go up again: RePaint (Lugmayr 2022) adds noise
+to an image that is nearly finished and denoises it again. The process "forward" has no reverse steps. It visits any
+timesteps with images from the forward process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +23,8 @@ from model.schedule import Schedule
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps or another prediction
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+Process = Sampler | Literal["forward"]
+Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]  # a, b, c and s of one step, float64
 MAX_GUIDANCE_SCALE = 10
 
 
@@ -47,17 +53,16 @@ class Guidance:
         """Returns True if a step at timestep t needs a second, unconditional evaluation of the network."""
         return self.scale != 1.0 and self.start <= t <= self.stop
 
-    def interval_of(self, timesteps: list[int]) -> range:
-        """Returns the indices of the timesteps within start..stop. `timesteps` must be decreasing."""
-        steps = [k for k, t in enumerate(timesteps) if self.start <= t <= self.stop]
-        return range(steps[0], steps[-1] + 1) if steps else range(0)
+    def steps_within(self, timesteps: Sequence[int]) -> frozenset[int]:
+        """Returns the indices of the timesteps within start..stop."""
+        return frozenset(k for k, t in enumerate(timesteps) if self.start <= t <= self.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The steps of one sampler. Step k goes from timesteps[k] to timesteps[k + 1]."""
+    """The steps of one process. Step k goes from timesteps[k] to timesteps[k + 1]."""
 
-    timesteps: tuple[int, ...]  # num_steps + 1 decreasing values, the last is 0
+    timesteps: tuple[int, ...]  # num_steps + 1 values
     coefficients: Tensor  # (num_steps, 4) float32: a, b, c, s
 
     def table(self, device: torch.device) -> Tensor:
@@ -72,36 +77,94 @@ class Plan:
 
 
 def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
-    """Returns the plan of a sampler for `num_steps` steps.
+    """Returns the plan of a sampler for `num_steps` steps from T to 0.
 
     Raises ValueError if the sampler is unknown or num_steps is not in 1..T.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
     return plan_through(schedule, sampler, timesteps_of(schedule, sampler, num_steps))
 
 
-def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int) -> list[int]:
-    """Returns num_steps + 1 decreasing timesteps that end with 0.
+def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int, start: int | None = None) -> list[int]:
+    """Returns num_steps + 1 decreasing timesteps from `start` (default: T) to 0.
 
     They are evenly spaced in log-SNR for dpmpp, and evenly spaced in t for the other samplers. Raises ValueError if
-    num_steps is not in 1..T.
+    num_steps is not in 1..start.
     """
-    return schedule.log_snr_timesteps(num_steps) if sampler == "dpmpp" else schedule.even_timesteps(num_steps)
-
-
-def plan_through(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> Plan:
-    """Returns the plan for decreasing timesteps that end with 0. Raises ValueError for an unknown sampler."""
     if sampler == "dpmpp":
-        rows = _dpmpp_coefficients(schedule.half_log_snr, schedule.alpha_bar, timesteps)
-    elif sampler in SAMPLERS:
-        step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
-        alpha_bar = schedule.alpha_bar[timesteps]  # (num_steps + 1,)
-        rows = [step(*pair) for pair in pairwise(alpha_bar)]
-    else:
-        raise ValueError(f"unknown sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        return schedule.log_snr_timesteps(num_steps, start)
+    return schedule.even_timesteps(num_steps, start)
+
+
+def num_steps_of(path: Sequence[int]) -> int:
+    """Returns the number of steps of a sampler along a path. Going up is a part of the step before."""
+    return sum(t_next < t for t, t_next in pairwise(path))
+
+
+def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> Plan:
+    """Returns the plan for a path of timesteps. Raises ValueError for an unknown process or an impossible path.
+
+    A sampler takes one step, with one call of the network, from each timestep of the path to the next lower one. Where
+    the path goes up, the step before also adds the noise of the forward process, so going up needs no call. Example:
+    the path 100, 50, 80, 0 has a step from 100 to 50 and on to 80, and a step from 80 to 0. For the process "forward"
+    every step draws x at the next timestep from q(x_t | x_0), in any order of timesteps.
+    """
+    if process == "forward":
+        alpha_bar = schedule.alpha_bar[list(path[1:])]  # (num_steps,)
+        return _plan(path, [_forward_coefficients(alpha_bar_next) for alpha_bar_next in alpha_bar])
+    runs, rows = _decreasing_runs(path), []
+    for run, next_run in zip_longest(runs, runs[1:]):
+        rows += _coefficients(schedule, process, run)
+        if next_run:
+            rows[-1] = _with_noise(rows[-1], schedule.alpha_bar[run[-1]], schedule.alpha_bar[next_run[0]])
+    return _plan([*(t for run in runs for t in run[:-1]), path[-1]], rows)
+
+
+def _plan(timesteps: Sequence[int], rows: list[Coefficients]) -> Plan:
     return Plan(tuple(timesteps), torch.tensor(rows, dtype=torch.float64).float())
 
 
-def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, ...]:
+def _decreasing_runs(path: Sequence[int]) -> list[list[int]]:
+    """Splits a path where it goes up. Raises ValueError if a part has no step, or if two timesteps are equal."""
+    runs = [[path[0]]]
+    for t, t_next in pairwise(path):
+        if t_next < t:
+            runs[-1].append(t_next)
+        else:
+            runs.append([t_next])
+    if any(len(run) < 2 for run in runs):
+        raise ValueError(f"a path must go down at its start, at its end and after each step up, got {list(path)}")
+    return runs
+
+
+def _coefficients(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> list[Coefficients]:
+    """Returns a, b, c and s of the steps of a sampler through decreasing timesteps."""
+    if sampler == "dpmpp":
+        return _dpmpp_coefficients(schedule.half_log_snr, schedule.alpha_bar, timesteps)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+    step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
+    return [step(*pair) for pair in pairwise(schedule.alpha_bar[timesteps])]
+
+
+def _with_noise(coefficients: Coefficients, alpha_bar_t: Tensor, alpha_bar_next: Tensor) -> Coefficients:
+    """Adds the forward process from a step's target t up to t_next (Lugmayr 2022, algorithm 1, line 10).
+
+    The noise of both parts is Gaussian and independent, so one z with the sum of the variances replaces it.
+    """
+    a, b, c, s = coefficients
+    alpha = alpha_bar_next / alpha_bar_t
+    return alpha.sqrt() * a, alpha.sqrt() * b, alpha.sqrt() * c, (alpha * s**2 + 1 - alpha).sqrt()
+
+
+def _forward_coefficients(alpha_bar_next: Tensor) -> Coefficients:
+    """The forward process from x_0 to any timestep, Ho 2020, eq. 4."""
+    zero = torch.zeros_like(alpha_bar_next)
+    return zero, alpha_bar_next.sqrt(), zero, (1 - alpha_bar_next).sqrt()
+
+
+def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Coefficients:
     """Ancestral sampling with the posterior q(x_prev | x_t, x_0) of Ho 2020, eq. 6 and 7, for steps of any length."""
     alpha_t = alpha_bar_t / alpha_bar_prev
     a = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
@@ -110,16 +173,16 @@ def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Ten
     return a, b, torch.zeros_like(a), s
 
 
-def _ddim_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> tuple[Tensor, ...]:
+def _ddim_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Coefficients:
     """DDIM, Song 2021, eq. 12 with sigma_t = 0. eps is expressed in x_t and x_0."""
     a = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
     b = alpha_bar_prev.sqrt() - a * alpha_bar_t.sqrt()
     return a, b, torch.zeros_like(a), torch.zeros_like(a)
 
 
-def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list[int]) -> list[tuple[Tensor, ...]]:
+def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list[int]) -> list[Coefficients]:
     """DPM-Solver++(2M), Lu 2022b, algorithm 2. The first and the last step, where h is infinite, have first order."""
-    rows: list[tuple[Tensor, ...]] = []
+    rows: list[Coefficients] = []
     h_before = None
     for t, t_prev in pairwise(timesteps):
         h = half_log_snr[t_prev] - half_log_snr[t]

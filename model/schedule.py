@@ -52,36 +52,41 @@ class Schedule:
         """lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), (T + 1,) float64. It is infinite at t = 0."""
         return 0.5 * torch.log(self.alpha_bar / (1 - self.alpha_bar))
 
-    def even_timesteps(self, num_steps: int) -> list[int]:
-        """Returns num_steps + 1 decreasing timesteps from T to 0, evenly spaced in t.
+    def even_timesteps(self, num_steps: int, start: int | None = None) -> list[int]:
+        """Returns num_steps + 1 decreasing timesteps from `start` (default: T) to 0, evenly spaced in t.
 
-        Raises ValueError if num_steps is not in 1..T.
+        Raises ValueError if num_steps is not in 1..start.
         """
-        self._check(num_steps)
-        return [round(self.num_steps * i / num_steps) for i in range(num_steps, -1, -1)]
+        highest = self._check(num_steps, start)
+        return [round(highest * i / num_steps) for i in range(num_steps, -1, -1)]
 
-    def log_snr_timesteps(self, num_steps: int) -> list[int]:
+    def log_snr_timesteps(self, num_steps: int, start: int | None = None) -> list[int]:
         """Returns num_steps + 1 decreasing timesteps that end with 0 and are evenly spaced in log-SNR.
 
-        This is the spacing of DPM-Solver (Lu 2022, section 3.3), rounded to integer timesteps. Near t = 0 several grid
-        points have the same nearest timestep. Such timesteps are moved by the smallest amount that makes all distinct.
-        Raises ValueError if num_steps is not in 1..T.
+        They begin at `start` (default: T), or at the highest timestep from which DPM-Solver++ does not diverge. This is
+        the spacing of DPM-Solver (Lu 2022, section 3.3), rounded to integer timesteps. Near t = 0 several grid points
+        have the same nearest timestep. Such timesteps are moved by the smallest amount that makes all distinct. Raises
+        ValueError if num_steps is not in 1..start.
         """
-        self._check(num_steps)
-        half_log_snr = self.half_log_snr[1:]  # (T,) t = 1..T
-        start = max(half_log_snr[-1].item(), MIN_HALF_LOG_SNR)
-        grid = torch.linspace(start, half_log_snr[0].item(), num_steps, dtype=torch.float64)  # (num_steps,)
+        highest = self._check(num_steps, start)
+        half_log_snr = self.half_log_snr[1 : highest + 1]  # (start,) t = 1..start
+        lowest = max(half_log_snr[-1].item(), MIN_HALF_LOG_SNR)
+        grid = torch.linspace(lowest, half_log_snr[0].item(), num_steps, dtype=torch.float64)  # (num_steps,)
         nearest = (grid[:, None] - half_log_snr).abs().argmin(dim=1) + 1  # (num_steps,)
         timesteps: list[int] = []
-        highest = self.num_steps
         for remaining, t in zip(range(num_steps, 0, -1), nearest.tolist(), strict=True):
             timesteps.append(min(max(t, remaining), highest))
             highest = timesteps[-1] - 1
         return [*timesteps, 0]
 
-    def _check(self, num_steps: int) -> None:
-        if not 1 <= num_steps <= self.num_steps:
-            raise ValueError(f"num_steps must be 1 to {self.num_steps}, got {num_steps}")
+    def _check(self, num_steps: int, start: int | None) -> int:
+        """Returns the start of a path with `num_steps` steps."""
+        highest = self.num_steps if start is None else start
+        if not 1 <= highest <= self.num_steps:
+            raise ValueError(f"start must be 1 to {self.num_steps}, got {highest}")
+        if not 1 <= num_steps <= highest:
+            raise ValueError(f"num_steps must be 1 to {highest}, got {num_steps}")
+        return highest
 
 
 def _alpha_bar(config: ScheduleConfig) -> Tensor:

@@ -5,7 +5,7 @@ evaluation for guidance. Therefore one compiled program works for every batch.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -14,47 +14,62 @@ from torch import Tensor, nn
 from model.checkpoint import Checkpoint
 from model.noise import block_counter, normal
 from model.precision import CallRows
-from model.prediction import predict_x_0
+from model.prediction import predict_x_0, unclipped_x_0
 from model.sampler import guide, reverse_step
 
 
 @dataclass(slots=True)
 class State:
-    """State of S rows (images in progress): x_t, the last predicted x_0, and the parameters of each row."""
+    """State of S rows (images in progress): x_t, the last predicted x_0, and the parameters of each row.
+
+    Known pixels are given by the client. Where `is_known` is True, the value in `known` replaces the predicted x_0.
+    """
 
     x_t: Tensor  # (S, C, H, W) float32
     x_0: Tensor  # (S, C, H, W) float32
+    known: Tensor  # (S, C, H, W) float32: pixels of x_0
+    is_known: Tensor  # (S, C, H, W) bool
     seed: Tensor  # (S,) int64
     index: Tensor  # (S,) int64
-    y: Tensor  # (S,) int64
     plan_row: Tensor  # (S,) int64: first row of the plan in the table of plans
     guidance_scale: Tensor  # (S,) float32
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
         """Returns the state of `count` unused rows."""
-        x_t, x_0 = (torch.zeros(count, *image_shape, device=device) for _ in range(2))
-        seed, index, y, plan_row = torch.zeros(4, count, dtype=torch.int64, device=device).unbind()
-        return cls(x_t, x_0, seed, index, y, plan_row, torch.ones(count, device=device))
+        x_t, x_0, known = (torch.zeros(count, *image_shape, device=device) for _ in range(3))
+        is_known = torch.zeros(count, *image_shape, dtype=torch.bool, device=device)
+        seed, index, plan_row = torch.zeros(3, count, dtype=torch.int64, device=device).unbind()
+        return cls(x_t, x_0, known, is_known, seed, index, plan_row, torch.ones(count, device=device))
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields the tensors in the order of the inputs of a compiled step."""
-        return iter((self.x_t, self.x_0, self.seed, self.index, self.y, self.plan_row, self.guidance_scale))
+        """Yields the tensors in the order of the fields, which are inputs of a compiled step."""
+        return (getattr(self, field.name) for field in fields(self))
 
 
 class Rows(NamedTuple):
     """Selects the B rows that take a step and the N evaluations of the network.
 
-    The first B evaluations are the conditional ones of all rows. The others are the unconditional ones of guided rows.
+    The first B evaluations are the first ones of all rows. The others are further evaluations of the same rows: the
+    unconditional one of a guided row, or those of further labels of a row that is being recognised.
     """
 
     slots: Tensor  # (B,) int64: index of each row in the state
     step: Tensor  # (B,) int64: number of steps that each row has completed
-    source: Tensor  # (N,) int64: row of each evaluation: 0..B-1, then the guided rows again
-    second: Tensor  # (B,) int64: unconditional evaluation of a guided row, conditional evaluation of any other row
+    source: Tensor  # (N,) int64: row of each evaluation: 0..B-1, then rows with further evaluations
+    label: Tensor  # (N,) int64: label y of each evaluation
+    second: Tensor  # (B,) int64: unconditional evaluation of a guided row, first evaluation of any other row
 
 
-Stepped = tuple[Tensor, Tensor, Tensor]  # x_prev and x_0 (B, C, H, W), and True where the output is finite (B,)
+class Stepped(NamedTuple):
+    """The results of a step."""
+
+    x_prev: Tensor  # (B, C, H, W) float32
+    x_0: Tensor  # (B, C, H, W) float32
+    error: Tensor  # (N,) float32: squared error of each evaluation's unclipped x_0, summed over known pixels
+    finite: Tensor  # (B,) bool: True where the output is finite
+
+
 Step = Callable[[State, Tensor, Rows], Stepped]  # a ReverseStep or a compiled step
 
 
@@ -84,21 +99,22 @@ class ReverseStep(nn.Module):
 
         The state is not changed: the caller stores x_prev and x_0.
         """
-        slots, step, source, second = rows
-        x_t, x_0_prev, y = state.x_t[slots], state.x_0[slots], state.y[slots]  # (B, ...) each
+        slots, step, source, label, second = rows
+        x_t, x_0_prev = state.x_t[slots], state.x_0[slots]  # (B, C, H, W) each
+        known, is_known = state.known[slots], state.is_known[slots]  # (B, C, H, W) each
         plan = plans[state.plan_row[slots] + step]  # (B, 5)
         t = plan[:, 0].long()  # (B,)
-        is_first = torch.arange(source.shape[0], device=source.device) < slots.shape[0]  # (N,)
-        label = y[source].where(is_first, self.null_label)  # (N,)
         c = self.condition[t[source], label]  # (N, D)
         output = self.call_rows.call(self.denoise, x_t[source].to(self.dtype), c).float()  # (N, C, H, W)
         cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
-        output = guide(cond, uncond, state.guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
-        x_0 = predict_x_0(x_t, output, self.mix[t])  # (B, C, H, W)
+        guided = guide(cond, uncond, state.guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
+        x_0 = known.where(is_known, predict_x_0(x_t, guided, self.mix[t]))  # (B, C, H, W)
         image_shape = self.checkpoint.image_shape
         z = normal(state.seed[slots], state.index[slots], step + 1, image_shape, self.noise_block)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
-        return x_prev, x_0, output.isfinite().flatten(1).all(dim=1)
+        error = unclipped_x_0(x_t[source], output, self.mix[t[source]]) - known[source]  # (N, C, H, W)
+        error = error.square().where(is_known[source], 0.0).sum(dim=(1, 2, 3))  # (N,)
+        return Stepped(x_prev, x_0, error, guided.isfinite().flatten(1).all(dim=1))
 
     @torch.inference_mode()
     def run_network_once(self) -> None:

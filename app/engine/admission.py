@@ -34,7 +34,7 @@ from collections.abc import Callable, Sequence
 from app import errors
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
-from app.engine.job import Estimate, Job, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Estimate, Job, Trajectory
 from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Admission:
         self._max_batch = max_batch
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
-        self._limits: dict[int, StepLimits] = {}  # the key is the number of models
+        self._limits: dict[tuple[int, int], StepLimits] = {}  # the key is (number of models, widest row)
         # No target is at risk before this time, unless the slowdown exceeds its value at the last check.
         self._safe_until = -math.inf
         self._safe_slowdown = 0.0
@@ -64,7 +64,7 @@ class Admission:
     @property
     def max_batch(self) -> int:
         """Returns the maximum number of rows of a step."""
-        return self._limits_for(1).rows
+        return self._limits_for(1, GUIDED_EVALUATIONS).rows
 
     def open(self, step_times: StepTimes) -> None:
         """Sets the step times that were measured at warm-up."""
@@ -105,7 +105,7 @@ class Admission:
         if not self.backlog.jobs:
             return []
         self._recover(now)
-        limits = self._limits_for(self.backlog.num_models())
+        limits = self._limits_with()
         return select_rows(self.backlog.jobs, limits, at_risk=self._is_at_risk(now))
 
     def lower_max_batch(self, now: float) -> None:
@@ -139,16 +139,26 @@ class Admission:
         self._limits.clear()
         self._safe_until = -math.inf
 
-    def _limits_for(self, num_models: int) -> StepLimits:
-        if num_models not in self._limits:
+    def _limits_with(self, *new_jobs: Job) -> StepLimits:
+        """Returns the limits of a step with the models and the widest row of the backlog and `new_jobs`."""
+        return self._limits_for(max(1, self.backlog.num_models(*new_jobs)), self.backlog.widest_row(*new_jobs))
+
+    def _limits_for(self, num_models: int, widest_row: int) -> StepLimits:
+        key = num_models, widest_row
+        if key not in self._limits:
             given = [rows for rows in (self._max_batch, self._max_rows) if rows is not None]
-            auto = self._max_batch is None
-            self._limits[num_models] = StepLimits.of(self.step_times, min(given, default=None), num_models, auto=auto)
-        return self._limits[num_models]
+            self._limits[key] = StepLimits.of(
+                self.step_times,
+                min(given, default=None),
+                num_models,
+                auto=self._max_batch is None,
+                widest_row=widest_row,
+            )
+        return self._limits[key]
 
     def _full(self, *new_jobs: Job) -> Throughput:
-        """Returns the throughput of full steps at the current speed, with the models of the backlog and `new_jobs`."""
-        full = self._limits_for(max(1, self.backlog.num_models(*new_jobs))).full
+        """Returns the throughput of full steps at the current speed, with the backlog and `new_jobs`."""
+        full = self._limits_with(*new_jobs).full
         slowdown = self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
@@ -171,7 +181,7 @@ class Admission:
         """
         backlog, full = self.backlog, self._full(job)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
-        limits = self._limits_for(max(1, backlog.num_models(job)))
+        limits = self._limits_with(job)
         rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
 
         def fits(seconds: int) -> bool:
@@ -188,10 +198,10 @@ class Admission:
         the predicted duration of the next step. For all other jobs the result is the bound of the backlog.
         """
         backlog, num_models = self.backlog, max(1, self.backlog.num_models(job))
-        limits = self._limits_for(num_models)
+        limits = self._limits_with(job)
         mean = _mean_evaluations(job)
         first_round = (len(backlog) + 1) * mean
-        if job.request.count > 1 or first_round > max(mean, limits.evaluations // 2):
+        if job.request.count > 1 or job.is_searching or first_round > max(mean, limits.evaluations // 2):
             return backlog.finish_seconds(job, full)
         fewest = 1 if backlog.jobs else limits.evaluations
         share = limits.share(len(backlog) + 1, fewest, math.ceil(first_round))
@@ -201,7 +211,7 @@ class Admission:
 
 
 def _mean_evaluations(job: Job) -> float:
-    """Returns the mean number of evaluations per step of one image: 1 without guidance, up to 2 with guidance."""
+    """Returns the mean number of evaluations per step of one image: 1 without guidance, at most 10 to recognise."""
     return job.request.evaluations_from(0) / job.request.options.num_steps
 
 

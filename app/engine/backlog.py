@@ -21,6 +21,14 @@ Example: R is 2000 per second, T is 8 ms. The first job has 64 new images of 100
 A job is lost if it would miss its deadline even if it ran alone. The bounds of lost jobs are ignored, since otherwise
 one lost job would keep all new requests out and put every step at risk.
 
+Comparison: a row that compares the classes takes one evaluation for each class that is still in question. W counts all
+of these classes for all remaining steps. Classes that are dropped lower the bound. R holds for steps with such rows,
+because a full step has room for the widest row, and R is the lowest rate of a step into which the next row did not fit.
+
+Search: a job that searches for its digit has two stages. W has the evaluations of both. The tail is the search,
+followed by one image: w and s are the sums of both. The reason above holds, because the images begin after the search,
+so no two of these s steps can be the same step.
+
 The table of all jobs is a numpy array, because admission computes the bound of every job for each request.
 """
 
@@ -32,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.job import Job, Pixels, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Job, Result, Trajectory
 from app.engine.step_times import Throughput
 
 Array = npt.NDArray[np.float64]
@@ -67,6 +75,7 @@ class Backlog:
         self._free = list(range(64))  # the slots without a job
         self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`, in the same order
         self._of_model: Counter[str] = Counter()  # the number of jobs of each model
+        self._of_width: Counter[int] = Counter()  # the number of jobs by the evaluations of their widest row
 
     def __contains__(self, job: Job) -> bool:
         """Returns True if the job was added and not removed."""
@@ -86,6 +95,10 @@ class Backlog:
         """
         return len(self._of_model.keys() | {job.request.options.model for job in new_jobs})
 
+    def widest_row(self, *new_jobs: Job) -> int:
+        """Returns the largest number of evaluations that one row of the jobs and `new_jobs` takes in a step."""
+        return max(GUIDED_EVALUATIONS, *self._of_width, *(job.request.widest_row for job in new_jobs))
+
     def add(self, job: Job) -> None:
         """Inserts a job at its place in the order. The caller must have checked that the queue has room for it."""
         assert self.waiting + job.request.count <= self.capacity, "add() needs a job that fits into the queue"
@@ -100,6 +113,7 @@ class Backlog:
         self._order = np.insert(self._order, place, entry.slot)
         self.waiting += job.request.count
         self._of_model[job.request.options.model] += 1
+        self._of_width[job.request.widest_row] += 1
         self._table[entry.slot] = _table_row(job)
 
     def remove(self, job: Job) -> bool:
@@ -111,13 +125,16 @@ class Backlog:
         self._order = np.delete(self._order, place)
         self._free.append(self._entries.pop(job).slot)
         self._of_model -= Counter([job.request.options.model])  # Counter's -= deletes keys whose count becomes 0
+        self._of_width -= Counter([job.request.widest_row])
         self.waiting -= job.num_waiting
-        self.running -= len(job.unfinished) - job.num_waiting
+        self.running -= job.num_running
         return True
 
     def start(self, trajectory: Trajectory) -> None:
-        """Marks a waiting image as running."""
+        """Marks a waiting image as running, or a search as started. The images of a search wait until it ends."""
         trajectory.started = True
+        if trajectory.is_search:
+            return
         trajectory.job.num_waiting -= 1
         self.waiting -= 1
         self.running += 1
@@ -126,20 +143,29 @@ class Backlog:
         """Adds one step to each of these images."""
         for row in rows:
             row.job.evaluations_left -= row.evaluations
-            row.job.steps_done += 1
+            row.job.steps_done += not row.is_search
             row.step += 1
         self._update(rows)
 
-    def finish(self, images: Sequence[tuple[Trajectory, Pixels]]) -> None:
-        """Stores finished images and answers the jobs whose last image is among them."""
-        for trajectory, pixels in images:
+    def add_errors(self, row: Trajectory, errors: Sequence[float]) -> None:
+        """Adds the errors of a step to a row that compares the classes. Classes that are dropped need no more work."""
+        assert row.comparison, "add_errors() needs a row that compares the classes"
+        before = row.evaluations_left
+        row.comparison.add(errors)
+        row.job.evaluations_left -= before - row.evaluations_left
+        self._update([row])
+
+    def finish(self, results: Sequence[tuple[Trajectory, Result]]) -> None:
+        """Stores the results of finished rows and answers the jobs whose last image is among them."""
+        for trajectory, result in results:
             job = trajectory.job
-            if len(job.unfinished) == 1:
-                self.remove(job)
-            else:
-                self.running -= 1
-            job.finish(trajectory, pixels)
-        self._update([trajectory for trajectory, _ in images])
+            if not trajectory.is_search:
+                if len(job.unfinished) == 1:
+                    self.remove(job)
+                else:
+                    self.running -= 1
+            job.finish(trajectory, result)
+        self._update([trajectory for trajectory, _ in results])
 
     def slack(self, full: Throughput, now: float) -> float:
         """Returns the time in seconds for which row selection may still deviate from the order of the jobs.
@@ -156,8 +182,8 @@ class Backlog:
     def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
         """Returns True if `job` and all jobs that it delays would meet their targets.
 
-        It delays the jobs with later targets. If it needs another model, it delays all jobs, because every step may
-        make another network call. Lost jobs are ignored. An empty backlog admits every job (see admission.py).
+        It delays the jobs with later targets. If it needs another model or has wider rows, it delays all jobs, because
+        every step may then take longer. Lost jobs are ignored. An empty backlog admits every job (see admission.py).
 
         With `wait`, the job is submitted `wait` seconds from now. Until then, the backlog drains in order at the rate
         of full steps, and no other job arrives.
@@ -179,8 +205,8 @@ class Backlog:
         # the share of each tail that is left after the wait
         tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)
         rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
-        if self.num_models() == self.num_models(job):
-            delayed[:place] = False  # without another model, the job does not delay jobs with earlier targets
+        if (self.num_models(), self.widest_row()) == (self.num_models(job), self.widest_row(job)):
+            delayed[:place] = False  # if steps stay as long as they are, jobs with earlier targets are not delayed
         left[place:] += own[0, _WORK]
         late = start + _finish(rows, left, full) > rows[:, _TARGET]
         return not bool((late & delayed).any())
@@ -227,15 +253,13 @@ class Backlog:
 
 
 def _table_row(job: Job) -> tuple[float, ...]:
-    last = job.unfinished[-1]  # the tail, because `unfinished` is in order of progress
     return (
         job.target,
         job.deadline,
         job.evaluations_left,
-        last.evaluations_left,
-        last.steps_left,
+        *job.tail,
         job.num_waiting,
-        len(job.unfinished) - job.num_waiting,
+        job.num_running,
         job.request.evaluations_from(0),
     )
 

@@ -11,7 +11,8 @@ request does not wait for the long steps of a large request. The jobs are in ord
 4. At risk: if a job may miss its target, rules 1 and 3 do not apply. The step is full, and all its places are filled in
    order (earliest deadline first). The bound in backlog.py holds for such steps.
 
-Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two.
+Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two. A row
+that compares the classes of an image takes one for each class that is still in question.
 
 Example without guidance: a full step has 16 evaluations, a short step 8. Job A has 64 images, job B has 1 image.
 
@@ -23,7 +24,7 @@ Example without guidance: a full step has 16 evaluations, a short step 8. Job A 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from app.engine.job import Job, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Job, Trajectory
 from app.engine.step_times import StepTimes, Throughput
 
 # With automatic sizes, a full step is the largest measured batch whose rate is within BEST_TOLERANCE of the best rate
@@ -45,22 +46,33 @@ class StepLimits:
     full: Throughput
 
     @classmethod
-    def of(cls, times: StepTimes, max_rows: int | None, num_models: int, *, auto: bool) -> "StepLimits":
+    def of(
+        cls,
+        times: StepTimes,
+        max_rows: int | None,
+        num_models: int,
+        *,
+        auto: bool,
+        widest_row: int = GUIDED_EVALUATIONS,
+    ) -> "StepLimits":
         """Returns the limits of a step that makes one call for each of `num_models` models.
 
         With `auto`, the size of a full step follows from the measured times, and `max_rows` is an upper limit if given.
-        Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short.
+        Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short. A full step
+        has room for `widest_row`, the largest number of evaluations of one row: at least 2, for a guided row.
         """
         lone = times.measured_seconds(1)
         calls = (num_models - 1) * lone  # each further model needs another call
-        most = max(2, times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone)) if auto else 2 * (max_rows or 1)
+        most = times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone) if auto else GUIDED_EVALUATIONS * (max_rows or 1)
+        most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
-        most = min(most, 2 * rows)  # a guided row takes two evaluations
+        most = max(min(most, GUIDED_EVALUATIONS * rows), widest_row)
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
-        # A full step can have fewer than `most` evaluations: if the next row is guided, one place stays empty, and if
-        # no row is guided, `rows` is the limit. The rate must hold for these steps too.
-        least = max(1, min(most - 1, rows))
-        rate = min(count / (times.measured_seconds(count) + calls) for count in (least, most))
+        # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a
+        # guided row, and up to nine for a row that recognises. If no row is guided, `rows` is the limit. The rate must
+        # hold for all these steps. In between it can be lower than at both ends.
+        least = max(1, min(most - widest_row + 1, rows))
+        rate = min(count / (times.measured_seconds(count) + calls) for count in range(least, most + 1))
         return cls(most, rows, short, Throughput(rate, times.measured_seconds(most) + calls, lone))
 
     def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:

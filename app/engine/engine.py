@@ -15,6 +15,7 @@ Heartbeat: the engine thread stores the time before each step. `alive` is False 
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from app import errors
 from app.engine.admission import Admission
 from app.engine.interface import ModelInfo, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
-from app.engine.job import Job, Pixels, Trajectory
+from app.engine.job import Comparison, Job, Pixels, Result, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 
@@ -82,7 +83,7 @@ class Engine:
         self._num_steps = 0
         self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
         self._num_failed_rows = 0
-        self._failed_batches = {"step": 0, "pixels": 0}  # consecutive batches without a surviving row
+        self._failed_batches = {"step": 0, "pixels": 0, "errors": 0}  # consecutive batches without a surviving row
         self._last_beat: float | None = None  # a value of time.monotonic(); None while the engine is idle or starting
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -185,10 +186,15 @@ class Engine:
         return survivors
 
     def _read_pixels(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Pixels]]:
+        return self._read("pixels", rows, self._runner.pixels)
+
+    def _read(
+        self, work: str, rows: list[Trajectory], read: Callable[[list[Trajectory]], list[R]]
+    ) -> list[tuple[Trajectory, R]]:
         num_failed = self._num_failed_rows
-        read = self._run_isolated(rows, self._runner.pixels)
-        self._count_batch("pixels", self._num_failed_rows - num_failed, len(read))
-        return read
+        results = self._run_isolated(rows, read)
+        self._count_batch(work, self._num_failed_rows - num_failed, len(results))
+        return results
 
     def _count_batch(self, work: str, num_failed: int, num_survivors: int) -> None:
         if num_survivors:
@@ -223,6 +229,8 @@ class Engine:
 
     def _record_start(self, job: Job) -> None:
         timings = job.timings
+        if timings.started_at and job.request.search:
+            return  # The images of this job have waited for the search, not for other jobs.
         timings.started_at = timings.started_at or self._last_beat
         self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
         self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)
@@ -259,15 +267,34 @@ class Engine:
         with self._condition:
             rows = [trajectory for trajectory in rows if not trajectory.job.closed]
             self.backlog.advance(rows)
-        self._send_previews(rows)
-        done = self._read_pixels([trajectory for trajectory in rows if not trajectory.steps_left])
+        compared = self._compare([trajectory for trajectory in rows if trajectory.comparison])
+        images = [trajectory for trajectory in rows if not trajectory.comparison]
+        self._send_previews(images)
+        drawn = self._read_pixels([trajectory for trajectory in images if not trajectory.steps_left])
+        done: list[tuple[Trajectory, Result]] = [*drawn, *compared]
         with self._condition:
-            finished = [(trajectory, pixels) for trajectory, pixels in done if not trajectory.job.closed]
+            finished = [(trajectory, result) for trajectory, result in done if not trajectory.job.closed]
             self.backlog.finish(finished)
             for trajectory, _ in finished:
-                self._metrics.images.labels(str(trajectory.job.request.options.digit)).inc()
+                if not trajectory.comparison:
+                    digit = trajectory.job.digit
+                    self._metrics.images.labels("none" if digit is None else str(digit)).inc()
             self._complete_drain_if_idle()
         self._runner.release([trajectory for trajectory, _ in done])
+
+    def _compare(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Comparison]]:
+        """Adds the errors of the last step to rows that compare the classes. Returns the finished rows."""
+        done = []
+        for trajectory, class_errors in self._read("errors", rows, self._runner.errors):
+            if not all(map(math.isfinite, class_errors)):
+                self._fail(trajectory, ArithmeticError("NaN or infinite errors"))
+                continue
+            with self._condition:
+                if not trajectory.job.closed:
+                    self.backlog.add_errors(trajectory, class_errors)
+            if trajectory.comparison and not trajectory.steps_left:
+                done.append((trajectory, trajectory.comparison))
+        return done
 
     def _send_previews(self, rows: list[Trajectory]) -> None:
         for job in dict.fromkeys(trajectory.job for trajectory in rows):
@@ -286,8 +313,8 @@ class Engine:
         """Answers a job with an error, unless it is answered. The caller must hold the condition."""
         if not self.backlog.remove(job):
             return
-        for trajectory in job.unfinished:
-            self._metrics.cancelled.labels("running" if trajectory.started else "waiting").inc()
+        for is_started in job.images_started():
+            self._metrics.cancelled.labels("running" if is_started else "waiting").inc()
         self._abandoned += job.unfinished
         job.fail(error)
         self._complete_drain_if_idle()

@@ -1,12 +1,14 @@
 """The interface between engine and runner: the protocol, its errors, and the description of a served model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from app.engine.job import Options, Pixels, Trajectory
+from app.engine.job import Options, Pixels, StepSet, Trajectory
 from app.engine.step_times import StepTimes
+from model.recognition import Readout
 from model.sampler import Sampler
+from model.schedule import Schedule
 
 
 class RunnerError(Exception):
@@ -38,13 +40,20 @@ class ModelInfo:
     default_steps: int  # the recommended value of num_steps
     samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
     guidance_scale: dict[Sampler, float]  # the recommended scale of each sampler
-    guided_steps: Callable[[Sampler, int], range]  # (sampler, num_steps) -> the steps in which guidance is applied
+    guided_steps: Callable[[Options], StepSet]  # the steps in which guidance is applied if its scale is not 1
     guidable: bool  # True if guidance is possible: the network was trained with dropped labels
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    schedule: Schedule
+    readout: Readout  # the constants with which the model recognises images
 
-    def guided_steps_of(self, options: Options) -> range:
-        """Returns the steps of an image with these options that need a second evaluation."""
-        guided = options.guidance_scale != 1
-        return self.guided_steps(options.sampler, options.num_steps) if guided else range(0)
+    def guided_steps_of(self, options: Options, *, has_digit: bool = False) -> StepSet:
+        """Returns the steps of an image with these options that need a second evaluation.
+
+        Without a digit there is no guidance, because the unconditional prediction is used in every step. `has_digit`
+        says that the digit will be known when the steps begin.
+        """
+        is_guided = options.guidance_scale != 1 and (has_digit or options.digit is not None)
+        return self.guided_steps(options) if is_guided else range(0)
 
 
 class StepRunner(Protocol):
@@ -70,6 +79,9 @@ class StepRunner(Protocol):
 
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
         """Returns the current prediction of x_0 of each row, as 8-bit pixels."""
+
+    def errors(self, trajectories: list[Trajectory]) -> list[Sequence[float]]:
+        """Returns the errors of the remaining classes in the last step, for rows that compare the classes."""
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Frees the state of these rows."""

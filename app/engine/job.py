@@ -1,21 +1,36 @@
-"""Jobs and their images: the progress of a request from x_T to x_0. The tensors are in the runner.
+"""Jobs and their images: the progress of a request through the steps of its path. The tensors are in the runner.
 
-A job has all images of one request. A trajectory is one of these images. In a step, it is a row of the batch.
+A job has all images of one request. A trajectory is one of these images. In a step, it is a row of the batch. All tasks
+are trajectories. They differ in the image that they start from, in their path and in the pixels that are known:
+
+    generate    starts from noise at T
+    edit        starts from a sketch with noise at a lower timestep
+    denoise     starts from the noisy image at the timestep with the same noise level
+    inpaint     starts from noise, and the pixels outside of the mask are known
+    recognise   all pixels are known: each step compares how well each class explains the noise in the image
+
+If the digit of an image is unknown, a job can first search for it. The search is one trajectory that compares the
+classes: it takes one evaluation for each class in every step, and drops the classes that are far behind.
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from model.sampler import Sampler
+from model.sampler import Process
 
 DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests without `model`, and the model for few steps
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
+StepSet = range | frozenset[int]
+GUIDED_EVALUATIONS = 2  # a guided step evaluates the network with and without the class
 # The scheduler aims to finish a job after this share of its timeout. The rest is a reserve: a job still meets its
 # deadline if steps take a tenth longer than predicted.
 TARGET_SHARE = 0.9
@@ -25,37 +40,116 @@ TARGET_SHARE = 0.9
 class Options:
     """The options of a request that change pixels. Together with the index they determine every bit of an image."""
 
-    digit: int
+    digit: int | None  # None: no class is assumed
     seed: int
-    num_steps: int
-    sampler: Sampler
+    num_steps: int  # number of steps of the path
+    sampler: Process
     guidance_scale: float
     model: str = DEFAULT_MODEL
+    path: tuple[int, ...] = ()  # timesteps (see model/sampler.py); empty: the sampler's timesteps from T to 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Input:
+    """The image from which trajectories start: x_t = signal * image + noise * z."""
+
+    image: npt.NDArray[np.float32]  # (C, H, W); [-1, 1] is the range of pixels
+    signal: float
+    noise: float
+    is_known: npt.NDArray[np.bool_] | None = None  # (C, H, W): pixels of the result that are given; None: no pixel
+
+
+class Comparison(Protocol):
+    """Compares the classes of an image by the errors of their predictions. It drops classes that are far behind."""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes at the start."""
+
+    @property
+    def has_own_images(self) -> bool:
+        """True if each class has its own x_t. False if all classes predict x_0 from the same x_t."""
+
+    @property
+    def remaining(self) -> list[int]:
+        """The classes that the next step must evaluate. It is empty when the answer is final."""
+
+    @property
+    def digit(self) -> int:
+        """The best class so far."""
+
+    def add(self, errors: Sequence[float]) -> None:
+        """Adds the errors of a step, one for each class of `remaining`."""
+
+
+Result = Pixels | Comparison  # the result of one trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The search for the digit before the images of a job are generated."""
+
+    options: Options  # of the search; it assumes no digit and has no guidance
+    comparison: Comparison
+    input: Input | None = None  # None: that of the images
 
 
 @dataclass(eq=False, slots=True)
 class Trajectory:
-    """One image between x_T and x_0."""
+    """One image between x_T and x_0, or the search for the digit of the images."""
 
     job: "Job"
-    index: int
+    index: int  # the noise depends on it
+    comparison: Comparison | None = None  # of a trajectory that compares the classes
     step: int = 0  # number of finished reverse steps
     started: bool = False  # True if the first step is finished or in progress
-    slot: int | None = None  # slot of its state on the device; None before the first step and after release
+    slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
+
+    @property
+    def is_search(self) -> bool:
+        """Returns True for the search for the digit."""
+        search = self.job.request.search
+        return search is not None and self.comparison is search.comparison
+
+    @property
+    def options(self) -> Options:
+        """Returns the options of this row."""
+        search = self.job.request.search
+        return search.options if search and self.is_search else self.job.request.options
+
+    @property
+    def input(self) -> Input | None:
+        """Returns the image from which this row starts, or None if it starts from noise."""
+        search = self.job.request.search
+        return search.input if search and self.is_search and search.input else self.job.request.input
+
+    @property
+    def num_slots(self) -> int:
+        """Returns the number of slots that this row needs: one for each x_t."""
+        return self.comparison.num_classes if self.comparison and self.comparison.has_own_images else 1
 
     @property
     def steps_left(self) -> int:
-        """Returns the number of reverse steps that are left until x_0."""
-        return self.job.request.options.num_steps - self.step
+        """Returns the largest number of steps that are left. A comparison can end earlier."""
+        if self.comparison and not self.comparison.remaining:
+            return 0
+        return self.options.num_steps - self.step
 
     @property
     def evaluations(self) -> int:
-        """Returns the number of network evaluations of the next step: 2 with guidance, otherwise 1."""
-        return 2 if self.step in self.job.request.guided_steps else 1
+        """Returns the number of network evaluations of the next step.
+
+        This is the number of remaining classes in a comparison, and otherwise 2 with guidance and 1 without.
+        """
+        if self.comparison:
+            return len(self.comparison.remaining)
+        return GUIDED_EVALUATIONS if self.step in self.job.request.guided_steps else 1
 
     @property
     def evaluations_left(self) -> int:
-        """Returns the number of network evaluations that are left until x_0."""
+        """Returns the largest number of network evaluations that are left."""
+        if self.comparison:
+            return self.steps_left * len(self.comparison.remaining)
         return self.job.request.evaluations_from(self.step)
 
 
@@ -88,13 +182,25 @@ class JobRequest:
     timeout: float = math.inf  # seconds from submission to deadline; an unfinished request is then answered with 504
     num_previews: int = 0  # number of Progress events to send
     listener: Listener | None = None
-    guided_steps: range = range(0)  # the steps that need a second evaluation
+    guided_steps: StepSet = range(0)  # the steps that need a second evaluation
     request_id: str = ""  # used in log lines
+    input: Input | None = None  # None: the images start from noise
+    comparison: Comparison | None = None  # if given, it is the result, and no image is generated
+    search: Search | None = None  # if given, the job searches for the digit before it generates the images
+
+    @property
+    def widest_row(self) -> int:
+        """Returns the largest number of network evaluations of one image in a step."""
+        for comparison in (self.comparison, self.search and self.search.comparison):
+            if comparison:
+                return comparison.num_classes
+        return GUIDED_EVALUATIONS if self.guided_steps else 1
 
     def evaluations_from(self, step: int) -> int:
-        """Returns the number of network evaluations of one image from `step` to x_0. A guided step has two."""
-        num_steps, guided = self.options.num_steps, self.guided_steps
-        return num_steps - step + max(0, min(guided.stop, num_steps) - max(guided.start, step))
+        """Returns the largest number of network evaluations of one image from `step` to the end of its path."""
+        if self.comparison:
+            return (self.options.num_steps - step) * self.comparison.num_classes
+        return _evaluations_from(self.options.num_steps, self.guided_steps)[step]
 
 
 @dataclass(slots=True)
@@ -125,17 +231,38 @@ class Job:
         self.deadline = self.timings.submitted_at + request.timeout
         self.target = self.timings.submitted_at + TARGET_SHARE * request.timeout
         self.estimate: Estimate | None = None  # set by admission
-        self.future: Future[list[Pixels]] = Future()
+        self.future: Future[list[Result]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
-        # The images with the most finished steps come first.
-        self.unfinished = [Trajectory(self, index) for index in range(request.count)]
+        self.digit = request.options.digit  # the class of the images; set at the end of a search
+        self.is_searching = request.search is not None  # True until the digit is found, if the job searches for it
+        # The rows with the most finished steps come first.
+        self.unfinished = self._image_rows()
         self.num_waiting = request.count  # images that have not started
-        self.evaluations_left = request.count * request.evaluations_from(0)  # sum over all images
+        self.evaluations_left = request.count * request.evaluations_from(0)  # sum over all rows of both stages
+        if request.search:
+            self.unfinished = [Trajectory(self, 0, request.search.comparison)]
+            self.evaluations_left += self.unfinished[0].evaluations_left
         self.steps_done = 0  # sum of the finished steps of all images
         # True if the job is answered. Every step checks this for every row. future.done() takes a lock and is slower.
         self.closed = False
-        self._pixels: list[Pixels | None] = [None] * request.count
+        self._results: list[Result | None] = [None] * request.count
         self._previews_sent = 0
+
+    @property
+    def num_running(self) -> int:
+        """Returns the number of unfinished images that have started. During a search no image has started."""
+        return 0 if self.is_searching else len(self.unfinished) - self.num_waiting
+
+    @property
+    def tail(self) -> tuple[int, int]:
+        """Returns the evaluations and steps that are left of the tail: the image with the most steps left.
+
+        During a search the tail is the search, followed by one image.
+        """
+        last, request = self.unfinished[-1], self.request
+        if self.is_searching:
+            return last.evaluations_left + request.evaluations_from(0), last.steps_left + request.options.num_steps
+        return last.evaluations_left, last.steps_left
 
     def preview_due(self) -> bool:
         """Returns True if a Progress event must be sent now. A second call at the same progress returns False.
@@ -148,20 +275,34 @@ class Job:
         self._previews_sent = max(marks, self._previews_sent)
         return due
 
+    def images_started(self) -> list[bool]:
+        """Returns for each unfinished image whether it has started. During a search no image has started."""
+        if self.is_searching:
+            return [False] * self.request.count
+        return [trajectory.started for trajectory in self.unfinished]
+
     def progress(self, previews: dict[int, Pixels]) -> Progress:
         """Returns the progress of the job. `previews` has the previews of its unfinished images by index."""
-        images = [previews.get(index, pixels) for index, pixels in enumerate(self._pixels)]
+        images = [previews.get(index, result) for index, result in enumerate(self._results)]
         step = self.steps_done // self.request.count
-        return Progress(step, self.request.options.num_steps, [image for image in images if image is not None])
+        shown = [image for image in images if isinstance(image, np.ndarray)]
+        return Progress(step, self.request.options.num_steps, shown)
 
-    def finish(self, trajectory: Trajectory, pixels: Pixels) -> None:
-        """Stores one finished image. Answers the job if this was its last unfinished image."""
+    def finish(self, trajectory: Trajectory, result: Result) -> None:
+        """Stores the result of one row. Answers the job if this was its last image.
+
+        After a search, the images begin, with the digit that was found.
+        """
+        if trajectory.is_search and trajectory.comparison:
+            self.digit, self.is_searching, self.unfinished = trajectory.comparison.digit, False, self._image_rows()
+            return
         self.unfinished.remove(trajectory)
-        self._pixels[trajectory.index] = pixels
-        self.tell(ImageDone(trajectory.index, pixels))
+        self._results[trajectory.index] = result
+        if isinstance(result, np.ndarray):
+            self.tell(ImageDone(trajectory.index, result))
         if not self.unfinished:
             self._close()
-            self.future.set_result([image for image in self._pixels if image is not None])
+            self.future.set_result([result for result in self._results if result is not None])
 
     def fail(self, error: Exception) -> None:
         """Answers the job with an error. Does nothing if the job is already answered."""
@@ -174,5 +315,15 @@ class Job:
         if self.request.listener:
             self.request.listener(event)
 
+    def _image_rows(self) -> list[Trajectory]:
+        return [Trajectory(self, index, self.request.comparison) for index in range(self.request.count)]
+
     def _close(self) -> None:
         self.closed, self.timings.finished_at = True, time.monotonic()
+
+
+@lru_cache(maxsize=4096)
+def _evaluations_from(num_steps: int, guided_steps: StepSet) -> list[int]:
+    """Returns the number of evaluations from each step to the end of the path. A guided step has two."""
+    of_steps = [GUIDED_EVALUATIONS if step in guided_steps else 1 for step in range(num_steps)]
+    return list(accumulate(reversed(of_steps), initial=0))[::-1]

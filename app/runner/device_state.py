@@ -1,13 +1,14 @@
 """Device state: the slots with the state of the images, the table of sampling plans, and the row indices of a step."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from app.engine.job import Options, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Options, Trajectory
+from app.runner.loaded_model import plan_of
 from app.runner.transfers import Shapes, Transfers
-from model.sampler import make_plan
 from model.schedule import Schedule
 from model.step import Rows, State
 
@@ -24,36 +25,46 @@ class Slots:
     """
 
     def __init__(
-        self, count: int, image_shape: tuple[int, int, int], device: torch.device, transfers: Transfers
+        self,
+        count: int,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+        transfers: Transfers,
+        num_labels: int = 11,
     ) -> None:
-        """Starts with `count` free slots."""
+        """Starts with `count` free slots. `num_labels` is the number of classes and the null label."""
         self.state = State.zeros(1 + count, image_shape, device)
         self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
+        self.error = torch.zeros(1 + count, num_labels, device=device)  # (S, num_labels) of each label, last step
         self._free = list(range(PADDING + 1, 1 + count))
         self._transfers = transfers
 
     def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
-        """Assigns a slot to each trajectory and writes its state there. If this raises, no trajectory has a slot."""
-        while len(self._free) < len(trajectories):
+        """Assigns slots to the trajectories and writes their state there. If this raises, no trajectory has a slot.
+
+        `rows` have one row for each slot: `num_slots` rows of the first trajectory, then those of the second one.
+        """
+        count = sum(trajectory.num_slots for trajectory in trajectories)
+        while len(self._free) < count:
             self._grow()
-        slots = self._free[-len(trajectories) :]
+        slots = self._free[-count:]
         places = self._transfers.upload(slots)
-        finite = torch.ones(len(slots), dtype=torch.bool, device=self.finite.device)  # (B,)
+        finite = torch.ones(count, dtype=torch.bool, device=self.finite.device)  # (B,)
         self.write(places, finite=finite, **rows)
-        del self._free[-len(trajectories) :]
-        for trajectory, slot in zip(trajectories, slots, strict=True):
-            trajectory.slot = slot
+        del self._free[-count:]
+        each = iter(slots)
+        for trajectory in trajectories:
+            trajectory.slots = tuple(islice(each, trajectory.num_slots))
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Frees the slots of the trajectories that have one."""
+        """Frees the slots of the trajectories."""
         for trajectory in trajectories:
-            if trajectory.slot is not None:
-                self._free.append(trajectory.slot)
-                trajectory.slot = None
+            self._free += trajectory.slots
+            trajectory.slots = ()
 
     def of(self, trajectories: list[Trajectory]) -> Tensor:
-        """Returns the slots (B,) of the trajectories that have one."""
-        return self._transfers.upload([trajectory.slot for trajectory in trajectories if trajectory.slot is not None])
+        """Returns the first slot (B,) of each trajectory that has slots."""
+        return self._transfers.upload([trajectory.slots[0] for trajectory in trajectories if trajectory.slots])
 
     def finite_after(self, slots: Tensor, finite: Tensor) -> Tensor:
         """Returns (B,) True for each slot whose values were finite in all steps. `finite` is the flag of this step."""
@@ -65,6 +76,10 @@ class Slots:
             rows_of_slots = self.finite if name == "finite" else getattr(self.state, name)
             rows_of_slots.index_copy_(0, slots, value)
 
+    def write_errors(self, slots: Tensor, labels: Tensor, errors: Tensor) -> None:
+        """Writes the errors (N,) of evaluations with these labels (N,) to the slots (N,) of their rows, in place."""
+        self.error.index_put_((slots, labels), errors)
+
     def _grow(self) -> None:
         """Doubles the number of slots.
 
@@ -72,8 +87,9 @@ class Slots:
         """
         size = len(self.state.seed)
         state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
+        error = torch.cat([self.error, torch.zeros_like(self.error)])
         self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
-        self.state = state
+        self.state, self.error = state, error
         self._free += range(size, 2 * size)
 
 
@@ -85,14 +101,14 @@ class Plans:
 
     def __init__(self, device: torch.device) -> None:
         self.table = torch.zeros(FIRST_PLAN_ROWS, 5, device=device)  # (P, 5)
-        self._starts: dict[tuple[str, str, int], int] = {}  # (model, sampler, num_steps) -> first row of the plan
+        self._starts: dict[tuple[str, str, int, tuple[int, ...]], int] = {}  # the key of a plan -> its first row
         self._num_rows = 0
 
     def start_of(self, options: Options, schedule: Schedule) -> int:
         """Returns the first row of the plan for these options. Adds the plan to the table if it is missing."""
-        key = (options.model, options.sampler, options.num_steps)
+        key = (options.model, options.sampler, options.num_steps, options.path)
         if key not in self._starts:
-            plan = make_plan(schedule, options.sampler, options.num_steps).table(self.table.device)  # (num_steps, 5)
+            plan = plan_of(schedule, *key[1:]).table(self.table.device)  # (num_steps, 5)
             start, stop = self._num_rows, self._num_rows + len(plan)
             while stop > len(self.table):
                 self.table = torch.cat([self.table, torch.zeros_like(self.table)])
@@ -101,27 +117,46 @@ class Plans:
         return self._starts[key]
 
 
-def rows_of(trajectories: Sequence[Trajectory], shapes: Shapes, transfers: Transfers) -> Rows:
-    """Returns the row indices for a call of one network. A row that is guided in its next step has a second evaluation.
+def rows_of(trajectories: Sequence[Trajectory], null_label: int, shapes: Shapes, transfers: Transfers) -> Rows:
+    """Returns the row indices for a call of one network.
 
-    If shapes are rounded up, padding rows follow the rows of the trajectories, and additional evaluations of the first
-    row follow the guided evaluations. Their results are discarded.
+    A row can have further evaluations with other labels: a guided row has one with the null label, and a trajectory
+    whose classes share x_t has one for each class that is still in question. A trajectory whose classes have their own
+    images has a row for each of them. If shapes are rounded up, padding rows follow, and additional evaluations of the
+    first row follow the other evaluations. Their results are discarded.
 
     Example with exact shapes: three rows, of which row 1 is guided, have 4 evaluations. `source` is [0, 1, 2, 1] and
     `second` is [0, 3, 2]: the second evaluation of row 1 is evaluation 3.
     """
-    count = shapes.rows(len(trajectories))
-    slots = [trajectory.slot for trajectory in trajectories]
-    assert None not in slots, "rows_of() needs trajectories with a slot"
-    guided = [place for place, trajectory in enumerate(trajectories) if trajectory.evaluations == 2]
-    num_evaluations = shapes.evaluations(count, len(guided))
-    second = list(range(count))
-    for evaluation, place in enumerate(guided, start=count):
-        second[place] = evaluation
+    assert all(trajectory.slots for trajectory in trajectories), "rows_of() needs trajectories with slots"
+    rows = [(slot, t.step, labels, t) for t in trajectories for slot, labels in labels_of(t, null_label)]
+    count = shapes.rows(len(rows))
+    padding = count - len(rows)
+    source, second = list(range(count)), list(range(count))
+    label = [labels[0] for _, _, labels, _ in rows] + [null_label] * padding
+    for place, (_, _, labels, trajectory) in enumerate(rows):
+        if len(labels) > 1:
+            second[place] = second[place] if trajectory.comparison else len(source)
+            source += [place] * (len(labels) - 1)
+            label += labels[1:]
+    further = shapes.evaluations(count, len(source) - count) - len(source)
     parts = (
-        [slot or PADDING for slot in slots] + [PADDING] * (count - len(slots)),
-        [trajectory.step for trajectory in trajectories] + [0] * (count - len(slots)),
-        [*range(count), *guided, *[0] * (num_evaluations - count - len(guided))],
+        [slot for slot, _, _, _ in rows] + [PADDING] * padding,
+        [step for _, step, _, _ in rows] + [0] * padding,
+        source + [0] * further,
+        label + [null_label] * further,
         second,
     )
     return Rows(*transfers.upload([index for part in parts for index in part]).split([len(part) for part in parts]))
+
+
+def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequence[int]]]:
+    """Returns the slot of each row that the trajectory has in the next step, and the labels of its evaluations."""
+    slots, comparison = trajectory.slots, trajectory.comparison
+    if comparison and comparison.has_own_images:
+        return [(slots[label], (label,)) for label in comparison.remaining]
+    if comparison:
+        return [(slots[0], comparison.remaining)]
+    digit = trajectory.job.digit
+    label = null_label if digit is None else digit
+    return [(slots[0], (label, null_label) if trajectory.evaluations == GUIDED_EVALUATIONS else (label,))]

@@ -1,6 +1,6 @@
 """A model that is loaded on the device: its checkpoint, its step program and its description."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -8,8 +8,11 @@ import torch
 
 from app import VERSION
 from app.engine.interface import ModelInfo
+from app.engine.job import Options, StepSet
 from model.checkpoint import Checkpoint
-from model.sampler import Sampler, timesteps_of
+from model.recognition import Readout
+from model.sampler import Plan, Process, make_plan, plan_through
+from model.schedule import Schedule
 from model.step import ReverseStep, Step
 
 
@@ -44,13 +47,25 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         guidance_scale={sampler: config.guidance_of(sampler).scale for sampler in config.samplers},
         guided_steps=_guided_steps(loaded),
         guidable=config.guidable,
+        image_shape=loaded.image_shape,
+        schedule=loaded.schedule,
+        readout=Readout.of(loaded),
     )
 
 
-def _guided_steps(loaded: Checkpoint) -> Callable[[Sampler, int], range]:
+def _guided_steps(loaded: Checkpoint) -> Callable[[Options], StepSet]:
     @cache
-    def guided_steps(sampler: Sampler, num_steps: int) -> range:
-        timesteps = timesteps_of(loaded.schedule, sampler, num_steps)
-        return loaded.config.guidance_of(sampler).interval_of(timesteps[:-1])
+    def guided_steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
+        if process == "forward":
+            return range(0)
+        timesteps = plan_of(loaded.schedule, process, num_steps, path).timesteps
+        return loaded.config.guidance_of(process).steps_within(timesteps[:-1])
 
-    return guided_steps
+    return lambda options: guided_steps(options.sampler, options.num_steps, options.path)
+
+
+def plan_of(schedule: Schedule, process: Process, num_steps: int, path: Sequence[int]) -> Plan:
+    """Returns the plan for a path, or if it is empty, for `num_steps` steps from T to 0."""
+    if path or process == "forward":
+        return plan_through(schedule, process, path)
+    return make_plan(schedule, process, num_steps)

@@ -2,20 +2,22 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from app.engine.interface import DeviceLostError, ModelInfo, RunnerError
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Pixels, Trajectory
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Input, Pixels, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.device import choose_device, choose_dtype, choose_num_threads, device_errors
-from app.runner.device_state import Plans, Slots, rows_of
+from app.runner.device_state import Plans, Slots, labels_of, rows_of
 from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Shapes, Transfers
@@ -27,7 +29,6 @@ from model.compiled.compiler import CompilerError, compiled_step
 from model.compiled.kernel_cache import prepare_kernel_cache
 from model.noise import normal
 from model.pixels import to_pixels
-from model.step import Stepped
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Runner:
         with torch.inference_mode():
             self._plans = Plans(device)
             count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
-            self._slots = Slots(count, self.image_shape, device, self._transfers)
+            num_labels = 1 + max(info.num_classes for info in self.models.values())
+            self._slots = Slots(count, self.image_shape, device, self._transfers, num_labels)
 
     @classmethod
     def load(cls, settings: Settings) -> "Runner":
@@ -146,32 +148,36 @@ class Runner:
         # Reading the flags waits for the device. If the host runs ahead, only steps that finish a row read them.
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
-            self._begin([trajectory for trajectory in trajectories if trajectory.slot is None])
+            self._begin([trajectory for trajectory in trajectories if not trajectory.slots])
             parts = [self._call(self._models[name], own) for name, own in by_model.items()]
-            finite = [finite for _, (_, _, finite) in parts]
+            finite = [part.finite for part in parts]
             read = self._transfers.start_download(torch.cat(finite)) if is_read else None
             self._commit(parts)
         if read is None:
             return [True] * len(trajectories)
         try:
-            of_row = dict(zip(rows, read().tolist(), strict=True))
+            flags = iter(read().tolist())
         except Exception as error:
             raise DeviceLostError("a step failed after it was enqueued on the device") from error
-        return [of_row[trajectory] for trajectory in trajectories]
+        of_trajectory = {row: all(list(islice(flags, _num_rows(row)))) for row in rows}
+        return [of_trajectory[trajectory] for trajectory in trajectories]
 
-    def _call(self, model: LoadedModel, trajectories: list[Trajectory]) -> tuple[Tensor, Stepped]:
-        """Calls one network. Returns the slots (B,) of the rows, and their results."""
-        rows = rows_of(trajectories, self._shapes, self._transfers)
+    def _call(self, model: LoadedModel, trajectories: list[Trajectory]) -> "_Part":
+        """Calls one network. Returns the results of the rows."""
+        rows = rows_of(trajectories, model.program.null_label, self._shapes, self._transfers)
         start = time.perf_counter()
         stepped = model.step(self._slots.state, self._plans.table, rows)
         self.network_seconds += time.perf_counter() - start
-        slots = rows.slots[: len(trajectories)]
-        x_prev, x_0, finite = (result[: len(trajectories)] for result in stepped)  # the slots after these are padding
+        count = sum(map(_num_rows, trajectories))  # the rows after these are padding
+        slots, finite = rows.slots[:count], stepped.finite[:count]
         if self._runs_ahead:
             finite = self._slots.finite_after(slots, finite)
-        return slots, (x_prev, x_0, finite)
+        errors = None
+        if any(trajectory.comparison for trajectory in trajectories):
+            errors = rows.slots[rows.source], rows.label, stepped.error
+        return _Part(slots, stepped.x_prev[:count], stepped.x_0[:count], finite, errors)
 
-    def _commit(self, parts: list[tuple[Tensor, Stepped]]) -> None:
+    def _commit(self, parts: "list[_Part]") -> None:
         """Writes the results of a step to the slots.
 
         If the first write fails, no state has changed, and the step can be repeated. If a later write fails, the state
@@ -179,10 +185,12 @@ class Runner:
         """
         is_written = False
         try:
-            for slots, (x_prev, x_0, finite) in parts:
-                for name, rows in {"x_t": x_prev, "x_0": x_0, "finite": finite}.items():
-                    self._slots.write(slots, **{name: rows})
+            for part in parts:
+                for name in ("x_t", "x_0", "finite"):
+                    self._slots.write(part.slots, **{name: getattr(part, name)})
                     is_written = True
+                if part.errors:
+                    self._slots.write_errors(*part.errors)
             self._transfers.limit_steps_ahead()
         except Exception as error:
             if not is_written:
@@ -193,7 +201,7 @@ class Runner:
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
         """Returns the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
         with device_errors():
-            begun = [trajectory for trajectory in trajectories if trajectory.slot is not None]
+            begun = [trajectory for trajectory in trajectories if trajectory.slots]
             x_0 = self._slots.state.x_0[self._slots.of(begun)]  # (B, C, H, W)
             x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # adds a black image at the end
             levels = to_pixels(x_0)
@@ -201,6 +209,20 @@ class Runner:
             images = self._transfers.download(rearrange(levels, layout).contiguous()).numpy()
         place = {trajectory: i for i, trajectory in enumerate(begun)}
         return [images[place.get(trajectory, -1)] for trajectory in trajectories]
+
+    @torch.inference_mode()
+    def errors(self, trajectories: list[Trajectory]) -> list[Sequence[float]]:
+        """Returns the errors of the remaining classes in the last step, for rows that compare the classes."""
+        evaluations = [
+            [(slot, label) for slot, labels in labels_of(trajectory, 0) for label in labels]
+            for trajectory in trajectories
+        ]
+        with device_errors():
+            slots, labels = (
+                self._transfers.upload([index for own in evaluations for pair in own for index in pair]).view(-1, 2).T
+            )
+            errors = iter(self._transfers.download(self._slots.error[slots, labels]).tolist())
+        return [[next(errors) for _ in own] for own in evaluations]
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Releases the slots of the trajectories that have one."""
@@ -254,22 +276,56 @@ class Runner:
         """Assigns a slot to each trajectory and writes x_T and the options there."""
         if not trajectories:
             return
-        options = [trajectory.job.request.options for trajectory in trajectories]
+        rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
+        options = [row.options for row in rows]
         starts = [self._plans.start_of(o, self._models[o.model].checkpoint.schedule) for o in options]
-        columns = ([o.seed for o in options], [o.digit for o in options], starts, [t.index for t in trajectories])
-        seed, y, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
-        x_T = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
+        columns = ([o.seed for o in options], starts, [row.index for row in rows])
+        seed, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
+        z = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
         scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
         self._slots.begin(
             trajectories,
-            x_t=x_T,
-            x_0=torch.zeros_like(x_T),
+            x_0=torch.zeros_like(z),
             seed=seed,
             index=index,
-            y=y,
             plan_row=plan_row,
             guidance_scale=scale,
+            **self._images_of([row.input for row in rows], z),
         )
+
+    def _images_of(self, inputs: list[Input | None], z: Tensor) -> dict[str, Tensor]:
+        """Returns x_t, known and is_known (B, C, H, W) of new rows. z (B, C, H, W) is their noise."""
+        given = [(place, own) for place, own in enumerate(inputs) if own]
+        x_t, known, is_known = z, torch.zeros_like(z), torch.zeros_like(z, dtype=torch.bool)
+        if given:
+            places = self._transfers.upload([place for place, _ in given])
+            image = self._transfers.upload_array(np.stack([own.image for _, own in given]))
+            factors = [
+                self._transfers.upload([getattr(own, name) for _, own in given], torch.float32)
+                for name in ("signal", "noise")
+            ]
+            signal, noise = (factor[:, None, None, None] for factor in factors)
+            every = np.zeros_like(given[0][1].image, dtype=np.bool_)
+            mask = np.stack([every if own.is_known is None else own.is_known for _, own in given])
+            x_t = z.index_copy(0, places, signal * image + noise * z[places])
+            known = known.index_copy(0, places, image)
+            is_known = is_known.index_copy(0, places, self._transfers.upload_array(mask))
+        return {"x_t": x_t, "known": known, "is_known": is_known}
+
+
+def _num_rows(trajectory: Trajectory) -> int:
+    """Returns the number of rows of the trajectory in the next step."""
+    return trajectory.evaluations if trajectory.num_slots > 1 else 1
+
+
+class _Part(NamedTuple):
+    """The results of one network call for the rows of one model."""
+
+    slots: Tensor  # (B,)
+    x_t: Tensor  # (B, C, H, W): x_prev of the step
+    x_0: Tensor  # (B, C, H, W)
+    finite: Tensor  # (B,)
+    errors: tuple[Tensor, Tensor, Tensor] | None  # slot, label and error (N,) of each evaluation, for recognition
 
 
 def _shape_text(loaded: Checkpoint) -> str:

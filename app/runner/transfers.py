@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,12 +28,15 @@ class Shapes:
         """Returns the number of rows: `count`, or the next power of two if shapes are rounded up."""
         return count if self.exact else 1 << (count - 1).bit_length()
 
-    def evaluations(self, rows: int, guided: int) -> int:
-        """Returns the number of evaluations of `rows` rows, of which `guided` are guided.
+    def evaluations(self, rows: int, further: int) -> int:
+        """Returns the number of evaluations of `rows` rows with `further` evaluations in addition to the first ones.
 
-        If shapes are rounded up and one row is guided, all rows count as guided.
+        If shapes are rounded up, the result is `rows` or twice this number, and with more evaluations the next power of
+        two. So if one row is guided, all rows count as guided.
         """
-        return rows + guided if self.exact else rows * (2 if guided else 1)
+        if self.exact or not further:
+            return rows + further
+        return max(2 * rows, self.rows(rows + further))
 
 
 class Transfers:
@@ -44,6 +49,11 @@ class Transfers:
     def upload(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
         """Returns the values as a tensor (N,) on the device."""
         host = torch.tensor(values, dtype=dtype)
+        return host.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else host
+
+    def upload_array(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """Returns the array as a tensor of the same shape and dtype on the device."""
+        host = torch.from_numpy(array)
         return host.pin_memory().to(self._device, non_blocking=True) if self._is_gpu else host
 
     def download(self, tensor: Tensor) -> Tensor:

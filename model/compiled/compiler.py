@@ -33,7 +33,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import cast
 from zipfile import ZipFile
 
 import torch
@@ -155,10 +154,10 @@ def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
     def step(state: State, plans: Tensor, rows: Rows) -> Stepped:
         torch.compiler.cudagraph_mark_step_begin()
         try:
-            x_prev, x_0, finite = compiled(*state, plans, *rows)
+            results = compiled(*state, plans, *rows)
         except TorchDynamoException as error:
             raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
-        return x_prev.clone(), x_0.clone(), finite.clone()  # The next call overwrites the results.
+        return Stepped(*(result.clone() for result in results))  # The next call overwrites the results.
 
     return step
 
@@ -297,7 +296,8 @@ def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
     t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
-    return state, plans, Rows(rows, torch.zeros_like(rows), torch.cat([rows, rows[:2]]), torch.tensor([3, 4, 2]))
+    source, label = torch.cat([rows, rows[:2]]), torch.tensor([0, 1, 2, program.null_label, program.null_label])
+    return state, plans, Rows(rows, torch.zeros_like(rows), source, label, torch.tensor([3, 4, 2]))
 
 
 def _key_of(digest: bytes) -> str:
@@ -337,8 +337,8 @@ def _open_library(program: ReverseStep, path: str) -> Step:
         return program
     if can_pack(program.device, program.dtype):
         return _PackedStep(flat, native)
-    whole = NativeProgram(native, constants, num_outputs=3)
-    return lambda state, plans, rows: cast(Stepped, whole(*state, plans, *rows))
+    whole = NativeProgram(native, constants, num_outputs=len(Stepped._fields))
+    return lambda state, plans, rows: Stepped(*whole(*state, plans, *rows))
 
 
 class FlatStep(nn.Module):
@@ -348,11 +348,14 @@ class FlatStep(nn.Module):
         super().__init__()
         self.program = program
 
-    def forward(self, *tensors: Tensor) -> Stepped:
-        """Computes a step. `tensors` are the tensors of a State, the plans, and the tensors of Rows, in this order."""
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the tensors of Stepped. `tensors` are those of a State, the plans, and those of Rows, in this order.
+
+        A plain tuple is returned, because torch.export cannot store named tuples.
+        """
         num_rows = len(Rows._fields)
         *state, plans = tensors[:-num_rows]
-        return cast(Stepped, self.program(State(*state), plans, Rows(*tensors[-num_rows:])))
+        return tuple(self.program(State(*state), plans, Rows(*tensors[-num_rows:])))
 
 
 class _PackedStep:
@@ -370,7 +373,7 @@ class _PackedStep:
 
     def __call__(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
         """Computes one step, with the arguments and the result of ReverseStep."""
-        return cast(Stepped, self._program_for(len(rows.source))(*state, plans, *rows))
+        return Stepped(*self._program_for(len(rows.source))(*state, plans, *rows))
 
     def _program_for(self, evaluations: int) -> NativeProgram:
         """Returns the program for this number of evaluations.
@@ -381,7 +384,7 @@ class _PackedStep:
         rows = min(evaluations, threads)
         if (threads, rows) not in self._programs:
             constants = self._constants | self._packer.weights_for(rows)
-            self._programs[threads, rows] = NativeProgram(self._library, constants, num_outputs=3)
+            self._programs[threads, rows] = NativeProgram(self._library, constants, num_outputs=len(Stepped._fields))
         return self._programs[threads, rows]
 
 
@@ -390,10 +393,11 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
     B, N = 8, 11  # torch.export specializes on sizes 0 and 1, and treats equal sizes as one dimension
     state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
     plans = torch.zeros(4, 5, device=program.device)
-    slots, step, source, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, B))
+    slots, step, source, label, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, N, B))
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
-    shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, {0: rows}, {0: rows}, {0: evaluations}, {0: rows})
-    inputs = (*state, plans, slots, step, source, second)
+    of_rows = {0: rows}, {0: rows}, {0: evaluations}, {0: evaluations}, {0: rows}
+    shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, *of_rows)
+    inputs = (*state, plans, slots, step, source, label, second)
     exported = torch.export.export(FlatStep(program), inputs, dynamic_shapes=(shapes,))
     return take_packed_weights(exported) if can_pack(program.device, program.dtype) else exported
 

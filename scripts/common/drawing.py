@@ -15,7 +15,7 @@ from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
 from model.precision import fast_dtype
-from model.process import draw
+from model.process import Start, draw
 from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
 from model.step import ReverseStep, Step
@@ -69,7 +69,7 @@ class Drawer:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = fast_dtype(self.device)
         self._program = ReverseStep(loaded, self.device, self.dtype)
-        self._step: Step = self._program
+        self.step: Step = self._program
 
     def compile(self, mode: str, reporter: Reporter) -> None:
         """Compiles the denoising step, depending on `mode`. Raises ScriptError if `mode` is `on` and compilation fails.
@@ -81,7 +81,7 @@ class Drawer:
             return
         try:
             with _show_model_log(reporter):
-                self._step = compiled_step(self._program, step_cache())
+                self.step = compiled_step(self._program, step_cache())
             self.compiled = True
         except CompilerError as error:
             if mode == "on":
@@ -93,6 +93,11 @@ class Drawer:
         return self.checkpoint.config.class_names
 
     @property
+    def null_label(self) -> int:
+        """The label with which the network assumes no class."""
+        return self.checkpoint.network.null_label
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Returns the facts that determine the pixels, except options and seed, for JSON files."""
         return {
@@ -102,7 +107,7 @@ class Drawer:
             "compiled": self.compiled,
         }
 
-    def draw(
+    def draw(  # noqa: PLR0913 # most are optional
         self,
         y: Tensor,
         index: Tensor,
@@ -112,18 +117,20 @@ class Drawer:
         seed: int,
         batch_size: int = 64,
         timesteps: list[int] | None = None,
+        start: Start | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """Returns images (N, C, H, W) in [-1, 1] on the CPU for labels `y` and indices `index` (N,).
 
-        The same seed gives the same images. `timesteps`, if given, replaces the timesteps of num_steps. It must
-        decrease to 0. `on_step(t, x_t, x_0)` is called for each batch at each step, with the predicted x_0. On a GPU,
-        the step is compiled at the first call. Raises ScriptError if that fails.
+        The same seed gives the same images. `timesteps`, if given, replaces the timesteps of num_steps. It is a path of
+        `plan_through`. `start` has the N images to start from; None means noise. `on_step(t, x_t, x_0)` is called for
+        each batch at each step, with the predicted x_0. On a GPU, the step is compiled at the first call. Raises
+        ScriptError if that fails.
         """
         timesteps = timesteps or timesteps_of(self.checkpoint.schedule, options.sampler, options.num_steps)
         plan = plan_through(self.checkpoint.schedule, options.sampler, timesteps)
         y, index, x_0 = y.to(self.device), index.to(self.device), []
-        title, total = f"generating {len(y)} images", len(y) * options.num_steps
+        title, total = f"generating {len(y)} images", len(y) * plan.num_steps
         with _compiler_errors(), reporter.task(title, total, "steps") as task:
 
             def step(k: int, x_t: Tensor, predicted_x_0: Tensor) -> None:
@@ -132,13 +139,15 @@ class Drawer:
                     on_step(plan.timesteps[k], x_t, predicted_x_0)
 
             for rows in torch.arange(len(y), device=self.device).split(batch_size):
-                keys = {"seed": torch.full_like(rows, seed), "index": index[rows], "y": y[rows]}
                 drawn = draw(
-                    self._step,
+                    self.step,
                     [plan] * len(rows),
                     self.checkpoint.image_shape,
-                    **keys,
+                    seed=torch.full_like(rows, seed),
+                    index=index[rows],
+                    y=y[rows],
                     guidance=options.guidance,
+                    start=start and start.rows(rows),
                     on_step=step,
                 )
                 x_0.append(drawn.cpu())

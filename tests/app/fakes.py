@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,25 @@ from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
 from app.engine.interface import ModelInfo
-from app.engine.job import Job, JobRequest, Options, Pixels, Trajectory
+from app.engine.job import Job, JobRequest, Options, Pixels, Search, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
+from model.inpainting import ClassDistances
+from model.recognition import CYCLE, MAX_NUM_PAIRS, Readout, Recognition, timesteps
+from model.schedule import Schedule, ScheduleConfig
 
+# Distances count equally, and a class is dropped if its log-odds are more than 6 below the best class.
+READOUT = Readout(
+    weights_sha256="",
+    weights=(1.0,) * len(CYCLE),
+    offsets=((0.0,) * 10,) * MAX_NUM_PAIRS,
+    half_at=1e9,
+    margin=6.0,
+    typical=((0.0, 0.0),) * len(CYCLE),
+    suspicion=(0.0,) * len(CYCLE),
+    bias=0.0,
+    limit=1.0,
+)
 INFO = ModelInfo(
     name="default",
     sha256="0" * 64,
@@ -32,8 +47,11 @@ INFO = ModelInfo(
     default_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance_scale={"ddpm": 1.0, "ddim": 1.0, "dpmpp": 1.0},
-    guided_steps=lambda sampler, num_steps: range(num_steps // 2),
+    guided_steps=lambda options: range(options.num_steps // 2),
     guidable=True,
+    image_shape=(1, 28, 28),
+    schedule=Schedule(ScheduleConfig()),
+    readout=READOUT,
 )
 WAIT_SECONDS = 60  # time limit in seconds for another thread
 
@@ -63,6 +81,31 @@ def new_job(
     return Job(JobRequest(Options(digit, seed, num_steps, "ddpm", 1.0, model), count, **fields), submitted_at)
 
 
+def new_recognition(num_pairs: int = 20, seed: int = 0, **fields: Any) -> Job:
+    """Creates a job that recognises an image. The fake runner makes it recognise the last digit of the seed."""
+    options = Options(None, seed, num_pairs, "forward", 1.0, path=(*timesteps(num_pairs), 0))
+    return Job(JobRequest(options, 1, comparison=Recognition(READOUT, 0.0, num_pairs), **fields))
+
+
+def new_search(count: int = 1, num_steps: int = 3, seed: int = 0, search_steps: int = 2, **fields: Any) -> Job:
+    """Creates a job that searches for the digit of its images. The fake runner makes it find the seed's last digit."""
+    submitted_at = fields.pop("submitted_at", None)
+    search = Search(Options(None, seed, search_steps, "ddpm", 1.0), ClassDistances(10, search_steps))
+    return Job(JobRequest(Options(None, seed, num_steps, "ddpm", 1.0), count, search=search, **fields), submitted_at)
+
+
+def new_recognised_search(count: int = 1, num_steps: int = 3, seed: int = 0, num_pairs: int = 20, **fields: Any) -> Job:
+    """Creates a job that recognises its input before it generates images. It finds the last digit of the seed."""
+    options = Options(None, seed, num_pairs, "forward", 1.0, path=(*timesteps(num_pairs), 0))
+    search = Search(options, Recognition(READOUT, 0.0, num_pairs))
+    return Job(JobRequest(Options(None, seed, num_steps, "ddpm", 1.0), count, search=search, **fields))
+
+
+def recognised_class(job: Job) -> int:
+    """Returns the class as which the fake runner makes a job recognise its image."""
+    return job.request.options.seed % 10
+
+
 def fixed_limits(max_rows: int) -> StepLimits:
     """Returns limits for steps of at most `max_rows` rows, as with UNFOG_MAX_BATCH=max_rows."""
     return StepLimits.of(StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, 1, auto=False)
@@ -77,7 +120,9 @@ class FakeRunner:
     on_pixels: Callable[[Rows], None] = lambda rows: None
     on_warm_up: Callable[[Callable[[], bool]], None] = lambda should_stop: None
     on_check: Callable[[], None] = lambda: None
+    on_errors: Callable[[Rows], None] = lambda rows: None
     not_finite: Callable[[Trajectory], bool] = lambda row: False
+    error_of: Callable[[Trajectory, int], float] = lambda row, label: 1.0 if label == recognised_class(row.job) else 9.0
     num_checks: int = 0
     calls: list[Rows] = field(default_factory=list)  # the rows of each successful step
     held: Counter[Trajectory] = field(default_factory=Counter)  # number of steps of each row that has started
@@ -97,6 +142,10 @@ class FakeRunner:
         self.on_pixels(trajectories)
         return [image(t.job.request.options.seed, t.index, self.held[t]) for t in trajectories]
 
+    def errors(self, trajectories: Rows) -> list[Sequence[float]]:
+        self.on_errors(trajectories)
+        return [[self.error_of(t, label) for label in _compared(t)] for t in trajectories]
+
     def release(self, trajectories: Rows) -> None:
         for trajectory in trajectories:
             self.held.pop(trajectory, None)
@@ -108,6 +157,11 @@ class FakeRunner:
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         self.on_warm_up(should_stop)
         return self.step_times
+
+
+def _compared(trajectory: Trajectory) -> Sequence[int]:
+    """Returns the classes of the evaluations of a step."""
+    return trajectory.comparison.remaining if trajectory.comparison else []
 
 
 class Gate:

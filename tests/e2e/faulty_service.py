@@ -74,9 +74,9 @@ class FaultyRunner(Runner):
                 make_noise()
             if fault == "print in C":
                 ctypes.PyDLL(None).write(2, b"c" * 999 + b"\n", 1000)  # holds the interpreter's lock during the fault
-            if fault == "nan" and trajectory.slot is not None:
+            if fault == "nan" and trajectory.slots:
                 with torch.inference_mode():
-                    self._slots.state.x_t[trajectory.slot] = float("nan")
+                    self._slots.state.x_t[list(trajectory.slots)] = float("nan")
         if self.is_broken:
             raise ZeroDivisionError("an internal detail")
         return super().step(trajectories)

@@ -5,8 +5,11 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint, load
-from model.process import begin, draw
-from model.sampler import Guidance, Plan, make_plan, sample
+from model.diffusion import Diffusion
+from model.noise import normal
+from model.prediction import unclipped_x_0
+from model.process import Start, begin, draw
+from model.sampler import SAMPLERS, Guidance, Plan, Sampler, make_plan, plan_through, sample
 from model.step import ReverseStep, Rows, State, Stepped
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
@@ -77,8 +80,75 @@ def test_finished_rows_are_skipped_and_guided_rows_are_evaluated_twice(
 def test_on_step_is_called_with_the_rows_of_each_step(loaded: Checkpoint, step: ReverseStep, plans: list[Plan]) -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
     drawn = draw(step, plans, loaded.image_shape, **KEYS, on_step=lambda k, x_t, x_0: seen.append((k, x_t, x_0)))
-    state, _ = begin(plans, loaded.image_shape, **KEYS)
+    state, _ = begin(plans, loaded.image_shape, seed=KEYS["seed"], index=KEYS["index"])
     assert [k for k, _, _ in seen] == list(range(9))
     assert torch.equal(seen[0][1], state.x_t)
     assert torch.equal(seen[0][2][3], drawn[3])  # this row has one step
     assert torch.equal(seen[-1][2], drawn[1:3])
+
+
+def given_rows(loaded: Checkpoint) -> tuple[Tensor, Tensor]:
+    """Returns images (5, C, H, W) in [-1, 1], and a mask of their known pixels: half of the pixels of three rows."""
+    images = torch.rand(5, *loaded.image_shape, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    is_known = torch.zeros_like(images, dtype=torch.bool)
+    is_known[:3, ..., : images.shape[-1] // 2] = True
+    return images, is_known
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_known_pixels_are_returned_exactly_and_the_others_are_generated(
+    loaded: Checkpoint, step: ReverseStep, sampler: Sampler
+) -> None:
+    images, is_known = given_rows(loaded)
+    plan = plan_through(loaded.schedule, sampler, [100, 60, 80, 60, 20, 0])
+    start = Start(images, torch.zeros(5), torch.ones(5), is_known)
+    x_0 = draw(step, [plan] * 5, loaded.image_shape, **KEYS, start=start)
+    assert torch.equal(x_0[is_known], images[is_known])
+    assert (x_0 - images)[~is_known].abs().mean() > 0.1
+
+
+def test_rows_with_known_pixels_do_not_change_the_bits_of_other_rows(loaded: Checkpoint, step: ReverseStep) -> None:
+    images, is_known = given_rows(loaded)
+    plans = [make_plan(loaded.schedule, "ddpm", 6)] * 5
+    alone = draw(step, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE)
+    start = Start(images, torch.zeros(5), torch.ones(5), is_known)
+    together = draw(step, plans, loaded.image_shape, **KEYS, guidance=GUIDANCE, start=start)
+    assert torch.equal(alone[3:], together[3:])
+    assert not torch.equal(alone[:3], together[:3])
+
+
+def test_start_at_a_timestep_is_the_forward_process(loaded: Checkpoint) -> None:
+    images, _ = given_rows(loaded)
+    plans = [plan_through(loaded.schedule, "ddim", [40, 0])] * 5
+    state, _ = begin(
+        plans, loaded.image_shape, seed=KEYS["seed"], index=KEYS["index"], start=Start.at(loaded.schedule, 40, images)
+    )
+    z = normal(KEYS["seed"], KEYS["index"], torch.zeros(5, dtype=torch.int64), loaded.image_shape)
+    expected, _ = Diffusion(loaded.schedule, torch.Generator()).add_noise(images, torch.full((5,), 40), z)
+    torch.testing.assert_close(state.x_t, expected, rtol=0, atol=1e-6)
+    assert not state.is_known.any()
+
+
+def test_errors_of_an_image_are_those_of_its_noisy_versions_for_every_label(
+    loaded: Checkpoint, step: ReverseStep
+) -> None:
+    """A row whose pixels are all known visits timesteps of the forward process, with keyed noise."""
+    images, timesteps = given_rows(loaded)[0][:1], [80, 30, 65]
+    keys = {"seed": torch.tensor([9]), "index": torch.tensor([2])}
+    start = Start.at(loaded.schedule, timesteps[0], images, torch.ones_like(images, dtype=torch.bool))
+    plan = plan_through(loaded.schedule, "forward", [*timesteps, 0])
+    state, table = begin([plan], loaded.image_shape, **keys, start=start)
+    labels, zero = torch.arange(11), torch.zeros(11, dtype=torch.int64)
+    for k, t in enumerate(timesteps):
+        stepped = step(state, table, Rows(zero[:1], torch.tensor([k]), zero, labels, zero[:1]))
+        eps = normal(**keys, step=torch.tensor([k]), image_shape=loaded.image_shape)
+        x_t, _ = Diffusion(loaded.schedule, torch.Generator()).add_noise(images, torch.tensor([t]), eps)
+        torch.testing.assert_close(state.x_t, x_t, rtol=0, atol=1e-6)
+        every = torch.full((11,), t)
+        output = loaded.network(x_t.expand(11, -1, -1, -1), every, labels)
+        mix = loaded.prediction.table(torch.device("cpu"))[every]
+        expected = (unclipped_x_0(x_t, output, mix) - images).square().sum(dim=(1, 2, 3))
+        torch.testing.assert_close(stepped.error, expected, rtol=1e-4, atol=1e-4)
+        assert stepped.error.std() > 0
+        state.x_t = stepped.x_prev
+    assert torch.equal(stepped.x_0, images)

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from model.noise import normal
 from model.prediction import Prediction, PredictionConfig
-from model.sampler import SAMPLERS, Guidance, Sampler, guide, make_plan, reverse_step, sample
+from model.sampler import (
+    SAMPLERS,
+    Guidance,
+    Sampler,
+    guide,
+    make_plan,
+    plan_through,
+    reverse_step,
+    sample,
+    timesteps_of,
+)
 from model.schedule import Schedule, ScheduleConfig
 from tests.tiny import IdealDenoiser
 
@@ -211,8 +221,8 @@ def test_denoiser_and_on_step_are_called_at_the_timesteps_of_the_plan(points: Te
     ("start", "stop", "steps"),
     [(1, 100, [0, 1, 2, 3, 4]), (40, 80, [1, 2, 3]), (41, 59, []), (100, 100, [0]), (1, 20, [4])],
 )
-def test_interval_of_returns_the_steps_within_the_interval(start: int, stop: int, steps: list[int]) -> None:
-    assert list(Guidance(2.0, start, stop).interval_of([100, 80, 60, 40, 20])) == steps
+def test_steps_within_returns_the_steps_in_the_interval(start: int, stop: int, steps: list[int]) -> None:
+    assert sorted(Guidance(2.0, start, stop).steps_within([100, 80, 60, 40, 20])) == steps
 
 
 def test_guidance_scale_1_is_off(points: Tensor) -> None:
@@ -294,6 +304,59 @@ def test_samples_do_not_depend_on_the_prediction_kind(
         other, COSINE, [0, 1, 2, 0], sampler=sampler, num_steps=20, guidance=guidance, prediction=other.prediction
     )
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+
+
+@EVERY_SAMPLER
+@pytest.mark.parametrize("path", [[100, 60, 30, 0], [40, 13, 1, 0], [100, 60, 100, 60, 30, 80, 0, 50, 0]])
+def test_known_pixels_stay_on_the_forward_process_on_any_path(sampler: Sampler, path: list[int]) -> None:
+    plan = plan_through(COSINE, sampler, path)
+    assert plan.timesteps == (*(t for t, t_next in pairwise(path) if t_next < t), 0)
+    signal, noise = COSINE.alpha_bar.sqrt(), (1 - COSINE.alpha_bar).sqrt()
+    for (t, t_next), (a, b, c, s) in zip(pairwise(plan.timesteps), plan.coefficients.double(), strict=True):
+        # With x_0 known, x_t = signal x_0 + noise eps must become an image of the same form at the next timestep.
+        torch.testing.assert_close(a * signal[t] + b + c, signal[t_next], rtol=0, atol=1e-6)
+        torch.testing.assert_close(a**2 * noise[t] ** 2 + s**2, noise[t_next] ** 2, rtol=0, atol=1e-6)
+
+
+def test_step_before_a_jump_is_the_step_followed_by_the_forward_process() -> None:
+    a, b, _, s = plan_through(COSINE, "ddpm", [70, 40, 60, 0]).coefficients[0].double()
+    down_a, down_b, _, down_s = plan_through(COSINE, "ddpm", [70, 40, 0]).coefficients[0].double()
+    alpha = COSINE.alpha_bar[60] / COSINE.alpha_bar[40]  # x_60 = sqrt(alpha) x_40 + sqrt(1 - alpha) eps
+    torch.testing.assert_close(torch.stack([a, b]), alpha.sqrt() * torch.stack([down_a, down_b]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(s**2, alpha * down_s**2 + 1 - alpha, rtol=0, atol=1e-6)
+
+
+def test_forward_process_visits_timesteps_in_any_order() -> None:
+    plan = plan_through(COSINE, "forward", [80, 60, 90, 0])
+    signal, noise = COSINE.alpha_bar.sqrt(), (1 - COSINE.alpha_bar).sqrt()
+    assert plan.timesteps == (80, 60, 90, 0)
+    for t_next, (a, b, c, s) in zip([60, 90, 0], plan.coefficients.double().tolist(), strict=True):
+        assert (a, c) == (0, 0)
+        assert (b, s) == pytest.approx((signal[t_next].item(), noise[t_next].item()), abs=1e-6)
+
+
+@pytest.mark.parametrize("path", [[50], [50, 60, 0], [50, 50, 0], [50, 20, 30, 40, 0], [60, 30, 50]])
+def test_impossible_paths_are_rejected(path: list[int]) -> None:
+    with pytest.raises(ValueError, match="a path must go down"):
+        plan_through(COSINE, "ddpm", path)
+
+
+@EVERY_SAMPLER
+@pytest.mark.parametrize("start", [1, 7, 64])
+def test_timesteps_can_begin_below_the_last_one(sampler: Sampler, start: int) -> None:
+    for num_steps in {1, start // 2 + 1, start}:
+        timesteps = timesteps_of(COSINE, sampler, num_steps, start)
+        assert timesteps[0] == start
+        assert timesteps[-1] == 0
+        assert len(timesteps) == num_steps + 1
+        assert all(t > t_next for t, t_next in pairwise(timesteps))
+
+
+@EVERY_SAMPLER
+@pytest.mark.parametrize(("num_steps", "start"), [(0, 20), (21, 20), (1, 0), (1, 101)])
+def test_start_or_num_steps_out_of_range_is_rejected(sampler: Sampler, num_steps: int, start: int) -> None:
+    with pytest.raises(ValueError, match=r"must be 1 to"):
+        timesteps_of(COSINE, sampler, num_steps, start)
 
 
 @EVERY_SAMPLER

@@ -68,14 +68,15 @@ class Painter:
         """Returns the mean seconds of a step for each number of rows, measured in turns."""
         plan, shape = make_plan(self.checkpoint.schedule, "ddpm", 1), self.checkpoint.image_shape
         zeros = {count: torch.zeros(count, dtype=torch.int64, device=self.device) for count in rows}
-        begun = {count: begin([plan] * count, shape, seed=zero, index=zero, y=zero) for count, zero in zeros.items()}
+        begun = {count: begin([plan] * count, shape, seed=zero, index=zero) for count, zero in zeros.items()}
         seconds: dict[int, list[float]] = {count: [] for count in rows}
         for _ in range(STEP_REPEATS):
             for count, (state, plans) in begun.items():
                 slots = torch.arange(count, device=self.device)  # (B,)
                 start = time.perf_counter()
-                _, _, finite = self._step(state, plans, Rows(slots, torch.zeros_like(slots), slots, slots))
-                finite.cpu()  # waits until a GPU has finished
+                label = torch.zeros_like(slots)
+                stepped = self._step(state, plans, Rows(slots, torch.zeros_like(slots), slots, label, slots))
+                stepped.finite.cpu()  # waits until a GPU has finished
                 seconds[count].append(time.perf_counter() - start)
         return {count: statistics.mean(found) for count, found in seconds.items()}
 

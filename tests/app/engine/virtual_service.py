@@ -8,19 +8,22 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.job import Job, JobRequest, Options, Trajectory
+from app.engine.job import Job, JobRequest, Options, Search, Trajectory
 from app.engine.step_times import StepTimes
-from tests.app.fakes import image
+from model.inpainting import ClassDistances
+from model.recognition import Recognition, timesteps
+from tests.app.fakes import READOUT, image
 
 # The measured seconds of a step by its number of evaluations: the shipped network on two cores of a Zen 5, and on two
 # cores of a Xeon with AMX.
 MEASURED = {1: 1.0e-3, 2: 1.4e-3, 4: 2.1e-3, 8: 3.6e-3, 16: 7.0e-3, 32: 14.4e-3, 64: 29.0e-3}
 MEASURED_WITH_AMX = {1: 2.0e-3, 2: 2.25e-3, 4: 2.8e-3, 8: 4.2e-3, 16: 6.9e-3, 32: 11.2e-3, 64: 21.3e-3}
+TASKS = ("generate", "generate", "recognise", "edit", "inpaint")  # of the clients in a random mix
 
 
 @dataclass
@@ -36,11 +39,26 @@ class Client:
     start: float = 0.0
     think: float = 0.001  # seconds between an answer and the next request
     repeats: bool = True  # False if it sends only one request
+    task: str = "generate"
 
     def job(self, now: float) -> Job:
+        if self.task != "generate":
+            return self._job_with_input(now)
         guided_steps = range(round(0.27 * self.num_steps), round(0.73 * self.num_steps)) if self.guided else range(0)
         options = Options(0, 0, self.num_steps, "ddpm", 1.0, self.model)
         return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps), now)
+
+    def _job_with_input(self, now: float) -> Job:
+        """Returns a job that recognises, or that searches for its digit and then generates guided images."""
+        compare = Options(None, 0, 20, "forward", 1.0, path=(*timesteps(20), 0))
+        if self.task == "recognise":
+            return Job(JobRequest(compare, 1, self.timeout, comparison=Recognition(READOUT, 0.0)), now)
+        search = Search(replace(compare, sampler="ddpm", num_steps=17), ClassDistances(10, 17))
+        if self.task == "edit":
+            search = Search(compare, Recognition(READOUT, 0.0))
+        options = Options(None, 0, self.num_steps, "ddpm", 2.0)
+        guided_steps = range(self.num_steps // 4, self.num_steps // 2)
+        return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps, search=search), now)
 
 
 @dataclass
@@ -75,6 +93,7 @@ class VirtualService:
         self.now = 0.0
         self.predicted_late: set[Job] = set()  # jobs that were admitted only because the engine was idle
         self.steps: list[list[Trajectory]] = []
+        self.similar: dict[Job, bool] = {}  # True for jobs whose classes all have the same errors
 
     def submit(self, job: Job) -> None:
         if not self.admission.backlog.jobs:
@@ -98,9 +117,18 @@ class VirtualService:
         self.admission.observe(rows, seconds)
         self.now += seconds
         backlog.advance(rows)
+        for row in rows:
+            if row.comparison:
+                backlog.add_errors(row, self._errors(row))
         done = [row for row in rows if not row.steps_left]
         backlog.finish([(row, image(0, row.index, row.step)) for row in done])
         return [job for job in dict.fromkeys(row.job for row in done) if not job.unfinished]
+
+    def _errors(self, row: Trajectory) -> list[float]:
+        """Returns errors with which no class is dropped in half of the jobs, and most classes early in the others."""
+        assert row.comparison
+        has_similar_classes = self.similar.setdefault(row.job, len(self.similar) % 2 == 0)
+        return [1.0 if has_similar_classes or label == 0 else 9.0 for label in row.comparison.remaining]
 
     def run(self, clients: Sequence[Client], until: float) -> Result:
         """Serves the clients until this time. Requests that miss their deadlines are answered with 504."""
@@ -154,8 +182,8 @@ def clients(n: int, **fields: Any) -> list[Client]:
 
 
 def random_mix(seed: int) -> list[Client]:
-    """Returns clients with random image counts, timeouts, models and numbers of steps."""
-    choose = random.Random(seed)
+    """Returns clients with random image counts, timeouts, models, numbers of steps and tasks."""
+    choose, tasks = random.Random(seed), random.Random(f"tasks {seed}")
     numbers = itertools.count()
     mix: list[Client] = []
     for _ in range(choose.randint(1, 4)):
@@ -170,5 +198,6 @@ def random_mix(seed: int) -> list[Client]:
             timeout=choose.choice([1.0, 2.0, 5.0, 10.0, 30.0]),
             start=choose.uniform(0, 2),
             think=choose.choice([0.001, 0.01, 0.3, 2.0]),
+            task=tasks.choice(TASKS) if model == "default" else "generate",
         )
     return mix

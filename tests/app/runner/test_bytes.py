@@ -136,8 +136,9 @@ def test_predicted_evaluations_equal_the_actual_evaluations(
 ) -> None:
     runner = new_runner(loaded, torch.bfloat16)
     network = CountingNetwork(runner)
-    guided_steps = runner.models["default"].guided_steps(sampler, num_steps)
-    job = Job(JobRequest(Options(1, 0, num_steps, sampler, 2.0), 3, guided_steps=guided_steps))
+    options = Options(1, 0, num_steps, sampler, 2.0)
+    guided_steps = runner.models["default"].guided_steps(options)
+    job = Job(JobRequest(options, 3, guided_steps=guided_steps))
     predicted = []
     for _ in range(num_steps):
         predicted.append(sum(row.evaluations for row in job.unfinished))

@@ -25,6 +25,7 @@ from model.compiled.compiler import CompilerError, FlatStep, library_of
 from model.precision import CallRows, can_compile
 from model.step import ReverseStep, Rows, State, Stepped
 from tests.app.runner.rows import draw, equal, mixed_rows
+from tests.app.runner.task_rows import drawings, finish, task_rows
 from tests.model.compiled.log_fields import logged_field
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
@@ -53,6 +54,16 @@ def test_compiled_row_has_the_same_pixels_in_any_batch(loaded: Checkpoint, cache
     assert len({image.tobytes() for image in alone}) == len(alone)
     for max_batch, order in [(64, None), (64, 1), (7, 3), (2, 5), (1, 6)]:
         assert equal(draw(runner, mixed_rows(), max_batch, order), alone)
+
+
+@needs_compiler
+def test_compiled_row_of_any_task_has_the_same_pixels_and_errors_in_any_batch(loaded: Checkpoint, cache: Path) -> None:
+    runner = compiled_runner(loaded, cache)
+    info = runner.models["default"]
+    alone = [finish(runner, [row])[0] for row in task_rows(info)]
+    expected = [*alone, *finish(runner, drawings(info))]
+    for max_batch, order in [(64, 1), (7, 3)]:
+        assert finish(runner, [*task_rows(info), *drawings(info)], max_batch, order) == expected
 
 
 @needs_compiler
@@ -118,8 +129,8 @@ def test_non_contiguous_inputs_are_rejected(loaded: Checkpoint, cache: Path) -> 
         pytest.skip("with a fixed number of rows only the network is compiled, and its inputs are always contiguous")
     step, every = compiler.compiled_step(program, cache), torch.arange(2)
     state = State.zeros(4, loaded.image_shape, CPU)
-    plans, rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every)
-    assert len(step(state, plans, rows)) == 3
+    plans, rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every, every)
+    assert len(step(state, plans, rows)) == len(Stepped._fields)
     state.x_t = state.x_t.transpose(2, 3)
     with pytest.raises(RuntimeError, match="contiguous"):
         step(state, plans, rows)
@@ -264,7 +275,7 @@ def test_gpu_compiler_failure_at_warm_up_is_one_line(
 def test_gpu_step_copies_results_that_the_next_call_overwrites(
     loaded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = tuple(torch.zeros(2) for _ in range(3))
+    memory = tuple(torch.zeros(2) for _ in Stepped._fields)
     calls: list[object] = []
     results: list[Stepped] = []
 
@@ -278,7 +289,7 @@ def test_gpu_step_copies_results_that_the_next_call_overwrites(
     program.device = torch.device("cuda")
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
         step = compiler.compiled_step(program, tmp_path)
-        state, rows = State.zeros(1, loaded.image_shape, CPU), Rows(*torch.zeros(4, 1, dtype=torch.int64))
+        state, rows = State.zeros(1, loaded.image_shape, CPU), Rows(*torch.zeros(5, 1, dtype=torch.int64))
         for value in (1.0, 2.0):
             state.x_t.fill_(value)
             results.append(step(state, torch.zeros(1, 5), rows))

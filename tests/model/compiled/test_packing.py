@@ -43,7 +43,11 @@ def threads() -> Iterator[Callable[[int], None]]:
 def inputs(program: ReverseStep, rows: int) -> tuple[State, Tensor, Rows]:
     state, every = State.zeros(rows, program.checkpoint.image_shape, CPU), torch.arange(rows)
     state.x_t.copy_(torch.randn(rows, *program.checkpoint.image_shape, generator=torch.Generator().manual_seed(1)))
-    return state, torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every)
+    return (
+        state,
+        torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]),
+        Rows(every, torch.zeros_like(every), every, every % 10, every),
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])

@@ -1,0 +1,127 @@
+"""Fills in missing pixels: the path of timesteps, with the repeated steps of RePaint (Lugmayr 2022)."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from model.process import Start, begin
+from model.sampler import Plan
+from model.schedule import Schedule
+from model.step import Rows, Step
+
+NUM_LEVELS = 10  # recommended number of distinct timesteps
+NUM_RESAMPLINGS = 5  # recommended number of times that each step is taken
+CLASS_RESAMPLINGS, CLASS_PASSES = 2, 3  # of `recognition_path`
+CLASS_MARGIN = 10.0  # a class is dropped if its distance exceeds the smallest one by more; pixels are in [-1, 1]
+MIN_PAIRS = 4  # number of steps before the first class is dropped
+
+
+def inpainting_path(schedule: Schedule, num_levels: int, num_resamplings: int = NUM_RESAMPLINGS) -> list[int]:
+    """Returns the path that fills in an image: `num_levels` timesteps evenly spaced in t, and the repeated steps.
+
+    It needs 1 + (num_levels - 1) * num_resamplings network calls without guidance. Raises ValueError if num_levels is
+    not in 1..T.
+    """
+    return repaint_timesteps(schedule.even_timesteps(num_levels), num_resamplings)
+
+
+def recognition_path(schedule: Schedule) -> list[int]:
+    """Returns the path for `compare_classes`. It has only the noise levels at which the class matters.
+
+    It goes down from T several times. Only the first pass starts from noise. The later ones start from an image that
+    fits the known pixels better, so they recognise more classes correctly.
+    """
+    levels = schedule.even_timesteps(min(NUM_LEVELS, schedule.num_steps))
+    levels = [t for t in levels if t >= 0.3 * schedule.num_steps]
+    later = repaint_timesteps(levels, CLASS_RESAMPLINGS)[1:]
+    return [levels[0], *later * CLASS_PASSES]
+
+
+def repaint_timesteps(timesteps: Sequence[int], num_resamplings: int) -> list[int]:
+    """Returns a path that takes every step of `timesteps` but the first `num_resamplings` times.
+
+    Before each repetition the path goes up again by one step, which adds the noise of the forward process. This is
+    algorithm 1 of Lugmayr 2022 with jump length 1. One step fits the missing pixels to the known ones only partly.
+    Each repetition improves the fit. The first step is not repeated, because the image before it is only noise.
+
+    `timesteps` decrease. A step needs one network call (see `plan_through`). Example: 100, 50, 10, 0 with 2 resamplings
+    becomes 100, 50, 10, 50, 10, 0, 10, 0. Raises ValueError if num_resamplings is below 1.
+    """
+    if num_resamplings < 1:
+        raise ValueError(f"num_resamplings must be at least 1, got {num_resamplings}")
+    path = list(timesteps[:2])
+    for t, t_prev in pairwise(timesteps[1:]):
+        path += [t_prev, *[t, t_prev] * (num_resamplings - 1)]
+    return path
+
+
+class ClassDistances:
+    """Compares the classes of an image with missing pixels. It is a function of the errors that were added.
+
+    Each class fills in the missing pixels along its own trajectory, all with the same noise. The distance of a class is
+    that of its predicted x_0 from the known pixels, summed over the steps. A class that is far behind is dropped.
+    """
+
+    has_own_images = True
+
+    def __init__(self, num_classes: int, num_steps: int) -> None:
+        """`num_steps` is the number of steps of the path."""
+        self.num_classes, self._num_steps = num_classes, num_steps
+        self.distances = [0.0] * num_classes  # infinite for a dropped class
+        self.remaining = list(range(num_classes))
+        self.evaluations = 0
+        self._steps_done = 0
+
+    def add(self, errors: Sequence[float]) -> None:
+        """Adds the squared errors of a step at the known pixels, one for each class of `remaining`."""
+        for label, error in zip(self.remaining, errors, strict=True):
+            self.distances[label] += math.sqrt(error)
+        self.evaluations += len(errors)
+        self._steps_done += 1
+        if self._steps_done >= MIN_PAIRS:
+            furthest = min(self.distances) + CLASS_MARGIN
+            self.distances = [each if each <= furthest else math.inf for each in self.distances]
+        left = [label for label, distance in enumerate(self.distances) if distance < math.inf]
+        self.remaining = left if len(left) > 1 and self._steps_done < self._num_steps else []
+
+    @property
+    def digit(self) -> int:
+        """The class with the smallest distance so far."""
+        return min(range(self.num_classes), key=self.distances.__getitem__)
+
+
+@torch.inference_mode()
+def compare_classes(
+    step: Step,
+    plan: Plan,
+    start: Start,
+    num_classes: int,
+    *,
+    seed: Tensor,
+    index: Tensor,
+) -> list[ClassDistances]:
+    """Compares the classes of B images with missing pixels, along `plan` from `start` (B images with is_known).
+
+    seed and index are (B,) int64.
+    """
+    B, C, H, W = start.image.shape
+    image = torch.arange(B, device=seed.device).repeat_interleave(num_classes)  # (B * num_classes,) image of each row
+    plans = [plan] * len(image)
+    state, table = begin(plans, (C, H, W), seed=seed[image], index=index[image], start=start.rows(image))
+    results = [ClassDistances(num_classes, plan.num_steps) for _ in range(B)]
+    for k in range(plan.num_steps):
+        left = [(number, label) for number, result in enumerate(results) for label in result.remaining]
+        if not left:
+            break
+        number, label = torch.tensor(left, device=seed.device).T  # (R,) each: rows that take the step
+        slots, rows = number * num_classes + label, torch.arange(len(left), device=seed.device)  # (R,) each
+        stepped = step(state, table, Rows(slots, torch.full_like(slots, k), rows, label.contiguous(), rows))
+        state.x_t[slots], state.x_0[slots] = stepped.x_prev, stepped.x_0
+        errors = iter(stepped.error.tolist())
+        for result in results:
+            if result.remaining:
+                result.add([next(errors) for _ in result.remaining])
+    return results

@@ -1,0 +1,268 @@
+"""Rows that start from images, keep known pixels, search for the digit or recognise an image."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from app.engine.interface import OutOfMemoryError
+from app.engine.job import Trajectory
+from app.runner.device_state import PADDING
+from app.runner.runner import Runner
+from model.checkpoint import Checkpoint
+from model.inpainting import ClassDistances, compare_classes
+from model.pixels import to_pixels
+from model.process import Start, draw
+from model.recognition import recognise
+from model.sampler import Guidance, plan_through
+from tests.app.runner.rows import CPU, DTYPES, GUIDANCE, new_runner
+from tests.app.runner.task_rows import (
+    NUM_PAIRS,
+    Outcome,
+    all_rows,
+    drawings,
+    edit_rows,
+    finish,
+    inpaint_rows,
+    recognition_rows,
+    search_rows,
+    task_rows,
+)
+from tests.app.runner.test_device_state import OutOfMemoryAt
+
+BATCHES = [(64, None), (64, 1), (7, 2)]  # rows in a step, and the seed of their order
+
+
+def pixels_of(images: torch.Tensor) -> bytes:
+    """Returns the 8-bit pixels of one image (1, C, H, W), in the layout of a PNG file."""
+    return bytes(to_pixels(images)[0].permute(1, 2, 0).contiguous().numpy().tobytes())
+
+
+@DTYPES
+def test_row_of_any_task_has_the_same_values_alone_and_in_any_batch(loaded: Checkpoint, dtype: torch.dtype) -> None:
+    runner = new_runner(loaded, dtype)
+    info = runner.models["default"]
+    expected = [finish(runner, [row])[0] for row in all_rows(info)]
+    with_errors = [errors for _, errors in expected if errors]
+    assert len(set(with_errors)) == len(with_errors) == 3  # a search and two recognitions
+    for max_batch, order in BATCHES:
+        assert finish(runner, all_rows(info), max_batch, order) == expected
+
+
+@DTYPES
+def test_drawings_keep_their_bits_if_rows_of_other_tasks_share_their_steps(
+    loaded: Checkpoint, dtype: torch.dtype
+) -> None:
+    runner = new_runner(loaded, dtype)
+    rows = all_rows(runner.models["default"])
+    is_drawing = [not row.input for row in rows]
+    shared = finish(runner, rows, order=1)
+    expected = finish(runner, drawings(runner.models["default"]))
+    assert [outcome for outcome, is_drawn in zip(shared, is_drawing, strict=True) if is_drawn] == expected
+
+
+def test_known_pixels_do_not_stay_in_a_slot(loaded: Checkpoint) -> None:
+    used, fresh = new_runner(loaded), new_runner(loaded)
+    info = used.models["default"]
+    expected = finish(fresh, drawings(info))
+    known = [row for seed in range(8) for row in inpaint_rows(info, seed, count=8)]
+    used.step(known)
+    slots = {row.slots for row in known}
+    used.release(known)
+    rows = drawings(info)
+    used.step(rows)
+    assert {row.slots for row in rows} <= slots
+    for row in rows:
+        row.step += 1
+    assert finish(used, rows) == expected
+
+
+@DTYPES
+@pytest.mark.parametrize("seed", [3, 4, 5], ids=["ddpm", "ddim", "dpmpp"])
+@pytest.mark.parametrize("make", [edit_rows, inpaint_rows])
+def test_row_with_an_input_equals_the_offline_process(
+    loaded: Checkpoint, dtype: torch.dtype, make: Callable[..., list[Trajectory]], seed: int
+) -> None:
+    runner = new_runner(loaded, dtype)
+    rows = make(runner.models["default"], seed, count=2, scale=2.0)
+    for index, (pixels, _) in enumerate(finish(runner, rows)):
+        options, given = rows[index].options, rows[index].input
+        assert given
+        is_known = None if given.is_known is None else torch.from_numpy(given.is_known)[None]
+        image = torch.from_numpy(given.image)[None]
+        x_0 = draw(
+            runner._models["default"].program,
+            [plan_through(loaded.schedule, options.sampler, options.path)],
+            loaded.image_shape,
+            seed=torch.tensor([options.seed]),
+            index=torch.tensor([index]),
+            y=torch.tensor([options.digit]),
+            guidance=Guidance(options.guidance_scale, GUIDANCE.start, GUIDANCE.stop),
+            start=Start(image, torch.tensor([given.signal]), torch.tensor([given.noise]), is_known),
+        )  # (1, C, H, W)
+        assert pixels == pixels_of(x_0)
+        if is_known is not None:
+            assert torch.equal(x_0[is_known], image[is_known])
+
+
+def test_errors_of_a_recognition_row_equal_those_of_the_offline_classifier(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    info = runner.models["default"]
+    (row,) = recognition_rows(info, seed=9)
+    ((pixels, errors),) = finish(runner, [row])
+    assert row.input
+    assert row.comparison
+    image = torch.from_numpy(row.input.image)[None]
+    (expected,) = recognise(runner._models["default"].program, image, info.readout, NUM_PAIRS)
+    assert len(errors) == len(expected.errors)
+    for of_row, of_classes in zip(errors, expected.errors, strict=True):
+        assert of_row == pytest.approx(list(of_classes.values()), rel=1e-3)
+    assert row.comparison.digit == expected.digit
+    assert pixels == pixels_of(image)
+
+
+def test_distances_of_a_search_equal_those_of_the_offline_search(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    (row,) = search_rows(runner.models["default"], seed=8)
+    finish(runner, [row])
+    options, given, comparison = row.options, row.input, row.comparison
+    assert given
+    assert given.is_known is not None
+    assert isinstance(comparison, ClassDistances)
+    (expected,) = compare_classes(
+        runner._models["default"].program,
+        plan_through(loaded.schedule, options.sampler, options.path),
+        Start(
+            torch.from_numpy(given.image)[None],
+            torch.tensor([given.signal]),
+            torch.tensor([given.noise]),
+            torch.from_numpy(given.is_known)[None],
+        ),
+        comparison.num_classes,
+        seed=torch.tensor([options.seed]),
+        index=torch.tensor([0]),
+    )
+    assert comparison.distances == pytest.approx(expected.distances, rel=1e-3)
+    assert comparison.digit == expected.digit
+    assert len({distance for distance in comparison.distances if distance < float("inf")}) > 1
+
+
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_out_of_memory_while_rows_with_inputs_begin_changes_no_row(loaded: Checkpoint, runs_ahead: bool) -> None:
+    runner = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=runs_ahead)
+    info = runner.models["default"]
+
+    def earlier() -> list[Trajectory]:
+        return [*edit_rows(info, 3), *inpaint_rows(info, 5), *recognition_rows(info, 9)]
+
+    def later() -> list[Trajectory]:
+        return [*edit_rows(info, 4, t=30 + runs_ahead), *inpaint_rows(info, 6), *recognition_rows(info, 10, 5)]
+
+    expected = finish(runner, earlier())
+    rows, new_rows, failed = earlier(), later(), 0
+    runner.step(rows)
+    with torch.inference_mode():
+        while True:
+            try:
+                with OutOfMemoryAt(failed):
+                    runner._begin(new_rows)
+            except torch.OutOfMemoryError:
+                assert not any(row.slots for row in new_rows)
+                failed += 1
+            else:
+                break
+    assert failed > 30
+    slots = [slot for row in rows + new_rows for slot in row.slots]
+    assert len(set(slots)) == len(slots) == len(rows + new_rows)
+    first = runner.errors(rows[-1:])
+    for row in rows:
+        row.step += 1
+    rows[-1].comparison.add(first[0])  # type: ignore[union-attr] # the last row recognises
+    outcomes = finish(runner, rows + new_rows)
+    assert outcomes[:2] == expected[:2]
+    assert (outcomes[2][0], (tuple(first[0]), *outcomes[2][1])) == expected[2]
+    assert outcomes[3:] == finish(runner, later())
+
+
+def test_step_that_fails_keeps_the_errors_of_the_step_before(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = new_runner(loaded)
+    rows = recognition_rows(runner.models["default"], seed=9)
+    expected = finish(runner, recognition_rows(runner.models["default"], seed=9))
+    runner.step(rows)
+    before = runner.errors(rows)
+
+    def fail(*parts: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._models["default"].program, "denoise", fail)
+        with pytest.raises(OutOfMemoryError):
+            runner.step(rows)
+    assert runner.errors(rows) == before
+    assert tuple(before[0]) == expected[0][1][0]
+
+
+@pytest.mark.parametrize("max_batch", [64, 7])
+def test_rows_of_all_tasks_have_the_same_values_if_the_runner_runs_ahead(loaded: Checkpoint, max_batch: int) -> None:
+    ahead = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
+    info = ahead.models["default"]
+    before = [part[PADDING].clone() for part in ahead._slots.state]
+    outcomes = finish(ahead, all_rows(info), max_batch, order=2)
+    assert outcomes == finish(new_runner(loaded), all_rows(info))
+    assert all(torch.equal(part[PADDING], same) for part, same in zip(ahead._slots.state, before, strict=True))
+
+
+def test_every_evaluation_of_a_recognition_row_has_its_class_if_the_runner_runs_ahead(loaded: Checkpoint) -> None:
+    """A row with 10 evaluations is padded to 16, and 3 rows are padded to 4."""
+    ahead = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
+    info, shapes = ahead.models["default"], list[tuple[int, int]]()
+    model = ahead._models["default"]
+    original = model.step
+
+    def record_shape(*parts: object) -> object:
+        rows = parts[-1]
+        shapes.append((len(rows.slots), len(rows.source)))  # type: ignore[attr-defined] # the rows of a step
+        return original(*parts)  # type: ignore[arg-type]
+
+    model.step = record_shape  # type: ignore[assignment]
+    one = recognition_rows(info, 9)
+    three = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
+    assert all(ahead.step(one))
+    assert all(ahead.step(three))
+    assert shapes == [(1, 16), (4, 32)]
+    assert [len(errors) for errors in ahead.errors(three)] == [info.num_classes] * 3
+
+
+def test_row_with_nan_does_not_change_rows_with_known_pixels(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    info = runner.models["default"]
+    healthy = finish(runner, inpaint_rows(info, 6))
+    loaded.network.class_embed.weight[3] = torch.nan
+    broken = new_runner(loaded)
+    faulty, rows = edit_rows(info, 3), inpaint_rows(info, 6)
+    recognised = recognition_rows(info, 9)
+    assert broken.step([*faulty, *rows, *recognised]) == [False, True, True]
+    errors = broken.errors(recognised)[0]
+    assert [place for place, error in enumerate(errors) if not np.isfinite(error)] == [3]
+    for row in rows:
+        row.step += 1
+    assert finish(broken, rows) == healthy
+
+
+def test_input_of_a_row_is_not_changed_by_its_steps(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    rows = task_rows(runner.models["default"])
+    before = [row.input.image.copy() for row in rows if row.input]
+    finish(runner, rows)
+    after = [row.input.image for row in rows if row.input]
+    assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_two_recognitions_of_a_picture_give_the_same_errors_in_one_step(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
+    info = runner.models["default"]
+    outcomes: list[Outcome] = finish(runner, [row for _ in range(3) for row in recognition_rows(info, 9)])
+    assert len(set(outcomes)) == 1
