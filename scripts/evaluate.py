@@ -2,18 +2,25 @@
 
 digits     recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
 fog        recognition of real digits at each noise level
+recognize  recognition of real digits by the diffusion model, and rejection of other pictures
 clip       CLIP scores at each step of the reverse process
 synthetic  accuracy of a classifier that was trained only on generated digits
+denoise    removal of noise from real digits
+inpaint    recognition of real digits after a part was erased and filled in, and the fit at the border
+edit       recognition of redrawn sketches, and their distance from the sketches
 
 Use the validation split to choose settings. Use the test split for the figures that you publish.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from model.checkpoint import SHIPPED
+from model.inpainting import NUM_LEVELS, NUM_RESAMPLINGS
+from model.recognition import DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS
 from scripts.common.arguments import (
     Parser,
     add_drawing_arguments,
@@ -28,8 +35,12 @@ from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
 from scripts.evaluation.clip_path import evaluate_clip
+from scripts.evaluation.denoising import evaluate_denoising
+from scripts.evaluation.editing import NUM_EDIT_STEPS, evaluate_editing
 from scripts.evaluation.fog import evaluate_fog
+from scripts.evaluation.inpainting import evaluate_inpainting
 from scripts.evaluation.quality import evaluate_digits
+from scripts.evaluation.recognize import RecognitionRequest, evaluate_recognition
 from scripts.evaluation.samples import (
     FEWEST_OF_EACH,
     HELD_OUT_SPLITS,
@@ -42,8 +53,21 @@ from scripts.evaluation.samples import (
 from scripts.evaluation.synthetic import EPOCHS, evaluate_synthetic
 from scripts.evaluation.tables import FEWEST_IMAGES
 
-PACKAGES = {"digits": ("torchmetrics", "matplotlib"), "fog": ("matplotlib",), "clip": ("matplotlib",), "synthetic": ()}
+PACKAGES = {
+    "digits": ("torchmetrics", "matplotlib"),
+    "fog": ("matplotlib",),
+    "recognize": ("matplotlib",),
+    "clip": ("matplotlib",),
+    "synthetic": (),
+    "denoise": ("matplotlib",),
+    "inpaint": ("matplotlib",),
+    "edit": ("matplotlib",),
+}
 PICTURE_HELP = "plot to write, a .png file; the data is written to a .json file with the same name"
+RECOGNIZE_HELP = (
+    "plot to write, a .png file; the results are written to a .json file with the same name, and the errors to a "
+    ".errors.safetensors file, from which a stopped run continues"
+)
 CLIP_HELP = (
     "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (for OpenAI's weights: "
     "ViT-B-32-quickgelu:FILE); default: the small model that ships with unfog"
@@ -76,13 +100,31 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_clip(request, args.clip, args.out, reporter, num_images=args.num_images, **data)
             case "synthetic":
                 evaluate_synthetic(args.folder, args.out, reporter, epochs=args.epochs, seed=args.seed, **data)
+            case _:
+                _evaluate_task(args, reporter, data)
+
+
+def _evaluate_task(args: argparse.Namespace, reporter: Reporter, data: dict[str, Any]) -> None:
+    """Evaluates a task that starts from an image."""
+    match args.command:
+        case "recognize":
+            evaluate_recognition(from_arguments(RecognitionRequest, args), reporter)
+        case "denoise":
+            evaluate_denoising(args.checkpoint, args.out, reporter, num_images=args.num_images, **data)
+        case "inpaint":
+            request, counts = from_arguments(DrawingRequest, args), (args.num_images, args.num_resamplings)
+            evaluate_inpainting(request, args.judge, args.out, reporter, counts=counts, **data)
+        case "edit":
+            request = from_arguments(DrawingRequest, args)
+            evaluate_editing(request, args.judge, args.out, reporter, num_images=args.num_images, **data)
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="digits|fog|clip|synthetic", dest="command")
+    names = "digits|fog|recognize|denoise|inpaint|edit|clip|synthetic"
+    commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
     fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
@@ -94,6 +136,8 @@ def build_parser() -> Parser:
     )
     fog.add_argument("--judge", type=Path, help="weights of the fog judge; default: the shipped ones")
     fog.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
+    recognize = commands.add_parser("recognize", help="recognition of real digits by the diffusion model")
+    _add_recognize(recognize)
     clip_path = commands.add_parser("clip", help="CLIP scores at each step of the reverse process")
     _add_clip(clip_path)
     synthetic = commands.add_parser("synthetic", help="accuracy of a classifier trained only on generated digits")
@@ -101,11 +145,26 @@ def build_parser() -> Parser:
     synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"training epochs; default: {EPOCHS}")
     synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="seed of the training; default: 0")
     synthetic.add_argument("--out", type=file_to_write(".json"), help=".json file for the results; default: print only")
-    for command in (fog, synthetic):
+    denoise = commands.add_parser("denoise", help="removal of noise from real digits")
+    denoise.add_argument("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped checkpoint")
+    denoise.add_argument("--num-images", type=integer(10, 5_000), default=1_000, help="number of digits; default: 1000")
+    denoise.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
+    inpaint = commands.add_parser("inpaint", help="filling in real digits of which a part is erased")
+    _add_redrawing(inpaint, num_images_by_default=1000, num_steps=NUM_LEVELS)
+    inpaint.set_defaults(guidance_scale=1.0)  # guidance makes the border more visible
+    inpaint.add_argument(
+        "--num-resamplings",
+        type=integer(1, 100),
+        default=NUM_RESAMPLINGS,
+        help=f"number of times that each step after the first is taken (RePaint); default: {NUM_RESAMPLINGS}",
+    )
+    edit = commands.add_parser("edit", help="redrawing sketches at several strengths")
+    _add_redrawing(edit, num_images_by_default=100, num_steps=NUM_EDIT_STEPS)
+    for command in (fog, recognize, denoise, synthetic):
         command.add_argument(
             "--num-threads", type=integer(1, 1024), help="compute threads on a CPU; default: PyTorch's choice"
         )
-    for command in (digits, fog, clip_path, synthetic):
+    for command in (digits, fog, recognize, denoise, inpaint, edit, clip_path, synthetic):
         splits = (
             SPLITS if command is digits else HELD_OUT_SPLITS
         )  # the others need digits that were not used for training
@@ -153,6 +212,39 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     add_drawing_arguments(digits, seed=0)
 
 
+def _add_recognize(recognize: argparse.ArgumentParser) -> None:
+    recognize.add_argument(
+        "--checkpoint", type=Path, default=SHIPPED, help="checkpoint that recognises; default: the shipped one"
+    )
+    recognize.add_argument(
+        "--num-images", type=integer(1), help="number of digits, the first ones of the shuffled split; default: all"
+    )
+    recognize.add_argument(
+        "--num-pairs",
+        type=integer(1, MAX_NUM_PAIRS),
+        default=DEFAULT_NUM_PAIRS,
+        help=f"pairs of a timestep and a noise for each class; default: {DEFAULT_NUM_PAIRS}",
+    )
+    recognize.add_argument(
+        "--prune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="drop improbable classes after each pair; --no-prune evaluates all, and reports both; default: --prune",
+    )
+    recognize.add_argument(
+        "--num-non-digits",
+        type=integer(0, 1_000),
+        default=100,
+        help="pictures of each kind that show no digit; 0 leaves them out; default: 100",
+    )
+    recognize.add_argument(
+        "--fit",
+        action="store_true",
+        help="fit the constants of recognition to these digits, and write them to a .readout.json file",
+    )
+    recognize.add_argument("--out", type=file_to_write(".png"), required=True, help=RECOGNIZE_HELP)
+
+
 def _add_clip(clip_path: argparse.ArgumentParser) -> None:
     clip_path.add_argument(
         "--num-images",
@@ -163,6 +255,19 @@ def _add_clip(clip_path: argparse.ArgumentParser) -> None:
     clip_path.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=f"the CLIP model: {CLIP_HELP}")
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
+
+
+def _add_redrawing(parser: Parser, *, num_images_by_default: int, num_steps: int) -> None:
+    parser.add_argument(
+        "--num-images",
+        type=num_images(NUM_CLASSES, 4_000),
+        default=num_images_by_default,
+        help=f"number of images, a multiple of 10; default: {num_images_by_default}",
+    )
+    parser.add_argument("--judge", type=Path, help="weights of the judge; default: the shipped ones")
+    parser.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
+    add_drawing_arguments(parser, seed=0)
+    parser.set_defaults(num_steps=num_steps)
 
 
 if __name__ == "__main__":

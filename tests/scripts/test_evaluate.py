@@ -3,16 +3,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from model.checkpoint import load
+from model.editing import start_timestep
 from scripts import evaluate, make_dataset, train_classifiers
 from scripts.common import drawing
-from scripts.evaluation import classifier_training, tables
+from scripts.evaluation import classifier_training, denoising, tables
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
+from scripts.evaluation.editing import STRENGTHS
+from scripts.evaluation.inpainting import MASKS
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
 
@@ -93,7 +97,44 @@ def test_folder_is_evaluated_with_equally_many_of_each_digit(
     assert {**asked, "images": "small"} == small
 
 
-@pytest.mark.parametrize("command", [["fog"], ["clip"], ["synthetic", "set"]], ids=" ".join)
+def redraw(inputs: Path, out: Path, *command: str) -> dict[str, Any]:
+    """Runs `inpaint` or `edit` with the tiny checkpoint. Returns the content of the JSON file."""
+    given = [f"--data-dir={inputs / 'data'}", f"--checkpoint={inputs / 'tiny.safetensors'}"]
+    evaluate.main([*command, *given, f"--judge={inputs / 'judge.safetensors'}", f"--out={out / 'shown.png'}"])
+    with Image.open(out / "shown.png") as image:
+        assert min(image.size) > 100
+    written: dict[str, Any] = json.loads((out / "shown.json").read_text())
+    return written
+
+
+def test_inpaint_measures_every_mask_with_and_without_the_class(inputs: Path, tmp_path: Path) -> None:
+    command = ["inpaint", "--num-images=10", "--num-steps=4", "--num-resamplings=2"]
+    written = redraw(inputs, tmp_path, *command)
+    assert [(row["mask"], row["class_given"]) for row in written["masks"]] == [
+        (mask, given) for mask in MASKS for given in (True, False)
+    ]
+    assert [row["calls"] for row in written["masks"] if row["class_given"]] == [1 + 3 * 2] * 4
+    for row in written["masks"]:
+        assert row["changed"] == 0
+        assert row["border_ratio"] == pytest.approx(row["border_step"] / row["border_step_of_real"])
+        assert (row["guessed"] is None) == row["class_given"]
+        assert row["class_given"] or row["calls"] > 2 * (1 + 3 * 2)
+
+
+def test_edit_starts_at_the_timestep_of_each_strength(inputs: Path, tmp_path: Path) -> None:
+    written = redraw(inputs, tmp_path, "edit", "--num-images=10", "--num-steps=5", "--guidance-scale=1")
+    schedule = load(inputs / "tiny.safetensors").schedule
+    assert [(row["strength"], row["class_given"], row["t"]) for row in written["strengths"]] == [
+        (strength, given, start_timestep(schedule, strength)) for given in (True, False) for strength in STRENGTHS
+    ]
+    assert written["num_images"] == 10
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["fog"], ["clip"], ["synthetic", "set"], ["recognize"], ["denoise"], ["inpaint"], ["edit"]],
+    ids=" ".join,
+)
 @pytest.mark.parametrize("out", ["figures", "figures.txt", "folder.png", "folder.json"])
 def test_invalid_out_is_rejected_before_the_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], out: str
@@ -150,6 +191,21 @@ def test_fog_prints_and_plots_each_digit(inputs: Path, tmp_path: Path, capsys: p
     for shares in (content["recognised"], content["told"]):
         assert [len(line) for line in shares] == [len(content["t"])] * 10
     with Image.open(tmp_path / "fog.png") as image:
+        assert min(image.size) > 100
+
+
+def test_denoise_prints_and_shows_each_level(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoising, "LEVELS", (3, 6))
+    given = [f"--data-dir={inputs / 'data'}", f"--checkpoint={inputs / 'tiny.safetensors'}", "--num-images=12"]
+    evaluate.main(["denoise", *given, f"--out={tmp_path / 'denoise.png'}"])
+    assert [line[:4] for line in capsys.readouterr().out.splitlines()[-2:]] == ["| 3 ", "| 6 "]
+    content = json.loads((tmp_path / "denoise.json").read_text())
+    assert (content["split"], content["num_images"]) == ("test", 12)
+    low, high = content["levels"]
+    assert low["psnr_noisy"] > high["psnr_noisy"]
+    with Image.open(tmp_path / "denoise.png") as image:
         assert min(image.size) > 100
 
 
@@ -249,12 +305,16 @@ def test_missing_torchmetrics_gives_an_error_with_the_install_command() -> None:
     assert ended.stderr == "torchmetrics is not installed. Install with: pip install -e '.[evaluate]'\n"
 
 
-@pytest.mark.parametrize("command", [["digits"], ["fog", "--out=fog.png"], ["clip", "--out=clip.png"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "command",
+    [["digits"], ["fog", "--out=fog.png"], ["clip", "--out=clip.png"], ["denoise", "--out=denoise.png"]],
+    ids=" ".join,
+)
 def test_missing_matplotlib_is_rejected_before_generating(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("samples_of_checkpoint", "evaluate_digits", "evaluate_fog", "evaluate_clip"):
+    for name in ("samples_of_checkpoint", "evaluate_digits", "evaluate_fog", "evaluate_clip", "evaluate_denoising"):
         monkeypatch.setattr(evaluate, name, lambda *_: pytest.fail("begun"))
     with pytest.raises(SystemExit) as exit_:
         evaluate.main(command)
