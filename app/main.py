@@ -21,7 +21,8 @@ from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.problems import handle_errors
-from app.api.routes import docs, generate, monitoring
+from app.api.routes import docs, generate, monitoring, pictures
+from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
 from app.logs import num_lines_dropped
@@ -42,7 +43,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         watchdog_seconds=settings.watchdog_seconds,
         metrics=meters,
     )
-    service = Service(settings, engine, meters, time.monotonic())
+    service = Service(settings, engine, meters, time.monotonic(), ImageReader(settings))
     traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
 
@@ -52,6 +53,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         yield
         engine.drain()
         engine.give_up(errors.Draining(1))
+        service.pictures.close()
         await asyncio.to_thread(engine.stop, STOP_SECONDS)
         if traces:
             await asyncio.to_thread(traces.close)
@@ -71,6 +73,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         app.include_router(docs.router)
         pages |= _paths(docs.router.routes)
     app.include_router(generate.router)
+    app.include_router(pictures.router)
     app.include_router(monitoring.router)
     handle_errors(app, meters)
     add_openapi(app, service)
@@ -95,7 +98,7 @@ def _add_middleware(
             expose_headers=RESPONSE_HEADERS,
         )
     app.add_middleware(HeadAsGet)
-    paths = monitored | pages | _paths(generate.router.routes)
+    paths = monitored | pages | _paths(generate.router.routes) | _paths(pictures.router.routes)
     app.add_middleware(
         RequestContextMiddleware, metrics=meters, access_log=AccessLog(meters, traces, paths=paths, quiet=monitored)
     )
@@ -116,8 +119,9 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.alive.set_function(lambda: engine.alive)
     meters.watch_dropped_log_lines(num_lines_dropped)
     # Start these series at 0: PromQL's rate() ignores the first value of a new series.
-    for code in ("200", "429", "500", "503", "504"):
-        meters.requests.labels("/generate", code)
+    for route in _paths(generate.router.routes) | _paths(pictures.router.routes):
+        for code in ("200", "429", "500", "503", "504"):
+            meters.requests.labels(route, code)
 
     def publish_models(ready: "Future[None]") -> None:
         if not ready.exception():

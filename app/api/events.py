@@ -75,7 +75,13 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, job: Job, events: JobEvents, cancel: Cancel, provenance: Provenance, scale: int, metrics: Metrics
+        self,
+        job: Job,
+        events: JobEvents,
+        cancel: Cancel,
+        provenance: Callable[[], Provenance],
+        scale: int,
+        metrics: Metrics,
     ) -> None:
         super().__init__(headers={"X-Seed": str(job.request.options.seed), "Cache-Control": "no-store"})
         del self.headers["content-length"]
@@ -125,7 +131,7 @@ class EventStream(Response):
         if isinstance(event, Progress):
             previews = [encode_base64(encode_image(pixels)) for pixels in event.previews]
             return "progress", ProgressEvent(step=event.step, of=event.of, previews=previews).model_dump()
-        png = encode_image(event.pixels, self._scale, self._provenance.text(event.index))
+        png = encode_image(event.pixels, self._scale, self._provenance().text(event.index))
         return "image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump()
 
     async def _send_end(self, context: RequestContext, send: Send, error: UnfogError | None) -> None:

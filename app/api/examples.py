@@ -1,9 +1,12 @@
 """Examples for the OpenAPI document: requests, and the responses that are text."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from app import VERSION, errors
 from app.api.events import event_text
+from app.api.picture_files import damaged
+from app.api.uploads import JSON, MULTIPART
 from app.settings import Settings
 
 REQUEST_ID = "5f1c7a9be0d34b6c8a2f4e6d7c9b0a18"
@@ -100,18 +103,29 @@ def requests(settings: Settings, num_classes: dict[str, int]) -> dict[str, dict[
     return {name: {"summary": summary, "value": body} for name, (summary, body) in bodies.items()}
 
 
-def problems(settings: Settings) -> list[dict[str, Any]]:
-    """Returns one example of each problem document that /generate can send."""
+def problems(settings: Settings, formats: Sequence[str], *, with_pictures: bool) -> list[dict[str, Any]]:
+    """Returns the problem documents that a POST route can send. `formats` are the media types of its answers."""
+    if with_pictures:
+        specific: list[errors.UnfogError] = [
+            errors.BodyTooLarge(settings.max_image_bytes),
+            errors.UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}"),
+            errors.InvalidRequest.of("image", "Field required"),
+            errors.InvalidImage.of("image", str(damaged("PNG"))),
+        ]
+    else:
+        specific = [
+            errors.BodyTooLarge(settings.max_body_bytes),
+            errors.UnsupportedMediaType(),
+            errors.InvalidRequest.of("digit", "Input should be less than or equal to 9"),
+        ]
     examples: list[errors.UnfogError] = [
         errors.MalformedJSON(),
         errors.MalformedRequest(),
         errors.Unauthorized(),
         errors.Forbidden(),
-        errors.NotAcceptable(("application/json", "image/png", "application/zip", "text/event-stream")),
+        errors.NotAcceptable(tuple(formats)),
         errors.RequestTimeout(f"The body did not arrive within {settings.read_timeout:g} s"),
-        errors.BodyTooLarge(settings.max_body_bytes),
-        errors.UnsupportedMediaType(),
-        errors.InvalidRequest.of("digit", "Input should be less than or equal to 9"),
+        *specific,
         errors.Overloaded(4),
         errors.HeadersTooLarge(),
         errors.RateLimited(12),

@@ -1,25 +1,37 @@
-"""Turns a request into a job and waits for its images. Also defines the service object that the routes share."""
+"""Turns a task into a job, waits for its images and answers. Also defines the service object that the routes share."""
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated
+from functools import partial
+from typing import Annotated, cast
 
+import numpy as np
 from fastapi import Depends, Request
+from starlette.responses import Response
 
 from app import errors
-from app.api.context import RequestContext
-from app.api.images import provenance_of
+from app.api.context import RequestContext, context_of
+from app.api.events import EventStream, JobEvents
+from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
+from app.api.options import either
+from app.api.problems import client_gone
 from app.api.requests import ClientGoneError, cancel_on_disconnect
-from app.api.schemas import GenerateRequest
+from app.api.responses import EVENTS, JSON, PNG, ZIP
+from app.api.schemas import GeneratedImage, ModelName, Timing
+from app.api.task import Task
+from app.api.uploads import ImageReader
 from app.engine.engine import Engine
 from app.engine.interface import ModelInfo
-from app.engine.job import Job, JobRequest, Listener, Options, Pixels
+from app.engine.job import Job, JobRequest, Listener, Pixels, Result
 from app.metrics import Metrics
 from app.settings import Settings
 from model.png import Provenance
+from model.sampler import Sampler
+
+Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
 
 class InFlight:
@@ -58,6 +70,7 @@ class Service:
     engine: Engine
     metrics: Metrics
     started_at: float
+    pictures: ImageReader
     in_flight: InFlight = field(default_factory=InFlight)
 
     @property
@@ -75,28 +88,29 @@ class Service:
             self.engine.state.refuse_unless_ok()
             raise errors.Starting(1)
         if model not in models:
-            raise errors.InvalidRequest.of("model", f"Input should be {_either(models)}")
+            raise errors.InvalidRequest.of("model", f"Input should be {either(models)}")
         return models[model]
 
     def submit(
-        self, body: GenerateRequest, context: RequestContext, num_previews: int = 0, listener: Listener | None = None
+        self, task: Task, context: RequestContext, num_previews: int = 0, listener: Listener | None = None
     ) -> Job:
-        """Submits a request to the engine and returns the job. The request is then in flight.
+        """Submits a task to the engine and returns the job. The request is then in flight.
 
-        Raises InvalidRequest if the model or a limit does not permit it, and Overloaded if it is not admitted now.
+        Raises InvalidRequest if a limit of the settings does not permit it, and Overloaded if it is not admitted now.
         """
-        self._check(body)
-        info = self.info(body.model)
-        options = self._options(body, info)
+        self._check(task)
         job = Job(
             JobRequest(
-                options,
-                body.count,
-                self.settings.request_timeout if body.timeout_seconds is None else body.timeout_seconds,
+                task.options,
+                task.count,
+                self.settings.request_timeout if task.timeout is None else task.timeout,
                 num_previews,
                 listener,
-                info.guided_steps_of(options),
+                self.info(task.options.model).guided_steps_of(task.options, has_digit=task.search is not None),
                 context.request_id,
+                task.input,
+                task.comparison,
+                task.search,
             )
         )
         self.engine.submit(job)
@@ -104,46 +118,31 @@ class Service:
         context.answered.enter_context(self.in_flight.one())
         return job
 
-    def provenance(self, job: Job) -> Provenance:
-        """Returns the provenance for the PNG files of a job."""
-        options = job.request.options
-        return provenance_of(options, self.info(options.model).sha256)
-
-    def _options(self, body: GenerateRequest, info: ModelInfo) -> Options:
-        """Adds the model's defaults. Raises InvalidRequest for a value that the model does not support."""
-        sampler = body.sampler or info.samplers[0]
-        if sampler not in info.samplers:
-            raise _unsupported("sampler", _either(info.samplers), info)
-        options = Options(
-            digit=body.digit,
-            seed=body.seed,
-            num_steps=body.num_steps or info.default_steps,
-            sampler=sampler,
-            guidance_scale=body.guidance_scale or info.guidance_scale[sampler],
-            model=info.name,
+    def provenance(self, task: Task, job: Job) -> Provenance:
+        """Returns the provenance for the PNG files of a task. If the job searches for the digit, it must be found."""
+        options = task.options
+        return Provenance(
+            digit="none" if job.digit is None else job.digit,
+            seed=options.seed,
+            sampler=options.sampler,
+            num_steps=task.num_steps,
+            guidance_scale=options.guidance_scale,
+            model_sha256=self.info(options.model).sha256,
+            task=task.chunks,
         )
-        if options.digit >= info.num_classes:
-            raise _unsupported("digit", f"less than or equal to {info.num_classes - 1}", info)
-        if options.num_steps > info.max_steps:
-            raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)
-        if info.steps and options.num_steps not in info.steps:
-            raise _unsupported("num_steps", " or ".join(map(str, info.steps)), info)
-        if options.guidance_scale != 1 and not info.guidable:
-            raise _unsupported("guidance_scale", "1 (no guidance)", info)
-        return options
 
-    def _check(self, body: GenerateRequest) -> None:
+    def _check(self, task: Task) -> None:
         """Raises InvalidRequest if the request exceeds a limit in the settings."""
         limit = self.settings.largest_request
-        if body.count > limit:
+        if task.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
         longest = self.settings.request_timeout
-        if body.timeout_seconds is not None and body.timeout_seconds > longest:
+        if task.timeout is not None and task.timeout > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
 
 
-async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
-    """Waits for the images of a job. Raises DeadlineExceeded after its timeout, ClientGoneError after a disconnect.
+async def finish(service: Service, request: Request, job: Job) -> list[Result]:
+    """Waits for the results of a job. Raises DeadlineExceeded after its timeout, ClientGoneError after a disconnect.
 
     In both cases, cancels the job.
     """
@@ -156,12 +155,52 @@ async def finish(service: Service, request: Request, job: Job) -> list[Pixels]:
         service.engine.cancel(job, ClientGoneError())
 
 
-def _unsupported(field: str, supported: str, info: ModelInfo) -> errors.InvalidRequest:
-    return errors.InvalidRequest.of(field, f"Input should be {supported} for model '{info.name}'")
+async def answer(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
+    """Submits a task and returns the response of type `media_type`. Raises the errors of Service.submit and finish."""
+    context = context_of(request.scope)
+    if media_type == EVENTS:
+        events = JobEvents(task.count)
+        job = service.submit(task, context, num_previews, events.put)
+        provenance = partial(service.provenance, task, job)
+        return EventStream(job, events, service.engine.cancel, provenance, task.scale, service.metrics)
+    job = service.submit(task, context)
+    try:
+        results = await finish(service, request, job)
+    except ClientGoneError:
+        return client_gone(request.scope)
+    images = [result for result in results if isinstance(result, np.ndarray)]
+    encoders: dict[str, Encoder] = {JSON: partial(_encode_json, service, job, task), PNG: encode_sheet, ZIP: encode_zip}
+    with service.metrics.encode_duration.time(), context.encoding():
+        content = await asyncio.to_thread(encoders[media_type], images, service.provenance(task, job), task.scale)
+    headers = {"X-Seed": str(task.options.seed), "Server-Timing": server_timing(job, context)}
+    return Response(content, media_type=media_type, headers=headers)
 
 
-def _either(values: Iterable[str]) -> str:
-    return " or ".join(f"'{value}'" for value in values)
+def server_timing(job: Job, context: RequestContext) -> str:
+    """Returns the value of the header Server-Timing, in milliseconds."""
+    times = Timing.of(job.timings)
+    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": context.encode_seconds}
+    return ", ".join(f"{phase};dur={1000 * duration:.3f}" for phase, duration in phases.items())
+
+
+def _encode_json(
+    service: Service, job: Job, task: Task, images: list[Pixels], provenance: Provenance, scale: int
+) -> bytes:
+    pngs = encode_images(images, provenance, scale)
+    options = task.options
+    response = task.response(
+        digit=job.digit,
+        count=task.count,
+        seed=options.seed,
+        num_steps=task.num_steps,
+        sampler=cast(Sampler, options.sampler),  # only recognition has another process
+        guidance_scale=options.guidance_scale,
+        model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
+        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
+        timing=Timing.of(job.timings),
+        **task.facts,
+    )
+    return response.model_dump_json().encode()
 
 
 async def _service(request: Request) -> Service:

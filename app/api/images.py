@@ -9,22 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
-from app.engine.job import Options, Pixels
+from app.engine.job import Pixels
 from model.png import Provenance, encode_png
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # earliest date of the format; constant, so that equal images give equal archives
-
-
-def provenance_of(options: Options, sha256: str) -> Provenance:
-    """Returns the provenance for images with these options. `sha256` is the digest of the checkpoint file."""
-    return Provenance(
-        digit=options.digit,
-        seed=options.seed,
-        sampler=options.sampler,
-        num_steps=options.num_steps,
-        guidance_scale=options.guidance_scale,
-        model_sha256=sha256,
-    )
 
 
 def encode_image(pixels: Pixels, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:
@@ -63,5 +51,6 @@ def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> byte
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for i, png in enumerate(encode_images(images, provenance, scale)):
-            archive.writestr(zipfile.ZipInfo(f"digit-{provenance.digit}-seed-{provenance.seed}-{i}.png", ZIP_DATE), png)
+            name = f"{provenance.task.get('Task', f'digit-{provenance.digit}')}-seed-{provenance.seed}-{i}.png"
+            archive.writestr(zipfile.ZipInfo(name, ZIP_DATE), png)
     return buffer.getvalue()

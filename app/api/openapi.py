@@ -1,10 +1,10 @@
 """Builds the OpenAPI document.
 
-FastAPI generates most of it. This module adds the body of /generate, the values that each served checkpoint supports,
-the events of a stream, and examples.
+FastAPI generates most of it. This module adds the bodies of the POST routes, the values that each served checkpoint
+supports, the events of a stream, and examples.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from app.api import examples
+from app.api import examples, task_examples
 from app.api.generation import Service
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
+from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest
+from app.api.uploads import MULTIPART, multipart_schema
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 from app.settings import Settings
@@ -39,7 +41,14 @@ EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
     "done": DoneEvent,
     "error": Problem,
 }
-NUM_CLASSES = 10  # digits that GenerateRequest permits
+PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
+    "/recognize": RecognizeRequest,
+    "/denoise": DenoiseRequest,
+    "/inpaint": InpaintRequest,
+    "/edit": EditRequest,
+}
+NUM_CLASSES = 10  # digits that requests permit
+PICTURE_SIZE = (1, 28)  # channels and pixels per side of the images of a model that supports requests with pictures
 
 Schema = dict[str, Any]
 
@@ -53,19 +62,27 @@ class Permitted:
     steps: tuple[int, ...]
     samplers: tuple[Sampler, ...]
     guidable: bool
+    size: tuple[int, int]  # channels and pixels per side of an image
 
     @classmethod
     def of_info(cls, info: ModelInfo) -> "Permitted":
         """Reads the values from a loaded checkpoint."""
-        return cls(info.num_classes, info.max_steps, info.steps, info.samplers, info.guidable)
+        size = info.image_shape[:2]
+        return cls(info.num_classes, info.max_steps, info.steps, info.samplers, info.guidable, size)
 
     @classmethod
     def of_config(cls, config: CheckpointConfig) -> "Permitted":
         """Reads the values from the metadata of a checkpoint file."""
-        return cls(config.unet.num_classes, config.schedule.num_steps, config.steps, config.samplers, config.guidable)
+        unet, size = config.unet, (config.unet.image_channels, config.unet.image_size)
+        return cls(unet.num_classes, config.schedule.num_steps, config.steps, config.samplers, config.guidable, size)
 
-    def condition(self, model: str) -> Schema | None:
-        """Returns the schema that requests for this model must satisfy in addition to GenerateRequest, or None."""
+    @property
+    def has_pictures(self) -> bool:
+        """True if the model supports requests with pictures."""
+        return not self.steps and self.size == PICTURE_SIZE
+
+    def condition(self, model: str, names: Collection[str]) -> Schema | None:
+        """Returns what a request with the fields `names` must satisfy for this model, beyond its schema, or None."""
         fields: Schema = {}
         if self.num_classes < NUM_CLASSES:
             fields["digit"] = {"maximum": self.num_classes - 1}
@@ -77,6 +94,7 @@ class Permitted:
             fields["sampler"] = {"enum": list(self.samplers)}
         if not self.guidable:
             fields["guidance_scale"] = {"const": 1}
+        fields = {name: values for name, values in fields.items() if name in names}
         if not fields:
             return None
         named: Schema = {"properties": {"model": {"const": model}}}
@@ -115,14 +133,24 @@ class Document:
         app, settings = self._app, self._service.settings
         document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
         schemas = document["components"]["schemas"]
-        schemas["GenerateRequest"] = _request_schema(settings, permitted)
+        schemas["GenerateRequest"] = _request_schema(GenerateRequest, settings, permitted)
+        with_pictures = {name: each for name, each in permitted.items() if each.has_pictures}
+        for request in PICTURE_REQUESTS.values():
+            schema = _request_schema(request, settings, with_pictures)
+            schemas[request.__name__], schemas[f"{request.__name__}Form"] = schema, _form_schema(schema)
         schemas |= _event_schemas()
         document["components"]["securitySchemes"] = KEYS
-        generate = document["paths"]["/generate"]["post"]
-        generate["security"] = [{}, *({name: []} for name in KEYS)]
-        generate["responses"]["200"]["content"][EVENT_STREAM] = _event_stream()
+        for operations in document["paths"].values():
+            if "post" in operations:
+                operations["post"]["security"] = [{}, *({name: []} for name in KEYS)]
+                answers = operations["post"]["responses"]["200"]["content"]
+                if EVENT_STREAM in answers:
+                    answers[EVENT_STREAM] = _event_stream()
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
-        generate["requestBody"]["content"][JSON]["examples"] = examples.requests(settings, num_classes)
+        _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
+        for path in PICTURE_REQUESTS:
+            for media_type, body in _body_of(document, path).items():
+                body["examples"] = task_examples.requests(path, as_files=media_type == MULTIPART)
         _add_examples(document, settings)
         return document
 
@@ -132,14 +160,34 @@ def add_openapi(app: FastAPI, service: Service) -> None:
     app.openapi = Document(app, service)  # type: ignore[method-assign] # FastAPI documents this way of extending it
 
 
-def _request_schema(settings: Settings, permitted: Mapping[str, Permitted]) -> Schema:
-    schema = GenerateRequest.model_json_schema(ref_template=REF)
+def _request_schema(request: type[BaseModel], settings: Settings, permitted: Mapping[str, Permitted]) -> Schema:
+    """Returns the schema of a request, with the limits of the settings and of the models that support it."""
+    schema = request.model_json_schema(ref_template=REF)
     fields = schema["properties"]
-    fields["count"]["maximum"] = settings.largest_request
+    if "count" in fields:
+        fields["count"]["maximum"] = settings.largest_request
     fields["timeout_seconds"]["maximum"] = settings.request_timeout
     fields["model"] = {**fields["model"], "enum": list(permitted) or settings.model_names}
-    conditions = [condition for name, each in permitted.items() if (condition := each.condition(name))]
-    return {**schema, "allOf": conditions} if conditions else schema
+    conditions = [condition for name, each in permitted.items() if (condition := each.condition(name, fields))]
+    return {**schema, "allOf": [*schema.get("allOf", []), *conditions]} if conditions else schema
+
+
+def _form_schema(schema: Schema) -> Schema:
+    """Returns the schema of a multipart body. Swagger UI leaves optional fields without a default empty.
+
+    Without the empty example, it would fill in a made-up value, and send it unless the user removes it.
+    """
+    form = multipart_schema({**schema, "title": f"{schema['title']}Form"})
+    for name, field in form["properties"].items():
+        if "default" not in field and name not in form["required"]:
+            field["examples"] = [""]
+    return form
+
+
+def _body_of(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """Returns the media types of the body of a POST route."""
+    content: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]
+    return content
 
 
 def _event_schemas() -> dict[str, Schema]:
@@ -182,21 +230,22 @@ def _event_stream() -> Schema:
 
 def _add_examples(document: dict[str, Any], settings: Settings) -> None:
     """Adds an example for every text response, and example problem documents for each error status."""
-    problems = examples.problems(settings)
-    for path, status, response in _responses(document):
-        content = response.get("content", {})
-        if PROBLEM_JSON in content:
-            content.pop(JSON, None)  # FastAPI adds the media type of successful responses
-            content[PROBLEM_JSON]["examples"] = {
-                problem["code"]: {"value": problem} for problem in problems if problem["status"] == int(status)
-            }
-        for media_type, described in content.items():
-            if (path, status, media_type) in examples.ANSWERS:
-                described["example"] = examples.ANSWERS[path, status, media_type]
-
-
-def _responses(document: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    answers = {**examples.ANSWERS, **task_examples.ANSWERS}
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            for status, response in operation["responses"].items():
-                yield path, status, response
+        formats = list(next(iter(operations.values()))["responses"]["200"]["content"])
+        problems = examples.problems(settings, formats, with_pictures=path in PICTURE_REQUESTS)
+        for status, response in _responses(operations):
+            content = response.get("content", {})
+            if PROBLEM_JSON in content:
+                content.pop(JSON, None)  # FastAPI adds the media type of successful responses
+                content[PROBLEM_JSON]["examples"] = {
+                    problem["code"]: {"value": problem} for problem in problems if problem["status"] == int(status)
+                }
+            for media_type, described in content.items():
+                if (path, status, media_type) in answers:
+                    described["example"] = answers[path, status, media_type]
+
+
+def _responses(operations: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for operation in operations.values():
+        yield from operation["responses"].items()

@@ -10,6 +10,7 @@ from starlette.types import Scope
 
 from app import errors
 from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, context_of
+from app.api.requests import ClientGoneError
 from app.metrics import Metrics
 
 PROBLEM_JSON = "application/problem+json"
@@ -59,6 +60,7 @@ def handle_errors(app: FastAPI, metrics: Metrics) -> None:
         invalid = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
         return problem_response(errors.InvalidRequest(invalid), request.scope)
 
-    @app.exception_handler(ClientDisconnect)
-    async def client_disconnected(request: Request, error: ClientDisconnect) -> Response:
+    @app.exception_handler(ClientDisconnect)  # while the body arrives
+    @app.exception_handler(ClientGoneError)  # while pictures are decoded
+    async def client_disconnected(request: Request, error: Exception) -> Response:
         return client_gone(request.scope)

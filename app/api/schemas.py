@@ -22,7 +22,7 @@ def _refuse_null(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return handler(object() if value is None else value)
 
 
-def _may_be_absent(schema: dict[str, Any]) -> None:
+def may_be_absent(schema: dict[str, Any]) -> None:
     """Edits the JSON schema of a field that can be omitted, but not be null."""
     schema.pop("default")
     schema.update(schema.pop("anyOf")[0])
@@ -31,56 +31,66 @@ def _may_be_absent(schema: dict[str, Any]) -> None:
 WHOLE = BeforeValidator(_whole)  # Use WHOLE after the bounds. Otherwise the JSON schema lacks them.
 NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
+NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
 
 
-class GenerateRequest(BaseModel):
-    """The images to generate. On a CPU a request with the same fields and seed gives the same bytes under any load.
-
-    On a GPU such images may differ in the last bits of the network's precision, depending on the load.
-    """
+class BaseRequest(BaseModel):
+    """The fields of every request that the engine computes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        max_length=128,
+        description=f"The checkpoint to use: `{DEFAULT_MODEL}` or `{FAST_MODEL}`. The shipped `{FAST_MODEL}` supports "
+        "only /generate with num_steps 4, sampler ddim and guidance_scale 1, and answers other values with 422.",
+    )
+    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
+        default=None,
+        description="Deadline in seconds. A request that is not finished by then is answered with 504. The maximum and "
+        "the default are UNFOG_REQUEST_TIMEOUT.",
+        json_schema_extra=may_be_absent,
+    )
+
+
+class SamplingRequest(BaseRequest):
+    """The fields of every request for images."""
+
     count: Annotated[int, Field(ge=1, description="Number of images, at most UNFOG_MAX_COUNT."), WHOLE] = 1
     seed: Annotated[
         int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
     ] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
-    num_steps: Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL] = Field(
+    num_steps: NumSteps = Field(
         default=None,
         description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
         "`default`, 4 for `fast`).",
-        json_schema_extra=_may_be_absent,
+        json_schema_extra=may_be_absent,
     )
     sampler: Annotated[Sampler | None, NOT_NULL] = Field(
         default=None,
         description="ddpm: ancestral sampling with the posterior variance. ddim: deterministic. dpmpp: "
         "DPM-Solver++(2M). If absent, the default of the model (shipped checkpoints: ddpm for `default`, ddim for "
         "`fast`).",
-        json_schema_extra=_may_be_absent,
+        json_schema_extra=may_be_absent,
     )
     guidance_scale: Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL] = Field(
         default=None,
         description="Scale of classifier-free guidance, 1 = off. If absent, the recommendation of the checkpoint for "
         "the sampler.",
-        json_schema_extra=_may_be_absent,
+        json_schema_extra=may_be_absent,
     )
     scale: Annotated[
         int, Field(ge=1, le=16, description="Enlargement factor: each pixel becomes scale x scale pixels."), WHOLE
     ] = 1
-    model: str = Field(
-        default=DEFAULT_MODEL,
-        max_length=128,
-        description=f"The checkpoint that generates the images: `{DEFAULT_MODEL}` or `{FAST_MODEL}`. The shipped "
-        f"`{FAST_MODEL}` supports only num_steps 4, sampler ddim and guidance_scale 1, and answers other values with "
-        "422.",
-    )
-    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
-        default=None,
-        description="Deadline in seconds. A request that is not finished by then is answered with 504. The maximum and "
-        "the default are UNFOG_REQUEST_TIMEOUT.",
-        json_schema_extra=_may_be_absent,
-    )
+
+
+class GenerateRequest(SamplingRequest):
+    """The images to generate. On a CPU a request with the same fields and seed gives the same bytes under any load.
+
+    On a GPU such images may differ in the last bits of the network's precision, depending on the load.
+    """
+
+    digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
 
 
 class ModelName(BaseModel):
@@ -116,10 +126,10 @@ class Timing(BaseModel):
         )
 
 
-class GenerateResponse(BaseModel):
-    """The images, and all values that are needed to reproduce them."""
+class ImagesResponse(BaseModel):
+    """The images, and the values that are needed to reproduce them."""
 
-    digit: int
+    digit: int | None = Field(description="The class of the images, or null if no class was assumed.")
     count: int
     seed: int
     num_steps: int
@@ -128,6 +138,12 @@ class GenerateResponse(BaseModel):
     model: ModelName
     images: list[GeneratedImage]
     timing: Timing
+
+
+class GenerateResponse(ImagesResponse):
+    """The images, and all values that are needed to reproduce them."""
+
+    digit: int
 
 
 class AcceptedEvent(BaseModel):

@@ -1,10 +1,13 @@
 import asyncio
+import base64
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,19 +19,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import Route
 
 from app import errors
-from app.api import picture_files, uploads
+from app.api import picture_files, task_examples, uploads
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import EVENTS as EVENT_MODELS
-from app.api.routes import docs, generate, monitoring
+from app.api.openapi import PICTURE_REQUESTS
+from app.api.routes import docs, generate, monitoring, pictures
 from app.main import create_app
 from app.server import connection, framing
 from app.settings import Settings
 from model.checkpoint import SHIPPED, SHIPPED_FAST, read_config
+from model.inpainting import NUM_LEVELS
 from model.png import Provenance
 from tests.app.application import client_of, run
 from tests.app.fakes import FakeRunner
-from tests.docs.document import Document, Example, Row, codes
+from tests.docs.document import Document, Example, Row, codes, tables_in
 from tests.e2e.conftest import start_service
 from tests.e2e.service import EVENTS, PNG, Service, open_png
 
@@ -66,23 +71,22 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    routers = (docs.router, generate.router, monitoring.router)
+    routers = (docs.router, generate.router, pictures.router, monitoring.router)
     routes = [route for router in (app, *routers) for route in router.routes if isinstance(route, Route)]
     served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
     assert set(by("Route", API.table("Routes", "Route"))) == served
 
 
-def test_route_table_states_which_routes_need_a_key_or_are_rate_limited() -> None:
-    rows = by("Route", API.table("Routes", "Route"))
+@pytest.mark.parametrize("row", API.table("Routes", "Route"), ids=lambda row: str(row["Route"]))
+def test_route_table_states_which_routes_need_a_key_or_are_rate_limited(row: Row) -> None:
+    method, path = codes(row["Route"])[0].split()
 
     async def check(client: httpx.AsyncClient) -> None:
-        for route, row in rows.items():
-            method, path = route.split()
-            response = await client.request(method, path)
-            assert (response.status_code == 401) == row["API key"].startswith("required"), route
-            is_limited = [(await client.request(method, path)).status_code for _ in range(3)][-1] == 429
-            assert is_limited == (row["Rate limit"] == "counts"), route
-            assert (await client.head(path)).status_code == (200 if method == "GET" else 429)
+        response = await client.request(method, path)
+        assert (response.status_code == 401) == row["API key"].startswith("required")
+        is_limited = [(await client.request(method, path)).status_code for _ in range(3)][-1] == 429
+        assert is_limited == (row["Rate limit"] == "counts")
+        assert (await client.head(path)).status_code == (200 if method == "GET" else 429)
 
     run(check, FakeRunner(), api_keys=KEY, rate_limit="3/hour")
 
@@ -102,7 +106,7 @@ def test_disabled_docs_give_the_documented_status(keys: Any, status: int) -> Non
 def test_request_table_has_every_field_with_its_type_default_and_limits() -> None:
     schema = SCHEMAS["GenerateRequest"]
     rows = by("Field", API.table("Request", "Field"))
-    assert list(rows) == list(schema["properties"])
+    assert set(rows) == set(schema["properties"])
     for name, field in schema["properties"].items():
         check_parameter(rows[name], field, required=name in schema["required"])
 
@@ -115,7 +119,26 @@ def test_parameter_table_has_every_query_parameter() -> None:
         check_parameter(rows[parameter["name"]], parameter["schema"], required=parameter["required"])
 
 
+@pytest.mark.parametrize("path", PICTURE_REQUESTS)
+def test_tables_of_a_route_for_images_have_every_field_with_its_type_default_and_limits(path: str) -> None:
+    schema = SCHEMAS[PICTURE_REQUESTS[path].__name__]
+    shared = by("Field", API.table("Images in requests", "Field", "Default"))
+    sampled = by("Field", API.table("Request", "Field"))
+    sentence = API.section("Images in requests").split("The fields ")[1].split(" have the meaning")[0]
+    named = {"timeout_seconds", *(codes(sentence) if path != "/recognize" else ())}
+    own = by("Field", API.table(f"POST {path}", "Field", "Default"))
+    rows = {name: sampled[name] for name in named} | shared | own
+    assert set(rows) == set(schema["properties"])
+    for name, field in schema["properties"].items():
+        check_parameter(rows[name], field, required=name in schema["required"])
+
+
 def check_parameter(row: Row, schema: dict[str, Any], *, required: bool) -> None:
+    if "anyOf" in schema:
+        kinds = [each.get("const") or each["type"] for each in schema["anyOf"]]
+        assert row["Type"].replace("`", "") == " or ".join(kinds)
+        assert codes(row["Allowed values"]) == ["true", "false", "auto"]
+        return
     assert row["Type"] == schema["type"]
     assert (row["Default"] == "required") == required
     if "default" in schema:
@@ -138,6 +161,7 @@ def test_documented_defaults_equal_those_of_the_shipped_checkpoints() -> None:
         f"{fast.guidance.scale:g} for `fast`"
     )
     assert rows["timeout_seconds"]["Default"] == f"{Settings().request_timeout:g}"
+    assert by("Field", API.table("POST /inpaint", "Field", "Default"))["num_steps"]["Default"] == str(NUM_LEVELS)
 
 
 @pytest.mark.parametrize("option", [{"sampler": "ddpm"}, {"num_steps": 5}, {"guidance_scale": 1.5}])
@@ -187,6 +211,60 @@ def test_format_table_lists_the_formats_by_preference() -> None:
 def test_field_table_has_exactly_the_fields_of_its_schema(heading: str, schema: str) -> None:
     documented = {codes(row["Field"])[0]: row["Type"] for row in API.table(heading, "Field")}
     assert documented == fields_of(SCHEMAS[schema])
+
+
+def test_field_table_of_recognize_has_exactly_the_fields_of_its_schema() -> None:
+    documented = {codes(row["Field"])[0]: row["Type"] for row in response_table("POST /recognize")}
+    assert documented == fields_of(SCHEMAS["RecognizeResponse"])
+
+
+@pytest.mark.parametrize("path", [path for path in PICTURE_REQUESTS if path != "/recognize"])
+def test_tables_of_answers_with_images_have_exactly_the_fields_of_the_schema(path: str) -> None:
+    generated = {codes(row["Field"])[0]: row["Type"] for row in API.table("JSON", "Field")}
+    rows = [row for row in response_table("Common behaviour") if row["In"] in ("every route", f"`{path}`")]
+    documented = {codes(row["Field"])[0]: row["Type"] for row in rows}
+    assert generated | documented == fields_of(SCHEMAS[f"{path[1:].title()}Response"])
+
+
+def response_table(heading: str) -> list[Row]:
+    """Returns the table of the fields of an answer in a section."""
+    return next(table for table in tables_in(API.section(heading)) if "Field" in table[0] and "Default" not in table[0])
+
+
+@pytest.mark.parametrize("path", [path for path in PICTURE_REQUESTS if path != "/recognize"])
+def test_chunk_table_has_exactly_the_further_text_chunks_of_a_route(path: str) -> None:
+    generated = by("Chunk", API.table("PNG", "Chunk"))
+    rows = API.table("Common behaviour", "Chunk", "In")
+    documented = {codes(row["Chunk"])[0] for row in rows if row["In"].startswith("every route") or path in row["In"]}
+    body = next(iter(task_examples.REQUESTS[path].values()))[1] | {"digit": 7, "seed": 1}
+
+    async def check(client: httpx.AsyncClient) -> None:
+        response = await client.post(path, json=body, headers={"Accept": PNG})
+        _, chunks, _ = open_png(response.content)
+        assert set(chunks) - set(generated) == documented
+        assert chunks["Task"] == path[1:]
+        response = await client.post(path, json=body, headers={"Accept": "application/zip"})
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+            assert archive.namelist() == [f"{path[1:]}-seed-1-0.png"]
+
+    assert "`inpaint-seed-<seed>-<index>.png`" in API.section("Common behaviour")
+    run(check, FakeRunner())
+
+
+def test_absent_digit_has_the_documented_effect() -> None:
+    """The fake runner recognises the class that is the seed modulo 10, in a search and in a recognition."""
+    assert "`none` in the chunk" in API.section("Common behaviour")
+
+    async def check(client: httpx.AsyncClient) -> None:
+        for path, is_searched in (("/inpaint", True), ("/edit", True), ("/denoise", False)):
+            body = next(iter(task_examples.REQUESTS[path].values()))[1] | {"seed": 1}
+            body.pop("digit", None)
+            answer = (await client.post(path, json=body)).json()
+            assert (answer["digit"] is not None) == is_searched, path
+            _, chunks, _ = open_png(base64.b64decode(answer["images"][0]["png"]))
+            assert chunks["Digit"] == ("none" if answer["digit"] is None else str(answer["digit"]))
+
+    run(check, FakeRunner())
 
 
 def test_event_table_has_exactly_the_fields_of_each_event() -> None:
@@ -296,9 +374,10 @@ def test_error_table_has_exactly_the_codes_of_the_application() -> None:
     assert len(rows) == len(documented)
 
 
-def test_every_status_of_generate_is_in_the_error_table() -> None:
+@pytest.mark.parametrize("path", ["/generate", *PICTURE_REQUESTS])
+def test_every_status_of_a_post_route_is_in_the_error_table(path: str) -> None:
     statuses = {row["Status"] for row in API.table("Errors", "Status")}
-    assert {*OPENAPI["paths"]["/generate"]["post"]["responses"]} - {"200"} <= statuses
+    assert {*OPENAPI["paths"][path]["post"]["responses"]} - {"200"} <= statuses
 
 
 def test_failures_are_reported_in_the_documented_order() -> None:
@@ -399,9 +478,18 @@ def test_reasons_and_stages_of_metrics_are_documented(service: Service) -> None:
 # Examples
 
 
+@pytest.fixture(scope="module")
+def seven(service: Service) -> bytes:
+    """The file that the first curl example writes. The examples of the routes for images read it."""
+    return service.post({"digit": 7, "seed": 42}, PNG).content
+
+
 @needs_curl
 @pytest.mark.parametrize("example", CURL, ids=by_line)
-def test_curl_example_runs_and_has_the_documented_output(service: Service, example: Example, tmp_path: Path) -> None:
+def test_curl_example_runs_and_has_the_documented_output(
+    service: Service, seven: bytes, example: Example, tmp_path: Path
+) -> None:
+    (tmp_path / "seven.png").write_bytes(seven)
     script = example.text.replace(BASE_URL, service.url)
     assert script != example.text
     done = subprocess.run(
@@ -419,7 +507,7 @@ def test_curl_example_runs_and_has_the_documented_output(service: Service, examp
         assert events_in(example.output.text) == events_in(done.stdout)
 
 
-PLACEHOLDERS = {"png", "previews", "detail", "msg", "request_id", "version", "device", "dtype"}
+PLACEHOLDERS = {"evaluations", "png", "previews", "detail", "msg", "request_id", "version", "device", "dtype"}
 
 
 def assert_same_form(documented: Any, found: Any, name: str = "") -> None:
@@ -447,9 +535,8 @@ def test_python_example_compiles(example: Example) -> None:
 
 
 @pytest.mark.parametrize("example", PYTHON, ids=by_line)
-def test_python_example_runs(service: Service, example: Example, tmp_path: Path) -> None:
-    seven = service.post({"digit": 7, "model": "fast"}, PNG)
-    (tmp_path / "seven.png").write_bytes(seven.content)  # the file that the first curl example writes
+def test_python_example_runs(service: Service, seven: bytes, example: Example, tmp_path: Path) -> None:
+    (tmp_path / "seven.png").write_bytes(seven)
     program = example.text.replace(BASE_URL, service.url)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120

@@ -1,6 +1,7 @@
 """Valid and invalid requests generated from the OpenAPI document, sent to a running service."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from tests.e2e.conftest import start_service
+from tests.e2e.process import ROOT
 from tests.e2e.service import Service
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
@@ -51,7 +53,8 @@ def run_schemathesis(service: Service, examples: int, folder: Path) -> None:
         *("--mode=all", "--phases=examples,coverage,fuzzing", "--checks=all", f"--max-examples={examples}"),
         *("--seed=1", "--generation-database=none", "--continue-on-failure", "--suppress-health-check=all"),
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the hooks
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No issues found" in done.stdout
     assert not [line for line in service.process.lines if '"level": "error"' in line]

@@ -36,7 +36,7 @@ def test_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.M
         assert may_continue.wait(WAIT_SECONDS)
         return encode_sheet(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("app.api.routes.generate.encode_sheet", encode)
+    monkeypatch.setattr("app.api.generation.encode_sheet", encode)
 
     async def main() -> None:
         app = create_app(Settings(), FakeRunner)

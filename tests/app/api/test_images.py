@@ -1,6 +1,7 @@
 import base64
 import io
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 from PIL import Image
 
 from app import VERSION
-from app.api.images import encode_base64, encode_image, encode_images, encode_sheet, encode_zip, provenance_of
-from app.engine.job import Options, Pixels
+from app.api.images import encode_base64, encode_image, encode_images, encode_sheet, encode_zip
+from app.engine.job import Pixels
+from model.png import Provenance
 
-OPTIONS = Options(digit=7, seed=2**53 - 1, num_steps=20, sampler="ddim", guidance_scale=1.5)
-PROVENANCE = provenance_of(OPTIONS, "ab" * 32)
+PROVENANCE = Provenance(
+    digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
+)
 
 
 def picture(number: int, *shape: int) -> Pixels:
@@ -95,6 +98,14 @@ def test_zip_contains_the_png_files_with_their_names() -> None:
         assert archive.testzip() is None
         assert archive.namelist() == [f"digit-7-seed-9007199254740991-{index}.png" for index in range(11)]
         assert [archive.read(name) for name in archive.namelist()] == encode_images(pictures(11), PROVENANCE, 2)
+
+
+def test_zip_of_a_task_names_the_files_after_it() -> None:
+    provenance = replace(PROVENANCE, task={"Task": "inpaint", "Mask-SHA256": "cd" * 32})
+    with zipfile.ZipFile(io.BytesIO(encode_zip(pictures(2), provenance, 1))) as archive:
+        assert archive.namelist() == [f"inpaint-seed-9007199254740991-{index}.png" for index in range(2)]
+        _, chunks = decode(archive.read(archive.namelist()[0]))
+    assert (chunks["Task"], chunks["Mask-SHA256"]) == ("inpaint", "cd" * 32)
 
 
 @pytest.mark.parametrize("encode", [encode_sheet, encode_zip, encode_images])

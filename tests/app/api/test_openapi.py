@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
+from app.api.task_examples import FILE
 from app.engine.interface import ModelInfo
 from app.main import create_app
 from app.settings import Settings
@@ -21,6 +22,7 @@ from tests.app.application import run
 from tests.app.fakes import INFO, FakeRunner
 from tests.app.test_errors import EVERY_ERROR
 
+PICTURE_PATHS = ["/recognize", "/denoise", "/inpaint", "/edit"]
 COMMITTED = Path(__file__).parents[3] / "docs" / "openapi.json"
 
 
@@ -46,7 +48,8 @@ def test_every_reference_has_a_schema() -> None:
 
 
 def test_document_contains_every_route() -> None:
-    assert set(document()["paths"]) == {"/generate", "/health", "/livez", "/readyz", "/startupz", "/metrics"}
+    monitoring = {"/health", "/livez", "/readyz", "/startupz", "/metrics"}
+    assert set(document()["paths"]) == {"/generate", *PICTURE_PATHS, *monitoring}
 
 
 def test_document_describes_the_body_and_responses_of_generate() -> None:
@@ -126,7 +129,7 @@ def examples_of(content: dict[str, Any]) -> list[Any]:
 def test_each_route_has_its_operation_id() -> None:
     ids = {path: operation["operationId"] for path, operation in operations(document())}
     assert ids == {
-        "/generate": "generate",
+        **{path: path[1:] for path in ("/generate", *PICTURE_PATHS)},
         **{f"/{name}": f"get_{name}" for name in ("health", "livez", "readyz", "startupz", "metrics")},
     }
 
@@ -143,9 +146,10 @@ def test_every_text_body_has_valid_examples() -> None:
     assert num_examples > 25
 
 
-def test_every_error_of_generate_has_an_example() -> None:
+@pytest.mark.parametrize("path", ["/generate", *PICTURE_PATHS])
+def test_every_error_of_a_post_route_has_an_example(path: str) -> None:
     known = {(error.status, error.code): error.problem("an-id") for error, _, _ in EVERY_ERROR}
-    responses = document()["paths"]["/generate"]["post"]["responses"]
+    responses = document()["paths"][path]["post"]["responses"]
     for status in set(responses) - {"200"}:
         (content,) = responses[status]["content"].values()
         for code, example in content["examples"].items():
@@ -157,6 +161,73 @@ def test_every_error_of_generate_has_an_example() -> None:
         "draining",
         "engine_failed",
     }
+    invalid = {"invalid_request"} if path == "/generate" else {"invalid_request", "invalid_image"}
+    assert {*responses["422"]["content"]["application/problem+json"]["examples"]} == invalid
+
+
+@pytest.mark.parametrize("path", PICTURE_PATHS)
+def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path: str) -> None:
+    served = document()
+    operation = served["paths"][path]["post"]
+    content = operation["requestBody"]["content"]
+    assert list(content) == ["application/json", "multipart/form-data"]
+    body, form = (served["components"]["schemas"][each["schema"]["$ref"].split("/")[-1]] for each in content.values())
+    assert set(body["properties"]) == set(form["properties"])
+    pictures = {name for name, field in body["properties"].items() if field.get("contentEncoding") == "base64"}
+    assert pictures == ({"image", "mask"} if path == "/inpaint" else {"image"})
+    for name, field in form["properties"].items():
+        # FastAPI describes a file in this way too, and Swagger UI then shows a field for a file.
+        assert (field.get("contentMediaType") == "application/octet-stream") == (name in pictures)
+    generate = served["paths"]["/generate"]["post"]
+    assert operation["security"] == generate["security"]
+    assert set(operation["responses"]) == set(generate["responses"])
+    formats = list(generate["responses"]["200"]["content"])
+    assert list(operation["responses"]["200"]["content"]) == (formats[:2] if path == "/recognize" else formats)
+    limits = {"count": 64, "timeout_seconds": 30} if path != "/recognize" else {"timeout_seconds": 30}
+    for schema in (body, form):
+        assert {name: schema["properties"][name]["maximum"] for name in limits} == limits
+
+
+@pytest.mark.parametrize("path", PICTURE_PATHS)
+def test_optional_fields_of_multipart_are_empty_in_swagger_ui(path: str) -> None:
+    """Swagger UI fills other fields with a made-up value, such as the digit 9, and sends it."""
+    form = document()["components"]["schemas"][f"{path[1:].title()}RequestForm"]
+    for name, field in form["properties"].items():
+        has_value = "default" in field or name in form["required"]
+        assert (field.get("examples") == [""]) == (not has_value), name
+
+
+@pytest.mark.parametrize("path", PICTURE_PATHS)
+def test_service_accepts_the_request_examples_and_refuses_the_models_that_the_document_excludes(path: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        served = (await client.get("/openapi.json")).json()
+        content = served["paths"][path]["post"]["requestBody"]["content"]
+        schema = content["application/json"]["schema"]
+        for body in examples_of(content["application/json"]):
+            seeded = body if path == "/recognize" else {**body, "seed": 1}
+            response = await client.post(path, json=seeded)
+            assert response.status_code == 200, response.text
+            answer = served["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
+            assert is_valid(served, answer["schema"], response.json())
+            changes: list[dict[str, Any]] = [{"model": "fast"}, {"timeout_seconds": 31}, {"image": 1}]
+            if path == "/denoise":
+                changes += [{"mode": "mean", "num_steps": 2}, {"noise_std": 1001}, {"digit": 10}]
+            if path == "/inpaint":
+                changes += [{"fit": "digit"}, {"count": 65}]
+            for change in changes:
+                assert not is_valid(served, schema, seeded | change)
+                assert (await client.post(path, json=seeded | change)).status_code == 422, change
+
+    run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
+
+
+@pytest.mark.parametrize("path", PICTURE_PATHS)
+def test_examples_of_both_content_types_have_the_same_fields(path: str) -> None:
+    content = document()["paths"][path]["post"]["requestBody"]["content"]
+    bodies, forms = (examples_of(each) for each in content.values())
+    assert [list(body) for body in bodies] == [list(form) for form in forms]
+    for form in forms:
+        assert {form[name] for name in ("image", "mask") if name in form} == {FILE}
 
 
 def test_request_examples_use_the_recommended_steps_and_sampler() -> None:
@@ -167,20 +238,24 @@ def test_request_examples_use_the_recommended_steps_and_sampler() -> None:
         assert not {"num_steps", "sampler", "guidance_scale", "timeout_seconds"} & set(body)
 
 
-def test_image_in_the_example_has_the_provenance_of_the_example() -> None:
-    (answer,) = examples_of(document()["paths"]["/generate"]["post"]["responses"]["200"]["content"]["application/json"])
+@pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit"])
+def test_image_in_the_example_has_the_provenance_of_the_example(path: str) -> None:
+    (answer,) = examples_of(document()["paths"][path]["post"]["responses"]["200"]["content"]["application/json"])
     with Image.open(io.BytesIO(base64.b64decode(answer["images"][0]["png"], validate=True))) as image:
         assert image.size == (28, 28)
         chunks: dict[str, str] = image.text  # type: ignore[attr-defined]
     assert chunks["Model-SHA256"] == answer["model"]["sha256"]
-    for chunk, field in (("Digit", "digit"), ("Seed", "seed"), ("Steps", "num_steps"), ("Sampler", "sampler")):
+    for chunk, field in (("Seed", "seed"), ("Steps", "num_steps"), ("Sampler", "sampler")):
         assert chunks[chunk] == str(answer[field])
+    assert chunks["Digit"] == ("none" if answer["digit"] is None else str(answer["digit"]))
+    assert chunks.get("Task", "generate") == path[1:]
 
 
-def test_document_describes_the_events_of_a_stream() -> None:
+@pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit"])
+def test_document_describes_the_events_of_a_stream(path: str) -> None:
     served = document()
     schemas = served["components"]["schemas"]
-    stream = served["paths"]["/generate"]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    stream = served["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
     assert stream["x-itemSchema"] == {"$ref": "#/components/schemas/StreamEvent"}
     data = {
         event["properties"]["event"]["const"]: event["properties"]["data"]["contentSchema"]

@@ -9,7 +9,7 @@ from starlette.types import Message
 
 from app import errors
 from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, cancel_on_disconnect, negotiate, read_json
-from app.api.routes.generate import EVENTS, FORMATS, JSON, PNG, ZIP
+from app.api.responses import EVENTS, FORMATS, JSON, PNG, ZIP
 from app.api.schemas import GenerateRequest
 
 LIMIT, READ_SECONDS = 1000, 60.0

@@ -59,7 +59,7 @@ class Drain:
             assert self.may_finish.wait(WAIT_SECONDS)
             return b"encoded"
 
-        monkeypatch.setattr("app.api.routes.generate.encode_sheet", encode)
+        monkeypatch.setattr("app.api.generation.encode_sheet", encode)
         monkeypatch.setattr("app.server.server.LAST_ANSWERS_SECONDS", 0)
 
     def run(self, drain_timeout: float, after_sigterm: Callable[[], None]) -> tuple[httpx.Response, Metrics]:

@@ -1,0 +1,229 @@
+"""Turns a request with a picture into a task of the engine: where its trajectories start, and which path they follow.
+
+The functions named fit_* and estimate_* prepare a decoded picture. They run in a worker thread.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from app import errors
+from app.api.options import options_of
+from app.api.pictures import Picture
+from app.api.schemas import ImagesResponse, SamplingRequest
+from app.api.task import Task
+from app.api.task_schemas import (
+    DenoiseRequest,
+    DenoiseResponse,
+    EditRequest,
+    EditResponse,
+    InpaintRequest,
+    InpaintResponse,
+    PictureRequest,
+    RecognizeRequest,
+)
+from app.engine.interface import ModelInfo
+from app.engine.job import Input, Options, Search
+from model.denoising import estimate_noise_std, matching_timestep, restored_image
+from model.digit_image import DigitImage, normalise, resize
+from model.editing import start_timestep
+from model.inpainting import NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
+from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Recognition, ink_of
+from model.recognition import timesteps as recognition_timesteps
+from model.sampler import Sampler, num_steps_of, timesteps_of
+
+Image = npt.NDArray[np.float32]  # (1, H, W) in [-1, 1]
+Mask = npt.NDArray[np.bool_]  # (1, H, W)
+
+RESPONSES: dict[str, type[ImagesResponse]] = {
+    "denoise": DenoiseResponse,
+    "inpaint": InpaintResponse,
+    "edit": EditResponse,
+}
+NUM_DENOISING_STEPS = 20  # default of num_steps; from T to 0, so fewer for weak noise
+MASK_LEVEL = 127  # grey levels of a mask above this one are white
+
+
+def fit_digit(body: PictureRequest, field: str, picture: Picture) -> DigitImage:
+    """Normalises a drawing."""
+    return normalise(picture.grey, body.fit, body.invert)
+
+
+def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[DigitImage, float]:
+    """Normalises a noisy picture. Returns it with the standard deviation of its noise in grey levels."""
+    image = normalise(picture.grey, "resize" if body.fit == "auto" else body.fit, body.invert)
+    noise_std = estimate_noise_std(image.pixels[None]).item() if body.noise_std is None else body.noise_std
+    return image, noise_std
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """An image or a mask of an inpainting request."""
+
+    width: int  # of the picture, in pixels
+    height: int
+    image: DigitImage
+    is_white: Mask
+
+
+def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
+    """Resizes an image or a mask of an inpainting request. Both must be resized in the same way."""
+    if body.fit == "digit":
+        raise errors.InvalidRequest.of("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
+    height, width = picture.grey.shape
+    is_white = (resize(picture.grey) > MASK_LEVEL).numpy()
+    return Resized(width, height, normalise(picture.grey, "resize", body.invert), is_white)
+
+
+def recognize(info: ModelInfo, body: RecognizeRequest, image: DigitImage) -> Task:
+    """Returns the task that recognises an image."""
+    options, start, recognition = _recognition(info, image, body.num_pairs)
+    return Task(options, timeout=body.timeout_seconds, input=start, comparison=recognition)
+
+
+def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std: float) -> Task:
+    """Returns the task that removes noise of the standard deviation `noise_std`, in grey levels."""
+    if body.mode == "mean" and body.num_steps not in (None, 1):
+        raise errors.InvalidRequest.of("num_steps", "Input should be 1 for mode 'mean'")
+    steps = body.num_steps or min(NUM_DENOISING_STEPS, info.max_steps)
+    defaults = {"num_steps": steps, "sampler": body.sampler or _either("ddim", info.samplers)}
+    options = options_of(body.model_copy(update=defaults), body.digit, info)
+    t = matching_timestep(info.schedule, noise_std)
+    requested = 1 if body.mode == "mean" else options.num_steps
+    facts = {"noise_std": round(noise_std, 3), "mode": body.mode}
+    if not t:
+        return _task("denoise", body, requested, _unchanged(options), _kept(image), image, facts)
+    if body.mode == "mean":
+        options = replace(options, num_steps=1, path=(t, 0), guidance_scale=1.0)
+    else:
+        options = _starting_at(info, options, t)
+    restored = restored_image(image.pixels, noise_std)
+    signal = info.schedule.alpha_bar[options.path[0]].sqrt().item()
+    return _task("denoise", body, requested, options, Input(restored.numpy(), signal, 0.0), image, facts)
+
+
+def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized) -> Task:
+    """Returns the task that draws the white pixels of the mask again and keeps the others."""
+    redrawn = mask.is_white
+    if (mask.width, mask.height) != (image.width, image.height):
+        sizes = f"{image.width}x{image.height} pixels, but has {mask.width}x{mask.height}"
+        raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")
+    if not redrawn.any():
+        raise errors.InvalidRequest.of("mask", "The mask has no white pixels, so there is nothing to draw")
+    if redrawn.all():
+        raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate to draw a complete image")
+    steps = body.num_steps or min(NUM_LEVELS, info.max_steps)
+    defaults = {"num_steps": steps, "guidance_scale": body.guidance_scale or 1.0}  # guidance shows at the border
+    options = options_of(body.model_copy(update=defaults), body.digit, info)
+    path = tuple(inpainting_path(info.schedule, options.num_steps))
+    following = replace(options, path=path, num_steps=num_steps_of(path))
+    start = Input(image.image.x.numpy(), 0.0, 1.0, is_known=~redrawn)
+    search = _search_by_known_pixels(info, options) if body.digit is None else None
+    chunks = {"Mask-SHA256": hashlib.sha256(np.packbits(redrawn).tobytes()).hexdigest()}
+    task = _task("inpaint", body, options.num_steps, following, start, image.image, {}, chunks)
+    return replace(task, search=search)
+
+
+def edit(info: ModelInfo, body: EditRequest, image: DigitImage) -> Task:
+    """Returns the task that draws a sketch again."""
+    options = options_of(body, body.digit, info)
+    requested, t = options.num_steps, start_timestep(info.schedule, body.strength)
+    facts = {"strength": body.strength}
+    if not t:
+        return _task("edit", body, requested, _unchanged(options), _kept(image), image, facts)
+    options = _starting_at(info, options, t)
+    start = _with_noise(info, image.x.numpy(), options.path[0])
+    search = _search_by_recognition(info, image) if body.digit is None else None
+    return replace(_task("edit", body, requested, options, start, image, facts), search=search)
+
+
+def _recognition(info: ModelInfo, image: DigitImage, num_pairs: int) -> tuple[Options, Input, Recognition]:
+    """Returns the options and the input of a row that recognises an image, and the object that it adds to."""
+    path = (*recognition_timesteps(num_pairs, info.schedule.num_steps), 0)
+    options = Options(None, RECOGNITION_SEED, num_pairs, "forward", 1.0, info.name, path)
+    x_0 = image.x.numpy()
+    start = _with_noise(info, x_0, path[0], is_known=np.ones_like(x_0, dtype=np.bool_))
+    (ink,) = ink_of(image.x[None])
+    return options, start, Recognition(info.readout, ink, num_pairs)
+
+
+def _search_by_recognition(info: ModelInfo, image: DigitImage) -> Search:
+    """Returns the search for the digit of a complete image."""
+    options, start, recognition = _recognition(info, image, DEFAULT_NUM_PAIRS)
+    return Search(options, recognition, start)
+
+
+def _search_by_known_pixels(info: ModelInfo, options: Options) -> Search:
+    """Returns the search for the digit of an image with missing pixels."""
+    path = tuple(recognition_path(info.schedule))
+    options = replace(options, path=path, num_steps=num_steps_of(path), sampler="ddpm", guidance_scale=1.0)
+    return Search(options, ClassDistances(info.num_classes, options.num_steps))
+
+
+def _either(sampler: Sampler, permitted: Sequence[Sampler]) -> Sampler:
+    """Returns the sampler if the model permits it, otherwise the one that the model recommends."""
+    return sampler if sampler in permitted else permitted[0]
+
+
+def check_model(info: ModelInfo) -> ModelInfo:
+    """Returns the model. Raises InvalidRequest if it supports only /generate."""
+    if info.steps:  # The model was trained for the noise levels of a few steps only.
+        raise errors.InvalidRequest.of("model", f"The model '{info.name}' supports only /generate")
+    if info.image_shape != (1, 28, 28):
+        size = "x".join(map(str, info.image_shape[1:]))
+        message = f"Only models for grey images of 28x28 pixels are supported, not {size}"
+        raise errors.InvalidRequest.of("model", message)
+    return info
+
+
+def _starting_at(info: ModelInfo, options: Options, t: int) -> Options:
+    """Returns options whose path starts at t. It has the same share of the steps as t has of all timesteps."""
+    sampler: Sampler = options.sampler  # type: ignore[assignment] # the options of a request have a sampler
+    num_steps = min(max(round(options.num_steps * t / info.schedule.num_steps), 1), t)
+    return replace(options, num_steps=num_steps, path=tuple(timesteps_of(info.schedule, sampler, num_steps, t)))
+
+
+def _with_noise(info: ModelInfo, image: Image, t: int, is_known: Mask | None = None) -> Input:
+    """Starts from the forward process at timestep t (Ho 2020, eq. 4)."""
+    alpha_bar = info.schedule.alpha_bar[t]
+    return Input(image, alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item(), is_known)
+
+
+def _unchanged(options: Options) -> Options:
+    """Returns options for one step whose result is the image itself, if all of its pixels are known."""
+    return replace(options, num_steps=1, path=(1, 0), guidance_scale=1.0)
+
+
+def _kept(image: DigitImage) -> Input:
+    pixels = image.x.numpy()
+    return Input(pixels, 1.0, 0.0, np.ones_like(pixels, dtype=np.bool_))
+
+
+def _task(
+    name: str,
+    body: SamplingRequest,
+    num_steps: int,
+    options: Options,
+    start: Input,
+    image: DigitImage,
+    facts: dict[str, Any],
+    chunks: dict[str, str] | None = None,
+) -> Task:
+    """Returns a task with the facts that all tasks for images have. `num_steps` is that of the request."""
+    digest = hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest()
+    named = {name.replace("_", "-").title(): str(value) for name, value in facts.items()}
+    return Task(
+        options,
+        body.count,
+        body.timeout_seconds,
+        start,
+        num_steps=num_steps,
+        scale=body.scale,
+        response=RESPONSES[name],
+        facts={**facts, "fit": image.fit, "invert": image.inverted},
+        chunks={"Task": name, "Input-SHA256": digest, **named, **(chunks or {})},
+    )

@@ -1,0 +1,31 @@
+"""The media types of responses, and the descriptions of responses that the OpenAPI document contains."""
+
+from typing import Any
+
+from app.api.schemas import Problem
+
+JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
+FORMATS = (JSON, PNG, ZIP, EVENTS)  # If q values in Accept are equal, the first of these types is chosen.
+PREVIEWS = "Approximate number of progress events in a stream. Other formats ignore it."
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+IMAGE_FORMATS = {PNG: _BINARY, ZIP: _BINARY, EVENTS: {"schema": {"type": "string"}}}
+_PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text, "content": _PROBLEM}
+    for status, text in {
+        400: "malformed_json or malformed_request",
+        401: "unauthorized: UNFOG_API_KEYS is set and the request has no API key",
+        403: "forbidden: the API key is invalid",
+        406: "not_acceptable: the Accept header allows none of the formats",
+        408: "request_timeout: the body did not arrive within UNFOG_READ_TIMEOUT seconds",
+        413: "body_too_large: the body exceeds UNFOG_MAX_BODY_BYTES",
+        415: "unsupported_media_type: Content-Type is not application/json",
+        422: "invalid_request: a field is missing, unknown or invalid, or the model does not support its value",
+        429: "overloaded (the queue is full or a deadline could not be met) or rate_limited, with Retry-After",
+        431: "headers_too_large: a header exceeds 8 KiB, all headers exceed 32 KiB, or there are 1,000 or more",
+        500: "internal_error: a bug in the service",
+        503: "starting, draining or engine_failed, with Retry-After",
+        504: "deadline_exceeded: the images were not finished before the deadline",
+    }.items()
+}

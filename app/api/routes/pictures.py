@@ -1,0 +1,133 @@
+"""POST /denoise, /inpaint, /edit and /recognize: tasks that start from a picture of the client."""
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from app.api import picture_tasks
+from app.api.context import context_of
+from app.api.error_chart import encode_error_chart
+from app.api.generation import Service, ServiceDependency, answer, finish, server_timing
+from app.api.problems import client_gone
+from app.api.requests import ClientGoneError, negotiate
+from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PNG, PREVIEWS
+from app.api.schemas import BaseRequest, ModelName, Timing
+from app.api.task_schemas import (
+    DenoiseRequest,
+    DenoiseResponse,
+    EditRequest,
+    EditResponse,
+    InpaintRequest,
+    InpaintResponse,
+    RecognizeRequest,
+    RecognizeResponse,
+)
+from app.api.uploads import MULTIPART
+from app.engine.interface import ModelInfo
+from model.recognition import Recognition
+
+router = APIRouter()
+
+Previews = Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])]
+_PICTURE_ERRORS = ERRORS | {
+    413: {**ERRORS[413], "description": "body_too_large: the body exceeds UNFOG_MAX_IMAGE_BYTES"},
+    415: {**ERRORS[415], "description": "unsupported_media_type: Content-Type is neither JSON nor multipart/form-data"},
+    422: {
+        **ERRORS[422],
+        "description": "invalid_request: a field is missing, unknown or invalid. invalid_image: a picture cannot be "
+        "decoded, is animated, or is larger than 4,096 x 4,096 pixels",
+    },
+}
+
+
+def _model(service: Service, body: BaseRequest) -> ModelInfo:
+    """Returns the model of a request. Raises InvalidRequest if it supports only /generate."""
+    return picture_tasks.check_model(service.info(body.model))
+
+
+def _route(path: str, name: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    """Returns the arguments of a route for pictures, with the schemas of both content types."""
+    schema = {"schema": {"$ref": f"#/components/schemas/{request.__name__}"}}
+    content = {JSON: schema, MULTIPART: {"schema": {"$ref": f"#/components/schemas/{request.__name__}Form"}}}
+    formats = {PNG: IMAGE_FORMATS[PNG]} if response is RecognizeResponse else IMAGE_FORMATS
+    return {
+        "path": path,
+        "operation_id": name,
+        "response_class": JSONResponse,
+        "responses": {
+            200: {
+                "model": response,
+                "description": "the answer, in the format that Accept selects",
+                "content": formats,
+            },
+            **_PICTURE_ERRORS,
+        },
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+    }
+
+
+@router.post(**_route("/recognize", "recognize", RecognizeRequest, RecognizeResponse))
+async def recognize(request: Request, service: ServiceDependency) -> Response:
+    """Recognises the digit in a picture: the class whose prediction explains the noise in the picture best.
+
+    As image/png, answers with a chart of the errors of each class.
+    """
+    media_type = negotiate(request, (JSON, PNG))
+    body, pictures = await service.pictures.read(request, RecognizeRequest, ("image",), picture_tasks.fit_digit)
+    (image,) = pictures["image"]
+    task, context = picture_tasks.recognize(_model(service, body), body, image), context_of(request.scope)
+    job = service.submit(task, context)
+    try:
+        (result,) = await finish(service, request, job)
+    except ClientGoneError:
+        return client_gone(request.scope)
+    assert isinstance(result, Recognition), "a recognition task has this result"
+    info = service.info(body.model)
+    if media_type == PNG:
+        with service.metrics.encode_duration.time(), context.encoding():
+            content = await asyncio.to_thread(encode_error_chart, result)
+        return Response(content, media_type=PNG, headers={"Server-Timing": server_timing(job, context)})
+    response = RecognizeResponse(
+        digit=result.digit,
+        probabilities=result.probabilities,
+        is_digit=result.is_digit,
+        evaluations=result.evaluations,
+        num_pairs=body.num_pairs,
+        model=ModelName(name=info.name, sha256=info.sha256),
+        fit=image.fit,
+        invert=image.inverted,
+        timing=Timing.of(job.timings),
+    )
+    headers = {"Server-Timing": server_timing(job, context)}
+    return Response(response.model_dump_json(), media_type=JSON, headers=headers)
+
+
+@router.post(**_route("/denoise", "denoise", DenoiseRequest, DenoiseResponse))
+async def denoise(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
+    """Removes noise from a picture of a digit."""
+    media_type = negotiate(request, FORMATS)
+    body, pictures = await service.pictures.read(request, DenoiseRequest, ("image",), picture_tasks.estimate_noise)
+    ((image, noise_std),) = pictures["image"]
+    task = picture_tasks.denoise(_model(service, body), body, image, noise_std)
+    return await answer(request, service, task, media_type, previews)
+
+
+@router.post(**_route("/inpaint", "inpaint", InpaintRequest, InpaintResponse))
+async def inpaint(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
+    """Draws a part of a picture again. The pixels outside of the mask are kept exactly."""
+    media_type = negotiate(request, FORMATS)
+    body, pictures = await service.pictures.read(request, InpaintRequest, ("image", "mask"), picture_tasks.fit_resized)
+    task = picture_tasks.inpaint(_model(service, body), body, *pictures["image"], *pictures["mask"])
+    return await answer(request, service, task, media_type, previews)
+
+
+@router.post(**_route("/edit", "edit", EditRequest, EditResponse))
+async def edit(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
+    """Turns a sketch into a digit that is similar to it."""
+    media_type = negotiate(request, FORMATS)
+    body, pictures = await service.pictures.read(request, EditRequest, ("image",), picture_tasks.fit_digit)
+    task = picture_tasks.edit(_model(service, body), body, *pictures["image"])
+    return await answer(request, service, task, media_type, previews)

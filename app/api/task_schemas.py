@@ -1,0 +1,176 @@
+"""The schemas of requests with pictures, and of their answers: recognise, denoise, inpaint and edit."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.api.schemas import (
+    NOT_NULL,
+    WHOLE,
+    BaseRequest,
+    ImagesResponse,
+    ModelName,
+    Number,
+    NumSteps,
+    SamplingRequest,
+    Timing,
+    may_be_absent,
+)
+from app.api.uploads import Base64
+from model.digit_image import Fit, Invert
+
+PICTURE = "A PNG, JPEG, WebP or single-frame GIF file, as a file in multipart/form-data or as base64 in JSON."
+AppliedFit = Literal["resize", "digit"]
+
+Digit = Annotated[Annotated[int, Field(ge=0, le=9), WHOLE] | None, NOT_NULL]
+
+
+class PictureRequest(BaseModel):
+    """The fields of every request with a picture."""
+
+    image: Annotated[Base64, Field(description=PICTURE)]
+    fit: Fit = Field(
+        default="auto",
+        description="How the picture becomes 28x28 pixels. resize: the whole picture. digit: the drawing alone, as in "
+        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, otherwise "
+        "digit for /recognize and /edit, and resize for /denoise and /inpaint.",
+    )
+    invert: Invert = Field(
+        default="auto",
+        description="true: the picture has dark strokes on a light background. false: light strokes on a dark "
+        "background. auto: decided from the picture.",
+    )
+
+
+class RecognizeRequest(BaseRequest, PictureRequest):
+    """The picture to recognise."""
+
+    num_pairs: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100,
+            description="Number of pairs of timestep and noise with which the classes are compared. More pairs are "
+            "more accurate. Classes that are ruled out early are not evaluated any more.",
+        ),
+        WHOLE,
+    ] = 20
+
+
+class DenoiseRequest(SamplingRequest, PictureRequest):
+    """The noisy picture to clean."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                {
+                    "if": {"properties": {"mode": {"const": "mean"}}, "required": ["mode"]},
+                    "then": {"properties": {"num_steps": {"const": 1}}},
+                }
+            ]
+        }
+    )
+
+    digit: Digit = Field(
+        default=None,
+        description="The digit in the picture. If absent, no digit is assumed.",
+        json_schema_extra=may_be_absent,
+    )
+    noise_std: Annotated[Annotated[Number, Field(ge=0, le=1000)] | None, NOT_NULL] = Field(
+        default=None,
+        description="Standard deviation of the noise in grey levels of 0 to 255. If absent, it is estimated.",
+        json_schema_extra=may_be_absent,
+    )
+    mode: Literal["mean", "sample"] = Field(
+        default="sample",
+        description="mean: the expected image in one network call, which has the highest PSNR but is blurred. sample: "
+        "a sharp image by the reverse process.",
+    )
+
+
+class InpaintRequest(SamplingRequest, PictureRequest):
+    """The picture of which a part is drawn again."""
+
+    fit: Fit = Field(
+        default="auto",
+        description="How both pictures become 28x28 pixels. auto and resize: the whole picture. digit is not "
+        "supported, because the mask must fit the image.",
+        json_schema_extra={"enum": ["auto", "resize"]},
+    )
+    mask: Annotated[
+        Base64,
+        Field(
+            description="A picture of the same size as `image`. White pixels are drawn again, black pixels are kept."
+        ),
+    ]
+    digit: Digit = Field(
+        default=None,
+        description="The digit to draw. If absent, the digit that fits the kept pixels best.",
+        json_schema_extra=may_be_absent,
+    )
+    num_steps: NumSteps = Field(
+        default=None,
+        description="Number of noise levels, 10 by default. All but the first are repeated, so that the new pixels fit "
+        "the kept ones.",
+        json_schema_extra=may_be_absent,
+    )
+
+
+class EditRequest(SamplingRequest, PictureRequest):
+    """The sketch that is drawn again."""
+
+    digit: Digit = Field(
+        default=None,
+        description="The digit to draw. If absent, the digit that is recognised in the sketch.",
+        json_schema_extra=may_be_absent,
+    )
+    strength: Annotated[
+        Number,
+        NumSteps,
+        Field(
+            ge=0,
+            le=1,
+            description="How far the result may differ from the sketch. 0 returns the sketch, 1 ignores it. It is a "
+            "share of the range of log-SNR, so it has the same meaning for every noise schedule.",
+        ),
+    ] = 0.6
+
+
+class PictureFacts(BaseModel):
+    """How the picture was changed before it was used."""
+
+    fit: AppliedFit
+    invert: bool
+
+
+class RecognizeResponse(BaseModel):
+    """The recognised digit."""
+
+    digit: int
+    probabilities: list[float] = Field(description="The probability of each digit, if the picture shows a digit.")
+    is_digit: bool = Field(
+        description="false if the picture probably shows no digit. This is wrong for about 1 % of real digits."
+    )
+    evaluations: int = Field(description="Number of network evaluations.")
+    num_pairs: int
+    model: ModelName
+    fit: AppliedFit
+    invert: bool
+    timing: Timing
+
+
+class DenoiseResponse(PictureFacts, ImagesResponse):
+    """The clean image."""
+
+    noise_std: float = Field(description="The standard deviation of the noise that was assumed, in grey levels.")
+    mode: Literal["mean", "sample"]
+
+
+class InpaintResponse(PictureFacts, ImagesResponse):
+    """Images that equal the picture outside of the mask."""
+
+
+class EditResponse(PictureFacts, ImagesResponse):
+    """Images that are similar to the sketch."""
+
+    strength: float
