@@ -36,6 +36,8 @@ def recognition_path(schedule: Schedule) -> list[int]:
     """
     levels = schedule.even_timesteps(min(NUM_LEVELS, schedule.num_steps))
     levels = [t for t in levels if t >= 0.3 * schedule.num_steps]
+    if len(levels) < 3:  # a schedule with few steps
+        return [schedule.num_steps, 0]
     later = repaint_timesteps(levels, CLASS_RESAMPLINGS)[1:]
     return [levels[0], *later * CLASS_PASSES]
 

@@ -8,6 +8,7 @@ to an image that is nearly finished and denoises it again. The process "forward"
 timesteps with images from the forward process.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -24,7 +25,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps or a
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 Process = Sampler | Literal["forward"]
-Coefficients = tuple[Tensor, Tensor, Tensor, Tensor]  # a, b, c and s of one step, float64
+Coefficients = tuple[float, float, float, float]  # a, b, c and s of one step
 MAX_GUIDANCE_SCALE = 10
 
 
@@ -110,15 +111,23 @@ def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> P
     the path 100, 50, 80, 0 has a step from 100 to 50 and on to 80, and a step from 80 to 0. For the process "forward"
     every step draws x at the next timestep from q(x_t | x_0), in any order of timesteps.
     """
+    alpha_bar = schedule.alpha_bar.tolist()  # floats, because tensors of one value are slow
     if process == "forward":
-        alpha_bar = schedule.alpha_bar[list(path[1:])]  # (num_steps,)
-        return _plan(path, [_forward_coefficients(alpha_bar_next) for alpha_bar_next in alpha_bar])
+        rows = [_forward_coefficients(alpha_bar[t]) for t in path[1:]]
+        return _plan(path, rows)
     runs, rows = _decreasing_runs(path), []
     for run, next_run in zip_longest(runs, runs[1:]):
         rows += _coefficients(schedule, process, run)
         if next_run:
-            rows[-1] = _with_noise(rows[-1], schedule.alpha_bar[run[-1]], schedule.alpha_bar[next_run[0]])
-    return _plan([*(t for run in runs for t in run[:-1]), path[-1]], rows)
+            rows[-1] = _with_noise(rows[-1], alpha_bar[run[-1]], alpha_bar[next_run[0]])
+    return _plan(timesteps_along(process, path), rows)
+
+
+def timesteps_along(process: Process, path: Sequence[int]) -> list[int]:
+    """Returns the timesteps of `plan_through` without the coefficients. Raises ValueError for an impossible path."""
+    if process == "forward":
+        return list(path)
+    return [*(t for run in _decreasing_runs(path) for t in run[:-1]), path[-1]]
 
 
 def _plan(timesteps: Sequence[int], rows: list[Coefficients]) -> Plan:
@@ -140,56 +149,56 @@ def _decreasing_runs(path: Sequence[int]) -> list[list[int]]:
 
 def _coefficients(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> list[Coefficients]:
     """Returns a, b, c and s of the steps of a sampler through decreasing timesteps."""
-    if sampler == "dpmpp":
-        return _dpmpp_coefficients(schedule.half_log_snr, schedule.alpha_bar, timesteps)
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
+    alpha_bar = schedule.alpha_bar.tolist()
+    if sampler == "dpmpp":
+        return _dpmpp_coefficients(schedule.half_log_snr.tolist(), alpha_bar, timesteps)
     step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
-    return [step(*pair) for pair in pairwise(schedule.alpha_bar[timesteps])]
+    return [step(alpha_bar[t], alpha_bar[t_prev]) for t, t_prev in pairwise(timesteps)]
 
 
-def _with_noise(coefficients: Coefficients, alpha_bar_t: Tensor, alpha_bar_next: Tensor) -> Coefficients:
+def _with_noise(coefficients: Coefficients, alpha_bar_t: float, alpha_bar_next: float) -> Coefficients:
     """Adds the forward process from a step's target t up to t_next (Lugmayr 2022, algorithm 1, line 10).
 
     The noise of both parts is Gaussian and independent, so one z with the sum of the variances replaces it.
     """
     a, b, c, s = coefficients
     alpha = alpha_bar_next / alpha_bar_t
-    return alpha.sqrt() * a, alpha.sqrt() * b, alpha.sqrt() * c, (alpha * s**2 + 1 - alpha).sqrt()
+    return math.sqrt(alpha) * a, math.sqrt(alpha) * b, math.sqrt(alpha) * c, math.sqrt(alpha * s**2 + 1 - alpha)
 
 
-def _forward_coefficients(alpha_bar_next: Tensor) -> Coefficients:
+def _forward_coefficients(alpha_bar_next: float) -> Coefficients:
     """The forward process from x_0 to any timestep, Ho 2020, eq. 4."""
-    zero = torch.zeros_like(alpha_bar_next)
-    return zero, alpha_bar_next.sqrt(), zero, (1 - alpha_bar_next).sqrt()
+    return 0.0, math.sqrt(alpha_bar_next), 0.0, math.sqrt(1 - alpha_bar_next)
 
 
-def _ddpm_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Coefficients:
+def _ddpm_coefficients(alpha_bar_t: float, alpha_bar_prev: float) -> Coefficients:
     """Ancestral sampling with the posterior q(x_prev | x_t, x_0) of Ho 2020, eq. 6 and 7, for steps of any length."""
     alpha_t = alpha_bar_t / alpha_bar_prev
-    a = alpha_t.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
-    b = alpha_bar_prev.sqrt() * (1 - alpha_t) / (1 - alpha_bar_t)
-    s = ((1 - alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()  # is 0 at the last step
-    return a, b, torch.zeros_like(a), s
+    a = math.sqrt(alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t)
+    b = math.sqrt(alpha_bar_prev) * (1 - alpha_t) / (1 - alpha_bar_t)
+    s = math.sqrt((1 - alpha_t) * (1 - alpha_bar_prev) / (1 - alpha_bar_t))  # is 0 at the last step
+    return a, b, 0.0, s
 
 
-def _ddim_coefficients(alpha_bar_t: Tensor, alpha_bar_prev: Tensor) -> Coefficients:
+def _ddim_coefficients(alpha_bar_t: float, alpha_bar_prev: float) -> Coefficients:
     """DDIM, Song 2021, eq. 12 with sigma_t = 0. eps is expressed in x_t and x_0."""
-    a = ((1 - alpha_bar_prev) / (1 - alpha_bar_t)).sqrt()
-    b = alpha_bar_prev.sqrt() - a * alpha_bar_t.sqrt()
-    return a, b, torch.zeros_like(a), torch.zeros_like(a)
+    a = math.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar_t))
+    b = math.sqrt(alpha_bar_prev) - a * math.sqrt(alpha_bar_t)
+    return a, b, 0.0, 0.0
 
 
-def _dpmpp_coefficients(half_log_snr: Tensor, alpha_bar: Tensor, timesteps: list[int]) -> list[Coefficients]:
+def _dpmpp_coefficients(half_log_snr: list[float], alpha_bar: list[float], timesteps: list[int]) -> list[Coefficients]:
     """DPM-Solver++(2M), Lu 2022b, algorithm 2. The first and the last step, where h is infinite, have first order."""
     rows: list[Coefficients] = []
     h_before = None
     for t, t_prev in pairwise(timesteps):
         h = half_log_snr[t_prev] - half_log_snr[t]
-        a = ((1 - alpha_bar[t_prev]) / (1 - alpha_bar[t])).sqrt()
-        weight = -alpha_bar[t_prev].sqrt() * torch.expm1(-h)
-        correction = torch.zeros_like(h) if h_before is None or t_prev == 0 else h / (2 * h_before)  # 1 / (2 r)
-        rows.append((a, weight * (1 + correction), -weight * correction, torch.zeros_like(a)))
+        a = math.sqrt((1 - alpha_bar[t_prev]) / (1 - alpha_bar[t]))
+        weight = -math.sqrt(alpha_bar[t_prev]) * math.expm1(-h)
+        correction = 0.0 if h_before is None or t_prev == 0 else h / (2 * h_before)  # 1 / (2 r)
+        rows.append((a, weight * (1 + correction), -weight * correction, 0.0))
         h_before = h
     return rows
 

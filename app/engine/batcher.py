@@ -59,14 +59,19 @@ class StepLimits:
 
         With `auto`, the size of a full step follows from the measured times, and `max_rows` is an upper limit if given.
         Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short. A full step
-        has room for `widest_row`, the largest number of evaluations of one row: at least 2, for a guided row.
+        has room for a guided row. If `widest_row`, the largest number of evaluations of one row, is larger than 2, it
+        also has room for such a row.
         """
         lone = times.measured_seconds(1)
         calls = (num_models - 1) * lone  # each further model needs another call
         most = times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone) if auto else GUIDED_EVALUATIONS * (max_rows or 1)
         most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
-        most = max(min(most, GUIDED_EVALUATIONS * rows), widest_row)
+        most = max(min(most, GUIDED_EVALUATIONS * rows), GUIDED_EVALUATIONS)
+        if widest_row > GUIDED_EVALUATIONS:
+            most = max(
+                most, widest_row + GUIDED_EVALUATIONS
+            )  # room for a row that compares the classes and another row
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a
         # guided row, and up to nine for a row that recognises. If no row is guided, `rows` is the limit. The rate must
@@ -105,7 +110,7 @@ def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> li
     if not at_risk:
         for job in jobs:
             row = job.unfinished[0]
-            if rows and (evaluations + row.evaluations > limits.evaluations // 2 or len(rows) == limits.rows):
+            if rows and (len(rows) == limits.rows or not _fits_first_round(row, evaluations, limits)):
                 break
             rows.append(row)
             evaluations += row.evaluations
@@ -116,6 +121,16 @@ def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> li
         rows.append(row)
         evaluations += row.evaluations
     return rows
+
+
+def _fits_first_round(row: Trajectory, evaluations: int, limits: StepLimits) -> bool:
+    """Returns True if the first round has room for the row, after `evaluations` of other rows.
+
+    A row that compares the classes can have more evaluations than half of a full step. It may begin within that half.
+    """
+    half, after = limits.evaluations // 2, evaluations + row.evaluations
+    is_wide = row.evaluations > GUIDED_EVALUATIONS
+    return after <= half or (is_wide and evaluations < half and after <= limits.evaluations)
 
 
 def _remaining_rows(jobs: Sequence[Job], num_first: int) -> Iterator[Trajectory]:

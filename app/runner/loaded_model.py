@@ -11,7 +11,7 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
 from model.checkpoint import Checkpoint
 from model.recognition import Readout
-from model.sampler import Plan, Process, make_plan, plan_through
+from model.sampler import Plan, Process, make_plan, plan_through, timesteps_along, timesteps_of
 from model.schedule import Schedule
 from model.step import ReverseStep, Step
 
@@ -58,7 +58,7 @@ def _guided_steps(loaded: Checkpoint) -> Callable[[Options], StepSet]:
     def guided_steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
         if process == "forward":
             return range(0)
-        timesteps = plan_of(loaded.schedule, process, num_steps, path).timesteps
+        timesteps = timesteps_along(process, path) if path else timesteps_of(loaded.schedule, process, num_steps)
         return loaded.config.guidance_of(process).steps_within(timesteps[:-1])
 
     return lambda options: guided_steps(options.sampler, options.num_steps, options.path)

@@ -18,7 +18,7 @@ from model import checkpoint
 from model.compiled import compiler
 from model.compiled.compiler import CompilerError, LibraryError, library_of
 from model.precision import can_compile
-from model.step import ReverseStep, Step
+from model.step import ReverseStep, Step, Stepped
 from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.model.compiled.libraries import (
     CRASHES,
@@ -211,9 +211,9 @@ def test_first_call_compares_with_the_step_without_compilation(
         "none": lambda x: x + 0.01,
     }
 
-    def step(*inputs: Any) -> tuple[Tensor, ...]:
-        x_prev, x_0, finite = program(*inputs)
-        return x_prev, changes[error](x_0), finite
+    def step(*inputs: Any) -> Stepped:
+        stepped: Stepped = program(*inputs)
+        return stepped._replace(x_0=changes[error](stepped.x_0))
 
     monkeypatch.setattr(compiler, "_open_library", lambda program, path: step)
     monkeypatch.setattr("signal.alarm", lambda seconds: None)

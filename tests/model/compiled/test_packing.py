@@ -14,7 +14,7 @@ from model.compiled.compiler import FlatStep, library_of
 from model.compiled.native import NativeProgram
 from model.compiled.packing import Packer, can_pack, take_packed_weights
 from model.precision import can_compile
-from model.step import ReverseStep, Rows, State
+from model.step import ReverseStep, Rows, State, Stepped
 
 CPU = torch.device("cpu")
 needs_bfloat16 = pytest.mark.skipif(not can_pack(CPU, torch.bfloat16), reason="needs oneDNN's kernels of bfloat16")
@@ -91,7 +91,7 @@ def test_compiled_step_has_the_same_bits_with_packed_and_plain_weights(
     program = ReverseStep(checkpoint.load(path), CPU, torch.bfloat16)
     packed = compiler.compiled_step(program, cache)
     library = ctypes.CDLL(str(library_of(program, cache)))
-    plain = NativeProgram(library, FlatStep(program).state_dict(), num_outputs=3)
+    plain = NativeProgram(library, FlatStep(program).state_dict(), num_outputs=len(Stepped._fields))
     with torch.inference_mode():
         for count in (1, 2, 3):
             threads(count)

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from model import blocks, checkpoint, noise
 from model.compiled.compiler import FlatStep
 from model.precision import CallRows
-from model.step import ReverseStep
+from model.step import ReverseStep, State
 
 GPU = torch.device("cuda:0")
 ROWS, EVALUATIONS, SLOTS, PLANS = 8, 12, 256, 512
@@ -204,9 +204,8 @@ def step_code(path: Path) -> str:
         named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
         return torch.func.functional_call(flat, named, arguments[len(tensors) :])
 
-    images, whole = [torch.empty(SLOTS, *shape)] * 2, [torch.empty(SLOTS, dtype=torch.int64)] * 4
-    rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, ROWS)]
-    state = [*images, *whole, torch.empty(SLOTS), torch.empty(PLANS, 5)]
+    rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, EVALUATIONS, ROWS)]
+    state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, 5)]
     # The trace is made on a CPU, where gelu() has a special case for bfloat16. On a GPU it calls F.gelu only.
     with mock.patch.object(blocks, "gelu", lambda x: F.gelu(x, approximate="tanh")):
         return generate(step, [*tensors.values(), *state, *rows])
