@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from model.png import encode_png
-from model.recognition import Recognition
+from model.recognition import SMALLEST_ERROR, Recognition
 
 WIDTH, HEIGHT = 640, 400
 LEFT, RIGHT, TOP, BOTTOM = 60, 50, 44, 50  # margins in pixels
@@ -28,7 +28,7 @@ def excess_by_class(recognition: Recognition) -> Curves:
     """
     values: dict[int, dict[int, list[float]]] = {}
     for t, errors in zip(recognition.timesteps, recognition.errors, strict=False):
-        own = math.sqrt(errors[recognition.digit])
+        own = math.sqrt(max(errors[recognition.digit], SMALLEST_ERROR))
         for label, error in errors.items():
             values.setdefault(label, {}).setdefault(t, []).append(math.sqrt(error) / own - 1)
     return {label: [(t, sum(v) / len(v)) for t, v in sorted(at.items())] for label, at in sorted(values.items())}

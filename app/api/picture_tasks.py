@@ -57,7 +57,7 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
     """Normalises a noisy picture. Returns it with the standard deviation of its noise in grey levels."""
     image = normalise(picture.grey, "resize" if body.fit == "auto" else body.fit, body.invert)
     noise_std = estimate_noise_std(image.pixels[None]).item() if body.noise_std is None else body.noise_std
-    return image, noise_std
+    return image, round(noise_std, 3)  # the answer has the same value, so that a client can repeat the request
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +89,14 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
     """Returns the task that removes noise of the standard deviation `noise_std`, in grey levels."""
     if body.mode == "mean" and body.num_steps not in (None, 1):
         raise errors.InvalidRequest.of("num_steps", "Input should be 1 for mode 'mean'")
+    if body.digit is None and not info.guidable:  # The network was trained without a null label.
+        raise errors.InvalidRequest.of("digit", f"Field required for model '{info.name}'")
     steps = body.num_steps or min(NUM_DENOISING_STEPS, info.max_steps)
     defaults = {"num_steps": steps, "sampler": body.sampler or _either("ddim", info.samplers)}
     options = options_of(body.model_copy(update=defaults), body.digit, info)
     t = matching_timestep(info.schedule, noise_std)
     requested = 1 if body.mode == "mean" else options.num_steps
-    facts = {"noise_std": round(noise_std, 3), "mode": body.mode}
+    facts = {"noise_std": noise_std, "mode": body.mode}
     if not t:
         return _task("denoise", body, requested, _unchanged(options), _kept(image), image, facts)
     if body.mode == "mean":

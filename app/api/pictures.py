@@ -23,15 +23,16 @@ class Picture:
     grey: Pixels  # (H, W)
 
 
-def decode(data: bytes) -> Picture:
+def decode(data: bytes, background: int | None = None) -> Picture:
     """Decodes a PNG, JPEG, WebP or single-frame GIF file to grey pixels (ITU-R BT.601). Raises PictureError.
 
-    Pictures with transparency are placed on black or white, so that their strokes are visible. EXIF orientation is
+    Pictures with transparency are placed on `background`. If it is None, black or white is used, so that their strokes
+    are visible. EXIF orientation is
     applied. 16-bit pixels are scaled to 8 bits.
     """
     file = inspect(data)
     try:
-        grey = _decode(file)
+        grey = _decode(file, background)
     except PictureError:
         raise
     except Exception as error:  # Pillow raises many types of exceptions for damaged files.
@@ -39,7 +40,7 @@ def decode(data: bytes) -> Picture:
     return Picture(file.format, _upright(grey, file.orientation))
 
 
-def _decode(file: PictureFile) -> Pixels:
+def _decode(file: PictureFile, background: int | None) -> Pixels:
     with Image.open(io.BytesIO(file.data), formats=[file.format]) as image:
         if image.size != (file.width, file.height):
             raise damaged(file.format)
@@ -51,7 +52,7 @@ def _decode(file: PictureFile) -> Pixels:
             for rows, band, _ in _bands(image):
                 grey[rows] = band
             return grey
-        background = _background(image)
+        background = _background(image) if background is None else background
         for rows, band, alpha in _bands(image):
             product = band.astype(np.uint16) * alpha + background * (255 - alpha).astype(np.uint16)  # at most 255 * 255
             grey[rows] = (product + 127) // 255

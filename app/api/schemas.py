@@ -31,6 +31,8 @@ def may_be_absent(schema: dict[str, Any]) -> None:
 WHOLE = BeforeValidator(_whole)  # Use WHOLE after the bounds. Otherwise the JSON schema lacks them.
 NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
+SamplerName = Annotated[Sampler | None, NOT_NULL]
+GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
 
 
@@ -66,14 +68,14 @@ class SamplingRequest(BaseRequest):
         "`default`, 4 for `fast`).",
         json_schema_extra=may_be_absent,
     )
-    sampler: Annotated[Sampler | None, NOT_NULL] = Field(
+    sampler: SamplerName = Field(
         default=None,
         description="ddpm: ancestral sampling with the posterior variance. ddim: deterministic. dpmpp: "
         "DPM-Solver++(2M). If absent, the default of the model (shipped checkpoints: ddpm for `default`, ddim for "
         "`fast`).",
         json_schema_extra=may_be_absent,
     )
-    guidance_scale: Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL] = Field(
+    guidance_scale: GuidanceScale = Field(
         default=None,
         description="Scale of classifier-free guidance, 1 = off. If absent, the recommendation of the checkpoint for "
         "the sampler.",

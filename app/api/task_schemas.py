@@ -8,10 +8,12 @@ from app.api.schemas import (
     NOT_NULL,
     WHOLE,
     BaseRequest,
+    GuidanceScale,
     ImagesResponse,
     ModelName,
     Number,
     NumSteps,
+    SamplerName,
     SamplingRequest,
     Timing,
     may_be_absent,
@@ -86,6 +88,18 @@ class DenoiseRequest(SamplingRequest, PictureRequest):
         description="mean: the expected image in one network call, which has the highest PSNR but is blurred. sample: "
         "a sharp image by the reverse process.",
     )
+    num_steps: NumSteps = Field(
+        default=None,
+        description="Number of steps from pure noise, 20 by default. An image takes the part of them that begins at "
+        "its noise level. With mode mean only 1 is permitted.",
+        json_schema_extra=may_be_absent,
+    )
+    sampler: SamplerName = Field(
+        default=None,
+        description="As in GenerateRequest, but ddim by default. With ddim all images of a request are equal, because "
+        "it adds no noise.",
+        json_schema_extra=may_be_absent,
+    )
 
 
 class InpaintRequest(SamplingRequest, PictureRequest):
@@ -114,6 +128,12 @@ class InpaintRequest(SamplingRequest, PictureRequest):
         "the kept ones.",
         json_schema_extra=may_be_absent,
     )
+    guidance_scale: GuidanceScale = Field(
+        default=None,
+        description="Scale of classifier-free guidance. 1 (off) by default, because guidance makes the border of the "
+        "mask visible.",
+        json_schema_extra=may_be_absent,
+    )
 
 
 class EditRequest(SamplingRequest, PictureRequest):
@@ -126,7 +146,6 @@ class EditRequest(SamplingRequest, PictureRequest):
     )
     strength: Annotated[
         Number,
-        NumSteps,
         Field(
             ge=0,
             le=1,

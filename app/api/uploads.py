@@ -36,6 +36,8 @@ from app.settings import Settings
 JSON, MULTIPART = "application/json", "multipart/form-data"
 NUM_WORKERS = 2  # pictures that are decoded at the same time
 MAX_BODIES = 16  # the bodies that are held in memory may have this many times the size of the largest body
+BLACK = 0
+MAX_WAITING = 64  # requests that wait for a worker
 MAX_PARTS = 32
 MAX_PART_HEADER_BYTES = 1024
 MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
@@ -59,7 +61,7 @@ class ImageReader:
     def __init__(self, settings: Settings) -> None:
         self._max_bytes = settings.max_image_bytes
         self._read_seconds, self._decode_seconds = settings.read_timeout, settings.request_timeout
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="pictures")
+        self._workers = _Workers(NUM_WORKERS, thread_name_prefix="pictures")
         self._held = _HeldBytes(MAX_BODIES * settings.max_image_bytes)
 
     async def read(
@@ -68,12 +70,14 @@ class ImageReader:
         schema: type[M],
         image_fields: Sequence[str],
         convert: Callable[[M, str, Picture], T],
+        masks: Sequence[str] = (),
     ) -> tuple[M, dict[str, list[T]]]:
         """Returns the validated fields, and the converted pictures of each image field that is present.
 
         In `schema`, an image field has the type Base64 or list[Base64]. In the returned model it has empty strings. In
         a multipart body, a list has one part for each element. `convert` is called in a worker thread with the fields,
-        the name of the image field and the picture. A list of pictures is decoded and converted one by one.
+        the name of the image field and the picture. A list of pictures is decoded and converted one by one. In the
+        fields `masks`, transparent pixels are black.
 
         Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, Overloaded, MalformedJSON, MalformedRequest,
         InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
@@ -81,12 +85,20 @@ class ImageReader:
         parse = _parser_of(request, schema)
         held = self._held.begin()
         try:
-            body = await read_body(request, self._max_bytes, self._read_seconds, held.add)
-            work = self._workers.submit(_read, body, parse, schema, image_fields, convert)
+            bodies = [await read_body(request, self._max_bytes, self._read_seconds, held.add)]
+            if self._workers.num_waiting >= MAX_WAITING:
+                raise Overloaded(1, "Too many pictures are being decoded")
+            work = self._workers.submit(_read, bodies, parse, schema, image_fields, convert, masks)
         except BaseException:
             held.end()
             raise
-        work.add_done_callback(lambda _: held.end())  # also called if the work is cancelled before it begins
+
+        def end(_: object) -> None:
+            # Also called if the work is cancelled. The executor then keeps its arguments until a worker is free.
+            bodies.clear()
+            held.end()
+
+        work.add_done_callback(end)
         try:
             async with asyncio.timeout(self._decode_seconds):
                 return await cancel_on_disconnect(request, asyncio.wrap_future(work))
@@ -96,6 +108,14 @@ class ImageReader:
     def close(self) -> None:
         """Cancels the work that has not begun."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+
+
+class _Workers(ThreadPoolExecutor):
+    """Worker threads with the number of tasks that wait for one of them."""
+
+    @property
+    def num_waiting(self) -> int:
+        return self._work_queue.qsize()
 
 
 class _HeldBytes:
@@ -153,13 +173,15 @@ def _parser_of(request: Request, schema: type[BaseModel]) -> Parser:
 
 
 def _read(
-    body: bytes,
+    bodies: list[bytes],
     parse: Parser,
     schema: type[M],
     image_fields: Sequence[str],
     convert: Callable[[M, str, Picture], T],
+    masks: Sequence[str],
 ) -> tuple[M, dict[str, list[T]]]:
-    document = parse(body)
+    """Reads the only body of the list, and removes it there."""
+    document = parse(bodies.pop())
     files: dict[str, list[bytes | str]] = {}
     for name in image_fields:
         value = document.get(name)
@@ -173,14 +195,15 @@ def _read(
         pictures[name] = []
         for i in range(len(values)):
             # The bytes of a file are released before the next one is decoded.
-            pictures[name].append(convert(fields, name, _decode(name, values[i])))
+            background = BLACK if name in masks else None
+            pictures[name].append(convert(fields, name, _decode(name, values[i], background)))
             values[i] = b""
     return fields, pictures
 
 
-def _decode(field: str, value: bytes | str) -> Picture:
+def _decode(field: str, value: bytes | str, background: int | None) -> Picture:
     try:
-        return decode(_decode_base64(value) if isinstance(value, str) else value)
+        return decode(_decode_base64(value) if isinstance(value, str) else value, background)
     except PictureError as error:
         raise InvalidImage.of(field, str(error)) from error
 

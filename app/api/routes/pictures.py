@@ -119,7 +119,9 @@ async def denoise(request: Request, service: ServiceDependency, previews: Previe
 async def inpaint(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
     """Draws a part of a picture again. The pixels outside of the mask are kept exactly."""
     media_type = negotiate(request, FORMATS)
-    body, pictures = await service.pictures.read(request, InpaintRequest, ("image", "mask"), picture_tasks.fit_resized)
+    body, pictures = await service.pictures.read(
+        request, InpaintRequest, ("image", "mask"), picture_tasks.fit_resized, masks=("mask",)
+    )
     task = picture_tasks.inpaint(_model(service, body), body, *pictures["image"], *pictures["mask"])
     return await answer(request, service, task, media_type, previews)
 

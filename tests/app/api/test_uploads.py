@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.types import Message
@@ -459,6 +460,74 @@ def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
             task.cancel()
         await asyncio.wait(tasks)
         assert reader._held._total == 0
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_request_that_is_cancelled_while_it_waits_frees_its_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor keeps the arguments of cancelled work until a worker is free."""
+    go_on = threading.Event()
+
+    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+        go_on.wait(30)
+        return picture
+
+    async def main() -> None:
+        reader, bodies = ImageReader(Settings()), list[list[bytes]]()
+        submit = reader._workers.submit
+
+        def record(function: Any, given: list[bytes], *parts: Any) -> Any:
+            bodies.append(given)
+            return submit(function, given, *parts)
+
+        monkeypatch.setattr(reader._workers, "submit", record)
+        busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
+        waiting = await start(reader, Client(as_json(image=PNG), JSON), convert)
+        assert [len(given) for given in bodies][-1] == 1
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert bodies[-1] == []
+        go_on.set()
+        await asyncio.gather(*busy)
+        reader.close()
+        assert reader._held._total == 0
+
+    asyncio.run(main())
+
+
+def test_number_of_requests_that_wait_for_a_worker_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_WAITING", 2)
+    go_on = threading.Event()
+
+    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+        go_on.wait(30)
+        return picture
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        tasks = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(4)]
+        with pytest.raises(errors.Overloaded):
+            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, IMAGES, convert)
+        go_on.set()
+        await asyncio.gather(*tasks)
+        await reader.read(Client(as_json(image=PNG), JSON).request, Fields, IMAGES, convert)
+        assert reader._held._total == 0
+        reader.close()
+
+    asyncio.run(main())
+
+
+def test_transparent_pixels_of_a_mask_are_black() -> None:
+    opaque = np.zeros((4, 4, 4), np.uint8)
+    opaque[:3] = 255  # white, and the last row is transparent
+    mask = encode(Image.fromarray(opaque), "PNG")
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        client = Client(as_json(image=mask), JSON)
+        _, pictures = await reader.read(client.request, Fields, IMAGES, same, masks=IMAGES)
+        assert pictures["image"][0].grey.tolist() == [[255] * 4] * 3 + [[0] * 4]
         reader.close()
 
     asyncio.run(main())
