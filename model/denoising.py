@@ -101,12 +101,6 @@ def start_of(schedule: Schedule, pixels: Tensor, noise_std: Tensor, t: Tensor) -
     return signal[:, None, None, None] * y
 
 
-def timesteps_from(t: int, num_steps: int) -> list[int]:
-    """Returns decreasing timesteps from t to 0, evenly spaced, with num_steps steps or t steps if t is smaller."""
-    count = min(num_steps, t)
-    return [round(t * i / count) for i in range(count, 0, -1)] + [0]
-
-
 def _neighbourhood_means(values: Tensor) -> Tensor:
     """Returns the mean of each pixel's neighbours, (B, 1, H, W), without the pixel itself."""
     size = NEIGHBOURHOOD

@@ -115,19 +115,29 @@ def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> P
     if process == "forward":
         rows = [_forward_coefficients(alpha_bar[t]) for t in path[1:]]
         return _plan(path, rows)
+    if process not in SAMPLERS:
+        raise ValueError(f"unknown sampler {process!r}: must be one of {', '.join(SAMPLERS)}")
+    half_log_snr = schedule.half_log_snr.tolist() if process == "dpmpp" else []
     runs, rows = _decreasing_runs(path), []
     for run, next_run in zip_longest(runs, runs[1:]):
-        rows += _coefficients(schedule, process, run)
+        if process == "dpmpp":
+            rows += _dpmpp_coefficients(half_log_snr, alpha_bar, run)
+        else:
+            step = _ddpm_coefficients if process == "ddpm" else _ddim_coefficients
+            rows += [step(alpha_bar[t], alpha_bar[t_prev]) for t, t_prev in pairwise(run)]
         if next_run:
             rows[-1] = _with_noise(rows[-1], alpha_bar[run[-1]], alpha_bar[next_run[0]])
-    return _plan(timesteps_along(process, path), rows)
+    return _plan(_step_timesteps(runs), rows)
 
 
 def timesteps_along(process: Process, path: Sequence[int]) -> list[int]:
     """Returns the timesteps of `plan_through` without the coefficients. Raises ValueError for an impossible path."""
-    if process == "forward":
-        return list(path)
-    return [*(t for run in _decreasing_runs(path) for t in run[:-1]), path[-1]]
+    return list(path) if process == "forward" else _step_timesteps(_decreasing_runs(path))
+
+
+def _step_timesteps(runs: list[list[int]]) -> list[int]:
+    """Returns the timestep of each step, and the last timestep of the path."""
+    return [*(t for run in runs for t in run[:-1]), runs[-1][-1]]
 
 
 def _plan(timesteps: Sequence[int], rows: list[Coefficients]) -> Plan:
@@ -145,17 +155,6 @@ def _decreasing_runs(path: Sequence[int]) -> list[list[int]]:
     if any(len(run) < 2 for run in runs):
         raise ValueError(f"a path must go down at its start, at its end and after each step up, got {list(path)}")
     return runs
-
-
-def _coefficients(schedule: Schedule, sampler: Sampler, timesteps: list[int]) -> list[Coefficients]:
-    """Returns a, b, c and s of the steps of a sampler through decreasing timesteps."""
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: must be one of {', '.join(SAMPLERS)}")
-    alpha_bar = schedule.alpha_bar.tolist()
-    if sampler == "dpmpp":
-        return _dpmpp_coefficients(schedule.half_log_snr.tolist(), alpha_bar, timesteps)
-    step = _ddpm_coefficients if sampler == "ddpm" else _ddim_coefficients
-    return [step(alpha_bar[t], alpha_bar[t_prev]) for t, t_prev in pairwise(timesteps)]
 
 
 def _with_noise(coefficients: Coefficients, alpha_bar_t: float, alpha_bar_next: float) -> Coefficients:

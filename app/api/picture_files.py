@@ -1,7 +1,8 @@
 """Reads the structure of picture files before they are decoded: format, size, number of frames, orientation.
 
-A file is refused here if it is too large, animated, incomplete or of another format. Metadata is removed, so that the
-decoder never sees it: a few bytes of compressed text or of a colour profile can otherwise expand to many megabytes.
+A file is refused here if it is too large, animated, incomplete or of another format. The metadata of
+PNG, JPEG and GIF files is removed before the decoder sees it: a few bytes of compressed text or of a colour profile can
+otherwise expand to many megabytes.
 """
 
 import zlib
@@ -36,7 +37,7 @@ class PictureError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture file that was checked. `data` is the file without its metadata."""
+    """A picture file that was checked. `data` is the file, without metadata unless it is a WebP file."""
 
     format: str  # the name that Pillow uses
     width: int
@@ -143,14 +144,6 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         yield marker, position, end
         position = end
     raise PictureError(f"The JPEG file has more than {MAX_CHUNKS} segments. Save it again without metadata")
-
-
-def _read_frame(data: bytes, position: int) -> tuple[int, int]:
-    """Returns width and height from a start-of-frame segment."""
-    height, width = unpack_from(">HH", data, position + 5)
-    is_progressive = data[position + 1] in _PROGRESSIVE
-    _check_size(width, height, "progressive JPEG", MAX_PIXELS_PROGRESSIVE if is_progressive else MAX_SIDE**2)
-    return width, height
 
 
 def _read_webp(data: bytes) -> PictureFile:

@@ -67,7 +67,6 @@ class Resized:
     width: int  # of the picture, in pixels
     height: int
     image: DigitImage
-    is_white: Mask
 
 
 def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
@@ -75,8 +74,9 @@ def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
     if body.fit == "digit":
         raise errors.InvalidRequest.of("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
     height, width = picture.grey.shape
-    is_white = (resize(picture.grey) > MASK_LEVEL).numpy()
-    return Resized(width, height, normalise(picture.grey, "resize", body.invert), is_white)
+    if field == "mask":
+        return Resized(width, height, DigitImage(resize(picture.grey), "resize", inverted=False))
+    return Resized(width, height, normalise(picture.grey, "resize", body.invert))
 
 
 def recognize(info: ModelInfo, body: RecognizeRequest, image: DigitImage) -> Task:
@@ -110,7 +110,7 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
 
 def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized) -> Task:
     """Returns the task that draws the white pixels of the mask again and keeps the others."""
-    redrawn = mask.is_white
+    redrawn: Mask = (mask.image.pixels > MASK_LEVEL).numpy()
     if (mask.width, mask.height) != (image.width, image.height):
         sizes = f"{image.width}x{image.height} pixels, but has {mask.width}x{mask.height}"
         raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")

@@ -68,10 +68,8 @@ class StepLimits:
         most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
         most = max(min(most, GUIDED_EVALUATIONS * rows), GUIDED_EVALUATIONS)
-        if widest_row > GUIDED_EVALUATIONS:
-            most = max(
-                most, widest_row + GUIDED_EVALUATIONS
-            )  # room for a row that compares the classes and another row
+        if widest_row > GUIDED_EVALUATIONS:  # A row that compares the classes must not push out all other rows.
+            most = max(most, widest_row + GUIDED_EVALUATIONS)
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a
         # guided row, and up to nine for a row that recognises. If no row is guided, `rows` is the limit. The rate must

@@ -93,11 +93,6 @@ class Drawer:
         return self.checkpoint.config.class_names
 
     @property
-    def null_label(self) -> int:
-        """The label with which the network assumes no class."""
-        return self.checkpoint.network.null_label
-
-    @property
     def facts(self) -> dict[str, Any]:
         """Returns the facts that determine the pixels, except options and seed, for JSON files."""
         return {

@@ -16,7 +16,6 @@ from model.denoising import (
     matching_timestep,
     noise_levels,
     start_of,
-    timesteps_from,
 )
 from model.files import write_json
 from model.noise import normal
@@ -128,7 +127,7 @@ class Denoiser:
         return x
 
     def _plan(self, start: int, num_steps: int) -> Plan:
-        return plan_through(self.schedule, SAMPLER, timesteps_from(start, num_steps))
+        return plan_through(self.schedule, SAMPLER, self.schedule.even_timesteps(num_steps, start))
 
     def _follow(self, plans: Sequence[Plan], x_t: Tensor, index: Tensor) -> Tensor:
         """Returns x_0 (B, 1, 28, 28) after the plan of each row. All plans have the same number of steps."""

@@ -14,7 +14,6 @@ from model.denoising import (
     noise_levels,
     restore_clipped,
     start_of,
-    timesteps_from,
 )
 from model.pixels import from_pixels
 from model.prediction import Prediction, PredictionConfig, predict_x_0
@@ -127,16 +126,6 @@ def test_start_and_ideal_prediction_give_the_posterior_mean_of_gaussian_images()
     level = noise_levels(SCHEDULE)[t].item()
     expected = (level**2 * m + v * y) / (level**2 + v)
     torch.testing.assert_close(predicted, expected.float(), rtol=0, atol=0.05)
-
-
-def test_timesteps_are_distinct_and_decrease_to_0() -> None:
-    for t in (1, 2, 7, 20, 65, 99):
-        for num_steps in (1, 3, 10, 100):
-            timesteps = timesteps_from(t, num_steps)
-            assert (timesteps[0], timesteps[-1], len(timesteps)) == (t, 0, min(t, num_steps) + 1)
-            assert sorted(set(timesteps), reverse=True) == timesteps
-    assert timesteps_from(65, 5) == [65, 52, 39, 26, 13, 0]
-    assert timesteps_from(0, 10) == [0]
 
 
 def test_normal_integral_in_the_table_matches_sums_over_clean_grey_levels() -> None:

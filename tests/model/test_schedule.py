@@ -123,3 +123,16 @@ def test_num_steps_out_of_range_is_rejected(num_steps: int, spacing: str) -> Non
 def test_invalid_schedule_config_is_rejected(field: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**field)
+
+
+@pytest.mark.parametrize("start", [1, 2, 7, 20, 65, 99])
+@pytest.mark.parametrize("num_steps", [1, 3, 10, 100])
+def test_even_timesteps_from_a_start_are_distinct_and_decrease_to_0(start: int, num_steps: int) -> None:
+    count = min(num_steps, start)
+    timesteps = Schedule(ScheduleConfig()).even_timesteps(count, start)
+    assert (timesteps[0], timesteps[-1], len(timesteps)) == (start, 0, count + 1)
+    assert sorted(set(timesteps), reverse=True) == timesteps
+
+
+def test_even_timesteps_from_a_start_have_equal_distances() -> None:
+    assert Schedule(ScheduleConfig()).even_timesteps(5, 65) == [65, 52, 39, 26, 13, 0]

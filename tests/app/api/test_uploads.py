@@ -2,7 +2,7 @@ import asyncio
 import base64
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -69,6 +69,16 @@ class Client:
 
 def same(fields: Fields, name: str, picture: Picture) -> Picture:
     return picture
+
+
+def waiting_for(event: threading.Event) -> Callable[[Fields, str, Picture], Picture]:
+    """Returns a conversion that keeps its worker busy until the event is set."""
+
+    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+        event.wait(30)
+        return picture
+
+    return convert
 
 
 def read(body: bytes, content_type: str = JSON, **settings: Any) -> Result:
@@ -408,10 +418,7 @@ def test_at_most_two_requests_are_decoded_at_a_time() -> None:
 
 def test_client_that_leaves_while_its_request_waits_is_noticed() -> None:
     go_on = threading.Event()
-
-    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
-        go_on.wait(30)
-        return picture
+    convert = waiting_for(go_on)
 
     async def main() -> None:
         reader = ImageReader(Settings())
@@ -427,10 +434,7 @@ def test_client_that_leaves_while_its_request_waits_is_noticed() -> None:
 
 def test_request_that_waits_until_its_deadline_is_answered() -> None:
     go_on = threading.Event()
-
-    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
-        go_on.wait(30)
-        return picture
+    convert = waiting_for(go_on)
 
     async def main() -> None:
         reader = ImageReader(Settings(request_timeout=0.05))
@@ -468,10 +472,7 @@ def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
 def test_request_that_is_cancelled_while_it_waits_frees_its_body(monkeypatch: pytest.MonkeyPatch) -> None:
     """The executor keeps the arguments of cancelled work until a worker is free."""
     go_on = threading.Event()
-
-    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
-        go_on.wait(30)
-        return picture
+    convert = waiting_for(go_on)
 
     async def main() -> None:
         reader, bodies = ImageReader(Settings()), list[list[bytes]]()
@@ -499,10 +500,7 @@ def test_request_that_is_cancelled_while_it_waits_frees_its_body(monkeypatch: py
 def test_number_of_requests_that_wait_for_a_worker_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "MAX_WAITING", 2)
     go_on = threading.Event()
-
-    def convert(fields: Fields, name: str, picture: Picture) -> Picture:
-        go_on.wait(30)
-        return picture
+    convert = waiting_for(go_on)
 
     async def main() -> None:
         reader = ImageReader(Settings())
