@@ -136,7 +136,8 @@ def rows_of(trajectories: Sequence[Trajectory], null_label: int, shapes: Shapes,
     label = [labels[0] for _, _, labels, _ in rows] + [null_label] * padding
     for place, (_, _, labels, trajectory) in enumerate(rows):
         if len(labels) > 1:
-            second[place] = second[place] if trajectory.comparison else len(source)
+            if not trajectory.comparison:
+                second[place] = len(source)
             source += [place] * (len(labels) - 1)
             label += labels[1:]
     further = shapes.evaluations(count, len(source) - count) - len(source)
