@@ -175,9 +175,9 @@ class Settings(BaseSettings):
     max_count: Count = 64
     """maximum number of images per request (default: 64)"""
     max_body_bytes: Count = 16 * 1024
-    """maximum size in bytes of a request body without images (default: 16384)"""
+    """maximum size in bytes of a request body without pictures (default: 16384)"""
     max_image_bytes: Count = 4 * 1024 * 1024
-    """maximum size in bytes of a request body with images (default: 4194304)"""
+    """maximum size in bytes of a request body with pictures (default: 4194304)"""
     request_timeout: Seconds = 30.0
     """deadline of a request in seconds. A late request is answered with 504. Also the upper limit of timeout_seconds
     (default: 30)"""

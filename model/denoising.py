@@ -1,35 +1,44 @@
-"""Removal of noise from a picture with the diffusion model: the noise level, the clipped pixels, and the start.
+"""Removes noise from an image with the diffusion model: the noise level, the clipped pixels, and the start.
 
-A picture in grey levels is y = clip(x + noise_std z) with standard normal z, clipped to 0..255 and rounded to integers.
-In [-1, 1] and without clipping, sqrt(alpha_bar_t) y is x_t at the timestep t where the forward process has the same
-ratio of noise to signal. The reverse process can therefore start there:
+A noisy image in grey levels is y = clip(x + noise_std z) with standard normal z, clipped to 0..255 and rounded to
+integers. In [-1, 1] and without clipping, sqrt(alpha_bar_t) y is x_t at the timestep t where the forward process has
+the same ratio of noise to signal. The reverse process can therefore start there:
 
-    noise_std = estimate_noise_std(pixels)                      if it is not known
+    noise_std = estimate_noise_std(pixels)              if it is not known
     t         = matching_timestep(schedule, noise_std)
-    x_t       = start_of(schedule, pixels, noise_std, t)
+    x_t       = sqrt(alpha_bar_t) restored_image(pixels, noise_std)
     mean      = predicted x_0 at t, the estimate of E[x_0 | x_t], which has the smallest squared error (Efron 2011)
     sample    = reverse process from t to 0
 
-The class is not assumed: the network gets the null label. A deterministic sampler (DDIM) is needed then, because new
-noise in each step can turn the result into another digit.
+A sample needs the class. If it is not given, `NoisyComparison` recognises it first. `mean` uses the null label instead,
+because its prediction is the mean over all classes.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.sampler import Sampler
 from model.schedule import Schedule
 
+DENOISING_SAMPLER: Sampler = "ddim"  # recommended; new noise in each step can turn the result into another digit
+DENOISING_STEPS = 20  # recommended number of steps from T to 0; an image with weak noise needs only a part of them
 WHITE = 255
 MAX_NOISE_STD = 1000.0
 LEAST_NOISE_STD = 0.5  # an estimate below half a grey level is 0, because rounding hides such noise
 NEIGHBOURHOOD = 5  # side of the square around a pixel that decides whether the pixel is background
 BACKGROUND = 0.5  # share of the pixels that are taken as background
-NOT_BACKGROUND = 0.01  # share of these that is allowed for: any grey level with noise
-NUM_LEVELS = 320  # noise levels in the table of the estimator, 2.7 % apart
+NOT_BACKGROUND = 0.01  # assumed share of these pixels whose clean value is not 0 but any grey level
+NUM_PAIRS = 8  # timesteps of `comparison_path`; each takes two steps with opposite noise
+FULL_PAIRS, NUM_CANDIDATES = 2, 4  # pairs that compare all classes, and the number of classes in the others
+# The pairs are above the matching timestep and between these shares of T. At lower timesteps the classes have nearly
+# equal predictions. At higher timesteps the image has little influence on the predictions.
+LOWEST_PAIR, HIGHEST_PAIR = 0.6, 0.92
+NUM_LEVELS = 320  # noise levels in the table of the estimator, 2.7% apart
 
 
 def estimate_noise_std(pixels: Tensor) -> Tensor:
@@ -38,7 +47,7 @@ def estimate_noise_std(pixels: Tensor) -> Tensor:
     The background must be black. Half of its noisy pixels are clipped at 0, so the noise is a censored normal variable
     (Tobin 1958). The pixels with the darkest neighbourhoods are taken as background. The pixel itself is not part of
     its neighbourhood, so this choice does not depend on its own noise. The result is the posterior mean of
-    log(noise_std) for a prior that is flat in it. It is 0 for a picture without noise.
+    log(noise_std) for a prior that is flat in it. It is 0 for an image without noise.
     """
     values = pixels.flatten(1).long()  # (B, N)
     order = _neighbourhood_means(pixels.double()).flatten(1).argsort(dim=1, stable=True)  # (B, N)
@@ -59,8 +68,8 @@ def restore_clipped(pixels: Tensor, noise_std: Tensor) -> Tensor:
 
         E[v | v < l] = m - noise_std phi(u) / Phi(u),  u = (l - m) / noise_std
 
-    For large noise this is 0.8 noise_std below black, or above white. Without this replacement the network sees a
-    background that is brighter, and noise that is weaker, than at any timestep.
+    For large noise this is 0.8 noise_std below black, or above white. Without this replacement, the input of
+    the network has a brighter background and weaker noise than x_t at any timestep.
     """
     v = pixels.double()  # (B, 1, H, W)
     std = noise_std.double()[:, None, None, None]  # (B, 1, 1, 1)
@@ -86,19 +95,65 @@ def matching_timestep(schedule: Schedule, noise_std: float) -> int:
     return int((log_levels - math.log(noise_std)).abs().argmin()) + 1
 
 
-def restored_image(pixels: Tensor, noise_std: float) -> Tensor:
-    """Returns noisy pixels (C, H, W) in [-1, 1] and with clipped values restored, (C, H, W) float32."""
-    return restore_clipped(pixels[None], torch.tensor([noise_std]))[0] / (WHITE / 2) - 1
+def restored_image(pixels: Tensor, noise_std: Tensor | Sequence[float]) -> Tensor:
+    """Returns noisy pixels (B, 1, H, W) in [-1, 1], float32, with restored clipped values. noise_std has B values."""
+    return restore_clipped(pixels, torch.as_tensor(noise_std)) / (WHITE / 2) - 1
 
 
-def start_of(schedule: Schedule, pixels: Tensor, noise_std: Tensor, t: Tensor) -> Tensor:
-    """Returns x_t, (B, 1, H, W) float32, for noisy pixels (B, 1, H, W), noise_std (B,) and matching timesteps t (B,).
+def can_compare(schedule: Schedule, t_image: int) -> bool:
+    """Returns True if the classes of an image with matching timestep `t_image` can be compared.
 
-    At t = 0 this is the picture itself in [-1, 1].
+    An image with a higher matching timestep has nearly as much noise as x_T.
     """
-    y = restore_clipped(pixels, noise_std) / (WHITE / 2) - 1  # (B, 1, H, W)
-    signal = schedule.alpha_bar[t.cpu()].sqrt().float().to(y.device)  # (B,)
-    return signal[:, None, None, None] * y
+    return t_image < round(HIGHEST_PAIR * schedule.num_steps) - NUM_PAIRS
+
+
+def comparison_path(schedule: Schedule, t_image: int) -> list[int]:
+    """Returns the path of the process "noisy" that recognises an image with matching timestep `t_image`.
+
+    Its timesteps are above `t_image`. The most informative ones come first. Raises ValueError if `can_compare` is
+    False.
+    """
+    if not can_compare(schedule, t_image):
+        raise ValueError(f"t_image {t_image} has too much noise to compare the classes")
+    T = schedule.num_steps
+    lowest, highest = max(t_image, LOWEST_PAIR * T), HIGHEST_PAIR * T
+    timesteps = [round(lowest + (highest - lowest) * (k + 1) / NUM_PAIRS) for k in range(NUM_PAIRS)]
+    order = sorted(range(NUM_PAIRS), key=lambda k: abs(k - NUM_PAIRS // 2))
+    return [t_image, *(timesteps[k] for k in order)]
+
+
+class NoisyComparison:
+    """Compares the classes of a noisy image along `comparison_path`, by the sum of their errors.
+
+    After the first FULL_PAIRS pairs, all but the NUM_CANDIDATES best classes are dropped.
+    """
+
+    has_own_images = False
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.sums = [0.0] * num_classes  # infinite for a dropped class
+        self.remaining = list(range(num_classes))
+        self.evaluations = 0
+        self._steps_done = 0
+
+    def add(self, errors: Sequence[float]) -> None:
+        """Adds the squared errors of a step, one for each class of `remaining`."""
+        for label, error in zip(self.remaining, errors, strict=True):
+            self.sums[label] += error
+        self.evaluations += len(errors)
+        self._steps_done += 1
+        if self._steps_done == 2 * FULL_PAIRS:
+            self.remaining = sorted(self.remaining, key=self.sums.__getitem__)[:NUM_CANDIDATES]
+            self.sums = [each if label in self.remaining else math.inf for label, each in enumerate(self.sums)]
+        if self._steps_done == 2 * NUM_PAIRS:
+            self.remaining = []
+
+    @property
+    def digit(self) -> int:
+        """The class with the smallest sum so far."""
+        return min(range(self.num_classes), key=self.sums.__getitem__)
 
 
 def _neighbourhood_means(values: Tensor) -> Tensor:
@@ -115,7 +170,7 @@ def _log_likelihood_table() -> tuple[Tensor, Tensor]:
     """Returns noise levels (L,) and the log-probability (L, 256) of each grey level of a background pixel.
 
     A share of NOT_BACKGROUND has a clean value that is uniform in 0..255. The levels extend above MAX_NOISE_STD, so
-    that the posterior of a picture with this noise is not cut off.
+    that the posterior of an image with this noise is not cut off.
     """
     levels = torch.logspace(math.log10(0.25), math.log10(1.2 * MAX_NOISE_STD), NUM_LEVELS, dtype=torch.float64)  # (L,)
     edges = torch.arange(1, WHITE + 1, dtype=torch.float64) - 0.5  # (255,) between two grey levels

@@ -25,13 +25,13 @@ Invert = bool | Literal["auto"]
 
 SIZE = 28  # pixels per side of an MNIST image
 BOX = 20 / 28  # longest side of the drawing, as a share of the image
-COARSE = 256  # the drawing is searched in a picture that is reduced to at most this many pixels per side
+COARSE = 256  # the drawing is found in a picture that is reduced to at most this number of pixels per side
 FINE = 8  # subpixels per pixel while the stroke width is changed
 BAND_BYTES = 4 * 2**20  # rows are converted to float32 in bands of about this size, to limit the memory
 
-# Mean stroke widths in pixels, by `_stroke_width`. The quantiles of 1,000 validation digits of MNIST are 1.4 (1 %),
-# 2.6 (50 %), 3.9 (95 %) and 4.6 (99 %). Strokes outside of the bounds are changed: thin ones become typical. Thick ones
-# become only as thin as FIRM, because the outline of a loop that the stroke has filled would otherwise be lost.
+# Mean stroke widths in pixels, by `_stroke_width`. The quantiles of 1,000 validation digits of MNIST are 1.4 (1%),
+# 2.6 (50%), 3.9 (95%) and 4.6 (99%). Strokes outside of the bounds are changed. Thin strokes get the width TYPICAL.
+# Thick strokes get the larger width FIRM, because a loop that the stroke has filled would otherwise disappear.
 THINNEST, THICKEST = 1.4, 4.2
 TYPICAL, FIRM = 2.6, 3.4
 
@@ -157,8 +157,8 @@ def _fit_paper(coarse: Tensor) -> Tensor:
     """Fits a quadratic surface to the brightness of the paper. Returns its 6 coefficients.
 
     Minimises the mean of the absolute residuals, plus half of the squared coefficients except the constant, by
-    iteratively reweighted least squares. Strokes have no influence while
-    they cover less than half of the picture, as for a median.
+    iteratively reweighted least squares. Like a median, the result hardly depends on strokes that cover less than half
+    of the picture.
     """
     stride = max(1, max(coarse.shape) // 64)
     rows, columns = _grid(coarse.shape)
@@ -210,9 +210,9 @@ def _find_drawing(strength: Tensor) -> Tensor | None:
 def _components(mask: Tensor) -> Tensor:
     """Labels the connected components of a mask (H, W): int64 (H, W), 0 outside of the mask.
 
-    Each pixel takes the largest label of its neighbours, and so does the pixel that its old label names. Labels are
-    then replaced by the labels of the pixels that they name. The number of iterations is about the logarithm of the
-    length of the longest path.
+    A label is the number of a pixel. In each iteration, a pixel and the pixel of its old label take the largest label
+    of its neighbours. Each label is then replaced by the label of the pixel that it refers to. The number of iterations
+    is about the logarithm of the length of the longest path.
     """
     index = torch.arange(1, mask.numel() + 1).view(mask.shape)
     label = index * mask
@@ -315,7 +315,7 @@ def _with_typical_stroke(mask: Tensor) -> Tensor | None:
     unit = longest / (SIZE * BOX)  # subpixels per pixel of an MNIST image
     if THINNEST <= width / unit <= THICKEST:
         return None
-    # With `change` subpixels fewer on each side, both the stroke and the box become smaller:
+    # If `change` subpixels are removed on each side, both the stroke and the box become smaller:
     # width - 2 change = share * (longest - 2 change)
     share = (TYPICAL if width < THINNEST * unit else FIRM) / (SIZE * BOX)
     change = round((width - share * longest) / (2 * (1 - share)))
@@ -331,10 +331,10 @@ def _tight_or_none(mask: Tensor) -> Tensor | None:
 
 
 def _stroke_width(mask: Tensor) -> float:
-    """Returns the mean width of the strokes of a mask in its pixels.
+    """Returns the mean width of the strokes of a mask, in pixels of the mask.
 
-    The mean number of erosions that a pixel of a stroke of width w survives, including the pixel itself, is about
-    w / 4 + 1 / 2.
+    The mask is eroded until it is empty. On average, a pixel of a stroke of width w is in about w / 4 + 1 / 2 of these
+    masks. The first mask is included.
     """
     left, areas = F.pad(mask.float(), [1] * 4), []
     while area := left.sum().item():

@@ -2,8 +2,8 @@
 
 from model.schedule import Schedule
 
-# The half log-SNR at strength 0 and, negated, at strength 1. There the standard deviation of the noise is 2% of that of
-# the image, or the reverse. Less noise, or less of the image, makes no visible difference.
+# The half log-SNR near strength 0, and its negative near strength 1. Near strength 0, the standard deviation of the
+# noise is 2% of that of the image. Near strength 1, it is the reverse. A larger ratio makes no visible difference.
 MAX_HALF_LOG_SNR = 4.0
 
 
@@ -11,7 +11,7 @@ def start_timestep(schedule: Schedule, strength: float) -> int:
     """Returns the timestep up to which noise is added to a sketch, for a strength in 0..1.
 
     Strength 0 is timestep 0: the sketch without noise. Strength 1 is T: noise without the sketch. In between, strength
-    is the share of a fixed range of log-SNR, so it means the same noise level under every schedule. At strength 0.5,
+    is a share of a fixed range of log-SNR, so it means the same noise level under every schedule. At strength 0.5,
     image and noise have equal weights. The result is the timestep with the nearest log-SNR. Raises ValueError if the
     strength is out of range.
     """

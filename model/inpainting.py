@@ -4,13 +4,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
-from model.process import Start, begin
-from model.sampler import Plan
 from model.schedule import Schedule
-from model.step import Rows, Step
 
 NUM_LEVELS = 10  # recommended number of distinct timesteps
 NUM_RESAMPLINGS = 5  # recommended number of times that each step is taken
@@ -20,7 +14,7 @@ MIN_PAIRS = 4  # number of steps before the first class is dropped
 
 
 def inpainting_path(schedule: Schedule, num_levels: int, num_resamplings: int = NUM_RESAMPLINGS) -> list[int]:
-    """Returns the path that fills in an image: `num_levels` timesteps evenly spaced in t, and the repeated steps.
+    """Returns the path that fills in an image: `num_levels` timesteps evenly spaced in t, with repeated steps.
 
     It needs 1 + (num_levels - 1) * num_resamplings network calls without guidance. Raises ValueError if num_levels is
     not in 1..T.
@@ -29,7 +23,7 @@ def inpainting_path(schedule: Schedule, num_levels: int, num_resamplings: int = 
 
 
 def recognition_path(schedule: Schedule) -> list[int]:
-    """Returns the path for `compare_classes`. It has only the noise levels at which the class matters.
+    """Returns the path of a comparison by `ClassDistances`. It has only the noise levels at which the class matters.
 
     It goes down from T several times. Only the first pass starts from noise. The later ones start from an image that
     fits the known pixels better, so they recognise more classes correctly.
@@ -43,7 +37,7 @@ def recognition_path(schedule: Schedule) -> list[int]:
 
 
 def repaint_timesteps(timesteps: Sequence[int], num_resamplings: int) -> list[int]:
-    """Returns a path that takes every step of `timesteps` but the first `num_resamplings` times.
+    """Returns a path that takes every step of `timesteps` `num_resamplings` times, except the first step.
 
     Before each repetition the path goes up again by one step, which adds the noise of the forward process. This is
     algorithm 1 of Lugmayr 2022 with jump length 1. One step fits the missing pixels to the known ones only partly.
@@ -61,10 +55,11 @@ def repaint_timesteps(timesteps: Sequence[int], num_resamplings: int) -> list[in
 
 
 class ClassDistances:
-    """Compares the classes of an image with missing pixels. It is a function of the errors that were added.
+    """Compares the classes of an image with missing pixels. Its state depends only on the errors that were added.
 
-    Each class fills in the missing pixels along its own trajectory, all with the same noise. The distance of a class is
-    that of its predicted x_0 from the known pixels, summed over the steps. A class that is far behind is dropped.
+    The missing pixels are filled in once for each class, with the same noise. The distance of a class is the distance
+    of its predicted x_0 from the known pixels, summed over the steps. A class is dropped if its distance exceeds the
+    smallest one by more than CLASS_MARGIN.
     """
 
     has_own_images = True
@@ -93,37 +88,3 @@ class ClassDistances:
     def digit(self) -> int:
         """The class with the smallest distance so far."""
         return min(range(self.num_classes), key=self.distances.__getitem__)
-
-
-@torch.inference_mode()
-def compare_classes(
-    step: Step,
-    plan: Plan,
-    start: Start,
-    num_classes: int,
-    *,
-    seed: Tensor,
-    index: Tensor,
-) -> list[ClassDistances]:
-    """Compares the classes of B images with missing pixels, along `plan` from `start` (B images with is_known).
-
-    seed and index are (B,) int64.
-    """
-    B, C, H, W = start.image.shape
-    image = torch.arange(B, device=seed.device).repeat_interleave(num_classes)  # (B * num_classes,) image of each row
-    plans = [plan] * len(image)
-    state, table = begin(plans, (C, H, W), seed=seed[image], index=index[image], start=start.rows(image))
-    results = [ClassDistances(num_classes, plan.num_steps) for _ in range(B)]
-    for k in range(plan.num_steps):
-        left = [(number, label) for number, result in enumerate(results) for label in result.remaining]
-        if not left:
-            break
-        number, label = torch.tensor(left, device=seed.device).T  # (R,) each: rows that take the step
-        slots, rows = number * num_classes + label, torch.arange(len(left), device=seed.device)  # (R,) each
-        stepped = step(state, table, Rows(slots, torch.full_like(slots, k), rows, label.contiguous(), rows))
-        state.x_t[slots], state.x_0[slots] = stepped.x_prev, stepped.x_0
-        errors = iter(stepped.error.tolist())
-        for result in results:
-            if result.remaining:
-                result.add([next(errors) for _ in result.remaining])
-    return results

@@ -20,7 +20,7 @@ class Start:
     """Images from which trajectories start: x_t = signal * image + noise * z. Without a Start, x_T = z.
 
     Pixels with `is_known` are pixels of x_0: each step replaces the predicted x_0 there by `image`. They then follow
-    the forward process exactly, so the other pixels are generated to fit (Lugmayr 2022, eq. 8, for any sampler).
+    the forward process exactly, so the other pixels are generated to fit them (Lugmayr 2022, eq. 8, for any sampler).
     """
 
     image: Tensor  # (B, C, H, W) float32
@@ -53,7 +53,7 @@ def begin(
     guidance_scale: float = 1.0,
     start: Start | None = None,
 ) -> tuple[State, Tensor]:
-    """Returns the initial state of the rows and the table (P, 5) of their plans. Both are inputs of a step.
+    """Returns the initial state of the rows and the table (P, 7) of their plans. Both are inputs of a step.
 
     Row i follows plans[i]. Rows can share a plan. seed and index are (B,) int64 on the device of the step. Without
     `start`, the rows start from x_T.

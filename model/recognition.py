@@ -5,7 +5,7 @@ x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. The network predicts x_
 of a class is the Euclidean distance between its prediction and the image. The score of a class is a weighted sum of its
 distances over several pairs.
 
-All images use the same pairs, so the answer is reproducible. A fixed eps also has the same influence on the distances
+All images use the same pairs, so the result is reproducible. A fixed eps also has the same influence on the distances
 of every image. The offsets of `Readout` remove this influence, so that few pairs are enough.
 
 The decisions after each pair are plain Python, because tensors of ten values are slower.
@@ -23,20 +23,21 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import Checkpoint
+from model.comparison import compare
 from model.json_fields import build
-from model.noise import normal
+from model.process import Start
+from model.sampler import plan_through
 from model.step import ReverseStep
 
 RECOGNITION_SEED = 0  # the noise of pair k is normal(RECOGNITION_SEED, 0, k); other seeds need other offsets
 DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS = 20, 100
-# Timesteps of the pairs, for T = 100, repeated. The order is that of a greedy selection on validation digits: each
-# timestep adds most to those before it. One pair at t = 75 to 85 recognises most digits; below t = 60, one pair alone
-# recognises few, but it still improves the others. With the offsets of `Readout`, one pair at t = 80 recognises 96% of
-# the validation digits, without them 89%.
+# Timesteps of the pairs, for T = 100. They are repeated. The order was chosen greedily on validation digits: each
+# timestep is the one that improves the accuracy of the earlier ones most. One pair at t = 75 to 85 recognises most
+# digits. One pair below t = 60 recognises few digits, but it improves the accuracy of other pairs. One pair at t = 80
+# recognises 96% of the validation digits with the offsets of `Readout`, and 89% without them.
 CYCLE = (80, 70, 90, 60, 75, 50, 85, 65, 40, 55)
 SHIPPED_READOUT = Path(__file__).parent / "weights" / "recognition.json"
 SMALLEST_ERROR = 1e-6  # avoids the logarithm of 0
-ROWS = 500  # evaluations in one network call of `errors_of`; larger calls are not faster
 
 
 def timesteps(num_pairs: int, num_steps: int = 100) -> tuple[int, ...]:
@@ -64,7 +65,7 @@ class Readout:
     # (len(CYCLE), 2) for each timestep: log distance of a real digit = first * ink + second
     typical: tuple[tuple[float, ...], ...]
     suspicion: tuple[float, ...]  # (len(CYCLE),) weight of a log distance above the typical one
-    bias: float  # log-odds of "not a digit" for typical distances, if half of all pictures are digits
+    bias: float  # log-odds of "not a digit" for typical distances, if half of all images are digits
     limit: float  # log-odds of "not a digit" that 1% of the validation digits exceed
 
     @property
@@ -87,19 +88,27 @@ class Readout:
 
 
 class Recognition:
-    """The evidence about one image so far. It is a function of the errors that were added, and of nothing else.
+    """Compares the classes of one image. Its state depends only on the errors that were added.
 
-    `remaining` lists the classes that the next pair must evaluate. It is empty when the answer is final.
+    `remaining` lists the classes that the next pair must evaluate. It is empty when the result is final.
     """
 
     has_own_images = False  # all classes predict x_0 from the same x_t
 
-    def __init__(self, readout: Readout, ink: float, num_pairs: int = DEFAULT_NUM_PAIRS, *, prune: bool = True) -> None:
-        """`ink` is the result of `ink_of` for the image."""
-        self.timesteps = timesteps(num_pairs)
+    def __init__(
+        self,
+        readout: Readout,
+        ink: float,
+        num_pairs: int = DEFAULT_NUM_PAIRS,
+        *,
+        num_steps: int = 100,
+        prune: bool = True,
+    ) -> None:
+        """`ink` is the result of `ink_of` for the image. `num_steps` is T of the schedule."""
+        self.timesteps = timesteps(num_pairs, num_steps)
         self._readout, self.ink, self._prune = readout, ink, prune
         self.num_classes = num_classes = readout.num_classes
-        self._scores = [0.0] * num_classes  # of the classes in question; lower is better
+        self._scores = [0.0] * num_classes  # of the classes that are not dropped; lower is better
         self._behind = [0.0] * num_classes  # log-odds below the best class; fixed when a class is dropped
         self.errors: list[dict[int, float]] = []  # of each pair so far: class -> error
         self._in_question = list(range(num_classes))
@@ -125,7 +134,7 @@ class Recognition:
     def _update(self, num_pairs: int) -> None:
         scale = 1 / (1 + num_pairs / self._readout.half_at)
         best = min(self._scores[y] for y in self._in_question)
-        if len(self._in_question) > 1:  # with one class left, its lead over the others stays as it was
+        if len(self._in_question) > 1:  # with one class left, the log-odds of the dropped classes do not change
             for y in self._in_question:
                 self._behind[y] = scale * (self._scores[y] - best)
         if self._prune:
@@ -146,10 +155,10 @@ class Recognition:
 
     @property
     def suspicion(self) -> float:
-        """The log-odds that the image shows no digit, if half of all pictures are digits.
+        """The log-odds that the image shows no digit, if half of all images are digits.
 
-        They follow from the distances of the most probable class in the first pairs. A picture that shows no digit has
-        larger distances than a digit with as much ink.
+        They follow from the distances of the most probable class in the first pairs. An image that shows no digit has
+        larger distances than a digit with the same ink.
         """
         digit, total = self.digit, self._readout.bias
         constants = zip(self._readout.suspicion, self._readout.typical, self.errors, strict=False)
@@ -161,7 +170,7 @@ class Recognition:
 
     @property
     def is_digit(self) -> bool:
-        """False if the picture probably shows no digit. This is wrong for about 1% of real digits."""
+        """False if the image probably shows no digit. This is wrong for about 1% of real digits."""
         return self.suspicion <= self._readout.limit
 
 
@@ -173,27 +182,6 @@ def ink_of(x_0: Tensor) -> list[float]:
     return (x_0 + 1).flatten(1).norm(dim=1).log1p().tolist()
 
 
-@torch.inference_mode()
-def errors_of(step: ReverseStep, x_0: Tensor, labels: Tensor, pair: int) -> Tensor:
-    """Returns the error (N,) of each image x_0 (N, C, H, W) for the class in labels (N,), at one pair.
-
-    The network and its condition table are those of the service. Images can be repeated, once for each class.
-    """
-    schedule = step.checkpoint.schedule
-    t = timesteps(pair + 1, schedule.num_steps)[-1]
-    signal, noise = schedule.alpha_bar[t].sqrt().float(), (1 - schedule.alpha_bar[t]).sqrt().float()
-    seed, index, number = torch.tensor([[RECOGNITION_SEED], [0], [pair]]).unbind()  # (1,) each
-    eps = normal(seed, index, number, step.checkpoint.image_shape)  # (1, C, H, W)
-    errors = []
-    for part, y in zip(x_0.split(ROWS), labels.split(ROWS), strict=True):
-        x_t = signal * part + noise * eps  # (B, C, H, W)
-        output = step.call_rows.call(step.denoise, x_t.to(step.dtype), step.condition[t, y]).float()  # (B, C, H, W)
-        skip, scale, divisor = step.mix[t]
-        predicted = (skip * x_t - scale * output) / divisor  # (B, C, H, W), not clipped
-        errors.append((predicted - part).square().sum(dim=(1, 2, 3)))  # (B,)
-    return torch.cat(errors)
-
-
 def recognise(
     step: ReverseStep,
     x_0: Tensor,
@@ -203,16 +191,15 @@ def recognise(
     prune: bool = True,
 ) -> list[Recognition]:
     """Recognises images x_0 (N, C, H, W) in [-1, 1]. With `prune`, improbable classes are dropped after each pair."""
-    results = [Recognition(readout, ink, num_pairs, prune=prune) for ink in ink_of(x_0)]
-    for pair in range(num_pairs):
-        rows = [i for i, result in enumerate(results) for _ in result.remaining]
-        if not rows:
-            break
-        labels = [y for result in results for y in result.remaining]
-        errors = iter(errors_of(step, x_0[rows], torch.tensor(labels), pair).tolist())
-        for result in results:
-            if result.remaining:
-                result.add([next(errors) for _ in result.remaining])
+    schedule = step.checkpoint.schedule
+    path = [*timesteps(num_pairs, schedule.num_steps), 0]
+    T = schedule.num_steps
+    results = [Recognition(readout, ink, num_pairs, num_steps=T, prune=prune) for ink in ink_of(x_0)]
+    x_0 = x_0.to(step.device)
+    seed = torch.full((len(x_0),), RECOGNITION_SEED, device=step.device)  # (N,)
+    start = Start.at(schedule, path[0], x_0, torch.ones_like(x_0, dtype=torch.bool))
+    plan = plan_through(schedule, "forward", path)
+    compare(step, [plan] * len(results), results, seed=seed, index=torch.zeros_like(seed), start=start)
     return results
 
 

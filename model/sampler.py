@@ -4,8 +4,8 @@ Each step of each sampler is x_prev = a x_t + b x_0 + c x_0_prev + s z, with fre
 s depend on the schedule only. A plan holds the coefficients of all steps.
 
 A plan can follow any path of timesteps. It can start below T, and it can go up again: RePaint (Lugmayr 2022) adds noise
-to an image that is nearly finished and denoises it again. The process "forward" has no reverse steps. It visits any
-timesteps with images from the forward process.
+to a partly denoised image and denoises it again. The process "forward" has no reverse steps. In each step it
+draws x_t from the forward process, at any timestep. The process "noisy" does the same for an image with noise.
 """
 
 import math
@@ -24,9 +24,10 @@ from model.schedule import Schedule
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps or another prediction
 Sampler = Literal["ddpm", "ddim", "dpmpp"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-Process = Sampler | Literal["forward"]
+Process = Sampler | Literal["forward", "noisy"]
 Coefficients = tuple[float, float, float, float]  # a, b, c and s of one step
 MAX_GUIDANCE_SCALE = 10
+PLAN_COLUMNS = 7  # of `Plan.table`
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +66,14 @@ class Plan:
 
     timesteps: tuple[int, ...]  # num_steps + 1 values
     coefficients: Tensor  # (num_steps, 4) float32: a, b, c, s
+    # (num_steps, 2) float32: the error of a step compares the predicted x_0 with of_known known + of_x_t x_t.
+    targets: Tensor | None = None  # None: of_known = 1 and of_x_t = 0, so x_0 is compared with the known pixels
 
     def table(self, device: torch.device) -> Tensor:
-        """Returns t, a, b, c and s of each step, (num_steps, 5) float32."""
+        """Returns t, a, b, c, s, of_known and of_x_t of each step, (num_steps, 7) float32."""
         t = torch.tensor(self.timesteps[:-1])[:, None]  # (num_steps, 1)
-        return torch.cat([t, self.coefficients], dim=1).to(device)
+        targets = torch.tensor([1.0, 0.0]).expand(self.num_steps, 2) if self.targets is None else self.targets
+        return torch.cat([t, self.coefficients, targets], dim=1).to(device)
 
     @property
     def num_steps(self) -> int:
@@ -98,19 +102,30 @@ def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int, start: in
     return schedule.even_timesteps(num_steps, start)
 
 
+def timesteps_from(schedule: Schedule, sampler: Sampler, num_steps: int, start: int) -> list[int]:
+    """Returns the timesteps of a process from `start` to 0, whose steps are as long as those of num_steps from T to 0.
+
+    These are round(num_steps * start / T) steps, but at least one.
+    """
+    count = min(max(round(num_steps * start / schedule.num_steps), 1), start)
+    return timesteps_of(schedule, sampler, count, start)
+
+
 def num_steps_of(path: Sequence[int]) -> int:
-    """Returns the number of steps of a sampler along a path. Going up is a part of the step before."""
+    """Returns the number of steps of a sampler along a path. Going up needs no additional step."""
     return sum(t_next < t for t, t_next in pairwise(path))
 
 
 def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> Plan:
-    """Returns the plan for a path of timesteps. Raises ValueError for an unknown process or an impossible path.
+    """Returns the plan for a path of timesteps. Raises ValueError for an unknown process or an invalid path.
 
     A sampler takes one step, with one call of the network, from each timestep of the path to the next lower one. Where
     the path goes up, the step before also adds the noise of the forward process, so going up needs no call. Example:
     the path 100, 50, 80, 0 has a step from 100 to 50 and on to 80, and a step from 80 to 0. For the process "forward"
-    every step draws x at the next timestep from q(x_t | x_0), in any order of timesteps.
+    every step draws x at the next timestep from q(x_t | x_0), in any order of timesteps. For "noisy" see `_noisy_plan`.
     """
+    if process == "noisy":
+        return _noisy_plan(schedule, path)
     alpha_bar = schedule.alpha_bar.tolist()  # floats, because tensors of one value are slow
     if process == "forward":
         rows = [_forward_coefficients(alpha_bar[t]) for t in path[1:]]
@@ -130,14 +145,55 @@ def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> P
     return _plan(_step_timesteps(runs), rows)
 
 
-def timesteps_along(process: Process, path: Sequence[int]) -> list[int]:
-    """Returns the timesteps of `plan_through` without the coefficients. Raises ValueError for an impossible path."""
-    return list(path) if process == "forward" else _step_timesteps(_decreasing_runs(path))
+def timesteps_along(path: Sequence[int]) -> list[int]:
+    """Returns the timesteps of a sampler along a path, as in `plan_through`. Raises ValueError for an invalid path."""
+    return _step_timesteps(_decreasing_runs(path))
 
 
 def _step_timesteps(runs: list[list[int]]) -> list[int]:
     """Returns the timestep of each step, and the last timestep of the path."""
     return [*(t for run in runs for t in run[:-1]), runs[-1][-1]]
+
+
+def noise_above(schedule: Schedule, t_image: int, t: int) -> tuple[float, float]:
+    """Returns the signal and the noise of x_t = signal u + noise n, for an image u with the noise level of t_image.
+
+    The noise in u has the standard deviation s of the noise in x_t / sqrt(alpha_bar_t) at t_image. With standard normal
+    noise n, x_t has the noise level of t > t_image.
+    """
+    alpha_bar = schedule.alpha_bar[t].item()
+    gamma = _noise_variance(schedule, t) - _noise_variance(schedule, t_image)
+    return math.sqrt(alpha_bar), math.sqrt(alpha_bar * gamma)
+
+
+def _noisy_plan(schedule: Schedule, path: Sequence[int]) -> Plan:
+    """Returns the plan that visits the timesteps path[1:] with an image u that has the noise level of path[0].
+
+    Each timestep has two steps: with x_t = signal u + noise n, and with -n instead of n. All pixels are known, and
+    their values are u. The bound of Ho 2020, eq. 5, for log p(u | class) compares predictions of u, not of x_0. With
+    the variances s_t^2 and s^2 of the noise in x_t / signal and u, gamma = s_t^2 - s^2, and Gaussian noise:
+
+        E[u | x_t, class] = x_t / signal - gamma / s_t^2 (x_t / signal - x_0)
+        u - E[u | x_t, class] = gamma / s_t^2 (target - x_0),  target = u + s^2 / gamma (u - x_t / signal)
+
+    where x_0 is the prediction of the class. For s = 0, an image without noise, the target is u.
+    """
+    t_image, *timesteps = path
+    variance = _noise_variance(schedule, t_image)
+    levels = [noise_above(schedule, t_image, t) for t in timesteps]
+    rows, targets = [], []
+    for t, (signal, _), (next_signal, next_noise) in zip(timesteps, levels, [*levels[1:], (1.0, 0.0)], strict=True):
+        ratio = variance / (_noise_variance(schedule, t) - variance)
+        rows += [(-1.0, 2 * signal, 0.0, 0.0), (0.0, next_signal, 0.0, next_noise)]
+        targets += [(1 + ratio, -ratio / signal)] * 2
+    visited = [t for t in timesteps for _ in range(2)]
+    return Plan((*visited, 0), torch.tensor(rows), torch.tensor(targets))
+
+
+def _noise_variance(schedule: Schedule, t: int) -> float:
+    """Returns the variance of the noise in x_t / sqrt(alpha_bar_t)."""
+    alpha_bar = schedule.alpha_bar[t].item()
+    return (1 - alpha_bar) / alpha_bar
 
 
 def _plan(timesteps: Sequence[int], rows: list[Coefficients]) -> Plan:

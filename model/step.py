@@ -51,7 +51,7 @@ class Rows(NamedTuple):
     """Selects the B rows that take a step and the N evaluations of the network.
 
     The first B evaluations are the first ones of all rows. The others are further evaluations of the same rows: the
-    unconditional one of a guided row, or those of further labels of a row that is being recognised.
+    unconditional one of a guided row, or those of further classes of a row that compares the classes.
     """
 
     slots: Tensor  # (B,) int64: index of each row in the state
@@ -95,14 +95,14 @@ class ReverseStep(nn.Module):
         self.denoise: Callable[[Tensor, Tensor], Tensor] = self._denoise
 
     def forward(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
-        """Computes one step of `rows`. `plans` (P, 5) has t, a, b, c and s of each step of each plan.
+        """Computes one step of `rows`. `plans` (P, 7) has the rows of `Plan.table` for each step of each plan.
 
         The state is not changed: the caller stores x_prev and x_0.
         """
         slots, step, source, label, second = rows
         x_t, x_0_prev = state.x_t[slots], state.x_0[slots]  # (B, C, H, W) each
         known, is_known = state.known[slots], state.is_known[slots]  # (B, C, H, W) each
-        plan = plans[state.plan_row[slots] + step]  # (B, 5)
+        plan = plans[state.plan_row[slots] + step]  # (B, 7)
         t = plan[:, 0].long()  # (B,)
         c = self.condition[t[source], label]  # (N, D)
         output = self.call_rows.call(self.denoise, x_t[source].to(self.dtype), c).float()  # (N, C, H, W)
@@ -111,8 +111,10 @@ class ReverseStep(nn.Module):
         x_0 = known.where(is_known, predict_x_0(x_t, guided, self.mix[t]))  # (B, C, H, W)
         image_shape = self.checkpoint.image_shape
         z = normal(state.seed[slots], state.index[slots], step + 1, image_shape, self.noise_block)  # (B, C, H, W)
-        x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:])  # (B, C, H, W)
-        error = unclipped_x_0(x_t[source], output, self.mix[t[source]]) - known[source]  # (N, C, H, W)
+        x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:5])  # (B, C, H, W)
+        of_known, of_x_t = plan[:, 5:, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
+        target = of_known * known + of_x_t * x_t  # (B, C, H, W)
+        error = unclipped_x_0(x_t[source], output, self.mix[t[source]]) - target[source]  # (N, C, H, W)
         error = error.square().where(is_known[source], 0.0).sum(dim=(1, 2, 3))  # (N,)
         return Stepped(x_prev, x_0, error, guided.isfinite().flatten(1).all(dim=1))
 

@@ -2,7 +2,7 @@
 
 digits     recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
 fog        recognition of real digits at each noise level
-recognize  recognition of real digits by the diffusion model, and rejection of other pictures
+recognize  recognition of real digits by the diffusion model, and rejection of other images
 clip       CLIP scores at each step of the reverse process
 synthetic  accuracy of a classifier that was trained only on generated digits
 denoise    removal of noise from real digits
@@ -214,7 +214,7 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
 
 def _add_recognize(recognize: argparse.ArgumentParser) -> None:
     recognize.add_argument(
-        "--checkpoint", type=Path, default=SHIPPED, help="checkpoint that recognises; default: the shipped one"
+        "--checkpoint", type=Path, default=SHIPPED, help="checkpoint to evaluate; default: the shipped one"
     )
     recognize.add_argument(
         "--num-images", type=integer(1), help="number of digits, the first ones of the shuffled split; default: all"
@@ -229,13 +229,14 @@ def _add_recognize(recognize: argparse.ArgumentParser) -> None:
         "--prune",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="drop improbable classes after each pair; --no-prune evaluates all, and reports both; default: --prune",
+        help="drop improbable classes after each pair; --no-prune evaluates all classes and reports the results with "
+        "and without pruning; default: --prune",
     )
     recognize.add_argument(
         "--num-non-digits",
         type=integer(0, 1_000),
         default=100,
-        help="pictures of each kind that show no digit; 0 leaves them out; default: 100",
+        help="number of images of each kind that show no digit; default: 100",
     )
     recognize.add_argument(
         "--fit",

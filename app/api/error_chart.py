@@ -1,6 +1,7 @@
-"""Draws the chart of a recognition: how much worse each class explains the image than the recognised class, by t."""
+"""Draws the chart of a recognition: the distance of each class at each timestep, relative to the recognised class."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -24,7 +25,7 @@ def excess_by_class(recognition: Recognition) -> Curves:
     """Returns the points (t, excess) of each class, in order of t.
 
     The excess is the mean distance between the image and the prediction of the class at t, divided by the distance of
-    the recognised class, minus 1. A class that was ruled out has points only for the pairs before.
+    the recognised class, minus 1. A dropped class has points only for the pairs before it was dropped.
     """
     values: dict[int, dict[int, list[float]]] = {}
     for t, errors in zip(recognition.timesteps, recognition.errors, strict=False):
@@ -56,8 +57,8 @@ class _Axes:
         return LEFT + x * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
 
 
-def encode_error_chart(recognition: Recognition) -> bytes:
-    """Returns the chart as a PNG file."""
+def encode_error_chart(recognition: Recognition, text: Mapping[str, str]) -> bytes:
+    """Returns the chart as a PNG file with these text chunks."""
     curves = excess_by_class(recognition)
     axes, image = _Axes.of(curves), Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT_SIZE)
@@ -83,4 +84,4 @@ def encode_error_chart(recognition: Recognition) -> bytes:
     ):
         lowest = min(y, lowest - LABEL_DISTANCE)
         draw.text((x + 10, lowest), str(label), COLOURS[label % len(COLOURS)], font, anchor="lm")
-    return encode_png(image)
+    return encode_png(image, text=text)

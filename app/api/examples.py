@@ -104,7 +104,7 @@ def requests(settings: Settings, num_classes: dict[str, int]) -> dict[str, dict[
 
 
 def problems(settings: Settings, formats: Sequence[str], *, with_pictures: bool) -> list[dict[str, Any]]:
-    """Returns the problem documents that a POST route can send. `formats` are the media types of its answers."""
+    """Returns the problem documents that a POST route can send. `formats` are its media types."""
     if with_pictures:
         specific: list[errors.UnfogError] = [
             errors.BodyTooLarge(settings.max_image_bytes),

@@ -1,4 +1,4 @@
-"""Turns a task into a job, waits for its images and answers. Also defines the service object that the routes share."""
+"""Turns a task into a job, waits for its results and responds. Defines the service object that the routes share."""
 
 import asyncio
 import time
@@ -119,7 +119,7 @@ class Service:
         return job
 
     def provenance(self, task: Task, job: Job) -> Provenance:
-        """Returns the provenance for the PNG files of a task. If the job searches for the digit, it must be found."""
+        """Returns the provenance for the PNG files of a task. A search for the digit must be finished."""
         options = task.options
         return Provenance(
             digit="none" if job.digit is None else job.digit,

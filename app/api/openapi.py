@@ -82,7 +82,7 @@ class Permitted:
         return not self.steps and self.size == PICTURE_SIZE
 
     def condition(self, model: str, names: Collection[str]) -> Schema | None:
-        """Returns what a request with the fields `names` must satisfy for this model, beyond its schema, or None."""
+        """Returns the schema that requests with the fields `names` must also satisfy for this model, or None."""
         fields: Schema = {}
         if self.num_classes < NUM_CLASSES:
             fields["digit"] = {"maximum": self.num_classes - 1}
@@ -173,9 +173,9 @@ def _request_schema(request: type[BaseModel], settings: Settings, permitted: Map
 
 
 def _form_schema(schema: Schema) -> Schema:
-    """Returns the schema of a multipart body. Swagger UI leaves optional fields without a default empty.
+    """Returns the schema of a multipart body, with an empty example for each optional field without a default.
 
-    Without the empty example, it would fill in a made-up value, and send it unless the user removes it.
+    Without an example, Swagger UI fills in a made-up value, and sends it unless the user removes it.
     """
     form = multipart_schema({**schema, "title": f"{schema['title']}Form"})
     for name, field in form["properties"].items():

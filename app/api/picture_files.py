@@ -1,8 +1,8 @@
 """Reads the structure of picture files before they are decoded: format, size, number of frames, orientation.
 
-A file is refused here if it is too large, animated, incomplete or of another format. The metadata of
-PNG, JPEG and GIF files is removed before the decoder sees it: a few bytes of compressed text or of a colour profile can
-otherwise expand to many megabytes.
+A file is refused here if it is too large, animated, incomplete or of another format. The metadata of PNG, JPEG and GIF
+files is removed before decoding, because a few bytes of compressed text or of a colour profile can expand to many
+megabytes.
 """
 
 import zlib
@@ -12,13 +12,13 @@ from struct import error as StructError
 from struct import unpack, unpack_from
 
 MAX_SIDE = 4096  # pixels
-# These decoders keep the whole picture in several copies, so that fewer pixels fit into the same memory. Progressive
-# JPEG includes JPEG with a scan for each colour.
+# These decoders keep several copies of the whole picture, so fewer pixels fit into the same memory. A JPEG file with
+# one scan for each colour counts as progressive.
 MAX_PIXELS_WEBP = 2048 * 2048
 MAX_PIXELS_PROGRESSIVE = 3 * 2048 * 2048
 MAX_PIXELS_PROGRESSIVE_CMYK = 2048 * 2048
 MAX_CHUNKS = 20_000  # chunks of a PNG or WebP file, and segments of a JPEG file before its pixels
-MAX_SCANS = 64  # scans of a JPEG file; each of them can cost a pass over the whole picture
+MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole picture
 
 FORMATS = "PNG, JPEG, WebP or GIF"
 ORIENTATION = 0x0112  # the EXIF tag
@@ -28,7 +28,7 @@ _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", _IEND}
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # start of frame
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _SOS, _COM, _APP0, _APP1, _APP14, _APP15 = 0xDA, 0xFE, 0xE0, 0xE1, 0xEE, 0xEF
-_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}  # cannot be before the first scan
+_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}  # markers without a length, which are invalid before the first scan
 
 
 class PictureError(ValueError):
@@ -60,7 +60,7 @@ def inspect(data: bytes) -> PictureFile:
 
 
 def damaged(name: str) -> PictureError:
-    """Returns the error for a file that is incomplete or whose content is wrong."""
+    """Returns the error for a file that is incomplete or has invalid content."""
     return PictureError(f"The {name} file is incomplete or damaged. Save it again and send the complete file")
 
 

@@ -28,13 +28,22 @@ from app.api.task_schemas import (
 )
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Search
-from model.denoising import estimate_noise_std, matching_timestep, restored_image
+from model.denoising import (
+    DENOISING_SAMPLER,
+    DENOISING_STEPS,
+    NoisyComparison,
+    can_compare,
+    comparison_path,
+    estimate_noise_std,
+    matching_timestep,
+    restored_image,
+)
 from model.digit_image import DigitImage, normalise, resize
 from model.editing import start_timestep
 from model.inpainting import NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
 from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
-from model.sampler import Sampler, num_steps_of, timesteps_of
+from model.sampler import Sampler, noise_above, num_steps_of, timesteps_from
 
 Image = npt.NDArray[np.float32]  # (1, H, W) in [-1, 1]
 Mask = npt.NDArray[np.bool_]  # (1, H, W)
@@ -44,17 +53,16 @@ RESPONSES: dict[str, type[ImagesResponse]] = {
     "inpaint": InpaintResponse,
     "edit": EditResponse,
 }
-NUM_DENOISING_STEPS = 20  # default of num_steps; from T to 0, so fewer for weak noise
-MASK_LEVEL = 127  # grey levels of a mask above this one are white
+MASK_LEVEL = 127  # a pixel of a mask is white if its grey level is above this value
 
 
 def fit_digit(body: PictureRequest, field: str, picture: Picture) -> DigitImage:
-    """Normalises a drawing."""
+    """Converts the picture of a drawing to an image."""
     return normalise(picture.grey, body.fit, body.invert)
 
 
 def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[DigitImage, float]:
-    """Normalises a noisy picture. Returns it with the standard deviation of its noise in grey levels."""
+    """Converts a noisy picture to an image. Returns the image and the noise_std in grey levels."""
     image = normalise(picture.grey, "resize" if body.fit == "auto" else body.fit, body.invert)
     noise_std = estimate_noise_std(image.pixels[None]).item() if body.noise_std is None else body.noise_std
     return image, round(noise_std, 3)  # the answer has the same value, so that a client can repeat the request
@@ -62,7 +70,7 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """An image or a mask of an inpainting request."""
+    """The resized picture of an inpainting request: its image or its mask."""
 
     width: int  # of the picture, in pixels
     height: int
@@ -70,7 +78,7 @@ class Resized:
 
 
 def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
-    """Resizes an image or a mask of an inpainting request. Both must be resized in the same way."""
+    """Resizes the image or the mask of an inpainting request. Both must be resized in the same way."""
     if body.fit == "digit":
         raise errors.InvalidRequest.of("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
     height, width = picture.grey.shape
@@ -82,17 +90,19 @@ def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
 def recognize(info: ModelInfo, body: RecognizeRequest, image: DigitImage) -> Task:
     """Returns the task that recognises an image."""
     options, start, recognition = _recognition(info, image, body.num_pairs)
-    return Task(options, timeout=body.timeout_seconds, input=start, comparison=recognition)
+    chunks = _chunks("recognize", image, {"num_pairs": body.num_pairs})
+    return Task(options, timeout=body.timeout_seconds, input=start, comparison=recognition, chunks=chunks)
 
 
 def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std: float) -> Task:
     """Returns the task that removes noise of the standard deviation `noise_std`, in grey levels."""
-    if body.mode == "mean" and body.num_steps not in (None, 1):
-        raise errors.InvalidRequest.of("num_steps", "Input should be 1 for mode 'mean'")
+    for field, value in (("num_steps", body.num_steps), ("guidance_scale", body.guidance_scale)):
+        if body.mode == "mean" and value not in (None, 1):
+            raise errors.InvalidRequest.of(field, "Input should be 1 for mode 'mean'")
     if body.digit is None and not info.guidable:  # The network was trained without a null label.
         raise errors.InvalidRequest.of("digit", f"Field required for model '{info.name}'")
-    steps = body.num_steps or min(NUM_DENOISING_STEPS, info.max_steps)
-    defaults = {"num_steps": steps, "sampler": body.sampler or _either("ddim", info.samplers)}
+    steps = body.num_steps or min(DENOISING_STEPS, info.max_steps)
+    defaults = {"num_steps": steps, "sampler": body.sampler or _either(DENOISING_SAMPLER, info.samplers)}
     options = options_of(body.model_copy(update=defaults), body.digit, info)
     t = matching_timestep(info.schedule, noise_std)
     requested = 1 if body.mode == "mean" else options.num_steps
@@ -103,23 +113,25 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
         options = replace(options, num_steps=1, path=(t, 0), guidance_scale=1.0)
     else:
         options = _starting_at(info, options, t)
-    restored = restored_image(image.pixels, noise_std)
+    restored: Image = restored_image(image.pixels[None], [noise_std])[0].numpy()
     signal = info.schedule.alpha_bar[options.path[0]].sqrt().item()
-    return _task("denoise", body, requested, options, Input(restored.numpy(), signal, 0.0), image, facts)
+    task = _task("denoise", body, requested, options, Input(restored, signal, 0.0), image, facts)
+    is_searched = body.digit is None and body.mode == "sample" and can_compare(info.schedule, t)
+    return replace(task, search=_search_in_noise(info, restored, t) if is_searched else None)
 
 
 def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized) -> Task:
-    """Returns the task that draws the white pixels of the mask again and keeps the others."""
+    """Returns the task that fills in the white pixels of the mask and keeps the others."""
     redrawn: Mask = (mask.image.pixels > MASK_LEVEL).numpy()
     if (mask.width, mask.height) != (image.width, image.height):
         sizes = f"{image.width}x{image.height} pixels, but has {mask.width}x{mask.height}"
         raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")
     if not redrawn.any():
-        raise errors.InvalidRequest.of("mask", "The mask has no white pixels, so there is nothing to draw")
+        raise errors.InvalidRequest.of("mask", "The mask has no white pixels. White pixels mark the part to fill in")
     if redrawn.all():
-        raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate to draw a complete image")
+        raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate for a complete image")
     steps = body.num_steps or min(NUM_LEVELS, info.max_steps)
-    defaults = {"num_steps": steps, "guidance_scale": body.guidance_scale or 1.0}  # guidance shows at the border
+    defaults = {"num_steps": steps, "guidance_scale": body.guidance_scale or 1.0}  # guidance makes the border visible
     options = options_of(body.model_copy(update=defaults), body.digit, info)
     path = tuple(inpainting_path(info.schedule, options.num_steps))
     following = replace(options, path=path, num_steps=num_steps_of(path))
@@ -131,7 +143,7 @@ def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized
 
 
 def edit(info: ModelInfo, body: EditRequest, image: DigitImage) -> Task:
-    """Returns the task that draws a sketch again."""
+    """Returns the task that redraws a sketch."""
     options = options_of(body, body.digit, info)
     requested, t = options.num_steps, start_timestep(info.schedule, body.strength)
     facts = {"strength": body.strength}
@@ -144,19 +156,29 @@ def edit(info: ModelInfo, body: EditRequest, image: DigitImage) -> Task:
 
 
 def _recognition(info: ModelInfo, image: DigitImage, num_pairs: int) -> tuple[Options, Input, Recognition]:
-    """Returns the options and the input of a row that recognises an image, and the object that it adds to."""
+    """Returns the options and the input of a row that recognises an image, and the comparison of its classes."""
     path = (*recognition_timesteps(num_pairs, info.schedule.num_steps), 0)
     options = Options(None, RECOGNITION_SEED, num_pairs, "forward", 1.0, info.name, path)
     x_0 = image.x.numpy()
     start = _with_noise(info, x_0, path[0], is_known=np.ones_like(x_0, dtype=np.bool_))
     (ink,) = ink_of(image.x[None])
-    return options, start, Recognition(info.readout, ink, num_pairs)
+    return options, start, Recognition(info.readout, ink, num_pairs, num_steps=info.schedule.num_steps)
 
 
 def _search_by_recognition(info: ModelInfo, image: DigitImage) -> Search:
-    """Returns the search for the digit of a complete image."""
+    """Returns the search for the digit of an image without noise, all of whose pixels are known."""
     options, start, recognition = _recognition(info, image, DEFAULT_NUM_PAIRS)
     return Search(options, recognition, start)
+
+
+def _search_in_noise(info: ModelInfo, image: Image, t: int) -> Search:
+    """Returns the search for the digit of a noisy image with the matching timestep t."""
+    path = tuple(comparison_path(info.schedule, t))
+    num_steps = 2 * (len(path) - 1)  # with the noise and with its negative at each timestep
+    options = Options(None, RECOGNITION_SEED, num_steps, "noisy", 1.0, info.name, path)
+    signal, noise = noise_above(info.schedule, *path[:2])
+    start = Input(image, signal, noise, np.ones_like(image, dtype=np.bool_))
+    return Search(options, NoisyComparison(info.num_classes), start)
 
 
 def _search_by_known_pixels(info: ModelInfo, options: Options) -> Search:
@@ -183,14 +205,14 @@ def check_model(info: ModelInfo) -> ModelInfo:
 
 
 def _starting_at(info: ModelInfo, options: Options, t: int) -> Options:
-    """Returns options whose path starts at t. It has the same share of the steps as t has of all timesteps."""
+    """Returns options whose path starts at t. The number of steps is reduced by the factor t / T."""
     sampler: Sampler = options.sampler  # type: ignore[assignment] # the options of a request have a sampler
-    num_steps = min(max(round(options.num_steps * t / info.schedule.num_steps), 1), t)
-    return replace(options, num_steps=num_steps, path=tuple(timesteps_of(info.schedule, sampler, num_steps, t)))
+    path = tuple(timesteps_from(info.schedule, sampler, options.num_steps, t))
+    return replace(options, num_steps=len(path) - 1, path=path)
 
 
 def _with_noise(info: ModelInfo, image: Image, t: int, is_known: Mask | None = None) -> Input:
-    """Starts from the forward process at timestep t (Ho 2020, eq. 4)."""
+    """Returns the input of rows that start from the forward process at timestep t (Ho 2020, eq. 4)."""
     alpha_bar = info.schedule.alpha_bar[t]
     return Input(image, alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item(), is_known)
 
@@ -215,9 +237,7 @@ def _task(
     facts: dict[str, Any],
     chunks: dict[str, str] | None = None,
 ) -> Task:
-    """Returns a task with the facts that all tasks for images have. `num_steps` is that of the request."""
-    digest = hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest()
-    named = {name.replace("_", "-").title(): str(value) for name, value in facts.items()}
+    """Returns a task with the response fields of /denoise, /inpaint and /edit. `num_steps` is that of the request."""
     return Task(
         options,
         body.count,
@@ -227,5 +247,12 @@ def _task(
         scale=body.scale,
         response=RESPONSES[name],
         facts={**facts, "fit": image.fit, "invert": image.inverted},
-        chunks={"Task": name, "Input-SHA256": digest, **named, **(chunks or {})},
+        chunks={**_chunks(name, image, facts), **(chunks or {})},
     )
+
+
+def _chunks(name: str, image: DigitImage, facts: dict[str, Any]) -> dict[str, str]:
+    """Returns the text chunks of a task with a picture."""
+    digest = hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest()
+    named = {name.replace("_", "-").title(): str(value) for name, value in facts.items()}
+    return {"Task": name, "Input-SHA256": digest, "Fit": image.fit, "Invert": str(image.inverted).lower(), **named}

@@ -11,7 +11,7 @@ from app.api.picture_files import PictureError, PictureFile, damaged, inspect
 from app.engine.job import Pixels
 
 BAND_ROWS = 64  # rows that are converted at a time; a converted copy of a large picture would double the memory
-# If a larger share of the picture is opaque, it has a background of its own. Otherwise its opaque pixels are strokes.
+# A picture with a larger share of opaque pixels has an opaque background. In other pictures, they are the strokes.
 OPAQUE_BACKGROUND = 0.5
 
 
@@ -90,7 +90,7 @@ def _background(image: Image.Image) -> int:
 
 
 def _upright(grey: Pixels, orientation: int) -> Pixels:
-    """Turns and mirrors the pixels as the EXIF orientation demands."""
+    """Turns and mirrors the pixels according to the EXIF orientation."""
     if orientation in (2, 3, 7, 8):
         grey = grey[:, ::-1]
     if orientation in (3, 4, 6, 7):

@@ -66,7 +66,7 @@ def validate(document: Any, schema: type[M]) -> M:
 async def read_body(
     request: Request, max_bytes: int, seconds: float, on_bytes: Callable[[int], None] = lambda _: None
 ) -> bytes:
-    """Reads the body. Calls `on_bytes` with the size of each part before the part is kept.
+    """Reads the body. Calls `on_bytes` with the size of each chunk before the chunk is stored.
 
     Raises BodyTooLarge, or RequestTimeout after `seconds`.
     """

@@ -1,22 +1,23 @@
-"""What a request asks of the engine, apart from its deadline and its client: the common form of all tasks."""
+"""The task of a request: what the engine computes, and what the response contains. All tasks have this form."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 from app.api.schemas import GenerateResponse, ImagesResponse
-from app.engine.job import Comparison, Input, Options, Search
+from app.engine.job import Input, Options, Search
+from model.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The job of a request, and the parts of its answer that the job does not determine."""
+    """What the engine computes for a request, and the parts of the response that do not depend on the result."""
 
     options: Options
     count: int = 1
     timeout: float | None = None  # seconds; None: UNFOG_REQUEST_TIMEOUT
     input: Input | None = None
     comparison: Comparison | None = None  # if given, it is the result, and no image is generated
-    search: Search | None = None  # if given, the digit is searched first
+    search: Search | None = None  # if given, the job first searches for the digit
     num_steps: int = 0  # the number of steps in the request; the path can have another number
     scale: int = 1
     response: type[ImagesResponse] = GenerateResponse

@@ -1,4 +1,4 @@
-"""The schemas of requests with pictures, and of their answers: recognise, denoise, inpaint and edit."""
+"""The schemas of requests with pictures, and of their responses: recognise, denoise, inpaint and edit."""
 
 from typing import Annotated, Literal
 
@@ -53,21 +53,21 @@ class RecognizeRequest(BaseRequest, PictureRequest):
             ge=1,
             le=100,
             description="Number of pairs of timestep and noise with which the classes are compared. More pairs are "
-            "more accurate. Classes that are ruled out early are not evaluated any more.",
+            "slower and more accurate. A class that is clearly worse than the best one is dropped early.",
         ),
         WHOLE,
     ] = 20
 
 
 class DenoiseRequest(SamplingRequest, PictureRequest):
-    """The noisy picture to clean."""
+    """The noisy picture to denoise."""
 
     model_config = ConfigDict(
         json_schema_extra={
             "allOf": [
                 {
                     "if": {"properties": {"mode": {"const": "mean"}}, "required": ["mode"]},
-                    "then": {"properties": {"num_steps": {"const": 1}}},
+                    "then": {"properties": {"num_steps": {"const": 1}, "guidance_scale": {"const": 1}}},
                 }
             ]
         }
@@ -75,7 +75,7 @@ class DenoiseRequest(SamplingRequest, PictureRequest):
 
     digit: Digit = Field(
         default=None,
-        description="The digit in the picture. If absent, no digit is assumed.",
+        description="The digit in the picture. If absent, mode sample recognises it, and mode mean assumes no digit.",
         json_schema_extra=may_be_absent,
     )
     noise_std: Annotated[Annotated[Number, Field(ge=0, le=1000)] | None, NOT_NULL] = Field(
@@ -103,7 +103,7 @@ class DenoiseRequest(SamplingRequest, PictureRequest):
 
 
 class InpaintRequest(SamplingRequest, PictureRequest):
-    """The picture of which a part is drawn again."""
+    """The picture, and the mask of the part to fill in."""
 
     fit: Fit = Field(
         default="auto",
@@ -113,19 +113,17 @@ class InpaintRequest(SamplingRequest, PictureRequest):
     )
     mask: Annotated[
         Base64,
-        Field(
-            description="A picture of the same size as `image`. White pixels are drawn again, black pixels are kept."
-        ),
+        Field(description="A picture of the same size as `image`. White pixels are filled in, black pixels are kept."),
     ]
     digit: Digit = Field(
         default=None,
-        description="The digit to draw. If absent, the digit that fits the kept pixels best.",
+        description="The digit to draw. If absent, the digit that fits the pixels outside of the mask best.",
         json_schema_extra=may_be_absent,
     )
     num_steps: NumSteps = Field(
         default=None,
         description="Number of noise levels, 10 by default. All but the first are repeated, so that the new pixels fit "
-        "the kept ones.",
+        "the kept pixels.",
         json_schema_extra=may_be_absent,
     )
     guidance_scale: GuidanceScale = Field(
@@ -137,7 +135,7 @@ class InpaintRequest(SamplingRequest, PictureRequest):
 
 
 class EditRequest(SamplingRequest, PictureRequest):
-    """The sketch that is drawn again."""
+    """The sketch to redraw."""
 
     digit: Digit = Field(
         default=None,
@@ -149,7 +147,7 @@ class EditRequest(SamplingRequest, PictureRequest):
         Field(
             ge=0,
             le=1,
-            description="How far the result may differ from the sketch. 0 returns the sketch, 1 ignores it. It is a "
+            description="How much the result may differ from the sketch. 0 returns the sketch, 1 ignores it. It is a "
             "share of the range of log-SNR, so it has the same meaning for every noise schedule.",
         ),
     ] = 0.6
@@ -168,7 +166,7 @@ class RecognizeResponse(BaseModel):
     digit: int
     probabilities: list[float] = Field(description="The probability of each digit, if the picture shows a digit.")
     is_digit: bool = Field(
-        description="false if the picture probably shows no digit. This is wrong for about 1 % of real digits."
+        description="false if the picture probably shows no digit. This is wrong for about 1% of real digits."
     )
     evaluations: int = Field(description="Number of network evaluations.")
     num_pairs: int
@@ -179,7 +177,7 @@ class RecognizeResponse(BaseModel):
 
 
 class DenoiseResponse(PictureFacts, ImagesResponse):
-    """The clean image."""
+    """The denoised images."""
 
     noise_std: float = Field(description="The standard deviation of the noise that was assumed, in grey levels.")
     mode: Literal["mean", "sample"]

@@ -35,7 +35,7 @@ from app.settings import Settings
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
 NUM_WORKERS = 2  # pictures that are decoded at the same time
-MAX_BODIES = 16  # the bodies that are held in memory may have this many times the size of the largest body
+MAX_BODIES = 16  # limit for all bodies in memory together, as a multiple of the largest body
 BLACK = 0
 MAX_WAITING = 64  # requests that wait for a worker
 MAX_PARTS = 32
@@ -43,7 +43,7 @@ MAX_PART_HEADER_BYTES = 1024
 MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
 MAX_TEXT_BYTES = 16 * 1024  # limit for a text field, and for a JSON body without the contents of its strings
 MAX_STRINGS = 256  # limit for the strings of a JSON body, including field names
-MAX_ESCAPES = 128 * 1024  # limit for backslashes in a JSON body; base64 in lines of 76 characters has 2 % of them
+MAX_ESCAPES = 128 * 1024  # limit for backslashes in a JSON body; base64 in lines of 76 characters has 2% of them
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]*)*;base64,", re.IGNORECASE)
@@ -131,7 +131,7 @@ class _HeldBytes:
         """Raises Overloaded if the limit would be exceeded."""
         with self._lock:
             if self._total + size > self._limit:
-                raise Overloaded(1, "Too many pictures are being received")
+                raise Overloaded(1, "Too many pictures are being received. Retry later")
             self._total += size
 
     def remove(self, size: int) -> None:
@@ -229,10 +229,10 @@ def _parse_json(body: bytes) -> dict[str, Any]:
 
 
 def _check_json(body: bytes) -> None:
-    """Refuses JSON that is expensive to parse. The time is linear in the size of the body, and short.
+    """Refuses JSON that is expensive to parse. The time of this check is short, and linear in the size of the body.
 
     A request needs a few fields, and only its strings can be long. Everything outside of the strings is therefore
-    limited to the size of a request without pictures. This also limits nesting, and the digits of numbers.
+    limited to the size of a request without pictures. This also limits the nesting and the length of numbers.
     """
     if body.count(b'"') > 2 * MAX_STRINGS:
         raise _invalid(f"The JSON has more than {MAX_STRINGS} strings. Send one object with the fields of this route")
@@ -300,7 +300,8 @@ def _parts(body: bytes, boundary: str) -> list[tuple[str, bytes]]:
                     name, chunks = event.name or "", []
     except ParserLimitReached as error:
         raise _invalid(
-            f"The multipart body has more than {MAX_PARTS} parts, or headers of a part that are too long"
+            f"The multipart body has more than {MAX_PARTS} parts, or headers of a part are too long. Send one part for "
+            "each field"
         ) from error
     except MultipartError as error:
         raise MalformedRequest("The body is not valid multipart/form-data, or it is incomplete") from error
@@ -309,7 +310,7 @@ def _parts(body: bytes, boundary: str) -> list[tuple[str, bytes]]:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """What a field of a schema can be in a multipart body."""
+    """How a field of a multipart body is converted."""
 
     is_image: bool = False
     is_list: bool = False

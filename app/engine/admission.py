@@ -166,7 +166,7 @@ class Admission:
         """Returns True if a job may miss its target.
 
         The slack shrinks at most as fast as time passes, unless steps become slower. If the slack is 5 s, it is not
-        computed again for 5 s, or until the slowdown has grown by more than 1 %.
+        computed again for 5 s, or until the slowdown has grown by more than 1%.
         """
         if now < self._safe_until and self.step_times.slowdown <= 1.01 * self._safe_slowdown:
             return False
@@ -211,7 +211,7 @@ class Admission:
 
 
 def _mean_evaluations(job: Job) -> float:
-    """Returns the mean number of evaluations per step of one image: 1 without guidance, at most 10 to recognise."""
+    """Returns the mean number of evaluations per step of one image: 1 to 2, or all classes for a recognition."""
     return job.request.evaluations_from(0) / job.request.options.num_steps
 
 

@@ -1,7 +1,7 @@
 """The backlog: the admitted jobs in order of their targets, and an upper bound on the finish time of each job.
 
-Target: the time at which the scheduler aims to finish a job. It is the submission time plus 90 % of the timeout. The
-remaining 10 % are a reserve for steps that are slower than predicted.
+Target: the time at which the scheduler aims to finish a job. It is the submission time plus 90% of the timeout. The
+remaining 10% are a reserve for steps that are slower than predicted.
 
 Bound: if every step from now on is full and takes its rows in the order of the jobs, a job finishes within
 
@@ -21,13 +21,13 @@ Example: R is 2000 per second, T is 8 ms. The first job has 64 new images of 100
 A job is lost if it would miss its deadline even if it ran alone. The bounds of lost jobs are ignored, since otherwise
 one lost job would keep all new requests out and put every step at risk.
 
-Comparison: a row that compares the classes takes one evaluation for each class that is still in question. W counts all
-of these classes for all remaining steps. Classes that are dropped lower the bound. R holds for steps with such rows,
-because a full step has room for the widest row, and R is the lowest rate of a step into which the next row did not fit.
+Comparison: a row that compares the classes takes one evaluation for each remaining class. W counts all of these classes
+for all steps that are left. The bound becomes lower when classes are dropped. R also holds for steps with such rows: a
+full step has room for the widest row, and R is the lowest rate of a step into which the next row did not fit.
 
-Search: a job that searches for its digit has two stages. W has the evaluations of both. The tail is the search,
-followed by one image: w and s are the sums of both. The reason above holds, because the images begin after the search,
-so no two of these s steps can be the same step.
+Search: a job that searches for its digit has two stages. W has the evaluations of both stages. The tail is the search,
+followed by one image: w and s are the sums of both. The reason above still holds. The images begin after the search, so
+these s steps are all different.
 
 The table of all jobs is a numpy array, because admission computes the bound of every job for each request.
 """
@@ -148,7 +148,7 @@ class Backlog:
         self._update(rows)
 
     def add_errors(self, row: Trajectory, errors: Sequence[float]) -> None:
-        """Adds the errors of a step to a row that compares the classes. Classes that are dropped need no more work."""
+        """Adds the errors of a step to a row that compares the classes. Dropped classes reduce the remaining work."""
         assert row.comparison, "add_errors() needs a row that compares the classes"
         before = row.evaluations_left
         row.comparison.add(errors)
@@ -206,7 +206,7 @@ class Backlog:
         tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)
         rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
         if (self.num_models(), self.widest_row()) == (self.num_models(job), self.widest_row(job)):
-            delayed[:place] = False  # if steps stay as long as they are, jobs with earlier targets are not delayed
+            delayed[:place] = False  # steps do not become longer, so jobs with earlier targets are not delayed
         left[place:] += own[0, _WORK]
         late = start + _finish(rows, left, full) > rows[:, _TARGET]
         return not bool((late & delayed).any())

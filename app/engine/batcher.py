@@ -12,7 +12,7 @@ request does not wait for the long steps of a large request. The jobs are in ord
    order (earliest deadline first). The bound in backlog.py holds for such steps.
 
 Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two. A row
-that compares the classes of an image takes one for each class that is still in question.
+that compares the classes of an image takes one for each remaining class.
 
 Example without guidance: a full step has 16 evaluations, a short step 8. Job A has 64 images, job B has 1 image.
 
@@ -72,8 +72,8 @@ class StepLimits:
             most = max(most, widest_row + GUIDED_EVALUATIONS)
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a
-        # guided row, and up to nine for a row that recognises. If no row is guided, `rows` is the limit. The rate must
-        # hold for all these steps. In between it can be lower than at both ends.
+        # guided row, and up to nine for a row that compares ten classes. If no row is guided, `rows` is the limit. The
+        # rate must hold for all these sizes. It can be lowest between the smallest and the largest size.
         least = max(1, min(most - widest_row + 1, rows))
         rate = min(count / (times.measured_seconds(count) + calls) for count in range(least, most + 1))
         return cls(most, rows, short, Throughput(rate, times.measured_seconds(most) + calls, lone))

@@ -27,15 +27,16 @@ from app import errors
 from app.engine.admission import Admission
 from app.engine.interface import ModelInfo, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
-from app.engine.job import Comparison, Job, Pixels, Result, Trajectory
+from app.engine.job import Job, Pixels, Result, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
+from model.comparison import Comparison
 
 log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 5  # Retry-After while the service starts: the usual duration of loading and warm-up
 RESTART_SECONDS = 10  # Retry-After while the service drains or has failed: the usual duration of a restart
-MAX_FAILED_BATCHES = 3  # consecutive batches without a surviving row, after which the engine tests itself
+MAX_FAILED_BATCHES = 3  # consecutive batches in which every row failed, after which the engine tests itself
 
 
 class EngineState(StrEnum):
@@ -83,7 +84,7 @@ class Engine:
         self._num_steps = 0
         self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
         self._num_failed_rows = 0
-        self._failed_batches = {"step": 0, "pixels": 0, "errors": 0}  # consecutive batches without a surviving row
+        self._failed_batches = {"step": 0, "pixels": 0, "errors": 0}  # consecutive batches in which every row failed
         self._last_beat: float | None = None  # a value of time.monotonic(); None while the engine is idle or starting
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -230,7 +231,7 @@ class Engine:
     def _record_start(self, job: Job) -> None:
         timings = job.timings
         if timings.started_at and job.request.search:
-            return  # The images of this job have waited for the search, not for other jobs.
+            return  # Only the search waited in the queue. The images of this job waited for the search.
         timings.started_at = timings.started_at or self._last_beat
         self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
         self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)

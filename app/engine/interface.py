@@ -50,7 +50,7 @@ class ModelInfo:
         """Returns the steps of an image with these options that need a second evaluation.
 
         Without a digit there is no guidance, because the unconditional prediction is used in every step. `has_digit`
-        says that the digit will be known when the steps begin.
+        is True if a search finds the digit before these steps begin.
         """
         is_guided = options.guidance_scale != 1 and (has_digit or options.digit is not None)
         return self.guided_steps(options) if is_guided else range(0)

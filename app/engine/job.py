@@ -7,24 +7,24 @@ are trajectories. They differ in the image that they start from, in their path a
     edit        starts from a sketch with noise at a lower timestep
     denoise     starts from the noisy image at the timestep with the same noise level
     inpaint     starts from noise, and the pixels outside of the mask are known
-    recognise   all pixels are known: each step compares how well each class explains the noise in the image
+    recognise   all pixels are known: each step compares the predictions of the classes with the image
 
 If the digit of an image is unknown, a job can first search for it. The search is one trajectory that compares the
-classes: it takes one evaluation for each class in every step, and drops the classes that are far behind.
+classes: each step takes one evaluation for each remaining class. Classes with much larger errors are dropped.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from model.comparison import Comparison
 from model.sampler import Process
 
 DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests without `model`, and the model for few steps
@@ -59,39 +59,16 @@ class Input:
     is_known: npt.NDArray[np.bool_] | None = None  # (C, H, W): pixels of the result that are given; None: no pixel
 
 
-class Comparison(Protocol):
-    """Compares the classes of an image by the errors of their predictions. It drops classes that are far behind."""
-
-    @property
-    def num_classes(self) -> int:
-        """The number of classes at the start."""
-
-    @property
-    def has_own_images(self) -> bool:
-        """True if each class has its own x_t. False if all classes predict x_0 from the same x_t."""
-
-    @property
-    def remaining(self) -> list[int]:
-        """The classes that the next step must evaluate. It is empty when the answer is final."""
-
-    @property
-    def digit(self) -> int:
-        """The best class so far."""
-
-    def add(self, errors: Sequence[float]) -> None:
-        """Adds the errors of a step, one for each class of `remaining`."""
-
-
 Result = Pixels | Comparison  # the result of one trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The search for the digit before the images of a job are generated."""
+    """The search for the digit of a job. It runs before the images of the job are generated."""
 
     options: Options  # of the search; it assumes no digit and has no guidance
     comparison: Comparison
-    input: Input | None = None  # None: that of the images
+    input: Input | None = None  # None: the input of the images
 
 
 @dataclass(eq=False, slots=True)
@@ -99,8 +76,8 @@ class Trajectory:
     """One image between x_T and x_0, or the search for the digit of the images."""
 
     job: "Job"
-    index: int  # the noise depends on it
-    comparison: Comparison | None = None  # of a trajectory that compares the classes
+    index: int  # position among the images of the job; the noise depends on it
+    comparison: Comparison | None = None  # None for a trajectory that generates an image
     step: int = 0  # number of finished reverse steps
     started: bool = False  # True if the first step is finished or in progress
     slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
@@ -125,7 +102,7 @@ class Trajectory:
 
     @property
     def num_slots(self) -> int:
-        """Returns the number of slots that this row needs: one for each x_t."""
+        """Returns the number of slots that this trajectory needs: one for each x_t."""
         return self.comparison.num_classes if self.comparison and self.comparison.has_own_images else 1
 
     @property
@@ -291,7 +268,7 @@ class Job:
     def finish(self, trajectory: Trajectory, result: Result) -> None:
         """Stores the result of one row. Answers the job if this was its last image.
 
-        After a search, the images begin, with the digit that was found.
+        After a search, the job begins its images with the digit that was found.
         """
         if trajectory.is_search and trajectory.comparison:
             self.digit, self.is_searching, self.unfinished = trajectory.comparison.digit, False, self._image_rows()

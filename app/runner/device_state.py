@@ -9,6 +9,7 @@ from torch import Tensor
 from app.engine.job import GUIDED_EVALUATIONS, Options, Trajectory
 from app.runner.loaded_model import plan_of
 from app.runner.transfers import Shapes, Transfers
+from model.sampler import PLAN_COLUMNS
 from model.schedule import Schedule
 from model.step import Rows, State
 
@@ -32,10 +33,10 @@ class Slots:
         transfers: Transfers,
         num_labels: int = 11,
     ) -> None:
-        """Starts with `count` free slots. `num_labels` is the number of classes and the null label."""
+        """Starts with `count` free slots. `num_labels` is the number of classes plus 1, for the null label."""
         self.state = State.zeros(1 + count, image_shape, device)
         self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
-        self.error = torch.zeros(1 + count, num_labels, device=device)  # (S, num_labels) of each label, last step
+        self.error = torch.zeros(1 + count, num_labels, device=device)  # (S, num_labels) errors of the last step
         self._free = list(range(PADDING + 1, 1 + count))
         self._transfers = transfers
 
@@ -94,13 +95,13 @@ class Slots:
 
 
 class Plans:
-    """The table (P, 5) of all sampling plans in use. A plan has one row for each step.
+    """The table (P, 7) of all sampling plans in use. A plan has one row for each step.
 
-    The columns are t, a, b, c, s (see model/sampler.py). The size of the table doubles when it is full.
+    The columns are those of `Plan.table` in model/sampler.py. The size of the table doubles when it is full.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.table = torch.zeros(FIRST_PLAN_ROWS, 5, device=device)  # (P, 5)
+        self.table = torch.zeros(FIRST_PLAN_ROWS, PLAN_COLUMNS, device=device)  # (P, 7)
         self._starts: dict[tuple[str, str, int, tuple[int, ...]], int] = {}  # the key of a plan -> its first row
         self._num_rows = 0
 
@@ -108,7 +109,7 @@ class Plans:
         """Returns the first row of the plan for these options. Adds the plan to the table if it is missing."""
         key = (options.model, options.sampler, options.num_steps, options.path)
         if key not in self._starts:
-            plan = plan_of(schedule, *key[1:]).table(self.table.device)  # (num_steps, 5)
+            plan = plan_of(schedule, *key[1:]).table(self.table.device)  # (num_steps, 7)
             start, stop = self._num_rows, self._num_rows + len(plan)
             while stop > len(self.table):
                 self.table = torch.cat([self.table, torch.zeros_like(self.table)])
@@ -120,10 +121,10 @@ class Plans:
 def rows_of(trajectories: Sequence[Trajectory], null_label: int, shapes: Shapes, transfers: Transfers) -> Rows:
     """Returns the row indices for a call of one network.
 
-    A row can have further evaluations with other labels: a guided row has one with the null label, and a trajectory
-    whose classes share x_t has one for each class that is still in question. A trajectory whose classes have their own
-    images has a row for each of them. If shapes are rounded up, padding rows follow, and additional evaluations of the
-    first row follow the other evaluations. Their results are discarded.
+    A row can have further evaluations with other labels. A guided row has one with the null label. A comparison whose
+    classes share x_t has one row, with one evaluation for each remaining class. A comparison whose classes have their
+    own x_t has one row for each remaining class. If shapes are rounded up, padding rows follow, and additional
+    evaluations of the first row follow the other evaluations. Their results are discarded.
 
     Example with exact shapes: three rows, of which row 1 is guided, have 4 evaluations. `source` is [0, 1, 2, 1] and
     `second` is [0, 3, 2]: the second evaluation of row 1 is evaluation 3.

@@ -11,7 +11,7 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
 from model.checkpoint import Checkpoint
 from model.recognition import Readout
-from model.sampler import Plan, Process, make_plan, plan_through, timesteps_along, timesteps_of
+from model.sampler import SAMPLERS, Plan, Process, make_plan, plan_through, timesteps_along, timesteps_of
 from model.schedule import Schedule
 from model.step import ReverseStep, Step
 
@@ -56,16 +56,16 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
 def _guided_steps(loaded: Checkpoint) -> Callable[[Options], StepSet]:
     @cache
     def guided_steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
-        if process == "forward":
+        if process not in SAMPLERS:
             return range(0)
-        timesteps = timesteps_along(process, path) if path else timesteps_of(loaded.schedule, process, num_steps)
+        timesteps = timesteps_along(path) if path else timesteps_of(loaded.schedule, process, num_steps)
         return loaded.config.guidance_of(process).steps_within(timesteps[:-1])
 
     return lambda options: guided_steps(options.sampler, options.num_steps, options.path)
 
 
 def plan_of(schedule: Schedule, process: Process, num_steps: int, path: Sequence[int]) -> Plan:
-    """Returns the plan for a path, or if it is empty, for `num_steps` steps from T to 0."""
-    if path or process == "forward":
+    """Returns the plan for a path. For an empty path, returns the plan for `num_steps` steps from T to 0."""
+    if path or process not in SAMPLERS:
         return plan_through(schedule, process, path)
     return make_plan(schedule, process, num_steps)

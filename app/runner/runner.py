@@ -273,7 +273,7 @@ class Runner:
         return BATCHES_AHEAD if self._runs_ahead else BATCHES
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
-        """Assigns a slot to each trajectory and writes x_T and the options there."""
+        """Assigns slots to the trajectories and writes their first x_t and their options there."""
         if not trajectories:
             return
         rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
@@ -325,7 +325,7 @@ class _Part(NamedTuple):
     x_t: Tensor  # (B, C, H, W): x_prev of the step
     x_0: Tensor  # (B, C, H, W)
     finite: Tensor  # (B,)
-    errors: tuple[Tensor, Tensor, Tensor] | None  # slot, label and error (N,) of each evaluation, for recognition
+    errors: tuple[Tensor, Tensor, Tensor] | None  # slot, label and error (N,) of each evaluation, for comparisons
 
 
 def _shape_text(loaded: Checkpoint) -> str:

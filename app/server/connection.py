@@ -31,8 +31,8 @@ log = logging.getLogger("unfog.access")
 _protocol_log = logging.getLogger(PROTOCOL_LOGGER)
 _protocol_log.setLevel(logging.ERROR)  # uvicorn's warnings about malformed requests would duplicate our access log
 
-# Limit for bytes of later requests that arrive before the current request is answered. Requests with images are larger,
-# but each connection could then hold that much, and clients that pipeline uploads are not known.
+# Limit for bytes of later requests that arrive before the current request is answered. Requests with pictures can be
+# larger, but no known client pipelines them, and with a higher limit every connection could use more memory.
 MAX_AHEAD_BYTES = 64 * 1024
 # The read buffer bounds the work of one read: asyncio's default is 256 KiB. All connections share it, because the event
 # loop reads from one connection at a time and the bytes are copied before the next read.

@@ -45,6 +45,7 @@ from model.compiled.packing import Packer, can_pack, take_packed_weights
 from model.compiled.private_cache import compile_variables, open_private, private_folder, use_private_compile_cache
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
+from model.sampler import PLAN_COLUMNS
 from model.step import ReverseStep, Rows, State, Step, Stepped
 
 log = logging.getLogger(__name__)
@@ -295,7 +296,7 @@ def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
     t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
-    plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
+    plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]])
     source, label = torch.cat([rows, rows[:2]]), torch.tensor([0, 1, 2, program.null_label, program.null_label])
     return state, plans, Rows(rows, torch.zeros_like(rows), source, label, torch.tensor([3, 4, 2]))
 
@@ -392,7 +393,7 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
     """Exports the whole step for any number of rows."""
     B, N = 8, 11  # torch.export specializes on sizes 0 and 1, and treats equal sizes as one dimension
     state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
-    plans = torch.zeros(4, 5, device=program.device)
+    plans = torch.zeros(4, PLAN_COLUMNS, device=program.device)
     slots, step, source, label, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, N, B))
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
     of_rows = {0: rows}, {0: rows}, {0: evaluations}, {0: evaluations}, {0: rows}

@@ -127,5 +127,5 @@ def _inputs(program: ReverseStep, count: int) -> Inputs:
     state, rows = State.zeros(count, program.checkpoint.image_shape, program.device), torch.arange(count)
     state.x_t.normal_()
     t = program.checkpoint.schedule.num_steps // 2
-    plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1]])
+    plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]])
     return state, plans, Rows(rows, torch.zeros_like(rows), rows, torch.zeros_like(rows), rows)

@@ -10,19 +10,25 @@ from einops import rearrange
 from torch import Tensor
 
 from model import checkpoint
+from model.comparison import compare
 from model.denoising import (
+    DENOISING_SAMPLER,
+    DENOISING_STEPS,
     WHITE,
+    NoisyComparison,
+    can_compare,
+    comparison_path,
     estimate_noise_std,
     matching_timestep,
     noise_levels,
-    start_of,
+    restored_image,
 )
 from model.files import write_json
-from model.noise import normal
 from model.pixels import to_pixels
 from model.precision import fast_dtype
-from model.prediction import predict_x_0
-from model.sampler import Plan, Sampler, plan_through, reverse_step
+from model.process import Start, draw
+from model.recognition import RECOGNITION_SEED
+from model.sampler import Guidance, noise_above, plan_through, timesteps_from
 from model.step import ReverseStep
 from scripts.common.errors import ScriptError
 from scripts.common.figures import Panel, draw_panels, save_figure
@@ -33,28 +39,27 @@ from scripts.evaluation.samples import Digits, load_references
 from scripts.evaluation.tables import as_table
 
 LEVELS = (20, 35, 50, 65)  # timesteps whose noise levels are evaluated
-SAMPLER: Sampler = "ddim"
-NUM_STEPS = 10
 SEED = 0  # of the noise in the steps of a sampler that adds noise
 BATCH_SIZE = 100  # images
-ROWS = 128  # evaluations of the network in one call
-NUM_SHOWN = 4  # digits at each level in the picture
-COLUMNS = ("t", "noise", "noise error", "noisy PSNR", "mean PSNR", "sample PSNR", "mean judge", "sample judge")
+NUM_SHOWN = 4  # digits at each level in the plot
+PSNRS, ACCURACIES = ("noisy PSNR", "mean PSNR", "sample PSNR"), ("recognised", "mean judge", "sample judge")
+COLUMNS = ("t", "noise", "noise error", *PSNRS, *ACCURACIES)
 
 
 @dataclass(frozen=True, slots=True)
 class Denoised:
-    """The answers for N noisy pictures. Images are uint8 (N, 1, 28, 28)."""
+    """The results for N noisy images. Images are uint8 (N, 1, 28, 28)."""
 
     noise_std: Tensor  # (N,) estimated, in grey levels
     mean: Tensor
     sample: Tensor
+    digits: Tensor  # (N,) recognised, or the null label
 
 
 def evaluate_denoising(
     path: Path, out: Path, reporter: Reporter, *, num_images: int, split: str, data_dir: Path
 ) -> None:
-    """Writes a picture and JSON, and prints a table. Raises CheckpointError or ScriptError."""
+    """Writes a plot and JSON, and prints a table. Raises CheckpointError or ScriptError."""
     loaded = checkpoint.load(path)
     if loaded.image_shape != (1, 28, 28) or loaded.network.null_label != NUM_CLASSES:
         raise ScriptError(f"{path} cannot denoise digits: it must have {NUM_CLASSES} classes of 1x28x28 images")
@@ -81,8 +86,8 @@ def evaluate_denoising(
         "weights_sha256": loaded.weights_sha256,
         "dtype": str(denoiser.step.dtype).removeprefix("torch."),
         "judge": {"sha256": judge.sha256, "accuracy": accuracy(judge.network, digits.images, digits.labels)},
-        "sampler": SAMPLER,
-        "num_steps": NUM_STEPS,
+        "sampler": DENOISING_SAMPLER,
+        "num_steps": DENOISING_STEPS,
         "levels": rows,
     }
     write_json(out.with_suffix(".json"), content)
@@ -95,63 +100,61 @@ def add_noise(images: Tensor, noise_std: float, seed: int) -> Tensor:
 
 
 class Denoiser:
-    """Removes noise from batches of pictures. Noise level and class are estimated for each picture."""
+    """Removes noise from batches of images. Estimates the noise level and the class of each, as the service does."""
 
     def __init__(self, step: ReverseStep) -> None:
         self.step, self.schedule = step, step.checkpoint.schedule
+        self.guidance = step.checkpoint.config.guidance_of(DENOISING_SAMPLER)
 
-    @torch.inference_mode()
     def denoise(self, noisy: Tensor, reporter: Reporter) -> Denoised:
-        """Returns the answers for uint8 pictures (N, 1, 28, 28)."""
+        """Returns the results for uint8 images (N, 1, 28, 28). An image without noise is returned unchanged."""
         noise_std = estimate_noise_std(noisy)  # (N,)
-        t = torch.tensor([matching_timestep(self.schedule, std) for std in noise_std.tolist()])  # (N,)
-        x_t = start_of(self.schedule, noisy, noise_std, t)  # (N, 1, 28, 28)
-        means, samples = [], []
-        with reporter.task("removing noise", len(noisy), "images") as task:
-            for rows in torch.arange(len(noisy)).split(BATCH_SIZE):
-                means.append(self._x_0(x_t[rows], t[rows]))
-                samples.append(self._sample(x_t[rows], t[rows], rows))
+        t = [matching_timestep(self.schedule, std) for std in noise_std.tolist()]
+        u = restored_image(noisy, noise_std)  # (N, 1, 28, 28)
+        mean, sample = u.clamp(-1, 1), u.clamp(-1, 1)  # (N, 1, 28, 28) each
+        digits = torch.full((len(noisy),), self.step.null_label)  # (N,)
+        has_noise = torch.tensor(t).nonzero()[:, 0]
+        with reporter.task("removing noise", len(has_noise), "images") as task:
+            for rows in has_noise.split(BATCH_SIZE):
+                levels = [t[i] for i in rows.tolist()]
+                mean[rows] = self._follow([(t, 0) for t in levels], u[rows], digits[rows], rows, Guidance())
+                digits[rows] = self._recognise(u[rows], levels, rows)
+                paths = [timesteps_from(self.schedule, DENOISING_SAMPLER, DENOISING_STEPS, t) for t in levels]
+                sample[rows] = self._follow(paths, u[rows], digits[rows], rows, self.guidance)
                 task.advance(len(rows))
-        mean, sample = to_pixels(torch.cat(means)), to_pixels(torch.cat(samples))
-        return Denoised(noise_std, mean, sample)
+        return Denoised(noise_std, to_pixels(mean), to_pixels(sample), digits)
 
-    def _sample(self, x_t: Tensor, t: Tensor, index: Tensor) -> Tensor:
-        """Returns the results (B, 1, 28, 28) of the reverse process from x_t at timesteps t (B,)."""
-        x = x_t.clamp(-1, 1)  # the answer where t is 0
-        num_steps = t.clamp(max=NUM_STEPS)  # (B,)
-        for count in num_steps.unique().tolist():
-            rows = (num_steps == count).nonzero()[:, 0]
-            if count:
-                plans = [self._plan(start, count) for start in t[rows].tolist()]
-                x[rows] = self._follow(plans, x_t[rows], index[rows])
-        return x
+    def _recognise(self, u: Tensor, t: Sequence[int], index: Tensor) -> Tensor:
+        """Returns the digit (B,) of images u (B, 1, 28, 28) with matching timesteps t, or the null label."""
+        digits = torch.full((len(u),), self.step.null_label)
+        known = torch.tensor([can_compare(self.schedule, level) for level in t]).nonzero()[:, 0]
+        paths = [comparison_path(self.schedule, t[i]) for i in known.tolist()]
+        if not paths:
+            return digits
+        results = [NoisyComparison(NUM_CLASSES) for _ in paths]
+        levels = torch.tensor([noise_above(self.schedule, *path[:2]) for path in paths])  # (B, 2)
+        start = Start(u[known], levels[:, 0], levels[:, 1], torch.ones_like(u[known], dtype=torch.bool))
+        plans = [plan_through(self.schedule, "noisy", path) for path in paths]
+        seed = torch.full_like(known, RECOGNITION_SEED)
+        compare(self.step, plans, results, seed=seed, index=torch.zeros_like(known), start=start)
+        digits[known] = torch.tensor([result.digit for result in results])
+        return digits
 
-    def _plan(self, start: int, num_steps: int) -> Plan:
-        return plan_through(self.schedule, SAMPLER, self.schedule.even_timesteps(num_steps, start))
-
-    def _follow(self, plans: Sequence[Plan], x_t: Tensor, index: Tensor) -> Tensor:
-        """Returns x_0 (B, 1, 28, 28) after the plan of each row. All plans have the same number of steps."""
-        steps = torch.stack([plan.table(x_t.device) for plan in plans], dim=1)  # (num_steps, B, 5)
-        x_0, image_shape = torch.zeros_like(x_t), self.step.checkpoint.image_shape
-        for k, step in enumerate(steps):
-            x_0_prev, x_0 = x_0, self._x_0(x_t, step[:, 0].long())
-            z = normal(torch.full_like(index, SEED), index, torch.full_like(index, k + 1), image_shape)
-            x_t = reverse_step(x_t, x_0, x_0_prev, z, step[:, 1:])
-        return x_0
-
-    def _x_0(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the predicted x_0 (B, 1, 28, 28) in [-1, 1], and the picture itself where t is 0."""
-        x_0 = predict_x_0(x_t, self._call(x_t, t), self.step.mix.cpu()[t.clamp(min=1)])
-        return torch.where((t == 0)[:, None, None, None], x_t, x_0)
-
-    def _call(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Returns the output of the network (B, 1, 28, 28) for the null label."""
-        step, outputs = self.step, []
-        for rows in torch.arange(len(x_t)).split(ROWS):
-            c = step.condition[t[rows].to(step.device), step.null_label]  # (N, D)
-            x = x_t[rows].to(step.device, step.dtype)  # (N, 1, 28, 28)
-            outputs.append(step.call_rows.call(step.denoise, x, c).float().cpu())
-        return torch.cat(outputs)
+    def _follow(
+        self, paths: Sequence[Sequence[int]], u: Tensor, y: Tensor, index: Tensor, guidance: Guidance
+    ) -> Tensor:
+        """Returns x_0 (B, 1, 28, 28) after the path of each row, which starts at the matching timestep of u."""
+        signal = torch.tensor([self.schedule.alpha_bar[path[0]].sqrt().item() for path in paths])
+        return draw(
+            self.step,
+            [plan_through(self.schedule, DENOISING_SAMPLER, path) for path in paths],
+            self.step.checkpoint.image_shape,
+            seed=torch.full_like(index, SEED),
+            index=index,
+            y=y,
+            guidance=guidance,
+            start=Start(u, signal, torch.zeros_like(signal)),
+        )
 
 
 def psnr(images: Tensor, truth: Tensor) -> float:
@@ -171,6 +174,7 @@ def figures_of(
         "psnr_noisy": psnr(noisy, digits.images),
         "psnr_mean": psnr(answers.mean, digits.images),
         "psnr_sample": psnr(answers.sample, digits.images),
+        "recognised": (answers.digits == digits.labels).double().mean().item(),
         "judge_noisy": accuracy(judge, noisy, digits.labels),
         "judge_mean": accuracy(judge, answers.mean, digits.labels),
         "judge_sample": accuracy(judge, answers.sample, digits.labels),
@@ -184,12 +188,12 @@ def as_row(row: dict[str, Any]) -> list[str]:
         f"{row['noise_std']:.0f}",
         f"{row['noise_std_median_relative_error']:.1%}",
         *(f"{row[name]:.1f}" for name in ("psnr_noisy", "psnr_mean", "psnr_sample")),
-        *(f"{row[name]:.1%}" for name in ("judge_mean", "judge_sample")),
+        *(f"{row[name]:.1%}" for name in ("recognised", "judge_mean", "judge_sample")),
     ]
 
 
 def panel_of(answers: Denoised, noisy: Tensor, digits: Digits, noise_std: float, *, has_rows: bool) -> Panel:
-    """Returns a grid for one noise level: a row for each of a few digits, a column for each kind of picture.
+    """Returns a grid for one noise level: a row for each of a few digits, a column for each kind of image.
 
     `has_rows` adds the labels of the rows.
     """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
 NUM_EDIT_STEPS = 20  # default number of steps
-NUM_SHOWN = 2  # sketches of each digit in the picture
+NUM_SHOWN = 2  # sketches of each digit in the plot
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def evaluate_editing(
     split: str,
     data_dir: Path,
 ) -> None:
-    """Redraws `num_images` sketches with each of STRENGTHS. Prints figures, writes a picture and JSON.
+    """Redraws `num_images` sketches with each of STRENGTHS. Prints figures, writes a plot and JSON.
 
     The class is given, or guessed from the sketch. Strength 1 does not use the sketch, so it gives the distance of new
     images of the same class. Raises CheckpointError or ScriptError.

@@ -3,7 +3,7 @@
 The pictures imitate uploads of users. They are 40 to 600 pixels wide. The character is off centre and tilted. Ink and
 paper have different colours. The four archives in handwriting_sets are fixed. The parts `digits-test` and
 `letters-test` measure recognition, and no setting is chosen with them. `digits-validation` and `letters-validation`
-have other fonts and are for choosing settings. The command draws new archives from a folder of font files.
+have other fonts and are for choosing settings. The command makes new archives from a folder of font files.
 """
 
 import io
@@ -58,7 +58,7 @@ FONTS: dict[Part, tuple[str, ...]] = {
 SUFFIXES = (".woff", ".ttf", ".otf")
 SEED = "unfog handwriting 1"
 FONT_SIZE = 1200  # pixels; nearly all characters are then made smaller, which keeps their edges smooth
-PNG_COLOURS = 4  # paper, ink and two between; more would make large files
+PNG_COLOURS = 4  # paper, ink and two colours between them; more colours make the files larger
 MIN_CHARACTER = 16  # pixels of the longest side
 TILE = 56  # pixels of a picture in the contact sheet
 
@@ -110,7 +110,7 @@ VARIANTS = {
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Everything that makes one picture out of the mask of a character."""
+    """The parameters with which one picture is made from the mask of a character."""
 
     width: int  # pixels, as all sizes and places
     height: int
@@ -144,7 +144,7 @@ def load_letters(part: Part = "test") -> list[Picture[str]]:
 
 
 def load_parameters(name: str) -> dict[str, dict[str, object]]:
-    """Returns the fields of the Look of each picture, by file name. `name` is such as `digits-test`."""
+    """Returns the fields of the Look of each picture, by file name. `name` is an archive, for example `digits-test`."""
     looks: dict[str, dict[str, object]] = json.loads(_unpack(name)[PARAMETERS])
     return looks
 
@@ -152,7 +152,7 @@ def load_parameters(name: str) -> dict[str, dict[str, object]]:
 def _read(name: str) -> list[tuple[bytes, str, str, str]]:
     rows = []
     for file, data in _unpack(name).items():
-        if file != PARAMETERS:  # others are such as caveat/7-photo.jpg
+        if file != PARAMETERS:  # other names have the form caveat/7-photo.jpg
             label, variant = PurePath(file).stem.split("-")
             rows.append((data, label, PurePath(file).parent.name, variant))
     return rows
@@ -264,7 +264,7 @@ def _choose_look(mask: Image.Image, variant: Variant, generator: random.Random) 
 
 
 def _transform(mask: Image.Image, tilt: float, stretch: float, longest: int) -> Image.Image:
-    """Stretches and tilts a mask, crops it to the ink, and makes its longest side as long as asked."""
+    """Stretches and tilts a mask, crops it to the ink, and scales its longest side to the given length."""
     wide = mask.resize((max(round(mask.width * stretch), 1), mask.height), Image.Resampling.BICUBIC)
     tilted = wide.rotate(tilt, Image.Resampling.BICUBIC, expand=True)
     tilted = tilted.crop(tilted.getbbox())
@@ -288,7 +288,7 @@ def _paint(mask: Image.Image, look: Look) -> Image.Image:
 
 
 def show_handwriting(part: Part = "test") -> "Figure":
-    """Draws a contact sheet of the digits: one row a font, one column a digit. The variants alternate."""
+    """Draws a contact sheet of the digits: one row per font, one column per digit. The variants alternate."""
     pictures = load_handwriting(part)
     groups = [pictures[i : i + len(VARIANTS)] for i in range(0, len(pictures), len(VARIANTS))]
     chosen = [group[(i + i // len(DIGITS)) % len(VARIANTS)] for i, group in enumerate(groups)]
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.evaluation.handwriting", description=__doc__)
-    parser.add_argument("--fonts", type=Path, help="folder of font files; the archives are drawn again with them")
+    parser.add_argument("--fonts", type=Path, help="folder of font files; the archives are made again from them")
     parser.add_argument("--out", type=Path, default=Path("runs/handwriting"), help="default: runs/handwriting")
     parser.add_argument("--sheet", type=Path, help="PNG file for a contact sheet of the fixed digits")
     return parser

@@ -9,8 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from model.comparison import compare
 from model.files import write_json
-from model.inpainting import compare_classes, inpainting_path, recognition_path
+from model.inpainting import ClassDistances, inpainting_path, recognition_path
 from model.pixels import from_pixels, to_pixels
 from model.process import Start
 from model.sampler import Plan, plan_through
@@ -24,7 +25,7 @@ from scripts.evaluation.samples import Digits, balanced, load_references
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_SHOWN = 10  # images in the picture, one of each digit
+NUM_SHOWN = 10  # images in the plot, one of each digit
 MISSING_COLOUR = (250, 180, 90)
 MASK_SEED = 0  # of the mask of random pixels
 
@@ -64,7 +65,7 @@ class Filled:
     mask: str
     calls: float  # mean number of network calls for one image, including those to guess the class
     class_given: bool
-    guessed: float | None  # share whose class was guessed correctly from the visible pixels; None if it was given
+    guessed: float | None  # share whose class was guessed correctly from the known pixels; None if it was given
     recognised: float  # share recognised by the judge as the true digit
     changed: int  # number of known pixels that differ from the input
     border_step: float  # mean absolute difference in grey levels between neighbours on both sides of the border
@@ -86,7 +87,7 @@ class Filled:
 
 
 class Filler:
-    """Fills in images with a checkpoint, and guesses the class of images of which only a part is visible."""
+    """Fills in images with a checkpoint, and guesses the class of an image from its known pixels."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Filler:
         return to_pixels(filled)
 
     def guess(self, images: Tensor, is_known: Tensor) -> tuple[Tensor, float]:
-        """Returns the class (N,) that explains the known pixels of each image best, and the mean number of calls."""
+        """Returns the class (N,) that fits the known pixels of each image best, and the mean number of calls."""
         start = self._start(self._plan.timesteps[0], images, is_known)
         return guess_classes(self._drawer, self._plan, start, self._reporter, self._request)
 
@@ -130,14 +131,14 @@ class Filler:
 def guess_classes(
     drawer: Drawer, plan: Plan, start: Start, reporter: Reporter, request: DrawingRequest
 ) -> tuple[Tensor, float]:
-    """Returns the class (N,) that explains the known pixels of each of N images best, and the mean number of calls."""
+    """Returns the class (N,) that fits the known pixels of each of N images best, and the mean number of calls."""
     guessed, total, count = [], 0, len(start.image)
     batches = torch.arange(count, device=drawer.device).split(max(request.batch_size // NUM_CLASSES, 1))
     with reporter.task("recognising the known pixels", count, "images") as task:
         for rows in batches:
             seed = torch.full_like(rows, request.seed)
-            given = drawer.step, plan, start.rows(rows), NUM_CLASSES
-            results = compare_classes(*given, seed=seed, index=rows)
+            results = [ClassDistances(NUM_CLASSES, plan.num_steps) for _ in rows]
+            compare(drawer.step, [plan] * len(rows), results, seed=seed, index=rows, start=start.rows(rows))
             guessed.append(torch.tensor([result.digit for result in results]))
             total += sum(result.evaluations for result in results)
             task.advance(len(rows))
@@ -189,7 +190,7 @@ def evaluate_inpainting(
     split: str,
     data_dir: Path,
 ) -> None:
-    """Fills in real digits with each mask, with and without the class. Prints figures, writes a picture and JSON.
+    """Fills in real digits with each mask, with and without the class. Prints figures, writes a plot and JSON.
 
     `counts` are the number of images and the number of times that each step is taken. Raises CheckpointError or
     ScriptError.
@@ -228,7 +229,7 @@ def evaluate_inpainting(
 
 
 class Shown(NamedTuple):
-    """A row of images of a picture."""
+    """One row of images in the plot."""
 
     label: str
     images: Tensor  # uint8 (N, 1, 28, 28)

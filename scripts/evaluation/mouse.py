@@ -1,4 +1,4 @@
-"""Digits as two people would draw them with a mouse: a pen of constant width along a few jagged curves."""
+"""Digits that imitate the mouse drawings of two people: a pen of constant width along a few jagged curves."""
 
 import random
 
@@ -10,8 +10,8 @@ Stroke = tuple[Point, ...]
 HEIGHT = 500  # pixels of the mask
 ASPECT = 0.65  # width / height of a digit
 JITTER = 0.025  # standard deviation of the displacement of a point, as a share of the height
-TREMOR = 0.006  # the same for each sample of the mouse
-SAMPLES = 6  # samples of the mouse between two points
+TREMOR = 0.006  # the same, for each sample of the mouse position
+SAMPLES = 6  # samples of the mouse position between two points
 # Points of the strokes: x to the right and y downwards, from 0 to 1. A point that is repeated is a corner.
 STYLES: dict[str, tuple[tuple[Stroke, ...], ...]] = {
     "mouse-round": (

@@ -1,6 +1,6 @@
-"""Pictures that show no digit, to measure how often recognition rejects them. All are 28x28, white on black.
+"""Images that show no digit, to measure how often recognition rejects them. All are 28x28, white on black.
 
-Letters come from the fonts that ship with matplotlib, so that every machine draws the same pictures.
+Letters come from the fonts that ship with matplotlib, so that every machine draws the same images.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ SIZE, BOX = 28, 20  # MNIST scales a digit to a box of 20x20 pixels and centres 
 # Z z.
 LETTERS = "ACEFHKLMNPRTUVWXacdefhkmnprtuvwx"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic")
-# Digits that are no digit after a change. A 5 stays a 5 upside down, and half a 1 is a short 1.
+# Digits that show no digit after the change. A 5 upside down can be read as a 5, and half of a 1 is a short 1.
 MIRRORED, UPSIDE_DOWN, HALVED = (2, 3, 4, 5, 7), (3, 4, 7), (2, 3, 4, 5, 6, 8, 9)
 
 
 def non_digits(digits: Digits, count: int, seed: int) -> dict[str, Tensor]:
-    """Returns `count` pictures (count, 1, 28, 28) uint8 of each kind. Some kinds are made from the given digits.
+    """Returns `count` images (count, 1, 28, 28) uint8 of each kind. Some kinds are made from the given digits.
 
-    There are fewer pictures of a kind if there are fewer digits for it.
+    A kind has fewer images if there are fewer digits for it.
     """
     generator = np.random.default_rng(seed)
     order = torch.from_numpy(generator.permutation(len(digits.labels)))  # (N,)

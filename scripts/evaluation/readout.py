@@ -9,18 +9,18 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from model.recognition import CYCLE, MAX_NUM_PAIRS, Readout
 
 # Weights in the loss of the squared offsets, and of the squared deviations of the weights from their mean. They limit
-# the constants that few digits determine. Stronger ones made more errors on digits that were not fitted.
+# constants that depend on few digits. Larger weights gave more errors on digits that were not used for the fit.
 DECAY, WEIGHT_DECAY = 1e-5, 3e-5
 SUSPICION_DECAY = 1e-4  # weight of the squared weights of the log distances in the loss
-FALSE_ALARMS = 0.01  # share of the digits that are taken for no digit
+FALSE_ALARMS = 0.01  # share of the digits that are rejected
 DROPPED = 1e4  # score of a class that was not evaluated
 
 
 def fit_readout(errors: Tensor, labels: Tensor, before: Readout, weights_sha256: str) -> Readout:
     """Fits weights, offsets and half_at to errors (N, K, C) of digits with labels (N,). K is a multiple of 10.
 
-    A class that was not evaluated has NaN. It takes no part in the answers from this pair on. The loss is the mean
-    cross-entropy of the answers after each number n of pairs, with weight 1 / n.
+    A class that was not evaluated has NaN. It is left out of the results from this pair on. The loss is the mean
+    cross-entropy of the results after each number n of pairs, with weight 1 / n.
     """
     distances = errors.double().sqrt()  # (N, K, C)
     num_pairs, num_classes = distances.shape[1:]
@@ -42,7 +42,7 @@ def fit_readout(errors: Tensor, labels: Tensor, before: Readout, weights_sha256:
         total = DECAY * offsets.square().sum() + WEIGHT_DECAY * (weights - weights.mean()).square().sum()
         rows, scores = torch.arange(len(labels)), torch.zeros(len(labels), num_classes, dtype=torch.float64)
         for n in prefixes:
-            kept = undecided[rows, n - 1]  # (M,) rows that are undecided after n pairs were undecided before
+            kept = undecided[rows, n - 1]  # (M,) a row that is undecided after n pairs was undecided before
             rows, k = rows[kept], n - 1
             weight = (weights / spread)[k % len(CYCLE)]
             scores = scores[kept] + weight * centred[rows, k] - offsets[k]  # (M, C)
@@ -67,11 +67,11 @@ def fit_readout(errors: Tensor, labels: Tensor, before: Readout, weights_sha256:
 def fit_suspicion(
     readout: Readout, digits: Tensor, ink: Tensor, others: Tensor, others_ink: Tensor, kinds: Tensor
 ) -> Readout:
-    """Fits the constants that tell digits from other pictures, by logistic regression. Returns the new constants.
+    """Fits the constants that separate digits from other images, by logistic regression. Returns the new constants.
 
     `digits` (N, len(CYCLE)) and `others` (M, len(CYCLE)) are the errors of the most probable class in the first pairs,
-    `ink` (N,) and `others_ink` (M,) come from `ink_of`, and `kinds` (M,) numbers the kind of each picture. Digits and
-    others have the same total weight, and so have all kinds.
+    `ink` (N,) and `others_ink` (M,) come from `ink_of`. `kinds` (M,) has the number of the kind of each image. Digits
+    and others have the same total weight. All kinds also have the same total weight.
     """
     design = torch.stack([ink, torch.ones_like(ink)], dim=1).double()  # (N, 2)
     typical = torch.linalg.lstsq(design, digits.double().log() / 2).solution  # (2, len(CYCLE))
@@ -105,7 +105,7 @@ def fit_suspicion(
 
 
 def _excess(errors: Tensor, ink: Tensor, typical: Tensor) -> Tensor:
-    """Returns the log distances above those of a typical digit with this ink, (N, len(CYCLE))."""
+    """Returns the log distances minus those of a typical digit with this ink, (N, len(CYCLE))."""
     return errors.double().log() / 2 - ink.double()[:, None] * typical[0] - typical[1]
 
 

@@ -1,4 +1,4 @@
-"""Measures how well the diffusion model recognises real digits, and how well it rejects pictures that show no digit.
+"""Measures how well the diffusion model recognises real digits, and how well it rejects images that show no digit.
 
 The errors of all classes and pairs are saved while they are computed, so that a stopped run continues. All figures
 follow from these errors: an answer with fewer pairs uses the first ones.
@@ -33,9 +33,9 @@ from scripts.evaluation.samples import Digits, load_references
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CHUNK = 100  # images between two savings of the errors; each has up to 1,000 evaluations
+CHUNK = 100  # the errors are saved after this number of images; each image has up to 1,000 evaluations
 REPORTED = (1, 2, 3, 5, 10, 20, 30, 50, 100)  # numbers of pairs in the results
-UNLIKELY = 4.0  # ratio of the errors of a class without evaluation
+UNLIKELY = 4.0  # error of a class without evaluation, as a multiple of the largest error
 NUM_PLOTTED = 100  # digits in the plot; each has 100 evaluations
 NUM_BINS = 15  # of the expected calibration error (Guo 2017)
 
@@ -49,7 +49,7 @@ class RecognitionRequest:
     data_dir: Path
     num_pairs: int
     prune: bool
-    num_non_digits: int  # pictures of each kind; 0 means none
+    num_non_digits: int  # images of each kind; 0 means none
     fit: bool
     out: Path
     num_images: int | None = None  # the first images of the shuffled split; None means all
@@ -109,12 +109,12 @@ def _rows(request: RecognitionRequest, table: "ErrorTable", readout: Readout, la
 def _others(
     request: RecognitionRequest, step: ReverseStep, readout: Readout, digits: Digits, reporter: Reporter
 ) -> dict[str, list[Recognition]]:
-    """Returns the answers for pictures that show no digit, for each kind."""
+    """Returns the answers for images that show no digit, by kind."""
     if not request.num_non_digits:
         return {}
     answers = {}
     kinds = non_digits(digits, request.num_non_digits, seed=0)
-    with reporter.task("recognising other pictures", len(kinds), "kinds") as task:
+    with reporter.task("recognising other images", len(kinds), "kinds") as task:
         for name, pictures in kinds.items():
             answers[name] = recognise(step, from_pixels(pictures), readout, request.num_pairs)
             task.advance(1)
@@ -122,9 +122,9 @@ def _others(
 
 
 def _fit_to_others(readout: Readout, table: "ErrorTable", others: dict[str, list[Recognition]]) -> Readout:
-    """Returns constants with which the digits of the table and the other pictures are told apart."""
+    """Returns constants that separate the digits of the table from the other images."""
     if len(table.errors[0]) < len(CYCLE):
-        raise ScriptError(f"--fit needs at least {len(CYCLE)} pairs for pictures that show no digit")
+        raise ScriptError(f"--fit needs at least {len(CYCLE)} pairs for images that show no digit")
     of_digits = table.replay(readout, len(CYCLE), prune=True)
     of_others = [answer for kind in others.values() for answer in kind]
     kinds = torch.tensor([number for number, kind in enumerate(others.values()) for _ in kind])
@@ -139,9 +139,10 @@ def _of_best_class(answers: Sequence[Recognition]) -> tuple[Tensor, Tensor]:
 
 
 def rejection(digits: Sequence[Recognition], others: dict[str, list[Recognition]]) -> dict[str, Any]:
-    """Returns the share of digits that were rejected, and for each kind the share that was not, and the area (AUC).
+    """Returns the share of rejected digits. For each kind of other images, returns the share that was not rejected.
 
-    The area is the probability that a picture of this kind is more suspicious than a digit.
+    Also returns the area under the ROC curve of each kind. It is the probability that an image of this kind has a
+    higher suspicion than a digit.
     """
     of_digits = torch.tensor([answer.suspicion for answer in digits]).sort().values  # (N,)
     found: dict[str, Any] = {"false alarms": sum(not answer.is_digit for answer in digits) / len(digits)}
@@ -284,7 +285,7 @@ def summary(row: dict[str, Any]) -> str:
     kind = "pruned" if row["pruned"] else "all classes"
     return (
         f"{row['num_pairs']:3} pairs, {kind}: {row['accuracy']:.2%} recognised, {row['wrong']} wrong, "
-        f"{row['evaluations_an_image']:.1f} evaluations an image ({row['share_of_calls']:.1%}), "
+        f"{row['evaluations_an_image']:.1f} evaluations per image ({row['share_of_calls']:.1%}), "
         f"calibration error {row['calibration_error']:.2%}"
     )
 

@@ -30,7 +30,7 @@ TREMOR = 0.6  # standard deviation of the error of each mouse event, in pixels
 ASPECT = 0.72  # width of a digit as a share of its height
 CURVE_STEPS = 12  # points of the curve between two points of the skeleton
 EVENT_DISTANCE = 7.0  # distance between two mouse events in pixels
-DIGIT_SIZE, IMAGE_SIZE = 20, 28  # side of the box of a digit and of the image, as in MNIST
+DIGIT_SIZE, IMAGE_SIZE = 20, 28  # side of the box of a digit, and side of the image, as in MNIST
 
 # Strokes are separated by " / ". The points x,y of a stroke are percentages of the size, x to the right and y down. A
 # smooth curve goes through them. A repeated point makes a corner.
@@ -160,7 +160,7 @@ def _catmull_rom(p0: Point, p1: Point, p2: Point, p3: Point, u: float) -> Point:
 
 
 def _mouse_events(curve: Sequence[Point]) -> list[Point]:
-    """Returns points of the curve at nearly equal distances, as a mouse that moves evenly reports them."""
+    """Returns points of the curve at nearly equal distances, as a mouse with constant speed reports them."""
     events, travelled = [curve[0]], 0.0
     for a, b in pairwise(curve):
         travelled += math.dist(a, b)

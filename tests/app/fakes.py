@@ -82,13 +82,13 @@ def new_job(
 
 
 def new_recognition(num_pairs: int = 20, seed: int = 0, **fields: Any) -> Job:
-    """Creates a job that recognises an image. The fake runner makes it recognise the last digit of the seed."""
+    """Creates a job that recognises an image. With the fake runner, the result is the last digit of the seed."""
     options = Options(None, seed, num_pairs, "forward", 1.0, path=(*timesteps(num_pairs), 0))
     return Job(JobRequest(options, 1, comparison=Recognition(READOUT, 0.0, num_pairs), **fields))
 
 
 def new_search(count: int = 1, num_steps: int = 3, seed: int = 0, search_steps: int = 2, **fields: Any) -> Job:
-    """Creates a job that searches for the digit of its images. The fake runner makes it find the seed's last digit."""
+    """Creates a job that searches for the digit of its images. With the fake runner, it finds the seed's last digit."""
     submitted_at = fields.pop("submitted_at", None)
     search = Search(Options(None, seed, search_steps, "ddpm", 1.0), ClassDistances(10, search_steps))
     return Job(JobRequest(Options(None, seed, num_steps, "ddpm", 1.0), count, search=search, **fields), submitted_at)
@@ -102,7 +102,7 @@ def new_recognised_search(count: int = 1, num_steps: int = 3, seed: int = 0, num
 
 
 def recognised_class(job: Job) -> int:
-    """Returns the class as which the fake runner makes a job recognise its image."""
+    """Returns the class that a job recognises with the fake runner."""
     return job.request.options.seed % 10
 
 

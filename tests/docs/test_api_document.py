@@ -120,11 +120,11 @@ def test_parameter_table_has_every_query_parameter() -> None:
 
 
 @pytest.mark.parametrize("path", PICTURE_REQUESTS)
-def test_tables_of_a_route_for_images_have_every_field_with_its_type_default_and_limits(path: str) -> None:
+def test_tables_of_a_route_for_pictures_have_every_field_with_its_type_default_and_limits(path: str) -> None:
     schema = SCHEMAS[PICTURE_REQUESTS[path].__name__]
-    shared = by("Field", API.table("Images in requests", "Field", "Default"))
+    shared = by("Field", API.table("Pictures in requests", "Field", "Default"))
     sampled = by("Field", API.table("Request", "Field"))
-    sentence = API.section("Images in requests").split("The fields ")[1].split(" have the meaning")[0]
+    sentence = API.section("Pictures in requests").split("The fields ")[1].split(" have the meaning")[0]
     named = {"timeout_seconds", *(codes(sentence) if path != "/recognize" else ())}
     own = by("Field", API.table(f"POST {path}", "Field", "Default"))
     rows = {name: sampled[name] for name in named} | shared | own
@@ -219,7 +219,7 @@ def test_field_table_of_recognize_has_exactly_the_fields_of_its_schema() -> None
 
 
 @pytest.mark.parametrize("path", [path for path in PICTURE_REQUESTS if path != "/recognize"])
-def test_tables_of_answers_with_images_have_exactly_the_fields_of_the_schema(path: str) -> None:
+def test_tables_of_responses_with_images_have_exactly_the_fields_of_the_schema(path: str) -> None:
     generated = {codes(row["Field"])[0]: row["Type"] for row in API.table("JSON", "Field")}
     rows = [row for row in response_table("Common behaviour") if row["In"] in ("every route", f"`{path}`")]
     documented = {codes(row["Field"])[0]: row["Type"] for row in rows}
@@ -256,8 +256,11 @@ def test_absent_digit_has_the_documented_effect() -> None:
     assert "`none` in the chunk" in API.section("Common behaviour")
 
     async def check(client: httpx.AsyncClient) -> None:
-        for path, is_searched in (("/inpaint", True), ("/edit", True), ("/denoise", False)):
-            body = next(iter(task_examples.REQUESTS[path].values()))[1] | {"seed": 1}
+        mean, strong = {"mode": "mean"}, {"noise_std": 900}
+        asked: list[tuple[str, dict[str, Any], bool]] = [("/inpaint", {}, True), ("/edit", {}, True)]
+        asked += [("/denoise", {}, True), ("/denoise", mean, False), ("/denoise", strong, False)]
+        for path, changed, is_searched in asked:
+            body = next(iter(task_examples.REQUESTS[path].values()))[1] | {"seed": 1} | changed
             body.pop("digit", None)
             answer = (await client.post(path, json=body)).json()
             assert (answer["digit"] is not None) == is_searched, path
@@ -427,20 +430,20 @@ def test_documented_values_of_settings_are_their_defaults() -> None:
         assert float(number) * units[unit] == getattr(settings, name.lower()), name
 
 
-def test_documented_limits_of_images_are_those_of_the_code() -> None:
+def test_documented_limits_of_pictures_are_those_of_the_code() -> None:
     values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
-    bodies = "bodies with images that are received and decoded at the same time"
+    bodies = "bodies with pictures that are received and decoded at the same time"
     assert values[bodies] == f"{uploads.MAX_BODIES} x `UNFOG_MAX_IMAGE_BYTES` in total"
-    assert values["width and height of an image in a request"] == f"{picture_files.MAX_SIDE} pixels each"
+    assert values["width and height of a picture"] == f"{picture_files.MAX_SIDE} pixels each"
     progressive, cmyk = picture_files.MAX_PIXELS_PROGRESSIVE, picture_files.MAX_PIXELS_PROGRESSIVE_CMYK
-    assert values["pixels of a progressive JPEG image in a request"] == f"{progressive:,}"
-    assert values["pixels of a WebP or a progressive CMYK JPEG image in a request"] == f"{cmyk:,}"
+    assert values["pixels of a progressive JPEG picture"] == f"{progressive:,}"
+    assert values["pixels of a WebP or a progressive CMYK JPEG picture"] == f"{cmyk:,}"
     assert cmyk == picture_files.MAX_PIXELS_WEBP
-    assert values["scans of a JPEG image in a request"] == str(picture_files.MAX_SCANS)
+    assert values["scans of a JPEG picture"] == str(picture_files.MAX_SCANS)
     assert values["parts of a multipart body"] == str(uploads.MAX_PARTS)
     text = f"{uploads.MAX_TEXT_BYTES // 1024} KiB"
     assert values["text field of a multipart body"] == text
-    strings = "JSON with images: bytes outside of strings, strings, backslashes"
+    strings = "JSON with pictures: bytes outside of strings, strings, backslashes"
     assert values[strings] == f"{text}, {uploads.MAX_STRINGS}, {uploads.MAX_ESCAPES:,}"
 
 
@@ -480,7 +483,7 @@ def test_reasons_and_stages_of_metrics_are_documented(service: Service) -> None:
 
 @pytest.fixture(scope="module")
 def seven(service: Service) -> bytes:
-    """The file that the first curl example writes. The examples of the routes for images read it."""
+    """The file that the first curl example writes. The examples of the routes for pictures read it."""
     return service.post({"digit": 7, "seed": 42}, PNG).content
 
 

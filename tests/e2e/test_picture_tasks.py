@@ -72,8 +72,8 @@ def test_result_contains_the_options_of_the_request(alone: dict[str, Result]) ->
         assert {field: alone[name][field] for field in ask.fields} == ask.fields, name
         assert (alone[name]["fit"], alone[name]["invert"]) == ("resize", False), name
     assert [len(alone[name]["images"]) for name in ("denoise", "mean", "inpaint", "edit")] == [2, 1, 2, 2]
-    assert alone["denoise"]["digit"] is None
-    for name in ("inpaint an unknown digit", "edit an unknown digit"):
+    assert alone["mean"]["digit"] is None
+    for name in ("denoise", "inpaint an unknown digit", "edit an unknown digit"):
         assert alone[name]["digit"] in range(10)
 
 
@@ -92,7 +92,7 @@ def test_recognition_and_edit_of_an_unknown_digit_agree(service: Service, alone:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_json_and_multipart_give_the_same_answer(service: Service, alone: dict[str, Result], name: str) -> None:
+def test_json_and_multipart_give_the_same_response(service: Service, alone: dict[str, Result], name: str) -> None:
     response = TASKS[name].send_form(service)
     assert response.status_code == 200, response.text
     assert without_times(response) == alone[name]
@@ -123,6 +123,9 @@ def test_recognition_answers_with_json_or_a_chart(service: Service) -> None:
     assert (response.status_code, response.headers["content-type"]) == (200, PNG)
     with Image.open(io.BytesIO(response.content)) as chart:
         chart.load()
+    result = RECOGNIZE.result(service)
+    expected = {"Task": "recognize", "Digit": str(result["digit"]), "Num-Pairs": "4", "Fit": "resize"}
+    assert chart.text.items() >= expected.items()  # type: ignore[attr-defined] # of PNG images
     assert response.content == RECOGNIZE.send(service, PNG).content
     for accept in (ZIP, "text/event-stream"):
         assert_problem(RECOGNIZE.send(service, accept), 406, "not_acceptable")
@@ -170,7 +173,7 @@ def test_pixels_outside_of_the_mask_are_kept(service: Service, sampler: str, kno
 
 
 def test_pixels_under_the_mask_do_not_change_the_result(service: Service, alone: dict[str, Result]) -> None:
-    """Otherwise what the client wants to replace would shine through."""
+    """Otherwise the result would contain traces of the pixels that the client wants to replace."""
     changed = drawing()
     changed[mask() > 0] = 255 - changed[mask() > 0]
     images = pngs(INPAINT.having(image=encode(changed)).send(service))
@@ -227,7 +230,7 @@ def test_client_that_disconnects_frees_its_rows(service: Service, name: str) -> 
     assert 0 < cancelled[1] - cancelled[0] <= 64
 
 
-def test_client_that_leaves_while_its_picture_is_decoded_is_no_error(service: Service) -> None:
+def test_client_that_disconnects_while_its_picture_is_decoded_is_no_error(service: Service) -> None:
     large = png(4096, 4096, zeros(4096 * 4097))
     body = json.dumps(RECOGNIZE.having(image=large).document).encode()
     head = f"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: {JSON}\r\nContent-Length: {len(body)}\r\n"
@@ -307,7 +310,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {  # picture, a part of the message
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_request_with_wrong_fields_is_refused_with_a_sentence(service: Service, name: str) -> None:
+def test_request_with_wrong_fields_is_refused_with_a_message(service: Service, name: str) -> None:
     ask, field, message = REFUSED[name]
     content = json.dumps(ask.document).encode()
     response = service.client.post(ask.path, content=content, headers={"content-type": JSON})
@@ -330,7 +333,7 @@ def test_broken_picture_is_refused_by_every_route(service: Service, name: str) -
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_missing_picture_is_named(service: Service, path: str) -> None:
+def test_error_names_the_missing_picture(service: Service, path: str) -> None:
     for response in (
         service.client.post(path, json={}),
         service.client.post(path, data={"fit": "auto"}, files={"other": b""}),
@@ -346,7 +349,7 @@ def test_model_fast_supports_only_generate(limited: Service) -> None:
         assert problem["errors"] == [{"loc": ["body", "model"], "msg": "The model 'fast' supports only /generate"}]
 
 
-def test_images_of_a_search_need_no_more_room_than_others(limited: Service) -> None:
+def test_images_of_a_search_need_no_more_room_in_the_queue_than_others(limited: Service) -> None:
     limited.wait_until_idle()
     assert TASKS["inpaint an unknown digit"].having(count=CAPACITY).send(limited).status_code == 200
     assert_problem(INPAINT.having(count=CAPACITY + 1).send(limited), 422, "invalid_request")

@@ -8,12 +8,17 @@ from torch import Tensor
 from model.denoising import (
     MAX_NOISE_STD,
     NOT_BACKGROUND,
+    NUM_CANDIDATES,
+    NUM_PAIRS,
+    NoisyComparison,
     _log_likelihood_table,
+    can_compare,
+    comparison_path,
     estimate_noise_std,
     matching_timestep,
     noise_levels,
     restore_clipped,
-    start_of,
+    restored_image,
 )
 from model.pixels import from_pixels
 from model.prediction import Prediction, PredictionConfig, predict_x_0
@@ -52,7 +57,7 @@ def test_error_of_the_estimate_falls_with_the_number_of_background_pixels() -> N
     assert errors[56] < 0.65 * errors[28]
 
 
-def test_estimate_for_a_picture_without_noise_is_0() -> None:
+def test_estimate_for_an_image_without_noise_is_0() -> None:
     assert estimate_noise_std(drawing().to(torch.uint8)).tolist() == [0]
     assert estimate_noise_std(torch.zeros(1, 1, 28, 28, dtype=torch.uint8)).tolist() == [0]
 
@@ -63,7 +68,7 @@ def test_estimate_is_at_most_the_largest_noise() -> None:
     assert estimates.min() > 600
 
 
-def test_estimate_of_a_picture_does_not_depend_on_the_batch() -> None:
+def test_estimate_of_an_image_does_not_depend_on_the_batch() -> None:
     pictures = torch.cat([noisy(drawing(), std, seed=int(std)) for std in (0.0, 10.0, 300.0)])
     alone = torch.cat([estimate_noise_std(picture[None]) for picture in pictures])
     torch.testing.assert_close(estimate_noise_std(pictures), alone, rtol=1e-9, atol=0)
@@ -100,10 +105,9 @@ def test_matching_timestep_has_the_nearest_noise_level() -> None:
     assert matching_timestep(SCHEDULE, 0) == 0
 
 
-def test_start_without_noise_is_the_picture() -> None:
+def test_restored_image_without_noise_is_the_image() -> None:
     pixels = drawing().to(torch.uint8)
-    start = start_of(SCHEDULE, pixels, torch.zeros(1), torch.zeros(1, dtype=torch.int64))
-    torch.testing.assert_close(start, from_pixels(pixels))
+    torch.testing.assert_close(restored_image(pixels, [0.0]), from_pixels(pixels))
 
 
 def test_start_and_ideal_prediction_give_the_posterior_mean_of_gaussian_images() -> None:
@@ -115,14 +119,14 @@ def test_start_and_ideal_prediction_give_the_posterior_mean_of_gaussian_images()
     z = torch.randn(2, 1, 1, 500, generator=torch.Generator().manual_seed(0))
     y = (m + math.sqrt(v) * z[0] + noise_std * z[1]).clamp(1, 254).round()[None]  # (1, 1, 1, 500)
     t = matching_timestep(SCHEDULE, noise_std)
-    x_t = start_of(SCHEDULE, y, torch.tensor([noise_std]), torch.tensor([t]))
+    x_t = SCHEDULE.alpha_bar[t].sqrt() * restored_image(y, [noise_std])
     a, s = SCHEDULE.alpha_bar[t].sqrt(), (1 - SCHEDULE.alpha_bar[t]).sqrt()
     mean, var = m / 127.5 - 1, v / 127.5**2
     # Bishop 2006, eq. 2.81 and 2.96: the conditional mean of jointly normal v = a eps - s x_0 and x_t = a x_0 + s eps
     gain = (a * s - s * a * var) / (a * a * var + s * s)
     output = -s * mean + gain * (x_t - a * mean)
     mix = Prediction(PredictionConfig("v"), SCHEDULE).table(x_t.device)[[t]]
-    predicted = (predict_x_0(x_t, output.float(), mix) + 1) * 127.5
+    predicted = (predict_x_0(x_t.float(), output.float(), mix) + 1) * 127.5
     level = noise_levels(SCHEDULE)[t].item()
     expected = (level**2 * m + v * y) / (level**2 + v)
     torch.testing.assert_close(predicted, expected.float(), rtol=0, atol=0.05)
@@ -139,3 +143,40 @@ def test_normal_integral_in_the_table_matches_sums_over_clean_grey_levels() -> N
         share = [NORMAL.cdf((high - x) / std) - NORMAL.cdf((low - x) / std) for x in (0, *clean)]
         expected = (1 - NOT_BACKGROUND) * share[0] + NOT_BACKGROUND * sum(share[1:]) / len(clean)
         assert table[row, pixel].exp().item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("t_image", [1, 20, 65, 83])
+def test_comparison_uses_informative_timesteps_above_that_of_the_image(t_image: int) -> None:
+    first, *timesteps = comparison_path(SCHEDULE, t_image)
+    assert first == t_image
+    assert len(set(timesteps)) == len(timesteps) == NUM_PAIRS
+    assert max(t_image, 59) < min(timesteps)
+    assert max(timesteps) == 92
+    middle = sorted(timesteps)[NUM_PAIRS // 2]
+    assert timesteps[0] == middle
+    assert {timesteps[-1], timesteps[-2]} & {min(timesteps), max(timesteps)}
+
+
+@pytest.mark.parametrize("num_steps", [100, 1000])
+def test_image_that_is_nearly_noise_is_not_compared(num_steps: int) -> None:
+    schedule = Schedule(ScheduleConfig(num_steps=num_steps))
+    possible = [can_compare(schedule, t) for t in range(1, num_steps + 1)]
+    assert possible == sorted(possible, reverse=True)
+    assert 0.8 < sum(possible) / num_steps < 0.92
+    with pytest.raises(ValueError, match="too much noise"):
+        comparison_path(schedule, sum(possible) + 1)
+
+
+def test_comparison_of_a_noisy_image_keeps_the_best_classes_and_chooses_the_smallest_sum() -> None:
+    comparison, step = NoisyComparison(10), 0
+    while comparison.remaining:
+        # Class 8 is best in the first steps. Class 3 is best in the sum.
+        errors = {y: 60.0 + y for y in range(10)} | {3: 56.0, 8: 40.0 + 3 * step}
+        comparison.add([errors[y] for y in comparison.remaining])
+        step += 1
+        assert comparison.digit == (8 if step < 12 else 3)
+        assert len(comparison.remaining) in (10, NUM_CANDIDATES, 0)
+    assert step == 2 * NUM_PAIRS
+    assert comparison.evaluations == 4 * 10 + (2 * NUM_PAIRS - 4) * NUM_CANDIDATES
+    assert math.isinf(comparison.sums[9])
+    assert sum(math.isfinite(each) for each in comparison.sums) == NUM_CANDIDATES

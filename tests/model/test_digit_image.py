@@ -173,7 +173,7 @@ def test_invert_can_be_forced(fit: digit_image.Fit) -> None:
 
 
 @pytest.mark.parametrize("stroke", [1.5, 3, 8, 15, 30, 45, 60])
-def test_strokes_of_every_width_come_out_as_in_mnist(stroke: float) -> None:
+def test_strokes_of_every_width_get_the_width_of_mnist(stroke: float) -> None:
     pixels = normalise(to_uint8(0.9 - 0.7 * seven(stroke=stroke))).pixels
     ink = pixels.float().sum() / 255
     path = 20 * (0.6 + math.hypot(1, 0.45))  # length of a seven that is 20 pixels high

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from model.inpainting import MIN_PAIRS, compare_classes, recognition_path, repaint_timesteps
+from model.comparison import compare
+from model.inpainting import MIN_PAIRS, ClassDistances, recognition_path, repaint_timesteps
 from model.noise import normal
 from model.process import Start, draw
 from model.sampler import plan_through
@@ -24,7 +25,7 @@ class GaussianStep:
 
     def __call__(self, state: State, plans: torch.Tensor, rows: Rows) -> Stepped:
         slots, step, _, label, _ = rows
-        plan = plans[state.plan_row[slots] + step]  # (B, 5)
+        plan = plans[state.plan_row[slots] + step]  # (B, 7)
         alpha_bar = SCHEDULE.alpha_bar[plan[:, 0].long()].float()[:, None, None, None]  # (B, 1, 1, 1)
         x_t, count = state.x_t[slots], state.x_t[0].numel()
         self.x_t.append((int(plan[0, 0]), x_t))
@@ -34,7 +35,7 @@ class GaussianStep:
         predicted = ((mean / self.std**2 + seen) / precision).expand_as(x_t)
         known, is_known = state.known[slots], state.is_known[slots]
         x_0 = known.where(is_known, predicted)
-        a, b, c, s = plan[:, 1:, None, None, None].unbind(dim=1)
+        a, b, c, s = plan[:, 1:5, None, None, None].unbind(dim=1)
         z = normal(state.seed[slots], state.index[slots], step + 1, SHAPE)
         x_prev = a * x_t + b * x_0 + c * state.x_0[slots] + s * z
         error = (predicted - known).square().where(is_known, 0.0).sum(dim=(1, 2, 3))
@@ -103,8 +104,9 @@ def distances(
     """Returns the distances of all classes of images whose left half is known, and the numbers of calls."""
     count = len(image)
     seed, index = keys_of(count)
-    given = plan_through(SCHEDULE, "ddpm", path), Start.at(SCHEDULE, path[0], image, half(count)), len(means)
-    results = compare_classes(GaussianStep(means, std), *given, seed=seed, index=index)
+    plan, start = plan_through(SCHEDULE, "ddpm", path), Start.at(SCHEDULE, path[0], image, half(count))
+    results = [ClassDistances(len(means), plan.num_steps) for _ in image]
+    compare(GaussianStep(means, std), [plan] * count, results, seed=seed, index=index, start=start)
     calls = torch.tensor([result.evaluations for result in results])
     return torch.tensor([result.distances for result in results]), calls
 
@@ -128,10 +130,11 @@ def test_the_distance_of_a_class_is_that_of_its_predicted_image() -> None:
     assert calls.tolist() == [2]
 
 
-def test_a_class_that_is_far_behind_is_dropped_and_needs_no_further_calls() -> None:
+def test_a_class_with_a_much_larger_distance_is_dropped_and_needs_no_further_calls() -> None:
     image = torch.full((1, *SHAPE), 0.9)
     path = [90, 50, 90, 50, 90, 50, 90, 50, 90, 50, 90, 50, 0]
-    # After k steps, the class -0.9 is k * sqrt(8) * 1.8 = 5.1 k behind. It is dropped after MIN_PAIRS steps.
+    # After k steps, the distance of the class -0.9 is larger by k * sqrt(8) * 1.8 = 5.1 k. It is dropped after
+    # MIN_PAIRS steps.
     found, calls = distances([0.9, -0.9, 0.8], 0.01, path, image)
     assert found.isinf().tolist() == [[False, True, False]]
     assert calls.tolist() == [3 * MIN_PAIRS + 2 * (7 - MIN_PAIRS)]

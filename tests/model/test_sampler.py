@@ -14,9 +14,11 @@ from model.sampler import (
     Sampler,
     guide,
     make_plan,
+    noise_above,
     plan_through,
     reverse_step,
     sample,
+    timesteps_from,
     timesteps_of,
 )
 from model.schedule import Schedule, ScheduleConfig
@@ -336,7 +338,7 @@ def test_forward_process_visits_timesteps_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("path", [[50], [50, 60, 0], [50, 50, 0], [50, 20, 30, 40, 0], [60, 30, 50]])
-def test_impossible_paths_are_rejected(path: list[int]) -> None:
+def test_invalid_paths_are_rejected(path: list[int]) -> None:
     with pytest.raises(ValueError, match="a path must go down"):
         plan_through(COSINE, "ddpm", path)
 
@@ -370,3 +372,63 @@ def test_num_steps_out_of_range_is_rejected(sampler: Sampler, num_steps: int) ->
 def test_invalid_guidance_is_rejected(wrong: tuple[float, int, int]) -> None:
     with pytest.raises(ValueError, match=r"guidance\.(scale|start)"):
         Guidance(*wrong)
+
+
+@EVERY_SAMPLER
+def test_process_from_a_lower_timestep_has_steps_of_the_same_length(sampler: Sampler) -> None:
+    assert timesteps_from(COSINE, sampler, 20, 100) == timesteps_of(COSINE, sampler, 20)
+    timesteps = timesteps_from(COSINE, sampler, 20, 50)
+    assert (timesteps[0], timesteps[-1], len(timesteps)) == (50, 0, 11)
+    assert timesteps_from(COSINE, sampler, 100, 3) == [3, 2, 1, 0]
+    assert timesteps_from(COSINE, sampler, 5, 3) == [3, 0]
+
+
+T_IMAGE, T = 65, 85
+
+
+def test_noise_above_an_image_has_the_variance_of_a_higher_timestep() -> None:
+    signal, noise = noise_above(COSINE, T_IMAGE, T)
+    alpha_bar_image, alpha_bar = (COSINE.alpha_bar[t].item() for t in (T_IMAGE, T))
+    variance_of_image = (1 - alpha_bar_image) / alpha_bar_image
+    assert signal == pytest.approx(math.sqrt(alpha_bar))
+    assert signal**2 * variance_of_image + noise**2 == pytest.approx(1 - alpha_bar)
+    assert noise_above(COSINE, 0, T) == pytest.approx((math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)))
+
+
+def test_steps_of_a_noisy_image_use_each_noise_and_its_negative() -> None:
+    path = [T_IMAGE, T, 70, 92]
+    plan = plan_through(COSINE, "noisy", path)
+    assert plan.timesteps == (85, 85, 70, 70, 92, 92, 0)
+    generator = torch.Generator().manual_seed(0)
+    u, *z = torch.randn(1 + plan.num_steps, 1, 1, 4, 4, generator=generator)
+    levels = [noise_above(COSINE, T_IMAGE, t) for t in path[1:]]
+    first, second = levels[0]
+    x_t = first * u + second * z[0]
+    expected = []
+    for (signal, noise), n in zip(levels, z[::2], strict=False):
+        expected += [signal * u + noise * n, signal * u - noise * n]
+    for k, wanted in enumerate(expected):
+        torch.testing.assert_close(x_t, wanted)
+        # The pixels are known, so x_0 is u. Noise z[k + 1] is added after step k.
+        x_t = reverse_step(x_t[None], u[None], u[None], z[min(k + 1, len(z) - 1)][None], plan.coefficients[k : k + 1])[
+            0
+        ]
+    torch.testing.assert_close(x_t, u)
+
+
+def test_error_of_a_noisy_image_is_that_of_the_posterior_mean_of_the_image() -> None:
+    """For x_0 ~ N(m, v), u = x_0 + s e and y = x_t / signal = u + sqrt(gamma) n are jointly normal.
+
+    Their conditional means given y follow from Bishop 2006, eq. 2.96.
+    """
+    m, v = 0.3, 0.4
+    u, n = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    variance, variance_t = ((1 - COSINE.alpha_bar[t]) / COSINE.alpha_bar[t] for t in (T_IMAGE, T))
+    signal, noise = noise_above(COSINE, T_IMAGE, T)
+    x_t = signal * u + noise * n
+    x_0 = m + v / (v + variance_t) * (x_t / signal - m)
+    expected = u - (m + (v + variance) / (v + variance_t) * (x_t / signal - m))
+    plan = plan_through(COSINE, "noisy", [T_IMAGE, T])
+    of_known, of_x_t = plan.table(torch.device("cpu"))[0, 5:].double()
+    gamma = variance_t - variance
+    torch.testing.assert_close(gamma / variance_t * (of_known * u + of_x_t * x_t - x_0), expected, rtol=1e-5, atol=1e-5)

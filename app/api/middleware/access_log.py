@@ -58,7 +58,7 @@ def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
     started_at = timings.started_at or finished_at
     return {
         "model": options.model,
-        "digit": job.digit,  # of a search: the digit that was found, or null before that
+        "digit": job.digit,  # null until a search has found the digit
         "count": job.request.count,
         "seed": options.seed,
         "num_steps": options.num_steps,

@@ -1,6 +1,7 @@
 """POST /denoise, /inpaint, /edit and /recognize: tasks that start from a picture of the client."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -27,6 +28,7 @@ from app.api.task_schemas import (
 )
 from app.api.uploads import MULTIPART
 from app.engine.interface import ModelInfo
+from model.png import SOFTWARE
 from model.recognition import Recognition
 
 router = APIRouter()
@@ -60,7 +62,7 @@ def _route(path: str, name: str, request: type[BaseModel], response: type[BaseMo
         "responses": {
             200: {
                 "model": response,
-                "description": "the answer, in the format that Accept selects",
+                "description": "the result, in the format that Accept selects",
                 "content": formats,
             },
             **_PICTURE_ERRORS,
@@ -71,9 +73,9 @@ def _route(path: str, name: str, request: type[BaseModel], response: type[BaseMo
 
 @router.post(**_route("/recognize", "recognize", RecognizeRequest, RecognizeResponse))
 async def recognize(request: Request, service: ServiceDependency) -> Response:
-    """Recognises the digit in a picture: the class whose prediction explains the noise in the picture best.
+    """Recognises the digit in a picture: the class with which the network removes added noise best.
 
-    As image/png, answers with a chart of the errors of each class.
+    If Accept selects image/png, the response is a chart of the distances of each class.
     """
     media_type = negotiate(request, (JSON, PNG))
     body, pictures = await service.pictures.read(request, RecognizeRequest, ("image",), picture_tasks.fit_digit)
@@ -88,7 +90,7 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
     info = service.info(body.model)
     if media_type == PNG:
         with service.metrics.encode_duration.time(), context.encoding():
-            content = await asyncio.to_thread(encode_error_chart, result)
+            content = await asyncio.to_thread(encode_error_chart, result, _chart_chunks(result, info, task.chunks))
         return Response(content, media_type=PNG, headers={"Server-Timing": server_timing(job, context)})
     response = RecognizeResponse(
         digit=result.digit,
@@ -105,6 +107,11 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
     return Response(response.model_dump_json(), media_type=JSON, headers=headers)
 
 
+def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str]) -> dict[str, str]:
+    """Returns the text chunks of a chart."""
+    return {"Software": SOFTWARE, "Digit": str(result.digit), "Model-SHA256": info.sha256, **chunks}
+
+
 @router.post(**_route("/denoise", "denoise", DenoiseRequest, DenoiseResponse))
 async def denoise(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
     """Removes noise from a picture of a digit."""
@@ -117,7 +124,7 @@ async def denoise(request: Request, service: ServiceDependency, previews: Previe
 
 @router.post(**_route("/inpaint", "inpaint", InpaintRequest, InpaintResponse))
 async def inpaint(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
-    """Draws a part of a picture again. The pixels outside of the mask are kept exactly."""
+    """Fills in a part of a picture. The pixels outside of the mask are kept exactly."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(
         request, InpaintRequest, ("image", "mask"), picture_tasks.fit_resized, masks=("mask",)
@@ -128,7 +135,7 @@ async def inpaint(request: Request, service: ServiceDependency, previews: Previe
 
 @router.post(**_route("/edit", "edit", EditRequest, EditResponse))
 async def edit(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
-    """Turns a sketch into a digit that is similar to it."""
+    """Redraws a sketch as a digit that is similar to it."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(request, EditRequest, ("image",), picture_tasks.fit_digit)
     task = picture_tasks.edit(_model(service, body), body, *pictures["image"])

@@ -35,7 +35,7 @@ def png(width: int, height: int, pixels: bytes, extra: Sequence[bytes] = (), dep
 
 
 def zeros(num_bytes: int) -> bytes:
-    """Returns compressed zeros, without ever holding them."""
+    """Returns compressed zeros, without allocating the uncompressed data."""
     compressor = zlib.compressobj(9)
     parts = [compressor.compress(bytes(2**20)) for _ in range(num_bytes // 2**20)]
     return b"".join([*parts, compressor.compress(bytes(num_bytes % 2**20)), compressor.flush()])

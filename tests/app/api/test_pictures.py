@@ -169,7 +169,7 @@ def test_file_that_ends_early_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_damaged_file_is_decoded_or_refused_with_a_sentence(name: str) -> None:
+def test_damaged_file_is_decoded_or_refused_with_a_message(name: str) -> None:
     data = encode(Image.fromarray(RGB), name)
     random = np.random.default_rng(1)
     for _ in range(300):
@@ -275,7 +275,7 @@ def test_metadata_is_removed_before_decoding(name: str, make: Callable[[], bytes
         assert not {"icc_profile", "comment", "t"} & set(image.info)
 
 
-def test_format_is_never_one_that_pillow_guesses() -> None:
+def test_format_is_not_guessed_by_pillow() -> None:
     """An icon or a TIFF file within a PNG header would otherwise reach other decoders."""
     assert set(picture_files._READERS) == {"PNG", "JPEG", "WebP", "GIF"}
     assert "damaged" in message_of(SIGNATURE + bytes(100))
@@ -313,7 +313,7 @@ LARGE: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_largest_permitted_picture_needs_at_most_100_megabytes(tmp_path: Path) -> None:
-    """The small pictures load the decoders, whose memory does not count."""
+    """The small pictures load the decoders, so that their memory is not counted."""
     files = {
         **{name: encode(Image.new("RGB", (8, 8)), name) for name in ("PNG", "JPEG", "WEBP", "GIF")},
         **{name: make() for name, make in LARGE.items()},
@@ -325,5 +325,5 @@ def test_largest_permitted_picture_needs_at_most_100_megabytes(tmp_path: Path) -
     done = subprocess.run([sys.executable, "-c", PEAKS, small, large], capture_output=True, text=True, check=True)
     peaks = dict(zip(LARGE, map(int, done.stdout.split()), strict=True))
     assert max(peaks.values()) <= 100, peaks
-    assert peaks["RGBA PNG"] >= 64  # the measurement works
+    assert peaks["RGBA PNG"] >= 64  # shows that the measurement works
     assert peaks["more data than the stated size"] <= 5

@@ -46,7 +46,7 @@ Result = tuple[Fields, dict[str, list[Picture]]]
 
 
 class Client:
-    """Sends a body in chunks. Then it stays connected, unless `leaves` is true."""
+    """Sends a body in chunks. Then it stays connected, or disconnects if `leaves` is true."""
 
     def __init__(self, body: bytes, content_type: str, *, leaves: bool = False, size: int = 2**16) -> None:
         chunks = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
@@ -166,7 +166,7 @@ def test_missing_picture_is_an_invalid_field(body: bytes, content_type: str) -> 
     ("body", "content_type"),
     [(as_json(image=PNG, mask=b"text"), JSON), (as_form(("image", PNG), ("mask", b"text")), FORM)],
 )
-def test_file_that_is_no_picture_names_its_field(body: bytes, content_type: str) -> None:
+def test_error_of_a_file_that_is_no_picture_names_its_field(body: bytes, content_type: str) -> None:
     error = refusal(body, content_type)
     assert (error.status, error.code) == (422, "invalid_image")
     assert error.errors[0]["loc"] == ["body", "mask"]
@@ -206,7 +206,7 @@ def test_other_content_type_is_not_read(content_type: str) -> None:
     assert client.taken == 0
 
 
-def test_body_over_the_limit_for_images_is_refused_while_it_arrives() -> None:
+def test_body_over_the_limit_for_pictures_is_refused_while_it_arrives() -> None:
     with pytest.raises(errors.BodyTooLarge):
         read(as_form(("image", bytes(2000))), FORM, max_image_bytes=1000)
     assert refusal(as_form(("image", bytes(2000))), FORM, max_body_bytes=1000).code == "invalid_image"
@@ -404,7 +404,7 @@ def test_at_most_two_requests_are_decoded_at_a_time() -> None:
             await asyncio.to_thread(begun.acquire, timeout=30)
         await asyncio.sleep(0.05)
         assert len(running) == 2
-        tasks[-1].cancel()  # is waiting, so that it never runs
+        tasks[-1].cancel()  # this request is waiting, so it never runs
         await asyncio.wait([tasks[-1]])
         go_on.set()
         done = await asyncio.gather(*tasks, return_exceptions=True)
@@ -416,7 +416,7 @@ def test_at_most_two_requests_are_decoded_at_a_time() -> None:
     asyncio.run(main())
 
 
-def test_client_that_leaves_while_its_request_waits_is_noticed() -> None:
+def test_disconnect_while_a_request_waits_raises_client_gone_error() -> None:
     go_on = threading.Event()
     convert = waiting_for(go_on)
 

@@ -39,7 +39,7 @@ GENERATE, SEARCH, RECOGNISED_SEARCH, RECOGNISE = "generate", "search", "search b
 
 
 def error_of(row: Trajectory, label: int) -> float:
-    """Returns an error that is lowest for the last digit of the seed. With every third seed no class is dropped."""
+    """Returns an error that is lowest for the last digit of the seed. For every third seed, no class is dropped."""
     if label == recognised_class(row.job):
         return 1.0
     return 1.001 + 0.001 * label if row.job.request.options.seed % 3 == 0 else 9.0
@@ -296,7 +296,7 @@ class MixedMachine(RuleBasedStateMachine):
 
 
 class AutoMixedMachine(MixedMachine):
-    """The step times determine the size of a step. A full step has room for one row that recognises."""
+    """The step times determine the size of a step. A full step has room for one row that compares ten classes."""
 
     max_batch = None
     step_times = StepTimes({1: 1e-6, 4: 4e-6, 5: 4.1e-6})

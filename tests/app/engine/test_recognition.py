@@ -1,4 +1,4 @@
-"""Jobs that recognise an image: several evaluations a step, of which fewer and fewer are left."""
+"""Jobs that recognise an image. A row takes several evaluations per step, and their number falls."""
 
 import math
 
@@ -41,7 +41,7 @@ def test_classes_are_dropped_and_the_best_one_is_the_answer() -> None:
     evaluations = run(job, runner)
     (result,) = job.future.result()
     assert result.digit == recognised_class(job) == 4
-    # A distance of 3 instead of 1 has a difference of log-odds of 2 for each pair. After four pairs it is above 6.
+    # A distance of 3 instead of 1 lowers the log-odds by 2 for each pair. After four pairs, the margin 6 is exceeded.
     assert evaluations == [10] * 4 + [1] * 6
     assert result.evaluations == sum(evaluations) < MOST
     assert not runner.held

@@ -1,4 +1,4 @@
-"""Rows of all tasks for tests of the real runner: drawings, sketches, missing pixels, searches and recognition."""
+"""Rows of all tasks for tests of the real runner: generation, sketches, missing pixels, searches and recognition."""
 
 import random
 from collections import defaultdict
@@ -11,10 +11,11 @@ import torch
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Job, JobRequest, Options, Search, Trajectory
 from app.runner.runner import Runner
+from model.denoising import NoisyComparison, comparison_path
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
 from model.recognition import RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
-from model.sampler import SAMPLERS, num_steps_of, timesteps_of
+from model.sampler import SAMPLERS, noise_above, num_steps_of, timesteps_of
 from tests.app.runner.rows import mixed_rows
 
 NUM_PAIRS = 6
@@ -53,7 +54,7 @@ def inpaint_options(info: ModelInfo, seed: int, scale: float = 1.0, sampler: str
 
 
 def inpaint_rows(info: ModelInfo, seed: int, count: int = 1, scale: float = 1.0) -> list[Trajectory]:
-    """Fills in the unknown pixels of a random image, along a path that goes up."""
+    """Fills in the missing pixels of a random image, along a path that goes up."""
     options = inpaint_options(info, seed, scale)
     start = Input(picture(info, seed), 0.0, 1.0, mask(info, seed))
     return Job(JobRequest(options, count, guided_steps=info.guided_steps_of(options), input=start)).unfinished
@@ -69,6 +70,16 @@ def search_rows(info: ModelInfo, seed: int) -> list[Trajectory]:
     return Job(JobRequest(options, 1, input=start, search=search)).unfinished
 
 
+def noisy_search_rows(info: ModelInfo, seed: int, t: int = 50) -> list[Trajectory]:
+    """Returns the row that searches for the digit of an image with the noise of timestep t."""
+    path = tuple(comparison_path(info.schedule, t))
+    options = Options(None, RECOGNITION_SEED, 2 * (len(path) - 1), "noisy", 1.0, path=path)
+    image = picture(info, seed)
+    start = Input(image, *noise_above(info.schedule, *path[:2]), np.ones_like(image, dtype=np.bool_))
+    search = Search(options, NoisyComparison(info.num_classes), start)
+    return Job(JobRequest(edit_rows(info, seed)[0].options, 1, input=start, search=search)).unfinished
+
+
 def recognition_rows(info: ModelInfo, seed: int, num_pairs: int = NUM_PAIRS) -> list[Trajectory]:
     """Returns the row that recognises a random image."""
     path = (*recognition_timesteps(num_pairs, info.schedule.num_steps), 0)
@@ -80,7 +91,7 @@ def recognition_rows(info: ModelInfo, seed: int, num_pairs: int = NUM_PAIRS) -> 
 
 
 def task_rows(info: ModelInfo) -> list[Trajectory]:
-    """Returns rows of all tasks with a picture."""
+    """Returns rows of all tasks that start from an image."""
     return [
         *edit_rows(info, 3, count=2),
         *edit_rows(info, 4, t=70, scale=2.0),
@@ -88,13 +99,14 @@ def task_rows(info: ModelInfo) -> list[Trajectory]:
         *inpaint_rows(info, 6, scale=2.0),
         *inpaint_rows(info, 7),
         *search_rows(info, 8),
+        *noisy_search_rows(info, 11),
         *recognition_rows(info, 9),
         *recognition_rows(info, 10),
     ]
 
 
 def drawings(info: ModelInfo) -> list[Trajectory]:
-    """Returns rows that start from noise and know no pixel."""
+    """Returns rows that start from noise and have no known pixels."""
     rows = mixed_rows()
     for row in rows:
         row.job.request = replace(row.job.request, guided_steps=info.guided_steps_of(row.options))
@@ -102,7 +114,7 @@ def drawings(info: ModelInfo) -> list[Trajectory]:
 
 
 def all_rows(info: ModelInfo) -> list[Trajectory]:
-    """Returns rows of all tasks, with drawings from noise between them."""
+    """Returns rows of all tasks that start from an image, mixed with rows that start from noise."""
     drawn = drawings(info)
     half = len(drawn) // 2
     return [*drawn[:half], *task_rows(info), *drawn[half:]]

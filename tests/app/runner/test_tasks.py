@@ -1,6 +1,7 @@
 """Rows that start from images, keep known pixels, search for the digit or recognise an image."""
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from app.engine.job import Trajectory
 from app.runner.device_state import PADDING
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
-from model.inpainting import ClassDistances, compare_classes
+from model.comparison import compare
+from model.inpainting import ClassDistances
 from model.pixels import to_pixels
 from model.process import Start, draw
 from model.recognition import recognise
@@ -25,6 +27,7 @@ from tests.app.runner.task_rows import (
     edit_rows,
     finish,
     inpaint_rows,
+    noisy_search_rows,
     recognition_rows,
     search_rows,
     task_rows,
@@ -45,13 +48,13 @@ def test_row_of_any_task_has_the_same_values_alone_and_in_any_batch(loaded: Chec
     info = runner.models["default"]
     expected = [finish(runner, [row])[0] for row in all_rows(info)]
     with_errors = [errors for _, errors in expected if errors]
-    assert len(set(with_errors)) == len(with_errors) == 3  # a search and two recognitions
+    assert len(set(with_errors)) == len(with_errors) == 4  # two searches and two recognitions
     for max_batch, order in BATCHES:
         assert finish(runner, all_rows(info), max_batch, order) == expected
 
 
 @DTYPES
-def test_drawings_keep_their_bits_if_rows_of_other_tasks_share_their_steps(
+def test_generated_images_keep_their_bits_if_rows_of_other_tasks_share_their_steps(
     loaded: Checkpoint, dtype: torch.dtype
 ) -> None:
     runner = new_runner(loaded, dtype)
@@ -62,7 +65,7 @@ def test_drawings_keep_their_bits_if_rows_of_other_tasks_share_their_steps(
     assert [outcome for outcome, is_drawn in zip(shared, is_drawing, strict=True) if is_drawn] == expected
 
 
-def test_known_pixels_do_not_stay_in_a_slot(loaded: Checkpoint) -> None:
+def test_known_pixels_do_not_change_the_next_row_in_their_slot(loaded: Checkpoint) -> None:
     used, fresh = new_runner(loaded), new_runner(loaded)
     info = used.models["default"]
     expected = finish(fresh, drawings(info))
@@ -122,30 +125,35 @@ def test_errors_of_a_recognition_row_equal_those_of_the_offline_classifier(loade
     assert pixels == pixels_of(image)
 
 
-def test_distances_of_a_search_equal_those_of_the_offline_search(loaded: Checkpoint) -> None:
+@pytest.mark.parametrize("make", [search_rows, noisy_search_rows])
+def test_errors_of_a_search_equal_those_of_the_offline_search(
+    loaded: Checkpoint, make: Callable[..., list[Trajectory]]
+) -> None:
     runner = new_runner(loaded)
-    (row,) = search_rows(runner.models["default"], seed=8)
+    (row,) = make(runner.models["default"], seed=8)
+    unused = deepcopy(row.comparison)
     finish(runner, [row])
     options, given, comparison = row.options, row.input, row.comparison
     assert given
     assert given.is_known is not None
-    assert isinstance(comparison, ClassDistances)
-    (expected,) = compare_classes(
+    assert unused
+    compare(
         runner._models["default"].program,
-        plan_through(loaded.schedule, options.sampler, options.path),
-        Start(
+        [plan_through(loaded.schedule, options.sampler, options.path)],
+        [unused],
+        seed=torch.tensor([options.seed]),
+        index=torch.tensor([0]),
+        start=Start(
             torch.from_numpy(given.image)[None],
             torch.tensor([given.signal]),
             torch.tensor([given.noise]),
             torch.from_numpy(given.is_known)[None],
         ),
-        comparison.num_classes,
-        seed=torch.tensor([options.seed]),
-        index=torch.tensor([0]),
     )
-    assert comparison.distances == pytest.approx(expected.distances, rel=1e-3)
-    assert comparison.digit == expected.digit
-    assert len({distance for distance in comparison.distances if distance < float("inf")}) > 1
+    sums = [each.distances if isinstance(each, ClassDistances) else each.sums for each in (comparison, unused)]  # type: ignore[union-attr]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-3)
+    assert comparison.digit == unused.digit  # type: ignore[union-attr]
+    assert len({each for each in sums[0] if each < float("inf")}) > 1
 
 
 @pytest.mark.parametrize("runs_ahead", [False, True])
@@ -178,7 +186,7 @@ def test_out_of_memory_while_rows_with_inputs_begin_changes_no_row(loaded: Check
     first = runner.errors(rows[-1:])
     for row in rows:
         row.step += 1
-    rows[-1].comparison.add(first[0])  # type: ignore[union-attr] # the last row recognises
+    rows[-1].comparison.add(first[0])  # type: ignore[union-attr] # the last row recognises an image
     outcomes = finish(runner, rows + new_rows)
     assert outcomes[:2] == expected[:2]
     assert (outcomes[2][0], (tuple(first[0]), *outcomes[2][1])) == expected[2]
@@ -261,7 +269,7 @@ def test_input_of_a_row_is_not_changed_by_its_steps(loaded: Checkpoint) -> None:
     assert all(np.array_equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-def test_two_recognitions_of_a_picture_give_the_same_errors_in_one_step(loaded: Checkpoint) -> None:
+def test_two_recognitions_of_an_image_give_the_same_errors_in_one_step(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     info = runner.models["default"]
     outcomes: list[Outcome] = finish(runner, [row for _ in range(3) for row in recognition_rows(info, 9)])

@@ -23,6 +23,7 @@ from model.checkpoint import Checkpoint
 from model.compiled import compiler
 from model.compiled.compiler import CompilerError, FlatStep, library_of
 from model.precision import CallRows, can_compile
+from model.sampler import PLAN_COLUMNS
 from model.step import ReverseStep, Rows, State, Stepped
 from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.app.runner.task_rows import drawings, finish, task_rows
@@ -129,7 +130,10 @@ def test_non_contiguous_inputs_are_rejected(loaded: Checkpoint, cache: Path) -> 
         pytest.skip("with a fixed number of rows only the network is compiled, and its inputs are always contiguous")
     step, every = compiler.compiled_step(program, cache), torch.arange(2)
     state = State.zeros(4, loaded.image_shape, CPU)
-    plans, rows = torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]), Rows(every, torch.zeros_like(every), every, every, every)
+    plans, rows = (
+        torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]]),
+        Rows(every, torch.zeros_like(every), every, every, every),
+    )
     assert len(step(state, plans, rows)) == len(Stepped._fields)
     state.x_t = state.x_t.transpose(2, 3)
     with pytest.raises(RuntimeError, match="contiguous"):
@@ -292,7 +296,7 @@ def test_gpu_step_copies_results_that_the_next_call_overwrites(
         state, rows = State.zeros(1, loaded.image_shape, CPU), Rows(*torch.zeros(5, 1, dtype=torch.int64))
         for value in (1.0, 2.0):
             state.x_t.fill_(value)
-            results.append(step(state, torch.zeros(1, 5), rows))
+            results.append(step(state, torch.zeros(1, PLAN_COLUMNS), rows))
         assert torch._dynamo.config.fail_on_recompile_limit_hit
     assert all(part.tolist() == [1.0, 1.0] for part in results[0])
     assert calls == [tmp_path / "gpu", {"mode": "reduce-overhead", "dynamic": True}]

@@ -45,7 +45,7 @@ def inputs(program: ReverseStep, rows: int) -> tuple[State, Tensor, Rows]:
     state.x_t.copy_(torch.randn(rows, *program.checkpoint.image_shape, generator=torch.Generator().manual_seed(1)))
     return (
         state,
-        torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1]]),
+        torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]]),
         Rows(every, torch.zeros_like(every), every, every % 10, every),
     )
 

@@ -35,6 +35,7 @@ from triton.compiler import ASTSource
 from model import blocks, checkpoint, noise
 from model.compiled.compiler import FlatStep
 from model.precision import CallRows
+from model.sampler import PLAN_COLUMNS
 from model.step import ReverseStep, State
 
 GPU = torch.device("cuda:0")
@@ -205,7 +206,7 @@ def step_code(path: Path) -> str:
         return torch.func.functional_call(flat, named, arguments[len(tensors) :])
 
     rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, EVALUATIONS, ROWS)]
-    state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, 5)]
+    state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, PLAN_COLUMNS)]
     # The trace is made on a CPU, where gelu() has a special case for bfloat16. On a GPU it calls F.gelu only.
     with mock.patch.object(blocks, "gelu", lambda x: F.gelu(x, approximate="tanh")):
         return generate(step, [*tensors.values(), *state, *rows])

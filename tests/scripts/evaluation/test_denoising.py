@@ -25,7 +25,7 @@ def test_noise_has_the_requested_standard_deviation_and_the_same_values_for_the_
 
 
 def test_row_has_decibels_and_percentages() -> None:
-    names = ("psnr_noisy", "psnr_mean", "psnr_sample", "judge_mean", "judge_sample")
-    row = dict(zip(names, (13.01, 24.55, 22.0, 0.99, 0.985), strict=True))
+    names = ("psnr_noisy", "psnr_mean", "psnr_sample", "recognised", "judge_mean", "judge_sample")
+    row = dict(zip(names, (13.01, 24.55, 22.0, 0.97, 0.99, 0.985), strict=True))
     cells = as_row({"t": 35, "noise_std": 79.5, "noise_std_median_relative_error": 0.038, **row})
-    assert cells == ["35", "80", "3.8%", "13.0", "24.6", "22.0", "99.0%", "98.5%"]
+    assert cells == ["35", "80", "3.8%", "13.0", "24.6", "22.0", "97.0%", "99.0%", "98.5%"]

@@ -47,7 +47,7 @@ def grey(data: bytes) -> np.ndarray:
 
 @pytest.fixture
 def font() -> Path:
-    """A font that matplotlib brings along. It is not handwriting, which does not matter here."""
+    """A font that is part of matplotlib. Its glyphs need not be handwriting."""
     matplotlib = pytest.importorskip("matplotlib")
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
@@ -69,7 +69,7 @@ def test_every_font_has_every_character_once_in_every_variant(name: str) -> None
     fonts = [*FONTS[part], *(STYLES if name == "digits-test" else ())]
     expected = [(c, font, v) for font in fonts for c in (DIGITS if kind == "digits" else LETTERS) for v in VARIANTS]
     assert [row[1:] for row in load(name)] == expected
-    assert len({row[0] for row in load(name)}) == len(expected)  # no picture is there twice
+    assert len({row[0] for row in load(name)}) == len(expected)  # no two pictures are equal
 
 
 def test_handwriting_has_at_least_five_fonts_and_200_pictures_with_equally_many_of_each_digit() -> None:
@@ -101,7 +101,7 @@ def test_pictures_decode_with_the_recorded_size_and_light_ink_only_where_inverte
         paper = np.median(pixels)
         most, least = pixels.max() - paper, paper - pixels.min()
         assert (most > least) == (variant == "inverted")
-        assert max(most, least) > 60  # a reader sees the ink
+        assert max(most, least) > 60  # the character has enough contrast to be read
 
 
 def test_tilts_reach_15_degrees_in_both_directions_and_places_are_off_centre() -> None:

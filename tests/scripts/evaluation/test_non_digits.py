@@ -5,7 +5,7 @@ from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import bars
 
 
-def test_every_kind_has_different_pictures_of_28_by_28_pixels() -> None:
+def test_every_kind_has_different_images_of_28_by_28_pixels() -> None:
     kinds = non_digits(bars(200, 0), 12, seed=1)
     assert len(kinds) == 14
     for name, pictures in kinds.items():
@@ -14,7 +14,7 @@ def test_every_kind_has_different_pictures_of_28_by_28_pixels() -> None:
         assert len(pictures.flatten(1).unique(dim=0)) > 2, name
 
 
-def test_same_seed_gives_the_same_pictures() -> None:
+def test_same_seed_gives_the_same_images() -> None:
     digits = bars(200, 0)
     first, second, other = (non_digits(digits, 5, seed=seed) for seed in (1, 1, 2))
     assert all(first[name].equal(second[name]) for name in first)

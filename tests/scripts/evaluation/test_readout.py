@@ -73,13 +73,13 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     assert calibration_error(torch.full((4,), 0.9), torch.tensor([True, True, False, False])) == pytest.approx(0.4)
 
 
-def test_suspicion_tells_pictures_with_larger_distances_from_digits() -> None:
+def test_suspicion_separates_images_with_larger_distances_from_digits() -> None:
     generator = torch.Generator().manual_seed(0)
     ink, other_ink = (2 + torch.rand(count, generator=generator) for count in (1000, 200))
     distances, others = (
         ink[:, None] + 0.1 * torch.randn(len(ink), 10, generator=generator) for ink in (ink, other_ink)
     )
-    others[:, 3] += 0.4  # only one timestep tells them apart
+    others[:, 3] += 0.4  # only one timestep separates them
     readout = fit_suspicion(BEFORE, (2 * distances).exp(), ink, (2 * others).exp(), other_ink, torch.arange(200) % 2)
     assert [slope for slope, _ in readout.typical] == pytest.approx([1] * 10, abs=0.05)
     assert max(range(10), key=readout.suspicion.__getitem__) == 3

@@ -97,7 +97,7 @@ def test_class_without_errors_is_dropped() -> None:
     assert replayed(errors, 0.0, CONSTANTS, 4, prune=True).probabilities[7] < 0.1
 
 
-def test_rejection_counts_digits_and_other_pictures_by_the_limit() -> None:
+def test_rejection_counts_digits_and_other_images_by_the_limit() -> None:
     digits = [answered([1.0] * 10), answered([2.0] * 10)]
     others = [answered([1.5] * 10), answered([1_000.0] * 10)]
     found = rejection(digits, {"letters": others})
