@@ -10,8 +10,9 @@ the same ratio of noise to signal. The reverse process can therefore start there
     mean      = predicted x_0 at t, the estimate of E[x_0 | x_t], which has the smallest squared error (Efron 2011)
     sample    = reverse process from t to 0
 
-A sample needs the class. If it is not given, `NoisyComparison` recognises it first. `mean` uses the null label instead,
-because its prediction is the mean over all classes.
+A sample should have the class. If it is not given, `NoisyComparison` recognises it first, unless the noise is too
+strong (`can_compare`): the sample then uses the null label. `mean` uses the null label, because its prediction is the
+mean over all classes.
 """
 
 import math
@@ -38,6 +39,7 @@ FULL_PAIRS, NUM_CANDIDATES = 2, 4  # pairs that compare all classes, and the num
 # The pairs are above the matching timestep and between these shares of T. At lower timesteps the classes have nearly
 # equal predictions. At higher timesteps the image has little influence on the predictions.
 LOWEST_PAIR, HIGHEST_PAIR = 0.6, 0.92
+HIGHEST_COMPARED = 0.84  # share of T: images with a higher matching timestep are not compared
 NUM_LEVELS = 320  # noise levels in the table of the estimator, 2.7% apart
 
 
@@ -105,7 +107,7 @@ def can_compare(schedule: Schedule, t_image: int) -> bool:
 
     An image with a higher matching timestep has nearly as much noise as x_T.
     """
-    return t_image < round(HIGHEST_PAIR * schedule.num_steps) - NUM_PAIRS
+    return t_image < HIGHEST_COMPARED * schedule.num_steps
 
 
 def comparison_path(schedule: Schedule, t_image: int) -> list[int]:
@@ -119,6 +121,7 @@ def comparison_path(schedule: Schedule, t_image: int) -> list[int]:
     T = schedule.num_steps
     lowest, highest = max(t_image, LOWEST_PAIR * T), HIGHEST_PAIR * T
     timesteps = [round(lowest + (highest - lowest) * (k + 1) / NUM_PAIRS) for k in range(NUM_PAIRS)]
+    timesteps = [max(t, t_image + 1) for t in timesteps]  # of a schedule with few steps
     order = sorted(range(NUM_PAIRS), key=lambda k: abs(k - NUM_PAIRS // 2))
     return [t_image, *(timesteps[k] for k in order)]
 
@@ -135,14 +138,12 @@ class NoisyComparison:
         self.num_classes = num_classes
         self.sums = [0.0] * num_classes  # infinite for a dropped class
         self.remaining = list(range(num_classes))
-        self.evaluations = 0
         self._steps_done = 0
 
     def add(self, errors: Sequence[float]) -> None:
         """Adds the squared errors of a step, one for each class of `remaining`."""
         for label, error in zip(self.remaining, errors, strict=True):
             self.sums[label] += error
-        self.evaluations += len(errors)
         self._steps_done += 1
         if self._steps_done == 2 * FULL_PAIRS:
             self.remaining = sorted(self.remaining, key=self.sums.__getitem__)[:NUM_CANDIDATES]

@@ -83,23 +83,28 @@ def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: in
 
 
 @torch.inference_mode()
-def resize(picture: Any, size: int = SIZE) -> Tensor:
-    """Scales a grey picture (H, W), 0..255, into size x size pixels and centres it on its background: uint8 (1, s, s).
+def resize_mask(mask: Any, size: int = SIZE) -> Tensor:
+    """Scales a mask (H, W), bool, as `normalise` scales a picture with `resize`. Returns bool (1, size, size).
 
-    The aspect ratio is kept. The background is the median of the border. A picture of this size is not changed.
+    A pixel of the result is True if any True pixel of the mask contributes to it.
     """
-    return _whole(torch.as_tensor(picture), size, False)
+    return _scaled(torch.as_tensor(mask).to(torch.uint8) * 255, size, background=0.0) > 0
 
 
 def _whole(grey: Tensor, size: int, inverted: bool) -> Tensor:
+    image = _scaled(grey, size).round().clamp(0, 255).to(torch.uint8)
+    return 255 - image if inverted else image
+
+
+def _scaled(grey: Tensor, size: int, background: float | None = None) -> Tensor:
+    """Scales a picture (H, W) and centres it on the background, or on the median of its border: float32 (1, s, s)."""
     height, width = _box_of(grey.shape, size)
     small = grey.float()[None, None] if max(grey.shape) <= size else _reduce(grey, 8 * size)[None, None] * 255
     small = F.interpolate(small, (height, width), mode="bilinear", antialias=True)[0]  # (1, h, w)
-    image = torch.full((1, size, size), _border(small[0], 1).median().item())
+    image = torch.full((1, size, size), _border(small[0], 1).median().item() if background is None else background)
     top, left = (size - height) // 2, (size - width) // 2
     image[:, top : top + height, left : left + width] = small
-    image = image.round().clamp(0, 255).to(torch.uint8)
-    return 255 - image if inverted else image
+    return image
 
 
 def _has_light_border(grey: Tensor) -> bool:

@@ -7,10 +7,12 @@ from itertools import pairwise
 from model.schedule import Schedule
 
 NUM_LEVELS = 10  # recommended number of distinct timesteps
-NUM_RESAMPLINGS = 5  # recommended number of times that each step is taken
+# Recommended number of times that each step after the first is taken, and recommended scale of guidance. With fewer
+# repetitions or a larger scale, the border of the mask is visible.
+NUM_RESAMPLINGS, INPAINTING_SCALE = 8, 1.5
 CLASS_RESAMPLINGS, CLASS_PASSES = 2, 3  # of `recognition_path`
 CLASS_MARGIN = 10.0  # a class is dropped if its distance exceeds the smallest one by more; pixels are in [-1, 1]
-MIN_PAIRS = 4  # number of steps before the first class is dropped
+MIN_STEPS = 4  # number of steps before the first class is dropped
 
 
 def inpainting_path(schedule: Schedule, num_levels: int, num_resamplings: int = NUM_RESAMPLINGS) -> list[int]:
@@ -25,7 +27,7 @@ def inpainting_path(schedule: Schedule, num_levels: int, num_resamplings: int = 
 def recognition_path(schedule: Schedule) -> list[int]:
     """Returns the path of a comparison by `ClassDistances`. It has only the noise levels at which the class matters.
 
-    It goes down from T several times. Only the first pass starts from noise. The later ones start from an image that
+    It goes down several times. Only the first pass starts from noise, at T. The later ones start from an image that
     fits the known pixels better, so they recognise more classes correctly.
     """
     levels = schedule.even_timesteps(min(NUM_LEVELS, schedule.num_steps))
@@ -78,7 +80,7 @@ class ClassDistances:
             self.distances[label] += math.sqrt(error)
         self.evaluations += len(errors)
         self._steps_done += 1
-        if self._steps_done >= MIN_PAIRS:
+        if self._steps_done >= MIN_STEPS:
             furthest = min(self.distances) + CLASS_MARGIN
             self.distances = [each if each <= furthest else math.inf for each in self.distances]
         left = [label for label, distance in enumerate(self.distances) if distance < math.inf]

@@ -62,9 +62,9 @@ def begin(
     starts = dict(zip(distinct, accumulate((plan.num_steps for plan in distinct.values()), initial=0), strict=False))
     state = State.zeros(len(plans), image_shape, seed.device)
     z = normal(seed, index, torch.zeros_like(seed), image_shape)  # (B, C, H, W)
-    state.x_t = start.x_t(z) if start else z
+    state.x_t = (start.x_t(z) if start else z).contiguous()  # a compiled step needs contiguous inputs
     if start and start.is_known is not None:
-        state.known, state.is_known = start.image, start.is_known
+        state.known, state.is_known = start.image.contiguous(), start.is_known.contiguous()
     state.seed, state.index = seed, index
     state.plan_row = torch.tensor([starts[id(plan)] for plan in plans], device=seed.device)
     state.guidance_scale.fill_(guidance_scale)

@@ -27,7 +27,8 @@ from model.comparison import compare
 from model.json_fields import build
 from model.process import Start
 from model.sampler import plan_through
-from model.step import ReverseStep
+from model.schedule import Schedule
+from model.step import Step
 
 RECOGNITION_SEED = 0  # the noise of pair k is normal(RECOGNITION_SEED, 0, k); other seeds need other offsets
 DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS = 20, 100
@@ -183,20 +184,22 @@ def ink_of(x_0: Tensor) -> list[float]:
 
 
 def recognise(
-    step: ReverseStep,
+    step: Step,
+    schedule: Schedule,
     x_0: Tensor,
     readout: Readout,
     num_pairs: int = DEFAULT_NUM_PAIRS,
     *,
     prune: bool = True,
 ) -> list[Recognition]:
-    """Recognises images x_0 (N, C, H, W) in [-1, 1]. With `prune`, improbable classes are dropped after each pair."""
-    schedule = step.checkpoint.schedule
+    """Recognises images x_0 (N, C, H, W) in [-1, 1] on the device of `step`.
+
+    With `prune`, improbable classes are dropped after each pair.
+    """
     path = [*timesteps(num_pairs, schedule.num_steps), 0]
     T = schedule.num_steps
     results = [Recognition(readout, ink, num_pairs, num_steps=T, prune=prune) for ink in ink_of(x_0)]
-    x_0 = x_0.to(step.device)
-    seed = torch.full((len(x_0),), RECOGNITION_SEED, device=step.device)  # (N,)
+    seed = torch.full((len(x_0),), RECOGNITION_SEED, device=x_0.device)  # (N,)
     start = Start.at(schedule, path[0], x_0, torch.ones_like(x_0, dtype=torch.bool))
     plan = plan_through(schedule, "forward", path)
     compare(step, [plan] * len(results), results, seed=seed, index=torch.zeros_like(seed), start=start)

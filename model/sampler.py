@@ -103,9 +103,9 @@ def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int, start: in
 
 
 def timesteps_from(schedule: Schedule, sampler: Sampler, num_steps: int, start: int) -> list[int]:
-    """Returns the timesteps of a process from `start` to 0, whose steps are as long as those of num_steps from T to 0.
+    """Returns the timesteps from `start` to 0, with steps as long as those of a process of `num_steps` from T to 0.
 
-    These are round(num_steps * start / T) steps, but at least one.
+    The number of steps is round(num_steps * start / T), limited to 1..start.
     """
     count = min(max(round(num_steps * start / schedule.num_steps), 1), start)
     return timesteps_of(schedule, sampler, count, start)
@@ -158,8 +158,8 @@ def _step_timesteps(runs: list[list[int]]) -> list[int]:
 def noise_above(schedule: Schedule, t_image: int, t: int) -> tuple[float, float]:
     """Returns the signal and the noise of x_t = signal u + noise n, for an image u with the noise level of t_image.
 
-    The noise in u has the standard deviation s of the noise in x_t / sqrt(alpha_bar_t) at t_image. With standard normal
-    noise n, x_t has the noise level of t > t_image.
+    u is x_0 with noise of the variance (1 - alpha_bar) / alpha_bar at t_image, and n is standard normal noise. x_t then
+    has the noise level of t, which must be above t_image.
     """
     alpha_bar = schedule.alpha_bar[t].item()
     gamma = _noise_variance(schedule, t) - _noise_variance(schedule, t_image)
@@ -170,8 +170,8 @@ def _noisy_plan(schedule: Schedule, path: Sequence[int]) -> Plan:
     """Returns the plan that visits the timesteps path[1:] with an image u that has the noise level of path[0].
 
     Each timestep has two steps: with x_t = signal u + noise n, and with -n instead of n. All pixels are known, and
-    their values are u. The bound of Ho 2020, eq. 5, for log p(u | class) compares predictions of u, not of x_0. With
-    the variances s_t^2 and s^2 of the noise in x_t / signal and u, gamma = s_t^2 - s^2, and Gaussian noise:
+    their values are u. The bound of Ho 2020, eq. 5, for log p(u | class) compares predictions of u, not of x_0. Let
+    s_t^2 and s^2 be the variances of the noise in x_t / signal and in u, and gamma = s_t^2 - s^2. For Gaussian noise:
 
         E[u | x_t, class] = x_t / signal - gamma / s_t^2 (x_t / signal - x_0)
         u - E[u | x_t, class] = gamma / s_t^2 (target - x_0),  target = u + s^2 / gamma (u - x_t / signal)

@@ -66,7 +66,7 @@ class Stepped(NamedTuple):
 
     x_prev: Tensor  # (B, C, H, W) float32
     x_0: Tensor  # (B, C, H, W) float32
-    error: Tensor  # (N,) float32: squared error of each evaluation's unclipped x_0, summed over known pixels
+    error: Tensor  # (N,) float32: squared distance of each evaluation's unclipped x_0 from its target, at known pixels
     finite: Tensor  # (B,) bool: True where the output is finite
 
 

@@ -1,13 +1,14 @@
 """Evaluates generated digits: `python -m scripts.evaluate digits --out evaluation/`.
 
-digits     recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
-fog        recognition of real digits at each noise level
-recognize  recognition of real digits by the diffusion model, and rejection of other images
-clip       CLIP scores at each step of the reverse process
-synthetic  accuracy of a classifier that was trained only on generated digits
-denoise    removal of noise from real digits
-inpaint    recognition of real digits after a part was erased and filled in, and the fit at the border
-edit       recognition of redrawn sketches, and their distance from the sketches
+digits      recognition accuracy, Fréchet distance, precision, recall, coverage, share of memorised digits
+fog         recognition of real digits at each noise level
+recognize   recognition of real digits by the diffusion model, and rejection of other images
+handwriting recognition of a fixed set of handwriting that is not from MNIST, and rejection of letters
+clip        CLIP scores at each step of the reverse process
+synthetic   accuracy of a classifier that was trained only on generated digits
+denoise     removal of noise from real digits
+inpaint     recognition of real digits after a part was erased and filled in, and the fit at the border
+edit        recognition of redrawn sketches, and their distance from the sketches
 
 Use the validation split to choose settings. Use the test split for the figures that you publish.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import SHIPPED
-from model.inpainting import NUM_LEVELS, NUM_RESAMPLINGS
+from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, NUM_RESAMPLINGS
 from model.recognition import DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS
 from scripts.common.arguments import (
     Parser,
@@ -36,8 +37,10 @@ from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
 from scripts.evaluation.clip_path import evaluate_clip
 from scripts.evaluation.denoising import evaluate_denoising
-from scripts.evaluation.editing import NUM_EDIT_STEPS, evaluate_editing
+from scripts.evaluation.editing import evaluate_editing
 from scripts.evaluation.fog import evaluate_fog
+from scripts.evaluation.handwriting import PARTS
+from scripts.evaluation.handwriting_accuracy import evaluate_handwriting
 from scripts.evaluation.inpainting import evaluate_inpainting
 from scripts.evaluation.quality import evaluate_digits
 from scripts.evaluation.recognize import RecognitionRequest, evaluate_recognition
@@ -57,12 +60,23 @@ PACKAGES = {
     "digits": ("torchmetrics", "matplotlib"),
     "fog": ("matplotlib",),
     "recognize": ("matplotlib",),
+    "handwriting": ("matplotlib",),
     "clip": ("matplotlib",),
     "synthetic": (),
     "denoise": ("matplotlib",),
     "inpaint": ("matplotlib",),
     "edit": ("matplotlib",),
 }
+# Drawing options that have no effect on the evaluation of pictures.
+NOT_OF_PICTURES = (
+    "--sampler",
+    "--num-steps",
+    "--guidance-scale",
+    "--guidance-start",
+    "--guidance-stop",
+    "--seed",
+    "--batch-size",
+)
 PICTURE_HELP = "plot to write, a .png file; the data is written to a .json file with the same name"
 RECOGNIZE_HELP = (
     "plot to write, a .png file; the results are written to a .json file with the same name, and the errors to a "
@@ -81,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     require_installed(*PACKAGES[args.command], extra="evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    data = {"split": args.split, "data_dir": args.data_dir}
+    data = {"split": args.split, "data_dir": getattr(args, "data_dir", None)}
     with Reporter() as reporter:
         match args.command:
             case "digits":
@@ -108,9 +122,14 @@ def _evaluate_task(args: argparse.Namespace, reporter: Reporter, data: dict[str,
     """Evaluates a task that starts from an image."""
     match args.command:
         case "recognize":
-            evaluate_recognition(from_arguments(RecognitionRequest, args), reporter)
+            drawing = from_arguments(DrawingRequest, args)
+            evaluate_recognition(from_arguments(RecognitionRequest, args), drawing, reporter)
+        case "handwriting":
+            given = {"num_pairs": args.num_pairs, "split": args.split}
+            evaluate_handwriting(from_arguments(DrawingRequest, args), args.out, reporter, **given)
         case "denoise":
-            evaluate_denoising(args.checkpoint, args.out, reporter, num_images=args.num_images, **data)
+            drawing = from_arguments(DrawingRequest, args)
+            evaluate_denoising(drawing, args.out, reporter, num_images=args.num_images, **data)
         case "inpaint":
             request, counts = from_arguments(DrawingRequest, args), (args.num_images, args.num_resamplings)
             evaluate_inpainting(request, args.judge, args.out, reporter, counts=counts, **data)
@@ -123,7 +142,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = "digits|fog|recognize|denoise|inpaint|edit|clip|synthetic"
+    names = "digits|fog|recognize|handwriting|denoise|inpaint|edit|clip|synthetic"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
@@ -138,6 +157,15 @@ def build_parser() -> Parser:
     fog.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     recognize = commands.add_parser("recognize", help="recognition of real digits by the diffusion model")
     _add_recognize(recognize)
+    handwriting = commands.add_parser("handwriting", help="recognition of handwriting that is not from MNIST")
+    _add_recognition(handwriting)
+    handwriting.add_argument(
+        "--split",
+        choices=PARTS,
+        default="test",
+        help="part of the set; default: test. The two parts have different fonts",
+    )
+    handwriting.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path = commands.add_parser("clip", help="CLIP scores at each step of the reverse process")
     _add_clip(clip_path)
     synthetic = commands.add_parser("synthetic", help="accuracy of a classifier trained only on generated digits")
@@ -146,12 +174,12 @@ def build_parser() -> Parser:
     synthetic.add_argument("--seed", type=integer(0, 2**53 - 1), default=0, help="seed of the training; default: 0")
     synthetic.add_argument("--out", type=file_to_write(".json"), help=".json file for the results; default: print only")
     denoise = commands.add_parser("denoise", help="removal of noise from real digits")
-    denoise.add_argument("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped checkpoint")
+    add_drawing_arguments(denoise, seed=0, without=NOT_OF_PICTURES)
     denoise.add_argument("--num-images", type=integer(10, 5_000), default=1_000, help="number of digits; default: 1000")
     denoise.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     inpaint = commands.add_parser("inpaint", help="filling in real digits of which a part is erased")
-    _add_redrawing(inpaint, num_images_by_default=1000, num_steps=NUM_LEVELS)
-    inpaint.set_defaults(guidance_scale=1.0)  # guidance makes the border more visible
+    _add_redrawing(inpaint, num_images_by_default=1000)
+    inpaint.set_defaults(num_steps=NUM_LEVELS, guidance_scale=INPAINTING_SCALE)
     inpaint.add_argument(
         "--num-resamplings",
         type=integer(1, 100),
@@ -159,8 +187,8 @@ def build_parser() -> Parser:
         help=f"number of times that each step after the first is taken (RePaint); default: {NUM_RESAMPLINGS}",
     )
     edit = commands.add_parser("edit", help="redrawing sketches at several strengths")
-    _add_redrawing(edit, num_images_by_default=100, num_steps=NUM_EDIT_STEPS)
-    for command in (fog, recognize, denoise, synthetic):
+    _add_redrawing(edit, num_images_by_default=100)
+    for command in (fog, synthetic):
         command.add_argument(
             "--num-threads", type=integer(1, 1024), help="compute threads on a CPU; default: PyTorch's choice"
         )
@@ -212,18 +240,20 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
     add_drawing_arguments(digits, seed=0)
 
 
-def _add_recognize(recognize: argparse.ArgumentParser) -> None:
-    recognize.add_argument(
-        "--checkpoint", type=Path, default=SHIPPED, help="checkpoint to evaluate; default: the shipped one"
-    )
-    recognize.add_argument(
-        "--num-images", type=integer(1), help="number of digits, the first ones of the shuffled split; default: all"
-    )
-    recognize.add_argument(
+def _add_recognition(parser: argparse.ArgumentParser) -> None:
+    add_drawing_arguments(parser, seed=0, without=NOT_OF_PICTURES)
+    parser.add_argument(
         "--num-pairs",
         type=integer(1, MAX_NUM_PAIRS),
         default=DEFAULT_NUM_PAIRS,
         help=f"pairs of a timestep and a noise for each class; default: {DEFAULT_NUM_PAIRS}",
+    )
+
+
+def _add_recognize(recognize: argparse.ArgumentParser) -> None:
+    _add_recognition(recognize)
+    recognize.add_argument(
+        "--num-images", type=integer(1), help="number of digits, the first ones of the shuffled split; default: all"
     )
     recognize.add_argument(
         "--prune",
@@ -236,7 +266,7 @@ def _add_recognize(recognize: argparse.ArgumentParser) -> None:
         "--num-non-digits",
         type=integer(0, 1_000),
         default=100,
-        help="number of images of each kind that show no digit; default: 100",
+        help="number of images without a digit, for each kind of image; 0 skips this part; default: 100",
     )
     recognize.add_argument(
         "--fit",
@@ -258,7 +288,7 @@ def _add_clip(clip_path: argparse.ArgumentParser) -> None:
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
 
 
-def _add_redrawing(parser: Parser, *, num_images_by_default: int, num_steps: int) -> None:
+def _add_redrawing(parser: Parser, *, num_images_by_default: int) -> None:
     parser.add_argument(
         "--num-images",
         type=num_images(NUM_CLASSES, 4_000),
@@ -268,7 +298,6 @@ def _add_redrawing(parser: Parser, *, num_images_by_default: int, num_steps: int
     parser.add_argument("--judge", type=Path, help="weights of the judge; default: the shipped ones")
     parser.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     add_drawing_arguments(parser, seed=0)
-    parser.set_defaults(num_steps=num_steps)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ files is removed before decoding, because a few bytes of compressed text or of a
 megabytes.
 """
 
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ MAX_PIXELS_WEBP = 2048 * 2048
 MAX_PIXELS_PROGRESSIVE = 3 * 2048 * 2048
 MAX_PIXELS_PROGRESSIVE_CMYK = 2048 * 2048
 MAX_CHUNKS = 20_000  # chunks of a PNG or WebP file, and segments of a JPEG file before its pixels
+MAX_BLOCKS = 100_000  # data blocks of a GIF file; most encoders write 255 bytes in a block
 MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole picture
 
 FORMATS = "PNG, JPEG, WebP or GIF"
@@ -27,6 +29,7 @@ _PNG, _IEND = b"\x89PNG\r\n\x1a\n", b"IEND"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", _IEND}
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # start of frame
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_FILL = re.compile(rb"\xff*(?=\xff)")  # fill bytes before a JPEG marker
 _SOS, _COM, _APP0, _APP1, _APP14, _APP15 = 0xDA, 0xFE, 0xE0, 0xE1, 0xEE, 0xEF
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}  # markers without a length, which are invalid before the first scan
 
@@ -87,7 +90,7 @@ def _read_png(data: bytes) -> PictureFile:
     _check_size(width, height)
     if not width or not height:
         raise damaged("PNG")
-    kept, orientation, position = [_PNG], 1, len(_PNG)
+    kept, orientation, position = [_PNG], 0, len(_PNG)
     for _ in range(MAX_CHUNKS):
         length, name = unpack_from(">I4s", data, position)
         end = position + 12 + length
@@ -95,7 +98,7 @@ def _read_png(data: bytes) -> PictureFile:
             raise damaged("PNG")
         if name == b"acTL" and length == 8 and unpack_from(">I", data, position + 8)[0] > 1:
             raise _animated()
-        if name == b"eXIf":
+        if name == b"eXIf" and not orientation:
             orientation = _orientation(data[position + 8 : end - 4])
         if name in _PNG_KEPT:
             (checksum,) = unpack_from(">I", data, end - 4)
@@ -103,18 +106,18 @@ def _read_png(data: bytes) -> PictureFile:
                 raise damaged("PNG")
             kept.append(data[position:end])
         if name == _IEND:
-            return PictureFile("PNG", width, height, b"".join(kept), orientation)
+            return PictureFile("PNG", width, height, b"".join(kept), orientation or 1)
         position = end
     raise PictureError(f"The PNG file has more than {MAX_CHUNKS} chunks. Save it again with fewer chunks")
 
 
 def _read_jpeg(data: bytes) -> PictureFile:
-    kept, orientation, frame, scans = [data[:2]], 1, b"", 2
+    kept, orientation, frame, scans = [data[:2]], 0, b"", 2
     for marker, start, end in _segments(data):
         scans = end
         if marker in _SOF:
             frame = data[start:end]
-        if marker == _APP1 and data[start + 4 : start + 10] == b"Exif\0\0":
+        if marker == _APP1 and not orientation and data[start + 4 : start + 10] == b"Exif\0\0":
             orientation = _orientation(data[start + 10 : end])
         # The metadata is left out. APP0 and APP14 describe the colours.
         if marker in (_APP0, _APP14) or not (_APP0 < marker <= _APP15 or marker == _COM):
@@ -126,15 +129,15 @@ def _read_jpeg(data: bytes) -> PictureFile:
     _check_size(width, height, kind, most if is_progressive else MAX_SIDE**2)
     if data.count(b"\xff\xda", scans) > MAX_SCANS:
         raise PictureError(f"The JPEG file has more than {MAX_SCANS} scans. Save it again as a baseline JPEG")
-    return PictureFile("JPEG", width, height, b"".join([*kept, data[scans:]]), orientation)
+    return PictureFile("JPEG", width, height, b"".join([*kept, data[scans:]]), orientation or 1)
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yields the marker, the start and the end of each segment before the first scan (ITU-T T.81, section B.1.1)."""
     position = 2
     for _ in range(MAX_CHUNKS):
-        while data[position] == 0xFF and data[position + 1] == 0xFF:  # fill bytes
-            position += 1
+        if fill := _FILL.match(data, position):
+            position = fill.end()
         marker = data[position + 1]
         if marker == _SOS:
             return
@@ -149,7 +152,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 def _read_webp(data: bytes) -> PictureFile:
     width, height = _webp_size(data)
     _check_size(width, height, "WebP", MAX_PIXELS_WEBP)
-    orientation, position, num_frames = 1, 12, 0
+    orientation, position, num_frames = 0, 12, 0
     end = 8 + unpack_from("<I", data, 4)[0]
     if end > len(data):
         raise damaged("WebP")
@@ -158,14 +161,14 @@ def _read_webp(data: bytes) -> PictureFile:
             break
         name, length = unpack_from("<4sI", data, position)
         num_frames += name == b"ANMF"
-        if name == b"EXIF":
+        if name == b"EXIF" and not orientation:
             orientation = _orientation(data[position + 8 : position + 8 + length])
         position += 8 + length + length % 2
     else:
         raise PictureError(f"The WebP file has more than {MAX_CHUNKS} chunks. Save it again without metadata")
     if num_frames > 1:
         raise _animated()
-    return PictureFile("WEBP", width, height, data, orientation)
+    return PictureFile("WEBP", width, height, data, orientation or 1)
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -186,11 +189,11 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 def _read_gif(data: bytes) -> PictureFile:
     width, height = unpack_from("<HH", data, 6)
     position = 13 + _colour_table(data[10])
-    kept, control, image = [data[:position]], b"", b""
+    kept, control, image, num_blocks = [data[:position]], b"", b"", 0
     while position < len(data) and data[position] != 0x3B:  # trailer
         start = position
         if data[position] == 0x21:  # extension
-            position = _skip_blocks(data, position + 2)
+            position, num_blocks = _skip_blocks(data, position + 2, num_blocks)
             control = data[start:position] if data[start + 1] == 0xF9 and not image else control
         elif data[position] == 0x2C:  # image
             if image:
@@ -199,7 +202,7 @@ def _read_gif(data: bytes) -> PictureFile:
             # The decoder enlarges the picture to contain its frame.
             width, height = max(width, left + frame_width), max(height, top + frame_height)
             _check_size(width, height)
-            position = _skip_blocks(data, position + 11 + _colour_table(flags))
+            position, num_blocks = _skip_blocks(data, position + 11 + _colour_table(flags), num_blocks)
             image = data[start:position]
         else:
             raise damaged("GIF")
@@ -213,11 +216,14 @@ def _colour_table(flags: int) -> int:
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def _skip_blocks(data: bytes, position: int) -> int:
-    """Returns the position after the data blocks that begin at `position`."""
-    while length := data[position]:
+def _skip_blocks(data: bytes, position: int, num_blocks: int) -> tuple[int, int]:
+    """Returns the position after the data blocks that begin at `position`, and the number of blocks so far."""
+    while num_blocks < MAX_BLOCKS:
+        num_blocks, length = num_blocks + 1, data[position]
         position += 1 + length
-    return position + 1
+        if not length:
+            return position, num_blocks
+    raise PictureError(f"The GIF file has more than {MAX_BLOCKS} data blocks. Save it again without metadata")
 
 
 def _orientation(exif: bytes) -> int:

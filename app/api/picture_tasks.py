@@ -38,9 +38,9 @@ from model.denoising import (
     matching_timestep,
     restored_image,
 )
-from model.digit_image import DigitImage, normalise, resize
+from model.digit_image import DigitImage, normalise, resize_mask
 from model.editing import start_timestep
-from model.inpainting import NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
+from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
 from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
 from model.sampler import Sampler, noise_above, num_steps_of, timesteps_from
@@ -70,11 +70,12 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """The resized picture of an inpainting request: its image or its mask."""
+    """The resized image of an inpainting request, or its resized mask."""
 
     width: int  # of the picture, in pixels
     height: int
-    image: DigitImage
+    image: DigitImage | None = None
+    mask: Mask | None = None  # True at the pixels to fill in
 
 
 def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
@@ -83,7 +84,7 @@ def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
         raise errors.InvalidRequest.of("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
     height, width = picture.grey.shape
     if field == "mask":
-        return Resized(width, height, DigitImage(resize(picture.grey), "resize", inverted=False))
+        return Resized(width, height, mask=resize_mask(picture.grey > MASK_LEVEL).numpy())
     return Resized(width, height, normalise(picture.grey, "resize", body.invert))
 
 
@@ -122,7 +123,9 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
 
 def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized) -> Task:
     """Returns the task that fills in the white pixels of the mask and keeps the others."""
-    redrawn: Mask = (mask.image.pixels > MASK_LEVEL).numpy()
+    fitted, redrawn = image.image, mask.mask
+    assert fitted is not None, "fit_resized() gives every image"
+    assert redrawn is not None, "fit_resized() gives every mask"
     if (mask.width, mask.height) != (image.width, image.height):
         sizes = f"{image.width}x{image.height} pixels, but has {mask.width}x{mask.height}"
         raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")
@@ -131,14 +134,15 @@ def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized
     if redrawn.all():
         raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate for a complete image")
     steps = body.num_steps or min(NUM_LEVELS, info.max_steps)
-    defaults = {"num_steps": steps, "guidance_scale": body.guidance_scale or 1.0}  # guidance makes the border visible
+    scale = INPAINTING_SCALE if info.guidable else 1.0
+    defaults = {"num_steps": steps, "guidance_scale": body.guidance_scale or scale}
     options = options_of(body.model_copy(update=defaults), body.digit, info)
     path = tuple(inpainting_path(info.schedule, options.num_steps))
     following = replace(options, path=path, num_steps=num_steps_of(path))
-    start = Input(image.image.x.numpy(), 0.0, 1.0, is_known=~redrawn)
+    start = Input(fitted.x.numpy(), 0.0, 1.0, is_known=~redrawn)
     search = _search_by_known_pixels(info, options) if body.digit is None else None
     chunks = {"Mask-SHA256": hashlib.sha256(np.packbits(redrawn).tobytes()).hexdigest()}
-    task = _task("inpaint", body, options.num_steps, following, start, image.image, {}, chunks)
+    task = _task("inpaint", body, options.num_steps, following, start, fitted, {}, chunks)
     return replace(task, search=search)
 
 
@@ -151,6 +155,8 @@ def edit(info: ModelInfo, body: EditRequest, image: DigitImage) -> Task:
         return _task("edit", body, requested, _unchanged(options), _kept(image), image, facts)
     options = _starting_at(info, options, t)
     start = _with_noise(info, image.x.numpy(), options.path[0])
+    if body.strength == 1:
+        start = replace(start, signal=0.0, noise=1.0)  # At T, a little of the sketch is left in x_t.
     search = _search_by_recognition(info, image) if body.digit is None else None
     return replace(_task("edit", body, requested, options, start, image, facts), search=search)
 
@@ -205,7 +211,7 @@ def check_model(info: ModelInfo) -> ModelInfo:
 
 
 def _starting_at(info: ModelInfo, options: Options, t: int) -> Options:
-    """Returns options whose path starts at t. The number of steps is reduced by the factor t / T."""
+    """Returns options whose path starts at t. The number of steps is multiplied by t / T."""
     sampler: Sampler = options.sampler  # type: ignore[assignment] # the options of a request have a sampler
     path = tuple(timesteps_from(info.schedule, sampler, options.num_steps, t))
     return replace(options, num_steps=len(path) - 1, path=path)

@@ -11,7 +11,8 @@ from app.api.picture_files import PictureError, PictureFile, damaged, inspect
 from app.engine.job import Pixels
 
 BAND_ROWS = 64  # rows that are converted at a time; a converted copy of a large picture would double the memory
-# A picture with a larger share of opaque pixels has an opaque background. In other pictures, they are the strokes.
+# A picture with a larger share of opaque pixels has an opaque background. In other pictures, the opaque pixels are the
+# strokes.
 OPAQUE_BACKGROUND = 0.5
 
 
@@ -19,7 +20,6 @@ OPAQUE_BACKGROUND = 0.5
 class Picture:
     """A decoded picture."""
 
-    format: str  # PNG, JPEG, WEBP or GIF
     grey: Pixels  # (H, W)
 
 
@@ -27,8 +27,7 @@ def decode(data: bytes, background: int | None = None) -> Picture:
     """Decodes a PNG, JPEG, WebP or single-frame GIF file to grey pixels (ITU-R BT.601). Raises PictureError.
 
     Pictures with transparency are placed on `background`. If it is None, black or white is used, so that their strokes
-    are visible. EXIF orientation is
-    applied. 16-bit pixels are scaled to 8 bits.
+    are visible. EXIF orientation is applied. 16-bit pixels are scaled to 8 bits.
     """
     file = inspect(data)
     try:
@@ -37,7 +36,7 @@ def decode(data: bytes, background: int | None = None) -> Picture:
         raise
     except Exception as error:  # Pillow raises many types of exceptions for damaged files.
         raise damaged(file.format) from error
-    return Picture(file.format, _upright(grey, file.orientation))
+    return Picture(_upright(grey, file.orientation))
 
 
 def _decode(file: PictureFile, background: int | None) -> Pixels:
@@ -47,6 +46,7 @@ def _decode(file: PictureFile, background: int | None) -> Pixels:
         if file.format == "JPEG":
             image.draft("L", None)  # decodes only the brightness and leaves out the colours
         image.load()
+        _scale_transparent_colour(image, file)
         grey: Pixels = np.empty((image.height, image.width), np.uint8)
         if not image.has_transparency_data:
             for rows, band, _ in _bands(image):
@@ -57,6 +57,18 @@ def _decode(file: PictureFile, background: int | None) -> Pixels:
             product = band.astype(np.uint16) * alpha + background * (255 - alpha).astype(np.uint16)  # at most 255 * 255
             grey[rows] = (product + 127) // 255
         return grey
+
+
+def _scale_transparent_colour(image: Image.Image, file: PictureFile) -> None:
+    """Scales the transparent colour of a PNG file as Pillow scales the pixels. Pillow does not scale this colour."""
+    colour = image.info.get("transparency")
+    if file.format != "PNG" or colour is None:
+        return
+    depth, kind = file.data[24], file.data[25]  # in the chunk IHDR
+    if kind == 0 and depth in (2, 4):
+        image.info["transparency"] = colour * 255 // (2**depth - 1)
+    if kind == 2 and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, Pixels, Pixels]]:

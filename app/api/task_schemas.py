@@ -128,8 +128,8 @@ class InpaintRequest(SamplingRequest, PictureRequest):
     )
     guidance_scale: GuidanceScale = Field(
         default=None,
-        description="Scale of classifier-free guidance. 1 (off) by default, because guidance makes the border of the "
-        "mask visible.",
+        description="Scale of classifier-free guidance, 1.5 by default. A larger scale makes the border of the mask "
+        "visible.",
         json_schema_extra=may_be_absent,
     )
 

@@ -87,7 +87,7 @@ class ImageReader:
         try:
             bodies = [await read_body(request, self._max_bytes, self._read_seconds, held.add)]
             if self._workers.num_waiting >= MAX_WAITING:
-                raise Overloaded(1, "Too many pictures are being decoded")
+                raise Overloaded(1, "Too many pictures are being decoded. Retry later")
             work = self._workers.submit(_read, bodies, parse, schema, image_fields, convert, masks)
         except BaseException:
             held.end()

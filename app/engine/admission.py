@@ -88,7 +88,7 @@ class Admission:
         The module docstring explains the rule.
         """
         backlog = self.backlog
-        if not self._has_room(backlog.waiting, backlog.waiting + backlog.running, job):
+        if not self._has_room(backlog.waiting, backlog.waiting + backlog.running + backlog.extra_slots, job):
             images = f"images: {job.request.count}"
             detail = f"The queue has no room for this request ({images}). Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
@@ -114,15 +114,16 @@ class Admission:
         self._limit_rows(max(1, self.max_batch // 2))
         log.warning("Out of device memory, batch size lowered", extra={"max_batch": self.max_batch})
 
-    def _has_room(self, waiting: int, images: int, job: Job) -> bool:
-        """Returns True if the queue has room for the job. `waiting` of the `images` unfinished images have not started.
+    def _has_room(self, waiting: int, slots: int, job: Job) -> bool:
+        """Returns True if the queue has room for the job.
 
-        The limit of all unfinished images, 2 * (capacity + max_batch), bounds the memory of images that have started.
-        Without it, each request with an earlier deadline than all others would start, take memory and then be overtaken
-        by the next such request.
+        `waiting` is the number of images that have not started. `slots` is the number of slots that all unfinished
+        images need. A search for the digit can need more slots than the images of its job. The limit of the slots,
+        2 * (capacity + max_batch), bounds the memory. Without it, each request with an earlier deadline than all others
+        would start, take memory and then be overtaken by the next such request.
         """
         capacity, count = self.backlog.capacity, job.request.count
-        return waiting + count <= capacity and images + count <= 2 * (capacity + self.max_batch)
+        return waiting + count <= capacity and slots + count + job.extra_slots <= 2 * (capacity + self.max_batch)
 
     def _recover(self, now: float) -> None:
         if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:
@@ -187,7 +188,9 @@ class Admission:
         def fits(seconds: int) -> bool:
             images = backlog.images_after(seconds, full.rate)
             waiting = min(max(images - rows, 0), backlog.waiting)
-            return self._has_room(waiting, images, job) and backlog.admits(job, full, now, seconds)
+            return self._has_room(waiting, images + backlog.extra_slots, job) and backlog.admits(
+                job, full, now, seconds
+            )
 
         return _shortest_wait(fits, longest)
 
@@ -211,7 +214,7 @@ class Admission:
 
 
 def _mean_evaluations(job: Job) -> float:
-    """Returns the mean number of evaluations per step of one image: 1 to 2, or all classes for a recognition."""
+    """Returns the mean number of evaluations per step of one image, at most that of all classes for a recognition."""
     return job.request.evaluations_from(0) / job.request.options.num_steps
 
 

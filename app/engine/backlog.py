@@ -68,6 +68,7 @@ class Backlog:
         self.capacity = capacity
         self.waiting = 0  # images that have not started their first step
         self.running = 0  # unfinished images that have started
+        self.extra_slots = 0  # slots that unfinished searches need in addition to one for each image
         self.jobs: list[Job] = []  # sorted by target
         self._entries: dict[Job, _Entry] = {}
         self._num_added = 0
@@ -112,6 +113,7 @@ class Backlog:
         self.jobs.insert(place, job)
         self._order = np.insert(self._order, place, entry.slot)
         self.waiting += job.request.count
+        self.extra_slots += job.extra_slots
         self._of_model[job.request.options.model] += 1
         self._of_width[job.request.widest_row] += 1
         self._table[entry.slot] = _table_row(job)
@@ -128,6 +130,7 @@ class Backlog:
         self._of_width -= Counter([job.request.widest_row])
         self.waiting -= job.num_waiting
         self.running -= job.num_running
+        self.extra_slots -= job.extra_slots
         return True
 
     def start(self, trajectory: Trajectory) -> None:
@@ -159,7 +162,9 @@ class Backlog:
         """Stores the results of finished rows and answers the jobs whose last image is among them."""
         for trajectory, result in results:
             job = trajectory.job
-            if not trajectory.is_search:
+            if trajectory.is_search:
+                self.extra_slots -= job.extra_slots
+            else:
                 if len(job.unfinished) == 1:
                     self.remove(job)
                 else:

@@ -233,8 +233,9 @@ class Engine:
         if timings.started_at and job.request.search:
             return  # Only the search waited in the queue. The images of this job waited for the search.
         timings.started_at = timings.started_at or self._last_beat
-        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
-        self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)
+        for _ in range(job.request.count if job.request.search else 1):
+            self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
+            self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)
 
     def _run_isolated(
         self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]

@@ -231,6 +231,11 @@ class Job:
         return 0 if self.is_searching else len(self.unfinished) - self.num_waiting
 
     @property
+    def extra_slots(self) -> int:
+        """Returns the number of slots that the search needs in addition to one for each image. It is 0 afterwards."""
+        return max(self.unfinished[0].num_slots - self.request.count, 0) if self.is_searching else 0
+
+    @property
     def tail(self) -> tuple[int, int]:
         """Returns the evaluations and steps that are left of the tail: the image with the most steps left.
 

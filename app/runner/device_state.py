@@ -14,8 +14,9 @@ from model.schedule import Schedule
 from model.step import Rows, State
 
 PADDING = 0  # the slot that padding rows use
-# The initial size of the table of plans. It holds the plans of every sampler with 1 to 100 steps and need not grow,
-# because a CUDA graph is valid for one size of its tensors only.
+# The initial size of the table of plans. It holds the plans of /generate: every sampler with 1 to 100 steps. /edit and
+# /denoise can start at any timestep. With T = 100, their plans can fill 515,100 rows (14 MB). A CUDA graph is valid for
+# one size of the table only.
 FIRST_PLAN_ROWS = 16_384
 
 

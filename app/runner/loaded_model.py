@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -54,7 +54,7 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
 
 
 def _guided_steps(loaded: Checkpoint) -> Callable[[Options], StepSet]:
-    @cache
+    @lru_cache(maxsize=4096)
     def guided_steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
         if process not in SAMPLERS:
             return range(0)

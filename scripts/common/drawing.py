@@ -20,6 +20,7 @@ from model.sampler import Guidance, Sampler, plan_through, timesteps_of
 from model.schedule import Schedule
 from model.step import ReverseStep, Step
 from scripts.common.errors import ScriptError
+from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # (t, x_t, x_0)
@@ -191,6 +192,20 @@ def open_drawer(request: DrawingRequest) -> Drawer:
     if request.num_threads:
         torch.set_num_threads(request.num_threads)
     return Drawer(checkpoint.load(request.checkpoint))
+
+
+def open_digit_drawer(request: DrawingRequest, reporter: Reporter) -> Drawer:
+    """Loads and compiles a checkpoint with a null label and ten classes of 28x28 images.
+
+    Raises CheckpointError or ScriptError.
+    """
+    drawer = open_drawer(request)
+    if drawer.checkpoint.image_shape != (1, 28, 28) or drawer.checkpoint.network.null_label != NUM_CLASSES:
+        raise ScriptError(
+            f"{request.checkpoint} cannot be used: the checkpoint must have {NUM_CLASSES} classes and images of 1x28x28"
+        )
+    drawer.compile(request.compile, reporter)
+    return drawer
 
 
 def options_from(request: DrawingRequest, loaded: Checkpoint) -> DrawingOptions:

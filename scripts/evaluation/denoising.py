@@ -9,7 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model import checkpoint
 from model.comparison import compare
 from model.denoising import (
     DENOISING_SAMPLER,
@@ -25,12 +24,10 @@ from model.denoising import (
 )
 from model.files import write_json
 from model.pixels import to_pixels
-from model.precision import fast_dtype
 from model.process import Start, draw
 from model.recognition import RECOGNITION_SEED
 from model.sampler import Guidance, noise_above, plan_through, timesteps_from
-from model.step import ReverseStep
-from scripts.common.errors import ScriptError
+from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
@@ -57,17 +54,14 @@ class Denoised:
 
 
 def evaluate_denoising(
-    path: Path, out: Path, reporter: Reporter, *, num_images: int, split: str, data_dir: Path
+    drawing: DrawingRequest, out: Path, reporter: Reporter, *, num_images: int, split: str, data_dir: Path
 ) -> None:
     """Writes a plot and JSON, and prints a table. Raises CheckpointError or ScriptError."""
-    loaded = checkpoint.load(path)
-    if loaded.image_shape != (1, 28, 28) or loaded.network.null_label != NUM_CLASSES:
-        raise ScriptError(f"{path} cannot denoise digits: it must have {NUM_CLASSES} classes of 1x28x28 images")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    denoiser = Denoiser(ReverseStep(loaded, device, fast_dtype(device)))
     held_out = load_references(split, data_dir).held_out
     digits = Digits(held_out.images[:num_images], held_out.labels[:num_images])
     judge = load_classifier("judge")
+    drawer = open_digit_drawer(drawing, reporter)
+    denoiser, loaded = Denoiser(drawer), drawer.checkpoint
     levels = {t: noise_levels(loaded.schedule)[t].item() for t in LEVELS if t <= loaded.schedule.num_steps}
     rows, panels = list[dict[str, Any]](), list[Panel]()
     for t, noise_std in levels.items():
@@ -83,8 +77,7 @@ def evaluate_denoising(
     content = {
         "split": split,
         "num_images": len(digits.labels),
-        "weights_sha256": loaded.weights_sha256,
-        "dtype": str(denoiser.step.dtype).removeprefix("torch."),
+        **drawer.facts,
         "judge": {"sha256": judge.sha256, "accuracy": accuracy(judge.network, digits.images, digits.labels)},
         "sampler": DENOISING_SAMPLER,
         "num_steps": DENOISING_STEPS,
@@ -102,9 +95,9 @@ def add_noise(images: Tensor, noise_std: float, seed: int) -> Tensor:
 class Denoiser:
     """Removes noise from batches of images. Estimates the noise level and the class of each, as the service does."""
 
-    def __init__(self, step: ReverseStep) -> None:
-        self.step, self.schedule = step, step.checkpoint.schedule
-        self.guidance = step.checkpoint.config.guidance_of(DENOISING_SAMPLER)
+    def __init__(self, drawer: Drawer) -> None:
+        self.step, self.checkpoint, self.schedule = drawer.step, drawer.checkpoint, drawer.checkpoint.schedule
+        self.guidance, self.device = drawer.checkpoint.config.guidance_of(DENOISING_SAMPLER), drawer.device
 
     def denoise(self, noisy: Tensor, reporter: Reporter) -> Denoised:
         """Returns the results for uint8 images (N, 1, 28, 28). An image without noise is returned unchanged."""
@@ -112,31 +105,31 @@ class Denoiser:
         t = [matching_timestep(self.schedule, std) for std in noise_std.tolist()]
         u = restored_image(noisy, noise_std)  # (N, 1, 28, 28)
         mean, sample = u.clamp(-1, 1), u.clamp(-1, 1)  # (N, 1, 28, 28) each
-        digits = torch.full((len(noisy),), self.step.null_label)  # (N,)
+        digits = torch.full((len(noisy),), self.checkpoint.network.null_label)  # (N,)
         has_noise = torch.tensor(t).nonzero()[:, 0]
         with reporter.task("removing noise", len(has_noise), "images") as task:
             for rows in has_noise.split(BATCH_SIZE):
-                levels = [t[i] for i in rows.tolist()]
-                mean[rows] = self._follow([(t, 0) for t in levels], u[rows], digits[rows], rows, Guidance())
-                digits[rows] = self._recognise(u[rows], levels, rows)
+                levels, part = [t[i] for i in rows.tolist()], u[rows].to(self.device)
+                mean[rows] = self._follow([(t, 0) for t in levels], part, digits[rows], rows, Guidance())
+                digits[rows] = self._recognise(part, levels)
                 paths = [timesteps_from(self.schedule, DENOISING_SAMPLER, DENOISING_STEPS, t) for t in levels]
-                sample[rows] = self._follow(paths, u[rows], digits[rows], rows, self.guidance)
+                sample[rows] = self._follow(paths, part, digits[rows], rows, self.guidance)
                 task.advance(len(rows))
         return Denoised(noise_std, to_pixels(mean), to_pixels(sample), digits)
 
-    def _recognise(self, u: Tensor, t: Sequence[int], index: Tensor) -> Tensor:
+    def _recognise(self, u: Tensor, t: Sequence[int]) -> Tensor:
         """Returns the digit (B,) of images u (B, 1, 28, 28) with matching timesteps t, or the null label."""
-        digits = torch.full((len(u),), self.step.null_label)
+        digits = torch.full((len(u),), self.checkpoint.network.null_label)
         known = torch.tensor([can_compare(self.schedule, level) for level in t]).nonzero()[:, 0]
         paths = [comparison_path(self.schedule, t[i]) for i in known.tolist()]
         if not paths:
             return digits
-        results = [NoisyComparison(NUM_CLASSES) for _ in paths]
-        levels = torch.tensor([noise_above(self.schedule, *path[:2]) for path in paths])  # (B, 2)
-        start = Start(u[known], levels[:, 0], levels[:, 1], torch.ones_like(u[known], dtype=torch.bool))
+        results, u = [NoisyComparison(NUM_CLASSES) for _ in paths], u[known.to(u.device)]
+        levels = torch.tensor([noise_above(self.schedule, *path[:2]) for path in paths], device=u.device)  # (B, 2)
+        start = Start(u, levels[:, 0], levels[:, 1], torch.ones_like(u, dtype=torch.bool))
         plans = [plan_through(self.schedule, "noisy", path) for path in paths]
-        seed = torch.full_like(known, RECOGNITION_SEED)
-        compare(self.step, plans, results, seed=seed, index=torch.zeros_like(known), start=start)
+        seed = torch.full((len(u),), RECOGNITION_SEED, device=u.device)
+        compare(self.step, plans, results, seed=seed, index=torch.zeros_like(seed), start=start)
         digits[known] = torch.tensor([result.digit for result in results])
         return digits
 
@@ -144,17 +137,20 @@ class Denoiser:
         self, paths: Sequence[Sequence[int]], u: Tensor, y: Tensor, index: Tensor, guidance: Guidance
     ) -> Tensor:
         """Returns x_0 (B, 1, 28, 28) after the path of each row, which starts at the matching timestep of u."""
-        signal = torch.tensor([self.schedule.alpha_bar[path[0]].sqrt().item() for path in paths])
-        return draw(
+        signal = [self.schedule.alpha_bar[path[0]].sqrt().item() for path in paths]
+        levels = torch.tensor([signal, [0.0] * len(signal)], device=u.device)  # (2, B)
+        index = index.to(u.device)
+        x_0 = draw(
             self.step,
             [plan_through(self.schedule, DENOISING_SAMPLER, path) for path in paths],
-            self.step.checkpoint.image_shape,
+            self.checkpoint.image_shape,
             seed=torch.full_like(index, SEED),
             index=index,
-            y=y,
+            y=y.to(u.device),
             guidance=guidance,
-            start=Start(u, signal, torch.zeros_like(signal)),
+            start=Start(u, *levels),
         )
+        return x_0.cpu()
 
 
 def psnr(images: Tensor, truth: Tensor) -> float:

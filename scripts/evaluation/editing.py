@@ -8,26 +8,26 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from model.digit_image import normalise
 from model.editing import start_timestep
 from model.files import write_json
-from model.inpainting import recognition_path
 from model.pixels import from_pixels, to_pixels
 from model.process import Start
-from model.sampler import plan_through, timesteps_of
+from model.recognition import Readout
+from model.recognition import recognise as recognise_by_diffusion
+from model.sampler import timesteps_from
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Trained, features_of, load_classifier, recognise
-from scripts.evaluation.inpainting import guess_classes
 from scripts.evaluation.samples import Digits, load_references
-from scripts.evaluation.sketches import draw_sketches, to_digit_images
+from scripts.evaluation.sketches import draw_sketches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
-NUM_EDIT_STEPS = 20  # default number of steps
 NUM_SHOWN = 2  # sketches of each digit in the plot
 
 
@@ -70,17 +70,16 @@ def evaluate_editing(
     options = options_from(request, drawer.checkpoint)
     real = features_of(extractor.network, load_references(split, data_dir).held_out.images)  # (M, 128)
     pictures, digits = draw_sketches(num_images // NUM_CLASSES)
-    sketches = Digits(to_digit_images(pictures), digits)
+    sketches = Digits(torch.stack([normalise(picture).pixels for picture in pictures]), digits)
     drawer.compile(request.compile, reporter)
     rows, shown = list[Redrawn](), {"sketch": sketches.images}
-    plan = plan_through(drawer.checkpoint.schedule, "ddpm", recognition_path(drawer.checkpoint.schedule))
-    all_known = Start.at(
+    results = recognise_by_diffusion(
+        drawer.step,
         drawer.checkpoint.schedule,
-        plan.timesteps[0],
-        from_pixels(sketches.images),
-        torch.ones_like(sketches.images, dtype=torch.bool),
+        from_pixels(sketches.images).to(drawer.device),
+        Readout.of(drawer.checkpoint),
     )
-    guessed, _ = guess_classes(drawer, plan, all_known, reporter, request)
+    guessed = torch.tensor([result.digit for result in results])  # (N,)
     for class_given in (True, False):
         labels = digits if class_given else guessed
         for strength in STRENGTHS:
@@ -113,10 +112,11 @@ def redraw(
 ) -> Tensor:
     """Returns the sketches after noise up to timestep `t` and the reverse process, uint8 (N, 1, 28, 28).
 
-    The labels of the sketches are the classes of the result. There are options.num_steps steps, but at most `t`.
+    The labels of the sketches are the classes of the result. There are options.num_steps steps from T to 0, of which a
+    sketch takes the part that begins at `t`.
     """
     start = Start.at(drawer.checkpoint.schedule, t, from_pixels(sketches.images))
-    path = timesteps_of(drawer.checkpoint.schedule, options.sampler, min(options.num_steps, t), t)
+    path = timesteps_from(drawer.checkpoint.schedule, options.sampler, options.num_steps, t)
     given = sketches.labels, torch.arange(len(sketches.labels)), options, reporter
     redrawn = drawer.draw(*given, seed=request.seed, batch_size=request.batch_size, timesteps=path, start=start)
     return to_pixels(redrawn)

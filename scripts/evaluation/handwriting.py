@@ -293,13 +293,13 @@ def show_handwriting(part: Part = "test") -> "Figure":
     groups = [pictures[i : i + len(VARIANTS)] for i in range(0, len(pictures), len(VARIANTS))]
     chosen = [group[(i + i // len(DIGITS)) % len(VARIANTS)] for i, group in enumerate(groups)]
     fonts = list(dict.fromkeys(picture.font for picture in chosen))
-    tiles = np.stack([_tile(picture.data) for picture in chosen])  # (F * 10, T, T, 3)
+    tiles = np.stack([tile(picture.data) for picture in chosen])  # (F * 10, T, T, 3)
     rows = tiles.reshape(len(fonts), len(DIGITS), TILE, TILE, 3).transpose(0, 2, 1, 3, 4)
     pixels = torch.from_numpy(rows.reshape(len(fonts) * TILE, len(DIGITS) * TILE, 3).copy())
     return draw_panels([Panel(pixels, list(DIGITS), fonts)], scale=1)
 
 
-def _tile(data: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+def tile(data: bytes) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
     """Returns a picture on a grey square, (TILE, TILE, 3). Small pictures are enlarged."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     factor = (TILE - 2) / max(image.size)

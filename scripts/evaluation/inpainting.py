@@ -14,7 +14,7 @@ from model.files import write_json
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
 from model.pixels import from_pixels, to_pixels
 from model.process import Start
-from model.sampler import Plan, plan_through
+from model.sampler import plan_through
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
@@ -111,7 +111,7 @@ class Filler:
 
     def fill(self, images: Tensor, is_known: Tensor, labels: Tensor) -> Tensor:
         """Returns filled images, uint8 like `images` (N, 1, 28, 28). Known pixels are kept."""
-        start = self._start(self._path[0], images, is_known)
+        start = _start(images, is_known)
         request, index = self._request, torch.arange(len(labels))
         given = labels, index, self._options, self._reporter
         filled = self._drawer.draw(
@@ -121,28 +121,25 @@ class Filler:
 
     def guess(self, images: Tensor, is_known: Tensor) -> tuple[Tensor, float]:
         """Returns the class (N,) that fits the known pixels of each image best, and the mean number of calls."""
-        start = self._start(self._plan.timesteps[0], images, is_known)
-        return guess_classes(self._drawer, self._plan, start, self._reporter, self._request)
+        plan, start = self._plan, _start(images, is_known)
+        guessed, total, count = [], 0, len(images)
+        batches = torch.arange(count, device=self._drawer.device).split(max(self._request.batch_size // NUM_CLASSES, 1))
+        with self._reporter.task("recognising the known pixels", count, "images") as task:
+            for rows in batches:
+                seed = torch.full_like(rows, self._request.seed)
+                results = [ClassDistances(NUM_CLASSES, plan.num_steps) for _ in rows]
+                given = self._drawer.step, [plan] * len(rows), results
+                compare(*given, seed=seed, index=rows, start=start.rows(rows))
+                guessed.append(torch.tensor([result.digit for result in results]))
+                total += sum(result.evaluations for result in results)
+                task.advance(len(rows))
+        return torch.cat(guessed), total / count
 
-    def _start(self, t: int, images: Tensor, is_known: Tensor) -> Start:
-        return Start.at(self._drawer.checkpoint.schedule, t, from_pixels(images), is_known)
 
-
-def guess_classes(
-    drawer: Drawer, plan: Plan, start: Start, reporter: Reporter, request: DrawingRequest
-) -> tuple[Tensor, float]:
-    """Returns the class (N,) that fits the known pixels of each of N images best, and the mean number of calls."""
-    guessed, total, count = [], 0, len(start.image)
-    batches = torch.arange(count, device=drawer.device).split(max(request.batch_size // NUM_CLASSES, 1))
-    with reporter.task("recognising the known pixels", count, "images") as task:
-        for rows in batches:
-            seed = torch.full_like(rows, request.seed)
-            results = [ClassDistances(NUM_CLASSES, plan.num_steps) for _ in rows]
-            compare(drawer.step, [plan] * len(rows), results, seed=seed, index=rows, start=start.rows(rows))
-            guessed.append(torch.tensor([result.digit for result in results]))
-            total += sum(result.evaluations for result in results)
-            task.advance(len(rows))
-    return torch.cat(guessed), total / count
+def _start(images: Tensor, is_known: Tensor) -> Start:
+    """Starts from noise, as the service does."""
+    signal = torch.zeros(len(images))  # (N,)
+    return Start(from_pixels(images), signal, 1 - signal, is_known)
 
 
 def measure(

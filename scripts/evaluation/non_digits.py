@@ -19,7 +19,8 @@ SIZE, BOX = 28, 20  # MNIST scales a digit to a box of 20x20 pixels and centres 
 # Z z.
 LETTERS = "ACEFHKLMNPRTUVWXacdefhkmnprtuvwx"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic")
-# Digits that show no digit after the change. A 5 upside down can be read as a 5, and half of a 1 is a short 1.
+# Digits that cannot be read as a digit after they are mirrored, turned upside down or halved. A 5 upside down can be
+# read as a 5, and half of a 1 is a short 1.
 MIRRORED, UPSIDE_DOWN, HALVED = (2, 3, 4, 5, 7), (3, 4, 7), (2, 3, 4, 5, 6, 8, 9)
 
 

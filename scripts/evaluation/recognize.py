@@ -16,12 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from model import checkpoint
 from model.files import write_atomically, write_json
 from model.pixels import from_pixels
-from model.precision import fast_dtype
-from model.recognition import CYCLE, Readout, Recognition, ink_of, recognise
-from model.step import ReverseStep
+from model.recognition import CYCLE, DEFAULT_NUM_PAIRS, Readout, Recognition, ink_of, recognise
+from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.errors import ScriptError
 from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.mnist import NUM_CLASSES
@@ -44,7 +42,6 @@ NUM_BINS = 15  # of the expected calibration error (Guo 2017)
 class RecognitionRequest:
     """The options of `scripts.evaluate recognize`. Their names are those of the arguments."""
 
-    checkpoint: Path
     split: str
     data_dir: Path
     num_pairs: int
@@ -54,35 +51,39 @@ class RecognitionRequest:
     out: Path
     num_images: int | None = None  # the first images of the shuffled split; None means all
 
+    @property
+    def pairs_to_reject(self) -> int:
+        """The number of pairs for images that show no digit. More pairs than the service's default take long."""
+        return min(self.num_pairs, DEFAULT_NUM_PAIRS)
 
-def evaluate_recognition(request: RecognitionRequest, reporter: Reporter) -> None:
+
+def evaluate_recognition(request: RecognitionRequest, drawing: DrawingRequest, reporter: Reporter) -> None:
     """Writes the results to request.out (JSON) and plots next to it. Raises CheckpointError or ScriptError.
 
     With `fit`, the constants are fitted to the digits first, and also written to `<out>.readout.json`.
     """
-    step = open_step(request.checkpoint)
     digits = Digits(*(part[: request.num_images] for part in load_references(request.split, request.data_dir).held_out))
-    table = ErrorTable(request, step, digits)
-    readout, started = Readout.of(step.checkpoint), time.monotonic()
-    num_evaluations = table.fill(step, readout, reporter)
+    drawer = open_digit_drawer(drawing, reporter)
+    table = ErrorTable(request, drawer, digits)
+    readout, started = Readout.of(drawer.checkpoint), time.monotonic()
+    num_evaluations = table.fill(drawer, readout, reporter)
     minutes = (time.monotonic() - started) / 60
     if request.fit:
-        readout = fit_readout(table.errors, digits.labels, readout, step.checkpoint.weights_sha256)
-    others = _others(request, step, readout, digits, reporter)
+        readout = fit_readout(table.errors, digits.labels, readout, drawer.checkpoint.weights_sha256)
+    others = _others(request, drawer, readout, digits, reporter)
     if request.fit and others:
         readout = _fit_to_others(readout, table, others)
-        others = _others(request, step, readout, digits, reporter)
+        others = _others(request, drawer, readout, digits, reporter)
     rows = _rows(request, table, readout, digits.labels)
     for row in rows:
         reporter.line(summary(row))
-    rejected = rejection(table.replay(readout, request.num_pairs, prune=True), others)
+    rejected = rejection(table.replay(readout, request.pairs_to_reject, prune=True), others)
     for name, value in rejected.items():
         reporter.line(f"{name}: {value}")
     content = {
         "split": request.split,
         "num_images": len(digits.labels),
-        "weights_sha256": step.checkpoint.weights_sha256,
-        "dtype": str(step.dtype).removeprefix("torch."),
+        **drawer.facts,
         "threads": torch.get_num_threads(),
         "new_evaluations": num_evaluations,
         "minutes": round(minutes, 1),
@@ -92,7 +93,7 @@ def evaluate_recognition(request: RecognitionRequest, reporter: Reporter) -> Non
     write_json(request.out.with_suffix(".json"), content)
     if request.fit:
         write_json(request.out.with_suffix(".readout.json"), asdict(readout))
-    _plot(request.out, step, readout, digits, reporter)
+    _plot(request.out, drawer, readout, digits, reporter)
 
 
 def _rows(request: RecognitionRequest, table: "ErrorTable", readout: Readout, labels: Tensor) -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ def _rows(request: RecognitionRequest, table: "ErrorTable", readout: Readout, la
 
 
 def _others(
-    request: RecognitionRequest, step: ReverseStep, readout: Readout, digits: Digits, reporter: Reporter
+    request: RecognitionRequest, drawer: Drawer, readout: Readout, digits: Digits, reporter: Reporter
 ) -> dict[str, list[Recognition]]:
     """Returns the answers for images that show no digit, by kind."""
     if not request.num_non_digits:
@@ -116,7 +117,7 @@ def _others(
     kinds = non_digits(digits, request.num_non_digits, seed=0)
     with reporter.task("recognising other images", len(kinds), "kinds") as task:
         for name, pictures in kinds.items():
-            answers[name] = recognise(step, from_pixels(pictures), readout, request.num_pairs)
+            answers[name] = recognise_digits(drawer, pictures, readout, request.pairs_to_reject)
             task.advance(1)
     return answers
 
@@ -154,24 +155,23 @@ def rejection(digits: Sequence[Recognition], others: dict[str, list[Recognition]
     return found
 
 
-def _plot(out: Path, step: ReverseStep, readout: Readout, digits: Digits, reporter: Reporter) -> None:
+def _plot(out: Path, drawer: Drawer, readout: Readout, digits: Digits, reporter: Reporter) -> None:
     """Evaluates a few digits without pruning, and plots their distances."""
     shown = Digits(*(part[:NUM_PLOTTED] for part in digits))
     reporter.line(f"Evaluating all classes of {len(shown.labels)} digits for the plots")
-    answers = recognise(step, from_pixels(shown.images), readout, len(CYCLE), prune=False)
+    answers = recognise_digits(drawer, shown.images, readout, len(CYCLE), prune=False)
     errors = errors_of_answers(answers, len(CYCLE))  # (N, len(CYCLE), C)
     save_figure(show_leads(leads_at(errors, shown.labels)), out, grey=False)
     hardest = min(range(len(answers)), key=lambda i: max(answers[i].probabilities))
     save_figure(show_errors(errors[hardest]), out.with_name(f"{out.stem}-digit.png"), grey=False)
 
 
-def open_step(path: Path) -> ReverseStep:
-    """Loads a checkpoint of ten classes of 28x28 images. Raises CheckpointError or ScriptError."""
-    loaded = checkpoint.load(path)
-    if loaded.image_shape != (1, 28, 28) or loaded.network.null_label != NUM_CLASSES:
-        raise ScriptError(f"{path} cannot recognise digits: it must have {NUM_CLASSES} classes of 1x28x28 images")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return ReverseStep(loaded, device, fast_dtype(device))
+def recognise_digits(
+    drawer: Drawer, images: Tensor, readout: Readout, num_pairs: int, *, prune: bool = True
+) -> list[Recognition]:
+    """Recognises images (N, 1, 28, 28) uint8."""
+    x_0 = from_pixels(images).to(drawer.device)  # (N, 1, 28, 28)
+    return recognise(drawer.step, drawer.checkpoint.schedule, x_0, readout, num_pairs, prune=prune)
 
 
 class ErrorTable:
@@ -180,13 +180,14 @@ class ErrorTable:
     NaN means that the class was not evaluated.
     """
 
-    def __init__(self, request: RecognitionRequest, step: ReverseStep, digits: Digits) -> None:
+    def __init__(self, request: RecognitionRequest, drawer: Drawer, digits: Digits) -> None:
         self._path = request.out.with_suffix(".errors.safetensors")
         self._num_pairs, self._prune, self._digits = request.num_pairs, request.prune, digits
         self._ink = ink_of(from_pixels(digits.images))
         self._facts = {
-            "weights_sha256": step.checkpoint.weights_sha256,
-            "dtype": str(step.dtype),
+            "weights_sha256": drawer.checkpoint.weights_sha256,
+            "dtype": str(drawer.dtype),
+            "compiled": str(drawer.compiled),
             "split": request.split,
             "num_pairs": str(request.num_pairs),
             "prune": str(request.prune),
@@ -195,19 +196,19 @@ class ErrorTable:
         if len(self.errors) > len(digits.labels):
             raise ScriptError(f"{self._path} has {len(self.errors)} images. Delete it, or increase --num-images")
 
-    def fill(self, step: ReverseStep, readout: Readout, reporter: Reporter) -> int:
+    def fill(self, drawer: Drawer, readout: Readout, reporter: Reporter) -> int:
         """Computes the errors of the images that are not in the file. Returns the number of evaluations."""
         digits = self._digits
         missing = range(len(self.errors), len(digits.labels), CHUNK)
         evaluations = 0
         with reporter.task("recognising digits", len(digits.labels) - len(self.errors), "images") as task:
             for start in missing:
-                x_0 = from_pixels(digits.images[start : start + CHUNK])  # (n, 1, 28, 28)
-                answers = recognise(step, x_0, readout, self._num_pairs, prune=self._prune)
+                images = digits.images[start : start + CHUNK]  # (n, 1, 28, 28)
+                answers = recognise_digits(drawer, images, readout, self._num_pairs, prune=self._prune)
                 self.errors = torch.cat([self.errors, errors_of_answers(answers, self._num_pairs)])
                 evaluations += sum(answer.evaluations for answer in answers)
                 write_atomically(self._path, save({"errors": self.errors}, metadata=self._facts))
-                task.advance(len(x_0))
+                task.advance(len(images))
         return evaluations
 
     def replay(self, readout: Readout, num_pairs: int, *, prune: bool) -> list[Recognition]:

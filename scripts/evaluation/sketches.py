@@ -12,7 +12,6 @@ from random import Random
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from scripts.common.mnist import NUM_CLASSES
@@ -30,7 +29,6 @@ TREMOR = 0.6  # standard deviation of the error of each mouse event, in pixels
 ASPECT = 0.72  # width of a digit as a share of its height
 CURVE_STEPS = 12  # points of the curve between two points of the skeleton
 EVENT_DISTANCE = 7.0  # distance between two mouse events in pixels
-DIGIT_SIZE, IMAGE_SIZE = 20, 28  # side of the box of a digit, and side of the image, as in MNIST
 
 # Strokes are separated by " / ". The points x,y of a stroke are percentages of the size, x to the right and y down. A
 # smooth curve goes through them. A repeated point makes a corner.
@@ -112,14 +110,6 @@ def draw_sketch(style: str, random: Random) -> Tensor:
     return _render(paths, width)
 
 
-def to_digit_images(sketches: Tensor) -> Tensor:
-    """Returns sketches (N, S, S) uint8 as images (N, 1, 28, 28) uint8 in the format of MNIST.
-
-    The longest side of the drawing becomes 20 pixels. Its centre of mass becomes the centre of the image.
-    """
-    return torch.stack([_to_digit_image(sketch) for sketch in sketches])
-
-
 def _point(text: str) -> Point:
     x, y = text.split(",")
     return int(x) / 100, int(y) / 100
@@ -196,20 +186,3 @@ def _render(paths: Sequence[Sequence[Point]], width: float) -> Tensor:
             np.minimum(window, np.hypot(x - x1 - u * dx, y - y1 - u * dy), out=window)
     ink = np.clip(width / 2 - distance + 0.5, 0, 1)
     return torch.from_numpy((255 * ink).round().astype(np.uint8))
-
-
-def _to_digit_image(sketch: Tensor) -> Tensor:
-    rows, columns = sketch.amax(1).nonzero()[:, 0], sketch.amax(0).nonzero()[:, 0]
-    drawing = sketch[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    height, width = drawing.shape
-    factor = DIGIT_SIZE / max(height, width)
-    size = (max(round(width * factor), 1), max(round(height * factor), 1))
-    small = np.asarray(Image.fromarray(drawing.numpy()).resize(size, Image.Resampling.BOX), dtype=np.float64)
-    mass_y, mass_x = (np.indices(small.shape) * small).sum(axis=(1, 2)) / small.sum() + 0.5
-    top = min(max(round(IMAGE_SIZE / 2 - mass_y), 0), IMAGE_SIZE - small.shape[0])
-    left = min(max(round(IMAGE_SIZE / 2 - mass_x), 0), IMAGE_SIZE - small.shape[1])
-    image = torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
-    image[0, top : top + small.shape[0], left : left + small.shape[1]] = torch.from_numpy(
-        small.round().astype(np.uint8)
-    )
-    return image

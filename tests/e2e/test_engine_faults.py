@@ -73,7 +73,12 @@ def test_failing_stream_ends_with_an_error_event(faulty: Service) -> None:
     with faulty.events({"digit": 9, "seed": fault_seed("exception", 30)}) as events:
         name, problem = list(events)[-1]
     assert (name, problem["code"], problem["status"]) == ("error", "internal_error", 500)
-    (line,) = [line for line in faulty.process.lines if problem["request_id"] in line and "exception" in line]
+
+    def logged() -> list[str]:
+        return [line for line in faulty.process.lines if problem["request_id"] in line and "exception" in line]
+
+    wait_until(logged, "the failure is logged")
+    (line,) = logged()
     assert "ZeroDivisionError" in line  # the log contains the exception, the response does not
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import digit_image
-from model.digit_image import FIRM, THICKEST, THINNEST, TYPICAL, normalise, resize
+from model.digit_image import FIRM, THICKEST, THINNEST, TYPICAL, normalise, resize_mask
 
 SIDE = 400
 
@@ -122,7 +122,6 @@ def test_resize_scales_the_whole_picture_and_keeps_its_aspect_ratio() -> None:
     picture[:, 20:60] = 200
     result = normalise(picture, "resize", False)
     assert result.fit == "resize"
-    assert torch.equal(result.pixels, resize(picture))
     assert result.pixels[0, 7:21, 10:18].eq(200).all()
     assert not result.pixels[0, 7:21, :4].any()
 
@@ -130,19 +129,19 @@ def test_resize_scales_the_whole_picture_and_keeps_its_aspect_ratio() -> None:
 def test_resize_fills_the_rest_with_the_background() -> None:
     picture = torch.full((10, 56), 90, dtype=torch.uint8)
     picture[4:6, 10:40] = 255
-    assert (resize(picture)[0, :11] == 90).all()
-    assert (resize(picture)[0, 18:] == 90).all()
+    assert (normalise(picture, "resize", False).pixels[0, :11] == 90).all()
+    assert (normalise(picture, "resize", False).pixels[0, 18:] == 90).all()
 
 
 def test_resize_keeps_a_picture_of_the_final_size() -> None:
     picture = torch.randint(0, 256, (28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    assert torch.equal(resize(picture)[0], picture)
+    assert torch.equal(normalise(picture, "resize", False).pixels[0], picture)
 
 
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_image_has_the_requested_size(size: int) -> None:
     assert normalise(to_uint8(seven()), size=size).pixels.shape == (1, size, size)
-    assert resize(to_uint8(seven()), size).shape == (1, size, size)
+    assert resize_mask(seven() > 0.5, size).shape == (1, size, size)
 
 
 # Invert
@@ -305,3 +304,25 @@ def test_thinning_keeps_the_number_of_components_and_holes() -> None:
 
 def test_typical_stroke_is_between_the_bounds() -> None:
     assert THINNEST < TYPICAL < FIRM < THICKEST
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (280, 280), (64, 64), (900, 700), (20, 14)])
+def test_pixels_outside_of_a_resized_mask_do_not_depend_on_masked_pixels(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[shape[0] // 3 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = True
+    changed = torch.where(mask, 255 - picture, picture)
+    before, after = (normalise(each, "resize", False).pixels for each in (picture, changed))
+    masked = resize_mask(mask)
+    assert torch.equal(before[~masked], after[~masked])
+    assert (before != after)[masked].float().mean() > 0.5
+    assert masked.float().mean().item() < 1.8 * mask.float().mean().item() + 0.03
+
+
+def test_thin_line_of_a_mask_is_not_lost() -> None:
+    mask = torch.zeros(600, 600, dtype=torch.bool)
+    mask[300:303] = True
+    assert resize_mask(mask).any(dim=2).sum() in (1, 2, 3)
+    assert not resize_mask(torch.zeros(600, 400, dtype=torch.bool)).any()
+    assert resize_mask(torch.ones(28, 28, dtype=torch.bool)).all()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.comparison import compare
-from model.inpainting import MIN_PAIRS, ClassDistances, recognition_path, repaint_timesteps
+from model.inpainting import MIN_STEPS, ClassDistances, recognition_path, repaint_timesteps
 from model.noise import normal
 from model.process import Start, draw
 from model.sampler import plan_through
@@ -134,10 +134,10 @@ def test_a_class_with_a_much_larger_distance_is_dropped_and_needs_no_further_cal
     image = torch.full((1, *SHAPE), 0.9)
     path = [90, 50, 90, 50, 90, 50, 90, 50, 90, 50, 90, 50, 0]
     # After k steps, the distance of the class -0.9 is larger by k * sqrt(8) * 1.8 = 5.1 k. It is dropped after
-    # MIN_PAIRS steps.
+    # MIN_STEPS steps.
     found, calls = distances([0.9, -0.9, 0.8], 0.01, path, image)
     assert found.isinf().tolist() == [[False, True, False]]
-    assert calls.tolist() == [3 * MIN_PAIRS + 2 * (7 - MIN_PAIRS)]
+    assert calls.tolist() == [3 * MIN_STEPS + 2 * (7 - MIN_STEPS)]
 
 
 def test_the_path_of_the_recognition_goes_down_several_times_and_stays_at_high_noise() -> None:

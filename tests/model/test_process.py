@@ -152,3 +152,14 @@ def test_errors_of_an_image_are_those_of_its_noisy_versions_for_every_label(
         assert stepped.error.std() > 0
         state.x_t = stepped.x_prev
     assert torch.equal(stepped.x_0, images)
+
+
+def test_initial_state_is_contiguous_for_images_that_are_not(loaded: Checkpoint) -> None:
+    """A compiled step needs contiguous inputs. An image that was rotated is not contiguous."""
+    image = torch.rand(2, *loaded.image_shape).rot90(1, dims=(2, 3))
+    start = Start.at(loaded.schedule, 50, image, image > 0.5)
+    assert not start.rows(torch.arange(2)).image.is_contiguous()
+    plan, seed = make_plan(loaded.schedule, "ddim", 2), torch.zeros(2, dtype=torch.int64)
+    state, _ = begin([plan, plan], loaded.image_shape, seed=seed, index=seed, start=start)
+    assert all(part.is_contiguous() for part in state)
+    assert torch.equal(state.known, image)

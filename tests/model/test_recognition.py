@@ -155,7 +155,7 @@ def test_wrong_number_of_errors_is_an_error() -> None:
 
 
 def test_errors_are_those_of_the_predicted_x_0(step: ReverseStep, images: Tensor) -> None:
-    answers = recognise(step, images, readout(), 4, prune=False)
+    answers = recognise(step, step.checkpoint.schedule, images, readout(), 4, prune=False)
     for pair in range(4):
         for answer, expected in zip(answers, expected_errors(step, images, pair).T.tolist(), strict=True):
             assert list(answer.errors[pair].values()) == pytest.approx(expected, rel=1e-3)
@@ -175,15 +175,18 @@ def expected_errors(step: ReverseStep, images: Tensor, pair: int) -> Tensor:
 
 
 def test_result_does_not_depend_on_the_other_images(step: ReverseStep, images: Tensor) -> None:
-    together = recognise(step, images, readout(), 12)
+    together = recognise(step, step.checkpoint.schedule, images, readout(), 12)
     for image, answer in zip(images, together, strict=True):
-        (alone,) = recognise(step, image[None], readout(), 12)
+        (alone,) = recognise(step, step.checkpoint.schedule, image[None], readout(), 12)
         assert alone.errors == answer.errors
         assert alone.probabilities == answer.probabilities
 
 
 def test_pruned_run_evaluates_only_remaining_classes(step: ReverseStep, images: Tensor) -> None:
-    every, pruned = (recognise(step, images, readout(margin=0.01), 3, prune=prune) for prune in (False, True))
+    every, pruned = (
+        recognise(step, step.checkpoint.schedule, images, readout(margin=0.01), 3, prune=prune)
+        for prune in (False, True)
+    )
     for of_all, of_few in zip(every, pruned, strict=True):
         assert of_all.evaluations == 30
         assert of_few.evaluations < 30

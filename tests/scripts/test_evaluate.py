@@ -16,6 +16,7 @@ from scripts.common import drawing
 from scripts.evaluation import classifier_training, denoising, tables
 from scripts.evaluation.classifiers import KINDS, load_classifier, save_classifier
 from scripts.evaluation.editing import STRENGTHS
+from scripts.evaluation.handwriting import load_handwriting, load_letters
 from scripts.evaluation.inpainting import MASKS
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_idx_files
@@ -132,7 +133,7 @@ def test_edit_starts_at_the_timestep_of_each_strength(inputs: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "command",
-    [["fog"], ["clip"], ["synthetic", "set"], ["recognize"], ["denoise"], ["inpaint"], ["edit"]],
+    [["fog"], ["clip"], ["synthetic", "set"], ["recognize"], ["handwriting"], ["denoise"], ["inpaint"], ["edit"]],
     ids=" ".join,
 )
 @pytest.mark.parametrize("out", ["figures", "figures.txt", "folder.png", "folder.json"])
@@ -191,6 +192,25 @@ def test_fog_prints_and_plots_each_digit(inputs: Path, tmp_path: Path, capsys: p
     for shares in (content["recognised"], content["told"]):
         assert [len(line) for line in shares] == [len(content["t"])] * 10
     with Image.open(tmp_path / "fog.png") as image:
+        assert min(image.size) > 100
+
+
+def test_handwriting_prints_each_font_and_variant_and_shows_wrong_pictures(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"--checkpoint={inputs / 'tiny.safetensors'}", "--split=validation", "--num-pairs=1"]
+    evaluate.main(["handwriting", *given, f"--out={tmp_path / 'handwriting.png'}"])
+    content = json.loads((tmp_path / "handwriting.json").read_text())
+    pictures = load_handwriting("validation")
+    assert (content["num_digits"], content["num_letters"]) == (len(pictures), len(load_letters("validation")))
+    names = {picture.font for picture in pictures} | {picture.variant for picture in pictures}
+    printed = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names <= set(printed)
+    assert content["of_font"].keys() | content["of_variant"].keys() == names
+    for group in ("of_font", "of_variant", "of_digit"):  # the groups of a kind have equal sizes
+        assert sum(content[group].values()) / len(content[group]) == pytest.approx(content["recognised"])
+    assert content["evaluations_an_image"] == 10
+    with Image.open(tmp_path / "handwriting.png") as image:
         assert min(image.size) > 100
 
 

@@ -73,9 +73,10 @@ def _route(path: str, name: str, request: type[BaseModel], response: type[BaseMo
 
 @router.post(**_route("/recognize", "recognize", RecognizeRequest, RecognizeResponse))
 async def recognize(request: Request, service: ServiceDependency) -> Response:
-    """Recognises the digit in a picture: the class with which the network removes added noise best.
+    """Recognises the digit in a picture.
 
-    If Accept selects image/png, the response is a chart of the distances of each class.
+    The service adds noise to the picture. The digit is the class with which the network removes this noise best. If
+    Accept selects image/png, the response is a chart of the errors of each class.
     """
     media_type = negotiate(request, (JSON, PNG))
     body, pictures = await service.pictures.read(request, RecognizeRequest, ("image",), picture_tasks.fit_digit)

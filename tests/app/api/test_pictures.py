@@ -1,16 +1,18 @@
+import contextlib
 import io
 import subprocess
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from app.api import picture_files
-from app.api.picture_files import MAX_CHUNKS, MAX_SCANS, MAX_SIDE, PictureError, inspect
+from app.api.picture_files import MAX_BLOCKS, MAX_CHUNKS, MAX_SCANS, MAX_SIDE, PictureError, inspect
 from app.api.pictures import decode
 from tests.app.api.samples import DRAWING, SIGNATURE, animation, chunk, encode, exif, grey, png, zeros
 
@@ -35,7 +37,6 @@ def message_of(data: bytes) -> str:
 def test_grey_picture_keeps_its_pixels(name: str) -> None:
     options = {"lossless": True, "exact": True} if name == "WEBP" else {}
     picture = decode(encode(grey(), name, **options))
-    assert picture.format == name
     assert picture.grey.dtype == np.uint8
     np.testing.assert_array_equal(picture.grey, DRAWING)
 
@@ -119,6 +120,20 @@ def test_transparent_grey_level_with_16_bits_is_background() -> None:
     key = chunk(b"tRNS", (1000).to_bytes(2, "big"))
     pixels = b"\0" + (1000).to_bytes(2, "big") + (0).to_bytes(2, "big") + (1000).to_bytes(2, "big")
     assert decode(png(3, 1, zlib.compress(pixels), [key], depth=16)).grey.tolist() == [[255, 0, 255]]
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "key", "pixels"),
+    [
+        (2, 0, b"\0\1", b"\0\x54"),  # the grey levels 1, 1, 1, 0
+        (4, 0, b"\0\1", b"\0\x11\x10"),
+        (16, 2, b"\3\xe8" * 3, b"\0" + b"\3\xe8" * 9 + b"\0\0" * 3),
+    ],
+    ids=["grey, 2 bits", "grey, 4 bits", "colour, 16 bits"],
+)
+def test_transparent_colour_is_scaled_like_the_pixels(depth: int, colour: int, key: bytes, pixels: bytes) -> None:
+    data = png(4, 1, zlib.compress(pixels), [chunk(b"tRNS", key)], depth=depth, colour=colour)
+    assert decode(data).grey.tolist() == [[255, 255, 255, 0]]
 
 
 def test_completely_transparent_picture_is_uniform() -> None:
@@ -239,6 +254,47 @@ def test_jpeg_with_many_scans_is_refused() -> None:
     data = encode(grey(), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     assert f"more than {MAX_SCANS} scans" in message_of(data[:-2] + data[last:-2] * MAX_SCANS + b"\xff\xd9")
+
+
+def test_gif_with_many_data_blocks_is_refused() -> None:
+    data = b"GIF89a\2\0\2\0\0\0\0"
+    empty = data + b"\x21\xfe\0" * (MAX_BLOCKS + 1)
+    short = data + b"\x21\xfe" + b"\1a" * (MAX_BLOCKS + 1) + b"\0"
+    for each in (empty, short):
+        assert f"more than {MAX_BLOCKS} data blocks" in message_of(each)
+
+
+def test_time_to_inspect_a_file_does_not_grow_with_bytes_that_are_skipped() -> None:
+    """Counts the executed lines of the module, because times depend on the machine."""
+    exif_chunk = chunk(b"eXIf", b"II*\0\x08\0\0\0" + (1000).to_bytes(2, "little") + bytes(12_000))
+    files = {
+        "fill bytes": lambda size: b"\xff\xd8\xff\xfe\0\2" + b"\xff" * size + b"\xda\0\x08\1",
+        "EXIF": lambda size: png(2, 2, zeros(6), [exif_chunk] * (size // 1000)),
+    }
+    for name, make in files.items():
+        few, many = (lines_executed(make(size)) for size in (10_000, 100_000))
+        assert many < few + 3000, name
+
+
+def lines_executed(data: bytes) -> int:
+    """Returns the number of lines of app/api/picture_files.py that `inspect` executes."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        nonlocal count
+        if frame.f_code.co_filename != picture_files.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(picture_files.PictureError):
+            picture_files.inspect(data)
+    finally:
+        sys.settrace(before)
+    return count
 
 
 @pytest.mark.parametrize(

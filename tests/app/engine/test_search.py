@@ -7,7 +7,7 @@ import pytest
 from app import errors
 from app.engine.engine import Engine
 from app.engine.job import ImageDone, Progress
-from model.inpainting import MIN_PAIRS
+from model.inpainting import MIN_STEPS
 from tests.app.fakes import FakeRunner, images, new_engine, new_job, new_search, opened, same, tick
 
 SEARCH_STEPS, NUM_STEPS = 2, 3
@@ -38,7 +38,7 @@ def test_search_ends_early_if_one_class_is_left() -> None:
     engine.submit(job)
     run(engine)
     assert job.digit == 4
-    assert len(runner.calls) == MIN_PAIRS + NUM_STEPS
+    assert len(runner.calls) == MIN_STEPS + NUM_STEPS
 
 
 def test_work_counts_the_search_and_the_images() -> None:
@@ -116,3 +116,37 @@ def test_generated_images_are_counted_by_the_digit_that_was_found() -> None:
     engine.submit(new_search(2, seed=8))
     run(engine)
     assert engine._metrics.images.labels("8")._value.get() == 2
+
+
+def test_slots_of_unfinished_searches_are_limited() -> None:
+    capacity, max_batch = 1000, 20
+    engine = opened(new_engine(FakeRunner(), max_batch=max_batch, capacity=capacity))
+    limit = 2 * (capacity + max_batch)
+    admitted = 0
+    with pytest.raises(errors.Overloaded):
+        while True:
+            engine.submit(new_search())
+            admitted += 1
+    assert admitted == limit // 10  # a search has a slot for each class
+    assert engine.backlog.extra_slots == 9 * admitted
+    run(engine)
+    assert engine.backlog.extra_slots == 0
+    engine.submit(new_search(12))
+    assert engine.backlog.extra_slots == 0  # the images need more slots than the search
+
+
+def test_extra_slots_are_freed_if_a_search_is_cancelled() -> None:
+    engine, job = opened(new_engine(FakeRunner())), new_search()
+    engine.submit(job)
+    tick(engine)
+    engine.cancel(job, errors.DeadlineExceeded())
+    tick(engine)
+    assert engine.backlog.extra_slots == 0
+
+
+def test_waiting_times_of_all_images_of_a_search_are_counted() -> None:
+    engine = opened(new_engine(FakeRunner()))
+    engine.submit(new_search(3))
+    run(engine)
+    sample = engine._metrics.registry.get_sample_value
+    assert sample("unfog_queue_wait_seconds_count") == sample("unfog_admission_wait_steps_count") == 3

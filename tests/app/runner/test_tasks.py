@@ -117,7 +117,7 @@ def test_errors_of_a_recognition_row_equal_those_of_the_offline_classifier(loade
     assert row.input
     assert row.comparison
     image = torch.from_numpy(row.input.image)[None]
-    (expected,) = recognise(runner._models["default"].program, image, info.readout, NUM_PAIRS)
+    (expected,) = recognise(runner._models["default"].program, info.schedule, image, info.readout, NUM_PAIRS)
     assert len(errors) == len(expected.errors)
     for of_row, of_classes in zip(errors, expected.errors, strict=True):
         assert of_row == pytest.approx(list(of_classes.values()), rel=1e-3)

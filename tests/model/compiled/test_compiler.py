@@ -78,6 +78,41 @@ def test_compiled_step_equals_plain_step_except_for_rounding(path: Path, cache: 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_errors_of_the_compiled_step_equal_those_of_the_plain_step_except_for_rounding(
+    path: Path, cache: Path, dtype: str
+) -> None:
+    """Compares the first step, because later steps evaluate the classes that are left."""
+    of_plain, of_compiled = (
+        first_errors(runner)
+        for runner in (
+            Runner({"default": checkpoint.load(path)}, CPU, DTYPES[dtype]),
+            compiled_runner(checkpoint.load(path), cache, DTYPES[dtype]),
+        )
+    )
+    assert len(of_plain) == 10 * 4  # ten classes in two searches and two recognitions
+    assert min(of_plain) > 0
+    np.testing.assert_allclose(of_compiled, of_plain, rtol=0.05 if dtype == "bfloat16" else 1e-3)
+
+
+def first_errors(runner: Runner) -> list[float]:
+    """Returns the errors of the first step of all rows that compare the classes."""
+    rows = [row for row in task_rows(runner.models["default"]) if row.comparison]
+    assert all(runner.step(rows))
+    return [error for errors in runner.errors(rows) for error in errors]
+
+
+@needs_compiler
+def test_first_call_refuses_a_step_with_wrong_errors(loaded: Checkpoint, cache: Path) -> None:
+    program = ReverseStep(loaded, CPU, torch.bfloat16)
+    state, plans, rows = compiler._small_step(program)
+    right = program(state, plans, rows)
+    assert right.error.abs().max() > 1
+    of_known = program(state, plans * torch.tensor([1, 1, 1, 1, 1, 0.5, 1]), rows)
+    assert (of_known.error - right.error).abs().mean() > compiler.TOLERANCE * max(1.0, right.error.abs().mean().item())
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_checkpoints_share_a_library_and_keep_their_own_images(
     path: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:

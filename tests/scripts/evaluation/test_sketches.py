@@ -2,10 +2,9 @@ import hashlib
 import subprocess
 import sys
 
-import pytest
 import torch
 
-from scripts.evaluation.sketches import CANVAS, STYLES, draw_sketches, to_digit_images
+from scripts.evaluation.sketches import CANVAS, STYLES, draw_sketches
 
 
 def test_the_sketches_are_the_same_in_every_process() -> None:
@@ -40,16 +39,3 @@ def test_strokes_are_inside_the_canvas_and_have_the_width_of_a_pen() -> None:
     width = ones[:, 100:180].sum(dim=2).double().mean(dim=1)  # (2,) in pixels
     assert (width > 15).all()
     assert (width < 32).all()
-
-
-def test_digit_images_have_the_size_and_the_position_of_mnist() -> None:
-    square = torch.zeros(2, CANVAS, CANVAS, dtype=torch.uint8)
-    square[0, 10:110, 20:70] = 255  # 100 high and 50 wide
-    square[1, 200:260, 40:280] = 255  # 60 high and 240 wide
-    images = to_digit_images(square)
-    assert images.shape == (2, 1, 28, 28)
-    for image, (height, width) in zip(images[:, 0] > 0, [(20, 10), (5, 20)], strict=True):
-        rows, columns = image.any(dim=1).nonzero().flatten(), image.any(dim=0).nonzero().flatten()
-        assert (len(rows), len(columns)) == (height, width)
-        assert rows.double().mean().item() == pytest.approx(13.5, abs=0.5)
-        assert columns.double().mean().item() == pytest.approx(13.5, abs=0.5)
