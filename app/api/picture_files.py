@@ -122,6 +122,8 @@ def _read_jpeg(data: bytes) -> PictureFile:
         # The metadata is left out. APP0 and APP14 describe the colours.
         if marker in (_APP0, _APP14) or not (_APP0 < marker <= _APP15 or marker == _COM):
             kept.append(data[start:end])
+    if fill := _FILL.match(data, scans):
+        scans = fill.end()  # the marker of the first scan
     height, width, components = unpack_from(">HHB", frame, 5)
     is_progressive = frame[1] in _PROGRESSIVE or data[scans + 4] < components
     most = MAX_PIXELS_PROGRESSIVE if components <= 3 else MAX_PIXELS_PROGRESSIVE_CMYK

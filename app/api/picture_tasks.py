@@ -1,11 +1,11 @@
 """Turns a request with a picture into a task of the engine: where its trajectories start, and which path they follow.
 
-The functions named fit_* and estimate_* prepare a decoded picture. They run in a worker thread.
+The functions fit_digit, estimate_noise and MaskedPicture.fit prepare a decoded picture. They run in a worker thread.
 """
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from app.api.task_schemas import (
     RecognizeRequest,
 )
 from app.engine.interface import ModelInfo
-from app.engine.job import Input, Options, Search
+from app.engine.job import Input, Options, Pixels, Search
 from model.denoising import (
     DENOISING_SAMPLER,
     DENOISING_STEPS,
@@ -68,24 +68,52 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
     return image, round(noise_std, 3)  # the answer has the same value, so that a client can repeat the request
 
 
-@dataclass(frozen=True, slots=True)
-class Resized:
-    """The resized image of an inpainting request, or its resized mask."""
+class MaskedPicture:
+    """Resizes the mask of an inpainting request, and then its image in the same way.
 
-    width: int  # of the picture, in pixels
-    height: int
-    image: DigitImage | None = None
-    mask: Mask | None = None  # True at the pixels to fill in
+    Nothing may depend on the pixels under the mask, not even the background or `invert`. They are therefore replaced
+    before the picture is resized.
+    """
+
+    def __init__(self) -> None:
+        self.redrawn: Mask = np.zeros(0, np.bool_)  # (1, H, W): True at the pixels to fill in
+        self._packed, self._shape = np.zeros(0, np.uint8), (0, 0)  # the mask in its original size, 8 pixels in a byte
+
+    def fit(self, body: InpaintRequest, field: str, picture: Picture) -> DigitImage | None:
+        """Converts the mask or, after it, the image. Returns the image."""
+        if body.fit == "digit":
+            reason = "Input should be 'auto' or 'resize', because the mask must fit the image"
+            raise errors.InvalidRequest.of("fit", reason)
+        if field == "mask":
+            self._set_mask(picture.grey > MASK_LEVEL)
+            return None
+        if picture.grey.shape != self._shape:
+            (height, width), (own_height, own_width) = picture.grey.shape, self._shape
+            sizes = f"{width}x{height} pixels, but has {own_width}x{own_height}"
+            raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")
+        mask = np.unpackbits(self._packed, count=picture.grey.size).reshape(self._shape).view(np.bool_)
+        return normalise(_without(mask, picture.grey), "resize", body.invert)
+
+    def _set_mask(self, mask: npt.NDArray[np.bool_]) -> None:
+        if not mask.any():
+            raise errors.InvalidRequest.of(
+                "mask", "The mask has no white pixels. White pixels mark the part to fill in"
+            )
+        if mask.all():
+            raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate for a complete image")
+        self.redrawn = resize_mask(mask).numpy()
+        if self.redrawn.all():
+            reason = "The white pixels of the mask cover every pixel of the image of 28x28 pixels. Make them fewer"
+            raise errors.InvalidRequest.of("mask", reason)
+        self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
 
 
-def fit_resized(body: InpaintRequest, field: str, picture: Picture) -> Resized:
-    """Resizes the image or the mask of an inpainting request. Both must be resized in the same way."""
-    if body.fit == "digit":
-        raise errors.InvalidRequest.of("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
-    height, width = picture.grey.shape
-    if field == "mask":
-        return Resized(width, height, mask=resize_mask(picture.grey > MASK_LEVEL).numpy())
-    return Resized(width, height, normalise(picture.grey, "resize", body.invert))
+def _without(mask: npt.NDArray[np.bool_], grey: Pixels) -> Pixels:
+    """Returns the picture (H, W) with the masked pixels replaced by the background: the median of the border."""
+    border = np.ones_like(mask)
+    border[1:-1, 1:-1] = False
+    outside = grey[border & ~mask]
+    return np.where(mask, np.median(outside if outside.size else grey[~mask]).astype(np.uint8), grey)
 
 
 def recognize(info: ModelInfo, body: RecognizeRequest, image: DigitImage) -> Task:
@@ -121,28 +149,18 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
     return replace(task, search=_search_in_noise(info, restored, t) if is_searched else None)
 
 
-def inpaint(info: ModelInfo, body: InpaintRequest, image: Resized, mask: Resized) -> Task:
-    """Returns the task that fills in the white pixels of the mask and keeps the others."""
-    fitted, redrawn = image.image, mask.mask
-    assert fitted is not None, "fit_resized() gives every image"
-    assert redrawn is not None, "fit_resized() gives every mask"
-    if (mask.width, mask.height) != (image.width, image.height):
-        sizes = f"{image.width}x{image.height} pixels, but has {mask.width}x{mask.height}"
-        raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")
-    if not redrawn.any():
-        raise errors.InvalidRequest.of("mask", "The mask has no white pixels. White pixels mark the part to fill in")
-    if redrawn.all():
-        raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate for a complete image")
+def inpaint(info: ModelInfo, body: InpaintRequest, image: DigitImage, redrawn: Mask) -> Task:
+    """Returns the task that fills in the pixels `redrawn` and keeps the others."""
     steps = body.num_steps or min(NUM_LEVELS, info.max_steps)
     scale = INPAINTING_SCALE if info.guidable else 1.0
     defaults = {"num_steps": steps, "guidance_scale": body.guidance_scale or scale}
     options = options_of(body.model_copy(update=defaults), body.digit, info)
     path = tuple(inpainting_path(info.schedule, options.num_steps))
     following = replace(options, path=path, num_steps=num_steps_of(path))
-    start = Input(fitted.x.numpy(), 0.0, 1.0, is_known=~redrawn)
+    start = Input(image.x.numpy(), 0.0, 1.0, is_known=~redrawn)
     search = _search_by_known_pixels(info, options) if body.digit is None else None
     chunks = {"Mask-SHA256": hashlib.sha256(np.packbits(redrawn).tobytes()).hexdigest()}
-    task = _task("inpaint", body, options.num_steps, following, start, fitted, {}, chunks)
+    task = _task("inpaint", body, options.num_steps, following, start, image, {}, chunks)
     return replace(task, search=search)
 
 

@@ -123,7 +123,9 @@ class Admission:
         would start, take memory and then be overtaken by the next such request.
         """
         capacity, count = self.backlog.capacity, job.request.count
-        return waiting + count <= capacity and slots + count + job.extra_slots <= 2 * (capacity + self.max_batch)
+        own = count + job.extra_slots
+        most = max(2 * (capacity + self.max_batch), own)  # an idle engine admits every job
+        return waiting + count <= capacity and slots + own <= most
 
     def _recover(self, now: float) -> None:
         if self._max_rows is not None and now - self._shortage_at >= RECOVERY_SECONDS:
@@ -188,9 +190,8 @@ class Admission:
         def fits(seconds: int) -> bool:
             images = backlog.images_after(seconds, full.rate)
             waiting = min(max(images - rows, 0), backlog.waiting)
-            return self._has_room(waiting, images + backlog.extra_slots, job) and backlog.admits(
-                job, full, now, seconds
-            )
+            extra_slots = math.ceil(backlog.extra_slots * images / max(backlog.waiting + backlog.running, 1))
+            return self._has_room(waiting, images + extra_slots, job) and backlog.admits(job, full, now, seconds)
 
         return _shortest_wait(fits, longest)
 

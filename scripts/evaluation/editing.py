@@ -116,6 +116,8 @@ def redraw(
     sketch takes the part that begins at `t`.
     """
     start = Start.at(drawer.checkpoint.schedule, t, from_pixels(sketches.images))
+    if t == drawer.checkpoint.schedule.num_steps:  # strength 1 ignores the sketch
+        start = Start(start.image, torch.zeros_like(start.signal), torch.ones_like(start.noise))
     path = timesteps_from(drawer.checkpoint.schedule, options.sampler, options.num_steps, t)
     given = sketches.labels, torch.arange(len(sketches.labels)), options, reporter
     redrawn = drawer.draw(*given, seed=request.seed, batch_size=request.batch_size, timesteps=path, start=start)

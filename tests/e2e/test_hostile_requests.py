@@ -138,8 +138,10 @@ def test_json_bomb_costs_no_more_cpu_time_than_a_plain_body(target: Service, bom
         assert response.status_code in statuses, response.text[:200]
         assert_problem(response, response.status_code, response.json()["code"])
         assert len(response.content) < 10_000
-        plain = cpu_seconds(target, post(b"x" * size, b"Connection: close"))
-        assert cpu_seconds(target, post(bomb(size), b"Connection: close")) < 3 * plain + 0.2
+        requests = (post(body, b"Connection: close") for body in (b"x" * size, bomb(size)))
+        # The minimum, because a busy machine can delay a measurement.
+        plain, expensive = (min(cpu_seconds(target, request) for _ in range(3)) for request in requests)
+        assert expensive < 3 * plain + 0.2
 
 
 def test_60_json_bombs_delay_health_no_longer_than_plain_bodies(target: Service) -> None:

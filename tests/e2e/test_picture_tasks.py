@@ -43,6 +43,7 @@ IMAGE_TASKS = {name: ask for name, ask in TASKS.items() if name != "recognize"}
 PATHS = {ask.path: ask for ask in (RECOGNIZE, DENOISE, INPAINT, EDIT)}
 MAX_IMAGE_BYTES, CAPACITY = 20_000, 12
 Result = dict[str, Any]
+MARKED = np.pad(np.full((1, 1), 255, np.uint8), (0, 19))  # one white pixel of 20 x 20
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +183,18 @@ def test_pixels_under_the_mask_do_not_change_the_result(service: Service, alone:
         assert (open_png(image)[0] == open_png(other)[0]).all()
 
 
-def test_pixels_under_the_mask_of_a_large_picture_do_not_change_the_result(service: Service) -> None:
-    size = (90, 90)
-    large, hole = (np.array(Image.fromarray(part).resize(size)) for part in (drawing(), mask()))
-    changed = np.where(hole > 127, 255 - large, large)
-    results = [
-        INPAINT.having(image=encode(picture), mask=encode(hole), invert=False).send(service)
-        for picture in (large, changed)
-    ]
+@pytest.mark.parametrize("size", [(90, 90), (90, 70), (40, 120)])
+@pytest.mark.parametrize("rows", [0.25, 0.6], ids=["part of the border", "most of the border"])
+def test_pixels_under_the_mask_of_a_large_picture_do_not_change_the_result(
+    service: Service, size: tuple[int, int], rows: float
+) -> None:
+    """The masked pixels could also change the background and the value `auto` of `invert`."""
+    large = np.array(Image.fromarray(drawing()).resize(size))
+    hole = np.zeros_like(large)
+    hole[: round(rows * len(hole))] = 255
+    changed = np.where(hole > 127, 255, large).astype(np.uint8)
+    results = [INPAINT.having(image=encode(picture), mask=encode(hole)).send(service) for picture in (large, changed)]
+    assert len({response.json()["invert"] for response in results}) == 1
     for image, other in zip(*map(pngs, results), strict=True):
         assert (open_png(image)[0] == open_png(other)[0]).all()
 
@@ -296,6 +301,16 @@ REFUSED: dict[str, tuple[Ask, str, str]] = {  # request, field, a part of the me
     "mask of another size": (INPAINT.having(mask=encode(half(mask()))), "mask", "28x28 pixels, but has 14x14"),
     "black mask": (INPAINT.having(mask=encode(np.zeros_like(mask()))), "mask", "no white pixels"),
     "white mask": (INPAINT.having(mask=encode(np.full_like(mask(), 255))), "mask", "white everywhere"),
+    "oblong white mask": (
+        INPAINT.having(image=encode(np.zeros((60, 40), np.uint8)), mask=encode(np.full((60, 40), 255, np.uint8))),
+        "mask",
+        "white everywhere",
+    ),
+    "mask with a fine pattern": (
+        INPAINT.having(image=encode(np.zeros((560, 560), np.uint8)), mask=encode(np.tile(MARKED, (28, 28)))),
+        "mask",
+        "cover every pixel",
+    ),
     "fit digit": (INPAINT.having(fit="digit"), "fit", "'auto' or 'resize'"),
     "mean with steps": (DENOISE.having(mode="mean"), "num_steps", "Input should be 1"),
     "digit 10": (EDIT.having(digit=10), "digit", "less than or equal to 9"),

@@ -127,10 +127,13 @@ async def denoise(request: Request, service: ServiceDependency, previews: Previe
 async def inpaint(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
     """Fills in a part of a picture. The pixels outside of the mask are kept exactly."""
     media_type = negotiate(request, FORMATS)
+    masked = picture_tasks.MaskedPicture()
     body, pictures = await service.pictures.read(
-        request, InpaintRequest, ("image", "mask"), picture_tasks.fit_resized, masks=("mask",)
+        request, InpaintRequest, ("mask", "image"), masked.fit, masks=("mask",)
     )
-    task = picture_tasks.inpaint(_model(service, body), body, *pictures["image"], *pictures["mask"])
+    (image,) = pictures["image"]
+    assert image is not None, "the conversion of the field `image` returns an image"
+    task = picture_tasks.inpaint(_model(service, body), body, image, masked.redrawn)
     return await answer(request, service, task, media_type, previews)
 
 

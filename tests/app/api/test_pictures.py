@@ -243,8 +243,9 @@ def test_longest_permitted_side_is_accepted(size: tuple[int, int]) -> None:
         (b"\xff\xd8\xff\xc2\0\x11\x08\x0f\xff\x0f\xff\x03" + bytes(9) + b"\xff\xda\0\x0c\x03", "12582912"),
         (b"\xff\xd8\xff\xc0\0\x11\x08\x0f\xff\x0f\xff\x03" + bytes(9) + b"\xff\xda\0\x08\x01", "12582912"),
         (b"\xff\xd8\xff\xc2\0\x14\x08\x0f\xff\x0f\xff\x04" + bytes(12) + b"\xff\xda\0\x0e\x04", "4194304"),
+        (b"\xff\xd8\xff\xc0\0\x14\x08\x0f\xff\x0f\xff\x04" + bytes(12) + b"\xff\xff\xda\0\x08\x01", "4194304"),
     ],
-    ids=["WebP", "progressive JPEG", "JPEG with a scan for each colour", "progressive CMYK JPEG"],
+    ids=["WebP", "progressive JPEG", "JPEG with a scan for each colour", "progressive CMYK JPEG", "CMYK, fill byte"],
 )
 def test_format_whose_decoder_needs_much_memory_has_a_lower_limit(data: bytes, most: str) -> None:
     assert f"at most {most} pixels" in message_of(data)

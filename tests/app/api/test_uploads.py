@@ -137,7 +137,6 @@ def test_both_content_types_give_the_same_fields_and_pictures(body: bytes, conte
     assert fields == Fields(image="", digit=7, noise_std=2.5, invert=True, prompts=["a", "b"])
     assert list(pictures) == ["image"]
     (picture,) = pictures["image"]
-    assert picture.format == "PNG"
     np.testing.assert_array_equal(picture.grey, DRAWING)
 
 
@@ -151,7 +150,7 @@ def test_both_content_types_give_the_same_fields_and_pictures(body: bytes, conte
 )
 def test_list_of_pictures_keeps_its_order(body: bytes, content_type: str) -> None:
     fields, pictures = read(body, content_type)
-    assert [picture.format for picture in pictures["images"]] == ["PNG", "GIF"]
+    assert [picture.grey.shape for picture in pictures["images"]] == [DRAWING.shape, (4, 4)]
     assert fields.images == ["", ""]
 
 
@@ -245,7 +244,7 @@ def test_file_name_and_type_of_a_part_are_ignored() -> None:
     body = as_form(("image", PNG)).replace(
         b'name="image"', b'name="image"; filename="../a.svg"\r\nContent-Type: image/svg+xml'
     )
-    assert read(body, FORM)[1]["image"][0].format == "PNG"
+    assert read(body, FORM)[1]["image"][0].grey.shape == DRAWING.shape
 
 
 @pytest.mark.parametrize(
@@ -295,7 +294,7 @@ def test_part_with_long_headers_is_refused() -> None:
     ],
 )
 def test_every_usual_form_of_base64_is_decoded(text: str) -> None:
-    assert read(json.dumps({"image": text}).encode())[1]["image"][0].format == "PNG"
+    assert read(json.dumps({"image": text}).encode())[1]["image"][0].grey.shape == (20, 20)
 
 
 def test_alphabets_differ_in_the_test_data() -> None:
@@ -351,7 +350,7 @@ def test_json_at_the_limits_is_parsed() -> None:
     text = base64.b64encode(PNG).decode()
     escaped = "\\n" * (MAX_ESCAPES // 2) + "\\r" * (MAX_ESCAPES // 2)
     body = f'{{"image": "{text}{escaped}", "name": "{"[{," * 10_000}"}}{" " * 10_000}'
-    assert read(body.encode())[1]["image"][0].format == "PNG"
+    assert read(body.encode())[1]["image"][0].grey.shape == DRAWING.shape
 
 
 @pytest.mark.parametrize("length", [MAX_STRINGS, MAX_STRINGS + 1])

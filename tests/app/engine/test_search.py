@@ -150,3 +150,23 @@ def test_waiting_times_of_all_images_of_a_search_are_counted() -> None:
     run(engine)
     sample = engine._metrics.registry.get_sample_value
     assert sample("unfog_queue_wait_seconds_count") == sample("unfog_admission_wait_steps_count") == 3
+
+
+def test_idle_engine_with_a_small_queue_admits_a_search() -> None:
+    engine = opened(new_engine(FakeRunner(), max_batch=1, capacity=1))
+    engine.submit(new_search())
+    with pytest.raises(errors.Overloaded):
+        engine.submit(new_search())
+    run(engine)
+    engine.submit(new_search())
+
+
+def test_retry_after_considers_that_searches_free_their_slots() -> None:
+    engine = opened(new_engine(FakeRunner(), max_batch=20, capacity=1000))
+    with pytest.raises(errors.Overloaded):
+        while True:
+            engine.submit(new_search())
+    full = engine._admission._full(new_search())
+    with pytest.raises(errors.Overloaded) as refused:
+        engine.submit(new_search())
+    assert refused.value.retry_after <= max(1, math.ceil(0.1 * engine.backlog.work / full.rate))

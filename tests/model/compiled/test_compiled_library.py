@@ -200,6 +200,17 @@ def test_hanging_library_is_not_used(program: ReverseStep, tmp_path: Path, monke
         compiler.compiled_step(program, tmp_path)
 
 
+def test_first_call_compares_the_errors_at_known_pixels(program: ReverseStep, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*inputs: Any) -> Stepped:
+        stepped: Stepped = program(*inputs)
+        return stepped._replace(error=stepped.error * 0.5)
+
+    monkeypatch.setattr(compiler, "_open_library", lambda program, path: step)
+    monkeypatch.setattr("signal.alarm", lambda seconds: None)
+    with pytest.raises(LibraryError, match="its results differ"):
+        compiler.first_call(program, torch.get_num_threads(), 0, Path("library"), 1)
+
+
 @pytest.mark.parametrize("error", ["shape", "value", "nan", "none"])
 def test_first_call_compares_with_the_step_without_compilation(
     program: ReverseStep, monkeypatch: pytest.MonkeyPatch, error: str
