@@ -71,13 +71,14 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
 class MaskedPicture:
     """Resizes the mask of an inpainting request, and then its image in the same way.
 
-    Nothing may depend on the pixels under the mask, not even the background or `invert`. They are therefore replaced
-    before the picture is resized.
+    The background and the value `auto` of `invert` follow from the pixels of a picture. They must not depend on pixels
+    under the mask, so these are replaced before the picture is resized.
     """
 
     def __init__(self) -> None:
         self.redrawn: Mask = np.zeros(0, np.bool_)  # (1, H, W): True at the pixels to fill in
-        self._packed, self._shape = np.zeros(0, np.uint8), (0, 0)  # the mask in its original size, 8 pixels in a byte
+        # The mask in its original size, with 8 pixels in a byte. It is in memory while the image is decoded.
+        self._packed, self._shape = np.zeros(0, np.uint8), (0, 0)
 
     def fit(self, body: InpaintRequest, field: str, picture: Picture) -> DigitImage | None:
         """Converts the mask or, after it, the image. Returns the image."""
@@ -110,10 +111,9 @@ class MaskedPicture:
 
 def _without(mask: npt.NDArray[np.bool_], grey: Pixels) -> Pixels:
     """Returns the picture (H, W) with the masked pixels replaced by the background: the median of the border."""
-    border = np.ones_like(mask)
-    border[1:-1, 1:-1] = False
-    outside = grey[border & ~mask]
-    return np.where(mask, np.median(outside if outside.size else grey[~mask]).astype(np.uint8), grey)
+    edges = (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1])
+    border = np.concatenate([grey[edge][~mask[edge]] for edge in edges])
+    return np.where(mask, np.median(border if border.size else grey[~mask]).astype(np.uint8), grey)
 
 
 def recognize(info: ModelInfo, body: RecognizeRequest, image: DigitImage) -> Task:

@@ -76,6 +76,7 @@ def evaluate_handwriting(
     judge = load_classifier("judge")
     labels = torch.tensor([picture.label for picture in pictures])  # (N,)
     by_judge = (recognise_by_classifier(judge.network, digits.images) == labels).double().mean().item()
+    recognised = sum(digits.is_right) / len(pictures)
     of_font = digits.shares(lambda picture: picture.font)
     of_variant = digits.shares(lambda picture: picture.variant)
     content = {
@@ -84,7 +85,7 @@ def evaluate_handwriting(
         "num_letters": len(letters),
         "num_pairs": num_pairs,
         **drawer.facts,
-        "recognised": sum(digits.is_right) / len(pictures),
+        "recognised": recognised,
         "of_font": of_font,
         "of_variant": of_variant,
         "of_digit": digits.shares(lambda picture: str(picture.label)),
@@ -95,7 +96,6 @@ def evaluate_handwriting(
     }
     for name, share in (of_font | of_variant).items():
         reporter.line(f"{name}: {share:.1%}")
-    recognised = sum(digits.is_right) / len(pictures)
     reporter.line(f"recognised: {recognised:.1%} of {len(pictures)}; by the judge: {by_judge:.1%}")
     write_json(out.with_suffix(".json"), content)
     save_figure(show_wrong(digits), out, grey=False, colours=256)
