@@ -21,7 +21,7 @@ from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.problems import handle_errors
-from app.api.routes import docs, generate, monitoring, pictures
+from app.api.routes import docs, generate, models, monitoring, pictures
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -74,6 +74,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         pages |= _paths(docs.router.routes)
     app.include_router(generate.router)
     app.include_router(pictures.router)
+    app.include_router(models.router)
     app.include_router(monitoring.router)
     handle_errors(app, meters)
     add_openapi(app, service)
@@ -99,6 +100,7 @@ def _add_middleware(
         )
     app.add_middleware(HeadAsGet)
     paths = monitored | pages | _paths(generate.router.routes) | _paths(pictures.router.routes)
+    paths |= _paths(models.router.routes)
     app.add_middleware(
         RequestContextMiddleware, metrics=meters, access_log=AccessLog(meters, traces, paths=paths, quiet=monitored)
     )

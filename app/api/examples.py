@@ -8,6 +8,7 @@ from app.api.events import event_text
 from app.api.picture_files import damaged
 from app.api.uploads import JSON, MULTIPART
 from app.settings import Settings
+from model.schedule import Schedule, ScheduleConfig
 
 REQUEST_ID = "5f1c7a9be0d34b6c8a2f4e6d7c9b0a18"
 
@@ -51,6 +52,45 @@ EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 STREAM = "".join(event_text(name, data) for name, data in EVENTS)
 
+MODELS = {  # the shipped checkpoint
+    "models": [
+        {
+            "name": "default",
+            "sha256": SHA256,
+            "num_parameters": 2_703_684,
+            "image_shape": [1, 28, 28],
+            "num_classes": 10,
+            "max_steps": 100,
+            "steps": [],
+            "default_steps": 100,
+            "samplers": ["ddpm", "ddim", "dpmpp"],
+            "guidable": True,
+            "guidance_scale": {"ddpm": 3.0, "ddim": 1.7, "dpmpp": 1.7},
+            "guidance_interval": {"ddpm": [20, 65], "ddim": [40, 90], "dpmpp": [40, 90]},
+            "alpha_bar": [round(value, 6) for value in Schedule(ScheduleConfig()).alpha_bar.tolist()],
+            "has_picture_tasks": True,
+            "training": {
+                "preset": "default",
+                "data": "MNIST, training split less the last 5000 images",
+                "epochs": 30,
+                "evaluations": [
+                    {
+                        "sampler": "ddpm",
+                        "num_steps": 100,
+                        "guidance_scale": 3.0,
+                        "num_images": 10_000,
+                        "accuracy": 0.9978,
+                        "frechet": 0.07985674337150783,
+                    }
+                ],
+            },
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "compiled": True,
+        }
+    ],
+    "limits": {"count": 64, "timeout_seconds": 30.0, "image_bytes": 4_194_304, "queue_images": 1024},
+}
 _QUEUE = {"waiting": 0, "running": 0, "capacity": 1024}
 _MODEL = {"name": "default", "sha256": SHA256, "num_parameters": 2_703_684}
 HEALTHY = {
@@ -74,6 +114,7 @@ METRICS = (
 ANSWERS: dict[tuple[str, str, str], Any] = {  # (path, status, media type) -> example
     ("/generate", "200", "application/json"): GENERATED,
     ("/generate", "200", "text/event-stream"): STREAM,
+    ("/models", "200", "application/json"): MODELS,
     ("/health", "200", "application/json"): HEALTHY,
     ("/health", "503", "application/json"): STARTING,
     ("/livez", "200", "application/json"): {"alive": True},

@@ -141,9 +141,10 @@ class Document:
         schemas |= _event_schemas()
         document["components"]["securitySchemes"] = KEYS
         for operations in document["paths"].values():
-            if "post" in operations:
-                operations["post"]["security"] = [{}, *({name: []} for name in KEYS)]
-                answers = operations["post"]["responses"]["200"]["content"]
+            for operation in operations.values():
+                if "401" in operation["responses"]:
+                    operation["security"] = [{}, *({name: []} for name in KEYS)]
+                answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
                     answers[EVENT_STREAM] = _event_stream()
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
@@ -239,7 +240,10 @@ def _add_examples(document: dict[str, Any], settings: Settings) -> None:
             if PROBLEM_JSON in content:
                 content.pop(JSON, None)  # FastAPI adds the media type of successful responses
                 content[PROBLEM_JSON]["examples"] = {
-                    problem["code"]: {"value": problem} for problem in problems if problem["status"] == int(status)
+                    problem["code"]: {"value": problem}
+                    for problem in problems
+                    # The description of a response has the codes of its errors.
+                    if problem["status"] == int(status) and problem["code"] in response["description"]
                 }
             for media_type, described in content.items():
                 if (path, status, media_type) in answers:

@@ -228,6 +228,15 @@ def check_model(info: ModelInfo) -> ModelInfo:
     return info
 
 
+def has_picture_tasks(info: ModelInfo) -> bool:
+    """Returns True if the model supports the routes for pictures."""
+    try:
+        check_model(info)
+    except errors.InvalidRequest:
+        return False
+    return True
+
+
 def _starting_at(info: ModelInfo, options: Options, t: int) -> Options:
     """Returns options whose path starts at t. The number of steps is multiplied by t / T."""
     sampler: Sampler = options.sampler  # type: ignore[assignment] # the options of a request have a sampler

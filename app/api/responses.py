@@ -29,3 +29,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "deadline_exceeded: the images were not finished before the deadline",
     }.items()
 }
+READ_ERRORS: dict[int | str, dict[str, Any]] = {  # of a GET route that needs an API key
+    **{status: ERRORS[status] for status in (401, 403, 500, 503)},
+    429: {**ERRORS[429], "description": "rate_limited: the rate limit is exceeded, with Retry-After"},
+}

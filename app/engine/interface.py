@@ -24,6 +24,28 @@ class DeviceLostError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One measurement of images that a model generated with these options. It is stored in the checkpoint."""
+
+    sampler: Sampler
+    num_steps: int
+    guidance_scale: float
+    num_images: int
+    accuracy: float  # share of the images that a classifier recognises as the requested digit
+    frechet: float  # Fréchet distance to the test images
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """Facts about the training of a model. Facts that the checkpoint lacks are None."""
+
+    preset: str | None = None
+    data: str | None = None
+    epochs: int | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The description of a served model."""
 
@@ -40,11 +62,13 @@ class ModelInfo:
     default_steps: int  # the recommended value of num_steps
     samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
     guidance_scale: dict[Sampler, float]  # the recommended scale of each sampler
+    guidance_interval: dict[Sampler, tuple[int, int]]  # the first and the last timestep in which guidance acts
     guided_steps: Callable[[Options], StepSet]  # the steps in which guidance is applied if its scale is not 1
     guidable: bool  # True if guidance is possible: the network was trained with dropped labels
     image_shape: tuple[int, int, int]  # (C, H, W)
     schedule: Schedule
     readout: Readout  # the constants with which the model recognises images
+    training: TrainingFacts
 
     def guided_steps_of(self, options: Options, *, has_digit: bool = False) -> StepSet:
         """Returns the steps of an image with these options that need a second evaluation.

@@ -9,9 +9,10 @@ import torch
 from app import VERSION
 from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
-from model.checkpoint import Checkpoint
+from app.runner.training_facts import training_facts
+from model.checkpoint import Checkpoint, CheckpointConfig
 from model.recognition import Readout
-from model.sampler import SAMPLERS, Plan, Process, make_plan, plan_through, timesteps_along, timesteps_of
+from model.sampler import SAMPLERS, Plan, Process, Sampler, make_plan, plan_through, timesteps_along, timesteps_of
 from model.schedule import Schedule
 from model.step import ReverseStep, Step
 
@@ -45,12 +46,20 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         default_steps=config.recommended_steps,
         samplers=config.samplers,
         guidance_scale={sampler: config.guidance_of(sampler).scale for sampler in config.samplers},
+        guidance_interval={sampler: _interval(config, sampler) for sampler in config.samplers},
         guided_steps=_guided_steps(loaded),
         guidable=config.guidable,
         image_shape=loaded.image_shape,
         schedule=loaded.schedule,
         readout=Readout.of(loaded),
+        training=training_facts(config.training),
     )
+
+
+def _interval(config: CheckpointConfig, sampler: Sampler) -> tuple[int, int]:
+    """Returns the first and the last timestep in which guidance acts. The last one is at most T."""
+    guidance = config.guidance_of(sampler)
+    return guidance.start, min(guidance.stop, config.schedule.num_steps)
 
 
 def _guided_steps(loaded: Checkpoint) -> Callable[[Options], StepSet]:

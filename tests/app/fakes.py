@@ -13,12 +13,13 @@ import numpy as np
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
-from app.engine.interface import ModelInfo
+from app.engine.interface import Evaluation, ModelInfo, TrainingFacts
 from app.engine.job import Job, JobRequest, Options, Pixels, Search, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 from model.inpainting import ClassDistances
 from model.recognition import CYCLE, MAX_NUM_PAIRS, Readout, Recognition, timesteps
+from model.sampler import SAMPLERS
 from model.schedule import Schedule, ScheduleConfig
 
 # Distances count equally, and a class is dropped if its log-odds are more than 6 below the best class.
@@ -47,11 +48,13 @@ INFO = ModelInfo(
     default_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
     guidance_scale={"ddpm": 1.0, "ddim": 1.0, "dpmpp": 1.0},
+    guidance_interval=dict.fromkeys(SAMPLERS, (51, 100)),
     guided_steps=lambda options: range(options.num_steps // 2),
     guidable=True,
     image_shape=(1, 28, 28),
     schedule=Schedule(ScheduleConfig()),
     readout=READOUT,
+    training=TrainingFacts("default", "MNIST", 30, (Evaluation("ddpm", 100, 3.0, 10_000, 0.9978, 0.0544),)),
 )
 WAIT_SECONDS = 60  # time limit in seconds for another thread
 

@@ -24,7 +24,7 @@ from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import EVENTS as EVENT_MODELS
 from app.api.openapi import PICTURE_REQUESTS
-from app.api.routes import docs, generate, monitoring, pictures
+from app.api.routes import docs, generate, models, monitoring, pictures
 from app.main import create_app
 from app.server import connection, framing
 from app.settings import Settings
@@ -71,7 +71,7 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    routers = (docs.router, generate.router, pictures.router, monitoring.router)
+    routers = (docs.router, generate.router, pictures.router, models.router, monitoring.router)
     routes = [route for router in (app, *routers) for route in router.routes if isinstance(route, Route)]
     served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
     assert set(by("Route", API.table("Routes", "Route"))) == served
@@ -86,7 +86,7 @@ def test_route_table_states_which_routes_need_a_key_or_are_rate_limited(row: Row
         assert (response.status_code == 401) == row["API key"].startswith("required")
         is_limited = [(await client.request(method, path)).status_code for _ in range(3)][-1] == 429
         assert is_limited == (row["Rate limit"] == "counts")
-        assert (await client.head(path)).status_code == (200 if method == "GET" else 429)
+        assert (await client.head(path)).status_code == (429 if is_limited else 200)
 
     run(check, FakeRunner(), api_keys=KEY, rate_limit="3/hour")
 
@@ -202,6 +202,7 @@ def test_format_table_lists_the_formats_by_preference() -> None:
     ("heading", "schema"),
     [
         ("JSON", "GenerateResponse"),
+        ("GET /models", "Models"),
         ("GET /health", "Health"),
         ("GET /livez", "Liveness"),
         ("GET /readyz", "Readiness"),

@@ -49,7 +49,7 @@ def test_every_reference_has_a_schema() -> None:
 
 def test_document_contains_every_route() -> None:
     monitoring = {"/health", "/livez", "/readyz", "/startupz", "/metrics"}
-    assert set(document()["paths"]) == {"/generate", *PICTURE_PATHS, *monitoring}
+    assert set(document()["paths"]) == {"/generate", *PICTURE_PATHS, "/models", *monitoring}
 
 
 def test_document_describes_the_body_and_responses_of_generate() -> None:
@@ -130,7 +130,7 @@ def test_each_route_has_its_operation_id() -> None:
     ids = {path: operation["operationId"] for path, operation in operations(document())}
     assert ids == {
         **{path: path[1:] for path in ("/generate", *PICTURE_PATHS)},
-        **{f"/{name}": f"get_{name}" for name in ("health", "livez", "readyz", "startupz", "metrics")},
+        **{f"/{name}": f"get_{name}" for name in ("models", "health", "livez", "readyz", "startupz", "metrics")},
     }
 
 

@@ -16,7 +16,7 @@ from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
 from model.sampler import SAMPLERS, Guidance
 from model.schedule import ScheduleConfig
-from tests.app.runner.rows import CPU, new_runner
+from tests.app.runner.rows import CPU, GUIDANCE, new_runner
 from tests.tiny import tiny_unet
 
 
@@ -29,6 +29,7 @@ def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: 
         dict.fromkeys(SAMPLERS, 2.0),
         True,
     )
+    assert info.guidance_interval == dict.fromkeys(SAMPLERS, (GUIDANCE.start, min(GUIDANCE.stop, 100)))
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
 
 
