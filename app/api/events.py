@@ -125,7 +125,8 @@ class EventStream(Response):
                 encoded = await asyncio.to_thread(self._encode, event)
             await _send_event(send, *encoded)
         job.future.result()  # raises the error of a failed job
-        await _send_event(send, "done", DoneEvent(seed=seed, timing=Timing.of(job.timings)).model_dump())
+        done = DoneEvent(seed=seed, evaluations=job.request.evaluations_from(0), timing=Timing.of(job.timings))
+        await _send_event(send, "done", done.model_dump())
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
         if isinstance(event, Progress):

@@ -41,6 +41,7 @@ GENERATED = {
     "sampler": "ddpm",
     "guidance_scale": 3.0,
     "model": {"name": "default", "sha256": SHA256},
+    "evaluations": 146,
     "images": [{"index": 0, "png": PNG}],
     "timing": TIMING,
 }
@@ -48,7 +49,7 @@ EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("accepted", {"seed": 42, "position": 0, "eta_seconds": 0.41}),
     ("progress", {"step": 90, "of": 100, "previews": [PREVIEW]}),
     ("image", {"index": 0, "png": PNG}),
-    ("done", {"seed": 42, "timing": TIMING}),
+    ("done", {"seed": 42, "evaluations": 146, "timing": TIMING}),
 )
 STREAM = "".join(event_text(name, data) for name, data in EVENTS)
 

@@ -196,6 +196,7 @@ def _encode_json(
         sampler=cast(Sampler, options.sampler),  # only recognition has another process
         guidance_scale=options.guidance_scale,
         model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
+        evaluations=job.request.evaluations_from(0),
         images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
         timing=Timing.of(job.timings),
         **task.facts,

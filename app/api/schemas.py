@@ -128,6 +128,12 @@ class Timing(BaseModel):
         )
 
 
+Evaluations = Annotated[
+    int,
+    Field(description="Number of network evaluations of each image, without the search for its digit."),
+]
+
+
 class ImagesResponse(BaseModel):
     """The images, and the values that are needed to reproduce them."""
 
@@ -138,6 +144,7 @@ class ImagesResponse(BaseModel):
     sampler: Sampler
     guidance_scale: float
     model: ModelName
+    evaluations: Evaluations
     images: list[GeneratedImage]
     timing: Timing
 
@@ -168,6 +175,7 @@ class DoneEvent(BaseModel):
     """The last event of a stream, after all images."""
 
     seed: int
+    evaluations: Evaluations
     timing: Timing
 
 

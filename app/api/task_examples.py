@@ -104,18 +104,26 @@ def _stream(answer: dict[str, Any], num_steps: int) -> str:
         ("accepted", {"seed": seed, "position": 0, "eta_seconds": 0.24}),
         ("progress", {"step": half, "of": num_steps, "previews": [PREVIEW]}),
         ("image", answer["images"][0]),
-        ("done", {"seed": seed, "timing": _TIMING}),
+        ("done", {"seed": seed, "evaluations": answer["evaluations"], "timing": _TIMING}),
     )
     return "".join(event_text(name, data) for name, data in events)
 
 
 _IMAGES: dict[str, tuple[dict[str, Any], int]] = {  # path -> response, and number of steps of its image
     "/denoise": (
-        _with_image(_DENOISED, sampler="ddim", num_steps=20, guidance_scale=1.7, noise_std=50.0, mode="sample"),
+        _with_image(
+            _DENOISED,
+            sampler="ddim",
+            num_steps=20,
+            guidance_scale=1.7,
+            evaluations=5,
+            noise_std=50.0,
+            mode="sample",
+        ),
         5,
     ),
-    "/inpaint": (_with_image(_INPAINTED, num_steps=10, guidance_scale=1.5), 73),
-    "/edit": (_with_image(_EDITED, digit=9, strength=0.6), 73),
+    "/inpaint": (_with_image(_INPAINTED, num_steps=10, guidance_scale=1.5, evaluations=113), 73),
+    "/edit": (_with_image(_EDITED, digit=9, evaluations=119, strength=0.6), 73),
 }
 ANSWERS: dict[tuple[str, str, str], Any] = {  # (path, status, media type) -> example
     ("/recognize", "200", "application/json"): _RECOGNISED,

@@ -15,6 +15,8 @@ import pytest
 from tests.e2e.service import EVENTS, PNG, ZIP, Service, open_png, pngs
 
 BODY = {"digit": 7, "count": 5, "seed": 2**53 - 1, "num_steps": 12, "sampler": "ddim", "guidance_scale": 1.5}
+# The 12 timesteps are 100, 92, 83, ..., 17 and 8. Seven of them are within the interval 20 to 80 of guidance.
+EVALUATIONS = 12 + 7
 TIMES = ("queue_seconds", "denoise_seconds", "total_seconds")
 
 
@@ -34,7 +36,7 @@ def images(generated: dict[str, Any]) -> list[bytes]:
 def test_json_contains_all_options_and_the_model(generated: dict[str, Any], checkpoint: Path) -> None:
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     fields = {name: value for name, value in generated.items() if name not in ("images", "timing")}
-    assert fields == {**BODY, "model": {"name": "default", "sha256": sha256}}
+    assert fields == {**BODY, "model": {"name": "default", "sha256": sha256}, "evaluations": EVALUATIONS}
     assert [set(image) for image in generated["images"]] == [{"index", "png"}] * 5
     assert [image["index"] for image in generated["images"]] == [0, 1, 2, 3, 4]
 
@@ -136,8 +138,8 @@ def test_events_are_in_order_and_contain_the_same_images(service: Service, image
     assert set(accepted) == {"seed", "position", "eta_seconds"}
     assert (accepted["seed"], accepted["position"]) == (BODY["seed"], 0)
     assert accepted["eta_seconds"] > 0
-    assert set(done) == {"seed", "timing"}
-    assert done["seed"] == BODY["seed"]
+    assert set(done) == {"seed", "evaluations", "timing"}
+    assert (done["seed"], done["evaluations"]) == (BODY["seed"], EVALUATIONS)
     assert set(done["timing"]) == set(TIMES)
     finished = {data["index"]: base64.b64decode(data["png"]) for name, data in events if name == "image"}
     assert [finished[index] for index in range(5)] == images

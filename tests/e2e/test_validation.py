@@ -184,7 +184,8 @@ def test_defaults_are_as_documented(service: Service) -> None:
     del response["seed"], response["timing"], response["model"]
     (image,) = response.pop("images")
     assert image["index"] == 0
-    assert response == {"digit": 3, "count": 1, "num_steps": 100, "sampler": "ddpm", "guidance_scale": 2.0}
+    expected = {"digit": 3, "count": 1, "num_steps": 100, "sampler": "ddpm", "guidance_scale": 2.0}
+    assert response == {**expected, "evaluations": 100 + 61}  # guidance acts at t = 20 to 80
 
 
 def test_largest_request_succeeds(service: Service) -> None:

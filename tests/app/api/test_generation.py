@@ -1,15 +1,18 @@
 import asyncio
+import json
 import threading
+from typing import Any
 
 import httpx
 import pytest
 
+from app.api import task_examples
 from app.api.generation import InFlight
 from app.api.images import encode_sheet
 from app.main import create_app
 from app.settings import Settings
-from tests.app.application import WORK
-from tests.app.fakes import WAIT_SECONDS, FakeRunner
+from tests.app.application import WORK, run
+from tests.app.fakes import WAIT_SECONDS, FakeRunner, Rows
 
 
 def test_in_flight_is_zero_after_the_last_request_has_ended() -> None:
@@ -58,3 +61,34 @@ def test_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.M
             await asyncio.wait_for(idle, WAIT_SECONDS)
 
     asyncio.run(main())
+
+
+TASKS: list[tuple[str, dict[str, Any]]] = [
+    ("/generate", {"digit": 3, "num_steps": 7, "guidance_scale": 2}),
+    ("/generate", {"digit": 3, "num_steps": 7, "guidance_scale": 1}),
+    *(
+        (path, {**body, "guidance_scale": 1 if body.get("mode") == "mean" else 2})
+        for path, requests in task_examples.REQUESTS.items()
+        for _, body in requests.values()
+        if path != "/recognize"
+    ),
+    ("/edit", {**task_examples.REQUESTS["/edit"]["one"][1], "strength": 0}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), TASKS)
+def test_evaluations_in_the_answer_are_those_of_the_steps_without_the_search(path: str, body: dict[str, Any]) -> None:
+    counted = 0
+
+    def count(rows: Rows) -> None:
+        nonlocal counted
+        counted += sum(row.evaluations for row in rows if not row.is_search)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post(path, json={**body, "seed": 1})
+        assert answer.json()["evaluations"] == counted
+        stream = await client.post(path, json={**body, "seed": 1}, headers={"Accept": "text/event-stream"})
+        done = stream.text.strip().rpartition("event: done\ndata: ")[2]
+        assert 2 * json.loads(done)["evaluations"] == counted
+
+    run(check, FakeRunner(on_step=count))
