@@ -16,7 +16,7 @@ from app.api.context import CLIENT_GONE, RequestContext, context_of
 from app.api.images import encode_base64, encode_image
 from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent, Timing
-from app.engine.job import ImageDone, Job, Progress
+from app.engine.job import ImageDone, Job, Pixels, Progress
 from app.errors import DeadlineExceeded, InternalError, UnfogError
 from app.metrics import Metrics
 from model.png import Provenance
@@ -34,6 +34,7 @@ class JobEvents:
     """
 
     def __init__(self, num_images: int) -> None:
+        """`num_images` is the number of images in a Progress event."""
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[Progress | ImageDone | None] = deque()
         self._max_progress = max(1, MAX_WAITING_PREVIEWS // num_images)
@@ -130,8 +131,9 @@ class EventStream(Response):
 
     def _encode(self, event: Progress | ImageDone) -> tuple[str, dict[str, Any]]:
         if isinstance(event, Progress):
-            previews = [encode_base64(encode_image(pixels)) for pixels in event.previews]
-            return "progress", ProgressEvent(step=event.step, of=event.of, previews=previews).model_dump()
+            x_t = None if event.x_t is None else _encode_all(event.x_t)
+            progress = ProgressEvent(step=event.step, of=event.of, previews=_encode_all(event.previews), x_t=x_t)
+            return "progress", progress.model_dump(exclude_none=True)
         png = encode_image(event.pixels, self._scale, self._provenance().text(event.index))
         return "image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump()
 
@@ -141,6 +143,10 @@ class EventStream(Response):
             self._metrics.count_rejection(error)
             await _send_event(send, "error", error.problem(context.request_id))
         await send({"type": "http.response.body", "body": b""})
+
+
+def _encode_all(images: list[Pixels]) -> list[str]:
+    return [encode_base64(encode_image(pixels)) for pixels in images]
 
 
 async def _send_event(send: Send, name: str, data: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from app.api.problems import client_gone
 from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.responses import EVENTS, JSON, PNG, ZIP
 from app.api.schemas import GeneratedImage, ModelName, Timing
+from app.api.stream_options import NO_STREAM, StreamOptions
 from app.api.task import Task
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine
@@ -92,7 +93,11 @@ class Service:
         return models[model]
 
     def submit(
-        self, task: Task, context: RequestContext, num_previews: int = 0, listener: Listener | None = None
+        self,
+        task: Task,
+        context: RequestContext,
+        stream: StreamOptions = NO_STREAM,
+        listener: Listener | None = None,
     ) -> Job:
         """Submits a task to the engine and returns the job. The request is then in flight.
 
@@ -104,13 +109,14 @@ class Service:
                 task.options,
                 task.count,
                 self.settings.request_timeout if task.timeout is None else task.timeout,
-                num_previews,
+                stream.num_previews,
                 listener,
                 self.info(task.options.model).guided_steps_of(task.options, has_digit=task.search is not None),
                 context.request_id,
                 task.input,
                 task.comparison,
                 task.search,
+                stream.includes_x_t,
             )
         )
         self.engine.submit(job)
@@ -155,12 +161,12 @@ async def finish(service: Service, request: Request, job: Job) -> list[Result]:
         service.engine.cancel(job, ClientGoneError())
 
 
-async def answer(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
+async def answer(request: Request, service: Service, task: Task, media_type: str, stream: StreamOptions) -> Response:
     """Submits a task and returns the response of type `media_type`. Raises the errors of Service.submit and finish."""
     context = context_of(request.scope)
     if media_type == EVENTS:
-        events = JobEvents(task.count)
-        job = service.submit(task, context, num_previews, events.put)
+        events = JobEvents(task.count * stream.images_per_preview)
+        job = service.submit(task, context, stream, events.put)
         provenance = partial(service.provenance, task, job)
         return EventStream(job, events, service.engine.cancel, provenance, task.scale, service.metrics)
     job = service.submit(task, context)

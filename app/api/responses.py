@@ -6,7 +6,6 @@ from app.api.schemas import Problem
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
 FORMATS = (JSON, PNG, ZIP, EVENTS)  # If q values in Accept are equal, the first of these types is chosen.
-PREVIEWS = "Approximate number of progress events in a stream. Other formats ignore it."
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 IMAGE_FORMATS = {PNG: _BINARY, ZIP: _BINARY, EVENTS: {"schema": {"type": "string"}}}

@@ -169,6 +169,11 @@ class ProgressEvent(BaseModel):
     step: int
     of: int = Field(description="Total number of steps.")
     previews: list[str] = Field(description="One PNG in base64 per image, not enlarged.")
+    x_t: list[str] | None = Field(
+        default=None,
+        description="With include=x_t: one PNG in base64 per image of its x_t after this step, clipped to 0 to 255.",
+        json_schema_extra=may_be_absent,
+    )
 
 
 class DoneEvent(BaseModel):

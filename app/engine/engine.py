@@ -27,7 +27,7 @@ from app import errors
 from app.engine.admission import Admission
 from app.engine.interface import ModelInfo, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
-from app.engine.job import Job, Pixels, Result, Trajectory
+from app.engine.job import Job, Pixels, Progress, Result, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 from model.comparison import Comparison
@@ -301,8 +301,13 @@ class Engine:
     def _send_previews(self, rows: list[Trajectory]) -> None:
         for job in dict.fromkeys(trajectory.job for trajectory in rows):
             if job.request.listener and job.preview_due():
-                images = dict(self._read_pixels(job.unfinished))
-                job.tell(job.progress({trajectory.index: pixels for trajectory, pixels in images.items()}))
+                job.tell(self._progress(job))
+
+    def _progress(self, job: Job) -> Progress:
+        if not job.request.includes_x_t:
+            return job.progress({row.index: pixels for row, pixels in self._read_pixels(job.unfinished)})
+        both = self._read("pixels", job.unfinished, self._runner.pixels_with_x_t)
+        return job.progress({row.index: x_0 for row, (x_0, _) in both}, {row.index: x_t for row, (_, x_t) in both})
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
         facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}

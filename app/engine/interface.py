@@ -104,6 +104,9 @@ class StepRunner(Protocol):
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
         """Returns the current prediction of x_0 of each row, as 8-bit pixels."""
 
+    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> list[tuple[Pixels, Pixels]]:
+        """Returns the current prediction of x_0 and the current x_t of each row, as 8-bit pixels."""
+
     def errors(self, trajectories: list[Trajectory]) -> list[Sequence[float]]:
         """Returns the errors of the remaining classes in the last step, for rows that compare the classes."""
 

@@ -137,6 +137,7 @@ class Progress:
     step: int  # mean number of finished steps of its images, rounded down
     of: int  # number of steps of an image
     previews: list[Pixels]  # the predicted x_0 of every image
+    x_t: list[Pixels] | None = None  # x_t of every image; None unless the request includes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ class JobRequest:
     input: Input | None = None  # None: the images start from noise
     comparison: Comparison | None = None  # if given, it is the result, and no image is generated
     search: Search | None = None  # if given, the job searches for the digit before it generates the images
+    includes_x_t: bool = False  # True if Progress events have x_t
 
     @property
     def widest_row(self) -> int:
@@ -263,12 +265,11 @@ class Job:
             return [False] * self.request.count
         return [trajectory.started for trajectory in self.unfinished]
 
-    def progress(self, previews: dict[int, Pixels]) -> Progress:
-        """Returns the progress of the job. `previews` has the previews of its unfinished images by index."""
-        images = [previews.get(index, result) for index, result in enumerate(self._results)]
+    def progress(self, previews: dict[int, Pixels], x_t: dict[int, Pixels] | None = None) -> Progress:
+        """Returns the progress of the job. `previews` and `x_t` have the pixels of its unfinished images by index."""
         step = self.steps_done // self.request.count
-        shown = [image for image in images if isinstance(image, np.ndarray)]
-        return Progress(step, self.request.options.num_steps, shown)
+        every_x_t = None if x_t is None else self._with_finished(x_t)
+        return Progress(step, self.request.options.num_steps, self._with_finished(previews), every_x_t)
 
     def finish(self, trajectory: Trajectory, result: Result) -> None:
         """Stores the result of one row. Answers the job if this was its last image.
@@ -296,6 +297,11 @@ class Job:
         """Passes an event to the listener, if there is one."""
         if self.request.listener:
             self.request.listener(event)
+
+    def _with_finished(self, pixels: dict[int, Pixels]) -> list[Pixels]:
+        """Returns the pixels of unfinished images, by index, together with the finished images, in order."""
+        images = [pixels.get(index, result) for index, result in enumerate(self._results)]
+        return [image for image in images if isinstance(image, np.ndarray)]
 
     def _image_rows(self) -> list[Trajectory]:
         return [Trajectory(self, index, self.request.comparison) for index in range(self.request.count)]

@@ -200,15 +200,30 @@ class Runner:
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
         """Returns the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
+        (x_0,) = self._read_images(trajectories, self._slots.state.x_0)
+        return x_0
+
+    @torch.inference_mode()
+    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> list[tuple[Pixels, Pixels]]:
+        """Returns the current prediction of x_0 and the current x_t of each image, as 8-bit pixels.
+
+        Reads both with one transfer. Both are black for an image without a step.
+        """
+        x_0, x_t = self._read_images(trajectories, self._slots.state.x_0, self._slots.state.x_t)
+        return list(zip(x_0, x_t, strict=True))
+
+    def _read_images(self, trajectories: list[Trajectory], *states: Tensor) -> list[list[Pixels]]:
+        """Returns the images of the trajectories as 8-bit pixels, for each tensor of the state (slots, C, H, W)."""
         with device_errors():
             begun = [trajectory for trajectory in trajectories if trajectory.slots]
-            x_0 = self._slots.state.x_0[self._slots.of(begun)]  # (B, C, H, W)
-            x_0 = torch.cat([x_0, torch.full_like(self._slots.state.x_0[:1], -1)])  # adds a black image at the end
-            levels = to_pixels(x_0)
-            layout = "b 1 h w -> b h w" if self.image_shape[0] == 1 else "b c h w -> b h w c"
-            images = self._transfers.download(rearrange(levels, layout).contiguous()).numpy()
+            slots = self._slots.of(begun)  # (B,)
+            black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images without a step
+            levels = to_pixels(torch.cat([part for state in states for part in (state[slots], black)]))
+            layout = "(s b) 1 h w -> s b h w" if self.image_shape[0] == 1 else "(s b) c h w -> s b h w c"
+            images = rearrange(levels, layout, s=len(states)).contiguous()
+            of_states = self._transfers.download(images).numpy()
         place = {trajectory: i for i, trajectory in enumerate(begun)}
-        return [images[place.get(trajectory, -1)] for trajectory in trajectories]
+        return [[images[place.get(trajectory, -1)] for trajectory in trajectories] for images in of_states]
 
     @torch.inference_mode()
     def errors(self, trajectories: list[Trajectory]) -> list[Sequence[float]]:

@@ -145,6 +145,9 @@ class FakeRunner:
         self.on_pixels(trajectories)
         return [image(t.job.request.options.seed, t.index, self.held[t]) for t in trajectories]
 
+    def pixels_with_x_t(self, trajectories: Rows) -> list[tuple[Pixels, Pixels]]:
+        return [(x_0, 255 - x_0) for x_0 in self.pixels(trajectories)]
+
     def errors(self, trajectories: Rows) -> list[Sequence[float]]:
         self.on_errors(trajectories)
         return [[self.error_of(t, label) for label in _compared(t)] for t in trajectories]

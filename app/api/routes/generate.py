@@ -1,15 +1,14 @@
 """POST /generate: generates digits and answers with JSON, PNG, ZIP or a stream of events."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app.api.generation import ServiceDependency, answer
 from app.api.options import options_of
 from app.api.requests import negotiate, read_json
-from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PREVIEWS
+from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON
 from app.api.schemas import GenerateRequest, GenerateResponse
+from app.api.stream_options import StreamOptionsDependency
 from app.api.task import Task
 
 router = APIRouter()
@@ -34,11 +33,7 @@ router = APIRouter()
         }
     },
 )
-async def generate(
-    request: Request,
-    service: ServiceDependency,
-    previews: Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])] = 10,
-) -> Response:
+async def generate(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
     """Generates images of a digit. On a CPU the same request with the same seed gives the same bytes under any load.
 
     On a GPU such images may differ in the last bits of the network's precision, depending on the load.
@@ -48,4 +43,4 @@ async def generate(
     body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
     options = options_of(body, body.digit, service.info(body.model))
     task = Task(options, body.count, body.timeout_seconds, num_steps=options.num_steps, scale=body.scale)
-    return await answer(request, service, task, media_type, previews)
+    return await answer(request, service, task, media_type, stream)

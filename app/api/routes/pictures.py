@@ -2,9 +2,9 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
@@ -14,8 +14,9 @@ from app.api.error_chart import encode_error_chart
 from app.api.generation import Service, ServiceDependency, answer, finish, server_timing
 from app.api.problems import client_gone
 from app.api.requests import ClientGoneError, negotiate
-from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PNG, PREVIEWS
+from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PNG
 from app.api.schemas import BaseRequest, ModelName, Timing
+from app.api.stream_options import StreamOptionsDependency
 from app.api.task_schemas import (
     DenoiseRequest,
     DenoiseResponse,
@@ -33,7 +34,6 @@ from model.recognition import Recognition
 
 router = APIRouter()
 
-Previews = Annotated[int, Query(ge=0, le=100, description=PREVIEWS, examples=[10])]
 _PICTURE_ERRORS = ERRORS | {
     413: {**ERRORS[413], "description": "body_too_large: the body exceeds UNFOG_MAX_IMAGE_BYTES"},
     415: {**ERRORS[415], "description": "unsupported_media_type: Content-Type is neither JSON nor multipart/form-data"},
@@ -114,17 +114,17 @@ def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str
 
 
 @router.post(**_route("/denoise", "denoise", DenoiseRequest, DenoiseResponse))
-async def denoise(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
+async def denoise(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
     """Removes noise from a picture of a digit."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(request, DenoiseRequest, ("image",), picture_tasks.estimate_noise)
     ((image, noise_std),) = pictures["image"]
     task = picture_tasks.denoise(_model(service, body), body, image, noise_std)
-    return await answer(request, service, task, media_type, previews)
+    return await answer(request, service, task, media_type, stream)
 
 
 @router.post(**_route("/inpaint", "inpaint", InpaintRequest, InpaintResponse))
-async def inpaint(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
+async def inpaint(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
     """Fills in a part of a picture. The pixels outside of the mask are kept exactly."""
     media_type = negotiate(request, FORMATS)
     masked = picture_tasks.MaskedPicture()
@@ -134,13 +134,13 @@ async def inpaint(request: Request, service: ServiceDependency, previews: Previe
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
     task = picture_tasks.inpaint(_model(service, body), body, image, masked.redrawn)
-    return await answer(request, service, task, media_type, previews)
+    return await answer(request, service, task, media_type, stream)
 
 
 @router.post(**_route("/edit", "edit", EditRequest, EditResponse))
-async def edit(request: Request, service: ServiceDependency, previews: Previews = 10) -> Response:
+async def edit(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
     """Redraws a sketch as a digit that is similar to it."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(request, EditRequest, ("image",), picture_tasks.fit_digit)
     task = picture_tasks.edit(_model(service, body), body, *pictures["image"])
-    return await answer(request, service, task, media_type, previews)
+    return await answer(request, service, task, media_type, stream)

@@ -1,18 +1,24 @@
 """Tests of the events that pass from the engine thread to a client."""
 
 import asyncio
+import base64
+import io
 import json
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from PIL import Image
 from starlette.types import Message
 
+from app.api import task_examples
 from app.api.events import JobEvents
 from app.engine.job import ImageDone, Pixels, Progress
 from app.main import create_app
 from app.settings import Settings
-from tests.app.application import WORK
-from tests.app.fakes import FakeRunner
+from tests.app.application import WORK, run
+from tests.app.fakes import FakeRunner, image, same, wait_until
 
 TIMEOUT = 1.0  # in seconds; the images are generated in a few milliseconds
 BLACK: Pixels = np.zeros((1, 1), dtype=np.uint8)
@@ -101,3 +107,87 @@ def test_waiting_reader_receives_each_event_immediately() -> None:
         return steps
 
     assert asyncio.run(main()) == list(range(10))
+
+
+EVENTS = {"Accept": "text/event-stream"}
+STREAMED = [
+    ("/generate", WORK),
+    *((path, {**task_examples.REQUESTS[path]["one"][1], "seed": 1, "digit": 3}) for path in ("/inpaint", "/edit")),
+    ("/denoise", {**task_examples.REQUESTS["/denoise"]["sample"][1], "seed": 1, "digit": 3}),
+]
+
+
+def progress_in(response: httpx.Response) -> list[dict[str, Any]]:
+    events = [event.split("\ndata: ") for event in response.text.strip().split("\n\n")]
+    return [json.loads(data) for name, data in events if name == "event: progress"]
+
+
+def open_all(pngs: list[str]) -> list[Pixels]:
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in pngs]
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMED)
+def test_progress_has_x_t_of_each_image_only_if_it_is_included(path: str, body: dict[str, Any]) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        body["count"] = 2
+        plain = await client.post(f"{path}?previews=3", json=body, headers=EVENTS)
+        assert all(set(event) == {"step", "of", "previews"} for event in progress_in(plain))
+        included = progress_in(await client.post(f"{path}?previews=3&include=x_t", json=body, headers=EVENTS))
+        assert [event["step"] for event in included] == [event["step"] for event in progress_in(plain)]
+        for event in included:
+            previews, x_t = open_all(event["previews"]), open_all(event["x_t"])
+            assert same(previews, [image(1, index, event["step"]) for index in range(2)])
+            assert same(x_t, [255 - image(1, index, event["step"]) for index in range(2)])
+
+    run(check, FakeRunner())
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("value", ["", "x_0", "x_t,x_t", "X_T"])
+def test_other_values_of_include_are_422(accept: str, value: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post(f"/generate?include={value}", json=WORK, headers={"Accept": accept})
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert answer.json()["errors"][0]["loc"] == ["query", "include"]
+
+    run(check, FakeRunner())
+
+
+def test_other_formats_ignore_include() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        plain, included = [(await client.post(f"/generate{query}", json=WORK)).json() for query in ("", "?include=x_t")]
+        assert plain["images"] == included["images"]
+
+    run(check, FakeRunner())
+
+
+def test_images_of_x_t_count_as_previews_of_a_slow_reader() -> None:
+    async def main() -> list[int]:
+        app = create_app(Settings(), FakeRunner)
+        may_send, steps = asyncio.Event(), []
+        content = json.dumps({**WORK, "num_steps": 100, "count": 16}).encode()
+        requests = iter([{"type": "http.request", "body": content}])
+
+        async def receive() -> Message:
+            return next(requests, None) or await asyncio.get_running_loop().create_future()
+
+        async def send(message: Message) -> None:
+            body = message.get("body", b"")
+            if body.startswith(b"event: accepted"):
+                await may_send.wait()
+            if body.startswith(b"event: progress"):
+                steps.append(json.loads(body.partition(b"data: ")[2])["step"])
+
+        headers = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "headers": headers}
+        scope["query_string"] = b"previews=100&include=x_t"
+        async with app.router.lifespan_context(app):
+            engine = app.state.service.engine
+            await asyncio.wrap_future(engine.ready)
+            answering = asyncio.ensure_future(app(scope, receive, send))
+            await asyncio.to_thread(wait_until, lambda: bool(engine._num_steps and not engine.backlog.jobs))
+            may_send.set()
+            await answering
+        return steps
+
+    assert asyncio.run(main()) == list(range(93, 101))  # 256 / (16 + 16) events

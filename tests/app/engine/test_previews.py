@@ -1,9 +1,11 @@
 """Tests of the previews that a job sends before its images are finished."""
 
+from typing import Any
+
 import pytest
 
-from app.engine.job import ImageDone, Progress
-from tests.app.fakes import FakeRunner, image, images, new_engine, new_job, opened, same, tick
+from app.engine.job import ImageDone, Job, Progress
+from tests.app.fakes import FakeRunner, image, images, new_engine, new_job, new_search, opened, same, tick
 
 
 @pytest.mark.parametrize(("count", "max_batch", "num_previews"), [(1, 8, 5), (3, 8, 4), (3, 2, 10), (4, 1, 3)])
@@ -37,3 +39,65 @@ def test_preview_has_the_current_step_of_each_image() -> None:
     assert isinstance(first, Progress)
     assert (first.step, first.of) == (2, 4)
     assert same(first.previews, [image(5, 0, 4), image(5, 1, 0)])
+
+
+def progress_of(job: Job, events: list[Progress | ImageDone], runner: FakeRunner, **options: Any) -> list[Progress]:
+    """Runs the job and returns its Progress events."""
+    engine = opened(new_engine(runner, **options))
+    engine.submit(job)
+    while not job.closed:
+        tick(engine)
+    return [event for event in events if isinstance(event, Progress)]
+
+
+def test_x_t_has_the_current_step_of_each_image_and_the_result_of_finished_images() -> None:
+    """The fake runner inverts its image for x_t."""
+    events: list[Progress | ImageDone] = []
+    job = new_job(2, num_steps=2, seed=5, num_previews=4, listener=events.append, includes_x_t=True)
+    progress = progress_of(job, events, FakeRunner(), max_batch=1)
+    expected = [
+        [255 - image(5, 0, 1), 255 - image(5, 1, 0)],
+        [255 - image(5, 0, 2), 255 - image(5, 1, 0)],
+        [image(5, 0, 2), 255 - image(5, 1, 1)],
+        [image(5, 0, 2), 255 - image(5, 1, 2)],
+    ]
+    assert [event.step for event in progress] == [0, 1, 1, 2]
+    for event, x_t in zip(progress, expected, strict=True):
+        assert event.x_t is not None
+        assert same(event.x_t, x_t)
+    assert same(progress[-1].previews, images(job))
+
+
+def test_x_t_of_a_request_without_it_is_not_read() -> None:
+    def fail(rows: object) -> Any:
+        raise AssertionError
+
+    events: list[Progress | ImageDone] = []
+    runner = FakeRunner()
+    runner.pixels_with_x_t = fail  # type: ignore[method-assign]
+    job = new_job(2, num_steps=2, num_previews=2, listener=events.append)
+    assert [event.x_t for event in progress_of(job, events, runner)] == [None, None]
+
+
+def test_search_for_the_digit_sends_no_progress_with_x_t() -> None:
+    events: list[Progress | ImageDone] = []
+    job = new_search(num_steps=2, seed=3, num_previews=100, listener=events.append, includes_x_t=True)
+    progress = progress_of(job, events, FakeRunner())
+    assert [(event.step, len(event.x_t or [])) for event in progress] == [(1, 1), (2, 1)]
+
+
+def test_failed_row_of_a_read_of_x_t_fails_only_its_job() -> None:
+    def fail(rows: list[Any]) -> None:
+        if any(row.job.request.options.seed == 1 for row in rows):
+            raise ValueError
+
+    events: list[Progress | ImageDone] = []
+    bad = new_job(seed=1, num_previews=3, listener=events.append, includes_x_t=True)
+    good = new_job(seed=2, num_previews=3, listener=events.append, includes_x_t=True)
+    engine = opened(new_engine(FakeRunner(on_pixels=fail)))
+    engine.submit(bad)
+    engine.submit(good)
+    while not (bad.closed and good.closed):
+        tick(engine)
+    assert bad.future.exception() is not None
+    assert same(good.future.result(), images(good))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,8 +19,11 @@ from app.runner.device_state import Plans, Slots
 from app.runner.runner import Runner
 from app.runner.transfers import Transfers
 from model.checkpoint import Checkpoint
+from model.pixels import to_pixels
+from model.process import draw as draw_alone
 from model.sampler import make_plan
 from model.schedule import Schedule, ScheduleConfig
+from model.step import ReverseStep
 from tests.app.runner.rows import CPU, draw, equal, new_runner, rows_of, step
 
 SCHEDULE = Schedule(ScheduleConfig())
@@ -91,6 +95,40 @@ def test_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     assert not images[2].any()
     channels, size = loaded.image_shape[:2]
     assert images[0].shape == images[1].shape == ((size, size) if channels == 1 else (size, size, channels))
+
+
+def test_x_t_is_that_of_the_reverse_process_and_equals_the_image_after_the_last_step(loaded: Checkpoint) -> None:
+    num_steps, index = 5, torch.arange(2)
+    expected: list[Tensor] = []  # x_t before each step
+    draw_alone(
+        ReverseStep(loaded, CPU, torch.float32),
+        [make_plan(loaded.schedule, "ddpm", num_steps)] * 2,
+        loaded.image_shape,
+        seed=torch.ones_like(index),
+        index=index,
+        y=torch.full_like(index, 3),
+        on_step=lambda k, x_t, x_0: expected.append(to_pixels(x_t)),
+    )
+    runner, rows = new_runner(loaded), rows_of(2, num_steps=num_steps)
+    layout = "b 1 h w -> b h w" if loaded.image_shape[0] == 1 else "b c h w -> b h w c"
+    for x_t in expected[1:]:
+        step(runner, rows)
+        read = np.stack([own for _, own in runner.pixels_with_x_t(rows)])
+        np.testing.assert_allclose(read, rearrange(x_t, layout).numpy(), atol=1)
+        assert equal([x_0 for x_0, _ in runner.pixels_with_x_t(rows)], runner.pixels(rows))
+    step(runner, rows)
+    for x_0, own in runner.pixels_with_x_t(rows):
+        np.testing.assert_array_equal(x_0, own)
+
+
+def test_x_t_of_an_image_without_a_step_is_black(loaded: Checkpoint) -> None:
+    runner, rows = new_runner(loaded), rows_of(3)
+    step(runner, rows[1:2])
+    assert [[image.any() for image in images] for images in runner.pixels_with_x_t(rows)] == [
+        [False, False],
+        [True, True],
+        [False, False],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""The query parameters that choose what an event stream contains. Other formats check them and do not use them."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from fastapi import Depends, Query
+
+Previews = Annotated[
+    int,
+    Query(
+        ge=0,
+        le=100,
+        description="Approximate number of progress events in a stream. Other formats ignore it.",
+        examples=[10],
+    ),
+]
+Include = Annotated[
+    Literal["x_t"],
+    Query(description="x_t: each progress event also has x_t of each image. Other formats ignore it."),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What the progress events of a stream contain, and how many there are."""
+
+    num_previews: int = 0
+    includes_x_t: bool = False
+
+    @property
+    def images_per_preview(self) -> int:
+        """The number of pictures of one image in a progress event."""
+        return 2 if self.includes_x_t else 1
+
+
+NO_STREAM = StreamOptions()
+
+
+async def _stream_options(
+    previews: Previews = 10,
+    include: Include = None,  # type: ignore[assignment] # FastAPI does not validate the default
+) -> StreamOptions:
+    return StreamOptions(previews, includes_x_t=include == "x_t")
+
+
+StreamOptionsDependency = Annotated[StreamOptions, Depends(_stream_options)]
