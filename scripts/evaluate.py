@@ -6,7 +6,7 @@ recognize   recognition of real digits by the diffusion model, and rejection of 
 handwriting recognition of a fixed set of handwriting that is not from MNIST, and rejection of letters
 clip        CLIP scores at each step of the reverse process
 synthetic   accuracy of a classifier that was trained only on generated digits
-denoise     removal of noise from real digits
+denoise     removal of noise from real digits, and probabilities of the digit in a noisy image
 inpaint     recognition of real digits after a part was erased and filled in, and the fit at the border
 edit        recognition of redrawn sketches, and their distance from the sketches
 

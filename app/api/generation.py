@@ -206,6 +206,7 @@ def _encode_json(
         images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
         timing=Timing.of(job.timings),
         **task.facts,
+        **task.result_facts(),
     )
     return response.model_dump_json().encode()
 

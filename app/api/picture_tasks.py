@@ -6,6 +6,7 @@ The functions fit_digit, estimate_noise and MaskedPicture.fit prepare a decoded 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ RESPONSES: dict[str, type[ImagesResponse]] = {
     "inpaint": InpaintResponse,
     "edit": EditResponse,
 }
+DECIMALS = 4  # of a probability in a response
 MASK_LEVEL = 127  # a pixel of a mask is white if its grey level is above this value
 
 
@@ -137,7 +139,8 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
     requested = 1 if body.mode == "mean" else options.num_steps
     facts = {"noise_std": noise_std, "mode": body.mode}
     if not t:
-        return _task("denoise", body, requested, _unchanged(options), _kept(image), image, facts)
+        task = _task("denoise", body, requested, _unchanged(options), _kept(image), image, facts)
+        return replace(task, result_facts=partial(_probabilities, None))
     if body.mode == "mean":
         options = replace(options, num_steps=1, path=(t, 0), guidance_scale=1.0)
     else:
@@ -146,7 +149,9 @@ def denoise(info: ModelInfo, body: DenoiseRequest, image: DigitImage, noise_std:
     signal = info.schedule.alpha_bar[options.path[0]].sqrt().item()
     task = _task("denoise", body, requested, options, Input(restored, signal, 0.0), image, facts)
     is_searched = body.digit is None and body.mode == "sample" and can_compare(info.schedule, t)
-    return replace(task, search=_search_in_noise(info, restored, t) if is_searched else None)
+    comparison = NoisyComparison(info.num_classes, noise_std) if is_searched else None
+    search = _search_in_noise(info, restored, t, comparison) if comparison else None
+    return replace(task, search=search, result_facts=partial(_probabilities, comparison))
 
 
 def inpaint(info: ModelInfo, body: InpaintRequest, image: DigitImage, redrawn: Mask) -> Task:
@@ -195,14 +200,19 @@ def _search_by_recognition(info: ModelInfo, image: DigitImage) -> Search:
     return Search(options, recognition, start)
 
 
-def _search_in_noise(info: ModelInfo, image: Image, t: int) -> Search:
+def _search_in_noise(info: ModelInfo, image: Image, t: int, comparison: NoisyComparison) -> Search:
     """Returns the search for the digit of a noisy image with the matching timestep t."""
     path = tuple(comparison_path(info.schedule, t))
     num_steps = 2 * (len(path) - 1)  # with the noise and with its negative at each timestep
     options = Options(None, RECOGNITION_SEED, num_steps, "noisy", 1.0, info.name, path)
     signal, noise = noise_above(info.schedule, *path[:2])
     start = Input(image, signal, noise, np.ones_like(image, dtype=np.bool_))
-    return Search(options, NoisyComparison(info.num_classes), start)
+    return Search(options, comparison, start)
+
+
+def _probabilities(comparison: NoisyComparison | None) -> dict[str, Any]:
+    """Returns the response field of a finished comparison, or of a request without a search."""
+    return {"probabilities": comparison and [round(each, DECIMALS) for each in comparison.probabilities]}
 
 
 def _search_by_known_pixels(info: ModelInfo, options: Options) -> Search:

@@ -1,5 +1,6 @@
 """The task of a request: what the engine computes, and what the response contains. All tasks have this form."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from model.comparison import Comparison
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What the engine computes for a request, and the parts of the response that do not depend on the result."""
+    """What the engine computes for a request, and the parts of the response that the task determines."""
 
     options: Options
     count: int = 1
@@ -22,4 +23,5 @@ class Task:
     scale: int = 1
     response: type[ImagesResponse] = GenerateResponse
     facts: dict[str, Any] = field(default_factory=dict)  # the fields of `response` that ImagesResponse does not have
+    result_facts: Callable[[], dict[str, Any]] = dict  # further ones, when the job is finished
     chunks: dict[str, str] = field(default_factory=dict)  # further text chunks of the PNG files

@@ -109,17 +109,14 @@ def _stream(answer: dict[str, Any], num_steps: int) -> str:
     return "".join(event_text(name, data) for name, data in events)
 
 
+_FOUND_IN_NOISE = {
+    "noise_std": 50.0,
+    "mode": "sample",
+    "probabilities": [0.0, 0.0, 0.0001, 0.0, 0.0, 0.0, 0.0, 0.998, 0.0, 0.0018],
+}
 _IMAGES: dict[str, tuple[dict[str, Any], int]] = {  # path -> response, and number of steps of its image
     "/denoise": (
-        _with_image(
-            _DENOISED,
-            sampler="ddim",
-            num_steps=20,
-            guidance_scale=1.7,
-            evaluations=5,
-            noise_std=50.0,
-            mode="sample",
-        ),
+        _with_image(_DENOISED, sampler="ddim", num_steps=20, guidance_scale=1.7, evaluations=5, **_FOUND_IN_NOISE),
         5,
     ),
     "/inpaint": (_with_image(_INPAINTED, num_steps=10, guidance_scale=1.5, evaluations=113), 73),

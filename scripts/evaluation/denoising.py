@@ -9,14 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.comparison import compare
 from model.denoising import (
     DENOISING_SAMPLER,
     DENOISING_STEPS,
     WHITE,
     NoisyComparison,
     can_compare,
-    comparison_path,
     estimate_noise_std,
     matching_timestep,
     noise_levels,
@@ -25,13 +23,19 @@ from model.denoising import (
 from model.files import write_json
 from model.pixels import to_pixels
 from model.process import Start, draw
-from model.recognition import RECOGNITION_SEED
-from model.sampler import Guidance, noise_above, plan_through, timesteps_from
+from model.sampler import Guidance, plan_through, timesteps_from
 from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.figures import Panel, draw_panels, save_figure
-from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier, accuracy, load_classifier
+from scripts.evaluation.noise_search import (
+    SEARCH_COLUMNS,
+    SEARCH_LEVELS,
+    as_search_row,
+    fit_probabilities,
+    search,
+    search_figures,
+)
 from scripts.evaluation.samples import Digits, load_references
 from scripts.evaluation.tables import as_table
 
@@ -74,6 +78,7 @@ def evaluate_denoising(
         panels.append(panel_of(answers, noisy, digits, noise_std, has_rows=not panels))
     reporter.line(as_table(COLUMNS, [as_row(row) for row in rows]).rstrip())
     save_figure(draw_panels(panels, scale=2), out, grey=True)
+    searches = evaluate_search(denoiser, digits, reporter, has_fit=split == "validation")
     content = {
         "split": split,
         "num_images": len(digits.labels),
@@ -82,8 +87,30 @@ def evaluate_denoising(
         "sampler": DENOISING_SAMPLER,
         "num_steps": DENOISING_STEPS,
         "levels": rows,
+        "searches": searches,
     }
     write_json(out.with_suffix(".json"), content)
+
+
+def evaluate_search(
+    denoiser: "Denoiser", digits: Digits, reporter: Reporter, *, has_fit: bool
+) -> list[dict[str, float]]:
+    """Prints a table of the search for the digit, with a given noise level. Returns its rows.
+
+    `has_fit` also prints the constants of `NoisyComparison.probabilities` that fit these digits best.
+    """
+    rows, every = list[dict[str, float]](), list[list[NoisyComparison]]()
+    for t in SEARCH_LEVELS:
+        if t > denoiser.schedule.num_steps or not can_compare(denoiser.schedule, t):
+            continue
+        noise_std = noise_levels(denoiser.schedule)[t].item()
+        every.append(denoiser.search(add_noise(digits.images, noise_std, seed=t), noise_std, reporter))
+        rows.append({"t": t, "noise_std": noise_std, **search_figures(every[-1], digits.labels)})
+    reporter.line(as_table(SEARCH_COLUMNS, [as_search_row(row) for row in rows]).rstrip())
+    if has_fit and every:
+        scale, variance = fit_probabilities(every, digits.labels)
+        reporter.line(f"best constants for these digits: ODDS_SCALE {scale:.3g}, PREDICTION_VARIANCE {variance:.3g}")
+    return rows
 
 
 def add_noise(images: Tensor, noise_std: float, seed: int) -> Tensor:
@@ -105,33 +132,30 @@ class Denoiser:
         t = [matching_timestep(self.schedule, std) for std in noise_std.tolist()]
         u = restored_image(noisy, noise_std)  # (N, 1, 28, 28)
         mean, sample = u.clamp(-1, 1), u.clamp(-1, 1)  # (N, 1, 28, 28) each
-        digits = torch.full((len(noisy),), self.checkpoint.network.null_label)  # (N,)
+        null_label = self.checkpoint.network.null_label
+        digits = torch.full((len(noisy),), null_label)  # (N,)
         has_noise = torch.tensor(t).nonzero()[:, 0]
         with reporter.task("removing noise", len(has_noise), "images") as task:
             for rows in has_noise.split(BATCH_SIZE):
                 levels, part = [t[i] for i in rows.tolist()], u[rows].to(self.device)
                 mean[rows] = self._follow([(t, 0) for t in levels], part, digits[rows], rows, Guidance())
-                digits[rows] = self._recognise(part, levels)
+                found = search(self.step, self.schedule, part, noise_std[rows].tolist())
+                digits[rows] = torch.tensor([each.digit if each else null_label for each in found])
                 paths = [timesteps_from(self.schedule, DENOISING_SAMPLER, DENOISING_STEPS, t) for t in levels]
                 sample[rows] = self._follow(paths, part, digits[rows], rows, self.guidance)
                 task.advance(len(rows))
         return Denoised(noise_std, to_pixels(mean), to_pixels(sample), digits)
 
-    def _recognise(self, u: Tensor, t: Sequence[int]) -> Tensor:
-        """Returns the digit (B,) of images u (B, 1, 28, 28) with matching timesteps t, or the null label."""
-        digits = torch.full((len(u),), self.checkpoint.network.null_label)
-        known = torch.tensor([can_compare(self.schedule, level) for level in t]).nonzero()[:, 0]
-        paths = [comparison_path(self.schedule, t[i]) for i in known.tolist()]
-        if not paths:
-            return digits
-        results, u = [NoisyComparison(NUM_CLASSES) for _ in paths], u[known.to(u.device)]
-        levels = torch.tensor([noise_above(self.schedule, *path[:2]) for path in paths], device=u.device)  # (B, 2)
-        start = Start(u, levels[:, 0], levels[:, 1], torch.ones_like(u, dtype=torch.bool))
-        plans = [plan_through(self.schedule, "noisy", path) for path in paths]
-        seed = torch.full((len(u),), RECOGNITION_SEED, device=u.device)
-        compare(self.step, plans, results, seed=seed, index=torch.zeros_like(seed), start=start)
-        digits[known] = torch.tensor([result.digit for result in results])
-        return digits
+    def search(self, noisy: Tensor, noise_std: float, reporter: Reporter) -> list[NoisyComparison]:
+        """Compares the classes of uint8 images (N, 1, 28, 28) with this noise level, which must not be too strong."""
+        found = list[NoisyComparison]()
+        with reporter.task("comparing classes", len(noisy), "images") as task:
+            for images in noisy.split(BATCH_SIZE):
+                levels = [noise_std] * len(images)
+                u = restored_image(images, levels).to(self.device)  # (B, 1, 28, 28)
+                found += [each for each in search(self.step, self.schedule, u, levels) if each]
+                task.advance(len(images))
+        return found
 
     def _follow(
         self, paths: Sequence[Sequence[int]], u: Tensor, y: Tensor, index: Tensor, guidance: Guidance

@@ -274,10 +274,10 @@ def figures_of(answers: Sequence[Recognition], labels: Tensor) -> dict[str, Any]
     }
 
 
-def calibration_error(confidence: Tensor, is_right: Tensor) -> float:
+def calibration_error(confidence: Tensor, is_right: Tensor, num_bins: int = NUM_BINS) -> float:
     """Returns the expected calibration error (Guo 2017, eq. 3) of answers with these confidences (N,)."""
-    bins = (confidence * NUM_BINS).long().clamp(max=NUM_BINS - 1)  # (N,)
-    gaps = torch.zeros(NUM_BINS, dtype=torch.float64).index_add_(0, bins, is_right.double() - confidence.double())
+    bins = (confidence * num_bins).long().clamp(max=num_bins - 1)  # (N,)
+    gaps = torch.zeros(num_bins, dtype=torch.float64).index_add_(0, bins, is_right.double() - confidence.double())
     return gaps.abs().sum().item() / len(confidence)
 
 

@@ -86,6 +86,15 @@ def test_recognition_returns_probabilities_of_all_digits(alone: dict[str, Result
     assert 0 < result["evaluations"] <= 4 * 10
 
 
+def test_denoise_returns_probabilities_only_after_a_search(alone: dict[str, Result]) -> None:
+    result = alone["denoise"]
+    assert len(result["probabilities"]) == 10
+    assert sum(result["probabilities"]) == pytest.approx(1, abs=10 * 5e-5)  # each is rounded to 4 decimals
+    assert result["probabilities"][result["digit"]] == max(result["probabilities"])
+    for name in ("denoise a digit", "mean"):
+        assert alone[name]["probabilities"] is None, name
+
+
 def test_recognition_and_edit_of_an_unknown_digit_agree(service: Service, alone: dict[str, Result]) -> None:
     """/edit recognises the sketch in the same way, with the default number of pairs."""
     recognised = Ask("/recognize").result(service)

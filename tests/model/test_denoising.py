@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from model.denoising import (
+    FULL_PAIRS,
     MAX_NOISE_STD,
     NOT_BACKGROUND,
     NUM_CANDIDATES,
     NUM_PAIRS,
+    ODDS_SCALE,
+    PREDICTION_VARIANCE,
     NoisyComparison,
     _log_likelihood_table,
     can_compare,
@@ -178,7 +181,7 @@ def test_image_that_is_nearly_noise_is_not_compared(num_steps: int) -> None:
 
 
 def test_comparison_of_a_noisy_image_keeps_the_best_classes_and_chooses_the_smallest_sum() -> None:
-    comparison, step = NoisyComparison(10), 0
+    comparison, step = NoisyComparison(10, 43.0), 0
     while comparison.remaining:
         # Class 8 is best in the first steps. Class 3 is best in the sum.
         errors = {y: 60.0 + y for y in range(10)} | {3: 56.0, 8: 40.0 + 3 * step}
@@ -189,3 +192,55 @@ def test_comparison_of_a_noisy_image_keeps_the_best_classes_and_chooses_the_smal
     assert step == 2 * NUM_PAIRS
     assert math.isinf(comparison.sums[9])
     assert sum(math.isfinite(each) for each in comparison.sums) == NUM_CANDIDATES
+
+
+def finished(errors: list[float], noise_std: float) -> NoisyComparison:
+    """Returns a comparison in which each class has the same error in every step."""
+    comparison = NoisyComparison(len(errors), noise_std)
+    while comparison.remaining:
+        comparison.add([errors[y] for y in comparison.remaining])
+    return comparison
+
+
+@pytest.mark.parametrize("noise_std", [1.0, 43.0, 396.0])
+def test_log_odds_of_two_candidates_are_the_difference_of_their_errors_by_the_variance(noise_std: float) -> None:
+    probabilities = finished([44.0, 45.0, 41.0, 43.0], noise_std).probabilities
+    assert sum(probabilities) == pytest.approx(1)
+    k = ODDS_SCALE / ((noise_std / 127.5) ** 2 + PREDICTION_VARIANCE)
+    for y, gap in ((0, 3.0), (1, 4.0), (3, 2.0)):
+        log_odds = math.log(probabilities[2] / probabilities[y])
+        assert log_odds == pytest.approx(k * gap * 2 * NUM_PAIRS)
+
+
+def test_dropped_class_gets_the_errors_of_the_worst_candidate_in_the_steps_that_it_missed() -> None:
+    full, rest = 2 * FULL_PAIRS, 2 * (NUM_PAIRS - FULL_PAIRS)
+    comparison = finished([40.0, 41.0, 42.0, 44.0, 50.0, 60.0], 43.0)
+    assert comparison.sums[4:] == [math.inf, math.inf]
+    expected = [(full + rest) * each for each in (40.0, 41.0, 42.0, 44.0)]
+    assert comparison.estimated_sums == [*expected, full * 50.0 + rest * 44.0, full * 60.0 + rest * 44.0]
+    assert comparison.probabilities == sorted(comparison.probabilities, reverse=True)
+    assert comparison.probabilities[-1] > 0
+
+
+def test_recognised_digit_has_the_largest_probability_for_any_errors() -> None:
+    random = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        comparison = NoisyComparison(10, 210.0)
+        while comparison.remaining:
+            comparison.add((200 * torch.rand(len(comparison.remaining), generator=random)).tolist())
+        probabilities, sums = comparison.probabilities, comparison.estimated_sums
+        assert sum(probabilities) == pytest.approx(1)
+        assert probabilities.index(max(probabilities)) == comparison.digit
+        candidates = [each for each in comparison.sums if math.isfinite(each)]
+        dropped = [each for each, known in zip(sums, comparison.sums, strict=True) if math.isinf(known)]
+        assert min(dropped) >= max(candidates)
+
+
+def test_same_errors_are_weaker_evidence_in_stronger_noise() -> None:
+    confidences = [max(finished([40.0, 45.0, 46.0], std).probabilities) for std in (0.6, 43.0, 210.0, 396.0)]
+    assert confidences == sorted(confidences, reverse=True)
+    assert confidences[0] > confidences[-1] + 0.1
+
+
+def test_probabilities_of_very_different_errors_are_finite() -> None:
+    assert finished([0.0, 1e6, 1e6], 0.6).probabilities == [1.0, 0.0, 0.0]

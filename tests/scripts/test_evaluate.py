@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -218,15 +219,30 @@ def test_denoise_prints_and_shows_each_level(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(denoising, "LEVELS", (3, 6))
+    monkeypatch.setattr(denoising, "SEARCH_LEVELS", (2, 5, 90))  # there is no timestep 90
     given = [f"--data-dir={inputs / 'data'}", f"--checkpoint={inputs / 'tiny.safetensors'}", "--num-images=12"]
     evaluate.main(["denoise", *given, f"--out={tmp_path / 'denoise.png'}"])
-    assert [line[:4] for line in capsys.readouterr().out.splitlines()[-2:]] == ["| 3 ", "| 6 "]
+    tables = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [cells[0] for cells in tables[2:4]] == ["| 3", "| 6"]
+    assert [cells[1] for cells in tables[-2:]] == ["2", "5"]
     content = json.loads((tmp_path / "denoise.json").read_text())
     assert (content["split"], content["num_images"]) == ("test", 12)
     low, high = content["levels"]
     assert low["psnr_noisy"] > high["psnr_noisy"]
+    assert [row["t"] for row in content["searches"]] == [2, 5]
     with Image.open(tmp_path / "denoise.png") as image:
         assert min(image.size) > 100
+
+
+def test_denoise_prints_the_best_constants_for_the_validation_split(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoising, "LEVELS", (3,))
+    monkeypatch.setattr(denoising, "SEARCH_LEVELS", (2, 5))
+    given = [f"--data-dir={inputs / 'data'}", f"--checkpoint={inputs / 'tiny.safetensors'}", "--num-images=12"]
+    evaluate.main(["denoise", *given, "--split=validation", f"--out={tmp_path / 'denoise.png'}"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best constants")]
+    assert re.fullmatch(r"best constants for these digits: ODDS_SCALE \S+, PREDICTION_VARIANCE \S+", line)
 
 
 def test_clip_scores_are_computed_on_request(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

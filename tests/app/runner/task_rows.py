@@ -11,7 +11,7 @@ import torch
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Job, JobRequest, Options, Search, Trajectory
 from app.runner.runner import Runner
-from model.denoising import NoisyComparison, comparison_path
+from model.denoising import NoisyComparison, comparison_path, noise_levels
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
 from model.recognition import RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
@@ -76,7 +76,8 @@ def noisy_search_rows(info: ModelInfo, seed: int, t: int = 50) -> list[Trajector
     options = Options(None, RECOGNITION_SEED, 2 * (len(path) - 1), "noisy", 1.0, path=path)
     image = picture(info, seed)
     start = Input(image, *noise_above(info.schedule, *path[:2]), np.ones_like(image, dtype=np.bool_))
-    search = Search(options, NoisyComparison(info.num_classes), start)
+    noise_std = noise_levels(info.schedule)[t].item()
+    search = Search(options, NoisyComparison(info.num_classes, noise_std), start)
     return Job(JobRequest(edit_rows(info, seed)[0].options, 1, input=start, search=search)).unfinished
 
 
