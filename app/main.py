@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from starlette.routing import BaseRoute, Route
 
 from app import VERSION, errors
+from app.api.batch_events import BatchViewers
 from app.api.generation import Service
 from app.api.middleware.access_log import AccessLog
 from app.api.middleware.auth import Auth
@@ -21,7 +22,7 @@ from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.problems import handle_errors
-from app.api.routes import docs, generate, models, monitoring, pictures
+from app.api.routes import batch, docs, generate, models, monitoring, pictures
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -67,7 +68,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         docs_url=None,  # FastAPI's page loads scripts from a CDN. api/routes/docs.py replaces it.
         redoc_url=None,
     )
-    app.state.service = service
+    app.state.service, app.state.viewers = service, BatchViewers(engine)
     pages = _paths(app.routes)  # at this point only /openapi.json
     if settings.docs == "on":
         app.include_router(docs.router)
@@ -75,6 +76,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     app.include_router(generate.router)
     app.include_router(pictures.router)
     app.include_router(models.router)
+    app.include_router(batch.router)
     app.include_router(monitoring.router)
     handle_errors(app, meters)
     add_openapi(app, service)
@@ -100,7 +102,7 @@ def _add_middleware(
         )
     app.add_middleware(HeadAsGet)
     paths = monitored | pages | _paths(generate.router.routes) | _paths(pictures.router.routes)
-    paths |= _paths(models.router.routes)
+    paths |= _paths(models.router.routes) | _paths(batch.router.routes)
     app.add_middleware(
         RequestContextMiddleware, metrics=meters, access_log=AccessLog(meters, traces, paths=paths, quiet=monitored)
     )

@@ -23,6 +23,8 @@ class RequestContext:
     request_id: str
     started_at: float = field(default_factory=time.monotonic)
     answered: ExitStack = field(default_factory=ExitStack)  # closed after the response or after a disconnect
+    is_head: bool = False  # True if the method is HEAD: the client wants only the headers
+    may_abort: bool = False  # True if a shutdown need not wait for a client that does not read the response
     status: int = 0  # 0 until the response starts
     outcome: str | None = None  # error code of the response or of a stream's error event
     key: int | None = None  # position of the caller's API key in UNFOG_API_KEYS, from 1

@@ -92,6 +92,33 @@ MODELS = {  # the shipped checkpoint
     ],
     "limits": {"count": 64, "timeout_seconds": 30.0, "image_bytes": 4_194_304, "queue_images": 1024},
 }
+BATCH = {
+    "step": 1729,
+    "waiting": 3,
+    "running": 2,
+    "rows": [
+        {
+            "job": 12,
+            "index": 0,
+            "step": 40,
+            "of": 100,
+            "model": "default",
+            "sampler": "ddpm",
+            "guided": True,
+            "evaluations": 2,
+        },
+        {
+            "job": 13,
+            "index": 0,
+            "step": 1,
+            "of": 4,
+            "model": "fast",
+            "sampler": "ddim",
+            "guided": False,
+            "evaluations": 1,
+        },
+    ],
+}
 _QUEUE = {"waiting": 0, "running": 0, "capacity": 1024}
 _MODEL = {"name": "default", "sha256": SHA256, "num_parameters": 2_703_684}
 HEALTHY = {
@@ -116,6 +143,7 @@ ANSWERS: dict[tuple[str, str, str], Any] = {  # (path, status, media type) -> ex
     ("/generate", "200", "application/json"): GENERATED,
     ("/generate", "200", "text/event-stream"): STREAM,
     ("/models", "200", "application/json"): MODELS,
+    ("/events/batch", "200", "text/event-stream"): event_text("batch", BATCH),
     ("/health", "200", "application/json"): HEALTHY,
     ("/health", "503", "application/json"): STARTING,
     ("/livez", "200", "application/json"): {"alive": True},

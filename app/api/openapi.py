@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app.api import examples, task_examples
+from app.api.batch_events import BatchEvent
 from app.api.generation import Service
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
 from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest
@@ -41,6 +42,8 @@ EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
     "done": DoneEvent,
     "error": Problem,
 }
+BATCH_PATH = "/events/batch"
+BATCH_EVENTS: dict[str, type[BaseModel]] = {"batch": BatchEvent, "error": Problem}
 PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/recognize": RecognizeRequest,
     "/denoise": DenoiseRequest,
@@ -140,13 +143,13 @@ class Document:
             schemas[request.__name__], schemas[f"{request.__name__}Form"] = schema, _form_schema(schema)
         schemas |= _event_schemas()
         document["components"]["securitySchemes"] = KEYS
-        for operations in document["paths"].values():
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 if "401" in operation["responses"]:
                     operation["security"] = [{}, *({name: []} for name in KEYS)]
                 answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
-                    answers[EVENT_STREAM] = _event_stream()
+                    answers[EVENT_STREAM] = _event_stream("BatchStreamEvent" if path == BATCH_PATH else "StreamEvent")
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
         _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
         for path in PICTURE_REQUESTS:
@@ -192,15 +195,21 @@ def _body_of(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def _event_schemas() -> dict[str, Schema]:
-    """Returns the schema of each event's data, and StreamEvent, the schema of one event as in OpenAPI 3.2."""
-    _, definitions = models_json_schema([(model, "serialization") for model in EVENTS.values()], ref_template=REF)
+    """Returns the schema of each event's data, and of one event of each kind of stream, as in OpenAPI 3.2."""
+    models = [(model, "serialization") for model in (EVENTS | BATCH_EVENTS).values()]
+    _, definitions = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type] # a list of pairs
     schemas: dict[str, Schema] = definitions["$defs"]
-    schemas["StreamEvent"] = {
-        "title": "StreamEvent",
-        "description": "One event of a stream: accepted, then progress and image events, then done or error.",
-        "oneOf": [_event_schema(name, model.__name__) for name, model in EVENTS.items()],
-    }
+    of_job = "One event of a stream: accepted, then progress and image events, then done or error."
+    schemas["StreamEvent"] = _stream_schema("StreamEvent", of_job, EVENTS)
+    schemas["BatchStreamEvent"] = _stream_schema(
+        "BatchStreamEvent", "One event of a stream of batches: batch events, then error.", BATCH_EVENTS
+    )
     return schemas
+
+
+def _stream_schema(title: str, description: str, events: Mapping[str, type[BaseModel]]) -> Schema:
+    kinds = [_event_schema(name, model.__name__) for name, model in events.items()]
+    return {"title": title, "description": description, "oneOf": kinds}
 
 
 def _event_schema(name: str, model: str) -> Schema:
@@ -217,15 +226,15 @@ def _event_schema(name: str, model: str) -> Schema:
     }
 
 
-def _event_stream() -> Schema:
-    """Returns the media type object of an event stream.
+def _event_stream(item: str) -> Schema:
+    """Returns the media type object of an event stream. `item` is the schema of one event.
 
     OpenAPI 3.1 can describe a stream only as text. `x-itemSchema` has the meaning of `itemSchema` in OpenAPI 3.2.
     """
-    description = "Server-sent events, each with a line `event: name` and a line `data: JSON` (schema StreamEvent)."
+    description = f"Server-sent events, each with a line `event: name` and a line `data: JSON` (schema {item})."
     return {
         "schema": {"type": "string", "description": description},
-        "x-itemSchema": {"$ref": REF.format(model="StreamEvent")},
+        "x-itemSchema": {"$ref": REF.format(model=item)},
     }
 
 

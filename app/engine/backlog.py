@@ -109,6 +109,7 @@ class Backlog:
             self._free = list(range(size, 2 * size))
         entry = self._entries[job] = _Entry(self._num_added, self._free.pop())
         self._num_added += 1
+        job.number = self._num_added
         place = self._place(job)
         self.jobs.insert(place, job)
         self._order = np.insert(self._order, place, entry.slot)

@@ -25,6 +25,7 @@ from functools import cached_property
 
 from app import errors
 from app.engine.admission import Admission
+from app.engine.batch_feed import BatchFeed
 from app.engine.interface import ModelInfo, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
 from app.engine.job import Job, Pixels, Progress, Result, Trajectory
@@ -77,6 +78,7 @@ class Engine:
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         self._admission = Admission(capacity, max_batch)
         self.backlog = self._admission.backlog
+        self.feed = BatchFeed(self.backlog)
         self._condition = threading.Condition()
         self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the engine thread frees their slots
         self._drained: Future[None] | None = None  # the future that drain() returns
@@ -115,10 +117,12 @@ class Engine:
                 self._drained = Future()
                 self._drained.set_running_or_notify_cancel()  # A future that is running cannot be cancelled by callers.
             self._complete_drain_if_idle()
+            self.feed.end(errors.Draining(RESTART_SECONDS))
             return self._drained
 
-    def give_up(self, error: Exception) -> None:
-        """Answers all unanswered jobs with the error."""
+    def give_up(self, error: errors.UnfogError) -> None:
+        """Answers all unanswered jobs with the error, and ends the feed with it."""
+        self.feed.end(error)
         with self._condition:
             for job in list(self.backlog.jobs):
                 self._end(job, error)
@@ -131,6 +135,11 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def num_steps(self) -> int:
+        """Returns the number of finished steps."""
+        return self._num_steps
 
     @property
     def alive(self) -> bool:
@@ -218,6 +227,8 @@ class Engine:
         """Waits for work. Returns the rows of the next step, and the abandoned rows to release."""
         with self._condition:
             self._last_beat = None
+            if self.feed.is_wanted and not self.backlog.jobs:
+                self.feed.publish(self._num_steps, ())
             self._condition.wait_for(lambda: self.backlog.jobs or self._abandoned or self._stopping)
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
@@ -226,6 +237,8 @@ class Engine:
                 if not trajectory.started:
                     self.backlog.start(trajectory)
                     self._record_start(trajectory.job)
+            if self.feed.is_wanted and rows:
+                self.feed.publish(self._num_steps + 1, rows)
             return rows, abandoned
 
     def _record_start(self, job: Job) -> None:
@@ -334,6 +347,7 @@ class Engine:
             self.state = EngineState.FAILED
             for job in list(self.backlog.jobs):
                 self._end(job, errors.EngineFailed(RESTART_SECONDS))
+        self.feed.end(errors.EngineFailed(RESTART_SECONDS))
         if not self.ready.done():
             self.ready.set_exception(error)
 

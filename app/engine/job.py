@@ -210,6 +210,7 @@ class Job:
         self.deadline = self.timings.submitted_at + request.timeout
         self.target = self.timings.submitted_at + TARGET_SHARE * request.timeout
         self.estimate: Estimate | None = None  # set by admission
+        self.number = 0  # position in the order of admission, from 1; set by the backlog
         self.future: Future[list[Result]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
         self.digit = request.options.digit  # the class of the images; set at the end of a search

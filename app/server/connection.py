@@ -91,6 +91,17 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         self._write_deadline.clear()
         self._close_deadline.clear()
 
+    def shutdown(self) -> None:
+        """Ends the connection at shutdown: now if it is idle, otherwise after its answer.
+
+        An answer that may be aborted does not delay the shutdown if the client does not read it.
+        """
+        context = self._context()
+        if context and context.may_abort and self.flow.write_paused:
+            self.transport.abort()
+        else:
+            super().shutdown()
+
     def get_buffer(self, sizehint: int) -> memoryview:
         """Returns the buffer for the next read."""
         return _BUFFER

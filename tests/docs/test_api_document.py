@@ -16,15 +16,18 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import BaseModel
 from starlette.routing import Route
 
 from app import errors
 from app.api import picture_files, task_examples, uploads
+from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
+from app.api.openapi import BATCH_EVENTS, PICTURE_REQUESTS
 from app.api.openapi import EVENTS as EVENT_MODELS
-from app.api.openapi import PICTURE_REQUESTS
-from app.api.routes import docs, generate, models, monitoring, pictures
+from app.api.routes import batch, docs, generate, models, monitoring, pictures
+from app.engine.batch_feed import MAX_ROWS
 from app.main import create_app
 from app.server import connection, framing
 from app.settings import Settings
@@ -71,7 +74,7 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    routers = (docs.router, generate.router, pictures.router, models.router, monitoring.router)
+    routers = (docs.router, generate.router, pictures.router, models.router, batch.router, monitoring.router)
     routes = [route for router in (app, *routers) for route in router.routes if isinstance(route, Route)]
     served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
     assert set(by("Route", API.table("Routes", "Route"))) == served
@@ -271,11 +274,21 @@ def test_absent_digit_has_the_documented_effect() -> None:
     run(check, FakeRunner())
 
 
-def test_event_table_has_exactly_the_fields_of_each_event() -> None:
+@pytest.mark.parametrize(("heading", "models"), [("Event stream", EVENT_MODELS), ("GET /events/batch", BATCH_EVENTS)])
+def test_event_table_has_exactly_the_fields_of_each_event(heading: str, models: dict[str, type[BaseModel]]) -> None:
     documented: dict[str, dict[str, str]] = {}
-    for row in API.table("Event stream", "Event"):
+    for row in API.table(heading, "Event"):
         documented.setdefault(row["Event"].strip("`"), {})[row["Field"].strip("`")] = row["Type"]
-    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in EVENT_MODELS.items()}
+    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in models.items()}
+
+
+def test_documented_rate_and_limits_of_the_stream_of_batches_are_those_of_the_code() -> None:
+    text = API.section("GET /events/batch")
+    assert PAUSE.args == (0.1,)  # ten events a second
+    assert f"at most {MAX_ROWS} rows" in text
+    assert f"repeated every {REPEAT_SECONDS:g} s" in text
+    assert f"At most {MAX_VIEWERS} clients" in text
+    assert by("Limit", API.table("Limits", "Limit"))["/events/batch"]["Value"] == str(MAX_VIEWERS)
 
 
 def fields_of(schema: dict[str, Any], prefix: str = "") -> dict[str, str]:

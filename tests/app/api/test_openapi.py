@@ -49,7 +49,7 @@ def test_every_reference_has_a_schema() -> None:
 
 def test_document_contains_every_route() -> None:
     monitoring = {"/health", "/livez", "/readyz", "/startupz", "/metrics"}
-    assert set(document()["paths"]) == {"/generate", *PICTURE_PATHS, "/models", *monitoring}
+    assert set(document()["paths"]) == {"/generate", *PICTURE_PATHS, "/models", "/events/batch", *monitoring}
 
 
 def test_document_describes_the_body_and_responses_of_generate() -> None:
@@ -130,6 +130,7 @@ def test_each_route_has_its_operation_id() -> None:
     ids = {path: operation["operationId"] for path, operation in operations(document())}
     assert ids == {
         **{path: path[1:] for path in ("/generate", *PICTURE_PATHS)},
+        "/events/batch": "watch_batch",
         **{f"/{name}": f"get_{name}" for name in ("models", "health", "livez", "readyz", "startupz", "metrics")},
     }
 
@@ -272,6 +273,34 @@ def test_document_describes_the_events_of_a_stream(path: str) -> None:
         assert is_valid(served, stream["x-itemSchema"], {"event": name, "data": content})
         assert not is_valid(served, data[name], {})
     assert not is_valid(served, stream["x-itemSchema"], {"event": "unknown", "data": "{}"})
+
+
+def test_document_describes_the_stream_of_batches() -> None:
+    served = document()
+    stream = served["paths"]["/events/batch"]["get"]["responses"]["200"]["content"]["text/event-stream"]
+    assert stream["x-itemSchema"] == {"$ref": "#/components/schemas/BatchStreamEvent"}
+    kinds = served["components"]["schemas"]["BatchStreamEvent"]["oneOf"]
+    assert [kind["properties"]["event"]["const"] for kind in kinds] == ["batch", "error"]
+    name, data = stream["example"].strip().split("\ndata: ")
+    assert name == "event: batch"
+    schema = kinds[0]["properties"]["data"]["contentSchema"]
+    assert is_valid(served, schema, json.loads(data))
+    assert not is_valid(served, schema, {**json.loads(data), "rows": [{}]})
+
+
+@pytest.mark.parametrize("path", ["/models", "/events/batch"])
+def test_document_describes_the_errors_of_a_get_route_with_a_key(path: str) -> None:
+    served = document()
+    operation = served["paths"][path]["get"]
+    assert operation["security"] == served["paths"]["/generate"]["post"]["security"]
+    codes = {
+        code
+        for status, response in operation["responses"].items()
+        if status != "200"
+        for code in response["content"]["application/problem+json"]["examples"]
+    }
+    of_both = {"unauthorized", "forbidden", "rate_limited", "internal_error", "starting", "draining", "engine_failed"}
+    assert codes == of_both | ({"not_acceptable", "overloaded"} if path == "/events/batch" else set())
 
 
 SHIPPED_BODIES = [

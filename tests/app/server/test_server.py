@@ -104,6 +104,42 @@ def test_unfinished_answer_is_503_draining_after_the_drain_timeout(monkeypatch: 
     assert 'unfog_rejected_total{reason="draining"} 1.0' in metrics.render().decode()
 
 
+def test_viewers_of_the_batch_do_not_delay_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event is larger than the kernel buffers for a client that does not read."""
+    event = b"event: batch\ndata: " + b" " * 2**25 + b"\n\n"
+    monkeypatch.setattr("app.api.batch_events.encode_batch", lambda batch: event)
+    monkeypatch.setattr("app.server.server.LAST_ANSWERS_SECONDS", 100 * WAIT_SECONDS)
+    settings = Settings()
+    app = create_app(settings, FakeRunner)
+    listener = bind("127.0.0.1", 0)
+    host, port = listener.getsockname()
+
+    async def main() -> bytes:
+        serving = asyncio.ensure_future(serve(app, settings, listener))
+        await asyncio.wrap_future(app.state.service.engine.ready)
+        (unread, unread_writer), (reader, writer) = [await asyncio.open_connection(host, port) for _ in range(2)]
+        for each in (unread_writer, writer):
+            each.write(b"GET /events/batch HTTP/1.1\r\nHost: x\r\n\r\n")
+        await unread.readuntil(b"event: batch")
+        received = b""
+        while len(received) < 2**25:
+            received += await reader.read(2**20)
+        os.kill(os.getpid(), signal.SIGTERM)
+        received += await reader.read()
+        await serving
+        unread_writer.close()
+        writer.close()
+        return received
+
+    async def limited() -> bytes:
+        async with asyncio.timeout(WAIT_SECONDS):
+            return await main()
+
+    received = asyncio.run(limited())
+    assert b"event: error" in received
+    assert b'"draining"' in received.rpartition(b"event: error")[2]
+
+
 def run_service() -> None:
     settings = Settings()
     with bind("127.0.0.1", 0) as listener:
