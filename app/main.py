@@ -22,7 +22,7 @@ from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.problems import handle_errors
-from app.api.routes import batch, docs, generate, models, monitoring, pictures
+from app.api.routes import batch, docs, generate, models, monitoring, page, pictures
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -70,9 +70,15 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     )
     app.state.service, app.state.viewers = service, BatchViewers(engine)
     pages = _paths(app.routes)  # at this point only /openapi.json
+    policies = {}
     if settings.docs == "on":
         app.include_router(docs.router)
         pages |= _paths(docs.router.routes)
+        policies[docs.PAGE_PATH] = docs.POLICY
+    if settings.page == "on":
+        app.include_router(page.router)
+        pages |= page.OPEN_PATHS
+        policies[page.PAGE_PATH] = page.POLICY
     app.include_router(generate.router)
     app.include_router(pictures.router)
     app.include_router(models.router)
@@ -81,6 +87,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     handle_errors(app, meters)
     add_openapi(app, service)
     _add_middleware(app, settings, meters, traces, pages)
+    app.add_middleware(SecurityHeaders, policies=policies)
     return app
 
 
@@ -107,7 +114,6 @@ def _add_middleware(
         RequestContextMiddleware, metrics=meters, access_log=AccessLog(meters, traces, paths=paths, quiet=monitored)
     )
     app.add_middleware(UnreadBody)
-    app.add_middleware(SecurityHeaders, policies={docs.PAGE_PATH: docs.POLICY} if docs.PAGE_PATH in pages else {})
 
 
 def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:

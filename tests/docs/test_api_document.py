@@ -26,7 +26,7 @@ from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import BATCH_EVENTS, PICTURE_REQUESTS
 from app.api.openapi import EVENTS as EVENT_MODELS
-from app.api.routes import batch, docs, generate, models, monitoring, pictures
+from app.api.routes import batch, docs, generate, models, monitoring, page, pictures
 from app.engine.batch_feed import MAX_ROWS
 from app.main import create_app
 from app.server import connection, framing
@@ -74,15 +74,20 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    routers = (docs.router, generate.router, pictures.router, models.router, batch.router, monitoring.router)
-    routes = [route for router in (app, *routers) for route in router.routes if isinstance(route, Route)]
+    routers = (page, docs, generate, pictures, models, batch, monitoring)
+    routes = [
+        route
+        for router in (app, *(each.router for each in routers))
+        for route in router.routes
+        if isinstance(route, Route)
+    ]
     served = {f"{method} {route.path}" for route in routes for method in (route.methods or set()) - {"HEAD"}}
     assert set(by("Route", API.table("Routes", "Route"))) == served
 
 
 @pytest.mark.parametrize("row", API.table("Routes", "Route"), ids=lambda row: str(row["Route"]))
 def test_route_table_states_which_routes_need_a_key_or_are_rate_limited(row: Row) -> None:
-    method, path = codes(row["Route"])[0].split()
+    method, path = codes(row["Route"])[0].replace("{name}", "main.js").split()
 
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.request(method, path)
@@ -95,12 +100,12 @@ def test_route_table_states_which_routes_need_a_key_or_are_rate_limited(row: Row
 
 
 @pytest.mark.parametrize(("keys", "status"), [((), 404), (KEY, 401)])
-def test_disabled_docs_give_the_documented_status(keys: Any, status: int) -> None:
+def test_disabled_docs_and_page_give_the_documented_status(keys: Any, status: int) -> None:
     async def check(client: httpx.AsyncClient) -> None:
-        for path in ("/docs", "/openapi.json"):
+        for path in ("/docs", "/openapi.json", "/", "/static/main.js"):
             assert (await client.get(path)).status_code == status
 
-    run(check, FakeRunner(), docs="off", api_keys=keys)
+    run(check, FakeRunner(), docs="off", page="off", api_keys=keys)
 
 
 # Request

@@ -1,4 +1,4 @@
-"""Checks API keys and rate limits. Health, metrics, /docs and /openapi.json are exempt from both."""
+"""Checks API keys and rate limits. Health, metrics, /docs, /openapi.json and the web page are exempt from both."""
 
 import hmac
 from collections.abc import Sequence

@@ -23,6 +23,8 @@ EXEMPT_PATHS = (
     "/docs",
     "/docs/swagger-ui.css",
     "/openapi.json",
+    "/",
+    "/static/main.js",
 )
 WITH_KEYS = {"api_keys": "first-key,second-key"}
 
@@ -95,8 +97,17 @@ def test_generate_needs_a_key_and_exempt_paths_do_not() -> None:
         assert right.status_code == 200
         for path in EXEMPT_PATHS:
             assert (await client.get(path)).status_code == 200, path
-        for path in ("/", "/generate", "/generate/", "/health/", "/metrics/x", "//health", "/%2e/health"):
-            assert (await client.get(path)).status_code == 401, path
+        for path in (
+            "/static/",
+            "/static/x",
+            "/generate",
+            "/generate/",
+            "/health/",
+            "/metrics/x",
+            "//health",
+            "/%2e/health",
+        ):
+            assert (await client.get(f"http://test{path}")).status_code == 401, path
         counted = (await client.get("/metrics")).text
         assert 'unfog_requests_total{code="401",route="/generate"} 2.0' in counted
         assert 'unfog_requests_total{code="403",route="/generate"} 1.0' in counted
@@ -182,7 +193,7 @@ def test_cors_headers_are_not_sent_without_configured_origins() -> None:
 
 def test_every_response_has_security_headers() -> None:
     async def check(client: httpx.AsyncClient) -> None:
-        answers = [await client.get(path) for path in ("/health", "/metrics", "/nowhere", "/docs")]
+        answers = [await client.get(path) for path in ("/health", "/metrics", "/nowhere", "/docs", "/")]
         answers.append(await client.post("/generate", json=WORK))
         answers.append(await client.post("/generate", json=WORK, headers={"accept": "text/event-stream"}))
         for answer in answers:
@@ -191,6 +202,6 @@ def test_every_response_has_security_headers() -> None:
             assert answer.headers["referrer-policy"] == "no-referrer"
             policy = answer.headers["content-security-policy"]
             assert policy.startswith("default-src 'none'")
-            assert ("script-src" in policy) is (answer.request.url.path == "/docs")
+            assert ("script-src" in policy) is (answer.request.url.path in ("/docs", "/"))
 
     run(check, FakeRunner())

@@ -1,0 +1,36 @@
+// The state of the page in its address: #/<view>?<parameters>.
+
+/** Returns {view, parameters} of the address, or null if the hash names no view. */
+export function parse(hash) {
+  const match = /^#\/([a-z]+)(?:\?(.*))?$/.exec(hash);
+  return match ? { view: match[1], parameters: new URLSearchParams(match[2] ?? "") } : null;
+}
+
+const NAMES = ["digit", "count", "seed", "num_steps", "sampler", "guidance_scale", "model"];
+
+/** Returns the address of a request for /generate. */
+export function generateAddress(body) {
+  const parameters = new URLSearchParams();
+  for (const name of NAMES) if (body[name] !== undefined && body[name] !== null) parameters.set(name, body[name]);
+  return `#/generate?${parameters}`;
+}
+
+/** Returns the fields of /generate in the parameters. Values that are not valid are left out. */
+export function generateFields(parameters) {
+  const body = {};
+  const integer = (name, least, most) => {
+    const text = parameters.get(name);
+    if (text && /^[0-9]{1,16}$/.test(text) && text >= least && Number(text) <= most) body[name] = Number(text);
+  };
+  integer("digit", 0, 9);
+  integer("count", 1, 4096);
+  integer("seed", 0, Number.MAX_SAFE_INTEGER);
+  integer("num_steps", 1, 100);
+  const scale = Number(parameters.get("guidance_scale"));
+  if (scale >= 1 && scale <= 10) body.guidance_scale = scale;
+  for (const name of ["sampler", "model"]) {
+    const text = parameters.get(name);
+    if (text && /^[\w.-]{1,128}$/.test(text)) body[name] = text;
+  }
+  return body;
+}

@@ -1,0 +1,146 @@
+// Guidance scales and numbers of steps, each compared from the same noise.
+
+import { bar, lineChart } from "./chart.js";
+import { addDigits, announce, duration, element, find, pngUrl } from "./dom.js";
+import { failureBox } from "./failure.js";
+import { about, json } from "./service.js";
+
+const SCALES = [1, 1.5, 2, 3, 5, 8];
+const GUIDED_SAMPLER = "ddim"; // adds no noise in its steps, so that only guidance makes a difference
+const STEPS = [
+  { sampler: "ddpm", num_steps: 100, name: "DDPM" },
+  { sampler: "dpmpp", num_steps: 20, name: "DPM-Solver++" },
+  { sampler: "dpmpp", num_steps: 10, name: "DPM-Solver++" },
+  { sampler: "dpmpp", num_steps: 4, name: "DPM-Solver++" },
+];
+
+let model;
+
+/** Connects both sections. */
+export function start(loaded) {
+  model = loaded;
+  for (const id of ["#guidance-digit", "#steps-digit"]) {
+    addDigits(find(id));
+    find(id).value = 7;
+  }
+  for (const id of ["#guidance-run", "#steps-run"]) find(id).disabled = false;
+  find("#guidance-run").addEventListener("click", () => compareGuidance());
+  find("#steps-run").addEventListener("click", () => compareSteps());
+  showSchedule();
+  showGuidance(scalesOf().map((guidance_scale) => ({ guidance_scale })));
+  variants().then((all) => showSteps(find("#steps-result"), all.map(emptyRow)), () => {});
+}
+
+const numberOf = (id) => Math.max(0, Math.floor(Number(find(id).value)) || 0);
+
+/** Shows log-SNR against t with the interval in which guidance acts. */
+function showSchedule() {
+  const logSnr = (alpha) => Math.max(-10, Math.min(10, Math.log(alpha / (1 - alpha))));
+  const interval = model.guidance_interval[GUIDED_SAMPLER];
+  find("#guidance-chart").replaceChildren(
+    lineChart({
+      series: [{ points: model.alpha_bar.map((alpha, t) => [t, logSnr(alpha)]), kind: "main" }],
+      x: [0, model.alpha_bar.length - 1],
+      y: [-10, 10],
+      height: 160,
+      bands: [interval],
+      xLabel: "timestep t",
+      description: `Guidance acts from timestep ${interval[1]} to ${interval[0]}.`,
+    }),
+    element("p", { class: "legend" }, `Line: log-SNR of the noise schedule. Marked: guidance acts from t = ${interval[1]} down to t = ${interval[0]}.`),
+  );
+}
+
+/** Runs `work` while the button is disabled. Shows an error in `root`. */
+async function withButton(id, root, work) {
+  const button = find(id);
+  button.disabled = true;
+  try {
+    await work();
+  } catch (error) {
+    root.replaceChildren(failureBox(error, () => withButton(id, root, work)));
+  }
+  button.disabled = false;
+}
+
+function compareGuidance() {
+  const root = find("#guidance-result");
+  const body = { digit: numberOf("#guidance-digit"), seed: numberOf("#guidance-seed"), num_steps: 50, sampler: GUIDED_SAMPLER };
+  return withButton("#guidance-run", root, async () => {
+    showGuidance(await Promise.all(scalesOf().map((guidance_scale) => json("generate", { ...body, guidance_scale }))));
+    announce("The comparison of guidance scales is finished");
+  });
+}
+
+const recommendedScale = () => model.guidance_scale[GUIDED_SAMPLER];
+const scalesOf = () => [...new Set([...SCALES, recommendedScale()])].sort((a, b) => a - b);
+
+/** Shows one image for each scale. Answers without images get an empty tile. */
+function showGuidance(answers) {
+  const figures = answers.map(({ images, guidance_scale }) => {
+    const isOwn = guidance_scale === recommendedScale();
+    const text = `${guidance_scale === 1 ? "off" : guidance_scale}${isOwn ? " (recommended)" : ""}`;
+    return element("figure", {}, tile(images, `Guidance ${text}`), element("figcaption", { class: isOwn ? "recommended" : null }, text));
+  });
+  find("#guidance-result").replaceChildren(...figures);
+}
+
+const tile = (images, alt) =>
+  images ? element("img", { src: pngUrl(images[0].png), alt, width: 28, height: 28 }) : element("div", { class: "tile" });
+
+async function variants() {
+  const { models } = await about();
+  const fast = models.find(({ name }) => name === "fast");
+  const steps = STEPS.filter(({ sampler, num_steps }) => model.samplers.includes(sampler) && num_steps <= model.max_steps);
+  if (!fast) return steps;
+  return [...steps, { model: fast.name, sampler: fast.samplers[0], num_steps: fast.default_steps, name: "model fast" }];
+}
+
+function compareSteps() {
+  const root = find("#steps-result");
+  const fixed = { digit: numberOf("#steps-digit"), seed: numberOf("#steps-seed") };
+  return withButton("#steps-run", root, async () => {
+    const all = await variants();
+    const rows = all.map(emptyRow);
+    for (const [place, { name, ...body }] of all.entries()) {
+      const answer = await json("generate", { ...fixed, ...body }); // one at a time, so that the times compare
+      rows[place] = { name, answer };
+      showSteps(root, rows);
+    }
+    announce("The comparison of steps is finished");
+  });
+}
+
+const emptyRow = ({ name, num_steps }) => ({ name, answer: { num_steps } });
+
+/** Shows a table with a row for each variant. Variants without an answer have an empty row. */
+function showSteps(root, rows) {
+  const slowest = Math.max(...rows.map(({ answer }) => answer.timing?.denoise_seconds ?? 0));
+  const heads = [["Image"], ["Sampler"], ["Steps", "number"], ["Network calls", "number"], ["Time", "number"], [""]];
+  root.replaceChildren(
+    element(
+      "div",
+      { class: "scroll", tabindex: 0, role: "region", "aria-label": "Images by number of steps" },
+      element(
+        "table",
+        {},
+        element("thead", {}, element("tr", {}, heads.map(([text, kind]) => element("th", { class: kind, scope: "col" }, text || element("span", { class: "visually-hidden" }, "Time as a bar"))))),
+        element("tbody", {}, rows.map(({ name, answer }) => stepsRow(name, answer, slowest))),
+      ),
+    ),
+  );
+}
+
+function stepsRow(name, answer, slowest) {
+  const seconds = answer.timing?.denoise_seconds;
+  return element(
+    "tr",
+    {},
+    element("td", {}, tile(answer.images, `${answer.digit} in ${answer.num_steps} steps`)),
+    element("td", {}, name),
+    element("td", { class: "number" }, String(answer.num_steps)),
+    element("td", { class: "number" }, String(answer.evaluations ?? "")),
+    element("td", { class: "number" }, seconds ? duration(seconds) : ""),
+    element("td", { class: "bar" }, seconds ? bar(seconds / slowest) : ""),
+  );
+}

@@ -1,0 +1,106 @@
+// The dialog of one image: its parameters, the code that makes it again, and the file.
+
+import { generateAddress } from "./address.js";
+import { download, element, find, pngUrl } from "./dom.js";
+import { bytesOf, textChunks } from "./png.js";
+import { hasKey } from "./service.js";
+
+const LABELS = {
+  Digit: "Digit", Seed: "Seed", Index: "Index", Sampler: "Sampler", Steps: "Steps",
+  "Guidance-Scale": "Guidance", "Model-SHA256": "Model", Software: "Software",
+};
+
+/** Returns the name of the file of an image. */
+export const fileName = (run, index) =>
+  run.path === "generate" ? `digit-${run.body.digit}-seed-${run.seed}-${index}.png` : `${run.path}-seed-${run.seed}-${index}.png`;
+
+/** Returns a list of the text chunks of a PNG file. */
+export function factList(chunks) {
+  const shown = Object.entries(chunks).map(([name, value]) => [LABELS[name] ?? name, value]);
+  return element(
+    "dl",
+    { class: "facts" },
+    shown.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value.length > 20 ? `${value.slice(0, 16)}…` : value)]),
+  );
+}
+
+/** Returns the request for /generate that makes the image with this index again. Image i does not depend on `count`. */
+export function requestOf(run, index) {
+  const { scale, ...body } = run.body;
+  return { ...body, count: index + 1, seed: run.seed };
+}
+
+const serviceUrl = () => new URL("generate", location.href.split("#", 1)[0]).href;
+
+export function curlOf(run, index) {
+  const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $UNFOG_API_KEY"` : "";
+  const body = JSON.stringify({ ...requestOf(run, index), scale: 8 });
+  const [accept, end] = index
+    ? ["application/json", ` \\\n  | jq -r '.images[${index}].png' | base64 -d > digit.png`]
+    : ["image/png", " -o digit.png"];
+  return `curl -sS --fail-with-body ${serviceUrl()} \\\n  -H 'Content-Type: application/json' -H 'Accept: ${accept}'${key} \\\n  -d '${body}'${end}`;
+}
+
+export function pythonOf(run, index) {
+  const python = JSON.stringify({ ...requestOf(run, index), scale: 8 }).replaceAll(":", ": ").replaceAll(",", ", ");
+  const key = hasKey() ? `headers = {"Authorization": "Bearer " + os.environ["UNFOG_API_KEY"]}\n` : "";
+  return `import base64
+${key ? "import os\n" : ""}
+import httpx
+
+body = ${python}
+${key}response = httpx.post("${serviceUrl()}", json=body, timeout=60${key ? ", headers=headers" : ""})
+image = response.raise_for_status().json()["images"][${index}]
+open("digit.png", "wb").write(base64.b64decode(image["png"]))
+`;
+}
+
+/** Opens the dialog for an image of a finished run. */
+export function openDetail(run, index) {
+  const dialog = find("#detail");
+  const png = run.images[index];
+  const file = bytesOf(png);
+  const isGenerated = run.path === "generate";
+  const link = location.href.split("#", 1)[0] + generateAddress({ ...run.body, seed: run.seed });
+  const button = (text, click, primary) => element("button", { type: "button", class: primary ? "primary" : null, click }, text);
+  const move = (by) => openDetail(run, (index + by + run.count) % run.count);
+  dialog.replaceChildren(
+    element("h2", { id: "detail-title" }, `Image ${index + 1} of ${run.count}`),
+    element(
+      "div",
+      { class: "detail" },
+      element("img", { class: "detail-image", src: pngUrl(png), alt: `Image ${index + 1}`, width: 28, height: 28 }),
+      factList(textChunks(file) ?? {}),
+    ),
+    element(
+      "div",
+      { class: "actions" },
+      button("Download PNG", () => download(fileName(run, index), new Blob([file], { type: "image/png" })), true),
+      isGenerated ? button("Copy as curl", () => copy(curlOf(run, index), "curl command")) : null,
+      isGenerated ? button("Copy as Python", () => copy(pythonOf(run, index), "Python program")) : null,
+      isGenerated ? button("Copy link", () => copy(link, "Link")) : null,
+      run.count > 1 ? button("Previous", () => move(-1)) : null,
+      run.count > 1 ? button("Next", () => move(1)) : null,
+      button("Close", () => dialog.close()),
+    ),
+    element("p", { class: "hint", id: "copied", role: "status" }),
+  );
+  dialog.onkeydown = (event) => {
+    if (run.count > 1 && event.key === "ArrowLeft") move(-1);
+    if (run.count > 1 && event.key === "ArrowRight") move(1);
+  };
+  if (!dialog.open) dialog.showModal();
+  find("button", dialog).focus();
+}
+
+/** Copies a text. Browsers permit this only on secure origins and localhost, so the text is shown if it fails. */
+async function copy(text, name) {
+  const line = find("#copied");
+  try {
+    await navigator.clipboard.writeText(text);
+    line.textContent = `${name} copied.`;
+  } catch {
+    line.replaceChildren("Copy this text:", element("textarea", { rows: 6, cols: 50, readonly: true, "aria-label": name }, text));
+    find("textarea", line).select();
+  }
+}

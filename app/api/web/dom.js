@@ -1,0 +1,68 @@
+// Small helpers for the elements of the page.
+
+export const find = (selector, root = document) => root.querySelector(selector);
+
+/** Creates an element. Attributes whose value is a function become event listeners, and false or null is left out. */
+export function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  setAttributes(made, attributes);
+  made.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+/** Creates an SVG element. */
+export function svg(name, attributes = {}, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  setAttributes(made, attributes);
+  made.append(...children.flat());
+  return made;
+}
+
+function setAttributes(made, attributes) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") made.addEventListener(name, value);
+    else if (value === true) made.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) made.setAttribute(name, value);
+  }
+}
+
+/** Says a text to screen readers. Use it for results, not for each step. */
+export function announce(text) {
+  find("#live").textContent = text;
+}
+
+export const pngUrl = (base64) => `data:image/png;base64,${base64}`;
+
+export const moves = () => !matchMedia("(prefers-reduced-motion: reduce)").matches;
+
+export const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+
+/** Formats a duration in seconds. */
+export function duration(seconds) {
+  if (seconds < 1) return `${Math.round(1000 * seconds)} ms`;
+  return seconds < 100 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
+}
+
+/** Fills a select element with "any digit" and the ten digits, or with the ten digits alone. */
+export function addDigits(select, any = null) {
+  if (any) select.append(element("option", { value: "" }, any));
+  for (let digit = 0; digit < 10; digit++) select.append(element("option", { value: digit }, String(digit)));
+}
+
+/** Offers a file for download. */
+export function download(name, blob) {
+  const url = URL.createObjectURL(blob);
+  const link = element("a", { href: url, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** Reports an output next to a range, now and after each change. */
+export function showValue(input, output, format = String) {
+  const update = () => {
+    output.textContent = format(Number(input.value));
+  };
+  input.addEventListener("input", update);
+  update();
+  return update;
+}

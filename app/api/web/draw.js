@@ -1,0 +1,168 @@
+// The view "Draw": a picture by mouse, finger or file, and the four tasks on it.
+
+import { generateAddress } from "./address.js";
+import { factList } from "./detail.js";
+import { addRealDigits, setDrawing } from "./digits.js";
+import { element, find, showValue } from "./dom.js";
+import { failureBox } from "./failure.js";
+import { Mask, Pad } from "./pad.js";
+import { SIDE, greyOf, textChunks } from "./png.js";
+import { json } from "./service.js";
+import * as tasks from "./tasks.js";
+
+const WAIT = 250; // milliseconds after a stroke until the drawing is sent
+
+let pad;
+let mask;
+let timer = null;
+let task = "recognize";
+let normalised = null; // the promise of the drawing as 784 grey values, until the drawing changes
+
+/** Connects the view. Runs once. */
+export function start() {
+  pad = new Pad(find("#pad"), changed);
+  mask = new Mask(find("#mask"));
+  tasks.start({ pad, mask, grey });
+  find("#pad-undo").addEventListener("click", () => pad.undo());
+  find("#pad-clear").addEventListener("click", () => pad.clear());
+  showValue(find("#pad-width"), find("#pad-width-value"));
+  find("#pad-width").addEventListener("input", (event) => {
+    pad.width = Number(event.target.value);
+  });
+  find("#pad-file").addEventListener("change", (event) => {
+    if (event.target.files[0]) openFile(event.target.files[0]);
+    event.target.value = "";
+  });
+  startTabs();
+  startDrop();
+}
+
+let hasDigits = false;
+
+export function open() {
+  if (hasDigits) return;
+  hasDigits = true;
+  addRealDigits(find("#pad-digits"), (_, values) => pad.setGrey(values));
+  run();
+}
+
+function startTabs() {
+  const tabs = [...document.querySelectorAll("[role=tab]")];
+  const select = (tab) => {
+    task = tab.id.replace("tab-", "");
+    for (const each of tabs) {
+      each.setAttribute("aria-selected", each === tab);
+      each.tabIndex = each === tab ? 0 : -1;
+      find(`#task-${each.id.replace("tab-", "")}`).hidden = each !== tab;
+    }
+    run();
+  };
+  for (const [place, tab] of tabs.entries()) {
+    tab.addEventListener("click", () => select(tab));
+    tab.addEventListener("keydown", (event) => {
+      const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!by) return;
+      const next = tabs[(place + by + tabs.length) % tabs.length];
+      next.focus();
+      select(next);
+    });
+  }
+  select(tabs[0]);
+}
+
+/** The drawing has changed: shows the result of the selected task after a short pause. */
+function changed() {
+  normalised = null;
+  find("#provenance").hidden = true;
+  clearTimeout(timer);
+  timer = setTimeout(run, WAIT);
+}
+
+function run() {
+  if (!find("#draw").hidden) tasks.drawingChanged(task);
+}
+
+/** Returns the drawing as 784 grey values in the form of MNIST. The service fits it: /edit with strength 0 returns it. */
+function grey() {
+  normalised ??= fit();
+  normalised.catch(() => {
+    normalised = null; // so that the next call tries again
+  });
+  return normalised;
+}
+
+async function fit() {
+  if (pad.isEmpty) return null;
+  const values = pad.exact ?? (await greyOf((await json("edit", { ...pad.picture, strength: 0 })).images[0].png));
+  setDrawing(values);
+  return values;
+}
+
+function startDrop() {
+  const isActive = () => !find("#draw").hidden;
+  addEventListener("dragover", (event) => {
+    if (!isActive()) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+  addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) document.body.classList.remove("dropping");
+  });
+  addEventListener("drop", (event) => {
+    document.body.classList.remove("dropping");
+    if (!isActive()) return;
+    event.preventDefault();
+    if (event.dataTransfer.files[0]) openFile(event.dataTransfer.files[0]);
+  });
+  addEventListener("paste", (event) => {
+    const file = event.clipboardData?.files[0];
+    if (isActive() && file) openFile(file);
+  });
+}
+
+/** Shows a picture file, and what its text chunks say if this service has made it. */
+async function openFile(file) {
+  const box = find("#provenance");
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    const detail = "The file is not a picture that this browser can read";
+    box.replaceChildren(failureBox({ code: "invalid_image", detail }, null));
+    box.hidden = false;
+    return;
+  }
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  if (bitmap.width === SIDE && bitmap.height === SIDE) pad.setGrey(await greyOfBitmap(bitmap));
+  else pad.setPicture(bitmap);
+  showProvenance(textChunks(bytes));
+}
+
+async function greyOfBitmap(bitmap) {
+  const canvas = element("canvas", { width: SIDE, height: SIDE });
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  return greyOf(canvas.toDataURL("image/png").split(",", 2)[1]);
+}
+
+function showProvenance(chunks) {
+  const box = find("#provenance");
+  const isOwn = chunks?.Software?.startsWith("unfog ") && chunks["Model-SHA256"];
+  box.hidden = !isOwn;
+  if (!isOwn) return;
+  const isGenerated = !chunks.Task && /^[0-9]$/.test(chunks.Digit) && /^[0-9]+$/.test(chunks.Seed);
+  const index = Number.parseInt(chunks.Index?.split("-").at(-1), 10) || 0;
+  const address = generateAddress({
+    digit: chunks.Digit, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
+    sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"],
+    ...(tasks.modelName(chunks["Model-SHA256"]) ? { model: tasks.modelName(chunks["Model-SHA256"]) } : {}),
+  });
+  const note = tasks.modelName(chunks["Model-SHA256"]) ? "" : "Another model made this picture, so the same parameters give another image here.";
+  box.replaceChildren(
+    element("h2", {}, "This picture was made by unfog"),
+    factList(chunks),
+    ...(note ? [element("p", { class: "hint" }, note)] : []),
+    isGenerated
+      ? element("button", { type: "button", click: () => { location.hash = address; } }, "Use these parameters")
+      : element("p", { class: "hint" }, "It is the result of a task with another picture."),
+  );
+}

@@ -1,0 +1,207 @@
+// The view "Generate": the form, the stage with the running request, and its state in the address.
+
+import { generateAddress, generateFields } from "./address.js";
+import { element, download, find, moves, plural, showValue } from "./dom.js";
+import { fileName, openDetail } from "./detail.js";
+import { failureBox } from "./failure.js";
+import * as history from "./history.js";
+import { bytesOf, draw, SIDE } from "./png.js";
+import { Run } from "./run.js";
+import { about } from "./service.js";
+import { Stage } from "./stage.js";
+import { zip } from "./zip.js";
+
+const COUNTS = [1, 4, 9, 16, 64];
+const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM++" };
+const MAX_SEED = 2 ** 53 - 1;
+const NEW_SEEDS = 1_000_000; // new seeds are below this number, so that people can read and type them
+const NARROW = 820; // pixels; in narrower windows the images are below the form (see base.css)
+
+let form;
+let stage;
+let models = [];
+let limits = { count: 64 };
+let changed = new Set(); // fields that the user has set; the others have the defaults of the model
+let run = null;
+
+/** Connects the form. Runs once. */
+export function start() {
+  form = find("#generate-form");
+  stage = new Stage(find("#generate-stage"), { open: openDetail, retry: submitAgain, extra: zipButton });
+  for (let digit = 0; digit < 10; digit++) find("#digit-keys").append(choice("digit", digit, digit, digit === 7));
+  for (const count of COUNTS) find("#count-chips").append(chip(count));
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    generate(bodyOfForm());
+  });
+  form.addEventListener("change", (event) => {
+    changed.add(event.target.name);
+    if (event.target.name === "model" || event.target.name === "sampler") applyModel();
+  });
+  find("#dice").addEventListener("click", () => {
+    form.seed.value = newSeed();
+  });
+  find("#generate-reset").addEventListener("click", reset);
+  showValue(form.num_steps, find("#num-steps-value"));
+  showValue(form.guidance_scale, find("#guidance-value"), guidanceText);
+  document.addEventListener("keydown", chooseDigit);
+  history.start();
+  showEmpty();
+}
+
+/** Shows the view with the parameters of the address. A seed in it starts the run. */
+export async function open(parameters) {
+  const wanted = generateFields(parameters);
+  try {
+    await loadModels();
+  } catch (error) {
+    find("#generate-stage").replaceChildren(failureBox(error, () => open(parameters)));
+    return;
+  }
+  if (Object.keys(wanted).length) fill(wanted);
+  const isShown = run && generateAddress(wanted) === generateAddress(run.body);
+  if (wanted.seed !== undefined && wanted.digit !== undefined && !isShown) generate(bodyOfForm());
+}
+
+async function loadModels() {
+  if (models.length) return;
+  ({ models, limits } = await about());
+  form.count.max = limits.count;
+  for (const button of find("#count-chips").children) button.hidden = button.value > limits.count;
+  find("#model-choice").replaceChildren(...models.map(({ name }, place) => choice("model", name, name, !place)));
+  find("#model-choice").parentNode.hidden = models.length < 2;
+  applyModel();
+  find("#generate-button").disabled = false;
+}
+
+function choice(name, value, text, checked = false) {
+  const input = element("input", { type: "radio", name, value, checked });
+  return element("label", {}, input, element("span", {}, String(text)));
+}
+
+function chip(count) {
+  const set = () => {
+    form.count.value = count;
+  };
+  return element("button", { type: "button", class: "small", value: count, click: set, "aria-label": plural(count, "image") }, String(count));
+}
+
+const guidanceText = (scale) => {
+  const recommended = model()?.guidance_scale[form.sampler?.value];
+  if (scale === 1) return "off";
+  return `${scale}${scale === recommended ? " (recommended)" : ""}`;
+};
+
+const model = () => models.find(({ name }) => name === form.model?.value) ?? models[0];
+
+/** Offers what the model permits, and sets the fields that the user has not set to its defaults. */
+function applyModel() {
+  const { samplers, steps, max_steps, default_steps, guidable, guidance_scale } = model();
+  const sampler = changed.has("sampler") && samplers.includes(form.sampler?.value) ? form.sampler.value : samplers[0];
+  const choices = Object.keys(SAMPLER_NAMES).map((name) => {
+    const made = choice("sampler", name, SAMPLER_NAMES[name], name === sampler);
+    made.firstChild.disabled = !samplers.includes(name);
+    return made;
+  });
+  const focused = document.activeElement?.name === "sampler";
+  find("#sampler-choice").replaceChildren(...choices);
+  if (focused) find("input:checked", find("#sampler-choice")).focus();
+  form.num_steps.max = steps.length ? Math.max(...steps) : max_steps;
+  form.num_steps.min = steps.length ? Math.min(...steps) : 1;
+  form.num_steps.disabled = steps.length === 1;
+  if (!changed.has("num_steps") || steps.length) form.num_steps.value = default_steps;
+  form.guidance_scale.disabled = !guidable;
+  if (!guidable) form.guidance_scale.value = 1;
+  else if (!changed.has("guidance_scale")) form.guidance_scale.value = guidance_scale[sampler];
+  for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
+}
+
+/** Sets the form to the fields of a request. */
+function fill(body) {
+  changed = new Set(Object.keys(body));
+  if (body.model && models.some(({ name }) => name === body.model)) form.model.value = body.model;
+  applyModel();
+  if (body.sampler && model().samplers.includes(body.sampler)) form.sampler.value = body.sampler;
+  applyModel();
+  for (const name of ["digit", "count", "num_steps", "guidance_scale", "seed"]) {
+    if (body[name] !== undefined && !form[name].disabled) form[name].value = body[name];
+  }
+  for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
+}
+
+function bodyOfForm() {
+  const body = {
+    digit: Number(form.digit.value),
+    count: Math.min(Math.max(1, Math.round(Number(form.count.value)) || 1), limits.count),
+    num_steps: Number(form.num_steps.value),
+    sampler: form.sampler.value,
+    guidance_scale: Number(form.guidance_scale.value),
+    model: model().name,
+  };
+  form.count.value = body.count;
+  const isSeed = /^[0-9]+$/.test(form.seed.value) && Number(form.seed.value) <= MAX_SEED;
+  if (!isSeed) form.seed.value = "";
+  body.seed = isSeed ? Number(form.seed.value) : newSeed();
+  return body;
+}
+
+const newSeed = () => Math.floor(Math.random() * NEW_SEEDS);
+
+/** Sends a request, shows it, and puts it into the address. */
+async function generate(body) {
+  run?.cancel();
+  const own = new Run("generate", body);
+  run = own;
+  const address = generateAddress(body);
+  if (address !== location.hash) window.history.pushState(null, "", address);
+  stage.show(own);
+  if (window.innerWidth <= NARROW) find("#generate-stage").scrollIntoView({ behavior: moves() ? "smooth" : "auto" });
+  await own.start();
+  if (own.state === "done") history.remember(own);
+}
+
+function submitAgain() {
+  generate(run.body);
+}
+
+function zipButton(finished) {
+  const save = () => {
+    const files = finished.images.map((png, index) => [fileName(finished, index), bytesOf(png)]);
+    download(`digit-${finished.body.digit}-seed-${finished.seed}.zip`, zip(files));
+  };
+  const keep = () => {
+    form.seed.value = finished.seed;
+  };
+  return [
+    element("button", { type: "button", class: "small", click: keep }, "Keep this seed"),
+    finished.count > 1 ? element("button", { type: "button", class: "small", click: save }, "Download all (ZIP)") : null,
+  ];
+}
+
+function reset() {
+  changed = new Set();
+  form.reset();
+  find('input[name="digit"][value="7"]', form).checked = true;
+  if (models.length) applyModel();
+}
+
+/** Chooses a digit by its key, unless the user is typing. */
+function chooseDigit(event) {
+  const isTyping = event.target.matches?.('input:not([type="radio"]):not([type="range"]), select, textarea');
+  if (find("#generate").hidden || isTyping || event.ctrlKey || event.metaKey || event.altKey || find("dialog[open]")) return;
+  if (/^[0-9]$/.test(event.key)) find(`input[name="digit"][value="${event.key}"]`, form).click();
+}
+
+function showEmpty() {
+  const canvas = element("canvas", { width: SIDE, height: SIDE, role: "img", "aria-label": "An image of noise" });
+  draw(canvas, Float32Array.from({ length: SIDE * SIDE }, () => 127 + 127 * gaussian()));
+  const text = "Choose a digit and press Generate. The model starts from noise like this, and removes a little of it in each step.";
+  find("#generate-stage").replaceChildren(
+    element("div", { class: "panel empty" }, canvas, element("div", {}, element("h2", {}, "Every digit starts as noise"), element("p", {}, text))),
+  );
+}
+
+/** Returns a sample of the standard normal distribution (Box & Muller 1958). */
+export function gaussian() {
+  return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+}

@@ -1,0 +1,54 @@
+// The list of earlier runs. It has the parameters and the first image of each, and stays in this browser.
+
+import { generateAddress } from "./address.js";
+import { element, find, pngUrl } from "./dom.js";
+
+const NAME = "unfog-history";
+const MOST = 24;
+
+function read() {
+  try {
+    return JSON.parse(localStorage.getItem(NAME)) ?? [];
+  } catch {
+    return [];
+  }
+}
+
+function write(entries) {
+  try {
+    localStorage.setItem(NAME, JSON.stringify(entries));
+  } catch {
+    // The storage is full or not permitted. The history is then not kept.
+  }
+}
+
+/** Adds a finished run to the history. */
+export function remember(run) {
+  const address = generateAddress({ ...run.body, seed: run.seed });
+  const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${run.count} images, seed ${run.seed}` };
+  write([entry, ...read().filter((each) => each.address !== address)].slice(0, MOST));
+  show();
+}
+
+/** Shows the history. */
+export function show() {
+  const entries = read();
+  find("#history").hidden = !entries.length;
+  const items = entries.map(({ address, png, text }) => {
+    const image = element("img", { src: pngUrl(png), alt: "", width: 28, height: 28 });
+    const go = () => {
+      location.hash = address;
+    };
+    return element("li", {}, element("button", { type: "button", "aria-label": text, title: text, click: go }, image));
+  });
+  find("#history-list").replaceChildren(...items);
+}
+
+/** Connects the button that removes the history. */
+export function start() {
+  find("#history-clear").addEventListener("click", () => {
+    write([]);
+    show();
+  });
+  show();
+}

@@ -1,0 +1,60 @@
+// Reads the text chunks of a PNG file, and converts between pictures and 28 x 28 grey values.
+
+export const SIDE = 28;
+
+const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
+
+/** Returns the text chunks (tEXt) of a PNG file as an object, or null if the bytes are not a PNG file. */
+export function textChunks(bytes) {
+  if (!SIGNATURE.every((byte, place) => bytes[place] === byte)) return null;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const latin = new TextDecoder("latin1");
+  const chunks = {};
+  for (let at = 8; at + 12 <= bytes.length; ) {
+    const length = view.getUint32(at);
+    if (at + 12 + length > bytes.length) break;
+    if (latin.decode(bytes.subarray(at + 4, at + 8)) === "tEXt") {
+      const [key, value] = latin.decode(bytes.subarray(at + 8, at + 8 + length)).split("\0", 2);
+      chunks[key] = value ?? "";
+    }
+    at += 12 + length;
+  }
+  return chunks;
+}
+
+export function bytesOf(base64) {
+  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+}
+
+/** Returns a canvas of 28 x 28 pixels with these grey values, which are clipped to 0 to 255. */
+export function canvasOf(grey) {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = SIDE;
+  draw(canvas, grey);
+  return canvas;
+}
+
+/** Draws grey values on a canvas of 28 x 28 pixels. */
+export function draw(canvas, grey) {
+  const context = canvas.getContext("2d");
+  const image = context.createImageData(SIDE, SIDE);
+  for (let i = 0; i < grey.length; i++) {
+    image.data[4 * i] = image.data[4 * i + 1] = image.data[4 * i + 2] = grey[i]; // clipped and rounded by the array
+    image.data[4 * i + 3] = 255;
+  }
+  context.putImageData(image, 0, 0);
+}
+
+/** Returns the PNG file of a canvas in base64. */
+export const base64Of = (canvas) => canvas.toDataURL("image/png").split(",", 2)[1];
+
+/** Returns the 784 grey values of a PNG file in base64. */
+export async function greyOf(base64) {
+  const bitmap = await createImageBitmap(new Blob([bytesOf(base64)], { type: "image/png" }));
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = SIDE;
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, 0, SIDE, SIDE);
+  const { data } = context.getImageData(0, 0, SIDE, SIDE);
+  return Float32Array.from({ length: SIDE * SIDE }, (_, i) => data[4 * i]);
+}

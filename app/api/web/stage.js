@@ -1,0 +1,211 @@
+// Shows a run: its images while they emerge, progress and cancel, then the scrubber over every step.
+
+import { element, announce, duration, moves, plural, pngUrl } from "./dom.js";
+import { failureBox } from "./failure.js";
+
+const FRAMES_PER_SECOND = 25; // of the playback
+const CALM_MILLISECONDS = 1000; // time between two updates if the user prefers reduced motion
+
+export class Stage {
+  /** `open(run, index)` is called for a click on a finished image, and `retry()` by the button after an error. */
+  constructor(root, { open, retry, extra = () => null }) {
+    Object.assign(this, { root, open, retry, extra });
+    this.run = null;
+  }
+
+  /** Shows a run from now on. */
+  show(run) {
+    this.stop();
+    this.run = run;
+    this.position = null; // index of the frame on the scrubber; null: the newest one
+    this.build();
+    const update = () => this.schedule();
+    run.addEventListener("change", update);
+    const timer = setInterval(update, 500); // for the time left
+    this.unwatch = () => {
+      run.removeEventListener("change", update);
+      clearInterval(timer);
+    };
+    this.update();
+  }
+
+  stop() {
+    this.unwatch?.();
+    this.unwatch = null;
+    clearInterval(this.player);
+    this.player = null;
+  }
+
+  build() {
+    const { count } = this.run;
+    const columns = Math.ceil(Math.sqrt(count));
+    const pane = (name, text, open) => {
+      const images = Array.from({ length: count }, (_, index) => {
+        const image = element("img", { alt: "", width: 28, height: 28 });
+        if (!open) return element("div", { class: "tile" }, image);
+        return element("button", { type: "button", class: "tile", disabled: true, click: () => open(index) }, image);
+      });
+      const grid = element("div", { class: "grid" }, images);
+      grid.style.setProperty("--columns", columns);
+      const caption = element("figcaption", {}, text);
+      const figure = element("figure", { class: "pane" }, grid, caption);
+      return { figure, text: caption, images: images.map((each) => each.firstChild), tiles: images, name, shown: [] };
+    };
+    this.panes = {
+      xt: pane("xt", "x_t: the noisy image"),
+      x0: pane("x0", "x_0: the prediction", (index) => this.open(this.run, index)),
+    };
+    this.line = element("div", { class: "run-line" });
+    this.bar = element("progress", { max: 1, value: 0, "aria-label": "Progress of the images" });
+    this.slider = element("input", { type: "range", min: 0, "aria-label": "Step", input: () => this.seek() });
+    this.play = element("button", { type: "button", class: "small", click: () => this.togglePlay() }, "Play");
+    this.at = element("output");
+    this.scrubber = element("div", { class: "scrubber", hidden: true }, this.play, this.slider, this.at);
+    this.footer = element("div", { class: "run-line" });
+    this.panesRow = element("div", { class: "panes" }, this.panes.xt.figure, this.panes.x0.figure);
+    this.problem = element("div");
+    this.root.replaceChildren(
+      element("div", { class: "panel run" }, this.line, this.bar, this.problem, this.scrubber, this.panesRow, this.footer),
+    );
+    this.shownState = null;
+    this.choosePanes();
+  }
+
+  /** Updates the page before the next frame of the display, so that many events cost one update. */
+  schedule() {
+    if (this.isScheduled) return;
+    this.isScheduled = true;
+    const update = () => {
+      this.isScheduled = false;
+      if (this.run) this.update();
+    };
+    if (moves() || !this.run.isActive) requestAnimationFrame(update);
+    else setTimeout(update, CALM_MILLISECONDS);
+  }
+
+  update() {
+    const { run } = this;
+    this.bar.value = run.progress;
+    this.bar.hidden = !run.isActive;
+    this.line.hidden = !run.isActive;
+    if (run.isActive) this.showProgress();
+    if (this.position === null) this.showFrame(run.frames.length - 1);
+    if (run.state !== this.shownState) this.showState();
+  }
+
+  showProgress() {
+    const { run } = this;
+    const last = run.frames.at(-1);
+    const left = run.secondsLeft;
+    const parts = [
+      run.state === "sent" && "Sending the request",
+      run.state === "queued" && (run.facts.position ? `${plural(run.facts.position, "image")} ahead in the queue` : "Starting"),
+      run.state === "running" && `Step ${last.step} of ${last.of}`,
+      left !== null && left > 0.5 && `about ${Math.ceil(left)} s left`,
+    ].filter(Boolean);
+    this.status ??= element("span");
+    this.cancelButton ??= element("button", { type: "button", class: "small", click: () => this.run.cancel() }, "Cancel");
+    this.status.textContent = parts.join(", ");
+    if (!this.status.isConnected || this.status.parentNode !== this.line) {
+      this.line.replaceChildren(this.status, element("span", { class: "grow" }), this.cancelButton);
+    }
+  }
+
+  showState() {
+    const { run } = this;
+    this.shownState = run.state;
+    this.choosePanes();
+    if (run.isActive) return;
+    this.scrubber.hidden = run.frames.length < 2;
+    this.slider.max = run.frames.length - 1;
+    this.slider.value = this.slider.max;
+    this.describePosition(run.frames.length - 1);
+    this.panes.x0.tiles.forEach((tile, index) => {
+      tile.disabled = !run.images[index];
+      tile.setAttribute("aria-label", `Image ${index + 1} of ${run.count}: details`);
+    });
+    this.footer.replaceChildren();
+    if (run.state === "done") this.showResult();
+    else if (run.state === "cancelled") this.showCancelled();
+    else this.problem.replaceChildren(failureBox(run.error, this.retry));
+  }
+
+  showResult() {
+    const { run } = this;
+    const calls = run.result.evaluations ? `, ${plural(run.result.evaluations, "network call")} each` : "";
+    const seconds = run.result.timing.total_seconds;
+    this.footer.replaceChildren(
+      element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}${calls}. Seed `, element("span", { class: "mono" }, String(run.seed))),
+      element("span", { class: "grow" }),
+      ...[this.extra(run)].flat().filter(Boolean),
+    );
+    announce(`${plural(run.count, "image")} finished in ${duration(seconds)}`);
+  }
+
+  showCancelled() {
+    const text = `Cancelled after ${plural(this.run.frames.at(-1)?.step ?? 0, "step")}. The service has stopped the work.`;
+    this.problem.replaceChildren(
+      element("div", { class: "actions" }, element("p", {}, text), element("button", { type: "button", click: this.retry }, "Run again")),
+    );
+    announce(text);
+  }
+
+  /** Shows a frame. The frame after the last step has the finished images. */
+  showFrame(index) {
+    const { run } = this;
+    const frame = run.frames[index];
+    if (!frame && !run.images.some(Boolean)) return;
+    const isLast = index === run.frames.length - 1;
+    const finished = (name, place) => (isLast || !frame ? run.images[place] : null) ?? frame?.[name][place];
+    for (const { name, images, shown } of Object.values(this.panes)) {
+      images.forEach((image, place) => {
+        const png = finished(name, place);
+        if (!png || shown[place] === png) return;
+        shown[place] = png;
+        image.src = pngUrl(png);
+        image.alt = name === "xt" ? `noisy image ${place + 1}` : `image ${place + 1}`;
+      });
+    }
+  }
+
+  describePosition(index) {
+    const frame = this.run.frames[index];
+    if (!frame) return;
+    this.at.textContent = `${frame.step} / ${frame.of}`;
+    this.slider.setAttribute("aria-valuetext", `step ${frame.step} of ${frame.of}`);
+  }
+
+  seek() {
+    this.position = Number(this.slider.value);
+    this.showFrame(this.position);
+    this.describePosition(this.position);
+    this.choosePanes();
+  }
+
+  togglePlay() {
+    if (this.player) {
+      clearInterval(this.player);
+      this.player = null;
+      this.play.textContent = "Play";
+      return;
+    }
+    if (this.slider.value === this.slider.max) this.slider.value = 0;
+    this.play.textContent = "Pause";
+    const advance = () => {
+      this.slider.value = Number(this.slider.value) + 1;
+      this.seek();
+      if (this.slider.value === this.slider.max) this.togglePlay();
+    };
+    this.player = setInterval(advance, 1000 / FRAMES_PER_SECOND);
+  }
+
+  /** Shows x_t next to x_0, except for finished images, where both are equal. */
+  choosePanes() {
+    const { run } = this;
+    const isLast = this.position === null || this.position === run.frames.length - 1;
+    const isAlone = run.state === "done" && isLast;
+    this.panes.xt.figure.hidden = isAlone;
+    this.panesRow.dataset.panes = isAlone ? 1 : 2;
+    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}` : "x_0: the prediction";
+  }
+}

@@ -1,0 +1,161 @@
+// The four tasks of the view "Draw": recognise, remove noise, fill in and redraw.
+
+import { bar } from "./chart.js";
+import { openDetail } from "./detail.js";
+import { addDigits, announce, element, find, pngUrl, showValue } from "./dom.js";
+import { failureBox } from "./failure.js";
+import { gaussian } from "./generate.js";
+import { SIDE, base64Of, bytesOf, canvasOf, greyOf, textChunks } from "./png.js";
+import { Run } from "./run.js";
+import { about, json } from "./service.js";
+import { Stage } from "./stage.js";
+
+const COUNT = 4; // images of /inpaint and /edit
+
+let pad;
+let mask;
+let grey;
+let models = [];
+let request = null; // the running call of /recognize
+const runs = {}; // task -> the newest Run
+
+/** Connects the controls. `grey()` returns the drawing as 784 grey values, or null. */
+export function start(parts) {
+  ({ pad, mask, grey } = parts);
+  addDigits(find("#inpaint-digit"), "the model decides");
+  addDigits(find("#edit-digit"), "as in the sketch");
+  showValue(find("#noise-std"), find("#noise-std-value"));
+  showValue(find("#strength"), find("#strength-value"), (value) => value.toFixed(2));
+  find("#denoise-run").addEventListener("click", () => withDrawing("denoise", denoise));
+  find("#inpaint-run").addEventListener("click", () => withDrawing("inpaint", inpaint));
+  find("#edit-run").addEventListener("click", () => withDrawing("edit", edit));
+  find("#mask-clear").addEventListener("click", () => mask.set(() => false));
+  find("#mask-half").addEventListener("click", () => mask.set((x, y) => y >= SIDE / 2));
+}
+
+/** Returns the name of the served model with this digest, or null. */
+export const modelName = (sha256) => models.find((each) => each.sha256 === sha256)?.name ?? null;
+
+/** Shows what the drawing means for a task: the recognised digit, or the picture under the mask. */
+export async function drawingChanged(task) {
+  about().then((answer) => {
+    models = answer.models;
+  }, () => {});
+  if (task === "recognize") await recognize();
+  if (task === "inpaint" && !pad.isEmpty) {
+    await guarded("inpaint", async () => mask.setGrey((await grey()) ?? new Float32Array(SIDE * SIDE)));
+  }
+  for (const name of ["denoise", "inpaint", "edit"]) {
+    if (pad.isEmpty && !runs[name]) showHint(name, "Draw a digit first.");
+  }
+}
+
+const resultOf = (task) => find(`#${task}-result`);
+const showHint = (task, text) => resultOf(task).replaceChildren(element("p", { class: "hint" }, text));
+
+/** Runs `work`. Shows its error in the result of the task. */
+async function guarded(task, work) {
+  try {
+    await work();
+  } catch (error) {
+    if (error.name !== "AbortError") resultOf(task).replaceChildren(failureBox(error, () => guarded(task, work)));
+  }
+}
+
+async function withDrawing(task, work) {
+  if (pad.isEmpty) showHint(task, "Draw a digit first.");
+  else await guarded(task, work);
+}
+
+async function recognize() {
+  request?.abort();
+  if (pad.isEmpty) {
+    showBars(null);
+    return;
+  }
+  const own = new AbortController();
+  request = own;
+  await guarded("recognize", async () => {
+    const answer = await json("recognize", pad.picture, own.signal);
+    if (request === own) showBars(answer);
+  });
+}
+
+function showBars(answer) {
+  const probabilities = answer?.probabilities ?? new Array(10).fill(0);
+  const rows = probabilities.flatMap((value, digit) => {
+    const isBest = digit === answer?.digit;
+    return [
+      element("span", { class: `name${isBest ? " best" : ""}` }, String(digit)),
+      bar(value, isBest),
+      element("span", { class: "value" }, answer ? `${(100 * value).toFixed(1)}%` : ""),
+    ];
+  });
+  const verdict = answer
+    ? element("p", { class: "verdict" }, element("strong", {}, String(answer.digit)), answer.is_digit ? "" : "This is probably not a digit. The closest one is shown.")
+    : element("p", { class: "hint" }, "Draw a digit. The result appears after each stroke.");
+  const facts = answer
+    ? `${answer.evaluations} network calls in ${Math.round(1000 * answer.timing.denoise_seconds)} ms`
+    : "";
+  resultOf("recognize").replaceChildren(verdict, element("div", { class: "bars" }, rows), element("p", { class: "hint" }, facts));
+  if (answer) announce(`Recognised: ${answer.digit}, ${Math.round(100 * Math.max(...probabilities))} percent`);
+}
+
+/** Starts a streamed task and shows its images in `root`. */
+function startRun(task, body, root, digitText) {
+  runs[task]?.cancel();
+  const run = new Run(task, body);
+  runs[task] = run;
+  const again = () => startRun(task, body, root, digitText);
+  const extra = (finished) => element("span", {}, digitText(textChunks(bytesOf(finished.images[0])).Digit));
+  new Stage(root, { open: openDetail, retry: again, extra }).show(run);
+  return run.start();
+}
+
+const chosen = (id) => (find(id).value === "" ? {} : { digit: Number(find(id).value) });
+const found = (digit) => (digit === "none" ? "" : `Digit: ${digit}`);
+
+async function denoise() {
+  const clean = await grey();
+  const std = Number(find("#noise-std").value);
+  const noisy = canvasOf(clean.map((value) => value + std * gaussian()));
+  const body = { image: base64Of(noisy), invert: false, fit: "resize" };
+  const mean = await json("denoise", { ...body, mode: "mean" });
+  const tile = (source, text) =>
+    element("figure", {}, element("div", { class: "tile" }, element("img", { src: source, alt: text, width: SIDE, height: SIDE })), element("figcaption", {}, text));
+  const [noisyGrey, meanGrey] = await Promise.all([base64Of(noisy), mean.images[0].png].map(greyOf));
+  const sample = element("div");
+  resultOf("denoise").replaceChildren(
+    element(
+      "div",
+      { class: "tiles" },
+      tile(canvasOf(clean).toDataURL(), "your drawing"),
+      tile(noisy.toDataURL(), `with noise, ${psnr(clean, noisyGrey)}`),
+      tile(pngUrl(mean.images[0].png), `mean of all possible digits, ${psnr(clean, meanGrey)}`),
+    ),
+    element("p", {}, `Estimated noise: ${mean.noise_std.toFixed(1)} grey levels. Below: one possible digit, step by step.`),
+    sample,
+  );
+  await startRun("denoise", { ...body, seed: 1 }, sample, found);
+}
+
+function psnr(clean, other) {
+  const error = clean.reduce((sum, value, place) => sum + (value - other[place]) ** 2, 0) / clean.length;
+  return error ? `${(10 * Math.log10(255 ** 2 / error)).toFixed(1)} dB` : "no error";
+}
+
+async function inpaint() {
+  const values = await grey();
+  mask.setGrey(values);
+  if (mask.isEmpty) {
+    showHint("inpaint", "Paint over the part to fill in, or press Mark the lower half.");
+    return;
+  }
+  const body = { image: base64Of(canvasOf(values)), mask: mask.base64, invert: false, count: COUNT, ...chosen("#inpaint-digit") };
+  await startRun("inpaint", body, resultOf("inpaint"), found);
+}
+
+async function edit() {
+  const body = { ...pad.picture, strength: Number(find("#strength").value), count: COUNT, ...chosen("#edit-digit") };
+  await startRun("edit", body, resultOf("edit"), found);
+}
