@@ -1,0 +1,94 @@
+"""Fixtures: a headless Chromium and pages in it. Every page fails its test for console errors and foreign requests."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect, sync_playwright
+
+from tests.e2e.service import Service
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
+WAIT_MS = 60_000  # time limit for an expected change; not a performance limit
+expect.set_options(timeout=WAIT_MS)
+
+
+@dataclass
+class Watched:
+    """What a page has reported. `expected` are parts of console messages that the test causes."""
+
+    errors: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    expected: list[str] = field(default_factory=list)
+
+    def unexpected(self) -> list[str]:
+        return [text for text in self.errors if not any(part in text for part in self.expected)]
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Starts Chromium once for each file. Playwright's event loop must not stay in the process for other tests."""
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        pytest.skip(f"needs a browser: {', '.join(PROGRAMS)}")
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not run as root
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield started
+        started.close()
+
+
+@contextmanager
+def page_of(context: BrowserContext, url: str, watched: Watched) -> Iterator[Page]:
+    """Opens a page. Afterwards fails for console errors, uncaught errors, and requests to another origin."""
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+
+    def on_console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            watched.errors.append(f"{message.text} {message.location.get('url', '')}")
+
+    def on_request(request: Request) -> None:
+        if not request.url.startswith((url, "data:", "blob:")):
+            watched.foreign.append(request.url)
+
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: watched.errors.append(str(error)))
+    page.on("request", on_request)
+    yield page
+    page.close()
+    assert watched.unexpected() == []
+    assert watched.foreign == []
+
+
+@pytest.fixture
+def watched() -> Watched:
+    return Watched()
+
+
+@pytest.fixture
+def open_page(browser: Browser, watched: Watched) -> Iterator[Open]:
+    """Returns a function that opens a view of a service in a new browser context."""
+    opened: list[Any] = []
+
+    def open_view(service: Service, hash_: str = "", **options: Any) -> Page:
+        context = browser.new_context(**{"viewport": DESKTOP, "color_scheme": "light", **options})
+        context.set_default_timeout(WAIT_MS)
+        manager = page_of(context, service.url, watched)
+        page = manager.__enter__()
+        opened.append((manager, context))
+        page.goto(f"{service.url}/{hash_}")
+        return page
+
+    yield open_view
+    for manager, context in opened:
+        manager.__exit__(None, None, None)
+        context.close()

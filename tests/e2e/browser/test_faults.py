@@ -1,0 +1,68 @@
+"""The page while the service is gone, stops during a run, or accepts no requests."""
+
+import re
+import signal
+import socket
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.e2e.browser.conftest import Open, Watched
+from tests.e2e.browser.views import generate, predictions, wait_until_finished
+from tests.e2e.conftest import Start
+
+LOST = [
+    "ERR_CONNECTION_REFUSED",
+    "ERR_CONNECTION_RESET",
+    "ERR_EMPTY_RESPONSE",
+    "ERR_INCOMPLETE_CHUNKED_ENCODING",
+    "503",
+]
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_service_that_is_gone_and_back_is_announced(start: Start, open_page: Open, watched: Watched, port: str) -> None:
+    watched.expected += LOST
+    service = start(UNFOG_PORT=port)
+    page = open_page(service)
+    expect(page.locator('input[name="model"]')).to_have_count(1)
+    expect(page.locator("#banner")).to_be_hidden()
+    assert service.stop() == 0
+    expect(page.locator("#banner")).to_contain_text("The service does not answer")
+    generate(page, digit="1", count="1", num_steps="4", seed="1")
+    expect(page.get_by_role("heading", name="The service does not answer")).to_be_visible()
+    back = start(UNFOG_PORT=port)
+    expect(page.locator("#banner")).to_be_hidden()
+    page.get_by_role("button", name="Try again").click()
+    wait_until_finished(page)
+    assert predictions(page) == back.images(digit=1, num_steps=4, seed=1)
+
+
+def test_broken_stream_keeps_the_steps_and_offers_the_same_images(
+    start: Start, open_page: Open, watched: Watched, port: str
+) -> None:
+    watched.expected += LOST
+    service = start(UNFOG_PORT=port, UNFOG_REQUEST_TIMEOUT="300", UNFOG_MAX_BATCH="1")
+    page = open_page(service)
+    generate(page, digit="5", count="16", num_steps="100", seed="9")
+    expect(page.get_by_text(re.compile(r"Step ([3-9]|\d\d) of 100"))).to_be_visible()
+    service.process.signal(signal.SIGKILL)
+    expect(page.get_by_role("heading", name="The connection broke")).to_be_visible()
+    expect(page.get_by_role("slider", name="Step", exact=True)).to_be_visible()
+    back = start(UNFOG_PORT=port, UNFOG_REQUEST_TIMEOUT="300", UNFOG_MAX_BATCH="16")
+    page.get_by_role("button", name="Try again").click()
+    wait_until_finished(page)
+    assert predictions(page) == back.images(digit=5, count=16, seed=9)
+
+
+def test_deadline_is_explained(start: Start, open_page: Open) -> None:
+    service = start(UNFOG_REQUEST_TIMEOUT="0.2", UNFOG_MAX_BATCH="1")
+    page = open_page(service)
+    generate(page, digit="5", count="64", num_steps="100", seed="9")
+    expect(page.get_by_role("heading", name="The images took too long")).to_be_visible()

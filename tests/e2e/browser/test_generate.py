@@ -1,0 +1,203 @@
+"""The view Generate: images emerge, the scrubber, cancel, the address, the dialog of an image, files, errors."""
+
+import base64
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import expect
+
+from tests.e2e.browser.conftest import PHONE, Open, Watched
+from tests.e2e.browser.views import generate, noisy, predictions, wait_until_finished
+from tests.e2e.conftest import Start
+from tests.e2e.process import wait_until
+from tests.e2e.service import Service, pngs
+
+BODY = {
+    "digit": 4,
+    "count": 3,
+    "seed": 42,
+    "num_steps": 12,
+    "sampler": "ddim",
+    "guidance_scale": 2.5,
+    "model": "default",
+}
+ADDRESS = "#/generate?digit=4&count=3&seed=42&num_steps=12&sampler=ddim&guidance_scale=2.5&model=default"
+
+
+def test_form_generates_the_images_of_the_api_and_the_address_gives_them_again(
+    service: Service, open_page: Open
+) -> None:
+    page = open_page(service)
+    generate(page, **{name: str(value) for name, value in BODY.items() if name != "model"})
+    wait_until_finished(page)
+    expected = pngs(service.post(BODY))
+    assert predictions(page) == expected
+    assert page.url == f"{service.url}/{ADDRESS}"
+    page.reload()
+    wait_until_finished(page)
+    assert predictions(page) == expected
+    assert page.locator('input[name="digit"]:checked').input_value() == "4"
+    assert page.locator("#guidance-value").text_content() == "2.5"
+
+
+def test_scrubber_shows_every_step_by_keyboard(service: Service, open_page: Open) -> None:
+    with service.events(BODY, "?previews=100&include=x_t") as events:
+        frames = [data for name, data in events if name == "progress"]
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    slider = page.get_by_role("slider", name="Step", exact=True)
+    slider.focus()
+    page.keyboard.press("Home")
+    for step in range(1, len(frames)):
+        frame = frames[step - 1]
+        expect(slider).to_have_attribute("aria-valuetext", f"step {step} of 12")
+        assert predictions(page) == [base64.b64decode(png) for png in frame["previews"]]
+        assert noisy(page) == [base64.b64decode(png) for png in frame["x_t"]]
+        page.keyboard.press("ArrowRight")
+    expect(slider).to_have_attribute("aria-valuetext", "step 12 of 12")
+    assert predictions(page) == pngs(service.post(BODY))
+    expect(page.get_by_text("x_t: the noisy image")).to_be_hidden()
+
+
+def test_play_shows_the_steps_from_the_first_to_the_last(service: Service, open_page: Open) -> None:
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    page.get_by_role("button", name="Play").click()
+    expect(page.get_by_text("x_t: the noisy image")).to_be_visible()
+    wait_until_finished(page)
+    expect(page.get_by_role("button", name="Play")).to_be_visible()
+
+
+def test_digit_keys_choose_the_digit_unless_the_user_types(service: Service, open_page: Open) -> None:
+    page = open_page(service)
+    expect(page.locator('input[name="model"]')).to_have_count(1)
+    page.keyboard.press("3")
+    assert page.locator('input[name="digit"]:checked').input_value() == "3"
+    page.locator("#seed").press("8")
+    assert page.locator('input[name="digit"]:checked').input_value() == "3"
+    assert page.locator("#seed").input_value() == "8"
+
+
+def test_cancel_frees_the_images_of_the_service(service: Service, open_page: Open) -> None:
+    service.wait_until_idle()
+    before = service.metrics().value("cancelled_total", stage="running")
+    page = open_page(service)
+    generate(page, digit="1", count="64", num_steps="100")
+    expect(page.get_by_text(re.compile(r"Step \d+ of 100"))).to_be_visible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator("#generate-stage").get_by_text(re.compile(r"^Cancelled after"))).to_be_visible()
+    wait_until(lambda: service.metrics().value("cancelled_total", stage="running") > before, "images are cancelled")
+    service.wait_until_idle()
+    page.get_by_role("button", name="Run again").click()
+    expect(page.get_by_text(re.compile(r"Step \d+ of 100"))).to_be_visible()
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_dialog_copies_commands_that_generate_the_image_again(
+    service: Service, open_page: Open, tmp_path: Path, index: int
+) -> None:
+    page = open_page(service, ADDRESS, permissions=["clipboard-read", "clipboard-write"])
+    wait_until_finished(page)
+    page.locator("#generate-stage button.tile").nth(index).click()
+    assert page.locator("#detail").get_by_text("42", exact=True).is_visible()
+    response = httpx.post(f"{service.url}/generate", json={**BODY, "scale": 8}).raise_for_status()
+    expected = pngs(response)[index]
+
+    page.get_by_role("button", name="Copy as Python").click()
+    expect(page.get_by_text("Python program copied.")).to_be_visible()
+    program = page.evaluate("navigator.clipboard.readText()")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
+    assert (tmp_path / "digit.png").read_bytes() == expected
+
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.get_by_text("curl command copied.")).to_be_visible()
+    command = page.evaluate("navigator.clipboard.readText()").partition(" | jq")[0].replace("\\\n", " ")
+    words = shlex.split(command)
+    headers = dict(words[i + 1].split(": ", 1) for i, word in enumerate(words) if word == "-H")
+    body = json.loads(words[words.index("-d") + 1])
+    address = next(word for word in words if word.startswith("http"))
+    again = httpx.post(address, json=body, headers=headers).raise_for_status()
+    assert (again.content if index == 0 else pngs(again)[index]) == expected
+    page.keyboard.press("Escape")
+    expect(page.locator("#detail")).to_be_hidden()
+
+
+def test_files_are_those_of_the_api(service: Service, open_page: Open) -> None:
+    expected = pngs(service.post(BODY))
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download all (ZIP)").click()
+    assert download.value.suggested_filename == "digit-4-seed-42.zip"
+    with zipfile.ZipFile(io.BytesIO(download.value.path().read_bytes())) as archive:
+        assert archive.testzip() is None
+        names = [f"digit-4-seed-42-{index}.png" for index in range(3)]
+        assert archive.namelist() == names
+        assert [archive.read(name) for name in names] == expected
+    page.locator("#generate-stage button.tile").nth(1).click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download PNG").click()
+    assert download.value.path().read_bytes() == expected[1]
+
+
+def test_history_brings_back_an_earlier_run(service: Service, open_page: Open) -> None:
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    first = predictions(page)
+    page.goto(f"{service.url}/{ADDRESS.replace('digit=4', 'digit=5')}")
+    expect(page.locator("#history-list li")).to_have_count(2)
+    assert predictions(page) != first
+    page.get_by_role("button", name="Digit 4, 3 images, seed 42").click()
+    wait_until_finished(page)
+    assert predictions(page) == first
+    page.get_by_role("button", name="Clear the history").click()
+    expect(page.locator("#history")).to_be_hidden()
+
+
+def test_model_with_few_steps_offers_only_what_it_permits(start: Start, fast_checkpoint: Path, open_page: Open) -> None:
+    service = start(UNFOG_FAST_CHECKPOINT=str(fast_checkpoint))
+    page = open_page(service)
+    generate(page, model="fast", digit="6", count="1", seed="5")
+    wait_until_finished(page)
+    assert page.locator('input[name="sampler"]:enabled').evaluate_all("all => all.map((input) => input.value)") == [
+        "ddim"
+    ]
+    assert page.locator("#guidance").is_disabled()
+    assert predictions(page) == service.images(digit=6, seed=5, model="fast")
+
+
+def test_full_queue_counts_down_and_then_the_request_can_be_repeated(
+    start: Start, open_page: Open, watched: Watched
+) -> None:
+    service = start(UNFOG_QUEUE_CAPACITY="64", UNFOG_MAX_BATCH="4")
+    watched.expected.append("429")
+    page = open_page(service)
+    expect(page.locator('input[name="model"]')).to_have_count(1)
+    with service.events({"digit": 1, "count": 64, "num_steps": 40}) as events:
+        next(events)
+        generate(page, digit="2", count="64", num_steps="2", seed="1")
+        expect(page.get_by_role("heading", name="The queue is full")).to_be_visible()
+        retry = page.get_by_role("button", name="Try again")
+        expect(retry).to_be_disabled()
+        expect(page.get_by_role("timer")).to_have_text(re.compile(r"You can try again in \d+ seconds?\."))
+    service.wait_until_idle()
+    expect(retry).to_be_enabled()
+    retry.click()
+    wait_until_finished(page)
+    assert predictions(page) == service.images(digit=2, count=64, num_steps=2, seed=1)
+
+
+def test_phone_shows_the_form_and_then_the_images(service: Service, open_page: Open) -> None:
+    page = open_page(service, viewport=PHONE, has_touch=True)
+    generate(page, digit="9", count="4", num_steps="5", seed="3")
+    wait_until_finished(page)
+    expect(page.locator("#generate-stage button.tile").first).to_be_in_viewport()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")

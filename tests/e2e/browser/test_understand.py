@@ -1,0 +1,113 @@
+"""The view Understand: forward process, when the digit is decided, guidance, fewer steps."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from model.schedule import Schedule, ScheduleConfig
+from tests.e2e.browser.conftest import Open
+from tests.e2e.browser.views import pngs_of
+from tests.e2e.conftest import GUIDANCE, Start
+from tests.e2e.service import Service
+
+PIXELS = "canvas => Array.from(canvas.getContext('2d').getImageData(0, 0, 28, 28).data).filter((_, i) => i % 4 === 0)"
+
+
+def move_to(page: Page, t: int) -> None:
+    slider = page.locator("#forward-t")
+    slider.evaluate("(input, t) => { input.value = t; input.dispatchEvent(new Event('input', {bubbles: true})); }", t)
+
+
+def test_slider_shows_the_forward_process_and_the_prediction(service: Service, open_page: Open) -> None:
+    page = open_page(service, "#/understand")
+    tiles = page.locator("#forward-tiles canvas")
+    expect(page.locator("#decided-run")).to_be_enabled()
+    digit = tiles.nth(0).evaluate(PIXELS)
+    assert max(digit) > 200
+    move_to(page, 0)
+    assert tiles.nth(1).evaluate(PIXELS) == digit
+    alpha_bar = Schedule(ScheduleConfig()).alpha_bar
+    for t in (30, 70):
+        signal, noise = math.sqrt(alpha_bar[t]), math.sqrt(1 - alpha_bar[t])
+        noise_std = pytest.approx(noise / signal * 127.5, rel=1e-3)
+        with page.expect_response(
+            lambda response, std=noise_std: (
+                "denoise" in response.url  # type: ignore[misc]
+                and response.request.post_data_json["noise_std"] == std
+            )
+        ) as response:
+            move_to(page, t)
+        expect(page.locator("#forward-equation")).to_have_text(f"x_t = {signal:.3f} · x_0 + {noise:.3f} · noise")
+        predicted = response.value.json()["images"][0]["png"]
+        expect(page.locator("#forward-tiles img")).to_have_attribute("src", f"data:image/png;base64,{predicted}")
+
+
+def test_measurement_shows_the_probabilities_of_each_noise_level(service: Service, open_page: Open) -> None:
+    page = open_page(service, "#/understand")
+    answers: list[dict[str, object]] = []
+    page.on(
+        "response",
+        lambda response: (
+            answers.append(response.json())
+            if response.url.endswith("/denoise") and "seed" in response.request.post_data_json
+            else None
+        ),
+    )
+    page.locator("#forward-digits").get_by_role("button", name="Digit 8").click()
+    page.get_by_role("button", name="Measure").click()
+    expect(page.get_by_role("button", name="Measure")).to_be_disabled()
+    expect(page.get_by_role("button", name="Measure")).to_be_enabled()
+    assert len(answers) == 14
+    rows = page.locator(".decided-rows > div")
+    assert len(pngs_of(rows.nth(1).locator("img"))) == 14
+    assert len(pngs_of(rows.nth(2).locator("img"))) == 14
+    labels = rows.nth(3).locator("span").all_text_contents()
+    expected = [
+        f"{answer['digit']} {math.floor(100 * answer['probabilities'][answer['digit']] + 0.5)}%"  # type: ignore[index]
+        for answer in answers
+    ]
+    assert labels == expected
+    expect(page.locator("#decided-result svg")).to_have_attribute(
+        "aria-label", re.compile("At t = 100 there is only noise|No digit")
+    )
+
+
+def test_guidance_scales_start_from_the_same_noise(service: Service, open_page: Open) -> None:
+    page = open_page(service, "#/understand")
+    marked = f"guidance acts from t = {GUIDANCE.stop} down to t = {GUIDANCE.start}"
+    expect(page.locator("#guidance-chart .legend")).to_contain_text(marked)
+    page.locator("#guidance-digit").select_option("5")
+    page.locator("#guidance-seed").fill("21")
+    page.locator("#guidance-run").click()
+    expect(page.locator("#guidance-result img")).to_have_count(6)
+    scales = [1, 1.5, 2, 3, 5, 8]
+    expected = [
+        service.images(digit=5, seed=21, num_steps=50, sampler="ddim", guidance_scale=scale)[0] for scale in scales
+    ]
+    assert pngs_of(page.locator("#guidance-result img")) == expected
+    captions = page.locator("#guidance-result figcaption").all_text_contents()
+    assert captions == ["off", "1.5", "2 (recommended)", "3", "5", "8"]
+
+
+def test_fewer_steps_are_compared_with_their_network_calls(
+    start: Start, fast_checkpoint: Path, open_page: Open
+) -> None:
+    service = start(UNFOG_FAST_CHECKPOINT=str(fast_checkpoint))
+    page = open_page(service, "#/understand")
+    page.locator("#steps-run").click()
+    expect(page.locator("#steps-result img")).to_have_count(5)
+    cells = [row.locator("td").all_text_contents() for row in page.locator("#steps-result tbody tr").all()]
+    assert [(name, steps) for _, name, steps, *_ in cells] == [
+        ("DDPM", "100"),
+        ("DPM-Solver++", "20"),
+        ("DPM-Solver++", "10"),
+        ("DPM-Solver++", "4"),
+        ("model fast", "4"),
+    ]
+    expect(page.locator("#steps-run")).to_be_enabled()
+    guided = GUIDANCE.stop - GUIDANCE.start + 1
+    assert cells[0][3] == str(100 + guided)
+    assert cells[4][3] == "4"

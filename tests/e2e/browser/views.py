@@ -1,0 +1,46 @@
+"""Reads and operates the views of the page."""
+
+import base64
+
+from playwright.sync_api import Locator, Page, expect
+
+FINISHED = "The finished image"
+
+
+def wait_until_finished(page: Page, root: str = "#generate-stage") -> None:
+    """Waits until the run on the stage is finished."""
+    expect(page.locator(root).get_by_text(FINISHED)).to_be_visible()
+
+
+def pngs_of(images: Locator) -> list[bytes]:
+    """Returns the PNG files that img elements show."""
+    return [
+        base64.b64decode(source.removeprefix("data:image/png;base64,"))
+        for source in images.evaluate_all("all => all.map((image) => image.src)")
+    ]
+
+
+def predictions(page: Page, root: str = "#generate-stage") -> list[bytes]:
+    """Returns the files in the pane of x_0."""
+    return pngs_of(page.locator(f"{root} button.tile img"))
+
+
+def noisy(page: Page, root: str = "#generate-stage") -> list[bytes]:
+    """Returns the files in the pane of x_t."""
+    return pngs_of(page.locator(f"{root} div.tile img"))
+
+
+def generate(page: Page, **fields: str) -> None:
+    """Fills in the form and submits it."""
+    for name, value in fields.items():
+        if name in ("digit", "sampler", "model"):
+            page.locator(f'#generate-form input[name="{name}"][value="{value}"]').check(force=True)
+        elif name in ("num_steps", "guidance_scale"):
+            page.locator(f'[name="{name}"]').evaluate(
+                "(input, value) => { input.value = value;"
+                " for (const kind of ['input', 'change']) input.dispatchEvent(new Event(kind, {bubbles: true})); }",
+                value,
+            )
+        else:
+            page.locator(f"#{name}").fill(value)
+    page.locator("#generate-button").click()
