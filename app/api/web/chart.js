@@ -24,7 +24,7 @@ export function lineChart({ series, x, y, height = 200, bands = [], marker = nul
     chart.append(svg("text", { x: EDGE.left - 6, y: down(value) + 4, "text-anchor": "end" }, yFormat(value)));
   }
   for (const value of [x0, (x0 + x1) / 2, x1]) {
-    chart.append(svg("text", { x: across(value), y: height - 10, "text-anchor": "middle" }, String(Math.round(value))));
+    chart.append(svg("text", { x: across(value), y: height - 10, "text-anchor": "middle" }, String(Number(value.toFixed(1)))));
   }
   if (xLabel) chart.append(svg("text", { x: across((x0 * 3 + x1) / 4), y: height - 10, "text-anchor": "middle" }, xLabel));
   if (marker !== null) {

@@ -4,8 +4,8 @@ import { lineChart } from "./chart.js";
 import { addRealDigits, drawingOf, realDigit } from "./digits.js";
 import { element, find, pngUrl, showValue } from "./dom.js";
 import { sentence } from "./failure.js";
-import { gaussian } from "./generate.js";
 import { SIDE, base64Of, canvasOf, draw } from "./png.js";
+import { gaussian } from "./random.js";
 import { json } from "./service.js";
 
 const GREY = 127.5; // grey levels of one unit of x: the range -1 to 1 is 0 to 255

@@ -6,6 +6,7 @@ import { fileName, openDetail } from "./detail.js";
 import { failureBox } from "./failure.js";
 import * as history from "./history.js";
 import { bytesOf, draw, SIDE } from "./png.js";
+import { MAX_SEED, gaussian, newSeed } from "./random.js";
 import { Run } from "./run.js";
 import { about } from "./service.js";
 import { Stage } from "./stage.js";
@@ -13,8 +14,6 @@ import { zip } from "./zip.js";
 
 const COUNTS = [1, 4, 9, 16, 64];
 const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM++" };
-const MAX_SEED = 2 ** 53 - 1;
-const NEW_SEEDS = 1_000_000; // new seeds are below this number, so that people can read and type them
 const NARROW = 820; // pixels; in narrower windows the images are below the form (see base.css)
 
 let form;
@@ -145,8 +144,6 @@ function bodyOfForm() {
   return body;
 }
 
-const newSeed = () => Math.floor(Math.random() * NEW_SEEDS);
-
 /** Sends a request, shows it, and puts it into the address. */
 async function generate(body) {
   run?.cancel();
@@ -199,9 +196,4 @@ function showEmpty() {
   find("#generate-stage").replaceChildren(
     element("div", { class: "panel empty" }, canvas, element("div", {}, element("h2", {}, "Every digit starts as noise"), element("p", {}, text))),
   );
-}
-
-/** Returns a sample of the standard normal distribution (Box & Muller 1958). */
-export function gaussian() {
-  return Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
 }

@@ -7,6 +7,7 @@ import { watchService } from "./health.js";
 import { about } from "./service.js";
 
 const MINUTES = 5;
+const WINDOW = 3; // samples; images are finished in groups, so that shorter windows show only these groups
 
 let samples = []; // {at, images, buckets}: at most MINUTES minutes
 
@@ -61,9 +62,10 @@ function uptime(seconds) {
   return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
 
-/** Returns [minutes before now, value] for each pair of neighbouring samples. */
+/** Returns [minutes before now, value] for each sample, compared with the sample WINDOW places before it. */
 function rates(last, value) {
-  return samples.slice(1).map((sample, place) => [(sample.at - last.at) / 60, value(samples[place], sample)]);
+  const before = (place) => samples[Math.max(0, place + 1 - WINDOW)];
+  return samples.slice(1).map((sample, place) => [(sample.at - last.at) / 60, value(before(place), sample)]);
 }
 
 function showThroughput(last) {
@@ -129,5 +131,5 @@ function modelCard(model) {
 
 function trainingFacts(training) {
   const shown = Object.entries(training).filter(([, value]) => ["string", "number", "boolean"].includes(typeof value));
-  return Object.fromEntries(shown.map(([name, value]) => [name.replaceAll("_", " "), value]));
+  return Object.fromEntries(shown.map(([name, value]) => [name[0].toUpperCase() + name.slice(1).replaceAll("_", " "), value]));
 }

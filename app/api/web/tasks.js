@@ -4,8 +4,8 @@ import { bar } from "./chart.js";
 import { openDetail } from "./detail.js";
 import { addDigits, announce, element, find, pngUrl, showValue } from "./dom.js";
 import { failureBox } from "./failure.js";
-import { gaussian } from "./generate.js";
 import { SIDE, base64Of, bytesOf, canvasOf, greyOf, textChunks } from "./png.js";
+import { gaussian, newSeed } from "./random.js";
 import { Run } from "./run.js";
 import { about, json } from "./service.js";
 import { Stage } from "./stage.js";
@@ -136,7 +136,7 @@ async function denoise() {
     element("p", {}, `Estimated noise: ${mean.noise_std.toFixed(1)} grey levels. Below: one possible digit, step by step.`),
     sample,
   );
-  await startRun("denoise", { ...body, seed: 1 }, sample, found);
+  await startRun("denoise", { ...body, seed: newSeed() }, sample, found);
 }
 
 function psnr(clean, other) {
@@ -151,11 +151,11 @@ async function inpaint() {
     showHint("inpaint", "Paint over the part to fill in, or press Mark the lower half.");
     return;
   }
-  const body = { image: base64Of(canvasOf(values)), mask: mask.base64, invert: false, count: COUNT, ...chosen("#inpaint-digit") };
+  const body = { image: base64Of(canvasOf(values)), mask: mask.base64, invert: false, count: COUNT, seed: newSeed(), ...chosen("#inpaint-digit") };
   await startRun("inpaint", body, resultOf("inpaint"), found);
 }
 
 async function edit() {
-  const body = { ...pad.picture, strength: Number(find("#strength").value), count: COUNT, ...chosen("#edit-digit") };
+  const body = { ...pad.picture, strength: Number(find("#strength").value), count: COUNT, seed: newSeed(), ...chosen("#edit-digit") };
   await startRun("edit", body, resultOf("edit"), found);
 }

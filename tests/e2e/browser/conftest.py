@@ -33,15 +33,22 @@ class Watched:
 Open = Callable[..., Page]
 
 
+def program() -> str | None:
+    """Returns the path of the installed browser, or None."""
+    return next(filter(None, map(shutil.which, PROGRAMS)), None)
+
+
+def arguments() -> list[str]:
+    return ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not run as root
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Starts Chromium once for each file. Playwright's event loop must not stay in the process for other tests."""
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    if program is None:
+    if not program():
         pytest.skip(f"needs a browser: {', '.join(PROGRAMS)}")
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox does not run as root
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=arguments)
+        started = playwright.chromium.launch(executable_path=program(), args=arguments())
         yield started
         started.close()
 

@@ -1,0 +1,107 @@
+"""Takes the pictures of the page for the documents: `python -m tests.e2e.browser.screenshots URL FOLDER`.
+
+URL is a running service with the shipped models. Needs Chromium and the development extras.
+"""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.e2e.browser.conftest import DESKTOP, arguments, program
+from tests.e2e.browser.views import wait_until_finished
+
+SMALL = {"width": 1120, "height": 740}
+RUN = "#/generate?digit=7&count=9&seed=42&num_steps=100&sampler=ddpm&guidance_scale=3&model=default"
+WIDTH = 896  # of the animated picture, in pixels
+FRAME_MS, LAST_MS = 120, 2500
+
+
+def generate(page: Page) -> None:
+    wait_until_finished(page)
+    slider = page.get_by_role("slider", name="Step", exact=True)
+    slider.focus()
+    for _ in range(45):
+        page.keyboard.press("ArrowLeft")
+
+
+def understand(page: Page) -> None:
+    for name in ("#decided-run", "#guidance-run", "#steps-run"):
+        expect(page.locator(name)).to_be_enabled()
+        page.locator(name).click()
+        expect(page.locator(name)).to_be_enabled()
+
+
+def draw(page: Page) -> None:
+    page.locator("#pad-digits").get_by_role("button", name="Digit 4").click()
+    page.get_by_role("tab", name="Fill in").click()
+    page.get_by_role("button", name="Mark the lower half").click()
+    page.get_by_role("button", name="Fill in").click()
+    wait_until_finished(page, "#inpaint-result")
+
+
+def batch(page: Page) -> None:
+    expect(page.locator("#batch-connection")).to_have_text("Live")
+    page.get_by_role("button", name="Send six sample requests").click()
+    expect(page.locator(".lane")).to_have_count(6)
+
+
+def status(page: Page) -> None:
+    expect(page.locator("#model-cards .facts").first).to_be_visible()
+    for digit in range(8):
+        page.evaluate(
+            "(digit) => fetch('generate', {method: 'POST', headers: {'Content-Type': 'application/json'},"
+            " body: JSON.stringify({digit, count: 4 + 2 * digit})}).then((response) => response.text())",
+            digit,
+        )
+        page.wait_for_timeout(4000)
+
+
+VIEWS: dict[str, tuple[str, str, Callable[[Page], None]]] = {
+    "generate": (RUN, "dark", generate),
+    "understand": ("#/understand", "light", understand),
+    "draw": ("#/draw", "light", draw),
+    "batch": ("#/batch", "dark", batch),
+    "status": ("#/status", "light", status),
+}
+
+
+def open_view(browser: Browser, url: str, hash_: str, scheme: str, size: dict[str, int]) -> Page:
+    page = browser.new_context(color_scheme=scheme, viewport=size).new_page()  # type: ignore[arg-type]
+    page.goto(f"{url}/{hash_}")
+    return page
+
+
+def picture_of(page: Page, *, full_page: bool = False) -> Image.Image:
+    return Image.open(io.BytesIO(page.screenshot(full_page=full_page))).convert("RGB")
+
+
+def main(url: str, folder: Path) -> None:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program(), args=arguments())
+        for name, (hash_, scheme, prepare) in VIEWS.items():
+            page = open_view(browser, url, hash_, scheme, DESKTOP)
+            prepare(page)
+            picture_of(page, full_page=name == "understand").save(folder / f"page-{name}.webp", quality=85, method=6)
+        frames = animation(open_view(browser, url, RUN, "dark", SMALL))
+        times = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+        path = folder / "page.webp"
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, quality=60, method=6)
+
+
+def animation(page: Page) -> list[Image.Image]:
+    """Returns the frames of a run, from its first steps to the finished images."""
+    expect(page.locator("#generate-stage .panes")).to_be_visible()
+    frames = []
+    while page.locator("#generate-stage").get_by_role("button", name="Cancel").is_visible():
+        frames.append(picture_of(page))
+    frames.append(picture_of(page))
+    height = round(SMALL["height"] * WIDTH / SMALL["width"])
+    return [frame.resize((WIDTH, height), Image.Resampling.LANCZOS) for frame in frames]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
