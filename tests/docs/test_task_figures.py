@@ -9,6 +9,7 @@ import pytest
 from model.checkpoint import SHIPPED, load
 from model.recognition import DEFAULT_NUM_PAIRS
 from scripts.evaluation.denoising import as_row
+from scripts.evaluation.noise_search import as_search_row
 from tests.docs.document import tables_in
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,11 @@ def denoising_rows() -> Table:
     return [as_row(row) for row in read("denoise")["levels"]]
 
 
+def noise_search_rows() -> Table:
+    """One row for each noise level at which the digit is searched."""
+    return [as_search_row(row) for row in read("denoise")["searches"]]
+
+
 def inpainting_rows() -> Table:
     """One row for each mask, with and without the class."""
     return [
@@ -93,6 +99,7 @@ TABLES = {  # first column of a table -> rows
     "picture": rejection_rows,
     "font, style or variant": handwriting_rows,
     "t": denoising_rows,
+    "noise": noise_search_rows,
     "missing": inpainting_rows,
     "strength": editing_rows,
 }
