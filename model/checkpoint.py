@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from model.files import write_atomically
 from model.json_fields import build
@@ -297,9 +298,22 @@ def _check_size(unet: UNetConfig) -> None:
         raise ValueError(f"unet.attention_heads: the last level has more than {MAX_ATTENTION_POSITIONS} positions")
 
 
+class _WithoutCompiler(TorchFunctionMode):
+    """Replaces calls that import torch's compiler on the device meta. The import takes a second of each start.
+
+    Functions of torch.nn.init do nothing, and arange uses the CPU.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return func(*args, **kwargs | {"device": "cpu"}) if func is torch.arange else func(*args, **kwargs)
+
+
 def _check_shapes(unet: UNetConfig, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises ValueError if the tensors do not match the network, or if its conditioning table is too large."""
-    with torch.device("meta"):  # on this device tensors need no memory
+    with torch.device("meta"), _WithoutCompiler():  # on the device meta, tensors need no memory
         network = UNet(unet)
     for name, tensor in network.state_dict().items():
         if shapes.get(name) != tuple(tensor.shape):

@@ -6,6 +6,7 @@ import pickle
 import resource
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
@@ -35,6 +36,8 @@ from model.sampler import Guidance
 from model.schedule import ScheduleConfig
 from model.unet import UNet
 from tests.tiny import tiny_unet
+
+ROOT = Path(__file__).parents[2]
 
 
 def config_of(network: UNet, **fields: Any) -> CheckpointConfig:
@@ -143,6 +146,13 @@ def test_channels_last_weights_are_saved_like_contiguous_weights(network: UNet, 
 def test_sha256_is_the_digest_of_the_file(saved: Path) -> None:
     printed = subprocess.run(["sha256sum", saved], capture_output=True, text=True, check=True).stdout
     assert load(saved).sha256 == printed.split()[0]
+
+
+def test_loading_does_not_import_the_compiler_of_torch() -> None:
+    """The import would add a second or more to each start."""
+    code = "import sys; from model.checkpoint import *; load(SHIPPED); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_saving_twice_writes_the_same_bytes(network: UNet, saved: Path, tmp_path: Path) -> None:
