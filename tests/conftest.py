@@ -1,12 +1,15 @@
 """Fixtures and options of all tests: --data-dir, --containers, --wheels, one compute thread, tiny networks."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from model.compiled import compiler
 from model.unet import UNet
+from tests.shared_builds import SharedBuilds
 from tests.tiny import tiny_unet
 
 
@@ -44,6 +47,24 @@ def temporary_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a temporary folder that all test processes of this run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_builds(shared_folder: Path) -> Iterator[SharedBuilds]:
+    """Makes `compiled_step` compile each step only once in this run. Subprocesses are not affected."""
+    folder = shared_folder / "builds"
+    folder.mkdir(exist_ok=True)
+    builds = SharedBuilds(folder, compiler.build)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "build", builds.build)
+        yield builds
 
 
 @pytest.fixture(params=["every_block", "bottom"])

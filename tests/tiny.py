@@ -8,6 +8,9 @@ from torch import Tensor
 from model.schedule import Schedule
 from model.unet import UNet, UNetConfig
 
+# The architecture of all tests that compile a step. Each further architecture costs most of a minute of compilation.
+COMPILED: dict[str, Any] = {"image_size": 28}
+
 
 def tiny_unet(seed: int = 0, **config: Any) -> UNet:
     """Returns a U-Net of two levels in evaluation mode.

@@ -12,7 +12,7 @@ from model.schedule import ScheduleConfig
 from model.unet import UNet
 from tests.e2e.process import Process
 from tests.e2e.service import Service
-from tests.tiny import tiny_unet
+from tests.tiny import COMPILED, tiny_unet
 
 Start = Callable[..., Service]
 GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
@@ -21,7 +21,7 @@ GUIDANCE = Guidance(scale=2.0, start=20, stop=80)
 @pytest.fixture(scope="session")
 def network() -> UNet:
     """Returns a network with random weights. Its images are noise, and every option changes their bits."""
-    return tiny_unet(image_size=28, widths=(8, 16))
+    return tiny_unet(**COMPILED)
 
 
 @pytest.fixture(scope="session")

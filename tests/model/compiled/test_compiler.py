@@ -29,6 +29,7 @@ from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.app.runner.task_rows import drawings, finish, task_rows
 from tests.model.compiled.log_fields import logged_field
 from tests.model.tiny_checkpoint import tiny_checkpoint
+from tests.tiny import COMPILED
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(not can_compile(), reason="needs a C++ compiler")
@@ -108,7 +109,7 @@ def test_checkpoints_share_a_library_and_keep_their_own_images(
 ) -> None:
     compiled_runner(checkpoint.load(path), cache, DTYPES[dtype])
     monkeypatch.setattr(compiler, "build", lambda program: pytest.fail("compiled again"))
-    other = tiny_checkpoint(tmp_path, seed=1)
+    other = tiny_checkpoint(tmp_path, seed=1, **COMPILED)
     plain = draw(Runner({"default": checkpoint.load(other)}, CPU, DTYPES[dtype]), mixed_rows())
     compiled = draw(compiled_runner(checkpoint.load(other), cache, DTYPES[dtype]), mixed_rows())
     assert np.abs(np.stack(plain).astype(float) - np.stack(compiled)).mean() < (8 if dtype == "bfloat16" else 0.01)
@@ -328,7 +329,8 @@ def test_gpu_step_copies_results_that_the_next_call_overwrites(
     assert not list(tmp_path.iterdir())
 
 
-def test_gpu_step_is_traced_at_most_four_times_for_all_batch_sizes(loaded: Checkpoint) -> None:
+def test_gpu_step_is_traced_at_most_four_times_for_all_batch_sizes(tmp_path: Path) -> None:
+    loaded = checkpoint.load(tiny_checkpoint(tmp_path))
     graphs: list[torch.fx.GraphModule] = []
 
     def record_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -356,7 +358,7 @@ def names(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         return library_of(ReverseStep(loaded, CPU, dtype), tmp_path).name
 
     (tmp_path / "other").mkdir()
-    other = checkpoint.load(tiny_checkpoint(tmp_path / "other", num_pairs=2))
+    other = checkpoint.load(tiny_checkpoint(tmp_path / "other", num_pairs=2, **COMPILED))
     found = [name(checkpoint.load(path)), name(checkpoint.load(path), torch.bfloat16), name(other)]
     monkeypatch.setattr(compiler, "_processor_features", lambda: "flags: fewer")
     found.append(name(checkpoint.load(path)))

@@ -15,7 +15,9 @@ from scripts.common import drawing
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
+from tests.model.tiny_checkpoint import tiny_checkpoint
 from tests.scripts.tiny_checkpoint import NUM_STEPS, save_tiny_checkpoint
+from tests.tiny import COMPILED
 
 GUIDANCE = Guidance(1.5, start=2, stop=8)
 
@@ -56,8 +58,8 @@ def test_batches_equal_the_unbatched_reverse_process(
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 def test_compiled_step_gives_nearly_the_same_images(tmp_path: Path) -> None:
-    path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
-    y, options, images = torch.arange(9), DrawingOptions("ddim", 2, GUIDANCE), []
+    path = tiny_checkpoint(tmp_path, **COMPILED)
+    y, options, images = torch.arange(9), DrawingOptions("ddim", 2, Guidance(1.5, start=20, stop=80)), []
     with Reporter() as reporter:
         for mode in ("off", "on"):
             drawer = Drawer(checkpoint.load(path))
