@@ -23,6 +23,34 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Files that take longest, with the longest first. With several processes they start first, so that none of them is left
+# at the end while the other processes are idle. test_sample.py comes before the other files that need a compiled step.
+FIRST = (
+    "tests/e2e/test_containers.py",
+    "tests/scripts/test_sample.py",
+    "tests/model/compiled/test_compiler.py",
+    "tests/scripts/test_bench.py",
+    "tests/e2e/test_engine_faults.py",
+    "tests/model/compiled/test_compiled_library.py",
+    "tests/model/test_checkpoint.py",
+    "tests/e2e/test_random_batches.py",
+    "tests/e2e/test_compiled.py",
+    "tests/model/compiled/test_triton.py",
+    "tests/scripts/test_distil.py",
+    "tests/scripts/training/test_distillation.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # pytest-xdist would put the files with the fewest tests last
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the tests of FIRST first, and keeps the order of the others."""
+    place = {config.rootpath / name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
+
 @pytest.fixture(scope="session")
 def mnist_dir(request: pytest.FixtureRequest) -> Path:
     folder: Path | None = request.config.getoption("--data-dir")

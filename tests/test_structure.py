@@ -1,4 +1,4 @@
-"""Rules for the imports of third-party packages, and for the settings in docker-compose.yml."""
+"""Rules for the imports of third-party packages, the settings in docker-compose.yml and the order of the tests."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
+from tests.conftest import FIRST
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +38,10 @@ def test_model_imports_only_torch_einops_safetensors_and_pillow_for_png() -> Non
     allowed = sys.stdlib_module_names | {"model", "torch", "einops", "safetensors"}
     used = {str(path.relative_to(ROOT)): imported(path.read_text()) - allowed for path in sources("model")}
     assert {name: more for name, more in used.items() if more} == {"model/png.py": {"PIL"}}
+
+
+def test_files_whose_tests_start_first_exist() -> None:
+    assert [name for name in FIRST if not (ROOT / name).is_file()] == []
 
 
 def test_compose_passes_on_every_setting_except_host_port_and_cache_dir() -> None:
