@@ -9,6 +9,7 @@ alternatives  the same loads on this service and on other servers with the same 
 training      images per second of scripts.train and of a plain training loop, and the limit set by the matrix rate
 endurance     an hour of mixed load; fails if memory grows or if an image changes
 versions      throughput and latency of this version and of the version in the folder --base
+streams       throughput while every client streams previews, and while a viewer reads the batch events
 profile       time of each kind of kernel in a reverse step, not compiled and compiled
 page          write a page of tables from the JSON files of one machine
 
@@ -35,6 +36,7 @@ from scripts.benchmark.modes import (
 )
 from scripts.benchmark.page import write_page
 from scripts.benchmark.profile import measure_profile
+from scripts.benchmark.streams import measure_streams
 from scripts.benchmark.training import measure_training
 from scripts.benchmark.versions import measure_versions
 from scripts.common.arguments import Parser, file_to_write, integer, positive
@@ -43,7 +45,7 @@ from scripts.common.progress import Reporter, require_installed
 
 CLIENTS = (1, 4, 16, 64)
 SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
-MODES = ("closed", "open", "models", "alternatives", "training", "endurance", "versions", "profile", "page")
+MODES = ("closed", "open", "models", "alternatives", "training", "endurance", "versions", "streams", "profile", "page")
 
 
 @reports_errors("bench")
@@ -66,6 +68,8 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_endurance(args.minutes, args.out, reporter)
         case "versions":
             measure_versions(args.base, args.pairs, args.seconds, args.out, reporter)
+        case "streams":
+            measure_streams(args.pairs, args.seconds, args.out, reporter)
         case "profile":
             measure_profile(args.rows, args.num_threads, args.out, reporter)
         case "page":
@@ -116,7 +120,8 @@ def build_parser() -> Parser:
         "64 images for a few seconds each; not comparable with the published figures",
     )
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
-    closed, open_, models, alternatives, training, endurance, versions, profile, page = map(commands.add_parser, MODES)
+    added = {mode: commands.add_parser(mode) for mode in MODES}
+    closed, open_, models, alternatives, training, endurance, versions, streams, profile, page = added.values()
     for command in (closed, open_, models, alternatives):
         _add_options(command)
     closed.add_argument(
@@ -158,11 +163,12 @@ def build_parser() -> Parser:
     versions.add_argument(
         "--base", type=Path, required=True, help="folder of the other version, such as a git worktree"
     )
-    versions.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of measurements per load; default: 5")
-    versions.add_argument("--seconds", type=positive, default=24.0, help="seconds per version and pair; default: 24")
+    for command in (versions, streams):
+        command.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of measurements; default: 5")
+        command.add_argument("--seconds", type=positive, default=24.0, help="seconds per service and pair; default: 24")
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
-    for command in (closed, open_, models, alternatives, training, endurance, versions, profile):
+    for command in (closed, open_, models, alternatives, training, endurance, versions, streams, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")

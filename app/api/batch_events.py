@@ -1,8 +1,8 @@
 """Sends the running rows of all jobs to viewers, as an event stream (GET /events/batch).
 
 One task asks the engine for a batch, encodes it and passes the text to all viewers. Then it pauses, which limits the
-rate. A viewer keeps only the newest text, so that a client that does not read needs no memory. Without viewers there is
-no task, and the engine publishes nothing.
+rate. A viewer keeps only the newest text, so a client that does not read uses a bounded amount of memory. Without
+viewers there is no task, and the engine publishes nothing.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ COMPARING = ("forward", "noisy")
 
 
 class BatchRow(BaseModel):
-    """An image that has started and is not finished, or a search for the digit of images."""
+    """An image that has started and is not finished, or a comparison of the classes of a picture."""
 
     job: int = Field(description="Number of the job, in the order of admission since the start of the service.")
     index: int = Field(description="Index of the image within its request.")
@@ -122,7 +122,8 @@ class BatchViewers:
         self._viewers: set[Viewer] = set()
         self._task: asyncio.Task[None] | None = None
         self._arrived: asyncio.Future[Batch] | None = None  # the batch that the task waits for
-        self._idle_step: int | None = None  # the step of the last batch if it was idle and all viewers have received it
+        # The number of the last step, if the engine was idle and all viewers received that batch; otherwise None.
+        self._idle_step: int | None = None
 
     def __len__(self) -> int:
         return len(self._viewers)

@@ -182,7 +182,7 @@ class DenoiseResponse(PictureFacts, ImagesResponse):
     noise_std: float = Field(description="The standard deviation of the noise that was assumed, in grey levels.")
     mode: Literal["mean", "sample"]
     probabilities: list[float] | None = Field(
-        description="The probability of each digit given the noisy picture, with 4 decimals. null if the service did "
+        description="The probability of each digit given the noisy image, with 4 decimals. null if the service did "
         "not search for the digit."
     )
 

@@ -22,7 +22,9 @@ class Batch:
     step: int  # number of the step, from 1; for an idle engine the number of the last step
     waiting: int  # images before their first step
     running: int  # images between their first and last step
-    rows: list[tuple[Trajectory, int, int]]  # row, its number of finished steps, and the classes that it compares
+    rows: list[
+        tuple[Trajectory, int, int]
+    ]  # row, its number of finished steps, and the number of classes that it compares (0 for other rows)
     selected: Sequence[Trajectory]  # the rows of this step
 
 

@@ -13,8 +13,10 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from scripts.common.errors import ScriptError
 from scripts.common.progress import require
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from aiohttp import ClientSession
 
 TIMEOUT = 600  # seconds; a slower request counts as failed
+EVENTS, NUM_PREVIEWS = "text/event-stream", 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +113,53 @@ class Window:
 @asynccontextmanager
 async def connected(url: str) -> "AsyncIterator[Send]":
     """Yields a function that sends a request to POST /generate of the service at `url`."""
+    async with _session() as session:
+        yield partial(_send, session, f"{url}/generate", "image/png")
+
+
+@asynccontextmanager
+async def streaming(url: str) -> "AsyncIterator[Send]":
+    """Does the same as `connected`, but requests an event stream with NUM_PREVIEWS previews."""
+    async with _session() as session:
+        yield partial(_send, session, f"{url}/generate?previews={NUM_PREVIEWS}", EVENTS)
+
+
+@asynccontextmanager
+async def watching(url: str) -> "AsyncIterator[Send]":
+    """Does the same as `connected`, and reads GET /events/batch at the same time, like the view Batch of the page."""
+    async with _session() as session:
+        reader = asyncio.create_task(_read_events(session, f"{url}/events/batch"))
+        try:
+            yield partial(_send, session, f"{url}/generate", "image/png")
+            if reader.done():
+                reader.result()
+                raise ScriptError("The stream of batch events has ended")
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+
+def _session() -> "ClientSession":
     aiohttp = require("aiohttp", extra="bench")
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(TIMEOUT)) as session:
-        yield lambda request, planned: _send(session, f"{url}/generate", request, planned)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(TIMEOUT))
 
 
-async def _send(session: "ClientSession", url: str, request: RequestSpec, planned: float) -> Answer:
+async def _read_events(session: "ClientSession", url: str) -> None:
+    async with session.get(url, headers={"Accept": EVENTS}) as stream:
+        stream.raise_for_status()
+        async for _ in stream.content.iter_any():
+            pass
+
+
+async def _send(session: "ClientSession", url: str, accept: str, request: RequestSpec, planned: float) -> Answer:
     broken = require("aiohttp", extra="bench").ClientError, OSError
     sent, status, queue = time.perf_counter(), 0, ""
     with suppress(*broken):  # a broken connection gives status 0
-        async with session.post(url, json=request.body, headers={"Accept": "image/png"}) as answer:
-            await answer.read()
-            status = answer.status
+        async with session.post(url, json=request.body, headers={"Accept": accept}) as answer:
+            content = await answer.read()
+            # A stream that has begun has status 200, also if it ends with an error.
+            is_complete = accept != EVENTS or b"event: done" in content
+            status = answer.status if is_complete else 0
             queue = answer.headers.get("Server-Timing", "").partition("queue;dur=")[2].partition(",")[0]
     done, count = time.perf_counter(), request.body.get("count", 1)
     return Answer(request.kind, count, planned, sent, done, status, float(queue) / 1000 if queue else None)

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
+Connect = Callable[[str], AbstractAsyncContextManager[Send]]  # connects clients to the service at a URL
+
 TURN_SECONDS = 0.5
 SPREAD_SECONDS = 12.0  # the clients start within this time, about the latency of an image with 64 clients
 BASE, NEW = "base", "new"
@@ -42,6 +44,7 @@ class _Service:
     """A running service, the seconds it has run, and the number of its answers."""
 
     running: Running
+    connect: Connect
     seconds: float = 0.0
     answers: Counter[str] = field(default_factory=Counter)  # number of answers for each kind of request
 
@@ -107,15 +110,16 @@ def compare_versions(
     num_pairs: int,
     seconds: float,
     report: Callable[[dict[str, Any]], None],
+    connect_new: Connect = connected,
 ) -> None:
     """Measures both services and calls `report` with their rates for each load and pair.
 
-    Each service runs for `seconds` per pair. `loads` has the unit of each load's rate. Raises ScriptError if a request
-    fails or if a service makes no progress.
+    Each service runs for `seconds` per pair. `loads` has the unit of each load's rate. `connect_new` connects the
+    clients of `new`. Raises ScriptError if a request fails or if a service makes no progress.
     """
     with all_started([base, new]) as running:
         for load, unit in loads.items():
-            services = [_Service(running[contestant.name]) for contestant in (base, new)]
+            services = [_Service(running[base.name], connected), _Service(running[new.name], connect_new)]
             asyncio.run(_pairs(services, load, unit, num_pairs, seconds, report))
 
 
@@ -142,7 +146,7 @@ async def _pairs(
     async with AsyncExitStack() as stack:
         clients = []
         for service in services:
-            send = await stack.enter_async_context(connected(service.running.url))
+            send = await stack.enter_async_context(service.connect(service.running.url))
             for place, make_request in enumerate(load.clients):
                 delay = SPREAD_SECONDS * place / len(load.clients)
                 clients.append(asyncio.create_task(_client(service, send, make_request, delay)))

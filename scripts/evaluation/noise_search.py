@@ -23,7 +23,7 @@ SEARCH_COLUMNS = ("noise", "t", "accuracy", "log loss", "calibration error", "tr
 
 
 def search(step: Step, schedule: Schedule, u: Tensor, noise_std: Sequence[float]) -> list[NoisyComparison | None]:
-    """Compares the classes of images u (B, 1, 28, 28), the results of `restored_image`, on the device of `step`.
+    """Compares the classes of images u (B, 1, 28, 28) from `restored_image`. u is on the device of `step`.
 
     The result is None for an image whose noise is too strong. Each image must have noise.
     """
@@ -68,7 +68,7 @@ def as_search_row(row: dict[str, float]) -> list[str]:
 def fit_probabilities(found: Sequence[Sequence[NoisyComparison]], labels: Tensor) -> tuple[float, float]:
     """Fits ODDS_SCALE and PREDICTION_VARIANCE of `model.denoising` to the searches at several noise levels.
 
-    found[i] has the searches in images of digits with labels (N,) at level i. The loss is the mean negative
+    found[i] has one comparison for each image at level i. labels is (N,). The loss is the mean negative
     log-likelihood over all images. The parameters of the fit are the logarithms of both constants.
     """
     sums = torch.tensor([[each.estimated_sums for each in level] for level in found], dtype=torch.float64)  # (L, N, C)

@@ -81,6 +81,22 @@ def test_versions_compares_two_services(
     assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
 
 
+def test_streams_compares_previews_and_batch_events_with_plain_requests(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(versions, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(versions, "SPREAD_SECONDS", 0.2)
+    out = tmp_path / "streams.json"
+    bench.main(["streams", "--pairs=1", "--seconds=2", f"--out={out}"])
+    assert [row["load"] for row in json.loads(out.read_text())["rows"]] == [
+        "16 x 1 image, 10 previews",
+        "2 x 2 images, 10 previews",
+        "16 x 1 image, batch events",
+        "2 x 2 images, batch events",
+    ]
+    assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
+
+
 def test_folder_without_a_version_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["versions", f"--base={tmp_path}", f"--out={tmp_path / 'versions.json'}"])

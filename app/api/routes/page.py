@@ -1,7 +1,7 @@
 """GET / serves the web page, and /static/* serves its files.
 
-The files are read once, when the application is created, so a path cannot name any other file. The URLs in the page are
-relative, so that it also works behind a proxy that adds a path prefix.
+The files are read once at the start, so a request cannot read any other file. The URLs in the page are relative, so
+that it also works behind a proxy that adds a path prefix.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-# Browsers keep the files, but ask with the ETag before each use. A new release is therefore visible at once.
+# Browsers revalidate a cached file with its ETag before each use. A new release is therefore visible at once.
 CACHE_CONTROL = "no-cache"
 
 

@@ -38,11 +38,12 @@ export async function open() {
         line.textContent = "Live";
         show(data);
       }
-      line.textContent = "The connection broke. Connecting again";
+      line.textContent = "The connection was lost. Reconnecting.";
     } catch (error) {
       if (error.name === "AbortError") return;
-      line.textContent = `${sentence(error)} Connecting again`;
-      if (error.status === 401 || error.status === 403) return;
+      const isLocked = error.status === 401 || error.status === 403;
+      line.textContent = `${sentence(error)} ${isLocked ? "Open the view again to enter a key." : "Reconnecting."}`;
+      if (isLocked) return;
     }
     await new Promise((resolve) => setTimeout(resolve, RETRY));
   }
@@ -71,10 +72,10 @@ function showFigures({ step, waiting, running, rows }) {
   const active = rows.filter(({ evaluations }) => evaluations);
   const requests = new Set(active.map(({ job }) => job)).size;
   const figures = [
-    ["Step of the service", step],
-    ["Rows in this call", active.length],
-    ["Evaluations in this call", active.reduce((sum, row) => sum + row.evaluations, 0)],
-    ["Requests in this call", requests],
+    ["Steps since the start", step],
+    ["Images in this step", active.length],
+    ["Evaluations in this step", active.reduce((sum, row) => sum + row.evaluations, 0)],
+    ["Requests in this step", requests],
     ["Running images", running],
     ["Waiting images", waiting],
   ];

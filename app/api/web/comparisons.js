@@ -47,7 +47,7 @@ function showSchedule() {
       xLabel: "timestep t",
       description: `Guidance acts from timestep ${interval[1]} to ${interval[0]}.`,
     }),
-    element("p", { class: "legend" }, `Line: log-SNR of the noise schedule. Marked: guidance acts from t = ${interval[1]} down to t = ${interval[0]}.`),
+    element("p", { class: "legend" }, `Line: log-SNR, the logarithm of the ratio of signal to noise. Marked interval: guidance acts from t = ${interval[1]} down to t = ${interval[0]}.`),
   );
 }
 
@@ -116,7 +116,7 @@ const emptyRow = ({ name, num_steps }) => ({ name, answer: { num_steps } });
 /** Shows a table with a row for each variant. Variants without an answer have an empty row. */
 function showSteps(root, rows) {
   const slowest = Math.max(...rows.map(({ answer }) => answer.timing?.denoise_seconds ?? 0));
-  const heads = [["Image"], ["Sampler"], ["Steps", "number"], ["Network calls", "number"], ["Time", "number"], [""]];
+  const heads = [["Image"], ["Sampler"], ["Steps", "number"], ["Evaluations", "number"], ["Time", "number"], [""]];
   root.replaceChildren(
     element(
       "div",

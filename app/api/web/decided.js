@@ -105,5 +105,5 @@ function summary(results) {
   if (!sure.length) return "No digit is certain at any noise level.";
   const wrong = results.find((each) => mostLikely(each) !== digit);
   const then = wrong ? ` At t = ${wrong.t} another digit is more likely.` : "";
-  return `The digit ${digit} has a probability of at least 90% up to t = ${sure.at(-1).t}.${then} At t = 100 there is only noise, and each digit has 10%.`;
+  return `Thick line: probability of the digit ${digit}. Thin lines: the other digits. The digit ${digit} has at least 90% up to t = ${sure.at(-1).t}.${then} The values at t = 100 are not measured: there is only noise, so each digit has 10%.`;
 }

@@ -43,7 +43,7 @@ export function duration(seconds) {
   return seconds < 100 ? `${seconds.toFixed(1)} s` : `${Math.round(seconds)} s`;
 }
 
-/** Fills a select element with "any digit" and the ten digits, or with the ten digits alone. */
+/** Fills a select element with the ten digits. `any` is the text of a first entry without a digit, if given. */
 export function addDigits(select, any = null) {
   if (any) select.append(element("option", { value: "" }, any));
   for (let digit = 0; digit < 10; digit++) select.append(element("option", { value: digit }, String(digit)));
@@ -57,7 +57,7 @@ export function download(name, blob) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** Reports an output next to a range, now and after each change. */
+/** Shows the value of a range input in an output element, now and after each change. */
 export function showValue(input, output, format = String) {
   const update = () => {
     output.textContent = format(Number(input.value));

@@ -70,7 +70,7 @@ function startTabs() {
   select(tabs[0]);
 }
 
-/** The drawing has changed: shows the result of the selected task after a short pause. */
+/** Shows the result of the selected task after a short pause. */
 function changed() {
   normalised = null;
   find("#provenance").hidden = true;
@@ -82,7 +82,7 @@ function run() {
   if (!find("#draw").hidden) tasks.drawingChanged(task);
 }
 
-/** Returns the drawing as 784 grey values in the form of MNIST. The service fits it: /edit with strength 0 returns it. */
+/** Returns the drawing as 784 grey values, fitted as in MNIST: /edit with strength 0 returns the fitted image. */
 function grey() {
   normalised ??= fit();
   normalised.catch(() => {
@@ -120,7 +120,7 @@ function startDrop() {
   });
 }
 
-/** Shows a picture file, and what its text chunks say if this service has made it. */
+/** Shows a picture file, and its text chunks if this service has written it. */
 async function openFile(file) {
   const box = find("#provenance");
   let bitmap;
@@ -156,13 +156,13 @@ function showProvenance(chunks) {
     sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"],
     ...(tasks.modelName(chunks["Model-SHA256"]) ? { model: tasks.modelName(chunks["Model-SHA256"]) } : {}),
   });
-  const note = tasks.modelName(chunks["Model-SHA256"]) ? "" : "Another model made this picture, so the same parameters give another image here.";
+  const note = tasks.modelName(chunks["Model-SHA256"]) ? "" : "This service does not have the model of this picture. The same parameters give a different image here.";
   box.replaceChildren(
     element("h2", {}, "This picture was made by unfog"),
     factList(chunks),
     ...(note ? [element("p", { class: "hint" }, note)] : []),
     isGenerated
-      ? element("button", { type: "button", click: () => { location.hash = address; } }, "Use these parameters")
-      : element("p", { class: "hint" }, "It is the result of a task with another picture."),
+      ? element("button", { type: "button", click: () => { location.hash = address; } }, "Generate again")
+      : element("p", { class: "hint" }, "This image was made from another picture. Its parameters alone do not reproduce it."),
   );
 }

@@ -3,11 +3,11 @@
 import { announce, element, plural } from "./dom.js";
 
 const TITLES = {
-  overloaded: "The queue is full",
+  overloaded: "The service is busy",
   rate_limited: "Too many requests",
   starting: "The service is starting",
   draining: "The service is stopping",
-  engine_failed: "The model has stopped",
+  engine_failed: "The engine has failed",
   deadline_exceeded: "The images took too long",
   unauthorized: "This service needs an API key",
   forbidden: "The API key was refused",
@@ -19,22 +19,24 @@ const TITLES = {
   cancelled: "Cancelled",
 };
 const ADVICE = {
-  overloaded: "Other requests come first. Yours was not started.",
-  rate_limited: "The service limits the number of requests in a time. Yours was not started.",
-  starting: "It loads the model. This takes a few seconds.",
+  overloaded: "Other requests are in the queue. Your request was not started.",
+  rate_limited: "The service limits the number of requests per period. Your request was not started.",
+  starting: "It loads and compiles the model. The first start takes up to a minute, later starts a few seconds.",
   draining: "It accepts no new requests. A new process usually starts soon.",
   deadline_exceeded: "Ask for fewer images or fewer steps, or try again when the service is less busy.",
   unreachable: "Check that it is running and that you are online. Then try again.",
-  interrupted: "The network or the service interrupted the stream. Try again with the same seed for the same images.",
+  interrupted: "The stream ended before the result was complete. Try again: the same seed gives the same images.",
+  engine_failed: "The service must be restarted.",
   forbidden: "Check the key and try again.",
   unauthorized: "Try again and enter a key.",
 };
 
-/** Returns a sentence for an error, without an element. */
+/** Returns a text for an error: the title, and a sentence that says what to do. */
 export function sentence(error) {
   const title = TITLES[error.code] ?? "The service reported an error";
   const fields = (error.errors ?? []).map((each) => `${each.loc.join(".")}: ${each.msg}`).join(". ");
-  return `${title}. ${fields || ADVICE[error.code] || error.detail}`;
+  const id = error.code === "internal_error" ? ` Request id: ${error.request_id}.` : "";
+  return `${title}. ${fields || ADVICE[error.code] || error.detail}${id}`;
 }
 
 /** Returns a box that describes the error. `retry` is called by its button, which waits for `Retry-After`. */

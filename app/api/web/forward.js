@@ -9,6 +9,8 @@ import { gaussian } from "./random.js";
 import { json } from "./service.js";
 
 const GREY = 127.5; // grey levels of one unit of x: the range -1 to 1 is 0 to 255
+const MAX_NOISE_STD = 1000; // of /denoise
+const PREDICTION = "predicted x_0";
 const WAIT = 150; // milliseconds without a change after which the prediction is requested
 
 let model;
@@ -27,7 +29,7 @@ export async function start(loaded) {
     x_t: element("canvas", { width: SIDE, height: SIDE, role: "img", "aria-label": "The digit with noise" }),
     mean: element("img", { width: SIDE, height: SIDE, alt: "The prediction of the model" }),
   };
-  const texts = { x_0: "x_0: the digit", x_t: "x_t: what the model sees", mean: "what the model predicts" };
+  const texts = { x_0: "x_0: the clean image", x_t: "x_t: the noisy image", mean: PREDICTION };
   find("#forward-tiles").replaceChildren(
     ...Object.entries(tiles).map(([name, tile]) =>
       element("figure", {}, element("div", { class: "tile" }, tile), element("figcaption", {}, texts[name])),
@@ -64,10 +66,10 @@ function useDrawing() {
   else location.hash = "#/draw";
 }
 
-/** Returns the standard deviation of the noise in grey levels that belongs to timestep t. */
+/** Returns the standard deviation of the noise in grey levels at timestep t, at most MAX_NOISE_STD. */
 export function noiseStd(t) {
   const alpha = model.alpha_bar[t];
-  return Math.min(1000, Math.sqrt((1 - alpha) / alpha) * GREY);
+  return Math.min(MAX_NOISE_STD, Math.sqrt((1 - alpha) / alpha) * GREY);
 }
 
 /** Returns the picture (784 grey values, not clipped) of x_t / sqrt(alpha_bar_t), as /denoise expects it. */
@@ -111,7 +113,7 @@ async function predict(t) {
     const body = { image: base64Of(canvasOf(noisyPicture(t))), noise_std: noiseStd(t), mode: "mean", invert: false, fit: "resize" };
     const answer = await json("denoise", body, request.signal);
     tiles.mean.src = pngUrl(answer.images[0].png);
-    caption.textContent = "what the model predicts";
+    caption.textContent = noiseStd(t) < MAX_NOISE_STD ? PREDICTION : `${PREDICTION} at the strongest noise that /denoise accepts`;
   } catch (error) {
     if (error.name !== "AbortError") caption.textContent = sentence(error);
   }

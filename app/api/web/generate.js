@@ -13,7 +13,7 @@ import { Stage } from "./stage.js";
 import { zip } from "./zip.js";
 
 const COUNTS = [1, 4, 9, 16, 64];
-const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM++" };
+const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM-Solver++" };
 const NARROW = 820; // pixels; in narrower windows the images are below the form (see base.css)
 
 let form;

@@ -7,9 +7,9 @@ const INTERVAL = 5000; // milliseconds between two samples
 const RETRY = 2000; // milliseconds while the service does not answer
 const TEXTS = {
   unreachable: "The service does not answer. This page tries again every two seconds.",
-  starting: "The service is starting. It loads the model.",
+  starting: "The service is starting. It loads and compiles the model.",
   draining: "The service is stopping. It finishes its requests and accepts no new ones.",
-  failed: "The model has stopped working. The service must be restarted.",
+  failed: "The engine has failed. The service must be restarted.",
 };
 
 let shown = "ok";
@@ -42,7 +42,7 @@ function showState(state) {
   const banner = find("#banner");
   banner.hidden = state === "ok";
   banner.textContent = TEXTS[state] ?? "";
-  if (state === "ok") announce("The service answers again");
+  if (state === "ok") announce("The service is ready");
   shown = state;
 }
 

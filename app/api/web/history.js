@@ -1,7 +1,7 @@
 // The list of earlier runs. It has the parameters and the first image of each, and stays in this browser.
 
 import { generateAddress } from "./address.js";
-import { element, find, pngUrl } from "./dom.js";
+import { element, find, plural, pngUrl } from "./dom.js";
 
 const NAME = "unfog-history";
 const MOST = 24;
@@ -25,7 +25,7 @@ function write(entries) {
 /** Adds a finished run to the history. */
 export function remember(run) {
   const address = generateAddress({ ...run.body, seed: run.seed });
-  const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${run.count} images, seed ${run.seed}` };
+  const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${plural(run.count, "image")}, seed ${run.seed}` };
   write([entry, ...read().filter((each) => each.address !== address)].slice(0, MOST));
   show();
 }

@@ -7,9 +7,9 @@ const KEY = "unfog-api-key"; // in sessionStorage: the key is forgotten when the
 
 /** An error of the service or of the connection to it. `code` is the code of the API, or one of this page. */
 export class ServiceError extends Error {
-  constructor({ status = 0, code, detail, retryAfter = null, errors = [] }) {
+  constructor({ status = 0, code, detail, retryAfter = null, errors = [], request_id = null }) {
     super(detail);
-    Object.assign(this, { status, code, detail, retryAfter, errors });
+    Object.assign(this, { status, code, detail, retryAfter, errors, request_id });
   }
 }
 
@@ -79,7 +79,7 @@ async function errorOf(response) {
   try {
     return new ServiceError({ ...(await response.json()), retryAfter });
   } catch {
-    const detail = `The answer has status ${response.status} and is not from unfog`;
+    const detail = `The response has status ${response.status} and does not come from unfog. Check the proxy`;
     return new ServiceError({ status: response.status, code: "unknown", detail, retryAfter });
   }
 }

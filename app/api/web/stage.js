@@ -53,7 +53,7 @@ export class Stage {
     };
     this.panes = {
       xt: pane("xt", "x_t: the noisy image"),
-      x0: pane("x0", "x_0: the prediction", (index) => this.open(this.run, index)),
+      x0: pane("x0", "predicted x_0", (index) => this.open(this.run, index)),
     };
     this.line = element("div", { class: "run-line" });
     this.bar = element("progress", { max: 1, value: 0, "aria-label": "Progress of the images" });
@@ -132,7 +132,7 @@ export class Stage {
 
   showResult() {
     const { run } = this;
-    const calls = run.result.evaluations ? `, ${plural(run.result.evaluations, "network call")} each` : "";
+    const calls = run.result.evaluations ? `, ${plural(run.result.evaluations, "evaluation")} each` : "";
     const seconds = run.result.timing.total_seconds;
     this.footer.replaceChildren(
       element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}${calls}. Seed `, element("span", { class: "mono" }, String(run.seed))),
@@ -206,6 +206,6 @@ export class Stage {
     const isAlone = run.state === "done" && isLast;
     this.panes.xt.figure.hidden = isAlone;
     this.panesRow.dataset.panes = isAlone ? 1 : 2;
-    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}` : "x_0: the prediction";
+    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}` : "predicted x_0";
   }
 }

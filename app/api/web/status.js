@@ -72,19 +72,19 @@ function showThroughput(last) {
   const points = rates(last, (before, after) => Math.max(0, after.images - before.images) / (after.at - before.at));
   const peak = Math.max(1, ...points.map(([, rate]) => rate));
   const now = points.at(-1)?.[1] ?? 0;
-  show("#throughput-chart", points, peak, (rate) => rate.toFixed(peak < 10 ? 1 : 0), `${now.toFixed(1)} images per second now. ${plural(last.images, "image")} since the start of the service.`);
+  show("#throughput-chart", points, peak, (rate) => rate.toFixed(peak < 10 ? 1 : 0), `${now.toFixed(1)} images per second in the last seconds. ${plural(last.images, "image")} since the start of the service.`);
 }
 
 function showLatency(last) {
   const points = rates(last, (before, after) => median(before.buckets, after.buckets)).filter(([, value]) => value !== null);
   const peak = Math.max(0.1, ...points.map(([, value]) => value));
   const now = points.at(-1)?.[1];
-  show("#latency-chart", points, peak, duration, now === undefined ? "No request was answered since you opened this page." : `Median of the newest requests: about ${duration(now)}.`);
+  show("#latency-chart", points, peak, duration, now === undefined ? `No request to /generate was answered in the last ${MINUTES} minutes.` : `Median of the newest requests: about ${duration(now)}.`);
 }
 
 function show(id, points, peak, format, text) {
   const chart = lineChart({
-    series: [{ points, kind: "main" }], x: [-MINUTES, 0], y: [0, peak], height: 180, xLabel: "minutes", yFormat: format, description: text,
+    series: [{ points, kind: "main" }], x: [-MINUTES, 0], y: [0, peak], height: 180, xLabel: "minutes (0 = now)", yFormat: format, description: text,
   });
   find(id).replaceChildren(chart, element("p", { class: "legend" }, text));
 }

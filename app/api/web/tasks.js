@@ -22,8 +22,8 @@ const runs = {}; // task -> the newest Run
 /** Connects the controls. `grey()` returns the drawing as 784 grey values, or null. */
 export function start(parts) {
   ({ pad, mask, grey } = parts);
-  addDigits(find("#inpaint-digit"), "the model decides");
-  addDigits(find("#edit-digit"), "as in the sketch");
+  addDigits(find("#inpaint-digit"), "find automatically");
+  addDigits(find("#edit-digit"), "recognise from the sketch");
   showValue(find("#noise-std"), find("#noise-std-value"));
   showValue(find("#strength"), find("#strength-value"), (value) => value.toFixed(2));
   find("#denoise-run").addEventListener("click", () => withDrawing("denoise", denoise));
@@ -92,10 +92,10 @@ function showBars(answer) {
     ];
   });
   const verdict = answer
-    ? element("p", { class: "verdict" }, element("strong", {}, String(answer.digit)), answer.is_digit ? "" : "This is probably not a digit. The closest one is shown.")
+    ? element("p", { class: "verdict" }, element("strong", {}, String(answer.digit)), answer.is_digit ? "" : "This is probably not a digit. The most similar digit is shown.")
     : element("p", { class: "hint" }, "Draw a digit. The result appears after each stroke.");
   const facts = answer
-    ? `${answer.evaluations} network calls in ${Math.round(1000 * answer.timing.denoise_seconds)} ms`
+    ? `${answer.evaluations} evaluations in ${Math.round(1000 * answer.timing.denoise_seconds)} ms`
     : "";
   resultOf("recognize").replaceChildren(verdict, element("div", { class: "bars" }, rows), element("p", { class: "hint" }, facts));
   if (answer) announce(`Recognised: ${answer.digit}, ${Math.round(100 * Math.max(...probabilities))} percent`);
@@ -131,9 +131,9 @@ async function denoise() {
       { class: "tiles" },
       tile(canvasOf(clean).toDataURL(), "your drawing"),
       tile(noisy.toDataURL(), `with noise, ${psnr(clean, noisyGrey)}`),
-      tile(pngUrl(mean.images[0].png), `mean of all possible digits, ${psnr(clean, meanGrey)}`),
+      tile(pngUrl(mean.images[0].png), `predicted in one step, ${psnr(clean, meanGrey)}`),
     ),
-    element("p", {}, `Estimated noise: ${mean.noise_std.toFixed(1)} grey levels. Below: one possible digit, step by step.`),
+    element("p", {}, `Estimated noise: ${mean.noise_std.toFixed(1)} grey levels. PSNR measures the similarity to your drawing: higher is better. The prediction in one step is the mean of all possible images, so it is blurred. The images below are one possible result, step by step.`),
     sample,
   );
   await startRun("denoise", { ...body, seed: newSeed() }, sample, found);
@@ -141,14 +141,14 @@ async function denoise() {
 
 function psnr(clean, other) {
   const error = clean.reduce((sum, value, place) => sum + (value - other[place]) ** 2, 0) / clean.length;
-  return error ? `${(10 * Math.log10(255 ** 2 / error)).toFixed(1)} dB` : "no error";
+  return error ? `PSNR ${(10 * Math.log10(255 ** 2 / error)).toFixed(1)} dB` : "no error";
 }
 
 async function inpaint() {
   const values = await grey();
   mask.setGrey(values);
   if (mask.isEmpty) {
-    showHint("inpaint", "Paint over the part to fill in, or press Mark the lower half.");
+    showHint("inpaint", "Paint over the part to fill in, or press “Mark the lower half”.");
     return;
   }
   const body = { image: base64Of(canvasOf(values)), mask: mask.base64, invert: false, count: COUNT, seed: newSeed(), ...chosen("#inpaint-digit") };

@@ -1,4 +1,7 @@
-"""Fixtures: a headless Chromium and pages in it. Every page fails its test for console errors and foreign requests."""
+"""Fixtures: a headless Chromium and pages in it.
+
+A test fails if its page logs an error or sends a request to another origin.
+"""
 
 import os
 import shutil

@@ -141,7 +141,7 @@ def test_dropped_image_of_the_service_restores_its_parameters(shipped: Service, 
     drop(page, "digit.png", shipped.images(**body, scale=5)[1])
     expect(page.get_by_role("heading", name="This picture was made by unfog")).to_be_visible()
     expect(page.locator("#provenance")).to_contain_text("11")
-    page.get_by_role("button", name="Use these parameters").click()
+    page.get_by_role("button", name="Generate again").click()
     wait_until_finished(page)
     assert predictions(page) == images
     assert "digit=2&count=2&seed=11&num_steps=6&sampler=ddim&guidance_scale=1.5&model=default" in page.url

@@ -1,4 +1,4 @@
-"""The page while the service is gone, stops during a run, or accepts no requests."""
+"""The page while the service is stopped, stops during a run, or misses a deadline."""
 
 import re
 import signal
@@ -27,7 +27,9 @@ def port() -> str:
         return str(free.getsockname()[1])
 
 
-def test_service_that_is_gone_and_back_is_announced(start: Start, open_page: Open, watched: Watched, port: str) -> None:
+def test_banner_is_shown_until_the_service_answers_again(
+    start: Start, open_page: Open, watched: Watched, port: str
+) -> None:
     watched.expected += LOST
     service = start(UNFOG_PORT=port)
     page = open_page(service)

@@ -32,9 +32,7 @@ BODY = {
 ADDRESS = "#/generate?digit=4&count=3&seed=42&num_steps=12&sampler=ddim&guidance_scale=2.5&model=default"
 
 
-def test_form_generates_the_images_of_the_api_and_the_address_gives_them_again(
-    service: Service, open_page: Open
-) -> None:
+def test_form_generates_the_images_of_the_api_and_a_reload_repeats_them(service: Service, open_page: Open) -> None:
     page = open_page(service)
     generate(page, **{name: str(value) for name, value in BODY.items() if name != "model"})
     wait_until_finished(page)
@@ -86,7 +84,7 @@ def test_digit_keys_choose_the_digit_unless_the_user_types(service: Service, ope
     assert page.locator("#seed").input_value() == "8"
 
 
-def test_cancel_frees_the_images_of_the_service(service: Service, open_page: Open) -> None:
+def test_cancel_stops_the_images_in_the_service(service: Service, open_page: Open) -> None:
     service.wait_until_idle()
     before = service.metrics().value("cancelled_total", stage="running")
     page = open_page(service)
@@ -130,7 +128,7 @@ def test_dialog_copies_commands_that_generate_the_image_again(
     expect(page.locator("#detail")).to_be_hidden()
 
 
-def test_files_are_those_of_the_api(service: Service, open_page: Open) -> None:
+def test_downloads_equal_the_response_of_the_api(service: Service, open_page: Open) -> None:
     expected = pngs(service.post(BODY))
     page = open_page(service, ADDRESS)
     wait_until_finished(page)
@@ -184,7 +182,7 @@ def test_full_queue_counts_down_and_then_the_request_can_be_repeated(
     with service.events({"digit": 1, "count": 64, "num_steps": 40}) as events:
         next(events)
         generate(page, digit="2", count="64", num_steps="2", seed="1")
-        expect(page.get_by_role("heading", name="The queue is full")).to_be_visible()
+        expect(page.get_by_role("heading", name="The service is busy")).to_be_visible()
         retry = page.get_by_role("button", name="Try again")
         expect(retry).to_be_disabled()
         expect(page.get_by_role("timer")).to_have_text(re.compile(r"You can try again in \d+ seconds?\."))

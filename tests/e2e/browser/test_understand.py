@@ -71,7 +71,7 @@ def test_measurement_shows_the_probabilities_of_each_noise_level(service: Servic
     ]
     assert labels == expected
     expect(page.locator("#decided-result svg")).to_have_attribute(
-        "aria-label", re.compile("At t = 100 there is only noise|No digit")
+        "aria-label", re.compile("there is only noise|No digit")
     )
 
 

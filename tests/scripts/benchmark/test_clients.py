@@ -11,7 +11,17 @@ from itertools import chain, count, islice, pairwise, takewhile
 import pytest
 from aiohttp import web
 
-from scripts.benchmark.clients import Answer, RequestSpec, Window, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.clients import (
+    Answer,
+    RequestSpec,
+    Window,
+    arrivals,
+    closed_loop,
+    connected,
+    open_loop,
+    streaming,
+    watching,
+)
 
 
 def request(k: int) -> RequestSpec:
@@ -37,14 +47,21 @@ async def service(
         num_open -= 1
         return web.Response(status=status, headers={"Server-Timing": "queue;dur=250.0, denoise;dur=1"})
 
+    async with serving(web.post("/generate", generate)) as url:
+        yield url, open_at_once
+
+
+@asynccontextmanager
+async def serving(*routes: web.RouteDef) -> AsyncIterator[str]:
+    """Runs a server with these routes and yields its URL."""
     app = web.Application()
-    app.router.add_post("/generate", generate)
-    runner = web.AppRunner(app)
+    app.router.add_routes(routes)
+    runner = web.AppRunner(app, shutdown_timeout=1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", open_at_once
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
     finally:
         await runner.cleanup()
 
@@ -168,3 +185,44 @@ def test_images_count_by_completion_in_an_open_loop() -> None:
     assert window.images_a_second == pytest.approx(
         (4 + 2 + 1) / 10
     )  # the images completed at 12, 13 and 19 s count, the image at 25 s does not
+
+
+@pytest.mark.parametrize(("last", "status"), [("done", 200), ("error", 0)])
+def test_stream_counts_as_answered_only_if_it_ends_with_done(last: str, status: int) -> None:
+    seen = list[tuple[str, str]]()
+
+    async def generate(request: web.Request) -> web.Response:
+        seen.append((request.query_string, request.headers["Accept"]))
+        return web.Response(text=f"event: accepted\ndata: {{}}\n\nevent: {last}\ndata: {{}}\n\n")
+
+    async def run() -> Answer:
+        async with serving(web.post("/generate", generate)) as url, streaming(url) as send:
+            return await send(request(0), time.perf_counter())
+
+    assert asyncio.run(run()).status == status
+    assert seen == [("previews=10", "text/event-stream")]
+
+
+def test_watching_reads_the_batch_events_while_requests_are_sent() -> None:
+    num_read = 0
+
+    async def events(request: web.Request) -> web.StreamResponse:
+        nonlocal num_read
+        stream = web.StreamResponse()
+        await stream.prepare(request)
+        while True:
+            await stream.write(b"event: batch\ndata: {}\n\n")
+            num_read += 1
+            await asyncio.sleep(0.01)
+
+    async def generate(_: web.Request) -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.Response()
+
+    async def run() -> Answer:
+        routes = web.post("/generate", generate), web.get("/events/batch", events)
+        async with serving(*routes) as url, watching(url) as send:
+            return await send(request(0), time.perf_counter())
+
+    assert asyncio.run(run()).status == 200
+    assert num_read >= 2
