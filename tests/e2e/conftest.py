@@ -52,7 +52,12 @@ def service(checkpoint: Path) -> Iterator[Service]:
 def start(checkpoint: Path) -> Iterator[Start]:
     """Returns a function that starts a service with the given environment variables. All stop after the test."""
     with ExitStack() as stack:
-        yield lambda **variables: start_service(stack, checkpoint, **variables)
+
+        def start_with(module: str = "app", **variables: str) -> Service:
+            path = Path(variables.pop("UNFOG_CHECKPOINT", checkpoint))
+            return start_service(stack, path, module, **variables)
+
+        yield start_with
 
 
 def start_service(stack: ExitStack, checkpoint: Path, module: str = "app", **variables: str) -> Service:

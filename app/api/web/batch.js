@@ -13,7 +13,7 @@ const SAMPLES = [
   { digit: 2, count: 16, model: "fast" },
 ];
 const LINGER = 700; // milliseconds for which a finished request stays visible
-const RETRY = 2000; // milliseconds until the stream is opened again
+const RETRY = 2; // seconds until the stream is opened again
 
 let abort = null;
 let lanes = new Map(); // job number -> {root, cells, rows, seenAt}
@@ -21,6 +21,11 @@ let lanes = new Map(); // job number -> {root, cells, rows, seenAt}
 /** Connects the button. Runs once. */
 export function start() {
   find("#batch-send").addEventListener("click", send);
+  document.addEventListener("visibilitychange", () => {
+    if (find("#batch").hidden) return;
+    if (document.hidden) close(); // a hidden tab would keep one of the few connections of the browser to the service
+    else open();
+  });
 }
 
 /** Watches the batch while the view is open. */
@@ -28,24 +33,35 @@ export async function open() {
   close();
   const own = new AbortController();
   abort = own;
-  const line = find("#batch-connection");
-  line.textContent = "Connecting";
+  say("#batch-connection", "Connecting");
+  say("#batch-problem", "");
   showFigures({ step: 0, waiting: 0, running: 0, rows: [] });
   showEmpty();
   while (!own.signal.aborted) {
-    try {
-      for await (const { data } of stream("events/batch", null, own.signal)) {
-        line.textContent = "Live";
-        show(data);
-      }
-      line.textContent = "The connection was lost. Reconnecting.";
-    } catch (error) {
-      if (error.name === "AbortError") return;
-      const isLocked = error.status === 401 || error.status === 403;
-      line.textContent = `${sentence(error)} ${isLocked ? "Open the view again to enter a key." : "Reconnecting."}`;
-      if (isLocked) return;
+    const wait = await watch(own.signal);
+    if (wait === null) {
+      if (abort === own) abort = null;
+      return;
     }
-    await new Promise((resolve) => setTimeout(resolve, RETRY));
+    await new Promise((resolve) => setTimeout(resolve, 1000 * wait));
+  }
+}
+
+/** Shows the events of one stream. Returns the seconds to wait before the next one, or null if there is no next one. */
+async function watch(signal) {
+  try {
+    for await (const { data } of stream("events/batch", null, signal)) {
+      say("#batch-connection", "Live");
+      show(data);
+    }
+    say("#batch-connection", "The connection was lost. Reconnecting.");
+    return RETRY;
+  } catch (error) {
+    if (error.name === "AbortError") return null;
+    const isLocked = error.status === 401 || error.status === 403;
+    const next = isLocked ? "Send the sample requests or open the view again to enter a key." : "Reconnecting.";
+    say("#batch-connection", `${error.status === 429 ? error.detail + "." : sentence(error)} ${next}`);
+    return isLocked ? null : Math.max(RETRY, error.retryAfter ?? 0);
   }
 }
 
@@ -55,17 +71,38 @@ export function close() {
   lanes = new Map();
 }
 
+/** Shows a text. Screen readers repeat a text that is set again, so an equal text is not set. */
+function say(id, text) {
+  if (find(id).textContent !== text) find(id).textContent = text;
+}
+
+/** Sends the sample requests that the service permits. */
 async function send() {
-  const line = find("#batch-connection");
+  say("#batch-problem", "");
   try {
-    const { models } = await about();
-    const samples = SAMPLES.filter(({ model }) => !model || models.some(({ name }) => name === model));
-    const results = await Promise.allSettled(samples.map((body) => json("generate", body)));
-    const failed = results.find(({ status }) => status === "rejected");
-    if (failed) line.textContent = sentence(failed.reason);
+    const { models, limits } = await about();
+    const requests = samples(models, limits).map((body) => json("generate", body));
+    if (!abort) open(); // the stream was refused before the key was entered
+    const failed = (await Promise.allSettled(requests)).find(({ status }) => status === "rejected");
+    if (failed) say("#batch-problem", sentence(failed.reason));
   } catch (error) {
-    line.textContent = sentence(error);
+    say("#batch-problem", sentence(error));
   }
+}
+
+function samples(models, limits) {
+  const permitted = SAMPLES.filter((body) => {
+    const model = models.find(({ name }) => name === (body.model ?? "default"));
+    if (!model) return false;
+    const isGuided = (body.guidance_scale ?? 1) !== 1;
+    return (
+      (!body.num_steps || (!model.steps.length && body.num_steps <= model.max_steps)) &&
+      (!body.sampler || model.samplers.includes(body.sampler)) &&
+      (!isGuided || model.guidable)
+    );
+  });
+  const bodies = permitted.length ? permitted : SAMPLES.map(({ digit, count }) => ({ digit, count }));
+  return bodies.map((body) => ({ ...body, count: Math.min(body.count, limits.count) }));
 }
 
 function showFigures({ step, waiting, running, rows }) {

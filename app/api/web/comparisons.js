@@ -3,7 +3,7 @@
 import { bar, lineChart } from "./chart.js";
 import { addDigits, announce, duration, element, find, pngUrl } from "./dom.js";
 import { failureBox } from "./failure.js";
-import { about, json } from "./service.js";
+import { about, patientJson } from "./service.js";
 
 const SCALES = [1, 1.5, 2, 3, 5, 8];
 const GUIDED_SAMPLER = "ddim"; // adds no noise in its steps, so that only guidance makes a difference
@@ -26,8 +26,8 @@ export function start(loaded) {
   for (const id of ["#guidance-run", "#steps-run"]) find(id).disabled = false;
   find("#guidance-run").addEventListener("click", () => compareGuidance());
   find("#steps-run").addEventListener("click", () => compareSteps());
-  showSchedule();
-  showGuidance(scalesOf().map((guidance_scale) => ({ guidance_scale })));
+  if (model.guidable) showSchedule();
+  if (model.guidable) showGuidance(scalesOf().map((guidance_scale) => ({ guidance_scale })));
   variants().then((all) => showSteps(find("#steps-result"), all.map(emptyRow)), () => {});
 }
 
@@ -67,10 +67,19 @@ function compareGuidance() {
   const root = find("#guidance-result");
   const body = { digit: numberOf("#guidance-digit"), seed: numberOf("#guidance-seed"), num_steps: 50, sampler: GUIDED_SAMPLER };
   return withButton("#guidance-run", root, async () => {
-    showGuidance(await Promise.all(scalesOf().map((guidance_scale) => json("generate", { ...body, guidance_scale }))));
+    const answers = scalesOf().map((guidance_scale) => ({ guidance_scale }));
+    for (const [place, { guidance_scale }] of answers.entries()) {
+      answers[place] = await patientJson("generate", { ...body, guidance_scale }, tellWait("#guidance-run"));
+      showGuidance(answers);
+    }
     announce("The comparison of guidance scales is finished");
   });
 }
+
+/** Returns a function that shows on a button how long the next request waits, because the service is busy. */
+const tellWait = (id) => (seconds) => {
+  find(id).textContent = seconds ? `Busy, waiting ${seconds} s` : "Compare";
+};
 
 const recommendedScale = () => model.guidance_scale[GUIDED_SAMPLER];
 const scalesOf = () => [...new Set([...SCALES, recommendedScale()])].sort((a, b) => a - b);
@@ -91,7 +100,9 @@ const tile = (images, alt) =>
 async function variants() {
   const { models } = await about();
   const fast = models.find(({ name }) => name === "fast");
-  const steps = STEPS.filter(({ sampler, num_steps }) => model.samplers.includes(sampler) && num_steps <= model.max_steps);
+  const isPermitted = ({ sampler, num_steps }) => model.samplers.includes(sampler) && num_steps <= model.max_steps;
+  const own = { sampler: model.samplers[0], num_steps: model.default_steps, name: "model default" };
+  const steps = model.steps.length ? [own] : STEPS.filter(isPermitted);
   if (!fast) return steps;
   return [...steps, { model: fast.name, sampler: fast.samplers[0], num_steps: fast.default_steps, name: "model fast" }];
 }
@@ -103,7 +114,8 @@ function compareSteps() {
     const all = await variants();
     const rows = all.map(emptyRow);
     for (const [place, { name, ...body }] of all.entries()) {
-      const answer = await json("generate", { ...fixed, ...body }); // one at a time, so that the times compare
+      // One request at a time, so that the times can be compared.
+      const answer = await patientJson("generate", { ...fixed, ...body }, tellWait("#steps-run"));
       rows[place] = { name, answer };
       showSteps(root, rows);
     }

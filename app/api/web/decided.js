@@ -5,33 +5,33 @@ import { announce, element, find, pngUrl } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { noisyPicture, noiseStd, state } from "./forward.js";
 import { base64Of, canvasOf } from "./png.js";
-import { json } from "./service.js";
+import { patientJson } from "./service.js";
 
 const TIMESTEPS = [10, 20, 30, 40, 45, 50, 55, 60, 64, 68, 72, 76, 80, 83]; // for T = 100
 const END = 100; // the timestep of pure noise
 const SURE = 0.9;
 const LIKELY = 0.15; // a digit with at least this probability at some level has a label
 
-let isRunning = false;
+let measurement = null; // identifies the running measurement
 
 /** Connects the section. */
 export function start() {
   find("#decided-run").addEventListener("click", measure);
-  find("#decided-run").disabled = false;
   showEmpty();
   state.onChange = showEmpty;
 }
 
-/** Shows the noisy images and empty axes. The results of an earlier digit are removed. */
+/** Shows the noisy images and empty axes. Stops a measurement and removes the results of an earlier digit. */
 function showEmpty() {
-  if (!isRunning) show(TIMESTEPS.map((t) => ({ t, noisy: noisyBase64(t) })));
+  end();
+  show(TIMESTEPS.map((t) => ({ t, noisy: noisyBase64(t) })));
 }
 
 const noisyBase64 = (t) => base64Of(canvasOf(noisyPicture(t)));
 
 async function measure() {
-  if (isRunning) return;
-  isRunning = true;
+  const own = {};
+  measurement = own;
   const [bar, button] = [find("#decided-progress"), find("#decided-run")];
   button.disabled = true;
   bar.hidden = false;
@@ -40,20 +40,29 @@ async function measure() {
     for (const [place, { t, noisy }] of results.entries()) {
       bar.value = place / results.length;
       results[place] = await at(t, noisy);
+      if (measurement !== own) return; // the user has chosen another digit or other noise
       show(results);
     }
     announce(summary(results));
   } catch (error) {
-    find("#decided-result").replaceChildren(failureBox(error, measure));
+    if (measurement === own) find("#decided-result").replaceChildren(failureBox(error, measure));
+  } finally {
+    if (measurement === own) end();
   }
-  isRunning = false;
-  button.disabled = false;
-  bar.hidden = true;
+}
+
+function end() {
+  measurement = null;
+  find("#decided-run").disabled = false;
+  find("#decided-progress").hidden = true;
 }
 
 async function at(t, noisy) {
   const body = { image: noisy, noise_std: noiseStd(t), seed: 1, num_steps: 20, invert: false, fit: "resize" };
-  const answer = await json("denoise", body);
+  const tell = (seconds) => {
+    find("#decided-run").textContent = seconds ? `Busy, waiting ${seconds} s` : "Measure";
+  };
+  const answer = await patientJson("denoise", body, tell);
   return { t, noisy, probabilities: answer.probabilities, digit: answer.digit, clean: answer.images[0].png };
 }
 
@@ -101,8 +110,9 @@ const mostLikely = ({ probabilities }) => probabilities.indexOf(Math.max(...prob
 
 function summary(results) {
   const digit = mostLikely(results[0]);
-  const sure = results.filter(({ probabilities }) => probabilities[digit] >= SURE);
-  if (!sure.length) return "No digit is certain at any noise level.";
+  const firstUnsure = results.findIndex(({ probabilities }) => probabilities[digit] < SURE);
+  const sure = firstUnsure < 0 ? results : results.slice(0, firstUnsure);
+  if (!sure.length) return "No digit has at least 90% at the lowest noise level.";
   const wrong = results.find((each) => mostLikely(each) !== digit);
   const then = wrong ? ` At t = ${wrong.t} another digit is more likely.` : "";
   return `Thick line: probability of the digit ${digit}. Thin lines: the other digits. The digit ${digit} has at least 90% up to t = ${sure.at(-1).t}.${then} The values at t = 100 are not measured: there is only noise, so each digit has 10%.`;

@@ -7,16 +7,17 @@ import { hasKey } from "./service.js";
 
 const LABELS = {
   Digit: "Digit", Seed: "Seed", Index: "Index", Sampler: "Sampler", Steps: "Steps",
-  "Guidance-Scale": "Guidance", "Model-SHA256": "Model", Software: "Software",
+  "Guidance-Scale": "Guidance", "Model-SHA256": "Model", Software: "Software", Task: "Task", "Noise-Std": "Noise",
+  Mode: "Mode", Strength: "Strength",
 };
 
 /** Returns the name of the file of an image. */
 export const fileName = (run, index) =>
   run.path === "generate" ? `digit-${run.body.digit}-seed-${run.seed}-${index}.png` : `${run.path}-seed-${run.seed}-${index}.png`;
 
-/** Returns a list of the text chunks of a PNG file. */
+/** Returns a list of the text chunks that this service writes. */
 export function factList(chunks) {
-  const shown = Object.entries(chunks).map(([name, value]) => [LABELS[name] ?? name, value]);
+  const shown = Object.entries(LABELS).filter(([name]) => Object.hasOwn(chunks, name)).map(([name, label]) => [label, chunks[name]]);
   return element(
     "dl",
     { class: "facts" },
@@ -55,15 +56,20 @@ open("digit.png", "wb").write(base64.b64decode(image["png"]))
 `;
 }
 
-/** Opens the dialog for an image of a finished run. */
-export function openDetail(run, index) {
+/** Opens the dialog for a finished image of a run. `focused` is the text of the button that gets the focus. */
+export function openDetail(run, index, focused = "Download PNG") {
   const dialog = find("#detail");
   const png = run.images[index];
   const file = bytesOf(png);
   const isGenerated = run.path === "generate";
   const link = location.href.split("#", 1)[0] + generateAddress({ ...run.body, seed: run.seed });
   const button = (text, click, primary) => element("button", { type: "button", class: primary ? "primary" : null, click }, text);
-  const move = (by) => openDetail(run, (index + by + run.count) % run.count);
+  const move = (by, name) => {
+    let next = index;
+    do next = (next + by + run.count) % run.count;
+    while (!run.images[next]);
+    openDetail(run, next, name);
+  };
   dialog.replaceChildren(
     element("h2", { id: "detail-title" }, `Image ${index + 1} of ${run.count}`),
     element(
@@ -79,18 +85,19 @@ export function openDetail(run, index) {
       isGenerated ? button("Copy as curl", () => copy(curlOf(run, index), "curl command")) : null,
       isGenerated ? button("Copy as Python", () => copy(pythonOf(run, index), "Python program")) : null,
       isGenerated ? button("Copy link", () => copy(link, "Link")) : null,
-      run.count > 1 ? button("Previous", () => move(-1)) : null,
-      run.count > 1 ? button("Next", () => move(1)) : null,
+      run.count > 1 ? button("Previous", () => move(-1, "Previous")) : null,
+      run.count > 1 ? button("Next", () => move(1, "Next")) : null,
       button("Close", () => dialog.close()),
     ),
     element("p", { class: "hint", id: "copied", role: "status" }),
   );
   dialog.onkeydown = (event) => {
-    if (run.count > 1 && event.key === "ArrowLeft") move(-1);
-    if (run.count > 1 && event.key === "ArrowRight") move(1);
+    if (run.count === 1 || event.target.matches("textarea")) return;
+    if (event.key === "ArrowLeft") move(-1, "Previous");
+    if (event.key === "ArrowRight") move(1, "Next");
   };
   if (!dialog.open) dialog.showModal();
-  find("button", dialog).focus();
+  [...dialog.querySelectorAll("button")].find((each) => each.textContent === focused).focus();
 }
 
 /** Copies a text. Browsers permit this only on secure origins and localhost, so the text is shown if it fails. */

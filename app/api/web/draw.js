@@ -2,7 +2,7 @@
 
 import { generateAddress } from "./address.js";
 import { factList } from "./detail.js";
-import { addRealDigits, setDrawing } from "./digits.js";
+import { addRealDigits, setDrawingReader } from "./digits.js";
 import { element, find, showValue } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { Mask, Pad } from "./pad.js";
@@ -23,6 +23,7 @@ export function start() {
   pad = new Pad(find("#pad"), changed);
   mask = new Mask(find("#mask"));
   tasks.start({ pad, mask, grey });
+  setDrawingReader(grey);
   find("#pad-undo").addEventListener("click", () => pad.undo());
   find("#pad-clear").addEventListener("click", () => pad.clear());
   showValue(find("#pad-width"), find("#pad-width-value"));
@@ -37,13 +38,17 @@ export function start() {
   startDrop();
 }
 
-let hasDigits = false;
-
-export function open() {
-  if (hasDigits) return;
-  hasDigits = true;
-  addRealDigits(find("#pad-digits"), (_, values) => pad.setGrey(values));
+/** Shows the real digits and the result of the selected task. */
+export async function open() {
   run();
+  if (find("#pad-digits").children.length) return;
+  try {
+    await addRealDigits(find("#pad-digits"), (_, values) => pad.setGrey(values));
+  } catch (error) {
+    find("#pad-digits").replaceChildren();
+    find("#provenance").hidden = false;
+    find("#provenance").replaceChildren(failureBox(error, open));
+  }
 }
 
 function startTabs() {
@@ -93,9 +98,7 @@ function grey() {
 
 async function fit() {
   if (pad.isEmpty) return null;
-  const values = pad.exact ?? (await greyOf((await json("edit", { ...pad.picture, strength: 0 })).images[0].png));
-  setDrawing(values);
-  return values;
+  return pad.exact ?? greyOf((await json("edit", { ...pad.picture, strength: 0 })).images[0].png);
 }
 
 function startDrop() {

@@ -33,6 +33,7 @@ const ADVICE = {
 
 /** Returns a text for an error: the title, and a sentence that says what to do. */
 export function sentence(error) {
+  if (!error.code) return `The page has an error. ${error.message}`;
   const title = TITLES[error.code] ?? "The service reported an error";
   const fields = (error.errors ?? []).map((each) => `${each.loc.join(".")}: ${each.msg}`).join(". ");
   const id = error.code === "internal_error" ? ` Request id: ${error.request_id}.` : "";

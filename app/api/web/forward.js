@@ -35,7 +35,9 @@ export async function start(loaded) {
       element("figure", {}, element("div", { class: "tile" }, tile), element("figcaption", {}, texts[name])),
     ),
   );
-  await addRealDigits(find("#forward-digits"), (digit, grey) => choose(digit, grey));
+  tiles.mean.parentNode.parentNode.hidden = !model.has_picture_tasks;
+  await addRealDigits(find("#forward-digits"), choose);
+  find("#forward-drawing").hidden = !model.has_picture_tasks;
   find("#forward-drawing").addEventListener("click", useDrawing);
   find("#forward-noise").addEventListener("click", () => {
     newNoise();
@@ -60,11 +62,17 @@ function choose(digit, grey) {
   state.onChange();
 }
 
-function useDrawing() {
-  const grey = drawingOf();
-  if (grey) choose(null, grey);
-  else location.hash = "#/draw";
+async function useDrawing() {
+  try {
+    const grey = await drawingOf();
+    if (grey) choose(null, grey);
+    else location.hash = "#/draw";
+  } catch (error) {
+    captionOf(tiles.x_0).textContent = sentence(error);
+  }
 }
+
+const captionOf = (tile) => find("figcaption", tile.parentNode.parentNode);
 
 /** Returns the standard deviation of the noise in grey levels at timestep t, at most MAX_NOISE_STD. */
 export function noiseStd(t) {
@@ -108,7 +116,8 @@ function update() {
 async function predict(t) {
   request?.abort();
   request = new AbortController();
-  const caption = find("figcaption", tiles.mean.parentNode.parentNode);
+  if (!model.has_picture_tasks) return;
+  const caption = captionOf(tiles.mean);
   try {
     const body = { image: base64Of(canvasOf(noisyPicture(t))), noise_std: noiseStd(t), mode: "mean", invert: false, fit: "resize" };
     const answer = await json("denoise", body, request.signal);

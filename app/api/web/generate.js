@@ -13,6 +13,7 @@ import { Stage } from "./stage.js";
 import { zip } from "./zip.js";
 
 const COUNTS = [1, 4, 9, 16, 64];
+const SEED_HINT = "The same seed with the same settings gives the same images.";
 const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM-Solver++" };
 const NARROW = 820; // pixels; in narrower windows the images are below the form (see base.css)
 
@@ -31,8 +32,9 @@ export function start() {
   for (const count of COUNTS) find("#count-chips").append(chip(count));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    generate(bodyOfForm());
+    if (checkSeed()) generate(bodyOfForm());
   });
+  form.seed.addEventListener("input", checkSeed);
   form.addEventListener("change", (event) => {
     changed.add(event.target.name);
     if (event.target.name === "model" || event.target.name === "sampler") applyModel();
@@ -43,7 +45,7 @@ export function start() {
   find("#generate-reset").addEventListener("click", reset);
   showValue(form.num_steps, find("#num-steps-value"));
   showValue(form.guidance_scale, find("#guidance-value"), guidanceText);
-  document.addEventListener("keydown", chooseDigit);
+  form.addEventListener("keydown", chooseDigit);
   history.start();
   showEmpty();
 }
@@ -57,15 +59,20 @@ export async function open(parameters) {
     find("#generate-stage").replaceChildren(failureBox(error, () => open(parameters)));
     return;
   }
-  if (Object.keys(wanted).length) fill(wanted);
-  const isShown = run && generateAddress(wanted) === generateAddress(run.body);
-  if (wanted.seed !== undefined && wanted.digit !== undefined && !isShown) generate(bodyOfForm());
+  if (find("#generate").hidden) return; // the user has opened another view in the meantime
+  const isEmpty = !Object.keys(wanted).length;
+  if (isEmpty && run) window.history.replaceState(null, "", generateAddress(run.body));
+  if (isEmpty || (run && generateAddress(wanted) === generateAddress(run.body))) return;
+  fill(wanted);
+  // The form rounds the guidance scale, and offers only values that the service permits. The service checks the others.
+  if (wanted.seed !== undefined && wanted.digit !== undefined) generate({ ...bodyOfForm(), ...wanted }, "replaceState");
 }
 
 async function loadModels() {
   if (models.length) return;
   ({ models, limits } = await about());
   form.count.max = limits.count;
+  form.count.value = Math.min(form.count.value, limits.count);
   for (const button of find("#count-chips").children) button.hidden = button.value > limits.count;
   find("#model-choice").replaceChildren(...models.map(({ name }, place) => choice("model", name, name, !place)));
   find("#model-choice").parentNode.hidden = models.length < 2;
@@ -138,19 +145,30 @@ function bodyOfForm() {
     model: model().name,
   };
   form.count.value = body.count;
-  const isSeed = /^[0-9]+$/.test(form.seed.value) && Number(form.seed.value) <= MAX_SEED;
-  if (!isSeed) form.seed.value = "";
-  body.seed = isSeed ? Number(form.seed.value) : newSeed();
+  const seed = form.seed.value.trim();
+  body.seed = seed ? Number(seed) : newSeed();
   return body;
 }
 
-/** Sends a request, shows it, and puts it into the address. */
-async function generate(body) {
+/** Returns true if the seed is valid or empty. Otherwise says what is wrong. */
+function checkSeed() {
+  const seed = form.seed.value.trim();
+  const isValid = !seed || (/^[0-9]+$/.test(seed) && Number(seed) <= MAX_SEED);
+  form.seed.setAttribute("aria-invalid", !isValid);
+  const hint = find("#seed-hint");
+  hint.classList.toggle("error", !isValid);
+  hint.textContent = isValid ? SEED_HINT : `The seed must be a whole number from 0 to ${MAX_SEED}.`;
+  if (!isValid) form.seed.focus();
+  return isValid;
+}
+
+/** Sends a request, shows it, and puts it into the address. `addAddress` is a method of the browser's history. */
+async function generate(body, addAddress = "pushState") {
   run?.cancel();
   const own = new Run("generate", body);
   run = own;
   const address = generateAddress(body);
-  if (address !== location.hash) window.history.pushState(null, "", address);
+  if (address !== location.hash) window.history[addAddress](null, "", address);
   stage.show(own);
   if (window.innerWidth <= NARROW) find("#generate-stage").scrollIntoView({ behavior: moves() ? "smooth" : "auto" });
   await own.start();
@@ -182,10 +200,10 @@ function reset() {
   if (models.length) applyModel();
 }
 
-/** Chooses a digit by its key, unless the user is typing. */
+/** Chooses a digit by its key while the focus is in the form, unless the user is typing. */
 function chooseDigit(event) {
-  const isTyping = event.target.matches?.('input:not([type="radio"]):not([type="range"]), select, textarea');
-  if (find("#generate").hidden || isTyping || event.ctrlKey || event.metaKey || event.altKey || find("dialog[open]")) return;
+  const isTyping = event.target.matches('input:not([type="radio"]):not([type="range"])');
+  if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
   if (/^[0-9]$/.test(event.key)) find(`input[name="digit"][value="${event.key}"]`, form).click();
 }
 

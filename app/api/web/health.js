@@ -1,10 +1,10 @@
 // Watches the service: asks for /health and /metrics every few seconds while the page is visible.
 
-import { announce, find } from "./dom.js";
-import { forgetAbout } from "./service.js";
+import { announce, element, find } from "./dom.js";
 
 const INTERVAL = 5000; // milliseconds between two samples
 const RETRY = 2000; // milliseconds while the service does not answer
+const TIMEOUT = 5000; // milliseconds for an answer
 const TEXTS = {
   unreachable: "The service does not answer. This page tries again every two seconds.",
   starting: "The service is starting. It loads and compiles the model.",
@@ -13,32 +13,47 @@ const TEXTS = {
 };
 
 let shown = "ok";
+let known = null; // the digests of the models when the page was opened
 
 /** Calls `take({at, health, images, buckets})` for each sample, from now on. */
 export function watchService(take) {
   let timer = null;
+  let isBusy = false;
   const sample = async () => {
     clearTimeout(timer);
-    if (document.hidden) return;
-    let wait = INTERVAL;
+    if (document.hidden || isBusy) return;
+    isBusy = true;
     try {
-      const health = await (await fetch("health", { cache: "no-store" })).json();
-      const text = await (await fetch("metrics", { cache: "no-store" })).text();
+      const health = await (await get("health")).json();
+      const text = await (await get("metrics")).text();
       showState(health.status);
+      showChangedModels(health.models);
       take({ at: performance.now() / 1000, health, ...parseMetrics(text) });
     } catch {
       showState("unreachable");
     }
-    if (shown !== "ok") wait = RETRY;
-    timer = setTimeout(sample, wait);
+    isBusy = false;
+    timer = setTimeout(sample, shown === "ok" ? INTERVAL : RETRY);
   };
   document.addEventListener("visibilitychange", sample);
   sample();
 }
 
+const get = (path) => fetch(path, { cache: "no-store", signal: AbortSignal.timeout(TIMEOUT) });
+
+/** Shows a banner if the service has restarted with other models. The address keeps the state over a reload. */
+function showChangedModels(models) {
+  if (!models) return; // the service is starting
+  const digests = models.map(({ sha256 }) => sha256).join();
+  known ??= digests;
+  if (digests === known) return;
+  const reload = element("button", { type: "button", class: "small", click: () => location.reload() }, "Reload the page");
+  find("#banner").hidden = false;
+  find("#banner").replaceChildren("The service has started with another model. ", reload);
+}
+
 function showState(state) {
   if (state === shown) return;
-  if (shown === "unreachable") forgetAbout(); // another release may have started
   const banner = find("#banner");
   banner.hidden = state === "ok";
   banner.textContent = TEXTS[state] ?? "";

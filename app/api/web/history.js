@@ -2,25 +2,22 @@
 
 import { generateAddress } from "./address.js";
 import { element, find, plural, pngUrl } from "./dom.js";
+import { load, save } from "./storage.js";
 
 const NAME = "unfog-history";
 const MOST = 24;
 
+/** Returns the stored entries. Anything else in the storage is ignored. */
 function read() {
   try {
-    return JSON.parse(localStorage.getItem(NAME)) ?? [];
+    const isEntry = (each) => ["address", "png", "text"].every((name) => typeof each?.[name] === "string");
+    return JSON.parse(load("localStorage", NAME)).filter(isEntry);
   } catch {
     return [];
   }
 }
 
-function write(entries) {
-  try {
-    localStorage.setItem(NAME, JSON.stringify(entries));
-  } catch {
-    // The storage is full or not permitted. The history is then not kept.
-  }
-}
+const write = (entries) => save("localStorage", NAME, JSON.stringify(entries));
 
 /** Adds a finished run to the history. */
 export function remember(run) {

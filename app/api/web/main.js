@@ -7,6 +7,7 @@ import * as drawView from "./draw.js";
 import * as generate from "./generate.js";
 import { setKeyPrompt } from "./service.js";
 import * as status from "./status.js";
+import { load, save } from "./storage.js";
 import * as understand from "./understand.js";
 
 const VIEWS = { generate, understand, draw: drawView, batch, status };
@@ -16,8 +17,7 @@ let current = null;
 
 function route() {
   const address = parse(location.hash);
-  if (!address && location.hash && current) return; // a link within the page, such as the skip link
-  const name = address && address.view in VIEWS ? address.view : "generate";
+  const name = address && Object.hasOwn(VIEWS, address.view) ? address.view : "generate";
   for (const each of Object.keys(VIEWS)) find(`#${each}`).hidden = each !== name;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
@@ -36,12 +36,12 @@ function route() {
 function startTheme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
-  const saved = localStorage.getItem(THEME);
+  const saved = load("localStorage", THEME);
   if (saved) root.dataset.theme = saved; // otherwise the style sheet follows the system
   find("#theme").addEventListener("click", () => {
     const isDark = (root.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
     root.dataset.theme = isDark ? "light" : "dark";
-    localStorage.setItem(THEME, root.dataset.theme);
+    save("localStorage", THEME, root.dataset.theme);
   });
 }
 
@@ -68,9 +68,12 @@ function askForKey(isRefused) {
   return prompted;
 }
 
+find("#skip").addEventListener("click", (event) => {
+  event.preventDefault(); // so that the address keeps its parameters
+  find("#main").focus();
+});
 startTheme();
 setKeyPrompt(askForKey);
 for (const view of [generate, drawView, batch, status]) view.start();
 addEventListener("hashchange", route);
-addEventListener("popstate", route);
 route();

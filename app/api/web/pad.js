@@ -1,5 +1,6 @@
 // The drawing area, and the mask over a picture of 28 x 28 pixels.
 
+import { announce } from "./dom.js";
 import { SIDE, base64Of, canvasOf } from "./png.js";
 
 const MOST_UNDO = 20;
@@ -79,7 +80,7 @@ export class Pad {
   }
 
   begin(event) {
-    if (event.button) return;
+    if (event.button || !event.isPrimary) return; // a second finger does not draw
     this.canvas.setPointerCapture(event.pointerId);
     this.save();
     this.exact = null;
@@ -88,7 +89,7 @@ export class Pad {
   }
 
   move(event) {
-    if (!this.last) return;
+    if (!this.last || !event.isPrimary) return;
     for (const each of event.getCoalescedEvents?.() ?? [event]) this.line(positionOf(each, this.canvas));
   }
 
@@ -208,6 +209,7 @@ export class Mask {
     }
     event.preventDefault();
     this.show();
+    announce(`Row ${this.cursor[1] + 1}, column ${this.cursor[0] + 1}${event.key === " " ? ", marked" : ""}`);
   }
 
   show() {

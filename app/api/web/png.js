@@ -2,6 +2,7 @@
 
 export const SIDE = 28;
 
+const MAX_CHUNKS = 1000; // more are not read
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 
 /** Returns the text chunks (tEXt) of a PNG file as an object, or null if the bytes are not a PNG file. */
@@ -10,7 +11,8 @@ export function textChunks(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
   const latin = new TextDecoder("latin1");
   const chunks = {};
-  for (let at = 8; at + 12 <= bytes.length; ) {
+  let at = 8;
+  for (let number = 0; number < MAX_CHUNKS && at + 12 <= bytes.length; number++) {
     const length = view.getUint32(at);
     if (at + 12 + length > bytes.length) break;
     if (latin.decode(bytes.subarray(at + 4, at + 8)) === "tEXt") {

@@ -1,9 +1,13 @@
 // Calls the service. Every failure becomes a ServiceError with a text that a user can act on.
 
 import { eventsOf } from "./event-stream.js";
+import { load, save } from "./storage.js";
 
+const LONGEST_WAIT = 120; // seconds
 export const INTERRUPTED = { code: "interrupted", detail: "The connection broke" };
-const KEY = "unfog-api-key"; // in sessionStorage: the key is forgotten when the tab is closed
+const KEY = "unfog-api-key"; // name in the session storage, which the browser deletes when the tab is closed
+
+let key = load("sessionStorage", KEY);
 
 /** An error of the service or of the connection to it. `code` is the code of the API, or one of this page. */
 export class ServiceError extends Error {
@@ -18,26 +22,27 @@ let askForKey = async () => null;
 export const setKeyPrompt = (prompt) => {
   askForKey = prompt;
 };
-export const hasKey = () => sessionStorage.getItem(KEY) !== null;
+export const hasKey = () => key !== null;
 
 /** Sends a request and returns the response. Asks for a key if the service needs one, and then sends it again. */
 export async function call(path, { body, accept = "application/json", signal } = {}) {
   for (;;) {
-    const sent = sessionStorage.getItem(KEY);
-    const response = await send(path, body, accept, signal, sent);
-    if (response.ok) return response;
-    const error = await errorOf(response);
-    if (error.status !== 401 && error.status !== 403) throw error;
-    // Another request may have asked for the key in the meantime.
-    if (sessionStorage.getItem(KEY) === sent) {
-      const key = await askForKey(error.status === 403);
-      if (!key) throw error;
-      sessionStorage.setItem(KEY, key);
+    const sent = key;
+    const response = await send(path, body, accept, signal);
+    if (response.status !== 401 && response.status !== 403) {
+      if (sent) save("sessionStorage", KEY, sent);
+      if (response.ok) return response;
+      throw await errorOf(response);
     }
+    const error = await errorOf(response);
+    if (key !== sent) continue; // another request has asked for the key in the meantime
+    const entered = await askForKey(error.status === 403);
+    if (!entered) throw error;
+    key = entered;
   }
 }
 
-async function send(path, body, accept, signal, key) {
+async function send(path, body, accept, signal) {
   const headers = { Accept: accept };
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body) headers["Content-Type"] = "application/json";
@@ -53,6 +58,23 @@ async function send(path, body, accept, signal, key) {
 /** Sends a request and returns the JSON of the response. */
 export async function json(path, body, signal) {
   return (await call(path, { body, signal })).json();
+}
+
+/**
+ * Does the same as `json`, but waits and tries again if the service is busy. `tell(seconds)` is called before each wait,
+ * and `tell(0)` after it.
+ */
+export async function patientJson(path, body, tell) {
+  for (;;) {
+    try {
+      return await json(path, body);
+    } catch (error) {
+      if (error.status !== 429 || !(error.retryAfter <= LONGEST_WAIT)) throw error;
+      tell(error.retryAfter);
+      await new Promise((resolve) => setTimeout(resolve, 1000 * error.retryAfter));
+      tell(0);
+    }
+  }
 }
 
 /** Sends a request and yields {name, data} for each event of the response. Throws for an event `error`. */
@@ -93,9 +115,6 @@ export function about() {
   });
   return loaded;
 }
-export const forgetAbout = () => {
-  loaded = null;
-};
 
 /** Returns the default model. */
 export async function defaultModel() {

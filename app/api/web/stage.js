@@ -21,17 +21,16 @@ export class Stage {
     this.build();
     const update = () => this.schedule();
     run.addEventListener("change", update);
-    const timer = setInterval(update, 500); // for the time left
-    this.unwatch = () => {
-      run.removeEventListener("change", update);
-      clearInterval(timer);
-    };
+    this.clock = setInterval(update, 500); // for the time left
+    this.unwatch = () => run.removeEventListener("change", update);
     this.update();
+    if (document.activeElement === document.body) this.cancelButton.focus({ preventScroll: true });
   }
 
   stop() {
     this.unwatch?.();
     this.unwatch = null;
+    clearInterval(this.clock);
     clearInterval(this.player);
     this.player = null;
   }
@@ -116,6 +115,7 @@ export class Stage {
     this.shownState = run.state;
     this.choosePanes();
     if (run.isActive) return;
+    clearInterval(this.clock);
     this.scrubber.hidden = run.frames.length < 2;
     this.slider.max = run.frames.length - 1;
     this.slider.value = this.slider.max;
@@ -128,6 +128,8 @@ export class Stage {
     if (run.state === "done") this.showResult();
     else if (run.state === "cancelled") this.showCancelled();
     else this.problem.replaceChildren(failureBox(run.error, this.retry));
+    // The button that had the focus is gone. Its successor gets the focus.
+    if (document.activeElement === document.body) this.root.querySelector("button:enabled")?.focus({ preventScroll: true });
   }
 
   showResult() {

@@ -16,8 +16,9 @@ let pad;
 let mask;
 let grey;
 let models = [];
+let limits = { count: COUNT };
 let request = null; // the running call of /recognize
-const runs = {}; // task -> the newest Run
+const shown = {}; // task -> {run, stage} of its newest run
 
 /** Connects the controls. `grey()` returns the drawing as 784 grey values, or null. */
 export function start(parts) {
@@ -38,15 +39,22 @@ export const modelName = (sha256) => models.find((each) => each.sha256 === sha25
 
 /** Shows what the drawing means for a task: the recognised digit, or the picture under the mask. */
 export async function drawingChanged(task) {
-  about().then((answer) => {
-    models = answer.models;
-  }, () => {});
+  try {
+    ({ models, limits } = await about());
+  } catch (error) {
+    resultOf(task).replaceChildren(failureBox(error, () => drawingChanged(task)));
+    return;
+  }
+  const hasTasks = models[0].has_picture_tasks;
+  find("#no-tasks").hidden = hasTasks;
+  for (const part of find("#tasks").querySelectorAll("[role]:is([role=tablist], [role=tabpanel])")) part.inert = !hasTasks;
+  if (!hasTasks) return;
   if (task === "recognize") await recognize();
-  if (task === "inpaint" && !pad.isEmpty) {
+  if (task === "inpaint") {
     await guarded("inpaint", async () => mask.setGrey((await grey()) ?? new Float32Array(SIDE * SIDE)));
   }
   for (const name of ["denoise", "inpaint", "edit"]) {
-    if (pad.isEmpty && !runs[name]) showHint(name, "Draw a digit first.");
+    if (pad.isEmpty && !shown[name]) showHint(name, "Draw a digit first.");
   }
 }
 
@@ -103,12 +111,14 @@ function showBars(answer) {
 
 /** Starts a streamed task and shows its images in `root`. */
 function startRun(task, body, root, digitText) {
-  runs[task]?.cancel();
+  shown[task]?.run.cancel();
+  shown[task]?.stage.stop();
   const run = new Run(task, body);
-  runs[task] = run;
   const again = () => startRun(task, body, root, digitText);
   const extra = (finished) => element("span", {}, digitText(textChunks(bytesOf(finished.images[0])).Digit));
-  new Stage(root, { open: openDetail, retry: again, extra }).show(run);
+  const stage = new Stage(root, { open: openDetail, retry: again, extra });
+  shown[task] = { run, stage };
+  stage.show(run);
   return run.start();
 }
 
@@ -151,11 +161,11 @@ async function inpaint() {
     showHint("inpaint", "Paint over the part to fill in, or press “Mark the lower half”.");
     return;
   }
-  const body = { image: base64Of(canvasOf(values)), mask: mask.base64, invert: false, count: COUNT, seed: newSeed(), ...chosen("#inpaint-digit") };
+  const body = { image: base64Of(canvasOf(values)), mask: mask.base64, invert: false, count: Math.min(COUNT, limits.count), seed: newSeed(), ...chosen("#inpaint-digit") };
   await startRun("inpaint", body, resultOf("inpaint"), found);
 }
 
 async function edit() {
-  const body = { ...pad.picture, strength: Number(find("#strength").value), count: COUNT, seed: newSeed(), ...chosen("#edit-digit") };
+  const body = { ...pad.picture, strength: Number(find("#strength").value), count: Math.min(COUNT, limits.count), seed: newSeed(), ...chosen("#edit-digit") };
   await startRun("edit", body, resultOf("edit"), found);
 }

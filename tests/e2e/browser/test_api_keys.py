@@ -43,6 +43,20 @@ def test_key_is_asked_for_once_and_kept_in_the_session_only(locked: Service, ope
     assert page.context.cookies() == []
 
 
+def test_key_with_other_characters_than_ascii_cannot_be_sent(
+    locked: Service, open_page: Open, watched: Watched
+) -> None:
+    watched.expected += ["401"]
+    page = open_page(locked)
+    page.locator("#key").fill("ключ")
+    page.get_by_role("button", name="Use this key").click()
+    expect(page.locator("#key-dialog")).to_be_visible()
+    assert page.locator("#key").evaluate("(input) => input.validity.patternMismatch")
+    page.locator("#key").fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#generate-button")).to_be_enabled()
+
+
 def test_key_is_not_in_copied_commands(locked: Service, open_page: Open, watched: Watched) -> None:
     watched.expected += ["401"]
     page = open_page(locked, permissions=["clipboard-read", "clipboard-write"])

@@ -3,6 +3,7 @@
 import re
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
@@ -61,6 +62,33 @@ def test_broken_stream_keeps_the_steps_and_offers_the_same_images(
     page.get_by_role("button", name="Try again").click()
     wait_until_finished(page)
     assert predictions(page) == back.images(digit=5, count=16, seed=9)
+
+
+def test_changed_model_is_announced(
+    start: Start, fast_checkpoint: Path, open_page: Open, watched: Watched, port: str
+) -> None:
+    watched.expected += LOST
+    service = start(UNFOG_PORT=port)
+    page = open_page(service)
+    expect(page.locator("#generate-button")).to_be_enabled()
+    page.wait_for_timeout(500)  # until the first sample of the health
+    assert service.stop() == 0
+    start(UNFOG_PORT=port, UNFOG_CHECKPOINT=str(fast_checkpoint))
+    expect(page.locator("#banner")).to_contain_text("The service has started with another model.")
+    page.get_by_role("button", name="Reload the page").click()
+    expect(page.locator("#banner")).to_be_hidden()
+    expect(page.locator("#num-steps")).to_have_attribute("max", "4")
+
+
+def test_requests_that_are_refused_for_their_rate_are_repeated(start: Start, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("429")
+    service = start(UNFOG_RATE_LIMIT="6/3 second")
+    page = open_page(service, "#/understand")
+    expect(page.locator("#guidance-run")).to_be_enabled()
+    page.locator("#guidance-run").click()
+    expect(page.get_by_role("button", name="Busy, waiting")).to_be_visible()
+    expect(page.locator("#guidance-result img")).to_have_count(6)
+    expect(page.locator("#guidance-run")).to_have_text("Compare")
 
 
 def test_deadline_is_explained(start: Start, open_page: Open) -> None:

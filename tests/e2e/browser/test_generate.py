@@ -74,10 +74,12 @@ def test_play_shows_the_steps_from_the_first_to_the_last(service: Service, open_
     expect(page.get_by_role("button", name="Play")).to_be_visible()
 
 
-def test_digit_keys_choose_the_digit_unless_the_user_types(service: Service, open_page: Open) -> None:
+def test_digit_keys_choose_the_digit_in_the_form_unless_the_user_types(service: Service, open_page: Open) -> None:
     page = open_page(service)
     expect(page.locator('input[name="model"]')).to_have_count(1)
-    page.keyboard.press("3")
+    page.locator("#theme").press("2")
+    assert page.locator('input[name="digit"]:checked').input_value() == "7"
+    page.locator("#guidance").press("3")
     assert page.locator('input[name="digit"]:checked').input_value() == "3"
     page.locator("#seed").press("8")
     assert page.locator('input[name="digit"]:checked').input_value() == "3"
@@ -144,6 +146,109 @@ def test_downloads_equal_the_response_of_the_api(service: Service, open_page: Op
     with page.expect_download() as download:
         page.get_by_role("button", name="Download PNG").click()
     assert download.value.path().read_bytes() == expected[1]
+
+
+def test_dialog_moves_between_finished_images_by_keyboard(service: Service, open_page: Open) -> None:
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    page.locator("#generate-stage button.tile").nth(2).click()
+    page.get_by_role("button", name="Next").focus()
+    for number in (1, 2):
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name=f"Image {number} of 3")).to_be_visible()
+        expect(page.get_by_role("button", name="Next")).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    expect(page.get_by_role("heading", name="Image 1 of 3")).to_be_visible()
+
+
+def test_dialog_of_a_cancelled_run_skips_unfinished_images(start: Start, open_page: Open) -> None:
+    service = start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300")
+    page = open_page(service)
+    generate(page, digit="1", count="64", num_steps="60", seed="1")
+    expect(page.locator("#generate-stage button.tile:enabled").first).to_be_hidden()
+    page.wait_for_timeout(500)
+    wait_until(lambda: service.metrics().value("images_total", digit="1") >= 2, "two images are finished")
+    page.get_by_role("button", name="Cancel").click()
+    finished = page.locator("#generate-stage button.tile:enabled")
+    expect(finished.first).to_be_visible()
+    count = finished.count()
+    finished.first.click()
+    for _ in range(count):
+        page.get_by_role("button", name="Next").click()
+        expect(page.locator(".detail-image")).not_to_have_attribute("src", re.compile("null|undefined"))
+    expect(page.get_by_role("heading", name="Image 1 of 64")).to_be_visible()
+
+
+def test_guidance_scale_of_the_address_is_not_rounded(service: Service, open_page: Open) -> None:
+    body = {**BODY, "guidance_scale": 2.537}
+    page = open_page(service, ADDRESS.replace("2.5", "2.537"))
+    wait_until_finished(page)
+    assert predictions(page) == pngs(service.post(body))
+    assert "guidance_scale=2.537" in page.url
+
+
+def test_unknown_model_in_the_address_is_an_error(service: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("422")
+    page = open_page(service, ADDRESS.replace("model=default", "model=other"))
+    expect(page.get_by_role("heading", name="The request is not valid")).to_be_visible()
+    expect(page.locator(".failure")).to_contain_text("model")
+
+
+@pytest.mark.parametrize(
+    "parameters", ["digit=77&seed=x&count=0", "digit=<b>&sampler=<img>", "seed=1e999", "%", "&&=&"]
+)
+def test_address_with_invalid_parameters_shows_the_form(service: Service, open_page: Open, parameters: str) -> None:
+    page = open_page(service, f"#/generate?{parameters}")
+    expect(page.locator("#generate-button")).to_be_enabled()
+    expect(page.get_by_text("Every digit starts as noise")).to_be_visible()
+
+
+@pytest.mark.parametrize("view", ["nothing", "constructor", "toString"])
+def test_unknown_view_in_the_address_shows_the_form(service: Service, open_page: Open, view: str) -> None:
+    page = open_page(service, f"#/{view}")
+    expect(page.locator("#generate-button")).to_be_enabled()
+
+
+def test_back_leaves_a_run_that_the_address_started(service: Service, open_page: Open) -> None:
+    page = open_page(service, "#/status")
+    expect(page.get_by_role("heading", name="Status")).to_be_visible()
+    page.evaluate("location.hash = '#/generate?digit=4&seed=42&num_steps=3&count=1'")
+    wait_until_finished(page)
+    page.go_back()
+    expect(page.get_by_role("heading", name="Status")).to_be_visible()
+
+
+@pytest.mark.parametrize("seed", ["9007199254740992", "1e5", "-3", "seven"])
+def test_invalid_seed_is_explained_and_nothing_is_sent(service: Service, open_page: Open, seed: str) -> None:
+    page = open_page(service)
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.method))
+    generate(page, seed=seed)
+    expect(page.get_by_text("The seed must be a whole number from 0 to 9007199254740991.")).to_be_visible()
+    assert "POST" not in requests
+    page.locator("#seed").fill(" 42 ")
+    expect(page.locator("#seed")).to_have_attribute("aria-invalid", "false")
+
+
+@pytest.mark.parametrize("stored", ["{}", '"abc"', "5", "[null]", '[{"address": 1}]', "not JSON"])
+def test_damaged_history_is_ignored(service: Service, open_page: Open, stored: str) -> None:
+    page = open_page(service)
+    page.evaluate("(stored) => localStorage.setItem('unfog-history', stored)", stored)
+    page.reload()
+    expect(page.locator("#generate-button")).to_be_enabled()
+    expect(page.locator("#history")).to_be_hidden()
+
+
+def test_page_works_without_storage(service: Service, open_page: Open) -> None:
+    page = open_page(service)
+    page.add_init_script(
+        "for (const name of ['localStorage', 'sessionStorage'])"
+        " Object.defineProperty(window, name, {get() { throw new DOMException('blocked'); }});"
+    )
+    page.reload()
+    page.get_by_role("button", name="Switch between light and dark").click()
+    generate(page, digit="1", count="1", num_steps="3", seed="1")
+    wait_until_finished(page)
 
 
 def test_history_brings_back_an_earlier_run(service: Service, open_page: Open) -> None:

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from model.schedule import Schedule, ScheduleConfig
-from tests.e2e.browser.conftest import Open
+from tests.e2e.browser.conftest import Open, Watched
 from tests.e2e.browser.views import pngs_of
 from tests.e2e.conftest import GUIDANCE, Start
 from tests.e2e.service import Service
@@ -73,6 +73,49 @@ def test_measurement_shows_the_probabilities_of_each_noise_level(service: Servic
     expect(page.locator("#decided-result svg")).to_have_attribute(
         "aria-label", re.compile("there is only noise|No digit")
     )
+
+
+def test_drawing_can_be_used_after_it_was_only_recognised(service: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("willReadFrequently")  # of this test, which reads a canvas often
+    page = open_page(service, "#/draw")
+    page.locator("#pad-digits").get_by_role("button", name="Digit 3").click()
+    page.locator("#pad-digits").get_by_role("button", name="Digit 8").click()
+    page.get_by_role("link", name="Understand").click()
+    expect(page.locator("#decided-run")).to_be_enabled()
+    page.get_by_role("button", name="Use my drawing").click()
+    tile = page.locator("#forward-tiles canvas").nth(0)
+    drawing = tile.evaluate(PIXELS)
+    page.locator("#forward-digits").get_by_role("button", name="Digit 8").click()
+    assert tile.evaluate(PIXELS) == drawing
+
+
+def test_new_digit_stops_a_measurement(service: Service, open_page: Open) -> None:
+    page = open_page(service, "#/understand")
+    page.get_by_role("button", name="Measure").click()
+    expect(page.locator(".decided-rows > div").nth(2).locator("img").first).to_be_visible()
+    page.locator("#forward-digits").get_by_role("button", name="Digit 1").click()
+    expect(page.get_by_role("button", name="Measure")).to_be_enabled()
+    expect(page.locator("#decided-result").get_by_text("Press Measure.")).to_be_visible()
+    page.wait_for_timeout(500)
+    expect(page.locator("#decided-result").get_by_text("Press Measure.")).to_be_visible()
+
+
+def test_model_without_tasks_and_guidance_hides_what_it_does_not_support(
+    start: Start, fast_checkpoint: Path, open_page: Open
+) -> None:
+    service = start(UNFOG_CHECKPOINT=str(fast_checkpoint), UNFOG_MAX_COUNT="2")
+    page = open_page(service, "#/understand")
+    expect(page.locator("#steps-run")).to_be_enabled()
+    for part in ("#decided", "#guidance-section", "#forward-drawing"):
+        expect(page.locator(part)).to_be_hidden()
+    page.locator("#steps-run").click()
+    expect(page.locator("#steps-result img")).to_have_count(1)
+    page.get_by_role("link", name="Draw").click()
+    expect(page.get_by_text("The model of this service supports only the view Generate.")).to_be_visible()
+    page.get_by_role("link", name="Batch").click()
+    page.get_by_role("button", name="Send sample requests").click()
+    service.wait_for(6, "requests_total", route="/generate", code="200")
+    expect(page.locator("#batch-problem")).to_have_text("")
 
 
 def test_guidance_scales_start_from_the_same_noise(service: Service, open_page: Open) -> None:
