@@ -45,6 +45,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         metrics=meters,
     )
     service = Service(settings, engine, meters, time.monotonic(), ImageReader(settings))
+    engine.deliver = service.mailbox.deliver
     traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
 

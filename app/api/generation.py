@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from app import errors
 from app.api.context import RequestContext, context_of
-from app.api.events import EventStream, JobEvents
+from app.api.events import EventStream, JobEvents, Mailbox
 from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
 from app.api.options import either
 from app.api.problems import client_gone
@@ -72,6 +72,7 @@ class Service:
     metrics: Metrics
     started_at: float
     pictures: ImageReader
+    mailbox: Mailbox = field(default_factory=Mailbox)
     in_flight: InFlight = field(default_factory=InFlight)
 
     @property
@@ -165,7 +166,7 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
     """Submits a task and returns the response of type `media_type`. Raises the errors of Service.submit and finish."""
     context = context_of(request.scope)
     if media_type == EVENTS:
-        events = JobEvents(task.count * stream.images_per_preview)
+        events = JobEvents(task.count * stream.images_per_preview, service.mailbox)
         job = service.submit(task, context, stream, events.put)
         provenance = partial(service.provenance, task, job)
         return EventStream(job, events, service.engine.cancel, provenance, task.scale, service.metrics)

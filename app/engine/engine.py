@@ -28,7 +28,7 @@ from app.engine.admission import Admission
 from app.engine.batch_feed import BatchFeed
 from app.engine.interface import ModelInfo, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
-from app.engine.job import Job, Pixels, Progress, Result, Trajectory
+from app.engine.job import Job, Pixels, Result, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 from model.comparison import Comparison
@@ -73,6 +73,10 @@ class Engine:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
         self.device_memory: Callable[[], int] | None = None  # returns the bytes allocated on a GPU; set when ready
+        # Called immediately before the network call of each step, and before the engine waits for work. Listeners can
+        # store their events and deliver them here. If they woke another thread earlier, that thread would take the
+        # interpreter's lock, and the engine would wait for it. A compiled network call does not need the lock.
+        self.deliver: Callable[[], None] = lambda: None
         self.ready: Future[None] = Future()  # completes after loading and warm-up, with their error if they failed
         self._load = load
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
@@ -166,6 +170,8 @@ class Engine:
                 self._tick()
         except BaseException as error:
             self._fail_engine(error)
+        finally:
+            self.deliver()
 
     def _open(self, step_times: StepTimes) -> None:
         with self._condition:
@@ -181,6 +187,8 @@ class Engine:
         self._runner.release(abandoned)
         self._is_batch_lowered = False
         self._retire(self._run_step(rows))
+        if not self.backlog.jobs:
+            self.deliver()
         if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
             self._check_runner()
 
@@ -219,6 +227,7 @@ class Engine:
         failures, and the engine continues.
         """
         log.warning("No row survived, testing the engine with the probe image", extra={"batches": MAX_FAILED_BATCHES})
+        self.deliver()
         self._last_beat = time.monotonic()
         self._runner.check()
         self._failed_batches = dict.fromkeys(self._failed_batches, 0)
@@ -268,7 +277,7 @@ class Engine:
     def _step(self, rows: list[Trajectory]) -> list[bool]:
         self._last_beat = start = time.monotonic()
         in_network = self._runner.network_seconds
-        finite = self._runner.step(rows)
+        finite = self._runner.step(rows, self.deliver)
         seconds = time.monotonic() - start
         self._num_steps += 1
         self._admission.observe(rows, seconds)
@@ -312,15 +321,20 @@ class Engine:
         return done
 
     def _send_previews(self, rows: list[Trajectory]) -> None:
-        for job in dict.fromkeys(trajectory.job for trajectory in rows):
-            if job.request.listener and job.preview_due():
-                job.tell(self._progress(job))
-
-    def _progress(self, job: Job) -> Progress:
-        if not job.request.includes_x_t:
-            return job.progress({row.index: pixels for row, pixels in self._read_pixels(job.unfinished)})
-        both = self._read("pixels", job.unfinished, self._runner.pixels_with_x_t)
-        return job.progress({row.index: x_0 for row, (x_0, _) in both}, {row.index: x_t for row, (_, x_t) in both})
+        """Sends the previews that are due. One read of the device for all jobs is faster than one for each job."""
+        jobs = dict.fromkeys(trajectory.job for trajectory in rows)
+        due = [job for job in jobs if job.request.listener and job.preview_due()]
+        if not due:
+            return
+        plain = [row for job in due if not job.request.includes_x_t for row in job.unfinished]
+        with_x_t = [row for job in due if job.request.includes_x_t for row in job.unfinished]
+        pairs = self._read("pixels", with_x_t, self._runner.pixels_with_x_t)
+        x_0 = dict(self._read_pixels(plain)) | {row: x_0 for row, (x_0, _) in pairs}
+        x_t = {row: x_t for row, (_, x_t) in pairs}
+        for job in due:
+            if not job.closed:  # reading the images of this job has not failed
+                noisy = {row.index: x_t[row] for row in job.unfinished} if job.request.includes_x_t else None
+                job.tell(job.progress({row.index: x_0[row] for row in job.unfinished}, noisy))
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
         facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}

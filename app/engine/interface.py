@@ -98,8 +98,11 @@ class StepRunner(Protocol):
     def network_seconds(self) -> float:
         """Returns the total number of seconds spent in network calls since the start."""
 
-    def step(self, trajectories: list[Trajectory]) -> list[bool]:
-        """Runs one reverse step of each row. Returns True for each row whose values are finite."""
+    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
+        """Runs one reverse step of each row. Returns True for each row whose values are finite.
+
+        `before_call` is called immediately before each network call.
+        """
 
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
         """Returns the current prediction of x_0 of each row, as 8-bit pixels."""

@@ -126,8 +126,10 @@ class Runner:
         """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
-    def step(self, trajectories: list[Trajectory]) -> list[bool]:
+    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
         """Runs one reverse step of each row, with one call of each network. Returns True for rows with finite values.
+
+        `before_call` is called immediately before each network call.
 
         With `runs_ahead`, the values are checked in every step, but the result is only read in steps that finish a row.
         All other steps return True for all rows. Raises OutOfMemoryError or DeviceLostError for device errors. Any
@@ -137,19 +139,24 @@ class Runner:
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
-        finite = self._step(trajectories, by_model)
+        finite = self._step(trajectories, by_model, before_call)
         self._threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
         return finite
 
     @torch.inference_mode()
-    def _step(self, trajectories: list[Trajectory], by_model: Mapping[str, list[Trajectory]]) -> list[bool]:
+    def _step(
+        self,
+        trajectories: list[Trajectory],
+        by_model: Mapping[str, list[Trajectory]],
+        before_call: Callable[[], None],
+    ) -> list[bool]:
         """Computes all results before it writes state. So all memory is allocated before the first write."""
         rows = list(chain(*by_model.values()))
         # Reading the flags waits for the device. If the host runs ahead, only steps that finish a row read them.
         is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if not trajectory.slots])
-            parts = [self._call(self._models[name], own) for name, own in by_model.items()]
+            parts = [self._call(self._models[name], own, before_call) for name, own in by_model.items()]
             finite = [part.finite for part in parts]
             read = self._transfers.start_download(torch.cat(finite)) if is_read else None
             self._commit(parts)
@@ -162,9 +169,10 @@ class Runner:
         of_trajectory = {row: all(list(islice(flags, _num_rows(row)))) for row in rows}
         return [of_trajectory[trajectory] for trajectory in trajectories]
 
-    def _call(self, model: LoadedModel, trajectories: list[Trajectory]) -> "_Part":
+    def _call(self, model: LoadedModel, trajectories: list[Trajectory], before_call: Callable[[], None]) -> "_Part":
         """Calls one network. Returns the results of the rows."""
         rows = rows_of(trajectories, model.program.null_label, self._shapes, self._transfers)
+        before_call()
         start = time.perf_counter()
         stepped = model.step(self._slots.state, self._plans.table, rows)
         self.network_seconds += time.perf_counter() - start
@@ -217,8 +225,11 @@ class Runner:
         with device_errors():
             begun = [trajectory for trajectory in trajectories if trajectory.slots]
             slots = self._slots.of(begun)  # (B,)
-            black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images without a step
-            levels = to_pixels(torch.cat([part for state in states for part in (state[slots], black)]))
+            parts = [state[slots] for state in states]
+            if len(begun) < len(trajectories):
+                black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images without a step
+                parts = [torch.cat([part, black]) for part in parts]
+            levels = to_pixels(torch.cat(parts) if len(parts) > 1 else parts[0])
             layout = "(s b) 1 h w -> s b h w" if self.image_shape[0] == 1 else "(s b) c h w -> s b h w c"
             images = rearrange(levels, layout, s=len(states)).contiguous()
             of_states = self._transfers.download(images).numpy()

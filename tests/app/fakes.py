@@ -133,7 +133,8 @@ class FakeRunner:
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
 
-    def step(self, trajectories: Rows) -> list[bool]:
+    def step(self, trajectories: Rows, before_call: Callable[[], None] = lambda: None) -> list[bool]:
+        before_call()
         self.on_step(trajectories)
         self.calls.append(list(trajectories))
         self.network_seconds += 0.25

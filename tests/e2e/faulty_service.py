@@ -57,7 +57,7 @@ class FaultyRunner(Runner):
                 threading.Event().wait(0.01)
         return super().warm_up(should_stop)
 
-    def step(self, trajectories: list[Trajectory]) -> list[bool]:
+    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
         """Injects the faults of these rows, then runs the step."""
         for trajectory in trajectories:
             fault = fault_at(trajectory)
@@ -79,7 +79,7 @@ class FaultyRunner(Runner):
                     self._slots.state.x_t[list(trajectory.slots)] = float("nan")
         if self.is_broken:
             raise ZeroDivisionError("an internal detail")
-        return super().step(trajectories)
+        return super().step(trajectories, before_call)
 
 
 class Unraisable:

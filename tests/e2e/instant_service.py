@@ -3,6 +3,8 @@
 Its steps take no time and its images are noise, so that the speed of everything else can be measured.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 import app.main
@@ -16,7 +18,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (512, 28, 28), dtype=np.uint8)
 class InstantRunner(Runner):
     """Returns noise that differs between images and steps."""
 
-    def step(self, trajectories: list[Trajectory]) -> list[bool]:
+    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
+        before_call()
         return [True] * len(trajectories)
 
     def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:

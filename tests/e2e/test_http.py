@@ -15,7 +15,9 @@ LIMIT = 16 * 1024  # the default of UNFOG_MAX_BODY_BYTES
 MAX_BYTES_SENT = 2**28  # a server that accepts this much has no limit
 
 
-@pytest.mark.parametrize("path", ["/", "/generate/", "/Generate", "/generate/7", "/v3", "/health/x", "/../etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["/static", "/generate/", "/Generate", "/generate/7", "/v3", "/health/x", "/../etc/passwd"]
+)
 def test_unknown_path_is_404(service: Service, path: str) -> None:
     assert_problem(service.client.get(path), 404, "not_found")
     assert_problem(service.client.post(path, json=CHEAP), 404, "not_found")

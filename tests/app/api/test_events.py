@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.types import Message
 
 from app.api import task_examples
-from app.api.events import JobEvents
+from app.api.events import JobEvents, Mailbox
 from app.engine.job import ImageDone, Pixels, Progress
 from app.main import create_app
 from app.settings import Settings
@@ -32,13 +32,12 @@ def read_all(num_images: int, put: list[Progress | ImageDone]) -> list[Progress 
     """Returns the events that a client receives if it starts to read after all events were added."""
 
     async def main() -> list[Progress | ImageDone]:
-        events = JobEvents(num_images)
+        events = JobEvents(num_images, Mailbox())
         for event in (*put, None):
             events.put(event)
         await asyncio.sleep(0)
-        read: list[Progress | ImageDone] = []
-        while (event := await events.get()) is not None:
-            read.append(event)
+        read, is_end = await events.get()
+        assert is_end
         return read
 
     return asyncio.run(main())
@@ -71,7 +70,8 @@ def test_deadline_does_not_apply_to_the_transfer_of_finished_images() -> None:
             assert not engine.backlog.waiting + engine.backlog.running
             may_send.set()
             await answering
-        return [message["body"].decode().split("\n")[0] for message in sent[1:-1]]
+        text = "".join(message["body"].decode() for message in sent[1:])
+        return [line for line in text.split("\n") if line.startswith("event: ")]
 
     names = asyncio.run(main())
     assert names == ["event: accepted", *["event: progress"] * 3, *["event: image"] * 3, "event: done"]
@@ -96,17 +96,44 @@ def test_slow_reader_receives_every_image_in_order() -> None:
 
 def test_waiting_reader_receives_each_event_immediately() -> None:
     async def main() -> list[int]:
-        events, steps = JobEvents(64), []
+        events, steps = JobEvents(64, Mailbox()), []
         for step in range(10):
             reading = asyncio.ensure_future(events.get())
             await asyncio.sleep(0)
             events.put(progress(step, 64))
-            event = await reading
+            (event,), is_end = await reading
             assert isinstance(event, Progress)
+            assert not is_end
             steps.append(event.step)
         return steps
 
     assert asyncio.run(main()) == list(range(10))
+
+
+def test_events_of_another_thread_wait_for_delivery_and_keep_their_order() -> None:
+    async def main() -> tuple[bool, list[Progress | ImageDone], bool]:
+        mailbox = Mailbox()
+        first, second = JobEvents(1, mailbox), JobEvents(1, mailbox)
+
+        def put_all() -> None:
+            for events in (first, second):
+                events.put(progress(1, 1))
+                events.put(ImageDone(0, BLACK))
+                events.put(None)
+
+        await asyncio.to_thread(put_all)
+        reading = asyncio.ensure_future(first.get())
+        await asyncio.sleep(0.05)
+        was_early = reading.done()
+        await asyncio.to_thread(mailbox.deliver)
+        events, is_end = await reading
+        assert (await second.get())[1]
+        return was_early, events, is_end
+
+    was_early, events, is_end = asyncio.run(main())
+    assert not was_early
+    assert [type(event) for event in events] == [Progress, ImageDone]
+    assert is_end
 
 
 EVENTS = {"Accept": "text/event-stream"}
@@ -175,8 +202,9 @@ def test_images_of_x_t_count_as_previews_of_a_slow_reader() -> None:
             body = message.get("body", b"")
             if body.startswith(b"event: accepted"):
                 await may_send.wait()
-            if body.startswith(b"event: progress"):
-                steps.append(json.loads(body.partition(b"data: ")[2])["step"])
+            for event in body.split(b"\n\n"):
+                if event.startswith(b"event: progress"):
+                    steps.append(json.loads(event.partition(b"data: ")[2])["step"])
 
         headers = [(b"content-type", b"application/json"), (b"accept", b"text/event-stream")]
         scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "headers": headers}
