@@ -170,8 +170,8 @@ def request_stream(client: socket.socket, body: dict[str, Any]) -> None:
 
 def events_in(response: bytes) -> list[tuple[str, dict[str, Any]]]:
     """Returns the name and data of each event. Assumes that no event is split between chunks."""
-    lines = response.decode().split("\r\n")
-    events = [line for line in lines if line.startswith("event: ")]
+    chunks = response.decode().split("\r\n")
+    events = [event for chunk in chunks for event in chunk.split("\n\n") if event.startswith("event: ")]
     return [(name[7:], json.loads(data[6:])) for name, data, *_ in (event.split("\n") for event in events)]
 
 

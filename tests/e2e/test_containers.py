@@ -102,6 +102,12 @@ def test_same_seed_gives_the_same_png(stack: Stack) -> None:
     assert one.content == again.content != other.content
 
 
+def test_image_contains_the_files_of_the_page(stack: Stack) -> None:
+    page = stack.get("unfog", "/")
+    assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert stack.get("unfog", "/static/main.js").status_code == 200
+
+
 def test_step_was_compiled_during_the_image_build(stack: Stack) -> None:
     health = stack.get("unfog", "/health").json()
     assert (health["status"], health["compiled"], health["device"]) == ("ok", True, "cpu")

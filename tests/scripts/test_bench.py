@@ -81,6 +81,7 @@ def test_versions_compares_two_services(
     assert "| load | unit | base | new | ratio | rows per step |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_streams_compares_previews_and_batch_events_with_plain_requests(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ const LABELS = {
 
 /** Returns the name of the file of an image. */
 export const fileName = (run, index) =>
-  run.path === "generate" ? `digit-${run.body.digit}-seed-${run.seed}-${index}.png` : `${run.path}-seed-${run.seed}-${index}.png`;
+  run.path === "generate" ? `digit-${run.body.digit}-seed-${run.body.seed}-${index}.png` : `${run.path}-seed-${run.body.seed}-${index}.png`;
 
 /** Returns a list of the text chunks that this service writes. */
 export function factList(chunks) {
@@ -26,14 +26,13 @@ export function factList(chunks) {
 }
 
 /** Returns the request for /generate that makes the image with this index again. Image i does not depend on `count`. */
-export function requestOf(run, index) {
-  const { scale, ...body } = run.body;
-  return { ...body, count: index + 1, seed: run.seed };
+function requestOf(run, index) {
+  return { ...run.body, count: index + 1 };
 }
 
 const serviceUrl = () => new URL("generate", location.href.split("#", 1)[0]).href;
 
-export function curlOf(run, index) {
+function curlOf(run, index) {
   const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $UNFOG_API_KEY"` : "";
   const body = JSON.stringify({ ...requestOf(run, index), scale: 8 });
   const [accept, end] = index
@@ -42,7 +41,7 @@ export function curlOf(run, index) {
   return `curl -sS --fail-with-body ${serviceUrl()} \\\n  -H 'Content-Type: application/json' -H 'Accept: ${accept}'${key} \\\n  -d '${body}'${end}`;
 }
 
-export function pythonOf(run, index) {
+function pythonOf(run, index) {
   const python = JSON.stringify({ ...requestOf(run, index), scale: 8 }).replaceAll(":", ": ").replaceAll(",", ", ");
   const key = hasKey() ? `headers = {"Authorization": "Bearer " + os.environ["UNFOG_API_KEY"]}\n` : "";
   return `import base64
@@ -62,7 +61,7 @@ export function openDetail(run, index, focused = "Download PNG") {
   const png = run.images[index];
   const file = bytesOf(png);
   const isGenerated = run.path === "generate";
-  const link = location.href.split("#", 1)[0] + generateAddress({ ...run.body, seed: run.seed });
+  const link = location.href.split("#", 1)[0] + generateAddress(run.body);
   const button = (text, click, primary) => element("button", { type: "button", class: primary ? "primary" : null, click }, text);
   const move = (by, name) => {
     let next = index;

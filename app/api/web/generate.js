@@ -41,6 +41,7 @@ export function start() {
   });
   find("#dice").addEventListener("click", () => {
     form.seed.value = newSeed();
+    checkSeed();
   });
   find("#generate-reset").addEventListener("click", reset);
   showValue(form.num_steps, find("#num-steps-value"));
@@ -59,6 +60,7 @@ export async function open(parameters) {
     find("#generate-stage").replaceChildren(failureBox(error, () => open(parameters)));
     return;
   }
+  if (!run) showEmpty(); // replaces the error of an earlier attempt
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
   const isEmpty = !Object.keys(wanted).length;
   if (isEmpty && run) window.history.replaceState(null, "", generateAddress(run.body));
@@ -182,10 +184,10 @@ function submitAgain() {
 function zipButton(finished) {
   const save = () => {
     const files = finished.images.map((png, index) => [fileName(finished, index), bytesOf(png)]);
-    download(`digit-${finished.body.digit}-seed-${finished.seed}.zip`, zip(files));
+    download(`digit-${finished.body.digit}-seed-${finished.body.seed}.zip`, zip(files));
   };
   const keep = () => {
-    form.seed.value = finished.seed;
+    form.seed.value = finished.body.seed;
   };
   return [
     element("button", { type: "button", class: "small", click: keep }, "Keep this seed"),

@@ -62,7 +62,7 @@ function showState(state) {
 }
 
 /** Returns the number of images and the latency histogram of /generate from the Prometheus text format. */
-export function parseMetrics(text) {
+function parseMetrics(text) {
   let images = 0;
   const buckets = new Map();
   for (const line of text.split("\n")) {

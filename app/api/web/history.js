@@ -21,8 +21,8 @@ const write = (entries) => save("localStorage", NAME, JSON.stringify(entries));
 
 /** Adds a finished run to the history. */
 export function remember(run) {
-  const address = generateAddress({ ...run.body, seed: run.seed });
-  const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${plural(run.count, "image")}, seed ${run.seed}` };
+  const address = generateAddress(run.body);
+  const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${plural(run.count, "image")}, seed ${run.body.seed}` };
   write([entry, ...read().filter((each) => each.address !== address)].slice(0, MOST));
   show();
 }

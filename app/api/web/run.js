@@ -3,7 +3,7 @@
 import { INTERRUPTED, ServiceError, stream } from "./service.js";
 
 export class Run extends EventTarget {
-  /** `path` is a route such as "generate", and `body` its request. */
+  /** `path` is a route such as "generate", and `body` its request, which must have a seed. */
   constructor(path, body) {
     super();
     Object.assign(this, { path, body, count: body.count ?? 1 });
@@ -56,10 +56,6 @@ export class Run extends EventTarget {
 
   get isActive() {
     return this.state === "sent" || this.state === "queued" || this.state === "running";
-  }
-
-  get seed() {
-    return this.facts?.seed ?? this.body.seed ?? null;
   }
 
   /** The share of the work that is done, 0 to 1. */

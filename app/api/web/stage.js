@@ -137,7 +137,7 @@ export class Stage {
     const calls = run.result.evaluations ? `, ${plural(run.result.evaluations, "evaluation")} each` : "";
     const seconds = run.result.timing.total_seconds;
     this.footer.replaceChildren(
-      element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}${calls}. Seed `, element("span", { class: "mono" }, String(run.seed))),
+      element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}${calls}. Seed `, element("span", { class: "mono" }, String(run.body.seed))),
       element("span", { class: "grow" }),
       ...[this.extra(run)].flat().filter(Boolean),
     );
