@@ -17,7 +17,7 @@ from tests.e2e.browser.views import wait_until_finished
 SMALL = {"width": 1120, "height": 740}
 RUN = "#/generate?digit=7&count=9&seed=42&num_steps=100&sampler=ddpm&guidance_scale=3&model=default"
 WIDTH = 896  # of the animated picture, in pixels
-FRAME_MS, LAST_MS = 120, 2500
+FRAME_MS, LAST_MS, STEPS_A_FRAME = 120, 2500, 4
 
 
 def generate(page: Page) -> None:
@@ -93,12 +93,15 @@ def main(url: str, folder: Path) -> None:
 
 
 def animation(page: Page) -> list[Image.Image]:
-    """Returns the frames of a run, from its first steps to the finished images."""
-    expect(page.locator("#generate-stage .panes")).to_be_visible()
-    frames = []
-    while page.locator("#generate-stage").get_by_role("button", name="Cancel").is_visible():
+    """Returns the frames of a run, from its first step to the finished images."""
+    wait_until_finished(page)
+    page.get_by_role("slider", name="Step", exact=True).focus()
+    page.keyboard.press("Home")
+    frames = [picture_of(page)]
+    for _ in range(100 // STEPS_A_FRAME):
+        for _ in range(STEPS_A_FRAME):
+            page.keyboard.press("ArrowRight")
         frames.append(picture_of(page))
-    frames.append(picture_of(page))
     height = round(SMALL["height"] * WIDTH / SMALL["width"])
     return [frame.resize((WIDTH, height), Image.Resampling.LANCZOS) for frame in frames]
 
