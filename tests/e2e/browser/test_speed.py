@@ -32,6 +32,7 @@ def test_first_paint_is_fast(service: Service, open_page: Open) -> None:
         page = open_page(service)
         expect(page.locator("#generate")).to_be_visible()
         times.append(page.evaluate(FIRST_PAINT))
+        page.close()  # an open page would use the processor during the next measurement
     print(f"first contentful paint: median {statistics.median(times):.0f} ms, all {[round(time) for time in times]}")
     assert statistics.median(times) <= MAX_FIRST_PAINT_MS
 
