@@ -71,15 +71,15 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     )
     app.state.service, app.state.viewers = service, BatchViewers(engine)
     pages = _paths(app.routes)  # at this point only /openapi.json
-    policies = {}
+    web_pages = list[str]()
     if settings.docs == "on":
         app.include_router(docs.router)
         pages |= _paths(docs.router.routes)
-        policies[docs.PAGE_PATH] = docs.POLICY
+        web_pages.append(docs.PAGE_PATH)
     if settings.page == "on":
         app.include_router(page.router)
         pages |= page.OPEN_PATHS
-        policies[page.PAGE_PATH] = page.POLICY
+        web_pages.append(page.PAGE_PATH)
     app.include_router(generate.router)
     app.include_router(pictures.router)
     app.include_router(models.router)
@@ -88,7 +88,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     handle_errors(app, meters)
     add_openapi(app, service)
     _add_middleware(app, settings, meters, traces, pages)
-    app.add_middleware(SecurityHeaders, policies=policies)
+    app.add_middleware(SecurityHeaders, pages=web_pages)
     return app
 
 

@@ -164,7 +164,8 @@ class EventStream(Response):
             if is_end and not job.future.exception():
                 done = DoneEvent(seed=seed, evaluations=job.request.evaluations_from(0), timing=Timing.of(job.timings))
                 texts.append(event_text("done", done.model_dump()))
-            await _send_part(send, "".join(texts))
+            if texts:
+                await _send_part(send, "".join(texts))
         job.future.result()  # raises the error of a failed job
 
     async def _encoded(self, context: RequestContext, event: Progress | ImageDone) -> str:

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+from app.api.picture_files import PNG_SIGNATURE
 from app.engine.job import Pixels
 from model.png import Provenance, encode_png
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PREVIEW_LEVEL = 1  # zlib compression level; higher levels make these small images hardly smaller
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # earliest date of the format; constant, so that equal images give equal archives
 
@@ -35,7 +35,7 @@ def encode_preview(pixels: Pixels) -> bytes:
     lines[:, 1:] = pixels.reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
     content = zlib.compress(lines.tobytes(), PREVIEW_LEVEL)
-    return SIGNATURE + b"".join(map(_chunk, (b"IHDR", b"IDAT", b"IEND"), (header, content, b"")))
+    return PNG_SIGNATURE + b"".join(map(_chunk, (b"IHDR", b"IDAT", b"IEND"), (header, content, b"")))
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:

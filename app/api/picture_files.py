@@ -25,7 +25,8 @@ MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole
 FORMATS = "PNG, JPEG, WebP or GIF"
 ORIENTATION = 0x0112  # the EXIF tag
 
-_PNG, _IEND = b"\x89PNG\r\n\x1a\n", b"IEND"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_IEND = b"IEND"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", _IEND}
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # start of frame
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -90,7 +91,7 @@ def _read_png(data: bytes) -> PictureFile:
     _check_size(width, height)
     if not width or not height:
         raise damaged("PNG")
-    kept, orientation, position = [_PNG], 0, len(_PNG)
+    kept, orientation, position = [PNG_SIGNATURE], 0, len(PNG_SIGNATURE)
     for _ in range(MAX_CHUNKS):
         length, name = unpack_from(">I4s", data, position)
         end = position + 12 + length
@@ -248,7 +249,7 @@ def _orientation(exif: bytes) -> int:
 
 
 _READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[bytes], PictureFile]]] = {
-    "PNG": (lambda data: data.startswith(_PNG), _read_png),
+    "PNG": (lambda data: data.startswith(PNG_SIGNATURE), _read_png),
     "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg),
     "WebP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp),
     "GIF": (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif),

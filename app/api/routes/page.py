@@ -25,11 +25,6 @@ MEDIA_TYPES = {
     ".png": "image/png",
     ".svg": "image/svg+xml",
 }
-# The page loads files only from this service and has no inline scripts or styles. Generated images are data: URLs.
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 # Browsers revalidate a cached file with its ETag before each use. A new release is therefore visible at once.
 CACHE_CONTROL = "no-cache"
 

@@ -6,7 +6,7 @@ import { addRealDigits, setDrawingReader } from "./digits.js";
 import { element, find, showValue } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { Mask, Pad } from "./pad.js";
-import { SIDE, greyOf, textChunks } from "./png.js";
+import { SIDE, base64Of, greyOf, textChunks } from "./png.js";
 import { json } from "./service.js";
 import * as tasks from "./tasks.js";
 
@@ -144,7 +144,7 @@ async function openFile(file) {
 async function greyOfBitmap(bitmap) {
   const canvas = element("canvas", { width: SIDE, height: SIDE });
   canvas.getContext("2d").drawImage(bitmap, 0, 0);
-  return greyOf(canvas.toDataURL("image/png").split(",", 2)[1]);
+  return greyOf(base64Of(canvas));
 }
 
 function showProvenance(chunks) {
@@ -154,12 +154,12 @@ function showProvenance(chunks) {
   if (!isOwn) return;
   const isGenerated = !chunks.Task && /^[0-9]$/.test(chunks.Digit) && /^[0-9]+$/.test(chunks.Seed);
   const index = Number.parseInt(chunks.Index?.split("-").at(-1), 10) || 0;
+  const model = tasks.modelName(chunks["Model-SHA256"]); // null: the address then has no model
   const address = generateAddress({
     digit: chunks.Digit, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
-    sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"],
-    ...(tasks.modelName(chunks["Model-SHA256"]) ? { model: tasks.modelName(chunks["Model-SHA256"]) } : {}),
+    sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model,
   });
-  const note = tasks.modelName(chunks["Model-SHA256"]) ? "" : "This service does not have the model of this picture. The same parameters give a different image here.";
+  const note = model ? "" : "This service does not have the model of this picture. The same parameters give a different image here.";
   box.replaceChildren(
     element("h2", {}, "This picture was made by unfog"),
     factList(chunks),

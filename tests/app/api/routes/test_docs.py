@@ -37,25 +37,6 @@ def test_page_loads_only_files_of_the_service() -> None:
     run(check, FakeRunner())
 
 
-def test_content_security_policy_forbids_other_hosts_and_inline_scripts() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        page = await client.get("/docs")
-        directives = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
-        assert directives == {
-            "default-src": "'none'",
-            "script-src": "'self'",
-            "style-src": "'self'",
-            "img-src": "'self' data: blob:",
-            "connect-src": "'self'",
-            "base-uri": "'none'",
-            "form-action": "'none'",
-            "frame-ancestors": "'none'",
-        }
-        assert not re.findall(r"<script(?![^>]*\bsrc=)|<style|\bon\w+=|\bstyle=", page.text)
-
-    run(check, FakeRunner())
-
-
 @pytest.mark.parametrize(("path", "media_type"), FILES.items())
 def test_docs_need_no_api_key(path: str, media_type: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:

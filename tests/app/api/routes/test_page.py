@@ -41,9 +41,10 @@ def test_page_is_html_and_names_only_relative_files_that_exist() -> None:
     run(check, FakeRunner())
 
 
-def test_page_has_no_inline_scripts_or_styles_and_its_policy_permits_none() -> None:
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_content_security_policy_forbids_other_hosts_and_inline_scripts(path: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
-        page = await client.get("/")
+        page = await client.get(path)
         policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
         assert policy == {
             "default-src": "'none'",
