@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.api.schemas import GenerateResponse, ImagesResponse
-from app.engine.job import Input, Options, Search
+from app.engine.job import ImageKey, Input, Options, Search
 from model.comparison import Comparison
 
 
@@ -24,4 +24,5 @@ class Task:
     response: type[ImagesResponse] = GenerateResponse
     facts: dict[str, Any] = field(default_factory=dict)  # the fields of `response` that ImagesResponse does not have
     result_facts: Callable[[], dict[str, Any]] = dict  # further ones, when the job is finished
+    images: tuple[ImageKey, ...] = ()  # as in JobRequest
     chunks: dict[str, str] = field(default_factory=dict)  # further text chunks of the PNG files

@@ -301,7 +301,7 @@ class Engine:
             self.backlog.finish(finished)
             for trajectory, _ in finished:
                 if not trajectory.comparison:
-                    digit = trajectory.job.digit
+                    digit = trajectory.digit
                     self._metrics.images.labels("none" if digit is None else str(digit)).inc()
             self._complete_drain_if_idle()
         self._runner.release([trajectory for trajectory, _ in done])

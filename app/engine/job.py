@@ -49,6 +49,15 @@ class Options:
     path: tuple[int, ...] = ()  # timesteps (see model/sampler.py); empty: the sampler's timesteps from T to 0
 
 
+@dataclass(frozen=True, slots=True)
+class ImageKey:
+    """The values that distinguish an image from the other images of its request."""
+
+    digit: int
+    seed: int
+    index: int  # the noise depends on the seed and the index
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Input:
     """The image from which trajectories start: x_t = signal * image + noise * z."""
@@ -76,7 +85,7 @@ class Trajectory:
     """One image between x_T and x_0, or the search for the digit of the images."""
 
     job: "Job"
-    index: int  # position among the images of the job; the noise depends on it
+    index: int  # position among the images of the job
     comparison: Comparison | None = None  # None for a trajectory that generates an image
     step: int = 0  # number of finished reverse steps
     started: bool = False  # True if the first step is finished or in progress
@@ -87,6 +96,20 @@ class Trajectory:
         """Returns True for the search for the digit."""
         search = self.job.request.search
         return search is not None and self.comparison is search.comparison
+
+    @property
+    def digit(self) -> int | None:
+        """Returns the class of this image, or None if no class is assumed."""
+        images = self.job.request.images
+        return images[self.index].digit if images else self.job.digit
+
+    @property
+    def noise_key(self) -> tuple[int, int]:
+        """Returns the seed and the index on which the noise of this row depends."""
+        images = self.job.request.images
+        if images:
+            return images[self.index].seed, images[self.index].index
+        return self.options.seed, self.index
 
     @property
     def options(self) -> Options:
@@ -166,6 +189,9 @@ class JobRequest:
     comparison: Comparison | None = None  # if given, it is the result, and no image is generated
     search: Search | None = None  # if given, the job searches for the digit before it generates the images
     includes_x_t: bool = False  # True if Progress events have x_t
+    # If given, the digit, the seed and the index of each image. Otherwise all images have the digit and the seed of
+    # `options`, and their position as index.
+    images: tuple[ImageKey, ...] = ()
 
     @property
     def widest_row(self) -> int:

@@ -160,6 +160,6 @@ def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequen
         return [(slots[label], (label,)) for label in comparison.remaining]
     if comparison:
         return [(slots[0], comparison.remaining)]
-    digit = trajectory.job.digit
+    digit = trajectory.digit
     label = null_label if digit is None else digit
     return [(slots[0], (label, null_label) if trajectory.evaluations == GUIDED_EVALUATIONS else (label,))]

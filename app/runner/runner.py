@@ -305,8 +305,8 @@ class Runner:
         rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
         options = [row.options for row in rows]
         starts = [self._plans.start_of(o, self._models[o.model].checkpoint.schedule) for o in options]
-        columns = ([o.seed for o in options], starts, [row.index for row in rows])
-        seed, plan_row, index = (self._transfers.upload(column) for column in columns)  # (B,) each
+        seeds, indices = zip(*(row.noise_key for row in rows), strict=True)
+        seed, plan_row, index = map(self._transfers.upload, (seeds, starts, indices))  # (B,) each
         z = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
         scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
         self._slots.begin(
