@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from starlette.routing import BaseRoute, Route
 
 from app import VERSION, errors
 from app.api.batch_events import BatchViewers
@@ -21,6 +20,7 @@ from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
+from app.api.paths import Paths
 from app.api.problems import handle_errors
 from app.api.routes import batch, docs, generate, models, monitoring, page, pictures
 from app.api.uploads import ImageReader
@@ -31,6 +31,7 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
+WORK_ROUTERS = (generate.router, pictures.router)  # their routes compute images or recognise digits
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
 
@@ -70,36 +71,32 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         redoc_url=None,
     )
     app.state.service, app.state.viewers = service, BatchViewers(engine)
-    pages = _paths(app.routes)  # at this point only /openapi.json
-    web_pages = list[str]()
+    routers, web_pages = [monitoring.router, *WORK_ROUTERS, models.router, batch.router], list[str]()
+    open_routes, open_files = [*app.routes, *monitoring.router.routes], frozenset[str]()  # app.routes: /openapi.json
     if settings.docs == "on":
-        app.include_router(docs.router)
-        pages |= _paths(docs.router.routes)
+        routers.append(docs.router)
+        open_routes += docs.router.routes
         web_pages.append(docs.PAGE_PATH)
     if settings.page == "on":
-        app.include_router(page.router)
-        pages |= page.OPEN_PATHS
+        routers.append(page.router)
+        open_files = page.OPEN_PATHS
         web_pages.append(page.PAGE_PATH)
-    app.include_router(generate.router)
-    app.include_router(pictures.router)
-    app.include_router(models.router)
-    app.include_router(batch.router)
-    app.include_router(monitoring.router)
+    paths = Paths(app.routes, *(router.routes for router in routers))
+    for router in routers:
+        app.include_router(router)
     handle_errors(app, meters)
     add_openapi(app, service)
-    _add_middleware(app, settings, meters, traces, pages)
+    access_log = AccessLog(meters, traces, paths=paths, quiet=Paths(monitoring.router.routes))
+    _add_middleware(app, settings, meters, access_log, Paths(open_routes, exact=open_files))
     app.add_middleware(SecurityHeaders, pages=web_pages)
     return app
 
 
 def _add_middleware(
-    app: FastAPI, settings: Settings, meters: Metrics, traces: Traces | None, pages: frozenset[str]
+    app: FastAPI, settings: Settings, meters: Metrics, access_log: AccessLog, open_paths: Paths
 ) -> None:
     """Adds the middleware, innermost first. CORS is outside auth, so that web pages can read auth errors."""
-    monitored = _paths(monitoring.router.routes)
-    app.add_middleware(
-        Auth, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=monitored | pages
-    )
+    app.add_middleware(Auth, keys=settings.api_keys, rates=settings.rate_limit, metrics=meters, open_paths=open_paths)
     if settings.cors_origins:
         app.add_middleware(
             CORS,
@@ -109,16 +106,8 @@ def _add_middleware(
             expose_headers=RESPONSE_HEADERS,
         )
     app.add_middleware(HeadAsGet)
-    paths = monitored | pages | _paths(generate.router.routes) | _paths(pictures.router.routes)
-    paths |= _paths(models.router.routes) | _paths(batch.router.routes)
-    app.add_middleware(
-        RequestContextMiddleware, metrics=meters, access_log=AccessLog(meters, traces, paths=paths, quiet=monitored)
-    )
+    app.add_middleware(RequestContextMiddleware, metrics=meters, access_log=access_log)
     app.add_middleware(UnreadBody)
-
-
-def _paths(routes: Sequence[BaseRoute]) -> frozenset[str]:
-    return frozenset(route.path for route in routes if isinstance(route, Route))
 
 
 def _watch(engine: Engine, meters: Metrics) -> None:
@@ -130,7 +119,7 @@ def _watch(engine: Engine, meters: Metrics) -> None:
     meters.alive.set_function(lambda: engine.alive)
     meters.watch_dropped_log_lines(num_lines_dropped)
     # Start these series at 0: PromQL's rate() ignores the first value of a new series.
-    for route in _paths(generate.router.routes) | _paths(pictures.router.routes):
+    for route in Paths(*(router.routes for router in WORK_ROUTERS)).templates:
         for code in ("200", "429", "500", "503", "504"):
             meters.requests.labels(route, code)
 

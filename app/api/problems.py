@@ -1,8 +1,7 @@
-"""Converts errors to problem documents (RFC 9457)."""
+"""Converts errors to responses, in the format of the protocol that the path belongs to."""
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -10,17 +9,16 @@ from starlette.types import Scope
 
 from app import errors
 from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, context_of
+from app.api.error_formats import format_of
 from app.api.requests import ClientGoneError
 from app.metrics import Metrics
 
-PROBLEM_JSON = "application/problem+json"
 
-
-def problem_response(error: errors.UnfogError, scope: Scope) -> JSONResponse:
+def error_response(error: errors.UnfogError, scope: Scope) -> Response:
     """Returns the response for an error, and sets the outcome of the request to the error's code."""
     context = context_of(scope)
     context.outcome = error.code
-    return JSONResponse(error.problem(context.request_id), error.status, error.headers, media_type=PROBLEM_JSON)
+    return format_of(scope["path"])(error, context.request_id)
 
 
 def client_gone(scope: Scope) -> Response:
@@ -42,25 +40,25 @@ def _from_framework(error: HTTPException) -> errors.UnfogError:
 
 
 def handle_errors(app: FastAPI, metrics: Metrics) -> None:
-    """Adds handlers that send problem documents for the errors of the routes and of the web framework."""
+    """Adds handlers that send responses for the errors of the routes and of the web framework."""
 
     @app.exception_handler(errors.UnfogError)
     async def unfog_error(request: Request, error: errors.UnfogError) -> Response:
         metrics.count_rejection(error)
-        return problem_response(error, request.scope)
+        return error_response(error, request.scope)
 
     @app.exception_handler(HTTPException)
     async def framework_error(request: Request, error: HTTPException) -> Response:
         if error.status_code < 400:
             return Response(status_code=error.status_code, headers=error.headers)
-        return problem_response(_from_framework(error), request.scope)
+        return error_response(_from_framework(error), request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_query(request: Request, error: RequestValidationError) -> Response:
         invalid = [{"loc": list(item["loc"]), "msg": item["msg"]} for item in error.errors()]
-        return problem_response(errors.InvalidRequest(invalid), request.scope)
+        return error_response(errors.InvalidRequest(invalid), request.scope)
 
     @app.exception_handler(ClientDisconnect)  # while the body arrives
-    @app.exception_handler(ClientGoneError)  # while pictures are decoded
+    @app.exception_handler(ClientGoneError)  # while pictures are decoded or images are generated
     async def client_disconnected(request: Request, error: Exception) -> Response:
         return client_gone(request.scope)

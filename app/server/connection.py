@@ -18,9 +18,9 @@ from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.context import CLIENT_GONE, RequestContext, context_of
+from app.api.error_formats import PROBLEM_JSON
 from app.api.middleware.security_headers import SECURITY_HEADERS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
-from app.api.problems import PROBLEM_JSON
 from app.errors import RequestTimeout, UnfogError
 from app.logs import PROTOCOL_LOGGER
 from app.metrics import Metrics

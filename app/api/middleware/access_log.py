@@ -9,6 +9,7 @@ from starlette.types import Scope
 from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, OK, RequestContext
 from app.api.middleware.client_address import client_address
 from app.api.middleware.tracing import Traces
+from app.api.paths import Paths
 from app.engine.job import Job
 from app.metrics import Metrics
 
@@ -18,20 +19,20 @@ log = logging.getLogger("unfog.access")
 class AccessLog:
     """Logs requests. All paths that are not in `paths` share the label `other`, to limit the number of series."""
 
-    def __init__(self, metrics: Metrics, traces: Traces | None, paths: frozenset[str], quiet: frozenset[str]) -> None:
+    def __init__(self, metrics: Metrics, traces: Traces | None, paths: Paths, quiet: Paths) -> None:
         """Successful requests to the `quiet` paths (probes and scrapes) are logged at level debug and not traced."""
         self._metrics, self._traces, self._paths, self._quiet = metrics, traces, paths, quiet
 
     def write(self, scope: Scope, context: RequestContext) -> None:
         """Logs a completed request."""
         ended_at, status = time.monotonic(), context.status or CLIENT_CLOSED_REQUEST
-        known = scope["path"] if scope["path"] in self._paths else "other"
+        known = self._paths.template_of(scope["path"]) or "other"
         # The scope has no route if a middleware has answered before routing.
         route = str(getattr(scope.get("route"), "path", known))
         self._metrics.requests.labels(route, str(status)).inc()
         self._metrics.request_duration.labels(route).observe(ended_at - context.started_at)
         fields = self._fields(scope, context, route, status, ended_at - context.started_at)
-        is_quiet = route in self._quiet and status == 200
+        is_quiet = route in self._quiet.templates and status == 200
         if self._traces and not is_quiet:
             fields |= self._traces.record(scope, context, fields, ended_at)
         level = logging.DEBUG if is_quiet else logging.INFO
@@ -56,11 +57,13 @@ def _job_fields(job: Job, encode_seconds: float) -> dict[str, Any]:
     timings, options = job.timings, job.request.options
     finished_at = timings.finished_at or time.monotonic()
     started_at = timings.started_at or finished_at
+    images = job.request.images
     return {
         "model": options.model,
-        "digit": job.digit,  # null until a search has found the digit
+        # The digit is null until a search has found it. Digit and seed are null if the images have different ones.
+        "digit": None if len({image.digit for image in images}) > 1 else job.digit,
         "count": job.request.count,
-        "seed": options.seed,
+        "seed": None if len({image.seed for image in images}) > 1 else options.seed,
         "num_steps": options.num_steps,
         "sampler": options.sampler,
         "guidance_scale": options.guidance_scale,

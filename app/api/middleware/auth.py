@@ -12,7 +12,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.api.context import context_of
 from app.api.middleware.client_address import address_name, key_name
 from app.api.middleware.rate_limit import RateLimiter
-from app.api.problems import problem_response
+from app.api.paths import Paths
+from app.api.problems import error_response
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
 
@@ -49,7 +50,7 @@ class Auth:
         keys: Sequence[SecretStr],
         rates: Sequence[RateLimitItem],
         metrics: Metrics,
-        open_paths: frozenset[str],
+        open_paths: Paths,
     ) -> None:
         self._app, self._metrics, self._open_paths = app, metrics, open_paths
         self._keys, self._limiter = Keys(keys), RateLimiter(rates)
@@ -61,7 +62,7 @@ class Auth:
                 self._admit(scope)
             except UnfogError as error:
                 self._metrics.count_rejection(error)
-                await problem_response(error, scope)(scope, receive, send)
+                await error_response(error, scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

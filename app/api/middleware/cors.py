@@ -4,7 +4,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from app.api.problems import problem_response
+from app.api.problems import error_response
 from app.errors import OriginNotAllowed
 
 # The headers that web pages of other origins may send and read.
@@ -23,6 +23,6 @@ class CORS(CORSMiddleware):
                 preflight = self.preflight_response(headers)
                 if preflight.status_code != 200:
                     error = OriginNotAllowed(bytes(preflight.body).decode())
-                    await problem_response(error, scope)(scope, receive, send)
+                    await error_response(error, scope)(scope, receive, send)
                     return
         await super().__call__(scope, receive, send)

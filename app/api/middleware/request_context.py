@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.context import context_of
 from app.api.middleware.access_log import AccessLog
-from app.api.problems import problem_response
+from app.api.problems import error_response
 from app.errors import Draining, InternalError, UnfogError
 from app.metrics import Metrics
 
@@ -36,7 +36,7 @@ class RequestContextMiddleware:
 
         async def fail_with(error: UnfogError) -> None:
             self._metrics.count_rejection(error)
-            await problem_response(error, scope)(scope, receive, send_with_id)
+            await error_response(error, scope)(scope, receive, send_with_id)
 
         with self._metrics.requests_in_progress.track_inprogress(), context.answered:
             try:

@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from app.api.batch_events import BatchStream, BatchViewers
 from app.api.context import context_of
-from app.api.problems import problem_response
+from app.api.problems import error_response
 from app.api.requests import negotiate
 from app.api.responses import ERRORS, EVENTS, READ_ERRORS
 from app.errors import Overloaded
@@ -32,5 +32,5 @@ async def batch(request: Request) -> Response:
     try:
         viewer = context.answered.enter_context(viewers.watch())
     except Overloaded as error:  # It is not counted as a rejected request, because the queue can have room for images.
-        return problem_response(error, request.scope)
+        return error_response(error, request.scope)
     return BatchStream(viewer)
