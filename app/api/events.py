@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import Response
@@ -102,6 +102,66 @@ def event_text(name: str, data: dict[str, Any]) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
+class EventFormat(Protocol):
+    """Formats the events of a job as server-sent events. An empty text means that no event is sent."""
+
+    image_scale: int  # enlargement factor of the images
+    preview_scale: int  # enlargement factor of the previews
+
+    def accepted(self, job: Job) -> str:
+        """Returns the first event."""
+
+    def progress(self, event: Progress) -> str:
+        """Returns the events for the progress of the job."""
+
+    def image(self, event: ImageDone) -> str:
+        """Returns the event for a finished image."""
+
+    def done(self, job: Job) -> str:
+        """Returns the last event of a job without error."""
+
+    def error(self, error: UnfogError, request_id: str) -> str:
+        """Returns the last event of a job that has failed."""
+
+
+class UnfogEvents:
+    """The events accepted, progress, image, done and error of this service."""
+
+    preview_scale = 1
+
+    def __init__(self, provenance: Callable[[], Provenance], scale: int) -> None:
+        self._provenance, self.image_scale = provenance, scale
+
+    def accepted(self, job: Job) -> str:
+        """Returns the event `accepted`."""
+        assert job.estimate, "the job was not admitted"
+        eta_seconds = round(job.estimate.seconds, 3)
+        seed = job.request.options.seed
+        accepted = AcceptedEvent(seed=seed, position=job.estimate.position, eta_seconds=eta_seconds)
+        return event_text("accepted", accepted.model_dump())
+
+    def progress(self, event: Progress) -> str:
+        """Returns the event `progress`."""
+        x_t = None if event.x_t is None else _encode_all(event.x_t)
+        progress = ProgressEvent(step=event.step, of=event.of, previews=_encode_all(event.previews), x_t=x_t)
+        return event_text("progress", progress.model_dump(exclude_none=True))
+
+    def image(self, event: ImageDone) -> str:
+        """Returns the event `image`."""
+        png = encode_image(event.pixels, self.image_scale, self._provenance().text(event.index))
+        return event_text("image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump())
+
+    def done(self, job: Job) -> str:
+        """Returns the event `done`."""
+        seed, evaluations = job.request.options.seed, job.request.evaluations_from(0)
+        done = DoneEvent(seed=seed, evaluations=evaluations, timing=Timing.of(job.timings))
+        return event_text("done", done.model_dump())
+
+    def error(self, error: UnfogError, request_id: str) -> str:
+        """Returns the event `error`."""
+        return event_text("error", error.problem(request_id))
+
+
 class EventStream(Response):
     """Sends the events of a job. If the client disconnects, cancels the job, which frees its rows.
 
@@ -116,14 +176,13 @@ class EventStream(Response):
         job: Job,
         events: JobEvents,
         cancel: Cancel,
-        provenance: Callable[[], Provenance],
-        scale: int,
+        event_format: EventFormat,
         metrics: Metrics,
     ) -> None:
         super().__init__(headers={"X-Seed": str(job.request.options.seed), "Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._job, self._events, self._cancel = job, events, cancel
-        self._provenance, self._scale, self._metrics = provenance, scale, metrics
+        self._format, self._metrics = event_format, metrics
         job.future.add_done_callback(lambda _: events.put(None))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,20 +211,15 @@ class EventStream(Response):
         await self._send_end(context, send, error)
 
     async def _send_work(self, context: RequestContext, send: Send) -> None:
-        job, seed = self._job, self._job.request.options.seed
-        assert job.estimate, "the job was not admitted"
-        eta_seconds = round(job.estimate.seconds, 3)
-        accepted = AcceptedEvent(seed=seed, position=job.estimate.position, eta_seconds=eta_seconds)
-        await _send_part(send, event_text("accepted", accepted.model_dump()))
+        job = self._job
+        await _send_part(send, self._format.accepted(job))
         is_end = False
         while not is_end:
             events, is_end = await self._events.get()
             texts = [await self._encoded(context, event) for event in events]
             if is_end and not job.future.exception():
-                done = DoneEvent(seed=seed, evaluations=job.request.evaluations_from(0), timing=Timing.of(job.timings))
-                texts.append(event_text("done", done.model_dump()))
-            if texts:
-                await _send_part(send, "".join(texts))
+                texts.append(self._format.done(job))
+            await _send_part(send, "".join(texts))
         job.future.result()  # raises the error of a failed job
 
     async def _encoded(self, context: RequestContext, event: Progress | ImageDone) -> str:
@@ -175,22 +229,18 @@ class EventStream(Response):
     def _is_small(self, event: Progress | ImageDone) -> bool:
         """Returns True if the event is encoded in less time than a thread needs to start."""
         if isinstance(event, ImageDone):
-            return self._scale == 1
-        return len(event.previews) + len(event.x_t or ()) <= MAX_SMALL_IMAGES
+            return self._format.image_scale == 1
+        num_images = len(event.previews) + len(event.x_t or ())
+        return num_images * self._format.preview_scale**2 <= MAX_SMALL_IMAGES
 
     def _encode(self, event: Progress | ImageDone) -> str:
-        if isinstance(event, Progress):
-            x_t = None if event.x_t is None else _encode_all(event.x_t)
-            progress = ProgressEvent(step=event.step, of=event.of, previews=_encode_all(event.previews), x_t=x_t)
-            return event_text("progress", progress.model_dump(exclude_none=True))
-        png = encode_image(event.pixels, self._scale, self._provenance().text(event.index))
-        return event_text("image", GeneratedImage(index=event.index, png=encode_base64(png)).model_dump())
+        return self._format.progress(event) if isinstance(event, Progress) else self._format.image(event)
 
     async def _send_end(self, context: RequestContext, send: Send, error: UnfogError | None) -> None:
         if error:
             context.outcome = error.code
             self._metrics.count_rejection(error)
-            await _send_part(send, event_text("error", error.problem(context.request_id)))
+            await _send_part(send, self._format.error(error, context.request_id))
         await send({"type": "http.response.body", "body": b""})
 
 
@@ -199,4 +249,5 @@ def _encode_all(images: list[Pixels]) -> list[str]:
 
 
 async def _send_part(send: Send, text: str) -> None:
-    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+    if text:
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})

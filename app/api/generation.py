@@ -14,10 +14,9 @@ from starlette.responses import Response
 
 from app import errors
 from app.api.context import RequestContext, context_of
-from app.api.events import EventStream, JobEvents, Mailbox
+from app.api.events import EventFormat, EventStream, JobEvents, Mailbox, UnfogEvents
 from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
 from app.api.options import either
-from app.api.problems import client_gone
 from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.responses import EVENTS, JSON, PNG, ZIP
 from app.api.schemas import GeneratedImage, ModelName, Timing
@@ -118,6 +117,7 @@ class Service:
                 task.comparison,
                 task.search,
                 stream.includes_x_t,
+                task.images,
             )
         )
         self.engine.submit(job)
@@ -163,22 +163,58 @@ async def finish(service: Service, request: Request, job: Job) -> list[Result]:
 
 
 async def answer(request: Request, service: Service, task: Task, media_type: str, stream: StreamOptions) -> Response:
-    """Submits a task and returns the response of type `media_type`. Raises the errors of Service.submit and finish."""
-    context = context_of(request.scope)
+    """Submits a task and returns the response of type `media_type`.
+
+    Raises the errors of Service.submit and finish.
+    """
     if media_type == EVENTS:
-        events = JobEvents(task.count * stream.images_per_preview, service.mailbox)
-        job = service.submit(task, context, stream, events.put)
-        provenance = partial(service.provenance, task, job)
-        return EventStream(job, events, service.engine.cancel, provenance, task.scale, service.metrics)
+
+        def events_of(job: Job) -> UnfogEvents:
+            return UnfogEvents(partial(service.provenance, task, job), task.scale)
+
+        return event_stream(request, service, task, stream, events_of)
+
+    def encode(job: Job, images: list[Pixels]) -> bytes:
+        encoders: dict[str, Encoder] = {
+            JSON: partial(_encode_json, service, job, task),
+            PNG: encode_sheet,
+            ZIP: encode_zip,
+        }
+        return encoders[media_type](images, service.provenance(task, job), task.scale)
+
+    return await finished_response(request, service, task, encode, media_type)
+
+
+def event_stream(
+    request: Request,
+    service: Service,
+    task: Task,
+    stream: StreamOptions,
+    format_of: Callable[[Job], EventFormat],
+) -> EventStream:
+    """Submits a task and returns the stream of its events. Raises the errors of Service.submit."""
+    events = JobEvents(task.count * stream.images_per_preview, service.mailbox)
+    job = service.submit(task, context_of(request.scope), stream, events.put)
+    return EventStream(job, events, service.engine.cancel, format_of(job), service.metrics)
+
+
+async def finished_response(
+    request: Request,
+    service: Service,
+    task: Task,
+    encode: Callable[[Job, list[Pixels]], bytes],
+    media_type: str,
+) -> Response:
+    """Submits a task, waits for its images and returns the response. `encode` runs in a thread.
+
+    Raises the errors of Service.submit and finish.
+    """
+    context = context_of(request.scope)
     job = service.submit(task, context)
-    try:
-        results = await finish(service, request, job)
-    except ClientGoneError:
-        return client_gone(request.scope)
+    results = await finish(service, request, job)
     images = [result for result in results if isinstance(result, np.ndarray)]
-    encoders: dict[str, Encoder] = {JSON: partial(_encode_json, service, job, task), PNG: encode_sheet, ZIP: encode_zip}
     with service.metrics.encode_duration.time(), context.encoding():
-        content = await asyncio.to_thread(encoders[media_type], images, service.provenance(task, job), task.scale)
+        content = await asyncio.to_thread(encode, job, images)
     headers = {"X-Seed": str(task.options.seed), "Server-Timing": server_timing(job, context)}
     return Response(content, media_type=media_type, headers=headers)
 

@@ -10,6 +10,7 @@ from PIL import Image
 from app.api.picture_files import PictureError, PictureFile, damaged, inspect
 from app.engine.job import Pixels
 
+BLACK = 0
 BAND_ROWS = 64  # rows that are converted at a time; a converted copy of a large picture would double the memory
 # A picture with a larger share of opaque pixels has an opaque background. In other pictures, the opaque pixels are the
 # strokes.
@@ -21,6 +22,11 @@ class Picture:
     """A decoded picture."""
 
     grey: Pixels  # (H, W)
+
+
+def decode_mask(data: bytes) -> Picture:
+    """Decodes a mask. Its transparent pixels are black. Raises PictureError."""
+    return decode(data, BLACK)
 
 
 def decode(data: bytes, background: int | None = None) -> Picture:

@@ -10,7 +10,7 @@ import binascii
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +21,6 @@ from multipart import MultipartError, ParserLimitReached, PushMultipartParser, p
 from pydantic import BaseModel, Field
 
 from app.api.picture_files import PictureError
-from app.api.pictures import Picture, decode
 from app.api.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
 from app.errors import (
     DeadlineExceeded,
@@ -36,7 +35,6 @@ from app.settings import Settings
 JSON, MULTIPART = "application/json", "multipart/form-data"
 NUM_WORKERS = 2  # pictures that are decoded at the same time
 MAX_BODIES = 16  # limit for all bodies in memory together, as a multiple of the largest body
-BLACK = 0
 MAX_WAITING = 64  # requests that wait for a worker
 MAX_PARTS = 32
 MAX_PART_HEADER_BYTES = 1024
@@ -50,8 +48,10 @@ _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]*)*;base64,", re.IGNORECASE)
 _STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")
 
 M = TypeVar("M", bound=BaseModel)
+P = TypeVar("P")
 T = TypeVar("T")
 
+Decoder = Callable[[bytes], P]  # decodes the content of a file; raises PictureError
 Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture in a schema
 
 
@@ -68,27 +68,31 @@ class ImageReader:
         self,
         request: Request,
         schema: type[M],
-        image_fields: Sequence[str],
-        convert: Callable[[M, str, Picture], T],
-        masks: Sequence[str] = (),
+        decoders: Mapping[str, Decoder[P]],
+        convert: Callable[[M, str, P], T],
+        *,
+        lenient: bool = False,
     ) -> tuple[M, dict[str, list[T]]]:
         """Returns the validated fields, and the converted pictures of each image field that is present.
 
         In `schema`, an image field has the type Base64 or list[Base64]. In the returned model it has empty strings. In
         a multipart body, a list has one part for each element. `convert` is called in a worker thread with the fields,
-        the name of the image field and the picture. A list of pictures is decoded and converted one by one. In the
-        fields `masks`, transparent pixels are black.
+        the name of the image field and the picture. `decoders` has the function that decodes the files of each image
+        field, in the order in which the fields are decoded. A list of pictures is decoded and converted one by one.
+
+        If `lenient` is True, a body of any other Content-Type is parsed as JSON, and the names of the parts of a
+        multipart body may end with `[]`.
 
         Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, Overloaded, MalformedJSON, MalformedRequest,
         InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
         """
-        parse = _parser_of(request, schema)
+        parse = _parser_of(request, schema, lenient=lenient)
         held = self._held.begin()
         try:
             bodies = [await read_body(request, self._max_bytes, self._read_seconds, held.add)]
             if self._workers.num_waiting >= MAX_WAITING:
                 raise Overloaded(1, "Too many pictures are being decoded. Retry later")
-            work = self._workers.submit(_read, bodies, parse, schema, image_fields, convert, masks)
+            work = self._workers.submit(_read, bodies, parse, schema, decoders, convert)
         except BaseException:
             held.end()
             raise
@@ -158,10 +162,10 @@ class _HeldBody:
 Parser = Callable[[bytes], dict[str, Any]]
 
 
-def _parser_of(request: Request, schema: type[BaseModel]) -> Parser:
+def _parser_of(request: Request, schema: type[BaseModel], *, lenient: bool) -> Parser:
     """Returns the parser for the Content-Type of the request."""
     media_type = media_type_of(request)
-    if media_type == JSON:
+    if media_type == JSON or (lenient and media_type != MULTIPART):
         return _parse_json
     if media_type != MULTIPART:
         raise UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}")
@@ -169,21 +173,20 @@ def _parser_of(request: Request, schema: type[BaseModel]) -> Parser:
     boundary = parameters.get("boundary", "")
     if not 0 < len(boundary) <= MAX_BOUNDARY or not boundary.isascii():
         raise MalformedRequest(f"Content-Type needs a boundary of 1 to {MAX_BOUNDARY} characters")
-    return lambda body: _parse_multipart(body, boundary, schema)
+    return lambda body: _parse_multipart(body, boundary, schema, lenient=lenient)
 
 
 def _read(
     bodies: list[bytes],
     parse: Parser,
     schema: type[M],
-    image_fields: Sequence[str],
-    convert: Callable[[M, str, Picture], T],
-    masks: Sequence[str],
+    decoders: Mapping[str, Decoder[P]],
+    convert: Callable[[M, str, P], T],
 ) -> tuple[M, dict[str, list[T]]]:
     """Reads the only body of the list, and removes it there."""
     document = parse(bodies.pop())
     files: dict[str, list[bytes | str]] = {}
-    for name in image_fields:
+    for name in decoders:
         value = document.get(name)
         values: list[Any] = value if isinstance(value, list) else [value]
         if values and all(isinstance(each, bytes | str) for each in values):
@@ -195,15 +198,14 @@ def _read(
         pictures[name] = []
         for i in range(len(values)):
             # The bytes of a file are released before the next one is decoded.
-            background = BLACK if name in masks else None
-            pictures[name].append(convert(fields, name, _decode(name, values[i], background)))
+            pictures[name].append(convert(fields, name, _decode(name, values[i], decoders[name])))
             values[i] = b""
     return fields, pictures
 
 
-def _decode(field: str, value: bytes | str, background: int | None) -> Picture:
+def _decode(field: str, value: bytes | str, decoder: Decoder[P]) -> P:
     try:
-        return decode(_decode_base64(value) if isinstance(value, str) else value, background)
+        return decoder(_decode_base64(value) if isinstance(value, str) else value)
     except PictureError as error:
         raise InvalidImage.of(field, str(error)) from error
 
@@ -261,11 +263,12 @@ def _invalid(message: str) -> InvalidRequest:
     return InvalidRequest([{"loc": ["body"], "msg": message}])
 
 
-def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel]) -> dict[str, Any]:
+def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel], *, lenient: bool) -> dict[str, Any]:
     """Parses a multipart body (RFC 7578)."""
     document: dict[str, Any] = {}
     kinds = _kinds_of(schema)
-    for name, content in _parts(body, boundary):
+    for part, content in _parts(body, boundary):
+        name = part.removesuffix("[]") if lenient else part
         kind = kinds.get(name, _Kind())
         value: Any = content
         if not kind.is_image:

@@ -12,8 +12,8 @@ from app.api import picture_tasks
 from app.api.context import context_of
 from app.api.error_chart import encode_error_chart
 from app.api.generation import Service, ServiceDependency, answer, finish, server_timing
-from app.api.problems import client_gone
-from app.api.requests import ClientGoneError, negotiate
+from app.api.pictures import decode, decode_mask
+from app.api.requests import negotiate
 from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PNG
 from app.api.schemas import BaseRequest, ModelName, Timing
 from app.api.stream_options import StreamOptionsDependency
@@ -79,14 +79,11 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
     Accept selects image/png, the response is a chart of the errors of each class.
     """
     media_type = negotiate(request, (JSON, PNG))
-    body, pictures = await service.pictures.read(request, RecognizeRequest, ("image",), picture_tasks.fit_digit)
+    body, pictures = await service.pictures.read(request, RecognizeRequest, {"image": decode}, picture_tasks.fit_digit)
     (image,) = pictures["image"]
     task, context = picture_tasks.recognize(_model(service, body), body, image), context_of(request.scope)
     job = service.submit(task, context)
-    try:
-        (result,) = await finish(service, request, job)
-    except ClientGoneError:
-        return client_gone(request.scope)
+    (result,) = await finish(service, request, job)
     assert isinstance(result, Recognition), "a recognition task has this result"
     info = service.info(body.model)
     if media_type == PNG:
@@ -117,7 +114,9 @@ def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str
 async def denoise(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
     """Removes noise from a picture of a digit."""
     media_type = negotiate(request, FORMATS)
-    body, pictures = await service.pictures.read(request, DenoiseRequest, ("image",), picture_tasks.estimate_noise)
+    body, pictures = await service.pictures.read(
+        request, DenoiseRequest, {"image": decode}, picture_tasks.estimate_noise
+    )
     ((image, noise_std),) = pictures["image"]
     task = picture_tasks.denoise(_model(service, body), body, image, noise_std)
     return await answer(request, service, task, media_type, stream)
@@ -129,7 +128,7 @@ async def inpaint(request: Request, service: ServiceDependency, stream: StreamOp
     media_type = negotiate(request, FORMATS)
     masked = picture_tasks.MaskedPicture()
     body, pictures = await service.pictures.read(
-        request, InpaintRequest, ("mask", "image"), masked.fit, masks=("mask",)
+        request, InpaintRequest, {"mask": decode_mask, "image": decode}, masked.fit
     )
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
@@ -141,6 +140,6 @@ async def inpaint(request: Request, service: ServiceDependency, stream: StreamOp
 async def edit(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
     """Redraws a sketch as a digit that is similar to it."""
     media_type = negotiate(request, FORMATS)
-    body, pictures = await service.pictures.read(request, EditRequest, ("image",), picture_tasks.fit_digit)
+    body, pictures = await service.pictures.read(request, EditRequest, {"image": decode}, picture_tasks.fit_digit)
     task = picture_tasks.edit(_model(service, body), body, *pictures["image"])
     return await answer(request, service, task, media_type, stream)

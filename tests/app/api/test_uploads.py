@@ -14,7 +14,7 @@ from starlette.types import Message
 
 from app import errors
 from app.api import uploads
-from app.api.pictures import Picture
+from app.api.pictures import Picture, decode, decode_mask
 from app.api.requests import ClientGoneError
 from app.api.schemas import WHOLE
 from app.api.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, Base64, ImageReader, multipart_schema
@@ -42,6 +42,7 @@ class Fields(BaseModel):
 
 
 IMAGES = ("image", "mask", "images")
+DECODERS = dict.fromkeys(IMAGES, decode)
 Result = tuple[Fields, dict[str, list[Picture]]]
 
 
@@ -85,7 +86,7 @@ def read(body: bytes, content_type: str = JSON, **settings: Any) -> Result:
     async def main() -> Result:
         reader = ImageReader(Settings(**settings))
         try:
-            return await reader.read(Client(body, content_type).request, Fields, IMAGES, same)
+            return await reader.read(Client(body, content_type).request, Fields, DECODERS, same)
         finally:
             reader.close()
 
@@ -197,7 +198,7 @@ def test_other_content_type_is_not_read(content_type: str) -> None:
     client = Client(PNG, content_type)
 
     async def main() -> None:
-        await ImageReader(Settings()).read(client.request, Fields, IMAGES, same)
+        await ImageReader(Settings()).read(client.request, Fields, DECODERS, same)
 
     with pytest.raises(errors.UnsupportedMediaType) as refused:
         asyncio.run(main())
@@ -380,7 +381,7 @@ def test_bytes_outside_of_strings_are_counted(body: bytes, outside: int) -> None
 
 async def start(reader: ImageReader, client: Client, convert: Any = same) -> asyncio.Task[Result]:
     """Begins to read a request, and returns after its body has arrived."""
-    task = asyncio.ensure_future(reader.read(client.request, Fields, IMAGES, convert))
+    task = asyncio.ensure_future(reader.read(client.request, Fields, DECODERS, convert))
     for _ in range(20):
         await asyncio.sleep(0)
     return task
@@ -423,7 +424,7 @@ def test_disconnect_while_a_request_waits_raises_client_gone_error() -> None:
         reader = ImageReader(Settings())
         busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
         with pytest.raises(ClientGoneError):
-            await reader.read(Client(as_json(image=PNG), JSON, leaves=True).request, Fields, IMAGES, convert)
+            await reader.read(Client(as_json(image=PNG), JSON, leaves=True).request, Fields, DECODERS, convert)
         go_on.set()
         await asyncio.gather(*busy)
         reader.close()
@@ -438,7 +439,7 @@ def test_request_that_waits_until_its_deadline_is_answered() -> None:
     async def main() -> None:
         reader = ImageReader(Settings(request_timeout=0.05))
         with pytest.raises(errors.DeadlineExceeded) as late:
-            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, IMAGES, convert)
+            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
         assert "decoded" in late.value.detail
         go_on.set()
         reader.close()
@@ -505,10 +506,10 @@ def test_number_of_requests_that_wait_for_a_worker_is_limited(monkeypatch: pytes
         reader = ImageReader(Settings())
         tasks = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(4)]
         with pytest.raises(errors.Overloaded):
-            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, IMAGES, convert)
+            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
         go_on.set()
         await asyncio.gather(*tasks)
-        await reader.read(Client(as_json(image=PNG), JSON).request, Fields, IMAGES, convert)
+        await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
         assert reader._held._total == 0
         reader.close()
 
@@ -523,7 +524,7 @@ def test_transparent_pixels_of_a_mask_are_black() -> None:
     async def main() -> None:
         reader = ImageReader(Settings())
         client = Client(as_json(image=mask), JSON)
-        _, pictures = await reader.read(client.request, Fields, IMAGES, same, masks=IMAGES)
+        _, pictures = await reader.read(client.request, Fields, dict.fromkeys(IMAGES, decode_mask), same)
         assert pictures["image"][0].grey.tolist() == [[255] * 4] * 3 + [[0] * 4]
         reader.close()
 
@@ -535,7 +536,7 @@ def test_failed_request_releases_its_bytes() -> None:
         reader = ImageReader(Settings(max_image_bytes=1000))
         for body, content_type in ((bytes(5000), JSON), (b"{", JSON), (b"", FORM), (as_json(image=b"text"), JSON)):
             with pytest.raises(errors.UnfogError):
-                await reader.read(Client(body, content_type, size=100).request, Fields, IMAGES, same)
+                await reader.read(Client(body, content_type, size=100).request, Fields, DECODERS, same)
         await asyncio.sleep(0.05)
         assert reader._held._total == 0
         reader.close()
