@@ -63,7 +63,7 @@ Rows = list[Trajectory]
 
 def image(seed: int, index: int, num_steps: int) -> Pixels:
     """Returns the image that FakeRunner generates. It encodes the seed, the index and the number of steps."""
-    return np.array([[seed % 256, seed // 256, index, num_steps]], dtype=np.uint8)
+    return np.array([[seed % 256, seed // 256 % 256, index % 256, num_steps]], dtype=np.uint8)
 
 
 def images(job: Job) -> list[Pixels]:
@@ -144,7 +144,7 @@ class FakeRunner:
 
     def pixels(self, trajectories: Rows) -> list[Pixels]:
         self.on_pixels(trajectories)
-        return [image(t.job.request.options.seed, t.index, self.held[t]) for t in trajectories]
+        return [image(*t.noise_key, self.held[t]) for t in trajectories]
 
     def pixels_with_x_t(self, trajectories: Rows) -> list[tuple[Pixels, Pixels]]:
         return [(x_0, 255 - x_0) for x_0 in self.pixels(trajectories)]

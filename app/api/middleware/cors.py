@@ -8,7 +8,7 @@ from app.api.problems import error_response
 from app.errors import OriginNotAllowed
 
 # The headers that web pages of other origins may send and read.
-REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type")
+REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key")
 RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
 
 

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app.api.generation import ServiceDependency, answer
+from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
 from app.api.options import options_of
 from app.api.requests import negotiate, read_json
 from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON
@@ -33,7 +34,12 @@ router = APIRouter()
         }
     },
 )
-async def generate(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
+async def generate(
+    request: Request,
+    service: ServiceDependency,
+    stream: StreamOptionsDependency,
+    idempotency_key: IdempotencyKey = NO_KEY,
+) -> Response:
     """Generates images of a digit. On a CPU the same request with the same seed gives the same bytes under any load.
 
     On a GPU such images may differ in the last bits of the network's precision, depending on the load.
@@ -41,6 +47,7 @@ async def generate(request: Request, service: ServiceDependency, stream: StreamO
     media_type = negotiate(request, FORMATS)
     settings = service.settings
     body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
+    body = with_seed(body, idempotency_key)
     options = options_of(body, body.digit, service.info(body.model))
     task = Task(options, body.count, body.timeout_seconds, num_steps=options.num_steps, scale=body.scale)
     return await answer(request, service, task, media_type, stream)

@@ -12,6 +12,7 @@ from app.api import picture_tasks
 from app.api.context import context_of
 from app.api.error_chart import encode_error_chart
 from app.api.generation import Service, ServiceDependency, answer, finish, server_timing
+from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
 from app.api.pictures import decode, decode_mask
 from app.api.requests import negotiate
 from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PNG
@@ -111,19 +112,29 @@ def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str
 
 
 @router.post(**_route("/denoise", "denoise", DenoiseRequest, DenoiseResponse))
-async def denoise(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
+async def denoise(
+    request: Request,
+    service: ServiceDependency,
+    stream: StreamOptionsDependency,
+    idempotency_key: IdempotencyKey = NO_KEY,
+) -> Response:
     """Removes noise from a picture of a digit."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(
         request, DenoiseRequest, {"image": decode}, picture_tasks.estimate_noise
     )
     ((image, noise_std),) = pictures["image"]
-    task = picture_tasks.denoise(_model(service, body), body, image, noise_std)
+    task = picture_tasks.denoise(_model(service, body), with_seed(body, idempotency_key), image, noise_std)
     return await answer(request, service, task, media_type, stream)
 
 
 @router.post(**_route("/inpaint", "inpaint", InpaintRequest, InpaintResponse))
-async def inpaint(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
+async def inpaint(
+    request: Request,
+    service: ServiceDependency,
+    stream: StreamOptionsDependency,
+    idempotency_key: IdempotencyKey = NO_KEY,
+) -> Response:
     """Fills in a part of a picture. The pixels outside of the mask are kept exactly."""
     media_type = negotiate(request, FORMATS)
     masked = picture_tasks.MaskedPicture()
@@ -132,14 +143,19 @@ async def inpaint(request: Request, service: ServiceDependency, stream: StreamOp
     )
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
-    task = picture_tasks.inpaint(_model(service, body), body, image, masked.redrawn)
+    task = picture_tasks.inpaint(_model(service, body), with_seed(body, idempotency_key), image, masked.redrawn)
     return await answer(request, service, task, media_type, stream)
 
 
 @router.post(**_route("/edit", "edit", EditRequest, EditResponse))
-async def edit(request: Request, service: ServiceDependency, stream: StreamOptionsDependency) -> Response:
+async def edit(
+    request: Request,
+    service: ServiceDependency,
+    stream: StreamOptionsDependency,
+    idempotency_key: IdempotencyKey = NO_KEY,
+) -> Response:
     """Redraws a sketch as a digit that is similar to it."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(request, EditRequest, {"image": decode}, picture_tasks.fit_digit)
-    task = picture_tasks.edit(_model(service, body), body, *pictures["image"])
+    task = picture_tasks.edit(_model(service, body), with_seed(body, idempotency_key), *pictures["image"])
     return await answer(request, service, task, media_type, stream)

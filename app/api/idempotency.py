@@ -1,0 +1,40 @@
+"""The header Idempotency-Key: the seed of a request without a seed follows from the key.
+
+A retry with the same key therefore gets the same images, although the service stores nothing.
+"""
+
+from hashlib import sha256
+from typing import Annotated, TypeVar
+
+from fastapi import Header
+
+from app.api.schemas import MAX_SEED, SamplingRequest
+
+SEED_BITS = MAX_SEED.bit_length()
+
+IdempotencyKey = Annotated[
+    str,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        pattern="^[ -~]+$",
+        description="1 to 255 printable ASCII characters. If the request has no seed, the seed is the first 53 bits of "
+        "the SHA-256 digest of this key.",
+    ),
+]
+NO_KEY: str = None  # type: ignore[assignment] # FastAPI does not validate the default
+
+R = TypeVar("R", bound=SamplingRequest)
+
+
+def seed_of(key: str) -> int:
+    """Returns the seed that follows from an Idempotency-Key: the first 53 bits of its SHA-256 digest."""
+    return int.from_bytes(sha256(key.encode("ascii")).digest()) >> (256 - SEED_BITS)
+
+
+def with_seed(body: R, key: str | None) -> R:
+    """Returns the request with the seed of the key, unless it has a seed of its own or there is no key."""
+    if not key or "seed" in body.model_fields_set:
+        return body
+    return body.model_copy(update={"seed": seed_of(key)})
