@@ -99,7 +99,7 @@ def test_every_dependency_is_imported() -> None:
 
 @pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)])
 def test_every_requirement_has_a_lower_and_an_upper_bound(requirement: str) -> None:
-    assert re.fullmatch(r"[\w.-]+>=[\d.]+,<[\d.]+(;.+)?|unfog\[[\w,]+\]", requirement)
+    assert re.fullmatch(r"[\w.-]+(\[\w+\])?>=[\d.]+,<[\d.]+(;.+)?|unfog\[[\w,]+\]", requirement)
 
 
 @pytest.mark.parametrize("name", sorted(BOUNDED_BY_MINOR))
