@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, cast
+from typing import Annotated, TypeVar, cast
 
 import numpy as np
 from fastapi import Depends, Request
@@ -31,6 +31,7 @@ from app.settings import Settings
 from model.png import Provenance
 from model.sampler import Sampler
 
+T = TypeVar("T")
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
 
@@ -209,14 +210,25 @@ async def finished_response(
 
     Raises the errors of Service.submit and finish.
     """
+    content, timing = await encoded(request, service, task, encode)
+    headers = {"X-Seed": str(task.options.seed), "Server-Timing": timing}
+    return Response(content, media_type=media_type, headers=headers)
+
+
+async def encoded(
+    request: Request, service: Service, task: Task, encode: Callable[[Job, list[Pixels]], T]
+) -> tuple[T, str]:
+    """Submits a task, waits for its images and returns what `encode` makes of them, and the value of Server-Timing.
+
+    `encode` runs in a thread. Raises the errors of Service.submit and finish.
+    """
     context = context_of(request.scope)
     job = service.submit(task, context)
     results = await finish(service, request, job)
     images = [result for result in results if isinstance(result, np.ndarray)]
     with service.metrics.encode_duration.time(), context.encoding():
         content = await asyncio.to_thread(encode, job, images)
-    headers = {"X-Seed": str(task.options.seed), "Server-Timing": server_timing(job, context)}
-    return Response(content, media_type=media_type, headers=headers)
+    return content, server_timing(job, context)
 
 
 def server_timing(job: Job, context: RequestContext) -> str:

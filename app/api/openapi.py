@@ -16,6 +16,8 @@ from pydantic.json_schema import models_json_schema
 from app.api import examples, task_examples
 from app.api.batch_events import BatchEvent
 from app.api.generation import Service
+from app.api.inference import examples as inference_examples
+from app.api.inference.schemas import InferenceRequest
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
 from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest
 from app.api.uploads import MULTIPART, multipart_schema
@@ -35,6 +37,7 @@ KEYS = {
 
 REF = "#/components/schemas/{model}"
 JSON, PROBLEM_JSON, EVENT_STREAM = "application/json", "application/problem+json", "text/event-stream"
+INFERENCE_ERROR = {"$ref": REF.format(model="InferenceError")}
 EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
     "accepted": AcceptedEvent,
     "progress": ProgressEvent,
@@ -43,6 +46,7 @@ EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
     "error": Problem,
 }
 BATCH_PATH = "/events/batch"
+MODEL_PATH, INFER_PATH = "/v2/models/{name}", inference_examples.INFER_PATH
 BATCH_EVENTS: dict[str, type[BaseModel]] = {"batch": BatchEvent, "error": Problem}
 PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/recognize": RecognizeRequest,
@@ -141,7 +145,7 @@ class Document:
         for request in PICTURE_REQUESTS.values():
             schema = _request_schema(request, settings, with_pictures)
             schemas[request.__name__], schemas[f"{request.__name__}Form"] = schema, _form_schema(schema)
-        schemas |= _event_schemas()
+        schemas |= _event_schemas() | _inference_schemas(settings)
         document["components"]["securitySchemes"] = KEYS
         for path, operations in document["paths"].items():
             for operation in operations.values():
@@ -150,6 +154,7 @@ class Document:
                 answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
                     answers[EVENT_STREAM] = _event_stream("BatchStreamEvent" if path == BATCH_PATH else "StreamEvent")
+        _complete_inference(document, list(permitted) or settings.model_names)
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
         _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
         for path in PICTURE_REQUESTS:
@@ -192,6 +197,28 @@ def _body_of(document: dict[str, Any], path: str) -> dict[str, Any]:
     """Returns the media types of the body of a POST route."""
     content: dict[str, Any] = document["paths"][path]["post"]["requestBody"]["content"]
     return content
+
+
+def _complete_inference(document: dict[str, Any], models: list[str]) -> None:
+    """Adds the names of the models and the examples of requests to the routes of the Open Inference Protocol."""
+    for path, operations in document["paths"].items():
+        if path.startswith(MODEL_PATH):
+            for operation in operations.values():
+                operation["parameters"][0]["schema"]["enum"] = models
+                operation["responses"].pop("422", None)  # FastAPI adds it with its own schemas. These routes use 400.
+    for unused in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(unused, None)
+    _body_of(document, INFER_PATH)[JSON]["examples"] = inference_examples.REQUESTS
+
+
+def _inference_schemas(settings: Settings) -> dict[str, Schema]:
+    """Returns the schema of an inference request and of its parts, with the limits of the settings."""
+    _, definitions = models_json_schema([(InferenceRequest, "validation")], ref_template=REF)
+    schemas: dict[str, Schema] = definitions["$defs"]
+    tensor, timeout = schemas["InputTensor"]["properties"], schemas["InferenceParameters"]["properties"]
+    tensor["shape"]["items"]["maximum"] = tensor["data"]["maxItems"] = settings.largest_request
+    timeout["timeout_seconds"]["maximum"] = settings.request_timeout
+    return schemas
 
 
 def _event_schemas() -> dict[str, Schema]:
@@ -240,7 +267,7 @@ def _event_stream(item: str) -> Schema:
 
 def _add_examples(document: dict[str, Any], settings: Settings) -> None:
     """Adds an example for every text response, and example problem documents for each error status."""
-    answers = {**examples.ANSWERS, **task_examples.ANSWERS}
+    answers = {**examples.ANSWERS, **task_examples.ANSWERS, **inference_examples.ANSWERS}
     for path, operations in document["paths"].items():
         formats = list(next(iter(operations.values()))["responses"]["200"]["content"])
         problems = examples.problems(settings, formats, with_pictures=path in PICTURE_REQUESTS)
@@ -253,6 +280,12 @@ def _add_examples(document: dict[str, Any], settings: Settings) -> None:
                     for problem in problems
                     # The description of a response has the codes of its errors.
                     if problem["status"] == int(status) and problem["code"] in response["description"]
+                }
+            elif content.get(JSON, {}).get("schema") == INFERENCE_ERROR:
+                content[JSON]["examples"] = {
+                    code: {"value": body}
+                    for error_status, code, body in inference_examples.errors_of(settings, problems)
+                    if error_status == int(status) and code in response["description"]
                 }
             for media_type, described in content.items():
                 if (path, status, media_type) in answers:

@@ -5,10 +5,11 @@ from typing import Any
 from app.api.schemas import Problem
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
+OCTETS = "application/octet-stream"
 FORMATS = (JSON, PNG, ZIP, EVENTS)  # If q values in Accept are equal, the first of these types is chosen.
 
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-IMAGE_FORMATS = {PNG: _BINARY, ZIP: _BINARY, EVENTS: {"schema": {"type": "string"}}}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+IMAGE_FORMATS = {PNG: BINARY, ZIP: BINARY, EVENTS: {"schema": {"type": "string"}}}
 _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text, "content": _PROBLEM}

@@ -4,12 +4,13 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from app.api.inference.tensors import LENGTH_HEADER
 from app.api.problems import error_response
 from app.errors import OriginNotAllowed
 
 # The headers that web pages of other origins may send and read.
-REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key")
-RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
+REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key", LENGTH_HEADER)
+RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After", LENGTH_HEADER)
 
 
 class CORS(CORSMiddleware):

@@ -5,19 +5,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
 from app import VERSION
-from app.api.context import context_of
-from app.api.generation import Service, ServiceDependency
+from app.api.generation import ServiceDependency
+from app.api.probes import probe_response
 from app.api.schemas import Health, HealthModel, Liveness, Queue, Readiness
 from app.engine.engine import EngineState
-from app.errors import Draining, EngineFailed, Starting
 
 router = APIRouter()
-
-OUTCOMES = {  # state -> outcome of a failed probe in the access log
-    EngineState.STARTING: Starting.code,
-    EngineState.DRAINING: Draining.code,
-    EngineState.FAILED: EngineFailed.code,
-}
 
 
 @router.get("/health", operation_id="get_health", response_model=Health, responses={503: {"model": Health}})
@@ -41,7 +34,7 @@ async def health(request: Request, service: ServiceDependency) -> JSONResponse:
         queue=Queue(waiting=backlog.waiting, running=backlog.running, capacity=backlog.capacity),
         uptime_seconds=round(service.uptime_seconds, 3),
     )
-    return _answer(request, service, answer.model_dump(exclude_none=True), state is EngineState.OK)
+    return probe_response(request, service.engine, answer.model_dump(exclude_none=True), state is EngineState.OK)
 
 
 @router.get("/livez", operation_id="get_livez", response_model=Liveness, responses={503: {"model": Liveness}})
@@ -50,7 +43,7 @@ async def livez(request: Request, service: ServiceDependency) -> JSONResponse:
 
     Needs no API key and does not count against the rate limit.
     """
-    return _answer(request, service, {"alive": service.engine.alive}, service.engine.alive)
+    return probe_response(request, service.engine, {"alive": service.engine.alive}, service.engine.alive)
 
 
 @router.get("/readyz", operation_id="get_readyz", response_model=Readiness, responses={503: {"model": Readiness}})
@@ -67,7 +60,7 @@ async def readyz(request: Request, service: ServiceDependency) -> JSONResponse:
     Needs no API key and does not count against the rate limit.
     """
     ready = service.engine.apparent_state is EngineState.OK
-    return _answer(request, service, {"ready": ready}, ready)
+    return probe_response(request, service.engine, {"ready": ready}, ready)
 
 
 @router.get(
@@ -82,9 +75,3 @@ async def metrics(service: ServiceDependency) -> Response:
     Needs no API key and does not count against the rate limit.
     """
     return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-def _answer(request: Request, service: Service, body: dict[str, object], good: bool) -> JSONResponse:
-    if not good:
-        context_of(request.scope).outcome = OUTCOMES[service.engine.apparent_state]
-    return JSONResponse(body, 200 if good else 503, {"Cache-Control": "no-store"})

@@ -23,6 +23,14 @@ from tests.app.fakes import INFO, FakeRunner
 from tests.app.test_errors import EVERY_ERROR
 
 PICTURE_PATHS = ["/recognize", "/denoise", "/inpaint", "/edit"]
+INFERENCE_IDS = {
+    "/v2": "get_inference_server",
+    "/v2/health/live": "get_inference_liveness",
+    "/v2/health/ready": "get_inference_readiness",
+    "/v2/models/{name}": "get_inference_model",
+    "/v2/models/{name}/ready": "get_inference_model_readiness",
+    "/v2/models/{name}/infer": "infer",
+}
 COMMITTED = Path(__file__).parents[3] / "docs" / "openapi.json"
 
 
@@ -49,7 +57,8 @@ def test_every_reference_has_a_schema() -> None:
 
 def test_document_contains_every_route() -> None:
     monitoring = {"/health", "/livez", "/readyz", "/startupz", "/metrics"}
-    assert set(document()["paths"]) == {"/generate", *PICTURE_PATHS, "/models", "/events/batch", *monitoring}
+    paths = {"/generate", *PICTURE_PATHS, "/models", "/events/batch", *monitoring, *INFERENCE_IDS}
+    assert set(document()["paths"]) == paths
 
 
 def test_document_describes_the_body_and_responses_of_generate() -> None:
@@ -131,6 +140,7 @@ def test_each_route_has_its_operation_id() -> None:
     assert ids == {
         **{path: path[1:] for path in ("/generate", *PICTURE_PATHS)},
         "/events/batch": "watch_batch",
+        **INFERENCE_IDS,
         **{f"/{name}": f"get_{name}" for name in ("models", "health", "livez", "readyz", "startupz", "metrics")},
     }
 
@@ -140,7 +150,7 @@ def test_every_text_body_has_valid_examples() -> None:
     num_examples = 0
     for place, media_type, content in described(served):
         found = examples_of(content)
-        assert found or media_type in ("image/png", "application/zip"), (place, media_type)
+        assert found or media_type in ("image/png", "application/zip", "application/octet-stream"), (place, media_type)
         for example in found:
             assert is_valid(served, content["schema"], example), (place, example)
         num_examples += len(found)
