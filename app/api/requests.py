@@ -19,6 +19,7 @@ from app.errors import (
 )
 
 MAX_UNKNOWN_FIELDS = 32  # limit of unknown fields that an error lists; a body can have more
+NOT_AN_OBJECT = "Input should be an object"
 MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
 _WHITESPACE = " \t"
@@ -52,8 +53,8 @@ def media_type_of(request: Request) -> str:
 
 def validate(document: Any, schema: type[M]) -> M:
     """Validates the fields of a request. Raises InvalidRequest, which lists at most MAX_UNKNOWN_FIELDS unknown ones."""
-    if not isinstance(document, dict):  # pydantic's message would contain a class name
-        raise InvalidRequest([{"loc": ["body"], "msg": "Input should be an object"}])
+    if not isinstance(document, dict):
+        raise InvalidRequest([{"loc": ["body"], "msg": NOT_AN_OBJECT}])
     unknown = [name for name in document if name not in schema.model_fields]
     for name in unknown[MAX_UNKNOWN_FIELDS:]:
         del document[name]
@@ -111,7 +112,11 @@ def _parse_int(digits: str) -> int | float:
 def _describe(error: ValidationError) -> list[dict[str, Any]]:
     """Returns the location and message of each error, without the input, which can be invalid Unicode."""
     return [
-        {"loc": ["body", *(_printable(part) for part in item["loc"])], "msg": _printable(item["msg"])}
+        {
+            "loc": ["body", *(_printable(part) for part in item["loc"])],
+            # pydantic's message would contain a class name.
+            "msg": NOT_AN_OBJECT if item["type"] == "model_type" else _printable(item["msg"]),
+        }
         for item in error.errors(include_url=False, include_input=False, include_context=False)
     ]
 

@@ -1,12 +1,13 @@
 """Tests of the engine with its thread: jobs are answered with their images, and metrics count the steps."""
 
 from app.api.requests import ClientGoneError
-from app.engine.job import Job
+from app.engine.job import ImageKey, Job
 from tests.app.fakes import (
     WAIT_SECONDS,
     FakeRunner,
     Gate,
     Rows,
+    image,
     images,
     new_engine,
     new_job,
@@ -83,3 +84,15 @@ def test_metrics_count_every_step() -> None:
     assert sample("unfog_network_seconds_total") == 4 * 0.25
     assert sample("unfog_queue_wait_seconds_count") == 3
     assert sample("unfog_images_total", {"digit": "0"}) == 3
+
+
+def test_images_with_their_own_digits_are_answered_in_order_and_counted_by_digit() -> None:
+    keys = (ImageKey(3, 7, 0), ImageKey(8, 300, 0), ImageKey(3, 9, 2))
+    job, engine = new_job(3, seed=7, digit=3, images=keys), opened(new_engine(FakeRunner(), max_batch=2))
+    engine.submit(job)
+    while not job.closed:
+        tick(engine)
+    assert same(job.future.result(), [image(key.seed, key.index, 3) for key in keys])
+    sample = engine._metrics.registry.get_sample_value
+    assert sample("unfog_images_total", {"digit": "3"}) == 2
+    assert sample("unfog_images_total", {"digit": "8"}) == 1

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.engine.job import Job, JobRequest, Options, Trajectory
+from app.engine.job import ImageKey, Job, JobRequest, Options, Trajectory
 from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -61,6 +61,46 @@ def test_row_that_joins_later_has_the_same_pixels(loaded: Checkpoint, dtype: tor
     for _ in range(3):
         step(runner, [row for row in early if row.steps_left])
     assert equal(draw(runner, [*early, *late])[-1:], alone)
+
+
+KEYS = (ImageKey(3, 7, 0), ImageKey(9, 7, 0), ImageKey(3, 2**53 - 1, 0), ImageKey(3, 7, 4), ImageKey(0, 8, 63))
+
+
+def rows_of_keys(num_steps: int = 6, sampler: Sampler = "ddpm", guidance_scale: float = 1.0) -> list[Trajectory]:
+    """Returns the rows of a job whose images have the digits, seeds and indices of KEYS."""
+    options = Options(KEYS[0].digit, KEYS[0].seed, num_steps, sampler, guidance_scale)
+    return Job(JobRequest(options, len(KEYS), images=KEYS)).unfinished
+
+
+@DTYPES
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_image_with_its_own_digit_seed_and_index_equals_that_of_a_separate_job(
+    loaded: Checkpoint, dtype: torch.dtype, sampler: Sampler, guidance_scale: float
+) -> None:
+    runner = new_runner(loaded, dtype)
+
+    def own_rows() -> list[Trajectory]:
+        return rows_of_keys(sampler=sampler, guidance_scale=guidance_scale)
+
+    separate = [
+        draw(
+            runner,
+            rows_of(
+                key.index + 1,
+                digit=key.digit,
+                seed=key.seed,
+                num_steps=6,
+                sampler=sampler,
+                guidance_scale=guidance_scale,
+            )[-1:],
+        )[0]
+        for key in KEYS
+    ]
+    assert len({image.tobytes() for image in separate}) == len(KEYS)
+    assert equal(draw(runner, own_rows()), separate)
+    for max_batch, order in [(64, None), (16, 1), (3, 2)]:
+        assert equal(draw(runner, [*own_rows(), *mixed_rows()], max_batch, order)[: len(KEYS)], separate)
 
 
 def test_two_runners_generate_the_same_pixels(path: Path) -> None:
