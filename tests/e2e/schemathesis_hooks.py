@@ -1,8 +1,12 @@
-"""Adapts the requests that schemathesis generates for the routes with pictures.
+"""Adapts the requests that schemathesis generates for the routes with pictures and for /v2/models/{name}/infer.
 
 A JSON schema cannot describe a picture: every string is valid for the schema. The hooks replace the strings by
 pictures. They leave out multipart bodies, in which a wrong type can be valid, because the number 7 and the text 7 are
 the same bytes. tests/e2e/test_picture_tasks.py tests multipart bodies.
+
+A JSON schema cannot describe that the shape of a tensor fits its elements, that names are unique, that binary tensors
+follow the JSON object, or what the model in the path permits. The hooks repair valid requests in these respects.
+tests/app/api/inference/test_tensors.py tests binary bodies and requests that break these rules.
 """
 
 import base64
@@ -12,6 +16,7 @@ import schemathesis
 
 from tests.e2e.picture_requests import IMAGE, MASK
 
+INFER_PATH = "/v2/models/{name}/infer"
 PICTURES = {"image": IMAGE, "mask": MASK}
 
 
@@ -19,11 +24,14 @@ PICTURES = {"image": IMAGE, "mask": MASK}
 def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
     for operations in raw_schema["paths"].values():
         for operation in operations.values():
-            operation.get("requestBody", {"content": {}})["content"].pop("multipart/form-data", None)
+            for media_type in ("multipart/form-data", "application/octet-stream"):
+                operation.get("requestBody", {"content": {}})["content"].pop(media_type, None)
 
 
 @schemathesis.hook
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
+    if case.path == INFER_PATH and case.meta.generation.mode.is_positive:
+        repair_inference(case)
     if not isinstance(case.body, dict) or "image" not in case.body:
         return
     # The default numbers take much longer.
@@ -31,3 +39,25 @@ def before_call(context: Any, case: Any, kwargs: Any) -> None:
     for name in PICTURES.keys() & case.body.keys():
         if isinstance(case.body[name], str):
             case.body[name] = base64.b64encode(PICTURES[name]).decode()
+
+
+def repair_inference(case: Any) -> None:
+    """Makes a request valid that has the types and the fields of the schema."""
+    case.headers.pop("Inference-Header-Content-Length", None)
+    body = case.body
+    digits = [digit % 10 for digit in body["inputs"][0].get("data", [])] or [7]
+    seeds = [seed % 2**53 for seed in body["inputs"][-1].get("data", [])]
+    body["inputs"] = [_tensor("digit", digits)]
+    if len(seeds) == len(digits):
+        body["inputs"].append(_tensor("seed", seeds))
+    if "outputs" in body:
+        body["outputs"] = list({output["name"]: output for output in body["outputs"]}.values())
+    if case.path_parameters["name"] == "fast":
+        for name in ("num_steps", "sampler", "guidance_scale"):
+            body.get("parameters", {}).pop(name, None)
+    else:
+        body.setdefault("parameters", {}).setdefault("num_steps", 1)  # the default number takes much longer
+
+
+def _tensor(name: str, elements: list[int]) -> dict[str, Any]:
+    return {"name": name, "datatype": "INT64", "shape": [len(elements)], "data": elements}

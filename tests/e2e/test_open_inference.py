@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
+import yaml
 from tritonclient.utils import InferenceServerException
 
-from tests.app.api.inference.bodies import INFER, body_of
+from tests.app.api.inference.bodies import INFER, PROTOCOL, body_of
 from tests.e2e.conftest import Start, start_service
-from tests.e2e.process import TIMEOUT, wait_until
+from tests.e2e.process import ROOT, TIMEOUT, wait_until
 from tests.e2e.service import Service, open_png, pngs
 
 KEY = "a-key-of-some-length"
@@ -29,6 +30,7 @@ DIGITS, SEEDS = [7, 0, 7], [1, 2, 2**53 - 1]
 OPTIONS = {"num_steps": 4, "sampler": "ddim"}
 KSERVE = "kserve>=0.21,<0.22"
 KSERVE_PYTHON = "KSERVE_PYTHON"  # the variable with an interpreter that has this package
+CONFIG = Path(__file__).with_name("open_inference.toml")
 KSERVE_CLIENT = Path(__file__).with_name("kserve_client.py")
 
 
@@ -249,6 +251,62 @@ def test_kserve_client_gets_the_pixels_of_generate(
     assert "An API key is required" in answers["no_key"]["message"]
     assert answers["invalid"]["status"] == 400
     assert "body.parameters.num_steps" in answers["invalid"]["message"]
+
+
+# The document of the protocol
+
+
+def document_without_versions() -> dict[str, Any]:
+    """Returns the OpenAPI document of the protocol, adapted in three respects.
+
+    The service has no versions of models. The text of the protocol makes the version optional, but the document has
+    only the paths with a version. The document has `${MODEL_NAME}`, which OpenAPI reads as a `$` before the parameter.
+    It has the path `/v2/`, but the text of the protocol has `v2`, and both clients request `/v2`.
+    """
+    document: dict[str, Any] = yaml.safe_load(PROTOCOL.read_text())
+    paths = {}
+    for path, operations in document["paths"].items():
+        path = path.replace("/versions/${MODEL_VERSION}", "").replace("${", "{").rstrip("/")
+        parameters = [each for each in operations.pop("parameters", []) if each["name"] != "MODEL_VERSION"]
+        paths[path] = {**operations, "parameters": parameters}
+    return {**document, "paths": paths}
+
+
+def test_responses_conform_to_the_document_of_the_protocol(service: Service, tmp_path: Path) -> None:
+    document = document_without_versions()
+    assert {path.replace("MODEL_NAME", "name") for path in document["paths"]} == {
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/models/{name}",
+        "/v2/models/{name}/ready",
+        "/v2/models/{name}/infer",
+    }
+    before, file = service.metrics(), tmp_path / "protocol.json"
+    file.write_text(json.dumps(document))
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            f"--config-file={CONFIG}",
+            "run",
+            str(file),
+            f"--url={service.url}",
+        ),
+        *("--mode=positive", "--phases=examples,coverage,fuzzing", f"--checks={checks}", "--max-examples=50"),
+        *("--seed=1", "--generation-database=none", "--continue-on-failure", "--suppress-health-check=all"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # for the hooks
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No issues found" in done.stdout
+    after = service.metrics()
+    for code in ("200", "400"):
+        labels = {"route": "/v2/models/{name}/infer", "code": code}
+        assert after.value("requests_total", **labels) - before.value("requests_total", **labels) >= 10
+    service.wait_until_idle()
 
 
 # Life cycle
