@@ -204,12 +204,14 @@ class Settings(BaseSettings):
     """port to listen on; 0: any free port (default: 8000)"""
     api_keys: Keys = ()
     """API keys, separated by commas. If set, every request needs one of them in Authorization: Bearer or X-API-Key,
-    except /health, /livez, /readyz, /startupz, /metrics, /docs, /openapi.json and the web page. Other users can see the
-    flag in the process list, so use the variable or a secret file (default: no API keys, auth is off)"""
+    except /health, /livez, /readyz, /startupz, /metrics, GET requests below /v2, /docs, /openapi.json and the web page.
+    Other users can see the flag in the process list, so use the variable or a secret file (default: no API keys, auth
+    is off)"""
     rate_limit: RateLimits = ()
     """request limit per API key, or per client address without a valid key (IPv6: per /64 network): off, or limits such
     as 600/minute or 10/second,600/minute, separated by commas. Requests to /health, /livez, /readyz, /startupz,
-    /metrics, /docs, /openapi.json and the web page are not limited and not counted (default: off)"""
+    /metrics, /docs, /openapi.json and the web page, and GET requests below /v2, are not limited and not counted
+    (default: off)"""
     cors_origins: Origins = ()
     """origins whose web pages may call the service (CORS), such as https://example.com, separated by commas; * permits
     every origin (default: none)"""

@@ -23,10 +23,13 @@ from app import errors
 from app.api import picture_files, task_examples, uploads
 from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
+from app.api.inference.examples import INFER_PATH
+from app.api.inference.examples import REQUESTS as INFERENCE_REQUESTS
+from app.api.inference.tensors import read_inputs
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import BATCH_EVENTS, PICTURE_REQUESTS
 from app.api.openapi import EVENTS as EVENT_MODELS
-from app.api.routes import batch, docs, generate, models, monitoring, page, pictures
+from app.api.routes import batch, docs, generate, inference, models, monitoring, page, pictures
 from app.engine.batch_feed import MAX_ROWS
 from app.main import create_app
 from app.server import connection, framing
@@ -47,6 +50,7 @@ SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
 KEY = "a-key-for-this-test"
 ORIGIN = "https://example.com"
 BODY = {"digit": 7, "num_steps": 3, "seed": 1}
+BINARY_REQUEST = INFERENCE_REQUESTS["binary"]["value"]
 CURL = [example for example in API.examples("bash") if "curl" in example.text]
 PYTHON = API.examples("python")
 
@@ -74,10 +78,10 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    routers = (page, docs, generate, pictures, models, batch, monitoring)
+    modules = (page, docs, generate, pictures, models, batch, monitoring, inference)
     routes = [
         route
-        for router in (app, *(each.router for each in routers))
+        for router in (app, *(each.router for each in modules), inference.open_router)
         for route in router.routes
         if isinstance(route, Route)
     ]
@@ -87,7 +91,7 @@ def test_route_table_has_exactly_the_routes_of_the_application() -> None:
 
 @pytest.mark.parametrize("row", API.table("Routes", "Route"), ids=lambda row: str(row["Route"]))
 def test_route_table_states_which_routes_need_a_key_or_are_rate_limited(row: Row) -> None:
-    method, path = codes(row["Route"])[0].replace("{name}", "main.js").split()
+    method, path = codes(row["Route"])[0].replace("{name}", "default" if "/v2/" in row["Route"] else "main.js").split()
 
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.request(method, path)
@@ -155,6 +159,24 @@ def check_parameter(row: Row, schema: dict[str, Any], *, required: bool) -> None
     found = re.findall(r"\d+", row["Allowed values"].partition("(")[0])
     assert list(map(int, found)) == bounds
     assert codes(row["Allowed values"]) == schema.get("enum", [schema["const"]] if "const" in schema else [])
+
+
+def test_tables_of_infer_have_every_parameter_and_field() -> None:
+    parameters, fields = (SCHEMAS[f"Inference{name}"]["properties"] for name in ("Parameters", "Request"))
+    rows = by("Parameter", API.table("Inference requests", "Parameter"))
+    assert set(rows) == set(parameters)
+    for name, schema in parameters.items():
+        if name != "binary_data_output":
+            check_parameter(rows[name], schema, required=False)
+    assert set(by("Field", API.table("Inference requests", "Field"))) == set(fields)
+
+
+def test_documented_body_with_binary_tensors_has_the_lengths_of_its_headers() -> None:
+    (block,) = re.findall(r"```text\n(POST .*?)```", API.section("Binary tensors"), re.DOTALL)
+    head, body = block.rstrip("\n").split("\n\n")
+    text = body.removesuffix("<16 bytes>")
+    assert f"Inference-Header-Content-Length: {len(text)}\nContent-Length: {len(text) + 16}" in head
+    assert len(read_inputs(text.encode() + bytes(16), str(len(text)), 64).elements["digit"]) == 2
 
 
 def test_documented_defaults_equal_those_of_the_shipped_checkpoints() -> None:
@@ -340,7 +362,7 @@ async def headers_of_the_application() -> set[str]:
     """Returns the names of all headers in responses of the application, without those of the HTTP server."""
     allowed = {"X-API-Key": KEY, "Origin": ORIGIN}
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
-    async with client_of(FakeRunner(), api_keys=KEY, rate_limit="5/hour", cors_origins=ORIGIN) as client:
+    async with client_of(FakeRunner(), api_keys=KEY, rate_limit="6/hour", cors_origins=ORIGIN) as client:
         responses = [
             await client.get("/health"),
             await client.get("/docs"),
@@ -348,11 +370,12 @@ async def headers_of_the_application() -> set[str]:
             await client.post("/generate", json=BODY),
             await client.post("/generate", json=BODY, headers=allowed),
             await client.post("/generate", json=BODY, headers={**allowed, "Accept": EVENTS}),
+            await client.post(INFER_PATH.format(name="default"), json=BINARY_REQUEST, headers=allowed),
             await client.get("/generate", headers=allowed),
             await client.options("/generate", headers=preflight),
             *[await client.post("/generate", json=BODY, headers=allowed) for _ in range(4)],
         ]
-    assert [response.status_code for response in responses][:8] == [200, 200, 200, 401, 200, 200, 405, 200]
+    assert [response.status_code for response in responses][:9] == [200, 200, 200, 401, 200, 200, 200, 405, 200]
     assert responses[-1].status_code == 429
     return {name.lower() for response in responses for name in response.headers}
 
@@ -396,7 +419,7 @@ def test_error_table_has_exactly_the_codes_of_the_application() -> None:
     assert len(rows) == len(documented)
 
 
-@pytest.mark.parametrize("path", ["/generate", *PICTURE_REQUESTS])
+@pytest.mark.parametrize("path", ["/generate", *PICTURE_REQUESTS, INFER_PATH])
 def test_every_status_of_a_post_route_is_in_the_error_table(path: str) -> None:
     statuses = {row["Status"] for row in API.table("Errors", "Status")}
     assert {*OPENAPI["paths"][path]["post"]["responses"]} - {"200"} <= statuses
@@ -568,7 +591,8 @@ def test_python_example_runs(service: Service, seven: bytes, example: Example, t
 
 
 def test_packages_of_python_examples_have_an_install_command() -> None:
+    packages = {"PIL": "pillow", **dict.fromkeys(("numpy", "tritonclient"), '"tritonclient[http]"')}
     for example in PYTHON:
         imported = set(re.findall(r"^(?:from|import) (\w+)", example.text, re.MULTILINE)) - sys.stdlib_module_names
         for package in imported:
-            assert f"`pip install {'pillow' if package == 'PIL' else package}`" in API.text
+            assert f"`pip install {packages.get(package, package)}`" in API.text

@@ -1,4 +1,7 @@
-"""Checks API keys and rate limits. Health, metrics, /docs, /openapi.json and the web page are exempt from both."""
+"""Checks API keys and rate limits.
+
+Health, metrics, the GET routes below /v2, /docs, /openapi.json and the web page are exempt from both.
+"""
 
 import hmac
 from collections.abc import Sequence
