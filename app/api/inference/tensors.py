@@ -6,7 +6,7 @@ elements follow without padding, in little-endian byte order and in the order of
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -90,18 +90,13 @@ def write_outputs(model: str, request: InferenceRequest, arrays: Mapping[str, Ar
     return b"".join((text, *raw)), len(text)
 
 
-def datatype_of(array: Array) -> str:
-    """Returns the name of the element type in the protocol."""
-    return array.dtype.name.upper()
-
-
 def _little_endian(array: Array) -> bytes:
     return array.astype(array.dtype.newbyteorder("<")).tobytes()
 
 
 def _output_text(name: str, array: Array, *, is_binary: bool) -> str:
     """Returns an output as JSON text."""
-    output: dict[str, Any] = {"name": name, "datatype": datatype_of(array), "shape": list(array.shape)}
+    output: dict[str, Any] = {"name": name, "datatype": array.dtype.name.upper(), "shape": list(array.shape)}
     if is_binary:
         return json.dumps({**output, "parameters": {"binary_data_size": array.nbytes}})
     return f'{json.dumps(output)[:-1]}, "data": [{", ".join(_texts(array))}]}}'
@@ -132,13 +127,9 @@ def _parse(text: bytes, *, is_whole: bool) -> Any:
 
 def _check_names(request: InferenceRequest) -> None:
     """Raises InvalidRequest if two inputs or two outputs have the same name."""
-    groups: tuple[tuple[str, Iterable[str]], ...] = (
-        ("inputs", [each.name for each in request.inputs]),
-        ("outputs", [each.name for each in request.outputs]),
-    )
-    for field, names in groups:
-        names = list(names)
-        if len(set(names)) < len(names):
+    for field, tensors in (("inputs", request.inputs), ("outputs", request.outputs)):
+        names = [each.name for each in tensors]
+        if len(set(names)) < len(names):  # there are at most two
             raise _invalid(field, f"'{names[0]}' occurs more than once")
 
 
