@@ -22,7 +22,7 @@ from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.paths import Paths
 from app.api.problems import handle_errors
-from app.api.routes import batch, docs, generate, models, monitoring, page, pictures
+from app.api.routes import batch, docs, generate, models, monitoring, openai, openai_models, page, pictures
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -31,7 +31,7 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-WORK_ROUTERS = (generate.router, pictures.router)  # their routes compute images or recognise digits
+WORK_ROUTERS = (generate.router, pictures.router, openai.router)  # their routes compute images or recognise digits
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
 
@@ -71,7 +71,10 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         redoc_url=None,
     )
     app.state.service, app.state.viewers = service, BatchViewers(engine)
-    routers, web_pages = [monitoring.router, *WORK_ROUTERS, models.router, batch.router], list[str]()
+    routers, web_pages = (
+        [monitoring.router, *WORK_ROUTERS, models.router, openai_models.router, batch.router],
+        list[str](),
+    )
     open_routes, open_files = [*app.routes, *monitoring.router.routes], frozenset[str]()  # app.routes: /openapi.json
     if settings.docs == "on":
         routers.append(docs.router)

@@ -16,6 +16,8 @@ from pydantic.json_schema import models_json_schema
 from app.api import examples, task_examples
 from app.api.batch_events import BatchEvent
 from app.api.generation import Service
+from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, add_openai
+from app.api.openai.schemas import EDIT_EVENTS, GENERATION_EVENTS
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
 from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest
 from app.api.uploads import MULTIPART, multipart_schema
@@ -44,6 +46,17 @@ EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
 }
 BATCH_PATH = "/events/batch"
 BATCH_EVENTS: dict[str, type[BaseModel]] = {"batch": BatchEvent, "error": Problem}
+STREAMS: dict[str, tuple[str, dict[str, type[BaseModel]]]] = {  # name of the schema of an event -> order, events
+    "StreamEvent": ("of a stream: accepted, then progress and image events, then done or error.", EVENTS),
+    "BatchStreamEvent": ("of a stream of batches: batch events, then error.", BATCH_EVENTS),
+    "ImageGenerationStreamEvent": ("of a stream of /v1/images/generations.", GENERATION_EVENTS),
+    "ImageEditStreamEvent": ("of a stream of /v1/images/edits.", EDIT_EVENTS),
+}
+STREAM_OF_PATH = {  # path -> name of the schema of an event; all other paths have StreamEvent
+    BATCH_PATH: "BatchStreamEvent",
+    GENERATIONS_PATH: "ImageGenerationStreamEvent",
+    EDITS_PATH: "ImageEditStreamEvent",
+}
 PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/recognize": RecognizeRequest,
     "/denoise": DenoiseRequest,
@@ -149,13 +162,19 @@ class Document:
                     operation["security"] = [{}, *({name: []} for name in KEYS)]
                 answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
-                    answers[EVENT_STREAM] = _event_stream("BatchStreamEvent" if path == BATCH_PATH else "StreamEvent")
+                    answers[EVENT_STREAM] = _event_stream(STREAM_OF_PATH.get(path, "StreamEvent"))
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
         _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
         for path in PICTURE_REQUESTS:
             for media_type, body in _body_of(document, path).items():
                 body["examples"] = task_examples.requests(path, as_files=media_type == MULTIPART)
         _add_examples(document, settings)
+        names, size = (
+            list(permitted) or settings.model_names,
+            next((each.size for each in permitted.values()), PICTURE_SIZE),
+        )
+        models = {GENERATIONS_PATH: names, EDITS_PATH: list(with_pictures) or names}
+        add_openai(document, settings, models, size[1], _form_schema)
         return document
 
 
@@ -196,14 +215,12 @@ def _body_of(document: dict[str, Any], path: str) -> dict[str, Any]:
 
 def _event_schemas() -> dict[str, Schema]:
     """Returns the schema of each event's data, and of one event of each kind of stream, as in OpenAPI 3.2."""
-    models = [(model, "serialization") for model in (EVENTS | BATCH_EVENTS).values()]
+    every_model = {model: None for _, events in STREAMS.values() for model in events.values()}
+    models = [(model, "serialization") for model in every_model]
     _, definitions = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type] # a list of pairs
     schemas: dict[str, Schema] = definitions["$defs"]
-    of_job = "One event of a stream: accepted, then progress and image events, then done or error."
-    schemas["StreamEvent"] = _stream_schema("StreamEvent", of_job, EVENTS)
-    schemas["BatchStreamEvent"] = _stream_schema(
-        "BatchStreamEvent", "One event of a stream of batches: batch events, then error.", BATCH_EVENTS
-    )
+    for title, (order, events) in STREAMS.items():
+        schemas[title] = _stream_schema(title, f"One event {order}", events)
     return schemas
 
 
