@@ -169,12 +169,11 @@ class Document:
             for media_type, body in _body_of(document, path).items():
                 body["examples"] = task_examples.requests(path, as_files=media_type == MULTIPART)
         _add_examples(document, settings)
-        names, size = (
-            list(permitted) or settings.model_names,
-            next((each.size for each in permitted.values()), PICTURE_SIZE),
-        )
+        names = list(permitted) or settings.model_names
         models = {GENERATIONS_PATH: names, EDITS_PATH: list(with_pictures) or names}
-        add_openai(document, settings, models, size[1], _form_schema)
+        _, side = next((each.size for each in permitted.values()), PICTURE_SIZE)  # All models have the same size.
+        edited = task_examples.ANSWERS["/edit", "200", JSON]["images"][0]["png"]
+        add_openai(document, settings, models, side, _form_schema, edited)
         return document
 
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from app.api.picture_files import PictureError
 from app.api.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
@@ -52,7 +52,6 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 Decoder = Callable[[bytes], P]  # decodes the content of a file; raises PictureError
-Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture in a schema
 
 
 class ImageReader:

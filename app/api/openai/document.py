@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from app import errors
-from app.api import task_examples
 from app.api.error_formats import OPENAI_PATH, format_of
 from app.api.events import event_text
-from app.api.examples import PNG, PREVIEW, REQUEST_ID
+from app.api.examples import FILE, PNG, PREVIEW, REQUEST_ID
 from app.api.openai.options import MAX_SCALE, OPENAI_MODELS, size_name
 from app.api.openai.prompt import HOW, description_of
 from app.api.openai.schemas import (
@@ -96,13 +95,14 @@ def add_openai(
     models: Mapping[str, Sequence[str]],
     side: int,
     form_of: Callable[[Schema], Schema],
+    edited: str,
 ) -> None:
     """Adds the schemas of the requests, and the examples.
 
     `models` maps the path of each POST route to the models that it permits. Their images have `side` x `side` pixels.
-    `form_of` returns the schema of a multipart body.
+    `form_of` returns the schema of a multipart body. `edited` is the picture of the example of an edit.
     """
-    schemas, paths = document["components"]["schemas"], document["paths"]
+    schemas, paths, answers = document["components"]["schemas"], document["paths"], _answers(edited)
     for path, request in REQUESTS.items():
         schema = _request_schema(request, settings, models[path], side)
         schemas[request.__name__] = _permitting_null(schema)
@@ -113,7 +113,9 @@ def add_openai(
     for path in (*REQUESTS, MODELS_PATH, MODEL_PATH):
         for operation in paths[path].values():
             operation["responses"].pop("422", None)  # FastAPI adds it. The errors of this API have the status 400.
-            _add_response_examples(path, operation["responses"], settings)
+            for media_type, content in operation["responses"]["200"]["content"].items():
+                content["example"] = answers[path, media_type]
+            _add_error_examples(path, operation["responses"], settings)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
 
@@ -175,7 +177,7 @@ def _request_examples(path: str, *, as_files: bool) -> dict[str, Schema]:
     return {
         name: {
             "summary": summary,
-            "value": {**body, **dict.fromkeys(pictures & set(body), task_examples.FILE)} if as_files else body,
+            "value": {**body, **dict.fromkeys(pictures & set(body), FILE)} if as_files else body,
         }
         for name, (summary, body) in _EXAMPLES[path].items()
     }
@@ -188,26 +190,27 @@ def _created(digit: int, png: str) -> dict[str, Any]:
 
 def _stream(kind: str, preview: str, png: str) -> str:
     common: dict[str, Any] = {"created_at": _CREATED_AT, "index": 0, **_FACTS}
-    partial = PartialImage(b64_json=preview, partial_image_index=0, **common, **{"type": f"{kind}.partial_image"})
-    completed = CompletedImage(b64_json=png, **common, **{"type": f"{kind}.completed"})
+    partial = PartialImage(b64_json=preview, partial_image_index=0, **common | {"type": f"{kind}.partial_image"})
+    completed = CompletedImage(b64_json=png, **common | {"type": f"{kind}.completed"})
     return "".join(event_text(event.type, event.model_dump()) for event in (partial, completed))
 
 
-_EDITED: str = task_examples.ANSWERS["/edit", "200", JSON]["images"][0]["png"]
 _MODEL = OpenAIModel(id="default", created=_CREATED_AT)
-_ANSWERS: dict[tuple[str, str], Any] = {
-    (GENERATIONS_PATH, JSON): _created(7, PNG),
-    (GENERATIONS_PATH, EVENTS): _stream(GENERATION, PREVIEW, PNG),
-    (EDITS_PATH, JSON): _created(9, _EDITED),
-    (EDITS_PATH, EVENTS): _stream(EDIT, PREVIEW, _EDITED),
-    (MODELS_PATH, JSON): OpenAIModels(data=[_MODEL]).model_dump(),
-    (MODEL_PATH, JSON): _MODEL.model_dump(),
-}
 
 
-def _add_response_examples(path: str, responses: dict[str, Schema], settings: Settings) -> None:
-    for media_type, content in responses["200"]["content"].items():
-        content["example"] = _ANSWERS[path, media_type]
+def _answers(edited: str) -> dict[tuple[str, str], Any]:
+    """Returns the examples of responses by path and media type."""
+    return {
+        (GENERATIONS_PATH, JSON): _created(7, PNG),
+        (GENERATIONS_PATH, EVENTS): _stream(GENERATION, PREVIEW, PNG),
+        (EDITS_PATH, JSON): _created(9, edited),
+        (EDITS_PATH, EVENTS): _stream(EDIT, PREVIEW, edited),
+        (MODELS_PATH, JSON): OpenAIModels(data=[_MODEL]).model_dump(),
+        (MODEL_PATH, JSON): _MODEL.model_dump(),
+    }
+
+
+def _add_error_examples(path: str, responses: dict[str, Schema], settings: Settings) -> None:
     for error in _errors(settings, settings.max_image_bytes if path == EDITS_PATH else settings.max_body_bytes):
         sent = format_of(OPENAI_PATH)(error, REQUEST_ID)
         described = responses.get(str(sent.status_code), {"description": ""})

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,7 +10,6 @@ from pydantic import BaseModel
 from app.api.error_formats import openai_error
 from app.api.events import event_text
 from app.api.images import encode_base64, encode_image
-from app.api.openai.options import Plan
 from app.api.openai.schemas import CompletedImage, PartialImage
 from app.engine.job import ImageDone, Job, Progress
 from app.errors import UnfogError
@@ -24,12 +23,14 @@ class OpenAIEvents:
     """
 
     def __init__(
-        self, kind: str, plan: Plan, seed: int, max_partial: int, provenance: Callable[[], Provenance]
+        self, kind: str, facts: Mapping[str, Any], scale: int, max_partial: int, provenance: Callable[[], Provenance]
     ) -> None:
-        """`kind` is the prefix of the types. `max_partial` limits the number of previews of each image."""
-        self.image_scale = self.preview_scale = plan.scale
-        self._kind, self._max_partial, self._provenance = kind, max_partial, provenance
-        self._facts = {"quality": plan.quality, "size": plan.size, "seed": seed}
+        """`kind` is the prefix of the types, and `facts` are the fields that all events have.
+
+        `max_partial` limits the number of previews of each image.
+        """
+        self.image_scale = self.preview_scale = scale
+        self._kind, self._facts, self._max_partial, self._provenance = kind, facts, max_partial, provenance
         self._num_partial: Counter[int] = Counter()  # index -> number of its previews so far
         self._finished: set[int] = set()
 

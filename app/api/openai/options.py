@@ -1,12 +1,11 @@
 """Chooses the model, the steps and the scale of a request of the OpenAI Images API."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from app import errors
-from app.api import picture_tasks
 from app.api.openai.schemas import AUTO, ImageEditRequest, ImageGenerationRequest, ImagesRequest
 from app.api.options import either
 from app.engine.interface import ModelInfo
@@ -48,11 +47,19 @@ def plan_generation(body: ImageGenerationRequest, models: Mapping[str, ModelInfo
     return _with_steps(body, info, scale)
 
 
-def plan_edit(body: ImageEditRequest, models: Mapping[str, ModelInfo], largest_request: int) -> Plan:
-    """Returns how the images are edited. Raises InvalidRequest if the model does not permit a field."""
+def plan_edit(
+    body: ImageEditRequest,
+    models: Mapping[str, ModelInfo],
+    largest_request: int,
+    has_edits: Callable[[ModelInfo], bool],
+) -> Plan:
+    """Returns how the images are edited. `has_edits` returns True for a model that supports edits.
+
+    Raises InvalidRequest if the model does not permit a field.
+    """
     info = _model_of(body, models)
-    if not picture_tasks.has_picture_tasks(info):
-        others = [name for name, each in models.items() if picture_tasks.has_picture_tasks(each)]
+    if not has_edits(info):
+        others = [name for name, each in models.items() if has_edits(each)]
         what_to_do = f". Use {either(others)}" if others else ""
         raise errors.InvalidRequest.of("model", f"The model '{info.name}' does not support edits{what_to_do}")
     _check(body, info, largest_request)

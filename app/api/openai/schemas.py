@@ -10,9 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from app.api.openai.prompt import digit_of
-from app.api.schemas import MAX_SEED, WHOLE, may_be_absent
-from app.api.task_schemas import PICTURE
-from app.api.uploads import Base64
+from app.api.schemas import MAX_SEED, WHOLE, Base64, may_be_absent
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 
 MAX_PROMPT = 32_000  # characters, as in OpenAI's API
@@ -20,7 +18,7 @@ MAX_IMAGES = 10
 MAX_PARTIAL_IMAGES = 3
 AUTO = "auto"
 GENERATION, EDIT = "image_generation", "image_edit"  # prefixes of the types of events
-UNSUPPORTED = ("markup", "svg")  # known fields that every value of is refused
+UNSUPPORTED = ("markup", "svg")  # fields of OpenAI that are refused, unless they are null
 
 Quality = Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"]
 
@@ -124,7 +122,7 @@ class ImageGenerationRequest(ImagesRequest):
 class ImageEditRequest(ImagesRequest):
     """The picture to redraw. With a mask, only the transparent part of the mask is redrawn."""
 
-    image: Annotated[Base64, Field(description=PICTURE)]
+    image: Annotated[Base64, Field(description="A PNG, JPEG, WebP or single-frame GIF file.")]
     mask: Base64 | None = Field(
         default=None,
         description="A picture of the same size as `image`, with transparency. Pixels with alpha 0 are redrawn, all "

@@ -1,28 +1,34 @@
 """POST /v1/images/generations and POST /v1/images/edits: the OpenAI Images API."""
 
+from functools import partial
+
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app.api import picture_tasks
-from app.api.generation import Service, ServiceDependency
+from app.api.generation import Service, ServiceDependency, event_stream, finished_response
 from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
 from app.api.openai.document import EDITS, EDITS_PATH, GENERATIONS, GENERATIONS_PATH
-from app.api.openai.options import plan_edit, plan_generation
-from app.api.openai.responses import respond
+from app.api.openai.events import OpenAIEvents
+from app.api.openai.options import Plan, plan_edit, plan_generation
+from app.api.openai.responses import encode_created
 from app.api.openai.schemas import (
     EDIT,
     GENERATION,
     ImageEditRequest,
     ImageGenerationRequest,
+    ImagesRequest,
 )
 from app.api.options import options_of
 from app.api.pictures import Picture, decode, decode_transparency
 from app.api.requests import parse_json, read_body, validate
+from app.api.responses import JSON
 from app.api.schemas import GenerateRequest
+from app.api.stream_options import StreamOptions
 from app.api.task import Task
 from app.api.task_schemas import EditRequest, InpaintRequest
 from app.engine.interface import ModelInfo
-from app.engine.job import DEFAULT_MODEL
+from app.engine.job import DEFAULT_MODEL, Job, Pixels
 from model.digit_image import DigitImage
 
 router = APIRouter()
@@ -40,7 +46,7 @@ async def generations(
     sampling = GenerateRequest(digit=body.digit, count=body.n, scale=plan.scale, model=plan.info.name, **plan.fields)
     options = options_of(with_seed(sampling, idempotency_key), body.digit, plan.info)
     task = Task(options, body.n, num_steps=options.num_steps, scale=plan.scale)
-    return await respond(request, service, body, plan, task, GENERATION)
+    return await _respond(request, service, body, plan, task, GENERATION)
 
 
 @router.post(EDITS_PATH, operation_id="edit_images", response_class=JSONResponse, **EDITS)
@@ -57,7 +63,7 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
     body, pictures = await service.pictures.read(request, ImageEditRequest, decoders, convert, lenient=True)
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
-    plan = plan_edit(body, _models(service), service.settings.largest_request)
+    plan = plan_edit(body, _models(service), service.settings.largest_request, picture_tasks.has_picture_tasks)
     fields = {"digit": body.digit, "count": body.n, "scale": plan.scale, "model": plan.info.name, **plan.fields}
     if body.mask is None:
         edited = with_seed(EditRequest(image="", **fields), idempotency_key)
@@ -65,7 +71,30 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
     else:
         filled = with_seed(InpaintRequest(image="", mask="", **fields), idempotency_key)
         task = picture_tasks.inpaint(plan.info, filled, image, masked.redrawn)
-    return await respond(request, service, body, plan, task, EDIT)
+    return await _respond(request, service, body, plan, task, EDIT)
+
+
+async def _respond(
+    request: Request, service: Service, body: ImagesRequest, plan: Plan, task: Task, kind: str
+) -> Response:
+    """Submits a task and returns its response. `kind` is the prefix of the types of its events.
+
+    Raises the errors of Service.submit and of finish.
+    """
+    if body.stream:
+        facts = {"quality": plan.quality, "size": plan.size, "seed": task.options.seed}
+
+        def events_of(job: Job) -> OpenAIEvents:
+            return OpenAIEvents(kind, facts, plan.scale, body.partial_images, partial(service.provenance, task, job))
+
+        # Previews are evenly spread and the last one is the image itself, which is not sent twice.
+        stream = StreamOptions(body.partial_images + 1 if body.partial_images else 0)
+        return event_stream(request, service, task, stream, events_of)
+
+    def encode(job: Job, images: list[Pixels]) -> bytes:
+        return encode_created(images, service.provenance(task, job), body.digit, plan)
+
+    return await finished_response(request, service, task, encode, JSON)
 
 
 def _models(service: Service) -> dict[str, ModelInfo]:
