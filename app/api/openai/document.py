@@ -44,11 +44,7 @@ def _described(statuses: Sequence[int], **others: str) -> dict[int | str, Schema
     """Returns the error responses with these statuses, and with others that are described here."""
     texts = {status: ERRORS[status]["description"] for status in statuses}
     texts |= {int(status.removeprefix("status_")): text for status, text in others.items()}
-    refused: dict[int | str, Schema] = {
-        status: {"model": OpenAIError, "description": text} for status, text in texts.items()
-    }
-    # The HTTP server sends this error before it knows the path.
-    return {**refused, 431: ERRORS[431]}
+    return {status: {"model": OpenAIError, "description": text} for status, text in sorted(texts.items())}
 
 
 _INVALID = (
@@ -74,6 +70,7 @@ def _route(request: type[ImagesRequest], refused: dict[int | str, Schema], *, ha
     content = {JSON: {"schema": {"$ref": REF.format(model=request.__name__)}}}
     if has_form:
         content[MULTIPART] = {"schema": {"$ref": REF.format(model=f"{request.__name__}Form")}}
+    refused = {**refused, 431: ERRORS[431]}  # The HTTP server sends this error before it knows the path.
     created = {
         "model": CreatedImages,
         "description": "the images, or with stream true a stream of events",
