@@ -536,18 +536,6 @@ PLACEHOLDERS = {
     *("evaluations", "png", "b64_json", "created", "previews"),
     *("detail", "msg", "request_id", "version", "device", "dtype"),
 }
-    "evaluations",
-    "png",
-    "b64_json",
-    "created",
-    "previews",
-    "detail",
-    "msg",
-    "request_id",
-    "version",
-    "device",
-    "dtype",
-}
 
 
 def assert_same_form(documented: Any, found: Any, name: str = "") -> None:
