@@ -22,7 +22,7 @@ from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.paths import Paths
 from app.api.problems import handle_errors
-from app.api.routes import batch, docs, generate, inference, models, monitoring, page, pictures
+from app.api.routes import batch, docs, generate, inference, models, monitoring, openai, openai_models, page, pictures
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -31,7 +31,8 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-WORK_ROUTERS = (generate.router, pictures.router, inference.router)  # their routes compute images or recognise digits
+WORK_ROUTERS = (generate.router, pictures.router, openai.router, inference.router)  # their routes use the network
+READ_ROUTERS = (models.router, openai_models.router, batch.router)
 PROBE_ROUTERS = (monitoring.router, inference.open_router)  # their routes need no API key
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
@@ -72,7 +73,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         redoc_url=None,
     )
     app.state.service, app.state.viewers = service, BatchViewers(engine)
-    routers, web_pages = [*PROBE_ROUTERS, *WORK_ROUTERS, models.router, batch.router], list[str]()
+    routers, web_pages = [*PROBE_ROUTERS, *WORK_ROUTERS, *READ_ROUTERS], list[str]()
     probes = [route for router in PROBE_ROUTERS for route in router.routes]
     open_routes, open_files = [*app.routes, *probes], frozenset[str]()  # app.routes: /openapi.json
     if settings.docs == "on":

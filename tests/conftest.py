@@ -1,4 +1,4 @@
-"""Fixtures and options of all tests: --data-dir, --containers, --wheels, one compute thread, tiny networks."""
+"""Fixtures and options of all tests: folders with data, wheels and packages, one compute thread, tiny networks."""
 
 import os
 from collections.abc import Iterator
@@ -20,6 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--containers", action="store_true", help="build and run the Docker images; needs a Docker engine")
     parser.addoption(
         "--wheels", type=Path, help="folder with a PyTorch wheel for --containers; default: PyTorch's CPU index"
+    )
+    parser.addoption(
+        "--node-modules", type=Path, help="node_modules folder with the npm package openai; default: npm installs it"
     )
 
 

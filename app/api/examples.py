@@ -30,6 +30,7 @@ PREVIEW = (
     "1wwAS+Mbd3K2Pag8+uqda8niyYAAf2i5erHZyvaq9B5GhTiXafa5GfEgZWWh7aQE+rVkreEQozaR3VU5Ipff0tQJ2LbUPbFdWz4iVacelrkN"
     "t/f79CSg6XT6AOQcWWMLRddYAAAAAElFTkSuQmCC"
 )
+FILE = "(content of the file)"  # a file in an example of a multipart body
 SHA256 = "f38bf767f7688dc7f18165cbdb280ee5115dceaf15614f436b6091bab5532120"
 TIMING = {"queue_seconds": 0.000214, "denoise_seconds": 0.412806, "total_seconds": 0.413325}
 

@@ -18,6 +18,8 @@ from app.api.batch_events import BatchEvent
 from app.api.generation import Service
 from app.api.inference import examples as inference_examples
 from app.api.inference.schemas import InferenceRequest
+from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, add_openai
+from app.api.openai.schemas import EDIT_EVENTS, GENERATION_EVENTS
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
 from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest
 from app.api.uploads import MULTIPART, multipart_schema
@@ -48,6 +50,17 @@ EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
 BATCH_PATH = "/events/batch"
 MODEL_PATH, INFER_PATH = "/v2/models/{name}", inference_examples.INFER_PATH
 BATCH_EVENTS: dict[str, type[BaseModel]] = {"batch": BatchEvent, "error": Problem}
+STREAMS: dict[str, tuple[str, dict[str, type[BaseModel]]]] = {  # name of the schema of an event -> order, events
+    "StreamEvent": ("of a stream: accepted, then progress and image events, then done or error.", EVENTS),
+    "BatchStreamEvent": ("of a stream of batches: batch events, then error.", BATCH_EVENTS),
+    "ImageGenerationStreamEvent": ("of a stream of /v1/images/generations.", GENERATION_EVENTS),
+    "ImageEditStreamEvent": ("of a stream of /v1/images/edits.", EDIT_EVENTS),
+}
+STREAM_OF_PATH = {  # path -> name of the schema of an event; all other paths have StreamEvent
+    BATCH_PATH: "BatchStreamEvent",
+    GENERATIONS_PATH: "ImageGenerationStreamEvent",
+    EDITS_PATH: "ImageEditStreamEvent",
+}
 PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/recognize": RecognizeRequest,
     "/denoise": DenoiseRequest,
@@ -153,7 +166,7 @@ class Document:
                     operation["security"] = [{}, *({name: []} for name in KEYS)]
                 answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
-                    answers[EVENT_STREAM] = _event_stream("BatchStreamEvent" if path == BATCH_PATH else "StreamEvent")
+                    answers[EVENT_STREAM] = _event_stream(STREAM_OF_PATH.get(path, "StreamEvent"))
         _complete_inference(document, list(permitted) or settings.model_names)
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
         _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
@@ -161,6 +174,11 @@ class Document:
             for media_type, body in _body_of(document, path).items():
                 body["examples"] = task_examples.requests(path, as_files=media_type == MULTIPART)
         _add_examples(document, settings)
+        names = list(permitted) or settings.model_names
+        models = {GENERATIONS_PATH: names, EDITS_PATH: list(with_pictures) or names}
+        _, side = next((each.size for each in permitted.values()), PICTURE_SIZE)  # All models have the same size.
+        edited = task_examples.ANSWERS["/edit", "200", JSON]["images"][0]["png"]
+        add_openai(document, settings, models, side, _form_schema, edited)
         return document
 
 
@@ -223,14 +241,12 @@ def _inference_schemas(settings: Settings) -> dict[str, Schema]:
 
 def _event_schemas() -> dict[str, Schema]:
     """Returns the schema of each event's data, and of one event of each kind of stream, as in OpenAPI 3.2."""
-    models = [(model, "serialization") for model in (EVENTS | BATCH_EVENTS).values()]
+    every_model = {model: None for _, events in STREAMS.values() for model in events.values()}
+    models = [(model, "serialization") for model in every_model]
     _, definitions = models_json_schema(models, ref_template=REF)  # type: ignore[arg-type] # a list of pairs
     schemas: dict[str, Schema] = definitions["$defs"]
-    of_job = "One event of a stream: accepted, then progress and image events, then done or error."
-    schemas["StreamEvent"] = _stream_schema("StreamEvent", of_job, EVENTS)
-    schemas["BatchStreamEvent"] = _stream_schema(
-        "BatchStreamEvent", "One event of a stream of batches: batch events, then error.", BATCH_EVENTS
-    )
+    for title, (order, events) in STREAMS.items():
+        schemas[title] = _stream_schema(title, f"One event {order}", events)
     return schemas
 
 

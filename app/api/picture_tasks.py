@@ -77,7 +77,9 @@ class MaskedPicture:
     under the mask, so these are replaced before the picture is resized.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marked: str = "white", complete: str = "/generate") -> None:
+        """`marked` says in errors how the mask marks pixels. `complete` is the route that draws a complete image."""
+        self._marked, self._complete = marked, complete
         self.redrawn: Mask = np.zeros(0, np.bool_)  # (1, H, W): True at the pixels to fill in
         # The mask in its original size, with 8 pixels in a byte. It is in memory while the image is decoded.
         self._packed, self._shape = np.zeros(0, np.uint8), (0, 0)
@@ -98,15 +100,16 @@ class MaskedPicture:
         return normalise(_without(mask, picture.grey), "resize", body.invert)
 
     def _set_mask(self, mask: npt.NDArray[np.bool_]) -> None:
+        marked = self._marked
         if not mask.any():
-            raise errors.InvalidRequest.of(
-                "mask", "The mask has no white pixels. White pixels mark the part to fill in"
-            )
+            reason = f"The mask has no {marked} pixels. {marked.title()} pixels mark the part to fill in"
+            raise errors.InvalidRequest.of("mask", reason)
         if mask.all():
-            raise errors.InvalidRequest.of("mask", "The mask is white everywhere. Use /generate for a complete image")
+            reason = f"The mask is {marked} everywhere. Use {self._complete} for a complete image"
+            raise errors.InvalidRequest.of("mask", reason)
         self.redrawn = resize_mask(mask).numpy()
         if self.redrawn.all():
-            reason = "The white pixels of the mask cover every pixel of the image of 28x28 pixels. Make them fewer"
+            reason = f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Make them fewer"
             raise errors.InvalidRequest.of("mask", reason)
         self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
 

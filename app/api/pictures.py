@@ -1,8 +1,9 @@
 """Decodes pictures of clients to grey pixels. The additional memory is at most about 100 MB for a permitted picture."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from app.api.picture_files import PictureError, PictureFile, damaged, inspect
 from app.engine.job import Pixels
 
-BLACK = 0
+BLACK, WHITE = 0, 255
 BAND_ROWS = 64  # rows that are converted at a time; a converted copy of a large picture would double the memory
 # A picture with a larger share of opaque pixels has an opaque background. In other pictures, the opaque pixels are the
 # strokes.
@@ -29,15 +30,27 @@ def decode_mask(data: bytes) -> Picture:
     return decode(data, BLACK)
 
 
+def decode_transparency(data: bytes) -> Picture:
+    """Decodes a mask that marks pixels by transparency: pixels with alpha 0 become white, all others black.
+
+    Raises PictureError, also if the file has no alpha channel and no transparent colour.
+    """
+    return _decode_with(_transparency, data)
+
+
 def decode(data: bytes, background: int | None = None) -> Picture:
     """Decodes a PNG, JPEG, WebP or single-frame GIF file to grey pixels (ITU-R BT.601). Raises PictureError.
 
     Pictures with transparency are placed on `background`. If it is None, black or white is used, so that their strokes
     are visible. EXIF orientation is applied. 16-bit pixels are scaled to 8 bits.
     """
+    return _decode_with(partial(_grey, background=background), data)
+
+
+def _decode_with(convert: Callable[[Image.Image], Pixels], data: bytes) -> Picture:
     file = inspect(data)
     try:
-        grey = _decode(file, background)
+        grey = _decode(file, convert)
     except PictureError:
         raise
     except Exception as error:  # Pillow raises many types of exceptions for damaged files.
@@ -45,7 +58,7 @@ def decode(data: bytes, background: int | None = None) -> Picture:
     return Picture(_upright(grey, file.orientation))
 
 
-def _decode(file: PictureFile, background: int | None) -> Pixels:
+def _decode(file: PictureFile, convert: Callable[[Image.Image], Pixels]) -> Pixels:
     with Image.open(io.BytesIO(file.data), formats=[file.format]) as image:
         if image.size != (file.width, file.height):
             raise damaged(file.format)
@@ -53,16 +66,32 @@ def _decode(file: PictureFile, background: int | None) -> Pixels:
             image.draft("L", None)  # decodes only the brightness and leaves out the colours
         image.load()
         _scale_transparent_colour(image, file)
-        grey: Pixels = np.empty((image.height, image.width), np.uint8)
-        if not image.has_transparency_data:
-            for rows, band, _ in _bands(image):
-                grey[rows] = band
-            return grey
-        background = _background(image) if background is None else background
-        for rows, band, alpha in _bands(image):
-            product = band.astype(np.uint16) * alpha + background * (255 - alpha).astype(np.uint16)  # at most 255 * 255
-            grey[rows] = (product + 127) // 255
+        return convert(image)
+
+
+def _grey(image: Image.Image, background: int | None) -> Pixels:
+    grey: Pixels = np.empty((image.height, image.width), np.uint8)
+    if not image.has_transparency_data:
+        for rows, band, _ in _bands(image):
+            grey[rows] = band
         return grey
+    background = _background(image) if background is None else background
+    for rows, band, alpha in _bands(image):
+        product = band.astype(np.uint16) * alpha + background * (255 - alpha).astype(np.uint16)  # at most 255 * 255
+        grey[rows] = (product + 127) // 255
+    return grey
+
+
+def _transparency(image: Image.Image) -> Pixels:
+    if not image.has_transparency_data:
+        raise PictureError(
+            "The mask has no transparency. Save it as a PNG file with an alpha channel, and make the pixels to redraw "
+            "transparent"
+        )
+    marked: Pixels = np.empty((image.height, image.width), np.uint8)
+    for rows, _, alpha in _bands(image):
+        marked[rows] = np.where(alpha == 0, WHITE, BLACK)
+    return marked
 
 
 def _scale_transparent_colour(image: Image.Image, file: PictureFile) -> None:

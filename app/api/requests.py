@@ -20,6 +20,7 @@ from app.errors import (
 
 MAX_UNKNOWN_FIELDS = 32  # limit of unknown fields that an error lists; a body can have more
 NOT_AN_OBJECT = "Input should be an object"
+OWN_PREFIX = "Value error, "  # pydantic adds it to the messages of our own validators
 MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
 _WHITESPACE = " \t"
@@ -115,7 +116,7 @@ def _describe(error: ValidationError) -> list[dict[str, Any]]:
         {
             "loc": ["body", *(_printable(part) for part in item["loc"])],
             # pydantic's message would contain a class name.
-            "msg": NOT_AN_OBJECT if item["type"] == "model_type" else _printable(item["msg"]),
+            "msg": NOT_AN_OBJECT if item["type"] == "model_type" else _printable(item["msg"].removeprefix(OWN_PREFIX)),
         }
         for item in error.errors(include_url=False, include_input=False, include_context=False)
     ]

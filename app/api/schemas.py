@@ -31,6 +31,7 @@ def may_be_absent(schema: dict[str, Any]) -> None:
 WHOLE = BeforeValidator(_whole)  # Use WHOLE after the bounds. Otherwise the JSON schema lacks them.
 NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture
 SamplerName = Annotated[Sampler | None, NOT_NULL]
 GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.api.schemas import (
     NOT_NULL,
     WHOLE,
+    Base64,
     BaseRequest,
     GuidanceScale,
     ImagesResponse,
@@ -18,7 +19,6 @@ from app.api.schemas import (
     Timing,
     may_be_absent,
 )
-from app.api.uploads import Base64
 from model.digit_image import Fit, Invert
 
 PICTURE = "A PNG, JPEG, WebP or single-frame GIF file, as a file in multipart/form-data or as base64 in JSON."

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastapi import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from app.api.picture_files import PictureError
 from app.api.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
@@ -52,7 +52,6 @@ P = TypeVar("P")
 T = TypeVar("T")
 
 Decoder = Callable[[bytes], P]  # decodes the content of a file; raises PictureError
-Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture in a schema
 
 
 class ImageReader:
@@ -80,8 +79,8 @@ class ImageReader:
         the name of the image field and the picture. `decoders` has the function that decodes the files of each image
         field, in the order in which the fields are decoded. A list of pictures is decoded and converted one by one.
 
-        If `lenient` is True, a body of any other Content-Type is parsed as JSON, and the names of the parts of a
-        multipart body may end with `[]`.
+        If `lenient` is True, a body of any other Content-Type is parsed as JSON. In a multipart body, the names of the
+        parts may then end with `[]`, and text parts without content are ignored.
 
         Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout, Overloaded, MalformedJSON, MalformedRequest,
         InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
@@ -270,6 +269,8 @@ def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel], *, len
     for part, content in _parts(body, boundary):
         name = part.removesuffix("[]") if lenient else part
         kind = kinds.get(name, _Kind())
+        if lenient and not content and not kind.is_image:
+            continue
         value: Any = content
         if not kind.is_image:
             value = _text(name, content, kind)

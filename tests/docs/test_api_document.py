@@ -29,7 +29,8 @@ from app.api.inference.tensors import read_inputs
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import BATCH_EVENTS, PICTURE_REQUESTS
 from app.api.openapi import EVENTS as EVENT_MODELS
-from app.api.routes import batch, docs, generate, inference, models, monitoring, page, pictures
+from app.api.problems import error_response
+from app.api.routes import batch, docs, generate, inference, models, monitoring, openai, openai_models, page, pictures
 from app.engine.batch_feed import MAX_ROWS
 from app.main import create_app
 from app.server import connection, framing
@@ -78,7 +79,7 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    modules = (page, docs, generate, pictures, models, batch, monitoring, inference)
+    modules = (page, docs, generate, pictures, openai, openai_models, models, batch, monitoring, inference)
     routes = [
         route
         for router in (app, *(each.router for each in modules), inference.open_router)
@@ -363,7 +364,9 @@ async def headers_of_the_application() -> set[str]:
     allowed = {"X-API-Key": KEY, "Origin": ORIGIN}
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     async with client_of(FakeRunner(), api_keys=KEY, rate_limit="6/hour", cors_origins=ORIGIN) as client:
+        timeout = error_response(errors.DeadlineExceeded(), {"type": "http", "path": "/v1/images/edits", "headers": []})
         responses = [
+            httpx.Response(timeout.status_code, headers=dict(timeout.headers)),
             await client.get("/health"),
             await client.get("/docs"),
             await client.get("/docs/swagger-ui.css"),
@@ -375,7 +378,7 @@ async def headers_of_the_application() -> set[str]:
             await client.options("/generate", headers=preflight),
             *[await client.post("/generate", json=BODY, headers=allowed) for _ in range(4)],
         ]
-    assert [response.status_code for response in responses][:9] == [200, 200, 200, 401, 200, 200, 200, 405, 200]
+    assert [response.status_code for response in responses][:9] == [504, 200, 200, 200, 401, 200, 200, 405, 200]
     assert responses[-1].status_code == 429
     return {name.lower() for response in responses for name in response.headers}
 
@@ -552,7 +555,10 @@ def test_curl_example_runs_and_has_the_documented_output(
         assert events_in(example.output.text) == events_in(done.stdout)
 
 
-PLACEHOLDERS = {"evaluations", "png", "previews", "detail", "msg", "request_id", "version", "device", "dtype"}
+PLACEHOLDERS = {
+    *("evaluations", "png", "b64_json", "created", "previews"),
+    *("detail", "msg", "request_id", "version", "device", "dtype"),
+}
 
 
 def assert_same_form(documented: Any, found: Any, name: str = "") -> None:

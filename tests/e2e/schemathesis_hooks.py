@@ -1,8 +1,9 @@
-"""Adapts the requests that schemathesis generates for the routes with pictures and for /v2/models/{name}/infer.
+"""Adapts the requests that schemathesis generates for routes with pictures or prompts, and for /v2/models/{name}/infer.
 
-A JSON schema cannot describe a picture: every string is valid for the schema. The hooks replace the strings by
-pictures. They leave out multipart bodies, in which a wrong type can be valid, because the number 7 and the text 7 are
-the same bytes. tests/e2e/test_picture_tasks.py tests multipart bodies.
+A JSON schema cannot describe a picture, or a prompt that names one digit: every string is valid for the schema. The
+hooks replace the strings by pictures and prompts. They leave out multipart bodies, in which a wrong type can be valid,
+because the number 7 and the text 7 are the same bytes. They also leave out streams, because schemathesis compares each
+event with the schema of the whole text. Other tests of this folder test both.
 
 A JSON schema cannot describe that the shape of a tensor fits its elements, that names are unique, that binary tensors
 follow the JSON object, or what the model in the path permits. The hooks repair valid requests in these respects.
@@ -14,10 +15,14 @@ from typing import Any
 
 import schemathesis
 
+from app.api.openai.schemas import MAX_PROMPT
+from tests.app.api.openai.samples import mask
 from tests.e2e.picture_requests import IMAGE, MASK
 
 INFER_PATH = "/v2/models/{name}/infer"
 PICTURES = {"image": IMAGE, "mask": MASK}
+TRANSPARENT_MASK = mask()
+OPENAI = "/v1/"
 
 
 @schemathesis.hook
@@ -32,13 +37,23 @@ def before_load_schema(context: Any, raw_schema: dict[str, Any]) -> None:
 def before_call(context: Any, case: Any, kwargs: Any) -> None:
     if case.path == INFER_PATH and case.meta.generation.mode.is_positive:
         repair_inference(case)
-    if not isinstance(case.body, dict) or "image" not in case.body:
+    if not isinstance(case.body, dict):
         return
-    # The default numbers take much longer.
-    case.body.setdefault("num_pairs" if case.path == "/recognize" else "num_steps", 1)
-    for name in PICTURES.keys() & case.body.keys():
-        if isinstance(case.body[name], str):
-            case.body[name] = base64.b64encode(PICTURES[name]).decode()
+    is_openai = case.path.startswith(OPENAI)
+    prompt = case.body.get("prompt")
+    if is_openai and isinstance(prompt, str) and 1 <= len(prompt) <= MAX_PROMPT:
+        case.body["prompt"] = "a handwritten seven, please"
+    if is_openai:
+        case.body.setdefault("quality", "medium")  # The default takes much longer.
+        if case.body.get("stream") is True:
+            case.body["stream"] = False
+    if "image" not in case.body:
+        return
+    if not is_openai:  # The default numbers take much longer.
+        case.body.setdefault("num_pairs" if case.path == "/recognize" else "num_steps", 1)
+    for name, picture in (PICTURES | ({"mask": TRANSPARENT_MASK} if is_openai else {})).items():
+        if isinstance(case.body.get(name), str):
+            case.body[name] = base64.b64encode(picture).decode()
 
 
 def repair_inference(case: Any) -> None:

@@ -9,8 +9,14 @@ from app.api.problems import error_response
 from app.errors import OriginNotAllowed
 
 # The headers that web pages of other origins may send and read.
-REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key", LENGTH_HEADER)
-RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After", LENGTH_HEADER)
+# The JavaScript client of OpenAI sends the last group, also from a web page.
+REQUEST_HEADERS = (
+    *("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key", LENGTH_HEADER),
+    *("OpenAI-Organization", "OpenAI-Project", "User-Agent", "X-Stainless-Arch", "X-Stainless-Lang", "X-Stainless-OS"),
+    *("X-Stainless-Package-Version", "X-Stainless-Retry-Count", "X-Stainless-Runtime", "X-Stainless-Runtime-Version"),
+    "X-Stainless-Timeout",
+)
+RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After", "X-Should-Retry", LENGTH_HEADER)
 
 
 class CORS(CORSMiddleware):

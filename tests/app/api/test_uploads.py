@@ -16,8 +16,8 @@ from app import errors
 from app.api import uploads
 from app.api.pictures import Picture, decode, decode_mask
 from app.api.requests import ClientGoneError
-from app.api.schemas import WHOLE
-from app.api.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, Base64, ImageReader, multipart_schema
+from app.api.schemas import WHOLE, Base64
+from app.api.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, ImageReader, multipart_schema
 from app.settings import Settings
 from tests.app.api.samples import DRAWING, animation, encode, grey
 

@@ -1,0 +1,1 @@
+"""The OpenAI Images API: its requests, its responses and its events."""

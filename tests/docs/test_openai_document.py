@@ -1,0 +1,109 @@
+"""Tests the section about the OpenAI Images API in docs/api.md. test_api_document.py runs its examples."""
+
+import re
+from typing import Any
+
+import pytest
+
+from app.api.error_formats import OPENAI_TYPES, openai_error
+from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, REQUESTS
+from app.api.openai.options import OPENAI_MODELS
+from app.api.openai.prompt import NAMES, OTHER_NAMES, digit_of
+from app.api.openai.schemas import GENERATION_EVENTS, UNSUPPORTED
+from app.api.task_schemas import EditRequest
+from tests.app.test_errors import EVERY_ERROR
+from tests.docs.document import Row, codes
+from tests.docs.test_api_document import API, SCHEMAS, by, fields_of
+
+OWN = by("Field", API.table(f"POST {GENERATIONS_PATH}", "Field", "Default"))
+EDIT = OWN | by("Field", API.table(f"POST {EDITS_PATH}", "Field", "Default"))
+
+
+@pytest.mark.parametrize(("path", "rows"), [(GENERATIONS_PATH, OWN), (EDITS_PATH, EDIT)])
+def test_tables_have_every_field_with_its_type_default_and_limits(path: str, rows: dict[str, Row]) -> None:
+    schema = SCHEMAS[REQUESTS[path].__name__]
+    ignored = {name for name, field in schema["properties"].items() if not {"type", "anyOf"} & set(field)}
+    assert set(rows) | ignored == set(schema["properties"])
+    for name, row in rows.items():
+        field: dict[str, Any] = schema["properties"][name]
+        value = field.get("anyOf", [field])[0]
+        assert row["Type"] == value["type"]
+        assert (row["Default"] == "required") == (name in schema["required"])
+        if "default" in field:
+            assert row["Default"].strip("`") == str(field["default"]).lower()
+        bounds = [value[key] for key in ("minLength", "maxLength", "minimum", "maximum") if key in value]
+        if bounds and name != "model":  # its names are listed
+            assert list(map(int, re.findall(r"\d+", row["Allowed values"].partition("(")[0]))) == bounds
+        named = value.get("enum", [value["const"]] if "const" in value else [])
+        named = value["anyOf"][0]["enum"] if name == "model" else named
+        assert value["type"] == "boolean" or codes(row["Allowed values"]) == named
+
+
+def test_ignored_and_refused_fields_are_named() -> None:
+    generation, edit = API.section(f"POST {GENERATIONS_PATH}"), API.section(f"POST {EDITS_PATH}")
+    (sentence,) = re.findall(r"The fields (.*) are ignored, whatever", generation)
+    for path, named in (
+        (GENERATIONS_PATH, set(codes(sentence))),
+        (EDITS_PATH, set(codes(sentence)) - {"moderation", "style"} | {"input_fidelity"}),
+    ):
+        fields = SCHEMAS[REQUESTS[path].__name__]["properties"]
+        assert {name for name, field in fields.items() if not {"type", "anyOf"} & set(field)} == named
+    assert "`moderation` and `style` are unknown, and `input_fidelity` is ignored. `markup` is refused" in edit
+    assert "markup" in UNSUPPORTED
+
+
+def test_names_of_openai_models_are_those_of_the_code() -> None:
+    assert set(OPENAI_MODELS) <= set(codes(OWN["model"]["Meaning"]))
+
+
+def test_strength_of_an_edit_is_the_default() -> None:
+    default = EditRequest.model_fields["strength"].default
+    assert f"the `strength` {default}." in API.section(f"POST {EDITS_PATH}")
+
+
+@pytest.mark.parametrize(
+    ("heading", "schema"),
+    [
+        (f"POST {GENERATIONS_PATH}", "CreatedImages"),
+        ("GET /v1/models", "OpenAIModels"),
+        ("Errors in the format of OpenAI", "OpenAIError"),
+    ],
+)
+def test_field_table_has_exactly_the_fields_of_its_schema(heading: str, schema: str) -> None:
+    tables = re.findall(r"^\| Field \| Type \| Meaning \|\n(?:\|.*\n?)+", API.section(heading), re.MULTILINE)
+    (rows,) = [re.findall(r"^\| `([^`]+)` \| (\w+) \|", table, re.MULTILINE) for table in tables]
+    assert dict(rows) == fields_of(SCHEMAS[schema])
+
+
+def test_event_table_has_exactly_the_fields_of_each_event() -> None:
+    documented: dict[str, dict[str, str]] = {}
+    for row in API.table("Image events", "Event"):
+        documented.setdefault(row["Event"].strip("`"), {})[row["Field"].strip("`")] = row["Type"]
+    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in GENERATION_EVENTS.items()}
+
+
+@pytest.mark.parametrize("row", API.table("Prompt", "Prompt"), ids=lambda row: str(row["Prompt"]))
+def test_prompt_of_the_table_names_its_digit_or_is_refused(row: Row) -> None:
+    (prompt,) = codes(row["Prompt"])
+    if row["Digit"].isdigit():
+        assert digit_of(prompt) == int(row["Digit"])
+        return
+    reasons = {"no digit": "names no digit", "two digits": "several digits", "single": "not a single", "contains": ": "}
+    (expected,) = (reason for part, reason in reasons.items() if part in row["Digit"])
+    with pytest.raises(ValueError, match=expected):
+        digit_of(prompt)
+
+
+def test_names_of_numbers_are_documented() -> None:
+    named = set(codes(API.section("Prompt").split("These words are numbers")[1].split("in any case")[0]))
+    assert named == {"zero", "nineteen", "twenty", "thirty", "ninety", "hundred", "thousand", "million", "billion"}
+    assert len(OTHER_NAMES) == 10 + 8 + 4
+    assert named <= {*NAMES, *OTHER_NAMES}
+
+
+def test_types_of_errors_are_documented() -> None:
+    rows = by("Field", API.table("Errors in the format of OpenAI", "Field"))
+    types = {openai_error(error)["type"] for error, _, _ in EVERY_ERROR}
+    assert types == set(codes(rows["error.type"]["Meaning"]))
+    for status, kind in OPENAI_TYPES.items():
+        assert f"`{kind}` ({status})" in rows["error.type"]["Meaning"]
