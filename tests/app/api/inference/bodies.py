@@ -1,10 +1,12 @@
-"""Bodies of inference requests, in JSON and in binary form."""
+"""Bodies of inference requests, in JSON and in binary form, and a check of errors."""
 
 import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 LENGTH = "Inference-Header-Content-Length"
 PROTOCOL = Path(__file__).parents[3] / "e2e" / "open_inference_rest.yaml"
@@ -36,3 +38,11 @@ def binary_body(document: dict[str, Any], *raw: bytes) -> tuple[bytes, str]:
     """Returns a body with binary tensors, and its header for the length of the JSON object."""
     text = json.dumps(document).encode()
     return b"".join((text, *raw)), str(len(text))
+
+
+def assert_error(response: httpx.Response, status: int, text: str = "") -> None:
+    """Checks the form of an error of the protocol, and that its message contains the text."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert set(response.json()) == {"error"}
+    assert text in response.json()["error"]

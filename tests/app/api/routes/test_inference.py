@@ -4,23 +4,17 @@ import asyncio
 import json
 import logging
 import struct
-import threading
 from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-import yaml
-from jsonschema import Draft202012Validator
 
-from app import VERSION
 from app.api.idempotency import seed_of
-from app.api.inference.examples import REQUESTS
-from app.engine.interface import DeviceLostError
 from app.engine.job import ImageKey
 from app.main import create_app
 from app.settings import Settings
-from tests.app.api.inference.bodies import INFER, LENGTH, PROTOCOL, binary_body, binary_tensor, body_of, raw_of, tensor
+from tests.app.api.inference.bodies import INFER, LENGTH, assert_error, binary_body, binary_tensor, body_of, raw_of
 from tests.app.application import run
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Gate, Rows, image, wait_until
 
@@ -41,194 +35,9 @@ def pixels_of(seeds: list[int], num_steps: int = 3) -> list[int]:
     return [int(pixel) for seed in seeds for pixel in image(seed, 0, num_steps).ravel()]
 
 
-def assert_error(response: httpx.Response, status: int, text: str = "") -> None:
-    """Checks the form of an error of the protocol, and that its message contains the text."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    assert set(response.json()) == {"error"}
-    assert text in response.json()["error"]
-
-
 def image_rows(runner: FakeRunner) -> dict[int, tuple[int | None, tuple[int, int]]]:
     """Returns the digit and the noise key of each image of the job, by index."""
     return {row.index: (row.digit, row.noise_key) for rows in runner.calls for row in rows}
-
-
-# Health and metadata
-
-
-def test_read_routes_describe_the_service_and_its_models() -> None:
-    seed = {"name": "seed", "datatype": "INT64", "shape": [-1]}
-    color = replace(FAST, image_shape=(3, 32, 48))
-    expected: dict[str, tuple[int, Any]] = {
-        "/v2": (200, {"name": "unfog", "version": VERSION, "extensions": ["binary_tensor_data"]}),
-        "/v2/health/live": (200, {"live": True}),
-        "/v2/health/ready": (200, {"ready": True}),
-        "/v2/models/fast/ready": (200, {"name": "fast", "ready": True}),
-    }
-
-    async def check(client: httpx.AsyncClient) -> None:
-        for path, answer in expected.items():
-            response = await client.get(path)
-            assert (response.status_code, response.json()) == answer
-            head = await client.head(path)
-            assert (head.status_code, head.content) == (200, b"")
-        for name, shape in (("default", [-1, 28, 28, 1]), ("fast", [-1, 32, 48, 3])):
-            assert (await client.get(f"/v2/models/{name}")).json() == {
-                "name": name,
-                "platform": "pytorch_safetensors",
-                "inputs": [{"name": "digit", "datatype": "INT64", "shape": [-1]}, seed],
-                "outputs": [{"name": "image", "datatype": "UINT8", "shape": shape}, seed],
-            }
-
-    run(check, FakeRunner(models={"default": INFO, "fast": color}))
-
-
-def test_unknown_model_is_404_and_the_message_names_the_models() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        responses = [await client.get(f"/v2/models/none{end}") for end in ("", "/ready")]
-        responses.append(await client.post("/v2/models/none/infer", json=body_of([1])))
-        for response in responses:
-            assert_error(response, 404, "The models are: default, fast")
-
-    run(check, FakeRunner(models=TWO_MODELS))
-
-
-def test_paths_and_methods_without_a_route_have_the_error_format_of_the_protocol() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        for path in ("/v2/", "/v2/models", "/v2/models/default/versions/1/infer", "/v2/models/default/infer/x"):
-            assert_error(await client.get(path), 404, "No route has this path")
-        wrong = [("DELETE", "/v2"), ("POST", "/v2/models/default"), ("GET", INFER), ("HEAD", INFER), ("OPTIONS", INFER)]
-        for method, path in wrong:
-            response = await client.request(method, path)
-            assert response.status_code == 405
-            assert response.headers["allow"] == ("POST" if path == INFER else "GET, HEAD")
-
-    run(check, FakeRunner())
-
-
-def test_starting_service_is_live_and_not_ready() -> None:
-    loading, may_load = threading.Event(), threading.Event()
-
-    def load() -> FakeRunner:
-        loading.set()
-        assert may_load.wait(WAIT_SECONDS)
-        return FakeRunner()
-
-    async def main() -> None:
-        app = create_app(Settings(), load)
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
-        ):
-            try:
-                await asyncio.to_thread(loading.wait, WAIT_SECONDS)
-                assert (await client.get("/v2")).status_code == 200
-                assert (await client.get("/v2/health/live")).json() == {"live": True}
-                ready = await client.get("/v2/health/ready")
-                assert (ready.status_code, ready.json()) == (503, {"ready": False})
-                ready = await client.get("/v2/models/default/ready")
-                assert (ready.status_code, ready.json()) == (503, {"name": "default", "ready": False})
-                assert_error(await client.get("/v2/models/other/ready"), 404, "The models are: default, fast")
-                for response in (await client.get("/v2/models/default"), await client.post(INFER, json=body_of([1]))):
-                    assert_error(response, 503, "The service is starting")
-                    assert int(response.headers["retry-after"]) >= 1
-                assert_error(await client.get("/v2/models/other"), 404, "The models are: default, fast")
-            finally:
-                may_load.set()
-
-    asyncio.run(main())
-
-
-def test_failed_engine_is_neither_live_nor_ready() -> None:
-    def lose(rows: Rows) -> None:
-        raise DeviceLostError("gone")
-
-    async def check(client: httpx.AsyncClient) -> None:
-        assert_error(await client.post(INFER, json=body_of([1])), 503, "The engine has failed")
-        later = await client.post(INFER, json=body_of([1]))
-        assert_error(later, 503, "The engine has failed")
-        assert int(later.headers["retry-after"]) >= 1
-        for path, body in (
-            ("/v2/health/live", {"live": False}),
-            ("/v2/health/ready", {"ready": False}),
-            ("/v2/models/default/ready", {"name": "default", "ready": False}),
-        ):
-            response = await client.get(path)
-            assert (response.status_code, response.json()) == (503, body)
-
-    run(check, FakeRunner(on_step=lose))
-
-
-def test_read_routes_are_not_logged_at_level_info(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-
-    async def check(client: httpx.AsyncClient) -> None:
-        for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/default", "/v2/models/default/ready"):
-            await client.get(path)
-        await client.get("/v2/models/none/ready")
-
-    run(check, FakeRunner())
-    lines = [record for record in caplog.records if record.name == "unfog.access"]
-    assert [line.levelno for line in lines] == [logging.DEBUG] * 5 + [logging.INFO]
-
-
-# Keys, rate limit and metrics
-
-
-def test_infer_needs_a_key_and_the_read_routes_do_not() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/default", "/v2/models/default/ready"):
-            assert (await client.get(path)).status_code == 200
-        missing = await client.post(INFER, json=body_of([1]))
-        assert_error(missing, 401, "An API key is required")
-        assert missing.headers["www-authenticate"]
-        assert_error(await client.post("/v2/models/x/infer", json=body_of([1])), 401)
-        assert_error(await client.get("/v2/models/x/other"), 401)
-        assert_error(await client.post(INFER, json=body_of([1]), headers={"x-api-key": "wrong"}), 403)
-        for headers in ({"x-api-key": "the-key"}, {"authorization": "Bearer the-key"}):
-            assert (await client.post(INFER, json=body_of([1]), headers=headers)).status_code == 200
-        metrics = (await client.get("/metrics")).text
-        for code, number in (("401", 2), ("403", 1), ("200", 2)):
-            assert f'unfog_requests_total{{code="{code}",route="/v2/models/{{name}}/infer"}} {number}.0' in metrics
-
-    run(check, FakeRunner(), api_keys="the-key")
-
-
-def test_rate_limit_counts_infer_and_not_the_read_routes() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        for path in ("/v2", "/v2/health/live", "/v2/models/default", "/v2/models/default/ready"):
-            assert [(await client.get(path)).status_code for _ in range(3)] == [200] * 3
-        assert (await client.post(INFER, json=body_of([1]))).status_code == 200
-        limited = await client.post(INFER, json=body_of([1]))
-        assert_error(limited, 429, "The rate limit is exceeded")
-        assert int(limited.headers["retry-after"]) >= 1
-        metrics = (await client.get("/metrics")).text
-        assert 'unfog_requests_total{code="429",route="/v2/models/{name}/infer"} 1.0' in metrics
-
-    run(check, FakeRunner(), rate_limit="1/hour")
-
-
-def test_series_of_infer_exist_before_the_first_request() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        metrics = (await client.get("/metrics")).text
-        assert 'unfog_requests_total{code="200",route="/v2/models/{name}/infer"} 0.0' in metrics
-
-    run(check, FakeRunner())
-
-
-def test_pages_may_send_and_read_the_length_of_the_json_object() -> None:
-    origin = "https://example.com"
-    preflight = {"Origin": origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": LENGTH}
-
-    async def check(client: httpx.AsyncClient) -> None:
-        assert (await client.options(INFER, headers=preflight)).status_code == 200
-        response = await client.post(INFER, json=body_of([1]), headers={"Origin": origin})
-        assert LENGTH in response.headers["access-control-expose-headers"]
-        assert_error(await client.options(INFER, headers={**preflight, "Origin": "https://other.example"}), 400)
-
-    run(check, FakeRunner(), cors_origins=origin)
 
 
 # Inference
@@ -479,118 +288,6 @@ def test_failed_row_fails_the_whole_request_without_details() -> None:
     run(check, FakeRunner(on_step=fail))
 
 
-# Log and documents
-
-
-@pytest.mark.parametrize(
-    ("digits", "seeds", "expected"),
-    [([3, 4], [1, 2], (None, None)), ([3, 3], [1, 2], (3, None)), ([3, 4], [1, 1], (None, 1)), ([3], [1], (3, 1))],
-)
-def test_digit_and_seed_are_null_in_the_access_log_if_they_differ(
-    caplog: pytest.LogCaptureFixture, digits: list[int], seeds: list[int], expected: tuple[int | None, int | None]
-) -> None:
-    caplog.set_level(logging.INFO)
-
-    async def check(client: httpx.AsyncClient) -> None:
-        await client.post(INFER, json=body_of(digits, seeds, **STEPS))
-
-    run(check, FakeRunner())
-    (line,) = [vars(record) for record in caplog.records if record.name == "unfog.access"]
-    assert (line["digit"], line["seed"]) == expected
-    assert (line["route"], line["count"]) == ("/v2/models/{name}/infer", len(digits))
-    assert (line["model"], line["num_steps"], line["outcome"]) == ("default", 3, "ok")
-
-
-def test_images_are_counted_by_digit() -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        await client.post(INFER, json=body_of([3, 4, 3]))
-        metrics = (await client.get("/metrics")).text
-        assert 'unfog_images_total{digit="3"} 2.0' in metrics
-        assert 'unfog_images_total{digit="4"} 1.0' in metrics
-
-    run(check, FakeRunner())
-
-
-def is_valid(document: dict[str, Any], schema: str, instance: Any) -> bool:
-    whole = {"$ref": f"#/components/schemas/{schema}", "components": document["components"]}
-    return bool(Draft202012Validator(whole).is_valid(instance))
-
-
-def test_responses_match_the_schemas_of_the_protocol() -> None:
-    document = yaml.safe_load(PROTOCOL.read_text())
-    outputs = [None, [], [{"name": "seed"}], [{"name": "image"}, {"name": "seed"}]]
-
-    async def check(client: httpx.AsyncClient) -> None:
-        assert is_valid(document, "metadata_server_response", (await client.get("/v2")).json())
-        assert is_valid(document, "metadata_model_response", (await client.get("/v2/models/default")).json())
-        for wanted in outputs:
-            for fields in ({}, {"id": "42"}):
-                body = body_of([1, 2], [3, 4], **fields, **({"outputs": wanted} if wanted is not None else {}))
-                assert is_valid(document, "inference_request", body)
-                response = await client.post(INFER, json=body)
-                assert response.status_code == 200
-                assert is_valid(document, "inference_response", response.json())
-        for response in (await client.post(INFER, json={}), await client.get("/v2/models/none")):
-            assert isinstance(response.json()["error"], str)
-
-    run(check, FakeRunner())
-
-
-@pytest.mark.parametrize("name", REQUESTS)
-def test_service_accepts_the_request_examples_of_its_document(name: str) -> None:
-    body = REQUESTS[name]["value"]
-
-    async def check(client: httpx.AsyncClient) -> None:
-        served = (await client.get("/openapi.json")).json()
-        assert is_valid(served, "InferenceRequest", body)
-        response = await client.post(INFER, json=body)
-        assert response.status_code == 200
-        end = int(response.headers.get(LENGTH, len(response.content)))
-        assert is_valid(served, "InferenceResponse", json.loads(response.content[:end]))
-
-    run(check, FakeRunner())
-
-
-@pytest.mark.parametrize(
-    ("body", "valid"),
-    [
-        (body_of([1], [2], id="a", model_name="default", model_version="1"), True),
-        (body_of([1], parameters={"num_steps": 1, "sampler": "ddim", "guidance_scale": 2, "timeout_seconds": 1}), True),
-        (body_of([1], parameters={"num_steps": 0}), False),
-        (body_of([1], parameters={"timeout_seconds": 31}), False),
-        (body_of([1] * 65), False),
-        (body_of([1], other=1), False),
-        ({"inputs": [{**tensor("digit", [1]), "datatype": "FP32"}]}, False),
-        ({"inputs": []}, False),
-        (body_of([1], outputs=[{"name": "logits"}]), False),
-    ],
-)
-def test_document_permits_what_the_service_accepts(body: dict[str, Any], valid: bool) -> None:
-    async def check(client: httpx.AsyncClient) -> None:
-        served = (await client.get("/openapi.json")).json()
-        assert is_valid(served, "InferenceRequest", body) is valid
-        assert (await client.post(INFER, json=body)).status_code == (200 if valid else 400)
-
-    run(check, FakeRunner())
-
-
-def test_every_error_of_infer_has_an_example_in_the_document() -> None:
-    responses = create_app(Settings()).openapi()["paths"]["/v2/models/{name}/infer"]["post"]["responses"]
-    refused = {"400", "401", "403", "404", "408", "413", "429", "431", "500", "503", "504"}
-    assert set(responses) == refused | {"200"}
-    for status in refused:
-        (content,) = responses[status]["content"].values()
-        assert content["schema"] == {"$ref": "#/components/schemas/InferenceError"}
-        for code, example in content["examples"].items():
-            assert code in responses[status]["description"]
-            assert list(example["value"]) == ["error"]
-    assert {*responses["400"]["content"]["application/json"]["examples"]} == {
-        "malformed_json",
-        "malformed_request",
-        "invalid_request",
-    }
-
-
 def test_client_that_disconnects_cancels_all_images_of_its_request() -> None:
     gate, runner = Gate(), FakeRunner()
     runner.on_step = gate
@@ -634,3 +331,35 @@ def test_client_that_disconnects_cancels_all_images_of_its_request() -> None:
             await asyncio.to_thread(wait_until, lambda: len(engine.backlog) == 0 and not runner.held)
 
     asyncio.run(main())
+
+
+# Log and metrics
+
+
+@pytest.mark.parametrize(
+    ("digits", "seeds", "expected"),
+    [([3, 4], [1, 2], (None, None)), ([3, 3], [1, 2], (3, None)), ([3, 4], [1, 1], (None, 1)), ([3], [1], (3, 1))],
+)
+def test_digit_and_seed_are_null_in_the_access_log_if_they_differ(
+    caplog: pytest.LogCaptureFixture, digits: list[int], seeds: list[int], expected: tuple[int | None, int | None]
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.post(INFER, json=body_of(digits, seeds, **STEPS))
+
+    run(check, FakeRunner())
+    (line,) = [vars(record) for record in caplog.records if record.name == "unfog.access"]
+    assert (line["digit"], line["seed"]) == expected
+    assert (line["route"], line["count"]) == ("/v2/models/{name}/infer", len(digits))
+    assert (line["model"], line["num_steps"], line["outcome"]) == ("default", 3, "ok")
+
+
+def test_images_are_counted_by_digit() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.post(INFER, json=body_of([3, 4, 3]))
+        metrics = (await client.get("/metrics")).text
+        assert 'unfog_images_total{digit="3"} 2.0' in metrics
+        assert 'unfog_images_total{digit="4"} 1.0' in metrics
+
+    run(check, FakeRunner())
