@@ -22,7 +22,7 @@ from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.paths import Paths
 from app.api.problems import handle_errors
-from app.api.routes import batch, docs, generate, models, monitoring, page, pictures
+from app.api.routes import batch, docs, generate, models, monitoring, page, pictures, reproduce
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -31,7 +31,7 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-WORK_ROUTERS = (generate.router, pictures.router)  # their routes compute images or recognise digits
+WORK_ROUTERS = (generate.router, pictures.router, reproduce.router)  # their routes compute images or recognise digits
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
 

@@ -9,7 +9,7 @@ from app.errors import OriginNotAllowed
 
 # The headers that web pages of other origins may send and read.
 REQUEST_HEADERS = ("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key")
-RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After")
+RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "X-Identical", "Server-Timing", "Retry-After")
 
 
 class CORS(CORSMiddleware):
