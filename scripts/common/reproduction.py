@@ -75,6 +75,8 @@ def read_original(path: Path) -> Original:
     content = path.read_bytes()
     try:
         text, pixels = _open(content)
+    except Image.DecompressionBombError as error:
+        raise ScriptError(f"{path} has too many pixels to be drawn again") from error
     except Exception as error:  # Pillow raises many types of exceptions for damaged files.
         raise ScriptError(f"{path} is not a PNG file that can be read") from error
     try:
@@ -158,7 +160,7 @@ def describe(original: Original, difference: Difference) -> str:
     cause = (
         f"It was drawn by another release, {release}; this is {SOFTWARE}"
         if release != SOFTWARE
-        else ("Small differences mean another device, precision or compile mode; large ones mean that it was altered")
+        else "Mostly small differences mean another device, precision or compile mode; otherwise it was altered"
     )
     pixels = f"{difference.different} of {difference.num_pixels} pixels"
     return f"{original.path} is not identical: {pixels} differ, by at most {levels}. {cause}"

@@ -255,35 +255,27 @@ def test_deadline_applies_and_is_counted() -> None:
 
 
 def test_full_queue_is_429() -> None:
-    gate = Gate()
-
-    async def check(client: httpx.AsyncClient) -> None:
-        gate.released.set()
-        png = await generate(client)
-        gate.entered.clear()
-        gate.released.clear()
-        first = asyncio.ensure_future(reproduce(client, png))
-        await asyncio.to_thread(gate.entered.wait, WAIT_SECONDS)
-        second = asyncio.ensure_future(reproduce(client, png))
-        try:
-            await asyncio.to_thread(wait_until, lambda: second.done() or num_waiting() == 1)
-            response = await reproduce(client, png)
-        finally:
-            gate.released.set()
-        assert (response.status_code, response.json()["code"]) == (429, "overloaded")
-        assert int(response.headers["retry-after"]) >= 1
-        assert [(await each).status_code for each in (first, second)] == [200, 200]
-
-    app = create_app(Settings(queue_capacity=1), lambda: runner(on_step=gate))
-    engine = app.state.service.engine
-
-    def num_waiting() -> int:
-        return int(engine.backlog.waiting)
-
     async def main() -> None:
+        gate = Gate()
+        app = create_app(Settings(queue_capacity=1), lambda: runner(on_step=gate))
+        engine = app.state.service.engine
         async with client_of(app) as client:
             await asyncio.wrap_future(engine.ready)
-            await check(client)
+            gate.released.set()
+            png = await generate(client)
+            gate.entered.clear()
+            gate.released.clear()
+            first = asyncio.ensure_future(reproduce(client, png))
+            await asyncio.to_thread(gate.entered.wait, WAIT_SECONDS)
+            second = asyncio.ensure_future(reproduce(client, png))
+            try:
+                await asyncio.to_thread(wait_until, lambda: engine.backlog.waiting == 1)
+                response = await reproduce(client, png)
+            finally:
+                gate.released.set()
+            assert (response.status_code, response.json()["code"]) == (429, "overloaded")
+            assert int(response.headers["retry-after"]) >= 1
+            assert [(await each).status_code for each in (first, second)] == [200, 200]
 
     asyncio.run(main())
 
