@@ -22,7 +22,19 @@ from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.paths import Paths
 from app.api.problems import handle_errors
-from app.api.routes import batch, docs, generate, inference, models, monitoring, openai, openai_models, page, pictures
+from app.api.routes import (
+    batch,
+    docs,
+    generate,
+    inference,
+    models,
+    monitoring,
+    openai,
+    openai_models,
+    page,
+    pictures,
+    reproduce,
+)
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
@@ -31,7 +43,8 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-WORK_ROUTERS = (generate.router, pictures.router, openai.router, inference.router)  # their routes use the network
+# The routes of these routers use the network.
+WORK_ROUTERS = (generate.router, pictures.router, reproduce.router, openai.router, inference.router)
 READ_ROUTERS = (models.router, openai_models.router, batch.router)
 PROBE_ROUTERS = (monitoring.router, inference.open_router)  # their routes need no API key
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown

@@ -1,15 +1,40 @@
 """Encodes PNG files. Text chunks record how an image was generated, so that it can be reproduced."""
 
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Self
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
+
 LEVEL = 6  # zlib compression level
 SOFTWARE = f"unfog {version('unfog')}"
+TASK = "Task"  # the text chunk of pictures of tasks other than generation
+MAX_SEED = 2**53 - 1
+MAX_INDEX = 999_999
+MAX_STEPS = 9999
+
+# The length of each number is limited, because the conversion of long numbers is slow.
+_FORMS = {  # name of a chunk -> pattern of its value, and description for errors
+    "Software": (r"unfog [0-9A-Za-z.+!-]{1,64}", "'unfog' and the version of a release"),
+    "Digit": (r"[0-9](?:,[0-9]){0,9}", "a digit from 0 to 9, or different digits separated by commas"),
+    "Seed": (r"0|[1-9][0-9]{0,15}", f"an integer from 0 to {MAX_SEED}"),
+    "Index": (r"(?:0-)?[1-9][0-9]{0,5}|0", f"an integer from 0 to {MAX_INDEX}, or a range such as 0-8"),
+    "Sampler": ("|".join(SAMPLERS), " or ".join(SAMPLERS)),
+    "Steps": (r"[1-9][0-9]{0,3}", f"an integer from 1 to {MAX_STEPS}"),
+    "Guidance-Scale": (r"[0-9]{1,3}(?:\.[0-9]{1,20})?", f"a number from 1 to {MAX_GUIDANCE_SCALE}"),
+    "Model-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
+}
+CHUNKS = tuple(_FORMS)  # the text chunks of every picture with provenance
+
+
+class ProvenanceError(ValueError):
+    """The text chunks of a picture do not say how to draw it again. The message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +48,47 @@ class Provenance:
     guidance_scale: float
     model_sha256: str
     task: Mapping[str, str] = field(default_factory=dict)  # further text chunks of tasks other than generation
+    software: str = SOFTWARE  # the release that generated the image
+    first_index: int = 0  # index of the first image of a request
+
+    @classmethod
+    def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
+        """Returns the provenance of a picture, and the indices of its images, from its text chunks.
+
+        A contact sheet has the indices 0 to n. A sheet of several digits has these indices for each digit. Raises
+        ProvenanceError for a picture of a task other than generation, and for missing or malformed chunks.
+        """
+        if TASK in text:
+            raise ProvenanceError(
+                "The picture was made from another picture, which is needed to draw it again. Only pictures of "
+                "/generate and of scripts.sample can be drawn again"
+            )
+        values = {name: _value(name, text) for name in CHUNKS}
+        digits, (first, _, last) = values["Digit"].split(","), values["Index"].partition("-")
+        provenance = cls(
+            digit=int(digits[0]) if len(digits) == 1 else values["Digit"],
+            seed=int(values["Seed"]),
+            sampler=values["Sampler"],
+            num_steps=int(values["Steps"]),
+            guidance_scale=float(values["Guidance-Scale"]),
+            model_sha256=values["Model-SHA256"],
+            software=values["Software"],
+            first_index=int(first),
+        )
+        is_valid = {
+            "Digit": len(set(digits)) == len(digits),
+            "Seed": provenance.seed <= MAX_SEED,
+            "Guidance-Scale": 1 <= provenance.guidance_scale <= MAX_GUIDANCE_SCALE,
+        }
+        for name, valid in is_valid.items():
+            if not valid:
+                raise _malformed(name)
+        return provenance, range(provenance.first_index, int(last or first) + 1)
 
     def text(self, index: int | str) -> dict[str, str]:
         """Returns the PNG text chunks for the image `index`. The index of a contact sheet is a range such as "0-3"."""
         return {
-            "Software": SOFTWARE,
+            "Software": self.software,
             "Digit": str(self.digit),
             "Seed": str(self.seed),
             "Index": str(index),
@@ -37,6 +98,23 @@ class Provenance:
             "Model-SHA256": self.model_sha256,
             **self.task,
         }
+
+
+def _value(name: str, text: Mapping[str, str]) -> str:
+    """Returns the value of a chunk. Raises ProvenanceError if it is missing or does not have its form."""
+    if name not in text:
+        raise ProvenanceError(
+            f"The picture has no text chunk {name}. Use the PNG file as the service wrote it: many programs remove "
+            "text chunks"
+        )
+    pattern, _ = _FORMS[name]
+    if not re.fullmatch(pattern, text[name]):
+        raise _malformed(name)
+    return text[name]
+
+
+def _malformed(name: str) -> ProvenanceError:
+    return ProvenanceError(f"The text chunk {name} must be {_FORMS[name][1]}. Use the PNG file as the service wrote it")
 
 
 def encode_png(image: Image.Image, *, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:

@@ -1,7 +1,12 @@
-"""Generates digits without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`."""
+"""Generates digits without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`.
 
-import math
+With --like, draws a picture again from its text chunks, and says whether it is identical.
+"""
+
+import argparse
 import secrets
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,16 +14,48 @@ from torch import Tensor
 
 from model.files import write_atomically
 from model.png import Provenance, encode_png
-from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer
+from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, given_options, integer
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError, reports_errors
-from scripts.common.pictures import grid, to_image
+from scripts.common.pictures import arrange, grid, to_image
 from scripts.common.progress import Reporter
+from scripts.common.reproduction import checkpoint_of, describe, draw_again, read_original
+
+PERMITTED_WITH_LIKE = ("checkpoint", "batch_size", "compile", "num_threads")
 
 
 @reports_errors("sample")
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.like:
+        reproduce(args)
+        return
+    if missing := [f"--{name}" for name in ("digit", "out") if getattr(args, name) is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+    generate(args)
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Draws the picture --like again and reports the difference. Exits with status 1 if it is not identical."""
+    given = [f"--{name}" for name in ("digit", "count", "scale") if getattr(args, name) is not None]
+    if given := given + given_options(args, kept=PERMITTED_WITH_LIKE):
+        raise ScriptError(f"{given[0]} cannot be combined with --like: the picture says how it was drawn. Remove it")
+    if args.out and args.out.suffix.lower() != ".png":
+        raise ScriptError(f"--out {args.out} must be a .png file")
+    original = read_original(args.like)
+    given_checkpoint = args.checkpoint if "checkpoint" in args.given else None
+    request = replace(from_arguments(DrawingRequest, args), checkpoint=checkpoint_of(original, given_checkpoint))
+    with Reporter() as reporter:
+        difference = draw_again(original, request, reporter, args.out)
+        reporter.line(describe(original, difference))
+    if difference.different:
+        sys.exit(1)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Generates the images that the arguments ask for, and writes them to --out."""
+    count, scale = args.count or 1, args.scale or 1
     if args.out.suffix.lower() not in ("", ".png"):
         raise ScriptError(f"--out {args.out} must be a .png file or a folder")
     seed = secrets.randbelow(2**53) if args.seed is None else args.seed
@@ -28,16 +65,16 @@ def main(argv: list[str] | None = None) -> None:
         options = options_from(request, drawer.checkpoint)
         digits = choose_digits(args.digit, len(drawer.class_names))
         drawer.compile(request.compile, reporter)
-        y = torch.tensor(digits).repeat_interleave(args.count)  # (N,)
-        index = torch.arange(args.count).repeat(len(digits))  # (N,) from 0 for each digit, as in a request
+        y = torch.tensor(digits).repeat_interleave(count)  # (N,)
+        index = torch.arange(count).repeat(len(digits))  # (N,) from 0 for each digit, as in a request
         x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=request.batch_size)
         if args.out.suffix.lower() == ".png":
             provenance = _provenance(drawer, options, seed, ",".join(map(str, digits)))
-            write_sheet(args.out, x_0, len(digits), provenance, scale=args.scale)
+            write_sheet(args.out, x_0, len(digits), provenance, scale=scale)
         else:
             for digit in digits:
                 provenance = _provenance(drawer, options, seed, digit)
-                write_folder(args.out, x_0[y == digit], provenance, scale=args.scale)
+                write_folder(args.out, x_0[y == digit], provenance, scale=scale)
         images = "1 image" if len(y) == 1 else f"{len(y)} images"
         reporter.line(f"wrote {images} with seed {seed}: {args.out}")
 
@@ -62,11 +99,8 @@ def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance
     Each digit gets one row. The images of a single digit are arranged in a square.
     """
     count = len(x_0) // num_digits
-    columns = count if num_digits > 1 else math.ceil(math.sqrt(count))
-    missing = -len(x_0) % columns
-    x_0 = torch.cat([x_0, torch.full((missing, *x_0.shape[1:]), -1.0)])
     text = provenance.text(f"0-{count - 1}" if count > 1 else 0)
-    write_atomically(path, encode_png(to_image(grid(x_0, columns)), scale=scale, text=text))
+    write_atomically(path, encode_png(to_image(arrange(x_0, num_digits)), scale=scale, text=text))
 
 
 def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
@@ -89,16 +123,23 @@ def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int |
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m scripts.sample", description=__doc__)
-    parser.add_argument("--digit", action="append", required=True, help="0 to 9 or all; may be repeated")
-    parser.add_argument("--count", type=integer(1, 10_000), default=1, help="images per digit, 1 to 10000; default: 1")
+    parser.add_argument("--digit", action="append", help="0 to 9 or all; may be repeated; required without --like")
+    parser.add_argument("--count", type=integer(1, 10_000), help="images per digit, 1 to 10000; default: 1")
     parser.add_argument(
         "--out",
         type=Path,
-        required=True,
-        help="a .png file for one sheet of all images, or a folder for one PNG per image",
+        help="a .png file for one sheet of all images, or a folder for one PNG per image; required without --like",
     )
     parser.add_argument(
-        "--scale", type=integer(1, 16), default=1, help="integer factor that enlarges the images, 1 to 16; default: 1"
+        "--scale", type=integer(1, 16), help="integer factor that enlarges the images, 1 to 16; default: 1"
+    )
+    parser.add_argument(
+        "--like",
+        type=Path,
+        metavar="PICTURE.png",
+        help="draw a picture of the service or of this script again, say whether it is identical, and exit with status "
+        "0 if it is, otherwise 1. The checkpoint is the shipped one that drew it, unless --checkpoint is given. The "
+        "precision is that of UNFOG_DTYPE=auto, and --compile must be as UNFOG_COMPILE was",
     )
     add_drawing_arguments(parser, seed=None)
     return parser

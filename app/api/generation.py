@@ -137,6 +137,7 @@ class Service:
             guidance_scale=options.guidance_scale,
             model_sha256=self.info(options.model).sha256,
             task=task.chunks,
+            first_index=task.images[0].index if task.images else 0,
         )
 
     def _check(self, task: Task) -> None:
@@ -175,15 +176,18 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
 
         return event_stream(request, service, task, stream, events_of)
 
-    def encode(job: Job, images: list[Pixels]) -> bytes:
-        encoders: dict[str, Encoder] = {
-            JSON: partial(_encode_json, service, job, task),
-            PNG: encode_sheet,
-            ZIP: encode_zip,
-        }
-        return encoders[media_type](images, service.provenance(task, job), task.scale)
-
+    encode = partial(encode_answer, service, task, media_type)
     return await finished_response(request, service, task, encode, media_type)
+
+
+def encode_answer(service: Service, task: Task, media_type: str, job: Job, images: list[Pixels]) -> bytes:
+    """Returns the body of the response of a finished job: JSON, a PNG file or a ZIP archive."""
+    encoders: dict[str, Encoder] = {
+        JSON: partial(_encode_json, service, job, task),
+        PNG: encode_sheet,
+        ZIP: encode_zip,
+    }
+    return encoders[media_type](images, service.provenance(task, job), task.scale)
 
 
 def event_stream(
@@ -252,7 +256,7 @@ def _encode_json(
         guidance_scale=options.guidance_scale,
         model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
         evaluations=job.request.evaluations_from(0),
-        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs)],
+        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs, provenance.first_index)],
         timing=Timing.of(job.timings),
         **task.facts,
         **task.result_facts(),

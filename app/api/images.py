@@ -48,24 +48,32 @@ def encode_base64(png: bytes) -> str:
 
 def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> list[bytes]:
     """Encodes each image as one PNG file."""
-    return [encode_image(pixels, scale, provenance.text(i)) for i, pixels in enumerate(images)]
+    first = provenance.first_index
+    return [encode_image(pixels, scale, provenance.text(i)) for i, pixels in enumerate(images, first)]
 
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
-    """Encodes one image, or a contact sheet of several images.
-
-    The sheet is row-major and has no gaps. Its empty cells are black.
-    """
+    """Encodes one image, or a contact sheet of several images."""
     if len(images) == 1:
         return encode_images(images, provenance, scale)[0]
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
+    return encode_image(arrange(images), scale, provenance.text(f"0-{len(images) - 1}"))
+
+
+def sheet_shape(count: int) -> tuple[int, int]:
+    """Returns the numbers of rows and columns of a contact sheet."""
+    columns = math.ceil(math.sqrt(count))
+    return math.ceil(count / columns), columns
+
+
+def arrange(images: list[Pixels]) -> Pixels:
+    """Returns the contact sheet of images of the same shape. It is row-major, without gaps. Empty cells are black."""
+    rows, columns = sheet_shape(len(images))
     height, width = images[0].shape[:2]
     sheet = np.zeros((rows * height, columns * width, *images[0].shape[2:]), dtype=np.uint8)
     for i, pixels in enumerate(images):
         top, left = i // columns * height, i % columns * width
         sheet[top : top + height, left : left + width] = pixels
-    return encode_image(sheet, scale, provenance.text(f"0-{len(images) - 1}"))
+    return sheet
 
 
 def encode_zip(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:

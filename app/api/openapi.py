@@ -21,7 +21,7 @@ from app.api.inference.schemas import InferenceRequest
 from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, add_openai
 from app.api.openai.schemas import EDIT_EVENTS, GENERATION_EVENTS
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
-from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest
+from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest, ReproduceRequest
 from app.api.uploads import MULTIPART, multipart_schema
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
@@ -66,6 +66,7 @@ PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/denoise": DenoiseRequest,
     "/inpaint": InpaintRequest,
     "/edit": EditRequest,
+    "/reproduce": ReproduceRequest,
 }
 NUM_CLASSES = 10  # digits that requests permit
 PICTURE_SIZE = (1, 28)  # channels and pixels per side of the images of a model that supports requests with pictures
@@ -194,7 +195,8 @@ def _request_schema(request: type[BaseModel], settings: Settings, permitted: Map
     if "count" in fields:
         fields["count"]["maximum"] = settings.largest_request
     fields["timeout_seconds"]["maximum"] = settings.request_timeout
-    fields["model"] = {**fields["model"], "enum": list(permitted) or settings.model_names}
+    if "model" in fields:
+        fields["model"] = {**fields["model"], "enum": list(permitted) or settings.model_names}
     conditions = [condition for name, each in permitted.items() if (condition := each.condition(name, fields))]
     return {**schema, "allOf": [*schema.get("allOf", []), *conditions]} if conditions else schema
 

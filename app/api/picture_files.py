@@ -7,7 +7,7 @@ megabytes.
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from struct import error as StructError
 from struct import unpack, unpack_from
@@ -21,6 +21,8 @@ MAX_PIXELS_PROGRESSIVE_CMYK = 2048 * 2048
 MAX_CHUNKS = 20_000  # chunks of a PNG or WebP file, and segments of a JPEG file before its pixels
 MAX_BLOCKS = 100_000  # data blocks of a GIF file; most encoders write 255 bytes in a block
 MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole picture
+MAX_TEXT_BYTES = 256  # of a text chunk that is read
+MAX_KEYWORD_BYTES = 79  # of a text chunk (W3C PNG, section 11.3.3.2)
 
 FORMATS = "PNG, JPEG, WebP or GIF"
 ORIENTATION = 0x0112  # the EXIF tag
@@ -61,6 +63,33 @@ def inspect(data: bytes) -> PictureFile:
             except (StructError, IndexError):  # The end of the file was reached.
                 raise damaged(name) from None
     raise PictureError(f"The file is not a {FORMATS} picture. Convert it to one of these formats")
+
+
+def read_text(data: bytes, names: Collection[str]) -> dict[str, str]:
+    """Returns the text chunks (tEXt) with these names of a PNG file that `inspect` has checked.
+
+    Other text chunks are ignored, and so is compressed text (zTXt, iTXt), which can expand to many megabytes. Raises
+    PictureError if a chunk is damaged, too long, or occurs more than once.
+    """
+    found: dict[str, str] = {}
+    position, name = len(PNG_SIGNATURE), b""
+    while name != _IEND:
+        length, name = unpack_from(">I4s", data, position)
+        start, end = position + 8, position + 8 + length
+        position = end + 4
+        if name != b"tEXt":
+            continue
+        keyword = data[start : min(end, start + MAX_KEYWORD_BYTES + 1)].partition(b"\0")[0].decode("latin-1")
+        if keyword not in names:
+            continue
+        if length > MAX_TEXT_BYTES:
+            raise PictureError(f"The text chunk {keyword} has more than {MAX_TEXT_BYTES} bytes")
+        if keyword in found:
+            raise PictureError(f"The text chunk {keyword} occurs more than once")
+        if zlib.crc32(memoryview(data)[start - 4 : end]) != unpack_from(">I", data, end)[0]:
+            raise damaged("PNG")
+        found[keyword] = data[start + len(keyword) + 1 : end].decode("latin-1")
+    return found
 
 
 def damaged(name: str) -> PictureError:

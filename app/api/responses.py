@@ -2,13 +2,18 @@
 
 from typing import Any
 
+from pydantic import BaseModel
+from starlette.responses import JSONResponse
+
 from app.api.schemas import Problem
+from app.api.uploads import MULTIPART
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
 OCTETS = "application/octet-stream"
 FORMATS = (JSON, PNG, ZIP, EVENTS)  # If q values in Accept are equal, the first of these types is chosen.
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
+PNG_FORMAT = {PNG: BINARY}
 IMAGE_FORMATS = {PNG: BINARY, ZIP: BINARY, EVENTS: {"schema": {"type": "string"}}}
 _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -33,3 +38,37 @@ READ_ERRORS: dict[int | str, dict[str, Any]] = {  # of a GET route that needs an
     **{status: ERRORS[status] for status in (401, 403, 500, 503)},
     429: {**ERRORS[429], "description": "rate_limited: the rate limit is exceeded, with Retry-After"},
 }
+PICTURE_ERRORS = ERRORS | {
+    413: {**ERRORS[413], "description": "body_too_large: the body exceeds UNFOG_MAX_IMAGE_BYTES"},
+    415: {**ERRORS[415], "description": "unsupported_media_type: Content-Type is neither JSON nor multipart/form-data"},
+    422: {
+        **ERRORS[422],
+        "description": "invalid_request: a field is missing, unknown or invalid. invalid_image: a picture cannot be "
+        "decoded, is animated, or is larger than 4,096 x 4,096 pixels",
+    },
+}
+
+
+def picture_route(
+    path: str, name: str, request: type[BaseModel], response: type[BaseModel], formats: dict[str, Any] = IMAGE_FORMATS
+) -> dict[str, Any]:
+    """Returns the arguments of a route for pictures, with the schemas of both content types of its body.
+
+    `formats` are the media types of the response besides JSON.
+    """
+    schema = {"schema": {"$ref": f"#/components/schemas/{request.__name__}"}}
+    content = {JSON: schema, MULTIPART: {"schema": {"$ref": f"#/components/schemas/{request.__name__}Form"}}}
+    return {
+        "path": path,
+        "operation_id": name,
+        "response_class": JSONResponse,
+        "responses": {
+            200: {
+                "model": response,
+                "description": "the result, in the format that Accept selects",
+                "content": formats,
+            },
+            **PICTURE_ERRORS,
+        },
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+    }

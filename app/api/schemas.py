@@ -37,22 +37,27 @@ GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] 
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
 
 
-class BaseRequest(BaseModel):
-    """The fields of every request that the engine computes."""
+class TimedRequest(BaseModel):
+    """The field of every request that the engine computes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
+        default=None,
+        description="Deadline in seconds. A request that is not finished by then is answered with 504. The maximum and "
+        "the default are UNFOG_REQUEST_TIMEOUT.",
+        json_schema_extra=may_be_absent,
+    )
+
+
+class BaseRequest(TimedRequest):
+    """The fields of every request that names its model."""
 
     model: str = Field(
         default=DEFAULT_MODEL,
         max_length=128,
         description=f"The checkpoint to use: `{DEFAULT_MODEL}` or `{FAST_MODEL}`. The shipped `{FAST_MODEL}` supports "
         "only /generate with num_steps 4, sampler ddim and guidance_scale 1, and answers other values with 422.",
-    )
-    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
-        default=None,
-        description="Deadline in seconds. A request that is not finished by then is answered with 504. The maximum and "
-        "the default are UNFOG_REQUEST_TIMEOUT.",
-        json_schema_extra=may_be_absent,
     )
 
 

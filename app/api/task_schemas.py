@@ -1,4 +1,4 @@
-"""The schemas of requests with pictures, and of their responses: recognise, denoise, inpaint and edit."""
+"""The schemas of requests with pictures, and of their responses: recognise, denoise, inpaint, edit and reproduce."""
 
 from typing import Annotated, Literal
 
@@ -9,6 +9,7 @@ from app.api.schemas import (
     WHOLE,
     Base64,
     BaseRequest,
+    GenerateResponse,
     GuidanceScale,
     ImagesResponse,
     ModelName,
@@ -16,6 +17,7 @@ from app.api.schemas import (
     NumSteps,
     SamplerName,
     SamplingRequest,
+    TimedRequest,
     Timing,
     may_be_absent,
 )
@@ -153,6 +155,18 @@ class EditRequest(SamplingRequest, PictureRequest):
     ] = 0.6
 
 
+class ReproduceRequest(TimedRequest):
+    """The picture of this service to draw again."""
+
+    image: Annotated[
+        Base64,
+        Field(
+            description="A PNG file that /generate or scripts.sample wrote, with its text chunks, as a file in "
+            "multipart/form-data or as base64 in JSON. It has one image, or several images of one digit."
+        ),
+    ]
+
+
 class PictureFacts(BaseModel):
     """How the picture was changed before it was used."""
 
@@ -195,3 +209,18 @@ class EditResponse(PictureFacts, ImagesResponse):
     """Images that are similar to the sketch."""
 
     strength: float
+
+
+class ReproduceResponse(GenerateResponse):
+    """The images that were drawn again, and whether they are those of the picture."""
+
+    identical: bool = Field(description="true if every pixel of the picture is the same.")
+    reason: Literal["other_release", "other_pixels"] | None = Field(
+        description="null if the picture is identical. other_release: it was drawn by another release of the service. "
+        "other_pixels: it was drawn by this release, on another device or with another precision, or it was altered."
+    )
+    different_pixels: int = Field(
+        description="Number of pixels that differ, before the enlargement by `scale`. An enlarged pixel differs if any "
+        "part of it differs."
+    )
+    largest_difference: int = Field(description="The largest difference of a pixel, in grey levels of 0 to 255.")

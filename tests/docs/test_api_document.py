@@ -10,6 +10,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from app import errors
-from app.api import picture_files, task_examples, uploads
+from app.api import idempotency, picture_files, task_examples, uploads
 from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.inference.examples import INFER_PATH
@@ -30,7 +31,19 @@ from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.api.openapi import BATCH_EVENTS, PICTURE_REQUESTS
 from app.api.openapi import EVENTS as EVENT_MODELS
 from app.api.problems import error_response
-from app.api.routes import batch, docs, generate, inference, models, monitoring, openai, openai_models, page, pictures
+from app.api.routes import (
+    batch,
+    docs,
+    generate,
+    inference,
+    models,
+    monitoring,
+    openai,
+    openai_models,
+    page,
+    pictures,
+    reproduce,
+)
 from app.engine.batch_feed import MAX_ROWS
 from app.main import create_app
 from app.server import connection, framing
@@ -39,7 +52,7 @@ from model.checkpoint import SHIPPED, SHIPPED_FAST, read_config
 from model.inpainting import NUM_LEVELS
 from model.png import Provenance
 from tests.app.application import client_of, run
-from tests.app.fakes import FakeRunner
+from tests.app.fakes import INFO, FakeRunner
 from tests.docs.document import Document, Example, Row, codes, tables_in
 from tests.e2e.conftest import start_service
 from tests.e2e.service import EVENTS, PNG, Service, open_png
@@ -51,6 +64,7 @@ SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
 KEY = "a-key-for-this-test"
 ORIGIN = "https://example.com"
 BODY = {"digit": 7, "num_steps": 3, "seed": 1}
+PICTURE_TASKS = [path for path in PICTURE_REQUESTS if path != "/reproduce"]
 BINARY_REQUEST = INFERENCE_REQUESTS["binary"]["value"]
 CURL = [example for example in API.examples("bash") if "curl" in example.text]
 PYTHON = API.examples("python")
@@ -79,7 +93,10 @@ def service() -> Iterator[Service]:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    modules = (page, docs, generate, pictures, openai, openai_models, models, batch, monitoring, inference)
+    modules = (
+        *(page, docs, generate, pictures, reproduce, openai, openai_models, models, batch, monitoring),
+        inference,
+    )
     routes = [
         route
         for router in (app, *(each.router for each in modules), inference.open_router)
@@ -125,14 +142,14 @@ def test_request_table_has_every_field_with_its_type_default_and_limits() -> Non
 
 
 def test_parameter_table_has_every_query_parameter() -> None:
-    parameters = OPENAPI["paths"]["/generate"]["post"]["parameters"]
+    parameters = [each for each in OPENAPI["paths"]["/generate"]["post"]["parameters"] if each["in"] == "query"]
     rows = by("Parameter", API.table("Request", "Parameter"))
     assert set(rows) == {parameter["name"] for parameter in parameters}
     for parameter in parameters:
         check_parameter(rows[parameter["name"]], parameter["schema"], required=parameter["required"])
 
 
-@pytest.mark.parametrize("path", PICTURE_REQUESTS)
+@pytest.mark.parametrize("path", PICTURE_TASKS)
 def test_tables_of_a_route_for_pictures_have_every_field_with_its_type_default_and_limits(path: str) -> None:
     schema = SCHEMAS[PICTURE_REQUESTS[path].__name__]
     shared = by("Field", API.table("Pictures in requests", "Field", "Default"))
@@ -141,6 +158,15 @@ def test_tables_of_a_route_for_pictures_have_every_field_with_its_type_default_a
     named = {"timeout_seconds", *(codes(sentence) if path != "/recognize" else ())}
     own = by("Field", API.table(f"POST {path}", "Field", "Default"))
     rows = {name: sampled[name] for name in named} | shared | own
+    assert set(rows) == set(schema["properties"])
+    for name, field in schema["properties"].items():
+        check_parameter(rows[name], field, required=name in schema["required"])
+
+
+def test_table_of_reproduce_has_every_field_with_its_type_default_and_limits() -> None:
+    schema = SCHEMAS["ReproduceRequest"]
+    rows = by("Field", API.table("POST /reproduce", "Field", "Default"))
+    rows["timeout_seconds"] = by("Field", API.table("Request", "Field"))["timeout_seconds"]
     assert set(rows) == set(schema["properties"])
     for name, field in schema["properties"].items():
         check_parameter(rows[name], field, required=name in schema["required"])
@@ -250,7 +276,7 @@ def test_field_table_of_recognize_has_exactly_the_fields_of_its_schema() -> None
     assert documented == fields_of(SCHEMAS["RecognizeResponse"])
 
 
-@pytest.mark.parametrize("path", [path for path in PICTURE_REQUESTS if path != "/recognize"])
+@pytest.mark.parametrize("path", [path for path in PICTURE_TASKS if path != "/recognize"])
 def test_tables_of_responses_with_images_have_exactly_the_fields_of_the_schema(path: str) -> None:
     generated = {codes(row["Field"])[0]: row["Type"] for row in API.table("JSON", "Field")}
     rows = [row for row in response_table("Common behaviour") if row["In"] in ("every route", f"`{path}`")]
@@ -263,7 +289,13 @@ def response_table(heading: str) -> list[Row]:
     return next(table for table in tables_in(API.section(heading)) if "Field" in table[0] and "Default" not in table[0])
 
 
-@pytest.mark.parametrize("path", [path for path in PICTURE_REQUESTS if path != "/recognize"])
+def test_field_table_of_reproduce_has_exactly_the_further_fields_of_its_schema() -> None:
+    generated = {codes(row["Field"])[0]: row["Type"] for row in API.table("JSON", "Field")}
+    documented = {codes(row["Field"])[0]: row["Type"] for row in response_table("POST /reproduce")}
+    assert generated | documented == fields_of(SCHEMAS["ReproduceResponse"])
+
+
+@pytest.mark.parametrize("path", [path for path in PICTURE_TASKS if path != "/recognize"])
 def test_chunk_table_has_exactly_the_further_text_chunks_of_a_route(path: str) -> None:
     generated = by("Chunk", API.table("PNG", "Chunk"))
     rows = API.table("Common behaviour", "Chunk", "In")
@@ -363,7 +395,8 @@ async def headers_of_the_application() -> set[str]:
     """Returns the names of all headers in responses of the application, without those of the HTTP server."""
     allowed = {"X-API-Key": KEY, "Origin": ORIGIN}
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
-    async with client_of(FakeRunner(), api_keys=KEY, rate_limit="6/hour", cors_origins=ORIGIN) as client:
+    runner = FakeRunner(models={"default": replace(INFO, image_shape=(1, 1, 4))})  # the shape of its images
+    async with client_of(runner, api_keys=KEY, rate_limit="6/hour", cors_origins=ORIGIN) as client:
         timeout = error_response(errors.DeadlineExceeded(), {"type": "http", "path": "/v1/images/edits", "headers": []})
         responses = [
             httpx.Response(timeout.status_code, headers=dict(timeout.headers)),
@@ -380,6 +413,10 @@ async def headers_of_the_application() -> set[str]:
         ]
     assert [response.status_code for response in responses][:9] == [504, 200, 200, 200, 401, 200, 200, 405, 200]
     assert responses[-1].status_code == 429
+    async with client_of(runner) as client:
+        png = (await client.post("/generate", json=BODY, headers={"Accept": PNG})).content
+        responses.append(await client.post("/reproduce", files={"image": png}))
+    assert responses[-1].status_code == 200
     return {name.lower() for response in responses for name in response.headers}
 
 
@@ -405,6 +442,25 @@ def test_cors_section_names_the_headers_of_the_preflight_response() -> None:
         assert (rejected.status_code, rejected.json()["code"]) == (400, "origin_not_allowed")
 
     run(check, FakeRunner(), api_keys=KEY, cors_origins=ORIGIN)
+
+
+def test_idempotency_section_states_the_seed_the_keys_and_the_routes() -> None:
+    text = API.section("Idempotency")
+    assert f"The seed is the first {idempotency.SEED_BITS} bits of the SHA-256 digest of the key" in text
+    for path, methods in OPENAPI["paths"].items():
+        for method in methods.values():
+            keys = [each["schema"] for each in method.get("parameters", ()) if each["name"] == "Idempotency-Key"]
+            assert bool(keys) == (f"`{path}`" in text), path
+            for key in keys:
+                assert f"{key['minLength']} to {key['maxLength']} printable ASCII characters" in text
+    (program,) = (example for example in PYTHON if "import hashlib" in example.text)
+    key = re.findall(r"Idempotency-Key: ([^']+)'", text)[0]
+    done = subprocess.run([sys.executable, "-c", program.text], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == idempotency.seed_of(key)
+
+
+def test_documented_limit_of_a_text_chunk_is_that_of_the_code() -> None:
+    assert f"longer than {picture_files.MAX_TEXT_BYTES} bytes" in API.section("POST /reproduce")
 
 
 # Errors and limits

@@ -1,11 +1,14 @@
 """Reads the PNG files back with Pillow."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from model.png import SOFTWARE, Provenance, encode_png
+from model.png import CHUNKS, MAX_INDEX, MAX_SEED, MAX_STEPS, SOFTWARE, Provenance, ProvenanceError, encode_png
+from model.sampler import SAMPLERS
 
 PROVENANCE = Provenance(
     digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
@@ -32,3 +35,99 @@ def test_scale_enlarges_each_pixel_to_a_square() -> None:
     with Image.open(io.BytesIO(encode_png(Image.fromarray(pixels), scale=3))) as image:
         assert np.array_equal(np.asarray(image), np.kron(pixels, np.ones((3, 3), np.uint8)))
         assert image.info == {}
+
+
+def chunks(**changed: str) -> dict[str, str]:
+    """Returns the chunks of a valid picture, with other values for some names. `_` stands for `-` in a name."""
+    return {**PROVENANCE.text(4), **{name.replace("_", "-"): value for name, value in changed.items()}}
+
+
+@pytest.mark.parametrize(("index", "indices"), [(0, range(1)), (5, range(5, 6)), ("0-1", range(2)), ("0-8", range(9))])
+def test_parsed_chunks_equal_the_written_provenance(index: int | str, indices: range) -> None:
+    found, parsed = Provenance.parse(PROVENANCE.text(index))
+    assert parsed == indices
+    assert found == replace(PROVENANCE, first_index=indices[0])
+    assert found.text(index) == PROVENANCE.text(index)
+
+
+def test_chunks_of_a_sheet_of_several_digits_are_parsed() -> None:
+    found, indices = Provenance.parse(replace(PROVENANCE, digit="7,0,2").text("0-2"))
+    assert (found.digit, indices) == ("7,0,2", range(3))
+
+
+def test_release_of_the_picture_is_parsed_and_kept() -> None:
+    found, _ = Provenance.parse(chunks(Software="unfog 0.0.9.dev1+local"))
+    assert found.software == found.text(4)["Software"] == "unfog 0.0.9.dev1+local"
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7, 10.0, 1 + 2**-52, 9.999999999999998, 4 / 3])
+def test_guidance_scale_is_parsed_exactly(scale: float) -> None:
+    found, _ = Provenance.parse(replace(PROVENANCE, guidance_scale=scale).text(0))
+    assert found.guidance_scale == scale
+
+
+def test_all_samplers_and_the_largest_values_are_parsed() -> None:
+    for sampler in SAMPLERS:
+        assert Provenance.parse(chunks(Sampler=sampler))[0].sampler == sampler
+    found, indices = Provenance.parse(chunks(Seed=str(MAX_SEED), Index=str(MAX_INDEX), Steps=str(MAX_STEPS)))
+    assert (found.seed, found.num_steps, indices) == (MAX_SEED, MAX_STEPS, range(MAX_INDEX, MAX_INDEX + 1))
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_missing_chunk_is_named(name: str) -> None:
+    text = chunks()
+    del text[name]
+    with pytest.raises(ProvenanceError, match=f"has no text chunk {name}\\."):
+        Provenance.parse(text)
+
+
+MALFORMED = {
+    "Software": ["unfog", "unfog ", "other 1.0", "unfog 1.0\n", "unfog 1 0", "unfog " + "1" * 10_000],
+    "Digit": [
+        "10",
+        "-1",
+        "seven",
+        "7,",
+        ",7",
+        "7,7",
+        "7, 2",
+        "none",
+        "\N{ARABIC-INDIC DIGIT SEVEN}",
+        "1," * 5000 + "1",
+    ],
+    "Seed": ["-1", "1.0", "1e3", "007", "9007199254740992", "1_000", "0x10", "\N{FULLWIDTH DIGIT ONE}"],
+    "Index": ["-1", "1-2", "0-0", "0-", "-8", "0-08", "0 - 8", "0-999999999", "1000000", "0-8-9", "0,1"],
+    "Sampler": ["euler", "DDIM", "ddim ", "ddim|ddpm"],
+    "Steps": ["0", "-1", "10000", "20.0", "\N{SUPERSCRIPT TWO}"],
+    "Guidance-Scale": [
+        "nan",
+        "inf",
+        "-1",
+        "0.5",
+        "10.5",
+        "1e400",
+        "1e0",
+        "1.",
+        ".5",
+        "1,5",
+        "+1",
+        "999",
+        "1." + "0" * 99,
+    ],
+    "Model-SHA256": ["ab" * 31, "ab" * 33, "AB" * 32, "zz" * 32, "\N{FULLWIDTH DIGIT ONE}" * 64],
+}
+EVERYWHERE = ["", " ", "9" * 10_000, "\x00", "\N{SNOWMAN}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in MALFORMED.items() for value in values + EVERYWHERE]
+)
+def test_malformed_chunk_is_refused_without_its_value(name: str, value: str) -> None:
+    with pytest.raises(ProvenanceError, match=f"The text chunk {name} must be ") as error:
+        Provenance.parse({**chunks(), name: value})
+    assert len(str(error.value)) < 200
+
+
+def test_picture_of_another_task_is_refused() -> None:
+    with pytest.raises(ProvenanceError, match="was made from another picture"):
+        Provenance.parse(replace(PROVENANCE, digit="none", task={"Task": "denoise"}).text(0))

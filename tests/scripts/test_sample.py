@@ -1,17 +1,22 @@
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
 from model import checkpoint
+from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.compiled.compiler import library_of
 from model.files import write_atomically
+from model.png import encode_png
 from model.precision import fast_dtype
 from model.sampler import Guidance
 from model.step import ReverseStep
@@ -186,3 +191,170 @@ def test_wrong_argument_is_reported_before_compilation(
     with pytest.raises(SystemExit) as exit_:
         sample.main(["--checkpoint", str(tiny), "--out", str(tmp_path / "x.png"), "--compile", *wrong])
     assert exit_.value.code == 2
+
+
+def like(picture: Path, *arguments: str) -> int:
+    """Draws a picture again. Returns the exit status."""
+    try:
+        sample.main(["--like", str(picture), *arguments])
+    except SystemExit as exit_:
+        assert isinstance(exit_.code, int)
+        return exit_.code
+    return 0
+
+
+def alter(path: Path, *, pixels: int = 0, amount: int = 1, **chunks: str) -> Path:
+    """Writes a copy with other values of the first pixels and with other text chunks. Returns its path."""
+    with Image.open(path) as image:
+        altered, text = np.array(image), {**image.text}  # type: ignore[attr-defined]
+    altered.ravel()[:pixels] ^= amount
+    text |= {name.replace("_", "-"): value for name, value in chunks.items()}
+    copy = path.with_name(f"altered-{path.name}")
+    copy.write_bytes(encode_png(Image.fromarray(altered), text=text))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--digit", "7"],
+        ["--digit", "7", "--count", "5", "--scale", "3"],
+        ["--digit", "7", "--digit", "2", "--count", "3"],
+        ["--digit", "all", "--sampler", "ddim", "--guidance-scale", "2.5", "--scale", "2"],
+    ],
+    ids=" ".join,
+)
+def test_picture_is_drawn_again_with_the_same_bytes(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    picture, again = tmp_path / "picture.png", tmp_path / "again.png"
+    draw(tiny, picture, *arguments)
+    capsys.readouterr()
+    assert like(picture, "--checkpoint", str(tiny), "--out", str(again)) == 0
+    assert capsys.readouterr().out == f"{picture} is identical\n"
+    assert again.read_bytes() == picture.read_bytes()
+
+
+def test_single_image_is_drawn_again_with_its_index(tiny: Path, tmp_path: Path) -> None:
+    draw(tiny, tmp_path / "out", "--digit", "4", "--count", "3", "--sampler", "ddpm")
+    for index in range(3):
+        picture = tmp_path / "out" / f"digit-4-seed-5-{index}.png"
+        assert like(picture, "--checkpoint", str(tiny), "--out", str(tmp_path / "again.png")) == 0
+        assert (tmp_path / "again.png").read_bytes() == picture.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pixels": 3}, "3 of 784 pixels differ, by at most 1 grey level. Mostly small differences mean"),
+        ({"pixels": 784, "amount": 128}, "784 of 784 pixels differ, by at most 128 grey levels. Mostly small"),
+        ({"pixels": 1, "Software": "unfog 0.0.1"}, "1 grey level. It was drawn by another release, unfog 0.0.1"),
+        ({"Seed": "6"}, "pixels differ, by at most "),
+        ({"Index": "1"}, "pixels differ, by at most "),
+    ],
+    ids=str,
+)
+def test_altered_picture_is_described_with_status_1(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], message: str
+) -> None:
+    draw(tiny, tmp_path / "x.png", "--digit", "7")
+    picture = alter(tmp_path / "x.png", **changed)
+    assert like(picture, "--checkpoint", str(tiny)) == 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"{picture} is not identical: ")
+    assert message in said
+
+
+def test_picture_of_a_shipped_checkpoint_needs_no_checkpoint_argument(tmp_path: Path) -> None:
+    options = ["--digit", "7", "--seed", "1"]
+    sample.main(["--checkpoint", str(SHIPPED_FAST), *options, "--out", str(tmp_path / "fast.png")])
+    assert like(tmp_path / "fast.png") == 0
+
+
+def other_file(folder: Path, name: str) -> Path:
+    """Writes a file that --like cannot draw again, and returns its path."""
+    path, picture = folder / name, Image.new("L", (28, 28))
+    if name == "text.png":
+        path.write_text("hello")
+    elif name == "plain.png":
+        path.write_bytes(encode_png(picture))
+    elif name == "photo.png":
+        picture.save(path, "JPEG")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing.png", "No such file"),
+        ("text.png", "is not a PNG file that can be read"),
+        ("photo.png", "is not a PNG file that can be read"),
+        ("plain.png", "has no text chunk Software"),
+    ],
+)
+def test_file_without_provenance_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    path = other_file(tmp_path, name)
+    assert like(path) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"Task": "denoise"}, "was made from another picture"),
+        ({"Steps": "1e9"}, "The text chunk Steps must be an integer"),
+        ({"Steps": "11"}, "this checkpoint has 10 timesteps"),
+        ({"Index": "0-8"}, "has 28 x 28 pixels. Its checkpoint draws 84 x 84 pixels"),
+        ({"Index": "0-999999999"}, "The text chunk Index must be"),
+        ({"Digit": "7,2"}, "draws 28 x 56 pixels"),
+    ],
+    ids=str,
+)
+def test_picture_that_cannot_be_drawn_again_is_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], message: str
+) -> None:
+    draw(tiny, tmp_path / "x.png", "--digit", "7")
+    capsys.readouterr()
+    assert like(alter(tmp_path / "x.png", **changed), "--checkpoint", str(tiny)) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert message in said
+
+
+@pytest.mark.parametrize("given", [[], ["--checkpoint"]], ids=["shipped", "given"])
+def test_picture_of_another_checkpoint_is_refused_with_both_digests(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    draw(tiny, tmp_path / "x.png", "--digit", "7")
+    other = save_tiny_checkpoint(tmp_path / "other.safetensors", label_drop=0.2)
+    capsys.readouterr()
+    assert like(tmp_path / "x.png", *given, *([str(other)] if given else [])) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    for path in [tiny, *([other] if given else [SHIPPED, SHIPPED_FAST])]:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in said
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--digit", "7"],
+        ["--count", "1"],
+        ["--scale", "1"],
+        ["--seed", "5"],
+        ["--sampler", "ddpm"],
+        ["--num-steps", "2"],
+        ["--guidance-scale", "1"],
+        ["--guidance-start", "2"],
+        ["--out", "picture.jpg"],
+        ["--out", "folder"],
+    ],
+    ids=" ".join,
+)
+def test_option_that_the_picture_determines_is_refused_with_like(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    assert like(tmp_path / "x.png", "--checkpoint", str(tiny), *wrong) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"sample: {wrong[0]} ")

@@ -16,7 +16,10 @@ REQUEST_HEADERS = (
     *("X-Stainless-Package-Version", "X-Stainless-Retry-Count", "X-Stainless-Runtime", "X-Stainless-Runtime-Version"),
     "X-Stainless-Timeout",
 )
-RESPONSE_HEADERS = ("X-Request-ID", "X-Seed", "Server-Timing", "Retry-After", "X-Should-Retry", LENGTH_HEADER)
+RESPONSE_HEADERS = (
+    *("X-Request-ID", "X-Seed", "X-Identical", "Server-Timing", "Retry-After", "X-Should-Retry"),
+    LENGTH_HEADER,
+)
 
 
 class CORS(CORSMiddleware):

@@ -2,11 +2,9 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from app.api import picture_tasks
 from app.api.context import context_of
@@ -15,7 +13,7 @@ from app.api.generation import Service, ServiceDependency, answer, finish, serve
 from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
 from app.api.pictures import decode, decode_mask
 from app.api.requests import negotiate
-from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON, PNG
+from app.api.responses import FORMATS, JSON, PNG, PNG_FORMAT, picture_route
 from app.api.schemas import BaseRequest, ModelName, Timing
 from app.api.stream_options import StreamOptionsDependency
 from app.api.task_schemas import (
@@ -28,22 +26,11 @@ from app.api.task_schemas import (
     RecognizeRequest,
     RecognizeResponse,
 )
-from app.api.uploads import MULTIPART
 from app.engine.interface import ModelInfo
 from model.png import SOFTWARE
 from model.recognition import Recognition
 
 router = APIRouter()
-
-_PICTURE_ERRORS = ERRORS | {
-    413: {**ERRORS[413], "description": "body_too_large: the body exceeds UNFOG_MAX_IMAGE_BYTES"},
-    415: {**ERRORS[415], "description": "unsupported_media_type: Content-Type is neither JSON nor multipart/form-data"},
-    422: {
-        **ERRORS[422],
-        "description": "invalid_request: a field is missing, unknown or invalid. invalid_image: a picture cannot be "
-        "decoded, is animated, or is larger than 4,096 x 4,096 pixels",
-    },
-}
 
 
 def _model(service: Service, body: BaseRequest) -> ModelInfo:
@@ -51,28 +38,7 @@ def _model(service: Service, body: BaseRequest) -> ModelInfo:
     return picture_tasks.check_model(service.info(body.model))
 
 
-def _route(path: str, name: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
-    """Returns the arguments of a route for pictures, with the schemas of both content types."""
-    schema = {"schema": {"$ref": f"#/components/schemas/{request.__name__}"}}
-    content = {JSON: schema, MULTIPART: {"schema": {"$ref": f"#/components/schemas/{request.__name__}Form"}}}
-    formats = {PNG: IMAGE_FORMATS[PNG]} if response is RecognizeResponse else IMAGE_FORMATS
-    return {
-        "path": path,
-        "operation_id": name,
-        "response_class": JSONResponse,
-        "responses": {
-            200: {
-                "model": response,
-                "description": "the result, in the format that Accept selects",
-                "content": formats,
-            },
-            **_PICTURE_ERRORS,
-        },
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
-    }
-
-
-@router.post(**_route("/recognize", "recognize", RecognizeRequest, RecognizeResponse))
+@router.post(**picture_route("/recognize", "recognize", RecognizeRequest, RecognizeResponse, PNG_FORMAT))
 async def recognize(request: Request, service: ServiceDependency) -> Response:
     """Recognises the digit in a picture.
 
@@ -111,7 +77,7 @@ def _chart_chunks(result: Recognition, info: ModelInfo, chunks: Mapping[str, str
     return {"Software": SOFTWARE, "Digit": str(result.digit), "Model-SHA256": info.sha256, **chunks}
 
 
-@router.post(**_route("/denoise", "denoise", DenoiseRequest, DenoiseResponse))
+@router.post(**picture_route("/denoise", "denoise", DenoiseRequest, DenoiseResponse))
 async def denoise(
     request: Request,
     service: ServiceDependency,
@@ -128,7 +94,7 @@ async def denoise(
     return await answer(request, service, task, media_type, stream)
 
 
-@router.post(**_route("/inpaint", "inpaint", InpaintRequest, InpaintResponse))
+@router.post(**picture_route("/inpaint", "inpaint", InpaintRequest, InpaintResponse))
 async def inpaint(
     request: Request,
     service: ServiceDependency,
@@ -147,7 +113,7 @@ async def inpaint(
     return await answer(request, service, task, media_type, stream)
 
 
-@router.post(**_route("/edit", "edit", EditRequest, EditResponse))
+@router.post(**picture_route("/edit", "edit", EditRequest, EditResponse))
 async def edit(
     request: Request,
     service: ServiceDependency,

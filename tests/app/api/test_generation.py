@@ -70,7 +70,7 @@ TASKS: list[tuple[str, dict[str, Any]]] = [
         (path, {**body, "guidance_scale": 1 if body.get("mode") == "mean" else 2})
         for path, requests in task_examples.REQUESTS.items()
         for _, body in requests.values()
-        if path != "/recognize"
+        if path in ("/denoise", "/inpaint", "/edit")
     ),
     ("/edit", {**task_examples.REQUESTS["/edit"]["one"][1], "strength": 0}),
 ]

@@ -23,6 +23,7 @@ from tests.app.fakes import INFO, FakeRunner
 from tests.app.test_errors import EVERY_ERROR
 
 PICTURE_PATHS = ["/recognize", "/denoise", "/inpaint", "/edit"]
+POST_PATHS = ["/generate", *PICTURE_PATHS, "/reproduce"]
 INFERENCE_IDS = {
     "/v2": "get_inference_server",
     "/v2/health/live": "get_inference_liveness",
@@ -63,7 +64,7 @@ def test_every_reference_has_a_schema() -> None:
 
 def test_document_contains_every_route() -> None:
     monitoring = {"/health", "/livez", "/readyz", "/startupz", "/metrics"}
-    paths = {"/generate", *PICTURE_PATHS, "/models", "/events/batch", *monitoring, *INFERENCE_IDS}
+    paths = {*POST_PATHS, "/models", "/events/batch", *monitoring, *INFERENCE_IDS}
     assert set(document()["paths"]) == paths | OPENAI_PATHS.keys()
 
 
@@ -144,7 +145,7 @@ def examples_of(content: dict[str, Any]) -> list[Any]:
 def test_each_route_has_its_operation_id() -> None:
     ids = {path: operation["operationId"] for path, operation in operations(document())}
     assert ids == {
-        **{path: path[1:] for path in ("/generate", *PICTURE_PATHS)},
+        **{path: path[1:] for path in POST_PATHS},
         "/events/batch": "watch_batch",
         **INFERENCE_IDS,
         **OPENAI_PATHS,
@@ -164,7 +165,7 @@ def test_every_text_body_has_valid_examples() -> None:
     assert num_examples > 25
 
 
-@pytest.mark.parametrize("path", ["/generate", *PICTURE_PATHS])
+@pytest.mark.parametrize("path", POST_PATHS)
 def test_every_error_of_a_post_route_has_an_example(path: str) -> None:
     known = {(error.status, error.code): error.problem("an-id") for error, _, _ in EVERY_ERROR}
     responses = document()["paths"][path]["post"]["responses"]
@@ -183,9 +184,9 @@ def test_every_error_of_a_post_route_has_an_example(path: str) -> None:
     assert {*responses["422"]["content"]["application/problem+json"]["examples"]} == invalid
 
 
-@pytest.mark.parametrize("path", PICTURE_PATHS)
+@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce"])
 def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path: str) -> None:
-    served = document()
+    served, has_one_answer = document(), path in ("/recognize", "/reproduce")
     operation = served["paths"][path]["post"]
     content = operation["requestBody"]["content"]
     assert list(content) == ["application/json", "multipart/form-data"]
@@ -200,13 +201,13 @@ def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path:
     assert operation["security"] == generate["security"]
     assert set(operation["responses"]) == set(generate["responses"])
     formats = list(generate["responses"]["200"]["content"])
-    assert list(operation["responses"]["200"]["content"]) == (formats[:2] if path == "/recognize" else formats)
-    limits = {"count": 64, "timeout_seconds": 30} if path != "/recognize" else {"timeout_seconds": 30}
+    assert list(operation["responses"]["200"]["content"]) == (formats[:2] if has_one_answer else formats)
+    limits = {"timeout_seconds": 30} if has_one_answer else {"count": 64, "timeout_seconds": 30}
     for schema in (body, form):
         assert {name: schema["properties"][name]["maximum"] for name in limits} == limits
 
 
-@pytest.mark.parametrize("path", PICTURE_PATHS)
+@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce"])
 def test_optional_fields_of_multipart_are_empty_in_swagger_ui(path: str) -> None:
     """Swagger UI fills other fields with a made-up value, such as the digit 9, and sends it."""
     form = document()["components"]["schemas"][f"{path[1:].title()}RequestForm"]
@@ -239,7 +240,7 @@ def test_service_accepts_the_request_examples_and_refuses_the_models_that_the_do
     run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
-@pytest.mark.parametrize("path", PICTURE_PATHS)
+@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce"])
 def test_examples_of_both_content_types_have_the_same_fields(path: str) -> None:
     content = document()["paths"][path]["post"]["requestBody"]["content"]
     bodies, forms = (examples_of(each) for each in content.values())
@@ -256,7 +257,7 @@ def test_request_examples_use_the_recommended_steps_and_sampler() -> None:
         assert not {"num_steps", "sampler", "guidance_scale", "timeout_seconds"} & set(body)
 
 
-@pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit"])
+@pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit", "/reproduce"])
 def test_image_in_the_example_has_the_provenance_of_the_example(path: str) -> None:
     (answer,) = examples_of(document()["paths"][path]["post"]["responses"]["200"]["content"]["application/json"])
     with Image.open(io.BytesIO(base64.b64decode(answer["images"][0]["png"], validate=True))) as image:
@@ -266,7 +267,7 @@ def test_image_in_the_example_has_the_provenance_of_the_example(path: str) -> No
     for chunk, field in (("Seed", "seed"), ("Steps", "num_steps"), ("Sampler", "sampler")):
         assert chunks[chunk] == str(answer[field])
     assert chunks["Digit"] == ("none" if answer["digit"] is None else str(answer["digit"]))
-    assert chunks.get("Task", "generate") == path[1:]
+    assert chunks.get("Task") == (None if path in ("/generate", "/reproduce") else path[1:])
 
 
 @pytest.mark.parametrize("path", ["/generate", "/denoise", "/inpaint", "/edit"])

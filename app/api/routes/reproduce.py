@@ -1,0 +1,41 @@
+"""POST /reproduce: draws a picture of this service again, and says whether it is identical."""
+
+from functools import partial
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.generation import ServiceDependency, encode_answer, finished_response
+from app.api.reproduction import Original, read_original
+from app.api.requests import negotiate
+from app.api.responses import JSON, PNG, PNG_FORMAT, picture_route
+from app.api.task_schemas import ReproduceRequest, ReproduceResponse
+from app.engine.job import DEFAULT_MODEL, Job, Pixels
+
+router = APIRouter()
+
+
+@router.post(**picture_route("/reproduce", "reproduce", ReproduceRequest, ReproduceResponse, PNG_FORMAT))
+async def reproduce(request: Request, service: ServiceDependency) -> Response:
+    """Draws a picture of /generate again from its text chunks, and says whether it is identical.
+
+    If Accept selects image/png, the response is the picture drawn again. The header X-Identical is true or false.
+    """
+    media_type = negotiate(request, (JSON, PNG))
+
+    def decode(data: bytes) -> Original:
+        service.info(DEFAULT_MODEL)  # raises Starting if no model is loaded
+        return read_original(data, service.engine.models, service.settings.largest_request)
+
+    body, pictures = await service.pictures.read(request, ReproduceRequest, {"image": decode}, lambda *each: each[2])
+    (original,) = pictures["image"]
+    task = original.task(body.timeout_seconds)
+    encode = partial(encode_answer, service, task, media_type)
+
+    def compare_and_encode(job: Job, images: list[Pixels]) -> bytes:
+        original.compare(images)
+        return encode(job, images)
+
+    response = await finished_response(request, service, task, compare_and_encode, media_type)
+    response.headers["X-Identical"] = str(original.is_identical).lower()
+    return response

@@ -1,0 +1,204 @@
+import io
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from app.api.images import encode_image, encode_sheet
+from app.api.picture_files import PictureError
+from app.api.reproduction import Original, read_original
+from app.engine.job import ImageKey, Pixels
+from model.png import SOFTWARE, Provenance
+from tests.app.api.samples import exif, png, zeros
+from tests.app.fakes import INFO
+
+GREY = replace(INFO, image_shape=(1, 2, 3))
+COLOUR = replace(INFO, name="colour", sha256="c" * 64, image_shape=(3, 2, 3))
+FAST = replace(INFO, name="fast", sha256="f" * 64, image_shape=(1, 2, 3), steps=(4,), samplers=("ddim",))
+MODELS = {"default": GREY, "colour": COLOUR, "fast": FAST}
+PROVENANCE = Provenance(7, 42, "ddim", 20, 1.5, GREY.sha256)
+SHAPES = {"default": (2, 3), "colour": (2, 3, 3)}
+
+
+def picture(number: int = 0, shape: tuple[int, ...] = (2, 3)) -> Pixels:
+    return np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+
+
+def pictures(count: int, shape: tuple[int, ...] = (2, 3)) -> list[Pixels]:
+    return [picture(number, shape) for number in range(count)]
+
+
+def read(data: bytes) -> Original:
+    return read_original(data, MODELS, 64)
+
+
+def having(
+    text: Mapping[str, str] | None = None, pixels: Pixels | None = None, scale: int = 1, **changed: str
+) -> bytes:
+    """Returns the file of a picture, with other text chunks."""
+    chunks = PROVENANCE.text(0) | {name.replace("_", "-"): value for name, value in changed.items()}
+    return encode_image(picture() if pixels is None else pixels, scale, {**chunks, **(text or {})})
+
+
+def facts(data: bytes, images: list[Pixels]) -> dict[str, Any]:
+    original = read(data)
+    original.compare(images)
+    assert original.is_identical == original.facts["identical"]
+    return original.facts
+
+
+IDENTICAL = {"identical": True, "reason": None, "different_pixels": 0, "largest_difference": 0}
+
+
+@pytest.mark.parametrize("model", ["default", "colour"])
+@pytest.mark.parametrize("count", [1, 2, 5, 64])
+@pytest.mark.parametrize("scale", [1, 3, 16])
+def test_untouched_picture_is_identical(model: str, count: int, scale: int) -> None:
+    images = pictures(count, SHAPES[model])
+    provenance = replace(PROVENANCE, model_sha256=MODELS[model].sha256)
+    original = read(encode_sheet(images, provenance, scale))
+    assert (original.scale, original.indices, original.options.model) == (scale, range(count), model)
+    original.compare(images)
+    assert original.facts == IDENTICAL
+
+
+def test_task_draws_the_image_with_the_noise_of_its_index() -> None:
+    task = read(encode_image(picture(), 4, PROVENANCE.text(5))).task(7.5)
+    assert (task.count, task.scale, task.timeout, task.num_steps) == (1, 4, 7.5, 20)
+    assert task.images == (ImageKey(7, 42, 5),)
+    options = task.options
+    assert (options.digit, options.seed, options.num_steps, options.sampler) == (7, 42, 20, "ddim")
+    assert (options.guidance_scale, options.model) == (1.5, "default")
+
+
+def test_task_of_a_sheet_draws_every_image() -> None:
+    task = read(encode_sheet(pictures(9), PROVENANCE, 1)).task(None)
+    assert (task.count, task.images, task.timeout) == (9, (), None)
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_difference_is_counted_in_pixels_before_the_enlargement(scale: int) -> None:
+    pixels = np.full((2, 3), 100, np.uint8)
+    changed = np.kron(pixels, np.ones((scale, scale), np.uint8))
+    changed[0, 0], changed[-1, -1] = 90, 255
+    assert facts(having(pixels=changed), [pixels]) == {
+        "identical": False,
+        "reason": "other_pixels",
+        "different_pixels": 2,
+        "largest_difference": 155,
+    }
+
+
+def test_pixel_that_differs_in_several_colours_counts_once() -> None:
+    pixels = picture(0, (2, 3, 3)) // 2
+    changed = pixels.copy()
+    changed[1, 2] += np.array([1, 2, 9], np.uint8)
+    found = facts(having(pixels=changed, Model_SHA256=COLOUR.sha256), [pixels])
+    assert (found["different_pixels"], found["largest_difference"]) == (1, 9)
+
+
+def test_black_and_white_differ_by_255() -> None:
+    black, white = np.zeros((2, 3), np.uint8), np.full((2, 3), 255, np.uint8)
+    for one, other in ((black, white), (white, black)):
+        found = facts(having(pixels=one), [other])
+        assert (found["different_pixels"], found["largest_difference"]) == (6, 255)
+
+
+def test_altered_empty_cell_of_a_sheet_is_found() -> None:
+    images = pictures(3)
+    with Image.open(io.BytesIO(encode_sheet(images, PROVENANCE, 1))) as image:
+        sheet = np.array(image)
+    sheet[-1, -1] = 1
+    assert facts(encode_image(sheet, 1, PROVENANCE.text("0-2")), images)["different_pixels"] == 1
+
+
+def test_reason_is_another_release_only_if_the_pixels_differ() -> None:
+    other = {"Software": f"{SOFTWARE}.1"}
+    assert facts(having(other), [picture()]) == IDENTICAL
+    assert facts(having(other), [picture(1)])["reason"] == "other_release"
+    assert facts(having(), [picture(1)])["reason"] == "other_pixels"
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture()).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def as_png(image: Image.Image, **options: Any) -> bytes:
+    """Returns the file of an image with the text chunks of PROVENANCE."""
+    chunks, buffer = PngInfo(), io.BytesIO()
+    for name, value in PROVENANCE.text(0).items():
+        chunks.add_text(name, value)
+    image.save(buffer, "PNG", pnginfo=chunks, **options)
+    return buffer.getvalue()
+
+
+L = Image.fromarray(picture())
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "The file is empty"),
+    "text": (b"hello", "not a PNG, JPEG, WebP or GIF picture"),
+    "jpeg": (jpeg(), "not a PNG file"),
+    "without provenance": (encode_image(picture()), "has no text chunk Software"),
+    "without the digest": (encode_image(picture(), 1, {**PROVENANCE.text(0), "Model-SHA256": ""}), "Model-SHA256 must"),
+    "another task": (having(Task="edit"), "was made from another picture"),
+    "another checkpoint": (having(Model_SHA256="e" * 64), f"{'e' * 64}, which is not served. .* 'fast' \\(f{{64}}\\)"),
+    "several digits": (having(Digit="7,2"), "several digits.* scripts.sample --like"),
+    "too many images": (having(Index="0-64"), "has 65 images. At most 64"),
+    "huge range": (having(Index="0-999999999"), "The text chunk Index must be"),
+    "range without a sheet": (having(Index="0-8"), "has 3 x 2 pixels. .*\\(9\\), .* 9 x 6 pixels"),
+    "another size": (having(pixels=picture(0, (2, 4))), "has 4 x 2 pixels"),
+    "two scales": (having(pixels=picture(0, (2, 6))), "has 6 x 2 pixels"),
+    "too small": (having(pixels=picture(0, (1, 1))), "has 1 x 1 pixels"),
+    "too large a scale": (having(pixels=np.kron(picture(), np.ones((17, 17), np.uint8))), "a scale of 1 to 16"),
+    "colour": (having(pixels=picture(0, (2, 3, 3))), "8 bits of grey"),
+    "grey of a colour model": (having(Model_SHA256=COLOUR.sha256), "8 bits of RGB"),
+    "palette": (as_png(L.convert("P")), "8 bits of grey"),
+    "alpha": (as_png(L.convert("LA")), "8 bits of grey"),
+    "one bit": (as_png(L.convert("1")), "8 bits of grey"),
+    "sixteen bits": (as_png(L.convert("I;16")), "8 bits of grey"),
+    "transparent colour": (as_png(L, transparency=0), "without transparency"),
+    "turned": (as_png(L, exif=exif(6)), "8 bits of grey"),
+    "too many steps": (having(Steps="101"), "Steps is not permitted. Input should be less than or equal to 100"),
+    "unsupported steps": (having(Model_SHA256=FAST.sha256), "Steps is not permitted. Input should be 4 for"),
+    "unsupported sampler": (having(Model_SHA256=FAST.sha256, Sampler="ddpm"), "Sampler is not permitted"),
+    "truncated": (having()[:-30], "incomplete or damaged"),
+    "damaged pixels": (having().replace(b"IDATx", b"IDATy"), "incomplete or damaged"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), REFUSED.values(), ids=REFUSED)
+def test_picture_that_cannot_be_drawn_again_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(PictureError, match=message):
+        read(data)
+
+
+def test_digit_that_the_model_does_not_have_is_refused() -> None:
+    with pytest.raises(PictureError, match=r"Digit is not permitted\. Input should be less than or equal to 4"):
+        read_original(having(), {"default": replace(GREY, num_classes=5)}, 64)
+
+
+def test_guidance_that_the_model_does_not_support_is_refused() -> None:
+    with pytest.raises(PictureError, match=r"Guidance-Scale is not permitted\. Input should be 1"):
+        read_original(having(), {"default": replace(GREY, guidable=False)}, 64)
+
+
+def test_pixels_are_not_decoded_before_the_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.api.reproduction.Image.open", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(PictureError, match="has no text chunk"):
+        read(png(4096, 4096, zeros(4096 * 4097)))
+    with pytest.raises(PictureError, match="has 6 x 2 pixels"):
+        read(having(pixels=picture(0, (2, 6))))
+
+
+def test_incomplete_pixels_are_refused() -> None:
+    chunks = having()
+    start = chunks.index(b"tEXt") - 4
+    text = chunks[start : chunks.index(b"IDAT") - 4]
+    with pytest.raises(PictureError, match="incomplete or damaged"):
+        read(png(3, 2, zlib.compress(bytes(3)), [text]))
