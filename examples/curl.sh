@@ -6,30 +6,36 @@ set -euo pipefail
 
 url=${UNFOG_URL:-http://127.0.0.1:8000}
 cd -- "${1:-.}"
-
-# After 408, 429, 500, 502, 503 and 504, curl tries again. It waits as long as the header Retry-After says. The
-# Idempotency-Key is the same in all attempts of a request, so they get the same images. If the last attempt fails, the
-# output file contains the error.
-post() {
-  local key=()
-  if [[ -n ${UNFOG_API_KEY:-} ]]; then
-    key=(--header "Authorization: Bearer $UNFOG_API_KEY")
-  fi
-  curl --silent --show-error --fail-with-body --max-time 60 --retry 4 --retry-max-time 120 \
-    --header "Idempotency-Key: $(date +%s)-$RANDOM$RANDOM" ${key[@]+"${key[@]}"} "$@"
-}
+options=(--silent --show-error --max-time 60)
+if [[ -n ${UNFOG_API_KEY:-} ]]; then
+  options+=(--header "Authorization: Bearer $UNFOG_API_KEY")
+fi
 json='Content-Type: application/json'
 
-post "$url/generate" --header "$json" --header 'Accept: image/png' --output seven.png \
+# post FILE PATH OPTION...: writes the response to a file. After 408, 429, 500, 502, 503 and 504, curl tries again. It
+# waits as long as the header Retry-After says, but at most 120 s in total. The Idempotency-Key is the same in all
+# attempts, so they get the same images.
+post() {
+  local status
+  status=$(curl "${options[@]}" --retry 4 --retry-max-time 120 --header "Idempotency-Key: $(date +%s)-$RANDOM$RANDOM" \
+    --output "$1" --write-out '%{http_code}' "$url$2" "${@:3}")
+  # curl 8.14 returns 0 if it gives up because Retry-After is too long, even with --fail. So the status is checked here.
+  if [[ $status != 200 ]]; then
+    printf 'status %s: %s\n' "$status" "$(cat "$1")" >&2
+    exit 1
+  fi
+  echo "wrote $1"
+}
+
+post seven.png /generate --header "$json" --header 'Accept: image/png' \
   --data '{"digit": 7, "sampler": "dpmpp", "num_steps": 10, "scale": 4}'
-echo 'wrote seven.png'
 
-post "$url/generate" --header "$json" --header 'Accept: application/zip' --output zeros.zip \
+post zeros.zip /generate --header "$json" --header 'Accept: application/zip' \
   --data '{"digit": 0, "count": 3, "seed": 1, "sampler": "dpmpp", "num_steps": 10}'
-echo 'wrote zeros.zip'
 
-# An event has a line "event: <name>" and a line "data: <JSON object>".
-post "$url/generate?previews=5" --no-buffer --header "$json" --header 'Accept: text/event-stream' \
+# An event stream, without retries. An event has a line "event: <name>" and a line "data: <JSON object>".
+curl "${options[@]}" --no-buffer --fail-with-body "$url/generate?previews=5" \
+  --header "$json" --header 'Accept: text/event-stream' \
   --data '{"digit": 5, "sampler": "dpmpp", "num_steps": 10, "scale": 4}' |
   while read -r field value; do
     if [[ $field == event: ]]; then
@@ -38,12 +44,12 @@ post "$url/generate?previews=5" --no-buffer --header "$json" --header 'Accept: t
       echo "step ${BASH_REMATCH[1]}"
     elif [[ ${event:-} == image && $value =~ \"png\":\ \"([^\"]+) ]]; then
       base64 --decode <<<"${BASH_REMATCH[1]}" >stream.png
+      echo 'wrote stream.png'
     elif [[ ${event:-} == error ]]; then
       echo "$value" >&2
       exit 1
     fi
   done
-echo 'wrote stream.png'
 
-post "$url/recognize" --form image=@seven.png --output recognised.json
+post recognised.json /recognize --form image=@seven.png
 echo "recognised $(sed 's/.*"digit": *\([0-9]\).*/\1/' recognised.json)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# A load test: 200 requests of 8 clients, with oha (https://github.com/hatoo/oha) or hey (apt install hey).
+# A load test with oha (https://github.com/hatoo/oha) or hey (apt install hey).
 #
-# Run: examples/load.sh
+# Run: examples/load.sh [REQUESTS [CLIENTS]]
 set -euo pipefail
 
 if ! tool=$(command -v oha || command -v hey); then
@@ -14,5 +14,5 @@ if [[ -n ${UNFOG_API_KEY:-} ]]; then
 fi
 
 # Both tools have these options.
-"$tool" -n 200 -c 8 -m POST -T application/json -d '{"digit": 7, "sampler": "dpmpp", "num_steps": 10}' \
+"$tool" -n "${1:-200}" -c "${2:-8}" -m POST -T application/json -d '{"digit": 7, "sampler": "dpmpp", "num_steps": 10}' \
   ${key[@]+"${key[@]}"} "${UNFOG_URL:-http://127.0.0.1:8000}/generate"

@@ -20,21 +20,23 @@ const models = await client.models.list();
 console.log("models:", models.data.map((model) => model.id).join(", "));
 
 // `seed` is a field of unfog. The client sends fields that it does not know.
-const options = { size: "28x28", quality: "medium" };
-const images = await client.images.generate({ ...options, prompt: "a handwritten seven", n: 2, seed: 42 });
+const size = "28x28";
+const quality = "medium"; // 10 steps
+const images = await client.images.generate({ prompt: "a handwritten seven", n: 2, size, quality, seed: 42 });
 for (const [index, image] of images.data.entries()) await write(`generated-${index}.png`, image.b64_json);
 
 // The mask has the size of the image. Its lower half is transparent, so the edit draws this half again.
 const mask = Buffer.from("iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAYAAAByDd+UAAAAJElEQVR42u3NMQEAIAAEodP+nbXFT1CAU72GbmNCoVAoBICFD1YlARvz1bEJAAAAAElFTkSuQmCC", "base64");
 const edited = await client.images.edit({
-  ...options,
   image: await toFile(await readFile(`${folder}/generated-0.png`), "image.png", { type: "image/png" }),
   mask: await toFile(mask, "mask.png", { type: "image/png" }),
   prompt: "7",
+  size,
 });
 await write("edited.png", edited.data[0].b64_json);
 
-const stream = await client.images.generate({ ...options, prompt: "the digit 3", stream: true, partial_images: 2 });
+const request = { prompt: "the digit 3", size, quality };
+const stream = await client.images.generate({ ...request, stream: true, partial_images: 2 });
 for await (const event of stream) {
   const isPartial = event.type === "image_generation.partial_image";
   await write(isPartial ? `partial-${event.partial_image_index}.png` : "streamed.png", event.b64_json);

@@ -38,13 +38,8 @@ def main(folder: Path) -> None:
         (folder / f"generated-{index}.png").write_bytes(b64decode(image.b64_json or ""))
         print(f"wrote generated-{index}.png")
 
-    edited = client.images.edit(
-        image=(folder / "generated-0.png").read_bytes(),
-        mask=half_mask((280, 280)),
-        prompt="7",
-        size="280x280",
-        quality="medium",
-    )
+    picture = (folder / "generated-0.png").read_bytes()
+    edited = client.images.edit(image=picture, mask=half_mask((280, 280)), prompt="7", size="280x280")
     for image in edited.data or []:
         (folder / "edited.png").write_bytes(b64decode(image.b64_json or ""))
         print("wrote edited.png")
@@ -53,8 +48,10 @@ def main(folder: Path) -> None:
         prompt="the digit 3", size="280x280", quality="medium", stream=True, partial_images=2
     )
     for event in stream:
-        partial = event.type == "image_generation.partial_image"
-        name = f"partial-{event.partial_image_index}.png" if partial else "streamed.png"
+        if event.type == "image_generation.partial_image":
+            name = f"partial-{event.partial_image_index}.png"
+        else:
+            name = "streamed.png"
         (folder / name).write_bytes(b64decode(event.b64_json))
         print(f"wrote {name}")
 

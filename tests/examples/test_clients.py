@@ -1,0 +1,181 @@
+"""The clients in examples/ with the shipped models in a running service that requires an API key."""
+
+import os
+import re
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from model.checkpoint import SHIPPED
+from tests.e2e.conftest import start_service
+from tests.e2e.service import Service, open_png
+from tests.examples.programs import EXAMPLES, KEY, Failing, failing_server, run_program
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with ExitStack() as stack:
+        yield start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32", UNFOG_REQUEST_TIMEOUT="300", UNFOG_API_KEYS=KEY)
+
+
+def run_in(folder: Path, name: str, url: str) -> list[str]:
+    """Runs an example that must succeed and writes into the folder. Returns the lines of its output."""
+    folder.mkdir(exist_ok=True)
+    done = run_program(EXAMPLES / name, url, str(folder), cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in folder.parent.iterdir()} == {folder.name}
+    return done.stdout.splitlines()
+
+
+def check_image(path: Path, digit: int, *, side: int, steps: int = 10) -> dict[str, str]:
+    """Checks the size and the provenance of a PNG file, and returns its text chunks."""
+    pixels, text, mode = open_png(path.read_bytes())
+    assert (pixels.shape, mode) == ((side, side), "L")
+    assert (text["Digit"], text["Steps"]) == (str(digit), str(steps))
+    return text
+
+
+# client.py, client.mjs, curl.sh
+
+
+@dataclass
+class Run:
+    """A run of a client, whose first request was repeated."""
+
+    name: str
+    folder: Path
+    lines: list[str]
+    server: Failing
+
+    @property
+    def expected(self) -> list[str]:
+        """The paths of the requests of a run without failures."""
+        archive = ["/generate"] if self.name == "curl.sh" else []
+        return ["/generate", *archive, "/generate?previews=5", "/recognize"]
+
+
+@pytest.fixture(scope="module", params=["client.py", "client.mjs", "curl.sh"])
+def ran(request: pytest.FixtureRequest, service: Service, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs a client. Its first attempt gets 429. The answer to the second one is lost, but curl does not retry that."""
+    failures = [429] if request.param == "curl.sh" else [429, None]
+    folder = tmp_path_factory.mktemp("client") / "out"
+    with failing_server(Failing(service.url, list(failures), retry_after="1")) as server:
+        lines = run_in(folder, request.param, server.url)
+    return Run(request.param, folder, lines, server)
+
+
+def test_client_repeats_exactly_the_failed_attempts_with_the_same_key(ran: Run) -> None:
+    failed = len(ran.server.keys) - len(ran.expected)
+    assert failed == (1 if ran.name == "curl.sh" else 2)
+    assert ran.server.paths == ["/generate"] * failed + ran.expected
+    repeated, others = ran.server.keys[: failed + 1], ran.server.keys[failed + 1 :]
+    assert len(set(repeated)) == 1
+    assert len({*others, *repeated}) == len(others) + 1
+
+
+def test_attempt_after_a_lost_answer_gets_the_same_bytes(ran: Run) -> None:
+    written = (ran.folder / "seven.png").read_bytes()
+    expected = [written] if ran.name == "curl.sh" else [written, written]
+    assert ran.server.answers[: len(expected)] == expected
+
+
+def test_client_generates_a_seven_and_recognises_it(ran: Run) -> None:
+    text = check_image(ran.folder / "seven.png", 7, side=112)
+    assert any(line.startswith("recognised 7") for line in ran.lines)
+    if ran.name != "curl.sh":
+        assert f"wrote seven.png with seed {text['Seed']}" in ran.lines
+
+
+def test_client_shows_the_progress_of_a_stream_and_writes_all_images(ran: Run) -> None:
+    steps = [int(line.split()[1]) for line in ran.lines if line.startswith("step ")]
+    assert steps == [2, 4, 6, 8, 10]
+    if ran.name == "curl.sh":
+        check_image(ran.folder / "stream.png", 5, side=112)
+        with zipfile.ZipFile(ran.folder / "zeros.zip") as archive:
+            assert archive.namelist() == [f"digit-0-seed-1-{index}.png" for index in range(3)]
+    else:
+        texts = [check_image(ran.folder / f"stream-{index}.png", 7, side=112) for index in range(2)]
+        assert [text["Index"] for text in texts] == ["0", "1"]
+
+
+# openai_client.py, openai_client.mjs, triton_client.py
+
+
+@pytest.fixture(scope="module")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of npm packages with `openai`.
+
+    It is UNFOG_TEST_NODE_MODULES if that is set. Otherwise npm installs the package.
+    """
+    if given := os.environ.get("UNFOG_TEST_NODE_MODULES"):
+        return Path(given)
+    if not shutil.which("npm"):
+        pytest.skip("needs npm, or UNFOG_TEST_NODE_MODULES with a folder that contains the npm package openai")
+    folder = tmp_path_factory.mktemp("npm")
+    command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "openai@6"]
+    if subprocess.run(command, capture_output=True, timeout=120).returncode != 0:
+        pytest.skip("npm cannot install the package openai")
+    return folder / "node_modules"
+
+
+def check_openai(lines: list[str], folder: Path, *, side: int) -> None:
+    names = ["generated-0", "generated-1", "edited", "partial-0", "partial-1", "streamed"]
+    assert lines[0] == "models: default, fast"
+    assert lines[1:-1] == [f"wrote {name}.png" for name in names]
+    assert lines[-1].startswith("error 400 in prompt: ")
+    for index in range(2):
+        text = check_image(folder / f"generated-{index}.png", 7, side=side)
+        assert (text["Seed"], text["Index"]) == ("42", str(index))
+    check_image(folder / "streamed.png", 3, side=side)
+    for index in range(2):
+        pixels, text, _ = open_png((folder / f"partial-{index}.png").read_bytes())
+        assert (pixels.shape, text) == ((side, side), {})
+    before, after = (open_png((folder / f"{name}.png").read_bytes())[0] for name in ("generated-0", "edited"))
+    assert (before[: side // 2] == after[: side // 2]).all()  # the mask keeps the upper half
+    assert (before != after).any()
+
+
+def test_openai_client_generates_edits_streams_and_shows_an_error(service: Service, tmp_path: Path) -> None:
+    lines = run_in(tmp_path / "out", "openai_client.py", service.url)
+    check_openai(lines, tmp_path / "out", side=280)
+
+
+def test_openai_client_in_javascript_generates_edits_streams_and_shows_an_error(
+    service: Service, node_modules: Path, tmp_path: Path
+) -> None:
+    program = Path(shutil.copy(EXAMPLES / "openai_client.mjs", tmp_path))
+    (tmp_path / "node_modules").symlink_to(node_modules)
+    (tmp_path / "out").mkdir()
+    done = run_program(program, service.url, "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    check_openai(done.stdout.splitlines(), tmp_path / "out", side=28)
+
+
+def test_triton_client_draws_the_images_of_their_digits_and_seeds(service: Service, tmp_path: Path) -> None:
+    lines = run_in(tmp_path / "out", "triton_client.py", service.url)
+    assert {"inputs: digit INT64 [-1]", "outputs: image UINT8 [-1, 28, 28, 1]"} <= {*lines}
+    for digit, seed in ((7, 1), (7, 2), (3, 3)):
+        body = {"digit": digit, "seed": seed, "sampler": "dpmpp", "num_steps": 10}
+        generated = service.post(body, "image/png", authorization=f"Bearer {KEY}")
+        drawn, _, _ = open_png((tmp_path / "out" / f"digit-{digit}-seed-{seed}.png").read_bytes())
+        assert (drawn == open_png(generated.content)[0]).all()
+
+
+# load.sh
+
+
+def test_load_test_sends_the_given_number_of_requests(service: Service, tmp_path: Path) -> None:
+    if not (shutil.which("oha") or shutil.which("hey")):
+        pytest.skip("needs oha or hey")
+    before = service.metrics()
+    done = run_program(EXAMPLES / "load.sh", service.url, "20", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\[200\]\s+20 responses", done.stdout)
+    sent = service.metrics().value("requests_total", route="/generate", code="200")
+    assert sent - before.value("requests_total", route="/generate", code="200") == 20
