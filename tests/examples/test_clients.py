@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model.checkpoint import SHIPPED
@@ -137,7 +138,9 @@ def check_openai(lines: list[str], folder: Path, *, side: int) -> None:
         pixels, text, _ = open_png((folder / f"partial-{index}.png").read_bytes())
         assert (pixels.shape, text) == ((side, side), {})
     before, after = (open_png((folder / f"{name}.png").read_bytes())[0] for name in ("generated-0", "edited"))
-    assert (before[: side // 2] == after[: side // 2]).all()  # the mask keeps the upper half
+    difference = np.abs(before.astype(int) - after)[: side // 2]  # the mask keeps the upper half
+    # The service reduces a larger picture to 28x28 pixels, which changes some grey levels.
+    assert difference.max() == 0 if side == 28 else difference.mean() < 10
     assert (before != after).any()
 
 
