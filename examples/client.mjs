@@ -1,8 +1,9 @@
 // A JavaScript client: generates digits, shows the progress, recognises a digit, and retries when the service is busy.
 //
-// It has no dependencies. It runs in Node.js 18 or newer:  node examples/client.mjs [FOLDER]
-// In a browser, import `service`, `post` and `events`, and set `service.url`. The service must permit the origin of the
-// page with UNFOG_CORS_ORIGINS.
+// It has no dependencies. In a browser, import `service`, `post` and `events`, and set `service.url`. The service must
+// permit the origin of the page with UNFOG_CORS_ORIGINS. In Node.js 18 or newer:
+//
+// Run: node examples/client.mjs [FOLDER]
 
 const env = globalThis.process?.env ?? {};
 export const service = { url: env.UNFOG_URL ?? "http://127.0.0.1:8000", key: env.UNFOG_API_KEY };
