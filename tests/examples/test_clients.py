@@ -1,6 +1,5 @@
 """The clients in examples/ with the shipped models in a running service that requires an API key."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -109,19 +108,18 @@ def test_client_shows_the_progress_of_a_stream_and_writes_all_images(ran: Run) -
 
 
 @pytest.fixture(scope="module")
-def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of npm packages with `openai`.
-
-    It is UNFOG_TEST_NODE_MODULES if that is set. Otherwise npm installs the package.
-    """
-    if given := os.environ.get("UNFOG_TEST_NODE_MODULES"):
-        return Path(given)
+def node_modules(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder node_modules with the npm package openai. Without --node-modules, npm installs the package."""
+    given: Path | None = request.config.getoption("--node-modules", None)
+    if given:
+        return given.resolve()
     if not shutil.which("npm"):
-        pytest.skip("needs npm, or UNFOG_TEST_NODE_MODULES with a folder that contains the npm package openai")
-    folder = tmp_path_factory.mktemp("npm")
-    command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "--ignore-scripts", "openai@6"]
-    if subprocess.run(command, capture_output=True, timeout=120).returncode != 0:
-        pytest.skip("npm cannot install the package openai")
+        pytest.skip("needs npm, or --node-modules=FOLDER")
+    folder = tmp_path_factory.mktemp("javascript")
+    command = ["npm", "install", "--no-audit", "--no-fund", "--prefer-offline", "--ignore-scripts", "openai"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        pytest.skip(f"npm cannot install the client: {done.stderr[-500:]}")
     return folder / "node_modules"
 
 
