@@ -7,12 +7,17 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import sync_playwright
 
 from model.checkpoint import SHIPPED
+from tests.e2e.browser.conftest import arguments, program
 from tests.e2e.conftest import start_service
 from tests.e2e.service import Service, open_png
 from tests.examples.programs import EXAMPLES, KEY, Failing, failing_server, run_program
@@ -21,7 +26,14 @@ from tests.examples.programs import EXAMPLES, KEY, Failing, failing_server, run_
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
     with ExitStack() as stack:
-        yield start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32", UNFOG_REQUEST_TIMEOUT="300", UNFOG_API_KEYS=KEY)
+        yield start_service(
+            stack,
+            SHIPPED,
+            UNFOG_MAX_BATCH="32",
+            UNFOG_REQUEST_TIMEOUT="300",
+            UNFOG_API_KEYS=KEY,
+            UNFOG_CORS_ORIGINS="*",
+        )
 
 
 def run_in(folder: Path, name: str, url: str) -> list[str]:
@@ -102,6 +114,50 @@ def test_client_shows_the_progress_of_a_stream_and_writes_all_images(ran: Run) -
     else:
         texts = [check_image(ran.folder / f"stream-{index}.png", 7, side=112) for index in range(2)]
         assert [text["Index"] for text in texts] == ["0", "1"]
+
+
+IN_A_PAGE = """async ([url, key]) => {
+    const { service, post, events } = await import("/client.mjs");
+    Object.assign(service, { url, key });
+    const body = { digit: 7, seed: 42, sampler: "dpmpp", num_steps: 10 };
+    const names = [];
+    for await (const [name] of events(await post("/generate?previews=2", "text/event-stream", body))) names.push(name);
+    const response = await post("/generate", "image/png", body);
+    const form = new FormData();
+    form.set("image", await response.blob());
+    const answer = await (await post("/recognize", "application/json", form)).json();
+    return { names, seed: response.headers.get("X-Seed"), digit: answer.digit };
+}"""
+
+
+class ExampleFiles(SimpleHTTPRequestHandler):
+    """Serves the files in examples/."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments, directory=str(EXAMPLES))
+
+    def log_message(self, *_: object) -> None:
+        """Keeps the output of the tests clean."""
+
+
+def test_javascript_client_works_in_a_web_page_of_another_origin(service: Service) -> None:
+    if not program():
+        pytest.skip("needs Chromium")
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), ExampleFiles) as server,
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=program(), args=arguments()) as browser,
+    ):
+        Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        found = page.evaluate(IN_A_PAGE, [service.url, KEY])
+        server.shutdown()
+    assert found == {
+        "names": ["accepted", "progress", "progress", "image", "done"],
+        "seed": "42",
+        "digit": 7,
+    }
 
 
 # openai_client.py, openai_client.mjs, triton_client.py
