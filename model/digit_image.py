@@ -24,6 +24,7 @@ Fit = Literal["auto", "resize", "digit"]
 Invert = bool | Literal["auto"]
 
 SIZE = 28  # pixels per side of an MNIST image
+MAX_ENLARGEMENT = 16  # the largest factor by which images of this project are enlarged
 BOX = 20 / 28  # longest side of the drawing, as a share of the image
 COARSE = 256  # the drawing is found in a picture that is reduced to at most this number of pixels per side
 FINE = 8  # subpixels per pixel while the stroke width is changed
@@ -63,6 +64,7 @@ def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: in
     `resize`: the whole picture is scaled, with its aspect ratio, and centred on its background;
     `digit`: MNIST's normalisation, or `resize` if the picture contains no drawing;
     `auto`: a picture of size x size pixels keeps its pixels, and every other picture is fitted by `digit`.
+    Unless `fit` is `digit`, an enlarged image is first reduced to its original pixels (see `enlargement_of`).
     `invert`: True for dark strokes on a light background, False for the opposite. `auto` detects it from the border
     (pictures of size x size pixels) or from the sign of the contrast between strokes and paper (other pictures).
     Raises ValueError if the picture is not two-dimensional or is empty.
@@ -70,6 +72,9 @@ def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: in
     grey = torch.as_tensor(picture)
     if grey.ndim != 2 or not grey.numel():
         raise ValueError(f"A picture must have the shape (H, W), not {tuple(grey.shape)}")
+    if fit != "digit":
+        factor = enlargement_of(grey, size)
+        grey = grey[::factor, ::factor]
     if tuple(grey.shape) == (size, size) and fit != "digit":
         inverted = _has_light_border(grey.float()) if invert == "auto" else invert
         return DigitImage(_whole(grey, size, inverted), "resize", inverted)
@@ -80,6 +85,20 @@ def normalise(picture: Any, fit: Fit = "auto", invert: Invert = "auto", size: in
     if fit != "resize" and (drawing := _find_drawing(-contrast if inverted else contrast)) is not None:
         return DigitImage(_to_pixels(_fit_digit(grey, drawing, paper, inverted, size)), "digit", inverted)
     return DigitImage(_whole(grey, size, inverted), "resize", inverted)
+
+
+def enlargement_of(picture: Any, size: int = SIZE) -> int:
+    """Returns the factor by which an image of size x size pixels was enlarged to the picture (H, W).
+
+    Returns 1 unless each pixel of such an image became factor x factor equal pixels.
+    """
+    grey = torch.as_tensor(picture)
+    factor = grey.shape[0] // size
+    if not 2 <= factor <= MAX_ENLARGEMENT or tuple(grey.shape) != (factor * size, factor * size):
+        return 1
+    image = grey[::factor, ::factor]
+    enlarged = image.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
+    return factor if torch.equal(enlarged, grey) else 1
 
 
 @torch.inference_mode()

@@ -39,7 +39,7 @@ from model.denoising import (
     matching_timestep,
     restored_image,
 )
-from model.digit_image import DigitImage, normalise, resize_mask
+from model.digit_image import DigitImage, enlargement_of, normalise, resize_mask
 from model.editing import start_timestep
 from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
 from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Recognition, ink_of
@@ -96,8 +96,12 @@ class MaskedPicture:
             (height, width), (own_height, own_width) = picture.grey.shape, self._shape
             sizes = f"{width}x{height} pixels, but has {own_width}x{own_height}"
             raise errors.InvalidRequest.of("mask", f"The mask must have the size of the image, {sizes}")
-        mask = np.unpackbits(self._packed, count=picture.grey.size).reshape(self._shape).view(np.bool_)
-        return normalise(_without(mask, picture.grey), "resize", body.invert)
+        grey = picture.grey
+        mask = np.unpackbits(self._packed, count=grey.size).reshape(self._shape).view(np.bool_)
+        if (factor := enlargement_of(grey)) > 1:  # Each pixel of the image is a block of equal pixels.
+            grey, mask = grey[::factor, ::factor], _any_in_blocks(mask, factor)
+            self.redrawn = mask[None]
+        return normalise(_without(mask, grey), "resize", body.invert)
 
     def _set_mask(self, mask: npt.NDArray[np.bool_]) -> None:
         marked = self._marked
@@ -112,6 +116,13 @@ class MaskedPicture:
             reason = f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Make them fewer"
             raise errors.InvalidRequest.of("mask", reason)
         self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
+
+
+def _any_in_blocks(mask: npt.NDArray[np.bool_], factor: int) -> npt.NDArray[np.bool_]:
+    """Returns for each block of factor x factor pixels of a mask (H, W) whether one of them is True."""
+    height, width = mask.shape
+    blocks = mask.reshape(height // factor, factor, width // factor, factor)
+    return np.logical_or.reduce(blocks, axis=(1, 3))
 
 
 def _without(mask: npt.NDArray[np.bool_], grey: Pixels) -> Pixels:

@@ -36,7 +36,8 @@ class PictureRequest(BaseModel):
     fit: Fit = Field(
         default="auto",
         description="How the picture becomes 28x28 pixels. resize: the whole picture. digit: the drawing alone, as in "
-        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, otherwise "
+        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, or if it is "
+        "such a picture enlarged by whole pixels, otherwise "
         "digit for /recognize and /edit, and resize for /denoise and /inpaint.",
     )
     invert: Invert = Field(

@@ -1,12 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import digit_image
-from model.digit_image import FIRM, THICKEST, THINNEST, TYPICAL, normalise, resize_mask
+from model.digit_image import FIRM, THICKEST, THINNEST, TYPICAL, enlargement_of, normalise, resize_mask
 
 SIDE = 400
 
@@ -95,6 +96,30 @@ def test_noisy_28_x_28_picture_on_black_is_not_inverted(std: float) -> None:
         z = std * torch.randn(28, 28, generator=torch.Generator().manual_seed(seed))
         noisy = (REFERENCE[0] + z).round().clamp(0, 255).to(torch.uint8)
         assert torch.equal(normalise(noisy).pixels[0], noisy)
+
+
+@pytest.mark.parametrize("fit", ["auto", "resize"])
+@pytest.mark.parametrize("factor", [2, 10, 16])
+def test_enlarged_image_is_reduced_to_its_original_pixels(fit: digit_image.Fit, factor: int) -> None:
+    pixels = torch.randint(256, (28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(factor))
+    enlarged = torch.from_numpy(np.kron(pixels.numpy(), np.ones((factor, factor), np.uint8)))
+    image = normalise(enlarged, fit, invert=False)
+    assert image.fit == "resize"
+    assert torch.equal(image.pixels[0], pixels)
+
+
+@pytest.mark.parametrize("factor", [2, 10, 16])
+def test_enlargement_is_found_only_if_all_blocks_have_equal_pixels(factor: int) -> None:
+    enlarged = np.kron(np.arange(784, dtype=np.float32).reshape(28, 28), np.ones((factor, factor), np.float32))
+    assert enlargement_of(enlarged) == factor
+    assert enlargement_of(enlarged[:, :-factor]) == 1
+    enlarged[-1, -1] += 1
+    assert enlargement_of(enlarged) == 1
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28 * 17, 28 * 17), (280, 560), (14, 14)])
+def test_other_sizes_are_no_enlargement(shape: tuple[int, int]) -> None:
+    assert enlargement_of(np.zeros(shape, np.uint8)) == 1
 
 
 @pytest.mark.parametrize("shape", [(28, 29), (56, 56), (300, 500), (30, 20)])

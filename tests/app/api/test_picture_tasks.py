@@ -2,9 +2,13 @@ import math
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from app.api.picture_tasks import MaskedPicture
+from app.api.pictures import Picture
 from app.api.task_examples import REQUESTS
+from app.api.task_schemas import InpaintRequest
 from model.denoising import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
 from tests.app.application import run
 from tests.app.fakes import FakeRunner, recognised_class
@@ -46,3 +50,21 @@ def test_searches_of_other_tasks_return_no_probabilities(path: str) -> None:
         assert "probabilities" not in answer
 
     run(check, FakeRunner())
+
+
+@pytest.mark.parametrize("factor", [2, 10])
+@pytest.mark.parametrize("offset", [0, 1], ids=["along_blocks", "across_blocks"])
+def test_enlarged_picture_keeps_every_pixel_outside_of_the_mask(factor: int, offset: int) -> None:
+    """Each enlarged pixel with a white pixel of the mask is filled in, and no other."""
+    pixels = np.random.default_rng(factor).integers(0, 256, (28, 28), dtype=np.uint8)
+    white = np.zeros((28 * factor, 28 * factor), np.uint8)
+    white[14 * factor - offset :] = 255
+    masked = MaskedPicture()
+    body = InpaintRequest(image="", mask="", invert=False)
+    masked.fit(body, "mask", Picture(white))
+    image = masked.fit(body, "image", Picture(np.kron(pixels, np.ones((factor, factor), np.uint8))))
+    first = 14 - bool(offset)
+    assert masked.redrawn[0].all(axis=1).tolist() == [row >= first for row in range(28)]
+    assert not masked.redrawn[0, :first].any()
+    assert image is not None
+    assert np.array_equal(image.pixels[0, :first], pixels[:first])
