@@ -19,7 +19,9 @@ router = APIRouter()
 async def reproduce(request: Request, service: ServiceDependency) -> Response:
     """Draws a picture of /generate again from its text chunks, and says whether it is identical.
 
-    If Accept selects image/png, the response is the picture drawn again. The header X-Identical is true or false.
+    If Accept selects image/png, the response is the picture drawn again. The header X-Identical is true or false. A
+    picture that cannot be drawn again gets 422 invalid_image: its text chunks are missing or malformed, its checkpoint
+    is not served, or it was made from another picture.
     """
     media_type = negotiate(request, (JSON, PNG))
 

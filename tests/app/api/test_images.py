@@ -67,6 +67,12 @@ def test_every_png_contains_its_provenance() -> None:
         }
 
 
+def test_indices_of_the_images_begin_at_the_first_index() -> None:
+    pngs = encode_images(pictures(2), replace(PROVENANCE, first_index=5), 1)
+    assert [decode(png)[1]["Index"] for png in pngs] == ["5", "6"]
+    assert encode_sheet(pictures(1), replace(PROVENANCE, first_index=5), 1) == pngs[0]
+
+
 def test_sheet_of_one_image_is_the_image() -> None:
     assert encode_sheet(pictures(1), PROVENANCE, 2) == encode_images(pictures(1), PROVENANCE, 2)[0]
 
