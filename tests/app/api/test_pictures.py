@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from app.api import picture_files
 from app.api.picture_files import MAX_BLOCKS, MAX_CHUNKS, MAX_SCANS, MAX_SIDE, PictureError, inspect
-from app.api.pictures import decode
+from app.api.pictures import decode, decode_transparency
 from tests.app.api.samples import DRAWING, SIGNATURE, animation, chunk, encode, exif, grey, png, zeros
 
 RGB = np.stack([DRAWING, DRAWING // 2, 255 - DRAWING], axis=-1)
@@ -134,6 +134,44 @@ def test_transparent_grey_level_with_16_bits_is_background() -> None:
 def test_transparent_colour_is_scaled_like_the_pixels(depth: int, colour: int, key: bytes, pixels: bytes) -> None:
     data = png(4, 1, zlib.compress(pixels), [chunk(b"tRNS", key)], depth=depth, colour=colour)
     assert decode(data).grey.tolist() == [[255, 255, 255, 0]]
+
+
+@pytest.mark.parametrize("name", ["PNG", "WEBP"])
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_transparency_marks_the_pixels_with_alpha_0(mode: str, name: str) -> None:
+    image = with_alpha(200, mode)
+    image.putalpha(grey(np.where(DRAWING, 0, 1).astype(np.uint8)))
+    marked = decode_transparency(encode(image.convert("RGBA" if name == "WEBP" else mode), name, lossless=True))
+    np.testing.assert_array_equal(marked.grey, DRAWING)
+
+
+def test_transparency_of_a_palette_and_of_a_colour_marks_pixels() -> None:
+    image = grey(np.where(DRAWING, 1, 0).astype(np.uint8)).convert("P")
+    image.putpalette([255, 0, 0, 0, 0, 0])
+    for name in ("PNG", "GIF"):
+        np.testing.assert_array_equal(decode_transparency(encode(image, name, transparency=1)).grey, DRAWING)
+    key = chunk(b"tRNS", b"\3\xe8")
+    data = png(3, 1, zlib.compress(b"\0\3\xe8\0\0\3\xe8"), [key], depth=16)
+    assert decode_transparency(data).grey.tolist() == [[255, 0, 255]]
+
+
+def test_transparency_of_a_mask_higher_than_a_band_is_complete_and_upright() -> None:
+    alpha = np.random.default_rng(0).integers(0, 2, (150, 40), np.uint8)
+    image = Image.fromarray(np.dstack([np.zeros_like(alpha), alpha]), "LA")
+    np.testing.assert_array_equal(decode_transparency(encode(image, "PNG")).grey, np.where(alpha, 0, 255))
+    turned = decode_transparency(encode(image, "PNG", exif=exif(3)))
+    np.testing.assert_array_equal(turned.grey, np.where(alpha, 0, 255)[::-1, ::-1])
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP"])
+def test_mask_without_transparency_is_refused(name: str) -> None:
+    with pytest.raises(PictureError, match="The mask has no transparency"):
+        decode_transparency(encode(grey().convert("RGB"), name))
+
+
+def test_damaged_mask_is_refused() -> None:
+    with pytest.raises(PictureError, match="incomplete or damaged"):
+        decode_transparency(encode(with_alpha(0, "LA"), "PNG")[:-30])
 
 
 def test_completely_transparent_picture_is_uniform() -> None:
@@ -342,7 +380,7 @@ def test_format_is_not_guessed_by_pillow() -> None:
 
 PEAKS = """
 import sys
-from app.api.pictures import decode
+from app.api.pictures import decode, decode_transparency
 
 def memory(name):
     with open("/proc/self/status") as file:
@@ -355,12 +393,13 @@ for path in small + large:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM, the peak
     before = memory("VmRSS")
-    shape = decode(data).grey.shape
+    shape = (decode_transparency if "mask" in path else decode)(data).grey.shape
     if path in large:
         print((memory("VmHWM") - before) // 1024)
 """
 LARGE: dict[str, Callable[[], bytes]] = {
     "RGBA PNG": lambda: png(MAX_SIDE, MAX_SIDE, zeros((4 * MAX_SIDE + 1) * MAX_SIDE), colour=6),
+    "RGBA PNG as a mask": lambda: png(MAX_SIDE, MAX_SIDE, zeros((4 * MAX_SIDE + 1) * MAX_SIDE), colour=6),
     "CMYK JPEG": lambda: encode(Image.new("CMYK", (MAX_SIDE, MAX_SIDE)), "JPEG"),
     "progressive JPEG": lambda: encode(Image.new("RGB", (4032, 3024)), "JPEG", progressive=True, subsampling=0),
     "WebP": lambda: encode(Image.new("RGBA", (2048, 2048)), "WEBP", method=0),

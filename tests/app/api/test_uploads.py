@@ -531,6 +531,36 @@ def test_transparent_pixels_of_a_mask_are_black() -> None:
     asyncio.run(main())
 
 
+def read_leniently(body: bytes, content_type: str) -> Fields:
+    async def main() -> Fields:
+        reader = ImageReader(Settings())
+        fields, _ = await reader.read(Client(body, content_type).request, Fields, DECODERS, same, lenient=True)
+        reader.close()
+        return fields
+
+    return asyncio.run(main())
+
+
+def test_lenient_reader_ignores_brackets_and_text_parts_without_content() -> None:
+    body = as_form(("image[]", PNG), ("digit", b""), ("noise_std", b""), ("name", b""), ("invert", b"true"))
+    fields = read_leniently(body, FORM)
+    assert (fields.digit, fields.noise_std, fields.name, fields.invert) == (None, None, "none", True)
+    assert {error["loc"][1] for error in refusal(body.replace(b"image[]", b"image"), FORM).errors} == {
+        "digit",
+        "noise_std",
+    }
+
+
+def test_lenient_reader_refuses_a_picture_without_content() -> None:
+    with pytest.raises(errors.InvalidImage, match="The file is empty"):
+        read_leniently(as_form(("image", PNG), ("mask", b"")), FORM)
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_lenient_reader_parses_every_other_content_type_as_json(content_type: str) -> None:
+    assert read_leniently(as_json(image=PNG, digit=7), content_type).digit == 7
+
+
 def test_failed_request_releases_its_bytes() -> None:
     async def main() -> None:
         reader = ImageReader(Settings(max_image_bytes=1000))
