@@ -40,7 +40,7 @@ class UnfogError(Exception):
 
     status: int = 500
     code: str = "internal_error"
-    detail: str = "Internal error. Retry, or report the request_id to the operator"
+    detail: str = "Internal error. Retry, or report the request id (X-Request-ID) to the operator"
 
     def __init__(self, detail: str | None = None) -> None:
         super().__init__(detail or self.detail)

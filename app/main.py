@@ -43,7 +43,7 @@ from app.metrics import Metrics
 from app.runner.runner import Runner
 from app.settings import Settings
 
-# The routes of these routers use the network.
+# The routes of these routers compute images or recognise digits.
 WORK_ROUTERS = (generate.router, pictures.router, reproduce.router, openai.router, inference.router)
 READ_ROUTERS = (models.router, openai_models.router, batch.router)
 PROBE_ROUTERS = (monitoring.router, inference.open_router)  # their routes need no API key

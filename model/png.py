@@ -34,7 +34,7 @@ CHUNKS = tuple(_FORMS)  # the text chunks of every picture with provenance
 
 
 class ProvenanceError(ValueError):
-    """The text chunks of a picture do not say how to draw it again. The message says what is wrong and what to do."""
+    """A picture cannot be generated again from its text chunks. The message says what is wrong and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ class Provenance:
     def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
         """Returns the provenance of a picture, and the indices of its images, from its text chunks.
 
-        A contact sheet has the indices 0 to n. A sheet of several digits has these indices for each digit. Raises
-        ProvenanceError for a picture of a task other than generation, and for missing or malformed chunks.
+        A contact sheet of n images has the indices 0 to n - 1. A sheet of several digits has these indices for each
+        digit. Raises ProvenanceError for a picture of a task other than generation and for missing or malformed chunks.
         """
         if TASK in text:
             raise ProvenanceError(
-                "The picture was made from another picture, which is needed to draw it again. Only pictures of "
-                "/generate and of scripts.sample can be drawn again"
+                "The picture was made from another picture, which its file does not contain. Use a picture of "
+                "/generate, /v1/images/generations or scripts.sample"
             )
         values = {name: _value(name, text) for name in CHUNKS}
         digits, (first, _, last) = values["Digit"].split(","), values["Index"].partition("-")

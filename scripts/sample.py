@@ -1,6 +1,6 @@
 """Generates digits without the service: `python -m scripts.sample --digit 7 --count 16 --out sevens.png`.
 
-With --like, draws a picture again from its text chunks, and says whether it is identical.
+With --like, generates a picture again from its text chunks, and says whether it is identical.
 """
 
 import argparse
@@ -37,10 +37,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def reproduce(args: argparse.Namespace) -> None:
-    """Draws the picture --like again and reports the difference. Exits with status 1 if it is not identical."""
+    """Generates the picture --like again and reports the difference. Exits with status 1 if it is not identical."""
     given = [f"--{name}" for name in ("digit", "count", "scale") if getattr(args, name) is not None]
     if given := given + given_options(args, kept=PERMITTED_WITH_LIKE):
-        raise ScriptError(f"{given[0]} cannot be combined with --like: the picture says how it was drawn. Remove it")
+        raise ScriptError(
+            f"{given[0]} cannot be combined with --like: the text chunks of the picture determine it. Remove it"
+        )
     if args.out and args.out.suffix.lower() != ".png":
         raise ScriptError(f"--out {args.out} must be a .png file")
     original = read_original(args.like)
@@ -137,9 +139,10 @@ def build_parser() -> Parser:
         "--like",
         type=Path,
         metavar="PICTURE.png",
-        help="draw a picture of the service or of this script again, say whether it is identical, and exit with status "
-        "0 if it is, otherwise 1. The checkpoint is the shipped one that drew it, unless --checkpoint is given. The "
-        "precision is that of UNFOG_DTYPE=auto, and --compile must be as UNFOG_COMPILE was",
+        help="generate a picture of the service or of this script again, and compare the pixels. The exit status is 0 "
+        "if they are identical, otherwise 1. The checkpoint is the shipped one that generated the picture, unless "
+        "--checkpoint is given. The precision is that of UNFOG_DTYPE=auto. Give --compile the value that UNFOG_COMPILE "
+        "had",
     )
     add_drawing_arguments(parser, seed=None)
     return parser

@@ -222,7 +222,7 @@ async def finished_response(
 async def encoded(
     request: Request, service: Service, task: Task, encode: Callable[[Job, list[Pixels]], T]
 ) -> tuple[T, str]:
-    """Submits a task, waits for its images and returns what `encode` makes of them, and the value of Server-Timing.
+    """Submits a task and waits for its images. Returns the result of `encode` and the value of Server-Timing.
 
     `encode` runs in a thread. Raises the errors of Service.submit and finish.
     """

@@ -24,6 +24,7 @@ MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole
 MAX_TEXT_BYTES = 256  # of a text chunk that is read
 MAX_KEYWORD_BYTES = 79  # of a text chunk (W3C PNG, section 11.3.3.2)
 
+AS_WRITTEN = "Send the PNG file as the service wrote it"
 FORMATS = "PNG, JPEG, WebP or GIF"
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -83,9 +84,9 @@ def read_text(data: bytes, names: Collection[str]) -> dict[str, str]:
         if keyword not in names:
             continue
         if length > MAX_TEXT_BYTES:
-            raise PictureError(f"The text chunk {keyword} has more than {MAX_TEXT_BYTES} bytes")
+            raise PictureError(f"The text chunk {keyword} has more than {MAX_TEXT_BYTES} bytes. {AS_WRITTEN}")
         if keyword in found:
-            raise PictureError(f"The text chunk {keyword} occurs more than once")
+            raise PictureError(f"The text chunk {keyword} occurs more than once. {AS_WRITTEN}")
         if zlib.crc32(memoryview(data)[start - 4 : end]) != unpack_from(">I", data, end)[0]:
             raise damaged("PNG")
         found[keyword] = data[start + len(keyword) + 1 : end].decode("latin-1")

@@ -78,7 +78,7 @@ class MaskedPicture:
     """
 
     def __init__(self, marked: str = "white", complete: str = "/generate") -> None:
-        """`marked` says in errors how the mask marks pixels. `complete` is the route that draws a complete image."""
+        """`marked` says in errors how the mask marks pixels. `complete` is the route for complete images."""
         self._marked, self._complete = marked, complete
         self.redrawn: Mask = np.zeros(0, np.bool_)  # (1, H, W): True at the pixels to fill in
         # The mask in its original size, with 8 pixels in a byte. It is in memory while the image is decoded.
@@ -113,7 +113,9 @@ class MaskedPicture:
             raise errors.InvalidRequest.of("mask", reason)
         self.redrawn = resize_mask(mask).numpy()
         if self.redrawn.all():
-            reason = f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Make them fewer"
+            reason = (
+                f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Mark a smaller part"
+            )
             raise errors.InvalidRequest.of("mask", reason)
         self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
 

@@ -85,7 +85,7 @@ def _grey(image: Image.Image, background: int | None) -> Pixels:
 def _transparency(image: Image.Image) -> Pixels:
     if not image.has_transparency_data:
         raise PictureError(
-            "The mask has no transparency. Save it as a PNG file with an alpha channel, and make the pixels to redraw "
+            "The mask has no transparency. Save it as a PNG file with an alpha channel, and make the pixels to fill in "
             "transparent"
         )
     marked: Pixels = np.empty((image.height, image.width), np.uint8)

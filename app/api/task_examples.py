@@ -76,7 +76,7 @@ REQUESTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # path -> name -
         "weak": ("The result is closer to the picture", {"image": PREVIEW, "strength": 0.4}),
     },
     "/reproduce": {
-        "one": ("A picture that this service drew", {"image": PNG}),
+        "one": ("A picture that this service generated", {"image": PNG}),
     },
 }
 

@@ -36,9 +36,9 @@ class PictureRequest(BaseModel):
     fit: Fit = Field(
         default="auto",
         description="How the picture becomes 28x28 pixels. resize: the whole picture. digit: the drawing alone, as in "
-        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, or if it is "
-        "such a picture enlarged by whole pixels, otherwise "
-        "digit for /recognize and /edit, and resize for /denoise and /inpaint.",
+        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, otherwise "
+        "digit for /recognize and /edit, and resize for /denoise and /inpaint. With auto and resize, a 28x28 image "
+        "that was enlarged by an integer factor is first reduced to its original pixels.",
     )
     invert: Invert = Field(
         default="auto",
@@ -120,7 +120,7 @@ class InpaintRequest(SamplingRequest, PictureRequest):
     ]
     digit: Digit = Field(
         default=None,
-        description="The digit to draw. If absent, the digit that fits the pixels outside of the mask best.",
+        description="The digit to generate. If absent, the digit that fits the pixels outside of the mask best.",
         json_schema_extra=may_be_absent,
     )
     num_steps: NumSteps = Field(
@@ -142,7 +142,7 @@ class EditRequest(SamplingRequest, PictureRequest):
 
     digit: Digit = Field(
         default=None,
-        description="The digit to draw. If absent, the digit that is recognised in the sketch.",
+        description="The digit to generate. If absent, the digit that is recognised in the sketch.",
         json_schema_extra=may_be_absent,
     )
     strength: Annotated[
@@ -157,13 +157,13 @@ class EditRequest(SamplingRequest, PictureRequest):
 
 
 class ReproduceRequest(TimedRequest):
-    """The picture of this service to draw again."""
+    """The picture of this service to generate again."""
 
     image: Annotated[
         Base64,
         Field(
-            description="A PNG file that /generate or scripts.sample wrote, with its text chunks, as a file in "
-            "multipart/form-data or as base64 in JSON. It has one image, or several images of one digit."
+            description="A PNG file of /generate, /v1/images/generations or scripts.sample with its text chunks, as a "
+            "file in multipart/form-data or as base64 in JSON. It shows one image, or several images of one digit."
         ),
     ]
 
@@ -213,12 +213,13 @@ class EditResponse(PictureFacts, ImagesResponse):
 
 
 class ReproduceResponse(GenerateResponse):
-    """The images that were drawn again, and whether they are those of the picture."""
+    """The newly generated images, and whether they are identical to the picture."""
 
-    identical: bool = Field(description="true if every pixel of the picture is the same.")
+    identical: bool = Field(description="True if every pixel of the picture is the same.")
     reason: Literal["other_release", "other_pixels"] | None = Field(
-        description="null if the picture is identical. other_release: it was drawn by another release of the service. "
-        "other_pixels: it was drawn by this release, on another device or with another precision, or it was altered."
+        description="null if the picture is identical. other_release: its text chunk Software names another release. "
+        "other_pixels: it names this release. The device, the precision or the compile mode differ, or the picture was "
+        "altered."
     )
     different_pixels: int = Field(
         description="Number of pixels that differ, before the enlargement by `scale`. An enlarged pixel differs if any "

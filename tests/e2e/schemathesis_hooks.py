@@ -77,7 +77,7 @@ def picture_of(case: Any, field: str) -> bytes:
 
 @cache
 def own_picture(base_url: str) -> bytes:
-    """Returns a picture that the service has drawn, which is the only kind that it draws again."""
+    """Returns a picture that the service has generated. /reproduce accepts no other pictures."""
     url = f"{base_url.rstrip('/')}/generate"
     body, headers = {"digit": 7, "num_steps": 1}, {"accept": "image/png"}
     return httpx.post(url, json=body, headers=headers, timeout=TIMEOUT).raise_for_status().content

@@ -55,7 +55,7 @@ def client(protected: Service) -> Iterator[triton.InferenceServerClient]:
 
 
 def key_header() -> dict[str, str]:
-    """Returns new headers with the key, because Triton's client adds headers of its own to those that it gets."""
+    """Returns a new dictionary with the key, because Triton's client adds its own headers to the dictionary."""
     return {"X-API-Key": KEY}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a running service with a tiny network are drawn again, by the service and by scripts.sample."""
+"""Generates pictures of a running service with a tiny network again, with the service and with scripts.sample."""
 
 import hashlib
 import io
@@ -44,7 +44,7 @@ def altered(png: bytes, *, amount: int = 0, **chunks: str) -> bytes:
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_picture_drawn_again_has_the_same_bytes(service: Service, body: dict[str, Any]) -> None:
+def test_picture_generated_again_has_the_same_bytes(service: Service, body: dict[str, Any]) -> None:
     png = draw(service, **body)
     again = reproduce(service, png, PNG)
     assert (again.status_code, again.headers["x-identical"]) == (200, "true")
@@ -55,7 +55,7 @@ def test_picture_drawn_again_has_the_same_bytes(service: Service, body: dict[str
     assert pngs(answer) == service.images(**body)
 
 
-def test_image_of_an_archive_is_drawn_again_with_its_index(service: Service) -> None:
+def test_image_of_an_archive_is_generated_again_with_its_index(service: Service) -> None:
     content = draw(service, ZIP, digit=4, seed=8, count=5, num_steps=10)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         files = [archive.read(name) for name in archive.namelist()]
@@ -90,7 +90,7 @@ def test_picture_of_another_release_is_compared(service: Service) -> None:
 
 
 def hostile(png: bytes) -> dict[str, bytes]:
-    """Returns hostile variants of a picture, by name. None of them can be drawn again."""
+    """Returns hostile variants of a picture, by name. None of them can be generated again."""
     header, rest = png[:33], png[33:]
     seed = chunk(b"tEXt", b"Seed\x001")
     text = b"".join(chunk(b"tEXt", f"{name}\0{value}".encode()) for name, value in open_png(png)[1].items())
@@ -146,7 +146,7 @@ def test_client_that_leaves_cancels_the_images(service: Service) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_script_draws_the_pictures_of_the_service_again(
+def test_script_generates_the_pictures_of_the_service_again(
     service: Service, checkpoint: Path, tmp_path: Path, body: dict[str, Any]
 ) -> None:
     picture, again = tmp_path / "picture.png", tmp_path / "again.png"
@@ -155,7 +155,7 @@ def test_script_draws_the_pictures_of_the_service_again(
     assert again.read_bytes() == picture.read_bytes()
 
 
-def test_service_draws_the_pictures_of_the_script_again(service: Service, checkpoint: Path, tmp_path: Path) -> None:
+def test_service_generates_the_pictures_of_the_script_again(service: Service, checkpoint: Path, tmp_path: Path) -> None:
     options = [f"--checkpoint={checkpoint}", "--compile=off", "--num-steps=5", "--seed=4"]
     sample.main([*options, "--digit=7", "--count=5", "--scale=3", f"--out={tmp_path / 'sheet.png'}"])
     sheet = (tmp_path / "sheet.png").read_bytes()

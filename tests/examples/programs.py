@@ -1,4 +1,4 @@
-"""Runs the programs in examples/ as a user does, and a server between them and the service that fails on purpose."""
+"""Runs the programs in examples/ as a user does. A server between them and the service can fail on purpose."""
 
 import os
 import shutil

@@ -58,7 +58,7 @@ def check_image(path: Path, digit: int, *, side: int, steps: int = 10) -> dict[s
 
 @dataclass
 class Run:
-    """A run of a client, whose first request was repeated."""
+    """A run of a client that retried its first request."""
 
     name: str
     folder: Path
@@ -214,7 +214,7 @@ def test_openai_client_in_javascript_generates_edits_streams_and_shows_an_error(
     check_openai(done.stdout.splitlines(), tmp_path / "out", side=28)
 
 
-def test_triton_client_draws_the_images_of_their_digits_and_seeds(service: Service, tmp_path: Path) -> None:
+def test_triton_client_generates_an_image_for_each_digit_and_seed(service: Service, tmp_path: Path) -> None:
     lines = run_in(tmp_path / "out", "triton_client.py", service.url)
     assert {"inputs: digit INT64 [-1]", "outputs: image UINT8 [-1, 28, 28, 1]"} <= {*lines}
     for digit, seed in ((7, 1), (7, 2), (3, 3)):

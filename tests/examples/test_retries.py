@@ -1,4 +1,4 @@
-"""Which errors the clients retry, with a server that has no service behind it."""
+"""Tests which errors the clients retry. The server in these tests has no service behind it."""
 
 from pathlib import Path
 

@@ -118,7 +118,7 @@ def test_enlargement_is_found_only_if_all_blocks_have_equal_pixels(factor: int) 
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (28 * 17, 28 * 17), (280, 560), (14, 14)])
-def test_other_sizes_are_no_enlargement(shape: tuple[int, int]) -> None:
+def test_other_sizes_are_not_enlargements(shape: tuple[int, int]) -> None:
     assert enlargement_of(np.zeros(shape, np.uint8)) == 1
 
 

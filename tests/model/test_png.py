@@ -38,7 +38,7 @@ def test_scale_enlarges_each_pixel_to_a_square() -> None:
 
 
 def chunks(**changed: str) -> dict[str, str]:
-    """Returns the chunks of a valid picture, with other values for some names. `_` stands for `-` in a name."""
+    """Returns the chunks of a valid picture, with other values for some names. `_` in a name is replaced by `-`."""
     return {**PROVENANCE.text(4), **{name.replace("_", "-"): value for name, value in changed.items()}}
 
 

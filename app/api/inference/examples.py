@@ -53,7 +53,7 @@ ANSWERS: dict[tuple[str, str, str], Any] = {  # (path, status, media type) -> ex
 
 
 def errors_of(settings: Settings, problems: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, dict[str, str]]]:
-    """Returns the status, the code and the body of each error. `problems` are the problem documents of other routes."""
+    """Returns the status, the code and the body of each error. `problems` has the problem documents of other routes."""
     own: list[errors.UnfogError] = [
         errors.NotFound(f"No model has this name. The models are: {', '.join(settings.model_names)}"),
         errors.InvalidRequest([{"loc": ["body", "inputs"], "msg": "The input 'digit' is required"}]),

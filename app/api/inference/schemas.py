@@ -20,7 +20,7 @@ def _may_be_absent(**fields: Any) -> Any:
 
 
 class _Request(BaseModel):
-    """A part of a request. It has no unknown fields, and its types are strict."""
+    """A part of a request. Unknown fields are refused, and types are strict."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -38,7 +38,7 @@ class InferenceParameters(_Request):
         description="Deadline in seconds. The maximum and the default are UNFOG_REQUEST_TIMEOUT."
     )
     binary_data_output: bool = Field(
-        default=False, description="True if outputs without the parameter `binary_data` are binary."
+        default=False, description="True if outputs that do not set the parameter `binary_data` are binary."
     )
 
 
@@ -55,7 +55,7 @@ class InputTensor(_Request):
     """An input tensor. Its elements are in `data`, or in binary form after the JSON object."""
 
     name: InputName = Field(
-        description="`digit` has the digit of each image. `seed` has the seed of each image, 0 to 2^53 - 1."
+        description="`digit` contains the digit of each image. `seed` contains the seed of each image, 0 to 2^53 - 1."
     )
     datatype: Literal["INT64"]
     shape: Annotated[
@@ -124,7 +124,7 @@ class InferenceResponse(BaseModel):
 
 
 class InferenceError(BaseModel):
-    """An error. The status of the response has its kind."""
+    """An error. The status of the response says which kind of error it is."""
 
     error: str = Field(description="What is wrong and what to do.")
 
@@ -157,7 +157,7 @@ class ModelReadiness(BaseModel):
 
 
 class TensorMetadata(BaseModel):
-    """A tensor of a model. A dimension of -1 has any size."""
+    """A tensor of a model. A dimension of -1 can have any size."""
 
     name: str
     datatype: str

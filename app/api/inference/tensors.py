@@ -1,7 +1,8 @@
 """Reads the input tensors of an inference request and writes the output tensors, in JSON or in binary form.
 
-A body with binary tensors starts with a JSON object. The header Inference-Header-Content-Length has its length. The
-elements follow without padding, in little-endian byte order and in the order of the tensors in the JSON object.
+A body with binary tensors starts with a JSON object. The header Inference-Header-Content-Length contains its length in
+bytes. The elements follow without padding, in little-endian byte order and in the order of the tensors in the JSON
+object.
 """
 
 import json
@@ -36,7 +37,7 @@ class Inputs:
 
 
 def read_inputs(body: bytes, length: str | None, largest: int) -> Inputs:
-    """Reads a body. `length` is the header with the length of the JSON object, and `largest` the limit of images.
+    """Reads a body. `length` is the header with the length of the JSON object. `largest` is the limit of images.
 
     Does not check the ranges of the elements. Raises MalformedJSON or InvalidRequest.
     """
@@ -45,14 +46,17 @@ def read_inputs(body: bytes, length: str | None, largest: int) -> Inputs:
     _check_names(request)
     has_binary = any(each.parameters.binary_data_size is not None for each in request.inputs)
     if has_binary and length is None:
-        raise _invalid("inputs", f"binary_data_size needs the header {LENGTH_HEADER}")
+        raise _invalid(
+            "inputs", f"binary_data_size needs the header {LENGTH_HEADER}. Set it to the bytes of the JSON object"
+        )
     for index, tensor in enumerate(request.inputs):
         _check_size(tensor, index, largest)
     sizes = [each.parameters.binary_data_size or 0 for each in request.inputs]
     if sum(sizes) != len(body) - end:
         raise _invalid(
             "inputs",
-            f"{len(body) - end} bytes follow the JSON object, but the sum of binary_data_size is {sum(sizes)}",
+            f"{len(body) - end} bytes follow the JSON object, but the sum of binary_data_size is {sum(sizes)}. "
+            "They must be equal",
         )
     ranges = pairwise(accumulate(sizes, initial=end))
     elements: dict[str, Sequence[int]] = {
@@ -62,7 +66,7 @@ def read_inputs(body: bytes, length: str | None, largest: int) -> Inputs:
     if "digit" not in elements:
         raise _invalid("inputs", "The input 'digit' is required")
     if len({len(each) for each in elements.values()}) > 1:
-        raise _invalid("inputs", "'digit' and 'seed' should have the same shape")
+        raise _invalid("inputs", "'digit' and 'seed' must have the same shape")
     return Inputs(request, elements)
 
 
@@ -120,9 +124,11 @@ def _parse(text: bytes, *, is_whole: bool) -> Any:
     try:
         return parse_json(text)
     except MalformedJSON:
-        what = "The body is" if is_whole else f"The first bytes of the body, as many as {LENGTH_HEADER} has, are"
-        hint = f". If binary tensors follow the JSON object, set the header {LENGTH_HEADER}" if is_whole else ""
-        raise MalformedJSON(f"{what} not valid JSON in UTF-8{hint}") from None
+        if is_whole:
+            what, hint = "The body is", f"If binary tensors follow the JSON object, set the header {LENGTH_HEADER}"
+        else:
+            what, hint = "The start of the body is", f"Set {LENGTH_HEADER} to the bytes of the JSON object"
+        raise MalformedJSON(f"{what} not valid JSON in UTF-8. {hint}") from None
 
 
 def _check_names(request: InferenceRequest) -> None:
@@ -130,7 +136,7 @@ def _check_names(request: InferenceRequest) -> None:
     for field, tensors in (("inputs", request.inputs), ("outputs", request.outputs)):
         names = [each.name for each in tensors]
         if len(set(names)) < len(names):  # there are at most two
-            raise _invalid(field, f"'{names[0]}' occurs more than once")
+            raise _invalid(field, f"'{names[0]}' occurs more than once. Send it once")
 
 
 def _check_size(tensor: InputTensor, index: int, largest: int) -> None:

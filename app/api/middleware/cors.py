@@ -8,8 +8,8 @@ from app.api.inference.tensors import LENGTH_HEADER
 from app.api.problems import error_response
 from app.errors import OriginNotAllowed
 
-# The headers that web pages of other origins may send and read.
-# The JavaScript client of OpenAI sends the last group, also from a web page.
+# The headers that web pages of other origins may send and read. OpenAI's JavaScript client sends the request headers
+# from OpenAI-Organization to X-Stainless-Timeout. It sends them in web pages too.
 REQUEST_HEADERS = (
     *("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Idempotency-Key", LENGTH_HEADER),
     *("OpenAI-Organization", "OpenAI-Project", "User-Agent", "X-Stainless-Arch", "X-Stainless-Lang", "X-Stainless-OS"),

@@ -1,4 +1,4 @@
-"""The OpenAI Images API in the OpenAPI document: schemas of requests, responses, examples."""
+"""Adds the OpenAI Images API to the OpenAPI document: the schemas of requests, the responses and the examples."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -41,20 +41,18 @@ Schema = dict[str, Any]
 
 
 def _described(statuses: Sequence[int], **others: str) -> dict[int | str, Schema]:
-    """Returns the error responses with these statuses, and with others that are described here."""
+    """Returns the error responses with these statuses. `others` has further descriptions, such as status_400="..."."""
     texts = {status: ERRORS[status]["description"] for status in statuses}
     texts |= {int(status.removeprefix("status_")): text for status, text in others.items()}
     return {status: {"model": OpenAIError, "description": text} for status, text in sorted(texts.items())}
 
 
-_INVALID = (
-    "invalid_request: `param` names a field that is missing, unknown or invalid, or that the model does not permit"
-)
+_INVALID = "invalid_request: `param` names a field that is missing, unknown, invalid or not permitted by the model"
 _WORK_ERRORS = (401, 403, 408, 413, 429, 500, 503, 504)
-_GENERATION_ERRORS = _described(_WORK_ERRORS, status_400=f"malformed_json, malformed_request or {_INVALID}")
+_GENERATION_ERRORS = _described(_WORK_ERRORS, status_400=f"malformed_json, malformed_request. {_INVALID}")
 _EDIT_ERRORS = _described(
     _WORK_ERRORS,
-    status_400="malformed_json, malformed_request, invalid_image: `param` names a picture that cannot be decoded, or "
+    status_400="malformed_json, malformed_request. invalid_image: `param` names a picture that cannot be decoded. "
     f"{_INVALID}",
     status_413="body_too_large: the body exceeds UNFOG_MAX_IMAGE_BYTES",
 )
@@ -73,7 +71,7 @@ def _route(request: type[ImagesRequest], refused: dict[int | str, Schema], *, ha
     refused = {**refused, 431: ERRORS[431]}  # The HTTP server sends this error before it knows the path.
     created = {
         "model": CreatedImages,
-        "description": "the images, or with stream true a stream of events",
+        "description": "the images, or a stream of events if `stream` is true",
         "content": {EVENTS: {"schema": {"type": "string"}}},
     }
     return {

@@ -17,7 +17,7 @@ from model.png import Provenance
 
 
 class OpenAIEvents:
-    """An event `partial_image` for each preview and an event `completed` for each image, or `error`.
+    """Formats an event `partial_image` for each preview, an event `completed` for each image, and the event `error`.
 
     Previews have the size of the images. An image has no preview after it is finished.
     """
@@ -35,11 +35,11 @@ class OpenAIEvents:
         self._finished: set[int] = set()
 
     def accepted(self, job: Job) -> str:
-        """Returns no event. OpenAI's API has no such event."""
+        """Returns an empty text, because OpenAI's API has no such event."""
         return ""
 
     def progress(self, event: Progress) -> str:
-        """Returns an event for each unfinished image."""
+        """Returns an event for each unfinished image that has started, up to the limit of its previews."""
         if event.step == event.of:  # The finished images follow.
             return ""
         texts = []
@@ -70,7 +70,7 @@ class OpenAIEvents:
         return _text(completed.type, completed)
 
     def done(self, job: Job) -> str:
-        """Returns no event. The stream ends after the last image."""
+        """Returns an empty text, because the stream ends after the last image."""
         return ""
 
     def error(self, error: UnfogError, request_id: str) -> str:

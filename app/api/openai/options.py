@@ -22,7 +22,7 @@ _SIZE = re.compile(r"([1-9][0-9]{0,8})x([1-9][0-9]{0,8})")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the images of a request are drawn."""
+    """How the images of a request are generated."""
 
     info: ModelInfo
     scale: int
@@ -84,7 +84,7 @@ def scale_of(size: str, side: int) -> int:
     width, height = map(int, match.groups())
     if width == height and width % side == 0 and width <= MAX_SCALE * side:
         return width // side
-    mean = (width + height) / 2 / side  # a size that is not square is nearest to the square with this side
+    mean = (width + height) / 2 / side  # The square with this side is nearest to a size that is not square.
     nearest = dict.fromkeys(min(max(scale, 1), MAX_SCALE) for scale in (int(mean), -int(-mean // 1)))
     names = [size_name(side, scale) for scale in nearest]
     reason = f"Images are square, and their sides are multiples of {side} pixels up to {MAX_SCALE * side}"
@@ -109,7 +109,7 @@ def _check(body: ImagesRequest, info: ModelInfo, largest_request: int) -> None:
     if body.n > largest_request:
         raise errors.InvalidRequest.of("n", f"Input should be less than or equal to {largest_request}")
     if body.digit >= info.num_classes:
-        reason = f"The model '{info.name}' draws only the digits 0 to {info.num_classes - 1}"
+        reason = f"The model '{info.name}' generates only the digits 0 to {info.num_classes - 1}. Name one of them"
         raise errors.InvalidRequest.of("prompt", reason)
 
 

@@ -11,7 +11,7 @@ from model.png import Provenance
 
 
 def encode_created(images: list[Pixels], provenance: Provenance, digit: int, plan: Plan) -> bytes:
-    """Returns the body of a response. The images have the provenance in their text chunks."""
+    """Returns the body of a response. The text chunks of the images contain the provenance."""
     response = CreatedImages(
         created=int(time.time()),
         data=[

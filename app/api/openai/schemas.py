@@ -1,7 +1,7 @@
 """The schemas of requests, responses and events of the OpenAI Images API.
 
 The names of the fields are those of OpenAI. In a request, null means that an optional field is absent. Fields that have
-no meaning for this service are ignored, or refused if ignoring them would give another result than the client expects.
+no meaning for this service are ignored. They are refused if the client would get another result than it expects.
 """
 
 from typing import Annotated, Any, Literal
@@ -45,28 +45,28 @@ class ImagesRequest(BaseModel):
         Field(
             min_length=1,
             max_length=MAX_PROMPT,
-            description="Names exactly one digit, as a figure or an English word, also inside a sentence.",
+            description="A text that names exactly one digit, as a figure or an English word.",
         ),
         AfterValidator(_naming_one_digit),
     ]
     n: Annotated[int, Field(ge=1, le=MAX_IMAGES, description="Number of images."), WHOLE] = 1
     size: str = Field(
         default=AUTO,
-        description="Width and height, a multiple of the size of the images of the model by 1 to 16. auto: 10 times.",
+        description="Width and height: 1 to 16 times the size of the images of the model. auto: 10 times this size.",
     )
     model: str = Field(
         default=DEFAULT_MODEL,
         max_length=128,
-        description="A served model. A name of OpenAI (gpt-image-..., dall-e-..., chatgpt-image-...) means "
+        description="A served model. A name of an OpenAI model (gpt-image-..., dall-e-..., chatgpt-image-...) means "
         f"`{DEFAULT_MODEL}`.",
     )
     quality: Quality = Field(default="auto")
-    stream: bool = Field(default=False, description="true: the response is a stream of events, whatever Accept says.")
+    stream: bool = Field(
+        default=False, description="true: the response is a stream of events, whatever Accept contains."
+    )
     partial_images: Annotated[
         int,
-        Field(
-            ge=0, le=MAX_PARTIAL_IMAGES, description="Largest number of partial images of each image, with stream true."
-        ),
+        Field(ge=0, le=MAX_PARTIAL_IMAGES, description="Maximum number of partial images of each image in a stream."),
         WHOLE,
     ] = 0
     seed: Annotated[
@@ -109,33 +109,34 @@ class ImageGenerationRequest(ImagesRequest):
     quality: Quality = Field(
         default="auto",
         description=f"low: the model `{FAST_MODEL}`, if it is served. medium: 10 steps of dpmpp. Every other value: "
-        "the defaults of the model (100 steps for the shipped checkpoint). The model `fast` ignores it.",
+        "the defaults of the model (100 steps for the shipped checkpoint). With the model `fast`, the quality has no "
+        "effect.",
     )
     moderation: Ignored = None
     style: Ignored = None
 
 
 class ImageEditRequest(ImagesRequest):
-    """The picture to redraw. With a mask, only the transparent part of the mask is redrawn."""
+    """The picture to redraw. With a mask, only the part under its transparent pixels is filled in."""
 
     image: Annotated[Base64, Field(description="A PNG, JPEG, WebP or single-frame GIF file.")]
     mask: Base64 | None = Field(
         default=None,
-        description="A picture of the same size as `image`, with transparency. Pixels with alpha 0 are redrawn, all "
-        "others are kept.",
+        description="A picture of the same size as `image`, with transparency. Pixels with alpha 0 are filled in. All "
+        "other pixels are kept.",
         json_schema_extra=may_be_absent,
     )
     quality: Quality = Field(
         default="auto",
         description="low, medium: 10 steps of dpmpp. Every other value: the defaults of /edit. With a mask, the "
-        "defaults of /inpaint are used.",
+        "quality has no effect: the defaults of /inpaint are used.",
     )
     input_fidelity: Ignored = None
     markup: Unsupported = Field(default=None, json_schema_extra={"contentEncoding": "base64"})
 
 
 class InputTokensDetails(BaseModel):
-    """Always 0."""
+    """The counts of tokens by kind. They are always 0."""
 
     image_tokens: int = 0
     text_tokens: int = 0
@@ -151,7 +152,7 @@ class Usage(BaseModel):
 
 
 class ImageFacts(BaseModel):
-    """How the images were drawn."""
+    """How the images were generated."""
 
     background: Literal["opaque"] = "opaque"
     output_format: Literal["png"] = "png"
@@ -177,7 +178,7 @@ class CreatedImages(ImageFacts):
 
 
 class PartialImage(ImageFacts):
-    """The image that the model predicts during the generation. `index` and `seed` are not in OpenAI's API."""
+    """The image that the model predicts at a step. `index` and `seed` are not in OpenAI's API."""
 
     type: Literal["image_generation.partial_image", "image_edit.partial_image"]
     b64_json: str
@@ -199,7 +200,7 @@ class CompletedImage(ImageFacts):
 
 
 class OpenAIErrorDetails(BaseModel):
-    """What is wrong."""
+    """The details of an error."""
 
     message: str
     type: str

@@ -86,7 +86,7 @@ async def server() -> JSONResponse:
     responses={503: {"model": ServerLiveness}},
 )
 async def live(request: Request, service: ServiceDependency) -> JSONResponse:
-    """Gives the same answer as /livez. Needs no API key and does not count against the rate limit."""
+    """Has the same status as /livez. Needs no API key and does not count against the rate limit."""
     return probe_response(request, service.engine, {"live": service.engine.alive}, service.engine.alive)
 
 
@@ -97,7 +97,7 @@ async def live(request: Request, service: ServiceDependency) -> JSONResponse:
     responses={503: {"model": ServerReadiness}},
 )
 async def ready(request: Request, service: ServiceDependency) -> JSONResponse:
-    """Gives the same answer as /readyz. Needs no API key and does not count against the rate limit."""
+    """Has the same status as /readyz. Needs no API key and does not count against the rate limit."""
     is_ready = service.engine.apparent_state is EngineState.OK
     return probe_response(request, service.engine, {"ready": is_ready}, is_ready)
 
@@ -128,7 +128,10 @@ async def model(service: ServiceDependency, name: str) -> JSONResponse:
     responses={404: _ERRORS[404], 503: {"model": ModelReadiness}},
 )
 async def model_ready(request: Request, service: ServiceDependency, name: str) -> JSONResponse:
-    """Returns 200 if the model accepts requests. Needs no API key and does not count against the rate limit."""
+    """Returns 200 if the model accepts requests, otherwise 503.
+
+    Needs no API key and does not count against the rate limit.
+    """
     _check_name(service, name)
     is_ready = service.engine.apparent_state is EngineState.OK
     return probe_response(request, service.engine, {"name": name, "ready": is_ready}, is_ready)
@@ -141,7 +144,7 @@ async def model_ready(request: Request, service: ServiceDependency, name: str) -
     responses={
         200: {
             "model": InferenceResponse,
-            "description": "the requested outputs; octets if at least one of them is binary",
+            "description": "the requested outputs, as application/octet-stream if at least one of them is binary",
             "content": {OCTETS: BINARY},
         },
         **_ERRORS,
@@ -162,8 +165,8 @@ async def infer(
 ) -> Response:
     """Generates one image for each element of the input `digit`.
 
-    Element i is the first image of /generate with the same digit, seed and options. All images are one request: they
-    are admitted, cancelled and answered together.
+    Image i equals the first image of /generate with digit i, seed i and the same options. All images of a request are
+    admitted, cancelled and answered together.
     """
     _check_encoding(request)
     info, settings = _info(service, name), service.settings

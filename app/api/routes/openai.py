@@ -51,7 +51,7 @@ async def generations(
 
 @router.post(EDITS_PATH, operation_id="edit_images", response_class=JSONResponse, **EDITS)
 async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey = NO_KEY) -> Response:
-    """Redraws a picture, or fills in the transparent part of its mask, as in the OpenAI Images API."""
+    """Redraws a picture, or fills in the part under the transparent pixels of a mask, as in the OpenAI Images API."""
     masked = picture_tasks.MaskedPicture("transparent", GENERATIONS_PATH)
 
     def convert(body: ImageEditRequest, field: str, picture: Picture) -> DigitImage | None:
@@ -87,7 +87,7 @@ async def _respond(
         def events_of(job: Job) -> OpenAIEvents:
             return OpenAIEvents(kind, facts, plan.scale, body.partial_images, partial(service.provenance, task, job))
 
-        # Previews are evenly spread and the last one is the image itself, which is not sent twice.
+        # Previews are evenly spread. The last one is the image itself, which is not sent as a partial image.
         stream = StreamOptions(body.partial_images + 1 if body.partial_images else 0)
         return event_stream(request, service, task, stream, events_of)
 

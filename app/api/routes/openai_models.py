@@ -19,8 +19,8 @@ NO_STORE = {"Cache-Control": "no-store"}
 
 @router.get(MODELS_PATH, operation_id="list_models", response_model=OpenAIModels, responses=MODELS_RESPONSES)
 async def models(service: ServiceDependency) -> JSONResponse:
-    """Returns the served models in the format of OpenAI. GET /models has what each of them permits."""
-    service.info(DEFAULT_MODEL)  # raises the error while no model is loaded
+    """Returns the served models in the format of OpenAI. GET /models describes what each model permits."""
+    service.info(DEFAULT_MODEL)  # raises Starting or EngineFailed if no model is loaded
     answer = OpenAIModels(data=[_describe(service, name) for name in service.engine.models])
     return JSONResponse(answer.model_dump(), headers=NO_STORE)
 

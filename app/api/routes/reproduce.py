@@ -1,4 +1,4 @@
-"""POST /reproduce: draws a picture of this service again, and says whether it is identical."""
+"""POST /reproduce: generates a picture of this service again, and says whether it is identical."""
 
 from functools import partial
 
@@ -17,11 +17,11 @@ router = APIRouter()
 
 @router.post(**picture_route("/reproduce", "reproduce", ReproduceRequest, ReproduceResponse, PNG_FORMAT))
 async def reproduce(request: Request, service: ServiceDependency) -> Response:
-    """Draws a picture of /generate again from its text chunks, and says whether it is identical.
+    """Generates a picture of /generate again from its text chunks, and says whether the pixels are identical.
 
-    If Accept selects image/png, the response is the picture drawn again. The header X-Identical is true or false. A
-    picture that cannot be drawn again gets 422 invalid_image: its text chunks are missing or malformed, its checkpoint
-    is not served, or it was made from another picture.
+    If Accept selects image/png, the response is the newly generated picture. The header X-Identical is true or false.
+    A picture gets 422 invalid_image if its text chunks are missing or malformed, if its checkpoint is not served, or if
+    it was made from another picture.
     """
     media_type = negotiate(request, (JSON, PNG))
 

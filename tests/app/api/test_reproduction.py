@@ -67,7 +67,7 @@ def test_untouched_picture_is_identical(model: str, count: int, scale: int) -> N
     assert original.facts == IDENTICAL
 
 
-def test_task_draws_the_image_with_the_noise_of_its_index() -> None:
+def test_task_generates_the_image_with_the_noise_of_its_index() -> None:
     task = read(encode_image(picture(), 4, PROVENANCE.text(5))).task(7.5)
     assert (task.count, task.scale, task.timeout, task.num_steps) == (1, 4, 7.5, 20)
     assert task.images == (ImageKey(7, 42, 5),)
@@ -76,7 +76,7 @@ def test_task_draws_the_image_with_the_noise_of_its_index() -> None:
     assert (options.guidance_scale, options.model) == (1.5, "default")
 
 
-def test_task_of_a_sheet_draws_every_image() -> None:
+def test_task_of_a_sheet_generates_every_image() -> None:
     task = read(encode_sheet(pictures(9), PROVENANCE, 1)).task(None)
     assert (task.count, task.images, task.timeout) == (9, (), None)
 
@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "alpha": (as_png(L.convert("LA")), "8 bits of grey"),
     "one bit": (as_png(L.convert("1")), "8 bits of grey"),
     "sixteen bits": (as_png(L.convert("I;16")), "8 bits of grey"),
-    "transparent colour": (as_png(L, transparency=0), "without transparency"),
+    "transparent colour": (as_png(L, transparency=0), "and no transparency"),
     "turned": (as_png(L, exif=exif(6)), "8 bits of grey"),
     "too many steps": (having(Steps="101"), "Steps is not permitted. Input should be less than or equal to 100"),
     "unsupported steps": (having(Model_SHA256=FAST.sha256), "Steps is not permitted. Input should be 4 for"),
@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "message"), REFUSED.values(), ids=REFUSED)
-def test_picture_that_cannot_be_drawn_again_is_refused(data: bytes, message: str) -> None:
+def test_picture_that_cannot_be_generated_again_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(PictureError, match=message):
         read(data)
 

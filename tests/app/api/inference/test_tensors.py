@@ -88,7 +88,7 @@ INVALID: dict[str, tuple[Any, str]] = {  # name -> (request, part of the message
     "unsigned_shape": ({"inputs": [{**DIGIT, "shape": [2**64]}]}, "shape.0: Input should be less than or equal to"),
     "shape_is_true": ({"inputs": [{**tensor("digit", [1]), "shape": [True]}]}, "inputs.0.shape.0"),
     "above_the_limit": (body_of([1] * 65), "inputs.0.shape.0: Input should be less than or equal to 64"),
-    "seeds_of_another_shape": (body_of([1, 2], [1]), "body.inputs: 'digit' and 'seed' should have the same shape"),
+    "seeds_of_another_shape": (body_of([1, 2], [1]), "body.inputs: 'digit' and 'seed' must have the same shape"),
     "no_data": ({"inputs": [{"name": "digit", "datatype": "INT64", "shape": [1]}]}, "either data or the parameter"),
     "null_data": ({"inputs": [{**DIGIT, "data": None}]}, "inputs.0.data"),
     "nested_data": (body_of([[1], [2]]), "inputs.0.data.0: Input should be a valid integer"),

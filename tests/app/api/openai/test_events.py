@@ -159,7 +159,7 @@ def test_number_of_partial_images_is_limited() -> None:
     assert events.progress(progress(60, True)) == ""
 
 
-def test_preview_of_the_last_step_is_no_partial_image() -> None:
+def test_preview_of_the_last_step_is_not_a_partial_image() -> None:
     assert new_format().progress(progress(100, True)) == ""
 
 

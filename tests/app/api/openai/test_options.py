@@ -82,7 +82,7 @@ def test_edit_with_a_model_without_picture_tasks_is_refused() -> None:
     assert_refused("model", "The model 'default' does not support edits", edit, colour)
 
 
-def test_digit_that_the_model_cannot_draw_is_refused() -> None:
+def test_digit_that_the_model_cannot_generate_is_refused() -> None:
     models: Models = {"default": replace(INFO, num_classes=5)}
     assert_refused("prompt", "only the digits 0 to 4", generation, models)
 
@@ -133,7 +133,7 @@ def test_another_size_is_refused_with_the_nearest_permitted_sizes(size: str, nea
     "size",
     ["", "280", "280X280", "280x280 ", "0x0", "-28x28", "28.0x28.0", "028x028", "\u0662x\u0662", "9" * 5000 + "x1"],
 )
-def test_text_that_is_no_size_is_refused_with_the_permitted_sizes(size: str) -> None:
+def test_text_that_is_not_a_size_is_refused_with_the_permitted_sizes(size: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         scale_of(size, 28)
     expected = "Input should be 'auto' or a size from 28x28 to 448x448 in steps of 28 pixels"

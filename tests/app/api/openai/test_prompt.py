@@ -98,7 +98,7 @@ def test_every_other_prompt_is_refused(parts: list[str]) -> None:
 
 @PROFILE
 @given(st.text(max_size=30))
-def test_any_text_has_the_same_meaning_as_in_the_rules(prompt: str) -> None:
+def test_every_prompt_is_read_according_to_the_rules(prompt: str) -> None:
     assert understood(prompt) == expected(prompt)
 
 
@@ -144,7 +144,7 @@ def test_prompt_with_one_digit_gives_this_digit(prompt: str, digit: int) -> None
         (" ".join(map(str, range(10, 99))), "not a single digit: 10, 11, 12, 13, 14, ..."),
     ],
 )
-def test_prompt_with_no_or_several_digits_is_refused_with_the_numbers_it_has(prompt: str, reason: str) -> None:
+def test_prompt_with_no_or_several_digits_is_refused_with_its_numbers(prompt: str, reason: str) -> None:
     with pytest.raises(ValueError, match="Write exactly one digit") as refused:
         digit_of(prompt)
     assert reason in str(refused.value)

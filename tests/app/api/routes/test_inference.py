@@ -148,7 +148,7 @@ def test_binary_inputs_and_outputs_equal_those_in_json() -> None:
     run(check, FakeRunner())
 
 
-def test_color_images_have_three_channels() -> None:
+def test_colour_images_have_three_channels() -> None:
     class ColorRunner(FakeRunner):
         def pixels(self, trajectories: Rows) -> list[Any]:
             return [each.reshape(2, 2, 1).repeat(3, axis=2) for each in super().pixels(trajectories)]

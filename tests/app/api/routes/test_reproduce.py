@@ -84,7 +84,7 @@ def altered(png: bytes, pixel: tuple[int, int] | None = None, **chunks: str) -> 
     ],
     ids=str,
 )
-def test_picture_drawn_again_has_the_same_bytes(body: dict[str, Any]) -> None:
+def test_picture_generated_again_has_the_same_bytes(body: dict[str, Any]) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         png = await generate(client, **body)
         again = await reproduce(client, png, PNG)
@@ -95,7 +95,7 @@ def test_picture_drawn_again_has_the_same_bytes(body: dict[str, Any]) -> None:
     check_with(check)
 
 
-def test_each_image_of_an_archive_is_drawn_again_with_its_index() -> None:
+def test_each_image_of_an_archive_is_generated_again_with_its_index() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.post("/generate", json={**BODY, "count": 5}, headers={"accept": "application/zip"})
         with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
@@ -167,7 +167,7 @@ def test_other_release_is_the_reason_only_if_the_pixels_differ() -> None:
         png = altered(await generate(client), Software=f"{SOFTWARE}.1")
         same = await reproduce(client, png, PNG)
         assert same.headers["x-identical"] == "true"
-        assert same.content == await generate(client)  # The picture drawn again names this release.
+        assert same.content == await generate(client)  # The newly generated picture names this release.
         assert (await reproduce(client, png)).json()["reason"] is None
         other = (await reproduce(client, altered(png, pixel=(0, 0)))).json()
         assert (other["identical"], other["reason"]) == (False, "other_release")
@@ -184,7 +184,7 @@ def test_other_formats_are_refused(accept: str) -> None:
     check_with(check)
 
 
-def test_picture_that_cannot_be_drawn_again_is_an_invalid_image() -> None:
+def test_picture_that_cannot_be_generated_again_is_an_invalid_image() -> None:
     async def check(client: httpx.AsyncClient) -> None:
         png = await generate(client)
         refused = [
