@@ -1,7 +1,7 @@
-// A JavaScript client: generates digits, shows the progress, recognises a digit, and retries when the service is busy.
+// A JavaScript client: generates digits, shows the progress, recognises a digit, and retries failed requests.
 //
 // It has no dependencies. In a browser, import `service`, `post` and `events`, and set `service.url`. The service must
-// permit the origin of the page with UNFOG_CORS_ORIGINS. In Node.js 18 or newer:
+// permit the origin of the page with UNFOG_CORS_ORIGINS. It also runs in Node.js 18 or newer.
 //
 // Run: node examples/client.mjs [FOLDER]
 
@@ -10,7 +10,7 @@ export const service = { url: env.UNFOG_URL ?? "http://127.0.0.1:8000", key: env
 const MAX_ATTEMPTS = 5;
 const MAX_WAIT = 60; // seconds
 
-// Sends a request, again after a lost connection, and again after 429 or 503 as soon as Retry-After permits it. All
+// Sends a request. Retries it after a lost connection, and after 429 or 503 when the time in Retry-After is over. All
 // attempts have the same Idempotency-Key, so they get the same images. `body` is an object for JSON, or FormData.
 export async function post(path, accept, body) {
   const headers = { Accept: accept, "Idempotency-Key": `${Date.now()}-${Math.random()}` };

@@ -1,4 +1,4 @@
-"""A Python client: generates digits, shows the progress, recognises a digit, and retries when the service is busy.
+"""A Python client: generates digits, shows the progress, recognises a digit, and retries failed requests.
 
 Install: pip install httpx
 Run:     python examples/client.py [FOLDER]
@@ -22,7 +22,7 @@ MAX_ATTEMPTS, MAX_WAIT = 5, 60  # MAX_WAIT is in seconds
 
 
 def post(client: httpx.Client, path: str, accept: str, **content: Any) -> httpx.Response:
-    """Sends a request, again after a lost connection, and again after 429 or 503 as soon as Retry-After permits it.
+    """Sends a request. Retries it after a lost connection, and after 429 or 503 when the time in Retry-After is over.
 
     All attempts have the same Idempotency-Key, so they get the same images. Raises RuntimeError for other errors.
     """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The API with curl 7.76 or newer: a PNG file, a ZIP archive, an event stream, recognition, and retries.
+# Uses the API with curl 7.76 or newer: a PNG file, a ZIP archive, an event stream, recognition, and retries.
 #
 # Run: examples/curl.sh [FOLDER]
 set -euo pipefail
@@ -12,9 +12,9 @@ if [[ -n ${UNFOG_API_KEY:-} ]]; then
 fi
 json='Content-Type: application/json'
 
-# post FILE PATH OPTION...: writes the response to a file. After 408, 429, 500, 502, 503 and 504, curl tries again. It
-# waits as long as the header Retry-After says, but at most 120 s in total. The Idempotency-Key is the same in all
-# attempts, so they get the same images.
+# post FILE PATH OPTION...: sends a POST request and writes the response to a file. curl retries it after 408, 429, 500,
+# 502, 503 and 504. It waits for the time in the header Retry-After, but at most 120 s in total. All attempts have the
+# same Idempotency-Key, so they get the same images.
 post() {
   local status
   status=$(curl "${options[@]}" --retry 4 --retry-max-time 120 --header "Idempotency-Key: $(date +%s)-$RANDOM$RANDOM" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A load test with oha (https://github.com/hatoo/oha) or hey (apt install hey).
+# Runs a load test with oha (https://github.com/hatoo/oha) or hey (apt install hey).
 #
 # Run: examples/load.sh [REQUESTS [CLIENTS]]
 set -euo pipefail

@@ -7,7 +7,7 @@ import { readFile, writeFile } from "node:fs/promises";
 import OpenAI, { toFile } from "openai";
 
 const url = process.env.UNFOG_URL ?? "http://127.0.0.1:8000";
-const apiKey = process.env.UNFOG_API_KEY ?? "none"; // the client requires a key, also if the service does not
+const apiKey = process.env.UNFOG_API_KEY ?? "none"; // The client requires a key, even if the service does not.
 const folder = process.argv[2] ?? ".";
 const client = new OpenAI({ baseURL: `${url}/v1`, apiKey });
 
@@ -19,13 +19,13 @@ async function write(name, base64) {
 const models = await client.models.list();
 console.log("models:", models.data.map((model) => model.id).join(", "));
 
-// `seed` is a field of unfog. The client sends fields that it does not know.
+// `seed` is not a field of OpenAI's API. The client sends such fields unchanged.
 const size = "28x28";
 const quality = "medium"; // 10 steps
 const images = await client.images.generate({ prompt: "a handwritten seven", n: 2, size, quality, seed: 42 });
 for (const [index, image] of images.data.entries()) await write(`generated-${index}.png`, image.b64_json);
 
-// The mask has the size of the image. Its lower half is transparent, so the edit draws this half again.
+// The mask has the size of the image. Its lower half is transparent, so the edit fills in this half.
 const mask = Buffer.from("iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAYAAAByDd+UAAAAJElEQVR42u3NMQEAIAAEodP+nbXFT1CAU72GbmNCoVAoBICFD1YlARvz1bEJAAAAAElFTkSuQmCC", "base64");
 const edited = await client.images.edit({
   image: await toFile(await readFile(`${folder}/generated-0.png`), "image.png", { type: "image/png" }),

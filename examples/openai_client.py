@@ -14,11 +14,11 @@ import openai
 from PIL import Image
 
 URL = os.environ.get("UNFOG_URL", "http://127.0.0.1:8000")
-KEY = os.environ.get("UNFOG_API_KEY", "none")  # the client requires a key, also if the service does not
+KEY = os.environ.get("UNFOG_API_KEY", "none")  # The client requires a key, even if the service does not.
 
 
 def half_mask(size: tuple[int, int]) -> bytes:
-    """Returns a mask as a PNG file. Its lower half is transparent, so an edit draws this half again."""
+    """Returns a mask as a PNG file. Its lower half is transparent, so an edit fills in this half."""
     mask = Image.new("RGBA", size, "black")
     mask.paste((0, 0, 0, 0), (0, size[1] // 2, *size))
     buffer = io.BytesIO()
@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     client = openai.OpenAI(base_url=f"{URL}/v1", api_key=KEY)
     print("models:", ", ".join(model.id for model in client.models.list()))
 
-    # `seed` is a field of unfog. The client sends fields that it does not know from `extra_body`.
+    # `seed` is not a field of OpenAI's API. The client adds the fields of `extra_body` to the request.
     images = client.images.generate(
         prompt="a handwritten seven", n=2, size="280x280", quality="medium", extra_body={"seed": 42}
     )
