@@ -12,18 +12,21 @@ if [[ -n ${UNFOG_API_KEY:-} ]]; then
 fi
 json='Content-Type: application/json'
 
-# post FILE PATH OPTION...: sends a POST request and writes the response to a file. curl retries it after 408, 429, 500,
-# 502, 503 and 504. It waits for the time in the header Retry-After, but at most 120 s in total. All attempts have the
-# same Idempotency-Key, so they get the same images.
+# post FILE PATH OPTION...: sends a POST request and writes the response to a file. curl retries it after a refused
+# connection, and after 408, 429, 500, 502, 503 and 504. It waits for the time in the header Retry-After, but at most
+# 120 s in total. All attempts have the same Idempotency-Key, so they get the same images.
 post() {
   local status
-  status=$(curl "${options[@]}" --retry 4 --retry-max-time 120 --header "Idempotency-Key: $(date +%s)-$RANDOM$RANDOM" \
-    --output "$1" --write-out '%{http_code}' "$url$2" "${@:3}")
+  status=$(curl "${options[@]}" --retry 4 --retry-connrefused --retry-max-time 120 \
+    --header "Idempotency-Key: $(date +%s)-$RANDOM$RANDOM" \
+    --output "$1.part" --write-out '%{http_code}' "$url$2" "${@:3}")
   # curl 8.14 returns 0 if it gives up because Retry-After is too long, even with --fail. So the status is checked here.
   if [[ $status != 200 ]]; then
-    printf 'status %s: %s\n' "$status" "$(cat "$1")" >&2
+    printf 'status %s: %s\n' "$status" "$(cat "$1.part")" >&2
+    rm -- "$1.part"
     exit 1
   fi
+  mv -- "$1.part" "$1" # An error does not replace an earlier file.
   echo "wrote $1"
 }
 
@@ -31,7 +34,7 @@ post seven.png /generate --header "$json" --header 'Accept: image/png' \
   --data '{"digit": 7, "sampler": "dpmpp", "num_steps": 10, "scale": 4}'
 
 post zeros.zip /generate --header "$json" --header 'Accept: application/zip' \
-  --data '{"digit": 0, "count": 3, "seed": 1, "sampler": "dpmpp", "num_steps": 10}'
+  --data '{"digit": 0, "count": 3, "seed": 2, "sampler": "dpmpp", "num_steps": 10}'
 
 # An event stream, without retries. An event has a line "event: <name>" and a line "data: <JSON object>".
 curl "${options[@]}" --no-buffer --fail-with-body "$url/generate?previews=5" \
@@ -45,8 +48,8 @@ curl "${options[@]}" --no-buffer --fail-with-body "$url/generate?previews=5" \
     elif [[ ${event:-} == image && $value =~ \"png\":\ \"([^\"]+) ]]; then
       base64 --decode <<<"${BASH_REMATCH[1]}" >stream.png
       echo 'wrote stream.png'
-    elif [[ ${event:-} == error ]]; then
-      echo "$value" >&2
+    elif [[ ${event:-} == error || $field == '{'* ]]; then # an error after or before the first event
+      echo "$field $value" >&2
       exit 1
     fi
   done

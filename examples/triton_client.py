@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
             print(f"{kind}: {each['name']} {each['datatype']} {each['shape']}")
 
     # A request is a batch: each image has its own digit and its own seed.
-    digits, seeds = [7, 7, 3], [1, 2, 3]
+    digits, seeds = [7, 7, 3], [2, 3, 4]
     result = client.infer(
         MODEL,
         [tensor("digit", digits), tensor("seed", seeds)],

@@ -101,7 +101,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         duplicate = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-        raise InvalidRequest([{"loc": ["body", _printable(duplicate)], "msg": "Field occurs more than once"}])
+        raise InvalidRequest(
+            [{"loc": ["body", _printable(duplicate)], "msg": "Field occurs more than once. Send it once"}]
+        )
     return fields
 
 

@@ -277,7 +277,7 @@ def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel], *, len
         if kind.is_list:
             document.setdefault(name, []).append(value)
         elif name in document:
-            raise InvalidRequest.of(name[:200], "Field occurs more than once")
+            raise InvalidRequest.of(name[:200], "Field occurs more than once. Send it once")
         else:
             document[name] = value
     return document

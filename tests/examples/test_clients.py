@@ -110,7 +110,7 @@ def test_client_shows_the_progress_of_a_stream_and_writes_all_images(ran: Run) -
     if ran.name == "curl.sh":
         check_image(ran.folder / "stream.png", 5, side=112)
         with zipfile.ZipFile(ran.folder / "zeros.zip") as archive:
-            assert archive.namelist() == [f"digit-0-seed-1-{index}.png" for index in range(3)]
+            assert archive.namelist() == [f"digit-0-seed-2-{index}.png" for index in range(3)]
     else:
         texts = [check_image(ran.folder / f"stream-{index}.png", 7, side=112) for index in range(2)]
         assert [text["Index"] for text in texts] == ["0", "1"]
@@ -217,7 +217,7 @@ def test_openai_client_in_javascript_generates_edits_streams_and_shows_an_error(
 def test_triton_client_generates_an_image_for_each_digit_and_seed(service: Service, tmp_path: Path) -> None:
     lines = run_in(tmp_path / "out", "triton_client.py", service.url)
     assert {"inputs: digit INT64 [-1]", "outputs: image UINT8 [-1, 28, 28, 1]"} <= {*lines}
-    for digit, seed in ((7, 1), (7, 2), (3, 3)):
+    for digit, seed in ((7, 2), (7, 3), (3, 4)):
         body = {"digit": digit, "seed": seed, "sampler": "dpmpp", "num_steps": 10}
         generated = service.post(body, "image/png", authorization=f"Bearer {KEY}")
         drawn, _, _ = open_png((tmp_path / "out" / f"digit-{digit}-seed-{seed}.png").read_bytes())

@@ -24,6 +24,12 @@ def test_client_does_not_retry_an_invalid_request_and_shows_the_error(name: str,
     assert failing.paths == ["/generate"]
 
 
+def test_error_does_not_replace_a_file_of_an_earlier_run_of_curl(tmp_path: Path) -> None:
+    (tmp_path / "seven.png").write_bytes(b"earlier")
+    run_against(Failing(failures=[422], forever=True), "curl.sh", tmp_path)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("seven.png", b"earlier")]
+
+
 @pytest.mark.parametrize("name", CLIENTS)
 @pytest.mark.parametrize("status", [429, 503])
 def test_client_gives_up_if_it_would_have_to_wait_too_long(name: str, status: int, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_lone_surrogates_are_rejected() -> None:
 
 @pytest.mark.parametrize("body", ['{"digit": 7, "digit": 7}', '{"digit": 7, "seed": 1, "digit": 8}'])
 def test_duplicate_field_is_rejected(body: str) -> None:
-    assert errors_of(body) == [{"loc": ["body", "digit"], "msg": "Field occurs more than once"}]
+    assert errors_of(body) == [{"loc": ["body", "digit"], "msg": "Field occurs more than once. Send it once"}]
 
 
 def test_error_lists_every_invalid_field() -> None:
