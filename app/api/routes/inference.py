@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from app import VERSION, errors
 from app.api.generation import Service, ServiceDependency, encoded
-from app.api.idempotency import NO_KEY, IdempotencyKey, seed_of
+from app.api.idempotency import IdempotencyKey, seed_of
 from app.api.inference.schemas import (
     InferenceError,
     InferenceResponse,
@@ -38,7 +38,7 @@ from app.api.inference.tensors import (
 )
 from app.api.options import options_of
 from app.api.probes import probe_response
-from app.api.requests import read_body
+from app.api.requests import check_single, read_body
 from app.api.responses import BINARY, ERRORS, JSON, OCTETS
 from app.api.schemas import MAX_SEED, SamplingRequest
 from app.api.task import Task
@@ -157,8 +157,8 @@ async def infer(
     request: Request,
     service: ServiceDependency,
     name: str,
+    idempotency_key: IdempotencyKey,
     length: LengthHeader = NO_LENGTH,
-    idempotency_key: IdempotencyKey = NO_KEY,
 ) -> Response:
     """Generates one image for each element of the input `digit`.
 
@@ -166,6 +166,7 @@ async def infer(
     are admitted, cancelled and answered together.
     """
     _check_encoding(request)
+    check_single(request, LENGTH_HEADER)
     info, settings = _info(service, name), service.settings
     body = await read_body(request, settings.max_body_bytes, settings.read_timeout)
     inputs = read_inputs(body, length, settings.largest_request)

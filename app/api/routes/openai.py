@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from app.api import picture_tasks
 from app.api.generation import Service, ServiceDependency, event_stream, finished_response
-from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
+from app.api.idempotency import IdempotencyKey, with_seed
 from app.api.openai.document import EDITS, EDITS_PATH, GENERATIONS, GENERATIONS_PATH
 from app.api.openai.events import OpenAIEvents
 from app.api.openai.options import Plan, plan_edit, plan_generation
@@ -35,9 +35,7 @@ router = APIRouter()
 
 
 @router.post(GENERATIONS_PATH, operation_id="create_images", response_class=JSONResponse, **GENERATIONS)
-async def generations(
-    request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey = NO_KEY
-) -> Response:
+async def generations(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
     """Generates images of the digit that the prompt names, as in the OpenAI Images API."""
     settings = service.settings
     content = await read_body(request, settings.max_body_bytes, settings.read_timeout)
@@ -50,7 +48,7 @@ async def generations(
 
 
 @router.post(EDITS_PATH, operation_id="edit_images", response_class=JSONResponse, **EDITS)
-async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey = NO_KEY) -> Response:
+async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
     """Redraws a picture, or fills in the transparent part of its mask, as in the OpenAI Images API."""
     masked = picture_tasks.MaskedPicture("transparent", GENERATIONS_PATH)
 

@@ -216,6 +216,15 @@ def test_invalid_length_header_is_400(length: bytes) -> None:
     run(check, FakeRunner())
 
 
+def test_repeated_length_header_is_400() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        content = json.dumps(body_of([1])).encode()
+        headers = [(LENGTH, str(len(content))), (LENGTH, "2")]  # A proxy could use the other value.
+        assert_error(await client.post(INFER, content=content, headers=headers), 400, "more than once")
+
+    run(check, FakeRunner())
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 5000, b'{"inputs": ' + b"[" * 5000, b"7" * 5000])
 def test_malformed_json_is_400(content: bytes) -> None:
     async def check(client: httpx.AsyncClient) -> None:
