@@ -4,7 +4,8 @@ https://github.com/kserve/open-inference-protocol
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import numpy as np
@@ -173,7 +174,6 @@ async def infer(
     check_elements(inputs, "digit", info.num_classes - 1)
     check_elements(inputs, "seed", MAX_SEED)
     seeds = inputs.elements.get("seed") or _seeds(len(inputs.elements["digit"]), idempotency_key)
-    task = _task(inputs, seeds, info)
 
     def encode(job: Job, images: list[Pixels]) -> tuple[bytes, int | None]:
         pixels = np.stack(images)  # (N, H, W) or (N, H, W, 3)
@@ -183,13 +183,25 @@ async def infer(
         }
         return write_outputs(info.name, inputs.request, arrays)
 
-    (content, json_length), server_timing = await encoded(request, service, task, encode)
+    with _errors_in_parameters():
+        task = _task(inputs, seeds, info)
+        (content, json_length), server_timing = await encoded(request, service, task, encode)
     headers = {"Server-Timing": server_timing}
     if len(set(seeds)) == 1:
         headers["X-Seed"] = str(seeds[0])
     if json_length is not None:
         headers[LENGTH_HEADER] = str(json_length)
     return Response(content, media_type=JSON if json_length is None else OCTETS, headers=headers)
+
+
+@contextmanager
+def _errors_in_parameters() -> Iterator[None]:
+    """Corrects the location of invalid fields: in other routes, the fields of `parameters` are in the body itself."""
+    try:
+        yield
+    except errors.InvalidRequest as error:
+        found = [{**each, "loc": ["body", "parameters", *each["loc"][1:]]} for each in error.errors]
+        raise errors.InvalidRequest(found) from None
 
 
 def _task(inputs: Inputs, seeds: Sequence[int], info: ModelInfo) -> Task:
