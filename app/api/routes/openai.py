@@ -52,16 +52,21 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
     """Redraws a picture, or fills in the transparent part of its mask, as in the OpenAI Images API."""
     masked = picture_tasks.MaskedPicture("transparent", GENERATIONS_PATH)
 
+    def plan_of(body: ImageEditRequest) -> Plan:
+        return plan_edit(body, _models(service), service.settings.largest_request, picture_tasks.has_picture_tasks)
+
     def convert(body: ImageEditRequest, field: str, picture: Picture) -> DigitImage | None:
         if body.mask is None:
             return picture_tasks.fit_digit(EditRequest(image=""), field, picture)
         return masked.fit(InpaintRequest(image="", mask=""), field, picture)
 
     decoders = {"mask": decode_transparency, "image": decode}
-    body, pictures = await service.pictures.read(request, ImageEditRequest, decoders, convert, lenient=True)
+    body, pictures = await service.pictures.read(
+        request, ImageEditRequest, decoders, convert, check=plan_of, lenient=True
+    )
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
-    plan = plan_edit(body, _models(service), service.settings.largest_request, picture_tasks.has_picture_tasks)
+    plan = plan_of(body)
     fields = {"digit": body.digit, "count": body.n, "scale": plan.scale, "model": plan.info.name, **plan.fields}
     if body.mask is None:
         edited = with_seed(EditRequest(image="", **fields), idempotency_key)
