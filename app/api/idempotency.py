@@ -9,7 +9,8 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Header, Request
 
 from app.api.requests import check_single
-from app.api.schemas import MAX_SEED, SamplingRequest
+from app.api.schemas import SamplingRequest
+from model.png import MAX_SEED
 
 HEADER = "Idempotency-Key"
 SEED_BITS = MAX_SEED.bit_length()

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.files import write_atomically
-from model.png import SOFTWARE, Provenance, ProvenanceError, encode_png
+from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_png
 from model.sampler import SAMPLERS
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import arrange, sheet_shape, to_image
 from scripts.common.progress import Reporter
-
-MAX_SCALE = 16
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,12 @@ from app.api.options import options_of
 from app.api.probes import probe_response
 from app.api.requests import check_single, read_body
 from app.api.responses import BINARY, ERRORS, JSON, OCTETS
-from app.api.schemas import MAX_SEED, SamplingRequest
+from app.api.schemas import SamplingRequest
 from app.api.task import Task
 from app.engine.engine import EngineState
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Job, Pixels
+from model.png import MAX_SEED
 
 open_router, router = APIRouter(), APIRouter()  # open_router: the routes that need no API key
 
