@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.pixels import from_pixels
+from model.png import MAX_SCALE
 
 Fit = Literal["auto", "resize", "digit"]
 Invert = bool | Literal["auto"]
 
 SIZE = 28  # pixels per side of an MNIST image
-MAX_ENLARGEMENT = 16  # the largest factor by which images of this project are enlarged
 BOX = 20 / 28  # longest side of the drawing, as a share of the image
 COARSE = 256  # the drawing is found in a picture that is reduced to at most this number of pixels per side
 FINE = 8  # subpixels per pixel while the stroke width is changed
@@ -94,7 +94,7 @@ def enlargement_of(picture: Any, size: int = SIZE) -> int:
     """
     grey = torch.as_tensor(picture)
     factor = grey.shape[0] // size
-    if not 2 <= factor <= MAX_ENLARGEMENT or tuple(grey.shape) != (factor * size, factor * size):
+    if not 2 <= factor <= MAX_SCALE or tuple(grey.shape) != (factor * size, factor * size):
         return 1
     image = grey[::factor, ::factor]
     enlarged = image.repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)

@@ -15,8 +15,9 @@ from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
 LEVEL = 6  # zlib compression level
 SOFTWARE = f"unfog {version('unfog')}"
 TASK = "Task"  # the text chunk of pictures of tasks other than generation
-MAX_SEED = 2**53 - 1
+MAX_SEED = 2**53 - 1  # the largest integer that a JSON parser with double precision reads exactly
 MAX_INDEX = 999_999
+MAX_SCALE = 16  # the largest factor by which images of this project are enlarged
 MAX_STEPS = 9999
 
 # The length of each number is limited, because the conversion of long numbers is slow.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.files import write_atomically
-from model.png import Provenance, encode_png
+from model.png import MAX_SCALE, Provenance, encode_png
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, given_options, integer
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError, reports_errors
@@ -133,7 +133,7 @@ def build_parser() -> Parser:
         help="a .png file for one sheet of all images, or a folder for one PNG per image; required without --like",
     )
     parser.add_argument(
-        "--scale", type=integer(1, 16), help="integer factor that enlarges the images, 1 to 16; default: 1"
+        "--scale", type=integer(1, MAX_SCALE), help="integer factor that enlarges the images, 1 to 16; default: 1"
     )
     parser.add_argument(
         "--like",

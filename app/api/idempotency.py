@@ -6,16 +6,19 @@ A retry with the same key therefore gets the same images, although the service s
 from hashlib import sha256
 from typing import Annotated, TypeVar
 
-from fastapi import Header
+from fastapi import Depends, Header, Request
 
-from app.api.schemas import MAX_SEED, SamplingRequest
+from app.api.requests import check_single
+from app.api.schemas import SamplingRequest
+from model.png import MAX_SEED
 
+HEADER = "Idempotency-Key"
 SEED_BITS = MAX_SEED.bit_length()
 
-IdempotencyKey = Annotated[
+_Header = Annotated[
     str,
     Header(
-        alias="Idempotency-Key",
+        alias=HEADER,
         min_length=1,
         max_length=255,
         pattern="^[ -~]+$",
@@ -23,9 +26,19 @@ IdempotencyKey = Annotated[
         "the SHA-256 digest of this key.",
     ),
 ]
-NO_KEY: str = None  # type: ignore[assignment] # FastAPI does not validate the default
 
 R = TypeVar("R", bound=SamplingRequest)
+
+
+async def _key(
+    request: Request,
+    key: _Header = None,  # type: ignore[assignment] # FastAPI does not validate the default
+) -> str | None:
+    check_single(request, HEADER)
+    return key
+
+
+IdempotencyKey = Annotated[str | None, Depends(_key)]
 
 
 def seed_of(key: str) -> int:

@@ -21,9 +21,8 @@ from app.api.task_schemas import ReproduceResponse
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Options, Pixels
 from app.errors import InvalidRequest
-from model.png import CHUNKS, SOFTWARE, TASK, Provenance, ProvenanceError
+from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError
 
-MAX_SCALE = 16
 _GREY, _RGB = 0, 2  # colour types of PNG
 _CHUNK_OF = {"digit": "Digit", "num_steps": "Steps", "sampler": "Sampler", "guidance_scale": "Guidance-Scale"}
 

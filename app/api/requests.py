@@ -52,6 +52,12 @@ def media_type_of(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
+def check_single(request: Request, header: str) -> None:
+    """Raises InvalidRequest if a header occurs more than once. Only its first value would be used."""
+    if len(request.headers.getlist(header)) > 1:
+        raise InvalidRequest([{"loc": ["header", header], "msg": "Header occurs more than once. Send it once"}])
+
+
 def validate(document: Any, schema: type[M]) -> M:
     """Validates the fields of a request. Raises InvalidRequest, which lists at most MAX_UNKNOWN_FIELDS unknown ones."""
     if not isinstance(document, dict):

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
+from model.png import MAX_SCALE, MAX_SEED
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
-
-MAX_SEED = 2**53 - 1  # the largest integer that a JSON parser with double precision reads exactly
 
 
 def _whole(value: Any) -> Any:
@@ -88,7 +87,9 @@ class SamplingRequest(BaseRequest):
         json_schema_extra=may_be_absent,
     )
     scale: Annotated[
-        int, Field(ge=1, le=16, description="Enlargement factor: each pixel becomes scale x scale pixels."), WHOLE
+        int,
+        Field(ge=1, le=MAX_SCALE, description="Enlargement factor: each pixel becomes scale x scale pixels."),
+        WHOLE,
     ] = 1
 
 

@@ -70,6 +70,7 @@ class ImageReader:
         decoders: Mapping[str, Decoder[P]],
         convert: Callable[[M, str, P], T],
         *,
+        check: Callable[[M], object] = lambda _: None,
         lenient: bool = False,
     ) -> tuple[M, dict[str, list[T]]]:
         """Returns the validated fields, and the converted pictures of each image field that is present.
@@ -78,6 +79,7 @@ class ImageReader:
         a multipart body, a list has one part for each element. `convert` is called in a worker thread with the fields,
         the name of the image field and the picture. `decoders` has the function that decodes the files of each image
         field, in the order in which the fields are decoded. A list of pictures is decoded and converted one by one.
+        `check` is called with the fields before a picture is decoded, and raises an error for values that are refused.
 
         If `lenient` is True, a body of any other Content-Type is parsed as JSON. In a multipart body, the names of the
         parts may then end with `[]`, and text parts without content are ignored.
@@ -91,7 +93,7 @@ class ImageReader:
             bodies = [await read_body(request, self._max_bytes, self._read_seconds, held.add)]
             if self._workers.num_waiting >= MAX_WAITING:
                 raise Overloaded(1, "Too many pictures are being decoded. Retry later")
-            work = self._workers.submit(_read, bodies, parse, schema, decoders, convert)
+            work = self._workers.submit(_read, bodies, parse, schema, decoders, convert, check)
         except BaseException:
             held.end()
             raise
@@ -181,6 +183,7 @@ def _read(
     schema: type[M],
     decoders: Mapping[str, Decoder[P]],
     convert: Callable[[M, str, P], T],
+    check: Callable[[M], object],
 ) -> tuple[M, dict[str, list[T]]]:
     """Reads the only body of the list, and removes it there."""
     document = parse(bodies.pop())
@@ -192,6 +195,7 @@ def _read(
             files[name] = values
             document[name] = [""] * len(values) if isinstance(value, list) else ""
     fields = validate(document, schema)
+    check(fields)
     pictures: dict[str, list[T]] = {}
     for name, values in files.items():
         pictures[name] = []

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,14 +14,12 @@ from torch import Tensor
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.files import write_atomically
-from model.png import SOFTWARE, Provenance, ProvenanceError, encode_png
+from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_png
 from model.sampler import SAMPLERS
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import arrange, sheet_shape, to_image
 from scripts.common.progress import Reporter
-
-MAX_SCALE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,11 @@ def read_original(path: Path) -> Original:
 
 def _open(content: bytes) -> tuple[dict[str, str], Tensor | None]:
     """Returns the text chunks and the pixels (H, W, C), or None for other colours than grey and RGB."""
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+    with warnings.catch_warnings():
+        # Large sheets are permitted. From twice the limit of Pillow on, it raises DecompressionBombError.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        opened = Image.open(io.BytesIO(content), formats=["PNG"])
+    with opened as image:
         image.load()
         text: dict[str, str] = image.text  # type: ignore[attr-defined] # of PNG files
         if image.mode not in ("L", "RGB") or image.has_transparency_data:

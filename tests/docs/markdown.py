@@ -47,11 +47,11 @@ def links(path: Path) -> list[str]:
     return _LINK.findall(re.sub(r"`[^`\n]*`", "", prose(path)))
 
 
-def anchors(path: Path) -> set[str]:
-    """Returns the anchors that GitHub gives the headings of a document."""
-    found = set[str]()
+def anchors(path: Path) -> list[str]:
+    """Returns the anchors that GitHub gives the headings of a document, in order."""
+    found = list[str]()
     for heading in re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
         slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
-        found.add(next(name for name in (slug, *(f"{slug}-{i}" for i in range(1, 100))) if name not in found))
+        found.append(next(name for name in (slug, *(f"{slug}-{i}" for i in range(1, 100))) if name not in found))
     return found

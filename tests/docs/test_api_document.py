@@ -53,7 +53,8 @@ from model.inpainting import NUM_LEVELS
 from model.png import Provenance
 from tests.app.application import client_of, run
 from tests.app.fakes import INFO, FakeRunner
-from tests.docs.document import Document, Example, Row, codes, tables_in
+from tests.docs.document import DOCS, Document, Example, Row, codes, tables_in
+from tests.docs.markdown import anchors
 from tests.e2e.conftest import start_service
 from tests.e2e.service import EVENTS, PNG, Service, open_png
 
@@ -89,6 +90,13 @@ def service() -> Iterator[Service]:
 
 
 # Routes
+
+
+def test_contents_have_the_order_of_the_document() -> None:
+    contents = API.text.partition("\n## ")[0]
+    linked = re.findall(r"\(#([^)]+)\)", contents)
+    ordered = [anchor for anchor in anchors(DOCS / "api.md") if anchor in linked]
+    assert linked == ordered
 
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:

@@ -274,6 +274,20 @@ def test_picture_of_a_shipped_checkpoint_needs_no_checkpoint_argument(tmp_path: 
     assert like(tmp_path / "fast.png") == 0
 
 
+def test_size_of_a_picture_is_limited_without_a_warning(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow warns above its limit, and refuses a picture above twice the limit."""
+    draw(tiny, tmp_path / "x.png", "--digit", "7")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 28 * 28 - 1)
+    assert like(tmp_path / "x.png", "--checkpoint", str(tiny)) == 0
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 28 * 28 // 3)
+    capsys.readouterr()
+    assert like(tmp_path / "x.png", "--checkpoint", str(tiny)) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "has too many pixels to be drawn again" in said
+
+
 def other_file(folder: Path, name: str) -> Path:
     """Writes a file that --like refuses, and returns its path."""
     path, picture = folder / name, Image.new("L", (28, 28))

@@ -8,7 +8,7 @@ from app import errors
 from app.api.error_formats import OPENAI_PATH, format_of
 from app.api.events import event_text
 from app.api.examples import FILE, PNG, PREVIEW, REQUEST_ID
-from app.api.openai.options import MAX_SCALE, OPENAI_MODELS, size_name
+from app.api.openai.options import OPENAI_MODELS, size_name
 from app.api.openai.prompt import HOW, description_of
 from app.api.openai.schemas import (
     AUTO,
@@ -31,6 +31,7 @@ from app.api.picture_files import damaged
 from app.api.responses import ERRORS, EVENTS, JSON
 from app.api.uploads import MULTIPART
 from app.settings import Settings
+from model.png import MAX_SCALE
 
 GENERATIONS_PATH, EDITS_PATH = "/v1/images/generations", "/v1/images/edits"
 MODELS_PATH, MODEL_PATH = "/v1/models", "/v1/models/{model}"

@@ -10,9 +10,10 @@ from app.api.openai.schemas import AUTO, ImageEditRequest, ImageGenerationReques
 from app.api.options import either
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from model.png import MAX_SCALE
 from model.sampler import Sampler
 
-MAX_SCALE, AUTO_SCALE = 16, 10
+AUTO_SCALE = 10
 MEDIUM_STEPS = 10
 MEDIUM_SAMPLER: Sampler = "dpmpp"
 OPENAI_MODELS = ("gpt-image-", "dall-e-", "chatgpt-image-")  # prefixes of the names of OpenAI's image models

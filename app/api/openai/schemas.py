@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from app.api.openai.prompt import digit_of
-from app.api.schemas import MAX_SEED, WHOLE, Base64, may_be_absent
+from app.api.schemas import WHOLE, Base64, may_be_absent
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from model.png import MAX_SEED
 
 MAX_PROMPT = 32_000  # characters, as in OpenAI's API
 MAX_IMAGES = 10

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app.api.generation import ServiceDependency, answer
-from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
+from app.api.idempotency import IdempotencyKey, with_seed
 from app.api.options import options_of
 from app.api.requests import negotiate, read_json
 from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON
@@ -38,7 +38,7 @@ async def generate(
     request: Request,
     service: ServiceDependency,
     stream: StreamOptionsDependency,
-    idempotency_key: IdempotencyKey = NO_KEY,
+    idempotency_key: IdempotencyKey,
 ) -> Response:
     """Generates images of a digit. On a CPU the same request with the same seed gives the same bytes under any load.
 

@@ -4,7 +4,8 @@ https://github.com/kserve/open-inference-protocol
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from app import VERSION, errors
 from app.api.generation import Service, ServiceDependency, encoded
-from app.api.idempotency import NO_KEY, IdempotencyKey, seed_of
+from app.api.idempotency import IdempotencyKey, seed_of
 from app.api.inference.schemas import (
     InferenceError,
     InferenceResponse,
@@ -38,13 +39,14 @@ from app.api.inference.tensors import (
 )
 from app.api.options import options_of
 from app.api.probes import probe_response
-from app.api.requests import read_body
+from app.api.requests import check_single, read_body
 from app.api.responses import BINARY, ERRORS, JSON, OCTETS
-from app.api.schemas import MAX_SEED, SamplingRequest
+from app.api.schemas import SamplingRequest
 from app.api.task import Task
 from app.engine.engine import EngineState
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Job, Pixels
+from model.png import MAX_SEED
 
 open_router, router = APIRouter(), APIRouter()  # open_router: the routes that need no API key
 
@@ -160,8 +162,8 @@ async def infer(
     request: Request,
     service: ServiceDependency,
     name: str,
+    idempotency_key: IdempotencyKey,
     length: LengthHeader = NO_LENGTH,
-    idempotency_key: IdempotencyKey = NO_KEY,
 ) -> Response:
     """Generates one image for each element of the input `digit`.
 
@@ -169,13 +171,13 @@ async def infer(
     admitted, cancelled and answered together.
     """
     _check_encoding(request)
+    check_single(request, LENGTH_HEADER)
     info, settings = _info(service, name), service.settings
     body = await read_body(request, settings.max_body_bytes, settings.read_timeout)
     inputs = read_inputs(body, length, settings.largest_request)
     check_elements(inputs, "digit", info.num_classes - 1)
     check_elements(inputs, "seed", MAX_SEED)
     seeds = inputs.elements.get("seed") or _seeds(len(inputs.elements["digit"]), idempotency_key)
-    task = _task(inputs, seeds, info)
 
     def encode(job: Job, images: list[Pixels]) -> tuple[bytes, int | None]:
         pixels = np.stack(images)  # (N, H, W) or (N, H, W, 3)
@@ -185,13 +187,25 @@ async def infer(
         }
         return write_outputs(info.name, inputs.request, arrays)
 
-    (content, json_length), server_timing = await encoded(request, service, task, encode)
+    with _errors_in_parameters():
+        task = _task(inputs, seeds, info)
+        (content, json_length), server_timing = await encoded(request, service, task, encode)
     headers = {"Server-Timing": server_timing}
     if len(set(seeds)) == 1:
         headers["X-Seed"] = str(seeds[0])
     if json_length is not None:
         headers[LENGTH_HEADER] = str(json_length)
     return Response(content, media_type=JSON if json_length is None else OCTETS, headers=headers)
+
+
+@contextmanager
+def _errors_in_parameters() -> Iterator[None]:
+    """Corrects the location of invalid fields: in other routes, the fields of `parameters` are in the body itself."""
+    try:
+        yield
+    except errors.InvalidRequest as error:
+        found = [{**each, "loc": ["body", "parameters", *each["loc"][1:]]} for each in error.errors]
+        raise errors.InvalidRequest(found) from None
 
 
 def _task(inputs: Inputs, seeds: Sequence[int], info: ModelInfo) -> Task:

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from app.api import picture_tasks
 from app.api.generation import Service, ServiceDependency, event_stream, finished_response
-from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
+from app.api.idempotency import IdempotencyKey, with_seed
 from app.api.openai.document import EDITS, EDITS_PATH, GENERATIONS, GENERATIONS_PATH
 from app.api.openai.events import OpenAIEvents
 from app.api.openai.options import Plan, plan_edit, plan_generation
@@ -35,9 +35,7 @@ router = APIRouter()
 
 
 @router.post(GENERATIONS_PATH, operation_id="create_images", response_class=JSONResponse, **GENERATIONS)
-async def generations(
-    request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey = NO_KEY
-) -> Response:
+async def generations(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
     """Generates images of the digit that the prompt names, as in the OpenAI Images API."""
     settings = service.settings
     content = await read_body(request, settings.max_body_bytes, settings.read_timeout)
@@ -50,9 +48,12 @@ async def generations(
 
 
 @router.post(EDITS_PATH, operation_id="edit_images", response_class=JSONResponse, **EDITS)
-async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey = NO_KEY) -> Response:
+async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
     """Redraws a picture, or fills in the part under the transparent pixels of a mask, as in the OpenAI Images API."""
     masked = picture_tasks.MaskedPicture("transparent", GENERATIONS_PATH)
+
+    def plan_of(body: ImageEditRequest) -> Plan:
+        return plan_edit(body, _models(service), service.settings.largest_request, picture_tasks.has_picture_tasks)
 
     def convert(body: ImageEditRequest, field: str, picture: Picture) -> DigitImage | None:
         if body.mask is None:
@@ -60,10 +61,12 @@ async def edits(request: Request, service: ServiceDependency, idempotency_key: I
         return masked.fit(InpaintRequest(image="", mask=""), field, picture)
 
     decoders = {"mask": decode_transparency, "image": decode}
-    body, pictures = await service.pictures.read(request, ImageEditRequest, decoders, convert, lenient=True)
+    body, pictures = await service.pictures.read(
+        request, ImageEditRequest, decoders, convert, check=plan_of, lenient=True
+    )
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
-    plan = plan_edit(body, _models(service), service.settings.largest_request, picture_tasks.has_picture_tasks)
+    plan = plan_of(body)
     fields = {"digit": body.digit, "count": body.n, "scale": plan.scale, "model": plan.info.name, **plan.fields}
     if body.mask is None:
         edited = with_seed(EditRequest(image="", **fields), idempotency_key)

@@ -10,7 +10,7 @@ from app.api import picture_tasks
 from app.api.context import context_of
 from app.api.error_chart import encode_error_chart
 from app.api.generation import Service, ServiceDependency, answer, finish, server_timing
-from app.api.idempotency import NO_KEY, IdempotencyKey, with_seed
+from app.api.idempotency import IdempotencyKey, with_seed
 from app.api.pictures import decode, decode_mask
 from app.api.requests import negotiate
 from app.api.responses import FORMATS, JSON, PNG, PNG_FORMAT, picture_route
@@ -82,7 +82,7 @@ async def denoise(
     request: Request,
     service: ServiceDependency,
     stream: StreamOptionsDependency,
-    idempotency_key: IdempotencyKey = NO_KEY,
+    idempotency_key: IdempotencyKey,
 ) -> Response:
     """Removes noise from a picture of a digit."""
     media_type = negotiate(request, FORMATS)
@@ -99,7 +99,7 @@ async def inpaint(
     request: Request,
     service: ServiceDependency,
     stream: StreamOptionsDependency,
-    idempotency_key: IdempotencyKey = NO_KEY,
+    idempotency_key: IdempotencyKey,
 ) -> Response:
     """Fills in a part of a picture. The pixels outside of the mask are kept exactly."""
     media_type = negotiate(request, FORMATS)
@@ -118,7 +118,7 @@ async def edit(
     request: Request,
     service: ServiceDependency,
     stream: StreamOptionsDependency,
-    idempotency_key: IdempotencyKey = NO_KEY,
+    idempotency_key: IdempotencyKey,
 ) -> Response:
     """Redraws a sketch as a digit that is similar to it."""
     media_type = negotiate(request, FORMATS)

@@ -62,3 +62,15 @@ def test_invalid_key_is_refused(key: str, body: dict[str, int]) -> None:
         assert answer.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
 
     run(check, FakeRunner())
+
+
+@pytest.mark.parametrize("second", ["other", KEY])
+def test_repeated_key_is_refused(second: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        headers = [("idempotency-key", KEY), ("idempotency-key", second)]
+        answer = await client.post("/generate", json=BODY, headers=headers)
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["loc"] == ["header", "Idempotency-Key"]
+        assert "more than once" in answer.json()["detail"]
+
+    run(check, FakeRunner())

@@ -163,7 +163,7 @@ def test_preview_of_the_last_step_is_not_a_partial_image() -> None:
     assert new_format().progress(progress(100, True)) == ""
 
 
-def test_large_images_are_encoded_in_a_thread() -> None:
-    """EventStream encodes in a thread if one of these factors is large."""
+def test_event_stream_knows_the_scales_of_images_and_previews() -> None:
+    """It encodes an event in a thread if one of them is large."""
     events = new_format()
     assert (events.image_scale, events.preview_scale) == (2, 2)

@@ -167,7 +167,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (body_of([1], [2**53]), "body.inputs.1.data.0: Input should be from 0 to 9007199254740991 for 'seed'"),
     (body_of([1] * 65), "less than or equal to 64"),
     (body_of([]), "body.inputs.0.shape.0"),
-    (body_of([1], parameters={"timeout_seconds": 31}), "timeout_seconds: Input should be less than or equal to 30"),
+    (
+        body_of([1], parameters={"timeout_seconds": 31}),
+        "body.parameters.timeout_seconds: Input should be less than or equal to 30",
+    ),
     (body_of([1], parameters={"timeout_seconds": 0}), "parameters.timeout_seconds"),
     (body_of([1], parameters={"count": 2}), "parameters.count"),
     (body_of([1], parameters={"sampler": "euler"}), "parameters.sampler"),
@@ -191,7 +194,7 @@ def test_values_that_the_model_does_not_support_are_400() -> None:
         path = "/v2/models/fast/infer"
         for parameters, text in (({"num_steps": 5}, "num_steps"), ({"sampler": "ddpm"}, "sampler")):
             response = await client.post(path, json=body_of([1], parameters=parameters))
-            assert_error(response, 400, f"{text}: Input should be")
+            assert_error(response, 400, f"body.parameters.{text}: Input should be")
 
     run(check, FakeRunner(models={"default": replace(INFO, num_classes=5), "fast": FAST}))
 
@@ -212,6 +215,15 @@ def test_invalid_length_header_is_400(length: bytes) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         headers = [(LENGTH.lower().encode(), length)]
         assert_error(await client.post(INFER, json=body_of([1]), headers=headers), 400, "Inference-Header")
+
+    run(check, FakeRunner())
+
+
+def test_repeated_length_header_is_400() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        content = json.dumps(body_of([1])).encode()
+        headers = [(LENGTH, str(len(content))), (LENGTH, "2")]  # A proxy could use the other value.
+        assert_error(await client.post(INFER, content=content, headers=headers), 400, "more than once")
 
     run(check, FakeRunner())
 

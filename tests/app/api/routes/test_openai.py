@@ -352,6 +352,16 @@ def test_edit_with_a_model_that_only_generates_is_refused() -> None:
     run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
+@pytest.mark.parametrize(("field", "value"), [("size", "1024x1024"), ("model", "other"), ("n", 5)])
+def test_values_of_an_edit_are_refused_before_its_pictures_are_decoded(field: str, value: Any) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        no_picture = in_base64(b"no picture")
+        response = await send_to(client, EDITS, image=no_picture, mask=no_picture, **{field: value})
+        assert error_of(response, 400, "invalid_request")["param"] == field
+
+    run(check, FakeRunner(), max_count=4)
+
+
 @both_paths
 def test_seed_follows_from_the_idempotency_key(path: str) -> None:
     key = "9f1"
