@@ -13,7 +13,7 @@ OTHER_NAMES = frozenset(
     [
         *("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
         *("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"),
-        *("hundred", "thousand", "million", "billion"),
+        *("hundred", "thousand", "million", "billion", "trillion", "dozen"),
     ]
 )
 HOW = 'Write exactly one digit, as a figure or an English word, such as "7" or "a handwritten seven"'

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -46,7 +47,9 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
     Accept selects image/png, the response is a chart of the errors of each class.
     """
     media_type = negotiate(request, (JSON, PNG))
-    body, pictures = await service.pictures.read(request, RecognizeRequest, {"image": decode}, picture_tasks.fit_digit)
+    body, pictures = await service.pictures.read(
+        request, RecognizeRequest, {"image": decode}, picture_tasks.fit_digit, check=partial(_model, service)
+    )
     (image,) = pictures["image"]
     task, context = picture_tasks.recognize(_model(service, body), body, image), context_of(request.scope)
     job = service.submit(task, context)
@@ -87,7 +90,7 @@ async def denoise(
     """Removes noise from a picture of a digit."""
     media_type = negotiate(request, FORMATS)
     body, pictures = await service.pictures.read(
-        request, DenoiseRequest, {"image": decode}, picture_tasks.estimate_noise
+        request, DenoiseRequest, {"image": decode}, picture_tasks.estimate_noise, check=partial(_model, service)
     )
     ((image, noise_std),) = pictures["image"]
     task = picture_tasks.denoise(_model(service, body), with_seed(body, idempotency_key), image, noise_std)
@@ -105,7 +108,7 @@ async def inpaint(
     media_type = negotiate(request, FORMATS)
     masked = picture_tasks.MaskedPicture()
     body, pictures = await service.pictures.read(
-        request, InpaintRequest, {"mask": decode_mask, "image": decode}, masked.fit
+        request, InpaintRequest, {"mask": decode_mask, "image": decode}, masked.fit, check=partial(_model, service)
     )
     (image,) = pictures["image"]
     assert image is not None, "the conversion of the field `image` returns an image"
@@ -122,6 +125,8 @@ async def edit(
 ) -> Response:
     """Redraws a sketch as a digit that is similar to it."""
     media_type = negotiate(request, FORMATS)
-    body, pictures = await service.pictures.read(request, EditRequest, {"image": decode}, picture_tasks.fit_digit)
+    body, pictures = await service.pictures.read(
+        request, EditRequest, {"image": decode}, picture_tasks.fit_digit, check=partial(_model, service)
+    )
     task = picture_tasks.edit(_model(service, body), with_seed(body, idempotency_key), *pictures["image"])
     return await answer(request, service, task, media_type, stream)

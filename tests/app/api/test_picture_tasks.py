@@ -68,3 +68,14 @@ def test_enlarged_picture_keeps_every_pixel_outside_of_the_mask(factor: int, off
     assert not masked.redrawn[0, :first].any()
     assert image is not None
     assert np.array_equal(image.pixels[0, :first], pixels[:first])
+
+
+@pytest.mark.parametrize("path", ["/recognize", "/denoise", "/inpaint", "/edit"])
+def test_unknown_model_is_refused_before_the_picture_is_decoded(path: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        masks = {"mask": "AAAA"} if path == "/inpaint" else {}
+        response = await client.post(path, json={"image": "AAAA", "model": "none", **masks})
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["loc"] == ["body", "model"]
+
+    run(check, FakeRunner())

@@ -420,7 +420,8 @@ def test_full_queue_gives_429_with_retry_after(path: str) -> None:
         gate.released.set()
         assert error_of(refused, 429, "overloaded")["type"] == "rate_limit_error"
         assert "retry-after" in refused.headers
-        assert {each.status_code for each in await asyncio.gather(*running)} <= {200, 429}
+        # One of the two requests is admitted. The other one may arrive while the first one still waits.
+        assert 200 in {each.status_code for each in await asyncio.gather(*running)}
 
     run(check, FakeRunner(on_step=gate), queue_capacity=2, max_batch=1)
 
