@@ -139,7 +139,7 @@ def test_errors_are_counted_by_route_and_code_with_one_route_for_unknown_paths(s
         labels = {"route": route, "code": code}
         assert after.value("requests_total", **labels) - before.value("requests_total", **labels) == count, labels
     routes = {value for _, labels in after for name, value in labels if name == "route"}
-    assert all(re.fullmatch(r"other|(/v2)?(/[a-z./{}_-]*)?", route) for route in routes), routes
+    assert all(re.fullmatch(r"other|(/v[12])?(/[a-z./{}_-]*)?", route) for route in routes), routes
 
 
 def test_rejection_counters_exist_for_every_reason_from_the_start(service: Service) -> None:
