@@ -69,7 +69,7 @@ def _route(request: type[ImagesRequest], refused: dict[int | str, Schema], *, ha
     content = {JSON: {"schema": {"$ref": REF.format(model=request.__name__)}}}
     if has_form:
         content[MULTIPART] = {"schema": {"$ref": REF.format(model=f"{request.__name__}Form")}}
-    refused = {**refused, 431: ERRORS[431]}  # The HTTP server sends this error before it knows the path.
+    refused = {**refused, 431: ERRORS[431]}  # The HTTP server sends this error without the routes.
     created = {
         "model": CreatedImages,
         "description": "the images, or a stream of events if `stream` is true",
