@@ -1,9 +1,11 @@
 """Examples for the OpenAPI document: requests, and the responses that are text."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from app import VERSION, errors
+from app.api.error_formats import format_of
 from app.api.events import event_text
 from app.api.picture_files import damaged
 from app.api.uploads import JSON, MULTIPART
@@ -178,25 +180,29 @@ def problems(settings: Settings, formats: Sequence[str], *, with_pictures: bool)
     """Returns the problem documents that a POST route can send. `formats` are its media types."""
     if with_pictures:
         specific: list[errors.UnfogError] = [
-            errors.BodyTooLarge(settings.max_image_bytes),
             errors.UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}"),
             errors.InvalidRequest.of("image", "Field required"),
             errors.InvalidImage.of("image", str(damaged("PNG"))),
         ]
     else:
         specific = [
-            errors.BodyTooLarge(settings.max_body_bytes),
             errors.UnsupportedMediaType(),
             errors.InvalidRequest.of("digit", "Input should be less than or equal to 9"),
         ]
-    examples: list[errors.UnfogError] = [
+    max_bytes = settings.max_image_bytes if with_pictures else settings.max_body_bytes
+    found = [*general_errors(settings, max_bytes), errors.NotAcceptable(tuple(formats)), *specific]
+    return [error.problem(REQUEST_ID) for error in found]
+
+
+def general_errors(settings: Settings, max_bytes: int) -> list[errors.UnfogError]:
+    """Returns examples of the errors that every POST route can send. `max_bytes` is the limit of the body."""
+    return [
         errors.MalformedJSON(),
         errors.MalformedRequest(),
         errors.Unauthorized(),
         errors.Forbidden(),
-        errors.NotAcceptable(tuple(formats)),
         errors.RequestTimeout(f"The body did not arrive within {settings.read_timeout:g} s"),
-        *specific,
+        errors.BodyTooLarge(max_bytes),
         errors.Overloaded(4),
         errors.HeadersTooLarge(),
         errors.RateLimited(12),
@@ -206,4 +212,14 @@ def problems(settings: Settings, formats: Sequence[str], *, with_pictures: bool)
         errors.EngineFailed(10),
         errors.DeadlineExceeded(),
     ]
-    return [error.problem(REQUEST_ID) for error in examples]
+
+
+def add_protocol_errors(path: str, responses: dict[str, Any], found: Iterable[errors.UnfogError]) -> None:
+    """Adds examples of errors, in the format of the path, to the responses of a route of another protocol."""
+    for error in found:
+        sent = format_of(path)(error, REQUEST_ID)
+        described = responses.get(str(sent.status_code), {})
+        # The description of a response has the codes of its errors.
+        if error.code in described.get("description", "") and JSON in described["content"]:
+            examples = described["content"][JSON].setdefault("examples", {})
+            examples[error.code] = {"value": json.loads(bytes(sent.body))}

@@ -39,7 +39,6 @@ KEYS = {
 
 REF = "#/components/schemas/{model}"
 JSON, PROBLEM_JSON, EVENT_STREAM = "application/json", "application/problem+json", "text/event-stream"
-INFERENCE_ERROR = {"$ref": REF.format(model="InferenceError")}
 EVENTS: dict[str, type[BaseModel]] = {  # event name -> schema of its data
     "accepted": AcceptedEvent,
     "progress": ProgressEvent,
@@ -168,7 +167,7 @@ class Document:
                 answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
                     answers[EVENT_STREAM] = _event_stream(STREAM_OF_PATH.get(path, "StreamEvent"))
-        _complete_inference(document, list(permitted) or settings.model_names)
+        _complete_inference(document, settings, list(permitted) or settings.model_names)
         num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
         _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
         for path in PICTURE_REQUESTS:
@@ -180,6 +179,8 @@ class Document:
         _, side = next((each.size for each in permitted.values()), PICTURE_SIZE)  # All models have the same size.
         edited = task_examples.ANSWERS["/edit", "200", JSON]["images"][0]["png"]
         add_openai(document, settings, models, side, _form_schema, edited)
+        for unused in ("HTTPValidationError", "ValidationError"):  # of the responses with 422 that FastAPI added
+            schemas.pop(unused, None)
         return document
 
 
@@ -219,15 +220,15 @@ def _body_of(document: dict[str, Any], path: str) -> dict[str, Any]:
     return content
 
 
-def _complete_inference(document: dict[str, Any], models: list[str]) -> None:
-    """Adds the names of the models and the examples of requests to the routes of the Open Inference Protocol."""
+def _complete_inference(document: dict[str, Any], settings: Settings, models: list[str]) -> None:
+    """Adds the names of the models, and examples of requests and errors, to the Open Inference Protocol."""
     for path, operations in document["paths"].items():
         if path.startswith(MODEL_PATH):
             for operation in operations.values():
                 operation["parameters"][0]["schema"]["enum"] = models
-                operation["responses"].pop("422", None)  # FastAPI adds it with its own schemas. These routes use 400.
-    for unused in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(unused, None)
+                operation["responses"].pop("422", None)  # FastAPI adds it. The errors of this protocol have 400.
+                errors_of_route = inference_examples.errors_of(settings)
+                examples.add_protocol_errors(path, operation["responses"], errors_of_route)
     _body_of(document, INFER_PATH)[JSON]["examples"] = inference_examples.REQUESTS
 
 
@@ -298,12 +299,6 @@ def _add_examples(document: dict[str, Any], settings: Settings) -> None:
                     for problem in problems
                     # The description of a response has the codes of its errors.
                     if problem["status"] == int(status) and problem["code"] in response["description"]
-                }
-            elif content.get(JSON, {}).get("schema") == INFERENCE_ERROR:
-                content[JSON]["examples"] = {
-                    code: {"value": body}
-                    for error_status, code, body in inference_examples.errors_of(settings, problems)
-                    if error_status == int(status) and code in response["description"]
                 }
             for media_type, described in content.items():
                 if (path, status, media_type) in answers:

@@ -5,7 +5,7 @@ Reads the options from its text chunks, and compares the picture with the images
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ _GREY, _RGB = 0, 2  # colour types of PNG
 _CHUNK_OF = {"digit": "Digit", "num_steps": "Steps", "sampler": "Sampler", "guidance_scale": "Guidance-Scale"}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Original:
     """A picture of this service, and the options that it was generated with.
 
@@ -41,10 +41,9 @@ class Original:
     software: str
     low: Pixels  # (H, W) or (H, W, 3), before the enlargement
     high: Pixels
-    facts: dict[str, Any] = field(default_factory=dict)  # the response fields of the comparison, set by `compare`
 
     def task(self, timeout: float | None) -> Task:
-        """Returns the task that generates the picture again. Call `compare` before the response is encoded."""
+        """Returns the task that generates the picture again. Its facts follow from `compare`."""
         digit, seed, count = self.options.digit, self.options.seed, len(self.indices)
         assert digit is not None, "the options of a picture of /generate have a digit"
         return Task(
@@ -54,28 +53,22 @@ class Original:
             num_steps=self.options.num_steps,
             scale=self.scale,
             response=ReproduceResponse,
-            result_facts=lambda: self.facts,
             images=tuple(ImageKey(digit, seed, index) for index in self.indices) if count == 1 else (),
         )
 
-    def compare(self, images: list[Pixels]) -> None:
-        """Compares the picture with the images that were generated now. Sets `facts`."""
+    def compare(self, images: list[Pixels]) -> dict[str, Any]:
+        """Compares the picture with the images that were generated now. Returns the fields of the response."""
         drawn = (images[0] if len(images) == 1 else arrange(images)).astype(np.int16)
         difference = np.maximum(np.abs(self.low - drawn), np.abs(self.high - drawn))
         if difference.ndim == 3:
             difference = difference.max(axis=2)
         identical, reason = not difference.any(), "other_pixels" if self.software == SOFTWARE else "other_release"
-        self.facts = {
+        return {
             "identical": identical,
             "reason": None if identical else reason,
             "different_pixels": int(np.count_nonzero(difference)),
             "largest_difference": int(difference.max()),
         }
-
-    @property
-    def is_identical(self) -> bool:
-        """True if the comparison found no different pixel."""
-        return bool(self.facts["identical"])
 
 
 def read_original(data: bytes, models: Mapping[str, ModelInfo], max_count: int) -> Original:

@@ -1,15 +1,14 @@
 """Examples of the Open Inference Protocol for the OpenAPI document."""
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 from app import VERSION, errors
+from app.api.examples import general_errors
 from app.api.inference.tensors import EXTENSIONS, NAME, PLATFORM
 from app.api.responses import JSON
 from app.settings import Settings
 
 INFER_PATH = "/v2/models/{name}/infer"
-INVALID = 422  # The protocol uses 400 instead.
 _DIGITS = {"name": "digit", "datatype": "INT64", "shape": [3], "data": [7, 7, 0]}
 _SEEDS = {"name": "seed", "datatype": "INT64", "shape": [3], "data": [1, 2, 3]}
 
@@ -52,13 +51,10 @@ ANSWERS: dict[tuple[str, str, str], Any] = {  # (path, status, media type) -> ex
 }
 
 
-def errors_of(settings: Settings, problems: Iterable[Mapping[str, Any]]) -> list[tuple[int, str, dict[str, str]]]:
-    """Returns the status, the code and the body of each error. `problems` has the problem documents of other routes."""
-    own: list[errors.UnfogError] = [
+def errors_of(settings: Settings) -> list[errors.UnfogError]:
+    """Returns examples of the errors of these routes."""
+    return [
+        *general_errors(settings, settings.max_body_bytes),
         errors.NotFound(f"No model has this name. The models are: {', '.join(settings.model_names)}"),
         errors.InvalidRequest([{"loc": ["body", "inputs"], "msg": "The input 'digit' is required"}]),
     ]
-    general = [problem for problem in problems if problem["status"] != INVALID]
-    found = [(error["status"], error["code"], error["detail"]) for error in general]
-    found += [(400 if error.status == INVALID else error.status, error.code, error.detail) for error in own]
-    return [(status, code, {"error": detail}) for status, code, detail in found]

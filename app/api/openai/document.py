@@ -1,13 +1,11 @@
 """Adds the OpenAI Images API to the OpenAPI document: the schemas of requests, the responses and the examples."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from app import errors
-from app.api.error_formats import OPENAI_PATH, format_of
 from app.api.events import event_text
-from app.api.examples import FILE, PNG, PREVIEW, REQUEST_ID
+from app.api.examples import FILE, PNG, PREVIEW, add_protocol_errors, general_errors
 from app.api.openai.options import OPENAI_MODELS, size_name
 from app.api.openai.prompt import HOW, description_of
 from app.api.openai.schemas import (
@@ -111,9 +109,7 @@ def add_openai(
             operation["responses"].pop("422", None)  # FastAPI adds it. The errors of this API have the status 400.
             for media_type, content in operation["responses"]["200"]["content"].items():
                 content["example"] = answers[path, media_type]
-            _add_error_examples(path, operation["responses"], settings)
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
+            add_protocol_errors(path, operation["responses"], _errors(path, settings))
 
 
 def _request_schema(request: type[ImagesRequest], settings: Settings, models: Sequence[str], side: int) -> Schema:
@@ -206,31 +202,10 @@ def _answers(edited: str) -> dict[tuple[str, str], Any]:
     }
 
 
-def _add_error_examples(path: str, responses: dict[str, Schema], settings: Settings) -> None:
-    for error in _errors(settings, settings.max_image_bytes if path == EDITS_PATH else settings.max_body_bytes):
-        sent = format_of(OPENAI_PATH)(error, REQUEST_ID)
-        described = responses.get(str(sent.status_code), {"description": ""})
-        if error.code in described["description"]:
-            examples = described["content"][JSON].setdefault("examples", {})
-            examples[error.code] = {"value": json.loads(bytes(sent.body))}
-
-
-def _errors(settings: Settings, max_bytes: int) -> list[errors.UnfogError]:
+def _errors(path: str, settings: Settings) -> list[errors.UnfogError]:
     return [
-        errors.MalformedJSON(),
-        errors.MalformedRequest(),
+        *general_errors(settings, settings.max_image_bytes if path == EDITS_PATH else settings.max_body_bytes),
         errors.InvalidRequest.of("prompt", f"The prompt names no digit. {HOW}"),
         errors.InvalidImage.of("image", str(damaged("PNG"))),
-        errors.Unauthorized(),
-        errors.Forbidden(),
         errors.NotFound("This model is not served. Use 'default'"),
-        errors.RequestTimeout(f"The body did not arrive within {settings.read_timeout:g} s"),
-        errors.BodyTooLarge(max_bytes),
-        errors.Overloaded(4),
-        errors.RateLimited(12),
-        errors.InternalError(),
-        errors.Starting(10),
-        errors.Draining(10),
-        errors.EngineFailed(10),
-        errors.DeadlineExceeded(),
     ]

@@ -53,8 +53,9 @@ open_router, router = APIRouter(), APIRouter()  # open_router: the routes that n
 _ERRORS: dict[int | str, dict[str, Any]] = {
     **{
         status: {"model": InferenceError, "description": ERRORS[status]["description"]}
-        for status in (401, 403, 408, 413, 429, 431, 500, 503, 504)
+        for status in (401, 403, 408, 413, 429, 500, 503, 504)
     },
+    431: ERRORS[431],  # The HTTP server sends this error without the routes.
     400: {
         "model": InferenceError,
         "description": "malformed_json, malformed_request, or invalid_request: a tensor, a parameter, a field or a "

@@ -1,11 +1,11 @@
 """POST /reproduce: generates a picture of this service again, and says whether it is identical."""
 
-from functools import partial
+from dataclasses import replace
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from app.api.generation import ServiceDependency, encode_answer, finished_response
+from app.api.generation import ServiceDependency, encode_answer, encoded
 from app.api.reproduction import Original, read_original
 from app.api.requests import negotiate
 from app.api.responses import JSON, PNG, PNG_FORMAT, picture_route
@@ -29,15 +29,21 @@ async def reproduce(request: Request, service: ServiceDependency) -> Response:
         service.info(DEFAULT_MODEL)  # raises Starting if no model is loaded
         return read_original(data, service.engine.models, service.settings.largest_request)
 
-    body, pictures = await service.pictures.read(request, ReproduceRequest, {"image": decode}, lambda *each: each[2])
+    def keep(body: ReproduceRequest, field: str, original: Original) -> Original:
+        return original
+
+    body, pictures = await service.pictures.read(request, ReproduceRequest, {"image": decode}, keep)
     (original,) = pictures["image"]
     task = original.task(body.timeout_seconds)
-    encode = partial(encode_answer, service, task, media_type)
 
-    def compare_and_encode(job: Job, images: list[Pixels]) -> bytes:
-        original.compare(images)
-        return encode(job, images)
+    def compare_and_encode(job: Job, images: list[Pixels]) -> tuple[bytes, bool]:
+        facts = original.compare(images)
+        return encode_answer(service, replace(task, facts=facts), media_type, job, images), facts["identical"]
 
-    response = await finished_response(request, service, task, compare_and_encode, media_type)
-    response.headers["X-Identical"] = str(original.is_identical).lower()
-    return response
+    (content, is_identical), server_timing = await encoded(request, service, task, compare_and_encode)
+    headers = {
+        "X-Seed": str(task.options.seed),
+        "X-Identical": str(is_identical).lower(),
+        "Server-Timing": server_timing,
+    }
+    return Response(content, media_type=media_type, headers=headers)
