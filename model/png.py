@@ -1,6 +1,7 @@
 """Encodes PNG files. Text chunks record how an image was generated, so that it can be reproduced."""
 
 import io
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -116,6 +117,17 @@ def _value(name: str, text: Mapping[str, str]) -> str:
 
 def _malformed(name: str) -> ProvenanceError:
     return ProvenanceError(f"The text chunk {name} must be {_FORMS[name][1]}. Use the PNG file as the service wrote it")
+
+
+def sheet_shape(count: int, num_digits: int = 1) -> tuple[int, int]:
+    """Returns the numbers of rows and columns of a sheet with `count` images of each digit.
+
+    Each digit gets one row. The images of a single digit are arranged in a square.
+    """
+    if num_digits > 1:
+        return num_digits, count
+    columns = math.ceil(math.sqrt(count))
+    return math.ceil(count / columns), columns
 
 
 def encode_png(image: Image.Image, *, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:

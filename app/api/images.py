@@ -2,7 +2,6 @@
 
 import base64
 import io
-import math
 import struct
 import zipfile
 import zlib
@@ -13,7 +12,7 @@ from PIL import Image
 
 from app.api.picture_files import PNG_SIGNATURE
 from app.engine.job import Pixels
-from model.png import Provenance, encode_png
+from model.png import Provenance, encode_png, sheet_shape
 
 PREVIEW_LEVEL = 1  # zlib compression level; higher levels make these small images hardly smaller
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # earliest date of the format; constant, so that equal images give equal archives
@@ -57,12 +56,6 @@ def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> by
     if len(images) == 1:
         return encode_images(images, provenance, scale)[0]
     return encode_image(arrange(images), scale, provenance.text(f"0-{len(images) - 1}"))
-
-
-def sheet_shape(count: int) -> tuple[int, int]:
-    """Returns the numbers of rows and columns of a contact sheet."""
-    columns = math.ceil(math.sqrt(count))
-    return math.ceil(count / columns), columns
 
 
 def arrange(images: list[Pixels]) -> Pixels:

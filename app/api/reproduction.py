@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from app.api.images import arrange, sheet_shape
+from app.api.images import arrange
 from app.api.options import options_of
 from app.api.picture_files import AS_WRITTEN, PictureError, PictureFile, damaged, inspect, read_text
 from app.api.requests import validate
@@ -21,7 +21,7 @@ from app.api.task_schemas import ReproduceResponse
 from app.engine.interface import ModelInfo
 from app.engine.job import ImageKey, Options, Pixels
 from app.errors import InvalidRequest
-from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError
+from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError, sheet_shape
 
 _GREY, _RGB = 0, 2  # colour types of PNG
 _CHUNK_OF = {"digit": "Digit", "num_steps": "Steps", "sampler": "Sampler", "guidance_scale": "Guidance-Scale"}

@@ -1,6 +1,5 @@
 """Converts image tensors to 8-bit images and writes image grids as PNG files."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from model.files import write_atomically
 from model.pixels import to_pixels
-from model.png import encode_png
+from model.png import encode_png, sheet_shape
 
 
 def grid(x_0: Tensor, columns: int) -> Tensor:
@@ -21,23 +20,12 @@ def grid(x_0: Tensor, columns: int) -> Tensor:
     return rearrange(to_pixels(x_0), "(r k) c h w -> (r h) (k w) c", k=columns)
 
 
-def sheet_shape(num_digits: int, count: int) -> tuple[int, int]:
-    """Returns the numbers of rows and columns of a sheet with `count` images of each digit.
-
-    Each digit gets one row. The images of a single digit are arranged in a square.
-    """
-    if num_digits > 1:
-        return num_digits, count
-    columns = math.ceil(math.sqrt(count))
-    return math.ceil(count / columns), columns
-
-
 def arrange(x_0: Tensor, num_digits: int) -> Tensor:
     """Arranges images (N, C, H, W) in [-1, 1] as a sheet of `sheet_shape`. Returns uint8 (rows * H, columns * W, C).
 
     The images are sorted by digit, and each digit has the same number of images. Empty cells are black.
     """
-    rows, columns = sheet_shape(num_digits, len(x_0) // num_digits)
+    rows, columns = sheet_shape(len(x_0) // num_digits, num_digits)
     empty = torch.full((rows * columns - len(x_0), *x_0.shape[1:]), -1.0)
     return grid(torch.cat([x_0, empty]), columns)
 

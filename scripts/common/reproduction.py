@@ -14,11 +14,11 @@ from torch import Tensor
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.files import write_atomically
-from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_png
+from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_png, sheet_shape
 from model.sampler import SAMPLERS
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
-from scripts.common.pictures import arrange, sheet_shape, to_image
+from scripts.common.pictures import arrange, to_image
 from scripts.common.progress import Reporter
 
 
@@ -39,7 +39,7 @@ class Original:
     def scale_of(self, image_shape: tuple[int, int, int]) -> int:
         """Returns the enlargement factor. Raises ScriptError if the picture does not have the size of its images."""
         channels, height, width = image_shape
-        rows, columns = sheet_shape(len(self.digits), len(self.indices))
+        rows, columns = sheet_shape(len(self.indices), len(self.digits))
         scale = self.pixels.shape[1] // (columns * width)
         if not 1 <= scale <= MAX_SCALE or self.pixels.shape != (
             rows * height * scale,

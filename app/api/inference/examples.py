@@ -4,7 +4,7 @@ from typing import Any
 
 from app import VERSION, errors
 from app.api.examples import general_errors
-from app.api.inference.tensors import EXTENSIONS, NAME, PLATFORM
+from app.api.inference.schemas import EXTENSIONS, NAME, PLATFORM
 from app.api.responses import JSON
 from app.settings import Settings
 

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.schemas import NOT_NULL, WHOLE, GuidanceScale, Number, NumSteps, SamplerName, may_be_absent
 
+NAME = "unfog"  # of the server
+EXTENSIONS = ["binary_tensor_data"]
+PLATFORM = "pytorch_safetensors"  # the protocol's form <project>_<format>
 ELEMENT_BYTES = 8  # of INT64
 MAX_INT64 = 2**63 - 1
 

@@ -19,9 +19,6 @@ from app.api.inference.schemas import ELEMENT_BYTES, InferenceRequest, InputName
 from app.api.requests import parse_json, validate
 from app.errors import InvalidRequest, MalformedJSON
 
-NAME = "unfog"  # of the server
-EXTENSIONS = ["binary_tensor_data"]
-PLATFORM = "pytorch_safetensors"  # the protocol's form <project>_<format>
 LENGTH_HEADER = "Inference-Header-Content-Length"
 LENGTH = re.compile("[0-9]{1,19}")
 

@@ -16,6 +16,9 @@ from app import VERSION, errors
 from app.api.generation import Service, ServiceDependency, encoded
 from app.api.idempotency import IdempotencyKey, seed_of
 from app.api.inference.schemas import (
+    EXTENSIONS,
+    NAME,
+    PLATFORM,
     InferenceError,
     InferenceResponse,
     ModelMetadata,
@@ -26,11 +29,8 @@ from app.api.inference.schemas import (
     TensorMetadata,
 )
 from app.api.inference.tensors import (
-    EXTENSIONS,
     LENGTH,
     LENGTH_HEADER,
-    NAME,
-    PLATFORM,
     Array,
     Inputs,
     check_elements,
