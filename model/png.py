@@ -1,6 +1,7 @@
 """Encodes PNG files. Text chunks record how an image was generated, so that it can be reproduced."""
 
 import io
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from typing import Self
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from model.clip import MAX_PROMPT_LENGTH, is_prompt
+from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
 from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
 
 LEVEL = 6  # zlib compression level
@@ -32,11 +35,48 @@ _FORMS = {  # name of a chunk -> pattern of its value, and description for error
     "Guidance-Scale": (r"[0-9]{1,3}(?:\.[0-9]{1,20})?", f"a number from 1 to {MAX_GUIDANCE_SCALE}"),
     "Model-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
 }
-CHUNKS = tuple(_FORMS)  # the text chunks of every picture with provenance
+_CLIP_FORMS = {
+    "CLIP-Guidance-Scale": (r"[0-9]{1,3}(?:\.[0-9]{1,20})?", f"a number above 0 and up to {MAX_CLIP_GUIDANCE_SCALE}"),
+    "CLIP-Prompt": (r'"[ -~]{1,2500}"', f"a JSON string of 1 to {MAX_PROMPT_LENGTH} characters, in ASCII"),
+    "CLIP-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
+}
+CHUNKS = (*_FORMS, *_CLIP_FORMS)  # the text chunks with provenance; those of CLIP only occur with CLIP guidance
 
 
 class ProvenanceError(ValueError):
     """A picture cannot be generated again from its text chunks. The message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipProvenance:
+    """The parameters of CLIP guidance that determine the pixels."""
+
+    scale: float  # above 0
+    prompt: str | None  # None: the default prompt of each digit (see model.clip.digit_prompt)
+    sha256: str  # digest of the weights of the CLIP model
+
+    @classmethod
+    def parse(cls, text: Mapping[str, str]) -> Self | None:
+        """Returns the CLIP guidance of a picture, or None if it has none. Raises ProvenanceError."""
+        if not text.keys() & _CLIP_FORMS.keys():
+            return None
+        scale, sha256 = float(_value("CLIP-Guidance-Scale", text)), _value("CLIP-SHA256", text)
+        if not 0 < scale <= MAX_CLIP_GUIDANCE_SCALE:
+            raise _malformed("CLIP-Guidance-Scale")
+        prompt = None
+        if "CLIP-Prompt" in text:
+            try:
+                prompt = json.loads(_value("CLIP-Prompt", text))
+            except ValueError as error:
+                raise _malformed("CLIP-Prompt") from error
+            if not is_prompt(prompt):
+                raise _malformed("CLIP-Prompt")
+        return cls(scale, prompt, sha256)
+
+    def text(self) -> dict[str, str]:
+        """Returns the PNG text chunks."""
+        prompt = {} if self.prompt is None else {"CLIP-Prompt": json.dumps(self.prompt)}
+        return {"CLIP-Guidance-Scale": str(self.scale), **prompt, "CLIP-SHA256": self.sha256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +92,7 @@ class Provenance:
     task: Mapping[str, str] = field(default_factory=dict)  # further text chunks of tasks other than generation
     software: str = SOFTWARE  # the release that generated the image
     first_index: int = 0  # index of the first image of a request
+    clip: ClipProvenance | None = None  # None: no CLIP guidance
 
     @classmethod
     def parse(cls, text: Mapping[str, str]) -> tuple[Self, range]:
@@ -65,7 +106,7 @@ class Provenance:
                 "The picture was made from another picture, which its file does not contain. Use a picture of "
                 "/generate, /v1/images/generations or scripts.sample"
             )
-        values = {name: _value(name, text) for name in CHUNKS}
+        values = {name: _value(name, text) for name in _FORMS}
         digits, (first, _, last) = values["Digit"].split(","), values["Index"].partition("-")
         provenance = cls(
             digit=int(digits[0]) if len(digits) == 1 else values["Digit"],
@@ -76,6 +117,7 @@ class Provenance:
             model_sha256=values["Model-SHA256"],
             software=values["Software"],
             first_index=int(first),
+            clip=ClipProvenance.parse(text),
         )
         is_valid = {
             "Digit": len(set(digits)) == len(digits),
@@ -98,6 +140,7 @@ class Provenance:
             "Steps": str(self.num_steps),
             "Guidance-Scale": str(self.guidance_scale),
             "Model-SHA256": self.model_sha256,
+            **(self.clip.text() if self.clip else {}),
             **self.task,
         }
 
@@ -109,14 +152,15 @@ def _value(name: str, text: Mapping[str, str]) -> str:
             f"The picture has no text chunk {name}. Use the PNG file as the service wrote it: many programs remove "
             "text chunks"
         )
-    pattern, _ = _FORMS[name]
+    pattern, _ = (_FORMS | _CLIP_FORMS)[name]
     if not re.fullmatch(pattern, text[name]):
         raise _malformed(name)
     return text[name]
 
 
 def _malformed(name: str) -> ProvenanceError:
-    return ProvenanceError(f"The text chunk {name} must be {_FORMS[name][1]}. Use the PNG file as the service wrote it")
+    _, description = (_FORMS | _CLIP_FORMS)[name]
+    return ProvenanceError(f"The text chunk {name} must be {description}. Use the PNG file as the service wrote it")
 
 
 def sheet_shape(count: int, num_digits: int = 1) -> tuple[int, int]:

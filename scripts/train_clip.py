@@ -1,6 +1,6 @@
 """Trains the small CLIP model that evaluates generated digits: `python -m scripts.train_clip`.
 
-Without --out, overwrites the tracked weights in scripts/evaluation/weights/clip, which scripts.evaluate uses.
+Without --out, overwrites the tracked weights in model/weights/clip, which the service and the scripts use.
 """
 
 import argparse
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from model.clip import EMBEDDED
 from scripts.common.arguments import Parser, add_data_argument, integer
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
-from scripts.evaluation.clip import EMBEDDED
 from scripts.evaluation.clip_training import EPOCHS, train_and_save_clip
 
 
@@ -31,7 +31,7 @@ def build_parser() -> Parser:
         "--out",
         type=_folder,
         default=EMBEDDED,
-        help="folder to write; default: scripts/evaluation/weights/clip, which is tracked and gets overwritten",
+        help="folder to write; default: model/weights/clip, which is tracked and gets overwritten",
     )
     parser.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"number of epochs; default: {EPOCHS}")
     parser.add_argument(

@@ -16,7 +16,7 @@ OWN = {"app", "model", "scripts"}
 # The extras that a module may import in addition to the dependencies. The first matching path prefix applies.
 MAY_USE = {
     "app/": ["traces"],
-    "model/": [],
+    "model/": ["clip"],
     "scripts/bench": ["train", "evaluate", "bench"],
     "scripts/": ["train", "evaluate", "clip"],
 }

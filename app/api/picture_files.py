@@ -21,7 +21,7 @@ MAX_PIXELS_PROGRESSIVE_CMYK = 2048 * 2048
 MAX_CHUNKS = 20_000  # chunks of a PNG or WebP file, and segments of a JPEG file before its pixels
 MAX_BLOCKS = 100_000  # data blocks of a GIF file; most encoders write 255 bytes in a block
 MAX_SCANS = 64  # scans of a JPEG file; each scan can need a pass over the whole picture
-MAX_TEXT_BYTES = 256  # of a text chunk that is read
+MAX_TEXT_BYTES = 3000  # of a text chunk that is read
 MAX_KEYWORD_BYTES = 79  # of a text chunk (W3C PNG, section 11.3.3.2)
 
 AS_WRITTEN = "Send the PNG file as the service wrote it"

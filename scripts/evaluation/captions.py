@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.clip import DIGIT_WORDS
 from model.diffusion import Diffusion
 from model.pixels import to_pixels
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.classifier_training import augment
 
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLEAR, NOISY = "a clear picture", "a noisy, blurry picture"
 CLEAR_UNTIL, NOISY_FROM = 4, 12  # timesteps; between them the captions are undecided
 DIGIT_UNTIL, STATIC_FROM = 60, 90  # timesteps; between them the captions are undecided
@@ -24,12 +24,6 @@ MAX_SHEAR = 0.25
 BOLDNESS = 0.42, 0.58  # fine up to the first value, bold from the second value
 LEAN = 0.12, 0.3  # upright up to the first value, slanted from the second value
 TRUE, FALSE, UNDECIDED = 1.0, -1.0, 0.0
-
-
-def digit_prompt(digit: int) -> str:
-    """Returns the CLIP prompt for a picture of the digit, such as "a handwritten digit seven"."""
-    return f"a handwritten digit {WORDS[digit]}"
-
 
 DIGIT_CAPTIONS = (
     "a handwritten digit {}",
@@ -53,9 +47,9 @@ STATE_CAPTIONS = {
     "upright": ("an upright digit",),
 }
 CAPTIONS = [
-    *(form.format(name) for form in DIGIT_CAPTIONS for d in range(NUM_CLASSES) for name in (WORDS[d], str(d))),
-    *(f"{CLEAR} of a handwritten digit {WORDS[d]}" for d in range(NUM_CLASSES)),
-    *(f"{NOISY} of a handwritten digit {WORDS[d]}" for d in range(NUM_CLASSES)),
+    *(form.format(name) for form in DIGIT_CAPTIONS for d in range(NUM_CLASSES) for name in (DIGIT_WORDS[d], str(d))),
+    *(f"{CLEAR} of a handwritten digit {DIGIT_WORDS[d]}" for d in range(NUM_CLASSES)),
+    *(f"{NOISY} of a handwritten digit {DIGIT_WORDS[d]}" for d in range(NUM_CLASSES)),
     *(caption for captions in STATE_CAPTIONS.values() for caption in captions),
 ]
 

@@ -3,28 +3,21 @@
 Compare a score only with that of real digits: OpenAI's ViT-B/32 recognises only about half of the real digits.
 """
 
-import logging
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
-from model.checkpoint import tensors_sha256
+from model.clip import EMBEDDED_NAME, Clip, ClipError, digit_prompt
 from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
-from scripts.common.progress import require
-from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
-from scripts.evaluation.classifiers import WEIGHTS
+from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.samples import Digits
 
-EMBEDDED = WEIGHTS / "clip"  # in open_clip's format, loaded by "local-dir:<folder>"
 BATCH_SIZE = 250
 PROMPTS = (*map(digit_prompt, range(NUM_CLASSES)), CLEAR, NOISY)
 PLAINLY_NOISY_FROM = 20  # timestep of the cosine schedule; the noise at lower timesteps is hard to see
@@ -42,24 +35,17 @@ class ClipScores:
 class ClipScorer:
     """Computes cosine similarities of 8-bit pictures and prompts with a CLIP model."""
 
-    def __init__(self, name: str = "embedded") -> None:
-        """Loads a model: `embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`.
-
-        For a file with OpenAI's weights, use the architecture with their activation: `ViT-B-32-quickgelu:FILE`.
-        Raises ScriptError if the model cannot be loaded.
-        """
-        self.name = name
-        architecture, _, weights = name.partition(":")
-        if not weights:
-            architecture = f"local-dir:{EMBEDDED if name == 'embedded' else name}"
-        self.model, self._preprocess, self._tokenizer = _load(architecture, weights or None)
-        self.sha256 = tensors_sha256(self.model.state_dict())
+    def __init__(self, name: str = EMBEDDED_NAME) -> None:
+        """Loads a model by its name (see model.clip.Clip). Raises ScriptError if it cannot be loaded."""
+        self.clip = load_clip(name)
+        self.name, self.sha256 = name, self.clip.sha256
 
     @torch.inference_mode()
     def similarities(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Returns cosine similarities (N, len(prompts)) of uint8 images (N, 1, H, W)."""
-        texts = F.normalize(self.model.encode_text(self._tokenizer(prompts)), dim=1)  # (P, E)
-        return torch.cat([self._embed(batch) @ texts.T for batch in images.split(BATCH_SIZE)])
+        texts = self.clip.embed_prompts(prompts)  # (P, E)
+        batches = images.split(BATCH_SIZE)
+        return torch.cat([self.clip.embed_images(from_pixels(batch)) @ texts.T for batch in batches])
 
     def score(self, digits: Digits) -> ClipScores:
         """Returns the scores of these digits."""
@@ -78,9 +64,13 @@ class ClipScorer:
         """
         return (scores.clear + 1 - self.score(noised(digits)).clear) / 2
 
-    def _embed(self, images: Tensor) -> Tensor:
-        pictures = [self._preprocess(Image.fromarray(image[0].numpy())) for image in images]
-        return F.normalize(self.model.encode_image(torch.stack(pictures)), dim=1)  # (B, E)
+
+def load_clip(name: str = EMBEDDED_NAME) -> Clip:
+    """Loads a CLIP model. Raises ScriptError if it cannot be loaded."""
+    try:
+        return Clip(name)
+    except ClipError as error:
+        raise ScriptError(str(error)) from error
 
 
 def noised(digits: Digits) -> Digits:
@@ -89,25 +79,6 @@ def noised(digits: Digits) -> Digits:
     t = PLAINLY_NOISY_FROM + torch.arange(len(digits.images)) % (diffusion.num_steps + 1 - PLAINLY_NOISY_FROM)  # (N,)
     x_t, _ = diffusion.add_noise(from_pixels(digits.images), t)
     return Digits(to_pixels(x_t), digits.labels)
-
-
-def _load(architecture: str, weights: str | None) -> tuple[Any, Any, Any]:
-    open_clip = require("open_clip", extra="clip")
-    known = open_clip.pretrained.get_pretrained_cfg(architecture, weights) if weights else {}
-    root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            model, preprocess = open_clip.create_model_from_pretrained(
-                architecture, weights, force_quick_gelu=bool(known.get("quick_gelu"))
-            )
-            tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:  # exceptions of many types: missing or damaged file, unknown name, no network
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ScriptError(f"Cannot load CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
-    finally:
-        root.setLevel(level)
-    return model.eval().requires_grad_(False), preprocess, tokenizer
 
 
 def as_json(scorer: ClipScorer, drawn: ClipScores, real: ClipScores, tells_noise: float) -> dict[str, Any]:

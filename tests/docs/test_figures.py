@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
+from model.clip import EMBEDDED
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.evaluation.classifiers import load_classifier
-from scripts.evaluation.clip import EMBEDDED
 from scripts.evaluation.tables import FRECHET_RATIO, as_column, as_run, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[2]

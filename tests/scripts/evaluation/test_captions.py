@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.clip import digit_prompt
 from model.diffusion import Diffusion
 from model.schedule import Schedule, ScheduleConfig
-from scripts.evaluation.captions import CAPTIONS, CLEAR, NOISY, Scene, boldness, digit_prompt, lean, make_scene, truth
+from scripts.evaluation.captions import CAPTIONS, CLEAR, NOISY, Scene, boldness, lean, make_scene, truth
 from tests.scripts.evaluation.bars import bars
 
 BOLD, FINE, SLANTED, UPRIGHT = "a thick digit", "a thin digit", "a slanted digit", "an upright digit"

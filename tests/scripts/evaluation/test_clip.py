@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from model.clip import EMBEDDED, digit_prompt
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import load_mnist
-from scripts.evaluation.captions import CLEAR, NOISY, digit_prompt
-from scripts.evaluation.clip import EMBEDDED, ClipScorer, ClipScores, as_json, as_markdown, noised
+from scripts.evaluation.captions import CLEAR, NOISY
+from scripts.evaluation.clip import ClipScorer, ClipScores, as_json, as_markdown, noised
 from scripts.evaluation.clip_training import EPOCHS, MODEL
 from scripts.evaluation.samples import Digits
 from tests.scripts.evaluation.bars import bars
@@ -128,7 +129,7 @@ def test_weights_in_a_file_are_loaded_for_the_named_architecture(tmp_path: Path)
     model = open_clip.CLIP(**architecture)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     scorer = ClipScorer(f"tiny-test-model:{tmp_path / 'weights.pt'}")
-    assert torch.equal(scorer.model.visual.conv1.weight, model.visual.conv1.weight)
+    assert torch.equal(scorer.clip.model.visual.conv1.weight, model.visual.conv1.weight)
     assert scorer.similarities(bars(2, 0).images, ["a dog", "a cat"]).shape == (2, 2)
 
 

@@ -1,0 +1,122 @@
+"""CLIP (Radford 2021): embeds images and prompts in one space, where a prompt is close to the images that it describes.
+
+The models are loaded by open_clip, which the extra `clip` installs. A small model for digits ships with this package.
+"""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.checkpoint import tensors_sha256
+
+EMBEDDED = Path(__file__).parent / "weights" / "clip"  # in open_clip's format
+EMBEDDED_NAME = "embedded"
+INSTALL = "pip install -e '.[clip]'"
+MAX_PROMPT_LENGTH = 200
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class ClipError(Exception):
+    """A CLIP model cannot be loaded. The message is one line."""
+
+
+class ClipNotInstalledError(ClipError):
+    """The extra `clip` is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__(f"CLIP needs open_clip, which is not installed. Install it with: {INSTALL}")
+
+
+def is_installed() -> bool:
+    """Returns True if open_clip is installed. Does not import it, because the import takes seconds."""
+    return importlib.util.find_spec("open_clip") is not None
+
+
+def digit_prompt(digit: int) -> str:
+    """Returns the prompt for an image of the digit, such as "a handwritten digit seven"."""
+    return f"a handwritten digit {DIGIT_WORDS[digit]}"
+
+
+def is_prompt(text: str) -> bool:
+    """Returns True for a text of 1 to MAX_PROMPT_LENGTH characters that is not blank and can be encoded as UTF-8."""
+    return (
+        1 <= len(text) <= MAX_PROMPT_LENGTH and bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
+    )
+
+
+class Clip:
+    """A CLIP model. The weights are float32 and do not change. Any number of threads may call it at the same time."""
+
+    def __init__(self, name: str = EMBEDDED_NAME, device: torch.device | None = None) -> None:
+        """Loads a model: `embedded`, a folder in open_clip's format, `ARCHITECTURE:TAG` or `ARCHITECTURE:FILE`.
+
+        open_clip downloads the weights of a tag. For a file with OpenAI's weights, use the architecture with their
+        activation: `ViT-B-32-quickgelu:FILE`. Raises ClipError if the model cannot be loaded.
+        """
+        self.name, self.device = name, device or torch.device("cpu")
+        architecture, _, weights = name.partition(":")
+        if not weights:
+            architecture = f"local-dir:{EMBEDDED if name == EMBEDDED_NAME else name}"
+        self.model, self._tokenizer, self._preprocess = _load(architecture, weights or None)
+        self.sha256 = tensors_sha256(self.model.state_dict())
+        self.model.to(self.device)
+
+    @torch.inference_mode()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Returns embeddings (P, E) of length 1. Words after the model's context length are ignored."""
+        return F.normalize(self.model.encode_text(self._tokenizer(list(prompts)).to(self.device)), dim=1)
+
+    def embed_images(self, x: Tensor) -> Tensor:
+        """Returns embeddings (B, E) of length 1, differentiable with respect to the images (B, C, H, W) in [-1, 1].
+
+        The images are prepared like in open_clip: resized to the size of the model, and normalised. A grey image gets
+        three equal channels.
+        """
+        size, (mean, std) = self._preprocess["size"], self._statistics()  # (1, 3, 1, 1) each
+        x = ((x + 1) / 2).expand(-1, 3, -1, -1)  # (B, 3, H, W) in [0, 1]
+        if x.shape[2:] != size:
+            mode = self._preprocess["interpolation"]
+            x = F.interpolate(x, size, mode=mode, antialias=True).clamp(0, 1)  # (B, 3, size, size)
+        return F.normalize(self.model.encode_image((x - mean) / std), dim=1)  # (B, E)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(self._preprocess[name], device=self.device) for name in ("mean", "std"))
+        return mean[None, :, None, None], std[None, :, None, None]
+
+
+def _load(architecture: str, weights: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """Returns the model, its tokenizer, and how its images are prepared."""
+    open_clip = _import_open_clip()
+    known = open_clip.pretrained.get_pretrained_cfg(architecture, weights) if weights else {}
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            model, _ = open_clip.create_model_from_pretrained(
+                architecture, weights, force_quick_gelu=bool(known.get("quick_gelu"))
+            )
+            tokenizer = open_clip.get_tokenizer(architecture)
+    except Exception as error:  # exceptions of many types: missing or damaged file, unknown name, no network
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ClipError(f"Cannot load CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
+    finally:
+        root.setLevel(level)
+    return model.eval().requires_grad_(False), tokenizer, open_clip.get_model_preprocess_cfg(model)
+
+
+def _import_open_clip() -> ModuleType:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            import open_clip  # type: ignore[import-untyped]
+
+            return open_clip
+    except ImportError as error:
+        raise ClipNotInstalledError from error

@@ -1,0 +1,116 @@
+"""Compares with open_clip's own image transform."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from model import clip
+from model.clip import EMBEDDED, Clip, ClipError, ClipNotInstalledError, digit_prompt, is_prompt
+from model.pixels import from_pixels
+
+open_clip = pytest.importorskip("open_clip")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Clip:
+    return Clip()
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory: pytest.TempPathFactory) -> Clip:
+    """A small random model with larger images than those of the digits."""
+    folder = tmp_path_factory.mktemp("clip")
+    vision = {"image_size": 64, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}}
+    preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(json.dumps({**config, "preprocess_cfg": preprocess}))
+    torch.manual_seed(0)
+    save_file(open_clip.CLIP(**config["model_cfg"]).state_dict(), folder / "open_clip_model.safetensors")
+    return Clip(str(folder))
+
+
+def drawn(channels: int, size: int, count: int = 4) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (count, channels, 7, 7), dtype=np.uint8)
+    return coarse.repeat(size // 7, axis=2).repeat(size // 7, axis=3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [28, 35, 56])
+def test_images_are_prepared_like_in_open_clip(larger: Clip, channels: int, size: int) -> None:
+    """Pillow rounds to 8 bits after resizing, so that the embeddings differ a little."""
+    images = drawn(channels, size)
+    _, transform = open_clip.create_model_from_pretrained(f"local-dir:{larger.name}")
+    pictures = [transform(Image.fromarray(i.transpose(1, 2, 0).squeeze())) for i in images]
+    with torch.inference_mode():
+        expected = F.normalize(larger.model.encode_image(torch.stack(pictures)), dim=1)
+        found = larger.embed_images(from_pixels(torch.from_numpy(images)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+def test_embeddings_have_length_1(embedded: Clip) -> None:
+    images = from_pixels(torch.from_numpy(drawn(1, 28)))
+    for embeddings in (embedded.embed_images(images), embedded.embed_prompts(["a seven", "?"])):
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
+
+
+def test_each_digit_has_its_prompt(embedded: Clip) -> None:
+    prompts = [digit_prompt(digit) for digit in range(10)]
+    assert prompts[7] == "a handwritten digit seven"
+    similarities = embedded.embed_prompts(prompts) @ embedded.embed_prompts(prompts).T
+    assert (similarities.fill_diagonal_(0) < 0.9).all()
+
+
+def test_long_prompt_is_cut_to_the_context_length(embedded: Clip) -> None:
+    long = "seven " * 33
+    torch.testing.assert_close(embedded.embed_prompts([long]), embedded.embed_prompts([long + "eight"]))
+
+
+def test_missing_package_is_reported_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ClipNotInstalledError, match=r"Install it with: pip install -e '\.\[clip\]'"):
+        Clip()
+
+
+@pytest.mark.parametrize("name", ["missing/folder", "no-such-architecture:tag", "ViT-B-32:missing.pt"])
+def test_model_that_cannot_be_loaded_raises_an_error_of_one_line(name: str) -> None:
+    with pytest.raises(ClipError, match=r"^Cannot load CLIP model '") as raised:
+        Clip(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_weights_raise_an_error(tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_bytes((EMBEDDED / "open_clip_config.json").read_bytes())
+    weights = (EMBEDDED / "open_clip_model.safetensors").read_bytes()
+    (tmp_path / "open_clip_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ClipError, match=r"^Cannot load CLIP model"):
+        Clip(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", True),
+        ("a" * 200, True),
+        ("七 \U0001f600", True),
+        ("", False),
+        (" \n", False),
+        ("a" * 201, False),
+        ("\ud800", False),
+        ("a\udfff", False),
+    ],
+)
+def test_prompt_has_1_to_200_characters_and_is_not_blank(text: str, expected: bool) -> None:
+    assert is_prompt(text) == expected
+
+
+def test_installed_package_is_found() -> None:
+    assert clip.is_installed()
