@@ -153,7 +153,7 @@ class UnfogEvents:
 
     def done(self, job: Job) -> str:
         """Returns the event `done`."""
-        seed, evaluations = job.request.options.seed, job.request.evaluations_from(0)
+        seed, evaluations = job.request.options.seed, job.request.network_evaluations
         done = DoneEvent(seed=seed, evaluations=evaluations, timing=Timing.of(job.timings))
         return event_text("done", done.model_dump())
 

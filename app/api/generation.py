@@ -255,7 +255,7 @@ def _encode_json(
         sampler=cast(Sampler, options.sampler),  # only recognition has another process
         guidance_scale=options.guidance_scale,
         model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
-        evaluations=job.request.evaluations_from(0),
+        evaluations=job.request.network_evaluations,
         images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs, provenance.first_index)],
         timing=Timing.of(job.timings),
         **task.facts,

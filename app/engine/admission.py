@@ -29,13 +29,15 @@ without a shortage.
 import logging
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from app import errors
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
-from app.engine.job import GUIDED_EVALUATIONS, Estimate, Job, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Estimate, Job, StepKind, Trajectory
 from app.engine.step_times import StepTimes, Throughput
+from model.clip_guidance import CALL_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class Admission:
         self._max_batch = max_batch
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
-        self._limits: dict[tuple[int, int], StepLimits] = {}  # the key is (number of models, widest row)
+        self._limits: dict[StepKind, StepLimits] = {}
         # No target is at risk before this time, unless the slowdown exceeds its value at the last check.
         self._safe_until = -math.inf
         self._safe_slowdown = 0.0
@@ -64,7 +66,7 @@ class Admission:
     @property
     def max_batch(self) -> int:
         """Returns the maximum number of rows of a step."""
-        return self._limits_for(1, GUIDED_EVALUATIONS).rows
+        return self._limits_for(StepKind(1, GUIDED_EVALUATIONS, has_clip=False)).rows
 
     def open(self, step_times: StepTimes) -> None:
         """Sets the step times that were measured at warm-up."""
@@ -76,11 +78,14 @@ class Admission:
 
         Call this before `Backlog.advance`, which changes the number of evaluations of the rows.
         """
-        calls: dict[str, int] = {}
+        evaluations, with_clip = Counter[str](), Counter[str]()
         for row in rows:
             model = row.job.request.options.model
-            calls[model] = calls.get(model, 0) + row.evaluations
-        self.step_times.observe(list(calls.values()), seconds)
+            evaluations[model] += row.network_evaluations
+            if row.clip:
+                with_clip[model] += 1
+        clip_calls = sum(math.ceil(count / CALL_ROWS) for count in with_clip.values())
+        self.step_times.observe(list(evaluations.values()), seconds, clip_calls)
 
     def admit(self, job: Job, now: float) -> None:
         """Admits all images of a job and sets its estimate, or raises Overloaded with a Retry-After.
@@ -143,21 +148,15 @@ class Admission:
         self._safe_until = -math.inf
 
     def _limits_with(self, *new_jobs: Job) -> StepLimits:
-        """Returns the limits of a step with the models and the widest row of the backlog and `new_jobs`."""
-        return self._limits_for(max(1, self.backlog.num_models(*new_jobs)), self.backlog.widest_row(*new_jobs))
+        """Returns the limits of a step of the backlog and `new_jobs`."""
+        return self._limits_for(self.backlog.step_kind(*new_jobs))
 
-    def _limits_for(self, num_models: int, widest_row: int) -> StepLimits:
-        key = num_models, widest_row
-        if key not in self._limits:
+    def _limits_for(self, kind: StepKind) -> StepLimits:
+        if kind not in self._limits:
             given = [rows for rows in (self._max_batch, self._max_rows) if rows is not None]
-            self._limits[key] = StepLimits.of(
-                self.step_times,
-                min(given, default=None),
-                num_models,
-                auto=self._max_batch is None,
-                widest_row=widest_row,
-            )
-        return self._limits[key]
+            most = min(given, default=None)
+            self._limits[kind] = StepLimits.of(self.step_times, most, kind, auto=self._max_batch is None)
+        return self._limits[kind]
 
     def _full(self, *new_jobs: Job) -> Throughput:
         """Returns the throughput of full steps at the current speed, with the backlog and `new_jobs`."""
@@ -201,7 +200,7 @@ class Admission:
         A single image that fits into the first round has a row in every step. The result is its number of steps times
         the predicted duration of the next step. For all other jobs the result is the bound of the backlog.
         """
-        backlog, num_models = self.backlog, max(1, self.backlog.num_models(job))
+        backlog, kind = self.backlog, self.backlog.step_kind(job)
         limits = self._limits_with(job)
         mean = _mean_evaluations(job)
         first_round = (len(backlog) + 1) * mean
@@ -210,7 +209,9 @@ class Admission:
         fewest = 1 if backlog.jobs else limits.evaluations
         share = limits.share(len(backlog) + 1, fewest, math.ceil(first_round))
         evaluations = min(share, (backlog.waiting + backlog.running + 1) * mean)
-        seconds = self.step_times.step_seconds(evaluations) + (num_models - 1) * full.lone_seconds
+        seconds = self.step_times.step_seconds(evaluations) + (kind.num_models - 1) * full.lone_seconds
+        if kind.has_clip:
+            seconds += self.step_times.slowdown * self.step_times.clip_seconds
         return job.request.options.num_steps * seconds
 
 

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.job import GUIDED_EVALUATIONS, Job, Result, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Job, Result, StepKind, Trajectory
 from app.engine.step_times import Throughput
 
 Array = npt.NDArray[np.float64]
@@ -77,6 +77,7 @@ class Backlog:
         self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`, in the same order
         self._of_model: Counter[str] = Counter()  # the number of jobs of each model
         self._of_width: Counter[int] = Counter()  # the number of jobs by the evaluations of their widest row
+        self._num_with_clip = 0  # the number of jobs with CLIP guidance
 
     def __contains__(self, job: Job) -> bool:
         """Returns True if the job was added and not removed."""
@@ -89,16 +90,12 @@ class Backlog:
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def num_models(self, *new_jobs: Job) -> int:
-        """Returns the number of models that the jobs and `new_jobs` use.
-
-        Each model needs its own network call, so that a step can make this number of calls.
-        """
-        return len(self._of_model.keys() | {job.request.options.model for job in new_jobs})
-
-    def widest_row(self, *new_jobs: Job) -> int:
-        """Returns the largest number of evaluations that one row of the jobs and `new_jobs` takes in a step."""
-        return max(GUIDED_EVALUATIONS, *self._of_width, *(job.request.widest_row for job in new_jobs))
+    def step_kind(self, *new_jobs: Job) -> StepKind:
+        """Returns the kind of the steps of the jobs and `new_jobs` together."""
+        models = self._of_model.keys() | {job.request.options.model for job in new_jobs}
+        widest = max([GUIDED_EVALUATIONS, *self._of_width, *(job.request.widest_row for job in new_jobs)])
+        has_clip = self._num_with_clip > 0 or any(job.request.clip for job in new_jobs)
+        return StepKind(max(1, len(models)), widest, has_clip)
 
     def add(self, job: Job) -> None:
         """Inserts a job at its place in the order. The caller must have checked that the queue has room for it."""
@@ -117,6 +114,7 @@ class Backlog:
         self.extra_slots += job.extra_slots
         self._of_model[job.request.options.model] += 1
         self._of_width[job.request.widest_row] += 1
+        self._num_with_clip += job.request.clip is not None
         self._table[entry.slot] = _table_row(job)
 
     def remove(self, job: Job) -> bool:
@@ -129,6 +127,7 @@ class Backlog:
         self._free.append(self._entries.pop(job).slot)
         self._of_model -= Counter([job.request.options.model])  # Counter's -= deletes keys whose count becomes 0
         self._of_width -= Counter([job.request.widest_row])
+        self._num_with_clip -= job.request.clip is not None
         self.waiting -= job.num_waiting
         self.running -= job.num_running
         self.extra_slots -= job.extra_slots
@@ -188,8 +187,8 @@ class Backlog:
     def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
         """Returns True if `job` and all jobs that it delays would meet their targets.
 
-        It delays the jobs with later targets. If it needs another model or has wider rows, it delays all jobs, because
-        every step may then take longer. Lost jobs are ignored. An empty backlog admits every job (see admission.py).
+        It delays the jobs with later targets. If it changes the kind of the steps, it delays all jobs, because every
+        step may then take longer. Lost jobs are ignored. An empty backlog admits every job (see admission.py).
 
         With `wait`, the job is submitted `wait` seconds from now. Until then, the backlog drains in order at the rate
         of full steps, and no other job arrives.
@@ -211,7 +210,7 @@ class Backlog:
         # the share of each tail that is left after the wait
         tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)
         rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
-        if (self.num_models(), self.widest_row()) == (self.num_models(job), self.widest_row(job)):
+        if self.step_kind() == self.step_kind(job):
             delayed[:place] = False  # steps do not become longer, so jobs with earlier targets are not delayed
         left[place:] += own[0, _WORK]
         late = start + _finish(rows, left, full) > rows[:, _TARGET]

@@ -12,7 +12,8 @@ request does not wait for the long steps of a large request. The jobs are in ord
    order (earliest deadline first). The bound in backlog.py holds for such steps.
 
 Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two. A row
-that compares the classes of an image takes one for each remaining class.
+that compares the classes of an image takes one for each remaining class. The gradient of CLIP counts as the number of
+evaluations that take as long.
 
 Example without guidance: a full step has 16 evaluations, a short step 8. Job A has 64 images, job B has 1 image.
 
@@ -23,8 +24,9 @@ Example without guidance: a full step has 16 evaluations, a short step 8. Job A 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from app.engine.job import GUIDED_EVALUATIONS, Job, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, Job, StepKind, Trajectory
 from app.engine.step_times import StepTimes, Throughput
 
 # With automatic sizes, a full step is the largest measured batch whose rate is within BEST_TOLERANCE of the best rate
@@ -50,33 +52,33 @@ class StepLimits:
         cls,
         times: StepTimes,
         max_rows: int | None,
-        num_models: int,
+        kind: StepKind,
         *,
         auto: bool,
-        widest_row: int = GUIDED_EVALUATIONS,
     ) -> "StepLimits":
-        """Returns the limits of a step that makes one call for each of `num_models` models.
+        """Returns the limits of steps of a kind. They make one call for each of its models.
 
         With `auto`, the size of a full step follows from the measured times, and `max_rows` is an upper limit if given.
         Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short. A full step
-        has room for a guided row. If `widest_row`, the largest number of evaluations of one row, is larger than 2, it
-        also has room for such a row.
+        has room for a guided row. If the widest row has more than 2 evaluations, it also has room for such a row.
+
         """
-        lone = times.measured_seconds(1)
-        calls = (num_models - 1) * lone  # each further model needs another call
+        lone, widest_row = times.measured_seconds(1), kind.widest_row
+        calls = (kind.num_models - 1) * lone  # each further model needs another call
         most = times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone) if auto else GUIDED_EVALUATIONS * (max_rows or 1)
         most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
         most = max(min(most, GUIDED_EVALUATIONS * rows), GUIDED_EVALUATIONS)
-        if widest_row > GUIDED_EVALUATIONS:  # A row that compares the classes must not push out all other rows.
+        if widest_row > GUIDED_EVALUATIONS:  # A wide row must not push out all other rows.
             most = max(most, widest_row + GUIDED_EVALUATIONS)
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a
         # guided row, and up to nine for a row that compares ten classes. If no row is guided, `rows` is the limit. The
         # rate must hold for all these sizes. It can be lowest between the smallest and the largest size.
         least = max(1, min(most - widest_row + 1, rows))
-        rate = min(count / (times.measured_seconds(count) + calls) for count in range(least, most + 1))
-        return cls(most, rows, short, Throughput(rate, times.measured_seconds(most) + calls, lone))
+        longest = _longest_seconds(times, kind, most)
+        rate = min(count / (longest[count] + calls) for count in range(least, most + 1))
+        return cls(most, rows, short, Throughput(rate, longest[most] + calls, lone))
 
     def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
         """Returns the maximum number of evaluations of the next step if no target is at risk.
@@ -94,6 +96,22 @@ class StepLimits:
         if num_jobs > 1 and num_jobs * fewest_images <= short:
             return min(self.evaluations, short)
         return self.evaluations
+
+
+def _longest_seconds(times: StepTimes, kind: StepKind, most: int) -> list[float]:
+    """Returns the longest durations of steps of 0 to `most` evaluations, with a call of the network of one model.
+
+    With CLIP, m of the evaluations can be gradients of CLIP. They take m / r at the best rate r of the network, and the
+    last call of CLIP for each model can have fewer rows than the others, but takes as long. So the duration is at most
+
+        max over n of (duration of n network evaluations + (count - n) / r) + one call of CLIP for each model
+    """
+    seconds = [0.0, *map(times.measured_seconds, range(1, most + 1))]
+    if not kind.has_clip:
+        return seconds
+    rate, last_calls = times.best_rate, kind.num_models * times.clip_seconds
+    above = accumulate((measured - n / rate for n, measured in enumerate(seconds)), max)
+    return [count / rate + more + last_calls for count, more in enumerate(above)]
 
 
 def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,8 @@ class Options:
     guidance_scale: float
     model: str = DEFAULT_MODEL
     path: tuple[int, ...] = ()  # timesteps (see model/sampler.py); empty: the sampler's timesteps from T to 0
+    clip_guidance_scale: float = 0.0  # 0: no CLIP guidance
+    clip_prompt: str = ""  # empty without CLIP guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,16 @@ class Input:
     signal: float
     noise: float
     is_known: npt.NDArray[np.bool_] | None = None  # (C, H, W): pixels of the result that are given; None: no pixel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ClipTarget:
+    """What CLIP guidance moves the images of a job towards, and in which steps."""
+
+    scale: float
+    text: npt.NDArray[np.float32]  # (E,) embedding of the prompt
+    steps: StepSet
+    evaluations: int  # network evaluations that take as long as the gradient of CLIP for one row
 
 
 Result = Pixels | Comparison  # the result of one trajectory
@@ -136,7 +149,7 @@ class Trajectory:
         return self.options.num_steps - self.step
 
     @property
-    def evaluations(self) -> int:
+    def network_evaluations(self) -> int:
         """Returns the number of network evaluations of the next step.
 
         This is the number of remaining classes in a comparison, and otherwise 2 with guidance and 1 without.
@@ -146,8 +159,27 @@ class Trajectory:
         return GUIDED_EVALUATIONS if self.step in self.job.request.guided_steps else 1
 
     @property
+    def clip(self) -> ClipTarget | None:
+        """Returns the CLIP guidance of the next step, or None if it has none."""
+        clip = self.job.request.clip
+        return clip if clip and self.step in clip.steps else None
+
+    @property
+    def evaluations(self) -> int:
+        """Returns the size of the next step for the scheduler.
+
+        These are its network evaluations, and as many more as take as long as its gradient of CLIP. The properties
+        above are not used here, because the scheduler reads the size of every row several times in each step.
+        """
+        if self.comparison:
+            return len(self.comparison.remaining)
+        request, step = self.job.request, self.step
+        size = GUIDED_EVALUATIONS if step in request.guided_steps else 1
+        return size + request.clip.evaluations if request.clip and step in request.clip.steps else size
+
+    @property
     def evaluations_left(self) -> int:
-        """Returns the largest number of network evaluations that are left."""
+        """Returns the largest size of all steps that are left together."""
         if self.comparison:
             return self.steps_left * len(self.comparison.remaining)
         return self.job.request.evaluations_from(self.step)
@@ -192,20 +224,37 @@ class JobRequest:
     # If given, the digit, the seed and the index of each image. Otherwise all images have the digit and the seed of
     # `options`, and their position as index.
     images: tuple[ImageKey, ...] = ()
+    clip: ClipTarget | None = None  # None: no CLIP guidance
 
     @property
     def widest_row(self) -> int:
-        """Returns the largest number of network evaluations of one image in a step."""
+        """Returns the largest size of one image in a step, in evaluations as `Trajectory.evaluations`."""
         for comparison in (self.comparison, self.search and self.search.comparison):
             if comparison:
                 return comparison.num_classes
-        return GUIDED_EVALUATIONS if self.guided_steps else 1
+        return (GUIDED_EVALUATIONS if self.guided_steps else 1) + (self.clip.evaluations if self.clip else 0)
+
+    @property
+    def network_evaluations(self) -> int:
+        """Returns the largest number of network evaluations of one image."""
+        if self.comparison:
+            return self.options.num_steps * self.comparison.num_classes
+        return _sizes_from(self.options.num_steps, self.guided_steps, range(0), 0)[0]
 
     def evaluations_from(self, step: int) -> int:
-        """Returns the largest number of network evaluations of one image from `step` to the end of its path."""
+        """Returns the largest size of one image from `step` to the end of its path, as `Trajectory.evaluations`."""
         if self.comparison:
             return (self.options.num_steps - step) * self.comparison.num_classes
-        return _evaluations_from(self.options.num_steps, self.guided_steps)[step]
+        clip_steps, of_clip = (self.clip.steps, self.clip.evaluations) if self.clip else (range(0), 0)
+        return _sizes_from(self.options.num_steps, self.guided_steps, clip_steps, of_clip)[step]
+
+
+class StepKind(NamedTuple):
+    """What the steps of some jobs can contain. It determines the duration of a full step."""
+
+    num_models: int  # each model needs its own network call
+    widest_row: int  # the largest size of one row, in evaluations
+    has_clip: bool  # True if a step can call CLIP
 
 
 @dataclass(slots=True)
@@ -338,7 +387,13 @@ class Job:
 
 
 @lru_cache(maxsize=4096)
-def _evaluations_from(num_steps: int, guided_steps: StepSet) -> list[int]:
-    """Returns the number of evaluations from each step to the end of the path. A guided step has two."""
-    of_steps = [GUIDED_EVALUATIONS if step in guided_steps else 1 for step in range(num_steps)]
+def _sizes_from(num_steps: int, guided_steps: StepSet, clip_steps: StepSet, of_clip: int) -> list[int]:
+    """Returns the number of evaluations from each step to the end of the path.
+
+    A guided step has two, and a step with CLIP guidance has `of_clip` more.
+    """
+    of_steps = [
+        (GUIDED_EVALUATIONS if step in guided_steps else 1) + (of_clip if step in clip_steps else 0)
+        for step in range(num_steps)
+    ]
     return list(accumulate(reversed(of_steps), initial=0))[::-1]

@@ -9,15 +9,21 @@ speed of the machine, which may be slower than at warm-up. The model therefore i
 machine slows down all sizes by about the same factor. It is an exponential moving average: each step that runs moves it
 by SMOOTHING of the difference between the actual and the predicted time.
 
+A step with CLIP guidance also calls CLIP. All calls of CLIP have the same number of rows (see model/clip_guidance.py)
+and therefore the same duration, `clip_seconds`, which warm-up measures too.
+
 Example: the curve is {1: 1.0 ms, 8: 3.6 ms, 16: 7.0 ms}. The predicted time of 12 evaluations is 5.3 ms. If steps take
 twice as long from now on, `slowdown` is 1.05 after the first step and 1.95 after 60 steps.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+
+from model.clip_guidance import CALL_ROWS
 
 SMOOTHING = 0.05  # weight of the newest step in the moving average
 # The largest ratio of the actual to the predicted time that counts. A larger ratio means that the step was interrupted,
@@ -41,22 +47,35 @@ class StepTimes:
     times of its calls.
     """
 
-    def __init__(self, seconds_by_rows: dict[int, float]) -> None:
+    def __init__(self, seconds_by_rows: Mapping[int, float], clip_seconds: float = 0.0) -> None:
+        """`clip_seconds` is the duration of one call of CLIP. It is 0 if no CLIP model is loaded."""
         self._rows = sorted(seconds_by_rows)
         self._seconds = [seconds_by_rows[rows] for rows in self._rows]
         self._curve = np.array(self._rows), np.array(self._seconds)  # np.interp would convert lists in each call
+        self.clip_seconds = clip_seconds
         self.slowdown = 1.0  # actual time divided by the time at warm-up
 
     def copy(self) -> "StepTimes":
         """Returns a copy with its own slowdown."""
         return copy(self)
 
-    def observe(self, calls: Sequence[int], seconds: float) -> None:
+    @property
+    def clip_evaluations(self) -> int:
+        """Returns the number of evaluations at the best rate that take as long as one row of a full call of CLIP."""
+        return math.ceil(self.clip_seconds / CALL_ROWS * self.best_rate)
+
+    @property
+    def best_rate(self) -> float:
+        """Returns the best measured number of evaluations per second, at the speed of warm-up."""
+        return max(rows / seconds for rows, seconds in zip(self._rows, self._seconds, strict=True))
+
+    def observe(self, calls: Sequence[int], seconds: float, clip_calls: int = 0) -> None:
         """Updates the slowdown after a step that took `seconds`.
 
-        `calls` has the number of evaluations of each network call of the step.
+        `calls` has the number of evaluations of each network call of the step. `clip_calls` is its number of calls of
+        CLIP.
         """
-        ratio = seconds / sum(map(self.step_seconds, calls))
+        ratio = seconds / (sum(map(self.step_seconds, calls)) + clip_calls * self.slowdown * self.clip_seconds)
         self.slowdown *= 1 + SMOOTHING * (min(ratio, MAX_JUMP) - 1)
 
     def step_seconds(self, evaluations: float) -> float:

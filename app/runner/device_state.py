@@ -162,4 +162,4 @@ def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequen
         return [(slots[0], comparison.remaining)]
     digit = trajectory.digit
     label = null_label if digit is None else digit
-    return [(slots[0], (label, null_label) if trajectory.evaluations == GUIDED_EVALUATIONS else (label,))]
+    return [(slots[0], (label, null_label) if trajectory.network_evaluations == GUIDED_EVALUATIONS else (label,))]

@@ -14,7 +14,7 @@ from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
 from app.engine.interface import Evaluation, ModelInfo, TrainingFacts
-from app.engine.job import Job, JobRequest, Options, Pixels, Search, Trajectory
+from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 from model.inpainting import ClassDistances
@@ -111,7 +111,7 @@ def recognised_class(job: Job) -> int:
 
 def fixed_limits(max_rows: int) -> StepLimits:
     """Returns limits for steps of at most `max_rows` rows, as with UNFOG_MAX_BATCH=max_rows."""
-    return StepLimits.of(StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, 1, auto=False)
+    return StepLimits.of(StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, StepKind(1, 2, has_clip=False), auto=False)
 
 
 @dataclass

@@ -4,14 +4,15 @@ import pytest
 
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
-from app.engine.job import Job, Trajectory
+from app.engine.job import Job, StepKind, Trajectory
 from app.engine.step_times import StepTimes
 from tests.app.fakes import fixed_limits, image, new_job, step_backlog
 
 # 16 evaluations have the best rate, so that they are a full step. 8 evaluations take three times as long as 1, so that
 # they are a short step.
+PLAIN = StepKind(num_models=1, widest_row=2, has_clip=False)
 STEP_TIMES = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0, 32: 9.0})
-AUTO = StepLimits.of(STEP_TIMES, None, 1, auto=True)
+AUTO = StepLimits.of(STEP_TIMES, None, PLAIN, auto=True)
 
 
 def backlog_with(*jobs: Job, capacity: int = 1024) -> Backlog:
@@ -208,12 +209,14 @@ def test_single_small_job_gets_full_steps() -> None:
     ],
 )
 def test_auto_limits_follow_from_the_measured_step_times(curve: dict[int, float], evaluations: int, short: int) -> None:
-    limits = StepLimits.of(StepTimes(curve), None, 1, auto=True)
+    limits = StepLimits.of(StepTimes(curve), None, PLAIN, auto=True)
     assert (limits.evaluations, limits.rows, limits.short) == (evaluations, evaluations, short)
 
 
 def test_second_model_adds_the_time_of_another_call() -> None:
-    one, two = (StepLimits.of(STEP_TIMES, None, num_models, auto=True) for num_models in (1, 2))
+    one, two = (
+        StepLimits.of(STEP_TIMES, None, StepKind(num_models, 2, has_clip=False), auto=True) for num_models in (1, 2)
+    )
     assert (one.short, two.short) == (8, 4)  # 4 evaluations take 2 s and the other call takes 1 s.
     assert two.full.step_seconds == one.full.step_seconds + 1.0
     assert two.full.rate < one.full.rate
@@ -221,7 +224,7 @@ def test_second_model_adds_the_time_of_another_call() -> None:
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 64])
 def test_fixed_limit_is_the_number_of_rows(max_rows: int) -> None:
-    limits = StepLimits.of(STEP_TIMES, max_rows, 1, auto=False)
+    limits = StepLimits.of(STEP_TIMES, max_rows, PLAIN, auto=False)
     backlog = backlog_with(new_job(100, num_steps=10, guided_steps=range(10)), new_job(1))
     assert len(select_rows(backlog.jobs, limits, at_risk=False)) == max_rows
     # If all rows are guided, there are two evaluations per row.
@@ -234,7 +237,7 @@ def test_fixed_limit_is_the_number_of_rows(max_rows: int) -> None:
 def test_rate_of_a_full_step_allows_for_one_empty_place() -> None:
     """If one place is left and the next row is guided, the place stays empty. The step then has 15 evaluations."""
     staircase = StepTimes({1: 16.0, 16: 16.0, 17: 32.0})
-    assert StepLimits.of(staircase, None, 1, auto=True).full.rate == 15 / 16
+    assert StepLimits.of(staircase, None, PLAIN, auto=True).full.rate == 15 / 16
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,6 +9,7 @@ import pytest
 
 from app import errors
 from app.engine.job import Job
+from app.engine.step_times import StepTimes
 from tests.app.engine.virtual_service import MEASURED, MEASURED_WITH_AMX, VirtualService, clients, random_mix
 
 MAX_SLOWDOWN = 1.1  # maximum duration of a step, in multiples of the measured time
@@ -21,8 +22,8 @@ CURVES = {
 BATCHES = (None, 1, 8, 64)  # UNFOG_MAX_BATCH
 
 
-def serve_mix(seed: int, seconds: float) -> tuple[Counter[str], list[Job]]:
-    """Simulates a random mix of clients.
+def serve_mix(seed: int, seconds: float, clip_seconds: float = 0.0) -> tuple[Counter[str], list[Job]]:
+    """Simulates a random mix of clients. With `clip_seconds`, the duration of a call of CLIP, some use CLIP guidance.
 
     Returns the number of requests by outcome, and the jobs that missed their deadlines although admission predicted
     that they would meet them.
@@ -35,8 +36,10 @@ def serve_mix(seed: int, seconds: float) -> tuple[Counter[str], list[Job]]:
         capacity=choose.choice([64, 1024]),
         measured=measured,
         noise=lambda: MAX_SLOWDOWN if is_always_slow else choose.uniform(1.0, MAX_SLOWDOWN),
+        clip_seconds=clip_seconds,
     )
-    result = service.run(random_mix(seed), seconds)
+    clip_evaluations = StepTimes(measured, clip_seconds).clip_evaluations
+    result = service.run(random_mix(seed, clip_evaluations), seconds)
     outcomes: Counter[str] = Counter()
     for (_, outcome), number in result.outcomes.items():
         outcomes[outcome] += number
@@ -50,6 +53,17 @@ def test_no_admitted_job_is_late_in_random_mixes() -> None:
         assert late == [], seed
         outcomes += found
     assert outcomes["200"] > 1000
+    assert outcomes["429"] > 100
+
+
+@pytest.mark.parametrize("clip_seconds", [1e-3, 11e-3, 0.1])
+def test_no_admitted_job_is_late_in_random_mixes_with_clip_guidance(clip_seconds: float) -> None:
+    outcomes: Counter[str] = Counter()
+    for seed in range(2000, 2016):
+        found, late = serve_mix(seed, seconds=5.0, clip_seconds=clip_seconds)
+        assert late == [], seed
+        outcomes += found
+    assert outcomes["200"] > 100
     assert outcomes["429"] > 100
 
 

@@ -21,7 +21,7 @@ def test_job_that_would_finish_after_its_deadline_is_refused() -> None:
 
 def test_step_times_are_learned_per_evaluation_and_not_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
     observed: list[int] = []
-    monkeypatch.setattr(StepTimes, "observe", lambda step_times, calls, seconds: observed.extend(calls))
+    monkeypatch.setattr(StepTimes, "observe", lambda step_times, calls, seconds, clip_calls: observed.extend(calls))
     engine = opened(new_engine(FakeRunner()))
     engine.submit(new_job(3, num_steps=4))
     engine.submit(new_job(2, num_steps=4, guided_steps=range(1, 3)))

@@ -93,3 +93,16 @@ def test_largest_batch_within_a_time_limit_is_found(curve: dict[int, float], sec
     step_times = StepTimes(curve)
     step_times.slowdown = 7.0
     assert step_times.largest_batch(seconds) == largest
+
+
+def test_one_row_of_a_clip_call_counts_as_evaluations_of_the_same_duration() -> None:
+    """At the best rate, an evaluation takes 0.5 s. A call of 8 rows that takes 9 s takes 1.125 s a row."""
+    assert StepTimes({1: 1.0, 8: 4.0}, clip_seconds=9.0).clip_evaluations == 3
+    assert StepTimes({1: 1.0, 8: 4.0}).clip_evaluations == 0
+
+
+def test_step_with_clip_calls_at_the_predicted_time_keeps_the_slowdown() -> None:
+    step_times = StepTimes({1: 1.0, 8: 4.0}, clip_seconds=9.0)
+    step_times.slowdown = 2.0
+    step_times.observe([8, 1], 2 * (4.0 + 1.0 + 3 * 9.0), clip_calls=3)
+    assert step_times.slowdown == pytest.approx(2.0)

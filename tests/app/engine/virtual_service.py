@@ -5,16 +5,20 @@ Clients send requests in closed loops. A step takes the predicted time multiplie
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from app import errors
 from app.engine.admission import Admission
-from app.engine.job import Job, JobRequest, Options, Search, Trajectory
+from app.engine.job import ClipTarget, Job, JobRequest, Options, Search, Trajectory
 from app.engine.step_times import StepTimes
+from model.clip_guidance import CALL_ROWS
 from model.inpainting import ClassDistances
 from model.recognition import Recognition, timesteps
 from tests.app.fakes import READOUT, image
@@ -40,13 +44,17 @@ class Client:
     think: float = 0.001  # seconds between an answer and the next request
     repeats: bool = True  # False if it sends only one request
     task: str = "generate"
+    clip_evaluations: int = 0  # if not 0: images have CLIP guidance, with this size in evaluations
 
     def job(self, now: float) -> Job:
         if self.task != "generate":
             return self._job_with_input(now)
         guided_steps = range(round(0.27 * self.num_steps), round(0.73 * self.num_steps)) if self.guided else range(0)
-        options = Options(0, 0, self.num_steps, "ddpm", 1.0, self.model)
-        return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps), now)
+        options, clip = Options(0, 0, self.num_steps, "ddpm", 1.0, self.model), None
+        if self.clip_evaluations:
+            steps = range(round(0.4 * self.num_steps), round(0.95 * self.num_steps))
+            clip = ClipTarget(1.0, np.zeros(1, np.float32), steps, self.clip_evaluations)
+        return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps, clip=clip), now)
 
     def _job_with_input(self, now: float) -> Job:
         """Returns a job that recognises, or that searches for its digit and then generates guided images."""
@@ -86,10 +94,11 @@ class VirtualService:
         capacity: int = 1024,
         measured: dict[int, float] = MEASURED,
         noise: Callable[[], float] = lambda: 1.0,
+        clip_seconds: float = 0.0,
     ) -> None:
         self.admission = Admission(capacity, max_batch)
-        self.admission.open(StepTimes(measured))
-        self.actual_times, self.noise = StepTimes(measured), noise
+        self.admission.open(StepTimes(measured, clip_seconds))
+        self.actual_times, self.noise = StepTimes(measured, clip_seconds), noise
         self.now = 0.0
         self.predicted_late: set[Job] = set()  # jobs that were admitted only because the engine was idle
         self.steps: list[list[Trajectory]] = []
@@ -108,12 +117,15 @@ class VirtualService:
         rows = self.admission.select(self.now)
         assert rows
         self.steps.append(rows)
-        calls: Counter[str] = Counter()
+        calls, with_clip = Counter[str](), Counter[str]()
         for row in rows:
-            calls[row.job.request.options.model] += row.evaluations
+            calls[row.job.request.options.model] += row.network_evaluations
+            with_clip[row.job.request.options.model] += row.clip is not None
             if not row.started:
                 backlog.start(row)
-        seconds = sum(self.actual_times.step_seconds(n) for n in calls.values()) * self.noise()
+        clip_calls = sum(math.ceil(count / CALL_ROWS) for count in with_clip.values())
+        seconds = sum(map(self.actual_times.step_seconds, calls.values()))
+        seconds = (seconds + clip_calls * self.actual_times.clip_seconds) * self.noise()
         self.admission.observe(rows, seconds)
         self.now += seconds
         backlog.advance(rows)
@@ -181,9 +193,12 @@ def clients(n: int, **fields: Any) -> list[Client]:
     return [Client(**fields) for _ in range(n)]
 
 
-def random_mix(seed: int) -> list[Client]:
-    """Returns clients with random image counts, timeouts, models, numbers of steps and tasks."""
-    choose, tasks = random.Random(seed), random.Random(f"tasks {seed}")
+def random_mix(seed: int, clip_evaluations: int = 0) -> list[Client]:
+    """Returns clients with random image counts, timeouts, models, numbers of steps and tasks.
+
+    With `clip_evaluations`, some of them use CLIP guidance.
+    """
+    choose, tasks, guide = random.Random(seed), random.Random(f"tasks {seed}"), random.Random(f"clip {seed}")
     numbers = itertools.count()
     mix: list[Client] = []
     for _ in range(choose.randint(1, 4)):
@@ -199,5 +214,6 @@ def random_mix(seed: int) -> list[Client]:
             start=choose.uniform(0, 2),
             think=choose.choice([0.001, 0.01, 0.3, 2.0]),
             task=tasks.choice(TASKS) if model == "default" else "generate",
+            clip_evaluations=guide.choice([0, clip_evaluations]),
         )
     return mix
