@@ -64,15 +64,17 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     engine.deliver = service.mailbox.deliver
     traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
+    engine.ready.add_done_callback(lambda _: service.clip.open(engine.clip))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
         engine.drain()
-        engine.give_up(errors.Draining(1))
+        service.give_up(errors.Draining(1))
         service.pictures.close()
         await asyncio.to_thread(engine.stop, STOP_SECONDS)
+        await asyncio.to_thread(service.clip.join, STOP_SECONDS)
         if traces:
             await asyncio.to_thread(traces.close)
 

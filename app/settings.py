@@ -164,6 +164,10 @@ class Settings(BaseSettings):
     cache_dir: Path = Field(default_factory=default_cache)
     """folder for compiled code. If other users can write to it, a private subfolder is used (default: unfog in
     $XDG_CACHE_HOME or ~/.cache)"""
+    clip: str = "auto"
+    """CLIP model that compares images with text: auto, off, a folder in open_clip's format, ARCHITECTURE:TAG or
+    ARCHITECTURE:FILE. auto: the shipped model if the extra `clip` is installed, otherwise none. off: none
+    (default: auto)"""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """compute threads on a CPU, 1 to 1024 (default: the available cores, one fewer while another process keeps a core
     busy; at most 2 for float32 without compilation)"""

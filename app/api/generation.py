@@ -23,6 +23,7 @@ from app.api.schemas import GeneratedImage, ModelName, Timing
 from app.api.stream_options import NO_STREAM, StreamOptions
 from app.api.task import Task
 from app.api.uploads import ImageReader
+from app.engine.clip_worker import ClipWorker
 from app.engine.engine import Engine
 from app.engine.interface import ModelInfo
 from app.engine.job import Job, JobRequest, Listener, Pixels, Result
@@ -72,6 +73,7 @@ class Service:
     metrics: Metrics
     started_at: float
     pictures: ImageReader
+    clip: ClipWorker = field(default_factory=ClipWorker)
     mailbox: Mailbox = field(default_factory=Mailbox)
     in_flight: InFlight = field(default_factory=InFlight)
 
@@ -92,6 +94,11 @@ class Service:
         if model not in models:
             raise errors.InvalidRequest.of("model", f"Input should be {either(models)}")
         return models[model]
+
+    def give_up(self, error: errors.UnfogError) -> None:
+        """Answers all unfinished requests with the error."""
+        self.engine.give_up(error)
+        self.clip.close(error)
 
     def submit(
         self,

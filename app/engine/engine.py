@@ -26,7 +26,7 @@ from functools import cached_property
 from app import errors
 from app.engine.admission import Admission
 from app.engine.batch_feed import BatchFeed
-from app.engine.interface import ModelInfo, RunnerError, StepRunner
+from app.engine.interface import ClipEmbedder, ModelInfo, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
 from app.engine.job import Job, Pixels, Result, Trajectory
 from app.engine.step_times import StepTimes
@@ -72,6 +72,7 @@ class Engine:
     ) -> None:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
+        self.clip: ClipEmbedder | None = None  # None until the engine is ready, and without a CLIP model
         self.device_memory: Callable[[], int] | None = None  # returns the bytes allocated on a GPU; set when ready
         # Called immediately before the network call of each step, and before the engine waits for work. Listeners can
         # store their events and deliver them here. If they woke another thread earlier, that thread would take the
@@ -177,6 +178,7 @@ class Engine:
         with self._condition:
             self._admission.open(step_times)
             self.models, self.device_memory = self._runner.models, self._runner.device_memory
+            self.clip = self._runner.clip
             if self.state is EngineState.STARTING:
                 self.state = EngineState.OK
         self.ready.set_result(None)

@@ -4,11 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from app.engine.job import Options, Pixels, StepSet, Trajectory
 from app.engine.step_times import StepTimes
 from model.recognition import Readout
 from model.sampler import Sampler
 from model.schedule import Schedule
+
+Embeddings = npt.NDArray[np.float32]  # (N, E), each row of length 1
 
 
 class RunnerError(Exception):
@@ -80,6 +85,31 @@ class ModelInfo:
         return self.guided_steps(options) if is_guided else range(0)
 
 
+@dataclass(frozen=True, slots=True)
+class ClipInfo:
+    """The description of the loaded CLIP model."""
+
+    name: str  # contains no path of the server
+    sha256: str  # digest of the weights
+
+
+class ClipEmbedder(Protocol):
+    """Embeds prompts and images with a CLIP model. The dot product of two embeddings is their cosine similarity."""
+
+    @property
+    def info(self) -> ClipInfo:
+        """Returns the description of the model."""
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
+        """Returns the embeddings (P, E) of the prompts. Words after the model's context length are ignored."""
+
+    def embed_images(self, images: Sequence[Pixels]) -> Embeddings:
+        """Returns the embeddings (N, E) of images of one shape."""
+
+    def prepare_thread(self) -> None:
+        """Prepares the calling thread for calls that use only the CPU time that the steps leave."""
+
+
 class StepRunner(Protocol):
     """Computes steps and keeps the state of the rows.
 
@@ -89,6 +119,10 @@ class StepRunner(Protocol):
     @property
     def models(self) -> dict[str, ModelInfo]:
         """Returns the served models by name. There is always a model with the name `default`."""
+
+    @property
+    def clip(self) -> ClipEmbedder | None:
+        """Returns the CLIP model, or None if none is loaded."""
 
     @property
     def device_memory(self) -> Callable[[], int] | None:

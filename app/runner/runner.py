@@ -16,6 +16,7 @@ from torch import Tensor
 from app.engine.interface import DeviceLostError, ModelInfo, RunnerError
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Input, Pixels, Trajectory
 from app.engine.step_times import StepTimes
+from app.runner.clip import ClipModel
 from app.runner.device import choose_device, choose_dtype, choose_num_threads, device_errors
 from app.runner.device_state import Plans, Slots, labels_of, rows_of
 from app.runner.loaded_model import LoadedModel
@@ -53,12 +54,14 @@ class Runner:
         dtype: torch.dtype,
         threads: ComputeThreads | None = None,
         *,
+        clip: ClipModel | None = None,
         runs_ahead: bool | None = None,
     ) -> None:
         """If `runs_ahead` is True, the runner works as on a GPU: it rounds shapes and enqueues steps without waiting.
 
         It then waits only for steps that finish an image. By default `runs_ahead` is True on a GPU only.
         """
+        self.clip = clip
         self.network_seconds = 0.0  # time spent in network calls
         self._threads = threads or ComputeThreads((torch.get_num_threads(),))
         self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
@@ -88,7 +91,7 @@ class Runner:
         dtype = choose_dtype(settings.dtype, device)
         wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
         threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
-        runner = cls(models, device, dtype, threads)
+        runner = cls(models, device, dtype, threads, clip=ClipModel.load(settings.clip, device))
         if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
             runner._threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
         return runner

@@ -119,7 +119,7 @@ async def serve(app: FastAPI, settings: Settings, listener: socket.socket) -> No
         raise GivenUpError("The HTTP server stopped unexpectedly. Exiting with status 1")
     if stop.done():
         await _drain(service, settings.drain_timeout, stop_now)
-    engine.give_up(errors.EngineFailed(RESTART_SECONDS))
+    service.give_up(errors.EngineFailed(RESTART_SECONDS))
     server.should_exit = True
     await serving
     if watchdog.lost.done() and not stop.done():
@@ -211,5 +211,5 @@ async def _drain(service: Service, seconds: float, stop_now: "asyncio.Future[Non
     await asyncio.wait((drained, stop_now), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if left := backlog.waiting + backlog.running:
         log.warning("Drain ended, dropped unfinished images", extra={"count": left})
-    engine.give_up(errors.Draining(1))
+    service.give_up(errors.Draining(1))
     drained.cancel()

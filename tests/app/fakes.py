@@ -13,7 +13,7 @@ import numpy as np
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
-from app.engine.interface import Evaluation, ModelInfo, TrainingFacts
+from app.engine.interface import ClipEmbedder, Evaluation, ModelInfo, TrainingFacts
 from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
@@ -130,6 +130,7 @@ class FakeRunner:
     calls: list[Rows] = field(default_factory=list)  # the rows of each successful step
     held: Counter[Trajectory] = field(default_factory=Counter)  # number of steps of each row that has started
     models: dict[str, ModelInfo] = field(default_factory=lambda: {"default": INFO})
+    clip: ClipEmbedder | None = None
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
 

@@ -24,6 +24,7 @@ DEFAULTS = {
     "UNFOG_DEVICE": ("device", "auto"),
     "UNFOG_DTYPE": ("dtype", "auto"),
     "UNFOG_COMPILE": ("compile", "auto"),
+    "UNFOG_CLIP": ("clip", "auto"),
     "UNFOG_NUM_THREADS": ("num_threads", None),
     "UNFOG_MAX_BATCH": ("max_batch", None),  # auto
     "UNFOG_QUEUE_CAPACITY": ("queue_capacity", 1024),
@@ -98,6 +99,8 @@ def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.Monk
         ("UNFOG_DTYPE", "bfloat16", "bfloat16"),
         ("UNFOG_DTYPE", "float16", "float16"),
         ("UNFOG_COMPILE", "off", "off"),
+        ("UNFOG_CLIP", "off", "off"),
+        ("UNFOG_CLIP", "ViT-B-32:openai", "ViT-B-32:openai"),
         ("UNFOG_NUM_THREADS", "3", 3),
         ("UNFOG_MAX_BATCH", "auto", None),
         ("UNFOG_MAX_BATCH", "1", 1),
@@ -232,8 +235,9 @@ def test_invalid_values_cover_every_variable_that_is_validated() -> None:
     assert set(DEFAULTS) - set(INVALID) == {
         "UNFOG_CHECKPOINT",
         "UNFOG_FAST_CHECKPOINT",
+        "UNFOG_CLIP",
         "UNFOG_HOST",
-    }  # any text can be a path or a host name
+    }  # any text can be a path, a host name or the name of a CLIP model
 
 
 def test_api_key_is_not_part_of_errors_or_repr(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,46 @@
+"""A fake CLIP model with predictable embeddings, which can block or fail."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from app.engine.interface import ClipInfo, Embeddings
+from app.engine.job import Pixels
+
+CLIP_INFO = ClipInfo("fake", "c" * 64)
+
+
+def embedding(text: str) -> list[float]:
+    """Returns an embedding of length 1 that depends on the text."""
+    angle = float(len(text))
+    return [np.cos(angle), np.sin(angle)]
+
+
+@dataclass
+class FakeClip:
+    """Embeds an image as the angle of its mean grey level. `on_call` is called first and can raise or block."""
+
+    info: ClipInfo = CLIP_INFO
+    on_call: Callable[[Sequence[str] | Sequence[Pixels]], None] = lambda batch: None
+    prompts: list[str] = field(default_factory=list)  # the embedded prompts
+    batches: list[int] = field(default_factory=list)  # the sizes of the embedded batches of images
+    calls: list[str] = field(default_factory=list)  # "prompts" or "images" for each call
+    threads: list[str] = field(default_factory=list)  # the names of the prepared threads
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
+        self.on_call(prompts)
+        self.calls.append("prompts")
+        self.prompts += prompts
+        return np.array([embedding(prompt) for prompt in prompts], np.float32)
+
+    def embed_images(self, images: Sequence[Pixels]) -> Embeddings:
+        self.on_call(images)
+        self.calls.append("images")
+        self.batches.append(len(images))
+        angles = [float(image.mean()) for image in images]
+        return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
+
+    def prepare_thread(self) -> None:
+        self.threads.append(threading.current_thread().name)

@@ -1,0 +1,130 @@
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from app.engine.interface import RunnerError
+from app.runner.clip import ClipModel
+from app.runner.runner import Runner
+from app.settings import Settings
+from model.clip import EMBEDDED, Clip, digit_prompt
+from tests.app.runner.rows import CPU
+
+PROMPTS = ["a handwritten digit seven", "a cat"]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> ClipModel:
+    loaded = ClipModel.load("auto", CPU)
+    assert loaded
+    return loaded
+
+
+def test_auto_loads_the_embedded_model_if_open_clip_is_installed(embedded: ClipModel) -> None:
+    assert (embedded.info.name, len(embedded.info.sha256)) == ("embedded", 64)
+
+
+def test_auto_loads_no_model_if_open_clip_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.clip.is_installed", lambda: False)
+    assert ClipModel.load("auto", CPU) is None
+
+
+def test_off_does_not_load_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.runner.clip.Clip", None)
+    assert ClipModel.load("off", CPU) is None
+
+
+def test_name_of_a_model_in_a_folder_does_not_contain_the_path(tmp_path: Path, embedded: ClipModel) -> None:
+    folder = tmp_path / "mine"
+    folder.symlink_to(EMBEDDED)
+    loaded = ClipModel.load(str(folder), CPU)
+    assert loaded
+    assert (loaded.info.name, loaded.info.sha256) == ("mine", embedded.info.sha256)
+
+
+def test_model_that_cannot_be_loaded_ends_the_start_with_one_line_that_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(RunnerError, match=r"^UNFOG_CLIP: Cannot load CLIP model .*nothing.*") as caught:
+        ClipModel.load(str(tmp_path / "nothing"), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_named_model_without_open_clip_ends_the_start_with_the_line_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(RunnerError, match=r"UNFOG_CLIP: .*pip install -e '\.\[clip\]'"):
+        ClipModel.load(str(EMBEDDED), CPU)
+
+
+def test_embeddings_equal_those_of_open_clip(embedded: ClipModel) -> None:
+    """The images go through open_clip's own transform here, which reads them with Pillow."""
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{EMBEDDED}")
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{EMBEDDED}")
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    with torch.inference_mode():
+        x = torch.stack([transform(Image.fromarray(image).convert("RGB")) for image in images])
+        of_images = model.eval().encode_image(x, normalize=True).numpy()
+        of_prompts = model.encode_text(tokenizer(PROMPTS), normalize=True).numpy()
+    np.testing.assert_allclose(embedded.embed_images(list(images)), of_images, atol=1e-5)
+    np.testing.assert_allclose(embedded.embed_prompts(PROMPTS), of_prompts, atol=1e-5)
+
+
+def test_colour_image_with_equal_channels_has_the_embedding_of_the_grey_image(embedded: ClipModel) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (28, 28), np.uint8)
+    colour = np.repeat(grey[..., None], 3, axis=2)
+    np.testing.assert_allclose(embedded.embed_images([colour]), embedded.embed_images([grey]), atol=1e-6)
+
+
+def test_similarity_is_differentiable_after_loading_in_any_thread(embedded: ClipModel) -> None:
+    x = torch.zeros(1, 1, 28, 28, requires_grad=True)
+    embedded.clip.embed_images(x)[0, 0].backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_prepared_thread_has_the_idle_policy_and_one_compute_thread(embedded: ClipModel) -> None:
+    found = []
+
+    def prepare() -> None:
+        embedded.prepare_thread()
+        found.append((os.sched_getscheduler(0), torch.get_num_threads()))
+
+    thread = threading.Thread(target=prepare)
+    thread.start()
+    thread.join()
+    assert found == [(os.SCHED_IDLE, 1)]
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE  # only the thread itself has changed
+
+
+@pytest.mark.parametrize("error", [AttributeError, PermissionError])
+def test_thread_is_prepared_on_a_platform_without_the_idle_policy(
+    error: type[Exception], embedded: ClipModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "sched_setscheduler", fail)
+    embedded.prepare_thread()
+
+
+def test_runner_loads_the_model_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(setting: str, device: torch.device) -> None:
+        asked.append((setting, device.type))
+
+    monkeypatch.setattr(ClipModel, "load", load)
+    assert Runner.load(Settings(device="cpu", compile="off", clip="a:b")).clip is None
+    assert asked == [("a:b", "cpu")]
+
+
+def test_weights_are_not_inference_tensors(embedded: ClipModel) -> None:
+    assert not any(weight.is_inference() for weight in embedded.clip.model.parameters())
+    assert isinstance(embedded.clip, Clip)
+    assert embedded.embed_prompts([digit_prompt(0)]).shape == (1, 64)
