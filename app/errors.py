@@ -17,6 +17,7 @@ UnfogError
 │   └── InvalidImage      422  a field is not a picture that can be decoded
 ├── HeadersTooLarge       431  the headers exceed a size limit
 ├── InternalError         500  a bug; the response has no details
+├── NotAvailable          501  the service runs without CLIP
 ├── DeadlineExceeded      504  the images were not finished before the deadline
 ├── HTTPError                  raised by the web framework; keeps its status
 └── Unavailable                has a Retry-After header
@@ -167,6 +168,12 @@ class HeadersTooLarge(UnfogError):
 
 class InternalError(UnfogError):
     """A bug. Its details are logged, but not sent to the client."""
+
+
+class NotAvailable(UnfogError):
+    """The request needs CLIP, and the service runs without it."""
+
+    status, code = 501, "not_available"
 
 
 class DeadlineExceeded(UnfogError):

@@ -45,6 +45,11 @@ def digit_prompt(digit: int) -> str:
     return f"a handwritten digit {DIGIT_WORDS[digit]}"
 
 
+def default_prompt(class_name: str) -> str:
+    """Returns the prompt for an image of a class: that of the digit, or "a photo of a" and the name of the class."""
+    return digit_prompt(int(class_name)) if class_name in tuple("0123456789") else f"a photo of a {class_name}"
+
+
 def is_prompt(text: str) -> bool:
     """Returns True for a text of 1 to MAX_PROMPT_LENGTH characters that is not blank and can be encoded as UTF-8."""
     return (

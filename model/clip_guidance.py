@@ -54,8 +54,8 @@ class ClipGuidance:
         return self.scale != 0 and self.start <= t <= self.stop
 
     def steps_within(self, timesteps: Sequence[int]) -> frozenset[int]:
-        """Returns the indices of the timesteps in which it acts."""
-        return frozenset(k for k, t in enumerate(timesteps) if self.acts_at(t))
+        """Returns the indices of the timesteps within start..stop."""
+        return frozenset(k for k, t in enumerate(timesteps) if self.start <= t <= self.stop)
 
 
 def similarity_gradient(clip: Clip, x_0: Tensor, text: Tensor) -> Tensor:

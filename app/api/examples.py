@@ -10,6 +10,7 @@ from app.api.events import event_text
 from app.api.picture_files import damaged
 from app.api.uploads import JSON, MULTIPART
 from app.settings import Settings
+from model.clip import ClipNotInstalledError
 from model.schedule import Schedule, ScheduleConfig
 
 REQUEST_ID = "5f1c7a9be0d34b6c8a2f4e6d7c9b0a18"
@@ -47,6 +48,9 @@ GENERATED = {
     "evaluations": 146,
     "images": [{"index": 0, "png": PNG}],
     "timing": TIMING,
+    "clip_guidance_scale": 0.0,
+    "clip_prompt": None,
+    "clip": None,
 }
 EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("accepted", {"seed": 42, "position": 0, "eta_seconds": 0.41}),
@@ -207,6 +211,7 @@ def general_errors(settings: Settings, max_bytes: int) -> list[errors.UnfogError
         errors.HeadersTooLarge(),
         errors.RateLimited(12),
         errors.InternalError(),
+        errors.NotAvailable(str(ClipNotInstalledError())),
         errors.Starting(10),
         errors.Draining(10),
         errors.EngineFailed(10),

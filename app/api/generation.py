@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, TypeVar, cast
 
@@ -25,11 +25,12 @@ from app.api.task import Task
 from app.api.uploads import ImageReader
 from app.engine.clip_worker import ClipWorker
 from app.engine.engine import Engine
-from app.engine.interface import ModelInfo
-from app.engine.job import Job, JobRequest, Listener, Pixels, Result
+from app.engine.interface import ClipInfo, ModelInfo
+from app.engine.job import DEFAULT_MODEL, ClipTarget, Job, JobRequest, Listener, Pixels, Result
 from app.metrics import Metrics
 from app.settings import Settings
-from model.png import Provenance
+from model.clip import ClipNotInstalledError
+from model.png import ClipProvenance, Provenance
 from model.sampler import Sampler
 
 T = TypeVar("T")
@@ -95,6 +96,19 @@ class Service:
             raise errors.InvalidRequest.of("model", f"Input should be {either(models)}")
         return models[model]
 
+    @property
+    def clip_info(self) -> ClipInfo:
+        """Returns the CLIP model.
+
+        Raises NotAvailable if there is none, and Starting or EngineFailed if no model is loaded.
+        """
+        self.info(DEFAULT_MODEL)
+        if self.engine.clip:
+            return self.engine.clip.info
+        if self.settings.clip == "off":
+            raise errors.NotAvailable("CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto")
+        raise errors.NotAvailable(str(ClipNotInstalledError()))
+
     def give_up(self, error: errors.UnfogError) -> None:
         """Answers all unfinished requests with the error."""
         self.engine.give_up(error)
@@ -126,6 +140,7 @@ class Service:
                 task.search,
                 stream.includes_x_t,
                 task.images,
+                task.clip,
             )
         )
         self.engine.submit(job)
@@ -135,7 +150,9 @@ class Service:
 
     def provenance(self, task: Task, job: Job) -> Provenance:
         """Returns the provenance for the PNG files of a task. A search for the digit must be finished."""
-        options = task.options
+        options, clip = task.options, None
+        if task.clip:
+            clip = ClipProvenance(options.clip_guidance_scale, options.clip_prompt, task.clip_sha256)
         return Provenance(
             digit="none" if job.digit is None else job.digit,
             seed=options.seed,
@@ -145,6 +162,7 @@ class Service:
             model_sha256=self.info(options.model).sha256,
             task=task.chunks,
             first_index=task.images[0].index if task.images else 0,
+            clip=clip,
         )
 
     def _check(self, task: Task) -> None:
@@ -155,6 +173,32 @@ class Service:
         longest = self.settings.request_timeout
         if task.timeout is not None and task.timeout > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
+
+
+async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
+    """Returns the task with the embedding of its prompt, and with the facts of the response about CLIP guidance.
+
+    Raises NotAvailable if the task has CLIP guidance and the service has no CLIP model, DeadlineExceeded if the prompt
+    was not embedded before the deadline, and ClientGoneError after a disconnect.
+    """
+    options = task.options
+    facts = {"clip_guidance_scale": options.clip_guidance_scale, "clip_prompt": options.clip_prompt or None}
+    if not options.clip_guidance_scale:
+        return replace(task, facts={**task.facts, **facts, "clip": None})
+    clip, timeout = service.clip_info, task.timeout or service.settings.request_timeout
+    embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
+    try:
+        async with asyncio.timeout(timeout):
+            (text,) = await cancel_on_disconnect(request, embedded)
+    except TimeoutError:
+        raise errors.DeadlineExceeded from None
+    steps = service.info(options.model).clip_steps(options)
+    return replace(
+        task,
+        clip=ClipTarget(options.clip_guidance_scale, text, steps, service.engine.clip_evaluations),
+        clip_sha256=clip.sha256,
+        facts={**task.facts, **facts, "clip": ModelName(name=clip.name, sha256=clip.sha256)},
+    )
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Result]:

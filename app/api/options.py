@@ -1,9 +1,10 @@
 """Adds the defaults of a model to the fields of a request, and checks what the model supports."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from app import errors
-from app.api.schemas import SamplingRequest
+from app.api.schemas import GenerateRequest, SamplingRequest
 from app.engine.interface import ModelInfo
 from app.engine.job import Options
 
@@ -33,6 +34,16 @@ def options_of(body: SamplingRequest, digit: int | None, info: ModelInfo) -> Opt
     if options.guidance_scale != 1 and not info.guidable:
         raise _unsupported("guidance_scale", "1 (no guidance)", info)
     return options
+
+
+def with_clip_options(options: Options, body: GenerateRequest, info: ModelInfo) -> Options:
+    """Returns the options with those of CLIP guidance. Raises InvalidRequest for a prompt without a scale."""
+    if not body.clip_guidance_scale:
+        if body.clip_prompt is not None:
+            raise errors.InvalidRequest.of("clip_prompt", "A prompt needs a clip_guidance_scale above 0")
+        return options
+    prompt = info.prompts[body.digit] if body.clip_prompt is None else body.clip_prompt
+    return replace(options, clip_guidance_scale=body.clip_guidance_scale, clip_prompt=prompt)
 
 
 def either(values: Iterable[str]) -> str:

@@ -12,19 +12,26 @@ import numpy as np
 from PIL import Image
 
 from app.api.images import arrange
-from app.api.options import options_of
+from app.api.options import options_of, with_clip_options
 from app.api.picture_files import AS_WRITTEN, PictureError, PictureFile, damaged, inspect, read_text
 from app.api.requests import validate
 from app.api.schemas import GenerateRequest
 from app.api.task import Task
 from app.api.task_schemas import ReproduceResponse
-from app.engine.interface import ModelInfo
+from app.engine.interface import ClipInfo, ModelInfo
 from app.engine.job import ImageKey, Options, Pixels
 from app.errors import InvalidRequest
 from model.png import CHUNKS, MAX_SCALE, SOFTWARE, TASK, Provenance, ProvenanceError, sheet_shape
 
 _GREY, _RGB = 0, 2  # colour types of PNG
-_CHUNK_OF = {"digit": "Digit", "num_steps": "Steps", "sampler": "Sampler", "guidance_scale": "Guidance-Scale"}
+_CHUNK_OF = {
+    "digit": "Digit",
+    "num_steps": "Steps",
+    "sampler": "Sampler",
+    "guidance_scale": "Guidance-Scale",
+    "clip_guidance_scale": "CLIP-Guidance-Scale",
+    "clip_prompt": "CLIP-Prompt",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,8 +78,10 @@ class Original:
         }
 
 
-def read_original(data: bytes, models: Mapping[str, ModelInfo], max_count: int) -> Original:
+def read_original(data: bytes, models: Mapping[str, ModelInfo], clip: ClipInfo | None, max_count: int) -> Original:
     """Reads a PNG file of this service. Raises PictureError if the served models cannot generate it again.
+
+    `clip` is the CLIP model of the service.
 
     The pixels are decoded last, so that other pictures are refused at a low cost.
     """
@@ -88,6 +97,7 @@ def read_original(data: bytes, models: Mapping[str, ModelInfo], max_count: int) 
     if len(indices) > max_count:
         raise PictureError(f"The picture has {len(indices)} images. At most {max_count} are permitted")
     info = _model_of(provenance, models)
+    _check_clip(provenance, clip)
     options = _options_of(provenance, provenance.digit, info)
     scale = _scale_of(file, info, len(indices))
     low, high = _without_enlargement(_pixels_of(file, info), scale)
@@ -105,6 +115,14 @@ def _model_of(provenance: Provenance, models: Mapping[str, ModelInfo]) -> ModelI
     )
 
 
+def _check_clip(provenance: Provenance, clip: ClipInfo | None) -> None:
+    if provenance.clip and (not clip or clip.sha256 != provenance.clip.sha256):
+        own = f"has the CLIP model '{clip.name}' ({clip.sha256})" if clip else "has no CLIP model"
+        raise PictureError(
+            f"The picture was generated with the CLIP model {provenance.clip.sha256}. This service {own}"
+        )
+
+
 def _options_of(provenance: Provenance, digit: int, info: ModelInfo) -> Options:
     """Returns the options of the picture. Raises PictureError for values that /generate or the model do not permit."""
     document = {
@@ -114,8 +132,13 @@ def _options_of(provenance: Provenance, digit: int, info: ModelInfo) -> Options:
         "sampler": provenance.sampler,
         "guidance_scale": provenance.guidance_scale,
     }
+    if provenance.clip:
+        document["clip_guidance_scale"] = provenance.clip.scale
+        if provenance.clip.prompt is not None:
+            document["clip_prompt"] = provenance.clip.prompt
     try:
-        return options_of(validate(document, GenerateRequest), digit, info)
+        body = validate(document, GenerateRequest)
+        return with_clip_options(options_of(body, digit, info), body, info)
     except InvalidRequest as error:
         first = error.errors[0]
         raise PictureError(

@@ -48,6 +48,10 @@ PICTURE_ERRORS = ERRORS | {
     },
 }
 
+CLIP_ERRORS: dict[int | str, dict[str, Any]] = {
+    501: {"model": Problem, "description": "not_available: the service runs without CLIP", "content": _PROBLEM}
+}
+
 
 def picture_route(
     path: str, name: str, request: type[BaseModel], response: type[BaseModel], formats: dict[str, Any] = IMAGE_FORMATS

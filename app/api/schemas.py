@@ -4,9 +4,19 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
+from model.clip import MAX_PROMPT_LENGTH, is_prompt
+from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
 from model.png import MAX_SCALE, MAX_SEED
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
 
@@ -21,6 +31,12 @@ def _refuse_null(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return handler(object() if value is None else value)
 
 
+def _check_prompt(text: str) -> str:
+    if not is_prompt(text):
+        raise ValueError("String should have a character that is not a space")
+    return text
+
+
 def may_be_absent(schema: dict[str, Any]) -> None:
     """Edits the JSON schema of a field that can be omitted, but not be null."""
     schema.pop("default")
@@ -32,6 +48,8 @@ NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture
 SamplerName = Annotated[Sampler | None, NOT_NULL]
+# Python's idea of a blank text is wider than that of the pattern, hence the validator.
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH, pattern=r"\S"), AfterValidator(_check_prompt)]
 GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
 
@@ -100,10 +118,21 @@ class GenerateRequest(SamplingRequest):
     """
 
     digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
+    clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
+        default=0,
+        description="Scale of CLIP guidance, 0 = off: the distance by which a step moves the predicted image to the "
+        "images that fit the prompt. Needs the extra `clip`, otherwise the answer is 501.",
+    )
+    clip_prompt: Annotated[Prompt | None, NOT_NULL] = Field(
+        default=None,
+        description='The prompt of CLIP guidance. If absent, "a handwritten digit seven" for the digit 7. It is only '
+        "permitted with a clip_guidance_scale above 0.",
+        json_schema_extra=may_be_absent,
+    )
 
 
 class ModelName(BaseModel):
-    """The checkpoint that generated the images."""
+    """A model, and the digest of its file or of its weights."""
 
     name: str
     sha256: str
@@ -160,6 +189,9 @@ class GenerateResponse(ImagesResponse):
     """The images, and all values that are needed to reproduce them."""
 
     digit: int
+    clip_guidance_scale: float
+    clip_prompt: str | None = Field(description="The prompt of CLIP guidance, or null without CLIP guidance.")
+    clip: ModelName | None = Field(description="The model of CLIP guidance, or null without CLIP guidance.")
 
 
 class AcceptedEvent(BaseModel):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.api.schemas import GenerateResponse, ImagesResponse
-from app.engine.job import ImageKey, Input, Options, Search
+from app.engine.job import ClipTarget, ImageKey, Input, Options, Search
 from model.comparison import Comparison
 
 
@@ -25,4 +25,6 @@ class Task:
     facts: dict[str, Any] = field(default_factory=dict)  # the fields of `response` that ImagesResponse does not have
     result_facts: Callable[[], dict[str, Any]] = dict  # further ones, when the job is finished
     images: tuple[ImageKey, ...] = ()  # as in JobRequest
+    clip: ClipTarget | None = None  # None: no CLIP guidance
+    clip_sha256: str = ""  # digest of the weights of the model of CLIP guidance
     chunks: dict[str, str] = field(default_factory=dict)  # further text chunks of the PNG files

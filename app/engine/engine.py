@@ -147,6 +147,11 @@ class Engine:
         return self._num_steps
 
     @property
+    def clip_evaluations(self) -> int:
+        """Returns the number of network evaluations that take as long as the gradient of CLIP for one row."""
+        return self._admission.step_times.clip_evaluations
+
+    @property
     def alive(self) -> bool:
         """Returns False if the engine has failed or if its current step has exceeded the watchdog timeout."""
         beat = self._last_beat

@@ -62,6 +62,7 @@ class ModelInfo:
     version: str
     compiled: bool
     num_classes: int
+    prompts: tuple[str, ...]  # the default prompt of each class, for CLIP guidance
     max_steps: int
     steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to max_steps
     default_steps: int  # the recommended value of num_steps
@@ -69,6 +70,7 @@ class ModelInfo:
     guidance_scale: dict[Sampler, float]  # the recommended scale of each sampler
     guidance_interval: dict[Sampler, tuple[int, int]]  # the first and the last timestep in which guidance acts
     guided_steps: Callable[[Options], StepSet]  # the steps in which guidance is applied if its scale is not 1
+    clip_steps: Callable[[Options], StepSet]  # the steps in which CLIP guidance is applied if its scale is not 0
     guidable: bool  # True if guidance is possible: the network was trained with dropped labels
     image_shape: tuple[int, int, int]  # (C, H, W)
     schedule: Schedule

@@ -11,8 +11,20 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
 from app.runner.training_facts import training_facts
 from model.checkpoint import Checkpoint, CheckpointConfig
+from model.clip import default_prompt
+from model.clip_guidance import ClipGuidance
 from model.recognition import Readout
-from model.sampler import SAMPLERS, Plan, Process, Sampler, make_plan, plan_through, timesteps_along, timesteps_of
+from model.sampler import (
+    SAMPLERS,
+    Guidance,
+    Plan,
+    Process,
+    Sampler,
+    make_plan,
+    plan_through,
+    timesteps_along,
+    timesteps_of,
+)
 from model.schedule import Schedule
 from model.step import ReverseStep, Step
 
@@ -41,13 +53,15 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         version=VERSION,
         compiled=False,
         num_classes=config.unet.num_classes,
+        prompts=tuple(map(default_prompt, config.class_names)),
         max_steps=config.schedule.num_steps,
         steps=config.steps,
         default_steps=config.recommended_steps,
         samplers=config.samplers,
         guidance_scale={sampler: config.guidance_of(sampler).scale for sampler in config.samplers},
         guidance_interval={sampler: _interval(config, sampler) for sampler in config.samplers},
-        guided_steps=_guided_steps(loaded),
+        guided_steps=_steps_of(loaded, config.guidance_of),
+        clip_steps=_steps_of(loaded, lambda sampler: ClipGuidance(scale=1.0)),
         guidable=config.guidable,
         image_shape=loaded.image_shape,
         schedule=loaded.schedule,
@@ -62,15 +76,19 @@ def _interval(config: CheckpointConfig, sampler: Sampler) -> tuple[int, int]:
     return guidance.start, min(guidance.stop, config.schedule.num_steps)
 
 
-def _guided_steps(loaded: Checkpoint) -> Callable[[Options], StepSet]:
+def _steps_of(
+    loaded: Checkpoint, guidance_of: Callable[[Sampler], Guidance | ClipGuidance]
+) -> Callable[[Options], StepSet]:
+    """Returns a function that returns the steps in which the guidance of a sampler is applied."""
+
     @lru_cache(maxsize=4096)
-    def guided_steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
+    def steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
         if process not in SAMPLERS:
             return range(0)
         timesteps = timesteps_along(path) if path else timesteps_of(loaded.schedule, process, num_steps)
-        return loaded.config.guidance_of(process).steps_within(timesteps[:-1])
+        return guidance_of(process).steps_within(timesteps[:-1])
 
-    return lambda options: guided_steps(options.sampler, options.num_steps, options.path)
+    return lambda options: steps(options.sampler, options.num_steps, options.path)
 
 
 def plan_of(schedule: Schedule, process: Process, num_steps: int, path: Sequence[int]) -> Plan:

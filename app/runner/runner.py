@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,14 +22,17 @@ from app.runner.device_state import Plans, Slots, labels_of, rows_of
 from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Shapes, Transfers
-from app.runner.warm_up import check_probe_image, measure_step_times, record_shapes
+from app.runner.warm_up import check_probe_image, measure_clip_call, measure_step_times, record_shapes
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
+from model.clip_guidance import guide_with_clip
 from model.compiled.compiler import CompilerError, compiled_step
 from model.compiled.kernel_cache import prepare_kernel_cache
 from model.noise import normal
 from model.pixels import to_pixels
+from model.sampler import COLUMN_OF_B
+from model.step import Rows, Stepped
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +181,7 @@ class Runner:
         before_call()
         start = time.perf_counter()
         stepped = model.step(self._slots.state, self._plans.table, rows)
+        stepped = self._guide_with_clip(stepped, rows, trajectories)
         self.network_seconds += time.perf_counter() - start
         count = sum(map(_num_rows, trajectories))  # the rows after these are padding
         slots, finite = rows.slots[:count], stepped.finite[:count]
@@ -187,6 +191,21 @@ class Runner:
         if any(trajectory.comparison for trajectory in trajectories):
             errors = rows.slots[rows.source], rows.label, stepped.error
         return _Part(slots, stepped.x_prev[:count], stepped.x_0[:count], finite, errors)
+
+    def _guide_with_clip(self, stepped: Stepped, rows: Rows, trajectories: list[Trajectory]) -> Stepped:
+        """Returns the results of a network call with CLIP guidance for the rows that have it in this step."""
+        if self.clip is None or all(trajectory.job.request.clip is None for trajectory in trajectories):
+            return stepped
+        places = accumulate(map(_num_rows, trajectories), initial=0)  # of the first row of each trajectory
+        guided = [(place, own.clip) for place, own in zip(places, trajectories, strict=False) if own.clip]
+        if not guided:
+            return stepped
+        chosen, upload = self._transfers.upload([place for place, _ in guided]), self._transfers.upload
+        plan_row = self._slots.state.plan_row[rows.slots[chosen]] + rows.step[chosen]  # (M,)
+        b = self._plans.table[plan_row, COLUMN_OF_B]  # (M,)
+        text = self._transfers.upload_array(np.stack([clip.text for _, clip in guided]))  # (M, E)
+        scale = upload([clip.scale for _, clip in guided], torch.float32)  # (M,)
+        return guide_with_clip(self.clip.clip, stepped, chosen, b, text, scale)
 
     def _commit(self, parts: "list[_Part]") -> None:
         """Writes the results of a step to the slots.
@@ -276,7 +295,9 @@ class Runner:
         measured = []
         for count in self._threads.counts:
             with self._threads.fixed(count):
-                measured.append(measure_step_times(self, self._time_step, self.batches, should_stop))
+                times = measure_step_times(self, self._time_step, self.batches, should_stop)
+                times.clip_seconds = measure_clip_call(self.clip.clip, self.image_shape) if self.clip else 0.0
+                measured.append(times)
         return min(measured, key=lambda times: times.step_seconds(self.batches[-1]))
 
     def check(self) -> None:

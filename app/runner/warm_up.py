@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
+import torch
 
 from app.engine.interface import ModelInfo, OutOfMemoryError, RunnerError, StepRunner
 from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.loaded_model import LoadedModel
+from model.clip import Clip
+from model.clip_guidance import CALL_ROWS, similarity_gradient
 
 # Maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01. A different digit gives 0.3.
 PROBE_TOLERANCE = 0.1
@@ -31,6 +34,7 @@ QUIET_SHARE = 0.9  # minimum share of the duration of the steps in which the thr
 # the weights are not in the caches: on a Zen 5, a step of one row takes 1.0 ms after another step of one row, but
 # 1.55 ms after a step of 64 rows.
 HOT_ROWS = 8
+CLIP_ROUNDS = 7
 
 # Runs a step. Returns its duration, and the part of it in which the calling thread had a core or the GPU was busy.
 TimeStep = Callable[[list[Trajectory]], tuple[float, float]]
@@ -106,6 +110,19 @@ def measure_step_times(
     quickest = min(sum(steps[rows][0] for rows in measured) for steps in rounds)
     # A smaller batch never takes longer than a larger one. Larger measured values are noise.
     return StepTimes({rows: quickest * min(share[more] for more in measured if more >= rows) for rows in measured})
+
+
+@torch.inference_mode()
+def measure_clip_call(clip: Clip, image_shape: tuple[int, int, int]) -> float:
+    """Returns the median duration of a call of CLIP for guidance, in seconds."""
+    x_0 = torch.zeros(CALL_ROWS, *image_shape, device=clip.device)  # (CALL_ROWS, C, H, W)
+    text = clip.embed_prompts([""]).expand(CALL_ROWS, -1)  # (CALL_ROWS, E)
+    seconds = []
+    for _ in range(CLIP_ROUNDS):
+        start = time.perf_counter()
+        similarity_gradient(clip, x_0, text).cpu()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def _is_busy(rounds: Sequence[dict[int, tuple[float, float]]]) -> bool:

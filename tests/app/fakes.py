@@ -17,6 +17,7 @@ from app.engine.interface import ClipEmbedder, Evaluation, ModelInfo, TrainingFa
 from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
+from model.clip import digit_prompt
 from model.inpainting import ClassDistances
 from model.recognition import CYCLE, MAX_NUM_PAIRS, Readout, Recognition, timesteps
 from model.sampler import SAMPLERS
@@ -43,6 +44,7 @@ INFO = ModelInfo(
     version="0",
     compiled=False,
     num_classes=10,
+    prompts=tuple(map(digit_prompt, range(10))),
     max_steps=100,
     steps=(),
     default_steps=100,
@@ -50,6 +52,7 @@ INFO = ModelInfo(
     guidance_scale={"ddpm": 1.0, "ddim": 1.0, "dpmpp": 1.0},
     guidance_interval=dict.fromkeys(SAMPLERS, (51, 100)),
     guided_steps=lambda options: range(options.num_steps // 2),
+    clip_steps=lambda options: range(options.num_steps // 2, options.num_steps),
     guidable=True,
     image_shape=(1, 28, 28),
     schedule=Schedule(ScheduleConfig()),

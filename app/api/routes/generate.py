@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from app.api.generation import ServiceDependency, answer
+from app.api.generation import ServiceDependency, answer, guided_by_clip
 from app.api.idempotency import IdempotencyKey, with_seed
-from app.api.options import options_of
+from app.api.options import options_of, with_clip_options
 from app.api.requests import negotiate, read_json
-from app.api.responses import ERRORS, FORMATS, IMAGE_FORMATS, JSON
+from app.api.responses import CLIP_ERRORS, ERRORS, FORMATS, IMAGE_FORMATS, JSON
 from app.api.schemas import GenerateRequest, GenerateResponse
 from app.api.stream_options import StreamOptionsDependency
 from app.api.task import Task
@@ -26,6 +26,7 @@ router = APIRouter()
             "content": IMAGE_FORMATS,
         },
         **ERRORS,
+        **CLIP_ERRORS,
     },
     openapi_extra={
         "requestBody": {
@@ -48,6 +49,8 @@ async def generate(
     settings = service.settings
     body = await read_json(request, GenerateRequest, settings.max_body_bytes, settings.read_timeout)
     body = with_seed(body, idempotency_key)
-    options = options_of(body, body.digit, service.info(body.model))
+    info = service.info(body.model)
+    options = with_clip_options(options_of(body, body.digit, info), body, info)
     task = Task(options, body.count, body.timeout_seconds, num_steps=options.num_steps, scale=body.scale)
+    task = await guided_by_clip(request, service, task)
     return await answer(request, service, task, media_type, stream)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from app.api.generation import ServiceDependency, encode_answer, encoded
+from app.api.generation import ServiceDependency, encode_answer, encoded, guided_by_clip
 from app.api.reproduction import Original, read_original
 from app.api.requests import negotiate
 from app.api.responses import JSON, PNG, PNG_FORMAT, picture_route
@@ -27,18 +27,25 @@ async def reproduce(request: Request, service: ServiceDependency) -> Response:
 
     def decode(data: bytes) -> Original:
         service.info(DEFAULT_MODEL)  # raises Starting if no model is loaded
-        return read_original(data, service.engine.models, service.settings.largest_request)
+        return read_original(
+            data,
+            service.engine.models,
+            service.engine.clip.info if service.engine.clip else None,
+            service.settings.largest_request,
+        )
 
     def keep(body: ReproduceRequest, field: str, original: Original) -> Original:
         return original
 
     body, pictures = await service.pictures.read(request, ReproduceRequest, {"image": decode}, keep)
     (original,) = pictures["image"]
-    task = original.task(body.timeout_seconds)
+    task = await guided_by_clip(request, service, original.task(body.timeout_seconds))
 
     def compare_and_encode(job: Job, images: list[Pixels]) -> tuple[bytes, bool]:
         facts = original.compare(images)
-        return encode_answer(service, replace(task, facts=facts), media_type, job, images), facts["identical"]
+        return encode_answer(service, replace(task, facts=task.facts | facts), media_type, job, images), facts[
+            "identical"
+        ]
 
     (content, is_identical), server_timing = await encoded(request, service, task, compare_and_encode)
     headers = {

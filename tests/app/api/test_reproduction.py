@@ -12,8 +12,10 @@ from PIL.PngImagePlugin import PngInfo
 from app.api.images import encode_image, encode_sheet
 from app.api.picture_files import PictureError
 from app.api.reproduction import Original, read_original
+from app.engine.interface import ClipInfo
 from app.engine.job import ImageKey, Pixels
-from model.png import SOFTWARE, Provenance
+from model.clip import digit_prompt
+from model.png import SOFTWARE, ClipProvenance, Provenance
 from tests.app.api.samples import exif, png, zeros
 from tests.app.fakes import INFO
 
@@ -22,6 +24,7 @@ COLOUR = replace(INFO, name="colour", sha256="c" * 64, image_shape=(3, 2, 3))
 FAST = replace(INFO, name="fast", sha256="f" * 64, image_shape=(1, 2, 3), steps=(4,), samplers=("ddim",))
 MODELS = {"default": GREY, "colour": COLOUR, "fast": FAST}
 PROVENANCE = Provenance(7, 42, "ddim", 20, 1.5, GREY.sha256)
+CLIP = ClipInfo("embedded", "e" * 64)
 SHAPES = {"default": (2, 3), "colour": (2, 3, 3)}
 
 
@@ -34,7 +37,7 @@ def pictures(count: int, shape: tuple[int, ...] = (2, 3)) -> list[Pixels]:
 
 
 def read(data: bytes) -> Original:
-    return read_original(data, MODELS, 64)
+    return read_original(data, MODELS, CLIP, 64)
 
 
 def having(
@@ -176,12 +179,12 @@ def test_picture_that_cannot_be_generated_again_is_refused(data: bytes, message:
 
 def test_digit_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(PictureError, match=r"Digit is not permitted\. Input should be less than or equal to 4"):
-        read_original(having(), {"default": replace(GREY, num_classes=5)}, 64)
+        read_original(having(), {"default": replace(GREY, num_classes=5)}, None, 64)
 
 
 def test_guidance_that_the_model_does_not_support_is_refused() -> None:
     with pytest.raises(PictureError, match=r"Guidance-Scale is not permitted\. Input should be 1"):
-        read_original(having(), {"default": replace(GREY, guidable=False)}, 64)
+        read_original(having(), {"default": replace(GREY, guidable=False)}, None, 64)
 
 
 def test_pixels_are_not_decoded_before_the_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,3 +201,30 @@ def test_incomplete_pixels_are_refused() -> None:
     text = chunks[start : chunks.index(b"IDAT") - 4]
     with pytest.raises(PictureError, match="incomplete or damaged"):
         read(png(3, 2, zlib.compress(bytes(3)), [text]))
+
+
+def guided(prompt: str | None = "a thick seven", sha256: str = CLIP.sha256) -> dict[str, str]:
+    return replace(PROVENANCE, clip=ClipProvenance(1.5, prompt, sha256)).text(0)
+
+
+@pytest.mark.parametrize("prompt", [None, "a thick seven", "\u4e03"])
+def test_options_of_a_picture_with_clip_guidance_are_read(prompt: str | None) -> None:
+    options = read(having(guided(prompt))).options
+    assert (options.clip_guidance_scale, options.clip_prompt) == (1.5, prompt or digit_prompt(7))
+
+
+@pytest.mark.parametrize(
+    ("clip", "message"),
+    [
+        (None, f"the CLIP model {'e' * 64}. This service has no CLIP model"),
+        (ClipInfo("other", "d" * 64), f"the CLIP model {'e' * 64}. This service has the CLIP model 'other' (dddd"),
+    ],
+)
+def test_picture_of_another_clip_model_is_refused(clip: ClipInfo | None, message: str) -> None:
+    with pytest.raises(PictureError) as raised:
+        read_original(having(guided()), MODELS, clip, 64)
+    assert message in str(raised.value)
+
+
+def test_picture_without_clip_guidance_needs_no_clip_model() -> None:
+    assert read_original(having(), MODELS, None, 64).options.clip_guidance_scale == 0

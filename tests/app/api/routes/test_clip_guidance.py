@@ -1,0 +1,168 @@
+"""Tests of CLIP guidance through POST /generate and POST /reproduce, with a fake runner and a fake CLIP model."""
+
+import base64
+import io
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from app.engine.job import Trajectory
+from model.clip import ClipNotInstalledError, digit_prompt
+from tests.app.application import run
+from tests.app.clip_fakes import CLIP_INFO, FakeClip, embedding
+from tests.app.fakes import INFO, FakeRunner
+
+Check = Callable[[httpx.AsyncClient], Awaitable[None]]
+TINY = replace(INFO, image_shape=(1, 1, 4))
+BODY = {"digit": 7, "num_steps": 4, "seed": 1}
+PNG = {"accept": "image/png"}
+
+
+def check_with(check: Check, model: FakeClip | None, runner: FakeRunner | None = None, **settings: Any) -> None:
+    runner = runner or FakeRunner(models={"default": TINY})
+    runner.clip = model
+    run(check, runner, **settings)
+
+
+def chunks(png: bytes) -> dict[str, str]:
+    with Image.open(io.BytesIO(png)) as image:
+        return {name: value for name, value in image.text.items() if name.startswith("CLIP-")}
+
+
+@pytest.mark.parametrize(("given", "used"), [({}, digit_prompt(7)), ({"clip_prompt": "a thick é"}, "a thick é")])
+def test_answer_and_text_chunks_name_the_scale_the_prompt_and_the_model(given: dict[str, str], used: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**BODY, "clip_guidance_scale": 1.5, **given}
+        answer = (await client.post("/generate", json=body)).json()
+        assert (answer["clip_guidance_scale"], answer["clip_prompt"]) == (1.5, used)
+        assert answer["clip"] == {"name": CLIP_INFO.name, "sha256": CLIP_INFO.sha256}
+        assert answer["evaluations"] == 4  # of the network
+        expected = {
+            "CLIP-Guidance-Scale": "1.5",
+            "CLIP-Prompt": '"' + used.replace("é", "\\u00e9") + '"',
+            "CLIP-SHA256": CLIP_INFO.sha256,
+        }
+        assert chunks(base64.b64decode(answer["images"][0]["png"])) == expected
+        for accept in ("image/png", "application/zip", "text/event-stream"):
+            assert (await client.post("/generate", json=body, headers={"accept": accept})).status_code == 200
+        assert chunks((await client.post("/generate", json=body, headers=PNG)).content) == expected
+
+    check_with(check, FakeClip())
+
+
+def test_job_has_the_embedding_of_the_prompt_and_the_steps_of_the_model() -> None:
+    seen: list[Trajectory] = []
+    runner = FakeRunner(models={"default": TINY})
+    runner.on_step = lambda rows: seen.extend(rows)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        await client.post("/generate", json={**BODY, "clip_guidance_scale": 2, "clip_prompt": "one"})
+        (clip,) = {row.job.request.clip for row in seen}
+        assert clip
+        np.testing.assert_allclose(clip.text, embedding("one"), rtol=1e-6)
+        assert (clip.scale, clip.steps) == (2, range(2, 4))
+
+    check_with(check, FakeClip(), runner)
+
+
+@pytest.mark.parametrize("scale", [{}, {"clip_guidance_scale": 0}, {"clip_guidance_scale": 0.0}])
+@pytest.mark.parametrize("clip", [None, FakeClip()], ids=["without CLIP", "with CLIP"])
+def test_without_a_scale_there_is_no_clip_guidance(scale: dict[str, Any], clip: FakeClip | None) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        response = await client.post("/generate", json={**BODY, **scale})
+        answer = response.json()
+        assert response.status_code == 200, answer
+        assert (answer["clip_guidance_scale"], answer["clip_prompt"], answer["clip"]) == (0, None, None)
+        assert chunks(base64.b64decode(answer["images"][0]["png"])) == {}
+
+    check_with(check, clip)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"clip_guidance_scale": -0.1},
+        {"clip_guidance_scale": 10.1},
+        {"clip_guidance_scale": "1"},
+        {"clip_guidance_scale": None},
+        {"clip_guidance_scale": True},
+        {"clip_guidance_scale": 1, "clip_prompt": ""},
+        {"clip_guidance_scale": 1, "clip_prompt": " \t"},
+        {"clip_guidance_scale": 1, "clip_prompt": "\x1c"},
+        {"clip_guidance_scale": 1, "clip_prompt": "a" * 201},
+        {"clip_guidance_scale": 1, "clip_prompt": 7},
+        {"clip_guidance_scale": 1, "clip_prompt": None},
+        {"clip_guidance_scale": 1, "clip_prompt": ["seven"]},
+        {"clip_prompt": "a thick seven"},
+        {"clip_guidance_scale": 0, "clip_prompt": "a thick seven"},
+    ],
+    ids=str,
+)
+def test_invalid_field_is_named(given: dict[str, Any]) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        response = await client.post("/generate", json={**BODY, **given})
+        problem = response.json()
+        assert (response.status_code, problem["code"]) == (422, "invalid_request"), problem
+        assert problem["errors"][0]["loc"] == ["body", list(given)[-1]]
+
+    check_with(check, FakeClip())
+
+
+def test_lone_surrogate_in_a_prompt_is_refused() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        body = b'{"digit": 7, "num_steps": 4, "clip_guidance_scale": 1, "clip_prompt": "\\ud800"}'
+        response = await client.post("/generate", content=body, headers={"content-type": "application/json"})
+        assert response.status_code in (400, 422), response.text
+        assert "Traceback" not in response.text
+
+    check_with(check, FakeClip())
+
+
+@pytest.mark.parametrize(
+    ("settings", "detail"),
+    [({}, str(ClipNotInstalledError())), ({"clip": "off"}, "CLIP is turned off (UNFOG_CLIP=off)")],
+)
+def test_without_a_clip_model_the_answer_is_501_and_says_what_to_do(settings: dict[str, str], detail: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        for accept in ("application/json", "text/event-stream"):
+            body = {**BODY, "clip_guidance_scale": 1}
+            response = await client.post("/generate", json=body, headers={"accept": accept})
+            assert (response.status_code, response.json()["code"]) == (501, "not_available")
+            assert response.json()["detail"].startswith(detail)
+
+    check_with(check, None, **settings)
+
+
+def test_prompt_that_is_not_embedded_in_time_is_answered_with_504() -> None:
+    def block(batch: Any) -> None:
+        if list(batch) == ["slow"]:
+            released.wait(60)
+
+    released = threading.Event()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow", "timeout_seconds": 0.05}
+        response = await client.post("/generate", json=body)
+        released.set()
+        assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+
+    check_with(check, FakeClip(on_call=block))
+
+
+def test_picture_with_clip_guidance_is_reproduced() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**BODY, "clip_guidance_scale": 1.5, "clip_prompt": "a thick seven", "count": 4}
+        png = (await client.post("/generate", json=body, headers=PNG)).content
+        again = await client.post("/reproduce", files={"image": png}, headers=PNG)
+        assert (again.status_code, again.headers["x-identical"]) == (200, "true")
+        assert again.content == png
+        answer = (await client.post("/reproduce", files={"image": png})).json()
+        assert (answer["clip_prompt"], answer["clip"]["sha256"]) == ("a thick seven", CLIP_INFO.sha256)
+
+    check_with(check, FakeClip())
