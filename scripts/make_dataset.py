@@ -1,25 +1,33 @@
 """Generates a data set of digits: `python -m scripts.make_dataset --out synthetic --sampler dpmpp --num-steps 20`.
 
-Writes MNIST's IDX files, or PNGs in folders 0 to 9. Image i shows the digit i mod 10. A stopped run continues if it is
-started again with the same arguments. The images are the same as those of a run that was not stopped.
+Writes MNIST's IDX files, PNGs in folders 0 to 9, or a Parquet file for the Hugging Face Hub, and a card (README.md). A
+stopped run continues if it is started again with the same arguments. The images are the same as those of a run that was
+not stopped.
 """
 
+import argparse
+import re
 from pathlib import Path
 
-from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer
+from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer, positive
 from scripts.common.drawing import DrawingRequest
 from scripts.common.errors import reports_errors
-from scripts.common.progress import Reporter
-from scripts.evaluation.dataset import make_dataset
+from scripts.common.mnist import NUM_CLASSES
+from scripts.common.progress import Reporter, require_installed
+from scripts.evaluation.dataset import DatasetRequest, equal_numbers, make_dataset
+
+MAX_IMAGES = 1_000_000
 
 
 @reports_errors("make_dataset")
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, generates the images and writes the data set."""
     args = build_parser().parse_args(argv)
-    request = from_arguments(DrawingRequest, args)
+    if args.format == "parquet":
+        require_installed("pyarrow", extra="parquet")
+    wanted = DatasetRequest(args.balance or equal_numbers(args.count), args.format, args.min_confidence)
     with Reporter("make_dataset: stopped. Run the same command again to continue") as reporter:
-        make_dataset(request, args.out, reporter, count=args.count, form=args.format)
+        make_dataset(from_arguments(DrawingRequest, args), wanted, args.out, reporter)
 
 
 def build_parser() -> Parser:
@@ -27,12 +35,59 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the data set; an unfinished data set in it is continued"
     )
-    parser.add_argument("--count", type=integer(1, 1_000_000), default=60_000, help="number of images; default: 60000")
+    numbers = parser.add_mutually_exclusive_group()
+    numbers.add_argument(
+        "--count",
+        type=integer(1, MAX_IMAGES),
+        default=60_000,
+        help="number of images, equally many of each digit; default: 60000",
+    )
+    numbers.add_argument(
+        "--balance",
+        type=balance,
+        metavar="DIGIT=IMAGES,...",
+        help="number of images of each digit, for example 0=100,1=250,7=1000. The other digits get no images. Cannot "
+        "be used with --count",
+    )
     parser.add_argument(
-        "--format", choices=["idx", "png"], default="idx", help="file format, idx is MNIST's; default: idx"
+        "--format",
+        choices=["idx", "png", "parquet"],
+        default="idx",
+        help="file format. idx: MNIST's; png: PNGs in folders 0 to 9; parquet: for the Hugging Face Hub; default: idx",
+    )
+    parser.add_argument(
+        "--min-confidence",
+        type=confidence,
+        metavar="P",
+        help="keep an image only if the judge, a classifier, gives the requested digit at least this probability. It "
+        "gives clear digits about 0.96. Dropped images are replaced. The filter narrows the diversity; default: keep "
+        "all",
     )
     add_drawing_arguments(parser, seed=0)
     return parser
+
+
+def balance(text: str) -> tuple[int, ...]:
+    """Argparse type of --balance. Returns the number of images of each digit."""
+    numbers: dict[int, int] = {}
+    for item in text.split(","):
+        found = re.fullmatch(r"([0-9])=([0-9]{1,7})", item)
+        if not found or int(found[1]) in numbers:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a list of different digits with numbers of images, such as 0=100,1=250,7=1000"
+            )
+        numbers[int(found[1])] = int(found[2])
+    if not 1 <= sum(numbers.values()) <= MAX_IMAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} has {sum(numbers.values())} images, not 1 to {MAX_IMAGES}")
+    return tuple(numbers.get(digit, 0) for digit in range(NUM_CLASSES))
+
+
+def confidence(text: str) -> float:
+    """Argparse type of --min-confidence."""
+    value = positive(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+    return value
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ MAY_USE = {
     "app/": ["traces"],
     "model/": ["clip"],
     "scripts/bench": ["train", "evaluate", "bench"],
-    "scripts/": ["train", "evaluate", "clip"],
+    "scripts/": ["train", "evaluate", "clip", "parquet"],
 }
 # The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
 BOUNDED_BY_MINOR = {"torch", "uvicorn", "limits"}
@@ -112,7 +112,7 @@ def test_constraints_are_exact_versions_within_the_declared_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = {normalized(name): version for name, version in (line.split("==") for line in lines)}
     assert not {"torch", "torchvision", "unfog"} & pins.keys()
-    assert declared("traces", "train", "evaluate", "clip") - {"torch", "torchvision", "unfog"} <= pins.keys()
+    assert declared("traces", "train", "evaluate", "clip", "parquet") - {"torch", "torchvision", "unfog"} <= pins.keys()
     for requirement in [*PROJECT["dependencies"], *(r for e in EXTRAS.values() for r in e)]:
         if (name := name_of(requirement)) in pins:
             assert is_permitted(pins[name], requirement), requirement

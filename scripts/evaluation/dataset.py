@@ -1,33 +1,68 @@
-"""Writes generated digits to a folder, as IDX files like MNIST's or as PNGs. `samples.read_samples` reads them."""
+"""Generates data sets of digits in parts, so that a stopped run can continue. `samples.read_samples` reads them."""
 
 import json
 import shutil
-import struct
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 
 from model.files import write_atomically, write_json
 from model.pixels import to_pixels
-from model.png import encode_png
-from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
+from scripts.common.drawing import Drawer, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
-from scripts.evaluation.samples import FACTS, IDX, generated_images
+from scripts.evaluation.classifiers import Classifier, load_classifier, probabilities_of
+from scripts.evaluation.dataset_card import CARD, card, command_of, is_off
+from scripts.evaluation.dataset_files import Rows, write_idx, write_pngs
+from scripts.evaluation.parquet import write_parquet
+from scripts.evaluation.samples import FACTS, generated_images
 
 PART = 1000  # images per part; each part is saved when it is complete
 PARTS = "parts"  # folder of the parts, removed when the data set is complete
+PIXELS = 28 * 28  # bytes of an image in a part
+RESULTS = ("num_dropped",)  # facts that are known only when the data set is complete
+LOWEST_SHARE = 0.01  # the run ends if the filter keeps fewer of the images of a digit
+FEWEST_DRAWN = 300  # images of a digit before the run can end for this reason
+DrawPart = Callable[[Tensor, Tensor], Tensor]  # (y, index) -> uint8 (N, 1, 28, 28)
 
 
-def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, count: int, form: str) -> None:
-    """Generates the images that are missing in the folder and writes the data set. `form` is idx or png.
+@dataclass(frozen=True, slots=True)
+class DatasetRequest:
+    """What the data set contains, and how it is written."""
 
-    Raises ScriptError if the checkpoint has other images or classes, or if the folder has other content.
+    num_images: tuple[int, ...]  # for each digit
+    form: str  # idx, png or parquet
+    min_confidence: float | None = None  # lowest probability of the requested digit by the judge; None keeps all images
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Keeps images to which the judge gives at least this probability of the requested digit."""
+
+    judge: Classifier
+    min_confidence: float
+
+    def confidence(self, images: Tensor, y: Tensor) -> np.ndarray:
+        """Returns the probabilities of the digits `y`, float32 (N,), for images uint8 (N, 1, 28, 28)."""
+        return probabilities_of(self.judge, images).gather(1, y[:, None])[:, 0].numpy().astype("<f4")
+
+
+def equal_numbers(count: int) -> tuple[int, ...]:
+    """Returns the number of images of each digit for `count` images. The first digits get the remainder."""
+    return tuple(count // NUM_CLASSES + (digit < count % NUM_CLASSES) for digit in range(NUM_CLASSES))
+
+
+def make_dataset(request: DrawingRequest, wanted: DatasetRequest, folder: Path, reporter: Reporter) -> None:
+    """Generates the images that are missing in the folder and writes the data set.
+
+    Raises ScriptError if the checkpoint has other images or classes, if the folder has other content, or if the filter
+    keeps almost no image.
     """
     drawer = open_drawer(request)
     if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
@@ -37,34 +72,54 @@ def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, c
     options = options_from(request, drawer.checkpoint)
     begun = _find(folder)
     drawer.compile(_compile_mode(request.compile, begun), reporter)
-    facts = {**drawer.facts, "options": asdict(options), "seed": request.seed, "count": count, "format": form}
+    facts: dict[str, Any] = {
+        **drawer.facts,
+        "options": asdict(options),
+        "seed": request.seed,
+        "count": sum(wanted.num_images),
+        "format": wanted.form,
+        "num_images": list(wanted.num_images),
+    }
+    kept_if = None
+    if wanted.min_confidence is not None:
+        judge = load_classifier("judge")
+        kept_if = Filter(judge.network, wanted.min_confidence)
+        facts |= {"min_confidence": wanted.min_confidence, "judge_sha256": judge.sha256}
+
+    def draw(y: Tensor, index: Tensor) -> Tensor:
+        return to_pixels(drawer.draw(y, index, options, reporter, seed=request.seed, batch_size=request.batch_size))
+
     if _begin(folder, begun, facts):
-        for start in range(0, count, PART):
-            path = folder / PARTS / f"{start:07d}"
-            if not path.exists():
-                index = torch.arange(start, min(start + PART, count))
-                reporter.line(f"Images {start} to {start + len(index) - 1} of {count}")
-                write_atomically(path, _draw(drawer, options, index, request, reporter))
-        write = write_idx if form == "idx" else write_pngs
-        write(folder, _read_parts(folder / PARTS))
-        shutil.rmtree(folder / PARTS)
-    reporter.line(f"Wrote {count} images to {folder}")
+        rows, num_dropped = _fill(labels_of(wanted.num_images), folder / PARTS, draw, kept_if, reporter)
+        if kept_if:
+            facts["num_dropped"], dropped = num_dropped.tolist(), int(num_dropped.sum())
+            num_drawn = facts["count"] + dropped
+            reporter.line(f"The filter dropped {dropped} of {num_drawn} images ({dropped / num_drawn:.2%})")
+        _write(folder, rows, facts, drawer, command_of(request, facts))
+    reporter.line(f"Wrote {facts['count']} images to {folder}")
 
 
-def write_idx(folder: Path, images: np.ndarray) -> None:
-    """Writes images, uint8 (N, 28, 28), and their labels as two IDX files. Image i has the label i mod 10."""
-    count = len(images)
-    labels = (np.arange(count) % NUM_CLASSES).astype(np.uint8)
-    header = struct.pack(">4i", 2051, *images.shape)
-    write_atomically(folder / IDX[0], header + images.tobytes())
-    write_atomically(folder / IDX[1], struct.pack(">2i", 2049, count) + labels.tobytes())
+def labels_of(num_images: tuple[int, ...]) -> np.ndarray:
+    """Returns the digits of all images in order, int64 (N,), with each digit spread evenly over the data set.
+
+    For equal numbers the order is 0 to 9, 0 to 9, and so on.
+    """
+    labels = np.repeat(np.arange(NUM_CLASSES), num_images)  # (N,)
+    place = np.concatenate([(2 * np.arange(n) + 1) / (2 * max(n, 1)) for n in num_images])  # (N,) in (0, 1)
+    return labels[np.lexsort((labels, place))]
 
 
-def write_pngs(folder: Path, images: np.ndarray) -> None:
-    """Writes images, uint8 (N, 28, 28), as PNGs, with one folder per digit."""
-    for i, image in enumerate(images):
-        png = encode_png(Image.fromarray(image))
-        write_atomically(folder / str(i % NUM_CLASSES) / f"{i // NUM_CLASSES:05d}.png", png)
+def differing_facts(begun: dict[str, Any], facts: dict[str, Any]) -> list[str]:
+    """Returns the names of the facts in which a run differs from the data set that it would continue.
+
+    Data sets of earlier releases lack the numbers per digit, which were equal, and the options that did not exist.
+    """
+    begun = {"num_images": list(equal_numbers(int(begun.get("count", 0)))), **begun}
+    begun = {name: value for name, value in begun.items() if name not in RESULTS}
+    new = facts["options"].keys() - begun.get("options", {}).keys()
+    off = {name for name in new if is_off(facts["options"][name])}
+    facts = {**facts, "options": {name: value for name, value in facts["options"].items() if name not in off}}
+    return sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name))
 
 
 def _find(folder: Path) -> dict[str, Any] | None:
@@ -96,7 +151,7 @@ def _compile_mode(mode: str, begun: dict[str, Any] | None) -> str:
 def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) -> bool:
     """Returns True if images are missing. Raises ScriptError if the data set was begun with other arguments."""
     if begun is not None:
-        if differing := sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name)):
+        if differing := differing_facts(begun, facts):
             name = differing[0]
             raise ScriptError(
                 f"{folder} has a data set with {name} = {begun.get(name)!r}, but this run has {facts.get(name)!r}. "
@@ -108,14 +163,80 @@ def _begin(folder: Path, begun: dict[str, Any] | None, facts: dict[str, Any]) ->
     return True
 
 
-def _draw(
-    drawer: Drawer, options: DrawingOptions, index: torch.Tensor, request: DrawingRequest, reporter: Reporter
-) -> bytes:
-    y, seed, batch_size = index % NUM_CLASSES, request.seed, request.batch_size
-    x_0 = drawer.draw(y, index, options, reporter, seed=seed, batch_size=batch_size)
-    return to_pixels(x_0).numpy().tobytes()
+def _fill(
+    labels: np.ndarray, parts: Path, draw: DrawPart, kept_if: Filter | None, reporter: Reporter
+) -> tuple[Rows, np.ndarray]:
+    """Generates an image for each label (N,). Returns the images, and the number of dropped images of each digit.
+
+    Each part takes the first labels that have no image, and the next noise indices. An image that the filter drops
+    leaves its label without an image for the next part. The result thus depends on the arguments only.
+    """
+    rows = Rows(
+        images=np.zeros((len(labels), 28, 28), np.uint8),
+        labels=labels,
+        noise_index=np.zeros(len(labels), np.int64),
+        confidence=np.zeros(len(labels), np.float32) if kept_if else None,
+    )
+    missing = np.arange(len(labels))
+    drawn, dropped, start = np.zeros(NUM_CLASSES, np.int64), np.zeros(NUM_CLASSES, np.int64), 0
+    while len(missing):
+        places, later = missing[:PART], missing[PART:]
+        index = np.arange(start, start + len(places))
+        path = parts / f"{start:07d}"
+        if not path.exists():
+            state = f", {len(labels) - len(missing)} of {len(labels)} kept" if kept_if else f" of {len(labels)}"
+            reporter.line(f"Images {start} to {index[-1]}{state}")
+            write_atomically(path, _draw_part(labels[places], index, draw, kept_if))
+        images, confidence = _read_part(path, len(places), kept_if)
+        rows.images[places], rows.noise_index[places] = images, index
+        failed = places[:0]
+        if kept_if and rows.confidence is not None:
+            rows.confidence[places] = confidence
+            failed = places[confidence < kept_if.min_confidence]
+        drawn += np.bincount(labels[places], minlength=NUM_CLASSES)
+        dropped += np.bincount(labels[failed], minlength=NUM_CLASSES)
+        _check_share(drawn, dropped)
+        missing, start = np.concatenate([failed, later]), start + len(places)
+    return rows, dropped
 
 
-def _read_parts(folder: Path) -> np.ndarray:
-    content = b"".join(path.read_bytes() for path in sorted(folder.glob("[0-9]*")))
-    return np.frombuffer(content, dtype=np.uint8).reshape(-1, 28, 28)
+def _draw_part(labels: np.ndarray, index: np.ndarray, draw: DrawPart, kept_if: Filter | None) -> bytes:
+    """Returns the content of a part: the pixels of all images, then the confidences if there is a filter."""
+    y = torch.from_numpy(labels)
+    images = draw(y, torch.from_numpy(index))  # (N, 1, 28, 28)
+    return images.numpy().tobytes() + (kept_if.confidence(images, y).tobytes() if kept_if else b"")
+
+
+def _read_part(path: Path, num_images: int, kept_if: Filter | None) -> tuple[np.ndarray, np.ndarray]:
+    content = path.read_bytes()
+    if len(content) != num_images * (PIXELS + 4 * bool(kept_if)):
+        raise ScriptError(f"{path} is damaged. Delete it, then run the same command again")
+    pixels, confidence = content[: num_images * PIXELS], content[num_images * PIXELS :]
+    return np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28), np.frombuffer(confidence, "<f4")
+
+
+def _check_share(drawn: np.ndarray, dropped: np.ndarray) -> None:
+    """Raises ScriptError if the filter keeps almost no image of a digit, so that the run would not end."""
+    kept = drawn - dropped
+    hopeless = (drawn >= FEWEST_DRAWN) & (kept < LOWEST_SHARE * drawn)
+    if hopeless.any():
+        digit = int(hopeless.argmax())
+        raise ScriptError(
+            f"--min-confidence is too high for this checkpoint: it kept {kept[digit]} of {drawn[digit]} images of "
+            f"digit {digit}, less than {LOWEST_SHARE:.0%}. Use a lower value, for example 0.9, and another folder for "
+            "--out"
+        )
+
+
+def _write(folder: Path, rows: Rows, facts: dict[str, Any], drawer: Drawer, command: str) -> None:
+    """Writes the files of the data set and its card. Then removes the parts."""
+    match facts["format"]:
+        case "idx":
+            write_idx(folder, rows)
+        case "png":
+            write_pngs(folder, rows)
+        case _:
+            write_parquet(folder, rows, seed=facts["seed"])
+    write_atomically(folder / CARD, card(facts, drawer.checkpoint, command).encode())
+    write_json(folder / FACTS, facts)
+    shutil.rmtree(folder / PARTS)

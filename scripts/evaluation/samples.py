@@ -1,5 +1,6 @@
 """Loads the digits to evaluate, from a checkpoint or from a folder, and the real digits to compare with."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -17,15 +18,17 @@ from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES, load_mnist, split_validation
 from scripts.common.progress import Reporter
+from scripts.evaluation.dataset_files import IDX
+from scripts.evaluation.parquet import find_parquet, read_parquet
 
 FEWEST_OF_EACH = 10  # images of each digit; precision, recall and coverage need several neighbours
 MOST_IMAGES = 49_000  # images are compared with the same number of training digits, equally many of each digit
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 NUM_COMPARED = 20_000  # training digits that replace the held-out digits for the split `training`
 HELD_OUT_SPLITS = ("test", "validation")
 SPLITS = (*HELD_OUT_SPLITS, "training")
 FACTS = "dataset.json"  # written by scripts.make_dataset: the checkpoint and the options of the images
-SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled")  # the facts that determine the images
+# The facts that determine the images.
+SOURCE = ("weights_sha256", "options", "seed", "device", "dtype", "compiled", "min_confidence", "judge_sha256")
 NUM_IMAGES = 10_000  # default number of images to evaluate
 NAMED = re.compile(r"digit-(\d)-")  # file names in ZIP answers of the service and in folders of scripts.sample
 
@@ -105,11 +108,19 @@ def generated_images(drawer: Drawer) -> str:
 
 
 def read_samples(folder: Path) -> Digits:
-    """Returns the digits of a folder with IDX files or PNGs. Raises ScriptError for other content.
+    """Returns the digits of a folder with IDX files, Parquet files or PNGs. Raises ScriptError for other content.
 
-    PNGs must have names such as `digit-<d>-….png`, or be in folders named 0 to 9.
+    Parquet files must be in the folder `data` and have the names of the split `train` on the Hugging Face Hub. PNGs
+    must have names such as `digit-<d>-….png`, or be in folders named 0 to 9.
     """
-    digits = _read_idx(folder) if (folder / IDX[0]).exists() else _read_pngs(folder)
+    if (folder / IDX[0]).exists():
+        digits = _read_idx(folder)
+    elif paths := find_parquet(folder):
+        images, labels = read_parquet(paths)
+        pixels = np.stack([_decode(io.BytesIO(content), name) for name, content in images])
+        digits = Digits(torch.from_numpy(pixels)[:, None], torch.from_numpy(labels))
+    else:
+        digits = _read_pngs(folder)
     counts = digits.labels.bincount(minlength=NUM_CLASSES)
     if counts.min() < FEWEST_OF_EACH:
         digit = int(counts.argmin())
@@ -146,11 +157,11 @@ def _read_idx(folder: Path) -> Digits:
 def _read_pngs(folder: Path) -> Digits:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
-        raise ScriptError(f"{folder} has no PNG and no IDX files")
+        raise ScriptError(f"{folder} has no PNG, IDX or Parquet files")
     images, labels = [], []
     for path in paths:
         labels.append(_digit_of(path))
-        images.append(_read(path))
+        images.append(_decode(path, str(path)))
     return Digits(torch.from_numpy(np.stack(images))[:, None], torch.tensor(labels))
 
 
@@ -200,12 +211,13 @@ def _digit_of(path: Path) -> int:
     raise ScriptError(f"{path}: unknown digit. Name the file digit-<d>-….png, or move it to a folder named 0 to 9")
 
 
-def _read(path: Path) -> np.ndarray:
+def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
+    """Returns the pixels of a picture, uint8 (28, 28). `name` names it in errors."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             mode, pixels = image.mode, np.asarray(image)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise ScriptError(f"{path} cannot be read as a PNG") from error
+        raise ScriptError(f"{name} cannot be read as a PNG") from error
     if pixels.shape != (28, 28) or mode != "L":  # NumPy would read palette indices as grey levels
-        raise ScriptError(f"{path} is not an 8-bit grey image of 28x28 pixels")
+        raise ScriptError(f"{name} is not an 8-bit grey image of 28x28 pixels")
     return pixels

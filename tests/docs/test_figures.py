@@ -10,7 +10,8 @@ from model.checkpoint import SHIPPED, SHIPPED_FAST, load
 from model.clip import EMBEDDED
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
-from scripts.evaluation.classifiers import load_classifier
+from scripts.common.mnist import load_mnist
+from scripts.evaluation.classifiers import load_classifier, probabilities_of
 from scripts.evaluation.tables import FRECHET_RATIO, as_column, as_run, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,25 @@ def test_synthetic_classifier_figures_match_the_file() -> None:
     assert learned["drawn_with"]["weights_sha256"] == load(SHIPPED).weights_sha256
     recommended = load(SHIPPED).config.guidance_of("dpmpp")
     assert learned["drawn_with"]["options"] == {"sampler": "dpmpp", "num_steps": 10, "guidance": asdict(recommended)}
+
+
+def test_number_of_dropped_images_matches_the_file() -> None:
+    facts = json.loads((RESULTS / "filtered.json").read_text())
+    dropped, kept = sum(facts["num_dropped"]), facts["count"]
+    assert f"The command above dropped {dropped} of {dropped + kept:,} images, {dropped / (dropped + kept):.1%}." in (
+        EVALUATION
+    )
+    assert (facts["format"], kept, facts["min_confidence"], facts["seed"]) == ("parquet", 10_000, 0.9, 0)
+    assert facts["weights_sha256"] == load(SHIPPED_FAST).weights_sha256
+    assert facts["judge_sha256"] == load_classifier("judge").sha256
+
+
+def test_confidence_of_real_digits_matches_the_judge(mnist_dir: Path) -> None:
+    images, labels = load_mnist("test", mnist_dir)
+    confidence = probabilities_of(load_classifier("judge").network, images).gather(1, labels[:, None])
+    least, clear, highest = ((confidence < limit).double().mean().item() for limit in (0.9, 0.96, 0.97))
+    stated = f"{least:.1%} have less than 0.9, {clear:.0%} have less than 0.96, and {highest:.0%} have less than 0.97."
+    assert stated in EVALUATION
 
 
 def test_fog_table_matches_the_file() -> None:

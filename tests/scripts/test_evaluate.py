@@ -70,7 +70,7 @@ def test_folder_has_the_same_metrics_as_its_checkpoint(
     for name in ("confusion.png", "nearest.png"):
         with Image.open(tmp_path / "drawn" / name) as image:
             assert min(image.size) > 100
-    for form in ("png", "idx"):
+    for form in ("png", "idx", "parquet"):
         made = tmp_path / form
         given = [f"--checkpoint={inputs / 'tiny.safetensors'}", f"--out={made}", "--count=100"]
         make_dataset.main([*given, f"--format={form}", *options])

@@ -1,18 +1,22 @@
+import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from model import checkpoint
+from model.png import encode_png
 from model.sampler import Guidance
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
-from scripts.evaluation.dataset import write_idx
+from scripts.evaluation.dataset_files import IDX, Rows, write_idx
+from scripts.evaluation.parquet import FILE, write_parquet
 from scripts.evaluation.samples import (
-    IDX,
     SPLITS,
     Digits,
     balanced,
@@ -28,6 +32,10 @@ from tests.scripts.tiny_training import NUM_VALIDATION, trust_idx_files, write_i
 def write(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def rows_of(digits: Digits) -> Rows:
+    return Rows(digits.images[:, 0].numpy(), digits.labels.numpy(), np.arange(len(digits.labels)))
 
 
 def unique_images(digits: Digits) -> set[bytes]:
@@ -59,7 +67,7 @@ def test_folder_is_read_by_file_names_or_folder_names(tmp_path: Path) -> None:
 
 def test_idx_files_are_read_as_written(tmp_path: Path) -> None:
     digits = bars(100, 2)
-    write_idx(tmp_path, digits.images[:, 0].numpy())
+    write_idx(tmp_path, rows_of(digits))
     read = read_samples(tmp_path)
     assert read.images.equal(digits.images)
     assert read.labels.equal(digits.labels)
@@ -74,9 +82,9 @@ def test_invalid_idx_files_give_an_error(tmp_path: Path, content: bytes) -> None
 
 
 def test_wrong_number_of_labels_gives_an_error(tmp_path: Path) -> None:
-    write_idx(tmp_path, bars(100, 2).images[:, 0].numpy())
+    write_idx(tmp_path, rows_of(bars(100, 2)))
     labels = (tmp_path / IDX[1]).read_bytes()
-    write_idx(tmp_path, bars(110, 2).images[:, 0].numpy())
+    write_idx(tmp_path, rows_of(bars(110, 2)))
     (tmp_path / IDX[1]).write_bytes(labels)
     with pytest.raises(ScriptError, match="inconsistent: 110 images, 100 labels"):
         read_samples(tmp_path)
@@ -156,3 +164,36 @@ def test_balanced_takes_equally_many_of_each_digit_or_fails() -> None:
     assert chosen.images[:, 0, 0, 0].tolist() == [0, *range(31, 40), 1, *range(41, 50), 2, *range(51, 60)]
     with pytest.raises(ScriptError, match="3 of one digit, but 4 images of each digit are needed"):
         balanced(Digits(images, labels), 40)
+
+
+def test_parquet_file_is_read_as_written(tmp_path: Path) -> None:
+    digits = bars(1100, 2)  # more than one row group
+    write_parquet(tmp_path, rows_of(digits), seed=5)
+    read = read_samples(tmp_path)
+    assert read.images.equal(digits.images)
+    assert read.labels.equal(digits.labels)
+
+
+def test_unequal_numbers_are_read_and_a_missing_digit_gives_an_error(tmp_path: Path) -> None:
+    digits = bars(200, 2)
+    for digit, kept in ((4, 10), (7, 0)):
+        rows = torch.cat([(digits.labels != digit).nonzero()[:, 0], (digits.labels == digit).nonzero()[:kept, 0]])
+        write_parquet(tmp_path, rows_of(Digits(digits.images[rows], digits.labels[rows])), seed=5)
+        if kept:
+            assert read_samples(tmp_path).labels.bincount().tolist() == [20, 20, 20, 20, 10, 20, 20, 20, 20, 20]
+        else:
+            with pytest.raises(ScriptError, match="has 0 images of digit 7, at least 10"):
+                read_samples(tmp_path)
+
+
+def test_error_names_a_parquet_row_that_is_not_a_grey_picture(tmp_path: Path) -> None:
+    path = tmp_path / FILE
+    path.parent.mkdir()
+    with io.BytesIO() as buffer:
+        Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(buffer, "PNG")
+        colour = buffer.getvalue()
+    for content, reason in ((b"seven", "row 1 cannot be read as a PNG"), (colour, "row 1 is not an 8-bit grey image")):
+        good = encode_png(Image.fromarray(GREY))
+        pq.write_table(pa.table({"image": [{"bytes": good}, {"bytes": content}], "label": [1, 2]}), path)
+        with pytest.raises(ScriptError, match=reason):
+            read_samples(tmp_path)

@@ -1,0 +1,73 @@
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from model import checkpoint
+from model.checkpoint import SHIPPED, SHIPPED_FAST
+from scripts import make_dataset
+from scripts.common.drawing import DrawingRequest
+from scripts.evaluation.dataset_card import card, command_of
+from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
+
+FACTS = {
+    "weights_sha256": "ab" * 32,
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "compiled": True,
+    "options": {"sampler": "ddim", "num_steps": 4, "guidance": {"scale": 1.0, "start": 1, "stop": 100}},
+    "seed": 3,
+    "count": 7,
+    "format": "idx",
+    "num_images": [0, 3, 0, 0, 0, 0, 0, 0, 0, 4],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LaterRequest(DrawingRequest):
+    """A request with options that do not exist yet."""
+
+    prompt: str | None = None
+    model: Path | None = None
+
+
+@pytest.mark.parametrize(
+    ("count", "category"),
+    [
+        *((1, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (60_000, "10K<n<100K"), (100_000, "100K<n<1M")),
+        (1_000_000, "1M<n<10M"),
+    ],
+)
+def test_size_category_is_that_of_the_number_of_images(tmp_path: Path, count: int, category: str) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    facts = {**FACTS, "count": count, "num_images": [count, *[0] * 9]}
+    assert yaml.safe_load(card(facts, loaded, "command").split("---\n")[1])["size_categories"] == [category]
+
+
+def test_options_that_are_off_are_left_out_and_others_are_stated(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    more = {"clip": {"scale": 0.0}, "prompt": None}
+    assert card({**FACTS, "options": {**FACTS["options"], **more}}, loaded, "c") == card(FACTS, loaded, "c")
+    more = {"clip_prompt": "a | b"}
+    assert '| clip prompt | "a \\| b" |' in card({**FACTS, "options": {**FACTS["options"], **more}}, loaded, "c")
+
+
+@pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST])
+def test_command_names_a_shipped_checkpoint_by_its_path_in_the_repository(path: Path) -> None:
+    assert f"--checkpoint model/weights/{path.name} " in command_of(DrawingRequest(path), FACTS)
+
+
+def test_command_has_no_absolute_path_and_keeps_all_options_that_change_images(tmp_path: Path) -> None:
+    request: dict[str, Any] = {"checkpoint": tmp_path / "mine.safetensors", "guidance_scale": 2.5, "num_steps": 4}
+    unused = {"batch_size": 7, "num_threads": 1}
+    later = LaterRequest(**request, **unused, prompt="it's a seven", model=tmp_path / "clip")
+    words = shlex.split(command_of(later, {**FACTS, "min_confidence": 0.9}))
+    assert words == [
+        *("python", "-m", "scripts.make_dataset", "--out", "out/set", "--format", "idx", "--balance", "1=3,9=4"),
+        *("--checkpoint", "mine.safetensors", "--num-steps", "4", "--guidance-scale", "2.5"),
+        *("--prompt", "it's a seven", "--model", "clip", "--seed", "3", "--compile", "on", "--min-confidence", "0.9"),
+    ]
+    make_dataset.build_parser().parse_args(shlex.split(command_of(DrawingRequest(**request, **unused), FACTS))[3:])
