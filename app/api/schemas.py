@@ -4,9 +4,18 @@ import secrets
 import time
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
+from model.clip import MAX_PROMPT_LENGTH, is_prompt
 from model.png import MAX_SCALE, MAX_SEED
 from model.sampler import MAX_GUIDANCE_SCALE, Sampler
 
@@ -34,6 +43,19 @@ Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})] 
 SamplerName = Annotated[Sampler | None, NOT_NULL]
 GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
+
+
+def _check_prompt(text: str) -> str:
+    if not is_prompt(text):
+        raise ValueError("Input should have a character that is not white space")
+    return text
+
+
+Prompt = Annotated[  # a text for CLIP
+    str,
+    Field(min_length=1, max_length=MAX_PROMPT_LENGTH, json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_check_prompt),
+]
 
 
 class TimedRequest(BaseModel):
@@ -104,6 +126,13 @@ class GenerateRequest(SamplingRequest):
 
 class ModelName(BaseModel):
     """The checkpoint that generated the images."""
+
+    name: str
+    sha256: str
+
+
+class ClipName(BaseModel):
+    """The CLIP model. `embedded` is the model that ships with unfog."""
 
     name: str
     sha256: str
