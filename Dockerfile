@@ -2,6 +2,7 @@
 # docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, for example its CPU index
 # docker build -t unfog --build-context wheels=FOLDER .         PyTorch from a wheel in a folder
 # docker build -t unfog --build-arg COMPILER=gcc .              with a C compiler, for UNFOG_COMPILE=on on a GPU
+# docker build -t unfog --build-arg EXTRAS=clip .               with CLIP, for POST /score
 # docker build -t unfog-train --target train .                  the training image (docs/deployment.md)
 ARG PYTHON=python:3.11-slim
 
@@ -17,18 +18,23 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 # Includes the extra `traces`, because compose passes UNFOG_TRACES to the service.
-RUN python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*project["dependencies"], *project["optional-dependencies"]["traces"], sep="\n")' \
-      > requirements.txt
+# EXTRAS names further extras of pyproject.toml, separated by spaces. The extra `clip` needs torchvision, whose build must
+# be for the same platform as that of PyTorch.
+ARG EXTRAS=
+RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; print(*project["dependencies"], *(each for name in sys.argv[1:] for each in extras[name]), sep="\n")' \
+      traces $EXTRAS > requirements.txt
 ARG TORCH_INDEX=
 # The tested minor version. PyPI's build needs an NVIDIA driver that supports its CUDA version.
 ARG TORCH_VERSION=2.13
 RUN --mount=type=bind,from=wheels,target=/wheels \
     --mount=type=cache,target=/root/.cache/pip \
     torch="torch==$TORCH_VERSION.*" \
+ && torchvision= \
+ && if grep -q '^open_clip_torch' requirements.txt; then torchvision=torchvision; fi \
  && if [ -n "$(find /wheels -name 'torch-*.whl')" ]; then \
-      pip install --no-index --no-deps --no-compile --find-links /wheels "$torch"; \
+      pip install --no-index --no-deps --no-compile --find-links /wheels "$torch" $torchvision; \
     elif [ -n "$TORCH_INDEX" ]; then \
-      pip install --no-compile --index-url "$TORCH_INDEX" "$torch"; \
+      pip install --no-compile --index-url "$TORCH_INDEX" "$torch" $torchvision; \
     fi \
  && pip install --no-compile --constraint constraints.txt --requirement requirements.txt "$torch"
 

@@ -17,7 +17,7 @@ UnfogError
 │   └── InvalidImage      422  a field is not a picture that can be decoded
 ├── HeadersTooLarge       431  the headers exceed a size limit
 ├── InternalError         500  a bug; the response has no details
-├── NotAvailable          501  the service runs without CLIP
+├── NotAvailable          501  the service runs without the optional part that the route needs
 ├── DeadlineExceeded      504  the images were not finished before the deadline
 ├── HTTPError                  raised by the web framework; keeps its status
 └── Unavailable                has a Retry-After header
@@ -140,9 +140,9 @@ class InvalidFields(UnfogError):
         self.errors = errors
 
     @classmethod
-    def of(cls, field: str, message: str) -> Self:
-        """Creates the error for one field of the body."""
-        return cls([{"loc": ["body", field], "msg": message}])
+    def of(cls, field: str, message: str, *index: int) -> Self:
+        """Creates the error for one field of the body, or for the element of a list with this index."""
+        return cls([{"loc": ["body", field, *index], "msg": message}])
 
     def problem(self, request_id: str) -> dict[str, Any]:
         """Returns the body of the response, with the list of fields."""
@@ -171,7 +171,7 @@ class InternalError(UnfogError):
 
 
 class NotAvailable(UnfogError):
-    """The request needs CLIP, and the service runs without it."""
+    """The service runs without an optional part. The detail says how the operator adds it."""
 
     status, code = 501, "not_available"
 

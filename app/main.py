@@ -22,6 +22,7 @@ from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
 from app.api.paths import Paths
 from app.api.problems import handle_errors
+from app.api.real_digits import read_real_digits
 from app.api.routes import (
     batch,
     docs,
@@ -34,6 +35,7 @@ from app.api.routes import (
     page,
     pictures,
     reproduce,
+    score,
 )
 from app.api.uploads import ImageReader
 from app.engine.engine import Engine, EngineState
@@ -44,7 +46,7 @@ from app.runner.runner import Runner
 from app.settings import Settings
 
 # The routes of these routers compute images or recognise digits.
-WORK_ROUTERS = (generate.router, pictures.router, reproduce.router, openai.router, inference.router)
+WORK_ROUTERS = (generate.router, pictures.router, reproduce.router, score.router, openai.router, inference.router)
 READ_ROUTERS = (models.router, openai_models.router, batch.router)
 PROBE_ROUTERS = (monitoring.router, inference.open_router)  # their routes need no API key
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
@@ -64,7 +66,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     engine.deliver = service.mailbox.deliver
     traces = Traces() if settings.traces == "on" else None
     _watch(engine, meters)
-    engine.ready.add_done_callback(lambda _: service.clip.open(engine.clip))
+    engine.ready.add_done_callback(lambda _: service.clip.open(engine.clip, read_real_digits()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -7,10 +7,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from einops import rearrange
+from PIL import Image
 
 from model.clip import EMBEDDED
+from model.files import write_atomically
+from model.png import encode_png
 from scripts.common.arguments import Parser, add_data_argument, integer
 from scripts.common.errors import reports_errors
+from scripts.common.mnist import load_mnist
 from scripts.common.progress import Reporter
 from scripts.evaluation.clip_training import EPOCHS, train_and_save_clip
 
@@ -22,6 +27,18 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.num_threads)
     with Reporter() as reporter:
         train_and_save_clip(args.out, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
+        save_real_digits(args.out, args.data_dir)
+
+
+def save_real_digits(folder: Path, data_dir: Path) -> None:
+    """Writes digits.png, to which the service compares: the first ten digits of each class of MNIST's test split.
+
+    Each class has one row. The classes are in order.
+    """
+    images, labels = load_mnist("test", data_dir)
+    digits = torch.stack([images[labels == digit][:10, 0] for digit in range(10)])  # (10, 10, 28, 28)
+    sheet = rearrange(digits, "digit place h w -> (digit h) (place w)")
+    write_atomically(folder / "digits.png", encode_png(Image.fromarray(sheet.numpy())))
 
 
 def build_parser() -> Parser:

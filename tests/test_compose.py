@@ -1,6 +1,9 @@
 """Static checks of the Dockerfile and the compose files. tests/e2e/test_containers.py builds and runs them."""
 
 import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -191,6 +194,21 @@ def test_version_of_the_image_is_that_of_the_project() -> None:
     version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert version
     assert f"\nARG VERSION={version[1]}\n" in (ROOT / "Dockerfile").read_text()
+
+
+def test_image_installs_the_requirements_of_the_extras_of_its_build_argument() -> None:
+    """Runs the Python program of the Dockerfile."""
+    (program,) = re.findall(r"RUN python -c '(import sys, tomllib;.+?)'", DOCKERFILE, re.DOTALL)
+    assert "traces $EXTRAS > requirements.txt" in DOCKERFILE
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for names in (["traces"], ["traces", "clip"]):
+        command = [sys.executable, "-c", program, *names]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert printed == [*project["dependencies"], *(each for name in names for each in extras[name])]
+    assert any(
+        each.startswith("open_clip_torch") for each in extras["clip"]
+    )  # the Dockerfile then installs torchvision
 
 
 def test_images_install_the_pinned_versions() -> None:

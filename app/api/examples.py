@@ -35,6 +35,7 @@ PREVIEW = (
 )
 FILE = "(content of the file)"  # a file in an example of a multipart body
 SHA256 = "f38bf767f7688dc7f18165cbdb280ee5115dceaf15614f436b6091bab5532120"
+CLIP = {"name": "embedded", "sha256": "facd162eb0d8f12f5982c5a4ab595afd12eb622bd0fd4ac6e399453d6c1108a0"}
 TIMING = {"queue_seconds": 0.000214, "denoise_seconds": 0.412806, "total_seconds": 0.413325}
 
 GENERATED = {
@@ -98,6 +99,7 @@ MODELS = {  # the shipped checkpoint
         }
     ],
     "limits": {"count": 64, "timeout_seconds": 30.0, "image_bytes": 4_194_304, "queue_images": 1024},
+    "clip": CLIP,
 }
 BATCH = {
     "step": 1729,
@@ -180,20 +182,23 @@ def requests(settings: Settings, num_classes: dict[str, int]) -> dict[str, dict[
     return {name: {"summary": summary, "value": body} for name, (summary, body) in bodies.items()}
 
 
-def problems(settings: Settings, formats: Sequence[str], *, with_pictures: bool) -> list[dict[str, Any]]:
-    """Returns the problem documents that a POST route can send. `formats` are its media types."""
-    if with_pictures:
+def problems(settings: Settings, formats: Sequence[str], *, pictures: str | None) -> list[dict[str, Any]]:
+    """Returns the problem documents that a POST route can send. `formats` are its media types.
+
+    `pictures` is the name of its field with pictures, if it has one.
+    """
+    if pictures:
         specific: list[errors.UnfogError] = [
             errors.UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}"),
-            errors.InvalidRequest.of("image", "Field required"),
-            errors.InvalidImage.of("image", str(damaged("PNG"))),
+            errors.InvalidRequest.of(pictures, "Field required"),
+            errors.InvalidImage.of(pictures, str(damaged("PNG")), *([0] if pictures == "images" else [])),
         ]
     else:
         specific = [
             errors.UnsupportedMediaType(),
             errors.InvalidRequest.of("digit", "Input should be less than or equal to 9"),
         ]
-    max_bytes = settings.max_image_bytes if with_pictures else settings.max_body_bytes
+    max_bytes = settings.max_image_bytes if pictures else settings.max_body_bytes
     found = [*general_errors(settings, max_bytes), errors.NotAcceptable(tuple(formats)), *specific]
     return [error.problem(REQUEST_ID) for error in found]
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,16 +24,17 @@ from app.api.schemas import GeneratedImage, ModelName, Timing
 from app.api.stream_options import NO_STREAM, StreamOptions
 from app.api.task import Task
 from app.api.uploads import ImageReader
-from app.engine.clip_worker import ClipWorker
+from app.engine.clip_worker import ClipWorker, Scores
 from app.engine.engine import Engine
 from app.engine.interface import ClipInfo, ModelInfo
 from app.engine.job import DEFAULT_MODEL, ClipTarget, Job, JobRequest, Listener, Pixels, Result
 from app.metrics import Metrics
-from app.settings import Settings
+from app.settings import OFF, Settings
 from model.clip import ClipNotInstalledError
 from model.png import ClipProvenance, Provenance
 from model.sampler import Sampler
 
+CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto"
 T = TypeVar("T")
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
@@ -98,16 +100,26 @@ class Service:
 
     @property
     def clip_info(self) -> ClipInfo:
-        """Returns the CLIP model.
+        """The loaded CLIP model.
 
-        Raises NotAvailable if there is none, and Starting or EngineFailed if no model is loaded.
+        Raises NotAvailable if the service runs without one. Raises Starting or EngineFailed if no model is loaded.
         """
         self.info(DEFAULT_MODEL)
         if self.engine.clip:
             return self.engine.clip.info
-        if self.settings.clip == "off":
-            raise errors.NotAvailable("CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto")
-        raise errors.NotAvailable(str(ClipNotInstalledError()))
+        raise errors.NotAvailable(CLIP_OFF if self.settings.clip == OFF else str(ClipNotInstalledError()))
+
+    def score(
+        self, images: Sequence[Pixels], prompts: Sequence[str], timeout: float, context: RequestContext
+    ) -> Future[Scores]:
+        """Submits images and prompts to CLIP. The request is then in flight. Raises Overloaded if it is not admitted.
+
+        Raises Draining or EngineFailed while the service accepts no requests.
+        """
+        self.engine.apparent_state.refuse_unless_ok()
+        future = self.clip.score(images, prompts, timeout)
+        context.answered.enter_context(self.in_flight.one())
+        return future
 
     def give_up(self, error: errors.UnfogError) -> None:
         """Answers all unfinished requests with the error."""
@@ -130,7 +142,7 @@ class Service:
             JobRequest(
                 task.options,
                 task.count,
-                self.settings.request_timeout if task.timeout is None else task.timeout,
+                self.timeout_of(task.timeout),
                 stream.num_previews,
                 listener,
                 self.info(task.options.model).guided_steps_of(task.options, has_digit=task.search is not None),
@@ -170,22 +182,27 @@ class Service:
         limit = self.settings.largest_request
         if task.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
+
+    def timeout_of(self, requested: float | None) -> float:
+        """Returns the timeout of a request in seconds. Raises InvalidRequest if it exceeds UNFOG_REQUEST_TIMEOUT."""
         longest = self.settings.request_timeout
-        if task.timeout is not None and task.timeout > longest:
+        if requested is not None and requested > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
+        return longest if requested is None else requested
 
 
 async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
     """Returns the task with the embedding of its prompt, and with the facts of the response about CLIP guidance.
 
     Raises NotAvailable if the task has CLIP guidance and the service has no CLIP model, DeadlineExceeded if the prompt
-    was not embedded before the deadline, and ClientGoneError after a disconnect.
+    was not embedded before the deadline, ClientGoneError after a disconnect, and InvalidRequest for a timeout that is
+    too long.
     """
     options = task.options
     facts = {"clip_guidance_scale": options.clip_guidance_scale, "clip_prompt": options.clip_prompt or None}
     if not options.clip_guidance_scale:
         return replace(task, facts={**task.facts, **facts, "clip": None})
-    clip, timeout = service.clip_info, task.timeout or service.settings.request_timeout
+    clip, timeout = service.clip_info, service.timeout_of(task.timeout)
     embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
     try:
         async with asyncio.timeout(timeout):

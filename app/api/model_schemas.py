@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from app.api.schemas import ModelName
+from app.api.schemas import ClipName, ModelName
 from model.sampler import Sampler
 
 
@@ -66,3 +66,6 @@ class Models(BaseModel):
 
     models: list[ServedModel]
     limits: Limits
+    clip: ClipName | None = Field(
+        default=None, description="The CLIP model. null if the service runs without CLIP: /score then answers 501."
+    )

@@ -21,6 +21,7 @@ from app.api.inference.schemas import InferenceRequest
 from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, add_openai
 from app.api.openai.schemas import EDIT_EVENTS, GENERATION_EVENTS
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRequest, Problem, ProgressEvent
+from app.api.score_schemas import ScoreRequest
 from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest, ReproduceRequest
 from app.api.uploads import MULTIPART, multipart_schema
 from app.engine.interface import ModelInfo
@@ -66,6 +67,7 @@ PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/inpaint": InpaintRequest,
     "/edit": EditRequest,
     "/reproduce": ReproduceRequest,
+    "/score": ScoreRequest,
 }
 NUM_CLASSES = 10  # digits that requests permit
 PICTURE_SIZE = (1, 28)  # channels and pixels per side of the images of a model that supports requests with pictures
@@ -289,7 +291,7 @@ def _add_examples(document: dict[str, Any], settings: Settings) -> None:
     answers = {**examples.ANSWERS, **task_examples.ANSWERS, **inference_examples.ANSWERS}
     for path, operations in document["paths"].items():
         formats = list(next(iter(operations.values()))["responses"]["200"]["content"])
-        problems = examples.problems(settings, formats, with_pictures=path in PICTURE_REQUESTS)
+        problems = examples.problems(settings, formats, pictures=_pictures_of(path))
         for status, response in _responses(operations):
             content = response.get("content", {})
             if PROBLEM_JSON in content:
@@ -303,6 +305,13 @@ def _add_examples(document: dict[str, Any], settings: Settings) -> None:
             for media_type, described in content.items():
                 if (path, status, media_type) in answers:
                     described["example"] = answers[path, status, media_type]
+
+
+def _pictures_of(path: str) -> str | None:
+    """Returns the name of the field with the pictures of a route, or None."""
+    if path not in PICTURE_REQUESTS:
+        return None
+    return "images" if "images" in PICTURE_REQUESTS[path].model_fields else "image"
 
 
 def _responses(operations: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -47,14 +47,19 @@ PICTURE_ERRORS = ERRORS | {
         "decoded, is animated, or is larger than 4,096 x 4,096 pixels",
     },
 }
-
 CLIP_ERRORS: dict[int | str, dict[str, Any]] = {
     501: {"model": Problem, "description": "not_available: the service runs without CLIP", "content": _PROBLEM}
 }
 
 
 def picture_route(
-    path: str, name: str, request: type[BaseModel], response: type[BaseModel], formats: dict[str, Any] = IMAGE_FORMATS
+    path: str,
+    name: str,
+    request: type[BaseModel],
+    response: type[BaseModel],
+    formats: dict[str, Any] = IMAGE_FORMATS,
+    *,
+    needs_clip: bool = False,
 ) -> dict[str, Any]:
     """Returns the arguments of a route for pictures, with the schemas of both content types of its body.
 
@@ -73,6 +78,7 @@ def picture_route(
                 "content": formats,
             },
             **PICTURE_ERRORS,
+            **(CLIP_ERRORS if needs_clip else {}),
         },
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
     }

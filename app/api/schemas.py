@@ -31,12 +31,6 @@ def _refuse_null(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return handler(object() if value is None else value)
 
 
-def _check_prompt(text: str) -> str:
-    if not is_prompt(text):
-        raise ValueError("String should have a character that is not a space")
-    return text
-
-
 def may_be_absent(schema: dict[str, Any]) -> None:
     """Edits the JSON schema of a field that can be omitted, but not be null."""
     schema.pop("default")
@@ -48,10 +42,21 @@ NOT_NULL = WrapValidator(_refuse_null)
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Base64 = Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]  # the type of a picture
 SamplerName = Annotated[Sampler | None, NOT_NULL]
-# Python's idea of a blank text is wider than that of the pattern, hence the validator.
-Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH, pattern=r"\S"), AfterValidator(_check_prompt)]
 GuidanceScale = Annotated[Annotated[Number, Field(ge=1, le=MAX_GUIDANCE_SCALE)] | None, NOT_NULL]
 NumSteps = Annotated[Annotated[int, Field(ge=1, le=100), WHOLE] | None, NOT_NULL]
+
+
+def _check_prompt(text: str) -> str:
+    if not is_prompt(text):
+        raise ValueError("Input should have a character that is not white space")
+    return text
+
+
+Prompt = Annotated[  # a text for CLIP
+    str,
+    Field(min_length=1, max_length=MAX_PROMPT_LENGTH, json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_check_prompt),
+]
 
 
 class TimedRequest(BaseModel):
@@ -133,6 +138,13 @@ class GenerateRequest(SamplingRequest):
 
 class ModelName(BaseModel):
     """A model, and the digest of its file or of its weights."""
+
+    name: str
+    sha256: str
+
+
+class ClipName(BaseModel):
+    """The CLIP model. `embedded` is the model that ships with unfog."""
 
     name: str
     sha256: str

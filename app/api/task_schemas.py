@@ -29,22 +29,27 @@ AppliedFit = Literal["resize", "digit"]
 Digit = Annotated[Annotated[int, Field(ge=0, le=9), WHOLE] | None, NOT_NULL]
 
 
-class PictureRequest(BaseModel):
-    """The fields of every request with a picture."""
+class FittedRequest(BaseModel):
+    """How the pictures of a request become images of 28x28 pixels."""
 
-    image: Annotated[Base64, Field(description=PICTURE)]
     fit: Fit = Field(
         default="auto",
         description="How the picture becomes 28x28 pixels. resize: the whole picture. digit: the drawing alone, as in "
         "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, otherwise "
-        "digit for /recognize and /edit, and resize for /denoise and /inpaint. With auto and resize, a 28x28 image "
-        "that was enlarged by an integer factor is first reduced to its original pixels.",
+        "digit for /recognize, /edit and /score, and resize for /denoise and /inpaint. With auto and resize, a 28x28 "
+        "image that was enlarged by an integer factor is first reduced to its original pixels.",
     )
     invert: Invert = Field(
         default="auto",
         description="true: the picture has dark strokes on a light background. false: light strokes on a dark "
         "background. auto: decided from the picture.",
     )
+
+
+class PictureRequest(FittedRequest):
+    """The fields of every request with one picture."""
+
+    image: Annotated[Base64, Field(description=PICTURE)]
 
 
 class RecognizeRequest(BaseRequest, PictureRequest):

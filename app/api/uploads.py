@@ -36,7 +36,7 @@ JSON, MULTIPART = "application/json", "multipart/form-data"
 NUM_WORKERS = 2  # pictures that are decoded at the same time
 MAX_BODIES = 16  # limit for all bodies in memory together, as a multiple of the largest body
 MAX_WAITING = 64  # requests that wait for a worker
-MAX_PARTS = 32
+MAX_PARTS = 32  # of a multipart body, besides the elements of lists that have a limit in the schema
 MAX_PART_HEADER_BYTES = 1024
 MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
 MAX_TEXT_BYTES = 16 * 1024  # limit for a text field, and for a JSON body without the contents of its strings
@@ -79,6 +79,7 @@ class ImageReader:
         a multipart body, a list has one part for each element. `convert` is called in a worker thread with the fields,
         the name of the image field and the picture. `decoders` has the function that decodes the files of each image
         field, in the order in which the fields are decoded. A list of pictures is decoded and converted one by one.
+        `convert` may raise PictureError too. The error of an element of a list names its index.
         `check` is called with the fields before a picture is decoded, and raises an error for values that are refused.
 
         If `lenient` is True, a body of any other Content-Type is parsed as JSON. In a multipart body, the names of the
@@ -199,18 +200,16 @@ def _read(
     pictures: dict[str, list[T]] = {}
     for name, values in files.items():
         pictures[name] = []
-        for i in range(len(values)):
+        for i, value in enumerate(values):
             # The bytes of a file are released before the next one is decoded.
-            pictures[name].append(convert(fields, name, _decode(name, values[i], decoders[name])))
             values[i] = b""
+            try:
+                picture = decoders[name](_decode_base64(value) if isinstance(value, str) else value)
+                pictures[name].append(convert(fields, name, picture))
+            except PictureError as error:
+                index = [i] if isinstance(document[name], list) else []
+                raise InvalidImage.of(name, str(error), *index) from error
     return fields, pictures
-
-
-def _decode(field: str, value: bytes | str, decoder: Decoder[P]) -> P:
-    try:
-        return decoder(_decode_base64(value) if isinstance(value, str) else value)
-    except PictureError as error:
-        raise InvalidImage.of(field, str(error)) from error
 
 
 def _decode_base64(text: str) -> bytes:
@@ -270,14 +269,15 @@ def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel], *, len
     """Parses a multipart body (RFC 7578)."""
     document: dict[str, Any] = {}
     kinds = _kinds_of(schema)
-    for part, content in _parts(body, boundary):
+    max_parts = MAX_PARTS + sum(kind.max_items for kind in kinds.values())
+    for part, content in _parts(body, boundary, max_parts):
         name = part.removesuffix("[]") if lenient else part
         kind = kinds.get(name, _Kind())
         if lenient and not content and not kind.is_image:
             continue
         value: Any = content
         if not kind.is_image:
-            value = _text(name, content, kind)
+            value = _text(name, content, kind, *([len(document.get(name, []))] if kind.is_list else []))
         if kind.is_list:
             document.setdefault(name, []).append(value)
         elif name in document:
@@ -287,7 +287,7 @@ def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel], *, len
     return document
 
 
-def _parts(body: bytes, boundary: str) -> list[tuple[str, bytes]]:
+def _parts(body: bytes, boundary: str, max_parts: int) -> list[tuple[str, bytes]]:
     """Returns the name and the content of each part."""
     parts: list[tuple[str, bytes]] = []
     chunks: list[bytes] = []
@@ -296,7 +296,7 @@ def _parts(body: bytes, boundary: str) -> list[tuple[str, bytes]]:
         with PushMultipartParser(
             boundary,
             max_header_size=MAX_PART_HEADER_BYTES,
-            max_segment_count=MAX_PARTS,
+            max_segment_count=max_parts,
             strict=True,
         ) as parser:
             for event in parser.parse(body) if body else ():
@@ -308,7 +308,7 @@ def _parts(body: bytes, boundary: str) -> list[tuple[str, bytes]]:
                     name, chunks = event.name or "", []
     except ParserLimitReached as error:
         raise _invalid(
-            f"The multipart body has more than {MAX_PARTS} parts, or headers of a part are too long. Send one part for "
+            f"The multipart body has more than {max_parts} parts, or headers of a part are too long. Send one part for "
             "each field"
         ) from error
     except MultipartError as error:
@@ -323,6 +323,7 @@ class _Kind:
     is_image: bool = False
     is_list: bool = False
     has_numbers: bool = False  # true for a number or a boolean
+    max_items: int = 0  # the limit of a list; 0 if it has none
 
 
 @cache
@@ -333,7 +334,7 @@ def _kinds_of(schema: type[BaseModel]) -> dict[str, _Kind]:
 
 def _kind_of(field: dict[str, Any]) -> _Kind:
     if field.get("type") == "array":
-        return replace(_kind_of(field["items"]), is_list=True)
+        return replace(_kind_of(field["items"]), is_list=True, max_items=field.get("maxItems", 0))
     types = {each.get("type") for each in (field, *field.get("anyOf", ()))}
     return _Kind(
         is_image=field.get("contentEncoding") == "base64",
@@ -341,14 +342,17 @@ def _kind_of(field: dict[str, Any]) -> _Kind:
     )
 
 
-def _text(name: str, content: bytes, kind: _Kind) -> Any:
-    """Returns the value of a text field: a number or a boolean in the syntax of JSON if the schema permits it."""
+def _text(name: str, content: bytes, kind: _Kind, *index: int) -> Any:
+    """Returns the value of a text field: a number or a boolean in the syntax of JSON if the schema permits it.
+
+    `index` is the place of the element if the field is a list.
+    """
     if len(content) > MAX_TEXT_BYTES:
-        raise InvalidRequest.of(name[:200], f"The field has more than {MAX_TEXT_BYTES} bytes")
+        raise InvalidRequest.of(name[:200], f"The field has more than {MAX_TEXT_BYTES} bytes", *index)
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidRequest.of(name[:200], "The field is not text in UTF-8") from None
+        raise InvalidRequest.of(name[:200], "The field is not text in UTF-8", *index) from None
     return parse_json(content) if kind.has_numbers and _NUMBER.fullmatch(text) else text
 
 

@@ -43,7 +43,7 @@ LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
 DIGIT_PROMPTS = tuple(map(digit_prompt, range(len(DIGIT_WORDS))))
 
 Embedding = npt.NDArray[np.float32]  # (E,)
-Similarities = npt.NDArray[np.float32]  # (N, P)
+Similarities = npt.NDArray[np.float32]
 Parts = Generator[int, None, Any]  # computes one part for each next(), yields its number of embeddings
 
 
@@ -51,7 +51,9 @@ Parts = Generator[int, None, Any]  # computes one part for each next(), yields i
 class Scores:
     """The result of a request with images. Times are from time.monotonic()."""
 
-    similarities: Similarities  # cosine similarity of each image and each prompt
+    similarities: Similarities  # (N, P): cosine similarity of each image and each prompt
+    real_digits: Similarities  # (P, 10): mean similarity of each prompt and the real digits of each class
+    num_real_digits: int
     submitted_at: float
     started_at: float
     finished_at: float
@@ -71,6 +73,8 @@ class ClipWorker:
 
     def __init__(self) -> None:
         self._embedder: ClipEmbedder | None = None
+        self._real_digits: Sequence[Sequence[Pixels]] = ()
+        self._of_real_digits: Embeddings | None = None  # (10 * M, E), the classes in order; set by the thread
         self._condition = threading.Condition()
         self._prompts: dict[Future[Any], _Work] = {}  # requests for embeddings of prompts, oldest first
         self._images: dict[Future[Any], _Work] = {}  # requests with images, oldest first
@@ -79,13 +83,18 @@ class ClipWorker:
         self._closed_with: errors.UnfogError | None = None
         self._thread = threading.Thread(target=self._run, name="clip", daemon=True)
 
-    def open(self, embedder: ClipEmbedder | None) -> None:
-        """Starts the thread with this model, and embeds the prompts of the ten digits. Does nothing without a model."""
+    def open(self, embedder: ClipEmbedder | None, real_digits: Sequence[Sequence[Pixels]]) -> None:
+        """Starts the thread with this model. Does nothing without a model.
+
+        The thread first embeds the prompts of the ten digits, and then `real_digits`: the same number of images of each
+        class.
+        """
         with self._condition:
             if not embedder or self._closed_with:
                 return
-            self._embedder = embedder
+            self._embedder, self._real_digits = embedder, real_digits
             self._add(self._prompts, _Work(self._prompt_parts(DIGIT_PROMPTS)))
+            self._add(self._images, _Work(self._real_parts()))
             self._thread.start()
 
     def embed_prompts(self, prompts: Sequence[str]) -> Future[Embeddings]:
@@ -208,17 +217,37 @@ class ClipWorker:
     def _score_parts(
         self, images: Sequence[Pixels], prompts: Sequence[str], submitted_at: float
     ) -> Generator[int, None, Scores]:
-        """Embeds the prompts, and then the images in batches."""
-        assert self._embedder
+        """Embeds the prompts, and then the images."""
         started_at = time.monotonic()
+        of_real_digits = yield from self._real_parts()
         of_prompts = yield from self._prompt_parts(prompts)
-        of_images = []
+        of_images = yield from self._image_parts(images)
+        of_classes = (of_real_digits @ of_prompts.T).reshape(len(self._real_digits), -1, len(prompts))  # (10, M, P)
+        return Scores(
+            of_images @ of_prompts.T,
+            of_classes.mean(axis=1).T,
+            len(of_real_digits),
+            submitted_at,
+            started_at,
+            time.monotonic(),
+        )
+
+    def _real_parts(self) -> Generator[int, None, Embeddings]:
+        """Embeds the real digits, unless this is done already."""
+        if self._of_real_digits is None:
+            images = [image for images in self._real_digits for image in images]
+            self._of_real_digits = yield from self._image_parts(images)
+        return self._of_real_digits
+
+    def _image_parts(self, images: Sequence[Pixels]) -> Generator[int, None, Embeddings]:
+        """Embeds images, one batch in each part."""
+        assert self._embedder
+        found = []
         for first in range(0, len(images), BATCH):
             batch = images[first : first + BATCH]
-            of_images.append(self._embedder.embed_images(batch))
+            found.append(self._embedder.embed_images(batch))
             yield len(batch)
-        similarities = np.concatenate(of_images) @ of_prompts.T  # (N, P)
-        return Scores(similarities, submitted_at, started_at, time.monotonic())
+        return np.concatenate(found)
 
     def _cached(self, prompt: str) -> Embedding | None:
         """Returns the embedding of a prompt if it is cached."""

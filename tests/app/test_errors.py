@@ -26,6 +26,7 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.Overloaded(3), 429, "overloaded"),
     (errors.RateLimited(3), 429, "rate_limited"),
     (errors.InternalError(), 500, "internal_error"),
+    (errors.NotAvailable("CLIP is turned off"), 501, "not_available"),
     (errors.Starting(3), 503, "starting"),
     (errors.Draining(3), 503, "draining"),
     (errors.EngineFailed(3), 503, "engine_failed"),

@@ -189,7 +189,7 @@ def test_request_counters_of_the_tasks_start_at_zero() -> None:
 
     async def check(client: httpx.AsyncClient) -> None:
         text = (await client.get("/metrics")).text
-        for route in ("/generate", "/recognize", "/denoise", "/inpaint", "/edit", "/reproduce"):
+        for route in ("/generate", "/recognize", "/denoise", "/inpaint", "/edit", "/reproduce", "/score"):
             for code in (200, 429, 500, 503, 504):
                 assert f'unfog_requests_total{{code="{code}",route="{route}"}} 0.0' in text
 

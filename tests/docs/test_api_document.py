@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from app import errors
-from app.api import idempotency, picture_files, task_examples, uploads
+from app.api import idempotency, picture_files, picture_tasks, score_schemas, task_examples, uploads
 from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.inference.examples import INFER_PATH
@@ -43,7 +43,9 @@ from app.api.routes import (
     page,
     pictures,
     reproduce,
+    score,
 )
+from app.engine import clip_worker
 from app.engine.batch_feed import MAX_ROWS
 from app.main import create_app
 from app.server import connection, framing
@@ -65,7 +67,7 @@ SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
 KEY = "a-key-for-this-test"
 ORIGIN = "https://example.com"
 BODY = {"digit": 7, "num_steps": 3, "seed": 1}
-PICTURE_TASKS = [path for path in PICTURE_REQUESTS if path != "/reproduce"]
+PICTURE_TASKS = [path for path in PICTURE_REQUESTS if path not in ("/reproduce", "/score")]
 BINARY_REQUEST = INFERENCE_REQUESTS["binary"]["value"]
 CURL = [example for example in API.examples("bash") if "curl" in example.text]
 PYTHON = API.examples("python")
@@ -86,7 +88,7 @@ def by(column: str, rows: list[Row]) -> dict[str, Row]:
 def service() -> Iterator[Service]:
     """The shipped models, which the examples use. The long timeout is for slow machines."""
     with ExitStack() as stack:
-        yield start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32", UNFOG_REQUEST_TIMEOUT="300")
+        yield start_service(stack, SHIPPED, UNFOG_MAX_BATCH="32", UNFOG_REQUEST_TIMEOUT="300", UNFOG_CLIP="auto")
 
 
 # Routes
@@ -102,7 +104,7 @@ def test_contents_have_the_order_of_the_document() -> None:
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
     modules = (
-        *(page, docs, generate, pictures, reproduce, openai, openai_models, models, batch, monitoring),
+        *(page, docs, generate, pictures, reproduce, score, openai, openai_models, models, batch, monitoring),
         inference,
     )
     routes = [
@@ -171,9 +173,10 @@ def test_tables_of_a_route_for_pictures_have_every_field_with_its_type_default_a
         check_parameter(rows[name], field, required=name in schema["required"])
 
 
-def test_table_of_reproduce_has_every_field_with_its_type_default_and_limits() -> None:
-    schema = SCHEMAS["ReproduceRequest"]
-    rows = by("Field", API.table("POST /reproduce", "Field", "Default"))
+@pytest.mark.parametrize("path", ["/reproduce", "/score"])
+def test_table_of_a_route_with_other_pictures_has_every_field_with_its_type_default_and_limits(path: str) -> None:
+    schema = SCHEMAS[PICTURE_REQUESTS[path].__name__]
+    rows = by("Field", API.table(f"POST {path}", "Field", "Default"))
     assert set(rows) == set(schema["properties"])
     for name, field in schema["properties"].items():
         check_parameter(rows[name], field, required=name in schema["required"])
@@ -189,8 +192,8 @@ def check_parameter(row: Row, schema: dict[str, Any], *, required: bool) -> None
     assert (row["Default"] == "required") == required
     if "default" in schema:
         assert row["Default"].strip("`") == str(schema["default"])
-    names = ("minLength", "maxLength") if "minLength" in schema else ("exclusiveMinimum", "minimum", "maximum")
-    bounds = [schema[name] for name in names if name in schema]
+    numbers, texts = ("exclusiveMinimum", "minimum", "maximum", "minItems", "maxItems"), ("minLength", "maxLength")
+    bounds = [schema[name] for name in (texts if "minLength" in schema else numbers) if name in schema]
     found = re.findall(r"\d+", row["Allowed values"].partition("(")[0])
     assert list(map(int, found)) == bounds
     assert codes(row["Allowed values"]) == schema.get("enum", [schema["const"]] if "const" in schema else [])
@@ -279,9 +282,10 @@ def test_field_table_has_exactly_the_fields_of_its_schema(heading: str, schema: 
     assert documented == fields_of(SCHEMAS[schema])
 
 
-def test_field_table_of_recognize_has_exactly_the_fields_of_its_schema() -> None:
-    documented = {codes(row["Field"])[0]: row["Type"] for row in response_table("POST /recognize")}
-    assert documented == fields_of(SCHEMAS["RecognizeResponse"])
+@pytest.mark.parametrize("path", ["/recognize", "/score"])
+def test_field_table_of_a_route_without_images_has_exactly_the_fields_of_its_schema(path: str) -> None:
+    documented = {codes(row["Field"])[0]: row["Type"] for row in response_table(f"POST {path}")}
+    assert documented == fields_of(SCHEMAS[f"{path[1:].title()}Response"])
 
 
 @pytest.mark.parametrize("path", [path for path in PICTURE_TASKS if path != "/recognize"])
@@ -550,7 +554,10 @@ def test_documented_limits_of_pictures_are_those_of_the_code() -> None:
     assert values["pixels of a WebP or a progressive CMYK JPEG picture"] == f"{cmyk:,}"
     assert cmyk == picture_files.MAX_PIXELS_WEBP
     assert values["scans of a JPEG picture"] == str(picture_files.MAX_SCANS)
-    assert values["parts of a multipart body"] == str(uploads.MAX_PARTS)
+    parts = uploads.MAX_PARTS + score_schemas.MAX_IMAGES + score_schemas.MAX_PROMPTS
+    assert values["parts of a multipart body"] == f"{uploads.MAX_PARTS}, in `/score` {parts}"
+    assert values["pixels of all pictures of a request for `/score`"] == f"{picture_tasks.MAX_PIXELS:,}"
+    assert values["pictures that wait for `/score`"] == str(clip_worker.MAX_WAITING_IMAGES)
     text = f"{uploads.MAX_TEXT_BYTES // 1024} KiB"
     assert values["text field of a multipart body"] == text
     strings = "JSON with pictures: bytes outside of strings, strings, backslashes"

@@ -21,6 +21,7 @@ BASE = {
     "UNFOG_PORT": "0",
     "UNFOG_DEVICE": "cpu",
     "UNFOG_COMPILE": "off",  # compiling takes half a minute; test_compiled.py tests it
+    "UNFOG_CLIP": "off",  # loading CLIP takes seconds; the tests of CLIP set another value
 }
 
 

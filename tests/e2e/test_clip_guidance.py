@@ -51,7 +51,9 @@ def together(service: Service, num_others: int = 8) -> tuple[dict[str, list[byte
 
     Returns the images of the guided requests, and those of PLAIN.
     """
-    others = [{**PLAIN, "seed": seed, "clip_guidance_scale": seed % 2, "count": 1 + seed % 5} for seed in range(num_others)]
+    others = [
+        {**PLAIN, "seed": seed, "clip_guidance_scale": seed % 2, "count": 1 + seed % 5} for seed in range(num_others)
+    ]
     with ThreadPoolExecutor(32) as pool:
         pending = [pool.submit(service.images, **body) for body in others]
         guided = {name: pool.submit(service.images, **body) for name, body in GUIDED.items()}

@@ -30,6 +30,7 @@ def service_with_two_models(checkpoint: Path, fast_checkpoint: Path) -> Iterator
             UNFOG_MAX_BATCH="64",
             UNFOG_REQUEST_TIMEOUT="300",
             UNFOG_MAX_COUNT="4",
+            UNFOG_CLIP="auto",
             UNFOG_MAX_BODY_BYTES="65536",  # enough for a prompt that is longer than the schema permits
         )
 

@@ -32,7 +32,9 @@ async def models(service: ServiceDependency) -> JSONResponse:
             queue_images=settings.queue_capacity,
         ),
     )
-    return JSONResponse(answer.model_dump(exclude_none=True), headers={"Cache-Control": "no-store"})
+    clip = service.engine.clip
+    content = {**answer.model_dump(exclude_none=True), "clip": asdict(clip.info) if clip else None}
+    return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
 
 def _describe(info: ModelInfo) -> ServedModel:

@@ -23,7 +23,7 @@ from tests.app.fakes import INFO, FakeRunner
 from tests.app.test_errors import EVERY_ERROR
 
 PICTURE_PATHS = ["/recognize", "/denoise", "/inpaint", "/edit"]
-POST_PATHS = ["/generate", *PICTURE_PATHS, "/reproduce"]
+POST_PATHS = ["/generate", *PICTURE_PATHS, "/reproduce", "/score"]
 INFERENCE_IDS = {
     "/v2": "get_inference_server",
     "/v2/health/live": "get_inference_liveness",
@@ -186,30 +186,32 @@ def test_every_error_of_a_post_route_has_an_example(path: str) -> None:
     assert {*responses["422"]["content"]["application/problem+json"]["examples"]} == invalid
 
 
-@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce"])
+@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
 def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path: str) -> None:
-    served, has_one_answer = document(), path in ("/recognize", "/reproduce")
+    served, num_formats = document(), {"/recognize": 2, "/reproduce": 2, "/score": 1}.get(path, 4)
     operation = served["paths"][path]["post"]
     content = operation["requestBody"]["content"]
     assert list(content) == ["application/json", "multipart/form-data"]
     body, form = (served["components"]["schemas"][each["schema"]["$ref"].split("/")[-1]] for each in content.values())
     assert set(body["properties"]) == set(form["properties"])
-    pictures = {name for name, field in body["properties"].items() if field.get("contentEncoding") == "base64"}
-    assert pictures == ({"image", "mask"} if path == "/inpaint" else {"image"})
+    fields = {name: field.get("items", field) for name, field in body["properties"].items()}
+    pictures = {name for name, field in fields.items() if field.get("contentEncoding") == "base64"}
+    assert pictures == {"/inpaint": {"image", "mask"}, "/score": {"images"}}.get(path, {"image"})
     for name, field in form["properties"].items():
         # FastAPI describes a file in this way too, and Swagger UI then shows a field for a file.
-        assert (field.get("contentMediaType") == "application/octet-stream") == (name in pictures)
+        media_type = field.get("items", field).get("contentMediaType")
+        assert (media_type == "application/octet-stream") == (name in pictures)
     generate = served["paths"]["/generate"]["post"]
     assert operation["security"] == generate["security"]
-    assert set(operation["responses"]) == set(generate["responses"]) - {"501"}
+    assert set(operation["responses"]) == set(generate["responses"]) - ({"501"} if path != "/score" else set())
     formats = list(generate["responses"]["200"]["content"])
-    assert list(operation["responses"]["200"]["content"]) == (formats[:2] if has_one_answer else formats)
-    limits = {"timeout_seconds": 30} if has_one_answer else {"count": 64, "timeout_seconds": 30}
+    assert list(operation["responses"]["200"]["content"]) == formats[:num_formats]
+    limits = {"count": 64, "timeout_seconds": 30} if num_formats == 4 else {"timeout_seconds": 30}
     for schema in (body, form):
         assert {name: schema["properties"][name]["maximum"] for name in limits} == limits
 
 
-@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce"])
+@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
 def test_optional_fields_of_multipart_are_empty_in_swagger_ui(path: str) -> None:
     """Swagger UI fills other fields with a made-up value, such as the digit 9, and sends it."""
     form = document()["components"]["schemas"][f"{path[1:].title()}RequestForm"]
@@ -242,13 +244,13 @@ def test_service_accepts_the_request_examples_and_refuses_the_models_that_the_do
     run(check, FakeRunner(models={"default": INFO, "fast": FAST}))
 
 
-@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce"])
+@pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
 def test_examples_of_both_content_types_have_the_same_fields(path: str) -> None:
     content = document()["paths"][path]["post"]["requestBody"]["content"]
     bodies, forms = (examples_of(each) for each in content.values())
     assert [list(body) for body in bodies] == [list(form) for form in forms]
     for form in forms:
-        assert {form[name] for name in ("image", "mask") if name in form} == {FILE}
+        assert {form[name] for name in ("image", "mask") if name in form} | set(form.get("images", ())) == {FILE}
 
 
 def test_request_examples_use_the_recommended_steps_and_sampler() -> None:

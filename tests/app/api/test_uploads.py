@@ -14,6 +14,7 @@ from starlette.types import Message
 
 from app import errors
 from app.api import uploads
+from app.api.picture_files import PictureError
 from app.api.pictures import Picture, decode, decode_mask
 from app.api.requests import ClientGoneError
 from app.api.schemas import WHOLE, Base64
@@ -35,6 +36,7 @@ class Fields(BaseModel):
     mask: Base64 | None = Field(default=None, json_schema_extra={"contentEncoding": "base64"})
     images: list[Base64] = []
     prompts: list[str] = []
+    few: list[str] = Field(default=[], max_length=3)
     digit: Annotated[int, Field(ge=0, le=9), WHOLE] | None = None
     noise_std: float | None = None
     invert: bool | Literal["auto"] = "auto"
@@ -155,6 +157,34 @@ def test_list_of_pictures_keeps_its_order(body: bytes, content_type: str) -> Non
     assert fields.images == ["", ""]
 
 
+@pytest.mark.parametrize("is_form", [False, True])
+def test_error_of_a_list_of_pictures_names_the_index(is_form: bool) -> None:
+    files = [PNG, NOISE, b"text", b"text"]
+    encoded = [base64.b64encode(each).decode() for each in files]
+    form = as_form(("image", PNG), *(("images", each) for each in files))
+    error = refusal(form if is_form else as_json(image=PNG, images=encoded), FORM if is_form else JSON)
+    assert (error.code, error.errors[0]["loc"]) == ("invalid_image", ["body", "images", 2])
+
+
+def test_picture_that_the_conversion_refuses_is_an_invalid_image() -> None:
+    def refuse_large(fields: Fields, name: str, picture: Picture) -> Picture:
+        if picture.grey.shape != DRAWING.shape:
+            raise PictureError("too large")
+        return picture
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        bodies: list[tuple[bytes, list[Any]]] = [(as_form(("image", NOISE)), ["image"])]
+        bodies.append((as_form(("image", PNG), ("images", PNG), ("images", NOISE)), ["images", 1]))
+        for body, location in bodies:
+            with pytest.raises(errors.InvalidImage, match="too large") as refused:
+                await reader.read(Client(body, FORM).request, Fields, DECODERS, refuse_large)
+            assert refused.value.errors[0]["loc"] == ["body", *location]
+        reader.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(("body", "content_type"), [(as_json(digit=7), JSON), (as_form(("digit", b"7")), FORM)])
 def test_missing_picture_is_an_invalid_field(body: bytes, content_type: str) -> None:
     error = refusal(body, content_type)
@@ -266,13 +296,18 @@ def test_malformed_multipart_body_is_refused(body: bytes, content_type: str) -> 
     assert "multipart/form-data" in refused.value.detail or "boundary" in refused.value.detail
 
 
-@pytest.mark.parametrize("num_parts", [MAX_PARTS + 1, 1000])
+MOST_PARTS = MAX_PARTS + 3  # one for each element of the list whose length is limited
+
+
+@pytest.mark.parametrize("num_parts", [MOST_PARTS + 1, 1000])
 def test_many_parts_are_refused(num_parts: int) -> None:
-    assert f"more than {MAX_PARTS} parts" in refusal(as_form(*[("prompts", b"a")] * num_parts), FORM).detail
+    assert f"more than {MOST_PARTS} parts" in refusal(as_form(*[("prompts", b"a")] * num_parts), FORM).detail
 
 
 def test_permitted_number_of_parts_is_accepted() -> None:
-    assert len(read(as_form(("image", PNG), *[("prompts", b"a")] * (MAX_PARTS - 1)), FORM)[0].prompts) == MAX_PARTS - 1
+    body = as_form(("image", PNG), *[("few", b"a")] * 3, *[("prompts", b"a")] * (MAX_PARTS - 1))
+    fields, _ = read(body, FORM)
+    assert (len(fields.few), len(fields.prompts)) == (3, MAX_PARTS - 1)
 
 
 def test_part_with_long_headers_is_refused() -> None:

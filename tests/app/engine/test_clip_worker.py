@@ -19,10 +19,13 @@ from tests.app.fakes import WAIT_SECONDS
 
 @contextmanager
 def opened(clip: FakeClip) -> Iterator[ClipWorker]:
-    """Runs a worker whose start has finished."""
-    worker = ClipWorker()
-    worker.open(clip)
-    result(worker.embed_prompts([DIGIT_PROMPTS[-1]]))
+    """Runs a worker whose start has finished. Only later calls block or fail."""
+    worker, on_call = ClipWorker(), clip.on_call
+    clip.on_call = lambda batch: None
+    worker.open(clip, REAL_DIGITS)
+    result(worker.score(images(0), DIGIT_PROMPTS, 30))
+    clip.batches.clear()
+    clip.on_call = on_call
     try:
         yield worker
     finally:
@@ -37,6 +40,9 @@ def result(future: Future[Any]) -> Any:
 
 def images(*levels: int) -> list[Pixels]:
     return [np.full((2, 2), level, np.uint8) for level in levels]
+
+
+REAL_DIGITS = [images(label) for label in range(10)]
 
 
 class Hold:
@@ -76,6 +82,24 @@ def test_thread_is_prepared_once_and_embeds_the_digit_prompts_at_its_start() -> 
     with opened(clip):
         assert clip.threads == ["clip"]
         assert clip.prompts == list(DIGIT_PROMPTS)
+
+
+def test_real_digits_are_embedded_once_and_have_the_mean_similarity_of_each_class() -> None:
+    clip, prompts = FakeClip(), ["a", "bb"]
+    twice = [images(label, label + 1) for label in range(10)]
+    worker = ClipWorker()
+    worker.open(clip, twice)
+    scores = [result(worker.score(images(3), prompts, 30)) for _ in range(2)]
+    worker.close(errors.Draining(1))
+    worker.join(WAIT_SECONDS)
+    expected = [
+        [(np.cos(label - len(prompt)) + np.cos(label + 1 - len(prompt))) / 2 for label in range(10)]
+        for prompt in prompts
+    ]
+    for each in scores:
+        np.testing.assert_allclose(each.real_digits, expected, atol=1e-6)
+        assert each.num_real_digits == 20
+    assert clip.batches == [BATCH, BATCH, 4, 1, 1]
 
 
 def test_images_are_embedded_in_batches_of_one_request() -> None:
@@ -222,7 +246,7 @@ def test_close_answers_all_requests_and_refuses_further_ones() -> None:
 def test_worker_that_is_closed_before_its_model_is_loaded_starts_no_thread() -> None:
     worker = ClipWorker()
     worker.close(errors.Draining(1))
-    worker.open(FakeClip())
+    worker.open(FakeClip(), REAL_DIGITS)
     assert not any(thread.name == "clip" for thread in threading.enumerate())
     worker.join(WAIT_SECONDS)
 

@@ -10,6 +10,7 @@ import torch
 from app.api import examples
 from app.engine.interface import ModelInfo
 from app.main import create_app
+from app.runner.clip import ClipModel
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint
@@ -121,4 +122,12 @@ def test_example_of_the_document_is_the_answer_for_the_shipped_checkpoint() -> N
         del evaluations[1:]
         assert answer == examples.MODELS
 
-    run(check, FakeRunner(models={"default": replace(info, compiled=True)}))
+    clip = ClipModel.load("auto", torch.device("cpu"))
+    run(check, FakeRunner(models={"default": replace(info, compiled=True)}, clip=clip))
+
+
+def test_clip_is_null_without_a_clip_model() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        assert (await client.get("/models")).json()["clip"] is None
+
+    run(check, FakeRunner())
