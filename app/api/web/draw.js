@@ -1,6 +1,7 @@
 // The view "Draw": a picture by mouse, finger or file, and the four tasks on it.
 
 import { generateAddress } from "./address.js";
+import { promptOf } from "./clip.js";
 import { factList } from "./detail.js";
 import { addRealDigits, setDrawingReader } from "./digits.js";
 import { element, find, showValue } from "./dom.js";
@@ -158,8 +159,10 @@ function showProvenance(chunks) {
   const address = generateAddress({
     digit: chunks.Digit, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
     sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model,
+    clip_guidance_scale: chunks["CLIP-Guidance-Scale"], clip_prompt: promptOf(chunks),
   });
-  const note = model ? "" : "This service does not have the model of this picture. The same parameters give a different image here.";
+  const hasClip = !chunks["CLIP-SHA256"] || tasks.hasClip(chunks["CLIP-SHA256"]);
+  const note = model && hasClip ? "" : `This service does not have the ${model ? "CLIP " : ""}model of this picture. The same parameters give a different image here.`;
   box.replaceChildren(
     element("h2", {}, "This picture was made by unfog"),
     factList(chunks),
