@@ -231,10 +231,10 @@ async function showSimilarities() {
 
 function similarityText(prompt, realDigits) {
   const hint =
-    "The similarity is the cosine between CLIP's embeddings of an image and of the prompt. The value of real digits is the " +
-    "mean of MNIST images of the same digit. Compare only values of the same prompt.";
+    "The number below an image is the cosine similarity of CLIP's embeddings of the image and the prompt. The number of real " +
+    "digits is the mean of MNIST images of the same digit. Compare only numbers of the same prompt.";
   return [
-    element("p", {}, "CLIP similarity with ", element("q", { class: "prompt" }, element("bdi", {}, prompt)), ", real digits: ", element("span", { class: "mono" }, realDigits.toFixed(2))),
+    element("p", {}, "CLIP similarity with “", element("bdi", { class: "prompt" }, prompt), "”, real digits: ", element("span", { class: "mono" }, realDigits.toFixed(2))),
     element("p", { class: "hint" }, hint),
   ];
 }

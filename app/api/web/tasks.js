@@ -17,7 +17,6 @@ let mask;
 let grey;
 let models = [];
 let limits = { count: COUNT };
-let clip = null; // the CLIP model of the service, if it has one
 let request = null; // the running call of /recognize
 const shown = {}; // task -> {run, stage} of its newest run
 
@@ -35,16 +34,10 @@ export function start(parts) {
   find("#mask-half").addEventListener("click", () => mask.set((x, y) => y >= SIDE / 2));
 }
 
-/** Returns the name of the served model with this digest, or null. */
-export const modelName = (sha256) => models.find((each) => each.sha256 === sha256)?.name ?? null;
-
-/** Returns true if the service has the CLIP model with this digest. */
-export const hasClip = (sha256) => clip?.sha256 === sha256;
-
 /** Shows what the drawing means for a task: the recognised digit, or the picture under the mask. */
 export async function drawingChanged(task) {
   try {
-    ({ models, limits, clip = null } = await about());
+    ({ models, limits } = await about());
   } catch (error) {
     resultOf(task).replaceChildren(failureBox(error, () => drawingChanged(task)));
     return;
