@@ -163,7 +163,7 @@ async function showProvenance(chunks) {
     clip_guidance_scale: chunks["CLIP-Guidance-Scale"], clip_prompt: promptOf(chunks),
   });
   const hasClip = !chunks["CLIP-SHA256"] || clip?.sha256 === chunks["CLIP-SHA256"];
-  const note = model && hasClip ? "" : `This service does not have the ${model ? "CLIP " : ""}model of this picture. The same parameters give a different image here.`;
+  const note = model && hasClip ? "" : `This service does not have the ${model ? "CLIP " : ""}model of this picture, so it cannot generate the same image.`;
   box.hidden = false;
   box.replaceChildren(
     element("h2", {}, "This picture was made by unfog"),

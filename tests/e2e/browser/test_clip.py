@@ -280,6 +280,15 @@ def test_address_keeps_values_that_the_service_accepts(
     assert float(page.locator("#clip-guidance").input_value()) == shown
 
 
+def test_address_with_guidance_is_an_error_without_clip(start: Start, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("501")
+    page = open_page(start(UNFOG_CLIP="off"), f"{ADDRESS}&clip_guidance_scale=2")
+    expect(page.get_by_role("heading", name="This service has no CLIP model")).to_be_visible()
+    expect(page.locator("#clip-guidance")).to_be_hidden()
+    generate(page)  # the form has no CLIP guidance
+    wait_until_finished(page)
+
+
 @pytest.mark.parametrize("prompt", HOSTILE)
 def test_hostile_prompt_is_shown_as_text_and_quoted_in_commands(
     service: Service, open_page: Open, tmp_path: Path, prompt: str
