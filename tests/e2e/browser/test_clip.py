@@ -70,7 +70,8 @@ def requests_to(page: Page, path: str) -> list[dict[str, Any]]:
     return bodies
 
 
-def test_guidance_and_similarities_are_those_of_the_api(service: Service, open_page: Open, tmp_path: Path) -> None:
+def test_guidance_and_similarities_are_those_of_the_api(start: Start, open_page: Open, tmp_path: Path) -> None:
+    service = start(UNFOG_CLIP="auto")
     page = open_page(service, permissions=["clipboard-read", "clipboard-write"])
     generate(page, **{name: str(value) for name, value in BODY.items() if name != "model"})
     wait_until_finished(page)
@@ -280,9 +281,9 @@ def test_address_keeps_values_that_the_service_accepts(
     assert float(page.locator("#clip-guidance").input_value()) == shown
 
 
-def test_address_with_guidance_is_an_error_without_clip(start: Start, open_page: Open, watched: Watched) -> None:
+def test_address_with_guidance_is_an_error_without_clip(service: Service, open_page: Open, watched: Watched) -> None:
     watched.expected.append("501")
-    page = open_page(start(UNFOG_CLIP="off"), f"{ADDRESS}&clip_guidance_scale=2")
+    page = open_page(service, f"{ADDRESS}&clip_guidance_scale=2")
     expect(page.get_by_role("heading", name="This service has no CLIP model")).to_be_visible()
     expect(page.locator("#clip-guidance")).to_be_hidden()
     generate(page)  # the form has no CLIP guidance
