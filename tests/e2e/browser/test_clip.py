@@ -78,7 +78,8 @@ def test_guidance_and_similarities_are_those_of_the_api(start: Start, open_page:
     expected = pngs(service.post(BODY))
     assert predictions(page) == expected
     assert expected != pngs(service.post(WITHOUT_CLIP))
-    body = {"images": [base64.b64encode(png).decode() for png in expected], "prompts": [BODY["clip_prompt"]]}
+    images = [base64.b64encode(png).decode() for png in expected]
+    body = {"images": images, "prompts": [BODY["clip_prompt"]], "fit": "resize", "invert": False}
     answer = service.client.post("/score", json=body).raise_for_status().json()
     real = answer["real_digits"]["similarities"][0][4]
     expect(explanation(page)).to_have_text(f"CLIP similarity with “a thick four”, real digits: {real:.2f}")
