@@ -1,12 +1,14 @@
 // The state of the page in its address: #/<view>?<parameters>.
 
+import { isPrompt } from "./clip.js";
+
 /** Returns {view, parameters} of the address, or null if the hash names no view. */
 export function parse(hash) {
   const match = /^#\/([a-z]+)(?:\?(.*))?$/.exec(hash);
   return match ? { view: match[1], parameters: new URLSearchParams(match[2] ?? "") } : null;
 }
 
-const NAMES = ["digit", "count", "seed", "num_steps", "sampler", "guidance_scale", "model"];
+const NAMES = ["digit", "count", "seed", "num_steps", "sampler", "guidance_scale", "clip_guidance_scale", "clip_prompt", "model"];
 
 /** Returns the address of a request for /generate. */
 export function generateAddress(body) {
@@ -28,6 +30,12 @@ export function generateFields(parameters) {
   integer("num_steps", 1, 100);
   const scale = Number(parameters.get("guidance_scale"));
   if (scale >= 1 && scale <= 10) body.guidance_scale = scale;
+  const clipScale = Number(parameters.get("clip_guidance_scale"));
+  if (clipScale > 0 && clipScale <= 10) {
+    body.clip_guidance_scale = clipScale;
+    const prompt = parameters.get("clip_prompt");
+    if (prompt && isPrompt(prompt)) body.clip_prompt = prompt;
+  }
   for (const name of ["sampler", "model"]) {
     const text = parameters.get(name);
     if (text && /^[\w.-]{1,128}$/.test(text)) body[name] = text;

@@ -1,14 +1,15 @@
 // The dialog of one image: its parameters, the code that makes it again, and the file.
 
 import { generateAddress } from "./address.js";
+import { promptOf } from "./clip.js";
 import { download, element, find, pngUrl } from "./dom.js";
 import { bytesOf, textChunks } from "./png.js";
 import { hasKey } from "./service.js";
 
 const LABELS = {
   Digit: "Digit", Seed: "Seed", Index: "Index", Sampler: "Sampler", Steps: "Steps",
-  "Guidance-Scale": "Guidance", "Model-SHA256": "Model", Software: "Software", Task: "Task", "Noise-Std": "Noise",
-  Mode: "Mode", Strength: "Strength",
+  "Guidance-Scale": "Guidance", "CLIP-Guidance-Scale": "CLIP guidance", "CLIP-Prompt": "Prompt", "CLIP-SHA256": "CLIP model",
+  "Model-SHA256": "Model", Software: "Software", Task: "Task", "Noise-Std": "Noise", Mode: "Mode", Strength: "Strength",
 };
 
 /** Returns the name of the file of an image. */
@@ -17,11 +18,13 @@ export const fileName = (run, index) =>
 
 /** Returns a list of the text chunks that this service writes. */
 export function factList(chunks) {
-  const shown = Object.entries(LABELS).filter(([name]) => Object.hasOwn(chunks, name)).map(([name, label]) => [label, chunks[name]]);
+  const shown = Object.entries(LABELS).filter(([name]) => Object.hasOwn(chunks, name));
+  const text = (value) => (value.length > 20 ? `${value.slice(0, 16)}…` : value);
+  const valueOf = (name) => (name === "CLIP-Prompt" && promptOf(chunks)) || text(chunks[name]);
   return element(
     "dl",
     { class: "facts" },
-    shown.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value.length > 20 ? `${value.slice(0, 16)}…` : value)]),
+    shown.flatMap(([name, label]) => [element("dt", {}, label), element("dd", {}, element("bdi", {}, valueOf(name)))]),
   );
 }
 
@@ -30,11 +33,25 @@ function requestOf(run, index) {
   return { ...run.body, count: index + 1 };
 }
 
+/**
+ * Returns the value as JSON in printable ASCII without apostrophes, which is safe between the apostrophes of a shell. A
+ * prompt comes from an address, so it may be hostile.
+ */
+const jsonOf = (value) =>
+  JSON.stringify(value).replace(/[^ -&(-~]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
+/** Returns the flat object as Python source in printable ASCII. */
+function dictOf(body) {
+  const escape = (character) => `\\U${character.codePointAt(0).toString(16).padStart(8, "0")}`;
+  const items = Object.entries(body).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`);
+  return `{${items.join(", ")}}`.replace(/[^ -~]/gu, escape);
+}
+
 const serviceUrl = () => new URL("generate", location.href.split("#", 1)[0]).href;
 
 function curlOf(run, index) {
   const key = hasKey() ? ` \\\n  -H "Authorization: Bearer $UNFOG_API_KEY"` : "";
-  const body = JSON.stringify({ ...requestOf(run, index), scale: 8 });
+  const body = jsonOf({ ...requestOf(run, index), scale: 8 });
   const [accept, end] = index
     ? ["application/json", ` \\\n  | jq -r '.images[${index}].png' | base64 -d > digit.png`]
     : ["image/png", " -o digit.png"];
@@ -42,13 +59,12 @@ function curlOf(run, index) {
 }
 
 function pythonOf(run, index) {
-  const python = JSON.stringify({ ...requestOf(run, index), scale: 8 }).replaceAll(":", ": ").replaceAll(",", ", ");
   const key = hasKey() ? `headers = {"Authorization": "Bearer " + os.environ["UNFOG_API_KEY"]}\n` : "";
   return `import base64
 ${key ? "import os\n" : ""}
 import httpx
 
-body = ${python}
+body = ${dictOf({ ...requestOf(run, index), scale: 8 })}
 ${key}response = httpx.post("${serviceUrl()}", json=body, timeout=60${key ? ", headers=headers" : ""})
 image = response.raise_for_status().json()["images"][${index}]
 open("digit.png", "wb").write(base64.b64decode(image["png"]))

@@ -1,13 +1,14 @@
 // The view "Draw": a picture by mouse, finger or file, and the four tasks on it.
 
 import { generateAddress } from "./address.js";
+import { promptOf } from "./clip.js";
 import { factList } from "./detail.js";
 import { addRealDigits, setDrawingReader } from "./digits.js";
 import { element, find, showValue } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { Mask, Pad } from "./pad.js";
 import { SIDE, base64Of, greyOf, textChunks } from "./png.js";
-import { json } from "./service.js";
+import { about, json } from "./service.js";
 import * as tasks from "./tasks.js";
 
 const WAIT = 250; // milliseconds after a stroke until the drawing is sent
@@ -147,19 +148,23 @@ async function greyOfBitmap(bitmap) {
   return greyOf(base64Of(canvas));
 }
 
-function showProvenance(chunks) {
+async function showProvenance(chunks) {
   const box = find("#provenance");
   const isOwn = chunks?.Software?.startsWith("unfog ") && chunks["Model-SHA256"];
-  box.hidden = !isOwn;
+  box.hidden = true;
   if (!isOwn) return;
   const isGenerated = !chunks.Task && /^[0-9]$/.test(chunks.Digit) && /^[0-9]+$/.test(chunks.Seed);
   const index = Number.parseInt(chunks.Index?.split("-").at(-1), 10) || 0;
-  const model = tasks.modelName(chunks["Model-SHA256"]); // null: the address then has no model
+  const { models = [], clip } = await about().catch(() => ({}));
+  const model = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"])?.name; // without it, the address has no model
   const address = generateAddress({
     digit: chunks.Digit, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
     sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model,
+    clip_guidance_scale: chunks["CLIP-Guidance-Scale"], clip_prompt: promptOf(chunks),
   });
-  const note = model ? "" : "This service does not have the model of this picture. The same parameters give a different image here.";
+  const hasClip = !chunks["CLIP-SHA256"] || clip?.sha256 === chunks["CLIP-SHA256"];
+  const note = model && hasClip ? "" : `This service does not have the ${model ? "CLIP " : ""}model of this picture, so it cannot generate the same image.`;
+  box.hidden = false;
   box.replaceChildren(
     element("h2", {}, "This picture was made by unfog"),
     factList(chunks),

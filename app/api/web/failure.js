@@ -17,6 +17,7 @@ const TITLES = {
   invalid_image: "The picture cannot be read",
   body_too_large: "The picture is too large",
   cancelled: "Cancelled",
+  not_available: "This service has no CLIP model",
 };
 const ADVICE = {
   overloaded: "Other requests are in the queue. Your request was not started.",

@@ -1,6 +1,7 @@
 // The view "Generate": the form, the stage with the running request, and its state in the address.
 
 import { generateAddress, generateFields } from "./address.js";
+import { digitPrompt, score } from "./clip.js";
 import { element, download, find, moves, plural, showValue } from "./dom.js";
 import { fileName, openDetail } from "./detail.js";
 import { failureBox } from "./failure.js";
@@ -21,8 +22,10 @@ let form;
 let stage;
 let models = [];
 let limits = { count: 64 };
+let clip = null; // the CLIP model of the service, if it has one
 let changed = new Set(); // fields that the user has set; the others have the defaults of the model
 let run = null;
+let scoring = null; // aborts the running call of /score
 
 /** Connects the form. Runs once. */
 export function start() {
@@ -46,6 +49,8 @@ export function start() {
   find("#generate-reset").addEventListener("click", reset);
   showValue(form.num_steps, find("#num-steps-value"));
   showValue(form.guidance_scale, find("#guidance-value"), guidanceText);
+  showValue(form.clip_guidance_scale, find("#clip-guidance-value"), (scale) => (scale ? String(scale) : "off"));
+  form.addEventListener("input", applyClip);
   form.addEventListener("keydown", chooseDigit);
   history.start();
   showEmpty();
@@ -64,21 +69,30 @@ export async function open(parameters) {
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
   const isEmpty = !Object.keys(wanted).length;
   if (isEmpty && run) window.history.replaceState(null, "", generateAddress(run.body));
-  if (isEmpty || (run && generateAddress(wanted) === generateAddress(run.body))) return;
+  if (isEmpty || (run && generateAddress(wanted) === generateAddress(run.body))) {
+    showSimilarities();
+    return;
+  }
   fill(wanted);
   // The form rounds the guidance scale, and offers only values that the service permits. The service checks the others.
   if (wanted.seed !== undefined && wanted.digit !== undefined) generate({ ...bodyOfForm(), ...wanted }, "replaceState");
 }
 
+/** Stops what only an open view needs. The run goes on. */
+export function close() {
+  scoring?.abort();
+}
+
 async function loadModels() {
   if (models.length) return;
-  ({ models, limits } = await about());
+  ({ models, limits, clip = null } = await about());
   form.count.max = limits.count;
   form.count.value = Math.min(form.count.value, limits.count);
   for (const button of find("#count-chips").children) button.hidden = button.value > limits.count;
   find("#model-choice").replaceChildren(...models.map(({ name }, place) => choice("model", name, name, !place)));
   find("#model-choice").parentNode.hidden = models.length < 2;
   applyModel();
+  applyClip();
   find("#generate-button").disabled = false;
 }
 
@@ -124,6 +138,14 @@ function applyModel() {
   for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
 }
 
+/** Shows what needs CLIP if the service has it. An empty prompt means the default prompt of the digit. */
+function applyClip() {
+  find("#clip-fields").hidden = !clip;
+  find("#generate-stage").classList.toggle("scored", clip !== null); // leaves space for the similarities
+  form.clip_prompt.disabled = Number(form.clip_guidance_scale.value) === 0;
+  form.clip_prompt.placeholder = digitPrompt(form.digit.value);
+}
+
 /** Sets the form to the fields of a request. */
 function fill(body) {
   changed = new Set(Object.keys(body));
@@ -134,7 +156,10 @@ function fill(body) {
   for (const name of ["digit", "count", "num_steps", "guidance_scale", "seed"]) {
     if (body[name] !== undefined && !form[name].disabled) form[name].value = body[name];
   }
-  for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
+  form.clip_guidance_scale.value = body.clip_guidance_scale ?? 0; // an address without CLIP guidance turns it off
+  form.clip_prompt.value = body.clip_prompt ?? "";
+  for (const input of [form.num_steps, form.guidance_scale, form.clip_guidance_scale]) input.dispatchEvent(new Event("input"));
+  applyClip();
 }
 
 function bodyOfForm() {
@@ -146,6 +171,10 @@ function bodyOfForm() {
     guidance_scale: Number(form.guidance_scale.value),
     model: model().name,
   };
+  const clipScale = clip ? Number(form.clip_guidance_scale.value) : 0;
+  if (clipScale) body.clip_guidance_scale = clipScale;
+  const prompt = form.clip_prompt.value.trim();
+  if (clipScale && prompt) body.clip_prompt = prompt;
   form.count.value = body.count;
   const seed = form.seed.value.trim();
   body.seed = seed ? Number(seed) : newSeed();
@@ -167,6 +196,7 @@ function checkSeed() {
 /** Sends a request, shows it, and puts it into the address. `addAddress` is a method of the browser's history. */
 async function generate(body, addAddress = "pushState") {
   run?.cancel();
+  scoring?.abort();
   const own = new Run("generate", body);
   run = own;
   const address = generateAddress(body);
@@ -174,7 +204,39 @@ async function generate(body, addAddress = "pushState") {
   stage.show(own);
   if (window.innerWidth <= NARROW) find("#generate-stage").scrollIntoView({ behavior: moves() ? "smooth" : "auto" });
   await own.start();
-  if (own.state === "done") history.remember(own);
+  if (own.state !== "done") return;
+  history.remember(own);
+  showSimilarities();
+}
+
+/** Shows the similarity of the finished images with their prompt, if the service has CLIP. */
+async function showSimilarities() {
+  if (!clip || find("#generate").hidden || run?.state !== "done" || run.isScored) return;
+  scoring?.abort();
+  scoring = new AbortController();
+  const own = run;
+  const { signal } = scoring;
+  const { digit, clip_prompt: prompt = digitPrompt(digit) } = own.body;
+  try {
+    const { similarities, realDigits } = await score(own.images, prompt, digit, signal);
+    signal.throwIfAborted();
+    stage.showSimilarities(similarities, similarityText(prompt, realDigits));
+    own.isScored = true;
+  } catch (error) {
+    // The images are complete without their similarity, so no error is shown. The next visit of the view tries again.
+    if (error.status === 501) clip = null;
+    applyClip();
+  }
+}
+
+function similarityText(prompt, realDigits) {
+  const hint =
+    "The number below an image is the cosine similarity of CLIP's embeddings of the image and the prompt. The number of real " +
+    "digits is the mean of MNIST images of the same digit. Compare only numbers of the same prompt.";
+  return [
+    element("p", {}, "CLIP similarity with “", element("bdi", { class: "prompt" }, prompt), "”, real digits: ", element("span", { class: "mono" }, realDigits.toFixed(2))),
+    element("p", { class: "hint" }, hint),
+  ];
 }
 
 function submitAgain() {
@@ -200,6 +262,8 @@ function reset() {
   form.reset();
   find('input[name="digit"][value="7"]', form).checked = true;
   if (models.length) applyModel();
+  form.clip_guidance_scale.dispatchEvent(new Event("input"));
+  applyClip();
 }
 
 /** Chooses a digit by its key while the focus is in the form, unless the user is typing. */

@@ -44,11 +44,12 @@ export class Stage {
         if (!open) return element("div", { class: "tile" }, image);
         return element("button", { type: "button", class: "tile", disabled: true, click: () => open(index) }, image);
       });
-      const grid = element("div", { class: "grid" }, images);
+      const labels = images.map(() => element("span", { class: "similarity", "aria-hidden": "true" }));
+      const grid = element("div", { class: "grid" }, images.map((image, index) => element("div", {}, image, labels[index])));
       grid.style.setProperty("--columns", columns);
       const caption = element("figcaption", {}, text);
       const figure = element("figure", { class: "pane" }, grid, caption);
-      return { figure, text: caption, images: images.map((each) => each.firstChild), tiles: images, name, shown: [] };
+      return { figure, text: caption, images: images.map((each) => each.firstChild), tiles: images, labels, name, shown: [] };
     };
     this.panes = {
       xt: pane("xt", "x_t: the noisy image"),
@@ -62,9 +63,10 @@ export class Stage {
     this.scrubber = element("div", { class: "scrubber", hidden: true }, this.play, this.slider, this.at);
     this.footer = element("div", { class: "run-line" });
     this.panesRow = element("div", { class: "panes" }, this.panes.xt.figure, this.panes.x0.figure);
+    this.explanation = element("div", { class: "explanation" });
     this.problem = element("div");
     this.root.replaceChildren(
-      element("div", { class: "panel run" }, this.line, this.bar, this.problem, this.scrubber, this.panesRow, this.footer),
+      element("div", { class: "panel run" }, this.line, this.bar, this.problem, this.scrubber, this.panesRow, this.explanation, this.footer),
     );
     this.shownState = null;
     this.choosePanes();
@@ -142,6 +144,17 @@ export class Stage {
       ...[this.extra(run)].flat().filter(Boolean),
     );
     announce(`${plural(run.count, "image")} finished in ${duration(seconds)}`);
+  }
+
+  /** Shows the similarity of each finished image with a prompt below the image, and elements that explain it. */
+  showSimilarities(similarities, explanation) {
+    const { tiles, labels } = this.panes.x0;
+    similarities.forEach((similarity, index) => {
+      labels[index].textContent = similarity.toFixed(2);
+      tiles[index].setAttribute("aria-label", `Image ${index + 1} of ${this.run.count}, similarity ${similarity.toFixed(2)}: details`);
+    });
+    this.explanation.replaceChildren(...explanation);
+    announce(explanation[0].textContent);
   }
 
   showCancelled() {

@@ -34,9 +34,6 @@ export function start(parts) {
   find("#mask-half").addEventListener("click", () => mask.set((x, y) => y >= SIDE / 2));
 }
 
-/** Returns the name of the served model with this digest, or null. */
-export const modelName = (sha256) => models.find((each) => each.sha256 === sha256)?.name ?? null;
-
 /** Shows what the drawing means for a task: the recognised digit, or the picture under the mask. */
 export async function drawingChanged(task) {
   try {

@@ -86,15 +86,21 @@ def watched() -> Watched:
 
 @pytest.fixture
 def open_page(browser: Browser, watched: Watched) -> Iterator[Open]:
-    """Returns a function that opens a view of a service in a new browser context."""
+    """Returns a function that opens a view of a service in a new browser context.
+
+    `prepare(page)` is called before the page loads anything. It can route requests.
+    """
     opened: list[Any] = []
 
-    def open_view(service: Service, hash_: str = "", **options: Any) -> Page:
+    def open_view(
+        service: Service, hash_: str = "", prepare: Callable[[Page], object] = lambda page: None, **options: Any
+    ) -> Page:
         context = browser.new_context(**{"viewport": DESKTOP, "color_scheme": "light", **options})
         context.set_default_timeout(WAIT_MS)
         manager = page_of(context, service.url, watched)
         page = manager.__enter__()
         opened.append((manager, context))
+        prepare(page)
         page.goto(f"{service.url}/{hash_}")
         return page
 

@@ -1,6 +1,6 @@
 """Takes the pictures of the page for the documents: `python -m tests.e2e.browser.screenshots URL FOLDER`.
 
-URL is a running service with the shipped models. Needs Chromium and the development extras.
+URL is a running service with the shipped models and CLIP. Needs Chromium and the development extras.
 """
 
 import io
@@ -21,11 +21,17 @@ FRAME_MS, LAST_MS, STEPS_A_FRAME = 120, 2500, 4
 
 
 def generate(page: Page) -> None:
-    wait_until_finished(page)
+    wait_until_scored(page)
     slider = page.get_by_role("slider", name="Step", exact=True)
     slider.focus()
     for _ in range(45):
         page.keyboard.press("ArrowLeft")
+
+
+def wait_until_scored(page: Page) -> None:
+    """Waits until the images of the run are finished and their similarities are shown."""
+    wait_until_finished(page)
+    expect(page.locator("#generate-stage .explanation")).to_be_visible()
 
 
 def understand(page: Page) -> None:
@@ -94,7 +100,7 @@ def main(url: str, folder: Path) -> None:
 
 def animation(page: Page) -> list[Image.Image]:
     """Returns the frames of a run, from its first step to the finished images."""
-    wait_until_finished(page)
+    wait_until_scored(page)
     page.get_by_role("slider", name="Step", exact=True).focus()
     page.keyboard.press("Home")
     frames = [picture_of(page)]

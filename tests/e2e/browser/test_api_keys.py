@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import expect
 
+from tests.e2e.browser.clip import stub
 from tests.e2e.browser.conftest import Open, Watched
 from tests.e2e.browser.views import generate, predictions, wait_until_finished
 from tests.e2e.conftest import start_service
@@ -41,6 +42,17 @@ def test_key_is_asked_for_once_and_kept_in_the_session_only(locked: Service, ope
     assert KEY not in page.evaluate("JSON.stringify({...localStorage})")
     assert KEY not in page.url
     assert page.context.cookies() == []
+
+
+def test_similarities_are_requested_with_the_key(locked: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected += ["401"]
+    page = open_page(locked, prepare=stub())
+    page.locator("#key").fill(KEY)
+    page.keyboard.press("Enter")
+    with page.expect_request("**/score") as request:
+        generate(page, digit="3", count="1", num_steps="2", seed="1")
+    assert request.value.headers["authorization"] == f"Bearer {KEY}"
+    expect(page.locator("#generate-stage .explanation")).to_be_visible()
 
 
 def test_key_with_other_characters_than_ascii_cannot_be_sent(

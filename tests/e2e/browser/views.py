@@ -35,12 +35,12 @@ def generate(page: Page, **fields: str) -> None:
     for name, value in fields.items():
         if name in ("digit", "sampler", "model"):
             page.locator(f'#generate-form input[name="{name}"][value="{value}"]').check(force=True)
-        elif name in ("num_steps", "guidance_scale"):
+        elif name in ("num_steps", "guidance_scale", "clip_guidance_scale"):
             page.locator(f'[name="{name}"]').evaluate(
                 "(input, value) => { input.value = value;"
                 " for (const kind of ['input', 'change']) input.dispatchEvent(new Event(kind, {bubbles: true})); }",
                 value,
             )
         else:
-            page.locator(f"#{name}").fill(value)
+            page.locator(f'#generate-form [name="{name}"]').fill(value)
     page.locator("#generate-button").click()
