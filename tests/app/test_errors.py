@@ -30,7 +30,6 @@ EVERY_ERROR: list[tuple[UnfogError, int, str]] = [
     (errors.Starting(3), 503, "starting"),
     (errors.Draining(3), 503, "draining"),
     (errors.EngineFailed(3), 503, "engine_failed"),
-    (errors.NotAvailable("CLIP is turned off"), 501, "not_available"),
     (errors.DeadlineExceeded(), 504, "deadline_exceeded"),
     (errors.HTTPError(426, "Use HTTP/2"), 426, "http_error"),
 ]

@@ -1,4 +1,4 @@
-// CLIP: the default prompt of a digit, the prompt in text chunks, and the similarity of images with a prompt.
+// CLIP: prompts, and the similarity of images with them.
 
 import { json } from "./service.js";
 
@@ -10,7 +10,7 @@ export const digitPrompt = (digit) => `a handwritten digit ${DIGIT_WORDS[digit]}
 
 /** Returns true for a prompt that the service accepts. */
 export const isPrompt = (text) =>
-  text.trim() !== "" && text.length <= 2 * MAX_PROMPT_LENGTH && [...text].length <= MAX_PROMPT_LENGTH && text.isWellFormed();
+  text.trim() !== "" && [...text].length <= MAX_PROMPT_LENGTH && text.isWellFormed();
 
 /** Returns the prompt of the text chunks of an image, or null. The chunk is a JSON string. */
 export function promptOf(chunks) {

@@ -125,7 +125,7 @@ def test_multipart_body_has_the_same_answer_as_json(embedded: ClipModel) -> None
     prompts = [f"a handwritten digit {i}" for i in range(16)]
 
     async def check(client: httpx.AsyncClient) -> None:
-        fields = {"fit": "resize", "invert": True, "timeout_seconds": 20}
+        fields = {"fit": "resize", "invert": True, "timeout_seconds": 200}
         in_json = await client.post("/score", json={"images": text_of(*files), "prompts": prompts, **fields})
         parts: list[tuple[str, Any]] = [("images", ("x.png", file, "image/png")) for file in files]
         parts += [("prompts", (None, prompt.encode())) for prompt in prompts]
@@ -138,7 +138,7 @@ def test_multipart_body_has_the_same_answer_as_json(embedded: ClipModel) -> None
         assert answers[0] == answers[1]
         assert answers[0]["images"] == [{"fit": "resize", "inverted": True}] * 64
 
-    run(check, FakeRunner(clip=embedded))
+    run(check, FakeRunner(clip=embedded), request_timeout=300)
 
 
 def test_fit_and_invert_change_the_image_as_in_the_other_routes(embedded: ClipModel) -> None:
@@ -455,9 +455,12 @@ def test_service_is_ready_before_the_clip_thread_has_finished_its_first_work() -
 
 
 def test_application_closes_the_clip_thread() -> None:
+    before, own = set(threading.enumerate()), set[threading.Thread]()
+
     async def check(client: httpx.AsyncClient) -> None:
         assert (await client.post("/score", json=BODY)).status_code == 200
-        assert any(thread.name == "clip" for thread in threading.enumerate())
+        own.update(thread for thread in threading.enumerate() if thread.name == "clip" and thread not in before)
 
     run(check, FakeRunner(clip=FakeClip()))
-    assert not any(thread.name == "clip" for thread in threading.enumerate())
+    assert len(own) == 1
+    assert not own & set(threading.enumerate())
