@@ -52,9 +52,11 @@ def _check_prompt(text: str) -> str:
     return text
 
 
+# A character that str.strip() keeps. \s of JSON Schema does not contain the other characters of the range.
+NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
 Prompt = Annotated[  # a text for CLIP
     str,
-    Field(min_length=1, max_length=MAX_PROMPT_LENGTH, json_schema_extra={"pattern": r"\S"}),
+    Field(min_length=1, max_length=MAX_PROMPT_LENGTH, json_schema_extra={"pattern": NOT_BLANK}),
     AfterValidator(_check_prompt),
 ]
 
