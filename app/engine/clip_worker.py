@@ -30,7 +30,6 @@ import numpy.typing as npt
 from app import errors
 from app.engine.interface import ClipEmbedder, Embeddings
 from app.engine.job import Pixels
-from model.clip import DIGIT_WORDS, digit_prompt
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,6 @@ MAX_CACHED_PROMPTS = 1024
 BATCH = 8  # images of one call
 NEW_SHARE = 0.2  # weight of the newest call in the moving average of the seconds per embedding
 LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
-DIGIT_PROMPTS = tuple(map(digit_prompt, range(len(DIGIT_WORDS))))
 
 Embedding = npt.NDArray[np.float32]  # (E,)
 Similarities = npt.NDArray[np.float32]
@@ -86,14 +84,13 @@ class ClipWorker:
     def open(self, embedder: ClipEmbedder | None, real_digits: Sequence[Sequence[Pixels]]) -> None:
         """Starts the thread with this model. Does nothing without a model.
 
-        The thread first embeds the prompts of the ten digits, and then `real_digits`: the same number of images of each
-        class.
+        The thread first embeds `real_digits`: the same number of images of each class.
         """
         with self._condition:
             if not embedder or self._closed_with:
                 return
             self._embedder, self._real_digits = embedder, real_digits
-            self._add(self._prompts, _Work(self._prompt_parts(DIGIT_PROMPTS)))
+            self._cache.update(embedder.known)
             self._add(self._images, _Work(self._real_parts()))
             self._thread.start()
 
@@ -130,6 +127,8 @@ class ClipWorker:
             self._closed_with = error
             futures = [*self._prompts, *self._images]
             self._condition.notify()
+        if self._embedder:
+            self._embedder.close()
         for future in futures:
             _complete(future, error)
 
@@ -171,7 +170,6 @@ class ClipWorker:
 
     def _run(self) -> None:
         assert self._embedder, "open() sets the model before it starts the thread"
-        self._embedder.prepare_thread()
         while selected := self._select():
             future, work = selected
             try:
@@ -179,6 +177,8 @@ class ClipWorker:
             except StopIteration as end:
                 _complete(future, end.value)
             except Exception as error:
+                if self._closed_with:  # close() has ended the call and answered the request
+                    return
                 log.error("CLIP request failed", exc_info=error)
                 _complete(future, errors.InternalError())
 

@@ -1,6 +1,6 @@
 """The interface between engine and runner: the protocol, its errors, and the description of a served model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -102,14 +102,18 @@ class ClipEmbedder(Protocol):
     def info(self) -> ClipInfo:
         """Returns the description of the model."""
 
+    @property
+    def known(self) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Returns the embeddings (E,) of the prompts that were embedded at the start."""
+
     def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
         """Returns the embeddings (P, E) of the prompts. Words after the model's context length are ignored."""
 
     def embed_images(self, images: Sequence[Pixels]) -> Embeddings:
         """Returns the embeddings (N, E) of images of one shape."""
 
-    def prepare_thread(self) -> None:
-        """Prepares the calling thread for calls that use only the CPU time that the steps leave."""
+    def close(self) -> None:
+        """Frees what the calls need. A call that is in progress raises an error. Any thread may call this."""
 
 
 class StepRunner(Protocol):

@@ -94,7 +94,9 @@ class Runner:
         dtype = choose_dtype(settings.dtype, device)
         wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
         threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
-        runner = cls(models, device, dtype, threads, clip=ClipModel.load(settings.clip, device))
+        runner = cls(models, device, dtype, threads)
+        prompts = [prompt for info in runner.models.values() for prompt in info.prompts]
+        runner.clip = ClipModel.load(settings.clip, device, list(dict.fromkeys(prompts)))
         if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
             runner._threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
         return runner

@@ -1,14 +1,17 @@
 """A fake CLIP model with predictable embeddings, which can block or fail."""
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from app.engine.interface import ClipInfo, Embeddings
 from app.engine.job import Pixels
+from app.runner.clip_process import embed
+from model.clip import Clip, digit_prompt
 
+DIGIT_PROMPTS = tuple(map(digit_prompt, range(10)))
 CLIP_INFO = ClipInfo("fake", "c" * 64)
 
 
@@ -16,6 +19,25 @@ def embedding(text: str) -> list[float]:
     """Returns an embedding of length 1 that depends on the text."""
     angle = float(len(text))
     return [np.cos(angle), np.sin(angle)]
+
+
+class LocalClip:
+    """The embedded CLIP model in this process, instead of a child process that takes seconds to start."""
+
+    info = ClipInfo("embedded", "e" * 64)
+
+    def __init__(self) -> None:
+        self._clip = Clip()
+        self.known: dict[str, npt.NDArray[np.float32]] = {}
+
+    def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
+        return embed(self._clip, prompts)
+
+    def embed_images(self, images: Sequence[Pixels]) -> Embeddings:
+        return embed(self._clip, images)
+
+    def close(self) -> None:
+        pass
 
 
 @dataclass
@@ -27,7 +49,7 @@ class FakeClip:
     prompts: list[str] = field(default_factory=list)  # the embedded prompts
     batches: list[int] = field(default_factory=list)  # the sizes of the embedded batches of images
     calls: list[str] = field(default_factory=list)  # "prompts" or "images" for each call
-    threads: list[str] = field(default_factory=list)  # the names of the prepared threads
+    is_closed: bool = False
 
     def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
         self.on_call(prompts)
@@ -42,5 +64,9 @@ class FakeClip:
         angles = [float(image.mean()) for image in images]
         return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
 
-    def prepare_thread(self) -> None:
-        self.threads.append(threading.current_thread().name)
+    @property
+    def known(self) -> dict[str, npt.NDArray[np.float32]]:
+        return {prompt: np.array(embedding(prompt), np.float32) for prompt in DIGIT_PROMPTS}
+
+    def close(self) -> None:
+        self.is_closed = True

@@ -3,6 +3,8 @@
 import base64
 import json
 import os
+import select
+import signal
 import socket
 import statistics
 import threading
@@ -14,6 +16,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from model.checkpoint import SHIPPED
@@ -41,10 +44,9 @@ def score(service: Service, body: dict[str, Any] = BODY) -> httpx.Response:
     return service.client.post("/score", json=body)
 
 
-def idle_threads(service: Service) -> int:
-    """Returns the number of threads of the service that have the policy SCHED_IDLE."""
-    tasks = Path(f"/proc/{service.process.pid}/task").iterdir()
-    return sum(os.sched_getscheduler(int(task.name)) == os.SCHED_IDLE for task in tasks)
+def policies(pid: int) -> set[int]:
+    """Returns the scheduling policies of the threads of a process."""
+    return {os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
 
 
 def test_answer_has_a_similarity_for_each_picture_and_each_text(scoring: Service) -> None:
@@ -54,15 +56,36 @@ def test_answer_has_a_similarity_for_each_picture_and_each_text(scoring: Service
     scoring.wait_for(1, "requests_in_progress")  # only the scrape itself
 
 
-def test_exactly_the_clip_thread_of_the_service_has_the_idle_policy(scoring: Service) -> None:
+def test_child_process_of_clip_has_the_idle_policy_and_the_service_has_not(scoring: Service) -> None:
     assert score(scoring).status_code == 200
-    assert idle_threads(scoring) == 1
+    (child,) = psutil.Process(scoring.process.pid).children()
+    assert policies(child.pid) == {os.SCHED_IDLE}
+    assert os.SCHED_IDLE not in policies(scoring.process.pid)
 
 
-def test_service_without_clip_has_no_idle_thread_and_answers_501(service: Service) -> None:
+def test_service_without_clip_has_no_child_process_and_answers_501(service: Service) -> None:
     problem = assert_problem(score(service), 501, "not_available")
     assert "UNFOG_CLIP=off" in problem["detail"]
-    assert idle_threads(service) == 0
+    assert psutil.Process(service.process.pid).children() == []
+
+
+def test_scoring_goes_on_after_the_child_process_was_killed(scoring: Service) -> None:
+    expected = score(scoring).json()["similarities"]
+    (child,) = psutil.Process(scoring.process.pid).children()
+    child.kill()
+    assert_problem(score(scoring), 500, "internal_error")
+    assert score(scoring).json()["similarities"] == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_child_process_ends_with_the_service(checkpoint: Path, number: signal.Signals) -> None:
+    with ExitStack() as stack:
+        service = start_service(stack, checkpoint, UNFOG_CLIP="auto")
+        assert score(service).status_code == 200
+        (child,) = psutil.Process(service.process.pid).children()
+        ended = stack.enter_context(open(os.pidfd_open(child.pid)))
+        service.process.signal(number)
+        assert select.select([ended], [], [], TIMEOUT)[0]
 
 
 def test_client_that_leaves_does_not_block_the_next_request(scoring: Service) -> None:

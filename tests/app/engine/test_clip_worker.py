@@ -11,9 +11,9 @@ import pytest
 
 from app import errors
 from app.engine import clip_worker
-from app.engine.clip_worker import BATCH, DIGIT_PROMPTS, ClipWorker
+from app.engine.clip_worker import BATCH, ClipWorker
 from app.engine.job import Pixels
-from tests.app.clip_fakes import FakeClip, embedding
+from tests.app.clip_fakes import DIGIT_PROMPTS, FakeClip, embedding
 from tests.app.fakes import WAIT_SECONDS
 
 
@@ -31,7 +31,7 @@ def opened(clip: FakeClip) -> Iterator[ClipWorker]:
     finally:
         worker.close(errors.Draining(1))
         worker.join(WAIT_SECONDS)
-        assert not any(thread.name == "clip" for thread in threading.enumerate())
+        assert not worker._thread.is_alive()
 
 
 def result(future: Future[Any]) -> Any:
@@ -77,11 +77,36 @@ def test_similarities_are_the_dot_products_of_the_embeddings() -> None:
     assert scores.submitted_at <= scores.started_at <= scores.finished_at
 
 
-def test_thread_is_prepared_once_and_embeds_the_digit_prompts_at_its_start() -> None:
+def test_known_prompts_are_not_embedded() -> None:
     clip = FakeClip()
-    with opened(clip):
-        assert clip.threads == ["clip"]
-        assert clip.prompts == list(DIGIT_PROMPTS)
+    with opened(clip) as worker:
+        found = worker.embed_prompts(DIGIT_PROMPTS)
+        assert found.done()
+        np.testing.assert_allclose(found.result(), [embedding(prompt) for prompt in DIGIT_PROMPTS], rtol=1e-6)
+    assert clip.prompts == []
+
+
+def test_closing_the_worker_closes_the_model_and_ends_the_call_without_a_log_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    def block(batch: Sequence[Any]) -> None:
+        if batch[0] == "new":
+            started.set()
+            assert ended.wait(WAIT_SECONDS)
+            raise RuntimeError("closed")
+
+    clip = FakeClip(on_call=block)
+    with opened(clip) as worker:
+        future = worker.embed_prompts(["new"])
+        assert started.wait(WAIT_SECONDS)
+        worker.close(errors.Draining(1))
+        assert clip.is_closed
+        ended.set()
+        with pytest.raises(errors.Draining):
+            result(future)
+    assert caplog.records == []
 
 
 def test_real_digits_are_embedded_once_and_have_the_mean_similarity_of_each_class() -> None:
@@ -130,7 +155,7 @@ def test_cached_prompt_is_not_embedded_again() -> None:
         future = worker.embed_prompts(["new", DIGIT_PROMPTS[0]])
         assert future.done()
         assert np.array_equal(future.result(), first)
-    assert clip.prompts == [*DIGIT_PROMPTS, "new"]
+    assert clip.prompts == ["new"]
 
 
 def test_cache_drops_the_prompt_that_was_not_used_for_the_longest_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +164,7 @@ def test_cache_drops_the_prompt_that_was_not_used_for_the_longest_time(monkeypat
     with opened(clip) as worker:
         for prompt in ("x", "y", DIGIT_PROMPTS[0], "z", DIGIT_PROMPTS[0], DIGIT_PROMPTS[1]):
             result(worker.embed_prompts([prompt]))
-    assert clip.prompts == [*DIGIT_PROMPTS, "x", "y", "z", DIGIT_PROMPTS[1]]
+    assert clip.prompts == ["x", "y", "z", DIGIT_PROMPTS[1]]
 
 
 def test_cancelled_request_ends_after_its_current_batch_and_frees_its_room() -> None:

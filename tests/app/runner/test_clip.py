@@ -1,6 +1,5 @@
-import os
 import sys
-import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,11 @@ PROMPTS = ["a handwritten digit seven", "a cat"]
 
 
 @pytest.fixture(scope="module")
-def embedded() -> ClipModel:
-    loaded = ClipModel.load("auto", CPU)
+def embedded() -> Iterator[ClipModel]:
+    loaded = ClipModel.load("auto", CPU, PROMPTS)
     assert loaded
-    return loaded
+    yield loaded
+    loaded.close()
 
 
 def test_auto_loads_the_embedded_model_if_open_clip_is_installed(embedded: ClipModel) -> None:
@@ -88,43 +88,24 @@ def test_similarity_is_differentiable_after_loading_in_any_thread(embedded: Clip
     assert x.grad.abs().sum() > 0
 
 
-def test_prepared_thread_has_the_idle_policy_and_one_compute_thread(embedded: ClipModel) -> None:
-    found = []
-
-    def prepare() -> None:
-        embedded.prepare_thread()
-        found.append((os.sched_getscheduler(0), torch.get_num_threads()))
-
-    thread = threading.Thread(target=prepare)
-    thread.start()
-    thread.join()
-    assert found == [(os.SCHED_IDLE, 1)]
-    assert os.sched_getscheduler(0) != os.SCHED_IDLE  # only the thread itself has changed
-
-
-@pytest.mark.parametrize("error", [AttributeError, PermissionError])
-def test_thread_is_prepared_on_a_platform_without_the_idle_policy(
-    error: type[Exception], embedded: ClipModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*args: object) -> None:
-        raise error
-
-    monkeypatch.setattr(os, "sched_setscheduler", fail)
-    embedded.prepare_thread()
-
-
 def test_runner_loads_the_model_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(setting: str, device: torch.device) -> None:
-        asked.append((setting, device.type))
+    def load(setting: str, device: torch.device, prompts: list[str]) -> None:
+        asked.append((setting, device.type, prompts))
 
     monkeypatch.setattr(ClipModel, "load", load)
     assert Runner.load(Settings(device="cpu", compile="off", clip="a:b")).clip is None
-    assert asked == [("a:b", "cpu")]
+    assert asked == [("a:b", "cpu", [digit_prompt(digit) for digit in range(10)])]
 
 
 def test_weights_are_not_inference_tensors(embedded: ClipModel) -> None:
     assert not any(weight.is_inference() for weight in embedded.clip.model.parameters())
     assert isinstance(embedded.clip, Clip)
     assert embedded.embed_prompts([digit_prompt(0)]).shape == (1, 64)
+
+
+def test_known_prompts_have_the_bits_of_the_child_process(embedded: ClipModel) -> None:
+    """An embedding must not depend on whether a prompt was embedded at the start."""
+    for prompt in PROMPTS:
+        assert np.array_equal(embedded.known[prompt], embedded.embed_prompts([prompt])[0])
