@@ -14,6 +14,7 @@ from pathlib import Path
 
 from model.sampler import SAMPLERS
 from scripts.common.arguments import (
+    CLIP_GUIDANCE,
     Parser,
     add_drawing_arguments,
     from_arguments,
@@ -38,9 +39,10 @@ from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS
 SEED = 1  # differs from the seed of the published figures, so that settings are not chosen on the same noise
 SCALES = (1.25, 1.5, 2.0, 3.0)
 INTERVALS = ((1, 100), (1, 80), (20, 100), (20, 80), (30, 90), (10, 60))
-SWEPT = {  # the sweep sets these options itself, from lists such as --scales
-    "steps": ("--sampler", "--num-steps"),
-    "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop"),
+# The sweep sets these options itself, from lists such as --scales. It has no CLIP guidance.
+SWEPT = {
+    "steps": ("--sampler", "--num-steps", *CLIP_GUIDANCE),
+    "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop", *CLIP_GUIDANCE),
 }
 
 

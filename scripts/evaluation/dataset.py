@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def make_dataset(request: DrawingRequest, folder: Path, reporter: Reporter, *, c
     options = options_from(request, drawer.checkpoint)
     begun = _find(folder)
     drawer.compile(_compile_mode(request.compile, begun), reporter)
-    facts = {**drawer.facts, "options": asdict(options), "seed": request.seed, "count": count, "format": form}
+    facts = {**drawer.facts, "options": options.facts, "seed": request.seed, "count": count, "format": form}
     if _begin(folder, begun, facts):
         for start in range(0, count, PART):
             path = folder / PARTS / f"{start:07d}"

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, repor
 
     def get() -> tuple[Digits, dict[str, Any]]:
         drawer.compile(request.compile, reporter)
-        source = {**drawer.facts, "options": asdict(options), "seed": request.seed}
+        source = {**drawer.facts, "options": options.facts, "seed": request.seed}
         given = {"num_images": count, "seed": request.seed, "batch_size": request.batch_size}
         return draw_samples(drawer, options, reporter, **given), source
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,10 +44,10 @@ class Sweep:
         kept, figures = self._read(), []
         reporter.line(" | ".join(SWEEP_COLUMNS))
         for options in settings:
-            row = next((row for row in kept if row["options"] == asdict(options)), None)
+            row = next((row for row in kept if row["options"] == options.facts), None)
             if row is None:
                 evaluations = options.evaluations(self.drawer.checkpoint.schedule)
-                row = {"options": asdict(options), "evaluations": evaluations, **self._evaluate(options, reporter)}
+                row = {"options": options.facts, "evaluations": evaluations, **self._evaluate(options, reporter)}
                 kept.append(row)
                 self._write(kept)
                 reporter.line(" | ".join(as_sweep_row(row)))
