@@ -20,6 +20,7 @@ from scripts.common.arguments import (
     from_arguments,
     guidance_scale,
     integer,
+    interval,
     num_images,
 )
 from scripts.common.drawing import DrawingRequest
@@ -87,7 +88,7 @@ def build_parser() -> Parser:
     pairs = [f"{start}-{stop}" for start, stop in INTERVALS]
     guidance.add_argument(
         "--intervals",
-        type=_interval,
+        type=interval,
         nargs="+",
         default=INTERVALS,
         metavar="A-B",
@@ -142,13 +143,6 @@ def _add_networks(networks: argparse.ArgumentParser) -> None:
 
 def _listed(values: Iterable[object]) -> str:
     return " ".join(map(str, values))
-
-
-def _interval(text: str) -> tuple[int, int]:
-    start, _, stop = text.partition("-")
-    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an interval of timesteps. Write it like 20-80")
-    return int(start), int(stop)
 
 
 if __name__ == "__main__":

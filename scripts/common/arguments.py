@@ -92,7 +92,7 @@ def guidance_scale(text: str) -> float:
     return value
 
 
-def clip_guidance_scale(text: str) -> float:
+def scale_of_clip_guidance(text: str) -> float:
     """Argparse type of --clip-guidance-scale."""
     value = _number(text)
     if value != 0 and not SMALLEST_CLIP_GUIDANCE_SCALE <= value <= MAX_CLIP_GUIDANCE_SCALE:
@@ -100,6 +100,14 @@ def clip_guidance_scale(text: str) -> float:
             f"{text!r} is not 0 or a number from {SMALLEST_CLIP_GUIDANCE_SCALE} to {MAX_CLIP_GUIDANCE_SCALE}"
         )
     return value
+
+
+def interval(text: str) -> tuple[int, int]:
+    """Argparse type for an interval of timesteps such as 20-80."""
+    start, _, stop = text.partition("-")
+    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval of timesteps. Write it like 20-80")
+    return int(start), int(stop)
 
 
 def clip_prompt(text: str) -> str:
@@ -144,7 +152,13 @@ def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> li
     return [f"--{name.replace('_', '-')}" for name in args.given if name not in kept]
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
+def add_drawing_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    seed: int | None,
+    clip_guidance_scale: float = 0,
+    without: Collection[str] = (),
+) -> None:
     """Adds the options of `drawing.DrawingRequest`.
 
     The options in `without` are not added. They are set to None and are rejected on the command line.
@@ -176,10 +190,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, 
             "help": "highest timestep with guidance; default: from the checkpoint",
         },
         "clip_guidance_scale": {
-            "type": clip_guidance_scale,
-            "default": 0.0,
+            "type": scale_of_clip_guidance,
+            "default": float(clip_guidance_scale),
             "help": "scale of CLIP guidance: the distance by which each acting step moves the predicted image towards "
-            f"the prompt, 0 to {MAX_CLIP_GUIDANCE_SCALE}, 0 = off; needs the extra clip; default: 0",
+            f"the prompt, 0 to {MAX_CLIP_GUIDANCE_SCALE}, 0 = off; needs the extra clip; "
+            f"default: {clip_guidance_scale:g}",
         },
         "clip_prompt": {
             "type": clip_prompt,
