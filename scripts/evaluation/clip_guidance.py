@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCALES = (0.5, 1.0, 2.0)
-INTERVALS = ((5, 60), (20, 60), (20, 80), (40, 70))
+SCALES = (1.0, 2.0, 4.0)
+INTERVALS = ((5, 60), (20, 60), (30, 70), (40, 70))
 SEEDS = {"validation": 1, "test": 3}  # settings are not chosen with the seed of the published figures
 SCALE = 1.0  # the recommended scale
 

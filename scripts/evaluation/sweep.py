@@ -132,7 +132,7 @@ class Sweep:
         try:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:
-                different = "another checkpoint, seed, split, number of images or --compile mode"
+                different = "another checkpoint, CLIP model, seed, split, number of images or --compile mode"
                 raise ScriptError(f"{self.file} has results of {different}. Choose another folder for --out")
             rows: list[Figures] = content["figures"]
             for row in rows:
