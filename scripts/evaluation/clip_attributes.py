@@ -29,7 +29,7 @@ from scripts.evaluation.tables import as_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SCALE = 1.0  # of CLIP guidance
+SCALE = 10.0  # of CLIP guidance. A higher scale changes the attributes more
 SEED = 3
 NUM_SHOWN = 2  # images of each digit and prompt in the picture
 
