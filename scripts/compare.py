@@ -14,11 +14,13 @@ from pathlib import Path
 
 from model.sampler import SAMPLERS
 from scripts.common.arguments import (
+    CLIP_GUIDANCE,
     Parser,
     add_drawing_arguments,
     from_arguments,
     guidance_scale,
     integer,
+    interval,
     num_images,
 )
 from scripts.common.drawing import DrawingRequest
@@ -38,9 +40,10 @@ from scripts.evaluation.samples import FEWEST_OF_EACH, MOST_IMAGES, SPLITS
 SEED = 1  # differs from the seed of the published figures, so that settings are not chosen on the same noise
 SCALES = (1.25, 1.5, 2.0, 3.0)
 INTERVALS = ((1, 100), (1, 80), (20, 100), (20, 80), (30, 90), (10, 60))
-SWEPT = {  # the sweep sets these options itself, from lists such as --scales
-    "steps": ("--sampler", "--num-steps"),
-    "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop"),
+# The sweep sets these options itself, from lists such as --scales. It has no CLIP guidance.
+SWEPT = {
+    "steps": ("--sampler", "--num-steps", *CLIP_GUIDANCE),
+    "guidance": ("--guidance-scale", "--guidance-start", "--guidance-stop", *CLIP_GUIDANCE),
 }
 
 
@@ -85,7 +88,7 @@ def build_parser() -> Parser:
     pairs = [f"{start}-{stop}" for start, stop in INTERVALS]
     guidance.add_argument(
         "--intervals",
-        type=_interval,
+        type=interval,
         nargs="+",
         default=INTERVALS,
         metavar="A-B",
@@ -140,13 +143,6 @@ def _add_networks(networks: argparse.ArgumentParser) -> None:
 
 def _listed(values: Iterable[object]) -> str:
     return " ".join(map(str, values))
-
-
-def _interval(text: str) -> tuple[int, int]:
-    start, _, stop = text.partition("-")
-    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an interval of timesteps. Write it like 20-80")
-    return int(start), int(stop)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ fog         recognition of real digits at each noise level
 recognize   recognition of real digits by the diffusion model, and rejection of other images
 handwriting recognition of a fixed set of handwriting that is not from MNIST, and rejection of letters
 clip        CLIP scores at each step of the reverse process
+clip-guidance   recognition, distance and CLIP similarity for scales and intervals of CLIP guidance
+clip-attributes stroke width and slant of digits for prompts such as "a thick seven"
 synthetic   accuracy of a classifier that was trained only on generated digits
 denoise     removal of noise from real digits, and probabilities of the digit in a noisy image
 inpaint     recognition of real digits after a part was erased and filled in, and the fit at the border
@@ -23,18 +25,26 @@ from model.checkpoint import SHIPPED
 from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, NUM_RESAMPLINGS
 from model.recognition import DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS
 from scripts.common.arguments import (
+    CLIP_GUIDANCE,
+    CLIP_MODEL_HELP,
     Parser,
     add_drawing_arguments,
     file_to_write,
     from_arguments,
     given_options,
     integer,
+    interval,
     num_images,
+    scale_of_clip_guidance,
 )
 from scripts.common.drawing import DrawingRequest
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
+from scripts.evaluation.clip_attributes import SCALE as ATTRIBUTES_SCALE
+from scripts.evaluation.clip_attributes import SEED as ATTRIBUTES_SEED
+from scripts.evaluation.clip_attributes import evaluate_clip_attributes
+from scripts.evaluation.clip_guidance import INTERVALS, SCALE, SCALES, ClipSweepRequest, evaluate_clip_guidance
 from scripts.evaluation.clip_path import evaluate_clip
 from scripts.evaluation.denoising import evaluate_denoising
 from scripts.evaluation.editing import evaluate_editing
@@ -62,6 +72,8 @@ PACKAGES = {
     "recognize": ("matplotlib",),
     "handwriting": ("matplotlib",),
     "clip": ("matplotlib",),
+    "clip-guidance": ("torchmetrics", "matplotlib"),
+    "clip-attributes": ("matplotlib",),
     "synthetic": (),
     "denoise": ("matplotlib",),
     "inpaint": ("matplotlib",),
@@ -74,6 +86,7 @@ NOT_OF_PICTURES = (
     "--guidance-scale",
     "--guidance-start",
     "--guidance-stop",
+    *CLIP_GUIDANCE,
     "--seed",
     "--batch-size",
 )
@@ -81,10 +94,6 @@ PICTURE_HELP = "plot to write, a .png file; the data is written to a .json file 
 RECOGNIZE_HELP = (
     "plot to write, a .png file; the results are written to a .json file with the same name, and the errors to a "
     ".errors.safetensors file, from which a stopped run continues"
-)
-CLIP_HELP = (
-    "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (for OpenAI's weights: "
-    "ViT-B-32-quickgelu:FILE); default: the small model that ships with unfog"
 )
 
 
@@ -95,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     require_installed(*PACKAGES[args.command], extra="evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    data = {"split": args.split, "data_dir": getattr(args, "data_dir", None)}
+    data: dict[str, Any] = {"split": getattr(args, "split", None), "data_dir": getattr(args, "data_dir", None)}
     with Reporter() as reporter:
         match args.command:
             case "digits":
@@ -112,6 +121,12 @@ def main(argv: list[str] | None = None) -> None:
             case "clip":
                 request = from_arguments(DrawingRequest, args)
                 evaluate_clip(request, args.clip, args.out, reporter, num_images=args.num_images, **data)
+            case "clip-guidance":
+                request, sweep = from_arguments(DrawingRequest, args), from_arguments(ClipSweepRequest, args)
+                evaluate_clip_guidance(request, sweep, reporter)
+            case "clip-attributes":
+                request = from_arguments(DrawingRequest, args)
+                evaluate_clip_attributes(request, args.out, reporter, num_images=args.num_images)
             case "synthetic":
                 evaluate_synthetic(args.folder, args.out, reporter, epochs=args.epochs, seed=args.seed, **data)
             case _:
@@ -142,7 +157,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = "digits|fog|recognize|handwriting|denoise|inpaint|edit|clip|synthetic"
+    names = "digits|fog|recognize|handwriting|denoise|inpaint|edit|clip|clip-guidance|clip-attributes|synthetic"
     commands = parser.add_subparsers(required=True, metavar=names, dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
@@ -168,6 +183,9 @@ def build_parser() -> Parser:
     handwriting.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path = commands.add_parser("clip", help="CLIP scores at each step of the reverse process")
     _add_clip(clip_path)
+    clip_guidance = commands.add_parser("clip-guidance", help="scales and intervals of CLIP guidance")
+    _add_clip_guidance(clip_guidance)
+    _add_clip_attributes(commands.add_parser("clip-attributes", help="stroke width and slant for prompts"))
     synthetic = commands.add_parser("synthetic", help="accuracy of a classifier trained only on generated digits")
     synthetic.add_argument("folder", type=Path, help="data set written by scripts.make_dataset")
     synthetic.add_argument("--epochs", type=integer(1), default=EPOCHS, help=f"training epochs; default: {EPOCHS}")
@@ -202,6 +220,7 @@ def build_parser() -> Parser:
             default="test",
             help="split of MNIST with the real digits to compare with; default: test",
         )
+    for command in (digits, fog, recognize, denoise, inpaint, edit, clip_path, clip_guidance, synthetic):
         command.add_argument(
             "--data-dir",
             type=Path,
@@ -228,7 +247,7 @@ def _add_digits(digits: argparse.ArgumentParser) -> None:
         nargs="?",
         const="embedded",
         metavar="MODEL",
-        help=f"also compute CLIP scores with this model: {CLIP_HELP}",
+        help=f"also compute CLIP scores with this model: {CLIP_MODEL_HELP}",
     )
     lowest = NUM_CLASSES * FEWEST_OF_EACH
     digits.add_argument(
@@ -284,8 +303,63 @@ def _add_clip(clip_path: argparse.ArgumentParser) -> None:
         help="number of images, a multiple of 10; default: 200",
     )
     clip_path.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
-    clip_path.add_argument("--clip", default="embedded", metavar="MODEL", help=f"the CLIP model: {CLIP_HELP}")
+    clip_path.add_argument(
+        "--clip", default="embedded", metavar="MODEL", help=f"the CLIP model of the scores: {CLIP_MODEL_HELP}"
+    )
     add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
+
+
+def _add_clip_guidance(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--scales",
+        type=scale_of_clip_guidance,
+        nargs="+",
+        default=SCALES,
+        help=f"scales of the sweep; default: {' '.join(map(str, SCALES))}",
+    )
+    parser.add_argument(
+        "--intervals",
+        type=interval,
+        nargs="+",
+        default=INTERVALS,
+        metavar="A-B",
+        help="intervals of timesteps of the sweep; default: "
+        + " ".join(f"{start}-{stop}" for start, stop in INTERVALS),
+    )
+    count = num_images(NUM_CLASSES * FEWEST_OF_EACH, MOST_IMAGES)
+    parser.add_argument(
+        "--num-images", type=count, default=1_000, help="number of images per setting of the sweep; default: 1000"
+    )
+    parser.add_argument(
+        "--num-test-images",
+        type=count,
+        default=2_000,
+        help="number of images per setting that is measured on the test split; default: 2000",
+    )
+    parser.add_argument(
+        "--out",
+        type=file_to_write(".png"),
+        required=True,
+        help="plot to write, a .png file; the table is written to a .md file with the same name, and the results to a "
+        ".validation.json and a .test.json file, from which a stopped run continues",
+    )
+    add_drawing_arguments(parser, seed=None, clip_guidance_scale=SCALE, without=("--seed", "--clip-prompt"))
+
+
+def _add_clip_attributes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--num-images", type=integer(1, 1_000), default=50, help="images of each digit and prompt; default: 50"
+    )
+    parser.add_argument(
+        "--out",
+        type=file_to_write(".png"),
+        required=True,
+        help="picture to write, a .png file; the table and the data are written to a .md and a .json file with the "
+        "same name",
+    )
+    add_drawing_arguments(
+        parser, seed=ATTRIBUTES_SEED, clip_guidance_scale=ATTRIBUTES_SCALE, without=("--clip-prompt",)
+    )
 
 
 def _add_redrawing(parser: Parser, *, num_images_by_default: int) -> None:
@@ -297,7 +371,7 @@ def _add_redrawing(parser: Parser, *, num_images_by_default: int) -> None:
     )
     parser.add_argument("--judge", type=Path, help="weights of the judge; default: the shipped ones")
     parser.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
-    add_drawing_arguments(parser, seed=0)
+    add_drawing_arguments(parser, seed=0, without=CLIP_GUIDANCE)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from model.files import write_atomically
-from model.png import MAX_SCALE, Provenance, encode_png
+from model.png import MAX_SCALE, ClipProvenance, Provenance, encode_png
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, given_options, integer
-from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
+from scripts.common.drawing import ClipOptions, Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.pictures import arrange, grid, to_image
 from scripts.common.progress import Reporter
 from scripts.common.reproduction import checkpoint_of, describe, draw_again, read_original
 
-PERMITTED_WITH_LIKE = ("checkpoint", "batch_size", "compile", "num_threads")
+PERMITTED_WITH_LIKE = ("checkpoint", "clip_model", "batch_size", "compile", "num_threads")
 
 
 @reports_errors("sample")
@@ -120,7 +120,14 @@ def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int |
         num_steps=options.num_steps,
         guidance_scale=options.guidance.scale,
         model_sha256=drawer.checkpoint.sha256,
+        clip=_clip_provenance(options.clip, str(digit)) if options.clip else None,
     )
+
+
+def _clip_provenance(clip: ClipOptions, digits: str) -> ClipProvenance:
+    """Returns the CLIP guidance of images of one digit, or of a sheet of digits that are separated by commas."""
+    prompt = clip.prompt_of(int(digits)) if digits.isdecimal() else clip.prompt
+    return ClipProvenance(clip.guidance.scale, prompt, clip.sha256)
 
 
 def build_parser() -> Parser:
@@ -141,8 +148,8 @@ def build_parser() -> Parser:
         metavar="PICTURE.png",
         help="generate a picture of the service or of this script again, and compare the pixels. The exit status is 0 "
         "if they are identical, otherwise 1. The checkpoint is the shipped one that generated the picture, unless "
-        "--checkpoint is given. The precision is that of UNFOG_DTYPE=auto. Give --compile the value that UNFOG_COMPILE "
-        "had",
+        "--checkpoint is given. The CLIP model is the one that ships with unfog, unless --clip-model is given. The "
+        "precision is that of UNFOG_DTYPE=auto. Give --compile the value that UNFOG_COMPILE had",
     )
     add_drawing_arguments(parser, seed=None)
     return parser

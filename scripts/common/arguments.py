@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from model.checkpoint import SHIPPED
+from model.clip import MAX_PROMPT_LENGTH, is_prompt
+from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
 from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
 from scripts.common.mnist import NUM_CLASSES
 
 COMPILE_MODES = ("auto", "on", "off")
 DEFAULT_COMPILE = "auto"
 SHIPPED_NAME = "/".join(SHIPPED.parts[-3:])  # model/weights/default.safetensors
+CLIP_MODEL_HELP = (
+    "a folder in open_clip's format, ARCHITECTURE:TAG or ARCHITECTURE:FILE (for OpenAI's weights: "
+    "ViT-B-32-quickgelu:FILE); default: the small model that ships with unfog"
+)
+CLIP_GUIDANCE = ("--clip-guidance-scale", "--clip-prompt", "--clip-model")  # the drawing options of CLIP guidance
+SMALLEST_CLIP_GUIDANCE_SCALE = 1e-4  # text chunks of pictures have no exponent
 Request = TypeVar("Request")
 
 
@@ -84,6 +92,31 @@ def guidance_scale(text: str) -> float:
     return value
 
 
+def scale_of_clip_guidance(text: str) -> float:
+    """Argparse type of --clip-guidance-scale."""
+    value = _number(text)
+    if value != 0 and not SMALLEST_CLIP_GUIDANCE_SCALE <= value <= MAX_CLIP_GUIDANCE_SCALE:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not 0 or a number from {SMALLEST_CLIP_GUIDANCE_SCALE} to {MAX_CLIP_GUIDANCE_SCALE}"
+        )
+    return value
+
+
+def interval(text: str) -> tuple[int, int]:
+    """Argparse type for an interval of timesteps such as 20-80."""
+    start, _, stop = text.partition("-")
+    if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an interval of timesteps. Write it like 20-80")
+    return int(start), int(stop)
+
+
+def clip_prompt(text: str) -> str:
+    """Argparse type of --clip-prompt."""
+    if not is_prompt(text):
+        raise argparse.ArgumentTypeError(f"a prompt must have 1 to {MAX_PROMPT_LENGTH} characters and not be blank")
+    return text
+
+
 def _number(text: str) -> float:
     """Returns the number, or NaN if the text is not a number. NaN fails every range check."""
     try:
@@ -119,7 +152,13 @@ def given_options(args: argparse.Namespace, *, kept: Collection[str] = ()) -> li
     return [f"--{name.replace('_', '-')}" for name in args.given if name not in kept]
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, without: Collection[str] = ()) -> None:
+def add_drawing_arguments(
+    parser: argparse.ArgumentParser,
+    *,
+    seed: int | None,
+    clip_guidance_scale: float = 0,
+    without: Collection[str] = (),
+) -> None:
     """Adds the options of `drawing.DrawingRequest`.
 
     The options in `without` are not added. They are set to None and are rejected on the command line.
@@ -150,6 +189,19 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, *, seed: int | None, 
             "metavar": "T",
             "help": "highest timestep with guidance; default: from the checkpoint",
         },
+        "clip_guidance_scale": {
+            "type": scale_of_clip_guidance,
+            "default": float(clip_guidance_scale),
+            "help": "scale of CLIP guidance: the distance by which each acting step moves the predicted image towards "
+            f"the prompt, 0 to {MAX_CLIP_GUIDANCE_SCALE}, 0 = off; needs the extra clip; "
+            f"default: {clip_guidance_scale:g}",
+        },
+        "clip_prompt": {
+            "type": clip_prompt,
+            "metavar": "TEXT",
+            "help": 'prompt of CLIP guidance for all images; default: "a handwritten digit seven" for 7',
+        },
+        "clip_model": {"metavar": "MODEL", "help": f"the CLIP model of CLIP guidance: {CLIP_MODEL_HELP}"},
         "seed": {"type": integer(0, 2**53 - 1), "default": seed, "help": f"seed of the noise; default: {default}"},
         "batch_size": {"type": integer(1, 10_000), "default": 64, "help": "images per batch; default: 64"},
         "compile": {

@@ -4,7 +4,8 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint
+from model.clip import EMBEDDED_NAME, Clip, ClipError, digit_prompt
+from model.clip_guidance import ClipGuidance, ClipGuidedStep
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
 from model.precision import fast_dtype
 from model.process import Start, draw
@@ -36,6 +39,9 @@ class DrawingRequest:
     guidance_scale: float | None = None
     guidance_start: int | None = None
     guidance_stop: int | None = None
+    clip_guidance_scale: float = 0.0
+    clip_prompt: str | None = None  # None means the default prompt of each digit
+    clip_model: str | None = None  # None means the model that ships with unfog
     seed: int = 0
     batch_size: int = 64
     compile: str = "auto"  # auto, on or off
@@ -43,10 +49,30 @@ class DrawingRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ClipOptions:
+    """CLIP guidance and the CLIP model that computes its gradient."""
+
+    guidance: ClipGuidance
+    prompt: str | None  # None means the default prompt of each digit
+    model: str  # name of the model, see model.clip.Clip
+    sha256: str  # digest of the weights of the model
+
+    def prompt_of(self, digit: int) -> str:
+        """Returns the prompt for the images of a digit."""
+        return digit_prompt(digit) if self.prompt is None else self.prompt
+
+
+@dataclass(frozen=True, slots=True)
 class DrawingOptions:
     sampler: Sampler
     num_steps: int
     guidance: Guidance
+    clip: ClipOptions | None = None  # None means no CLIP guidance
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Returns the options as a JSON object. Without CLIP guidance, it has no field `clip`."""
+        return {name: value for name, value in asdict(self).items() if name != "clip" or value is not None}
 
     def evaluations(self, schedule: Schedule) -> int:
         """Returns the number of network evaluations for one image. A step with guidance needs two evaluations."""
@@ -125,6 +151,7 @@ class Drawer:
         """
         timesteps = timesteps or timesteps_of(self.checkpoint.schedule, options.sampler, options.num_steps)
         plan = plan_through(self.checkpoint.schedule, options.sampler, timesteps)
+        text = None if options.clip is None else self._embedded_prompts(options.clip, y.tolist())  # (N, E)
         y, index, x_0 = y.to(self.device), index.to(self.device), []
         title, total = f"generating {len(y)} images", len(y) * plan.num_steps
         with _compiler_errors(), reporter.task(title, total, "steps") as task:
@@ -136,7 +163,7 @@ class Drawer:
 
             for rows in torch.arange(len(y), device=self.device).split(batch_size):
                 drawn = draw(
-                    self.step,
+                    self.step if text is None else self._clip_guided(options, text[rows]),
                     [plan] * len(rows),
                     self.checkpoint.image_shape,
                     seed=torch.full_like(rows, seed),
@@ -148,6 +175,28 @@ class Drawer:
                 )
                 x_0.append(drawn.cpu())
         return torch.cat(x_0)
+
+    def _embedded_prompts(self, clip: ClipOptions, digits: list[int]) -> Tensor:
+        """Returns the embedding of the prompt of each image, (N, E)."""
+        prompts = {digit: clip.prompt_of(digit) for digit in digits}
+        # Each prompt is embedded alone, because the number of prompts in a call changes the order of float32 sums.
+        embed = load_clip(clip.model, self.device).embed_prompts
+        embedded = {prompt: embed([prompt])[0] for prompt in prompts.values()}
+        return torch.stack([embedded[prompts[digit]] for digit in digits])
+
+    def _clip_guided(self, options: DrawingOptions, text: Tensor) -> Step:
+        """Returns the step for a batch whose prompts have the embeddings `text` (B, E)."""
+        assert options.clip is not None
+        return ClipGuidedStep(self.step, load_clip(options.clip.model, self.device), options.clip.guidance, text)
+
+
+@cache
+def load_clip(name: str = EMBEDDED_NAME, device: torch.device | None = None) -> Clip:
+    """Loads a CLIP model, once per process. Raises ScriptError if it cannot be loaded."""
+    try:
+        return Clip(name, device)
+    except ClipError as error:
+        raise ScriptError(str(error)) from error
 
 
 _STANDARD_FIELDS = {*vars(logging.LogRecord("", 0, "", 0, "", (), None)), "message", "asctime"}
@@ -226,7 +275,19 @@ def options_from(request: DrawingRequest, loaded: Checkpoint) -> DrawingOptions:
         raise ScriptError(
             f"this checkpoint does not permit --sampler {sampler}. Use {' or '.join(loaded.config.samplers)}"
         )
-    return DrawingOptions(sampler, num_steps, _guidance_from(request, loaded, sampler))
+    return DrawingOptions(sampler, num_steps, _guidance_from(request, loaded, sampler), _clip_from(request))
+
+
+def _clip_from(request: DrawingRequest) -> ClipOptions | None:
+    if not request.clip_guidance_scale:
+        for option, value in (("--clip-prompt", request.clip_prompt), ("--clip-model", request.clip_model)):
+            if value is not None:
+                raise ScriptError(
+                    f"{option} needs a --clip-guidance-scale above 0. The scale is 0, so CLIP guidance is off"
+                )
+        return None
+    name = request.clip_model or EMBEDDED_NAME
+    return ClipOptions(ClipGuidance(request.clip_guidance_scale), request.clip_prompt, name, load_clip(name).sha256)
 
 
 def _guidance_from(request: DrawingRequest, loaded: Checkpoint, sampler: Sampler) -> Guidance:

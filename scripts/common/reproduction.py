@@ -133,11 +133,20 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
         sampler=next(sampler for sampler in SAMPLERS if sampler == provenance.sampler),
         num_steps=provenance.num_steps,
         guidance_scale=provenance.guidance_scale,
+        clip_guidance_scale=provenance.clip.scale if provenance.clip else 0.0,
+        clip_prompt=provenance.clip.prompt if provenance.clip else None,
     )
+    if request.clip_model and not provenance.clip:
+        raise ScriptError(f"--clip-model has no effect: {original.path} has no CLIP guidance. Remove it")
     drawer = open_drawer(request)
     if max(digits) >= len(drawer.class_names):
         raise ScriptError(f"{original.path}: its checkpoint has only {len(drawer.class_names)} digits")
     options, scale = options_from(request, drawer.checkpoint), original.scale_of(drawer.checkpoint.image_shape)
+    if options.clip and provenance.clip and options.clip.sha256 != provenance.clip.sha256:
+        raise ScriptError(
+            f"{original.path} was generated with the CLIP model {provenance.clip.sha256}, but {options.clip.model} has "
+            f"{options.clip.sha256}. Give its CLIP model with --clip-model"
+        )
     drawer.compile(request.compile, reporter)
     y = torch.tensor(digits).repeat_interleave(len(original.indices))  # (N,)
     index = torch.tensor(original.indices).repeat(len(digits))  # (N,)

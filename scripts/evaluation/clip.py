@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.clip import EMBEDDED_NAME, Clip, ClipError, digit_prompt
+from model.clip import EMBEDDED_NAME, digit_prompt
 from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
 from model.schedule import Schedule, ScheduleConfig
-from scripts.common.errors import ScriptError
+from scripts.common.drawing import load_clip
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.captions import CLEAR, NOISY
 from scripts.evaluation.samples import Digits
@@ -63,14 +63,6 @@ class ClipScorer:
         The pictures are the clear digits, with their `scores`, and the same digits at t = 20 to 100.
         """
         return (scores.clear + 1 - self.score(noised(digits)).clear) / 2
-
-
-def load_clip(name: str = EMBEDDED_NAME) -> Clip:
-    """Loads a CLIP model. Raises ScriptError if it cannot be loaded."""
-    try:
-        return Clip(name)
-    except ClipError as error:
-        raise ScriptError(str(error)) from error
 
 
 def noised(digits: Digits) -> Digits:

@@ -1,6 +1,5 @@
 """Computes CLIP scores at each step of the reverse process, from noise to the finished digit."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +47,7 @@ def evaluate_clip(
     scores = {prompt: {"drawn": means[:, i].tolist(), "real": of_real[i].item()} for i, prompt in enumerate(LINES)}
     content = {
         **drawer.facts,
-        "options": asdict(options),
+        "options": options.facts,
         "seed": request.seed,
         "num_images": num_images,
         "split": split,

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def make_dataset(request: DrawingRequest, wanted: DatasetRequest, folder: Path, 
     drawer.compile(_compile_mode(request.compile, begun), reporter)
     facts: dict[str, Any] = {
         **drawer.facts,
-        "options": asdict(options),
+        "options": options.facts,
         "seed": request.seed,
         "count": sum(wanted.num_images),
         "format": wanted.form,

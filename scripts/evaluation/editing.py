@@ -94,7 +94,7 @@ def evaluate_editing(
     recognised, _, of_real = _figures(sketches.images, sketches, trained, extractor, real)
     content = {
         **drawer.facts,
-        "options": asdict(options),
+        "options": options.facts,
         "seed": request.seed,
         "num_images": num_images,
         "split": split,

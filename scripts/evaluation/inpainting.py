@@ -213,7 +213,7 @@ def evaluate_inpainting(
     save_figure(show_filled(shown), out, grey=False)
     content = {
         **drawer.facts,
-        "options": asdict(options),
+        "options": options.facts,
         "num_resamplings": num_resamplings,
         "seed": request.seed,
         "num_images": num_images,

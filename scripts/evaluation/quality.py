@@ -72,7 +72,7 @@ class Evaluator:
         self._held_out_features, self._held_out_labels = self._features(held_out.images), held_out.labels  # (M, F)
         real_features = self._features(real.images)  # (N, F)
         noise = torch.randn(real.images.shape, generator=torch.Generator().manual_seed(0))
-        self._real_distance = self._distance(real_features)
+        self.real_frechet = self._distance(real_features)
         self._noise_distance = self._distance(self._features(to_pixels(noise)))
         self.real_manifold = self._manifold(real_features, real.labels)
         self._held_out_nearest = nearest_learned(held_out.images[:num_images], references.learned.images)
@@ -96,7 +96,7 @@ class Evaluator:
             extractor=recognition(self.extractor.network, digits),
             real_extractor=self.real_extractor,
             frechet=self._distance(features),
-            real_frechet=self._real_distance,
+            real_frechet=self.real_frechet,
             noise_frechet=self._noise_distance,
             manifold=manifold,
             real_manifold=self.real_manifold,

@@ -4,7 +4,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,7 +80,7 @@ def samples_of_checkpoint(request: DrawingRequest, num_images: int | None, repor
 
     def get() -> tuple[Digits, dict[str, Any]]:
         drawer.compile(request.compile, reporter)
-        source = {**drawer.facts, "options": asdict(options), "seed": request.seed}
+        source = {**drawer.facts, "options": options.facts, "seed": request.seed}
         given = {"num_images": count, "seed": request.seed, "batch_size": request.batch_size}
         return draw_samples(drawer, options, reporter, **given), source
 
@@ -91,14 +91,19 @@ def draw_samples(
     drawer: Drawer, options: DrawingOptions, reporter: Reporter, *, num_images: int, seed: int, batch_size: int
 ) -> Digits:
     """Generates `num_images` digits, equally many of each digit, with 8-bit pixels like those of the service."""
-    if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
-        raise ScriptError(
-            f"The checkpoint must generate {NUM_CLASSES} classes of 1x28x28 images, {generated_images(drawer)}"
-        )
+    check_digits(drawer)
     labels = torch.arange(num_images) % NUM_CLASSES  # (N,)
     index = torch.arange(num_images)
     x_0 = drawer.draw(labels, index, options, reporter, seed=seed, batch_size=batch_size)
     return Digits(to_pixels(x_0), labels)
+
+
+def check_digits(drawer: Drawer) -> None:
+    """Raises ScriptError unless the checkpoint generates ten classes of 28x28 images."""
+    if drawer.checkpoint.image_shape != (1, 28, 28) or len(drawer.class_names) != NUM_CLASSES:
+        raise ScriptError(
+            f"The checkpoint must generate {NUM_CLASSES} classes of 1x28x28 images, {generated_images(drawer)}"
+        )
 
 
 def generated_images(drawer: Drawer) -> str:

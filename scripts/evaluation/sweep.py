@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,12 +12,15 @@ from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.common.errors import ScriptError
 from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.progress import Reporter
+from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.quality import Evaluator, Quality
 from scripts.evaluation.samples import draw_samples
 from scripts.evaluation.tables import (
+    CLIP_COLUMNS,
     MANIFOLD,
     SWEEP_COLUMNS,
     Figures,
+    as_clip_row,
     as_sweep_row,
     as_table,
     too_few_images,
@@ -31,49 +34,71 @@ FEWEST_MISTAKES = 1e-4  # lower limit of plotted error rates, since a logarithmi
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The values that all settings of a sweep share, and the JSON file with the results."""
+    """The values that all settings of a sweep share, and the JSON file with the results.
+
+    With a scorer, the results have the mean CLIP similarity of an image and the prompt of its digit.
+    """
 
     drawer: Drawer
     evaluator: Evaluator
     file: Path
     seed: int
     batch_size: int
+    scorer: ClipScorer | None = None
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
         """Returns the results of each setting, in order. Raises ScriptError if the file belongs to another sweep."""
         kept, figures = self._read(), []
-        reporter.line(" | ".join(SWEEP_COLUMNS))
+        reporter.line(" | ".join(self._columns))
         for options in settings:
-            row = next((row for row in kept if row["options"] == asdict(options)), None)
+            row = next((row for row in kept if row["options"] == options.facts), None)
             if row is None:
                 evaluations = options.evaluations(self.drawer.checkpoint.schedule)
-                row = {"options": asdict(options), "evaluations": evaluations, **self._evaluate(options, reporter)}
+                row = {"options": options.facts, "evaluations": evaluations, **self._evaluate(options, reporter)}
                 kept.append(row)
                 self._write(kept)
-                reporter.line(" | ".join(as_sweep_row(row)))
+                reporter.line(" | ".join(self._cells(row)))
             figures.append(row)
         return figures
 
     def as_markdown(self, rows: list[Figures]) -> str:
         """Returns a Markdown table of the rows and of real digits, with a caption."""
         evaluator = self.evaluator
-        lines = [as_sweep_row(row) for row in (*rows, self._real)]
+        lines = [self._cells(row) for row in (*rows, self.real)]
+        measured = "Distances" if self.scorer else "Accuracy and distances"
         caption = (
             f"{evaluator.num_images:,} digits per setting, seed {self.seed}, compared with the "
-            f"{evaluator.references.name} split. Accuracy and distances are measured with the extractor."
+            f"{evaluator.references.name} split. {measured} are measured with the extractor."
         )
         note = too_few_images(evaluator.num_compared)
-        return f"{as_table(SWEEP_COLUMNS, lines)}\n{caption}\n" + (f"\n{note}\n" if note else "")
+        return f"{as_table(self._columns, lines)}\n{caption}\n" + (f"\n{note}\n" if note else "")
 
     @property
-    def _real(self) -> Figures:
+    def _columns(self) -> tuple[str, ...]:
+        return CLIP_COLUMNS if self.scorer else SWEEP_COLUMNS
+
+    def _cells(self, row: Figures) -> list[str]:
+        return as_clip_row(row) if self.scorer else as_sweep_row(row)
+
+    @property
+    def real(self) -> Figures:
         """The metrics of real digits, with the same fields as a row."""
-        manifold, seen = self.evaluator.real_manifold, self.evaluator.real_extractor
+        evaluator = self.evaluator
+        manifold, seen = evaluator.real_manifold, evaluator.real_extractor
+        further: Figures = {}
+        if self.scorer:
+            further = {
+                "judge": evaluator.real_judge.accuracy,
+                "judge_worst": min(evaluator.real_judge.per_digit),
+                "frechet": evaluator.real_frechet,
+                "similarity": self.scorer.score(evaluator.references.held_out).similarity,
+            }
         return {
             "extractor": seen.accuracy,
             "extractor_worst": min(seen.per_digit),
             "frechet_ratio": None if too_few_images(self.evaluator.num_compared) else 1.0,
             **{name: getattr(manifold, name) for name in MANIFOLD},
+            **further,
         }
 
     @property
@@ -87,6 +112,7 @@ class Sweep:
             "judge_sha256": evaluator.judge.sha256,
             "extractor_sha256": evaluator.extractor.sha256,
             "seed": self.seed,
+            **({"clip_sha256": self.scorer.sha256} if self.scorer else {}),
         }
 
     def _evaluate(self, options: DrawingOptions, reporter: Reporter) -> Figures:
@@ -99,17 +125,18 @@ class Sweep:
             batch_size=self.batch_size,
         )
         quality, _ = self.evaluator.evaluate(digits, reporter)
-        return brief(quality)
+        similarity = {"similarity": self.scorer.score(digits).similarity} if self.scorer else {}
+        return {**brief(quality), **similarity}
 
     def _read(self) -> list[Figures]:
         try:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:
-                different = "another checkpoint, seed, split, number of images or --compile mode"
+                different = "another checkpoint, CLIP model, seed, split, number of images or --compile mode"
                 raise ScriptError(f"{self.file} has results of {different}. Choose another folder for --out")
             rows: list[Figures] = content["figures"]
             for row in rows:
-                as_sweep_row(row)
+                self._cells(row)
         except FileNotFoundError:
             return []
         except (ValueError, KeyError, TypeError) as error:
@@ -117,7 +144,7 @@ class Sweep:
         return rows
 
     def _write(self, rows: list[Figures]) -> None:
-        write_json(self.file, {"sweep": self._identity, "real": self._real, "figures": rows})
+        write_json(self.file, {"sweep": self._identity, "real": self.real, "figures": rows})
 
 
 def brief(quality: Quality) -> Figures:

@@ -19,6 +19,18 @@ SETTING = ("sampler", "steps", "guidance")
 MANIFOLD = ("precision", "recall", "coverage")
 FRECHET_RATIO = "ratio to real digits"  # the Fréchet distance divided by that of real digits
 SWEEP_COLUMNS = (*SETTING, "network calls", "accuracy (extractor)", "worst digit", "Fréchet ratio", *MANIFOLD)
+CLIP_COLUMNS = (
+    "guidance",
+    "CLIP guidance",
+    "accuracy (extractor)",
+    "accuracy (judge)",
+    "worst digit (judge)",
+    "Fréchet distance",
+    FRECHET_RATIO,
+    "recall",
+    "coverage",
+    "CLIP similarity",
+)
 RUN_COLUMNS = (
     "run",
     *SETTING,
@@ -75,8 +87,15 @@ def fixed(value: float | None, digits: int) -> str:
 def as_setting(options: dict[str, Any]) -> list[str]:
     """Returns sampler, steps and guidance. `options` are DrawingOptions as a JSON object."""
     guidance = options["guidance"]
-    scale_and_interval = f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
-    return [options["sampler"], str(options["num_steps"]), "off" if guidance["scale"] == 1 else scale_and_interval]
+    return [
+        options["sampler"],
+        str(options["num_steps"]),
+        "off" if guidance["scale"] == 1 else _scale_and_interval(guidance),
+    ]
+
+
+def _scale_and_interval(guidance: dict[str, Any]) -> str:
+    return f"{guidance['scale']:g} in {guidance['start']}-{guidance['stop']}"
 
 
 def as_sweep_row(figures: Figures) -> list[str]:
@@ -95,6 +114,21 @@ def as_sweep_row(figures: Figures) -> list[str]:
         f"{figures['extractor_worst']:.2%}",
         fixed(figures["frechet_ratio"], 2),
         *(f"{figures[name]:.3f}" for name in MANIFOLD),
+    ]
+
+
+def as_clip_row(figures: Figures) -> list[str]:
+    """Returns the cells of CLIP_COLUMNS. `figures` without options are those of real digits."""
+    setting = ["real digits", ""]
+    if "options" in figures:
+        clip = figures["options"].get("clip")
+        setting = [as_setting(figures["options"])[-1], _scale_and_interval(clip["guidance"]) if clip else "off"]
+    return [
+        *setting,
+        *(f"{figures[name]:.2%}" for name in ("extractor", "judge", "judge_worst")),
+        fixed(figures["frechet"], 4),
+        fixed(figures["frechet_ratio"], 2),
+        *(f"{figures[name]:.3f}" for name in ("recall", "coverage", "similarity")),
     ]
 
 

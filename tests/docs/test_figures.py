@@ -8,11 +8,14 @@ import pytest
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
 from model.clip import EMBEDDED
+from model.clip_guidance import START, STOP
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
 from scripts.common.mnist import load_mnist
 from scripts.evaluation.classifiers import load_classifier, probabilities_of
-from scripts.evaluation.tables import FRECHET_RATIO, as_column, as_run, as_sweep_row, read_evaluation
+from scripts.evaluation.clip_attributes import ATTRIBUTES, Comparison, as_markdown
+from scripts.evaluation.clip_guidance import SCALE
+from scripts.evaluation.tables import FRECHET_RATIO, as_clip_row, as_column, as_run, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -69,6 +72,7 @@ SWEEPS = sorted({*RESULTS.rglob("guidance.json"), *RESULTS.rglob("steps.json")})
 MACHINES = sorted(path for path in (RESULTS / "benchmarks").iterdir() if path.is_dir())
 ABLATIONS = (DOCS / "ablations.md").read_text("utf-8")
 EVALUATION = (DOCS / "evaluation.md").read_text("utf-8")
+CLIP_GUIDANCE = EVALUATION.split("\n## CLIP guidance\n")[1].split("\n## ")[0]
 
 
 def named(paths: list[Path]) -> list[str]:
@@ -194,12 +198,45 @@ def test_fog_table_matches_the_file() -> None:
 def test_clip_figures_match_the_evaluation_and_the_model_metadata() -> None:
     seen = read_evaluation(RESULTS / "ablations" / "seed-0" / "ddpm")["clip"]
     training = json.loads((EMBEDDED / "open_clip_config.json").read_text())["training"]
-    rows = [cells(line) for line in EVALUATION.split("\n## CLIP")[1].splitlines() if line.startswith("|")]
+    rows = [
+        cells(line)
+        for line in EVALUATION.split("\n## CLIP\n")[1].split("\n## ")[0].splitlines()
+        if line.startswith("|")
+    ]
     shares = {row[0]: row[1] for row in rows if len(row) == 2}
     assert shares["real test digits"] == f"{seen['real']['recognised']:.2%}" == f"{training['test']['recognised']:.2%}"
     assert shares["real validation digits"] == f"{training['validation']['recognised']:.2%}"
     assert f"{seen['drawn']['recognised']:.2%}" in shares.values()
     assert seen["real"]["tells_noise"] == 1
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_tables_of_clip_guidance_match_the_files(split: str) -> None:
+    content = json.loads((RESULTS / f"clip-guidance.{split}.json").read_text())
+    table = [as_written(as_clip_row(row)) for row in (*content["figures"], content["real"])]
+    assert "\n".join(table) in CLIP_GUIDANCE
+    assert content["sweep"]["split"] == split
+    assert content["sweep"]["weights_sha256"] == load(SHIPPED).weights_sha256
+
+
+def test_clip_guidance_reaches_the_stated_accuracy_and_similarity() -> None:
+    content = json.loads((RESULTS / "clip-guidance.test.json").read_text())
+    off, clip, guided, both = content["figures"]
+    recommended = {"scale": SCALE, "start": START, "stop": STOP}
+    assert clip["options"]["clip"]["guidance"] == both["options"]["clip"]["guidance"] == recommended
+    assert guided["options"]["guidance"] == asdict(load(SHIPPED).config.guidance_of("ddpm"))
+    assert content["sweep"]["num_images"] == 2000
+    assert off["judge"] < 0.99 <= clip["judge"]
+    assert both["judge"] >= guided["judge"]
+    assert off["similarity"] < clip["similarity"] and guided["similarity"] < both["similarity"]
+
+
+def test_table_of_attributes_matches_the_file_and_every_digit_changes_as_asked() -> None:
+    content = json.loads((RESULTS / "clip-attributes.json").read_text())
+    comparisons = [Comparison(**row) for row in content["comparisons"]]
+    assert as_markdown(comparisons, content["recognised"]).strip() in CLIP_GUIDANCE
+    assert [(c.attribute, c.digit) for c in comparisons] == [(a.name, d) for a in ATTRIBUTES for d in range(10)]
+    assert max(comparison.p for comparison in comparisons) < 1e-3
 
 
 def test_evaluations_used_the_shipped_classifiers() -> None:

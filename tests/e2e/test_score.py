@@ -83,7 +83,8 @@ def test_child_process_ends_with_the_service(checkpoint: Path, number: signal.Si
         service = start_service(stack, checkpoint, UNFOG_CLIP="auto")
         assert score(service).status_code == 200
         (child,) = psutil.Process(service.process.pid).children()
-        ended = stack.enter_context(open(os.pidfd_open(child.pid)))
+        ended = os.pidfd_open(child.pid)
+        stack.callback(os.close, ended)
         service.process.signal(number)
         assert select.select([ended], [], [], TIMEOUT)[0]
 

@@ -105,7 +105,9 @@ def test_sweep_of_another_seed_or_damaged_file_is_rejected(
     inputs: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "steps.json").write_bytes((swept / "steps.json").read_bytes())
-    assert "another checkpoint, seed" in error_of(["steps", *arguments(inputs, tmp_path), "--seed=0"], capsys)
+    assert "another checkpoint, CLIP model, seed" in error_of(
+        ["steps", *arguments(inputs, tmp_path), "--seed=0"], capsys
+    )
     content = json.loads((swept / "steps.json").read_text())
     del content["figures"][0]["evaluations"]
     for damaged in ([], content):

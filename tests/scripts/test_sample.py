@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, SHIPPED_FAST
+from model.clip import EMBEDDED, Clip, digit_prompt
 from model.compiled.compiler import library_of
 from model.files import write_atomically
 from model.png import encode_png
@@ -113,6 +115,9 @@ def test_without_a_seed_a_random_seed_is_used_and_printed(
         ["--digit", "1", "--seed", "9" * 10_000],
         ["--digit", "1", "--guidance-scale", "nan"],
         ["--digit", "1", "--guidance-scale", "0.5"],
+        ["--digit", "1", "--clip-guidance-scale", "11"],
+        ["--digit", "1", "--clip-prompt", "a seven"],
+        ["--digit", "1", "--clip-guidance-scale", "1", "--clip-model", "nowhere"],
         ["--digit", "1", "--sampler", "euler"],
         ["--digit", "1", "--checkpoint", "nowhere.safetensors"],
         ["--digit", "1", "--colour", "red"],
@@ -364,6 +369,8 @@ def test_picture_of_another_checkpoint_is_refused_with_both_digests(
         ["--num-steps", "2"],
         ["--guidance-scale", "1"],
         ["--guidance-start", "2"],
+        ["--clip-guidance-scale", "0"],
+        ["--clip-prompt", "a seven"],
         ["--out", "picture.jpg"],
         ["--out", "folder"],
     ],
@@ -375,3 +382,68 @@ def test_option_that_the_picture_determines_is_refused_with_like(
     assert like(tmp_path / "x.png", "--checkpoint", str(tiny), *wrong) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"sample: {wrong[0]} ")
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Returns a checkpoint with 100 timesteps, and a folder of pictures with CLIP guidance at t = 50."""
+    pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("clip")
+    path = save_tiny_checkpoint(folder / "tiny.safetensors", num_steps=100)
+    draw(path, folder / "own.png", "--digit=7", "--clip-guidance-scale=2.5", "--clip-prompt=a thick séven")
+    draw(path, folder / "one.png", "--digit=7", "--count=3", "--clip-guidance-scale=2")
+    draw(path, folder / "several.png", "--digit=7", "--digit=2", "--clip-guidance-scale=2")
+    draw(path, folder / "each", "--digit=7", "--digit=2", "--clip-guidance-scale=2")
+    draw(path, folder / "none.png", "--digit=7")
+    return path, folder
+
+
+def chunks_of_clip(path: Path) -> dict[str, str]:
+    with Image.open(path) as image:
+        text = image.text  # type: ignore[attr-defined]
+    return {name: value for name, value in text.items() if name.startswith("CLIP")}
+
+
+def test_png_with_clip_guidance_has_scale_prompt_and_model(with_clip: tuple[Path, Path]) -> None:
+    _, folder = with_clip
+    digest = {"CLIP-SHA256": Clip().sha256}
+    own = {"CLIP-Guidance-Scale": "2.5", "CLIP-Prompt": r'"a thick s\u00e9ven"'}
+    seven, two = ({"CLIP-Guidance-Scale": "2.0", "CLIP-Prompt": f'"{digit_prompt(d)}"'} for d in (7, 2))
+    assert chunks_of_clip(folder / "own.png") == own | digest
+    assert chunks_of_clip(folder / "one.png") == seven | digest
+    assert chunks_of_clip(folder / "several.png") == {"CLIP-Guidance-Scale": "2.0"} | digest
+    assert chunks_of_clip(folder / "each" / "digit-7-seed-5-0.png") == seven | digest
+    assert chunks_of_clip(folder / "each" / "digit-2-seed-5-0.png") == two | digest
+    assert chunks_of_clip(folder / "none.png") == {}
+
+
+@pytest.mark.parametrize("name", ["own.png", "one.png", "several.png", "each/digit-2-seed-5-0.png", "none.png"])
+def test_picture_with_clip_guidance_is_generated_again(
+    with_clip: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path, folder = with_clip
+    assert like(folder / name, f"--checkpoint={path}", f"--out={tmp_path / 'again.png'}", "--batch-size=2") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"{folder / name} is identical"
+    assert (tmp_path / "again.png").read_bytes() == (folder / name).read_bytes()
+
+
+def test_picture_of_another_clip_model_is_refused_with_both_digests(
+    with_clip: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = with_clip
+    other = tmp_path / "other"
+    shutil.copytree(EMBEDDED, other)
+    weights = load_file(other / "open_clip_model.safetensors")
+    save_file({**weights, "logit_scale": weights["logit_scale"] + 1}, other / "open_clip_model.safetensors")
+    assert like(folder / "own.png", f"--checkpoint={path}", f"--clip-model={other}") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"was generated with the CLIP model {Clip().sha256}, but {other} has {Clip(str(other)).sha256}." in said
+
+
+def test_clip_model_is_refused_for_a_picture_without_clip_guidance(
+    with_clip: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = with_clip
+    assert like(folder / "none.png", f"--checkpoint={path}", "--clip-model=embedded") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "--clip-model has no effect" in said

@@ -1,14 +1,19 @@
 import dataclasses
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from model import checkpoint
+from model.clip import Clip
+from model.clip_guidance import START, STOP
 from model.compiled.compiler import CompilerError, default_cache
+from model.pixels import to_pixels
 from model.sampler import Guidance, sample
 from model.step import ReverseStep, Step, Stepped
 from scripts.common import drawing
@@ -206,3 +211,68 @@ def test_unsupported_or_ineffective_options_are_rejected(tmp_path: Path, wrong: 
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     with pytest.raises(ScriptError, match=r"too large|--guidance-start must not|guidance is off"):
         options_from(request(**wrong), loaded)
+
+
+@pytest.fixture(scope="module")
+def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with 100 timesteps, as many as the default interval of CLIP guidance is made for."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("clip") / "tiny.safetensors", num_steps=100)
+
+
+def draw_with_clip(path: Path, y: Tensor, batch_size: int = 64, **given: Any) -> Tensor:
+    """Returns the pixels of images with 4 steps, of which those at t = 50 and t = 25 have CLIP guidance."""
+    loaded = checkpoint.load(path)
+    options = options_from(request(num_steps=4, **given), loaded)
+    index = torch.arange(len(y))
+    with Reporter() as reporter:
+        return to_pixels(Drawer(loaded).draw(y, index, options, reporter, seed=6, batch_size=batch_size))
+
+
+def test_image_with_clip_guidance_has_the_same_pixels_for_every_batch_size(long_checkpoint: Path) -> None:
+    pytest.importorskip("open_clip")
+    y = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5])
+    one, three, all_ = (draw_with_clip(long_checkpoint, y, size, clip_guidance_scale=2.0) for size in (1, 3, 64))
+    assert torch.equal(one, all_)
+    assert torch.equal(three, all_)
+    assert not torch.equal(all_, draw_with_clip(long_checkpoint, y))
+
+
+def test_default_prompt_is_that_of_each_digit(long_checkpoint: Path) -> None:
+    pytest.importorskip("open_clip")
+    y = torch.tensor([7, 2, 7])
+    both = draw_with_clip(long_checkpoint, y, clip_guidance_scale=5.0)
+    of_prompt = {
+        word: draw_with_clip(long_checkpoint, y, clip_guidance_scale=5.0, clip_prompt=f"a handwritten digit {word}")
+        for word in ("seven", "two")
+    }
+    assert torch.equal(both[[0, 2]], of_prompt["seven"][[0, 2]])
+    assert torch.equal(both[1], of_prompt["two"][1])
+    assert not torch.equal(both[1], of_prompt["seven"][1])
+
+
+def test_options_without_clip_guidance_have_no_field_about_it(long_checkpoint: Path) -> None:
+    pytest.importorskip("open_clip")
+    loaded = checkpoint.load(long_checkpoint)
+    assert set(options_from(request(), loaded).facts) == {"sampler", "num_steps", "guidance"}
+    assert options_from(request(clip_guidance_scale=1.5, clip_prompt="a seven"), loaded).facts["clip"] == {
+        "guidance": {"scale": 1.5, "start": START, "stop": STOP},
+        "prompt": "a seven",
+        "model": "embedded",
+        "sha256": Clip().sha256,
+    }
+
+
+@pytest.mark.parametrize("given", [{"clip_prompt": "a seven"}, {"clip_model": "embedded"}], ids=str)
+def test_clip_option_without_a_scale_is_rejected(long_checkpoint: Path, given: dict[str, str]) -> None:
+    option = f"--{next(iter(given))}".replace("_", "-")
+    with pytest.raises(ScriptError, match=f"^{option} needs a --clip-guidance-scale above 0"):
+        options_from(request(**given), checkpoint.load(long_checkpoint))
+
+
+def test_missing_open_clip_is_reported_with_the_command_that_installs_it(
+    long_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    drawing.load_clip.cache_clear()
+    with pytest.raises(ScriptError, match=r"pip install -e '\.\[clip\]'$"):
+        options_from(request(clip_guidance_scale=1.0), checkpoint.load(long_checkpoint))
