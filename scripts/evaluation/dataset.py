@@ -18,7 +18,7 @@ from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import Classifier, load_classifier, probabilities_of
-from scripts.evaluation.dataset_card import CARD, card, command_of, is_off
+from scripts.evaluation.dataset_card import CARD, card, command_of
 from scripts.evaluation.dataset_files import Rows, write_idx, write_pngs
 from scripts.evaluation.parquet import write_parquet
 from scripts.evaluation.samples import FACTS, generated_images
@@ -112,13 +112,10 @@ def labels_of(num_images: tuple[int, ...]) -> np.ndarray:
 def differing_facts(begun: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """Returns the names of the facts in which a run differs from the data set that it would continue.
 
-    Data sets of earlier releases lack the numbers per digit, which were equal, and the options that did not exist.
+    Data sets of earlier releases lack the numbers per digit, which were equal.
     """
     begun = {"num_images": list(equal_numbers(int(begun.get("count", 0)))), **begun}
     begun = {name: value for name, value in begun.items() if name not in RESULTS}
-    new = facts["options"].keys() - begun.get("options", {}).keys()
-    off = {name for name in new if is_off(facts["options"][name])}
-    facts = {**facts, "options": {name: value for name, value in facts["options"].items() if name not in off}}
     return sorted(name for name in {*begun, *facts} if begun.get(name) != facts.get(name))
 
 

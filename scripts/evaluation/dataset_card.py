@@ -54,11 +54,6 @@ def command_of(request: DrawingRequest, facts: dict[str, Any]) -> str:
     return shlex.join(["python", "-m", "scripts.make_dataset", *words])
 
 
-def is_off(option: Any) -> bool:
-    """Returns True for the value of an option that changes no image, such as a scale of 0."""
-    return not (option.get("scale", True) if isinstance(option, dict) else option)
-
-
 def as_cell(value: Any) -> str:
     """Returns the value as JSON, for a cell of a Markdown table."""
     return json.dumps(value).replace("|", "\\|")
@@ -106,16 +101,15 @@ def _training_data(checkpoint: Checkpoint) -> str:
 
 
 def _generation(facts: dict[str, Any], checkpoint: Checkpoint, command: str) -> str:
-    options = dict(facts["options"])
-    guidance = options.pop("guidance")
-    guided = f"scale {guidance['scale']:g} at t = {guidance['start']} to {guidance['stop']}"
+    options = facts["options"]
+    guidance, clip = options["guidance"], options.get("clip")
     rows = {
         "SHA-256 of the checkpoint": f"`{checkpoint.sha256}`",
         "SHA-256 of its weights": f"`{facts['weights_sha256']}`",
-        "sampler": f"`{options.pop('sampler')}`",
-        "steps": options.pop("num_steps"),
-        "guidance": "off" if guidance["scale"] == 1 else guided,
-        **{name.replace("_", " "): as_cell(value) for name, value in options.items() if not is_off(value)},
+        "sampler": f"`{options['sampler']}`",
+        "steps": options["num_steps"],
+        "guidance": "off" if guidance["scale"] == 1 else _guided(guidance),
+        **(_clip_rows(clip) if clip else {}),
         "seed": facts["seed"],
         "device, precision": f"{facts['device']}, {facts['dtype']}, {'' if facts['compiled'] else 'not '}compiled",
     }
@@ -124,6 +118,20 @@ def _generation(facts: dict[str, Any], checkpoint: Checkpoint, command: str) -> 
         f"## How it was made\n\n| | |\n| --- | --- |\n{table}\n\n"
         f"This command makes the data set again. It needs a file with the checkpoint above:\n\n```bash\n{command}\n```"
     )
+
+
+def _guided(guidance: dict[str, Any]) -> str:
+    return f"scale {guidance['scale']:g} at t = {guidance['start']} to {guidance['stop']}"
+
+
+def _clip_rows(clip: dict[str, Any]) -> dict[str, str]:
+    prompt = '"a handwritten digit zero" to "nine"' if clip["prompt"] is None else as_cell(clip["prompt"])
+    return {
+        "CLIP guidance": _guided(clip["guidance"]),
+        "prompt": prompt,
+        "CLIP model": as_cell(clip["model"]),
+        "SHA-256 of the CLIP weights": f"`{clip['sha256']}`",
+    }
 
 
 def _numbers(facts: dict[str, Any]) -> str:

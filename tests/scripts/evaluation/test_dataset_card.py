@@ -47,12 +47,16 @@ def test_size_category_is_that_of_the_number_of_images(tmp_path: Path, count: in
     assert yaml.safe_load(card(facts, loaded, "command").split("---\n")[1])["size_categories"] == [category]
 
 
-def test_options_that_are_off_are_left_out_and_others_are_stated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("prompt", "stated"), [("a | b", '"a \\| b"'), (None, '"a handwritten digit zero" to "nine"')])
+def test_clip_guidance_is_stated(tmp_path: Path, prompt: str | None, stated: str) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    more = {"clip": {"scale": 0.0}, "prompt": None}
-    assert card({**FACTS, "options": {**FACTS["options"], **more}}, loaded, "c") == card(FACTS, loaded, "c")
-    more = {"clip_prompt": "a | b"}
-    assert '| clip prompt | "a \\| b" |' in card({**FACTS, "options": {**FACTS["options"], **more}}, loaded, "c")
+    guidance = {"scale": 1.5, "start": 5, "stop": 60}
+    clip = {"guidance": guidance, "prompt": prompt, "model": "embedded", "sha256": "c" * 64}
+    text = card({**FACTS, "options": {**FACTS["options"], "clip": clip}}, loaded, "command")
+    assert "| CLIP guidance | scale 1.5 at t = 5 to 60 |" in text
+    assert f"| prompt | {stated} |" in text
+    assert f"| SHA-256 of the CLIP weights | `{'c' * 64}` |" in text
+    assert "CLIP" not in card(FACTS, loaded, "command")
 
 
 @pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST])
