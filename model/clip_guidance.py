@@ -25,7 +25,7 @@ MAX_CLIP_GUIDANCE_SCALE = 10
 # float32 sums. An image then gets the same gradient with any other images.
 CALL_ROWS = 8
 # The default interval of timesteps: docs/evaluation.md shows how it was chosen.
-START, STOP = 40, 70
+START, STOP = 40, 75
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,7 +341,8 @@ def _add_clip_guidance(parser: argparse.ArgumentParser) -> None:
         type=file_to_write(".png"),
         required=True,
         help="plot to write, a .png file; the table is written to a .md file with the same name, and the results to a "
-        ".validation.json and a .test.json file, from which a stopped run continues",
+        ".validation.json and a .test.json file, from which a stopped run continues. The plot and the table show all "
+        "results of these files, also those of earlier runs with other lists",
     )
     add_drawing_arguments(parser, seed=None, clip_guidance_scale=SCALE, without=("--seed", "--clip-prompt"))
 

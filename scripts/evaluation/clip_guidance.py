@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SCALES = (1.0, 2.0, 4.0)
-INTERVALS = ((5, 60), (20, 60), (30, 70), (40, 70))
+SCALES = (2.0, 4.0, 8.0)
+INTERVALS = ((20, 60), (30, 70), (40, 70), (40, 75))
 SEEDS = {"validation": 1, "test": 3}  # settings are not chosen with the seed of the published figures
-SCALE = 4.0  # the recommended scale
+SCALE = 8.0  # the recommended scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ def evaluate_clip_guidance(request: DrawingRequest, sweep: ClipSweepRequest, rep
     """Measures CLIP guidance with and without classifier-free guidance. Writes a plot, a table and two JSON files.
 
     The sweep uses the validation split. The setting of the request is measured on the test split, with another seed. A
-    stopped run continues with the settings that the JSON files do not have. Raises CheckpointError or ScriptError.
+    stopped run continues with the settings that the JSON files do not have. The plot and the table show all results of
+    the files, so that a sweep can be extended. Raises CheckpointError or ScriptError.
     """
     if not request.clip_guidance_scale:
         raise ScriptError("--clip-guidance-scale must be above 0: it is the scale that is measured on the test split")
@@ -67,7 +68,8 @@ def evaluate_clip_guidance(request: DrawingRequest, sweep: ClipSweepRequest, rep
     tables = []
     for split, (guidances, num_images) in chosen.items():
         one = _sweep(split, num_images, drawer, scorer, sweep, request.batch_size)
-        rows = one.run(list(_settings(own, guidances)), reporter)
+        one.run(_settings(own, guidances), reporter)
+        rows = one.results()  # also those of earlier runs with other lists
         tables.append(f"{split.capitalize()} split:\n\n{one.as_markdown(rows)}")
         reporter.line(tables[-1])
         if split == "validation":

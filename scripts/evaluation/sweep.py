@@ -48,7 +48,7 @@ class Sweep:
 
     def run(self, settings: Iterable[DrawingOptions], reporter: Reporter) -> list[Figures]:
         """Returns the results of each setting, in order. Raises ScriptError if the file belongs to another sweep."""
-        kept, figures = self._read(), []
+        kept, figures = self.results(), []
         reporter.line(" | ".join(self._columns))
         for options in settings:
             row = next((row for row in kept if row["options"] == options.facts), None)
@@ -128,7 +128,8 @@ class Sweep:
         similarity = {"similarity": self.scorer.score(digits).similarity} if self.scorer else {}
         return {**brief(quality), **similarity}
 
-    def _read(self) -> list[Figures]:
+    def results(self) -> list[Figures]:
+        """Returns the results in the file. Raises ScriptError if the file belongs to another sweep."""
         try:
             content = json.loads(self.file.read_text())
             if content["sweep"] != self._identity:

@@ -126,7 +126,8 @@ def test_stopped_sweep_continues_with_the_missing_settings(
     run(inputs, tmp_path / "swept.png", *changed)
     assert [(g.scale, g.start, g.stop) for g in drawn] == [(5, 1, 50)]
     table = (tmp_path / "swept.md").read_text()
-    assert table.count("| off | 5 in 40-60 |") == table.count("| off | 5 in 1-50 |") == 1
+    shown = ["off | off", "off | 2 in 40-60", "off | 5 in 40-60", "off | 5 in 1-50", "2 in 2-60 | 2 in 40-60"]
+    assert [table.count(f"| {setting} |") for setting in shown] == [2, 1, 1, 1, 1]  # those of earlier runs, too
 
 
 def test_plot_has_a_line_for_each_interval_that_starts_without_clip_guidance() -> None:
