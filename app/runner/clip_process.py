@@ -75,11 +75,13 @@ class ClipProcess:
         return self._process.pid if self._process else None
 
     def close(self) -> None:
-        """Ends the process. A call that is in progress and all later ones raise RuntimeError."""
+        """Ends the process. A call that is in progress and all later ones raise RuntimeError. Does not block."""
         with self._lock:
             self._is_closed = True
             if self._process:
                 self._process.kill()
+                # Without a wait, the process would remain as a zombie. Its end can take long on a busy CPU.
+                threading.Thread(target=self._process.wait, daemon=True).start()
 
     def _connected(self) -> "Connection[object, object]":
         with self._lock:
