@@ -19,9 +19,13 @@ class ClipModel:
     """A CLIP model on the device of the runner, and the child process for embeddings."""
 
     def __init__(self, model: Clip, prompts: Sequence[str] = ()) -> None:
-        """Embeds `prompts` at once, in this process. Use it for the default prompts, which then never wait."""
+        """Embeds `prompts` at once, in this process. Use it for the default prompts, which then do not wait.
+
+        They are embedded on the CPU, like all other prompts, because a GPU rounds differently.
+        """
         self.clip, self.info = model, ClipInfo(name_without_folders(model.name), model.sha256)
-        self.known = {prompt: embed(model, [prompt])[0] for prompt in prompts}
+        on_cpu = model if model.device.type == "cpu" else Clip(model.name)
+        self.known = {prompt: embed(on_cpu, [prompt])[0] for prompt in prompts}
         self.process = ClipProcess(model.name)
 
     @classmethod

@@ -180,9 +180,10 @@ class Drawer:
         """Returns the embedding of the prompt of each image, (N, E)."""
         prompts = {digit: clip.prompt_of(self.class_names[digit]) for digit in digits}
         # Each prompt is embedded alone, because the number of prompts in a call changes the order of float32 sums.
-        embed = load_clip(clip.model, self.device).embed_prompts
+        # It is embedded on the CPU, as in the service, because a GPU rounds differently.
+        embed = load_clip(clip.model).embed_prompts
         embedded = {prompt: embed([prompt])[0] for prompt in prompts.values()}
-        return torch.stack([embedded[prompts[digit]] for digit in digits])
+        return torch.stack([embedded[prompts[digit]] for digit in digits]).to(self.device)
 
     def _clip_guided(self, options: DrawingOptions, text: Tensor) -> Step:
         """Returns the step for a batch whose prompts have the embeddings `text` (B, E)."""
