@@ -21,7 +21,7 @@ COPY pyproject.toml constraints.txt ./
 # EXTRAS names further extras of pyproject.toml, separated by spaces. The extra `clip` needs torchvision, whose build must
 # be for the same platform as that of PyTorch.
 ARG EXTRAS=
-RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; print(*project["dependencies"], *(each for name in sys.argv[1:] for each in extras[name]), sep="\n")' \
+RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; found = [each for name in sys.argv[1:] for each in extras[name]]; own = [each for each in found if each.startswith(project["name"] + "[")]; own and sys.exit(f"EXTRAS needs {own[0]}, which is not on a package index. Name only extras of the service: clip"); print(*project["dependencies"], *found, sep="\n")' \
       traces $EXTRAS > requirements.txt
 ARG TORCH_INDEX=
 # The tested minor version. PyPI's build needs an NVIDIA driver that supports its CUDA version.

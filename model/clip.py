@@ -57,6 +57,12 @@ def is_prompt(text: str) -> bool:
     )
 
 
+def name_without_folders(name: str) -> str:
+    """Returns the name of a model, see Clip, without the folders of a path on this machine."""
+    architecture, separator, weights = name.partition(":")
+    return f"{architecture}:{Path(weights).name}" if separator else Path(name).name
+
+
 class Clip:
     """A CLIP model. The weights are float32 and do not change. Any number of threads may call it at the same time."""
 

@@ -36,7 +36,11 @@ _FORMS = {  # name of a chunk -> pattern of its value, and description for error
     "Model-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
 }
 _CLIP_FORMS = {
-    "CLIP-Guidance-Scale": (r"[0-9]{1,3}(?:\.[0-9]{1,20})?", f"a number above 0 and up to {MAX_CLIP_GUIDANCE_SCALE}"),
+    # A scale below 0.0001 is written with an exponent, such as 1e-05.
+    "CLIP-Guidance-Scale": (
+        r"[0-9]{1,3}(?:\.[0-9]{1,20})?(?:e-[0-9]{2,3})?",
+        f"a number above 0 and up to {MAX_CLIP_GUIDANCE_SCALE}",
+    ),
     "CLIP-Prompt": (r'"[ -~]{1,2500}"', f"a JSON string of 1 to {MAX_PROMPT_LENGTH} characters, in ASCII"),
     "CLIP-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
 }

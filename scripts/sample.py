@@ -6,6 +6,7 @@ With --like, generates a picture again from its text chunks, and says whether it
 import argparse
 import secrets
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,13 +121,13 @@ def _provenance(drawer: Drawer, options: DrawingOptions, seed: int, digit: int |
         num_steps=options.num_steps,
         guidance_scale=options.guidance.scale,
         model_sha256=drawer.checkpoint.sha256,
-        clip=_clip_provenance(options.clip, str(digit)) if options.clip else None,
+        clip=_clip_provenance(options.clip, str(digit), drawer.class_names) if options.clip else None,
     )
 
 
-def _clip_provenance(clip: ClipOptions, digits: str) -> ClipProvenance:
+def _clip_provenance(clip: ClipOptions, digits: str, class_names: Sequence[str]) -> ClipProvenance:
     """Returns the CLIP guidance of images of one digit, or of a sheet of digits that are separated by commas."""
-    prompt = clip.prompt_of(int(digits)) if digits.isdecimal() else clip.prompt
+    prompt = clip.prompt_of(class_names[int(digits)]) if digits.isdecimal() else clip.prompt
     return ClipProvenance(clip.guidance.scale, prompt, clip.sha256)
 
 

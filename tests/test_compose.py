@@ -206,6 +206,10 @@ def test_image_installs_the_requirements_of_the_extras_of_its_build_argument() -
         command = [sys.executable, "-c", program, *names]
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
         assert printed == [*project["dependencies"], *(each for name in names for each in extras[name])]
+    # pip would look for a package with the name of the project on the index.
+    refused = subprocess.run([sys.executable, "-c", program, "parquet"], cwd=ROOT, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "EXTRAS needs unfog[train], which is not on a package index" in refused.stderr
     assert any(
         each.startswith("open_clip_torch") for each in extras["clip"]
     )  # the Dockerfile then installs torchvision

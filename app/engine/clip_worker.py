@@ -38,6 +38,7 @@ MAX_WAITING_PROMPTS = 1024  # requests whose prompts wait
 MAX_CACHED_PROMPTS = 1024
 BATCH = 8  # images of one call
 NEW_SHARE = 0.2  # weight of the newest call in the moving average of the seconds per embedding
+MAX_JUMP = 10.0  # a call counts at most as this multiple of the average, because it can include a start of the model
 LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
 
 Embedding = npt.NDArray[np.float32]  # (E,)
@@ -77,7 +78,8 @@ class ClipWorker:
         self._prompts: dict[Future[Any], _Work] = {}  # requests for embeddings of prompts, oldest first
         self._images: dict[Future[Any], _Work] = {}  # requests with images, oldest first
         self._cache: OrderedDict[str, Embedding] = OrderedDict()  # by prompt, the least recently used one first
-        self._seconds: float | None = None  # moving average for an embedding; None before the first call
+        self._is_started = False  # True after the first call
+        self._seconds: float | None = None  # moving average for an embedding; None before the second call
         self._closed_with: errors.UnfogError | None = None
         self._thread = threading.Thread(target=self._run, name="clip", daemon=True)
 
@@ -91,7 +93,7 @@ class ClipWorker:
                 return
             self._embedder, self._real_digits = embedder, real_digits
             self._cache.update(embedder.known)
-            self._add(self._images, _Work(self._real_parts()))
+            self._add(self._images, _Work(self._real_parts(), num_left=sum(map(len, real_digits))))
             self._thread.start()
 
     def embed_prompts(self, prompts: Sequence[str]) -> Future[Embeddings]:
@@ -189,14 +191,19 @@ class ClipWorker:
             return None if self._closed_with else next(iter((self._prompts or self._images).items()))
 
     def _run_part(self, work: _Work) -> None:
-        """Runs one part and measures its time. Raises StopIteration after the last part."""
+        """Runs one part and measures its time. Raises StopIteration after the last part.
+
+        The first call is not measured, because it starts the model, which takes seconds.
+        """
         start = time.perf_counter()
         count = next(work.parts)
         seconds = (time.perf_counter() - start) / count
         with self._condition:
-            work.num_left -= count
-            before = seconds if self._seconds is None else self._seconds
-            self._seconds = before + NEW_SHARE * (seconds - before)
+            work.num_left = max(0, work.num_left - count)  # a request can also embed the real digits
+            if self._is_started:
+                before = seconds if self._seconds is None else self._seconds
+                self._seconds = before + NEW_SHARE * (min(seconds, MAX_JUMP * before) - before)
+            self._is_started = True
 
     def _prompt_parts(self, prompts: Sequence[str]) -> Generator[int, None, Embeddings]:
         """Embeds the prompts that are not cached, one in each part."""

@@ -5,7 +5,6 @@ in a child process on the CPU, so that they do not delay the steps (see clip_pro
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -13,16 +12,20 @@ from app.engine.interface import ClipInfo, Embeddings, RunnerError
 from app.engine.job import Pixels
 from app.runner.clip_process import ClipProcess, embed
 from model import clip
-from model.clip import Clip, ClipError
+from model.clip import Clip, ClipError, name_without_folders
 
 
 class ClipModel:
     """A CLIP model on the device of the runner, and the child process for embeddings."""
 
     def __init__(self, model: Clip, prompts: Sequence[str] = ()) -> None:
-        """Embeds `prompts` at once, in this process. Use it for the default prompts, which then never wait."""
-        self.clip, self.info = model, ClipInfo(_name_for_clients(model.name), model.sha256)
-        self.known = {prompt: embed(model, [prompt])[0] for prompt in prompts}
+        """Embeds `prompts` at once, in this process. Use it for the default prompts, which then do not wait.
+
+        They are embedded on the CPU, like all other prompts, because a GPU rounds differently.
+        """
+        self.clip, self.info = model, ClipInfo(name_without_folders(model.name), model.sha256)
+        on_cpu = model if model.device.type == "cpu" else Clip(model.name)
+        self.known = {prompt: embed(on_cpu, [prompt])[0] for prompt in prompts}
         self.process = ClipProcess(model.name)
 
     @classmethod
@@ -49,9 +52,3 @@ class ClipModel:
     def close(self) -> None:
         """Ends the child process. A call that is in progress raises RuntimeError."""
         self.process.close()
-
-
-def _name_for_clients(name: str) -> str:
-    """Returns the name of a model without the folders of a path on the server."""
-    architecture, separator, weights = name.partition(":")
-    return f"{architecture}:{Path(weights).name}" if separator else Path(name).name

@@ -55,7 +55,7 @@ class ClipProcess:
     def call(self, batch: Sequence[str] | Sequence[Pixels]) -> Embeddings:
         """Returns the embeddings (N, E) of prompts or of images of one shape.
 
-        Raises the exception of the computation, and RuntimeError if the process has ended.
+        Raises the exception of the computation, and RuntimeError if the process ends during the call.
         """
         connection = self._connected()
         try:
@@ -75,16 +75,20 @@ class ClipProcess:
         return self._process.pid if self._process else None
 
     def close(self) -> None:
-        """Ends the process. A call that is in progress and all later ones raise RuntimeError."""
+        """Ends the process. A call that is in progress and all later ones raise RuntimeError. Does not block."""
         with self._lock:
             self._is_closed = True
             if self._process:
                 self._process.kill()
+                # Without a wait, the process would remain as a zombie. Its end can take long on a busy CPU.
+                threading.Thread(target=self._process.wait, daemon=True).start()
 
     def _connected(self) -> "Connection[object, object]":
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("the CLIP process is closed")
+            if self._process and self._process.poll() is not None:  # It has ended since the last call.
+                self._discard()
             if not self._process or not self._connection:
                 self._connection, own = Pipe()
                 path = [entry or str(Path.cwd()) for entry in sys.path]
@@ -96,11 +100,15 @@ class ClipProcess:
 
     def _end(self) -> None:
         with self._lock:
-            if self._process and self._connection:
-                self._connection.close()
-                self._process.kill()
-                self._process.wait()
-                self._process = self._connection = None
+            self._discard()
+
+    def _discard(self) -> None:
+        """Ends the process, if there is one. The lock must be held."""
+        if self._process and self._connection:
+            self._connection.close()
+            self._process.kill()
+            self._process.wait()
+            self._process = self._connection = None
 
 
 def main() -> None:

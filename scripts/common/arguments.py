@@ -22,7 +22,6 @@ CLIP_MODEL_HELP = (
     "ViT-B-32-quickgelu:FILE); default: the small model that ships with unfog"
 )
 CLIP_GUIDANCE = ("--clip-guidance-scale", "--clip-prompt", "--clip-model")  # the drawing options of CLIP guidance
-SMALLEST_CLIP_GUIDANCE_SCALE = 1e-4  # text chunks of pictures have no exponent
 Request = TypeVar("Request")
 
 
@@ -95,10 +94,8 @@ def guidance_scale(text: str) -> float:
 def scale_of_clip_guidance(text: str) -> float:
     """Argparse type of --clip-guidance-scale."""
     value = _number(text)
-    if value != 0 and not SMALLEST_CLIP_GUIDANCE_SCALE <= value <= MAX_CLIP_GUIDANCE_SCALE:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not 0 or a number from {SMALLEST_CLIP_GUIDANCE_SCALE} to {MAX_CLIP_GUIDANCE_SCALE}"
-        )
+    if not 0 <= value <= MAX_CLIP_GUIDANCE_SCALE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {MAX_CLIP_GUIDANCE_SCALE}")
     return value
 
 

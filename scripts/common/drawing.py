@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint
-from model.clip import EMBEDDED_NAME, Clip, ClipError, digit_prompt
+from model.clip import EMBEDDED_NAME, Clip, ClipError, default_prompt
 from model.clip_guidance import ClipGuidance, ClipGuidedStep
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
 from model.precision import fast_dtype
@@ -53,13 +53,13 @@ class ClipOptions:
     """CLIP guidance and the CLIP model that computes its gradient."""
 
     guidance: ClipGuidance
-    prompt: str | None  # None means the default prompt of each digit
+    prompt: str | None  # None means the default prompt of each class
     model: str  # name of the model, see model.clip.Clip
     sha256: str  # digest of the weights of the model
 
-    def prompt_of(self, digit: int) -> str:
-        """Returns the prompt for the images of a digit."""
-        return digit_prompt(digit) if self.prompt is None else self.prompt
+    def prompt_of(self, class_name: str) -> str:
+        """Returns the prompt for the images of a class. By default it is that of the service."""
+        return default_prompt(class_name) if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +178,12 @@ class Drawer:
 
     def _embedded_prompts(self, clip: ClipOptions, digits: list[int]) -> Tensor:
         """Returns the embedding of the prompt of each image, (N, E)."""
-        prompts = {digit: clip.prompt_of(digit) for digit in digits}
+        prompts = {digit: clip.prompt_of(self.class_names[digit]) for digit in digits}
         # Each prompt is embedded alone, because the number of prompts in a call changes the order of float32 sums.
-        embed = load_clip(clip.model, self.device).embed_prompts
+        # It is embedded on the CPU, as in the service, because a GPU rounds differently.
+        embed = load_clip(clip.model).embed_prompts
         embedded = {prompt: embed([prompt])[0] for prompt in prompts.values()}
-        return torch.stack([embedded[prompts[digit]] for digit in digits])
+        return torch.stack([embedded[prompts[digit]] for digit in digits]).to(self.device)
 
     def _clip_guided(self, options: DrawingOptions, text: Tensor) -> Step:
         """Returns the step for a batch whose prompts have the embeddings `text` (B, E)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint
+from model.clip import name_without_folders
 from scripts.common.drawing import DrawingRequest
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.dataset_files import IDX
@@ -47,6 +48,8 @@ def command_of(request: DrawingRequest, facts: dict[str, Any]) -> str:
         value = getattr(request, field.name)
         if field.name not in NOT_COPIED and value != field.default:
             given[field.name] = value.name if isinstance(value, Path) else value
+    if request.clip_model:
+        given["clip_model"] = name_without_folders(request.clip_model)
     given |= {"seed": facts["seed"], "compile": "on" if facts["compiled"] else "off"}
     if "min_confidence" in facts:
         given["min_confidence"] = facts["min_confidence"]
@@ -129,7 +132,7 @@ def _clip_rows(clip: dict[str, Any]) -> dict[str, str]:
     return {
         "CLIP guidance": _guided(clip["guidance"]),
         "prompt": prompt,
-        "CLIP model": as_cell(clip["model"]),
+        "CLIP model": as_cell(name_without_folders(clip["model"])),
         "SHA-256 of the CLIP weights": f"`{clip['sha256']}`",
     }
 

@@ -51,6 +51,7 @@ from app.main import create_app
 from app.server import connection, framing
 from app.settings import Settings
 from model.checkpoint import SHIPPED, SHIPPED_FAST, read_config
+from model.clip_guidance import START, STOP
 from model.inpainting import NUM_LEVELS
 from model.png import Provenance
 from tests.app.application import client_of, run
@@ -562,6 +563,10 @@ def test_documented_limits_of_pictures_are_those_of_the_code() -> None:
     assert values["text field of a multipart body"] == text
     strings = "JSON with pictures: bytes outside of strings, strings, backslashes"
     assert values[strings] == f"{text}, {uploads.MAX_STRINGS}, {uploads.MAX_ESCAPES:,}"
+
+
+def test_interval_of_clip_guidance_is_that_of_the_code() -> None:
+    assert f"CLIP guidance acts at the timesteps {START} to {STOP}." in API.text
 
 
 def test_every_documented_setting_exists() -> None:

@@ -154,10 +154,17 @@ def test_chunks_of_clip_guidance_are_parsed_again(prompt: str | None) -> None:
     assert Provenance.parse(text)[0] == written
 
 
+@pytest.mark.parametrize("scale", [5e-324, 1.2345678901234567e-05, 0.00012345678901234567, 10.0])
+def test_every_permitted_scale_of_clip_guidance_is_parsed_again(scale: float) -> None:
+    written = replace(PROVENANCE, clip=replace(CLIP, scale=scale))
+    assert Provenance.parse(written.text(0))[0] == written
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("CLIP-Guidance-Scale", "0"),
+        ("CLIP-Guidance-Scale", "0e-05"),
         ("CLIP-Guidance-Scale", "10.5"),
         ("CLIP-Guidance-Scale", "nan"),
         ("CLIP-Prompt", "a thick seven"),

@@ -14,20 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, SHIPPED_FAST
+from model.checkpoint import SHIPPED, SHIPPED_FAST, CheckpointConfig, Probe
 from model.clip import EMBEDDED, Clip, digit_prompt
 from model.compiled.compiler import library_of
 from model.files import write_atomically
 from model.png import encode_png
 from model.precision import fast_dtype
 from model.sampler import Guidance
+from model.schedule import ScheduleConfig
 from model.step import ReverseStep
 from scripts import sample
 from scripts.common import drawing
 from tests.model.tiny_checkpoint import tiny_checkpoint
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 from tests.shared_builds import SharedBuilds
-from tests.tiny import COMPILED
+from tests.tiny import COMPILED, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +416,17 @@ def test_png_with_clip_guidance_has_scale_prompt_and_model(with_clip: tuple[Path
     assert chunks_of_clip(folder / "each" / "digit-7-seed-5-0.png") == seven | digest
     assert chunks_of_clip(folder / "each" / "digit-2-seed-5-0.png") == two | digest
     assert chunks_of_clip(folder / "none.png") == {}
+
+
+def test_default_prompt_of_a_class_that_is_no_digit_names_the_class(tmp_path: Path) -> None:
+    pytest.importorskip("open_clip")
+    names = ("cat", "dog", *map(str, range(10)))
+    network = tiny_unet(image_size=28, num_steps=100, widths=(8, 8), num_classes=len(names))
+    config = CheckpointConfig(network.config, ScheduleConfig(), class_names=names, probe=Probe(num_steps=2))
+    checkpoint.save(tmp_path / "tiny.safetensors", network, config)
+    draw(tmp_path / "tiny.safetensors", tmp_path / "each", "--digit=1", "--digit=11", "--clip-guidance-scale=2")
+    prompts = [chunks_of_clip(tmp_path / "each" / f"digit-{k}-seed-5-0.png")["CLIP-Prompt"] for k in (1, 11)]
+    assert prompts == ['"a photo of a dog"', f'"{digit_prompt(9)}"']
 
 
 @pytest.mark.parametrize("name", ["own.png", "one.png", "several.png", "each/digit-2-seed-5-0.png", "none.png"])

@@ -226,6 +226,26 @@ def test_request_that_would_be_late_is_refused_with_the_seconds_after_which_it_f
         hold.end()
 
 
+def test_start_of_the_model_does_not_lengthen_the_predicted_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    durations = iter([5.0, *[0.01] * 100])
+
+    def advance(batch: Sequence[Any]) -> None:
+        clock[0] += len(batch) * next(durations)
+
+    monkeypatch.setattr(clip_worker.time, "perf_counter", lambda: clock[0])
+    worker = ClipWorker()
+    worker.open(FakeClip(on_call=advance), REAL_DIGITS)
+    result(worker.score(images(*range(BATCH)), ["new"], 30))
+    assert worker._seconds == pytest.approx(0.01)
+    durations = iter([5.0, 0.01])  # the model starts again
+    result(worker.score(images(1), ["newer"], 30))
+    worker.close(errors.Draining(1))
+    worker.join(WAIT_SECONDS)
+    assert worker._seconds is not None
+    assert worker._seconds < 0.03
+
+
 def test_prompts_that_are_not_cached_count_in_the_predicted_time() -> None:
     hold = Hold()
     with opened(FakeClip(on_call=hold)) as worker:

@@ -109,3 +109,9 @@ def test_known_prompts_have_the_bits_of_the_child_process(embedded: ClipModel) -
     """An embedding must not depend on whether a prompt was embedded at the start."""
     for prompt in PROMPTS:
         assert np.array_equal(embedded.known[prompt], embedded.embed_prompts([prompt])[0])
+
+
+def test_known_prompts_are_embedded_on_the_cpu_if_guidance_is_on_a_gpu(embedded: ClipModel) -> None:
+    on_gpu = Clip()
+    on_gpu.device = torch.device("cuda")  # without a GPU, only the attribute differs
+    assert np.array_equal(ClipModel(on_gpu, PROMPTS).known[PROMPTS[0]], embedded.known[PROMPTS[0]])

@@ -64,12 +64,33 @@ def test_failed_call_raises_its_error_and_the_process_goes_on(process: ClipProce
     assert process.pid == before
 
 
-def test_process_that_has_ended_starts_again_with_the_next_call(process: ClipProcess) -> None:
+def ended(pid: int) -> bool:
+    """Waits until the process has ended. It may be a zombie then."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        return bool(select.select([descriptor], [], [], 30)[0])
+    finally:
+        os.close(descriptor)
+
+
+def test_process_that_ends_between_two_calls_starts_again_with_the_next_call(process: ClipProcess) -> None:
     expected, before = process.call(["one"]), process.pid
     assert before
     os.kill(before, signal.SIGKILL)
+    assert ended(before)
+    assert np.array_equal(process.call(["one"]), expected)
+    assert process.pid != before
+
+
+def test_call_fails_if_the_process_ends_during_it_and_the_next_call_starts_it_again(process: ClipProcess) -> None:
+    expected, before = process.call(["one"]), process.pid
+    assert before
+    os.kill(before, signal.SIGSTOP)  # The call waits for an answer.
+    killer = threading.Timer(0.1, os.kill, (before, signal.SIGKILL))
+    killer.start()
     with pytest.raises(RuntimeError, match="the CLIP process has ended"):
         process.call(["one"])
+    killer.join()
     assert np.array_equal(process.call(["one"]), expected)
     assert process.pid != before
 

@@ -40,20 +40,18 @@ def test_unknown_compile_mode_exits_with_status_2_and_one_line(capsys: pytest.Ca
     assert "invalid choice: 'fast'" in sentence
 
 
-@pytest.mark.parametrize("scale", ["0", "0.0001", "2.5", "10"])
-def test_clip_guidance_scale_has_no_exponent_in_a_text_chunk(scale: str) -> None:
+@pytest.mark.parametrize("scale", ["0", "1e-5", "2.5", "10"])
+def test_clip_guidance_scale_is_a_number_from_0_to_10(scale: str) -> None:
     parsed = parse("--clip-guidance-scale", scale, "--clip-prompt", " a seven").clip_guidance_scale
     assert parsed == float(scale)
-    assert "e" not in str(parsed)
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (["--clip-guidance-scale", "10.1"], "is not 0 or a number from 0.0001 to 10"),
-        (["--clip-guidance-scale", "-1"], "is not 0 or a number from 0.0001 to 10"),
-        (["--clip-guidance-scale", "1e-5"], "is not 0 or a number from 0.0001 to 10"),
-        (["--clip-guidance-scale", "nan"], "is not 0 or a number from 0.0001 to 10"),
+        (["--clip-guidance-scale", "10.1"], "is not a number from 0 to 10"),
+        (["--clip-guidance-scale", "-1"], "is not a number from 0 to 10"),
+        (["--clip-guidance-scale", "nan"], "is not a number from 0 to 10"),
         (["--clip-prompt", " "], "a prompt must have 1 to 200 characters and not be blank"),
         (["--clip-prompt", "a" * 201], "a prompt must have 1 to 200 characters and not be blank"),
     ],

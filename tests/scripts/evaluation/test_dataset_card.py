@@ -59,6 +59,18 @@ def test_clip_guidance_is_stated(tmp_path: Path, prompt: str | None, stated: str
     assert "CLIP" not in card(FACTS, loaded, "command")
 
 
+@pytest.mark.parametrize(("name", "shown"), [("/home/me/mine", "mine"), ("ViT-B-32:/home/me/a.pt", "ViT-B-32:a.pt")])
+def test_card_names_a_clip_model_without_its_folders(tmp_path: Path, name: str, shown: str) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    clip = {"guidance": {"scale": 1.5, "start": 5, "stop": 60}, "prompt": "one", "model": name, "sha256": "c" * 64}
+    facts = {**FACTS, "options": {**FACTS["options"], "clip": clip}}
+    command = command_of(DrawingRequest(clip_guidance_scale=1.5, clip_prompt="one", clip_model=name), facts)
+    text = card(facts, loaded, command)
+    assert f'| CLIP model | "{shown}" |' in text
+    assert f"--clip-model {shown}" in command
+    assert "/home" not in text
+
+
 @pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST])
 def test_command_names_a_shipped_checkpoint_by_its_path_in_the_repository(path: Path) -> None:
     assert f"--checkpoint model/weights/{path.name} " in command_of(DrawingRequest(path), FACTS)
