@@ -54,8 +54,8 @@ def test_clip_guidance_scale_has_no_exponent_in_a_text_chunk(scale: str) -> None
         (["--clip-guidance-scale", "-1"], "is not 0 or a number from 0.0001 to 10"),
         (["--clip-guidance-scale", "1e-5"], "is not 0 or a number from 0.0001 to 10"),
         (["--clip-guidance-scale", "nan"], "is not 0 or a number from 0.0001 to 10"),
-        (["--clip-prompt", " "], "a prompt must have 1 to 200 characters and not be blank"),
-        (["--clip-prompt", "a" * 201], "a prompt must have 1 to 200 characters and not be blank"),
+        (["--clip-prompt", " "], "a prompt must have 1 to 200 characters and must not be blank"),
+        (["--clip-prompt", "a" * 201], "a prompt must have 1 to 200 characters and must not be blank"),
     ],
     ids=lambda given: " ".join(given)[:40],
 )
