@@ -2,7 +2,7 @@
 # docker build -t unfog --build-arg TORCH_INDEX=URL .           PyTorch from another index, for example its CPU index
 # docker build -t unfog --build-context wheels=FOLDER .         PyTorch from a wheel in a folder
 # docker build -t unfog --build-arg COMPILER=gcc .              with a C compiler, for UNFOG_COMPILE=on on a GPU
-# docker build -t unfog --build-arg EXTRAS=clip .               with CLIP, for POST /score
+# docker build -t unfog --build-arg EXTRAS=clip .               with CLIP (docs/configuration.md)
 # docker build -t unfog-train --target train .                  the training image (docs/deployment.md)
 ARG PYTHON=python:3.11-slim
 
@@ -18,8 +18,8 @@ ENV PATH=/opt/venv/bin:$PATH \
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 # Includes the extra `traces`, because compose passes UNFOG_TRACES to the service.
-# EXTRAS names further extras of pyproject.toml, separated by spaces. The extra `clip` needs torchvision, whose build must
-# be for the same platform as that of PyTorch.
+# EXTRAS names further extras of pyproject.toml, separated by spaces. The extra `clip` needs torchvision. Its build must
+# match the build of PyTorch, so both come from the same source.
 ARG EXTRAS=
 RUN python -c 'import sys, tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; extras = project["optional-dependencies"]; found = [each for name in sys.argv[1:] for each in extras[name]]; own = [each for each in found if each.startswith(project["name"] + "[")]; own and sys.exit(f"EXTRAS needs {own[0]}, which is not on a package index. Name only extras of the service: clip"); print(*project["dependencies"], *found, sep="\n")' \
       traces $EXTRAS > requirements.txt

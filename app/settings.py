@@ -165,7 +165,7 @@ class Settings(BaseSettings):
     """folder for compiled code. If other users can write to it, a private subfolder is used (default: unfog in
     $XDG_CACHE_HOME or ~/.cache)"""
     clip: str = "auto"
-    """CLIP model that compares images with text: auto, off, a folder in open_clip's format, ARCHITECTURE:TAG or
+    """CLIP model for CLIP guidance and /score: auto, off, a folder in open_clip's format, ARCHITECTURE:TAG or
     ARCHITECTURE:FILE. auto: the shipped model if the extra `clip` is installed, otherwise none. off: none
     (default: auto)"""
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None

@@ -88,7 +88,7 @@ class Clip:
     def embed_images(self, x: Tensor) -> Tensor:
         """Returns embeddings (B, E) of length 1, differentiable with respect to the images (B, C, H, W) in [-1, 1].
 
-        The images are prepared like in open_clip: resized to the size of the model, and normalised. A grey image gets
+        The images are prepared as in open_clip: resized to the size of the model, and normalised. A grey image gets
         three equal channels.
         """
         size, (mean, std) = self._preprocess["size"], self._statistics()  # (1, 3, 1, 1) each

@@ -2,11 +2,11 @@
 
     x_0 <- x_0 + w g / |g|,    g = gradient of cos(image embedding of x_0, text embedding) with respect to x_0
 
-CLIP sees the predicted x_0, because it was trained on images and not on noisy x_t (Nichol 2021, section 4.1, trains a
-CLIP on x_t instead; Bansal 2023 guides on the predicted x_0). The gradient does not pass through the denoising network,
-so a step costs one gradient of CLIP. The length of the gradient varies much between timesteps and images. It is
-normalised, so that the scale w is the distance by which each step moves x_0. x_prev is linear in x_0 for every sampler
-(model/sampler.py), so a finished step can be corrected: x_prev <- x_prev + b (change of x_0).
+The input of CLIP is the predicted x_0, because CLIP was trained on images and not on noisy x_t (Nichol 2021, section
+4.1, trains a CLIP on x_t instead; Bansal 2023 guides on the predicted x_0). The gradient does not pass through the
+denoising network, so a step needs one gradient of CLIP. The length of the gradient differs much between timesteps and
+images. Therefore it is normalised, and the scale w is the distance by which each step moves x_0. x_prev is linear in
+x_0 for every sampler (model/sampler.py), so a finished step can be corrected: x_prev <- x_prev + b (change of x_0).
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from model.step import Rows, State, Step, Stepped
 
 MAX_CLIP_GUIDANCE_SCALE = 10
 # Images in one call of CLIP. Every call has this number of rows, because the number of rows changes the order of
-# float32 sums. An image then gets the same gradient with any other images.
+# float32 sums. An image then gets the same gradient in every batch.
 CALL_ROWS = 8
 # The default interval of timesteps: docs/evaluation.md shows how it was chosen.
 START, STOP = 40, 75
@@ -87,7 +87,7 @@ def guide_with_clip(clip: Clip, stepped: Stepped, rows: Tensor, b: Tensor, text:
 
 
 class ClipGuidedStep:
-    """A step in which all rows have the same CLIP guidance. It acts in the rows whose timestep is in the interval."""
+    """A step in which all rows have the same CLIP guidance. Only rows whose timestep is in the interval are changed."""
 
     def __init__(self, step: Step, clip: Clip, guidance: ClipGuidance, text: Tensor) -> None:
         """`text` (S, E) has the embedding of the prompt of each row of the state."""

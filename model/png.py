@@ -44,7 +44,7 @@ _CLIP_FORMS = {
     "CLIP-Prompt": (r'"[ -~]{1,2500}"', f"a JSON string of 1 to {MAX_PROMPT_LENGTH} characters, in ASCII"),
     "CLIP-SHA256": (r"[0-9a-f]{64}", "64 hexadecimal digits in lower case"),
 }
-CHUNKS = (*_FORMS, *_CLIP_FORMS)  # the text chunks with provenance; those of CLIP only occur with CLIP guidance
+CHUNKS = (*_FORMS, *_CLIP_FORMS)  # the text chunks with provenance; those of CLIP occur only with CLIP guidance
 
 
 class ProvenanceError(ValueError):

@@ -334,7 +334,7 @@ def _add_clip_guidance(parser: argparse.ArgumentParser) -> None:
         "--num-test-images",
         type=count,
         default=2_000,
-        help="number of images per setting that is measured on the test split; default: 2000",
+        help="number of images per setting on the test split; default: 2000",
     )
     parser.add_argument(
         "--out",
@@ -342,7 +342,7 @@ def _add_clip_guidance(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="plot to write, a .png file; the table is written to a .md file with the same name, and the results to a "
         ".validation.json and a .test.json file, from which a stopped run continues. The plot and the table show all "
-        "results of these files, also those of earlier runs with other lists",
+        "results of these files, including those of earlier runs with other scales and intervals",
     )
     add_drawing_arguments(parser, seed=None, clip_guidance_scale=SCALE, without=("--seed", "--clip-prompt"))
 

@@ -40,7 +40,7 @@ def build_parser() -> Parser:
         "--count",
         type=integer(1, MAX_IMAGES),
         default=60_000,
-        help="number of images, equally many of each digit; default: 60000",
+        help="number of images, the same number of each digit; default: 60000",
     )
     numbers.add_argument(
         "--balance",
@@ -59,9 +59,8 @@ def build_parser() -> Parser:
         "--min-confidence",
         type=confidence,
         metavar="P",
-        help="keep an image only if the judge, a classifier, gives the requested digit at least this probability. It "
-        "gives clear digits about 0.96. Dropped images are replaced. The filter narrows the diversity; default: keep "
-        "all",
+        help="keep an image only if the judge, a classifier, gives the requested digit at least this probability. A "
+        "clear digit gets about 0.96. Dropped images are replaced. The filter reduces the diversity; default: keep all",
     )
     add_drawing_arguments(parser, seed=0)
     return parser

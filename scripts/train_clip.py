@@ -1,4 +1,4 @@
-"""Trains the small CLIP model that evaluates generated digits: `python -m scripts.train_clip`.
+"""Trains the small CLIP model that evaluates and guides generated digits: `python -m scripts.train_clip`.
 
 Without --out, overwrites the tracked weights in model/weights/clip, which the service and the scripts use.
 """
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def save_real_digits(folder: Path, data_dir: Path) -> None:
-    """Writes digits.png, to which the service compares: the first ten digits of each class of MNIST's test split.
+    """Writes digits.png: the first ten digits of each class of MNIST's test split, one row for each class in order.
 
-    Each class has one row. The classes are in order.
+    POST /score returns the similarities of these digits.
     """
     images, labels = load_mnist("test", data_dir)
     digits = torch.stack([images[labels == digit][:10, 0] for digit in range(10)])  # (10, 10, 28, 28)

@@ -185,7 +185,7 @@ def requests(settings: Settings, num_classes: dict[str, int]) -> dict[str, dict[
 def problems(settings: Settings, formats: Sequence[str], *, pictures: str | None) -> list[dict[str, Any]]:
     """Returns the problem documents that a POST route can send. `formats` are its media types.
 
-    `pictures` is the name of its field with pictures, if it has one.
+    `pictures` is the name of the route's field with pictures, or None if it has no such field.
     """
     if pictures:
         specific: list[errors.UnfogError] = [

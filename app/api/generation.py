@@ -192,7 +192,7 @@ class Service:
 
 
 async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
-    """Returns the task with the embedding of its prompt, and with the facts of the response about CLIP guidance.
+    """Returns the task with the embedding of its prompt and the response fields about CLIP guidance.
 
     Raises NotAvailable if the task has CLIP guidance and the service has no CLIP model, DeadlineExceeded if the prompt
     was not embedded before the deadline, ClientGoneError after a disconnect, and InvalidRequest for a timeout that is

@@ -67,5 +67,6 @@ class Models(BaseModel):
     models: list[ServedModel]
     limits: Limits
     clip: ClipName | None = Field(
-        default=None, description="The CLIP model. null if the service runs without CLIP: /score then answers 501."
+        default=None,
+        description="The CLIP model. It is null if the service runs without CLIP. /score then answers 501.",
     )

@@ -73,7 +73,7 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
 
 
 class SeveralPictures:
-    """Converts the pictures of a request with a list of pictures. Limits their total size to that of one picture.
+    """Converts the pictures of a request with a list of pictures. Limits their total size to MAX_PIXELS.
 
     A request then keeps a worker busy for about as long as a request with a single picture.
     """
@@ -85,7 +85,9 @@ class SeveralPictures:
         """Converts the next picture. Raises PictureError if all of them together are too large."""
         self._num_pixels += picture.grey.size
         if self._num_pixels > MAX_PIXELS:
-            raise PictureError(f"The pictures up to this one have more than {MAX_PIXELS} pixels. Send smaller pictures")
+            raise PictureError(
+                f"This picture and those before it together exceed {MAX_PIXELS} pixels. Send fewer or smaller pictures"
+            )
         return fit_digit(body, field, picture)
 
 

@@ -1,4 +1,4 @@
-"""Reads the real digits to which /score compares: 100 images of MNIST that ship with the CLIP model."""
+"""Reads the real digits whose similarities /score returns: 100 images of MNIST that ship with the CLIP model."""
 
 import numpy as np
 

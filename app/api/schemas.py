@@ -52,7 +52,7 @@ def _check_prompt(text: str) -> str:
     return text
 
 
-# A character that str.strip() keeps. \s of JSON Schema does not contain the other characters of the range.
+# Matches a character that str.strip() keeps. \s of JSON Schema does not match the control characters in the brackets.
 NOT_BLANK = r"[^\s\x1c-\x1f\x85]"
 Prompt = Annotated[  # a text for CLIP
     str,
@@ -127,13 +127,13 @@ class GenerateRequest(SamplingRequest):
     digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
         default=0,
-        description="Scale of CLIP guidance, 0 = off: the distance by which a step moves the predicted image to the "
-        "images that fit the prompt. Needs the extra `clip`, otherwise the answer is 501.",
+        description="Scale of CLIP guidance: the distance by which a step moves the predicted image towards the "
+        "prompt. 0 turns CLIP guidance off. Without a CLIP model, a value above 0 is answered with 501.",
     )
     clip_prompt: Annotated[Prompt | None, NOT_NULL] = Field(
         default=None,
-        description='The prompt of CLIP guidance. If absent, "a handwritten digit seven" for the digit 7. It is only '
-        "permitted with a clip_guidance_scale above 0.",
+        description='The prompt of CLIP guidance. The default for the digit 7 is "a handwritten digit seven". A prompt '
+        "is permitted only with a clip_guidance_scale above 0.",
         json_schema_extra=may_be_absent,
     )
 

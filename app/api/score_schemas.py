@@ -1,4 +1,4 @@
-"""The schemas of POST /score: the similarity of images and text."""
+"""The schemas of POST /score: the similarity of pictures and prompts."""
 
 from typing import Annotated
 
@@ -12,7 +12,7 @@ DECIMALS = 6  # of a similarity
 
 
 class ScoreRequest(TimedRequest, FittedRequest):
-    """The pictures and the texts to compare."""
+    """The pictures and the prompts to compare."""
 
     images: Annotated[
         list[Annotated[Base64, Field(description=PICTURE)]],
@@ -23,7 +23,7 @@ class ScoreRequest(TimedRequest, FittedRequest):
         Field(
             min_length=1,
             max_length=MAX_PROMPTS,
-            description="The texts, such as `a handwritten digit seven`. The model ignores words after its context "
+            description="The prompts, such as `a handwritten digit seven`. The model ignores words after its context "
             "length.",
         ),
     ]
@@ -54,12 +54,12 @@ class ScoreTiming(BaseModel):
 
 
 class ScoreResponse(BaseModel):
-    """The similarity of each image and each prompt."""
+    """The similarity of each picture and each prompt."""
 
     clip: ClipName
     prompts: list[str]
     similarities: list[list[float]] = Field(
-        description="For each image: its cosine similarity to each prompt, with 6 decimals."
+        description="For each picture: its cosine similarity to each prompt, with 6 decimals."
     )
     images: list[ScoredImage] = Field(description="How each picture was changed.")
     real_digits: RealDigits

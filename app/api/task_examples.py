@@ -80,8 +80,8 @@ REQUESTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {  # path -> name -
         "one": ("A picture that this service generated", {"image": PNG}),
     },
     "/score": {
-        "one": ("One picture and two texts", {"images": [PREVIEW], "prompts": _PROMPTS}),
-        "several": ("Several pictures and one text", {"images": [PREVIEW, _EDITED], "prompts": _PROMPTS[:1]}),
+        "one": ("One picture and two prompts", {"images": [PREVIEW], "prompts": _PROMPTS}),
+        "several": ("Several pictures and one prompt", {"images": [PREVIEW, _EDITED], "prompts": _PROMPTS[:1]}),
     },
 }
 

@@ -30,7 +30,7 @@ Digit = Annotated[Annotated[int, Field(ge=0, le=9), WHOLE] | None, NOT_NULL]
 
 
 class FittedRequest(BaseModel):
-    """How the pictures of a request become images of 28x28 pixels."""
+    """The fields that control how pictures become images of 28x28 pixels."""
 
     fit: Fit = Field(
         default="auto",

@@ -56,12 +56,11 @@ class StepLimits:
         *,
         auto: bool,
     ) -> "StepLimits":
-        """Returns the limits of steps of a kind. They make one call for each of its models.
+        """Returns the limits of the steps of a kind. Each step makes one network call for each model.
 
         With `auto`, the size of a full step follows from the measured times, and `max_rows` is an upper limit if given.
         Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short. A full step
         has room for a guided row. If the widest row has more than 2 evaluations, it also has room for such a row.
-
         """
         lone, widest_row = times.measured_seconds(1), kind.widest_row
         calls = (kind.num_models - 1) * lone  # each further model needs another call
@@ -99,10 +98,11 @@ class StepLimits:
 
 
 def _longest_seconds(times: StepTimes, kind: StepKind, most: int) -> list[float]:
-    """Returns the longest durations of steps of 0 to `most` evaluations, with a call of the network of one model.
+    """Returns the longest durations of steps of 0 to `most` evaluations, with one network call.
 
-    With CLIP, m of the evaluations can be gradients of CLIP. They take m / r at the best rate r of the network, and the
-    last call of CLIP for each model can have fewer rows than the others, but takes as long. So the duration is at most
+    With CLIP guidance, m of the evaluations can be gradients of CLIP. They take m / r seconds at the best rate r of the
+    network. The last call of CLIP for each model can have fewer rows than the other calls, but it takes the same time.
+    The duration is therefore at most
 
         max over n of (duration of n network evaluations + (count - n) / r) + one call of CLIP for each model
     """

@@ -1,9 +1,9 @@
 """The thread that embeds prompts and images with CLIP.
 
-The thread does its work in short parts: one prompt, or a batch of images. Between two parts it selects the next work.
-Prompts come first, because they are short and images wait for them before their first step. A request that was
-cancelled is not selected any more. Requests with images come in the order of their arrival. The thread waits on a
-condition while there is no work.
+The thread divides its work into short parts: one prompt, or a batch of images. After each part it selects the next one.
+Prompts come first, because they are short, and requests to /generate wait for them. Requests with images are processed
+in order of arrival. A cancelled request is dropped after its current part. The thread waits on a condition while there
+is no work.
 
 Each prompt is embedded alone, and batches contain the images of one request only. Results therefore do not depend on
 other requests.
@@ -68,7 +68,7 @@ class _Work:
 
 
 class ClipWorker:
-    """Embeds prompts and images in its own thread. Any thread may call the public methods. None of them blocks."""
+    """Embeds prompts and images in its own thread. Any thread may call the public methods. Only `join` waits."""
 
     def __init__(self) -> None:
         self._embedder: ClipEmbedder | None = None

@@ -113,7 +113,7 @@ class ClipEmbedder(Protocol):
         """Returns the embeddings (N, E) of images of one shape."""
 
     def close(self) -> None:
-        """Frees what the calls need. A call that is in progress raises an error. Any thread may call this."""
+        """Releases the resources of the model. A call that is in progress raises an error. Any thread may call this."""
 
 
 class StepRunner(Protocol):

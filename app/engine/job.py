@@ -73,7 +73,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClipTarget:
-    """What CLIP guidance moves the images of a job towards, and in which steps."""
+    """The CLIP guidance of a job: its scale, the embedding of its prompt, and its steps."""
 
     scale: float
     text: npt.NDArray[np.float32]  # (E,) embedding of the prompt
@@ -168,8 +168,9 @@ class Trajectory:
     def evaluations(self) -> int:
         """Returns the size of the next step for the scheduler.
 
-        These are its network evaluations, and as many more as take as long as its gradient of CLIP. The properties
-        above are not used here, because the scheduler reads the size of every row several times in each step.
+        The size is the number of network evaluations. With CLIP guidance, the evaluations that take as long as the
+        gradient of CLIP are added. This code does not use the properties above, because it must be fast: the scheduler
+        reads the size of every row several times in each step.
         """
         if self.comparison:
             return len(self.comparison.remaining)
@@ -179,7 +180,7 @@ class Trajectory:
 
     @property
     def evaluations_left(self) -> int:
-        """Returns the largest size of all steps that are left together."""
+        """Returns the largest possible total size of the remaining steps."""
         if self.comparison:
             return self.steps_left * len(self.comparison.remaining)
         return self.job.request.evaluations_from(self.step)
@@ -228,7 +229,7 @@ class JobRequest:
 
     @property
     def widest_row(self) -> int:
-        """Returns the largest size of one image in a step, in evaluations as `Trajectory.evaluations`."""
+        """Returns the largest size of one image in a step, in units of `Trajectory.evaluations`."""
         for comparison in (self.comparison, self.search and self.search.comparison):
             if comparison:
                 return comparison.num_classes
@@ -242,7 +243,7 @@ class JobRequest:
         return _sizes_from(self.options.num_steps, self.guided_steps, range(0), 0)[0]
 
     def evaluations_from(self, step: int) -> int:
-        """Returns the largest size of one image from `step` to the end of its path, as `Trajectory.evaluations`."""
+        """Returns the largest total size of one image from `step` to its end, in units of `Trajectory.evaluations`."""
         if self.comparison:
             return (self.options.num_steps - step) * self.comparison.num_classes
         clip_steps, of_clip = (self.clip.steps, self.clip.evaluations) if self.clip else (range(0), 0)
@@ -250,7 +251,7 @@ class JobRequest:
 
 
 class StepKind(NamedTuple):
-    """What the steps of some jobs can contain. It determines the duration of a full step."""
+    """The properties of the steps of some jobs that determine the duration of a full step."""
 
     num_models: int  # each model needs its own network call
     widest_row: int  # the largest size of one row, in evaluations

@@ -1,4 +1,4 @@
-"""The CLIP model of the service. It compares images with text, and guides the denoising steps.
+"""The CLIP model of the service. It compares images with prompts, and guides the denoising steps.
 
 The model for guidance is in this process, on the device of the runner. Embeddings of prompts and of images are computed
 in a child process on the CPU, so that they do not delay the steps (see clip_process.py).
@@ -19,7 +19,7 @@ class ClipModel:
     """A CLIP model on the device of the runner, and the child process for embeddings."""
 
     def __init__(self, model: Clip, prompts: Sequence[str] = ()) -> None:
-        """Embeds `prompts` at once, in this process. Use it for the default prompts, which then do not wait.
+        """Embeds `prompts` immediately, in this process. Pass the default prompts, so that they never wait.
 
         They are embedded on the CPU, like all other prompts, because a GPU rounds differently.
         """

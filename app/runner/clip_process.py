@@ -1,13 +1,14 @@
-"""A child process that computes embeddings with CLIP and uses only the CPU time that all others leave.
+"""A child process that computes embeddings with CLIP and uses only CPU time that no other process needs.
 
 Scoring runs on the same CPU as the steps. A thread of normal priority would take CPU time from them: the compute
 threads of a step wait for each other, so that a step takes as long as its slowest thread. On Linux the child process
 therefore has the scheduling policy SCHED_IDLE. Measured on two cores with steps of 16 rows in compiled bfloat16: a step
 took 14.5 ms without scoring, 14.75 ms with SCHED_IDLE, 15.8 ms with the nice value 19 (at most 174 ms) and 54.7 ms with
-normal priority. The price: while steps use all cores, only few images per second are scored.
+normal priority. The disadvantage is that CLIP scores only a few images per second while steps use all cores.
 
-It is a process, because the threads of one process share the lock of the interpreter. If other processes use all cores,
-a thread with SCHED_IDLE can hold the lock for a second without a core. The event loop and the engine then wait for it.
+A thread is not used, because the threads of one process share the lock of the interpreter. If other processes use all
+cores, a thread with SCHED_IDLE can hold the lock for a second without a core. The event loop and the engine then wait
+for the lock.
 """
 
 import ctypes
@@ -45,7 +46,7 @@ class ClipProcess:
     """
 
     def __init__(self, name: str) -> None:
-        """`name` is that of a CLIP model, as in model.clip.Clip."""
+        """`name` is the name of a CLIP model, as in model.clip.Clip."""
         self._name = name
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[object, object] | None = None

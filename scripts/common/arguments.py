@@ -100,7 +100,7 @@ def scale_of_clip_guidance(text: str) -> float:
 
 
 def interval(text: str) -> tuple[int, int]:
-    """Argparse type for an interval of timesteps such as 20-80."""
+    """Argparse type for an interval of timesteps such as 20-80. Returns its first and last timestep."""
     start, _, stop = text.partition("-")
     if not (start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
         raise argparse.ArgumentTypeError(f"{text!r} is not an interval of timesteps. Write it like 20-80")
@@ -110,7 +110,9 @@ def interval(text: str) -> tuple[int, int]:
 def clip_prompt(text: str) -> str:
     """Argparse type of --clip-prompt."""
     if not is_prompt(text):
-        raise argparse.ArgumentTypeError(f"a prompt must have 1 to {MAX_PROMPT_LENGTH} characters and not be blank")
+        raise argparse.ArgumentTypeError(
+            f"a prompt must have 1 to {MAX_PROMPT_LENGTH} characters and must not be blank"
+        )
     return text
 
 
@@ -189,7 +191,7 @@ def add_drawing_arguments(
         "clip_guidance_scale": {
             "type": scale_of_clip_guidance,
             "default": float(clip_guidance_scale),
-            "help": "scale of CLIP guidance: the distance by which each acting step moves the predicted image towards "
+            "help": "scale of CLIP guidance: the distance by which a step moves the predicted image towards "
             f"the prompt, 0 to {MAX_CLIP_GUIDANCE_SCALE}, 0 = off; needs the extra clip; "
             f"default: {clip_guidance_scale:g}",
         },

@@ -137,7 +137,7 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
         clip_prompt=provenance.clip.prompt if provenance.clip else None,
     )
     if request.clip_model and not provenance.clip:
-        raise ScriptError(f"--clip-model has no effect: {original.path} has no CLIP guidance. Remove it")
+        raise ScriptError(f"--clip-model has no effect: {original.path} has no CLIP guidance. Remove the option")
     drawer = open_drawer(request)
     if max(digits) >= len(drawer.class_names):
         raise ScriptError(f"{original.path}: its checkpoint has only {len(drawer.class_names)} digits")
@@ -145,7 +145,7 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
     if options.clip and provenance.clip and options.clip.sha256 != provenance.clip.sha256:
         raise ScriptError(
             f"{original.path} was generated with the CLIP model {provenance.clip.sha256}, but {options.clip.model} has "
-            f"{options.clip.sha256}. Give its CLIP model with --clip-model"
+            f"the digest {options.clip.sha256}. Give the CLIP model of the picture with --clip-model"
         )
     drawer.compile(request.compile, reporter)
     y = torch.tensor(digits).repeat_interleave(len(original.indices))  # (N,)

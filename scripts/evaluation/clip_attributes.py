@@ -1,4 +1,4 @@
-"""Evaluates prompts about attributes: CLIP guidance towards thick or thin and slanted or upright digits.
+"""Evaluates CLIP guidance with prompts about attributes: thick or thin digits, and slanted or upright digits.
 
 The images of two opposite prompts have the same noise, so that they form pairs.
 """
@@ -36,7 +36,7 @@ NUM_SHOWN = 2  # images of each digit and prompt in the picture
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """Two opposite prompts and what they change. {} in a prompt is the word of the digit."""
+    """Two opposite prompts and the property that they change. {} in a prompt stands for the word of the digit."""
 
     name: str
     more: str  # prompt for images with a high value
@@ -112,7 +112,7 @@ def _draw(
     reporter: Reporter,
     request: DrawingRequest,
 ) -> Tensor:
-    """Returns pixels (10, num_images, 1, 28, 28) uint8 for a prompt with {} for the word of the digit.
+    """Returns pixels (10, num_images, 1, 28, 28) uint8 for a prompt in which {} stands for the word of the digit.
 
     None means no CLIP guidance.
     """

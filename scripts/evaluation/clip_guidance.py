@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCALES = (2.0, 4.0, 8.0)
 INTERVALS = ((20, 60), (30, 70), (40, 70), (40, 75))
-SEEDS = {"validation": 1, "test": 3}  # settings are not chosen with the seed of the published figures
+SEEDS = {"validation": 1, "test": 3}  # the settings were not chosen with the seed of the published figures
 SCALE = 8.0  # the recommended scale
 
 
@@ -94,7 +94,7 @@ def _settings(own: DrawingOptions, guidances: Sequence[ClipOptions]) -> Sequence
 
 
 def show_clip_guidance(rows: Sequence[Figures], real: Figures) -> "Figure":
-    """Plots error rate, Fréchet ratio and similarity against the scale, a line for each interval.
+    """Plots error rate, Fréchet ratio and similarity against the scale, with one line for each interval.
 
     The lines with classifier-free guidance are dashed. Each line begins at scale 0 with the images without CLIP
     guidance. A dotted line shows the similarity of real digits.

@@ -27,14 +27,14 @@ PART = 1000  # images per part; each part is saved when it is complete
 PARTS = "parts"  # folder of the parts, removed when the data set is complete
 PIXELS = 28 * 28  # bytes of an image in a part
 RESULTS = ("num_dropped",)  # facts that are known only when the data set is complete
-LOWEST_SHARE = 0.01  # the run ends if the filter keeps fewer of the images of a digit
-FEWEST_DRAWN = 300  # images of a digit before the run can end for this reason
+LOWEST_SHARE = 0.01  # the run ends if the filter keeps a smaller share of the images of a digit
+FEWEST_DRAWN = 300  # images of a digit that are generated before the share is checked
 DrawPart = Callable[[Tensor, Tensor], Tensor]  # (y, index) -> uint8 (N, 1, 28, 28)
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetRequest:
-    """What the data set contains, and how it is written."""
+    """The content and the file format of the data set."""
 
     num_images: tuple[int, ...]  # for each digit
     form: str  # idx, png or parquet
@@ -112,7 +112,7 @@ def labels_of(num_images: tuple[int, ...]) -> np.ndarray:
 def differing_facts(begun: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     """Returns the names of the facts in which a run differs from the data set that it would continue.
 
-    Data sets of earlier releases lack the numbers per digit, which were equal.
+    Data sets of earlier releases do not state the numbers per digit, which were equal.
     """
     begun = {"num_images": list(equal_numbers(int(begun.get("count", 0)))), **begun}
     begun = {name: value for name, value in begun.items() if name not in RESULTS}
@@ -166,7 +166,7 @@ def _fill(
     """Generates an image for each label (N,). Returns the images, and the number of dropped images of each digit.
 
     Each part takes the first labels that have no image, and the next noise indices. An image that the filter drops
-    leaves its label without an image for the next part. The result thus depends on the arguments only.
+    leaves its label without an image for the next part. The result therefore depends only on the arguments.
     """
     rows = Rows(
         images=np.zeros((len(labels), 28, 28), np.uint8),

@@ -91,7 +91,7 @@ def _introduction(facts: dict[str, Any], checkpoint: Checkpoint) -> str:
     return (
         f"# Generated handwritten digits\n\n"
         f"This data set has {_count(facts['count'], 'image')} of 28x28 pixels with white digits on black, like MNIST. "
-        f"No person wrote them: a diffusion model of the project unfog generated them. "
+        f"The digits were not written by hand: a diffusion model of the project unfog generated them. "
         f"{_training_data(checkpoint)} {FORMS[facts['format']]}{confidence}"
     )
 
@@ -99,7 +99,9 @@ def _introduction(facts: dict[str, Any], checkpoint: Checkpoint) -> str:
 def _training_data(checkpoint: Checkpoint) -> str:
     data = checkpoint.config.training.get("data")
     return (
-        f"Its checkpoint names this training data: {data}." if data else "Its checkpoint does not name training data."
+        f"The checkpoint names this training data: {data}."
+        if data
+        else "The checkpoint does not name its training data."
     )
 
 
@@ -119,7 +121,7 @@ def _generation(facts: dict[str, Any], checkpoint: Checkpoint, command: str) -> 
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
         f"## How it was made\n\n| | |\n| --- | --- |\n{table}\n\n"
-        f"This command makes the data set again. It needs a file with the checkpoint above:\n\n```bash\n{command}\n```"
+        f"This command makes the data set again. It needs the checkpoint file above:\n\n```bash\n{command}\n```"
     )
 
 
@@ -158,19 +160,19 @@ def _filter(facts: dict[str, Any]) -> str:
     return (
         "## Filter\n\n"
         f"An image was kept only if a classifier, the judge, gave the requested digit a probability of at least "
-        f"{facts['min_confidence']:g}. A dropped image was replaced by an image of other noise. The SHA-256 of the "
+        f"{facts['min_confidence']:g}. A dropped image was replaced by an image from other noise. The SHA-256 of the "
         f"judge is `{facts['judge_sha256']}`.\n\n"
-        "The filter narrows the diversity: unusual and ambiguous digits are rarer than in an unfiltered set. Do not "
-        "use the judge to measure how recognisable this data set is, because it selected the images."
+        "The filter reduces the diversity: unusual and ambiguous digits are rarer than in an unfiltered set. Do not "
+        "use the judge to measure how recognisable this data set is, because the judge selected the images."
     )
 
 
 def _limits() -> str:
     return (
         "## Limits\n\n"
-        "A label is the digit that was requested. Some images can show another digit, or none. The digits have the "
+        "A label is the digit that was requested. Some images can show another digit or no digit. The digits have the "
         "style of the training data of the model.\n\n"
-        "The code of unfog and the checkpoints that it ships have the MIT licence. These checkpoints learned from "
+        "The code of unfog and the checkpoints that it ships have the MIT licence. These checkpoints were trained on "
         "MNIST, which has the licence CC BY-SA 3.0. This card has no field `license`: add one before you publish the "
         "data set."
     )

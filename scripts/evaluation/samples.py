@@ -217,7 +217,7 @@ def _digit_of(path: Path) -> int:
 
 
 def _decode(file: Path | io.BytesIO, name: str) -> np.ndarray:
-    """Returns the pixels of a picture, uint8 (28, 28). `name` names it in errors."""
+    """Returns the pixels of a picture, uint8 (28, 28). `name` identifies the picture in errors."""
     try:
         with Image.open(file) as image:
             mode, pixels = image.mode, np.asarray(image)

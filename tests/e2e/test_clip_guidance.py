@@ -1,4 +1,4 @@
-"""CLIP guidance in a running service: the bytes of images, alone and together with other requests."""
+"""Tests of CLIP guidance in a running service: the bytes of images, alone and together with other requests."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +77,7 @@ def test_guided_images_do_not_depend_on_batch_size_or_restart(
     assert together(restarted, num_others=2)[0] == alone
 
 
-def test_images_without_clip_guidance_have_the_bytes_of_a_service_without_clip(
+def test_images_without_clip_guidance_equal_those_of_a_service_without_clip(
     service_with_clip: Service, service: Service
 ) -> None:
     assert together(service_with_clip)[1] == service.images(**PLAIN)

@@ -1,4 +1,4 @@
-"""POST /score of a running service with the shipped CLIP model."""
+"""Tests of POST /score of a running service with the shipped CLIP model."""
 
 import base64
 import json
@@ -49,14 +49,14 @@ def policies(pid: int) -> set[int]:
     return {os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
 
 
-def test_answer_has_a_similarity_for_each_picture_and_each_text(scoring: Service) -> None:
+def test_answer_has_a_similarity_for_each_picture_and_each_prompt(scoring: Service) -> None:
     response = score(scoring)
     assert response.status_code == 200, response.text
     assert np.array(response.json()["similarities"]).shape == (64, 10)
     scoring.wait_for(1, "requests_in_progress")  # only the scrape itself
 
 
-def test_child_process_of_clip_has_the_idle_policy_and_the_service_has_not(scoring: Service) -> None:
+def test_only_the_child_process_of_clip_has_the_idle_policy(scoring: Service) -> None:
     assert score(scoring).status_code == 200
     (child,) = psutil.Process(scoring.process.pid).children()
     assert policies(child.pid) == {os.SCHED_IDLE}
@@ -69,7 +69,7 @@ def test_service_without_clip_has_no_child_process_and_answers_501(service: Serv
     assert psutil.Process(service.process.pid).children() == []
 
 
-def test_scoring_goes_on_after_the_child_process_was_killed(scoring: Service) -> None:
+def test_scoring_continues_after_the_child_process_was_killed(scoring: Service) -> None:
     expected = score(scoring).json()["similarities"]
     (child,) = psutil.Process(scoring.process.pid).children()
     child.kill()
@@ -109,7 +109,9 @@ def test_model_that_cannot_be_loaded_stops_the_start_with_one_line(checkpoint: P
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_most_similar_prompt_is_the_digit_for_99_percent_of_the_test_digits(scoring: Service, mnist_dir: Path) -> None:
+def test_most_similar_prompt_names_the_digit_for_99_percent_of_the_test_digits(
+    scoring: Service, mnist_dir: Path
+) -> None:
     images, labels = load_mnist("test", mnist_dir)
     found: list[int] = []
     for first in range(0, len(images), 64):

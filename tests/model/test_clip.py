@@ -45,7 +45,7 @@ def drawn(channels: int, size: int, count: int = 4) -> np.ndarray:
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [28, 35, 56])
-def test_images_are_prepared_like_in_open_clip(larger: Clip, channels: int, size: int) -> None:
+def test_images_are_prepared_as_in_open_clip(larger: Clip, channels: int, size: int) -> None:
     """Pillow rounds to 8 bits after resizing, so that the embeddings differ a little."""
     images = drawn(channels, size)
     _, transform = open_clip.create_model_from_pretrained(f"local-dir:{larger.name}")

@@ -1,4 +1,4 @@
-"""Compares with finite differences, with the reverse step from the moved x_0, and with rows in other company."""
+"""Compares with finite differences, the reverse step from the moved x_0, and the same rows in other batches."""
 
 from pathlib import Path
 

@@ -368,7 +368,7 @@ def test_card_states_the_arguments_and_the_true_numbers(make: Make, tmp_path: Pa
     assert f"| all | 20 | {dropped} | {dropped / (20 + dropped):.2%} |" in text
     loaded = checkpoint.load(tmp_path / "tiny.safetensors")
     for stated in (
-        *(loaded.sha256, loaded.weights_sha256, "0123abcd", "at least 0.05", "narrows the diversity"),
+        *(loaded.sha256, loaded.weights_sha256, "0123abcd", "at least 0.05", "reduces the diversity"),
         *("| sampler | `ddim` |", "| steps | 2 |", "scale 1.5 at t = 2 to 8", "| seed | 3 |"),
     ):
         assert stated in text

@@ -449,7 +449,10 @@ def test_picture_of_another_clip_model_is_refused_with_both_digests(
     save_file({**weights, "logit_scale": weights["logit_scale"] + 1}, other / "open_clip_model.safetensors")
     assert like(folder / "own.png", f"--checkpoint={path}", f"--clip-model={other}") == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert f"was generated with the CLIP model {Clip().sha256}, but {other} has {Clip(str(other)).sha256}." in said
+    assert (
+        f"was generated with the CLIP model {Clip().sha256}, but {other} has the digest {Clip(str(other)).sha256}."
+        in said
+    )
 
 
 def test_clip_model_is_refused_for_a_picture_without_clip_guidance(

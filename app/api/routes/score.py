@@ -1,4 +1,4 @@
-"""POST /score: compares images with text, by CLIP."""
+"""POST /score: compares pictures with prompts by CLIP."""
 
 import asyncio
 import time
@@ -20,12 +20,12 @@ from model.digit_image import DigitImage
 
 router = APIRouter()
 
-LATE = "The images were not scored before the deadline. Send fewer images, or request a longer timeout"
+LATE = "The pictures were not scored before the deadline. Send fewer pictures, or request a longer timeout"
 
 
 @router.post(**picture_route("/score", "score", ScoreRequest, ScoreResponse, {}, needs_clip=True))
 async def score(request: Request, service: ServiceDependency) -> Response:
-    """Returns the cosine similarity of each image and each text, and the same for real digits.
+    """Returns the cosine similarity of each picture and each prompt, and the mean similarities of real digits.
 
     CLIP uses only the CPU time that the denoising steps leave.
     """

@@ -1,10 +1,10 @@
-// CLIP: prompts, and the similarity of images with them.
+// Prompts, and the CLIP similarity of images to them.
 
 import { json } from "./service.js";
 
 const DIGIT_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"];
 const MAX_PROMPT_LENGTH = 200; // Unicode characters
-const MAX_IMAGES = 64; // of a call of /score
+const MAX_IMAGES = 64; // of a request to /score
 
 export const digitPrompt = (digit) => `a handwritten digit ${DIGIT_WORDS[digit]}`;
 
@@ -22,7 +22,7 @@ export function promptOf(chunks) {
   }
 }
 
-/** Returns the similarity of each PNG file with the prompt, and the mean similarity of real images of the digit. */
+/** Returns the similarity of each PNG file to the prompt, and the mean similarity of real images of the digit. */
 export async function score(images, prompt, digit, signal) {
   const similarities = [];
   let realDigits = null;

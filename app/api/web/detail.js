@@ -34,8 +34,8 @@ function requestOf(run, index) {
 }
 
 /**
- * Returns the value as JSON in printable ASCII without apostrophes, which is safe between the apostrophes of a shell. A
- * prompt comes from an address, so it may be hostile.
+ * Returns the value as JSON in printable ASCII without apostrophes, which is safe in single quotes of a shell. A prompt
+ * can come from an address, so it may be hostile.
  */
 const jsonOf = (value) =>
   JSON.stringify(value).replace(/[^ -&(-~]/g, (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`);

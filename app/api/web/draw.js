@@ -156,7 +156,7 @@ async function showProvenance(chunks) {
   const isGenerated = !chunks.Task && /^[0-9]$/.test(chunks.Digit) && /^[0-9]+$/.test(chunks.Seed);
   const index = Number.parseInt(chunks.Index?.split("-").at(-1), 10) || 0;
   const { models = [], clip } = await about().catch(() => ({}));
-  const model = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"])?.name; // without it, the address has no model
+  const model = models.find(({ sha256 }) => sha256 === chunks["Model-SHA256"])?.name; // undefined: the address has no model
   const address = generateAddress({
     digit: chunks.Digit, count: index + 1, seed: chunks.Seed, num_steps: chunks.Steps,
     sampler: chunks.Sampler, guidance_scale: chunks["Guidance-Scale"], model,

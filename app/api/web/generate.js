@@ -25,7 +25,7 @@ let limits = { count: 64 };
 let clip = null; // the CLIP model of the service, if it has one
 let changed = new Set(); // fields that the user has set; the others have the defaults of the model
 let run = null;
-let scoring = null; // aborts the running call of /score
+let scoring = null; // aborts the running request to /score
 
 /** Connects the form. Runs once. */
 export function start() {
@@ -78,7 +78,7 @@ export async function open(parameters) {
   if (wanted.seed !== undefined && wanted.digit !== undefined) generate({ ...bodyOfForm(), ...wanted }, "replaceState");
 }
 
-/** Stops what only an open view needs. The run goes on. */
+/** Aborts the request to /score. The run continues. */
 export function close() {
   scoring?.abort();
 }
@@ -138,7 +138,7 @@ function applyModel() {
   for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
 }
 
-/** Shows what needs CLIP if the service has it. An empty prompt means the default prompt of the digit. */
+/** Shows the fields of CLIP if the service has CLIP. An empty prompt means the default prompt. */
 function applyClip() {
   find("#clip-fields").hidden = !clip;
   find("#generate-stage").classList.toggle("scored", clip !== null); // leaves space for the similarities
@@ -209,7 +209,7 @@ async function generate(body, addAddress = "pushState") {
   showSimilarities();
 }
 
-/** Shows the similarity of the finished images with their prompt, if the service has CLIP. */
+/** Shows the similarity of the finished images to the prompt, if the service has CLIP. */
 async function showSimilarities() {
   if (!clip || find("#generate").hidden || run?.state !== "done" || run.isScored) return;
   scoring?.abort();
@@ -223,7 +223,7 @@ async function showSimilarities() {
     stage.showSimilarities(similarities, similarityText(prompt, realDigits));
     own.isScored = true;
   } catch (error) {
-    // The images are complete without their similarity, so no error is shown. The next visit of the view tries again.
+    // No error is shown, because the images are complete. Opening the view again repeats the request.
     if (error.status === 501) clip = null;
     applyClip();
   }
@@ -231,10 +231,10 @@ async function showSimilarities() {
 
 function similarityText(prompt, realDigits) {
   const hint =
-    "The number below an image is the cosine similarity of CLIP's embeddings of the image and the prompt. The number of real " +
-    "digits is the mean of MNIST images of the same digit. Compare only numbers of the same prompt.";
+    "The number below an image is the cosine similarity of the CLIP embeddings of the image and the prompt. The number " +
+    "for real digits is the mean of MNIST images of the digit. Compare only numbers of the same prompt.";
   return [
-    element("p", {}, "CLIP similarity with “", element("bdi", { class: "prompt" }, prompt), "”, real digits: ", element("span", { class: "mono" }, realDigits.toFixed(2))),
+    element("p", {}, "CLIP similarity to “", element("bdi", { class: "prompt" }, prompt), "”, real digits: ", element("span", { class: "mono" }, realDigits.toFixed(2))),
     element("p", { class: "hint" }, hint),
   ];
 }

@@ -146,7 +146,7 @@ export class Stage {
     announce(`${plural(run.count, "image")} finished in ${duration(seconds)}`);
   }
 
-  /** Shows the similarity of each finished image with a prompt below the image, and elements that explain it. */
+  /** Shows the similarity of each finished image below it, and elements that explain the numbers. */
   showSimilarities(similarities, explanation) {
     const { tiles, labels } = this.panes.x0;
     similarities.forEach((similarity, index) => {

@@ -166,7 +166,7 @@ def test_error_of_a_list_of_pictures_names_the_index(is_form: bool) -> None:
     assert (error.code, error.errors[0]["loc"]) == ("invalid_image", ["body", "images", 2])
 
 
-def test_picture_that_the_conversion_refuses_is_an_invalid_image() -> None:
+def test_picture_that_cannot_be_converted_gives_invalid_image() -> None:
     def refuse_large(fields: Fields, name: str, picture: Picture) -> Picture:
         if picture.grey.shape != DRAWING.shape:
             raise PictureError("too large")

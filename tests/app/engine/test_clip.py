@@ -1,4 +1,4 @@
-"""CLIP guidance in the scheduler: sizes of rows, kinds of steps and limits."""
+"""Tests of CLIP guidance in the scheduler: sizes of rows, kinds of steps and limits."""
 
 import numpy as np
 import pytest

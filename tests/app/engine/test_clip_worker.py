@@ -135,7 +135,7 @@ def test_images_are_embedded_in_batches_of_one_request() -> None:
     assert clip.batches == [BATCH, 1, 2]
 
 
-def test_prompts_go_before_the_next_batch_of_images() -> None:
+def test_prompts_are_embedded_before_the_next_batch_of_images() -> None:
     hold = Hold()
     clip = FakeClip(on_call=hold)
     with opened(clip) as worker:
@@ -158,7 +158,7 @@ def test_cached_prompt_is_not_embedded_again() -> None:
     assert clip.prompts == ["new"]
 
 
-def test_cache_drops_the_prompt_that_was_not_used_for_the_longest_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_cache_drops_the_least_recently_used_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clip_worker, "MAX_CACHED_PROMPTS", 12)
     clip = FakeClip()
     with opened(clip) as worker:
@@ -182,7 +182,7 @@ def test_cancelled_request_ends_after_its_current_batch_and_frees_its_room() -> 
     assert clip.batches == [BATCH, 1]
 
 
-def test_error_fails_only_its_own_request(caplog: pytest.LogCaptureFixture) -> None:
+def test_error_of_a_call_fails_only_its_request(caplog: pytest.LogCaptureFixture) -> None:
     def fail(batch: Sequence[Any]) -> None:
         if not isinstance(batch[0], str) and batch[0].max() == 13:
             raise ValueError("secret")

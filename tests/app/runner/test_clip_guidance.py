@@ -1,4 +1,4 @@
-"""Compares rows with CLIP guidance with each other and with the offline process."""
+"""Compares rows with CLIP guidance alone, in batches, and with the offline process."""
 
 import copy
 from dataclasses import replace

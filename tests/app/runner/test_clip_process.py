@@ -55,7 +55,7 @@ def test_process_has_the_idle_policy_and_ignores_signals_to_the_whole_service(pr
     assert process.call(["one"]).shape == (1, 64)
 
 
-def test_failed_call_raises_its_error_and_the_process_goes_on(process: ClipProcess) -> None:
+def test_failed_call_raises_its_error_and_the_process_continues(process: ClipProcess) -> None:
     process.call(["one"])
     before = process.pid
     with pytest.raises(RuntimeError, match="ValueError: all input arrays must have the same shape"):

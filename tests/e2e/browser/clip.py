@@ -1,4 +1,4 @@
-"""Replaces the parts of the API that need a CLIP model, for tests of the page that need certain similarities."""
+"""Replaces the parts of the API that need a CLIP model, so that tests of the page know the similarities."""
 
 import json
 from collections.abc import Callable

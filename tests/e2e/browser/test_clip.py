@@ -1,4 +1,4 @@
-"""CLIP in the view Generate: guidance with a prompt, and the similarity of the finished images with the prompt."""
+"""Tests of the view Generate: CLIP guidance with a prompt, and the similarity of the finished images to it."""
 
 import ast
 import base64
@@ -80,7 +80,7 @@ def test_guidance_and_similarities_are_those_of_the_api(start: Start, open_page:
     body = {"images": images, "prompts": [BODY["clip_prompt"]], "fit": "resize", "invert": False}
     answer = service.client.post("/score", json=body).raise_for_status().json()
     real = answer["real_digits"]["similarities"][0][4]
-    expect(explanation(page)).to_have_text(f"CLIP similarity with “a thick four”, real digits: {real:.2f}")
+    expect(explanation(page)).to_have_text(f"CLIP similarity to “a thick four”, real digits: {real:.2f}")
     assert [float(text) for text in similarities(page)] == pytest.approx(
         [value for (value,) in answer["similarities"]], abs=0.0051
     )
@@ -102,7 +102,7 @@ def test_similarity_is_shown_below_each_image_and_explained(service: Service, op
     generate(page, digit="3", count="4", num_steps="4", seed="1")
     wait_until_finished(page)
     expect(explanation(page)).to_have_text(
-        f"CLIP similarity with “{digit_prompt(3)}”, real digits: {real_similarity(3):.2f}"
+        f"CLIP similarity to “{digit_prompt(3)}”, real digits: {real_similarity(3):.2f}"
     )
     assert [body["prompts"] for body in sent] == [[digit_prompt(3)]]
     assert [base64.b64decode(image) for image in sent[0]["images"]] == predictions(page)
@@ -176,7 +176,7 @@ def is_score(request: Request) -> bool:
     return request.url.endswith("/score")
 
 
-def test_new_run_cancels_the_call_of_the_run_before(service: Service, open_page: Open) -> None:
+def test_new_run_cancels_the_call_of_the_previous_run(service: Service, open_page: Open) -> None:
     page = open_page(service, prepare=stub(score=hold_first()))
     with page.expect_request(is_score):
         generate(page, digit="4", count="2", num_steps="3")

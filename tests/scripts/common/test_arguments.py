@@ -52,8 +52,8 @@ def test_clip_guidance_scale_is_a_number_from_0_to_10(scale: str) -> None:
         (["--clip-guidance-scale", "10.1"], "is not a number from 0 to 10"),
         (["--clip-guidance-scale", "-1"], "is not a number from 0 to 10"),
         (["--clip-guidance-scale", "nan"], "is not a number from 0 to 10"),
-        (["--clip-prompt", " "], "a prompt must have 1 to 200 characters and not be blank"),
-        (["--clip-prompt", "a" * 201], "a prompt must have 1 to 200 characters and not be blank"),
+        (["--clip-prompt", " "], "a prompt must have 1 to 200 characters and must not be blank"),
+        (["--clip-prompt", "a" * 201], "a prompt must have 1 to 200 characters and must not be blank"),
     ],
     ids=lambda given: " ".join(given)[:40],
 )

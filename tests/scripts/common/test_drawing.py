@@ -215,7 +215,7 @@ def test_unsupported_or_ineffective_options_are_rejected(tmp_path: Path, wrong: 
 
 @pytest.fixture(scope="module")
 def long_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with 100 timesteps, as many as the default interval of CLIP guidance is made for."""
+    """A checkpoint with 100 timesteps. The default interval of CLIP guidance is made for this number."""
     return save_tiny_checkpoint(tmp_path_factory.mktemp("clip") / "tiny.safetensors", num_steps=100)
 
 
@@ -237,7 +237,7 @@ def test_image_with_clip_guidance_has_the_same_pixels_for_every_batch_size(long_
     assert not torch.equal(all_, draw_with_clip(long_checkpoint, y))
 
 
-def test_default_prompt_is_that_of_each_digit(long_checkpoint: Path) -> None:
+def test_default_prompt_names_the_digit_of_the_image(long_checkpoint: Path) -> None:
     pytest.importorskip("open_clip")
     y = torch.tensor([7, 2, 7])
     both = draw_with_clip(long_checkpoint, y, clip_guidance_scale=5.0)

@@ -41,7 +41,7 @@ class LaterRequest(DrawingRequest):
         (1_000_000, "1M<n<10M"),
     ],
 )
-def test_size_category_is_that_of_the_number_of_images(tmp_path: Path, count: int, category: str) -> None:
+def test_size_category_matches_the_number_of_images(tmp_path: Path, count: int, category: str) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     facts = {**FACTS, "count": count, "num_images": [count, *[0] * 9]}
     assert yaml.safe_load(card(facts, loaded, "command").split("---\n")[1])["size_categories"] == [category]

@@ -73,7 +73,7 @@ def test_job_has_the_embedding_of_the_prompt_and_the_steps_of_the_model() -> Non
 
 @pytest.mark.parametrize("scale", [{}, {"clip_guidance_scale": 0}, {"clip_guidance_scale": 0.0}])
 @pytest.mark.parametrize("clip", [None, FakeClip()], ids=["without CLIP", "with CLIP"])
-def test_without_a_scale_there_is_no_clip_guidance(scale: dict[str, Any], clip: FakeClip | None) -> None:
+def test_request_without_a_scale_has_no_clip_guidance(scale: dict[str, Any], clip: FakeClip | None) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.post("/generate", json={**BODY, **scale})
         answer = response.json()
@@ -128,7 +128,7 @@ def test_lone_surrogate_in_a_prompt_is_refused() -> None:
     ("settings", "detail"),
     [({}, str(ClipNotInstalledError())), ({"clip": "off"}, "CLIP is turned off (UNFOG_CLIP=off)")],
 )
-def test_without_a_clip_model_the_answer_is_501_and_says_what_to_do(settings: dict[str, str], detail: str) -> None:
+def test_service_without_a_clip_model_answers_501_and_says_what_to_do(settings: dict[str, str], detail: str) -> None:
     async def check(client: httpx.AsyncClient) -> None:
         for accept in ("application/json", "text/event-stream"):
             body = {**BODY, "clip_guidance_scale": 1}

@@ -230,7 +230,7 @@ def test_invalid_multipart_body_is_refused_with_the_location_of_the_wrong_elemen
     run(check, FakeRunner(clip=FakeClip()))
 
 
-def test_pictures_within_the_limit_of_pixels_together_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_within_the_limit_of_total_pixels_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture_tasks, "MAX_PIXELS", 2 * 28 * 28)
 
     async def check(client: httpx.AsyncClient) -> None:
