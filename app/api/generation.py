@@ -35,6 +35,7 @@ from model.png import ClipProvenance, Provenance
 from model.sampler import Sampler
 
 CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto"
+MIN_TIMEOUT = 1e-3  # seconds that are left for the steps of a request whose prompt took almost all of its time
 T = TypeVar("T")
 Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
@@ -202,16 +203,19 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
     facts = {"clip_guidance_scale": options.clip_guidance_scale, "clip_prompt": options.clip_prompt or None}
     if not options.clip_guidance_scale:
         return replace(task, facts={**task.facts, **facts, "clip": None})
-    clip, timeout = service.clip_info, service.timeout_of(task.timeout)
-    embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
+    clip, deadline = service.clip_info, time.monotonic() + service.timeout_of(task.timeout)
+    service.engine.apparent_state.refuse_unless_ok()
     try:
-        async with asyncio.timeout(timeout):
-            (text,) = await cancel_on_disconnect(request, embedded)
+        async with asyncio.timeout(deadline - time.monotonic()):
+            embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
+            with service.in_flight.one():
+                (text,) = await cancel_on_disconnect(request, embedded)
     except TimeoutError:
         raise errors.DeadlineExceeded from None
     steps = service.info(options.model).clip_steps(options)
     return replace(
         task,
+        timeout=max(deadline - time.monotonic(), MIN_TIMEOUT),
         clip=ClipTarget(options.clip_guidance_scale, text, steps, service.engine.clip_evaluations),
         clip_sha256=clip.sha256,
         facts={**task.facts, **facts, "clip": ModelName(name=clip.name, sha256=clip.sha256)},

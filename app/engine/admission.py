@@ -200,19 +200,20 @@ class Admission:
         A single image that fits into the first round has a row in every step. The result is its number of steps times
         the predicted duration of the next step. For all other jobs the result is the bound of the backlog.
         """
-        backlog, kind = self.backlog, self.backlog.step_kind(job)
+        backlog, request, kind = self.backlog, job.request, self.backlog.step_kind(job)
         limits = self._limits_with(job)
         mean = _mean_evaluations(job)
         first_round = (len(backlog) + 1) * mean
-        if job.request.count > 1 or job.is_searching or first_round > max(mean, limits.evaluations // 2):
+        if request.count > 1 or job.is_searching or first_round > max(mean, limits.evaluations // 2):
             return backlog.finish_seconds(job, full)
         fewest = 1 if backlog.jobs else limits.evaluations
         share = limits.share(len(backlog) + 1, fewest, math.ceil(first_round))
-        evaluations = min(share, (backlog.waiting + backlog.running + 1) * mean)
+        num_steps, clip_steps = request.options.num_steps, len(request.clip.steps) if request.clip else 0
+        if backlog.step_kind().has_clip:
+            clip_steps = num_steps  # a step of this image can contain a call of CLIP for the others
+        evaluations = min(share, (backlog.waiting + backlog.running + 1) * request.network_evaluations / num_steps)
         seconds = self.step_times.step_seconds(evaluations) + (kind.num_models - 1) * full.lone_seconds
-        if kind.has_clip:
-            seconds += self.step_times.slowdown * self.step_times.clip_seconds
-        return job.request.options.num_steps * seconds
+        return num_steps * seconds + clip_steps * self.step_times.slowdown * self.step_times.clip_seconds
 
 
 def _mean_evaluations(job: Job) -> float:

@@ -26,7 +26,7 @@ class ClipModel:
         self.clip, self.info = model, ClipInfo(name_without_folders(model.name), model.sha256)
         on_cpu = model if model.device.type == "cpu" else Clip(model.name)
         self.known = {prompt: embed(on_cpu, [prompt])[0] for prompt in prompts}
-        self.process = ClipProcess(model.name)
+        self.process = ClipProcess(model.name, model.sha256)
 
     @classmethod
     def load(cls, setting: str, device: torch.device, prompts: Sequence[str] = ()) -> "ClipModel | None":

@@ -35,7 +35,18 @@ from model.clip import Clip
 from model.pixels import from_pixels
 
 # -I keeps the current folder out of sys.path, where -c would put it first. The child then copies the parent's sys.path.
-_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from app.runner.clip_process import main; main()"
+# A terminal and systemd send SIGINT and SIGTERM to all processes of the service. The parent decides when this one ends.
+_PROGRAM = """
+import json, os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.nice(19)
+sys.path[:] = json.loads(sys.argv[1])
+from app.runner.clip_process import main
+main()
+"""
+# Time limit for a call. A batch takes milliseconds, but the start and a call can take minutes on a busy CPU.
+CALL_SECONDS = 300.0
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends to this process when its parent ends
 
 
@@ -45,9 +56,9 @@ class ClipProcess:
     The process starts with the first call, and again with the first call after it has ended.
     """
 
-    def __init__(self, name: str) -> None:
-        """`name` is the name of a CLIP model, as in model.clip.Clip."""
-        self._name = name
+    def __init__(self, name: str, sha256: str) -> None:
+        """`name` is the name of a CLIP model, as in model.clip.Clip. `sha256` is the digest of its weights."""
+        self._name, self._sha256 = name, sha256
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[object, object] | None = None
         self._lock = threading.Lock()  # of the start and the end of the process
@@ -56,12 +67,18 @@ class ClipProcess:
     def call(self, batch: Sequence[str] | Sequence[Pixels]) -> Embeddings:
         """Returns the embeddings (N, E) of prompts or of images of one shape.
 
-        Raises the exception of the computation, and RuntimeError if the process ends during the call.
+        Raises the exception of the computation, and RuntimeError if the process ends during the call or does not answer
+        within CALL_SECONDS. It is then started again with the next call.
         """
         connection = self._connected()
         try:
             connection.send(batch)
+            if not connection.poll(CALL_SECONDS):
+                raise TimeoutError
             result = connection.recv()
+        except TimeoutError as error:
+            self._end()
+            raise RuntimeError(f"the CLIP process gave no result within {CALL_SECONDS:.0f} s") from error
         except (EOFError, OSError) as error:
             self._end()
             raise RuntimeError("the CLIP process has ended") from error
@@ -93,7 +110,7 @@ class ClipProcess:
             if not self._process or not self._connection:
                 self._connection, own = Pipe()
                 path = [entry or str(Path.cwd()) for entry in sys.path]
-                arguments = [json.dumps(path), str(own.fileno()), self._name]
+                arguments = [json.dumps(path), str(own.fileno()), self._name, self._sha256]
                 command = [sys.executable, "-I", "-c", _PROGRAM, *arguments]
                 with own:
                     self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(own.fileno(),))
@@ -114,17 +131,14 @@ class ClipProcess:
 
 def main() -> None:
     """Runs in the child: answers each batch with its embeddings or with the exception. Ends if the parent ends."""
-    # A terminal and systemd send these signals to all processes of the service. The parent decides when this one ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        with suppress(OSError):  # a container may forbid the call
-            for thread in Path("/proc/self/task").iterdir():  # the imports have started threads
-                os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
     torch.set_num_threads(1)  # an embedding then has the same bits on every machine with the same kind of CPU
     connection: Connection[Any, Any] = Connection(int(sys.argv[2]))
     clip = Clip(sys.argv[3])
+    if clip.sha256 != sys.argv[4]:
+        sys.exit(f"The CLIP model {sys.argv[3]!r} has changed since the start of the service. Start the service again")
+    _use_idle_cores()  # Loading has the nice value 19 instead: with SCHED_IDLE it takes minutes on a busy CPU.
     with suppress(EOFError):
         while True:
             batch = connection.recv()
@@ -132,6 +146,13 @@ def main() -> None:
                 connection.send(embed(clip, batch))
             except Exception as error:
                 connection.send(RuntimeError(f"{type(error).__name__}: {error}"))
+
+
+def _use_idle_cores() -> None:
+    """Gives all threads of this process the scheduling policy SCHED_IDLE, if the platform has it."""
+    with suppress(AttributeError, OSError):  # only Linux has it, and a container may forbid the call
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from app.engine.admission import Admission
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits
 from app.engine.job import ClipTarget, Job, StepKind
@@ -71,3 +72,17 @@ def test_steps_without_clip_guidance_have_the_limits_of_a_service_without_clip()
     curve, plain = {1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0}, StepKind(1, 2, has_clip=False)
     with_clip, without = (StepLimits.of(StepTimes(curve, s), None, plain, auto=True) for s in (12.0, 0.0))
     assert with_clip == without
+
+
+@pytest.mark.parametrize("other_has_clip", [None, False, True])
+def test_estimate_of_one_image_counts_the_calls_of_clip_in_its_steps(other_has_clip: bool | None) -> None:
+    """Without other images, CLIP is called in two of four steps. An image of another request can need it in all."""
+    admission = Admission(100, None)
+    admission.open(StepTimes({1: 1.0, 64: 1.0}, clip_seconds=5.0))
+    if other_has_clip is not None:
+        admission.admit(guided_job() if other_has_clip else new_job(num_steps=4), 0.0)
+    clip = ClipTarget(1.0, np.zeros(4, np.float32), frozenset({1, 2}), CLIP_EVALUATIONS)
+    job = new_job(num_steps=4, clip=clip)
+    admission.admit(job, 0.0)
+    assert job.estimate
+    assert job.estimate.seconds == pytest.approx(4 * 1.0 + (4 if other_has_clip else 2) * 5.0)

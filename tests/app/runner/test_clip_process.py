@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from app.engine.job import Pixels
+from app.runner import clip_process
 from app.runner.clip_process import ClipProcess, embed
 from model.clip import Clip, digit_prompt
 
@@ -22,9 +23,12 @@ pytest.importorskip("open_clip")
 PROMPTS = [digit_prompt(digit) for digit in range(10)]
 
 
+SHA256 = Clip().sha256
+
+
 @pytest.fixture(scope="module")
 def process() -> Iterator[ClipProcess]:
-    process = ClipProcess("embedded")
+    process = ClipProcess("embedded", SHA256)
     yield process
     process.close()
 
@@ -96,7 +100,7 @@ def test_call_fails_if_the_process_ends_during_it_and_the_next_call_starts_it_ag
 
 
 def test_closing_ends_a_call_that_is_in_progress() -> None:
-    process, failed = ClipProcess("embedded"), threading.Event()
+    process, failed = ClipProcess("embedded", SHA256), threading.Event()
 
     def call() -> None:
         with pytest.raises(RuntimeError):
@@ -117,13 +121,35 @@ def test_closing_ends_a_call_that_is_in_progress() -> None:
 
 def test_process_ends_when_its_parent_is_killed() -> None:
     program = (
-        "import time; from app.runner.clip_process import ClipProcess; process = ClipProcess('embedded'); "
+        "import sys, time; from app.runner.clip_process import ClipProcess; "
+        "process = ClipProcess('embedded', sys.argv[1]); "
         "process.call(['one']); print(process.pid, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen([sys.executable, "-c", program, SHA256], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         child = int(parent.stdout.readline())
         descriptor = os.pidfd_open(child)
         parent.kill()
     assert select.select([descriptor], [], [], 30)[0]
     os.close(descriptor)
+
+
+def test_process_that_does_not_answer_is_ended_and_starts_again(
+    process: ClipProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process.call(["one"])
+    assert process.pid
+    os.kill(process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(clip_process, "CALL_SECONDS", 0.1)
+    with pytest.raises(RuntimeError, match="no result within"):
+        process.call(["one"])
+    monkeypatch.undo()
+    assert process.call(["one"]).shape == (1, 64)
+
+
+def test_model_that_has_changed_since_the_start_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    process = ClipProcess("embedded", "0" * 64)
+    with pytest.raises(RuntimeError, match="the CLIP process has ended"):
+        process.call(["one"])
+    assert "has changed since the start of the service" in capfd.readouterr().err
+    process.close()
