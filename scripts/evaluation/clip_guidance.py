@@ -22,6 +22,7 @@ from scripts.evaluation.tables import Figures
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 SCALES = (2.0, 4.0, 8.0)
 INTERVALS = ((20, 60), (30, 70), (40, 70), (40, 75))
@@ -97,33 +98,40 @@ def show_clip_guidance(rows: Sequence[Figures], real: Figures) -> "Figure":
     """Plots error rate, Fréchet ratio and similarity against the scale, with one line for each interval.
 
     The lines with classifier-free guidance are dashed. Each line begins at scale 0 with the images without CLIP
-    guidance. A dotted line shows the similarity of real digits.
+    guidance. A dotted line shows the ratio or the similarity of real digits.
     """
     figure = new_figure(1150, 380)
     wrong, ratio, similarity = figure.subplots(1, 3)
-    _plot_lines(wrong, rows, lambda row: 1 - row["judge"])
+    lines = _plot_lines(wrong, rows, lambda row: 1 - row["judge"])
     wrong.set_title("Digits that the judge does not recognise", loc="left", fontsize=10)
     wrong.set_ylim(bottom=0)
+    wrong.legend(list(lines.values()), list(lines), fontsize=8, frameon=False)
     wrong.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     _plot_lines(ratio, [row for row in rows if row["frechet_ratio"] is not None], lambda row: row["frechet_ratio"])
-    ratio.set_title("Fréchet distance, ratio to real digits", loc="left", fontsize=10)
+    ratio.set_title("Fréchet distance, ratio (dotted: real digits)", loc="left", fontsize=10)
+    ratio.axhline(1, color="grey", linestyle=":", linewidth=1)
     _plot_lines(similarity, rows, lambda row: row["similarity"])
     similarity.set_title("CLIP similarity (dotted: real digits)", loc="left", fontsize=10)
     similarity.axhline(real["similarity"], color="grey", linestyle=":", linewidth=1)
     return finish_curves(figure)
 
 
-def _plot_lines(axes: "Axes", rows: Sequence[Figures], value: Callable[[Figures], float]) -> None:
+def _plot_lines(axes: "Axes", rows: Sequence[Figures], value: Callable[[Figures], float]) -> "dict[str, Line2D]":
+    """Plots a value against the scale. Returns the lines with at least two points, by their names."""
+    lines = {}
     intervals = dict.fromkeys(_interval(row) for row in rows if "clip" in row["options"])
     for guided in (False, True):
         own = [row for row in rows if (row["options"]["guidance"]["scale"] != 1) == guided]
         for i, interval in enumerate(intervals):
             line = [row for row in own if "clip" not in row["options"] or _interval(row) == interval]
             points = sorted((_scale(row), value(row)) for row in line)
-            label = f"_{interval}" if guided else f"t = {interval[0]} to {interval[1]}"
-            style = "--" if guided else "-"
-            axes.plot(*zip(*points, strict=True), f"C{i}o{style}", markersize=4, linewidth=1.4, label=label)
-    axes.set_xlabel("scale of CLIP guidance (dashed: with classifier-free guidance)")
+            label = f"t = {interval[0]} to {interval[1]}{', with guidance' if guided else ''}"
+            x, y = [point[0] for point in points], [point[1] for point in points]
+            (drawn,) = axes.plot(x, y, f"C{i}o{'--' if guided else '-'}", markersize=4, linewidth=1.4, label="_")
+            if len(points) > 1:
+                lines[label] = drawn
+    axes.set_xlabel("scale of CLIP guidance")
+    return lines
 
 
 def _scale(row: Figures) -> float:

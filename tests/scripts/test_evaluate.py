@@ -134,7 +134,18 @@ def test_edit_starts_at_the_timestep_of_each_strength(inputs: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     "command",
-    [["fog"], ["clip"], ["synthetic", "set"], ["recognize"], ["handwriting"], ["denoise"], ["inpaint"], ["edit"]],
+    [
+        ["fog"],
+        ["clip"],
+        ["clip-guidance"],
+        ["clip-attributes"],
+        ["synthetic", "set"],
+        ["recognize"],
+        ["handwriting"],
+        ["denoise"],
+        ["inpaint"],
+        ["edit"],
+    ],
     ids=" ".join,
 )
 @pytest.mark.parametrize("out", ["figures", "figures.txt", "folder.png", "folder.json"])

@@ -153,7 +153,10 @@ def test_plot_has_a_line_for_each_interval_that_starts_without_clip_guidance() -
         [(0, 0.75)],
         [(0, 0.75), (1, 0.875)],
     ]
-    assert {text.get_text() for text in wrong.texts} == {"t = 5 to 60", "t = 20 to 60"}
+    legend = wrong.get_legend()
+    assert legend
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["t = 5 to 60", "t = 20 to 60", "t = 20 to 60, with guidance"]
     assert list(ratio.lines[1].get_ydata()) == [1.25, 1.0625]
     assert list(similarity.lines[-1].get_ydata()) == [0.3, 0.3]
 
