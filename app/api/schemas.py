@@ -13,6 +13,7 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
+from pydantic.config import JsonDict
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Timings
 from model.clip import MAX_PROMPT_LENGTH, is_prompt
@@ -118,11 +119,22 @@ class SamplingRequest(BaseRequest):
     ] = 1
 
 
+PROMPT_NEEDS_A_SCALE: JsonDict = {
+    "if": {"required": ["clip_prompt"]},
+    "then": {
+        "required": ["clip_guidance_scale"],
+        "properties": {"clip_guidance_scale": {"exclusiveMinimum": 0}},
+    },
+}
+
+
 class GenerateRequest(SamplingRequest):
     """The images to generate. On a CPU a request with the same fields and seed gives the same bytes under any load.
 
     On a GPU such images may differ in the last bits of the network's precision, depending on the load.
     """
+
+    model_config = ConfigDict(json_schema_extra={"allOf": [PROMPT_NEEDS_A_SCALE]})
 
     digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
     clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(

@@ -566,7 +566,7 @@ def test_documented_limits_of_pictures_are_those_of_the_code() -> None:
 
 
 def test_interval_of_clip_guidance_is_that_of_the_code() -> None:
-    assert f"CLIP guidance acts at the timesteps {START} to {STOP}." in API.text
+    assert f"CLIP guidance is applied at the timesteps {START} to {STOP}." in API.text
 
 
 def test_every_documented_setting_exists() -> None:

@@ -14,6 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
+from app.api.schemas import PROMPT_NEEDS_A_SCALE
 from app.api.task_examples import FILE
 from app.engine.interface import ModelInfo
 from app.main import create_app
@@ -337,6 +338,10 @@ SHIPPED_BODIES = [
     ({"digit": 7, "model": "fast", "sampler": "ddpm"}, False),
     ({"digit": 7, "model": "fast", "guidance_scale": 2}, False),
     ({"digit": 7, "model": "slow"}, False),
+    ({"digit": 7, "clip_prompt": "a thick seven"}, False),
+    ({"digit": 7, "clip_prompt": "a thick seven", "clip_guidance_scale": 0}, False),
+    ({"digit": 7, "clip_prompt": "a thick seven", "clip_guidance_scale": 0.1}, True),
+    ({"digit": 7, "clip_guidance_scale": 0.1}, True),
 ]
 
 
@@ -347,7 +352,7 @@ def test_document_contains_the_limits_of_the_shipped_models(body: dict[str, Any]
 
 def test_document_has_no_limits_of_a_model_without_a_readable_checkpoint(tmp_path: Path) -> None:
     served = create_app(Settings(checkpoint=tmp_path / "missing.safetensors")).openapi()
-    assert "allOf" not in served["components"]["schemas"]["GenerateRequest"]
+    assert served["components"]["schemas"]["GenerateRequest"]["allOf"] == [PROMPT_NEEDS_A_SCALE]
 
 
 FAST = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)

@@ -216,7 +216,7 @@ def test_prompt_needs_guidance_and_its_default_follows_the_digit(service: Servic
     expect(prompt).to_be_disabled()
     expect(prompt).to_have_attribute("placeholder", digit_prompt(7))
     slider.press("ArrowRight")
-    expect(page.locator("#clip-guidance-value")).to_have_text("0.1")
+    expect(page.locator("#clip-guidance-value")).to_have_text("0.05")
     expect(prompt).to_be_enabled()
     slider.press("3")
     expect(prompt).to_have_attribute("placeholder", digit_prompt(3))

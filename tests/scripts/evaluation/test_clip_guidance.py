@@ -166,7 +166,7 @@ def test_plot_has_a_line_for_each_interval_that_starts_without_clip_guidance() -
     [
         (["--intervals", "5-101"], "An interval ends at 101, but the checkpoint has 100 steps"),
         (["--intervals", "60-5"], "is not an interval of timesteps"),
-        (["--scales", "11"], "is not 0 or a number from 0.0001 to 10"),
+        (["--scales", "11"], "is not a number from 0 to 10"),
         (["--clip-guidance-scale", "0"], "--clip-guidance-scale must be above 0"),
         (["--clip-model", "nowhere"], "Cannot load CLIP model 'nowhere'"),
         (["--seed", "1"], "unrecognized arguments: --seed 1"),
