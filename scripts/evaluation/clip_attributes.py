@@ -36,7 +36,7 @@ NUM_SHOWN = 2  # images of each digit and prompt in the picture
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """Two opposite prompts and the property that they change. {} in a prompt stands for the word of the digit."""
+    """Two opposite prompts and the property that they change. In a prompt, {} is replaced by the word of the digit."""
 
     name: str
     more: str  # prompt for images with a high value
@@ -112,9 +112,9 @@ def _draw(
     reporter: Reporter,
     request: DrawingRequest,
 ) -> Tensor:
-    """Returns pixels (10, num_images, 1, 28, 28) uint8 for a prompt in which {} stands for the word of the digit.
+    """Returns pixels (10, num_images, 1, 28, 28) uint8 for a prompt. {} is replaced by the word of the digit.
 
-    None means no CLIP guidance.
+    Without a prompt, there is no CLIP guidance.
     """
     drawn = []
     for digit, word in enumerate(DIGIT_WORDS):
