@@ -40,6 +40,17 @@ def is_installed() -> bool:
     return importlib.util.find_spec("open_clip") is not None
 
 
+def import_open_clip() -> ModuleType:
+    """Imports open_clip, which takes seconds. Raises ClipNotInstalledError."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            import open_clip  # type: ignore[import-untyped]
+
+            return open_clip
+    except ImportError as error:
+        raise ClipNotInstalledError from error
+
+
 def digit_prompt(digit: int) -> str:
     """Returns the prompt for an image of the digit, such as "a handwritten digit seven"."""
     return f"a handwritten digit {DIGIT_WORDS[digit]}"
@@ -105,7 +116,7 @@ class Clip:
 
 def _load(architecture: str, weights: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """Returns the model, its tokenizer, and how its images are prepared."""
-    open_clip = _import_open_clip()
+    open_clip = import_open_clip()
     known = open_clip.pretrained.get_pretrained_cfg(architecture, weights) if weights else {}
     root, level = logging.getLogger(), logging.getLogger().level
     root.setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
@@ -121,13 +132,3 @@ def _load(architecture: str, weights: str | None) -> tuple[Any, Any, dict[str, A
     finally:
         root.setLevel(level)
     return model.eval().requires_grad_(False), tokenizer, open_clip.get_model_preprocess_cfg(model)
-
-
-def _import_open_clip() -> ModuleType:
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            import open_clip  # type: ignore[import-untyped]
-
-            return open_clip
-    except ImportError as error:
-        raise ClipNotInstalledError from error

@@ -78,8 +78,7 @@ class ClipWorker:
         self._prompts: dict[Future[Any], _Work] = {}  # requests for embeddings of prompts, oldest first
         self._images: dict[Future[Any], _Work] = {}  # requests with images, oldest first
         self._cache: OrderedDict[str, Embedding] = OrderedDict()  # by prompt, the least recently used one first
-        self._is_started = False  # True after the first call
-        self._seconds: float | None = None  # moving average for an embedding; None before the second call
+        self._seconds: float | None = None  # moving average for an embedding; None before the first call
         self._closed_with: errors.UnfogError | None = None
         self._thread = threading.Thread(target=self._run, name="clip", daemon=True)
 
@@ -191,19 +190,14 @@ class ClipWorker:
             return None if self._closed_with else next(iter((self._prompts or self._images).items()))
 
     def _run_part(self, work: _Work) -> None:
-        """Runs one part and measures its time. Raises StopIteration after the last part.
-
-        The first call is not measured, because it starts the model, which takes seconds.
-        """
+        """Runs one part and measures its time. Raises StopIteration after the last part."""
         start = time.perf_counter()
         count = next(work.parts)
         seconds = (time.perf_counter() - start) / count
         with self._condition:
             work.num_left = max(0, work.num_left - count)  # a request can also embed the real digits
-            if self._is_started:
-                before = seconds if self._seconds is None else self._seconds
-                self._seconds = before + NEW_SHARE * (min(seconds, MAX_JUMP * before) - before)
-            self._is_started = True
+            before = seconds if self._seconds is None else self._seconds
+            self._seconds = before + NEW_SHARE * (min(seconds, MAX_JUMP * before) - before)
 
     def _prompt_parts(self, prompts: Sequence[str]) -> Generator[int, None, Embeddings]:
         """Embeds the prompts that are not cached, one in each part."""

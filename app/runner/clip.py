@@ -18,27 +18,39 @@ from model.clip import Clip, ClipError, name_without_folders
 class ClipModel:
     """A CLIP model on the device of the runner, and the child process for embeddings."""
 
-    def __init__(self, model: Clip, prompts: Sequence[str] = ()) -> None:
-        """Embeds `prompts` immediately, in this process. Pass the default prompts, so that they never wait.
+    def __init__(self, model: Clip, prompts: Sequence[str] = (), process: ClipProcess | None = None) -> None:
+        """Embeds `prompts` immediately. Pass the default prompts, so that they never wait.
 
-        They are embedded on the CPU, like all other prompts, because a GPU rounds differently.
+        They are embedded in this process on the CPU, like all other prompts, because a GPU rounds differently.
         """
         self.clip, self.info = model, ClipInfo(name_without_folders(model.name), model.sha256)
+        self.process = process or ClipProcess()
+        self.process.name, self.process.sha256 = model.name, model.sha256
         on_cpu = model if model.device.type == "cpu" else Clip(model.name)
         self.known = {prompt: embed(on_cpu, [prompt])[0] for prompt in prompts}
-        self.process = ClipProcess(model.name, model.sha256)
 
     @classmethod
     def load(cls, setting: str, device: torch.device, prompts: Sequence[str] = ()) -> "ClipModel | None":
         """Returns the model that UNFOG_CLIP names, or None. Raises RunnerError if it cannot be loaded.
 
-        The weights must not be inference tensors, because guidance needs the gradient with respect to the image.
+        Starts the child process too. `wait_until_ready` waits for it. The weights must not be inference tensors,
+        because guidance needs the gradient with respect to the image.
         """
         if setting == "off" or (setting == "auto" and not clip.is_installed()):
             return None
+        process = ClipProcess()
+        process.start()
         try:
-            return cls(Clip(clip.EMBEDDED_NAME if setting == "auto" else setting, device), prompts)
+            return cls(Clip(clip.EMBEDDED_NAME if setting == "auto" else setting, device), prompts, process)
         except ClipError as error:
+            process.close()
+            raise RunnerError(f"UNFOG_CLIP: {error}") from error
+
+    def wait_until_ready(self) -> None:
+        """Waits until the child process has loaded its model. Raises RunnerError if this fails."""
+        try:
+            self.process.wait_until_ready()
+        except RuntimeError as error:
             raise RunnerError(f"UNFOG_CLIP: {error}") from error
 
     def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:

@@ -31,7 +31,7 @@ from einops import rearrange
 
 from app.engine.interface import Embeddings
 from app.engine.job import Pixels
-from model.clip import Clip
+from model.clip import EMBEDDED_NAME, Clip, ClipNotInstalledError, import_open_clip
 from model.pixels import from_pixels
 
 # -I keeps the current folder out of sys.path, where -c would put it first. The child then copies the parent's sys.path.
@@ -53,16 +53,32 @@ _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends to this proc
 class ClipProcess:
     """Sends prompts and images to the child process. Calls must not overlap, but `close` may be called at any time.
 
-    The process starts with the first call, and again with the first call after it has ended.
+    A process that has ended starts again with the next call.
     """
 
-    def __init__(self, name: str, sha256: str) -> None:
-        """`name` is the name of a CLIP model, as in model.clip.Clip. `sha256` is the digest of its weights."""
-        self._name, self._sha256 = name, sha256
+    def __init__(self, name: str = EMBEDDED_NAME, sha256: str = "") -> None:
+        """`name` is the name of a CLIP model, as in model.clip.Clip. `sha256` is the digest of its weights.
+
+        Both may be set after `start`, but before other calls.
+        """
+        self.name, self.sha256 = name, sha256
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[object, object] | None = None
         self._lock = threading.Lock()  # of the start and the end of the process
+        self._is_ready = False  # True after the process has loaded its model
         self._is_closed = False
+
+    def start(self) -> None:
+        """Starts the process if it does not run, without waiting. It imports its packages, but loads no model."""
+        self._connected()
+
+    def wait_until_ready(self) -> "Connection[object, object]":
+        """Starts the process if it does not run, and waits until it has loaded its model. Raises errors as `call`."""
+        connection = self._connected()
+        if not self._is_ready:
+            self._receive(connection, (self.name, self.sha256))
+            self._is_ready = True
+        return connection
 
     def call(self, batch: Sequence[str] | Sequence[Pixels]) -> Embeddings:
         """Returns the embeddings (N, E) of prompts or of images of one shape.
@@ -70,18 +86,7 @@ class ClipProcess:
         Raises the exception of the computation, and RuntimeError if the process ends during the call or does not answer
         within CALL_SECONDS. It is then started again with the next call.
         """
-        connection = self._connected()
-        try:
-            connection.send(batch)
-            if not connection.poll(CALL_SECONDS):
-                raise TimeoutError
-            result = connection.recv()
-        except TimeoutError as error:
-            self._end()
-            raise RuntimeError(f"the CLIP process gave no result within {CALL_SECONDS:.0f} s") from error
-        except (EOFError, OSError) as error:
-            self._end()
-            raise RuntimeError("the CLIP process has ended") from error
+        result = self._receive(self.wait_until_ready(), batch)
         if isinstance(result, Exception):
             raise result
         assert isinstance(result, np.ndarray)
@@ -101,6 +106,21 @@ class ClipProcess:
                 # Without a wait, the process would remain as a zombie. Its end can take long on a busy CPU.
                 threading.Thread(target=self._process.wait, daemon=True).start()
 
+    def _receive(self, connection: "Connection[object, object]", *messages: object) -> object:
+        """Sends messages to the process and returns its next message."""
+        try:
+            for message in messages:
+                connection.send(message)
+            if not connection.poll(CALL_SECONDS):
+                raise TimeoutError
+            return connection.recv()
+        except TimeoutError as error:
+            self._end()
+            raise RuntimeError(f"the CLIP process gave no result within {CALL_SECONDS:.0f} s") from error
+        except (EOFError, OSError) as error:
+            self._end()
+            raise RuntimeError("the CLIP process has ended") from error
+
     def _connected(self) -> "Connection[object, object]":
         with self._lock:
             if self._is_closed:
@@ -109,8 +129,9 @@ class ClipProcess:
                 self._discard()
             if not self._process or not self._connection:
                 self._connection, own = Pipe()
+                self._is_ready = False
                 path = [entry or str(Path.cwd()) for entry in sys.path]
-                arguments = [json.dumps(path), str(own.fileno()), self._name, self._sha256]
+                arguments = [json.dumps(path), str(own.fileno())]
                 command = [sys.executable, "-I", "-c", _PROGRAM, *arguments]
                 with own:
                     self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(own.fileno(),))
@@ -130,16 +151,23 @@ class ClipProcess:
 
 
 def main() -> None:
-    """Runs in the child: answers each batch with its embeddings or with the exception. Ends if the parent ends."""
+    """Runs in the child: receives the name and the digest of a model, loads it, and sends None.
+
+    Then answers each batch with its embeddings or with an exception. Ends if the parent ends.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)  # an embedding then has the same bits on every machine with the same kind of CPU
+    with suppress(ClipNotInstalledError):
+        import_open_clip()  # takes seconds, so that it is done before the parent has loaded its model
     connection: Connection[Any, Any] = Connection(int(sys.argv[2]))
-    clip = Clip(sys.argv[3])
-    if clip.sha256 != sys.argv[4]:
-        sys.exit(f"The CLIP model {sys.argv[3]!r} has changed since the start of the service. Start the service again")
-    _use_idle_cores()  # Loading has the nice value 19 instead: with SCHED_IDLE it takes minutes on a busy CPU.
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError):
+        name, sha256 = connection.recv()
+        clip = Clip(name)
+        if clip.sha256 != sha256:
+            sys.exit(f"The CLIP model {name!r} has changed since the start of the service. Start the service again")
+        _use_idle_cores()  # Loading has the nice value 19 instead: with SCHED_IDLE it takes minutes on a busy CPU.
+        connection.send(None)
         while True:
             batch = connection.recv()
             try:

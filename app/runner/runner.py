@@ -99,6 +99,8 @@ class Runner:
         runner.clip = ClipModel.load(settings.clip, device, list(dict.fromkeys(prompts)))
         if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
             runner._threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
+        if runner.clip:
+            runner.clip.wait_until_ready()  # Otherwise its start would take CPU time from the warm-up and the steps.
         return runner
 
     def compile(self, cache: Path, *, must: bool) -> bool:

@@ -1,3 +1,4 @@
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 
 from app.engine.interface import RunnerError
 from app.runner.clip import ClipModel
+from app.runner.clip_process import ClipProcess
 from app.runner.runner import Runner
 from app.settings import Settings
 from model.clip import EMBEDDED, Clip, digit_prompt
@@ -45,6 +47,7 @@ def test_name_of_a_model_in_a_folder_does_not_contain_the_path(tmp_path: Path, e
     folder.symlink_to(EMBEDDED)
     loaded = ClipModel.load(str(folder), CPU)
     assert loaded
+    loaded.close()
     assert (loaded.info.name, loaded.info.sha256) == ("mine", embedded.info.sha256)
 
 
@@ -97,6 +100,24 @@ def test_runner_loads_the_model_of_the_setting(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ClipModel, "load", load)
     assert Runner.load(Settings(device="cpu", compile="off", clip="a:b")).clip is None
     assert asked == [("a:b", "cpu", [digit_prompt(digit) for digit in range(10)])]
+
+
+def test_child_process_is_ready_when_the_runner_is_loaded() -> None:
+    """Otherwise its start would take CPU time from the warm-up and from the first steps."""
+    runner = Runner.load(Settings(device="cpu", compile="off", clip="auto"))
+    assert runner.clip
+    (policy,) = {
+        os.sched_getscheduler(int(path.name)) for path in Path(f"/proc/{runner.clip.process.pid}/task").iterdir()
+    }
+    runner.clip.close()
+    assert policy == os.SCHED_IDLE  # the policy after loading
+
+
+def test_child_process_that_ends_while_it_loads_ends_the_start_with_one_line_that_names_the_setting() -> None:
+    loaded = ClipModel(Clip())
+    loaded.process = ClipProcess("embedded", "0" * 64)  # ends because the digest differs
+    with pytest.raises(RunnerError, match=r"^UNFOG_CLIP: the CLIP process has ended$"):
+        loaded.wait_until_ready()
 
 
 def test_weights_are_not_inference_tensors(embedded: ClipModel) -> None:

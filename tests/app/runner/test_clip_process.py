@@ -150,6 +150,6 @@ def test_process_that_does_not_answer_is_ended_and_starts_again(
 def test_model_that_has_changed_since_the_start_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     process = ClipProcess("embedded", "0" * 64)
     with pytest.raises(RuntimeError, match="the CLIP process has ended"):
-        process.call(["one"])
+        process.wait_until_ready()
     assert "has changed since the start of the service" in capfd.readouterr().err
     process.close()
