@@ -110,16 +110,21 @@ class ClipWorker:
                 raise errors.Overloaded(self._retry_after(1))
             return self._add(self._prompts, _Work(self._prompt_parts(prompts)))
 
+    def check_admission(self, num_images: int, prompts: Sequence[str], timeout: float) -> None:
+        """Raises Overloaded if `score` would refuse such a request now."""
+        with self._condition:
+            self._refuse_unless_room(num_images, self._num_new(num_images, prompts), timeout)
+
     def score(self, images: Sequence[Pixels], prompts: Sequence[str], timeout: float) -> Future[Scores]:
         """Returns a future of the similarities of each image and each prompt. Cancelling it drops the request.
 
         Raises Overloaded if too many images wait, or if the result is not expected within `timeout` seconds.
         """
         with self._condition:
-            num_new = sum(prompt not in self._cache for prompt in prompts)
-            parts = self._score_parts(images, prompts, time.monotonic())
-            work = _Work(parts, len(images), len(images) + num_new)
-            self._refuse_unless_room(work, timeout)
+            work = _Work(
+                self._score_parts(images, prompts, time.monotonic()), len(images), self._num_new(len(images), prompts)
+            )
+            self._refuse_unless_room(work.num_images, work.num_left, timeout)
             return self._add(self._images, work)
 
     def close(self, error: errors.UnfogError) -> None:
@@ -152,15 +157,19 @@ class ClipWorker:
         with self._condition:
             queue.pop(future, None)
 
-    def _refuse_unless_room(self, work: _Work, timeout: float) -> None:
+    def _num_new(self, num_images: int, prompts: Sequence[str]) -> int:
+        """Returns the number of embeddings that a request needs. The lock must be held."""
+        return num_images + sum(prompt not in self._cache for prompt in prompts)
+
+    def _refuse_unless_room(self, num_images: int, num_embeddings: int, timeout: float) -> None:
         """Raises Overloaded if the request has too many images, or would be late behind the waiting requests."""
         waiting = self._images.values()
-        excess = sum(each.num_images for each in waiting) + work.num_images - MAX_WAITING_IMAGES
+        excess = sum(each.num_images for each in waiting) + num_images - MAX_WAITING_IMAGES
         if excess > 0:
-            detail = f"Too many images wait for CLIP (images of this request: {work.num_images}). Retry later"
+            detail = f"Too many images wait for CLIP (images of this request: {num_images}). Retry later"
             raise errors.Overloaded(self._retry_after(excess), detail)
         left = sum(each.num_left for each in waiting)
-        late = left + work.num_left - timeout / self._seconds if self._seconds else 0
+        late = left + num_embeddings - timeout / self._seconds if self._seconds else 0
         if left and late > 0:
             detail = "This request would miss its deadline. Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(min(late, left)), detail)

@@ -141,13 +141,18 @@ def mean_step_seconds(service: Service) -> float:
 
 @contextmanager
 def clients(service: Service, number: int, path: str, body: dict[str, Any]) -> Iterator[list[int]]:
-    """Runs clients that send the request in a loop. Yields the statuses of their responses."""
+    """Runs clients that send the request in a loop. Yields the statuses of their responses.
+
+    A client that gets 429 waits for as long as the header Retry-After says, at most until the block ends.
+    """
     stop, statuses = threading.Event(), list[int]()
 
     def client() -> None:
         with httpx.Client(base_url=service.url, timeout=TIMEOUT) as http:
             while not stop.is_set():
-                statuses.append(http.post(path, json=body).status_code)
+                response = http.post(path, json=body)
+                statuses.append(response.status_code)
+                stop.wait(int(response.headers.get("Retry-After", 0)))
 
     threads = [threading.Thread(target=client) for _ in range(number)]
     for thread in threads:

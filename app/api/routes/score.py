@@ -32,8 +32,10 @@ async def score(request: Request, service: ServiceDependency) -> Response:
     negotiate(request, (JSON,))
 
     def check(body: ScoreRequest) -> None:
-        service.timeout_of(body.timeout_seconds)
+        timeout = service.timeout_of(body.timeout_seconds)
         _ = service.clip_info  # raises NotAvailable without a CLIP model
+        # The pictures of a refused request are not decoded. `service.score` checks again, as other requests may follow.
+        service.clip.check_admission(len(body.images), body.prompts, timeout)
 
     body, pictures = await service.pictures.read(
         request, ScoreRequest, {"images": decode}, SeveralPictures().fit, check=check

@@ -204,8 +204,11 @@ def test_more_waiting_images_than_the_limit_are_refused_until_there_is_room(monk
         with pytest.raises(errors.Overloaded) as refused:
             worker.score(images(1), ["a"], 30)
         assert refused.value.retry_after == 1
+        with pytest.raises(errors.Overloaded):
+            worker.check_admission(1, ["a"], 30)
         hold.release()
         result(first)
+        worker.check_admission(1, ["a"], 30)
         assert not worker.score(images(1), ["a"], 30).done()
         hold.end()
 

@@ -415,6 +415,8 @@ def test_more_images_than_may_wait_are_429_with_retry_after(monkeypatch: pytest.
         response = await client.post("/score", json={**BODY, "images": text_of(*[PNG] * 3)})
         assert (response.status_code, response.json()["code"]) == (429, "overloaded")
         assert int(response.headers["retry-after"]) >= 1
+        damaged = await client.post("/score", json={**BODY, "images": text_of(b"no picture", PNG, PNG)})
+        assert damaged.status_code == 429  # the pictures of a refused request are not decoded
         busy.released.set()
         assert (await admitted).status_code == 200
 
