@@ -71,7 +71,7 @@ def is_prompt(text: str) -> bool:
 def name_without_folders(name: str) -> str:
     """Returns the name of a model, see Clip, without the folders of a path on this machine."""
     architecture, separator, weights = name.partition(":")
-    return f"{architecture}:{Path(weights).name}" if separator else Path(name).name
+    return f"{architecture}:{Path(weights).name}" if separator else Path(name).absolute().name
 
 
 class Clip:

@@ -300,7 +300,8 @@ class Runner:
         for count in self._threads.counts:
             with self._threads.fixed(count):
                 times = measure_step_times(self, self._time_step, self.batches, should_stop)
-                times.clip_seconds = measure_clip_call(self.clip.clip, self.image_shape) if self.clip else 0.0
+                if self.clip:
+                    times.clip_seconds = measure_clip_call(self.clip.clip, self.image_shape, should_stop)
                 measured.append(times)
         return min(measured, key=lambda times: times.step_seconds(self.batches[-1]))
 

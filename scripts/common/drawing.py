@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint
-from model.clip import EMBEDDED_NAME, Clip, ClipError, default_prompt
+from model.clip import EMBEDDED_NAME, Clip, ClipError, default_prompt, name_without_folders
 from model.clip_guidance import ClipGuidance, ClipGuidedStep
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
 from model.precision import fast_dtype
@@ -71,8 +71,14 @@ class DrawingOptions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Returns the options as a JSON object. Without CLIP guidance, it has no field `clip`."""
-        return {name: value for name, value in asdict(self).items() if name != "clip" or value is not None}
+        """Returns the options as a JSON object. Without CLIP guidance, it has no field `clip`.
+
+        The name of a CLIP model has no folders, because the object is published and compared with that of other runs.
+        """
+        facts = {name: value for name, value in asdict(self).items() if name != "clip" or value is not None}
+        if self.clip:
+            facts["clip"]["model"] = name_without_folders(self.clip.model)
+        return facts
 
     def evaluations(self, schedule: Schedule) -> int:
         """Returns the number of network evaluations for one image. A step with guidance needs two evaluations."""

@@ -126,7 +126,8 @@ def _find(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / FACTS
     if not path.exists():
-        if any(found != folder / PARTS for found in folder.rglob("*")):
+        # A run that was killed while it wrote FACTS leaves a temporary file, see write_atomically.
+        if any(found != folder / PARTS and not found.name.startswith(f".{FACTS}.") for found in folder.rglob("*")):
             raise ScriptError(f"{folder} is not empty and is not a data set. Choose another folder for --out")
         return None
     try:

@@ -1,13 +1,15 @@
 """The card of a data set: README.md, in the format of dataset cards of the Hugging Face Hub."""
 
 import json
+import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint
-from model.clip import name_without_folders
+from model.clip import default_prompt, name_without_folders
 from scripts.common.drawing import DrawingRequest
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.dataset_files import IDX
@@ -114,14 +116,16 @@ def _generation(facts: dict[str, Any], checkpoint: Checkpoint, command: str) -> 
         "sampler": f"`{options['sampler']}`",
         "steps": options["num_steps"],
         "guidance": "off" if guidance["scale"] == 1 else _guided(guidance),
-        **(_clip_rows(clip) if clip else {}),
+        **(_clip_rows(clip, checkpoint.config.class_names) if clip else {}),
         "seed": facts["seed"],
         "device, precision": f"{facts['device']}, {facts['dtype']}, {'' if facts['compiled'] else 'not '}compiled",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))  # longer than those in the prompt
     return (
         f"## How it was made\n\n| | |\n| --- | --- |\n{table}\n\n"
-        f"This command makes the data set again. It needs the checkpoint file above:\n\n```bash\n{command}\n```"
+        f"This command makes the data set again. It needs the checkpoint file above:\n\n"
+        f"{fence}bash\n{command}\n{fence}"
     )
 
 
@@ -129,12 +133,12 @@ def _guided(guidance: dict[str, Any]) -> str:
     return f"scale {guidance['scale']:g} at t = {guidance['start']} to {guidance['stop']}"
 
 
-def _clip_rows(clip: dict[str, Any]) -> dict[str, str]:
-    prompt = '"a handwritten digit zero" to "nine"' if clip["prompt"] is None else as_cell(clip["prompt"])
+def _clip_rows(clip: dict[str, Any], class_names: Sequence[str]) -> dict[str, str]:
+    own = [clip["prompt"]] if clip["prompt"] is not None else map(default_prompt, class_names)
     return {
         "CLIP guidance": _guided(clip["guidance"]),
-        "prompt": prompt,
-        "CLIP model": as_cell(name_without_folders(clip["model"])),
+        "prompt": ", ".join(map(as_cell, own)),
+        "CLIP model": as_cell(clip["model"]),
         "SHA-256 of the CLIP weights": f"`{clip['sha256']}`",
     }
 

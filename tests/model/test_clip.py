@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from model import clip
-from model.clip import EMBEDDED, Clip, ClipError, ClipNotInstalledError, digit_prompt, is_prompt
+from model.clip import EMBEDDED, Clip, ClipError, ClipNotInstalledError, digit_prompt, is_prompt, name_without_folders
 from model.pixels import from_pixels
 
 open_clip = pytest.importorskip("open_clip")
@@ -110,6 +110,20 @@ def test_damaged_weights_raise_an_error(tmp_path: Path) -> None:
 )
 def test_prompt_has_1_to_200_characters_and_is_not_blank(text: str, expected: bool) -> None:
     assert is_prompt(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("embedded", "embedded"),
+        ("/home/me/mine/", "mine"),
+        ("ViT-B-32:openai", "ViT-B-32:openai"),
+        ("ViT-B-32:/home/me/a.pt", "ViT-B-32:a.pt"),
+        (".", Path.cwd().name),
+    ],
+)
+def test_shown_name_of_a_model_has_no_folders(name: str, shown: str) -> None:
+    assert name_without_folders(name) == shown
 
 
 def test_installed_package_is_found() -> None:

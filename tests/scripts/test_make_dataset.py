@@ -181,6 +181,12 @@ def test_folder_with_other_content_is_rejected_before_compiling(
         make("mine", "--compile")
 
 
+def test_run_that_was_killed_while_it_wrote_its_first_file_starts_again(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "killed" / "parts").mkdir(parents=True)
+    (tmp_path / "killed" / f".{dataset.FACTS}.x1y2z3").write_text("{")  # the name of write_atomically's temporary file
+    assert (make("killed") / "train-images-idx3-ubyte").exists()
+
+
 def test_parquet_has_the_same_images_as_idx_files(make: Make) -> None:
     folder, rows = make("set"), read_rows(make("parquet", "--format=parquet"))
     assert np.array_equal(pixels_of(rows), read_image_file(str(folder / "train-images-idx3-ubyte")).numpy())

@@ -8,8 +8,11 @@ import yaml
 
 from model import checkpoint
 from model.checkpoint import SHIPPED, SHIPPED_FAST
+from model.clip import digit_prompt
+from model.clip_guidance import ClipGuidance
+from model.sampler import Guidance
 from scripts import make_dataset
-from scripts.common.drawing import DrawingRequest
+from scripts.common.drawing import ClipOptions, DrawingOptions, DrawingRequest
 from scripts.evaluation.dataset_card import card, command_of
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
@@ -47,7 +50,10 @@ def test_size_category_matches_the_number_of_images(tmp_path: Path, count: int, 
     assert yaml.safe_load(card(facts, loaded, "command").split("---\n")[1])["size_categories"] == [category]
 
 
-@pytest.mark.parametrize(("prompt", "stated"), [("a | b", '"a \\| b"'), (None, '"a handwritten digit zero" to "nine"')])
+DIGIT_PROMPTS = ", ".join(f'"{digit_prompt(digit)}"' for digit in range(10))
+
+
+@pytest.mark.parametrize(("prompt", "stated"), [("a | b", '"a \\| b"'), (None, DIGIT_PROMPTS)])
 def test_clip_guidance_is_stated(tmp_path: Path, prompt: str | None, stated: str) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
     guidance = {"scale": 1.5, "start": 5, "stop": 60}
@@ -62,13 +68,23 @@ def test_clip_guidance_is_stated(tmp_path: Path, prompt: str | None, stated: str
 @pytest.mark.parametrize(("name", "shown"), [("/home/me/mine", "mine"), ("ViT-B-32:/home/me/a.pt", "ViT-B-32:a.pt")])
 def test_card_names_a_clip_model_without_its_folders(tmp_path: Path, name: str, shown: str) -> None:
     loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
-    clip = {"guidance": {"scale": 1.5, "start": 5, "stop": 60}, "prompt": "one", "model": name, "sha256": "c" * 64}
-    facts = {**FACTS, "options": {**FACTS["options"], "clip": clip}}
+    clip = ClipOptions(ClipGuidance(1.5), "one", name, "c" * 64)
+    facts = {**FACTS, "options": DrawingOptions("ddim", 4, Guidance(), clip).facts}
     command = command_of(DrawingRequest(clip_guidance_scale=1.5, clip_prompt="one", clip_model=name), facts)
     text = card(facts, loaded, command)
     assert f'| CLIP model | "{shown}" |' in text
     assert f"--clip-model {shown}" in command
     assert "/home" not in text
+
+
+def test_prompt_with_backticks_does_not_end_the_code_block_of_the_command(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save_tiny_checkpoint(tmp_path / "tiny.safetensors"))
+    prompt = "a ````` seven"
+    clip = ClipOptions(ClipGuidance(1.5), prompt, "embedded", "c" * 64)
+    facts = {**FACTS, "options": DrawingOptions("ddim", 4, Guidance(), clip).facts}
+    command = command_of(DrawingRequest(clip_guidance_scale=1.5, clip_prompt=prompt), facts)
+    fence = "`" * 6  # a fence ends a block only if it has at least as many backticks as the one that opened it
+    assert f"\n{fence}bash\n{command}\n{fence}\n" in card(facts, loaded, command)
 
 
 @pytest.mark.parametrize("path", [SHIPPED, SHIPPED_FAST])
