@@ -37,10 +37,9 @@ from model.pixels import from_pixels
 # -I keeps the current folder out of sys.path, where -c would put it first. The child then copies the parent's sys.path.
 # A terminal and systemd send SIGINT and SIGTERM to all processes of the service. The parent decides when this one ends.
 _PROGRAM = """
-import json, os, signal, sys
+import json, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-os.nice(19)
 sys.path[:] = json.loads(sys.argv[1])
 from app.runner.clip_process import main
 main()
@@ -166,7 +165,7 @@ def main() -> None:
         clip = Clip(name)
         if clip.sha256 != sha256:
             sys.exit(f"The CLIP model {name!r} has changed since the start of the service. Start the service again")
-        _use_idle_cores()  # Loading has the nice value 19 instead: with SCHED_IDLE it takes minutes on a busy CPU.
+        _use_idle_cores()  # Not earlier: with the lowest priority, loading takes minutes on a busy CPU.
         connection.send(None)
         while True:
             batch = connection.recv()
@@ -177,7 +176,8 @@ def main() -> None:
 
 
 def _use_idle_cores() -> None:
-    """Gives all threads of this process the scheduling policy SCHED_IDLE, if the platform has it."""
+    """Gives this process the lowest priority: the policy SCHED_IDLE on Linux, the nice value 19 on other platforms."""
+    os.nice(19)
     with suppress(AttributeError, OSError):  # only Linux has it, and a container may forbid the call
         for thread in Path("/proc/self/task").iterdir():
             os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
