@@ -52,6 +52,7 @@ def events(response: httpx.Response) -> Iterator[tuple[str, Any]]:
 
 
 def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     headers = {"Authorization": f"Bearer {KEY}"} if KEY else {}
     body = {"digit": 7, "sampler": "dpmpp", "num_steps": 10, "scale": 4}
     with httpx.Client(base_url=URL, headers=headers, timeout=60) as client:

@@ -5,6 +5,7 @@
 set -euo pipefail
 
 url=${UNFOG_URL:-http://127.0.0.1:8000}
+mkdir -p -- "${1:-.}"
 cd -- "${1:-.}"
 options=(--silent --show-error --max-time 60)
 if [[ -n ${UNFOG_API_KEY:-} ]]; then

@@ -32,7 +32,10 @@ class ClipNotInstalledError(ClipError):
     """The extra `clip` is not installed."""
 
     def __init__(self) -> None:
-        super().__init__(f"CLIP needs open_clip, which is not installed. Install it with: {INSTALL}")
+        super().__init__(
+            f"CLIP needs open_clip, which is not installed. Install it with: {INSTALL} (with the CPU build of PyTorch, "
+            "install torchvision from PyTorch's CPU index first, see docs/configuration.md)"
+        )
 
 
 def is_installed() -> bool:
@@ -117,9 +120,15 @@ class Clip:
 def _load(architecture: str, weights: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """Returns the model, its tokenizer, and how its images are prepared."""
     open_clip = import_open_clip()
+    name = f"{architecture}:{weights}" if weights else architecture.removeprefix("local-dir:")
+    if not weights and not Path(name).is_dir():
+        raise ClipError(
+            f"Cannot load CLIP model {name!r}: no such folder. Use a folder in open_clip's format, ARCHITECTURE:TAG or "
+            "ARCHITECTURE:FILE"
+        )
     known = open_clip.pretrained.get_pretrained_cfg(architecture, weights) if weights else {}
     root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)  # open_clip logs each step of loading to the root logger
+    root.setLevel(logging.CRITICAL)  # open_clip logs each step and each error to the root logger
     try:
         with warnings.catch_warnings(action="ignore"):
             model, _ = open_clip.create_model_from_pretrained(
@@ -128,7 +137,7 @@ def _load(architecture: str, weights: str | None) -> tuple[Any, Any, dict[str, A
             tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:  # exceptions of many types: missing or damaged file, unknown name, no network
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ClipError(f"Cannot load CLIP model {architecture.removeprefix('local-dir:')!r}: {reason}") from error
+        raise ClipError(f"Cannot load CLIP model {name!r}: {reason}") from error
     finally:
         root.setLevel(level)
     return model.eval().requires_grad_(False), tokenizer, open_clip.get_model_preprocess_cfg(model)

@@ -40,7 +40,8 @@ def build_parser() -> Parser:
         "--count",
         type=integer(1, MAX_IMAGES),
         default=60_000,
-        help="number of images, the same number of each digit; default: 60000",
+        help="number of images, the same number of each digit; if it is not a multiple of 10, the first digits get one "
+        "more; default: 60000",
     )
     numbers.add_argument(
         "--balance",

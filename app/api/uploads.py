@@ -276,7 +276,9 @@ def _parse_multipart(body: bytes, boundary: str, schema: type[BaseModel], *, len
         if lenient and not content and not kind.is_image:
             continue
         value: Any = content
-        if not kind.is_image:
+        if name not in kinds:
+            value = ""  # The content can be a file. Validation refuses the field, or ignores it if the schema says so.
+        elif not kind.is_image:
             value = _text(name, content, kind, *([len(document.get(name, []))] if kind.is_list else []))
         if kind.is_list:
             document.setdefault(name, []).append(value)

@@ -44,7 +44,9 @@ class ClipModel:
             return cls(Clip(clip.EMBEDDED_NAME if setting == "auto" else setting, device), prompts, process)
         except ClipError as error:
             process.close()
-            raise RunnerError(f"UNFOG_CLIP: {error}") from error
+            raise RunnerError(
+                f"UNFOG_CLIP: {str(error).rstrip('.')}. auto loads the shipped model, off loads none"
+            ) from error
 
     def wait_until_ready(self) -> None:
         """Waits until the child process has loaded its model. Raises RunnerError if this fails."""

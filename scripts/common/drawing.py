@@ -159,7 +159,7 @@ class Drawer:
         plan = plan_through(self.checkpoint.schedule, options.sampler, timesteps)
         text = None if options.clip is None else self._embedded_prompts(options.clip, y.tolist())  # (N, E)
         y, index, x_0 = y.to(self.device), index.to(self.device), []
-        title, total = f"generating {len(y)} images", len(y) * plan.num_steps
+        title, total = f"generating {len(y)} image{'' if len(y) == 1 else 's'}", len(y) * plan.num_steps
         with _compiler_errors(), reporter.task(title, total, "steps") as task:
 
             def step(k: int, x_t: Tensor, predicted_x_0: Tensor) -> None:

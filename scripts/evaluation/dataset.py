@@ -182,7 +182,7 @@ def _fill(
         index = np.arange(start, start + len(places))
         path = parts / f"{start:07d}"
         if not path.exists():
-            state = f", {len(labels) - len(missing)} of {len(labels)} kept" if kept_if else f" of {len(labels)}"
+            state = f", {len(labels) - len(missing)} of {len(labels)} kept so far" if kept_if else f" of {len(labels)}"
             reporter.line(f"Images {start} to {index[-1]}{state}")
             write_atomically(path, _draw_part(labels[places], index, draw, kept_if))
         images, confidence = _read_part(path, len(places), kept_if)

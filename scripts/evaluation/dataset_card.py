@@ -10,6 +10,7 @@ from typing import Any
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint
 from model.clip import default_prompt, name_without_folders
+from model.png import SOFTWARE
 from scripts.common.drawing import DrawingRequest
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.dataset_files import IDX
@@ -27,7 +28,7 @@ FORMS = {
     "parquet": "The format is Parquet. `image` is an 8-bit greyscale PNG and `label` is the digit. `seed` and `index` "
     "identify the noise of an image, so that it can be generated again.",
 }
-CONFIDENCE = " `confidence` is the probability of the digit by the judge."
+CONFIDENCE = " `confidence` is the probability that a classifier, the judge, gives to the digit."
 
 
 def card(facts: dict[str, Any], checkpoint: Checkpoint, command: str) -> str:
@@ -111,6 +112,7 @@ def _generation(facts: dict[str, Any], checkpoint: Checkpoint, command: str) -> 
     options = facts["options"]
     guidance, clip = options["guidance"], options.get("clip")
     rows = {
+        "software": SOFTWARE,
         "SHA-256 of the checkpoint": f"`{checkpoint.sha256}`",
         "SHA-256 of its weights": f"`{facts['weights_sha256']}`",
         "sampler": f"`{options['sampler']}`",

@@ -33,7 +33,8 @@ LITSERVE = [" ".join(["litserve", *options]) for options in modes.LITSERVE]
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes the measured service use a tiny checkpoint."""
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors")
-    for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
+    variables = {"CHECKPOINT": str(path), "CLIP": "off", "COMPILE": "off", "NUM_THREADS": "1"}
+    for name, value in variables.items():
         monkeypatch.setenv(f"UNFOG_{name}", value)
     monkeypatch.setattr(loads, "UNGUIDED", {"digit": 7, "guidance_scale": 1, "num_steps": 3})
     monkeypatch.setattr(loads, "LARGEST_REQUEST", 2)
@@ -219,7 +220,8 @@ def test_endurance_measures_a_service_under_mixed_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save_tiny_checkpoint(tmp_path / "tiny.safetensors", num_steps=100)
-    for name, value in {"CHECKPOINT": str(path), "COMPILE": "off", "NUM_THREADS": "1"}.items():
+    variables = {"CHECKPOINT": str(path), "CLIP": "off", "COMPILE": "off", "NUM_THREADS": "1"}
+    for name, value in variables.items():
         monkeypatch.setenv(f"UNFOG_{name}", value)
     monkeypatch.setattr(endurance, "SAMPLE_SECONDS", 1.0)
     monkeypatch.setattr(endurance, "REST_SECONDS", 3.0)
