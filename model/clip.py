@@ -33,8 +33,8 @@ class ClipNotInstalledError(ClipError):
 
     def __init__(self) -> None:
         super().__init__(
-            f"CLIP needs open_clip, which is not installed. Install it with: {INSTALL} (with the CPU build of PyTorch, "
-            "install torchvision from PyTorch's CPU index first, see docs/configuration.md)"
+            "CLIP needs open_clip, which is not installed. If PyTorch is the CPU build, read docs/configuration.md "
+            f"first. Install it with: {INSTALL}"
         )
 
 

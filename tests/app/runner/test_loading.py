@@ -20,6 +20,11 @@ from tests.app.runner.rows import CPU, GUIDANCE, new_runner
 from tests.tiny import tiny_unet
 
 
+@pytest.fixture(autouse=True)
+def without_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNFOG_CLIP", "off")  # test_clip.py loads it
+
+
 def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: Checkpoint) -> None:
     info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16", compile="off")).models["default"]
     assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")

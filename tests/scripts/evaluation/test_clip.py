@@ -133,6 +133,7 @@ def test_weights_in_a_file_are_loaded_for_the_named_architecture(tmp_path: Path)
     assert scorer.similarities(bars(2, 0).images, ["a dog", "a cat"]).shape == (2, 2)
 
 
+@pytest.mark.slow
 def test_shipped_clip_recognises_real_digits_and_noise(scorer: ClipScorer, mnist_dir: Path) -> None:
     images, labels = load_mnist("test", mnist_dir)
     digits = Digits(images, labels)

@@ -70,7 +70,7 @@ def test_sweep_has_every_scale_and_interval_with_and_without_guidance(swept: Pat
     assert settings_of(test["figures"]) == [
         (scale, *each) for scale in (1, 2) for each in ((0, 0, 0), (3, START, STOP))
     ]
-    for content, num_images, seed in ((validation, 100, 1), (test, 110, 3)):
+    for content, num_images, seed in ((validation, 100, 1), (test, 110, 4)):
         assert (content["sweep"]["num_images"], content["sweep"]["seed"]) == (num_images, seed)
         assert content["sweep"]["clip_sha256"] == ClipScorer().sha256
     assert (validation["sweep"]["split"], test["sweep"]["split"]) == ("validation", "test")
