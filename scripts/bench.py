@@ -10,6 +10,7 @@ training      images per second of scripts.train and of a plain training loop, a
 endurance     an hour of mixed load; fails if memory grows or if an image changes
 versions      throughput and latency of this version and of the version in the folder --base
 streams       throughput while every client streams previews, and while a viewer reads the batch events
+host          host cost of the service: its work on the processor while the device computes; also compared with --base
 profile       time of each kind of kernel in a reverse step, not compiled and compiled
 page          write a page of tables from the JSON files of one machine
 
@@ -22,6 +23,7 @@ import argparse
 from pathlib import Path
 
 from scripts.benchmark.endurance import measure_endurance
+from scripts.benchmark.host import measure_host
 from scripts.benchmark.measurement import Times
 from scripts.benchmark.modes import (
     OBJECTIVE,
@@ -45,7 +47,19 @@ from scripts.common.progress import Reporter, require_installed
 
 CLIENTS = (1, 4, 16, 64)
 SHARES = (0.2, 0.5, 0.7, 0.9, 1.2, 1.5)
-MODES = ("closed", "open", "models", "alternatives", "training", "endurance", "versions", "streams", "profile", "page")
+MODES = (
+    "closed",
+    "open",
+    "models",
+    "alternatives",
+    "training",
+    "endurance",
+    "versions",
+    "streams",
+    "host",
+    "profile",
+    "page",
+)
 
 
 @reports_errors("bench")
@@ -70,6 +84,8 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_versions(args.base, args.pairs, args.seconds, args.out, reporter)
         case "streams":
             measure_streams(args.pairs, args.seconds, args.out, reporter)
+        case "host":
+            measure_host(args.base, args.repeats, args.seconds, args.out, reporter)
         case "profile":
             measure_profile(args.rows, args.num_threads, args.out, reporter)
         case "page":
@@ -121,7 +137,7 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     added = {mode: commands.add_parser(mode) for mode in MODES}
-    closed, open_, models, alternatives, training, endurance, versions, streams, profile, page = added.values()
+    closed, open_, models, alternatives, training, endurance, versions, streams, host, profile, page = added.values()
     for command in (closed, open_, models, alternatives):
         _add_options(command)
     closed.add_argument(
@@ -166,9 +182,14 @@ def build_parser() -> Parser:
     for command in (versions, streams):
         command.add_argument("--pairs", type=integer(1, 100), default=5, help="pairs of measurements; default: 5")
         command.add_argument("--seconds", type=positive, default=24.0, help="seconds per service and pair; default: 24")
+    host.add_argument("--base", type=Path, help="folder of another version to compare with, such as a git worktree")
+    host.add_argument(
+        "--repeats", type=integer(1, 100), default=5, help="measurements of each figure and version; default: 5"
+    )
+    host.add_argument("--seconds", type=positive, default=6.0, help="seconds per load over HTTP; default: 6")
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
-    for command in (closed, open_, models, alternatives, training, endurance, versions, streams, profile):
+    for command in (closed, open_, models, alternatives, training, endurance, versions, streams, host, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")

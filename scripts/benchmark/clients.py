@@ -111,10 +111,10 @@ class Window:
 
 
 @asynccontextmanager
-async def connected(url: str) -> "AsyncIterator[Send]":
+async def connected(url: str, accept: str = "image/png") -> "AsyncIterator[Send]":
     """Yields a function that sends a request to POST /generate of the service at `url`."""
     async with _session() as session:
-        yield partial(_send, session, f"{url}/generate", "image/png")
+        yield partial(_send, session, f"{url}/generate", accept)
 
 
 @asynccontextmanager

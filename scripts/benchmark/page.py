@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_atomically
+from scripts.benchmark.host import COLUMNS as HOST_COLUMNS
+from scripts.benchmark.host import host_table
 from scripts.benchmark.profile import profile_table
 from scripts.benchmark.report import COLUMNS, Table, table_of, without_empty
 from scripts.benchmark.training import TRAINING_COLUMNS, training_table
@@ -64,10 +66,12 @@ EXPLANATIONS = {  # column of a table -> explanation
     "DataLoader and Adam in float32, without compilation.",
     "training images/s": "Images per second, including the backward pass and the optimizer.",
     "share of the limit": "Images per second divided by the limit that the matrix rate sets.",
-    "unit": "Unit of the two rates.",
-    BASE: "Median rate of the older version.",
-    NEW: "Median rate of the newer version.",
-    "ratio": "Rate of new divided by rate of base: median and range over the pairs of measurements.",
+    "figure": "The measured figure. Figures of the engine thread are CPU times of a step. Those of admission are CPU "
+    "times for one image.",
+    "unit": "Unit of the figures.",
+    BASE: "Median of the older version.",
+    NEW: "Median of the newer version.",
+    "ratio": "Figure of new divided by figure of base: median and range over the pairs of measurements.",
 }
 
 
@@ -105,6 +109,8 @@ def table_in(content: Mapping[str, Any]) -> Table:
     """Returns the table of a JSON result, as it was printed after the measurement."""
     if "milliseconds" in content:
         return profile_table(content)
+    if "host" in content:
+        return without_empty(HOST_COLUMNS, host_table(content["host"]))
     if "limit" in content:
         return TRAINING_COLUMNS, training_table(content["images_a_second"], content["limit"])
     if "seconds_in_a_pair" in content:
