@@ -1,10 +1,10 @@
 import pytest
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Histogram, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import errors
 from app.main import create_app
-from app.metrics import Metrics
+from app.metrics import Metrics, StepHistogram
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
 
@@ -125,3 +125,16 @@ def test_application_exposes_the_number_of_dropped_log_lines(monkeypatch: pytest
     monkeypatch.setattr("app.main.num_lines_dropped", lambda: 7)
     metrics: Metrics = create_app(Settings(), FakeRunner).state.service.metrics
     assert metrics.registry.get_sample_value("unfog_log_lines_dropped_total") == 7
+
+
+def test_step_histogram_equals_the_histogram_of_the_library() -> None:
+    bounds, values = (0.5, 1.0, 2.0), [0.1, 0.5, 0.7, 1.0, 2.0, 2.5, 1e9, 0.0]
+    ours, theirs = StepHistogram("unfog_x", "Text.", bounds), CollectorRegistry()
+    histogram = Histogram("x", "Text.", namespace="unfog", registry=theirs, buckets=bounds)
+    for value in values:
+        ours.observe(value, 2)
+        for _ in range(2):
+            histogram.observe(value)
+    registry = CollectorRegistry()
+    registry.register(ours)
+    assert generate_latest(registry) == generate_latest(theirs)
