@@ -17,74 +17,33 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
-
-import numpy as np
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.engine.admission import Admission
 from app.engine.engine import Engine
-from app.engine.job import Job, JobRequest, Options, Pixels, Trajectory
+from app.engine.job import Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
 from app.log_writer import LogWriter
 from app.logs import configure_logging
 from app.main import create_app
 from app.metrics import Metrics
-from app.runner.device_state import rows_of
+from app.runner.measured import STEP_SECONDS, SleepingRunner, count_operations
 from app.runner.runner import BATCHES_AHEAD, Runner
 from app.server.server import bind, serve
 from app.settings import Settings
-from model import checkpoint
 
-STEP_SECONDS = 3e-4  # the assumed duration of a step on a GPU
 ROWS = 512
 NUM_STEPS, GUIDED_STEPS = 100, range(27, 73)
 LOADS = {"8 x 64": (8, 64), "512 x 1": (512, 1)}  # jobs and images per job
 BACKLOGS = (64, 1024, 10_000)
 NUM_ADMISSIONS = 200
 ROUNDS = 5  # lives of the rows that a measurement of the engine takes
-# Operations that launch no kernel on a GPU, in addition to views.
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "is_pinned", "_unsafe_view", "lift_fresh"}
 
 
-class SleepingRunner(Runner):
-    """Does the host's part of each step. Instead of the device's part it sleeps for STEP_SECONDS."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            {"default": checkpoint.load(checkpoint.SHIPPED)}, torch.device("cpu"), torch.bfloat16, runs_ahead=True
-        )
-        self.on_step: Callable[[], None] = lambda: None
-        self.on_finish: Callable[[Sequence[Trajectory]], None] = lambda rows: None
-        self._image: Pixels = np.zeros(self.image_shape[1:], dtype=np.uint8)
-
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
-        """Assigns slots, makes the row indices, and sleeps."""
-        self.on_step()
-        for trajectory in trajectories:
-            if not trajectory.slots:
-                trajectory.slots = (self._slots._free.pop(),)
-        rows_of(trajectories, 10, self._shapes, self._transfers)
-        before_call()
-        time.sleep(STEP_SECONDS)
-        return [True] * len(trajectories)
-
-    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """Returns black images."""
-        self.on_finish(trajectories)
-        return [self._image] * len(trajectories)
-
-    def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Returns the same duration for every size."""
-        return StepTimes(dict.fromkeys(BATCHES_AHEAD, STEP_SECONDS))
-
-
-def new_job(count: int = 1, timeout: float = math.inf) -> Job:
+def new_job(count: int = 1, timeout: float = math.inf, guided_steps: range = GUIDED_STEPS) -> Job:
     """Returns a job with the default number of steps and with guidance."""
-    return Job(JobRequest(Options(3, 1, NUM_STEPS, "ddpm", 3.0), count, timeout, guided_steps=GUIDED_STEPS))
+    return Job(JobRequest(Options(3, 1, NUM_STEPS, "ddpm", 3.0), count, timeout, guided_steps=guided_steps))
 
 
 def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
@@ -146,49 +105,6 @@ def measure_admission(backlog: int) -> float:
     return seconds / NUM_ADMISSIONS
 
 
-class _Operations(TorchDispatchMode):
-    """Counts the operations that launch a kernel, by the part of the step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.part = "other"
-
-    @contextmanager
-    def within(self, part: str) -> Iterator[None]:
-        before, self.part = self.part, part
-        try:
-            yield
-        finally:
-            self.part = before
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func._schema.name.removeprefix("aten::") not in NO_KERNEL:
-            self.counts[self.part] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_operations(*, guided: bool) -> dict[str, int]:
-    """Returns the number of tensor operations of one step, inside of the network and elsewhere."""
-    runner = Runner(
-        {"default": checkpoint.load(checkpoint.SHIPPED)}, torch.device("cpu"), torch.bfloat16, runs_ahead=True
-    )
-    program, operations = runner._models["default"].program, _Operations()
-    denoise = program.denoise
-
-    def counted(x_t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-        with operations.within("network"):
-            return denoise(x_t, c)
-
-    program.denoise = counted
-    steps = range(NUM_STEPS) if guided else range(0)
-    (row,) = Job(JobRequest(Options(3, 1, NUM_STEPS, "ddpm", 3.0), 1, guided_steps=steps)).unfinished
-    runner.step([row])
-    with operations:
-        runner.step([row])
-    return dict(operations.counts)
-
-
 def _new_engine(load: Callable[[], Runner]) -> Engine:
     return Engine(load, capacity=100_000, max_batch=ROWS, watchdog_seconds=60.0, metrics=Metrics())
 
@@ -209,7 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parts.add_parser(part)
     parts.add_parser("serve").add_argument("port", type=int)
     given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
     match given.part:
         case "engine":
             results: Any = {
@@ -220,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case "admission":
             results = {backlog: measure_admission(backlog) for backlog in BACKLOGS}
         case "operations":
-            results = {name: count_operations(guided=name == "guided") for name in ("plain", "guided")}
+            kinds = {"plain": range(0), "guided": range(NUM_STEPS)}
+            results = {kind: count_operations(new_job(guided_steps=steps)) for kind, steps in kinds.items()}
         case "serve":
             return _serve(given.port)
     print(json.dumps(results))

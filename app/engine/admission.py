@@ -29,8 +29,8 @@ without a shortage.
 import logging
 import math
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from app import errors
 from app.engine.backlog import Backlog
@@ -41,8 +41,20 @@ from model.clip_guidance import CALL_ROWS
 
 log = logging.getLogger(__name__)
 
+# The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
+# or faster by FASTER: a job that was lost may then no longer be lost.
+SPEED_MARGIN, FASTER = 1.01, 0.95
 RECOVERY_SECONDS = 60.0  # after this time without a memory shortage, the lowered number of rows doubles
 LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Slack:
+    """The result of a computation of the backlog's slack."""
+
+    until: float  # no target is at risk before this time
+    slowdown: float  # the largest slowdown for which this is true
+    kind: StepKind  # the kind of the steps for which this is true
 
 
 class Admission:
@@ -59,9 +71,9 @@ class Admission:
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
         self._limits: dict[StepKind, StepLimits] = {}
-        # No target is at risk before this time, unless the slowdown exceeds its value at the last check.
-        self._safe_until = -math.inf
-        self._safe_slowdown = 0.0
+        self._slack: _Slack | None = None  # None if it is not known
+        # The last selection: its limits, and whether a target was at risk.
+        self._selected_with: tuple[StepLimits | None, bool] = None, False
 
     @property
     def max_batch(self) -> int:
@@ -73,19 +85,14 @@ class Admission:
         self.step_times = step_times
         self._limits.clear()
 
-    def observe(self, rows: Sequence[Trajectory], seconds: float) -> None:
-        """Updates the slowdown after a step of these rows that took `seconds`.
+    def calls(self) -> tuple[list[int], list[int]]:
+        """Returns the sizes of the calls of the next step, as `Batch.calls`."""
+        return self.backlog.batch.calls(self.backlog.step_kind())
 
-        Call this before `Backlog.advance`, which changes the number of evaluations of the rows.
-        """
-        evaluations, with_clip = Counter[str](), Counter[str]()
-        for row in rows:
-            model = row.job.request.options.model
-            evaluations[model] += row.network_evaluations
-            if row.clip:
-                with_clip[model] += 1
-        clip_calls = sum(math.ceil(count / CALL_ROWS) for count in with_clip.values())
-        self.step_times.observe(list(evaluations.values()), seconds, clip_calls)
+    def observe(self, calls: tuple[list[int], list[int]], seconds: float) -> None:
+        """Updates the slowdown after a step that took `seconds`. `calls` is the result of `calls()` before it."""
+        evaluations, with_clip = calls
+        self.step_times.observe(evaluations, seconds, sum(math.ceil(count / CALL_ROWS) for count in with_clip))
 
     def admit(self, job: Job, now: float) -> None:
         """Admits all images of a job and sets its estimate, or raises Overloaded with a Retry-After.
@@ -97,21 +104,28 @@ class Admission:
             images = f"images: {job.request.count}"
             detail = f"The queue has no room for this request ({images}). Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
-        full = self._full(job)
-        if not backlog.admits(job, full, now):
+        full, slack = self._full(job), self._slack_with(job, now)
+        if (slack is None or slack.until < now) and not backlog.admits(job, full, now):
             detail = "This request or an admitted one would miss its deadline. Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
         job.estimate = Estimate(backlog.waiting, self._seconds_of(job, full))
         backlog.add(job)
-        self._safe_until = -math.inf
+        self._slack = slack
 
     def select(self, now: float) -> list[Trajectory]:
-        """Returns the rows of the next step."""
-        if not self.backlog.jobs:
+        """Makes the rows of the next step the batch of the backlog, and returns them."""
+        backlog = self.backlog
+        if not backlog.num_rows:
             return []
         self._recover(now)
-        limits = self._limits_with()
-        return select_rows(self.backlog.jobs, limits, at_risk=self._is_at_risk(now))
+        limits, at_risk = self._limits_with(), self._is_at_risk(now)
+        limits_before, was_at_risk = self._selected_with
+        if backlog.is_changed or limits is not limits_before or at_risk is not was_at_risk:
+            share = limits.share(len(backlog), backlog.fewest_images, first_round=0)
+            if not backlog.join(share, limits.rows):
+                backlog.replace_batch(select_rows(backlog.jobs, limits, at_risk=at_risk))
+            self._selected_with = limits, at_risk
+        return backlog.batch.rows
 
     def lower_max_batch(self, now: float) -> None:
         """Halves the maximum number of rows of a step after a memory shortage."""
@@ -145,7 +159,7 @@ class Admission:
     def _limit_rows(self, rows: int | None) -> None:
         self._max_rows = rows
         self._limits.clear()
-        self._safe_until = -math.inf
+        self._slack = None
 
     def _limits_with(self, *new_jobs: Job) -> StepLimits:
         """Returns the limits of a step of the backlog and `new_jobs`."""
@@ -158,23 +172,44 @@ class Admission:
             self._limits[kind] = StepLimits.of(self.step_times, most, kind, auto=self._max_batch is None)
         return self._limits[kind]
 
-    def _full(self, *new_jobs: Job) -> Throughput:
-        """Returns the throughput of full steps at the current speed, with the backlog and `new_jobs`."""
-        full = self._limits_with(*new_jobs).full
-        slowdown = self.step_times.slowdown
+    def _full(self, *new_jobs: Job, margin: float = 1.0) -> Throughput:
+        """Returns the throughput of full steps with the backlog and `new_jobs`.
+
+        The steps are slower than now by the factor `margin`.
+        """
+        full, slowdown = self._limits_with(*new_jobs).full, margin * self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
     def _is_at_risk(self, now: float) -> bool:
         """Returns True if a job may miss its target.
 
         The slack shrinks at most as fast as time passes, unless steps become slower. If the slack is 5 s, it is not
-        computed again for 5 s, or until the slowdown has grown by more than 1%.
+        computed again for 5 s, or until the slowdown has changed.
         """
-        if now < self._safe_until and self.step_times.slowdown <= 1.01 * self._safe_slowdown:
-            return False
-        slack = self.backlog.slack(self._full(), now)
-        self._safe_until, self._safe_slowdown = now + slack, self.step_times.slowdown
-        return slack < 0
+        if self._known_slack(now).until <= now:
+            self._slack = None  # compute it again, because the slack is only a lower bound
+        return self._known_slack(now).until <= now
+
+    def _known_slack(self, now: float) -> _Slack:
+        """Returns a slack of the backlog that is at most the true one. Computes it if none is known."""
+        slack, kind, slowdown = self._slack, self.backlog.step_kind(), self.step_times.slowdown
+        if slack is None or slack.kind != kind or not FASTER * slack.slowdown <= slowdown <= slack.slowdown:
+            until = now + self.backlog.slack(self._full(margin=SPEED_MARGIN), now)
+            slack = self._slack = _Slack(until, SPEED_MARGIN * slowdown, kind)
+        return slack
+
+    def _slack_with(self, job: Job, now: float) -> _Slack | None:
+        """Returns a slack of the backlog with a new job that is at most the true one, or None if it is not known.
+
+        The new job delays each other job by at most its own work, unless it changes the kind of the steps.
+        """
+        if self.backlog.jobs and self.backlog.step_kind(job) != self.backlog.step_kind():
+            return None
+        slack = self._known_slack(now)
+        full = self._full(job, margin=slack.slowdown / self.step_times.slowdown)
+        own = job.target - full.step_seconds - self.backlog.latest_finish_seconds(job, full)
+        until = min(own, slack.until - job.evaluations_left / full.rate)
+        return _Slack(until, slack.slowdown, self.backlog.step_kind(job))
 
     def _retry_after(self, job: Job, now: float) -> int:
         """Returns the number of seconds, rounded up, after which the job would be admitted if no other job arrived.
@@ -218,7 +253,7 @@ class Admission:
 
 def _mean_evaluations(job: Job) -> float:
     """Returns the mean number of evaluations per step of one image, at most that of all classes for a recognition."""
-    return job.request.evaluations_from(0) / job.request.options.num_steps
+    return job.image_work / job.request.options.num_steps
 
 
 def _shortest_wait(fits: Callable[[int], bool], longest: int) -> int:

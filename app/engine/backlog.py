@@ -29,35 +29,32 @@ Search: a job that searches for its digit has two stages. W has the evaluations 
 followed by one image: w and s are the sums of both. The reason above still holds. The images begin after the search, so
 these s steps are all different.
 
-The table of all jobs is a numpy array, because admission computes the bound of every job for each request.
+The table of all jobs is a numpy array, because the bounds of all jobs are computed together. A step subtracts the
+progress of its rows from the whole table at once.
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from app.engine.batch import Batch
 from app.engine.job import GUIDED_EVALUATIONS, Job, Result, StepKind, Trajectory
 from app.engine.step_times import Throughput
 
+K = TypeVar("K")
 Array = npt.NDArray[np.float64]
 
 # A job is lost if it would miss its deadline even if it ran alone and needed only this share of the predicted time.
 LOST_MARGIN = 0.9
-# The columns of the table: times in seconds of time.monotonic(), work in evaluations, waiting and running in images.
+# The rows of the table: times in seconds of time.monotonic(), work in evaluations, waiting and running in images.
 # IMAGE_WORK is the work of one image from its first step to its last step.
-_TARGET, _DEADLINE, _WORK, _TAIL_WORK, _TAIL_STEPS, _WAITING, _RUNNING, _IMAGE_WORK = range(8)
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """The place of a job in the backlog."""
-
-    number: int  # increases with each added job; orders jobs with equal targets by arrival
-    slot: int  # the job's row in the table
+_WORK, _TAIL_WORK, _TAIL_STEPS, _TARGET, _DEADLINE, _WAITING, _RUNNING, _IMAGE_WORK = range(8)
+_DECREASING = slice(_WORK, _TAIL_STEPS + 1)  # the rows that each step decreases
+FIRST_PLACES = 64  # initial number of jobs for which the table has room
 
 
 class Backlog:
@@ -69,19 +66,28 @@ class Backlog:
         self.waiting = 0  # images that have not started their first step
         self.running = 0  # unfinished images that have started
         self.extra_slots = 0  # slots that unfinished searches need in addition to one for each image
+        self.work = 0  # evaluations that are left of all jobs together
+        self.num_rows = 0  # rows that can take a step
         self.jobs: list[Job] = []  # sorted by target
-        self._entries: dict[Job, _Entry] = {}
+        self.batch = Batch()
+        self.is_changed = False  # True if other rows may have to be selected for the next step
+        self._new_rows: list[Trajectory] = []  # rows that were added after the last selection
+        self._keys: list[tuple[float, int]] = []  # target and number of each job of `jobs`
         self._num_added = 0
-        self._table = np.zeros((64, 8))  # (slots, columns)
-        self._free = list(range(64))  # the slots without a job
-        self._order = np.zeros(0, dtype=np.intp)  # the slots of `jobs`, in the same order
-        self._of_model: Counter[str] = Counter()  # the number of jobs of each model
-        self._of_width: Counter[int] = Counter()  # the number of jobs by the evaluations of their widest row
+        self._table = np.zeros((8, FIRST_PLACES))  # (rows, places)
+        self._decreases: Array | None = None  # what a step subtracts from the table, (3, places); None if not known
+        self._free = list(range(FIRST_PLACES))  # the places without a job
+        self._order = np.zeros(FIRST_PLACES, dtype=np.intp)  # the places of `jobs`, in the same order
+        self._models = Counter[str]()  # the number of jobs of each model
+        self._widths = Counter[int]()  # the number of jobs by the evaluations of their widest row
+        self._counts = Counter[int]()  # the number of jobs by their number of images
+        self.with_previews: dict[Job, None] = {}  # the jobs that send previews
         self._num_with_clip = 0  # the number of jobs with CLIP guidance
+        self._kind: StepKind | None = None  # None if it is not known
 
     def __contains__(self, job: Job) -> bool:
         """Returns True if the job was added and not removed."""
-        return job in self._entries
+        return job.place >= 0
 
     def __iter__(self) -> Iterator[Job]:
         """Iterates over the jobs in order of their targets."""
@@ -92,71 +98,139 @@ class Backlog:
 
     def step_kind(self, *new_jobs: Job) -> StepKind:
         """Returns the kind of the steps of the jobs and `new_jobs` together."""
-        models = self._of_model.keys() | {job.request.options.model for job in new_jobs}
-        widest = max([GUIDED_EVALUATIONS, *self._of_width, *(job.request.widest_row for job in new_jobs)])
-        has_clip = self._num_with_clip > 0 or any(job.request.clip for job in new_jobs)
-        return StepKind(max(1, len(models)), widest, has_clip)
+        kind = self._kind
+        if kind is None:
+            widest = max(GUIDED_EVALUATIONS, *self._widths, 0)
+            kind = self._kind = StepKind(max(1, len(self._models)), widest, self._num_with_clip > 0)
+        new_models = {job.request.options.model for job in new_jobs} - self._models.keys()
+        if new_models:
+            kind = kind._replace(num_models=len(self._models) + len(new_models))
+        for job in new_jobs:
+            if job.widest_row > kind.widest_row:
+                kind = kind._replace(widest_row=job.widest_row)
+            if job.request.clip and not kind.has_clip:
+                kind = kind._replace(has_clip=True)
+        return kind
+
+    @property
+    def fewest_images(self) -> int:
+        """Returns the number of images of the smallest job. There must be a job."""
+        return min(self._counts)
 
     def add(self, job: Job) -> None:
         """Inserts a job at its place in the order. The caller must have checked that the queue has room for it."""
         assert self.waiting + job.request.count <= self.capacity, "add() needs a job that fits into the queue"
-        if not self._free:
-            size = len(self._table)
-            self._table = np.concatenate([self._table, np.zeros_like(self._table)])
-            self._free = list(range(size, 2 * size))
-        entry = self._entries[job] = _Entry(self._num_added, self._free.pop())
         self._num_added += 1
-        job.number = self._num_added
-        place = self._place(job)
-        self.jobs.insert(place, job)
-        self._order = np.insert(self._order, place, entry.slot)
+        job.number, job.place = self._num_added, self._take_place()
+        key, count = (job.target, job.number), len(self.jobs)
+        position = bisect_left(self._keys, key)
+        self.jobs.insert(position, job)
+        self._keys.insert(position, key)
+        self._order[position + 1 : count + 1] = self._order[position:count]
+        self._order[position] = job.place
+        self._table[:, job.place] = _column_of(job)
         self.waiting += job.request.count
         self.extra_slots += job.extra_slots
-        self._of_model[job.request.options.model] += 1
-        self._of_width[job.request.widest_row] += 1
-        self._num_with_clip += job.request.clip is not None
-        self._table[entry.slot] = _table_row(job)
+        self.work += job.evaluations_left
+        self._count_kind(job, 1)
+        if job.request.listener and job.request.num_previews:
+            self.with_previews[job] = None
+        self._add_rows(job.unfinished)
 
     def remove(self, job: Job) -> bool:
         """Removes a job and its images. Returns False if the job is not in the backlog."""
-        if job not in self._entries:
+        if job.place < 0:
             return False
-        place = self._place(job)
-        del self.jobs[place]
-        self._order = np.delete(self._order, place)
-        self._free.append(self._entries.pop(job).slot)
-        self._of_model -= Counter([job.request.options.model])  # Counter's -= deletes keys whose count becomes 0
-        self._of_width -= Counter([job.request.widest_row])
-        self._num_with_clip -= job.request.clip is not None
+        position, count = bisect_left(self._keys, (job.target, job.number)), len(self.jobs)
+        del self.jobs[position], self._keys[position]
+        self._order[position : count - 1] = self._order[position + 1 : count]
+        self._free.append(job.place)
+        job.place = -1
+        self.batch.remove(job.unfinished)
+        if self._new_rows:
+            self._new_rows = [row for row in self._new_rows if row.job is not job]
+        self.num_rows -= len(job.unfinished) - job.num_pending
+        self.is_changed = True
         self.waiting -= job.num_waiting
         self.running -= job.num_running
         self.extra_slots -= job.extra_slots
+        self.work -= job.evaluations_left
+        self._count_kind(job, -1)
+        self.with_previews.pop(job, None)
         return True
 
-    def start(self, trajectory: Trajectory) -> None:
-        """Marks a waiting image as running, or a search as started. The images of a search wait until it ends."""
-        trajectory.started = True
-        if trajectory.is_search:
-            return
-        trajectory.job.num_waiting -= 1
-        self.waiting -= 1
-        self.running += 1
+    def join(self, most: int, most_rows: int) -> bool:
+        """Adds all rows that can take a step to the batch. Returns False if this is not possible.
 
-    def advance(self, rows: Sequence[Trajectory]) -> None:
-        """Adds one step to each of these images."""
+        It is possible if these are only the rows of the batch and rows that were added after the last selection, and if
+        the batch then has at most `most` evaluations and `most_rows` rows.
+        """
+        new, num_in_batch = self._new_rows, len(self.batch.rows)
+        if self.num_rows > most_rows or self.num_rows != num_in_batch + len(new):
+            return False
+        if self.batch.size + sum(row.evaluations for row in new) > most:
+            return False
+        self.batch.add(new)
+        self._selected()
+        return True
+
+    def replace_batch(self, rows: Sequence[Trajectory]) -> None:
+        """Makes these rows the batch."""
+        self.batch.replace(rows)
+        self._selected()
+
+    def start_batch(self) -> list[Trajectory]:
+        """Marks the rows of the batch as started. Returns those that had not started before.
+
+        The images of a search wait until it ends. Call this before the first step of a batch.
+        """
+        started = [row for row in self.batch.take_joined() if not row.started]
+        self.start(started)
+        return started
+
+    def start(self, rows: Sequence[Trajectory]) -> None:
+        """Marks rows that wait as started."""
         for row in rows:
-            row.job.evaluations_left -= row.evaluations
-            row.job.steps_done += not row.is_search
-            row.step += 1
-        self._update(rows)
+            row.started = True
+        for job, count in Counter(row.job for row in rows if not row.job.is_searching).items():
+            job.num_waiting -= count
+            self.waiting -= count
+            self.running += count
+            self._table[_WAITING, job.place] = job.num_waiting
+            self._table[_RUNNING, job.place] = job.num_running
+
+    def advance(self) -> list[Trajectory]:
+        """Adds one step to each row of the batch.
+
+        Returns the rows whose result must be read: they have ended, or they compare the classes. They have left the
+        batch. `add_errors` adds those that have steps left again.
+        """
+        if self._decreases is None:
+            self._decreases = self.batch.decreases(self._table.shape[1])
+        self._table[_DECREASING] -= self._decreases
+        self.work -= self.batch.size
+        version = self.batch.version
+        leaving = self.batch.advance()
+        for row in leaving:
+            row.job.num_pending += 1
+        self.num_rows -= len(leaving)
+        if self.batch.version != version:
+            self.is_changed, self._decreases = True, None
+        return leaving
 
     def add_errors(self, row: Trajectory, errors: Sequence[float]) -> None:
-        """Adds the errors of a step to a row that compares the classes. Dropped classes reduce the remaining work."""
+        """Adds the errors of a step to a row that compares the classes. Dropped classes reduce the remaining work.
+
+        If the row has steps left, it can take the next one.
+        """
         assert row.comparison, "add_errors() needs a row that compares the classes"
         before = row.evaluations_left
         row.comparison.add(errors)
-        row.job.evaluations_left -= before - row.evaluations_left
-        self._update([row])
+        self.work -= before - row.evaluations_left
+        self._update(row.job)
+        if row.steps_left:
+            row.job.num_pending -= 1
+            self._add_rows([row])
 
     def finish(self, results: Sequence[tuple[Trajectory, Result]]) -> None:
         """Stores the results of finished rows and answers the jobs whose last image is among them."""
@@ -164,13 +238,16 @@ class Backlog:
             job = trajectory.job
             if trajectory.is_search:
                 self.extra_slots -= job.extra_slots
+            elif len(job.unfinished) == 1:
+                self.remove(job)
             else:
-                if len(job.unfinished) == 1:
-                    self.remove(job)
-                else:
-                    self.running -= 1
+                self.running -= 1
+                self._table[_RUNNING, job.place] -= 1
+            job.num_pending -= 1
             job.finish(trajectory, result)
-        self._update([trajectory for trajectory, _ in results])
+            if trajectory.is_search:
+                self._update(job)
+                self._add_rows(job.unfinished)
 
     def slack(self, full: Throughput, now: float) -> float:
         """Returns the time in seconds for which row selection may still deviate from the order of the jobs.
@@ -179,10 +256,9 @@ class Backlog:
         in progress, or the next step, which may deviate. If the result is negative, a target is at risk. Lost jobs
         are ignored. The result is infinity without jobs.
         """
-        rows = self._table[self._order]
-        left = np.cumsum(rows[:, _WORK])
-        slack = rows[:, _TARGET] - now - full.step_seconds - _finish(rows, left, full)
-        return float(slack.min(initial=np.inf, where=~_is_lost(rows, full, now)))
+        jobs = self._in_order()
+        slack = jobs[_TARGET] - now - full.step_seconds - _finish(jobs, np.cumsum(jobs[_WORK]), full)
+        return float(slack.min(initial=np.inf, where=~_is_lost(jobs, full, now)))
 
     def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
         """Returns True if `job` and all jobs that it delays would meet their targets.
@@ -193,35 +269,34 @@ class Backlog:
         With `wait`, the job is submitted `wait` seconds from now. Until then, the backlog drains in order at the rate
         of full steps, and no other job arrives.
         """
-        rows = self._table[self._order]
-        drained = wait * full.rate
-        total = np.cumsum(rows[:, _WORK])
-        left = np.maximum(total - drained, 0.0)
+        jobs = self._in_order()
+        left = np.maximum(np.cumsum(jobs[_WORK]) - wait * full.rate, 0.0)
         if not left.any():
             return True
-        own = np.array([_table_row(job)])
-        target = own[0, _TARGET] + wait
-        place = int(np.searchsorted(rows[:, _TARGET], target, side="right"))
+        own = _column_of(job)[:, None]
+        target = own[_TARGET, 0] + wait
+        position = int(np.searchsorted(jobs[_TARGET], target, side="right"))
         start = now + wait + full.step_seconds  # the step in progress ends before the job can start
-        own_left = own[:, _WORK] + (left[place - 1] if place else 0.0)
+        own_left = own[_WORK] + (left[position - 1] if position else 0.0)
         if start + _finish(own, own_left, full)[0] > target:
             return False
-        delayed = (left > 0) & ~_is_lost(rows, full, now)
+        delayed = (left > 0) & ~_is_lost(jobs, full, now)
         # the share of each tail that is left after the wait
-        tail_left = np.minimum(left / np.maximum(rows[:, _TAIL_WORK], 1.0), 1.0)
-        rows[:, [_TAIL_WORK, _TAIL_STEPS]] *= tail_left[:, None]
+        tail_left = np.minimum(left / np.maximum(jobs[_TAIL_WORK], 1.0), 1.0)
+        jobs[_TAIL_WORK : _TAIL_STEPS + 1] *= tail_left
         if self.step_kind() == self.step_kind(job):
-            delayed[:place] = False  # steps do not become longer, so jobs with earlier targets are not delayed
-        left[place:] += own[0, _WORK]
-        late = start + _finish(rows, left, full) > rows[:, _TARGET]
+            delayed[:position] = False  # steps do not become longer, so jobs with earlier targets are not delayed
+        left[position:] += own[_WORK, 0]
+        late = start + _finish(jobs, left, full) > jobs[_TARGET]
         return not bool((late & delayed).any())
 
     def finish_seconds(self, job: Job, full: Throughput) -> float:
         """Returns the bound in seconds for a job that is not in the backlog yet."""
-        rows = self._table[self._order]
-        place = int(np.searchsorted(rows[:, _TARGET], job.target, side="right"))
-        own = np.array([_table_row(job)])
-        return float(_finish(own, own[:, _WORK] + rows[:place, _WORK].sum(), full)[0])
+        return self._bound(job, self._work_before(job), full)
+
+    def latest_finish_seconds(self, job: Job, full: Throughput) -> float:
+        """Returns the bound in seconds for a new job if all other jobs come before it. It takes a constant time."""
+        return self._bound(job, self.work, full)
 
     def images_after(self, seconds: float, rate: float) -> int:
         """Returns the predicted number of unfinished images after the backlog has drained in order for `seconds`.
@@ -231,51 +306,80 @@ class Backlog:
 
         Example: at 100 evaluations per second, a job of 10 images with 10 steps each has 5 images left after 0.5 s.
         """
-        jobs = self._table[self._order]
-        before = np.cumsum(jobs[:, _WORK]) - jobs[:, _WORK]
-        left = jobs[:, _WORK] - np.clip(seconds * rate - before, 0.0, jobs[:, _WORK])
-        of_waiting = jobs[:, _WAITING] * jobs[:, _IMAGE_WORK]
-        of_running = np.maximum(jobs[:, _WORK] - of_waiting, 1.0)
-        running = jobs[:, _RUNNING] * np.maximum(left - of_waiting, 0.0) / of_running
-        waiting = np.minimum(left, of_waiting) / jobs[:, _IMAGE_WORK]
+        jobs = self._in_order()
+        before = np.cumsum(jobs[_WORK]) - jobs[_WORK]
+        left = jobs[_WORK] - np.clip(seconds * rate - before, 0.0, jobs[_WORK])
+        of_waiting = jobs[_WAITING] * jobs[_IMAGE_WORK]
+        of_running = np.maximum(jobs[_WORK] - of_waiting, 1.0)
+        running = jobs[_RUNNING] * np.maximum(left - of_waiting, 0.0) / of_running
+        waiting = np.minimum(left, of_waiting) / jobs[_IMAGE_WORK]
         return int(np.ceil(running + waiting - 1e-9).sum())
 
-    @property
-    def work(self) -> float:
-        """Returns the number of evaluations that are left of all jobs together."""
-        return float(self._table[self._order, _WORK].sum())
+    def _work_before(self, job: Job) -> float:
+        """Returns the work of the jobs that would come before a new job."""
+        position = bisect_left(self._keys, (job.target, self._num_added + 1))
+        if position == len(self.jobs):
+            return self.work
+        return float(self._table[_WORK, self._order[:position]].sum())
 
-    def _update(self, rows: Sequence[Trajectory]) -> None:
-        for job in dict.fromkeys(row.job for row in rows):
-            if entry := self._entries.get(job):
-                self._table[entry.slot] = _table_row(job)
+    def _bound(self, job: Job, before: float, full: Throughput) -> float:
+        tail_work, tail_steps = job.tail
+        return (before + job.evaluations_left - tail_work) / full.rate + tail_steps * full.step_seconds
 
-    def _place(self, job: Job) -> int:
-        return bisect_left(self.jobs, self._key(job), key=self._key)
+    def _in_order(self) -> Array:
+        """Returns a copy of the table with a column for each job, in order (rows, J)."""
+        return self._table[:, self._order[: len(self.jobs)]]
 
-    def _key(self, job: Job) -> tuple[float, int]:
-        return job.target, self._entries[job].number
+    def _add_rows(self, rows: Sequence[Trajectory]) -> None:
+        """Adds rows that can take the next step."""
+        self._new_rows += rows
+        self.num_rows += len(rows)
+        self.is_changed = True
+
+    def _selected(self) -> None:
+        self._new_rows, self._decreases, self.is_changed = [], None, False
+
+    def _take_place(self) -> int:
+        """Returns a free place of the table. Doubles the size of the table if there is none."""
+        if not self._free:
+            size = self._table.shape[1]
+            self._table = np.concatenate([self._table, np.zeros_like(self._table)], axis=1)
+            self._order = np.concatenate([self._order, np.zeros_like(self._order)])
+            self._free, self._decreases = list(range(size, 2 * size)), None
+        return self._free.pop()
+
+    def _update(self, job: Job) -> None:
+        if job.place >= 0:
+            self._table[:, job.place] = _column_of(job)
+
+    def _count_kind(self, job: Job, change: int) -> None:
+        """Adds a job to the counters that determine the kind of the steps, or removes it from them."""
+        _add(self._models, job.request.options.model, change)
+        _add(self._widths, job.widest_row, change)
+        _add(self._counts, job.request.count, change)
+        self._num_with_clip += change * (job.request.clip is not None)
+        self._kind = None
 
 
-def _table_row(job: Job) -> tuple[float, ...]:
-    return (
-        job.target,
-        job.deadline,
-        job.evaluations_left,
-        *job.tail,
-        job.num_waiting,
-        job.num_running,
-        job.request.evaluations_from(0),
-    )
+def _add(counter: Counter[K], key: K, change: int) -> None:
+    counter[key] += change
+    if not counter[key]:
+        del counter[key]
 
 
-def _finish(rows: Array, left: Array, full: Throughput) -> Array:
-    """Returns the bound (N,) of each job in seconds. `left` (N,) is the work of each job and all jobs before it."""
-    others = np.maximum(left - rows[:, _TAIL_WORK], 0.0)
-    return others / full.rate + rows[:, _TAIL_STEPS] * full.step_seconds
+def _column_of(job: Job) -> Array:
+    """Returns the column (rows,) of a job in the table."""
+    column = (job.evaluations_left, *job.tail, job.target, job.deadline, job.num_waiting, job.num_running)
+    return np.array([*column, job.image_work], dtype=np.float64)
 
 
-def _is_lost(rows: Array, full: Throughput, now: float) -> npt.NDArray[np.bool_]:
-    """Returns True (N,) for each job that would miss its deadline even if it ran alone."""
-    alone = np.maximum(rows[:, _WORK] / full.rate, rows[:, _TAIL_STEPS] * full.lone_seconds)
-    return now + LOST_MARGIN * alone > rows[:, _DEADLINE]
+def _finish(jobs: Array, left: Array, full: Throughput) -> Array:
+    """Returns the bound (J,) of each job in seconds. `left` (J,) is the work of each job and all jobs before it."""
+    others = np.maximum(left - jobs[_TAIL_WORK], 0.0)
+    return others / full.rate + jobs[_TAIL_STEPS] * full.step_seconds
+
+
+def _is_lost(jobs: Array, full: Throughput, now: float) -> npt.NDArray[np.bool_]:
+    """Returns True (J,) for each job that would miss its deadline even if it ran alone."""
+    alone = np.maximum(jobs[_WORK] / full.rate, jobs[_TAIL_STEPS] * full.lone_seconds)
+    return now + LOST_MARGIN * alone > jobs[_DEADLINE]

@@ -118,41 +118,52 @@ def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> li
     """Returns the rows of the next step. The module docstring explains the rule.
 
     `jobs` are in order of their targets. `at_risk` says that a job may miss its target. The rows of a job with the
-    fewest steps left come first, so that its first images finish early. If there are jobs, the step has at least one
-    row.
+    fewest steps left come first, so that its first images finish early. If there are rows that can take a step, the
+    step has at least one row.
     """
     rows: list[Trajectory] = []
     evaluations, limit = 0, limits.evaluations
     if not at_risk:
-        for job in jobs:
-            row = job.unfinished[0]
-            if rows and (len(rows) == limits.rows or not _fits_first_round(row, evaluations, limits)):
+        for row in _first_rows(jobs):
+            size = row.evaluations
+            if rows and (len(rows) == limits.rows or not _fits_first_round(size, evaluations, limits)):
                 break
             rows.append(row)
-            evaluations += row.evaluations
+            evaluations += size
         limit = limits.share(len(jobs), _fewest_images(jobs, limits), evaluations)
     for row in _remaining_rows(jobs, len(rows)):
-        if rows and (evaluations + row.evaluations > limit or len(rows) == limits.rows):
+        size = row.evaluations
+        if rows and (evaluations + size > limit or len(rows) == limits.rows):
             break
         rows.append(row)
-        evaluations += row.evaluations
+        evaluations += size
     return rows
 
 
-def _fits_first_round(row: Trajectory, evaluations: int, limits: StepLimits) -> bool:
-    """Returns True if the first round has room for the row, after `evaluations` of other rows.
+def _fits_first_round(size: int, evaluations: int, limits: StepLimits) -> bool:
+    """Returns True if the first round has room for a row of this size, after `evaluations` of other rows.
 
     A row that compares the classes can have more evaluations than half of a full step. It may begin within that half.
     """
-    half, after = limits.evaluations // 2, evaluations + row.evaluations
-    is_wide = row.evaluations > GUIDED_EVALUATIONS
+    half, after = limits.evaluations // 2, evaluations + size
+    is_wide = size > GUIDED_EVALUATIONS
     return after <= half or (is_wide and evaluations < half and after <= limits.evaluations)
 
 
+def _first_rows(jobs: Sequence[Job]) -> Iterator[Trajectory]:
+    """Yields the first row of each job that has a row that can take a step."""
+    for job in jobs:
+        yield from job.unfinished[job.num_pending : job.num_pending + 1]
+
+
 def _remaining_rows(jobs: Sequence[Job], num_first: int) -> Iterator[Trajectory]:
-    """Yields the rows of all jobs in order, without the first row of each of the first `num_first` jobs."""
-    for place, job in enumerate(jobs):
-        yield from job.unfinished[1:] if place < num_first else job.unfinished
+    """Yields the rows of all jobs in order, without the first `num_first` of `_first_rows`."""
+    for job in jobs:
+        rows = job.unfinished[job.num_pending :]
+        if rows and num_first:
+            num_first -= 1
+            del rows[0]
+        yield from rows
 
 
 def _fewest_images(jobs: Sequence[Job], limits: StepLimits) -> int:

@@ -18,6 +18,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from enum import StrEnum
@@ -193,22 +194,22 @@ class Engine:
         rows, abandoned = self._admit()
         self._runner.release(abandoned)
         self._is_batch_lowered = False
-        self._retire(self._run_step(rows))
+        if rows:
+            self._run_step(self.backlog.batch.rows)  # without the rows of jobs that were answered in the meantime
+            self._retire()
         if not self.backlog.jobs:
             self.deliver()
         if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
             self._check_runner()
 
-    def _run_step(self, rows: list[Trajectory]) -> list[Trajectory]:
-        """Runs one step and returns the rows that survived it."""
-        num_failed = self._num_failed_rows
-        stepped = self._run_isolated(rows, self._step)
-        for trajectory, finite in stepped:
-            if not finite:
+    def _run_step(self, rows: list[Trajectory]) -> None:
+        """Runs one step of the rows. Jobs with a row that fails are answered."""
+        num_failed, num_survivors = self._num_failed_rows, 0
+        for batch, not_finite in self._run_isolated(rows, self._step):
+            num_survivors += len(batch) - len(not_finite)
+            for trajectory in not_finite:
                 self._fail(trajectory, ArithmeticError("NaN or infinite values"))
-        survivors = [trajectory for trajectory, finite in stepped if finite]
-        self._count_batch("step", self._num_failed_rows - num_failed, len(survivors))
-        return survivors
+        self._count_batch("step", self._num_failed_rows - num_failed, num_survivors)
 
     def _read_pixels(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Pixels]]:
         return self._read("pixels", rows, self._runner.pixels)
@@ -217,7 +218,8 @@ class Engine:
         self, work: str, rows: list[Trajectory], read: Callable[[list[Trajectory]], list[R]]
     ) -> list[tuple[Trajectory, R]]:
         num_failed = self._num_failed_rows
-        results = self._run_isolated(rows, read)
+        batches = self._run_isolated(rows, read)
+        results = [pair for batch, values in batches for pair in zip(batch, values, strict=True)]
         self._count_batch(work, self._num_failed_rows - num_failed, len(results))
         return results
 
@@ -249,26 +251,25 @@ class Engine:
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
             rows = [] if self._stopping else self._admission.select(self._last_beat)
-            for trajectory in rows:
-                if not trajectory.started:
-                    self.backlog.start(trajectory)
-                    self._record_start(trajectory.job)
+            for job, count in Counter(row.job for row in self.backlog.start_batch()).items():
+                self._record_start(job, count)
             if self.feed.is_wanted and rows:
                 self.feed.publish(self._num_steps + 1, rows)
             return rows, abandoned
 
-    def _record_start(self, job: Job) -> None:
+    def _record_start(self, job: Job, num_rows: int) -> None:
+        """Records that rows of a job take their first step."""
         timings = job.timings
         if timings.started_at and job.request.search:
             return  # Only the search waited in the queue. The images of this job waited for the search.
         timings.started_at = timings.started_at or self._last_beat
-        for _ in range(job.request.count if job.request.search else 1):
-            self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at))
-            self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step)
+        num_images = job.request.count if job.request.search else num_rows
+        self._metrics.queue_wait.observe(max(0.0, time.monotonic() - timings.submitted_at), num_images)
+        self._metrics.admission_wait.observe(self._num_steps - timings.submitted_at_step, num_images)
 
     def _run_isolated(
-        self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], list[R]]
-    ) -> list[tuple[Trajectory, R]]:
+        self, rows: list[Trajectory], compute: Callable[[list[Trajectory]], R]
+    ) -> list[tuple[list[Trajectory], R]]:
         return isolate(rows, compute, self._fail, self._lower_max_batch)
 
     def _lower_max_batch(self) -> None:
@@ -281,35 +282,38 @@ class Engine:
             with self._condition:
                 self._admission.lower_max_batch(time.monotonic())
 
-    def _step(self, rows: list[Trajectory]) -> list[bool]:
+    def _step(self, rows: list[Trajectory]) -> list[Trajectory]:
+        """Runs one step. Returns the rows with NaN or infinite values."""
         self._last_beat = start = time.monotonic()
         in_network = self._runner.network_seconds
-        finite = self._runner.step(rows, self.deliver)
+        is_whole, calls = rows is self.backlog.batch.rows, self._admission.calls()
+        not_finite = self._runner.step(rows, self.deliver)
         seconds = time.monotonic() - start
         self._num_steps += 1
-        self._admission.observe(rows, seconds)
+        if is_whole:  # the duration of a part of a batch after a failure is not measured
+            self._admission.observe(calls, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
         self._metrics.batch_rows.observe(len(rows))
-        return finite
+        return not_finite
 
-    def _retire(self, rows: list[Trajectory]) -> None:
+    def _retire(self) -> None:
+        """Adds the step to the progress of the rows, and finishes those that have ended."""
         with self._condition:
-            rows = [trajectory for trajectory in rows if not trajectory.job.closed]
-            self.backlog.advance(rows)
-        compared = self._compare([trajectory for trajectory in rows if trajectory.comparison])
-        images = [trajectory for trajectory in rows if not trajectory.comparison]
-        self._send_previews(images)
-        drawn = self._read_pixels([trajectory for trajectory in images if not trajectory.steps_left])
+            ended = self.backlog.advance()
+        compared = self._compare([trajectory for trajectory in ended if trajectory.comparison])
+        self._send_previews()
+        drawn = self._read_pixels([trajectory for trajectory in ended if not trajectory.comparison])
         done: list[tuple[Trajectory, Result]] = [*drawn, *compared]
+        if not done:
+            return
         with self._condition:
             finished = [(trajectory, result) for trajectory, result in done if not trajectory.job.closed]
             self.backlog.finish(finished)
-            for trajectory, _ in finished:
-                if not trajectory.comparison:
-                    digit = trajectory.digit
-                    self._metrics.images.labels("none" if digit is None else str(digit)).inc()
+            digits = Counter(trajectory.digit for trajectory, _ in finished if not trajectory.comparison)
+            for digit, count in digits.items():
+                self._metrics.images.labels("none" if digit is None else str(digit)).inc(count)
             self._complete_drain_if_idle()
         self._runner.release([trajectory for trajectory, _ in done])
 
@@ -327,10 +331,9 @@ class Engine:
                 done.append((trajectory, trajectory.comparison))
         return done
 
-    def _send_previews(self, rows: list[Trajectory]) -> None:
+    def _send_previews(self) -> None:
         """Sends the previews that are due. One read of the device for all jobs is faster than one for each job."""
-        jobs = dict.fromkeys(trajectory.job for trajectory in rows)
-        due = [job for job in jobs if job.request.listener and job.preview_due()]
+        due = [job for job in self.backlog.with_previews if job.preview_due()]
         if not due:
             return
         plain = [row for job in due if not job.request.includes_x_t for row in job.unfinished]

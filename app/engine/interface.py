@@ -138,8 +138,8 @@ class StepRunner(Protocol):
     def network_seconds(self) -> float:
         """Returns the total number of seconds spent in network calls since the start."""
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
-        """Runs one reverse step of each row. Returns True for each row whose values are finite.
+    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
+        """Runs one reverse step of each row. Returns the rows whose values are not finite.
 
         `before_call` is called immediately before each network call.
         """

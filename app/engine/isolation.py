@@ -11,27 +11,27 @@ R = TypeVar("R")
 
 def isolate(
     rows: list[Trajectory],
-    compute: Callable[[list[Trajectory]], list[R]],
+    compute: Callable[[list[Trajectory]], R],
     on_failure: Callable[[Trajectory, Exception], None],
     on_out_of_memory: Callable[[], None],
-) -> list[tuple[Trajectory, R]]:
-    """Returns each row with its result. If a batch raises, computes its two halves instead, down to single rows.
+) -> list[tuple[list[Trajectory], R]]:
+    """Returns the result for the rows. If a batch raises, computes its two halves instead, down to single rows.
 
-    Calls `on_failure` with each row that fails alone, and `on_out_of_memory` at the first OutOfMemoryError. Leaves out
-    rows whose jobs are answered. DeviceLostError is not caught, because no row has caused it.
+    Each result comes with the rows of its batch. Calls `on_failure` with each row that fails alone, and
+    `on_out_of_memory` at the first OutOfMemoryError. After a failure, it leaves out rows whose jobs are answered.
+    DeviceLostError is not caught, because no row has caused it.
 
-    Example: in a batch of 8 rows, row 5 fails. The batches are 0-7, 0-3, 4-7, 4-5, 4, 5 and 6-7. Rows 0-4, 6 and 7 are
-    returned.
+    Example: in a batch of 8 rows, row 5 fails. The batches are 0-7, 0-3, 4-7, 4-5, 4, 5 and 6-7. The result has those
+    of 0-3, 4 and 6-7.
     """
     is_shortage_reported = False
 
-    def run(rows: list[Trajectory]) -> list[tuple[Trajectory, R]]:
+    def run(rows: list[Trajectory]) -> list[tuple[list[Trajectory], R]]:
         nonlocal is_shortage_reported
-        rows = [trajectory for trajectory in rows if not trajectory.job.closed]
         if not rows:
             return []
         try:
-            return list(zip(rows, compute(rows), strict=True))
+            return [(rows, compute(rows))]
         except DeviceLostError:
             raise
         except Exception as error:
@@ -42,6 +42,10 @@ def isolate(
                 on_failure(rows[0], error)
                 return []
             middle = len(rows) // 2
-            return run(rows[:middle]) + run(rows[middle:])
+            return run(_open(rows[:middle])) + run(_open(rows[middle:]))
 
     return run(rows)
+
+
+def _open(rows: list[Trajectory]) -> list[Trajectory]:
+    return [trajectory for trajectory in rows if not trajectory.job.closed]

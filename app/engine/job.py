@@ -19,7 +19,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -93,16 +92,46 @@ class Search:
     input: Input | None = None  # None: the input of the images
 
 
+class Clock:
+    """Counts the steps of an engine."""
+
+    __slots__ = ("steps",)
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+
+STOPPED = Clock()  # of the rows that are in no batch
+
+
 @dataclass(eq=False, slots=True)
 class Trajectory:
-    """One image between x_T and x_0, or the search for the digit of the images."""
+    """One image between x_T and x_0, or the search for the digit of the images.
+
+    The steps of a row in a batch follow a clock. So a step costs no time for each of its rows.
+    """
 
     job: "Job"
     index: int  # position among the images of the job
     comparison: Comparison | None = None  # None for a trajectory that generates an image
-    step: int = 0  # number of finished reverse steps
     started: bool = False  # True if the first step is finished or in progress
     slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
+    clock: Clock = STOPPED
+    _first: int = 0  # the value of the clock before the first step
+
+    @property
+    def step(self) -> int:
+        """Returns the number of finished reverse steps."""
+        return self.clock.steps - self._first
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._first = self.clock.steps - step
+
+    def follow(self, clock: Clock) -> None:
+        """Adds the further steps of the clock to the steps of this row. STOPPED has none."""
+        step, self.clock = self.step, clock
+        self.step = step
 
     @property
     def is_search(self) -> bool:
@@ -166,24 +195,21 @@ class Trajectory:
 
     @property
     def evaluations(self) -> int:
-        """Returns the size of the next step for the scheduler.
+        """Returns the size of the next step for the scheduler, or 0 if no step is left.
 
         The size is the number of network evaluations. With CLIP guidance, the evaluations that take as long as the
-        gradient of CLIP are added. This code does not use the properties above, because it must be fast: the scheduler
-        reads the size of every row several times in each step.
+        gradient of CLIP are added.
         """
         if self.comparison:
             return len(self.comparison.remaining)
-        request, step = self.job.request, self.step
-        size = GUIDED_EVALUATIONS if step in request.guided_steps else 1
-        return size + request.clip.evaluations if request.clip and step in request.clip.steps else size
+        return self.job.sizes.of[self.step]
 
     @property
     def evaluations_left(self) -> int:
         """Returns the largest possible total size of the remaining steps."""
         if self.comparison:
             return self.steps_left * len(self.comparison.remaining)
-        return self.job.request.evaluations_from(self.step)
+        return self.job.sizes.left[self.step]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,14 +266,19 @@ class JobRequest:
         """Returns the largest number of network evaluations of one image."""
         if self.comparison:
             return self.options.num_steps * self.comparison.num_classes
-        return _sizes_from(self.options.num_steps, self.guided_steps, range(0), 0)[0]
+        return _sizes_of(self.options.num_steps, self.guided_steps, range(0), 0).left[0]
+
+    @property
+    def sizes(self) -> "Sizes":
+        """Returns the sizes of the steps of one image that compares no classes."""
+        clip_steps, of_clip = (self.clip.steps, self.clip.evaluations) if self.clip else (range(0), 0)
+        return _sizes_of(self.options.num_steps, self.guided_steps, clip_steps, of_clip)
 
     def evaluations_from(self, step: int) -> int:
         """Returns the largest total size of one image from `step` to its end, in units of `Trajectory.evaluations`."""
         if self.comparison:
             return (self.options.num_steps - step) * self.comparison.num_classes
-        clip_steps, of_clip = (self.clip.steps, self.clip.evaluations) if self.clip else (range(0), 0)
-        return _sizes_from(self.options.num_steps, self.guided_steps, clip_steps, of_clip)[step]
+        return self.sizes.left[step]
 
 
 class StepKind(NamedTuple):
@@ -256,6 +287,14 @@ class StepKind(NamedTuple):
     num_models: int  # each model needs its own network call
     widest_row: int  # the largest size of one row, in evaluations
     has_clip: bool  # True if a step can call CLIP
+
+
+class Sizes(NamedTuple):
+    """The sizes of the steps of an image, in evaluations. Each list has one more value than the image has steps."""
+
+    of: list[int]  # the size of each step, and 0 after the last step
+    left: list[int]  # the sum of the sizes from each step to the end
+    until_change: list[int]  # the number of steps until the size changes, or until the end
 
 
 @dataclass(slots=True)
@@ -286,19 +325,19 @@ class Job:
         self.deadline = self.timings.submitted_at + request.timeout
         self.target = self.timings.submitted_at + TARGET_SHARE * request.timeout
         self.estimate: Estimate | None = None  # set by admission
+        self.place = -1  # place in the table of the backlog; -1 if the job is not in the backlog
         self.number = 0  # position in the order of admission, from 1; set by the backlog
         self.future: Future[list[Result]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
         self.digit = request.options.digit  # the class of the images; set at the end of a search
         self.is_searching = request.search is not None  # True until the digit is found, if the job searches for it
+        self.sizes, self.widest_row = request.sizes, request.widest_row
+        self.image_work = request.evaluations_from(0)  # the largest total size of one image
         # The rows with the most finished steps come first.
-        self.unfinished = self._image_rows()
+        self.unfinished = [Trajectory(self, 0, request.search.comparison)] if request.search else self._image_rows()
         self.num_waiting = request.count  # images that have not started
-        self.evaluations_left = request.count * request.evaluations_from(0)  # sum over all rows of both stages
-        if request.search:
-            self.unfinished = [Trajectory(self, 0, request.search.comparison)]
-            self.evaluations_left += self.unfinished[0].evaluations_left
-        self.steps_done = 0  # sum of the finished steps of all images
+        # The first rows whose last step is finished or in progress. Their results are not stored yet.
+        self.num_pending = 0
         # True if the job is answered. Every step checks this for every row. future.done() takes a lock and is slower.
         self.closed = False
         self._results: list[Result | None] = [None] * request.count
@@ -322,8 +361,26 @@ class Job:
         """
         last, request = self.unfinished[-1], self.request
         if self.is_searching:
-            return last.evaluations_left + request.evaluations_from(0), last.steps_left + request.options.num_steps
+            return last.evaluations_left + self.image_work, last.steps_left + request.options.num_steps
         return last.evaluations_left, last.steps_left
+
+    @property
+    def evaluations_left(self) -> int:
+        """Returns the largest possible total size of the remaining steps of both stages."""
+        of_image = self.image_work
+        if self.is_searching:
+            return self.unfinished[0].evaluations_left + self.request.count * of_image
+        if self.num_waiting == self.request.count:
+            return self.num_waiting * of_image
+        return sum(row.evaluations_left for row in self.unfinished)
+
+    @property
+    def steps_done(self) -> int:
+        """Returns the sum of the finished steps of all images."""
+        if self.is_searching:
+            return 0
+        num_finished = self.request.count - len(self.unfinished)
+        return num_finished * self.request.options.num_steps + sum(row.step for row in self.unfinished)
 
     def preview_due(self) -> bool:
         """Returns True if a Progress event must be sent now. A second call at the same progress returns False.
@@ -388,13 +445,14 @@ class Job:
 
 
 @lru_cache(maxsize=4096)
-def _sizes_from(num_steps: int, guided_steps: StepSet, clip_steps: StepSet, of_clip: int) -> list[int]:
-    """Returns the number of evaluations from each step to the end of the path.
-
-    A guided step has two, and a step with CLIP guidance has `of_clip` more.
-    """
-    of_steps = [
+def _sizes_of(num_steps: int, guided_steps: StepSet, clip_steps: StepSet, of_clip: int) -> Sizes:
+    """Returns the sizes of the steps. A guided step has two evaluations, and CLIP guidance adds `of_clip`."""
+    sizes = [
         (GUIDED_EVALUATIONS if step in guided_steps else 1) + (of_clip if step in clip_steps else 0)
         for step in range(num_steps)
     ]
-    return list(accumulate(reversed(of_steps), initial=0))[::-1]
+    left, until_change = [0], [0]
+    for size, next_size in zip(reversed(sizes), [0, *reversed(sizes)], strict=False):
+        left.append(left[-1] + size)
+        until_change.append(until_change[-1] + 1 if size == next_size else 1)
+    return Sizes([*sizes, 0], left[::-1], until_change[::-1])

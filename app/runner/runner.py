@@ -136,22 +136,22 @@ class Runner:
         """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
-        """Runs one reverse step of each row, with one call of each network. Returns True for rows with finite values.
+    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
+        """Runs one reverse step of each row, with one call of each network. Returns the rows that are not finite.
 
         `before_call` is called immediately before each network call.
 
         With `runs_ahead`, the values are checked in every step, but the result is only read in steps that finish a row.
-        All other steps return True for all rows. Raises OutOfMemoryError or DeviceLostError for device errors. Any
+        All other steps return no rows. Raises OutOfMemoryError or DeviceLostError for device errors. Any
         other error is a bug.
         """
         start, on_core = time.perf_counter(), time.thread_time()
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
-        finite = self._step(trajectories, by_model, before_call)
+        not_finite = self._step(trajectories, by_model, before_call)
         self._threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
-        return finite
+        return not_finite
 
     @torch.inference_mode()
     def _step(
@@ -159,7 +159,7 @@ class Runner:
         trajectories: list[Trajectory],
         by_model: Mapping[str, list[Trajectory]],
         before_call: Callable[[], None],
-    ) -> list[bool]:
+    ) -> list[Trajectory]:
         """Computes all results before it writes state. So all memory is allocated before the first write."""
         rows = list(chain(*by_model.values()))
         # Reading the flags waits for the device. If the host runs ahead, only steps that finish a row read them.
@@ -171,13 +171,15 @@ class Runner:
             read = self._transfers.start_download(torch.cat(finite)) if is_read else None
             self._commit(parts)
         if read is None:
-            return [True] * len(trajectories)
+            return []
         try:
-            flags = iter(read().tolist())
+            flags = read().tolist()
         except Exception as error:
             raise DeviceLostError("a step failed after it was enqueued on the device") from error
-        of_trajectory = {row: all(list(islice(flags, _num_rows(row)))) for row in rows}
-        return [of_trajectory[trajectory] for trajectory in trajectories]
+        if all(flags):
+            return []
+        of_rows = iter(flags)
+        return [row for row in rows if not all(list(islice(of_rows, _num_rows(row))))]
 
     def _call(self, model: LoadedModel, trajectories: list[Trajectory], before_call: Callable[[], None]) -> "_Part":
         """Calls one network. Returns the results of the rows."""

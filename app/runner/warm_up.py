@@ -49,7 +49,7 @@ def check_probe_image(runner: StepRunner, model: LoadedModel) -> None:
     try:
         is_finite = True
         for _ in range(probe.num_steps):
-            is_finite = all(runner.step([trajectory])) and is_finite
+            is_finite = not runner.step([trajectory]) and is_finite
             trajectory.step += 1
         (image,) = runner.pixels([trajectory])
     finally:

@@ -137,14 +137,14 @@ class FakeRunner:
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
 
-    def step(self, trajectories: Rows, before_call: Callable[[], None] = lambda: None) -> list[bool]:
+    def step(self, trajectories: Rows, before_call: Callable[[], None] = lambda: None) -> Rows:
         before_call()
         self.on_step(trajectories)
         self.calls.append(list(trajectories))
         self.network_seconds += 0.25
         assert len(set(trajectories)) == len(trajectories), "a step contains a row twice"
         self.held.update(trajectories)
-        return [not self.not_finite(trajectory) for trajectory in trajectories]
+        return [trajectory for trajectory in trajectories if self.not_finite(trajectory)]
 
     def pixels(self, trajectories: Rows) -> list[Pixels]:
         self.on_pixels(trajectories)
@@ -225,10 +225,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def step_backlog(backlog: Backlog, max_rows: int) -> Rows:
     """Runs one step of the rows that the batcher selects, without an engine."""
     rows = select_rows(backlog.jobs, fixed_limits(max_rows), at_risk=False)
-    for row in rows:
-        if not row.started:
-            backlog.start(row)
-    backlog.advance(rows)
-    done = [row for row in rows if not row.steps_left]
-    backlog.finish([(row, image(row.job.request.options.seed, row.index, row.step)) for row in done])
+    backlog.replace_batch(rows)
+    backlog.start_batch()
+    ended = backlog.advance()
+    backlog.finish([(row, image(row.job.request.options.seed, row.index, row.step)) for row in ended])
     return rows

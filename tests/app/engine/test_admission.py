@@ -1,4 +1,5 @@
 import logging
+import random
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ from app import errors
 from app.engine.admission import RECOVERY_SECONDS, Admission, _shortest_wait
 from app.engine.job import Job
 from app.engine.step_times import StepTimes
-from tests.app.fakes import new_job
+from tests.app.fakes import image, new_job
 
 STEP_TIMES = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})  # 8 evaluations take three times as long as one
 NOW = 50.0
@@ -102,8 +103,8 @@ def test_retry_after_of_a_full_queue_is_one_second_if_no_image_has_started() -> 
 def test_retry_after_of_a_full_queue_is_the_time_until_an_image_finishes() -> None:
     admission = new_admission(capacity=16)
     admit_all(admission, job(16))
-    for row in admission.select(NOW):
-        admission.backlog.start(row)
+    admission.select(NOW)
+    admission.backlog.start_batch()
     admit_all(admission, job(16))
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1), NOW)
@@ -114,8 +115,7 @@ def test_job_is_refused_while_too_many_images_are_running() -> None:
     admission = new_admission(capacity=8, max_batch=1)
     for _ in range(2 * (8 + 1)):
         (running,) = admit_all(admission, job(1, timeout=1000))
-        admission.backlog.start(running.unfinished[0])
-        admission.backlog._update(running.unfinished)
+        admission.backlog.start(running.unfinished)
     with pytest.raises(errors.Overloaded, match="no room") as refused:
         admission.admit(job(1, timeout=1000), NOW)
     assert refused.value.retry_after == 10  # An image needs 10 evaluations at 1 per second.
@@ -155,10 +155,11 @@ def test_targets_are_at_risk_when_the_machine_becomes_slower() -> None:
 
 def test_slowdown_is_computed_from_the_calls_of_all_models() -> None:
     admission = new_admission()
-    rows = [*job(4, guided_steps=range(10)).unfinished, *job(1, model="fast").unfinished]
-    admission.observe(rows, STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1))
+    jobs = admit_all(admission, job(4, guided_steps=range(10)), job(1, model="fast"))
+    admission.backlog.replace_batch([row for each in jobs for row in each.unfinished])
+    admission.observe(admission.calls(), STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1))
     assert admission.step_times.slowdown == 1.0
-    admission.observe(rows, 2 * (STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1)))
+    admission.observe(admission.calls(), 2 * (STEP_TIMES.step_seconds(8) + STEP_TIMES.step_seconds(1)))
     assert 1.0 < admission.step_times.slowdown < 2.0
 
 
@@ -194,11 +195,9 @@ def test_number_of_started_images_is_limited() -> None:
         except errors.Overloaded:
             refused = True
             break
-        rows = admission.select(NOW)
-        for row in rows:
-            if not row.started:
-                admission.backlog.start(row)
-        admission.backlog.advance(rows)
+        admission.select(NOW)
+        admission.backlog.start_batch()
+        admission.backlog.advance()
     assert refused
     assert admission.backlog.running <= 2 * (4 + 2)
 
@@ -238,3 +237,31 @@ def count_calls(admission: Admission) -> int:
     finally:
         sys.setprofile(None)
     return count
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_fast_admission_check_agrees_with_the_exact_one(seed: int) -> None:
+    """The known slack never exceeds the true one. A job is admitted if and only if the exact check admits it."""
+    choose, admission, now = random.Random(seed), new_admission(capacity=1000), NOW
+    decisions = set()
+    for _ in range(120):
+        now += choose.uniform(0, 1)
+        candidate = Job(job(choose.randint(1, 8), num_steps=choose.choice([1, 5, 20])).request, submitted_at=now)
+        candidate.target = now + choose.choice([5.0, 20.0, 60.0, 200.0])
+        candidate.deadline = candidate.target / 0.9
+        exact = admission.backlog.admits(candidate, admission._full(candidate), now)
+        try:
+            admission.admit(candidate, now)
+            admitted = True
+        except errors.Overloaded:
+            admitted = False
+        assert admitted is exact
+        decisions.add(admitted)
+        true_slack = admission.backlog.slack(admission._full(), now)
+        assert admission._slack is None or admission._slack.until - now <= true_slack + 1e-6
+        if choose.random() < 0.7 and admission.select(now):
+            admission.backlog.start_batch()
+            admission.step_times.slowdown = choose.uniform(0.97, 1.03)
+            ended = admission.backlog.advance()
+            admission.backlog.finish([(row, image(0, row.index, row.step)) for row in ended])
+    assert decisions == {True, False}

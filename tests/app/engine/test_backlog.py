@@ -26,8 +26,8 @@ def random_job(choose: random.Random, now: float, *, fresh: bool = False) -> Job
         # The images with the most finished steps come first.
         steps = sorted((choose.randrange(num_steps) for _ in job.unfinished), reverse=True)
         for row, step in zip(job.unfinished, steps, strict=True):
-            job.evaluations_left -= sum(2 if k in guided else 1 for k in range(step))
-            row.step = step
+            row.step, row.started = step, True
+        job.num_waiting = 0
     return job
 
 
@@ -149,8 +149,10 @@ def test_running_images_finish_before_waiting_images_in_the_prediction() -> None
     backlog = Backlog(10_000)
     job = new_job(10, num_steps=10, submitted_at=0.0)
     backlog.add(job)
-    job.num_waiting, job.evaluations_left = 4, 46  # Four images wait, and six images have one step left.
-    backlog._update(job.unfinished)
+    backlog.start(job.unfinished[:6])
+    for row in job.unfinished[:6]:
+        row.step = 9  # Four images wait, and six images have one step left.
+    backlog._update(job)
     remaining = [backlog.images_after(seconds, FULL.rate) for seconds in (0, 0.03, 0.06, 0.16, 0.46)]
     assert remaining == [10, 7, 4, 3, 0]
 
@@ -160,12 +162,12 @@ def test_table_grows_and_its_slots_are_reused() -> None:
     jobs = [new_job(1, num_steps=2, submitted_at=float(i)) for i in range(300)]
     for job in jobs:
         backlog.add(job)
-    slots = {backlog._entries[job].slot for job in jobs}
-    assert len(slots) == 300
+    places = {job.place for job in jobs}
+    assert len(places) == 300
     for job in jobs:
         backlog.remove(job)
     assert len(backlog) == 0
     assert backlog.work == 0
     for job in jobs:
         backlog.add(job)
-    assert len(backlog._table) == 512
+    assert backlog._table.shape[1] == 512

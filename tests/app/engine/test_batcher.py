@@ -251,11 +251,9 @@ def test_rows_of_a_job_stay_sorted_by_progress(seed: int) -> None:
             backlog.add(jobs[-1])
         rows = select_rows(backlog.jobs, AUTO, at_risk=choose.random() < 0.3)
         assert evaluations(rows) <= AUTO.evaluations
-        for row in rows:
-            if not row.started:
-                backlog.start(row)
-        backlog.advance(rows)
-        backlog.finish([(row, image(0, row.index, row.step)) for row in rows if not row.steps_left])
+        backlog.replace_batch(rows)
+        backlog.start_batch()
+        backlog.finish([(row, image(0, row.index, row.step)) for row in backlog.advance()])
         for job in backlog.jobs:
             steps = [row.step for row in job.unfinished]
             assert steps == sorted(steps, reverse=True)

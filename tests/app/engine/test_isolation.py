@@ -31,7 +31,8 @@ class Compute:
         self.num_shortages += 1
 
     def run(self, rows: Rows) -> list[tuple[int, int]]:
-        return [(row.index, result) for row, result in isolate(rows, self, self.fail, self.count_shortage)]
+        batches = isolate(rows, self, self.fail, self.count_shortage)
+        return [(row.index, result) for rows, results in batches for row, result in zip(rows, results, strict=True)]
 
 
 def one_job_each(count: int) -> Rows:
@@ -66,10 +67,11 @@ def test_other_rows_of_a_failed_job_are_not_computed_again() -> None:
     assert compute.batches == [list(range(8)), [0, 1, 2, 3], [0, 1], [0]]
 
 
-def test_rows_of_answered_jobs_are_left_out() -> None:
-    rows, compute = one_job_each(3), Compute()
+def test_rows_of_answered_jobs_are_left_out_after_a_failure() -> None:
+    rows, compute = one_job_each(4), Compute({0})
     rows[1].job.fail(ValueError())
-    assert compute.run(rows) == [(0, 0), (2, 4)]
+    assert compute.run(rows) == [(2, 4), (3, 6)]
+    assert compute.batches == [[0, 1, 2, 3], [0], [2, 3]]
 
 
 def test_batch_is_halved_until_it_fits_into_memory() -> None:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from app.engine.job import ImageDone, ImageKey, Progress
+from app.engine.job import ImageDone, ImageKey, Job, Progress
 from tests.app.fakes import image, images, new_job, same
 
 
@@ -54,6 +54,13 @@ def test_steps_left_is_the_number_of_unfinished_steps() -> None:
     assert trajectory.steps_left == 3
 
 
+def set_steps_done(job: Job, steps_done: int) -> None:
+    """Gives the images of a job this number of steps together, the first images first."""
+    for row in job.unfinished:
+        row.step = min(steps_done, job.request.options.num_steps)
+        steps_done -= row.step
+
+
 @pytest.mark.parametrize(
     ("num_previews", "count", "num_steps", "expected"),
     [
@@ -71,7 +78,8 @@ def test_previews_are_due_at_regular_intervals(
 ) -> None:
     job = new_job(count, num_steps, num_previews=num_previews)
     actual = []
-    for job.steps_done in range(1, count * num_steps + 1):
+    for steps_done in range(1, count * num_steps + 1):
+        set_steps_done(job, steps_done)
         if job.preview_due():
             actual.append(job.steps_done)
         assert not job.preview_due()  # The first call has counted the preview as sent.
@@ -80,14 +88,15 @@ def test_previews_are_due_at_regular_intervals(
 
 def test_several_due_previews_are_sent_as_one() -> None:
     job = new_job(4, num_steps=2, num_previews=8)
-    job.steps_done = 4
+    set_steps_done(job, 4)
     assert job.preview_due()
     assert not job.preview_due()
 
 
 def test_progress_has_finished_and_unfinished_images_in_order() -> None:
     job = new_job(3, num_steps=10, seed=1)
-    job.steps_done = 17
+    set_steps_done(job, 17)
+    job.unfinished[0].step, job.unfinished[1].step = 7, 10
     job.finish(job.unfinished[1], image(1, 1, 10))
     progress = job.progress({0: image(1, 0, 4), 2: image(1, 2, 3)})
     assert (progress.step, progress.of) == (5, 10)

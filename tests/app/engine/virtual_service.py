@@ -121,18 +121,17 @@ class VirtualService:
         for row in rows:
             calls[row.job.request.options.model] += row.network_evaluations
             with_clip[row.job.request.options.model] += row.clip is not None
-            if not row.started:
-                backlog.start(row)
+        backlog.start_batch()
         clip_calls = sum(math.ceil(count / CALL_ROWS) for count in with_clip.values())
         seconds = sum(map(self.actual_times.step_seconds, calls.values()))
         seconds = (seconds + clip_calls * self.actual_times.clip_seconds) * self.noise()
-        self.admission.observe(rows, seconds)
+        self.admission.observe(self.admission.calls(), seconds)
         self.now += seconds
-        backlog.advance(rows)
-        for row in rows:
+        ended = backlog.advance()
+        for row in ended:
             if row.comparison:
                 backlog.add_errors(row, self._errors(row))
-        done = [row for row in rows if not row.steps_left]
+        done = [row for row in ended if not row.steps_left]
         backlog.finish([(row, image(0, row.index, row.step)) for row in done])
         return [job for job in dict.fromkeys(row.job for row in done) if not job.unfinished]
 

@@ -37,15 +37,18 @@ def rows_of(
 
 
 def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
-    """Runs one step in the same way as the engine, after setting the guided steps in the same way as the service."""
+    """Runs one step in the same way as the engine, after setting the guided steps in the same way as the service.
+
+    Returns True for each row whose values are finite.
+    """
     for row in rows:
         request = row.job.request
         guided_steps = runner.models[request.options.model].guided_steps_of(request.options)
         row.job.request = replace(request, guided_steps=guided_steps)
-    finite = runner.step(rows)
+    not_finite = runner.step(rows)
     for row in rows:
         row.step += 1
-    return finite
+    return [row not in not_finite for row in rows]
 
 
 def draw(runner: Runner, rows: list[Trajectory], max_batch: int = 64, order: int | None = None) -> list[Pixels]:
