@@ -38,6 +38,7 @@ NUM_STEPS, GUIDED_STEPS = 100, range(27, 73)
 LOADS = {"8 x 64": (8, 64), "512 x 1": (512, 1)}  # jobs and images per job
 BACKLOGS = (64, 1024, 10_000)
 NUM_ADMISSIONS = 200
+LONGEST_SECONDS = 120.0  # time limit for one measurement of the engine
 ROUNDS = 5  # lives of the rows that a measurement of the engine takes
 
 
@@ -83,7 +84,8 @@ def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
     engine.start()
     engine.ready.result()
     engine.submit(new_job())
-    done.wait()
+    if not done.wait(LONGEST_SECONDS):
+        raise TimeoutError(f"The engine has not done {last} steps in {LONGEST_SECONDS} s")
     engine.stop(10)
     return (times[last] - times[first]) / (last - first)
 

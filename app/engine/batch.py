@@ -6,16 +6,34 @@ step at which the size of each row changes. Only these rows, and those that join
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from app.engine.job import STOPPED, Clock, StepKind, Trajectory
 
-# The rows of the array: size of the next step, clock at which it changes, place of the job in the backlog, and 1 for
-# the tail of a job.
-_SIZE, _CHANGES_AT, _PLACE, _IS_TAIL = range(4)
+IntArray = npt.NDArray[np.int64]
+
+# The rows of the array: size of the next step, clock at which it changes, clock before the first step, place of the job
+# in the backlog, and 1 for the tail of a job.
+_SIZE, _CHANGES_AT, _FIRST, _PLACE, _IS_TAIL = range(5)
 NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one step, with arrays for runners that handle many rows at once."""
+
+    trajectories: list[Trajectory]  # the same list in each step until it changes
+    steps: IntArray  # (B,) number of finished steps
+    sizes: IntArray  # (B,) size of the step
+
+    @classmethod
+    def of(cls, trajectories: list[Trajectory]) -> "StepRows":
+        """Returns these rows."""
+        steps, sizes = ([getattr(row, name) for row in trajectories] for name in ("step", "evaluations"))
+        return cls(trajectories, np.array(steps, dtype=np.int64), np.array(sizes, dtype=np.int64))
 
 
 class Batch:
@@ -27,7 +45,7 @@ class Batch:
         self._joined: list[Trajectory] = []
         self.size = 0  # sum of the sizes of the rows, in evaluations
         self.version = 0  # increases with each change
-        self._array = np.zeros((4, 0), dtype=np.int64)
+        self._array: IntArray = np.zeros((5, 0), dtype=np.int64)
         self._next_change = NEVER  # clock at which the size of a row changes
 
     def replace(self, rows: Sequence[Trajectory]) -> None:
@@ -44,8 +62,9 @@ class Batch:
         now, columns = self.clock.steps, []
         for row in rows:
             row.follow(self.clock)
-            job = row.job
-            columns.append((row.evaluations, now + _until_change(row), job.place, row is job.unfinished[-1]))
+            job, step = row.job, row.step
+            is_tail = row is job.unfinished[-1]
+            columns.append((row.evaluations, now + _until_change(row), now - step, job.place, is_tail))
         self._set([*self.rows, *rows], np.concatenate([self._array, np.array(columns, dtype=np.int64).T], axis=1))
 
     def remove(self, rows: Collection[Trajectory]) -> None:
@@ -57,6 +76,10 @@ class Batch:
             row.follow(STOPPED)
         staying = [row.clock is self.clock for row in self.rows]
         self._set([row for row in self.rows if row.clock is self.clock], self._array[:, staying])
+
+    def step_rows(self) -> StepRows:
+        """Returns the rows of the next step."""
+        return StepRows(self.rows, self.clock.steps - self._array[_FIRST], self._array[_SIZE].copy())
 
     def take_joined(self) -> list[Trajectory]:
         """Returns the rows that joined after the last call."""
@@ -104,7 +127,7 @@ class Batch:
                 with_clip[model] += 1
         return list(evaluations.values()), list(with_clip.values())
 
-    def _set(self, rows: list[Trajectory], array: npt.NDArray[np.int64]) -> None:
+    def _set(self, rows: list[Trajectory], array: IntArray) -> None:
         self.rows, self._array = rows, array
         self._changed()
 

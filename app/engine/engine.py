@@ -18,21 +18,21 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from enum import StrEnum
 from functools import cached_property
 
 from app import errors
 from app.engine.admission import Admission
+from app.engine.batch import StepRows
 from app.engine.batch_feed import BatchFeed
-from app.engine.interface import ClipEmbedder, ModelInfo, RunnerError, StepRunner
+from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
 from app.engine.job import Job, Pixels, Result, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
-from model.comparison import Comparison
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,8 @@ class Engine:
         self._drained: Future[None] | None = None  # the future that drain() returns
         self._stopping = False
         self._num_steps = 0
+        # Readings whose values are not handled yet: whether they are known, and a function that waits for them.
+        self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
         self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
         self._num_failed_rows = 0
         self._failed_batches = {"step": 0, "pixels": 0, "errors": 0}  # consecutive batches in which every row failed
@@ -195,8 +197,10 @@ class Engine:
         self._runner.release(abandoned)
         self._is_batch_lowered = False
         if rows:
-            self._run_step(self.backlog.batch.rows)  # without the rows of jobs that were answered in the meantime
+            # A job that is answered in the meantime leaves the batch.
+            self._run_step(self.backlog.batch.rows)
             self._retire()
+        self._finish_readings(must_wait=not rows)
         if not self.backlog.jobs:
             self.deliver()
         if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
@@ -211,17 +215,41 @@ class Engine:
                 self._fail(trajectory, ArithmeticError("NaN or infinite values"))
         self._count_batch("step", self._num_failed_rows - num_failed, num_survivors)
 
-    def _read_pixels(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Pixels]]:
-        return self._read("pixels", rows, self._runner.pixels)
-
     def _read(
-        self, work: str, rows: list[Trajectory], read: Callable[[list[Trajectory]], list[R]]
-    ) -> list[tuple[Trajectory, R]]:
+        self,
+        work: str,
+        rows: list[Trajectory],
+        read: Callable[[list[Trajectory]], Reading[Sequence[R | None]]],
+        then: Callable[[list[tuple[Trajectory, R]]], None],
+    ) -> None:
+        """Reads values of the rows. Calls `then` when they are known, with the rows that have not failed."""
+        if not rows:
+            return
         num_failed = self._num_failed_rows
         batches = self._run_isolated(rows, read)
-        results = [pair for batch, values in batches for pair in zip(batch, values, strict=True)]
-        self._count_batch(work, self._num_failed_rows - num_failed, len(results))
-        return results
+        num_failed = self._num_failed_rows - num_failed
+
+        def finish() -> None:
+            nonlocal num_failed
+            results = []
+            for batch, reading in batches:
+                for trajectory, values in zip(batch, reading.wait(), strict=True):
+                    if values is not None:
+                        results.append((trajectory, values))
+                    elif not trajectory.job.closed:
+                        num_failed += 1
+                        self._fail(trajectory, ArithmeticError("NaN or infinite values"))
+            self._count_batch(work, num_failed, len(results))
+            then(results)
+
+        self._readings.append((lambda: all(reading.is_ready() for _, reading in batches), finish))
+
+    def _finish_readings(self, *, must_wait: bool) -> None:
+        """Handles the values of readings in order. Waits for the first one if the engine has nothing else to do."""
+        while self._readings and (must_wait or self._readings[0][0]()):
+            _, finish = self._readings.popleft()
+            finish()
+            must_wait = False
 
     def _count_batch(self, work: str, num_failed: int, num_survivors: int) -> None:
         if num_survivors:
@@ -247,7 +275,9 @@ class Engine:
             self._last_beat = None
             if self.feed.is_wanted and not self.backlog.jobs:
                 self.feed.publish(self._num_steps, ())
-            self._condition.wait_for(lambda: self.backlog.jobs or self._abandoned or self._stopping)
+            self._condition.wait_for(
+                lambda: self.backlog.num_rows or self._readings or self._abandoned or self._stopping
+            )
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
             rows = [] if self._stopping else self._admission.select(self._last_beat)
@@ -284,13 +314,14 @@ class Engine:
 
     def _step(self, rows: list[Trajectory]) -> list[Trajectory]:
         """Runs one step. Returns the rows with NaN or infinite values."""
+        batch = self.backlog.batch
+        is_whole = rows is batch.rows
         self._last_beat = start = time.monotonic()
-        in_network = self._runner.network_seconds
-        is_whole, calls = rows is self.backlog.batch.rows, self._admission.calls()
-        not_finite = self._runner.step(rows, self.deliver)
+        in_network, calls = self._runner.network_seconds, self._admission.calls()
+        not_finite = self._runner.step(batch.step_rows() if is_whole else StepRows.of(rows), self.deliver)
         seconds = time.monotonic() - start
         self._num_steps += 1
-        if is_whole:  # the duration of a part of a batch after a failure is not measured
+        if is_whole:  # After a failure, the duration of a part of the batch is not used.
             self._admission.observe(calls, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
@@ -299,28 +330,30 @@ class Engine:
         return not_finite
 
     def _retire(self) -> None:
-        """Adds the step to the progress of the rows, and finishes those that have ended."""
+        """Adds the step to the progress of the rows, and reads the results of those that have ended."""
         with self._condition:
             ended = self.backlog.advance()
-        compared = self._compare([trajectory for trajectory in ended if trajectory.comparison])
+        self._read("errors", [row for row in ended if row.comparison], self._runner.errors, self._compare)
         self._send_previews()
-        drawn = self._read_pixels([trajectory for trajectory in ended if not trajectory.comparison])
-        done: list[tuple[Trajectory, Result]] = [*drawn, *compared]
-        if not done:
+        self._read("pixels", [row for row in ended if not row.comparison], self._runner.pixels, self._finish)
+
+    def _finish(self, results: Sequence[tuple[Trajectory, Result]]) -> None:
+        """Stores the results of finished rows and frees their slots."""
+        if not results:
             return
         with self._condition:
-            finished = [(trajectory, result) for trajectory, result in done if not trajectory.job.closed]
+            finished = [(trajectory, result) for trajectory, result in results if not trajectory.job.closed]
             self.backlog.finish(finished)
             digits = Counter(trajectory.digit for trajectory, _ in finished if not trajectory.comparison)
             for digit, count in digits.items():
                 self._metrics.images.labels("none" if digit is None else str(digit)).inc(count)
             self._complete_drain_if_idle()
-        self._runner.release([trajectory for trajectory, _ in done])
+        self._runner.release([trajectory for trajectory, _ in results])
 
-    def _compare(self, rows: list[Trajectory]) -> list[tuple[Trajectory, Comparison]]:
-        """Adds the errors of the last step to rows that compare the classes. Returns the finished rows."""
-        done = []
-        for trajectory, class_errors in self._read("errors", rows, self._runner.errors):
+    def _compare(self, results: Sequence[tuple[Trajectory, Sequence[float]]]) -> None:
+        """Adds the errors of a step to rows that compare the classes. Finishes those that have no steps left."""
+        done = list[tuple[Trajectory, Result]]()
+        for trajectory, class_errors in results:
             if not all(map(math.isfinite, class_errors)):
                 self._fail(trajectory, ArithmeticError("NaN or infinite errors"))
                 continue
@@ -329,22 +362,32 @@ class Engine:
                     self.backlog.add_errors(trajectory, class_errors)
             if trajectory.comparison and not trajectory.steps_left:
                 done.append((trajectory, trajectory.comparison))
-        return done
+        self._finish(done)
 
     def _send_previews(self) -> None:
         """Sends the previews that are due. One read of the device for all jobs is faster than one for each job."""
         due = [job for job in self.backlog.with_previews if job.preview_due()]
-        if not due:
-            return
-        plain = [row for job in due if not job.request.includes_x_t for row in job.unfinished]
-        with_x_t = [row for job in due if job.request.includes_x_t for row in job.unfinished]
-        pairs = self._read("pixels", with_x_t, self._runner.pixels_with_x_t)
-        x_0 = dict(self._read_pixels(plain)) | {row: x_0 for row, (x_0, _) in pairs}
-        x_t = {row: x_t for row, (_, x_t) in pairs}
-        for job in due:
-            if not job.closed:  # reading the images of this job has not failed
-                noisy = {row.index: x_t[row] for row in job.unfinished} if job.request.includes_x_t else None
-                job.tell(job.progress({row.index: x_0[row] for row in job.unfinished}, noisy))
+        plain = [job for job in due if not job.request.includes_x_t]
+        with_x_t = [job for job in due if job.request.includes_x_t]
+        steps = {job: job.steps_done // job.request.count for job in due}
+
+        def send(jobs: list[Job], x_0: dict[Trajectory, Pixels], x_t: dict[Trajectory, Pixels]) -> None:
+            for job in jobs:
+                if job.closed:
+                    continue
+                previews, noisy = ({row.index: of[row] for row in job.unfinished if row in of} for of in (x_0, x_t))
+                job.tell(job.progress(steps[job], previews, noisy if job.request.includes_x_t else None))
+
+        def send_plain(results: list[tuple[Trajectory, Pixels]]) -> None:
+            send(plain, dict(results), {})
+
+        def send_pairs(results: list[tuple[Trajectory, tuple[Pixels, Pixels]]]) -> None:
+            send(with_x_t, {row: x_0 for row, (x_0, _) in results}, {row: x_t for row, (_, x_t) in results})
+
+        self._read("pixels", [row for job in plain for row in job.unfinished], self._runner.pixels, send_plain)
+        self._read(
+            "pixels", [row for job in with_x_t for row in job.unfinished], self._runner.pixels_with_x_t, send_pairs
+        )
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
         facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from app.engine.batch import StepRows
 from app.engine.job import Options, Pixels, StepSet, Trajectory
 from app.engine.step_times import StepTimes
 from model.recognition import Readout
 from model.sampler import Sampler
 from model.schedule import Schedule
 
+T = TypeVar("T", covariant=True)
 Embeddings = npt.NDArray[np.float32]  # (N, E), each row of length 1
 
 
@@ -116,8 +118,36 @@ class ClipEmbedder(Protocol):
         """Releases the resources of the model. A call that is in progress raises an error. Any thread may call this."""
 
 
+class Reading(Protocol[T]):
+    """Values that the device computes and copies to the host."""
+
+    def is_ready(self) -> bool:
+        """Returns True if `wait` returns immediately."""
+
+    def wait(self) -> T:
+        """Waits for the values. Raises DeviceLostError if the device fails."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Generic[T]):
+    """Values that are already on the host."""
+
+    values: T
+
+    def is_ready(self) -> bool:
+        """Returns True."""
+        return True
+
+    def wait(self) -> T:
+        """Returns the values."""
+        return self.values
+
+
 class StepRunner(Protocol):
     """Computes steps and keeps the state of the rows.
+
+    A runner may enqueue its work on a device and return before the device has done it. The work is done in the order of
+    the calls. So a reading has the values after all steps before it.
 
     A call that raises an error other than DeviceLostError has not changed any row, so that it can be repeated.
     """
@@ -138,20 +168,21 @@ class StepRunner(Protocol):
     def network_seconds(self) -> float:
         """Returns the total number of seconds spent in network calls since the start."""
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
-        """Runs one reverse step of each row. Returns the rows whose values are not finite.
+    def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
+        """Runs one reverse step of each row. Returns the rows whose values are known to be not finite.
 
-        `before_call` is called immediately before each network call.
+        `before_call` is called immediately before each network call. A runner that does not wait for the step returns
+        no rows here. Its readings then have None instead of the values of these rows.
         """
 
-    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """Returns the current prediction of x_0 of each row, as 8-bit pixels."""
+    def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
+        """Reads the current prediction of x_0 of each row, as 8-bit pixels."""
 
-    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> list[tuple[Pixels, Pixels]]:
-        """Returns the current prediction of x_0 and the current x_t of each row, as 8-bit pixels."""
+    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
+        """Reads the current prediction of x_0 and the current x_t of each row, as 8-bit pixels."""
 
-    def errors(self, trajectories: list[Trajectory]) -> list[Sequence[float]]:
-        """Returns the errors of the remaining classes in the last step, for rows that compare the classes."""
+    def errors(self, trajectories: list[Trajectory]) -> Reading[Sequence[Sequence[float] | None]]:
+        """Reads the errors of the remaining classes in the last step, for rows that compare the classes."""
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Frees the state of these rows."""

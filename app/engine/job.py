@@ -399,9 +399,11 @@ class Job:
             return [False] * self.request.count
         return [trajectory.started for trajectory in self.unfinished]
 
-    def progress(self, previews: dict[int, Pixels], x_t: dict[int, Pixels] | None = None) -> Progress:
-        """Returns the progress of the job. `previews` and `x_t` have the pixels of its unfinished images by index."""
-        step = self.steps_done // self.request.count
+    def progress(self, step: int, previews: dict[int, Pixels], x_t: dict[int, Pixels] | None = None) -> Progress:
+        """Returns the progress of the job after `step` steps.
+
+        `previews` and `x_t` have the pixels of its unfinished images by index.
+        """
         every_x_t = None if x_t is None else self._with_finished(x_t)
         return Progress(step, self.request.options.num_steps, self._with_finished(previews), every_x_t)
 

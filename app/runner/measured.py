@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from app.engine.batch import StepRows
+from app.engine.interface import Reading, Ready
 from app.engine.job import Job, Pixels, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.device_state import rows_of
@@ -33,9 +35,10 @@ class SleepingRunner(Runner):
         self.on_finish: Callable[[Sequence[Trajectory]], None] = lambda rows: None
         self._image: Pixels = np.zeros(self.image_shape[1:], dtype=np.uint8)
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
+    def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
         """Assigns slots, makes the row indices, and sleeps."""
         self.on_step()
+        trajectories = rows.trajectories
         for trajectory in trajectories:
             if not trajectory.slots:
                 trajectory.slots = (self._slots._free.pop(),)
@@ -44,10 +47,10 @@ class SleepingRunner(Runner):
         time.sleep(STEP_SECONDS)
         return []
 
-    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
+    def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
         """Returns black images."""
         self.on_finish(trajectories)
-        return [self._image] * len(trajectories)
+        return Ready([self._image] * len(trajectories))
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Returns the same duration for every size."""
@@ -91,7 +94,7 @@ def count_operations(job: Job) -> Counter[str]:
 
     program.denoise = counted
     row = job.unfinished[0]
-    runner.step([row])
+    runner.step(StepRows.of([row]))
     with operations:
-        runner.step([row])
+        runner.step(StepRows.of([row]))
     return operations.counts

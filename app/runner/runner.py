@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from app.engine.interface import DeviceLostError, ModelInfo, RunnerError
+from app.engine.batch import StepRows
+from app.engine.interface import DeviceLostError, ModelInfo, Reading, Ready, RunnerError
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Input, Pixels, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
@@ -136,7 +137,7 @@ class Runner:
         """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
+    def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
         """Runs one reverse step of each row, with one call of each network. Returns the rows that are not finite.
 
         `before_call` is called immediately before each network call.
@@ -146,6 +147,7 @@ class Runner:
         other error is a bug.
         """
         start, on_core = time.perf_counter(), time.thread_time()
+        trajectories = rows.trajectories
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
@@ -234,19 +236,19 @@ class Runner:
             raise DeviceLostError("only a part of a step's results was written") from error
 
     @torch.inference_mode()
-    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        """Returns the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
+    def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
+        """Reads the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
         (x_0,) = self._read_images(trajectories, self._slots.state.x_0)
-        return x_0
+        return Ready(x_0)
 
     @torch.inference_mode()
-    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> list[tuple[Pixels, Pixels]]:
-        """Returns the current prediction of x_0 and the current x_t of each image, as 8-bit pixels.
+    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
+        """Reads the current prediction of x_0 and the current x_t of each image, as 8-bit pixels.
 
         Reads both with one transfer. Both are black for an image without a step.
         """
         x_0, x_t = self._read_images(trajectories, self._slots.state.x_0, self._slots.state.x_t)
-        return list(zip(x_0, x_t, strict=True))
+        return Ready(list(zip(x_0, x_t, strict=True)))
 
     def _read_images(self, trajectories: list[Trajectory], *states: Tensor) -> list[list[Pixels]]:
         """Returns the images of the trajectories as 8-bit pixels, for each tensor of the state (slots, C, H, W)."""
@@ -265,8 +267,8 @@ class Runner:
         return [[images[place.get(trajectory, -1)] for trajectory in trajectories] for images in of_states]
 
     @torch.inference_mode()
-    def errors(self, trajectories: list[Trajectory]) -> list[Sequence[float]]:
-        """Returns the errors of the remaining classes in the last step, for rows that compare the classes."""
+    def errors(self, trajectories: list[Trajectory]) -> Reading[Sequence[Sequence[float] | None]]:
+        """Reads the errors of the remaining classes in the last step, for rows that compare the classes."""
         evaluations = [
             [(slot, label) for slot, labels in labels_of(trajectory, 0) for label in labels]
             for trajectory in trajectories
@@ -276,7 +278,7 @@ class Runner:
                 self._transfers.upload([index for own in evaluations for pair in own for index in pair]).view(-1, 2).T
             )
             errors = iter(self._transfers.download(self._slots.error[slots, labels]).tolist())
-        return [[next(errors) for _ in own] for own in evaluations]
+        return Ready([[next(errors) for _ in own] for own in evaluations])
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Releases the slots of the trajectories that have one."""
@@ -319,7 +321,7 @@ class Runner:
         """
         self._transfers.wait()
         start, on_core = time.perf_counter(), time.thread_time()
-        self.step(trajectories)
+        self.step(StepRows.of(trajectories))
         self._transfers.wait()
         seconds, on_core = time.perf_counter() - start, time.thread_time() - on_core
         return seconds, on_core if self.device.type == "cpu" else seconds

@@ -16,6 +16,7 @@ from contextlib import suppress
 import numpy as np
 import torch
 
+from app.engine.batch import StepRows
 from app.engine.interface import ModelInfo, OutOfMemoryError, RunnerError, StepRunner
 from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, Trajectory
 from app.engine.step_times import StepTimes
@@ -49,13 +50,14 @@ def check_probe_image(runner: StepRunner, model: LoadedModel) -> None:
     try:
         is_finite = True
         for _ in range(probe.num_steps):
-            is_finite = not runner.step([trajectory]) and is_finite
+            is_finite = not runner.step(StepRows.of([trajectory])) and is_finite
             trajectory.step += 1
-        (image,) = runner.pixels([trajectory])
+        (image,) = runner.pixels([trajectory]).wait()
     finally:
         runner.release([trajectory])
-    stored = model.checkpoint.probe_image.permute(1, 2, 0).numpy().reshape(image.shape)  # (H, W) or (H, W, 3)
-    difference = np.abs(image / 127.5 - 1 - stored).mean()
+    stored = model.checkpoint.probe_image.permute(1, 2, 0).numpy()  # (H, W, C)
+    is_finite = is_finite and image is not None
+    difference = 0.0 if image is None else np.abs(image / 127.5 - 1 - stored.reshape(image.shape)).mean()
     if not is_finite or difference > PROBE_TOLERANCE:
         reason = (
             f"differs by {difference:.2f} per pixel (limit {PROBE_TOLERANCE})"
@@ -147,7 +149,7 @@ def record_shapes(runner: StepRunner, batches: Sequence[int], should_stop: Calla
                 trajectories = _new_rows(info, rows, guided_steps)
                 with suppress(OutOfMemoryError):
                     for _ in range(FEWEST_ROUNDS):
-                        runner.step(trajectories)
+                        runner.step(StepRows.of(trajectories))
                 runner.release(trajectories)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from app.engine.backlog import Backlog
+from app.engine.batch import StepRows
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
-from app.engine.interface import ClipEmbedder, Evaluation, ModelInfo, TrainingFacts
+from app.engine.interface import ClipEmbedder, Evaluation, ModelInfo, Reading, Ready, TrainingFacts
 from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
@@ -137,7 +138,10 @@ class FakeRunner:
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
 
-    def step(self, trajectories: Rows, before_call: Callable[[], None] = lambda: None) -> Rows:
+    def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> Rows:
+        trajectories = rows.trajectories
+        assert [row.step for row in trajectories] == rows.steps.tolist()
+        assert [row.evaluations for row in trajectories] == rows.sizes.tolist()
         before_call()
         self.on_step(trajectories)
         self.calls.append(list(trajectories))
@@ -146,16 +150,21 @@ class FakeRunner:
         self.held.update(trajectories)
         return [trajectory for trajectory in trajectories if self.not_finite(trajectory)]
 
-    def pixels(self, trajectories: Rows) -> list[Pixels]:
+    def pixels(self, trajectories: Rows) -> Reading[Sequence[Pixels | None]]:
         self.on_pixels(trajectories)
-        return [image(*t.noise_key, self.held[t]) for t in trajectories]
+        return self.read([image(*t.noise_key, self.held[t]) for t in trajectories])
 
-    def pixels_with_x_t(self, trajectories: Rows) -> list[tuple[Pixels, Pixels]]:
-        return [(x_0, 255 - x_0) for x_0 in self.pixels(trajectories)]
+    def pixels_with_x_t(self, trajectories: Rows) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
+        self.on_pixels(trajectories)
+        x_0 = [image(*t.noise_key, self.held[t]) for t in trajectories]
+        return self.read([(each, 255 - each) for each in x_0])
 
-    def errors(self, trajectories: Rows) -> list[Sequence[float]]:
+    def errors(self, trajectories: Rows) -> Reading[Sequence[Sequence[float] | None]]:
         self.on_errors(trajectories)
-        return [[self.error_of(t, label) for label in _compared(t)] for t in trajectories]
+        return self.read([[self.error_of(t, label) for label in _compared(t)] for t in trajectories])
+
+    def read(self, values: list[Any]) -> Reading[list[Any]]:
+        return Ready(values)
 
     def release(self, trajectories: Rows) -> None:
         for trajectory in trajectories:

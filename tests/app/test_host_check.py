@@ -5,6 +5,7 @@ import json
 import pytest
 
 from app import host_check
+from app.engine.batch import StepRows
 from app.host_check import SleepingRunner, measure_admission, measure_engine, new_job
 
 
@@ -21,12 +22,9 @@ def test_engine_has_every_image_in_each_measured_step(monkeypatch: pytest.Monkey
     sizes = list[int]()
 
     class Recording(SleepingRunner):
-        def pixels(self, trajectories):  # type: ignore[no-untyped-def]
-            return super().pixels(trajectories)
-
-        def step(self, trajectories, before_call=lambda: None):  # type: ignore[no-untyped-def]
-            sizes.append(len(trajectories))
-            return super().step(trajectories, before_call)
+        def step(self, rows, before_call=lambda: None):  # type: ignore[no-untyped-def]
+            sizes.append(len(rows.trajectories))
+            return super().step(rows, before_call)
 
     monkeypatch.setattr(host_check, "SleepingRunner", Recording)
     assert measure_engine(4, 3, staggered=staggered) > 0
@@ -40,8 +38,8 @@ def test_admission_of_one_image_takes_cpu_time() -> None:
 def test_sleeping_runner_generates_images_of_the_shape_of_the_checkpoint() -> None:
     (row,) = new_job().unfinished
     runner = SleepingRunner()
-    assert runner.step([row]) == []
-    assert [image.shape for image in runner.pixels([row])] == [(28, 28)]
+    assert runner.step(StepRows.of([row])) == []
+    assert [image.shape for image in runner.pixels([row]).wait()] == [(28, 28)]
 
 
 def test_parts_print_json(capsys: pytest.CaptureFixture[str]) -> None:

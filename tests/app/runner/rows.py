@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.engine.batch import StepRows
 from app.engine.job import Job, JobRequest, Options, Pixels, Trajectory
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
         request = row.job.request
         guided_steps = runner.models[request.options.model].guided_steps_of(request.options)
         row.job.request = replace(request, guided_steps=guided_steps)
-    not_finite = runner.step(rows)
+    not_finite = runner.step(StepRows.of(rows))
     for row in rows:
         row.step += 1
     return [row not in not_finite for row in rows]
@@ -61,7 +62,7 @@ def draw(runner: Runner, rows: list[Trajectory], max_batch: int = 64, order: int
         if order is not None:
             shuffle.shuffle(left)
         assert all(step(runner, left[:max_batch]))
-    images = runner.pixels(rows)
+    images = runner.pixels(rows).wait()
     runner.release(rows)
     return images
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from app.engine.batch import StepRows
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Job, JobRequest, Options, Search, Trajectory
 from app.runner.runner import Runner
@@ -131,14 +132,14 @@ def finish(runner: Runner, rows: Sequence[Trajectory], max_batch: int = 64, orde
         if order is not None:
             shuffle.shuffle(left)
         taken = left[:max_batch]
-        assert not runner.step(taken)
+        assert not runner.step(StepRows.of(taken))
         for row in taken:
             row.step += 1
         compared = [row for row in taken if row.comparison]
-        for row, of_row in zip(compared, runner.errors(compared), strict=True):
+        for row, of_row in zip(compared, runner.errors(compared).wait(), strict=True):
             errors[row].append(tuple(of_row))
             if row.comparison:
                 row.comparison.add(of_row)
-    pixels = runner.pixels(list(rows))
+    pixels = runner.pixels(list(rows)).wait()
     runner.release(list(rows))
     return [(image.tobytes(), tuple(errors[row])) for row, image in zip(rows, pixels, strict=True)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from app.engine.batch import StepRows
 from app.engine.job import ClipTarget, Job, JobRequest, Options, Pixels, Trajectory
 from app.runner.clip import ClipModel
 from app.runner.runner import Runner
@@ -105,7 +106,7 @@ def test_row_whose_gradient_is_not_finite_fails_alone(loaded: Checkpoint, clip: 
     bad.request = replace(bad.request, clip=replace(bad.request.clip, text=text))
     not_finite = set[Trajectory]()
     for _ in range(12):
-        not_finite.update(runner.step(rows))
+        not_finite.update(runner.step(StepRows.of(rows)))
         for row in rows:
             row.step += 1
     assert not_finite == {rows[0]}

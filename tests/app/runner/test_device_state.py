@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from app.engine.batch import StepRows
 from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import Options, Trajectory
 from app.runner.device import device_errors
@@ -63,7 +64,7 @@ def test_row_with_nan_does_not_change_other_rows(loaded: Checkpoint) -> None:
     rows = [*rows_of(digit=2), *rows_of(digit=3), *rows_of(digit=4, guidance_scale=1.5)]
     for _ in range(5):
         assert step(runner, rows) == [True, False, True]
-    images = runner.pixels([rows[0], rows[2]])
+    images = runner.pixels([rows[0], rows[2]]).wait()
     assert equal(images, healthy)
 
 
@@ -80,7 +81,7 @@ def test_step_that_raises_does_not_change_the_state(loaded: Checkpoint) -> None:
 
     program.denoise = fail
     with pytest.raises(RuntimeError):
-        runner.step(rows)
+        runner.step(StepRows.of(rows))
     program.denoise = denoise
     assert equal(draw(runner, rows), expected)
 
@@ -89,7 +90,7 @@ def test_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     runner = new_runner(loaded)
     rows = rows_of(3)
     step(runner, rows[1:2])
-    images = runner.pixels(rows)
+    images = runner.pixels(rows).wait()
     assert not images[0].any()
     assert images[1].any()
     assert not images[2].any()
@@ -113,18 +114,18 @@ def test_x_t_is_that_of_the_reverse_process_and_equals_the_image_after_the_last_
     layout = "b 1 h w -> b h w" if loaded.image_shape[0] == 1 else "b c h w -> b h w c"
     for x_t in expected[1:]:
         step(runner, rows)
-        read = np.stack([own for _, own in runner.pixels_with_x_t(rows)])
+        read = np.stack([own for _, own in runner.pixels_with_x_t(rows).wait()])
         np.testing.assert_allclose(read, rearrange(x_t, layout).numpy(), atol=1)
-        assert equal([x_0 for x_0, _ in runner.pixels_with_x_t(rows)], runner.pixels(rows))
+        assert equal([x_0 for x_0, _ in runner.pixels_with_x_t(rows).wait()], runner.pixels(rows).wait())
     step(runner, rows)
-    for x_0, own in runner.pixels_with_x_t(rows):
+    for x_0, own in runner.pixels_with_x_t(rows).wait():
         np.testing.assert_array_equal(x_0, own)
 
 
 def test_x_t_of_an_image_without_a_step_is_black(loaded: Checkpoint) -> None:
     runner, rows = new_runner(loaded), rows_of(3)
     step(runner, rows[1:2])
-    assert [[image.any() for image in images] for images in runner.pixels_with_x_t(rows)] == [
+    assert [[image.any() for image in images] for images in runner.pixels_with_x_t(rows).wait()] == [
         [False, False],
         [True, True],
         [False, False],
@@ -157,7 +158,7 @@ def test_row_can_start_again_after_its_start_failed(loaded: Checkpoint, monkeypa
 
     monkeypatch.setattr(runner._slots, "write", fail)
     with pytest.raises(OutOfMemoryError):
-        runner.step(rows)
+        runner.step(StepRows.of(rows))
     assert not any(row.slots for row in rows)
     assert all(np.array_equal(a, b) for a, b in zip(draw(runner, rows), expected, strict=True))
 
@@ -193,7 +194,7 @@ def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: C
     parts = [*runner._slots.state, runner._slots.finite]
     before = [part.clone() for part in parts]
     with OutOfMemoryAt(-1) as counted, torch.inference_mode():
-        runner.step(rows)
+        runner.step(StepRows.of(rows))
     assert counted.calls[WRITE] == 3  # one write each for x_t, x_0 and finite
     device_lost_after = Counter[str]()
     for number in range(counted.count):
@@ -201,7 +202,7 @@ def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: C
             for part, value_before in zip(parts, before, strict=True):
                 part.copy_(value_before)
         with pytest.raises((OutOfMemoryError, DeviceLostError)) as raised, OutOfMemoryAt(number) as mode:
-            runner.step(rows)
+            runner.step(StepRows.of(rows))
         if raised.type is DeviceLostError:
             device_lost_after[mode.last] += 1
         else:
@@ -249,7 +250,7 @@ def test_failed_write_raises_device_lost_only_after_another_write(
 
     monkeypatch.setattr(runner._slots, "write", fail)
     with pytest.raises(expected):
-        runner.step(rows)
+        runner.step(StepRows.of(rows))
 
 
 def test_copy_of_finite_flags_is_allocated_before_state_is_written(
@@ -266,7 +267,7 @@ def test_copy_of_finite_flags_is_allocated_before_state_is_written(
 
     monkeypatch.setattr(runner._transfers, "start_download", fail)
     with pytest.raises(OutOfMemoryError):
-        runner.step(rows)
+        runner.step(StepRows.of(rows))
     assert equal(draw(runner, rows), expected)
 
 

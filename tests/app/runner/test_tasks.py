@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from app.engine.batch import StepRows
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import Trajectory
 from app.runner.device_state import PADDING
@@ -70,11 +71,11 @@ def test_known_pixels_do_not_change_the_next_row_in_their_slot(loaded: Checkpoin
     info = used.models["default"]
     expected = finish(fresh, drawings(info))
     known = [row for seed in range(8) for row in inpaint_rows(info, seed, count=8)]
-    used.step(known)
+    used.step(StepRows.of(known))
     slots = {row.slots for row in known}
     used.release(known)
     rows = drawings(info)
-    used.step(rows)
+    used.step(StepRows.of(rows))
     assert {row.slots for row in rows} <= slots
     for row in rows:
         row.step += 1
@@ -169,7 +170,7 @@ def test_out_of_memory_while_rows_with_inputs_begin_changes_no_row(loaded: Check
 
     expected = finish(runner, earlier())
     rows, new_rows, failed = earlier(), later(), 0
-    runner.step(rows)
+    runner.step(StepRows.of(rows))
     with torch.inference_mode():
         while True:
             try:
@@ -183,7 +184,7 @@ def test_out_of_memory_while_rows_with_inputs_begin_changes_no_row(loaded: Check
     assert failed > 30
     slots = [slot for row in rows + new_rows for slot in row.slots]
     assert len(set(slots)) == len(slots) == len(rows + new_rows)
-    first = runner.errors(rows[-1:])
+    first = runner.errors(rows[-1:]).wait()
     for row in rows:
         row.step += 1
     rows[-1].comparison.add(first[0])  # type: ignore[union-attr] # the last row recognises an image
@@ -199,8 +200,8 @@ def test_step_that_fails_keeps_the_errors_of_the_step_before(
     runner = new_runner(loaded)
     rows = recognition_rows(runner.models["default"], seed=9)
     expected = finish(runner, recognition_rows(runner.models["default"], seed=9))
-    runner.step(rows)
-    before = runner.errors(rows)
+    runner.step(StepRows.of(rows))
+    before = runner.errors(rows).wait()
 
     def fail(*parts: object) -> None:
         raise torch.OutOfMemoryError
@@ -208,8 +209,8 @@ def test_step_that_fails_keeps_the_errors_of_the_step_before(
     with monkeypatch.context() as patch:
         patch.setattr(runner._models["default"].program, "denoise", fail)
         with pytest.raises(OutOfMemoryError):
-            runner.step(rows)
-    assert runner.errors(rows) == before
+            runner.step(StepRows.of(rows))
+    assert runner.errors(rows).wait() == before
     assert tuple(before[0]) == expected[0][1][0]
 
 
@@ -238,10 +239,10 @@ def test_every_evaluation_of_a_recognition_row_has_its_class_if_the_runner_runs_
     model.step = record_shape  # type: ignore[assignment]
     one = recognition_rows(info, 9)
     three = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
-    assert not ahead.step(one)
-    assert not ahead.step(three)
+    assert not ahead.step(StepRows.of(one))
+    assert not ahead.step(StepRows.of(three))
     assert shapes == [(1, 16), (4, 32)]
-    assert [len(errors) for errors in ahead.errors(three)] == [info.num_classes] * 3
+    assert [len(errors) for errors in ahead.errors(three).wait()] == [info.num_classes] * 3
 
 
 def test_row_with_nan_does_not_change_rows_with_known_pixels(loaded: Checkpoint) -> None:
@@ -252,8 +253,8 @@ def test_row_with_nan_does_not_change_rows_with_known_pixels(loaded: Checkpoint)
     broken = new_runner(loaded)
     faulty, rows = edit_rows(info, 3), inpaint_rows(info, 6)
     recognised = recognition_rows(info, 9)
-    assert broken.step([*faulty, *rows, *recognised]) == faulty
-    errors = broken.errors(recognised)[0]
+    assert broken.step(StepRows.of([*faulty, *rows, *recognised])) == faulty
+    errors = broken.errors(recognised).wait()[0]
     assert [place for place, error in enumerate(errors) if not np.isfinite(error)] == [3]
     for row in rows:
         row.step += 1

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from app.engine.batch import StepRows
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import Trajectory
 from app.engine.step_times import StepTimes
@@ -56,7 +57,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def measure(clock: Clock, runner: FakeRunner, should_stop: Callable[[], bool] = lambda: False) -> StepTimes:
     def time_step(trajectories: list[Trajectory]) -> tuple[float, float]:
         start, waited = clock.now, clock.waited
-        runner.step(trajectories)
+        runner.step(StepRows.of(trajectories))
         seconds = clock.now - start
         return seconds, seconds - (clock.waited - waited)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import InternalTorchDynamoError
 
+from app.engine.batch import StepRows
 from app.engine.job import Trajectory
 from app.runner.device import RunnerError
 from app.runner.runner import Runner
@@ -98,8 +99,8 @@ def test_errors_of_the_compiled_step_equal_those_of_the_plain_step_except_for_ro
 def first_errors(runner: Runner) -> list[float]:
     """Returns the errors of the first step of all rows that compare the classes."""
     rows = [row for row in task_rows(runner.models["default"]) if row.comparison]
-    assert all(runner.step(rows))
-    return [error for errors in runner.errors(rows) for error in errors]
+    assert not runner.step(StepRows.of(rows))
+    return [error for errors in runner.errors(rows).wait() for error in errors]
 
 
 @needs_compiler
