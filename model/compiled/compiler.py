@@ -296,7 +296,8 @@ def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     """Returns inputs for a step of three rows, two of which are guided. The third has known pixels."""
     state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
-    state.known = torch.rand(state.known.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    state.known = torch.rand(state.x_t.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    state.is_known = torch.zeros_like(state.x_t, dtype=torch.bool)
     state.is_known[2, :, ::2] = True  # every second line
     t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 0.8, 0.3]])
