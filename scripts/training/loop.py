@@ -100,7 +100,7 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
     batch_size = run.recipe.batch_size
     total = trainer.steps_per_epoch * batch_size
     with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images") as task:
-        return trainer.run_epoch(lambda step, loss: task.advance(batch_size, f"loss {loss:.4f}"))
+        return trainer.run_epoch(lambda count, loss: task.advance(count * batch_size, f"loss {loss:.4f}"))
 
 
 def choose_device(name: str) -> torch.device:
