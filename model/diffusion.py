@@ -27,7 +27,7 @@ class Diffusion:
         min_snr_gamma: float = 0.0,
     ) -> None:
         self.generator = generator
-        self.prediction = prediction or Prediction(PredictionConfig(), schedule)
+        self.prediction = (prediction or Prediction(PredictionConfig(), schedule)).to(generator.device)
         weights = (
             self.prediction.min_snr_weights(min_snr_gamma) if min_snr_gamma else torch.ones_like(schedule.alpha_bar)
         )

@@ -8,7 +8,9 @@ depend on the kind, and guidance can be applied to F directly:
     edm  as v, for data whose standard deviation is sigma_data       Karras 2022, table 1
 """
 
+import copy
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -49,6 +51,12 @@ class Prediction:
         self._mix = torch.stack([skip, scale, signal])  # (3, T + 1)
         of_x_0, of_eps = skip * alpha_bar.sqrt() - signal, skip * (1 - alpha_bar).sqrt()
         self._target = (torch.stack([of_x_0, of_eps]) / scale).T.float()  # (T + 1, 2), undefined at t = 0
+
+    def to(self, device: torch.device) -> Self:
+        """Returns a copy whose `target` copies no coefficients to the device at each call."""
+        moved = copy.copy(self)
+        moved._target = self._target.to(device)
+        return moved
 
     def table(self, device: torch.device) -> Tensor:
         """Returns skip, scale and signal for t = 0..T, (T + 1, 3) float32. `predict_x_0` takes rows of this table."""

@@ -1,6 +1,7 @@
 """Trains a network on MNIST with a preset: `python -m scripts.train --preset default --out runs/default`.
 
-Run the same command again to resume from the last complete epoch. The result has the same bits as an uninterrupted run.
+Run the same command again to resume from the last complete epoch. On a CPU, the result has the same bits as an
+uninterrupted run.
 """
 
 from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments

@@ -79,13 +79,14 @@ def of_trainer(
     """Trains with scripts.train's trainer. Returns the time after each step, in seconds of `time.perf_counter`."""
     times: list[float] = []
 
-    def record(step: int, loss: float) -> None:
+    def record(count: int, loss: float) -> None:
         times.append(time.perf_counter())
         if len(times) > WARM_UP_STEPS + num_steps:
             raise _EnoughError
 
     objective = DenoisingObjective(recipe, images, labels, device)
     trainer = Trainer(recipe, objective, seed=0, device=device, compiled=compiled)
+    trainer.steps_per_report = 1  # `record` is then called after each step
     try:
         while True:
             trainer.run_epoch(record)

@@ -256,7 +256,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=COMPILE_MODES,
         default="auto",
-        help="compile the training step. auto (default): if a compiler is found; on: compile, or exit with an error; "
-        "off: never",
+        help="compile the training step. auto (default): on a CPU, if a compiler is found; on: compile, or exit with "
+        "an error; off: never",
     )
     parser.add_argument("--num-threads", type=integer(1, 1024), help="number of CPU threads; default: chosen by torch")

@@ -100,7 +100,7 @@ def _epoch(trainer: Trainer, run: Run, reporter: Reporter) -> EpochResult:
     batch_size = run.recipe.batch_size
     total = trainer.steps_per_epoch * batch_size
     with reporter.task(f"epoch {trainer.epoch + 1}/{run.recipe.epochs}", total, "images") as task:
-        return trainer.run_epoch(lambda step, loss: task.advance(batch_size, f"loss {loss:.4f}"))
+        return trainer.run_epoch(lambda count, loss: task.advance(count * batch_size, f"loss {loss:.4f}"))
 
 
 def choose_device(name: str) -> torch.device:
@@ -120,10 +120,11 @@ def choose_device(name: str) -> torch.device:
 def should_compile(wanted: str, device: torch.device) -> bool:
     """Returns True if the training step will be compiled.
 
-    `auto` compiles if a compiler is found. `on` raises ScriptError if none is found. Compiling for a GPU needs no C++
-    compiler.
+    `auto` compiles on a CPU if a compiler is found, and not on a GPU, where the step runs as a CUDA graph. `on` raises
+    ScriptError if no compiler is found. Compiling for a GPU needs no C++ compiler.
     """
-    possible = device.type == "cuda" or can_compile()
-    if wanted == "on" and not possible:
+    if device.type == "cuda":
+        return wanted == "on"
+    if wanted == "on" and not can_compile():
         raise ScriptError(f"--compile on {no_compiler()}")
-    return possible and wanted != "off"
+    return wanted != "off" and can_compile()

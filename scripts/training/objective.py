@@ -32,7 +32,10 @@ class Objective(Protocol):
         """Number of training examples in an epoch, without the held-out examples."""
 
     def loss_of(self, generator: torch.Generator) -> LossOf:
-        """Returns the loss function for one epoch. It takes all its random numbers from the generator."""
+        """Returns the loss function. It takes all its random numbers from the generator.
+
+        It waits for no device and copies nothing between devices, so that a CUDA graph can record it.
+        """
 
     def validation_losses(self, denoiser: Denoiser) -> Losses:
         """Returns the loss on the held-out examples. The rows and their noise are the same at every call."""

@@ -1,27 +1,33 @@
 """Trains a network with a recipe, one epoch at a time. Training can be stopped and resumed between epochs.
 
 All random numbers of an epoch come from a generator that is seeded with (seed, epoch). The state of the generator is
-therefore not saved: a resumed run repeats the interrupted epoch with the same bits.
+therefore not saved: a resumed run repeats the interrupted epoch with the same random numbers, and on a CPU with the
+same bits.
+
+On a GPU the training step runs as a CUDA graph (graphs.py). The host waits for the GPU only to report progress.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 
 from model.compiled.compiler import default_cache
 from model.compiled.private_cache import use_private_compile_cache
-from model.diffusion import running_average
+from model.diffusion import ema_decay
+from model.precision import fast_dtype
 from model.unet import UNet
-from scripts.training.objective import LossOf, Objective
+from scripts.training.graphs import CudaGraph, GraphedStep, MakeGraph
+from scripts.training.objective import Objective
 from scripts.training.recipe import Recipe
 
-OnStep = Callable[[int, float], None]
+OnSteps = Callable[[int, float], None]
+GPU_REPORT_STEPS = 50  # steps per progress report on a GPU; each report reads a loss and so waits for the GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,8 @@ class EpochResult:
 class Trainer:
     """Holds the network, its moving average, the optimizer, the learning rate and the epoch.
 
-    `start` contains the initial weights of the network. `averaged` is the network that is saved in the checkpoint.
+    `start` contains the initial weights of the network. `averaged` is the network that is saved in the checkpoint. With
+    `make_graph` the step runs as a graph; the default is a CUDA graph on a GPU and no graph on a CPU.
     """
 
     def __init__(
@@ -50,18 +57,25 @@ class Trainer:
         device: torch.device,
         compiled: bool,
         start: dict[str, Tensor] | None = None,
+        make_graph: MakeGraph | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.recipe, self.objective, self.seed, self.device = recipe, objective, seed, device
         self.network = _new_network(recipe, device)
         if start:
             self.network.load_state_dict(start)
-        # Without an EMA, the maximum decay is 0 and the average equals the network.
-        self._average = AveragedModel(self.network, multi_avg_fn=running_average(recipe.ema_max_decay))
-        self._average.n_averaged.fill_(1)  # count the initial weights as part of the average
-        self.averaged = cast(UNet, self._average.module).eval().requires_grad_(False)
-        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer.name]
+        self.averaged = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self._autocast = uses_bfloat16(recipe, device)
+        self._make_graph = make_graph or (CudaGraph if device.type == "cuda" else None)
+        self.steps_per_report = GPU_REPORT_STEPS if device.type == "cuda" else 1
+        self._generator = torch.Generator(device)
+        self._loss_of = objective.loss_of(self._generator)
+        # The step reads these tensors. `_learn_from` sets them before each step.
+        self._rows = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)  # (B,)
+        self._new_weight = torch.zeros((), device=device)  # of the network in its moving average
         constants = recipe.optimizer
+        self._learning_rate = torch.tensor(constants.lr, device=device)
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer.name]
         self.optimizer = optimizer(
             self.network.parameters(),
             lr=constants.lr,
@@ -69,6 +83,7 @@ class Trainer:
             weight_decay=constants.weight_decay,
             fused=True,
         )
+        self._prepare_step()
         self.plateau = ReduceLROnPlateau(
             self.optimizer, patience=recipe.lr_schedule.patience, factor=recipe.lr_schedule.factor
         )
@@ -87,33 +102,36 @@ class Trainer:
         """Number of full batches. The remaining examples of the epoch's shuffle are not used."""
         return self.objective.num_examples // self.recipe.batch_size
 
-    def run_epoch(self, on_step: OnStep = lambda step, loss: None) -> EpochResult:
+    def run_epoch(self, on_steps: OnSteps = lambda count, loss: None) -> EpochResult:
         """Trains on all training examples once, then computes the validation loss of the averaged weights.
 
-        `on_step` is called with the index of the step and its loss.
+        `on_steps` is called after every `steps_per_report` steps and after the last step of the epoch. It gets the
+        number of steps since the last call and the loss of the last step.
         """
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + self.epoch)
-        loss_of = self.objective.loss_of(generator)
-        order = torch.randperm(self.objective.num_examples, generator=generator, device=self.device)
-        total = torch.zeros((), device=self.device)
+        self._generator.manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.objective.num_examples, generator=self._generator, device=self.device)
+        total, num_reported = torch.zeros((), device=self.device), 0
         for step in range(self.steps_per_epoch):
             rows = order[step * self.recipe.batch_size : (step + 1) * self.recipe.batch_size]
-            loss = self._learn_from(rows, loss_of, self.epoch * self.steps_per_epoch + step)
+            loss = self._learn_from(rows, self.epoch * self.steps_per_epoch + step)
             total += loss
-            on_step(step, loss.item())
+            num_done = step + 1
+            if num_done == self.steps_per_epoch or num_done % self.steps_per_report == 0:
+                on_steps(num_done - num_reported, loss.item())
+                num_reported = num_done
         self.epoch += 1
         validation_loss, band_losses = self.objective.validation_losses(self.denoise_averaged)
-        learning_rate = self.optimizer.param_groups[0]["lr"]
+        learning_rate = float(self.optimizer.param_groups[0]["lr"])
         if self.recipe.lr_schedule.name == "plateau":
             self.plateau.step(validation_loss)
         train_loss = total.item() / self.steps_per_epoch
         return EpochResult(self.epoch, train_loss, validation_loss, band_losses, learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state from which a resumed run continues with the same bits as an uninterrupted run."""
+        """Returns the state from which a resumed run continues: on a CPU with the bits of an uninterrupted run."""
         return {
             "network": self.network.state_dict(),
-            "ema": {"step": int(self._average.n_averaged) - 1, "shadow": self.averaged.state_dict()},
+            "ema": {"step": self.epoch * self.steps_per_epoch, "shadow": self.averaged.state_dict()},
             "optimizer": self.optimizer.state_dict(),
             "plateau": self.plateau.state_dict(),
             "epoch": self.epoch,
@@ -125,21 +143,48 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.plateau.load_state_dict(state["plateau"])
         self.epoch = state["epoch"]
-        # The previous release stored None for a recipe without an EMA.
-        ema = state["ema"] or {"step": 0, "shadow": state["network"]}
-        self._average.n_averaged.fill_(ema["step"] + 1)
-        self.averaged.load_state_dict(ema["shadow"])
+        # The previous release stored None for a recipe without an EMA. Its average equals the network.
+        self.averaged.load_state_dict(state["ema"]["shadow"] if state["ema"] else state["network"])
+        self._prepare_step()
 
-    def _learn_from(self, rows: Tensor, loss_of: LossOf, global_step: int) -> Tensor:
+    def _prepare_step(self) -> None:
+        """Sets the step that `_learn_from` runs. The optimizer's state may be that of a run with or without a graph.
+
+        A new graph is needed when the optimizer has new state tensors.
+        """
+        self._run_step = GraphedStep(self._step, self._make_graph(self._generator)) if self._make_graph else self._step
+        for group in self.optimizer.param_groups:
+            group["capturable"] = self._make_graph is not None
+        self._apply_rate(float(self.optimizer.param_groups[0]["lr"]))
+
+    def _learn_from(self, rows: Tensor, global_step: int) -> Tensor:
+        """Sets the inputs of the step and runs it. Returns the loss, which is valid until the next call."""
+        self._rows.copy_(rows)
+        self._new_weight.fill_(1 - ema_decay(global_step + 1, self.recipe.ema_max_decay))
         self._set_learning_rate(global_step)
-        loss = loss_of(self.denoiser, rows)
+        return self._run_step()
+
+    def _step(self) -> Tensor:
+        """Runs one training step on the examples `_rows`, and returns the loss.
+
+        A graph can repeat it: all values that change are in tensors, and no operation waits for the device.
+        """
+        loss = self._loss_of(self.denoiser, self._rows)
         self.optimizer.zero_grad()
         loss.backward()
         if self.recipe.grad_clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.grad_clip)
         self.optimizer.step()
-        self._average.update_parameters(self.network)
+        self._update_average()
         return loss.detach()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Adds the network to its moving average. Without an EMA its weight is 1, so the average equals the network."""
+        averaged: list[Tensor] = list(self.averaged.parameters())
+        current: list[Tensor] = list(self.network.parameters())
+        weights = [self._new_weight] * len(averaged)
+        torch._foreach_lerp_(averaged, current, weights)
 
     def _denoise(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self._in_precision(self.network, x_t, t, y)
@@ -149,17 +194,31 @@ class Trainer:
         return self._in_precision(self.averaged, x_t, t, y).float()
 
     def _in_precision(self, network: UNet, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
             return network(x_t.contiguous(memory_format=torch.channels_last), t, y)
 
     def _set_learning_rate(self, global_step: int) -> None:
-        plan = self.recipe.lr_schedule
-        if plan.name != "cosine":
-            return
-        progress = global_step / (self.recipe.epochs * self.steps_per_epoch)
-        factor = min((global_step + 1) / max(plan.warmup_steps, 1), 1) * 0.5 * (1 + math.cos(math.pi * progress))
+        if self.recipe.lr_schedule.name == "cosine":
+            self._apply_rate(self._cosine_rate(global_step))
+
+    def _apply_rate(self, lr: float) -> None:
+        """Sets the learning rate of the optimizer. A graph reads it from a tensor."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.optimizer.lr * factor
+            group["lr"] = self._learning_rate.fill_(lr) if self._make_graph else lr
+
+    def _cosine_rate(self, global_step: int) -> float:
+        progress = global_step / (self.recipe.epochs * self.steps_per_epoch)
+        warm_up = min((global_step + 1) / max(self.recipe.lr_schedule.warmup_steps, 1), 1)
+        return self.recipe.optimizer.lr * (warm_up * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def uses_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    """Returns True if the network computes in bfloat16. Its weights and the optimizer are in float32 in any case.
+
+    A GPU without instructions for bfloat16 uses float32, because float16 would need scaled gradients.
+    """
+    is_slow = device.type == "cuda" and fast_dtype(device) != torch.bfloat16
+    return recipe.precision == "bfloat16" and not is_slow
 
 
 def _new_network(recipe: Recipe, device: torch.device) -> UNet:

@@ -30,6 +30,16 @@ def test_predict_x_0_inverts_the_target(kind: str) -> None:
     torch.testing.assert_close(implied, x_0, rtol=0, atol=1e-4)
 
 
+@EVERY_KIND
+def test_prediction_can_be_moved_to_a_device(kind: str) -> None:
+    prediction, meta = Prediction(PredictionConfig(kind), SCHEDULE), torch.device("meta")
+    x_0, eps, _ = forward(T)
+    moved = prediction.to(meta)
+    assert moved._target.device == meta
+    assert moved.target(x_0.to(meta), eps.to(meta), T.to(meta)).device == meta
+    assert prediction.target(x_0, eps, T).device == x_0.device  # the original stays where it is
+
+
 def test_targets_equal_the_formulas_of_the_papers() -> None:
     x_0, eps, x_t = forward(T)
     alpha, sigma = (root[T][:, None, None, None] for root in (ALPHA_BAR.sqrt(), (1 - ALPHA_BAR).sqrt()))

@@ -95,6 +95,14 @@ def test_compile_on_without_a_compiler_gives_a_one_line_error(
     assert "needs a C++ compiler, but 'no-such-compiler' was not found" in line
 
 
+@pytest.mark.parametrize(("wanted", "expected"), [("auto", False), ("off", False), ("on", True)])
+def test_step_is_compiled_on_a_gpu_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, expected: bool
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert should_compile(wanted, torch.device("cuda")) is expected
+
+
 @pytest.mark.parametrize(("recipe", "where"), [("cosine", "epoch"), ("plateau", "epoch"), ("cosine", "write")])
 def test_resumed_run_after_sigkill_has_the_same_bits_as_an_uninterrupted_run(
     data_folder: Path, complete_runs: dict[str, Path], recipe: str, where: str

@@ -279,7 +279,7 @@ def test_error_of_an_enqueued_step_raises_device_lost(loaded: Checkpoint, monkey
 
     monkeypatch.setattr(runner._transfers, "start_download", lambda tensor: wait)
     with pytest.raises(DeviceLostError):
-        runner.step(rows_of(2, num_steps=1))
+        runner.step(StepRows.of(rows_of(2, num_steps=1)))
 
 
 def options(num_steps: int, model: str = "default") -> Options:

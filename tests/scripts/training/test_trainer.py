@@ -14,7 +14,7 @@ from scripts.common.progress import Reporter
 from scripts.training.loop import train
 from scripts.training.objective import DenoisingObjective
 from scripts.training.run import Run
-from scripts.training.trainer import EpochResult, Trainer
+from scripts.training.trainer import EpochResult, Trainer, uses_bfloat16
 from tests.scripts.tiny_training import NUM_IMAGES, NUM_VALIDATION, recipe_of, trust_idx_files
 
 STEPS = (NUM_IMAGES - NUM_VALIDATION) // 8
@@ -122,6 +122,24 @@ def test_state_of_the_previous_release_can_be_resumed(make_trainer: MakeTrainer,
     assert trainer.run_epoch() == again.run_epoch()
     one, other = trainer.averaged.state_dict(), again.averaged.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_gpu_computes_in_bfloat16_only_if_it_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert uses_bfloat16(recipe_of("cosine"), torch.device("cuda")) is expected
+    assert not uses_bfloat16(recipe_of("plateau"), torch.device("cuda"))  # a recipe in float32
+    assert uses_bfloat16(recipe_of("cosine"), torch.device("cpu"))
+
+
+def test_progress_is_reported_with_the_number_of_steps(make_trainer: MakeTrainer) -> None:
+    trainer, counts = make_trainer("cosine"), []
+    trainer.run_epoch(lambda count, loss: counts.append(count))
+    trainer.steps_per_report = 3
+    trainer.run_epoch(lambda count, loss: counts.append(count))
+    assert counts == [1] * STEPS + [3, STEPS - 3]
 
 
 def test_training_reduces_the_loss(make_trainer: MakeTrainer) -> None:
