@@ -1,11 +1,14 @@
 """The interface to CUDA: graphs, events, and copies between host and device. Tests replace it on a CPU."""
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Array = npt.NDArray[Any]
 NUM_WARM_UP = 2  # runs before a capture: the libraries create their handles and choose their kernels in the first ones
 
 
@@ -26,31 +29,65 @@ class Event(Protocol):
         """Waits until the work is done."""
 
 
+class Download(Protocol):
+    """A copy from the device to the host."""
+
+    def is_ready(self) -> bool:
+        """Returns True if `wait` returns immediately."""
+
+    def wait(self) -> Tensor:
+        """Waits for the copy and returns it. Raises the error of the device if there was one."""
+
+
 class GraphDevice(Protocol):
-    """A device that enqueues work and does it in order."""
+    """A device that does enqueued work in order, while the host continues.
+
+    All access to tensors on the device must be enqueued work. The arrays that are given to it are copied: the host may
+    change them immediately afterwards. Only host buffers must stay unchanged until the copy is done.
+    """
 
     device: torch.device
 
-    def capture(self, work: Callable[[], None]) -> Graph:
-        """Returns a graph of the kernels of `work`, which may run a few times before. It must not wait for the device.
+    def enqueue(self, work: Callable[..., None], *arrays: Array) -> None:
+        """Enqueues work. Its arguments are the arrays as tensors on the device."""
 
-        All tensors that `work` creates belong to the graph. Their memory is shared with that of other graphs.
+    def read(self, work: Callable[..., Tensor], *arrays: Array) -> "Download":
+        """Enqueues work and a copy of its result to the host."""
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """Returns a graph of the kernels of `work`, which may also run a few times. It must not wait for the device.
+
+        The tensors that `work` creates belong to the graph. They share memory with those of other graphs.
         """
 
     def host_buffer(self, size: int) -> Tensor:
-        """Returns a tensor (size,) int64 on the host that the device can copy from while the host continues."""
+        """Returns a tensor (size,) int64 on the host, from which the device copies while the host continues."""
 
-    def upload(self, host: Tensor) -> Tensor:
-        """Enqueues a copy to the device. The host tensor must not be changed."""
-
-    def download(self, tensor: Tensor) -> tuple[Tensor, Event]:
-        """Enqueues a copy to the host. Returns it and the event after which it has the values."""
+    def copy(self, buffer: Tensor, to: Tensor) -> None:
+        """Enqueues a copy of a host buffer to a tensor on the device."""
 
     def record(self) -> Event:
-        """Returns the event at the end of all work that is enqueued now."""
+        """Returns the event at the end of the work that is enqueued now."""
 
     def synchronize(self) -> None:
         """Waits until all enqueued work is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class CudaDownload:
+    """A copy in pinned memory."""
+
+    host: Tensor
+    copied: Event
+
+    def is_ready(self) -> bool:
+        """Returns True if the copy is done."""
+        return self.copied.query()
+
+    def wait(self) -> Tensor:
+        """Waits for the copy and returns it."""
+        self.copied.synchronize()
+        return self.host
 
 
 class CudaDevice:
@@ -61,6 +98,17 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # captures need a stream of their own
 
+    def enqueue(self, work: Callable[..., None], *arrays: Array) -> None:
+        """Calls `work`, which enqueues kernels. The arrays are copied through pinned memory."""
+        work(*map(self._upload, arrays))
+
+    def read(self, work: Callable[..., Tensor], *arrays: Array) -> "Download":
+        """Calls `work` and copies its result into pinned memory."""
+        result = work(*map(self._upload, arrays))
+        host = torch.empty_like(result, device="cpu", pin_memory=True)
+        host.copy_(result, non_blocking=True)
+        return CudaDownload(host, self.record())
+
     def capture(self, work: Callable[[], None]) -> Graph:
         """Returns a CUDA graph. The graphs share one memory pool, because they never run at the same time."""
         current = torch.cuda.current_stream(self.device)
@@ -70,7 +118,7 @@ class CudaDevice:
                 work()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use CUDA during the capture, for example to read the amount of free memory.
+        # Other threads may use CUDA during the capture, for example to read the amount of reserved memory.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             work()
         return graph
@@ -79,15 +127,9 @@ class CudaDevice:
         """Returns pinned memory."""
         return torch.zeros(size, dtype=torch.int64, pin_memory=True)
 
-    def upload(self, host: Tensor) -> Tensor:
-        """Copies through pinned memory. The allocator keeps it until the copy is done."""
-        return host.pin_memory().to(self.device, non_blocking=True)
-
-    def download(self, tensor: Tensor) -> tuple[Tensor, Event]:
-        """Copies into pinned memory."""
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        return host, self.record()
+    def copy(self, buffer: Tensor, to: Tensor) -> None:
+        """Enqueues a copy from pinned memory."""
+        to.copy_(buffer, non_blocking=True)
 
     def record(self) -> Event:
         """Returns an event on the current stream."""
@@ -98,3 +140,7 @@ class CudaDevice:
     def synchronize(self) -> None:
         """Waits for all streams of the device."""
         torch.cuda.synchronize(self.device)
+
+    def _upload(self, array: Array) -> Tensor:
+        # The allocator keeps the pinned memory until the copy is done.
+        return torch.from_numpy(array).pin_memory().to(self.device, non_blocking=True)
