@@ -35,7 +35,7 @@ class State:
     index: Tensor  # (S,) int64
     plan_row: Tensor  # (S,) int64: first row of the plan in the table of plans
     guidance_scale: Tensor  # (S,) float32
-    noise: Tensor | None = None  # (S, K + 1, C, H, W) float32: x_T, then the noise of K steps
+    noise: Tensor | None = None  # (S, K, C, H, W) float32: the noise of K steps
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
@@ -57,7 +57,7 @@ class State:
         """
         if self.noise is None:
             return normal(self.seed[slots], self.index[slots], step + 1, image_shape, block)
-        return self.noise[slots, step % (self.noise.shape[1] - 1) + 1]
+        return self.noise[slots, step]
 
 
 class Rows(NamedTuple):

@@ -156,9 +156,20 @@ class Operations(TorchDispatchMode):
             self.part = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func._schema.name.removeprefix("aten::") not in NO_KERNEL:
+        result = func(*args, **(kwargs or {}))
+        if _launches_kernel(func, args, result):
             self.counts[self.part] += 1
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _launches_kernel(func: Any, args: Any, result: Any) -> bool:
+    """Returns True unless an operation only allocates memory, or returns a view of its argument."""
+    if func._schema.name.removeprefix("aten::") in NO_KERNEL:
+        return False
+    if not isinstance(result, Tensor):
+        return not func.is_view
+    is_view = func.is_view and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+    return not is_view and result.numel() > 0
 
 
 def count_operations(job: Job) -> Counter[str]:

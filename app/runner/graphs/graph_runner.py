@@ -39,7 +39,8 @@ FIRST_SLOTS = 2047  # so many that they seldom have to grow, because all graphs 
 FEWEST_DRAWS, MOST_DRAWS = 128, 8192
 MOST_INPUTS = 1 << 16  # integers of one step: three for each row and two for each evaluation
 LARGEST_PADDING = 2  # limit for the evaluations of a larger graph that is used while the exact one is not captured
-_LABEL, _IS_SPECIAL, _SEED, _INDEX, _NUM_NOISY = range(5)  # the rows of the array of facts
+# The rows of the array of facts. _SKIPPED is the number of finished steps whose noise is no longer stored.
+_LABEL, _IS_SPECIAL, _SEED, _INDEX, _NUM_NOISY, _SKIPPED = range(6)
 _ZEROS, _NUMBERS = np.zeros(MOST_INPUTS, dtype=np.int64), np.arange(MOST_INPUTS)
 
 
@@ -69,7 +70,7 @@ class Call:
 
     model: LoadedModel
     slots: Array  # (B,) slot of each row
-    steps: Array  # (B,) number of steps that each row has finished
+    steps: Array  # (B,) number of steps that each row has finished, without the skipped ones
     further: Array  # (F,) row of each further evaluation
     label: Array  # (B + F,) label of each evaluation
     second: Array  # (B,) unconditional evaluation of a guided row, first evaluation of any other row
@@ -121,7 +122,7 @@ class GraphRunner(Runner):
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
-        self._facts: Array = np.zeros((5, 0), dtype=np.int64)  # (facts, slots)
+        self._facts: Array = np.zeros((6, 0), dtype=np.int64)  # (facts, slots)
         self._most_noisy = 0  # the largest number of steps with noise of a row so far
 
     def _new_slots(self, num_labels: int) -> GraphSlots:
@@ -232,7 +233,9 @@ class GraphRunner(Runner):
         self._drop_outdated_graphs()
         scale = np.array([o.guidance_scale for o in options], dtype=np.float32)
         num_noisy = np.array([self._plans.num_noisy[start] for start in starts.tolist()], dtype=np.int64)
-        self._draw(slots, seed, index, np.zeros_like(slots), num_noisy, with_first=True)
+        first = self._first_draws(slots, seed, index)
+        further = self._step_draws(slots, seed, index, np.zeros_like(slots), num_noisy)
+        self._draw(np.concatenate([first, further], axis=1))
         inputs = [row.input for row in rows]
 
         def write(slots: Tensor, seed: Tensor, index: Tensor, plan_row: Tensor, guidance_scale: Tensor) -> None:
@@ -262,7 +265,7 @@ class GraphRunner(Runner):
         null_label = self._models[DEFAULT_MODEL].program.null_label
         self._facts[_LABEL, slots] = [null_label if row.digit is None else row.digit for row in rows]
         self._facts[_IS_SPECIAL, slots] = [_is_special(row) for row in rows]
-        self._facts[_SEED, slots], self._facts[_INDEX, slots], self._facts[_NUM_NOISY, slots] = seed, index, num_noisy
+        self._facts[_SEED:, slots] = [seed, index, num_noisy, np.zeros_like(slots)]
         self._most_noisy = max(self._most_noisy, int(num_noisy.max()))
 
     def _refill_noise(self, rows: StepRows) -> None:
@@ -273,24 +276,36 @@ class GraphRunner(Runner):
         due = np.flatnonzero((rows.steps > 0) & (rows.steps % most == 0))
         trajectories = [rows.trajectories[place] for place in due.tolist()]
         slots = np.array([slot for trajectory in trajectories for slot in trajectory.slots], dtype=np.int64)
+        done = np.repeat(rows.steps[due], [len(trajectory.slots) for trajectory in trajectories])
+        is_new = self._facts[_SKIPPED, slots] < done  # a step that failed is repeated
+        slots, done = slots[is_new], done[is_new]
         if len(slots):
-            done = np.repeat(rows.steps[due], [len(trajectory.slots) for trajectory in trajectories])
             facts = self._facts[:, slots]
-            self._draw(slots, facts[_SEED], facts[_INDEX], done, facts[_NUM_NOISY], with_first=False)
+            self._draw(self._step_draws(slots, facts[_SEED], facts[_INDEX], done, facts[_NUM_NOISY]))
+            self._gpu.enqueue(lambda slots: self._slots.skip(slots, most), slots)
+            self._facts[_SKIPPED, slots] = done
 
-    def _draw(
-        self, slots: Array, seed: Array, index: Array, done: Array, num_noisy: Array, *, with_first: bool
-    ) -> None:
-        """Enqueues drawing the noise of the next steps of slots (B,), and that of x_T with `with_first`.
+    def _first_draws(self, slots: Array, seed: Array, index: Array) -> Array:
+        """Returns the draws (4, B) of x_T of slots (B,)."""
+        most = self._slots.noise_steps
+        return np.stack([seed, index, np.zeros_like(slots), slots * (most + 1) + most])
+
+    def _step_draws(self, slots: Array, seed: Array, index: Array, done: Array, num_noisy: Array) -> Array:
+        """Returns the draws (4, D) of the next steps of slots (B,).
 
         `done` (B,) is the number of finished steps, `num_noisy` (B,) the number of steps that need noise.
         """
-        first, most = 0 if with_first else 1, self._slots.noise_steps
-        counts = np.clip(num_noisy - done, 0, most) + 1 - first  # (B,) noise images of each slot
+        most = self._slots.noise_steps
+        counts = np.clip(num_noisy - done, 0, most)  # (B,) noise images of each slot
         row = np.repeat(np.arange(len(slots)), counts)  # (D,)
-        entry = first + np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # (D,) in the slot's noise
-        draws = np.stack([seed[row], index[row], done[row] + entry, slots[row] * (most + 1) + entry])  # (4, D)
-        for part in np.split(draws, range(MOST_DRAWS, len(row), MOST_DRAWS), axis=1):
+        entry = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # (D,) in the noise of the slot
+        return np.stack([seed[row], index[row], done[row] + entry + 1, slots[row] * (most + 1) + entry])
+
+    def _draw(self, draws: Array) -> None:
+        """Enqueues drawing noise images. `draws` (4, D) has the arguments of `GraphSlots.draw`."""
+        for part in np.split(draws, range(MOST_DRAWS, draws.shape[1], MOST_DRAWS), axis=1):
+            if not part.shape[1]:
+                continue
             size = max(FEWEST_DRAWS, 1 << (part.shape[1] - 1).bit_length())
             if size not in self._noise:
                 self._noise.capture(size, partial(self._run_draw, size))
@@ -307,7 +322,7 @@ class GraphRunner(Runner):
         label = np.concatenate([self._facts[_LABEL, slots], np.full(len(guided), model.program.null_label)])
         second = np.arange(count)
         second[guided] = count + np.arange(len(guided))
-        return Call(model, slots, rows.steps, guided, label, second, has_known=False)
+        return Call(model, slots, rows.steps - self._facts[_SKIPPED, slots], guided, label, second, has_known=False)
 
     def _calls(self, trajectories: list[Trajectory]) -> list[Call]:
         """Returns the call of each model, for any rows."""
@@ -317,8 +332,9 @@ class GraphRunner(Runner):
         return [self._call_of(self._models[name], own) for name, own in by_model.items()]
 
     def _call_of(self, model: LoadedModel, trajectories: list[Trajectory]) -> Call:
-        slots, step, source, label, second = map(np.array, indices_of(trajectories, model.program.null_label))
-        return Call(model, slots, step, source[len(slots) :], label, second, any(map(_has_known, trajectories)))
+        slots, steps, source, label, second = map(np.array, indices_of(trajectories, model.program.null_label))
+        steps = steps - self._facts[_SKIPPED, slots]
+        return Call(model, slots, steps, source[len(slots) :], label, second, any(map(_has_known, trajectories)))
 
     def _graph_for(self, call: Call) -> Shape:
         """Returns the shape of a captured graph for the call.
@@ -364,7 +380,8 @@ class GraphRunner(Runner):
         if self.clip is None or not guided:
             return
         clip = self.clip.clip
-        slots, steps = np.array([(row.slots[0], row.step) for row, _ in guided], dtype=np.int64).T.copy()
+        slots, steps = np.array([(row.slots[0], row.step) for row, _ in guided], dtype=np.int64).T
+        steps = steps - self._facts[_SKIPPED, slots]
         text = np.stack([target.text for _, target in guided])  # (M, E)
         scale = np.array([target.scale for _, target in guided], dtype=np.float32)
 
@@ -375,7 +392,7 @@ class GraphRunner(Runner):
             chosen = torch.arange(len(slots), device=slots.device)  # (M,)
             self._slots.store(slots, guide_with_clip(clip, stepped, chosen, b, text, scale))
 
-        self._gpu.enqueue(guide, slots, steps, text, scale)
+        self._gpu.enqueue(guide, slots.copy(), steps, text, scale)
 
     def _read(
         self,

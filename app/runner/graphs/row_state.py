@@ -25,7 +25,8 @@ class GraphSlots(Slots):
         self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
         self.noise_steps, self.version = noise_steps, 0  # the version increases if the tensors are replaced
         self.pixels = torch.zeros(1 + count, *image_shape, dtype=torch.uint8, device=device)  # (S, C, H, W)
-        self.state.noise = torch.zeros(1 + count, 1 + noise_steps, *image_shape, device=device)
+        # The noise of the steps, then that of x_T.
+        self.state.noise = torch.zeros(1 + count, noise_steps + 1, *image_shape, device=device)
 
     @property
     def plain_state(self) -> State:
@@ -51,7 +52,11 @@ class GraphSlots(Slots):
     def first_noise(self, slots: Tensor) -> Tensor:
         """Returns the noise z (B, C, H, W) of x_T."""
         assert self.state.noise is not None, "the constructor makes the noise"
-        return self.state.noise[slots, 0]
+        return self.state.noise[slots, self.noise_steps]
+
+    def skip(self, slots: Tensor, steps: int) -> None:
+        """Moves the first rows of the plans of these slots (B,) by a number of steps."""
+        self.state.plan_row[slots] += steps
 
     def read(self, slots: Tensor) -> Tensor:
         """Returns the finite flag and the pixels of the slots (B,), (B, 1 + C H W) uint8."""

@@ -81,7 +81,7 @@ def test_noise_of_long_paths_is_drawn_again(loaded: Checkpoint, monkeypatch: pyt
     rows, again = rows_of(3, num_steps=12), rows_of(3, num_steps=12)
     expected = draw(new_runner(loaded), rows)
     runner = on_graphs(loaded)
-    runner._slots.noise_steps = 5
+    runner._slots.noise_steps = 5  # the noise of five steps, and that of x_T
     runner._slots.state.noise = runner._slots.state.noise[:, :6].contiguous()
     assert equal(draw(runner, again), expected)
 
