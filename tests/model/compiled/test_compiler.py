@@ -323,7 +323,7 @@ def test_gpu_step_is_compiled_for_all_batch_sizes_in_a_private_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_gpu_step_is_traced_at_most_four_times_for_each_kind_of_state(tmp_path: Path) -> None:
+def test_gpu_step_is_traced_at_most_six_times_for_each_kind_of_state(tmp_path: Path) -> None:
     """The states with and without known pixels have different graphs."""
     loaded = checkpoint.load(tiny_checkpoint(tmp_path))
     graphs: list[torch.fx.GraphModule] = []
@@ -345,7 +345,7 @@ def test_gpu_step_is_traced_at_most_four_times_for_each_kind_of_state(tmp_path: 
             assert equal(*(draw(runner, mixed_rows(), max_batch) for runner in runners))
     finally:
         torch._dynamo.reset()
-    assert 1 <= len(graphs) <= 4
+    assert 1 <= len(graphs) <= 6
 
 
 @pytest.fixture
