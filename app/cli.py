@@ -16,7 +16,7 @@ from app.engine.interface import RunnerError
 from app.log_writer import LogWriter
 from app.logs import capture_stderr, configure_logging, start_log
 from app.main import create_app
-from app.runner.runner import Runner
+from app.runner.load import load_runner
 from app.server.server import GivenUpError, StartError, allow_connections, bind, serve
 from app.settings import Settings, SettingsError, flag_of, load_settings, unknown_variables, variable_of
 from model.compiled.memory import keep_freed_memory
@@ -60,7 +60,7 @@ def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> 
         capture_stderr(configure_logging(settings.log_format, settings.log_level, writer))
         _warn(settings)
         if compile_only:
-            Runner.load(settings.model_copy(update={"compile": "on"}))
+            load_runner(settings.model_copy(update={"compile": "on"}))
         else:
             _serve(settings)
     except SettingsError as error:  # It names the flag or the variable itself.

@@ -28,8 +28,9 @@ from app.log_writer import LogWriter
 from app.logs import configure_logging
 from app.main import create_app
 from app.metrics import Metrics
+from app.runner.graphs.graph_runner import BATCHES
 from app.runner.measured import STEP_SECONDS, SleepingRunner, count_operations
-from app.runner.runner import BATCHES_AHEAD, Runner
+from app.runner.runner import Runner
 from app.server.server import bind, serve
 from app.settings import Settings
 
@@ -93,7 +94,7 @@ def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
 def measure_admission(backlog: int) -> float:
     """Returns the CPU time in seconds of the admission of one image, with this number of images in the backlog."""
     admission = Admission(2 * backlog, ROWS)
-    admission.open(StepTimes(dict.fromkeys(BATCHES_AHEAD, STEP_SECONDS)))
+    admission.open(StepTimes(dict.fromkeys(BATCHES, STEP_SECONDS)))
     for _ in range(backlog):
         admission.admit(new_job(timeout=1e6), time.monotonic())
     seconds = 0.0

@@ -42,7 +42,7 @@ from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
 from app.logs import num_lines_dropped
 from app.metrics import Metrics
-from app.runner.runner import Runner
+from app.runner.load import load_runner
 from app.settings import Settings
 
 # The routes of these routers compute images or recognise digits.
@@ -53,10 +53,10 @@ STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
 
 def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None) -> FastAPI:
-    """Returns the ASGI application. `load` creates the runner. The default is `Runner.load(settings)`."""
+    """Returns the ASGI application. `load` creates the runner. The default is `load_runner(settings)`."""
     meters = Metrics()
     engine = Engine(
-        load or (lambda: Runner.load(settings)),
+        load or (lambda: load_runner(settings)),
         capacity=settings.queue_capacity,
         max_batch=settings.max_batch,
         watchdog_seconds=settings.watchdog_seconds,

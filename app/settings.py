@@ -160,7 +160,8 @@ class Settings(BaseSettings):
     the hardware accelerates it, otherwise float32 (default: auto)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """compilation of the denoising step: auto, on or off. auto: on a CPU, compile if a C++ compiler or a compiled step
-    in the cache is found; on a GPU, do not compile. on: exit if compilation is not possible (default: auto)"""
+    in the cache is found; on a GPU, run CUDA graphs of the step without compilation. on: compile, on a GPU inside CUDA
+    graphs; exit if this is not possible. off: no compilation and no CUDA graphs (default: auto)"""
     cache_dir: Path = Field(default_factory=default_cache)
     """folder for compiled code. If other users can write to it, a private subfolder is used (default: unfog in
     $XDG_CACHE_HOME or ~/.cache)"""

@@ -27,7 +27,7 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 Process = Sampler | Literal["forward", "noisy"]
 Coefficients = tuple[float, float, float, float]  # a, b, c and s of one step
 MAX_GUIDANCE_SCALE = 10
-PLAN_COLUMNS, COLUMN_OF_B = 7, 2  # of `Plan.table`
+PLAN_COLUMNS, COLUMN_OF_B, COLUMN_OF_S = 7, 2, 4  # of `Plan.table`
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,16 +23,19 @@ class State:
     """State of S rows (images in progress): x_t, the last predicted x_0, and the parameters of each row.
 
     Known pixels are given by the client. Where `is_known` is True, the value in `known` replaces the predicted x_0.
+    Without `known` and `is_known`, no row has known pixels, and a step computes no errors. With `noise`, a step reads
+    its noise there instead of drawing it.
     """
 
     x_t: Tensor  # (S, C, H, W) float32
     x_0: Tensor  # (S, C, H, W) float32
-    known: Tensor  # (S, C, H, W) float32: pixels of x_0
-    is_known: Tensor  # (S, C, H, W) bool
+    known: Tensor | None  # (S, C, H, W) float32: pixels of x_0
+    is_known: Tensor | None  # (S, C, H, W) bool
     seed: Tensor  # (S,) int64
     index: Tensor  # (S,) int64
     plan_row: Tensor  # (S,) int64: first row of the plan in the table of plans
     guidance_scale: Tensor  # (S,) float32
+    noise: Tensor | None = None  # (S, K, C, H, W) float32: the noise of K steps
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
@@ -44,7 +47,17 @@ class State:
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yields the tensors in the order of the fields, which are inputs of a compiled step."""
-        return (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, field.name) for field in fields(self))
+        return (value for value in values if value is not None)
+
+    def noise_of(self, slots: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor) -> Tensor:
+        """Returns the noise z (B, C, H, W) of the next step of rows that have finished `step` (B,) steps.
+
+        `block` is `block_counter(image_shape)`.
+        """
+        if self.noise is None:
+            return normal(self.seed[slots], self.index[slots], step + 1, image_shape, block)
+        return self.noise[slots, step]
 
 
 class Rows(NamedTuple):
@@ -66,7 +79,9 @@ class Stepped(NamedTuple):
 
     x_prev: Tensor  # (B, C, H, W) float32
     x_0: Tensor  # (B, C, H, W) float32
-    error: Tensor  # (N,) float32: squared distance of each evaluation's unclipped x_0 from its target, at known pixels
+    # (N,) float32: squared distance of each evaluation's unclipped x_0 from its target, at known pixels. (0,) without
+    # known pixels in the state
+    error: Tensor
     finite: Tensor  # (B,) bool: True where the output is finite
 
 
@@ -101,21 +116,23 @@ class ReverseStep(nn.Module):
         """
         slots, step, source, label, second = rows
         x_t, x_0_prev = state.x_t[slots], state.x_0[slots]  # (B, C, H, W) each
-        known, is_known = state.known[slots], state.is_known[slots]  # (B, C, H, W) each
         plan = plans[state.plan_row[slots] + step]  # (B, 7)
         t = plan[:, 0].long()  # (B,)
         c = self.condition[t[source], label]  # (N, D)
         output = self.call_rows.call(self.denoise, x_t[source].to(self.dtype), c).float()  # (N, C, H, W)
         cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
         guided = guide(cond, uncond, state.guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
-        x_0 = known.where(is_known, predict_x_0(x_t, guided, self.mix[t]))  # (B, C, H, W)
-        image_shape = self.checkpoint.image_shape
-        z = normal(state.seed[slots], state.index[slots], step + 1, image_shape, self.noise_block)  # (B, C, H, W)
+        x_0 = predict_x_0(x_t, guided, self.mix[t])  # (B, C, H, W)
+        error = x_0.new_zeros(0)
+        if state.known is not None and state.is_known is not None:
+            known, is_known = state.known[slots], state.is_known[slots]  # (B, C, H, W) each
+            x_0 = known.where(is_known, x_0)  # (B, C, H, W)
+            of_known, of_x_t = plan[:, 5:, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
+            target = of_known * known + of_x_t * x_t  # (B, C, H, W)
+            error = unclipped_x_0(x_t[source], output, self.mix[t[source]]) - target[source]  # (N, C, H, W)
+            error = error.square().where(is_known[source], 0.0).sum(dim=(1, 2, 3))  # (N,)
+        z = state.noise_of(slots, step, self.checkpoint.image_shape, self.noise_block)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:5])  # (B, C, H, W)
-        of_known, of_x_t = plan[:, 5:, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
-        target = of_known * known + of_x_t * x_t  # (B, C, H, W)
-        error = unclipped_x_0(x_t[source], output, self.mix[t[source]]) - target[source]  # (N, C, H, W)
-        error = error.square().where(is_known[source], 0.0).sum(dim=(1, 2, 3))  # (N,)
         return Stepped(x_prev, x_0, error, guided.isfinite().flatten(1).all(dim=1))
 
     @torch.inference_mode()

@@ -22,7 +22,7 @@ LAYERS = {
     "api": {"api", "engine", "errors", "metrics", "settings"},
     "server": {"server", "api", "engine", "errors", "logs", "metrics", "settings"},
 }
-LONGEST_CHAIN = 10  # modules in the longest permitted import chain of app
+LONGEST_CHAIN = 11  # modules in the longest permitted import chain of app
 
 
 def modules(package: str) -> dict[str, Path]:

@@ -71,7 +71,7 @@ class Backlog:
         self.jobs: list[Job] = []  # sorted by target
         self.batch = Batch()
         self.is_changed = False  # True if other rows may have to be selected for the next step
-        self._new_rows: list[Trajectory] = []  # rows that were added after the last selection
+        self._new_rows: dict[Trajectory, None] = {}  # rows that were added after the last selection, in order
         self._keys: list[tuple[float, int]] = []  # target and number of each job of `jobs`
         self._num_added = 0
         self._table = np.zeros((8, FIRST_PLACES))  # (rows, places)
@@ -147,8 +147,8 @@ class Backlog:
         self._free.append(job.place)
         job.place = -1
         self.batch.remove(job.unfinished)
-        if self._new_rows:
-            self._new_rows = [row for row in self._new_rows if row.job is not job]
+        for row in job.unfinished:
+            self._new_rows.pop(row, None)
         self.num_rows -= len(job.unfinished) - job.num_pending
         self.is_changed = True
         self.waiting -= job.num_waiting
@@ -170,7 +170,7 @@ class Backlog:
             return False
         if self.batch.size + sum(row.evaluations for row in new) > most:
             return False
-        self.batch.add(new)
+        self.batch.add(list(new))
         self._selected()
         return True
 
@@ -332,12 +332,12 @@ class Backlog:
 
     def _add_rows(self, rows: Sequence[Trajectory]) -> None:
         """Adds rows that can take the next step."""
-        self._new_rows += rows
+        self._new_rows |= dict.fromkeys(rows)
         self.num_rows += len(rows)
         self.is_changed = True
 
     def _selected(self) -> None:
-        self._new_rows, self._decreases, self.is_changed = [], None, False
+        self._new_rows, self._decreases, self.is_changed = {}, None, False
 
     def _take_place(self) -> int:
         """Returns a free place of the table. Doubles the size of the table if there is none."""

@@ -6,34 +6,16 @@ step at which the size of each row changes. Only these rows, and those that join
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.job import STOPPED, Clock, StepKind, Trajectory
-
-IntArray = npt.NDArray[np.int64]
+from app.engine.job import STOPPED, Clock, IntArray, StepKind, StepRows, Trajectory
 
 # The rows of the array: size of the next step, clock at which it changes, clock before the first step, place of the job
 # in the backlog, and 1 for the tail of a job.
 _SIZE, _CHANGES_AT, _FIRST, _PLACE, _IS_TAIL = range(5)
 NEVER = 1 << 62
-
-
-@dataclass(frozen=True, slots=True)
-class StepRows:
-    """The rows of one step, with arrays for runners that handle many rows at once."""
-
-    trajectories: list[Trajectory]  # the same list in each step until it changes
-    steps: IntArray  # (B,) number of finished steps
-    sizes: IntArray  # (B,) size of the step
-
-    @classmethod
-    def of(cls, trajectories: list[Trajectory]) -> "StepRows":
-        """Returns these rows."""
-        steps, sizes = ([getattr(row, name) for row in trajectories] for name in ("step", "evaluations"))
-        return cls(trajectories, np.array(steps, dtype=np.int64), np.array(sizes, dtype=np.int64))
 
 
 class Batch:

@@ -26,11 +26,10 @@ from functools import cached_property
 
 from app import errors
 from app.engine.admission import Admission
-from app.engine.batch import StepRows
 from app.engine.batch_feed import BatchFeed
 from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
-from app.engine.job import Job, Pixels, Result, Trajectory
+from app.engine.job import Job, Pixels, Result, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 
@@ -38,6 +37,7 @@ log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 5  # Retry-After while the service starts: the usual duration of loading and warm-up
 RESTART_SECONDS = 10  # Retry-After while the service drains or has failed: the usual duration of a restart
+IDLE_SECONDS = 0.5  # after this time without work, the runner does work that can wait
 MAX_FAILED_BATCHES = 3  # consecutive batches in which every row failed, after which the engine tests itself
 
 
@@ -275,9 +275,8 @@ class Engine:
             self._last_beat = None
             if self.feed.is_wanted and not self.backlog.jobs:
                 self.feed.publish(self._num_steps, ())
-            self._condition.wait_for(
-                lambda: self.backlog.num_rows or self._readings or self._abandoned or self._stopping
-            )
+        self._wait_for_work()
+        with self._condition:
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
             rows = [] if self._stopping else self._admission.select(self._last_beat)
@@ -286,6 +285,20 @@ class Engine:
             if self.feed.is_wanted and rows:
                 self.feed.publish(self._num_steps + 1, rows)
             return rows, abandoned
+
+    def _wait_for_work(self) -> None:
+        """Waits until there is work. Meanwhile the runner does the work that can wait, one piece at a time."""
+        seconds = IDLE_SECONDS
+        while True:
+            with self._condition:
+                timeout = seconds if self._runner.has_idle_work else None
+                if self._condition.wait_for(self._has_work, timeout):
+                    return
+            self._runner.idle()
+            seconds = 0.0
+
+    def _has_work(self) -> bool:
+        return bool(self.backlog.num_rows or self._readings or self._abandoned or self._stopping)
 
     def _record_start(self, job: Job, num_rows: int) -> None:
         """Records that rows of a job take their first step."""

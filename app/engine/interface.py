@@ -7,8 +7,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from app.engine.batch import StepRows
-from app.engine.job import Options, Pixels, StepSet, Trajectory
+from app.engine.job import Options, Pixels, StepRows, StepSet, Trajectory
 from app.engine.step_times import StepTimes
 from model.recognition import Readout
 from model.sampler import Sampler
@@ -186,6 +185,13 @@ class StepRunner(Protocol):
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Frees the state of these rows."""
+
+    @property
+    def has_idle_work(self) -> bool:
+        """Returns True if the runner has work that can wait until no rows take steps."""
+
+    def idle(self) -> None:
+        """Does a piece of this work. It takes at most a fraction of a second."""
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Checks each model, makes the first slow calls, and returns the measured step times.

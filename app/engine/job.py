@@ -28,6 +28,7 @@ from model.comparison import Comparison
 from model.sampler import Process
 
 DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests without `model`, and the model for few steps
+IntArray = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
 StepSet = range | frozenset[int]
 GUIDED_EVALUATIONS = 2  # a guided step evaluates the network with and without the class
@@ -116,6 +117,7 @@ class Trajectory:
     comparison: Comparison | None = None  # None for a trajectory that generates an image
     started: bool = False  # True if the first step is finished or in progress
     slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
+    first_slot: int = -1  # the first one of `slots`
     clock: Clock = STOPPED
     _first: int = 0  # the value of the clock before the first step
 
@@ -210,6 +212,21 @@ class Trajectory:
         if self.comparison:
             return self.steps_left * len(self.comparison.remaining)
         return self.job.sizes.left[self.step]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The rows of one step, with arrays for runners that handle many rows at once."""
+
+    trajectories: list[Trajectory]  # the same list in each step until it changes
+    steps: IntArray  # (B,) number of finished steps
+    sizes: IntArray  # (B,) size of the step
+
+    @classmethod
+    def of(cls, trajectories: list[Trajectory]) -> "StepRows":
+        """Returns these rows."""
+        steps, sizes = ([getattr(row, name) for row in trajectories] for name in ("step", "evaluations"))
+        return cls(trajectories, np.array(steps, dtype=np.int64), np.array(sizes, dtype=np.int64))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,14 @@ import torch
 from torch import Tensor
 
 from app.engine.job import GUIDED_EVALUATIONS, Options, Trajectory
-from app.runner.loaded_model import plan_of
-from app.runner.transfers import Shapes, Transfers
-from model.sampler import PLAN_COLUMNS
+from app.runner.transfers import Transfers
+from model.sampler import COLUMN_OF_S, PLAN_COLUMNS, SAMPLERS, Plan, Process, make_plan, plan_through
 from model.schedule import Schedule
 from model.step import Rows, State
 
 PADDING = 0  # the slot that padding rows use
 # The initial size of the table of plans. It holds the plans of /generate: every sampler with 1 to 100 steps. /edit and
-# /denoise can start at any timestep. With T = 100, their plans can fill 515,100 rows (14 MB). A CUDA graph is valid for
-# one size of the table only.
+# /denoise can start at any timestep. With T = 100, their plans can fill 515,100 rows (14 MB).
 FIRST_PLAN_ROWS = 16_384
 
 
@@ -36,7 +34,6 @@ class Slots:
     ) -> None:
         """Starts with `count` free slots. `num_labels` is the number of classes plus 1, for the null label."""
         self.state = State.zeros(1 + count, image_shape, device)
-        self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
         self.error = torch.zeros(1 + count, num_labels, device=device)  # (S, num_labels) errors of the last step
         self._free = list(range(PADDING + 1, 1 + count))
         self._transfers = transfers
@@ -46,17 +43,25 @@ class Slots:
 
         `rows` have one row for each slot: `num_slots` rows of the first trajectory, then those of the second one.
         """
+        slots = self.next_slots(trajectories)
+        places = self._transfers.upload(slots)
+        self.write(places, **rows)
+        self.assign(trajectories)
+
+    def next_slots(self, trajectories: list[Trajectory]) -> list[int]:
+        """Returns the slots that `assign` would assign to these trajectories now."""
         count = sum(trajectory.num_slots for trajectory in trajectories)
         while len(self._free) < count:
             self._grow()
-        slots = self._free[-count:]
-        places = self._transfers.upload(slots)
-        finite = torch.ones(count, dtype=torch.bool, device=self.finite.device)  # (B,)
-        self.write(places, finite=finite, **rows)
-        del self._free[-count:]
-        each = iter(slots)
+        return self._free[-count:]
+
+    def assign(self, trajectories: list[Trajectory]) -> None:
+        """Assigns the result of `next_slots` to the trajectories."""
+        each = iter(self.next_slots(trajectories))
         for trajectory in trajectories:
             trajectory.slots = tuple(islice(each, trajectory.num_slots))
+            trajectory.first_slot = trajectory.slots[0]
+        del self._free[-sum(trajectory.num_slots for trajectory in trajectories) :]
 
     def release(self, trajectories: list[Trajectory]) -> None:
         """Frees the slots of the trajectories."""
@@ -68,15 +73,10 @@ class Slots:
         """Returns the first slot (B,) of each trajectory that has slots."""
         return self._transfers.upload([trajectory.slots[0] for trajectory in trajectories if trajectory.slots])
 
-    def finite_after(self, slots: Tensor, finite: Tensor) -> Tensor:
-        """Returns (B,) True for each slot whose values were finite in all steps. `finite` is the flag of this step."""
-        return self.finite[slots] & finite
-
     def write(self, slots: Tensor, **rows: Tensor) -> None:
         """Writes rows (B, ...) of the named tensors to the slots (B,), in place. Allocates no memory on the device."""
         for name, value in rows.items():
-            rows_of_slots = self.finite if name == "finite" else getattr(self.state, name)
-            rows_of_slots.index_copy_(0, slots, value)
+            getattr(self.state, name).index_copy_(0, slots, value)
 
     def write_errors(self, slots: Tensor, labels: Tensor, errors: Tensor) -> None:
         """Writes the errors (N,) of evaluations with these labels (N,) to the slots (N,) of their rows, in place."""
@@ -90,7 +90,6 @@ class Slots:
         size = len(self.state.seed)
         state = State(*(torch.cat([rows, torch.zeros_like(rows)]) for rows in self.state))
         error = torch.cat([self.error, torch.zeros_like(self.error)])
-        self.finite = torch.cat([self.finite, torch.ones_like(self.finite)])
         self.state, self.error = state, error
         self._free += range(size, 2 * size)
 
@@ -104,53 +103,55 @@ class Plans:
     def __init__(self, device: torch.device) -> None:
         self.table = torch.zeros(FIRST_PLAN_ROWS, PLAN_COLUMNS, device=device)  # (P, 7)
         self._starts: dict[tuple[str, str, int, tuple[int, ...]], int] = {}  # the key of a plan -> its first row
+        # The first row of a plan -> the number of its steps up to the last one that adds noise.
+        self.num_noisy: dict[int, int] = {}
         self._num_rows = 0
 
     def start_of(self, options: Options, schedule: Schedule) -> int:
         """Returns the first row of the plan for these options. Adds the plan to the table if it is missing."""
         key = (options.model, options.sampler, options.num_steps, options.path)
         if key not in self._starts:
-            plan = plan_of(schedule, *key[1:]).table(self.table.device)  # (num_steps, 7)
+            plan = plan_of(schedule, *key[1:]).table(torch.device("cpu"))  # (num_steps, 7)
+            noisy = plan[:, COLUMN_OF_S].nonzero().flatten().tolist()
             start, stop = self._num_rows, self._num_rows + len(plan)
             while stop > len(self.table):
                 self.table = torch.cat([self.table, torch.zeros_like(self.table)])
             self.table[start:stop] = plan
             self._starts[key], self._num_rows = start, stop
+            self.num_noisy[start] = 1 + noisy[-1] if noisy else 0
         return self._starts[key]
 
 
-def rows_of(trajectories: Sequence[Trajectory], null_label: int, shapes: Shapes, transfers: Transfers) -> Rows:
+Indices = tuple[list[int], list[int], list[int], list[int], list[int]]  # the fields of Rows in model/step.py
+
+
+def rows_of(trajectories: Sequence[Trajectory], null_label: int, transfers: Transfers) -> Rows:
+    """Returns the row indices for a call of one network, on the device."""
+    parts = indices_of(trajectories, null_label)
+    return Rows(*transfers.upload([index for part in parts for index in part]).split([len(part) for part in parts]))
+
+
+def indices_of(trajectories: Sequence[Trajectory], null_label: int) -> Indices:
     """Returns the row indices for a call of one network.
 
     A row can have further evaluations with other labels. A guided row has one with the null label. A comparison whose
     classes share x_t has one row, with one evaluation for each remaining class. A comparison whose classes have their
-    own x_t has one row for each remaining class. If shapes are rounded up, padding rows follow, and additional
-    evaluations of the first row follow the other evaluations. Their results are discarded.
+    own x_t has one row for each remaining class.
 
-    Example with exact shapes: three rows, of which row 1 is guided, have 4 evaluations. `source` is [0, 1, 2, 1] and
-    `second` is [0, 3, 2]: the second evaluation of row 1 is evaluation 3.
+    Example: three rows, of which row 1 is guided, have 4 evaluations. `source` is [0, 1, 2, 1] and `second` is
+    [0, 3, 2]: the second evaluation of row 1 is evaluation 3.
     """
-    assert all(trajectory.slots for trajectory in trajectories), "rows_of() needs trajectories with slots"
+    assert all(trajectory.slots for trajectory in trajectories), "indices_of() needs trajectories with slots"
     rows = [(slot, t.step, labels, t) for t in trajectories for slot, labels in labels_of(t, null_label)]
-    count = shapes.rows(len(rows))
-    padding = count - len(rows)
-    source, second = list(range(count)), list(range(count))
-    label = [labels[0] for _, _, labels, _ in rows] + [null_label] * padding
+    source, second = list(range(len(rows))), list(range(len(rows)))
+    label = [labels[0] for _, _, labels, _ in rows]
     for place, (_, _, labels, trajectory) in enumerate(rows):
         if len(labels) > 1:
             if not trajectory.comparison:
                 second[place] = len(source)
             source += [place] * (len(labels) - 1)
             label += labels[1:]
-    further = shapes.evaluations(count, len(source) - count) - len(source)
-    parts = (
-        [slot for slot, _, _, _ in rows] + [PADDING] * padding,
-        [step for _, step, _, _ in rows] + [0] * padding,
-        source + [0] * further,
-        label + [null_label] * further,
-        second,
-    )
-    return Rows(*transfers.upload([index for part in parts for index in part]).split([len(part) for part in parts]))
+    return [slot for slot, _, _, _ in rows], [step for _, step, _, _ in rows], source, label, second
 
 
 def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequence[int]]]:
@@ -163,3 +164,10 @@ def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequen
     digit = trajectory.digit
     label = null_label if digit is None else digit
     return [(slots[0], (label, null_label) if trajectory.network_evaluations == GUIDED_EVALUATIONS else (label,))]
+
+
+def plan_of(schedule: Schedule, process: Process, num_steps: int, path: Sequence[int]) -> Plan:
+    """Returns the plan for a path. For an empty path, returns the plan for `num_steps` steps from T to 0."""
+    if path or process not in SAMPLERS:
+        return plan_through(schedule, process, path)
+    return make_plan(schedule, process, num_steps)

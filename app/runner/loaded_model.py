@@ -1,6 +1,6 @@
 """A model that is loaded on the device: its checkpoint, its step program and its description."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,15 +17,11 @@ from model.recognition import Readout
 from model.sampler import (
     SAMPLERS,
     Guidance,
-    Plan,
     Process,
     Sampler,
-    make_plan,
-    plan_through,
     timesteps_along,
     timesteps_of,
 )
-from model.schedule import Schedule
 from model.step import ReverseStep, Step
 
 
@@ -89,10 +85,3 @@ def _steps_of(
         return guidance_of(process).steps_within(timesteps[:-1])
 
     return lambda options: steps(options.sampler, options.num_steps, options.path)
-
-
-def plan_of(schedule: Schedule, process: Process, num_steps: int, path: Sequence[int]) -> Plan:
-    """Returns the plan for a path. For an empty path, returns the plan for `num_steps` steps from T to 0."""
-    if path or process not in SAMPLERS:
-        return plan_through(schedule, process, path)
-    return make_plan(schedule, process, num_steps)

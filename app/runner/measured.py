@@ -4,19 +4,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.engine.batch import StepRows
-from app.engine.interface import Reading, Ready
-from app.engine.job import Job, Pixels, Trajectory
+from app.engine.interface import Reading
+from app.engine.job import Job, Pixels, StepRows, Trajectory
 from app.engine.step_times import StepTimes
-from app.runner.device_state import rows_of
-from app.runner.runner import BATCHES_AHEAD, Runner
+from app.runner.graphs.device import Array
+from app.runner.graphs.graph_runner import BATCHES, GraphRunner
 from model import checkpoint
 
 STEP_SECONDS = 3e-4  # the assumed duration of a step on a GPU
@@ -24,37 +23,120 @@ STEP_SECONDS = 3e-4  # the assumed duration of a step on a GPU
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "is_pinned", "_unsafe_view", "lift_fresh"}
 
 
-class SleepingRunner(Runner):
-    """Does the host's part of each step. Instead of the device's part it sleeps for STEP_SECONDS."""
+class SleepingDevice:
+    """A device whose steps take STEP_SECONDS and compute nothing. All other work runs on the CPU."""
 
     def __init__(self) -> None:
-        super().__init__(
-            {"default": checkpoint.load(checkpoint.SHIPPED)}, torch.device("cpu"), torch.bfloat16, runs_ahead=True
-        )
+        self.device = torch.device("cpu")
+        self._busy_until = 0.0
+
+    def enqueue(self, work: Callable[..., None], *arrays: Array) -> None:
+        """Runs the work."""
+        work(*map(torch.from_numpy, arrays))
+
+    def read(self, work: Callable[..., Tensor], *arrays: Array) -> "Done":
+        """Runs the work. Its result is known after the steps before it."""
+        return Done(self._busy_until, work(*map(torch.from_numpy, arrays)))
+
+    def capture(self, work: Callable[[], None]) -> "SleepingGraph":
+        """Returns a graph that only takes time. Drawing noise takes none."""
+        is_step = getattr(getattr(work, "func", None), "__name__", "") == "_run_step"
+        return SleepingGraph(self, STEP_SECONDS if is_step else 0.0)
+
+    def host_buffer(self, size: int) -> Tensor:
+        """Returns memory of the host."""
+        return torch.zeros(size, dtype=torch.int64)
+
+    def copy(self, buffer: Tensor, to: Tensor) -> None:
+        """Copies."""
+        to.copy_(buffer)
+
+    def record(self) -> "Done":
+        """Returns the end of the enqueued steps."""
+        return Done(self._busy_until)
+
+    def synchronize(self) -> None:
+        """Waits for the end of the enqueued steps."""
+        self.record().synchronize()
+
+    def add(self, seconds: float) -> None:
+        """Enqueues work that takes a time."""
+        self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SleepingGraph:
+    """A graph that takes a time."""
+
+    device: SleepingDevice
+    seconds: float
+
+    def replay(self) -> None:
+        """Enqueues the time."""
+        self.device.add(self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of the work that was enqueued before, and its result."""
+
+    at: float
+    result: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def query(self) -> bool:
+        """Returns True if the work has ended."""
+        return time.perf_counter() >= self.at
+
+    def synchronize(self) -> None:
+        """Sleeps until the work has ended. Other threads can run."""
+        time.sleep(max(0.0, self.at - time.perf_counter()))
+
+    def is_ready(self) -> bool:
+        """Returns `query`."""
+        return self.query()
+
+    def wait(self) -> Tensor:
+        """Returns the result when the work has ended."""
+        self.synchronize()
+        return self.result
+
+
+class EagerDevice(SleepingDevice):
+    """A device that runs the work of a graph on the CPU in each replay."""
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """Returns a graph that runs the work."""
+        return EagerGraph(work)
+
+
+@dataclass(frozen=True, slots=True)
+class EagerGraph:
+    """A graph that runs its work in each replay."""
+
+    replay: Callable[[], None]
+
+
+class SleepingRunner(GraphRunner):
+    """The runner of a GPU with a SleepingDevice."""
+
+    def __init__(self) -> None:
+        super().__init__({"default": checkpoint.load(checkpoint.SHIPPED)}, SleepingDevice(), torch.bfloat16)
         self.on_step: Callable[[], None] = lambda: None
         self.on_finish: Callable[[Sequence[Trajectory]], None] = lambda rows: None
-        self._image: Pixels = np.zeros(self.image_shape[1:], dtype=np.uint8)
 
     def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
-        """Assigns slots, makes the row indices, and sleeps."""
+        """Calls `on_step` and enqueues a step."""
         self.on_step()
-        trajectories = rows.trajectories
-        for trajectory in trajectories:
-            if not trajectory.slots:
-                trajectory.slots = (self._slots._free.pop(),)
-        rows_of(trajectories, 10, self._shapes, self._transfers)
-        before_call()
-        time.sleep(STEP_SECONDS)
-        return []
+        return super().step(rows, before_call)
 
     def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
-        """Returns black images."""
+        """Calls `on_finish` and reads black images."""
         self.on_finish(trajectories)
-        return Ready([self._image] * len(trajectories))
+        return super().pixels(trajectories)
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Returns the same duration for every size."""
-        return StepTimes(dict.fromkeys(BATCHES_AHEAD, STEP_SECONDS))
+        return StepTimes(dict.fromkeys(BATCHES, STEP_SECONDS))
 
 
 class Operations(TorchDispatchMode):
@@ -74,17 +156,26 @@ class Operations(TorchDispatchMode):
             self.part = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and func._schema.name.removeprefix("aten::") not in NO_KERNEL:
+        result = func(*args, **(kwargs or {}))
+        if _launches_kernel(func, args, result):
             self.counts[self.part] += 1
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _launches_kernel(func: Any, args: Any, result: Any) -> bool:
+    """Returns True unless an operation only allocates memory, or returns a view of its argument."""
+    if func._schema.name.removeprefix("aten::") in NO_KERNEL:
+        return False
+    if not isinstance(result, Tensor):
+        return not func.is_view
+    is_view = func.is_view and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+    return not is_view and result.numel() > 0
 
 
 def count_operations(job: Job) -> Counter[str]:
     """Returns the number of tensor operations of a step of a job's first image, for the network and for the rest."""
     torch.set_num_threads(1)
-    runner = Runner(
-        {"default": checkpoint.load(checkpoint.SHIPPED)}, torch.device("cpu"), torch.bfloat16, runs_ahead=True
-    )
+    runner = GraphRunner({"default": checkpoint.load(checkpoint.SHIPPED)}, EagerDevice(), torch.bfloat16)
     program, operations = runner._models["default"].program, Operations()
     denoise = program.denoise
 

@@ -13,20 +13,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from app.engine.batch import StepRows
 from app.engine.interface import DeviceLostError, ModelInfo, Reading, Ready, RunnerError
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Input, Pixels, Trajectory
+from app.engine.job import DEFAULT_MODEL, Input, Pixels, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
-from app.runner.device import choose_device, choose_dtype, choose_num_threads, device_errors
+from app.runner.device import device_errors
 from app.runner.device_state import Plans, Slots, labels_of, rows_of
 from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
-from app.runner.transfers import Shapes, Transfers
-from app.runner.warm_up import check_probe_image, measure_clip_call, measure_step_times, record_shapes
-from app.settings import Settings
-from model import checkpoint
-from model.checkpoint import Checkpoint, CheckpointError
+from app.runner.transfers import Transfers
+from app.runner.warm_up import check_probe_image, measure_clip_call, measure_step_times
+from model.checkpoint import Checkpoint
 from model.clip_guidance import guide_with_clip
 from model.compiled.compiler import CompilerError, compiled_step
 from model.compiled.kernel_cache import prepare_kernel_cache
@@ -38,10 +35,7 @@ from model.step import Rows, Stepped
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
-BATCHES_AHEAD = (*BATCHES, 128, 256, 512)  # the numbers of rows that are measured on a GPU
-# The initial number of slots. On a CPU it is the number that warm-up needs at the same time. On a GPU it is so large
-# that the slots need not grow, because a CUDA graph is valid for one size of its tensors only.
-FIRST_SLOTS, FIRST_SLOTS_AHEAD = sum(BATCHES), 2047
+FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
 
 
 class Runner:
@@ -59,50 +53,20 @@ class Runner:
         threads: ComputeThreads | None = None,
         *,
         clip: ClipModel | None = None,
-        runs_ahead: bool | None = None,
     ) -> None:
-        """If `runs_ahead` is True, the runner works as on a GPU: it rounds shapes and enqueues steps without waiting.
-
-        It then waits only for steps that finish an image. By default `runs_ahead` is True on a GPU only.
-        """
         self.clip = clip
         self.network_seconds = 0.0  # time spent in network calls
-        self._threads = threads or ComputeThreads((torch.get_num_threads(),))
-        self._runs_ahead = device.type == "cuda" if runs_ahead is None else runs_ahead
-        self._shapes, self._transfers = Shapes(exact=not self._runs_ahead), Transfers(device)
+        self.threads = threads or ComputeThreads((torch.get_num_threads(),))
+        self._transfers = Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
         self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
         # All tensors are made in inference mode, because a compiled step distinguishes inference tensors from others.
         with torch.inference_mode():
             self._plans = Plans(device)
-            count = FIRST_SLOTS_AHEAD if self._runs_ahead else FIRST_SLOTS
-            num_labels = 1 + max(info.num_classes for info in self.models.values())
-            self._slots = Slots(count, self.image_shape, device, self._transfers, num_labels)
+            self._slots = self._new_slots(num_labels=1 + max(info.num_classes for info in self.models.values()))
 
-    @classmethod
-    def load(cls, settings: Settings) -> "Runner":
-        """Returns the runner for these settings. Raises RunnerError with a message of one line if this fails."""
-        models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
-        if settings.fast_path:
-            models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
-            fast, default = (_shape_text(models[name]) for name in (FAST_MODEL, DEFAULT_MODEL))
-            if fast != default:
-                raise RunnerError(
-                    "UNFOG_FAST_CHECKPOINT and UNFOG_CHECKPOINT must have the same image shape, "
-                    f"but have {fast} and {default}"
-                )
-        device = choose_device(settings.device)
-        dtype = choose_dtype(settings.dtype, device)
-        wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
-        threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
-        runner = cls(models, device, dtype, threads)
-        prompts = [prompt for info in runner.models.values() for prompt in info.prompts]
-        runner.clip = ClipModel.load(settings.clip, device, list(dict.fromkeys(prompts)))
-        if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
-            runner._threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
-        if runner.clip:
-            runner.clip.wait_until_ready()  # Otherwise its start would take CPU time from the warm-up and the steps.
-        return runner
+    def _new_slots(self, num_labels: int) -> Slots:
+        return Slots(FIRST_SLOTS, self.image_shape, self.device, self._transfers, num_labels)
 
     def compile(self, cache: Path, *, must: bool) -> bool:
         """Compiles the step of each model. Returns True if this succeeds for all models.
@@ -128,6 +92,14 @@ class Runner:
         return all(model.info.compiled for model in self._models.values())
 
     @property
+    def has_idle_work(self) -> bool:
+        """Returns False: there is no work that can wait."""
+        return False
+
+    def idle(self) -> None:
+        """Does nothing."""
+
+    @property
     def models(self) -> dict[str, ModelInfo]:
         """Returns the served models by name."""
         return {name: model.info for name, model in self._models.items()}
@@ -142,9 +114,7 @@ class Runner:
 
         `before_call` is called immediately before each network call.
 
-        With `runs_ahead`, the values are checked in every step, but the result is only read in steps that finish a row.
-        All other steps return no rows. Raises OutOfMemoryError or DeviceLostError for device errors. Any
-        other error is a bug.
+        Raises OutOfMemoryError or DeviceLostError for device errors. Any other error is a bug.
         """
         start, on_core = time.perf_counter(), time.thread_time()
         trajectories = rows.trajectories
@@ -152,7 +122,7 @@ class Runner:
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
         not_finite = self._step(trajectories, by_model, before_call)
-        self._threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
+        self.threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
         return not_finite
 
     @torch.inference_mode()
@@ -164,16 +134,11 @@ class Runner:
     ) -> list[Trajectory]:
         """Computes all results before it writes state. So all memory is allocated before the first write."""
         rows = list(chain(*by_model.values()))
-        # Reading the flags waits for the device. If the host runs ahead, only steps that finish a row read them.
-        is_read = not self._runs_ahead or any(row.steps_left == 1 for row in rows)
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if not trajectory.slots])
             parts = [self._call(self._models[name], own, before_call) for name, own in by_model.items()]
-            finite = [part.finite for part in parts]
-            read = self._transfers.start_download(torch.cat(finite)) if is_read else None
+            read = self._transfers.start_download(torch.cat([part.finite for part in parts]))
             self._commit(parts)
-        if read is None:
-            return []
         try:
             flags = read().tolist()
         except Exception as error:
@@ -185,20 +150,16 @@ class Runner:
 
     def _call(self, model: LoadedModel, trajectories: list[Trajectory], before_call: Callable[[], None]) -> "_Part":
         """Calls one network. Returns the results of the rows."""
-        rows = rows_of(trajectories, model.program.null_label, self._shapes, self._transfers)
+        rows = rows_of(trajectories, model.program.null_label, self._transfers)
         before_call()
         start = time.perf_counter()
         stepped = model.step(self._slots.state, self._plans.table, rows)
         stepped = self._guide_with_clip(stepped, rows, trajectories)
         self.network_seconds += time.perf_counter() - start
-        count = sum(map(_num_rows, trajectories))  # the rows after these are padding
-        slots, finite = rows.slots[:count], stepped.finite[:count]
-        if self._runs_ahead:
-            finite = self._slots.finite_after(slots, finite)
         errors = None
         if any(trajectory.comparison for trajectory in trajectories):
             errors = rows.slots[rows.source], rows.label, stepped.error
-        return _Part(slots, stepped.x_prev[:count], stepped.x_0[:count], finite, errors)
+        return _Part(rows.slots, stepped.x_prev, stepped.x_0, stepped.finite, errors)
 
     def _guide_with_clip(self, stepped: Stepped, rows: Rows, trajectories: list[Trajectory]) -> Stepped:
         """Returns the results of a network call with CLIP guidance for the rows that have it in this step."""
@@ -224,12 +185,11 @@ class Runner:
         is_written = False
         try:
             for part in parts:
-                for name in ("x_t", "x_0", "finite"):
+                for name in ("x_t", "x_0"):
                     self._slots.write(part.slots, **{name: getattr(part, name)})
                     is_written = True
                 if part.errors:
                     self._slots.write_errors(*part.errors)
-            self._transfers.limit_steps_ahead()
         except Exception as error:
             if not is_written:
                 raise
@@ -291,18 +251,16 @@ class Runner:
         process uses a core during warm-up, all threads would wait for each other, and their times would not show which
         batch size is best. Raises RunnerError if a probe image differs.
         """
-        with self._threads.fixed(
-            self._threads.counts[-1]
+        with self.threads.fixed(
+            self.threads.counts[-1]
         ):  # With the smallest number of threads, a step is fast even if one core is busy.
             try:
                 self.check()
-                if self._runs_ahead:
-                    record_shapes(self, self.batches, should_stop)
             except CompilerError as error:  # On a GPU, the step is compiled during its first calls.
                 raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         measured = []
-        for count in self._threads.counts:
-            with self._threads.fixed(count):
+        for count in self.threads.counts:
+            with self.threads.fixed(count):
                 times = measure_step_times(self, self._time_step, self.batches, should_stop)
                 if self.clip:
                     times.clip_seconds = measure_clip_call(self.clip.clip, self.image_shape, should_stop)
@@ -319,17 +277,20 @@ class Runner:
 
         On a GPU both values are the whole duration.
         """
-        self._transfers.wait()
+        self._wait_for_device()
         start, on_core = time.perf_counter(), time.thread_time()
         self.step(StepRows.of(trajectories))
-        self._transfers.wait()
+        self._wait_for_device()
         seconds, on_core = time.perf_counter() - start, time.thread_time() - on_core
         return seconds, on_core if self.device.type == "cpu" else seconds
 
     @property
     def batches(self) -> tuple[int, ...]:
         """Returns the numbers of rows for which warm-up measures the step time."""
-        return BATCHES_AHEAD if self._runs_ahead else BATCHES
+        return BATCHES
+
+    def _wait_for_device(self) -> None:
+        self._transfers.wait()
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         """Assigns slots to the trajectories and writes their first x_t and their options there."""
@@ -385,14 +346,3 @@ class _Part(NamedTuple):
     x_0: Tensor  # (B, C, H, W)
     finite: Tensor  # (B,)
     errors: tuple[Tensor, Tensor, Tensor] | None  # slot, label and error (N,) of each evaluation, for comparisons
-
-
-def _shape_text(loaded: Checkpoint) -> str:
-    return "x".join(map(str, loaded.image_shape))
-
-
-def _load(path: Path, variable: str) -> Checkpoint:
-    try:
-        return checkpoint.load(path)
-    except CheckpointError as error:
-        raise RunnerError(f"{variable}: {error}") from error

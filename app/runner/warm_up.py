@@ -11,14 +11,12 @@ rounds. A round runs steps of every batch size. `measure_step_times` describes t
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
 
-from app.engine.batch import StepRows
 from app.engine.interface import ModelInfo, OutOfMemoryError, RunnerError, StepRunner
-from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, Trajectory
+from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.loaded_model import LoadedModel
 from model.clip import Clip
@@ -134,23 +132,6 @@ def _is_busy(rounds: Sequence[dict[int, tuple[float, float]]]) -> bool:
     """Returns True if another process competed for the core during these rounds."""
     steps = [step for times in rounds for step in times.values()]
     return sum(work for _, work in steps) < QUIET_SHARE * sum(seconds for seconds, _ in steps)
-
-
-def record_shapes(runner: StepRunner, batches: Sequence[int], should_stop: Callable[[], bool]) -> None:
-    """Runs steps of each model with each number of rows, with and without guidance.
-
-    On a GPU, the first steps of a shape are slow if the step is compiled, because they record a CUDA graph.
-    """
-    for info in runner.models.values():
-        for rows in batches:
-            for guided_steps in (range(0), range(info.max_steps))[: 1 + info.guidable]:
-                if should_stop():
-                    return
-                trajectories = _new_rows(info, rows, guided_steps)
-                with suppress(OutOfMemoryError):
-                    for _ in range(FEWEST_ROUNDS):
-                        runner.step(StepRows.of(trajectories))
-                runner.release(trajectories)
 
 
 def _time_round(

@@ -16,12 +16,12 @@ ahead-of-time compiler) generates C++ code from the graph, and the C++ compiler 
 - Failure: an unusable library is compiled again. If that fails too, `compiled_step` raises CompilerError. With
   UNFOG_COMPILE=auto the service then runs without compilation, with UNFOG_COMPILE=on it does not start.
 
-On a GPU, torch.compile is used instead, and compiles during the first calls.
+On a GPU, torch.compile is used instead, and compiles during the first calls. The runner captures these calls in CUDA
+graphs.
 """
 
 import ctypes
 import hashlib
-import importlib
 import logging
 import os
 import platform
@@ -96,7 +96,7 @@ def compiled_step(program: ReverseStep, cache: Path) -> Step:
     CompilerError if the step cannot be compiled. If the cache folder cannot be used, logs a warning and compiles.
     """
     if program.device.type != "cpu":
-        return _compiled_with_graphs(program, cache)
+        return _compiled_for_gpu(program, cache)
     library, reason = _cached_library(program, cache), None
     if library:
         try:
@@ -132,33 +132,28 @@ def _cached_library(program: ReverseStep, cache: Path) -> Path | None:
         return None
 
 
-def _compiled_with_graphs(program: ReverseStep, cache: Path) -> Step:
-    """Returns the step for a GPU, compiled by torch.compile with CUDA graphs.
+def _compiled_for_gpu(program: ReverseStep, cache: Path) -> Step:
+    """Returns the step for a GPU, compiled by torch.compile.
 
-    torch compiles one program for all batch sizes except 1, and records a CUDA graph for each batch size that occurs.
-    Kernels are cached in `cache`/gpu.
+    torch compiles one program for all batch sizes except 1. Kernels are cached in `cache`/gpu.
     """
     try:
         use_private_compile_cache(cache / GPU_FOLDER)
     except OSError as error:
         raise CompilerError(f"no folder for compiled kernels can be created: {error}") from error
-    with _quiet():  # The imports are here because they create the folder of the cache.
-        # Without this import, the first call imports the module and prints warnings.
-        importlib.import_module("torch._inductor.cudagraph_trees")
+    with _quiet():  # The import is here because it creates the folder of the cache.
         from torch._dynamo.exc import TorchDynamoException
 
     limits = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)  # the limit for all networks together
     limits.fail_on_recompile_limit_hit = True  # By default, torch continues without compilation.
-    compiled = torch.compile(FlatStep(program), mode="reduce-overhead", dynamic=True)
+    compiled = torch.compile(program.forward, dynamic=True)
 
     def step(state: State, plans: Tensor, rows: Rows) -> Stepped:
-        torch.compiler.cudagraph_mark_step_begin()
         try:
-            results = compiled(*state, plans, *rows)
+            return compiled(state, plans, rows)
         except TorchDynamoException as error:
             raise CompilerError(f"compiling failed: {error}".splitlines()[0]) from error
-        return Stepped(*(result.clone() for result in results))  # The next call overwrites the results.
 
     return step
 
@@ -296,7 +291,8 @@ def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     """Returns inputs for a step of three rows, two of which are guided. The third has known pixels."""
     state, rows = State.zeros(3, program.checkpoint.image_shape, program.device), torch.arange(3)
     state.x_t = torch.randn(state.x_t.shape, generator=torch.Generator().manual_seed(0))
-    state.known = torch.rand(state.known.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    state.known = torch.rand(state.x_t.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    state.is_known = torch.zeros_like(state.x_t, dtype=torch.bool)
     state.is_known[2, :, ::2] = True  # every second line
     t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 0.8, 0.3]])

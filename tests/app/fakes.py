@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from app.engine.backlog import Backlog
-from app.engine.batch import StepRows
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
 from app.engine.interface import ClipEmbedder, Evaluation, ModelInfo, Reading, Ready, TrainingFacts
-from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, Trajectory
+from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
 from model.clip import digit_prompt
@@ -137,6 +136,7 @@ class FakeRunner:
     clip: ClipEmbedder | None = None
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
+    has_idle_work: bool = False
 
     def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> Rows:
         trajectories = rows.trajectories
@@ -169,6 +169,9 @@ class FakeRunner:
     def release(self, trajectories: Rows) -> None:
         for trajectory in trajectories:
             self.held.pop(trajectory, None)
+
+    def idle(self) -> None:
+        raise AssertionError("the engine calls this only if there is work that can wait")
 
     def check(self) -> None:
         self.num_checks += 1

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from app import host_check
-from app.engine.batch import StepRows
+from app.engine.job import StepRows
 from app.host_check import SleepingRunner, measure_admission, measure_engine, new_job
 
 

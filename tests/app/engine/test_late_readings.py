@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from app import errors
 from app.api.requests import ClientGoneError
-from app.engine.batch import StepRows
 from app.engine.interface import DeviceLostError, OutOfMemoryError, Reading
-from app.engine.job import ImageDone, Job, Progress
+from app.engine.job import ImageDone, Job, Progress, StepRows
 from tests.app.fakes import (
     FakeRunner,
     Rows,

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.engine.batch import StepRows
-from app.engine.job import Job, JobRequest, Options, Pixels, Trajectory
+from app.engine.job import Job, JobRequest, Options, Pixels, StepRows, Trajectory
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from model.sampler import SAMPLERS, Guidance, Sampler
@@ -46,6 +45,7 @@ def step(runner: Runner, rows: list[Trajectory]) -> list[bool]:
         request = row.job.request
         guided_steps = runner.models[request.options.model].guided_steps_of(request.options)
         row.job.request = replace(request, guided_steps=guided_steps)
+        row.job.sizes = row.job.request.sizes
     not_finite = runner.step(StepRows.of(rows))
     for row in rows:
         row.step += 1

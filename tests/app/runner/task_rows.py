@@ -8,9 +8,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from app.engine.batch import StepRows
 from app.engine.interface import ModelInfo
-from app.engine.job import Input, Job, JobRequest, Options, Search, Trajectory
+from app.engine.job import Input, Job, JobRequest, Options, Search, StepRows, Trajectory
 from app.runner.runner import Runner
 from model.denoising import NoisyComparison, comparison_path, noise_levels
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
@@ -112,6 +111,7 @@ def drawings(info: ModelInfo) -> list[Trajectory]:
     rows = mixed_rows()
     for row in rows:
         row.job.request = replace(row.job.request, guided_steps=info.guided_steps_of(row.options))
+        row.job.sizes = row.job.request.sizes
     return rows
 
 

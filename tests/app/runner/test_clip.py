@@ -12,7 +12,7 @@ from PIL import Image
 from app.engine.interface import RunnerError
 from app.runner.clip import ClipModel
 from app.runner.clip_process import ClipProcess
-from app.runner.runner import Runner
+from app.runner.load import load_runner
 from app.settings import Settings
 from model.clip import EMBEDDED, Clip, digit_prompt
 from tests.app.runner.rows import CPU
@@ -98,13 +98,13 @@ def test_runner_loads_the_model_of_the_setting(monkeypatch: pytest.MonkeyPatch) 
         asked.append((setting, device.type, prompts))
 
     monkeypatch.setattr(ClipModel, "load", load)
-    assert Runner.load(Settings(device="cpu", compile="off", clip="a:b")).clip is None
+    assert load_runner(Settings(device="cpu", compile="off", clip="a:b")).clip is None
     assert asked == [("a:b", "cpu", [digit_prompt(digit) for digit in range(10)])]
 
 
 def test_child_process_is_ready_when_the_runner_is_loaded() -> None:
     """Otherwise its start would take CPU time from the warm-up and from the first steps."""
-    runner = Runner.load(Settings(device="cpu", compile="off", clip="auto"))
+    runner = load_runner(Settings(device="cpu", compile="off", clip="auto"))
     assert runner.clip
     (policy,) = {
         os.sched_getscheduler(int(path.name)) for path in Path(f"/proc/{runner.clip.process.pid}/task").iterdir()

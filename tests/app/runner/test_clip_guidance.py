@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.batch import StepRows
-from app.engine.job import ClipTarget, Job, JobRequest, Options, Pixels, Trajectory
+from app.engine.job import ClipTarget, Job, JobRequest, Options, Pixels, StepRows, Trajectory
 from app.runner.clip import ClipModel
+from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.runner import Runner
 from app.runner.warm_up import CLIP_ROUNDS
 from model import process
@@ -18,6 +18,7 @@ from model.clip import Clip, digit_prompt
 from model.clip_guidance import CALL_ROWS, ClipGuidance, ClipGuidedStep
 from model.pixels import to_pixels
 from model.sampler import SAMPLERS, Sampler, make_plan
+from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import CPU, DTYPES, GUIDANCE, draw, equal, mixed_rows, rows_of
 
 pytest.importorskip("open_clip")
@@ -28,8 +29,8 @@ def clip() -> Clip:
     return Clip()
 
 
-def runner_with_clip(loaded: Checkpoint, clip: Clip, dtype: torch.dtype, *, runs_ahead: bool = False) -> Runner:
-    return Runner({"default": loaded}, CPU, dtype, runs_ahead=runs_ahead, clip=ClipModel(clip))
+def runner_with_clip(loaded: Checkpoint, clip: Clip, dtype: torch.dtype) -> Runner:
+    return Runner({"default": loaded}, CPU, dtype, clip=ClipModel(clip))
 
 
 def guided_rows(
@@ -90,12 +91,13 @@ def test_images_equal_those_of_the_offline_process(loaded: Checkpoint, clip: Cli
     assert not equal(found, draw(runner, rows_of(3, num_steps=12, sampler=sampler, guidance_scale=GUIDANCE.scale)))
 
 
-def test_images_are_the_same_if_the_runner_runs_ahead(loaded: Checkpoint, clip: Clip) -> None:
-    def drawn(*, runs_ahead: bool) -> list[Pixels]:
-        runner = runner_with_clip(copy.deepcopy(loaded), clip, torch.float32, runs_ahead=runs_ahead)
+def test_images_are_the_same_on_graphs(loaded: Checkpoint, clip: Clip) -> None:
+    def drawn(runner: Runner) -> list[Pixels]:
         return draw(runner, [*mixed_guided_rows(runner, clip), *mixed_rows()], max_batch=7)
 
-    assert equal(drawn(runs_ahead=True), drawn(runs_ahead=False))
+    models = {"default": copy.deepcopy(loaded)}
+    on_graphs = GraphRunner(models, LateDevice(), torch.float32, clip=ClipModel(clip), num_slots=64, most_rows=8)
+    assert equal(drawn(on_graphs), drawn(runner_with_clip(loaded, clip, torch.float32)))
 
 
 def test_row_whose_gradient_is_not_finite_fails_alone(loaded: Checkpoint, clip: Clip) -> None:
@@ -125,7 +127,7 @@ def test_warm_up_measures_a_call_of_clip(loaded: Checkpoint, clip: Clip, monkeyp
     times = runner.warm_up(lambda: False)
     assert times.clip_seconds > 0
     assert times.clip_evaluations >= 1
-    assert calls == [CALL_ROWS] * CLIP_ROUNDS * len(runner._threads.counts)
+    assert calls == [CALL_ROWS] * CLIP_ROUNDS * len(runner.threads.counts)
 
 
 def test_service_without_clip_has_no_duration_of_a_call(loaded: Checkpoint) -> None:

@@ -12,12 +12,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.engine.batch import StepRows
 from app.engine.interface import DeviceLostError, OutOfMemoryError
-from app.engine.job import Options, Trajectory
+from app.engine.job import Options, StepRows, Trajectory
 from app.runner.device import device_errors
 from app.runner.device_state import Plans, Slots
-from app.runner.runner import Runner
 from app.runner.transfers import Transfers
 from model.checkpoint import Checkpoint
 from model.pixels import to_pixels
@@ -186,16 +184,15 @@ class OutOfMemoryAt(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("runs_ahead", [False, True])
-def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: Checkpoint, runs_ahead: bool) -> None:
+def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: Checkpoint) -> None:
     """All memory is allocated before the first write. DeviceLostError is raised only by a later write or read."""
-    runner, rows = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=runs_ahead), rows_of(2, num_steps=2)
+    runner, rows = new_runner(loaded), rows_of(2, num_steps=2)
     step(runner, rows)
-    parts = [*runner._slots.state, runner._slots.finite]
+    parts = [*runner._slots.state]
     before = [part.clone() for part in parts]
     with OutOfMemoryAt(-1) as counted, torch.inference_mode():
         runner.step(StepRows.of(rows))
-    assert counted.calls[WRITE] == 3  # one write each for x_t, x_0 and finite
+    assert counted.calls[WRITE] == 2  # one write each for x_t and x_0
     device_lost_after = Counter[str]()
     for number in range(counted.count):
         with torch.inference_mode():
@@ -207,7 +204,7 @@ def test_out_of_memory_in_a_step_keeps_the_state_or_raises_device_lost(loaded: C
             device_lost_after[mode.last] += 1
         else:
             assert all(torch.equal(part, value_before) for part, value_before in zip(parts, before, strict=True))
-    assert device_lost_after.pop(WRITE) == 2  # the second and the third write
+    assert device_lost_after.pop(WRITE) == 1  # the second write
     assert set(device_lost_after) <= READS  # the operations that read the flags on the host
 
 
@@ -229,12 +226,10 @@ def test_out_of_memory_while_slots_grow_does_not_change_them(loaded: Checkpoint)
         assert not any(row.slots for row in rows)
         attempt(slots, rows, -1)
         assert slots.state.seed[[row.slots[0] for row in rows]].tolist() == [0, 1, 2]
-        assert len(slots.finite) == len(slots.state.seed) == 1 + len(slots._free) + len(rows)
+        assert len(slots.error) == len(slots.state.seed) == 1 + len(slots._free) + len(rows)
 
 
-@pytest.mark.parametrize(
-    ("num_writes", "expected"), [(0, OutOfMemoryError), (1, DeviceLostError), (2, DeviceLostError)]
-)
+@pytest.mark.parametrize(("num_writes", "expected"), [(0, OutOfMemoryError), (1, DeviceLostError)])
 def test_failed_write_raises_device_lost_only_after_another_write(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, num_writes: int, expected: type[Exception]
 ) -> None:
@@ -257,7 +252,7 @@ def test_copy_of_finite_flags_is_allocated_before_state_is_written(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The copy needs pinned memory, which can run out."""
-    runner, rows = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True), rows_of(2, num_steps=1)
+    runner, rows = new_runner(loaded), rows_of(2, num_steps=1)
     expected = draw(new_runner(loaded), rows_of(2, num_steps=1))
     start_download = runner._transfers.start_download
 
@@ -272,7 +267,7 @@ def test_copy_of_finite_flags_is_allocated_before_state_is_written(
 
 
 def test_error_of_an_enqueued_step_raises_device_lost(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
+    runner = new_runner(loaded)
 
     def wait() -> Tensor:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")

@@ -1,4 +1,4 @@
-"""Tests of Runner.load, which loads the models of the settings or raises an error of one line."""
+"""Tests of load_runner(), which loads the models of the settings or raises an error of one line."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from app.engine.interface import RunnerError
 from app.runner.device import choose_device, choose_dtype
+from app.runner.load import load_runner
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint
@@ -26,7 +27,7 @@ def without_clip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: Checkpoint) -> None:
-    info = Runner.load(Settings(checkpoint=path, device="cpu", dtype="bfloat16", compile="off")).models["default"]
+    info = load_runner(Settings(checkpoint=path, device="cpu", dtype="bfloat16", compile="off")).models["default"]
     assert (info.name, info.sha256, info.device, info.dtype) == ("default", loaded.sha256, "cpu", "bfloat16")
     assert (info.max_steps, info.samplers, info.guidance_scale, info.guidable) == (
         100,
@@ -46,7 +47,7 @@ def test_number_of_threads_is_limited_if_compilation_fails(
     before = torch.get_num_threads()
     torch.set_num_threads(8)
     try:
-        Runner.load(Settings(checkpoint=path, device="cpu", dtype="float32", cache_dir=tmp_path))
+        load_runner(Settings(checkpoint=path, device="cpu", dtype="float32", cache_dir=tmp_path))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -64,11 +65,11 @@ def test_model_trained_without_dropped_labels_is_not_guidable(loaded: Checkpoint
 
 def test_error_for_a_missing_checkpoint_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"nothing\.safetensors cannot be read"):
-        Runner.load(Settings(checkpoint=tmp_path / "nothing.safetensors"))
+        load_runner(Settings(checkpoint=tmp_path / "nothing.safetensors"))
 
 
 def test_fast_checkpoint_is_served_as_a_second_model(path: Path) -> None:
-    models = Runner.load(Settings(checkpoint=path, fast_checkpoint=path, device="cpu", compile="off")).models
+    models = load_runner(Settings(checkpoint=path, fast_checkpoint=path, device="cpu", compile="off")).models
     assert list(models) == ["default", "fast"]
     assert models["fast"].name == "fast"
 
@@ -79,12 +80,12 @@ def test_error_for_a_different_image_shape_has_both_shapes(path: Path, tmp_path:
     file = tmp_path / "larger.safetensors"
     checkpoint.save(file, network, CheckpointConfig(unet=network.config, schedule=ScheduleConfig()))
     with pytest.raises(RunnerError, match=f"must have the same image shape, but have 1x{size}x{size} and "):
-        Runner.load(Settings(checkpoint=path, fast_checkpoint=file, device="cpu"))
+        load_runner(Settings(checkpoint=path, fast_checkpoint=file, device="cpu"))
 
 
 def test_error_for_a_missing_fast_checkpoint_names_its_setting(path: Path, tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match=r"UNFOG_FAST_CHECKPOINT: .*nothing\.safetensors cannot be read"):
-        Runner.load(Settings(checkpoint=path, fast_checkpoint=tmp_path / "nothing.safetensors"))
+        load_runner(Settings(checkpoint=path, fast_checkpoint=tmp_path / "nothing.safetensors"))
 
 
 def test_error_for_an_unknown_device_names_the_setting() -> None:

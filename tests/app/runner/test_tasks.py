@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.batch import StepRows
 from app.engine.interface import OutOfMemoryError
-from app.engine.job import Trajectory
-from app.runner.device_state import PADDING
-from app.runner.runner import Runner
+from app.engine.job import StepRows, Trajectory
 from model.checkpoint import Checkpoint
 from model.comparison import compare
 from model.inpainting import ClassDistances
@@ -19,7 +16,7 @@ from model.pixels import to_pixels
 from model.process import Start, draw
 from model.recognition import recognise
 from model.sampler import Guidance, plan_through
-from tests.app.runner.rows import CPU, DTYPES, GUIDANCE, new_runner
+from tests.app.runner.rows import DTYPES, GUIDANCE, new_runner
 from tests.app.runner.task_rows import (
     NUM_PAIRS,
     Outcome,
@@ -157,16 +154,15 @@ def test_errors_of_a_search_equal_those_of_the_offline_search(
     assert len({each for each in sums[0] if each < float("inf")}) > 1
 
 
-@pytest.mark.parametrize("runs_ahead", [False, True])
-def test_out_of_memory_while_rows_with_inputs_begin_changes_no_row(loaded: Checkpoint, runs_ahead: bool) -> None:
-    runner = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=runs_ahead)
+def test_out_of_memory_while_rows_with_inputs_begin_changes_no_row(loaded: Checkpoint) -> None:
+    runner = new_runner(loaded)
     info = runner.models["default"]
 
     def earlier() -> list[Trajectory]:
         return [*edit_rows(info, 3), *inpaint_rows(info, 5), *recognition_rows(info, 9)]
 
     def later() -> list[Trajectory]:
-        return [*edit_rows(info, 4, t=30 + runs_ahead), *inpaint_rows(info, 6), *recognition_rows(info, 10, 5)]
+        return [*edit_rows(info, 4, t=30), *inpaint_rows(info, 6), *recognition_rows(info, 10, 5)]
 
     expected = finish(runner, earlier())
     rows, new_rows, failed = earlier(), later(), 0
@@ -212,37 +208,6 @@ def test_step_that_fails_keeps_the_errors_of_the_step_before(
             runner.step(StepRows.of(rows))
     assert runner.errors(rows).wait() == before
     assert tuple(before[0]) == expected[0][1][0]
-
-
-@pytest.mark.parametrize("max_batch", [64, 7])
-def test_rows_of_all_tasks_have_the_same_values_if_the_runner_runs_ahead(loaded: Checkpoint, max_batch: int) -> None:
-    ahead = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
-    info = ahead.models["default"]
-    before = [part[PADDING].clone() for part in ahead._slots.state]
-    outcomes = finish(ahead, all_rows(info), max_batch, order=2)
-    assert outcomes == finish(new_runner(loaded), all_rows(info))
-    assert all(torch.equal(part[PADDING], same) for part, same in zip(ahead._slots.state, before, strict=True))
-
-
-def test_every_evaluation_of_a_recognition_row_has_its_class_if_the_runner_runs_ahead(loaded: Checkpoint) -> None:
-    """A row with 10 evaluations is padded to 16, and 3 rows are padded to 4."""
-    ahead = Runner({"default": loaded}, CPU, torch.float32, runs_ahead=True)
-    info, shapes = ahead.models["default"], list[tuple[int, int]]()
-    model = ahead._models["default"]
-    original = model.step
-
-    def record_shape(*parts: object) -> object:
-        rows = parts[-1]
-        shapes.append((len(rows.slots), len(rows.source)))  # type: ignore[attr-defined] # the rows of a step
-        return original(*parts)  # type: ignore[arg-type]
-
-    model.step = record_shape  # type: ignore[assignment]
-    one = recognition_rows(info, 9)
-    three = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
-    assert not ahead.step(StepRows.of(one))
-    assert not ahead.step(StepRows.of(three))
-    assert shapes == [(1, 16), (4, 32)]
-    assert [len(errors) for errors in ahead.errors(three).wait()] == [info.num_classes] * 3
 
 
 def test_row_with_nan_does_not_change_rows_with_known_pixels(loaded: Checkpoint) -> None:

@@ -4,9 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from app.engine.batch import StepRows
 from app.engine.interface import OutOfMemoryError
-from app.engine.job import Trajectory
+from app.engine.job import StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner import warm_up
 from app.runner.warm_up import (

@@ -13,7 +13,7 @@ import torch
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.scripts.training.fake_graph import tensors
+from tests.tape import tensors
 
 
 def depends_on_values(func: OpOverload, args: tuple[Any, ...]) -> bool:

@@ -1,0 +1,66 @@
+"""The shapes for which graphs exist. A step is padded to the next one.
+
+A shape has a number of rows, and a number of further evaluations of these rows: one for each guided row, and those of
+further classes. Both numbers are bucketed on their own, so that a step with one guided row is not twice as wide.
+Neighbouring buckets differ by at most 25%: 1, 2, 3, ... 8, 10, 12, 14, 16, 20, 24, ...
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MANTISSA_BITS = 2  # number of buckets between two powers of two: 2 to the power of this
+
+
+class Shape(NamedTuple):
+    """The shape of the graph of a step."""
+
+    rows: int
+    further: int  # number of evaluations in addition to the first ones of the rows
+    has_known: bool  # True if rows may have known pixels or compare the classes
+
+    @property
+    def evaluations(self) -> int:
+        """Returns the number of evaluations of the network."""
+        return self.rows + self.further
+
+    def holds(self, other: "Shape") -> bool:
+        """Returns True if a step of the other shape can be padded to this shape."""
+        has_known = self.has_known or not other.has_known
+        return has_known and self.rows >= other.rows and self.further >= other.further
+
+
+def bucket(count: int) -> int:
+    """Returns the smallest bucket that is at least `count`. The bucket of 0 is 0."""
+    if count <= 1 << (MANTISSA_BITS + 1):
+        return count
+    unit = 1 << ((count - 1).bit_length() - MANTISSA_BITS - 1)
+    return -(-count // unit) * unit
+
+
+def buckets(most: int) -> list[int]:
+    """Returns all buckets from 1 to that of `most`."""
+    found = [bucket(1)]
+    while found[-1] < most:
+        found.append(bucket(found[-1] + 1))
+    return found
+
+
+def padded(rows: int, further: int, *, has_known: bool) -> Shape:
+    """Returns the shape to which a step is padded. Padding adds less than 25% to each number."""
+    return Shape(bucket(rows), bucket(further), has_known)
+
+
+def first_shapes(most_rows: int) -> Iterator[Shape]:
+    """Yields the shapes that are needed for the first requests: powers of two, without and with guidance."""
+    rows = 1
+    while rows <= most_rows:
+        yield Shape(rows, 0, has_known=False)
+        yield Shape(rows, rows, has_known=False)
+        rows *= 2
+
+
+def all_shapes(most_rows: int) -> Iterator[Shape]:
+    """Yields all shapes of images without known pixels, small ones first."""
+    for rows in buckets(most_rows):
+        for further in (0, *buckets(rows)):
+            yield Shape(rows, further, has_known=False)

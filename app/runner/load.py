@@ -1,0 +1,62 @@
+"""Loads the models of the settings onto the device."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from app.engine.interface import RunnerError
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.runner.clip import ClipModel
+from app.runner.device import choose_device, choose_dtype, choose_num_threads
+from app.runner.graphs.device import CudaDevice
+from app.runner.graphs.graph_runner import GraphRunner
+from app.runner.runner import Runner
+from app.runner.threads import ComputeThreads
+from app.settings import Settings
+from model import checkpoint
+from model.checkpoint import Checkpoint, CheckpointError
+
+
+def load_runner(settings: Settings) -> Runner:
+    """Returns the runner for these settings. Raises RunnerError with a message of one line if this fails."""
+    models = {DEFAULT_MODEL: _load(settings.checkpoint, "UNFOG_CHECKPOINT")}
+    if settings.fast_path:
+        models[FAST_MODEL] = _load(settings.fast_path, "UNFOG_FAST_CHECKPOINT")
+        fast, default = (_shape_text(models[name]) for name in (FAST_MODEL, DEFAULT_MODEL))
+        if fast != default:
+            raise RunnerError(
+                "UNFOG_FAST_CHECKPOINT and UNFOG_CHECKPOINT must have the same image shape, "
+                f"but have {fast} and {default}"
+            )
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
+    threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
+    runner = _new_runner(models, device, dtype, threads, graphs=settings.compile != "off")
+    prompts = [prompt for info in runner.models.values() for prompt in info.prompts]
+    runner.clip = ClipModel.load(settings.clip, device, list(dict.fromkeys(prompts)))
+    if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
+        runner.threads = choose_num_threads(settings.num_threads, device, dtype, compiled=False)
+    if runner.clip:
+        runner.clip.wait_until_ready()  # Otherwise its start would take CPU time from the warm-up and the steps.
+    return runner
+
+
+def _new_runner(
+    models: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype, threads: ComputeThreads, *, graphs: bool
+) -> Runner:
+    if device.type == "cuda" and graphs:
+        return GraphRunner(models, CudaDevice(device), dtype)
+    return Runner(models, device, dtype, threads)
+
+
+def _shape_text(loaded: Checkpoint) -> str:
+    return "x".join(map(str, loaded.image_shape))
+
+
+def _load(path: Path, variable: str) -> Checkpoint:
+    try:
+        return checkpoint.load(path)
+    except CheckpointError as error:
+        raise RunnerError(f"{variable}: {error}") from error

@@ -1,0 +1,54 @@
+"""Tests of the work that the runner does while no rows take steps."""
+
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+
+from app.engine import engine as engine_module
+from tests.app.fakes import FakeRunner, images, new_engine, new_job, opened, running, same
+
+
+@dataclass
+class RunnerWithIdleWork(FakeRunner):
+    pieces: int = 3
+    done: list[int] = field(default_factory=list)
+    all_done: threading.Event = field(default_factory=threading.Event)
+
+    has_idle_work: bool = True
+
+    def idle(self) -> None:
+        self.done.append(len(self.calls))
+        if len(self.done) == self.pieces:
+            self.has_idle_work = False
+            self.all_done.set()
+
+
+def test_idle_engine_does_all_work_that_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
+    runner = RunnerWithIdleWork()
+    with running(new_engine(runner)) as engine:
+        engine.ready.result()
+        assert runner.all_done.wait(60)
+        job = new_job(2)
+        engine.submit(job)
+        assert same(job.future.result(60), images(job))
+    assert len(runner.done) == 3
+
+
+def test_steps_come_before_work_that_can_wait() -> None:
+    runner = RunnerWithIdleWork()
+    engine = opened(new_engine(runner))
+    job = new_job(1, num_steps=4)
+    engine.submit(job)
+    while engine.backlog.jobs:
+        engine._tick()
+    assert runner.done == []
+
+
+def test_engine_stops_while_there_is_work_that_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
+    runner = RunnerWithIdleWork(pieces=10**9)
+    with running(new_engine(runner)) as engine:
+        engine.ready.result()
+    assert not engine.backlog.jobs

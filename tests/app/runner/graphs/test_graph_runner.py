@@ -1,0 +1,139 @@
+"""Compares the graph runner on a late device with the runner of a CPU, bit by bit."""
+
+import copy
+import random
+
+import pytest
+import torch
+
+from app.runner.graphs.graph_runner import GraphRunner
+from app.runner.graphs.shapes import Shape
+from model.checkpoint import Checkpoint
+from tests.app.runner.late_device import LateDevice
+from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def on_graphs(loaded: Checkpoint, dtype: torch.dtype = torch.float32, seed: int = 0, **options: int) -> GraphRunner:
+    options = {"num_slots": 64, "most_rows": 8, **options}
+    return GraphRunner({"default": copy.deepcopy(loaded)}, LateDevice(seed), dtype, **options)
+
+
+@DTYPES
+@pytest.mark.parametrize("max_batch", [64, 7, 1])
+def test_images_are_those_of_the_cpu_runner(loaded: Checkpoint, dtype: torch.dtype, max_batch: int) -> None:
+    expected = draw(new_runner(copy.deepcopy(loaded), dtype), mixed_rows())
+    assert equal(draw(on_graphs(loaded, dtype, max_batch), mixed_rows(), max_batch), expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_join_and_leave_at_random_have_the_bits_of_the_cpu_runner(loaded: Checkpoint, seed: int) -> None:
+    choose, runner = random.Random(seed), on_graphs(loaded, seed=seed)
+    rows = mixed_rows()
+    expected = dict(zip(rows, draw(new_runner(loaded), rows), strict=True))
+    for row in rows:
+        row.step = 0
+    readings = []
+    while left := [row for row in rows if row.steps_left]:
+        chosen = choose.sample(left, choose.randint(1, len(left)))
+        assert all(step(runner, chosen))
+        ended = [row for row in chosen if not row.steps_left]
+        readings.append((ended, runner.pixels(ended)))
+        runner.release(ended)  # the slots are used again before the device has read them
+    for ended, reading in readings:
+        assert equal(reading.wait(), [expected[row] for row in ended])
+
+
+def test_host_waits_only_to_limit_the_steps_ahead(loaded: Checkpoint) -> None:
+    device = LateDevice(most_queued=10**6)  # does nothing on its own
+    runner = GraphRunner({"default": loaded}, device, torch.float32, num_slots=64, most_rows=8)
+    short, long = rows_of(3, num_steps=2), rows_of(2, num_steps=20)
+    step(runner, [*short, *long])
+    device.synchronize()
+    before = device.num_waits
+    step(runner, [*short, *long])
+    reading = runner.pixels(short)
+    runner.release(short)
+    assert device.num_waits == before
+    assert not reading.is_ready()
+    for k in range(3, 12):
+        step(runner, long)
+        assert device.num_waits - before == max(0, k - 4)  # the capture of a graph in step 3 has done all work
+    assert reading.is_ready()
+
+
+def test_row_with_nan_fails_alone_when_it_is_read(loaded: Checkpoint) -> None:
+    loaded.network.class_embed.weight[3] = torch.nan
+    runner = on_graphs(loaded)
+    rows = [*rows_of(digit=2, num_steps=3), *rows_of(digit=3, num_steps=3), *rows_of(digit=4, num_steps=4)]
+    for _ in range(3):
+        assert step(runner, rows) == [True] * 3
+    images = runner.pixels(rows).wait()
+    assert [image is None for image in images] == [False, True, False]
+    runner.release(rows)
+    healthy = rows_of(3, digit=2, num_steps=1)  # One of these slots was used by a row with NaN.
+    step(runner, healthy)
+    assert all(image is not None for image in runner.pixels(healthy).wait())
+
+
+def test_noise_of_long_paths_is_drawn_again(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, again = rows_of(3, num_steps=12), rows_of(3, num_steps=12)
+    expected = draw(new_runner(loaded), rows)
+    runner = on_graphs(loaded)
+    runner._slots.noise_steps = 5  # the noise of five steps, and that of x_T
+    runner._slots.state.noise = runner._slots.state.noise[:, :6].contiguous()
+    assert equal(draw(runner, again), expected)
+
+
+def test_graphs_are_captured_again_after_the_slots_have_grown(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, num_slots=2)
+    rows = [*rows_of(2, num_steps=6), *rows_of(3, num_steps=4, seed=5)]
+    expected = draw(new_runner(loaded), [*rows_of(2, num_steps=6), *rows_of(3, num_steps=4, seed=5)])
+    step(runner, rows[:2])
+    step(runner, rows[:2])
+    assert equal(draw(runner, rows), expected)
+    assert len(runner._slots.finite) == len(runner._slots.state.seed) == 6
+    assert runner._slots.version == 1
+
+
+def test_larger_graph_is_used_until_the_exact_one_is_captured(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded)
+    draw(runner, rows_of(4, num_steps=2))
+    assert set(runner._steps) == {("default", Shape(4, 0, has_known=False))}
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=2))
+    assert equal(draw(runner, rows_of(3, num_steps=2)), expected)
+    assert set(runner._steps) == {("default", Shape(4, 0, has_known=False))}
+    while runner.has_idle_work:
+        runner.idle()
+    assert ("default", Shape(3, 0, has_known=False)) in runner._steps
+    assert equal(draw(runner, rows_of(3, num_steps=2)), expected)
+
+
+def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, most_rows=4)
+    runner.warm_up(lambda: False)
+    assert {shape for _, shape in runner._steps} == {
+        Shape(rows, further, has_known=False) for rows in (1, 2, 4) for further in (0, rows)
+    }
+    free = len(runner._slots._free)
+    while runner.has_idle_work:
+        runner.idle()
+    assert len(list(runner._steps)) == 2 + 3 + 4 + 5
+    assert len(runner._slots._free) == free == 64
+
+
+def test_previews_of_rows_without_a_step_are_black(loaded: Checkpoint) -> None:
+    runner, rows = on_graphs(loaded), rows_of(2, num_steps=3)
+    step(runner, rows[:1])
+    expected = new_runner(loaded)
+    other = rows_of(2, num_steps=3)
+    step(expected, other[:1])
+    pairs, of_cpu = runner.pixels_with_x_t(rows).wait(), expected.pixels_with_x_t(other).wait()
+    assert all(equal(a, b) for a, b in zip(pairs, of_cpu, strict=True))
+    assert equal(runner.pixels(rows).wait(), expected.pixels(other).wait())
+    assert not pairs[1][0].any()
+
+
+def test_probe_image_is_checked_on_graphs(loaded: Checkpoint) -> None:
+    on_graphs(loaded).check()

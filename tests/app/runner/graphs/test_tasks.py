@@ -1,0 +1,39 @@
+"""Tests that rows of all tasks have the same values on graphs as on a CPU."""
+
+import copy
+
+import pytest
+import torch
+
+from app.engine.job import StepRows
+from app.runner.graphs.graph_runner import GraphRunner
+from app.runner.graphs.shapes import Shape
+from model.checkpoint import Checkpoint
+from tests.app.runner.late_device import LateDevice
+from tests.app.runner.rows import new_runner
+from tests.app.runner.task_rows import all_rows, finish, recognition_rows
+
+
+def on_graphs(loaded: Checkpoint) -> GraphRunner:
+    models = {"default": copy.deepcopy(loaded)}
+    return GraphRunner(models, LateDevice(), torch.float32, num_slots=128, most_rows=8)
+
+
+@pytest.mark.parametrize("max_batch", [64, 7])
+def test_rows_of_all_tasks_have_the_values_of_the_cpu_runner(loaded: Checkpoint, max_batch: int) -> None:
+    runner = on_graphs(loaded)
+    info = runner.models["default"]
+    assert finish(runner, all_rows(info), max_batch, order=2) == finish(new_runner(loaded), all_rows(info))
+
+
+def test_every_evaluation_of_a_recognition_row_has_its_class(loaded: Checkpoint) -> None:
+    """Three rows with 10 evaluations each have 27 further evaluations, which are padded to 28."""
+    runner = on_graphs(loaded)
+    info = runner.models["default"]
+    rows = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
+    runner.step(StepRows.of(rows))
+    assert set(runner._steps) == {("default", Shape(3, 28, has_known=True))}
+    expected = new_runner(loaded)
+    same_rows = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
+    expected.step(StepRows.of(same_rows))
+    assert runner.errors(rows).wait() == expected.errors(same_rows).wait()
