@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.context import CLIENT_GONE, RequestContext, context_of
-from app.api.images import encode_base64, encode_image, encode_preview
+from app.api.images import encode_base64, encode_image
 from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent, Timing
 from app.engine.job import ImageDone, Job, Pixels, Progress
@@ -245,7 +245,7 @@ class EventStream(Response):
 
 
 def _encode_all(images: list[Pixels]) -> list[str]:
-    return [encode_base64(encode_preview(pixels)) for pixels in images]
+    return [encode_base64(encode_image(pixels)) for pixels in images]
 
 
 async def _send_part(send: Send, text: str) -> None:
