@@ -102,8 +102,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         open_files = page.OPEN_PATHS
         web_pages.append(page.PAGE_PATH)
     paths = Paths(app.routes, *(router.routes for router in routers))
-    for router in routers:
-        app.include_router(router)
+    # include_router would match the path of each request with the routes of each router, and then again.
+    app.router.routes.extend(route for router in routers for route in router.routes)
     handle_errors(app, meters)
     add_openapi(app, service)
     access_log = AccessLog(meters, traces, paths=paths, quiet=Paths(probes))
