@@ -146,11 +146,13 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Returns the result of the work. If the client disconnects first, cancels the work and raises ClientGoneError."""
     working = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+    disconnect.add_done_callback(lambda _: working.cancel())
     try:
-        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
+        return await working
+    except asyncio.CancelledError:
+        if disconnect.done():
+            raise ClientGoneError from None
+        raise
     finally:
         working.cancel()
         disconnect.cancel()

@@ -73,7 +73,7 @@ class Drain:
             serving = asyncio.ensure_future(serve(app, settings, listener))
             await asyncio.wrap_future(app.state.service.engine.ready)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_SECONDS) as client:
-                body, accept = {"digit": 1, "num_steps": 1, "seed": 1}, {"accept": "image/png"}
+                body, accept = {"digit": 1, "num_steps": 1, "count": 5, "scale": 16}, {"accept": "image/png"}
                 request = asyncio.ensure_future(client.post("/generate", json=body, headers=accept))
                 await asyncio.to_thread(self.encoding.wait, WAIT_SECONDS)
                 os.kill(os.getpid(), signal.SIGTERM)
