@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -102,6 +103,16 @@ def test_unfinished_answer_is_503_draining_after_the_drain_timeout(monkeypatch: 
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
     assert 'unfog_requests_total{code="503",route="/generate"} 1.0' in metrics.render().decode()
     assert 'unfog_rejected_total{reason="draining"} 1.0' in metrics.render().decode()
+
+
+def test_objects_of_a_ready_service_are_exempt_from_garbage_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.unfreeze()
+    drain = Drain(monkeypatch)
+    drain.run(WAIT_SECONDS, after_sigterm=drain.may_finish.set)
+    try:
+        assert gc.get_freeze_count() > len(gc.get_objects())
+    finally:
+        gc.unfreeze()
 
 
 def test_viewers_of_the_batch_do_not_delay_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
