@@ -20,7 +20,7 @@ from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
-from app.api.paths import Paths
+from app.api.paths import ExactRoutes, Paths
 from app.api.problems import handle_errors
 from app.api.real_digits import read_real_digits
 from app.api.routes import (
@@ -104,6 +104,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     paths = Paths(app.routes, *(router.routes for router in routers))
     # include_router would match the path of each request with the routes of each router, and then again.
     app.router.routes.extend(route for router in routers for route in router.routes)
+    app.router.routes.insert(0, ExactRoutes(app.router.routes))
     handle_errors(app, meters)
     add_openapi(app, service)
     access_log = AccessLog(meters, traces, paths=paths, quiet=Paths(probes))
