@@ -77,6 +77,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         service.pictures.close()
         await asyncio.to_thread(engine.stop, STOP_SECONDS)
         await asyncio.to_thread(service.clip.join, STOP_SECONDS)
+        if engine.clip:  # If the engine became ready during the shutdown, service.clip did not know the model.
+            engine.clip.close()
         if traces:
             await asyncio.to_thread(traces.close)
 
