@@ -20,7 +20,7 @@ from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
 from app.api.openapi import add_openapi
-from app.api.paths import Paths
+from app.api.paths import ExactRoutes, Paths
 from app.api.problems import handle_errors
 from app.api.real_digits import read_real_digits
 from app.api.routes import (
@@ -77,6 +77,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         service.pictures.close()
         await asyncio.to_thread(engine.stop, STOP_SECONDS)
         await asyncio.to_thread(service.clip.join, STOP_SECONDS)
+        if engine.clip:  # If the engine became ready during the shutdown, service.clip did not know the model.
+            engine.clip.close()
         if traces:
             await asyncio.to_thread(traces.close)
 
@@ -102,8 +104,9 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         open_files = page.OPEN_PATHS
         web_pages.append(page.PAGE_PATH)
     paths = Paths(app.routes, *(router.routes for router in routers))
-    for router in routers:
-        app.include_router(router)
+    # include_router would match the path of each request with the routes of each router, and then again.
+    app.router.routes.extend(route for router in routers for route in router.routes)
+    app.router.routes.insert(0, ExactRoutes(app.router.routes))
     handle_errors(app, meters)
     add_openapi(app, service)
     access_log = AccessLog(meters, traces, paths=paths, quiet=Paths(probes))

@@ -4,11 +4,16 @@ import io
 import json
 import math
 import re
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -16,6 +21,7 @@ from model.clip import MAX_PROMPT_LENGTH, is_prompt
 from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
 from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LEVEL = 6  # zlib compression level
 SOFTWARE = f"unfog {version('unfog')}"
 TASK = "Task"  # the text chunk of pictures of tasks other than generation
@@ -187,3 +193,33 @@ def encode_png(image: Image.Image, *, scale: int = 1, text: Mapping[str, str] | 
         chunks.add_text(name, value)
     image.save(buffer, format="PNG", pnginfo=chunks, compress_level=LEVEL)
     return buffer.getvalue()
+
+
+def encode_pixels(pixels: npt.NDArray[np.uint8], *, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:
+    """Returns pixels (H, W), (H, W, 1) or (H, W, 3) as a PNG file with these text chunks, which must be ASCII.
+
+    Enlarges each pixel to scale x scale pixels.
+    """
+    pixels = pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
+    if scale > 1:  # Pillow finds the lines that are repeated.
+        return encode_png(Image.fromarray(pixels), scale=scale, text=text)
+    # The time of this code limits the throughput of the service. It takes a third of the time of Pillow for an image,
+    # and the files have about the same size. Z_RLE finds the runs of black pixels, and searches for no other matches.
+    height, width = pixels.shape[:2]
+    lines = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)  # Each line of pixels begins with its filter, 0.
+    lines[:, 1:] = pixels.reshape(height, -1)
+    deflate = zlib.compressobj(strategy=zlib.Z_RLE)
+    content = deflate.compress(lines.tobytes()) + deflate.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    texts = [_text_chunk(name, value) for name, value in (text or {}).items()]
+    return b"".join((SIGNATURE, _chunk(b"IHDR", header), *texts, _chunk(b"IDAT", content), _chunk(b"IEND", b"")))
+
+
+@lru_cache(maxsize=256)  # The images of a request differ only in one chunk.
+def _text_chunk(name: str, value: str) -> bytes:
+    return _chunk(b"tEXt", f"{name}\0{value}".encode("ascii"))
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    """Returns a chunk of a PNG file (W3C PNG, section 5)."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

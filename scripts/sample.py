@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from model.files import write_atomically
-from model.png import MAX_SCALE, ClipProvenance, Provenance, encode_png
+from model.png import MAX_SCALE, ClipProvenance, Provenance, encode_pixels
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, given_options, integer
 from scripts.common.drawing import ClipOptions, Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError, reports_errors
-from scripts.common.pictures import arrange, grid, to_image
+from scripts.common.pictures import arrange, grid
 from scripts.common.progress import Reporter
 from scripts.common.reproduction import checkpoint_of, describe, draw_again, read_original
 
@@ -103,13 +103,13 @@ def write_sheet(path: Path, x_0: Tensor, num_digits: int, provenance: Provenance
     """
     count = len(x_0) // num_digits
     text = provenance.text(f"0-{count - 1}" if count > 1 else 0)
-    write_atomically(path, encode_png(to_image(arrange(x_0, num_digits)), scale=scale, text=text))
+    write_atomically(path, encode_pixels(arrange(x_0, num_digits).numpy(), scale=scale, text=text))
 
 
 def write_folder(folder: Path, x_0: Tensor, provenance: Provenance, *, scale: int) -> None:
     """Writes images (N, C, H, W) of one digit as one PNG each, with the file names of the service's ZIP answer."""
     for index, image in enumerate(x_0):
-        png = encode_png(to_image(grid(image[None], 1)), scale=scale, text=provenance.text(index))
+        png = encode_pixels(grid(image[None], 1).numpy(), scale=scale, text=provenance.text(index))
         write_atomically(folder / f"digit-{provenance.digit}-seed-{provenance.seed}-{index}.png", png)
 
 

@@ -1,6 +1,7 @@
 """Sends the progress of a job as server-sent events: accepted, progress, image, then done or error."""
 
 import asyncio
+import concurrent.futures
 import json
 import logging
 import threading
@@ -8,14 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api.context import CLIENT_GONE, RequestContext, context_of
-from app.api.images import encode_base64, encode_image, encode_preview
+from app.api.images import encode_base64, encode_image
 from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, ProgressEvent, Timing
 from app.engine.job import ImageDone, Job, Pixels, Progress
@@ -29,6 +30,7 @@ MAX_WAITING_PREVIEWS = 256  # unsent preview images per job
 # An event with at most this number of previews is encoded in the event loop, which takes 0.1 ms. A thread would add
 # 0.2 ms, and take the interpreter's lock from the engine.
 MAX_SMALL_IMAGES = 4
+T = TypeVar("T")
 Cancel = Callable[[Job, Exception], None]  # completes a job with an error and frees its rows
 
 
@@ -50,6 +52,13 @@ class Mailbox:
         if threading.get_ident() == self._thread:
             self.deliver()
 
+    def result_of(self, work: "concurrent.futures.Future[T]") -> "asyncio.Future[T]":
+        """Returns a future of the event loop with the result of the work. `deliver` completes it."""
+        self.open()
+        result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        work.add_done_callback(lambda done: self.put(partial(_complete, result, done)))
+        return result
+
     def deliver(self) -> None:
         """Passes the calls to the event loop. Any thread may call it. Does nothing if the event loop is closed."""
         if self._calls and self._loop:
@@ -59,6 +68,15 @@ class Mailbox:
     def _make_calls(self) -> None:
         while self._calls:
             self._calls.popleft()()
+
+
+def _complete(result: "asyncio.Future[T]", work: "concurrent.futures.Future[T]") -> None:
+    if result.done():  # it was cancelled
+        return
+    if error := work.exception():
+        result.set_exception(error)
+    else:
+        result.set_result(work.result())
 
 
 class JobEvents:
@@ -245,7 +263,7 @@ class EventStream(Response):
 
 
 def _encode_all(images: list[Pixels]) -> list[str]:
-    return [encode_base64(encode_preview(pixels)) for pixels in images]
+    return [encode_base64(encode_image(pixels)) for pixels in images]
 
 
 async def _send_part(send: Send, text: str) -> None:

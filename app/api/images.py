@@ -1,44 +1,21 @@
-"""Encodes images as PNG files with provenance, as previews, as contact sheets and as ZIP archives."""
+"""Encodes images as PNG files with provenance, as contact sheets and as ZIP archives."""
 
 import base64
 import io
-import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image
 
-from app.api.picture_files import PNG_SIGNATURE
 from app.engine.job import Pixels
-from model.png import Provenance, encode_png, sheet_shape
+from model.png import Provenance, encode_pixels, sheet_shape
 
-PREVIEW_LEVEL = 1  # zlib compression level; higher levels make these small images hardly smaller
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # earliest date of the format; constant, so that equal images give equal archives
 
 
 def encode_image(pixels: Pixels, scale: int = 1, text: Mapping[str, str] | None = None) -> bytes:
     """Encodes one image as PNG. Each pixel is enlarged to scale x scale pixels."""
-    return encode_png(Image.fromarray(pixels), scale=scale, text=text)
-
-
-def encode_preview(pixels: Pixels) -> bytes:
-    """Encodes a preview as PNG, (H, W) or (H, W, 3), without text chunks. This is four times faster than Pillow.
-
-    Its time limits the throughput of streams. A PNG file consists of chunks (W3C PNG, section 5). Each line of pixels
-    begins with its filter, 0.
-    """
-    height, width = pixels.shape[:2]
-    lines = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)
-    lines[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    content = zlib.compress(lines.tobytes(), PREVIEW_LEVEL)
-    return PNG_SIGNATURE + b"".join(map(_chunk, (b"IHDR", b"IDAT", b"IEND"), (header, content, b"")))
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return encode_pixels(pixels, scale=scale, text=text)
 
 
 def encode_base64(png: bytes) -> str:

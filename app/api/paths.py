@@ -1,9 +1,10 @@
-"""Finds the route of a path before the request is routed."""
+"""Finds the route of a path, before a request is routed and when it is routed."""
 
 from collections.abc import Iterable
 from typing import Any
 
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Receive, Scope, Send
 
 
 class Paths:
@@ -25,3 +26,26 @@ class Paths:
 
     def __contains__(self, path: Any) -> bool:
         return self.template_of(path) is not None
+
+
+class ExactRoutes(BaseRoute):
+    """Passes a request to the route that has its path. It is the first route of the application.
+
+    The framework would match the path with the pattern of each route. Routes with parameters still need this.
+    """
+
+    def __init__(self, routes: Iterable[BaseRoute]) -> None:
+        """If routes have the same path, the first one is used, as in the framework."""
+        self._routes: dict[str, Route] = {}
+        for route in routes:
+            if isinstance(route, Route) and not route.param_convertors:
+                self._routes.setdefault(route.path, route)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Returns the match of the route with this path."""
+        route = self._routes.get(scope["path"])
+        return route.matches(scope) if route else (Match.NONE, {})
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on a request that has matched."""
+        await self._routes[scope["path"]].handle(scope, receive, send)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from struct import error as StructError
 from struct import unpack, unpack_from
 
+from model.png import SIGNATURE
+
 MAX_SIDE = 4096  # pixels
 # These decoders keep several copies of the whole picture, so fewer pixels fit into the same memory. A JPEG file with
 # one scan for each colour counts as progressive.
@@ -28,7 +30,6 @@ AS_WRITTEN = "Send the PNG file as the service wrote it"
 FORMATS = "PNG, JPEG, WebP or GIF"
 ORIENTATION = 0x0112  # the EXIF tag
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _IEND = b"IEND"
 _PNG_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", _IEND}
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}  # start of frame
@@ -73,7 +74,7 @@ def read_text(data: bytes, names: Collection[str]) -> dict[str, str]:
     PictureError if a chunk is damaged, too long, or occurs more than once.
     """
     found: dict[str, str] = {}
-    position, name = len(PNG_SIGNATURE), b""
+    position, name = len(SIGNATURE), b""
     while name != _IEND:
         length, name = unpack_from(">I4s", data, position)
         start, end = position + 8, position + 8 + length
@@ -121,7 +122,7 @@ def _read_png(data: bytes) -> PictureFile:
     _check_size(width, height)
     if not width or not height:
         raise damaged("PNG")
-    kept, orientation, position = [PNG_SIGNATURE], 0, len(PNG_SIGNATURE)
+    kept, orientation, position = [SIGNATURE], 0, len(SIGNATURE)
     for _ in range(MAX_CHUNKS):
         length, name = unpack_from(">I4s", data, position)
         end = position + 12 + length
@@ -279,7 +280,7 @@ def _orientation(exif: bytes) -> int:
 
 
 _READERS: dict[str, tuple[Callable[[bytes], bool], Callable[[bytes], PictureFile]]] = {
-    "PNG": (lambda data: data.startswith(PNG_SIGNATURE), _read_png),
+    "PNG": (lambda data: data.startswith(SIGNATURE), _read_png),
     "JPEG": (lambda data: data.startswith(b"\xff\xd8\xff"), _read_jpeg),
     "WebP": (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", _read_webp),
     "GIF": (lambda data: data.startswith((b"GIF87a", b"GIF89a")), _read_gif),

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -97,7 +98,7 @@ async def read_body(
 def parse_json(body: bytes) -> Any:
     """Parses JSON. Accepts NaN and Infinity, so that the error of the schema names the field."""
     try:
-        return json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_unique)
+        return _DECODER.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise MalformedJSON from error
 
@@ -118,6 +119,9 @@ def _parse_int(digits: str) -> int | float:
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
+_DECODER = json.JSONDecoder(parse_int=_parse_int, object_pairs_hook=_unique)
+
+
 def _describe(error: ValidationError) -> list[dict[str, Any]]:
     """Returns the location and message of each error, without the input, which can be invalid Unicode."""
     return [
@@ -136,7 +140,7 @@ def _printable(part: int | str) -> int | str:
 
 def negotiate(request: Request, available: tuple[str, ...]) -> str:
     """Returns the media type of the response. Raises NotAcceptable if the Accept headers allow none."""
-    best = best_match(request.headers.getlist("accept"), available)
+    best = _known_best_match(tuple(request.headers.getlist("accept")), available)
     if best is None:
         raise NotAcceptable(available)
     return best
@@ -146,11 +150,13 @@ async def cancel_on_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Returns the result of the work. If the client disconnects first, cancels the work and raises ClientGoneError."""
     working = asyncio.ensure_future(work)
     disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+    disconnect.add_done_callback(lambda _: working.cancel())
     try:
-        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientGoneError
+        return await working
+    except asyncio.CancelledError:
+        if disconnect.done():
+            raise ClientGoneError from None
+        raise
     finally:
         working.cancel()
         disconnect.cancel()
@@ -175,6 +181,9 @@ def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
     ranked = [(_rank(media_type, weights), media_type) for media_type in available]
     (weight, _), best = max(ranked, key=lambda pair: pair[0])
     return best if weight else None
+
+
+_known_best_match = lru_cache(maxsize=64)(best_match)  # Most clients send one of a few Accept headers.
 
 
 def _rank(media_type: str, weights: Weights) -> tuple[float, int]:

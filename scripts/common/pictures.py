@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.files import write_atomically
 from model.pixels import to_pixels
-from model.png import encode_png, sheet_shape
+from model.png import encode_pixels, sheet_shape
 
 
 def grid(x_0: Tensor, columns: int) -> Tensor:
@@ -32,7 +32,7 @@ def arrange(x_0: Tensor, num_digits: int) -> Tensor:
 
 def save_grid(x_0: Tensor, path: Path, *, columns: int, scale: int = 2) -> None:
     """Writes images (N, C, H, W) as one PNG. `scale` is the integer factor by which they are enlarged."""
-    write_atomically(path, encode_png(to_image(grid(x_0.cpu(), columns)), scale=scale))
+    write_atomically(path, encode_pixels(grid(x_0.cpu(), columns).numpy(), scale=scale))
 
 
 def to_image(pixels: Tensor) -> Image.Image:

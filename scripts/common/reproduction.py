@@ -14,11 +14,11 @@ from torch import Tensor
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.files import write_atomically
-from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_png, sheet_shape
+from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_pixels, sheet_shape
 from model.sampler import SAMPLERS
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
-from scripts.common.pictures import arrange, to_image
+from scripts.common.pictures import arrange
 from scripts.common.progress import Reporter
 
 
@@ -154,7 +154,7 @@ def draw_again(original: Original, request: DrawingRequest, reporter: Reporter, 
     small = arrange(x_0, len(digits))  # (H, W, C)
     if out:
         text = replace(provenance, software=SOFTWARE).text(_index_of(original.indices))
-        write_atomically(out, encode_png(to_image(small), scale=scale, text=text))
+        write_atomically(out, encode_pixels(small.numpy(), scale=scale, text=text))
     enlarged = small.repeat_interleave(scale, dim=0).repeat_interleave(scale, dim=1)
     return Difference.between(original.pixels, enlarged, scale)
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from model.files import write_atomically
-from model.png import encode_png
+from model.png import encode_pixels
 
 IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 
@@ -36,4 +35,4 @@ def write_pngs(folder: Path, rows: Rows) -> None:
     for image, label in zip(rows.images, rows.labels.tolist(), strict=True):
         number = written.get(label, 0)
         written[label] = number + 1
-        write_atomically(folder / str(label) / f"{number:05d}.png", encode_png(Image.fromarray(image)))
+        write_atomically(folder / str(label) / f"{number:05d}.png", encode_pixels(image))

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from model.files import write_atomically
-from model.png import encode_png
+from model.png import encode_pixels
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import require
@@ -69,7 +68,7 @@ def _groups(rows: Rows, seed: int) -> Iterator[dict[str, Any]]:
         labels, index = rows.labels[group], rows.noise_index[group]
         columns = {
             "image": [
-                {"bytes": encode_png(Image.fromarray(image)), "path": f"digit-{label}-seed-{seed}-{i}.png"}
+                {"bytes": encode_pixels(image), "path": f"digit-{label}-seed-{seed}-{i}.png"}
                 for image, label, i in zip(rows.images[group], labels.tolist(), index.tolist(), strict=True)
             ],
             "label": labels,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from app import logs
 from app.log_writer import LogWriter
@@ -83,6 +84,39 @@ def test_exception_is_a_field_of_the_line(log: Log) -> None:
         logging.getLogger("x").exception("it failed")
     (line,) = log.lines()
     assert json.loads(line)["exception"].endswith("ArithmeticError: too much")
+
+
+def test_json_line_has_the_fields_that_structlog_writes(log: Log) -> None:
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[
+            structlog.stdlib.add_logger_name,
+            structlog.stdlib.add_log_level,
+            structlog.stdlib.ExtraAdder(),
+        ],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            structlog.processors.EventRenamer("message"),
+            structlog.processors.JSONRenderer(),
+        ],
+    )
+    log.configure("json", "debug")
+    expected: list[str] = []
+    log.handler.addFilter(lambda record: expected.append(formatter.format(record)) is None)
+    logger = logging.getLogger("unfog.x")
+    logger.log(25, "%(name)s", {"name": "value"}, extra={"none": None, "flag": True, "numbers": [1, 2.5, (3,)]})
+    logger.critical("both %s", b"bytes", extra={"thing": {1}, "infinite": float("inf")})
+    logger.exception("outside of an except block")
+    logger.debug({"a": "dict"})
+    lines = [json.loads(line) for line in log.lines()]
+    assert [line.pop("time")[-1] for line in lines] == ["Z"] * 4
+    assert lines == [json.loads(line) for line in expected]
+
+
+def test_stack_is_a_field_of_the_line(log: Log) -> None:
+    log.configure("json", "info")
+    logging.getLogger("x").info("here", stack_info=True)
+    assert json.loads(log.lines()[0])["stack_info"].startswith("Stack (most recent call last):")
 
 
 def test_console_line_omits_fields_that_only_json_lines_have(log: Log) -> None:

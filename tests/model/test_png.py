@@ -16,6 +16,7 @@ from model.png import (
     ClipProvenance,
     Provenance,
     ProvenanceError,
+    encode_pixels,
     encode_png,
 )
 from model.sampler import SAMPLERS
@@ -45,6 +46,39 @@ def test_scale_enlarges_each_pixel_to_a_square() -> None:
     with Image.open(io.BytesIO(encode_png(Image.fromarray(pixels), scale=3))) as image:
         assert np.array_equal(np.asarray(image), np.kron(pixels, np.ones((3, 3), np.uint8)))
         assert image.info == {}
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (1, 1), (3, 5), (224, 224), (32, 32, 3), (1, 7, 3)])
+@pytest.mark.parametrize("largest", [0, 1, 255])
+def test_file_of_pixels_has_the_same_pixels_and_text_as_the_file_of_pillow(
+    shape: tuple[int, ...], largest: int
+) -> None:
+    pixels = np.random.default_rng(1).integers(0, largest, shape, dtype=np.uint8, endpoint=True)
+    files = encode_pixels(pixels, text=PROVENANCE.text(4)), encode_png(Image.fromarray(pixels), text=PROVENANCE.text(4))
+    for png in files:
+        with Image.open(io.BytesIO(png)) as image:
+            image.verify()  # checks the checksums of the chunks
+    own, expected = (Image.open(io.BytesIO(png)) for png in files)
+    assert (own.format, own.mode, own.info) == ("PNG", expected.mode, expected.info)
+    assert np.array_equal(np.asarray(own), pixels)
+
+
+def test_pixels_that_are_not_contiguous_are_encoded() -> None:
+    pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)[::-2, ::2]
+    with Image.open(io.BytesIO(encode_pixels(pixels))) as image:
+        assert np.array_equal(np.asarray(image), pixels)
+        assert image.info == {}
+
+
+def test_pixels_with_one_channel_are_grey() -> None:
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    assert encode_pixels(pixels) == encode_pixels(pixels[..., 0])
+    assert encode_pixels(pixels, scale=2) == encode_png(Image.fromarray(pixels[..., 0]), scale=2)
+
+
+def test_text_that_is_not_ascii_is_refused() -> None:
+    with pytest.raises(UnicodeEncodeError):
+        encode_pixels(np.zeros((1, 1), dtype=np.uint8), text={"CLIP-Prompt": "\N{LATIN SMALL LETTER E WITH ACUTE}"})
 
 
 def chunks(**changed: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Determines the client of a request: its address for logs and traces, and its name in the rate limiter."""
 
 import ipaddress
+from functools import lru_cache
 
 from starlette.types import Scope
 
@@ -34,12 +35,17 @@ def address_name(scope: Scope) -> str:
 
 
 def _parse(scope: Scope) -> Address | None:
-    """Parses the client's address. Returns None for Unix sockets and for text that is not an address.
+    """Parses the client's address. Returns None for Unix sockets and for text that is not an address."""
+    return _parse_text(str((scope.get("client") or ("",))[0]))
+
+
+@lru_cache(maxsize=256)  # Every request needs its address several times.
+def _parse_text(host: str) -> Address | None:
+    """Parses an address. Returns None for other text.
 
     The address can come from X-Forwarded-For. Some proxies add a port (`192.0.2.7:1234`, `[2001:db8::1]:80`), which
     older versions of uvicorn do not remove.
     """
-    host = str((scope.get("client") or ("",))[0])
     if host.startswith("["):
         host = host[1:].partition("]")[0]
     elif host.count(":") == 1:

@@ -1,8 +1,7 @@
 """Adds security headers that forbid content sniffing, scripts, framing, referrers and cross-origin embedding."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SECURITY_HEADERS = {
@@ -20,8 +19,17 @@ PAGE_POLICY = (
 )
 
 
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
+_ENCODED = _encoded(SECURITY_HEADERS)
+_ENCODED_OF_PAGES = _encoded({**SECURITY_HEADERS, "Content-Security-Policy": PAGE_POLICY})
+_NAMES = frozenset(name for name, _ in _ENCODED)
+
+
 class SecurityHeaders:
-    """Adds the security headers to every response."""
+    """Sets the security headers of every response."""
 
     def __init__(self, app: ASGIApp, pages: Collection[str]) -> None:
         """`pages` are the paths of web pages."""
@@ -30,11 +38,9 @@ class SecurityHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers[name] = value
-                if scope["path"] in self._pages:
-                    headers["Content-Security-Policy"] = PAGE_POLICY
+                others = [header for header in message["headers"] if header[0] not in _NAMES]
+                own = _ENCODED_OF_PAGES if scope["path"] in self._pages else _ENCODED
+                message["headers"] = others + own
             await send(message)
 
         await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from app.api.direct_route import DirectRoute
 from app.api.generation import ServiceDependency, answer, guided_by_clip
 from app.api.idempotency import IdempotencyKey, with_seed
 from app.api.options import options_of, with_clip_options
@@ -12,7 +13,7 @@ from app.api.schemas import GenerateRequest, GenerateResponse
 from app.api.stream_options import StreamOptionsDependency
 from app.api.task import Task
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post(

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from app.api import picture_tasks
+from app.api.direct_route import DirectRoute
 from app.api.generation import Service, ServiceDependency, event_stream, finished_response
 from app.api.idempotency import IdempotencyKey, with_seed
 from app.api.openai.document import EDITS, EDITS_PATH, GENERATIONS, GENERATIONS_PATH
@@ -31,7 +32,7 @@ from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, Job, Pixels
 from model.digit_image import DigitImage
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post(GENERATIONS_PATH, operation_id="create_images", response_class=JSONResponse, **GENERATIONS)

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from app.api import picture_tasks
 from app.api.context import context_of
+from app.api.direct_route import DirectRoute
 from app.api.error_chart import encode_error_chart
 from app.api.generation import Service, ServiceDependency, answer, finish, server_timing
 from app.api.idempotency import IdempotencyKey, with_seed
@@ -31,7 +32,7 @@ from app.engine.interface import ModelInfo
 from model.png import SOFTWARE
 from model.recognition import Recognition
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 def _model(service: Service, body: BaseRequest) -> ModelInfo:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from app.api.direct_route import DirectRoute
 from app.api.generation import ServiceDependency, encode_answer, encoded, guided_by_clip
 from app.api.reproduction import Original, read_original
 from app.api.requests import negotiate
@@ -12,7 +13,7 @@ from app.api.responses import JSON, PNG, PNG_FORMAT, picture_route
 from app.api.task_schemas import ReproduceRequest, ReproduceResponse
 from app.engine.job import DEFAULT_MODEL, Job, Pixels
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 
 @router.post(**picture_route("/reproduce", "reproduce", ReproduceRequest, ReproduceResponse, PNG_FORMAT))

@@ -8,6 +8,7 @@ from starlette.responses import Response
 
 from app import errors
 from app.api.context import context_of
+from app.api.direct_route import DirectRoute
 from app.api.generation import ServiceDependency
 from app.api.picture_tasks import SeveralPictures
 from app.api.pictures import decode
@@ -18,7 +19,7 @@ from app.api.score_schemas import DECIMALS, RealDigits, ScoredImage, ScoreReques
 from app.engine.clip_worker import Scores, Similarities
 from model.digit_image import DigitImage
 
-router = APIRouter()
+router = APIRouter(route_class=DirectRoute)
 
 LATE = "The pictures were not scored before the deadline. Send fewer pictures, or request a longer timeout"
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from model.checkpoint import SHIPPED, load
 from model.compiled.compiler import compiled_step
-from model.png import encode_png
+from model.png import encode_pixels
 from model.precision import fast_dtype
 from model.process import begin, draw
 from model.sampler import Sampler, make_plan
 from model.step import ReverseStep, Rows, Step
 from scripts.common.drawing import step_cache
-from scripts.common.pictures import grid, to_image
+from scripts.common.pictures import grid
 
 STEP_REPEATS = 40
 
@@ -85,4 +85,4 @@ def sheet_of(x_0: Tensor) -> bytes:
     """Returns a contact sheet of (B, 1, H, W) in [-1, 1] as a PNG: row-major, with ceil(sqrt(B)) columns."""
     columns = math.ceil(math.sqrt(len(x_0)))
     black = x_0.new_full((-len(x_0) % columns, *x_0.shape[1:]), -1)
-    return encode_png(to_image(grid(torch.cat([x_0, black]).cpu(), columns)))
+    return encode_pixels(grid(torch.cat([x_0, black]).cpu(), columns).numpy())

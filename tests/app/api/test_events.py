@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import concurrent.futures
 import io
 import json
 from typing import Any
@@ -134,6 +135,39 @@ def test_events_of_another_thread_wait_for_delivery_and_keep_their_order() -> No
     assert not was_early
     assert [type(event) for event in events] == [Progress, ImageDone]
     assert is_end
+
+
+def test_results_of_another_thread_wait_for_delivery_and_complete_together() -> None:
+    async def main() -> list[Any]:
+        mailbox, works = Mailbox(), [concurrent.futures.Future[int]() for _ in range(3)]
+        results = [mailbox.result_of(work) for work in works]
+        results[2].cancel()
+
+        def complete_all() -> None:
+            works[0].set_result(7)
+            works[1].set_exception(ValueError("failed"))
+            works[2].set_result(8)
+
+        await asyncio.to_thread(complete_all)
+        await asyncio.sleep(0.05)
+        assert not any(result.done() for result in results[:2])
+        await asyncio.to_thread(mailbox.deliver)
+        return await asyncio.gather(*results, return_exceptions=True)
+
+    value, error, cancelled = asyncio.run(main())
+    assert value == 7
+    assert (type(error), str(error)) == (ValueError, "failed")
+    assert isinstance(cancelled, asyncio.CancelledError)
+
+
+def test_result_that_the_event_loop_sets_needs_no_delivery() -> None:
+    async def main() -> int:
+        work: concurrent.futures.Future[int] = concurrent.futures.Future()
+        result = Mailbox().result_of(work)
+        work.set_result(7)
+        return await asyncio.wait_for(result, TIMEOUT)
+
+    assert asyncio.run(main()) == 7
 
 
 EVENTS = {"Accept": "text/event-stream"}

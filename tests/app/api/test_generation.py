@@ -8,11 +8,13 @@ import pytest
 
 from app.api import task_examples
 from app.api.generation import InFlight
-from app.api.images import encode_sheet
+from app.api.images import encode_images, encode_sheet
 from app.main import create_app
 from app.settings import Settings
 from tests.app.application import WORK, run
 from tests.app.fakes import WAIT_SECONDS, FakeRunner, Rows
+
+LARGE = {**WORK, "count": 5, "scale": 16}  # images of 5,120 pixels together, which are encoded in a thread
 
 
 def test_in_flight_is_zero_after_the_last_request_has_ended() -> None:
@@ -50,7 +52,7 @@ def test_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.M
             httpx.AsyncClient(transport=transport, base_url="http://test") as client,
         ):
             await asyncio.wrap_future(service.engine.ready)
-            answering = asyncio.ensure_future(client.post("/generate", json=WORK, headers={"Accept": "image/png"}))
+            answering = asyncio.ensure_future(client.post("/generate", json=LARGE, headers={"Accept": "image/png"}))
             await asyncio.to_thread(encoding.wait, WAIT_SECONDS)
             assert len(service.engine.backlog) == 0
             idle = asyncio.ensure_future(service.in_flight.none())
@@ -61,6 +63,29 @@ def test_request_is_in_flight_until_its_images_are_encoded(monkeypatch: pytest.M
             await asyncio.wait_for(idle, WAIT_SECONDS)
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "is_in_thread"),
+    [(WORK, False), ({**WORK, "count": 64}, False), ({**LARGE, "count": 4}, False), (LARGE, True)],
+    ids=["one image", "small images", "4,096 pixels", "5,120 pixels"],
+)
+def test_only_small_images_are_encoded_in_the_event_loop(
+    body: dict[str, Any], is_in_thread: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding_threads = []
+
+    def encode(*arguments: Any) -> list[bytes]:
+        encoding_threads.append(threading.current_thread())
+        return encode_images(*arguments)
+
+    monkeypatch.setattr("app.api.generation.encode_images", encode)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        assert (await client.post("/generate", json=body)).status_code == 200
+        assert [thread is not threading.current_thread() for thread in encoding_threads] == [is_in_thread]
+
+    run(check, FakeRunner())
 
 
 TASKS: list[tuple[str, dict[str, Any]]] = [

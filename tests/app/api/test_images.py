@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from app import VERSION
-from app.api.images import encode_base64, encode_image, encode_images, encode_preview, encode_sheet, encode_zip
+from app.api.images import encode_base64, encode_image, encode_images, encode_sheet, encode_zip
 from app.engine.job import Pixels
 from model.png import Provenance
 
@@ -129,14 +129,3 @@ def test_png_of_an_image_does_not_depend_on_the_count() -> None:
 def test_base64_decodes_to_the_same_bytes() -> None:
     png = encode_image(picture(0))
     assert base64.b64decode(encode_base64(png), validate=True) == png
-
-
-@pytest.mark.parametrize("shape", [(28, 28), (1, 1), (3, 5), (32, 32, 3), (1, 7, 3)])
-def test_preview_has_the_same_pixels_as_the_image_and_no_text(shape: tuple[int, ...]) -> None:
-    pixels = picture(1, *shape)
-    preview = encode_preview(pixels)
-    with Image.open(io.BytesIO(preview)) as opened:
-        opened.verify()  # checks the checksums of the chunks
-    assert np.array_equal(decode(preview)[0], pixels)
-    assert decode(preview)[1] == {}
-    assert decode(preview)[0].shape == decode(encode_image(pixels))[0].shape

@@ -1,7 +1,14 @@
+import asyncio
+
+import httpx
 import pytest
 from fastapi import APIRouter
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute, Match, Route
 
-from app.api.paths import Paths
+from app.api.paths import ExactRoutes, Paths
 
 router, other = APIRouter(), APIRouter()
 for path in ("/health", "/v2", "/v2/models/{name}", "/v2/models/{name}/ready", "/static/{name}"):
@@ -49,3 +56,54 @@ def test_templates_are_the_paths_of_the_routes() -> None:
 def test_paths_without_routes_contain_nothing() -> None:
     assert "/" not in Paths()
     assert Paths().templates == frozenset()
+
+
+async def answers_of(routes: list[BaseRoute]) -> list[tuple[int, str, str | None]]:
+    """Returns the status, the body and the header Allow of some requests."""
+    requests = [
+        ("GET", "/same"),
+        ("POST", "/same"),
+        ("PUT", "/same"),
+        ("GET", "/posted"),
+        ("POST", "/posted"),
+        ("GET", "/named/a"),
+        ("GET", "/named/fixed"),
+        ("GET", "/same/"),
+        ("GET", "/SAME"),
+        ("GET", "/"),
+    ]
+    transport = httpx.ASGITransport(Starlette(routes=routes))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answers = [await client.request(method, path) for method, path in requests]
+    return [(answer.status_code, answer.text, answer.headers.get("allow")) for answer in answers]
+
+
+def test_exact_routes_do_not_change_the_answers() -> None:
+    def route(path: str, method: str) -> Route:
+        async def endpoint(request: Request) -> PlainTextResponse:
+            return PlainTextResponse(f"{method} {path} {request.path_params}")
+
+        return Route(path, endpoint, methods=[method])
+
+    routes: list[BaseRoute] = [
+        route("/same", "GET"),
+        route("/same", "POST"),
+        route("/posted", "POST"),
+        route("/named/fixed", "GET"),
+        route("/named/{name}", "GET"),
+    ]
+    answers = asyncio.run(answers_of([ExactRoutes(routes), *routes]))
+    assert answers == asyncio.run(answers_of(routes))
+    # The framework redirects /same/ to /same.
+    assert [status for status, _, _ in answers] == [200, 200, 405, 405, 200, 200, 200, 307, 404, 404]
+
+
+def test_exact_routes_match_only_paths_of_routes_without_parameters() -> None:
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.url.path)
+
+    routes: list[BaseRoute] = [Route("/a", endpoint), Route("/{name}", endpoint)]
+    assert [route.matches({"type": "http", "method": "GET", "path": "/a"})[0] for route in routes] == [Match.FULL] * 2
+    exact = ExactRoutes(routes)
+    assert exact.matches({"type": "http", "method": "GET", "path": "/a"})[0] is Match.FULL
+    assert exact.matches({"type": "http", "method": "GET", "path": "/b"})[0] is Match.NONE

@@ -318,3 +318,33 @@ def test_parsing_time_grows_linearly_with_the_input(start: bytes, piece: bytes, 
     # with the least disturbance.
     least, most = zip(*((seconds(small), seconds(8 * small)) for _ in range(9)), strict=True)
     assert min(most) < 12 * min(least) + 0.001
+
+
+def answer_in_parts(head: h11.Response, *parts: bytes) -> list[bytes]:
+    """Returns the bytes that are sent for each event of the answer to GET."""
+    connection = LimitedConnection(MAX_AHEAD)
+    connection.receive_data(HEAD_START + b"\r\n")
+    list(next_events(connection))
+    events = [head, *(h11.Data(data=part) for part in parts), h11.EndOfMessage()]
+    return [connection.send(event) or b"" for event in events]
+
+
+def test_head_with_a_length_is_sent_with_the_first_part_of_the_body() -> None:
+    head, first, second, end = answer_in_parts(
+        h11.Response(status_code=200, headers=[("Content-Length", "6")]), b"abc", b"def"
+    )
+    assert (head, second, end) == (b"", b"def", b"")
+    assert first.startswith(b"HTTP/1.1 200")
+    assert first.endswith(b"\r\n\r\nabc")
+
+
+def test_head_with_a_length_of_zero_is_sent_at_the_end() -> None:
+    head, end = answer_in_parts(h11.Response(status_code=200, headers=[("Content-Length", "0")]))
+    assert head == b""
+    assert end.startswith(b"HTTP/1.1 200")
+
+
+def test_head_of_a_stream_is_sent_immediately() -> None:
+    head, first, _ = answer_in_parts(h11.Response(status_code=200, headers=[]), b"abc")
+    assert head.startswith(b"HTTP/1.1 200")
+    assert first == b"3\r\nabc\r\n"

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -73,7 +74,7 @@ class Drain:
             serving = asyncio.ensure_future(serve(app, settings, listener))
             await asyncio.wrap_future(app.state.service.engine.ready)
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=WAIT_SECONDS) as client:
-                body, accept = {"digit": 1, "num_steps": 1, "seed": 1}, {"accept": "image/png"}
+                body, accept = {"digit": 1, "num_steps": 1, "count": 5, "scale": 16}, {"accept": "image/png"}
                 request = asyncio.ensure_future(client.post("/generate", json=body, headers=accept))
                 await asyncio.to_thread(self.encoding.wait, WAIT_SECONDS)
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -102,6 +103,16 @@ def test_unfinished_answer_is_503_draining_after_the_drain_timeout(monkeypatch: 
     assert answer.headers["x-request-id"] == answer.json()["request_id"]
     assert 'unfog_requests_total{code="503",route="/generate"} 1.0' in metrics.render().decode()
     assert 'unfog_rejected_total{reason="draining"} 1.0' in metrics.render().decode()
+
+
+def test_objects_of_a_ready_service_are_exempt_from_garbage_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.unfreeze()
+    drain = Drain(monkeypatch)
+    drain.run(WAIT_SECONDS, after_sigterm=drain.may_finish.set)
+    try:
+        assert gc.get_freeze_count() > len(gc.get_objects())
+    finally:
+        gc.unfreeze()
 
 
 def test_viewers_of_the_batch_do_not_delay_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
