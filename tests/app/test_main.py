@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import httpx
@@ -10,9 +10,13 @@ import pytest
 
 from app.api.requests import MAX_UNKNOWN_FIELDS
 from app.engine.interface import DeviceLostError
+from app.engine.job import Pixels
+from app.main import create_app
+from app.settings import Settings
 from model.sampler import Sampler
 from tests.app.application import WORK, run
-from tests.app.fakes import INFO, FakeRunner, Rows
+from tests.app.clip_fakes import FakeClip
+from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Rows
 
 
 def raise_for_seed(seed: int, error: Exception) -> Callable[[Rows], None]:
@@ -203,3 +207,22 @@ def test_error_lists_a_limited_number_of_unknown_fields() -> None:
         assert len(answer.json()["errors"]) == 1 + MAX_UNKNOWN_FIELDS  # one error is for the missing digit
 
     run(check, FakeRunner())
+
+
+def test_clip_process_ends_if_the_service_stops_while_it_becomes_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip, may_continue = FakeClip(), threading.Event()
+
+    def read() -> Sequence[Sequence[Pixels]]:
+        assert may_continue.wait(WAIT_SECONDS)
+        return ()
+
+    monkeypatch.setattr("app.main.read_real_digits", read)
+
+    async def main() -> None:
+        app = create_app(Settings(), lambda: FakeRunner(clip=clip))
+        async with app.router.lifespan_context(app):
+            await asyncio.wrap_future(app.state.service.engine.ready)
+            asyncio.get_running_loop().call_later(0.2, may_continue.set)
+
+    asyncio.run(main())
+    assert clip.is_closed
