@@ -72,15 +72,7 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         yield
-        engine.drain()
-        service.give_up(errors.Draining(1))
-        service.pictures.close()
-        await asyncio.to_thread(engine.stop, STOP_SECONDS)
-        await asyncio.to_thread(service.clip.join, STOP_SECONDS)
-        if engine.clip:  # If the engine became ready during the shutdown, service.clip did not know the model.
-            engine.clip.close()
-        if traces:
-            await asyncio.to_thread(traces.close)
+        await _stop(service, traces)
 
     app = FastAPI(
         title="unfog",
@@ -113,6 +105,20 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     _add_middleware(app, settings, meters, access_log, Paths(open_routes, exact=open_files))
     app.add_middleware(SecurityHeaders, pages=web_pages)
     return app
+
+
+async def _stop(service: Service, traces: Traces | None) -> None:
+    """Ends all threads and the CLIP process. Unfinished requests are answered with 503."""
+    engine = service.engine
+    engine.drain()
+    service.give_up(errors.Draining(1))
+    service.pictures.close()
+    await asyncio.to_thread(engine.stop, STOP_SECONDS)
+    await asyncio.to_thread(service.clip.join, STOP_SECONDS)
+    if engine.clip:  # If the engine became ready during the shutdown, service.clip did not know the model.
+        engine.clip.close()
+    if traces:
+        await asyncio.to_thread(traces.close)
 
 
 def _add_middleware(
