@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import uvicorn
 
-import app.main
+import app.runner.load
 from app.cli import main
 from app.engine.engine import Engine
 from app.engine.interface import DeviceLostError, OutOfMemoryError
-from app.engine.job import Trajectory
+from app.engine.job import StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.runner import Runner
 
@@ -57,8 +57,9 @@ class FaultyRunner(Runner):
                 threading.Event().wait(0.01)
         return super().warm_up(should_stop)
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
+    def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
         """Injects the faults of these rows, then runs the step."""
+        trajectories = rows.trajectories
         for trajectory in trajectories:
             fault = fault_at(trajectory)
             self.is_broken = self.is_broken or fault == "broken"
@@ -79,7 +80,7 @@ class FaultyRunner(Runner):
                     self._slots.state.x_t[list(trajectory.slots)] = float("nan")
         if self.is_broken:
             raise ZeroDivisionError("an internal detail")
-        return super().step(trajectories, before_call)
+        return super().step(rows, before_call)
 
 
 class Unraisable:
@@ -109,5 +110,5 @@ if __name__ == "__main__":
         Engine.start = _fail  # type: ignore[method-assign]
     if os.environ.get("FAULT_AT_START") == "server":
         uvicorn.Config.load = _fail  # type: ignore[method-assign]
-    app.main.Runner = FaultyRunner  # type: ignore[misc] # what create_app loads
+    app.runner.load.Runner = FaultyRunner  # type: ignore[misc] # what load_runner creates
     main()

@@ -3,13 +3,14 @@
 Its steps take no time and its images are noise, so that the speed of everything else can be measured.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-import app.main
+import app.runner.load
 from app.cli import main
-from app.engine.job import Pixels, Trajectory
+from app.engine.interface import Reading, Ready
+from app.engine.job import Pixels, StepRows, Trajectory
 from app.runner.runner import Runner
 
 NOISE = np.random.default_rng(0).integers(0, 256, (512, 28, 28), dtype=np.uint8)
@@ -18,20 +19,24 @@ NOISE = np.random.default_rng(0).integers(0, 256, (512, 28, 28), dtype=np.uint8)
 class InstantRunner(Runner):
     """Returns noise that differs between images and steps."""
 
-    def step(self, trajectories: list[Trajectory], before_call: Callable[[], None] = lambda: None) -> list[bool]:
+    def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
         before_call()
-        return [True] * len(trajectories)
+        return []
 
-    def pixels(self, trajectories: list[Trajectory]) -> list[Pixels]:
-        return [NOISE[(7 * row.index + row.step) % len(NOISE)] for row in trajectories]
+    def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
+        return Ready(_noise(trajectories))
 
-    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> list[tuple[Pixels, Pixels]]:
-        return list(zip(self.pixels(trajectories), reversed(self.pixels(trajectories)), strict=True))
+    def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
+        return Ready(list(zip(_noise(trajectories), reversed(_noise(trajectories)), strict=True)))
 
     def check(self) -> None:
         pass
 
 
+def _noise(trajectories: list[Trajectory]) -> list[Pixels]:
+    return [NOISE[(7 * row.index + row.step) % len(NOISE)] for row in trajectories]
+
+
 if __name__ == "__main__":
-    app.main.Runner = InstantRunner  # type: ignore[misc] # what create_app loads
+    app.runner.load.Runner = InstantRunner  # type: ignore[misc] # what load_runner creates
     main()

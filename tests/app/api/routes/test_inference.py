@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from app.api.idempotency import seed_of
+from app.engine.interface import Reading
 from app.engine.job import ImageKey
 from app.main import create_app
 from app.settings import Settings
@@ -150,8 +151,8 @@ def test_binary_inputs_and_outputs_equal_those_in_json() -> None:
 
 def test_colour_images_have_three_channels() -> None:
     class ColorRunner(FakeRunner):
-        def pixels(self, trajectories: Rows) -> list[Any]:
-            return [each.reshape(2, 2, 1).repeat(3, axis=2) for each in super().pixels(trajectories)]
+        def read(self, values: list[Any]) -> Reading[list[Any]]:
+            return super().read([each.reshape(2, 2, 1).repeat(3, axis=2) for each in values])
 
     async def check(client: httpx.AsyncClient) -> None:
         (output, _) = (await client.post(INFER, json=body_of([1, 2], [5, 300], **STEPS))).json()["outputs"]

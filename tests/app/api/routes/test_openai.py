@@ -375,8 +375,8 @@ def test_seed_follows_from_the_idempotency_key(path: str) -> None:
         assert error_of(refused, 400, "invalid_request")["param"] == "Idempotency-Key"
 
     class Runner(FakeRunner):
-        def pixels(self, trajectories: Any) -> Any:
-            return [np.zeros((28, 28), np.uint8) for _ in trajectories]
+        def read(self, values: list[Any]) -> Any:
+            return super().read([np.zeros((28, 28), np.uint8) for _ in values])
 
     run(check, Runner())
 
