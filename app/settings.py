@@ -162,6 +162,10 @@ class Settings(BaseSettings):
     """compilation of the denoising step: auto, on or off. auto: on a CPU, compile if a C++ compiler or a compiled step
     in the cache is found; on a GPU, run CUDA graphs of the step without compilation. on: compile, on a GPU inside CUDA
     graphs; exit if this is not possible. off: no compilation and no CUDA graphs (default: auto)"""
+    reproducible: Literal["on", "off"] = "off"
+    """on or off: give the same bytes for the same seed under any load, also on a GPU. There, on pads every step to the
+    size of UNFOG_MAX_BATCH (auto: 64 images), so that steps with few images take longer. On a CPU the bytes are always
+    the same (default: off)"""
     cache_dir: Path = Field(default_factory=default_cache)
     """folder for compiled code. If other users can write to it, a private subfolder is used (default: unfog in
     $XDG_CACHE_HOME or ~/.cache)"""

@@ -80,9 +80,11 @@ class Admission:
         """Returns the maximum number of rows of a step."""
         return self._limits_for(StepKind(1, GUIDED_EVALUATIONS, has_clip=False)).rows
 
-    def open(self, step_times: StepTimes) -> None:
-        """Sets the step times that were measured at warm-up."""
+    def open(self, step_times: StepTimes, max_rows: int | None = None) -> None:
+        """Sets the step times that were measured at warm-up, and the largest number of rows of the runner."""
         self.step_times = step_times
+        if max_rows is not None:
+            self._max_batch = min(self._max_batch or max_rows, max_rows)
         self._limits.clear()
 
     def calls(self) -> tuple[list[int], list[int]]:

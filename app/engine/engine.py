@@ -184,7 +184,7 @@ class Engine:
 
     def _open(self, step_times: StepTimes) -> None:
         with self._condition:
-            self._admission.open(step_times)
+            self._admission.open(step_times, self._runner.max_rows)
             self.models, self.device_memory = self._runner.models, self._runner.device_memory
             self.clip = self._runner.clip
             if self.state is EngineState.STARTING:

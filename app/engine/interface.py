@@ -187,6 +187,10 @@ class StepRunner(Protocol):
         """Frees the state of these rows."""
 
     @property
+    def max_rows(self) -> int | None:
+        """Returns the largest number of rows of a step, or None without a limit."""
+
+    @property
     def has_idle_work(self) -> bool:
         """Returns True if the runner has work that can wait until no rows take steps."""
 

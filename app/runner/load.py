@@ -1,9 +1,6 @@
 """Loads the models of the settings onto the device."""
 
-from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from app.engine.interface import RunnerError
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
@@ -12,10 +9,11 @@ from app.runner.device import choose_device, choose_dtype, choose_num_threads
 from app.runner.graphs.device import CudaDevice
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.runner import Runner
-from app.runner.threads import ComputeThreads
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
+
+FIXED_ROWS = 64  # rows of each step with UNFOG_REPRODUCIBLE=on and UNFOG_MAX_BATCH=auto
 
 
 def load_runner(settings: Settings) -> Runner:
@@ -30,10 +28,16 @@ def load_runner(settings: Settings) -> Runner:
                 f"but have {fast} and {default}"
             )
     device = choose_device(settings.device)
+    fixed_rows = (settings.max_batch or FIXED_ROWS) if settings.reproducible == "on" else None
+    if fixed_rows and device.type == "cuda" and settings.compile == "off":
+        raise RunnerError("UNFOG_REPRODUCIBLE=on needs CUDA graphs. Set UNFOG_COMPILE to auto or on")
     dtype = choose_dtype(settings.dtype, device)
     wanted = settings.compile == "on" or (settings.compile == "auto" and device.type == "cpu")
     threads = choose_num_threads(settings.num_threads, device, dtype, compiled=wanted)
-    runner = _new_runner(models, device, dtype, threads, graphs=settings.compile != "off")
+    if device.type == "cuda" and settings.compile != "off":
+        runner: Runner = GraphRunner(models, CudaDevice(device), dtype, fixed_rows=fixed_rows)
+    else:
+        runner = Runner(models, device, dtype, threads)
     prompts = [prompt for info in runner.models.values() for prompt in info.prompts]
     runner.clip = ClipModel.load(settings.clip, device, list(dict.fromkeys(prompts)))
     if wanted and not runner.compile(settings.cache_dir, must=settings.compile == "on"):
@@ -41,14 +45,6 @@ def load_runner(settings: Settings) -> Runner:
     if runner.clip:
         runner.clip.wait_until_ready()  # Otherwise its start would take CPU time from the warm-up and the steps.
     return runner
-
-
-def _new_runner(
-    models: Mapping[str, Checkpoint], device: torch.device, dtype: torch.dtype, threads: ComputeThreads, *, graphs: bool
-) -> Runner:
-    if device.type == "cuda" and graphs:
-        return GraphRunner(models, CudaDevice(device), dtype)
-    return Runner(models, device, dtype, threads)
 
 
 def _shape_text(loaded: Checkpoint) -> str:

@@ -92,6 +92,11 @@ class Runner:
         return all(model.info.compiled for model in self._models.values())
 
     @property
+    def max_rows(self) -> int | None:
+        """Returns None: the number of rows has no limit."""
+        return None
+
+    @property
     def has_idle_work(self) -> bool:
         """Returns False: there is no work that can wait."""
         return False

@@ -24,6 +24,7 @@ DEFAULTS = {
     "UNFOG_DEVICE": ("device", "auto"),
     "UNFOG_DTYPE": ("dtype", "auto"),
     "UNFOG_COMPILE": ("compile", "auto"),
+    "UNFOG_REPRODUCIBLE": ("reproducible", "off"),
     "UNFOG_CLIP": ("clip", "auto"),
     "UNFOG_NUM_THREADS": ("num_threads", None),
     "UNFOG_MAX_BATCH": ("max_batch", None),  # auto
@@ -99,6 +100,7 @@ def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.Monk
         ("UNFOG_DTYPE", "bfloat16", "bfloat16"),
         ("UNFOG_DTYPE", "float16", "float16"),
         ("UNFOG_COMPILE", "off", "off"),
+        ("UNFOG_REPRODUCIBLE", "on", "on"),
         ("UNFOG_CLIP", "off", "off"),
         ("UNFOG_CLIP", "ViT-B-32:openai", "ViT-B-32:openai"),
         ("UNFOG_NUM_THREADS", "3", 3),
@@ -167,6 +169,7 @@ INVALID = {
     "UNFOG_DEVICE": ["tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "auto:1", "CPU", "cuda:1:2", ":"],
     "UNFOG_DTYPE": ["fp16", "fp32"],
     "UNFOG_COMPILE": ["yes", "1"],
+    "UNFOG_REPRODUCIBLE": ["auto", "1"],
     "UNFOG_NUM_THREADS": ["0", "-1", "1.5", "many", "100000"],
     "UNFOG_MAX_BATCH": ["0", "-4", "2.5", "big", "4097", "AUTO"],
     "UNFOG_QUEUE_CAPACITY": ["0", "-1", "x", "1e3"],

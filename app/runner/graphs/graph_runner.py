@@ -22,7 +22,7 @@ from app.runner.device_state import indices_of, labels_of
 from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.row_state import GraphSlots
-from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, padded
+from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed, padded
 from app.runner.loaded_model import LoadedModel
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
@@ -111,9 +111,16 @@ class GraphRunner(Runner):
         clip: ClipModel | None = None,
         num_slots: int = FIRST_SLOTS,
         most_rows: int = MOST_ROWS,
+        fixed_rows: int | None = None,
     ) -> None:
-        """`num_slots` is the initial number of slots, `most_rows` the largest step that warm-up captures."""
-        self._gpu, self._most_rows, self._num_slots = device, most_rows, num_slots
+        """`num_slots` is the initial number of slots, `most_rows` the largest step that warm-up captures.
+
+        With `fixed_rows`, each step is padded to this number of rows. The kernels are then the same in each step, so
+        that a row has the same bits in each step. A larger step raises ValueError.
+        """
+        self._gpu, self._num_slots = device, num_slots
+        self._fixed = fixed(fixed_rows) if fixed_rows else None
+        self._most_rows = fixed_rows or most_rows
         super().__init__(models, device.device, dtype, clip=clip)
         with torch.inference_mode():
             self._noise, self._steps = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, MOST_INPUTS)
@@ -183,12 +190,22 @@ class GraphRunner(Runner):
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Captures the graphs of the first requests, tests each model, and measures the step times."""
-        shapes = list(first_shapes(self._most_rows))
-        self._missing = [(DEFAULT_MODEL, shape) for shape in (*shapes, *all_shapes(self._most_rows))][::-1]
-        for _ in shapes:
+        first, every = list(first_shapes(self._most_rows)), all_shapes(self._most_rows)
+        shapes = [self._fixed] if self._fixed else [*first, *every]
+        self._missing = [(DEFAULT_MODEL, shape) for shape in reversed(shapes)]
+        for _ in shapes[: len(first)]:
             if not should_stop():
                 self.idle()
-        return super().warm_up(should_stop)
+        times = super().warm_up(should_stop)
+        if self._fixed:  # all steps take the same time
+            seconds = times.measured_seconds(self._fixed.rows)
+            return StepTimes(dict.fromkeys((self._fixed.rows, self._fixed.evaluations), seconds), times.clip_seconds)
+        return times
+
+    @property
+    def max_rows(self) -> int | None:
+        """Returns the number of rows to which each step is padded, or None."""
+        return self._fixed.rows if self._fixed else None
 
     @property
     def has_idle_work(self) -> bool:
@@ -207,6 +224,8 @@ class GraphRunner(Runner):
     @property
     def batches(self) -> tuple[int, ...]:
         """Returns the numbers of rows for which warm-up measures the step time."""
+        if self._fixed:
+            return (self._fixed.rows,)
         return tuple(rows for rows in BATCHES if rows <= self._most_rows)
 
     def _wait_for_device(self) -> None:
@@ -343,6 +362,10 @@ class GraphRunner(Runner):
         If there is no larger one with at most LARGEST_PADDING times the evaluations, it is captured now.
         """
         name, exact = call.model.info.name, padded(len(call.slots), len(call.further), has_known=call.has_known)
+        if self._fixed:
+            if not self._fixed.holds(exact._replace(rows=len(call.slots), further=len(call.further))):
+                raise ValueError(f"a step of {len(call.slots)} rows exceeds the fixed number of {self._fixed.rows}")
+            exact = self._fixed
         if (name, exact) in self._steps:
             return exact
         larger = [shape for own, shape in self._steps if own == name and shape.holds(exact)]

@@ -8,6 +8,7 @@ Neighbouring buckets differ by at most 25%: 1, 2, 3, ... 8, 10, 12, 14, 16, 20, 
 from collections.abc import Iterator
 from typing import NamedTuple
 
+FEWEST_FURTHER = 16  # further evaluations of a fixed shape, so that it has room for a row that compares ten classes
 MANTISSA_BITS = 2  # number of buckets between two powers of two: 2 to the power of this
 
 
@@ -48,6 +49,11 @@ def buckets(most: int) -> list[int]:
 def padded(rows: int, further: int, *, has_known: bool) -> Shape:
     """Returns the shape to which a step is padded. Padding adds less than 25% to each number."""
     return Shape(bucket(rows), bucket(further), has_known)
+
+
+def fixed(rows: int) -> Shape:
+    """Returns the shape for steps of at most this number of rows, each of which may be guided or compare classes."""
+    return Shape(rows, max(rows, FEWEST_FURTHER), has_known=True)
 
 
 def first_shapes(most_rows: int) -> Iterator[Shape]:

@@ -265,3 +265,11 @@ def test_fast_admission_check_agrees_with_the_exact_one(seed: int) -> None:
             ended = admission.backlog.advance()
             admission.backlog.finish([(row, image(0, row.index, row.step)) for row in ended])
     assert decisions == {True, False}
+
+
+@pytest.mark.parametrize(("max_batch", "expected"), [(None, 6), (4, 4), (64, 6)])
+def test_step_has_at_most_the_rows_of_the_runner(max_batch: int | None, expected: int) -> None:
+    admission = Admission(1024, max_batch)
+    admission.open(STEP_TIMES.copy(), max_rows=6)
+    admit_all(admission, job(64, timeout=1e6))
+    assert len(admission.select(NOW)) == admission.max_batch == expected

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +125,41 @@ def test_compiling_for_a_gpu_prepares_the_kernel_cache(
     else:
         assert runner.compile(tmp_path, must=True)
     assert prepared == [tmp_path]
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Makes load_runner choose a GPU. Returns the options of the graph runners that it creates."""
+    options: list[dict[str, object]] = []
+
+    def new_graph_runner(models: object, device: object, dtype: object, **given: object) -> Runner:
+        options.append(given)
+        return Runner(models, CPU, torch.float32)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("app.runner.load.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("app.runner.load.choose_dtype", lambda name, device: torch.float32)
+    monkeypatch.setattr("app.runner.load.CudaDevice", lambda device: device)
+    monkeypatch.setattr("app.runner.load.GraphRunner", new_graph_runner)
+    return options
+
+
+@pytest.mark.parametrize(
+    ("settings", "fixed_rows"),
+    [
+        ({}, None),
+        ({"reproducible": "on"}, 64),
+        ({"reproducible": "on", "max_batch": 6}, 6),
+        ({"reproducible": "off", "max_batch": 6}, None),
+    ],
+)
+def test_gpu_runs_graphs_of_one_size_if_it_must_be_reproducible(
+    path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], fixed_rows: int | None
+) -> None:
+    options = on_a_gpu(monkeypatch)
+    load_runner(Settings(checkpoint=path, **settings))
+    assert options == [{"fixed_rows": fixed_rows}]
+
+
+def test_reproducible_gpu_without_graphs_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch)
+    with pytest.raises(RunnerError, match=r"^UNFOG_REPRODUCIBLE=on needs CUDA graphs\. "):
+        load_runner(Settings(checkpoint=path, reproducible="on", compile="off"))

@@ -137,3 +137,21 @@ def test_previews_of_rows_without_a_step_are_black(loaded: Checkpoint) -> None:
 
 def test_probe_image_is_checked_on_graphs(loaded: Checkpoint) -> None:
     on_graphs(loaded).check()
+
+
+def test_every_step_has_the_same_shape_with_fixed_rows(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, fixed_rows=8)
+    times = runner.warm_up(lambda: False)
+    assert times.measured_seconds(1) == times.measured_seconds(24) > 0
+    assert not runner.has_idle_work
+    expected = draw(new_runner(copy.deepcopy(loaded)), mixed_rows())
+    assert equal(draw(runner, mixed_rows(), max_batch=8, order=3), expected)
+    assert equal([image for row in mixed_rows() for image in draw(runner, [row])], expected)
+    assert list(runner._steps) == [("default", Shape(8, 16, has_known=True))]
+    assert (runner.batches, runner.max_rows) == ((8,), 8)
+
+
+def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, fixed_rows=4)
+    with pytest.raises(ValueError, match="a step of 5 rows exceeds the fixed number of 4"):
+        step(runner, rows_of(5))
