@@ -1,6 +1,6 @@
 """Finds operations that make the host wait for a device, without such a device.
 
-The device `meta` stands for a GPU. Its tensors have no values, so an operation that needs a value fails. Its steps use
+The device `meta` replaces a GPU. Its tensors have no values, so an operation that needs a value fails. Its steps use
 the operations for devices other than a CPU, and every copy from or to the host is visible.
 """
 
