@@ -33,7 +33,7 @@ from model.step import Rows, Stepped
 T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
 MOST_ROWS = BATCHES[-1]  # of the shapes that are captured before they are needed
-FIRST_SLOTS = 2047  # so many that they seldom have to grow, because all graphs must then be captured again
+FIRST_SLOTS = 2047  # Their number seldom has to grow. If it grows, all graphs must be captured again.
 # The smallest and the largest number of noise images that are drawn together. An image with 100 steps needs 100. 8,192
 # need 200 MB of temporary tensors.
 FEWEST_DRAWS, MOST_DRAWS = 128, 8192
@@ -125,7 +125,8 @@ class GraphRunner(Runner):
         with torch.inference_mode():
             self._noise, self._steps = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, MOST_INPUTS)
         self._versions = self._slots.version, len(self._plans.table)  # of the tensors that the graphs use
-        self._missing: list[tuple[str, Shape]] = []  # graphs to capture in idle time, the next one last
+        self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time, the next one last
+        self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph of a shape that is not captured
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
@@ -192,7 +193,8 @@ class GraphRunner(Runner):
         """Captures the graphs of the first requests, tests each model, and measures the step times."""
         first, every = list(first_shapes(self._most_rows)), all_shapes(self._most_rows)
         shapes = [self._fixed] if self._fixed else [*first, *every]
-        self._missing = [(DEFAULT_MODEL, shape) for shape in reversed(shapes)]
+        in_order = list(dict.fromkeys(shapes))  # without repeated shapes
+        self._missing = dict.fromkeys((DEFAULT_MODEL, shape) for shape in reversed(in_order))
         for _ in shapes[: len(first)]:
             if not should_stop():
                 self.idle()
@@ -215,7 +217,7 @@ class GraphRunner(Runner):
     def idle(self) -> None:
         """Captures one more graph."""
         while self._missing:
-            name, shape = self._missing.pop()
+            (name, shape), _ = self._missing.popitem()
             if (name, shape) not in self._steps:
                 with torch.inference_mode(), suppress(OutOfMemoryError), device_errors():
                     self._capture(self._models[name], shape)
@@ -368,15 +370,21 @@ class GraphRunner(Runner):
             exact = self._fixed
         if (name, exact) in self._steps:
             return exact
-        larger = [shape for own, shape in self._steps if own == name and shape.holds(exact)]
-        smallest = min(larger, key=lambda shape: shape.evaluations, default=None)
-        if smallest and smallest.evaluations <= LARGEST_PADDING * exact.evaluations:
-            self._missing.append((name, exact))
-            return smallest
+        if (name, exact) not in self._larger:
+            captured = [shape for own, shape in self._steps if own == name and shape.holds(exact)]
+            smallest = min(captured, key=lambda shape: shape.evaluations, default=None)
+            fits = smallest and smallest.evaluations <= LARGEST_PADDING * exact.evaluations
+            self._larger[name, exact] = smallest if fits else None
+            self._missing.pop((name, exact), None)
+            self._missing[name, exact] = None
+        if larger := self._larger[name, exact]:
+            return larger
         self._capture(call.model, exact)
         return exact
 
     def _capture(self, model: LoadedModel, shape: Shape) -> None:
+        self._larger.clear()
+        self._missing.pop((model.info.name, shape), None)
         self._steps.capture((model.info.name, shape), partial(self._run_step, model, shape))
 
     def _run_step(self, model: LoadedModel, shape: Shape) -> None:
@@ -396,6 +404,7 @@ class GraphRunner(Runner):
             self._versions = versions
             self._steps.clear()
             self._noise.clear()
+            self._larger.clear()
 
     def _guide(self, trajectories: list[Trajectory]) -> None:
         """Enqueues CLIP guidance for the rows that have it in this step. It changes the results of the step."""

@@ -13,7 +13,7 @@ from app.api.direct_route import DirectRoute
 from app.main import WORK_ROUTERS
 
 
-async def _address(request: Request, x_name: Annotated[str, Header(min_length=2)] = "nobody") -> str:
+async def _address(request: Request, x_name: Annotated[str, Header(min_length=2)] = "default") -> str:
     return f"{x_name} at {request.url.path}"
 
 

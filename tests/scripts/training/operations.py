@@ -46,7 +46,7 @@ class Operations(TorchDispatchMode):
 
 
 class MetaGenerator:
-    """Stands for a generator of the device. torch has none for meta."""
+    """Replaces the generator of the device. torch has none for meta."""
 
     device = torch.device("meta")
 

@@ -200,7 +200,7 @@ def test_each_replay_draws_the_next_random_numbers_of_the_generator() -> None:
 
 
 class CudaCalls:
-    """Stands for torch.cuda, and records the calls of a CudaGraph in order."""
+    """Replaces torch.cuda, and records the calls of a CudaGraph in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[str] = []

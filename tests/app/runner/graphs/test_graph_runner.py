@@ -110,6 +110,13 @@ def test_larger_graph_is_used_until_the_exact_one_is_captured(loaded: Checkpoint
     assert equal(draw(runner, rows_of(3, num_steps=2)), expected)
 
 
+def test_graph_is_missing_once_if_many_steps_need_it(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded)
+    draw(runner, rows_of(4, num_steps=2))
+    draw(runner, rows_of(3, num_steps=9))
+    assert list(runner._missing) == [("default", Shape(3, 0, has_known=False))]
+
+
 def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, most_rows=4)
     runner.warm_up(lambda: False)
