@@ -16,7 +16,7 @@ LAYERS = {
     "log_writer": set(),
     "logs": {"log_writer"},
     "metrics": {"errors"},
-    "engine": {"engine", "errors", "metrics"},
+    "engine": {"engine", "errors"},
     "settings": {"engine"},
     "runner": {"runner", "engine", "settings"},
     "api": {"api", "engine", "errors", "metrics", "settings"},
