@@ -1,0 +1,80 @@
+"""HTTP clients for the measurements, with the standard library only."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROUTE = "/generate"
+CLOSE_SECONDS = 60.0  # limit for the last answers
+
+Body = dict[str, Any]
+
+
+class RequestFailed(Exception):
+    """A request was not answered with status 200. The message is one line."""
+
+
+class Connection:
+    """A connection that is kept open for further requests."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def open(self) -> None:
+        """Connects to the service."""
+        self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+
+    async def post(self, body: Body) -> bytes:
+        """Sends a request and returns the body of the answer. Raises RequestFailed if the status is not 200."""
+        content = json.dumps(body).encode()
+        head = f"POST {ROUTE} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        self._writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        await self._writer.drain()
+        status, *lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        answer = await self._reader.readexactly(int(headers["content-length"]))
+        if status.split()[1] != "200":
+            raise RequestFailed(f"{ROUTE} answered {status.split()[1]}: {answer[:200].decode(errors='replace')}")
+        return answer
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._writer.close()
+
+
+async def latencies(port: int, bodies: list[Body]) -> list[float]:
+    """Sends the requests one after the other. Returns the seconds from each request to its whole answer."""
+    connection = Connection(port)
+    await connection.open()
+    seconds = []
+    for body in bodies:
+        start = time.perf_counter()
+        await connection.post(body)
+        seconds.append(time.perf_counter() - start)
+    connection.close()
+    return seconds
+
+
+async def closed_loop(port: int, clients: int, make: Callable[[int], Body], settle: float, seconds: float) -> float:
+    """Returns the answers per second of clients that send their next request after each answer.
+
+    The answers within `seconds` after the first `settle` seconds count. Raises RequestFailed if a request fails.
+    """
+    start, numbers, num_answers = time.perf_counter(), iter(range(1 << 62)), 0
+    first, last = start + settle, start + settle + seconds
+
+    async def run() -> None:
+        nonlocal num_answers
+        connection = Connection(port)
+        await connection.open()
+        while time.perf_counter() < last:
+            await connection.post(make(next(numbers)))
+            num_answers += first <= time.perf_counter() < last
+        connection.close()
+
+    async with asyncio.timeout(settle + seconds + CLOSE_SECONDS), asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(run())
+    return num_answers / seconds

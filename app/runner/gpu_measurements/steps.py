@@ -1,0 +1,115 @@
+"""The duration of a step: on the host, on the device, and the kernels that take the most time."""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from app.engine.interface import OutOfMemoryError
+from app.engine.job import DEFAULT_MODEL, StepRows
+from app.runner.gpu_measurements.figures import Figure, Options, Skipped
+from app.runner.gpu_measurements.machine import Machine, open_gpu, open_machine
+from app.runner.gpu_measurements.rows import ROW_KINDS, new_rows
+from app.runner.measured import Operations
+from app.runner.runner import Runner
+
+SIZES, CPU_SIZES = (1, 4, 16, 64, 256, 512), (1, 4)
+NUM_CALLS = 10  # whose median is the host time
+STEP_SECONDS = 0.2  # of the steps whose device time is measured
+LONGEST_NAME = 60
+
+
+def measure(options: Options) -> Iterator[Figure]:
+    """Yields the figures of steps that are not compiled."""
+    machine = open_machine(options)
+    sizes = SIZES if machine.is_gpu else CPU_SIZES
+    for kind in machine.kinds():
+        yield from measure_runner(machine, machine.runner(kind), kind, sizes)
+
+
+def measure_compiled(options: Options) -> Iterator[Figure]:
+    """Yields the figures of compiled steps in graphs. Needs a GPU, Triton and a C compiler."""
+    machine = open_gpu(options)
+    if find_spec("triton") is None:
+        raise Skipped("needs triton")
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        raise Skipped("needs a C compiler")
+    yield from compiled_on(machine, machine.runner("graph"), SIZES)
+
+
+def compiled_on(machine: Machine, runner: Runner, sizes: Sequence[int]) -> Iterator[Figure]:
+    """Compiles the step of a runner and yields its figures."""
+    with tempfile.TemporaryDirectory(prefix="unfog-") as cache:
+        start = time.perf_counter()
+        runner.compile(Path(cache), must=True)
+        runner.check()
+        yield Figure("first images with compiled steps, without cached kernels", time.perf_counter() - start, "s")
+        yield from measure_runner(machine, runner, "compiled", sizes)
+
+
+def measure_runner(machine: Machine, runner: Runner, name: str, sizes: Sequence[int]) -> Iterator[Figure]:
+    """Yields the figures of a runner for all numbers of rows, small ones first."""
+    yield from _operations(runner, name)
+    for size in sizes:
+        for kind in ROW_KINDS if size > 1 else ROW_KINDS[:2]:
+            text = f"{name}, {size} {kind}"
+            try:
+                yield from _steps(machine, runner, size, kind, text)
+            except OutOfMemoryError:
+                yield Figure(f"step, {text}", skipped="out of memory")
+
+
+def _operations(runner: Runner, name: str) -> Iterator[Figure]:
+    """Yields the number of tensor operations that a step enqueues one by one."""
+    rows = StepRows.of(new_rows(runner.models[DEFAULT_MODEL], 1, "plain"))
+    runner.step(rows)
+    with Operations() as operations:
+        runner.step(rows)
+    yield Figure(f"tensor operations of a step, {name}", operations.counts.total())
+    runner.release(rows.trajectories)
+
+
+def _steps(machine: Machine, runner: Runner, size: int, kind: str, text: str) -> Iterator[Figure]:
+    """Yields the figures of one kind of step. The step is repeated without counting it."""
+    rows = StepRows.of(new_rows(runner.models[DEFAULT_MODEL], size, kind))
+    try:
+        for _ in range(3):  # captures graphs and loads kernels
+            runner.step(rows)
+        host = statistics.median(_call_seconds(machine, runner, rows) for _ in range(NUM_CALLS))
+        yield Figure(f"host, call of a step, {text}", host * 1e3, "ms")
+        yield Figure(f"device, step, {text}", _device_seconds(machine, runner, rows) * 1e3, "ms")
+        profile = machine.profile(lambda: _run(runner, rows))
+        yield Figure(f"kernels of a step, {text}", profile.kernels)
+        yield Figure(f"launches of a step, {text}", profile.launches)
+        yield Figure(f"sum of the kernels, {text}", profile.seconds * 1e3, "ms")
+        for kernel, seconds in profile.longest:
+            yield Figure(f"kernel, {text}: {kernel[:LONGEST_NAME]}", seconds * 1e3, "ms")
+    finally:
+        runner.release(rows.trajectories)
+
+
+def _run(runner: Runner, rows: StepRows) -> None:
+    runner.step(rows)
+
+
+def _call_seconds(machine: Machine, runner: Runner, rows: StepRows) -> float:
+    """Returns the duration of the call of a step while the device is idle. Only an eager runner waits for the step."""
+    machine.synchronize()
+    start = time.perf_counter()
+    runner.step(rows)
+    return time.perf_counter() - start
+
+
+def _device_seconds(machine: Machine, runner: Runner, rows: StepRows) -> float:
+    """Returns the duration of one of many steps that are enqueued one after the other."""
+    machine.synchronize()
+    count, start, first = 0, time.perf_counter(), machine.event()
+    while count < NUM_CALLS or time.perf_counter() - start < STEP_SECONDS:
+        runner.step(rows)
+        count += 1
+    last = machine.event()
+    machine.synchronize()
+    return first.elapsed_time(last) * 1e-3 / count
