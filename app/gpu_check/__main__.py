@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from app.gpu_check.run import ProbeError, failed_report, open_report, run_sectio
 from app.gpu_check.section import leave, run_section
 from app.gpu_check.sections import SECTIONS
 from app.runner.gpu_measurements.figures import Options
+
+INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report after Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,12 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = Options(given.checkpoint, given.device, given.dtype)
         leave(run_section(section, options, given.figures))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # kills the process of the section
-    return _run_all(parser, given)
+    try:
+        return _run_all(parser, given)
+    except KeyboardInterrupt:  # the process of the section is already killed
+        return INTERRUPTED
 
 
 def _run_all(parser: ArgumentParser, given: Namespace) -> int:
     reports: list[Report] = []
     for python, out in zip(interpreters(given), outputs(given), strict=True):
+        end = time.monotonic() + given.seconds
         try:
             report = open_report(python, given.device)
         except ProbeError as error:
@@ -43,7 +50,7 @@ def _run_all(parser: ArgumentParser, given: Namespace) -> int:
         if not report.outcomes:
             device = report.device.split()[0]
             sections = given.sections or SECTIONS
-            run_sections(report, sections, as_arguments(given, device), given.seconds, out, to_stderr)
+            run_sections(report, sections, as_arguments(given, device), end - time.monotonic(), out, to_stderr)
         print(f"{report.text()}\nResults: {out}\n", flush=True)
         reports.append(report)
     print(f"Versions of torch: {', '.join(report.torch for report in reports)}")

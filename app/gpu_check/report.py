@@ -10,6 +10,7 @@ from typing import Any
 from app.gpu_check.processes import DONE, FAILED, SKIPPED, Outcome
 from model.files import write_atomically
 
+WIDEST = 80  # characters of a column; a longer cell is not cut, but its column is not wider
 COLUMNS = ("section", "figure", "value", "unit", "target", "result")
 
 
@@ -43,7 +44,7 @@ class Report:
     def text(self) -> str:
         """Returns the table and its summary as Markdown."""
         rows = [row for name, outcome in self.outcomes.items() for row in _rows(name, outcome)]
-        widths = [max(len(row[column]) for row in (COLUMNS, *rows)) for column in range(len(COLUMNS))]
+        widths = [min(WIDEST, max(map(len, column))) for column in zip(COLUMNS, *rows, strict=True)]
         rule = tuple("-" * width for width in widths)
         lines = [
             "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"

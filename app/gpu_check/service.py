@@ -27,14 +27,14 @@ GUIDANCE: dict[str, dict[str, Any]] = {"guidance off": {"guidance_scale": 1}, "d
 class Sizes:
     """The sizes of the measurements."""
 
-    num_images: int  # that are generated one after the other
+    num_images: int  # that are generated one after the other, after as many that are not measured
     loads: tuple[tuple[int, int], ...]  # clients, and images of each of their requests
     settle_seconds: float  # before the rate is measured
     seconds: float  # in which the rate is measured
 
 
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0)
-OF_CPU = Sizes(2, ((2, 2),), 0.2, 0.5)
+OF_CPU = Sizes(1, ((2, 2),), 0.1, 1.0)
 READY, ONE_IMAGE = Target(20.0), Target(50.0)  # s and ms
 RATES = {"16 x 64, guidance off": 5000, "16 x 64, default guidance": 3000}  # targets in images/s
 
@@ -46,8 +46,8 @@ def measure(options: Options) -> Iterator[Figure]:
         sizes = OF_GPU if is_gpu else OF_CPU
         yield Figure("process start to ready, HTTP", seconds, "s", READY if is_gpu else None)
         for name, fields in GUIDANCE.items():
-            bodies = [{"digit": seed % 10, "seed": seed, **fields} for seed in range(2 + sizes.num_images)]
-            of_images = statistics.median(asyncio.run(latencies(port, bodies))[2:])
+            bodies = [{"digit": seed % 10, "seed": seed, **fields} for seed in range(2 * sizes.num_images)]
+            of_images = statistics.median(asyncio.run(latencies(port, bodies))[sizes.num_images :])
             yield Figure(f"one image, HTTP, {name}", of_images * 1e3, "ms", ONE_IMAGE if is_gpu else None)
         for clients, count in sizes.loads:
             for name, fields in GUIDANCE.items():

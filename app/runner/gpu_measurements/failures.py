@@ -84,12 +84,13 @@ def measure_no_gpu(options: Options) -> Iterator[Figure]:
     """Yields whether the service reports clearly that no GPU is visible. `options` have no effect."""
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
-    def opened(device: str) -> "subprocess.CompletedProcess[str]":
+    def opening(device: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-c", OPEN_DEVICE, device]
-        return subprocess.run(command, env=hidden, capture_output=True, text=True, check=False, timeout=OPEN_SECONDS)
+        return subprocess.Popen(command, env=hidden, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    wanted, automatic = opened("cuda"), opened("auto")
-    error = (wanted.stderr.strip().splitlines() or ["no error"])[-1]
+    with opening("cuda") as wanted, opening("auto") as automatic:
+        (_, errors), (found, other_errors) = (each.communicate(timeout=OPEN_SECONDS) for each in (wanted, automatic))
+    error = (errors.strip().splitlines() or ["no error"])[-1]
     yield Figure("error of UNFOG_DEVICE=cuda", error, passed="RunnerError: UNFOG_DEVICE=cuda: " in error)
-    found = automatic.stdout.strip()
-    yield Figure("device of UNFOG_DEVICE=auto", found or automatic.stderr[-200:], passed=found == "cpu")
+    device = found.strip()
+    yield Figure("device of UNFOG_DEVICE=auto", device or other_errors[-200:], passed=device == "cpu")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,17 @@ class Figure:
     target: Target | None = None
     passed: bool | None = None
     skipped: str = ""  # the reason why there is no value
+    detail: dict[str, float] = field(default_factory=dict)  # further values in the unit, only for the JSON file
 
     def as_json(self) -> dict[str, Any]:
         """Returns the figure without its empty fields."""
-        content = {"name": self.name, "value": self.value, "unit": self.unit, "skipped": self.skipped}
+        content: dict[str, Any] = {"name": self.name, "value": self.value, "unit": self.unit, "skipped": self.skipped}
+        content |= {"detail": self.detail}
         if self.target and isinstance(self.value, float | int):
             content |= {"target": str(self.target), "met": self.target.is_met(self.value)}
         if self.passed is not None:
             content["passed"] = self.passed
-        return {name: value for name, value in content.items() if value not in (None, "")}
+        return {name: value for name, value in content.items() if value not in (None, "", {})}
 
 
 @dataclass(slots=True)

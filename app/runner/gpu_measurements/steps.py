@@ -1,5 +1,6 @@
 """The duration of a step: on the host, on the device, and the kernels that take the most time."""
 
+import os
 import shutil
 import statistics
 import tempfile
@@ -35,18 +36,21 @@ def measure_compiled(options: Options) -> Iterator[Figure]:
     machine = open_gpu(options)
     if find_spec("triton") is None:
         raise Skipped("needs triton")
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
         raise Skipped("needs a C compiler")
     yield from compiled_on(machine, machine.runner("graph"), SIZES)
 
 
 def compiled_on(machine: Machine, runner: Runner, sizes: Sequence[int]) -> Iterator[Figure]:
-    """Compiles the step of a runner and yields its figures."""
-    with tempfile.TemporaryDirectory(prefix="unfog-") as cache:
+    """Compiles the step of a runner and yields its figures.
+
+    The kernels are stored in UNFOG_CACHE_DIR if it is set. In a container, other folders do not permit execution.
+    """
+    with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
         start = time.perf_counter()
-        runner.compile(Path(cache), must=True)
+        runner.compile(Path(os.environ.get("UNFOG_CACHE_DIR") or folder), must=True)
         runner.check()
-        yield Figure("first images with compiled steps, without cached kernels", time.perf_counter() - start, "s")
+        yield Figure("compilation and first image", time.perf_counter() - start, "s")
         yield from measure_runner(machine, runner, "compiled", sizes)
 
 
@@ -80,13 +84,15 @@ def _steps(machine: Machine, runner: Runner, size: int, kind: str, text: str) ->
             runner.step(rows)
         host = statistics.median(_call_seconds(machine, runner, rows) for _ in range(NUM_CALLS))
         yield Figure(f"host, call of a step, {text}", host * 1e3, "ms")
+        if not machine.is_gpu:
+            return
         yield Figure(f"device, step, {text}", _device_seconds(machine, runner, rows) * 1e3, "ms")
         profile = machine.profile(lambda: _run(runner, rows))
         yield Figure(f"kernels of a step, {text}", profile.kernels)
         yield Figure(f"launches of a step, {text}", profile.launches)
-        yield Figure(f"sum of the kernels, {text}", profile.seconds * 1e3, "ms")
-        for kernel, seconds in profile.longest:
-            yield Figure(f"kernel, {text}: {kernel[:LONGEST_NAME]}", seconds * 1e3, "ms")
+        longest = {name: seconds * 1e3 for name, seconds in profile.longest}
+        yield Figure(f"sum of the kernels, {text}", profile.seconds * 1e3, "ms", detail=longest)
+        yield Figure(f"kernel with the longest time, {text}", next(iter(longest), "none")[:LONGEST_NAME])
     finally:
         runner.release(rows.trajectories)
 

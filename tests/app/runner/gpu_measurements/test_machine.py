@@ -1,0 +1,101 @@
+"""Tests of the machine: the parts that a CPU and a GPU share, and the names that only a GPU uses."""
+
+import ast
+import warnings
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.runner.gpu_measurements import machine as machine_module
+from app.runner.gpu_measurements.figures import Options, Skipped
+from app.runner.gpu_measurements.machine import SYNCHRONISATION, Gpu, HostEvent, Machine, open_gpu, open_machine
+from tests.app.runner.gpu_measurements.pretended import PretendedGpu
+
+ROOT = Path(__file__).parents[4]
+FOLDERS = ("app/runner/gpu_measurements", "app/runner/graphs")
+
+
+def names_of_torch() -> list[str]:
+    """Returns every name such as `torch.cuda.synchronize` in the measurements and the graph runner."""
+    found = set()
+    for folder in FOLDERS:
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("torch.cuda.", "torch.backends.")):
+                    found.add(ast.unparse(node))
+    return sorted(name for name in found if "(" not in name)
+
+
+@pytest.mark.parametrize("name", names_of_torch())
+def test_every_name_of_cuda_exists_in_torch(name: str) -> None:
+    value = reduce(getattr, name.split(".")[1:], torch)
+    assert getattr(value, "__deprecated__", None) is None
+
+
+def test_names_of_cuda_are_found() -> None:
+    assert {"torch.cuda.set_sync_debug_mode", "torch.cuda.mem_get_info", "torch.cuda.CUDAGraph"} <= set(
+        names_of_torch()
+    )
+
+
+def test_gpu_replaces_each_method_that_does_nothing_on_a_cpu() -> None:
+    shared = {"load", "runner", "kinds", "fill_memory", "counted_synchronisations", "profile", "__init__"}
+    methods = {name for name, value in vars(Machine).items() if callable(value)}
+    assert methods - shared == {name for name, value in vars(Gpu).items() if callable(value)}
+
+
+def test_event_measures_milliseconds() -> None:
+    assert HostEvent(1.0).elapsed_time(HostEvent(1.5)) == 500
+
+
+def test_profile_has_the_operations_of_a_cpu(cpu: Machine) -> None:
+    x = torch.ones(64, 64)
+    profile = cpu.profile(lambda: [x @ x for _ in range(3)] and None)  # type: ignore[func-returns-value]
+    assert profile.kernels >= 3
+    assert "aten::mm" in dict(profile.longest)
+    assert 0 < max(seconds for _, seconds in profile.longest) <= profile.seconds < 10
+
+
+def test_gpu_reads_the_device_time_of_a_profile(gpu: PretendedGpu) -> None:
+    with torch.profiler.profile(activities=Machine.activities) as profiler:
+        torch.ones(3).add_(1)
+    average = profiler.key_averages()[0]
+    average.self_device_time_total = 250  # type: ignore[misc]
+    assert Gpu.kernel_microseconds(gpu, average) == 250  # type: ignore[arg-type]
+
+
+def test_synchronisations_are_counted_and_other_warnings_are_not(cpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[bool] = []
+    monkeypatch.setattr(cpu, "watch_synchronisations", lambda *, on: modes.append(on))
+    with cpu.counted_synchronisations() as found:
+        for message in (SYNCHRONISATION, "other", SYNCHRONISATION):
+            warnings.warn(message, stacklevel=1)
+    assert len(found) == 2
+    assert modes == [True, False]
+
+
+def test_memory_is_filled_up_to_the_bytes_that_must_be_left(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def allocate(size: int, **options: object) -> Tensor:
+        sizes.append(size)
+        gpu.num_bytes_free -= size
+        return torch.zeros(0)
+
+    gpu.num_bytes_free = 80 << 30
+    monkeypatch.setattr(machine_module.torch, "empty", allocate)
+    blocks = gpu.fill_memory(48 << 20)
+    assert len(blocks) == len(sizes) < 100
+    assert 48 << 20 <= gpu.num_bytes_free <= 64 << 20
+
+
+def test_machine_without_a_gpu_is_a_cpu_and_skips_gpu_sections(tiny: Path) -> None:
+    options = Options(tiny, "cpu")
+    assert not open_machine(options).is_gpu
+    with pytest.raises(Skipped, match="no GPU"):
+        open_gpu(options)
+    with pytest.raises(Skipped, match="no GPU"):
+        open_machine(options).runner("graph")
