@@ -23,7 +23,7 @@ PREFIXES = ("python -m app.gpu_check", "scripts/gpu_check")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), steps=(10,))
 
 
 def gpu_check(folder: Path, *arguments: str, blocked: tuple[str, ...] = ()) -> "subprocess.CompletedProcess[str]":

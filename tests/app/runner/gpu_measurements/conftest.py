@@ -12,7 +12,7 @@ from tests.model.tiny_checkpoint import tiny_checkpoint
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), steps=(10,))
 
 
 @pytest.fixture

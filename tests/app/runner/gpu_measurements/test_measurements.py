@@ -54,8 +54,8 @@ def test_facts_of_a_cpu(cpu: Machine) -> None:
     assert found["GPU"].skipped == "no GPU"
     rate, flop = (found[name].value for name in ("matrix rate", "one evaluation of the network"))
     assert isinstance(rate, float) and isinstance(flop, float)
-    images = found["highest rate of images with 100 steps without guidance"].value
-    assert images == pytest.approx(rate * 1e12 / (flop * 1e9 * 100))
+    images = found["highest rate of images with 10 steps without guidance"].value
+    assert images == pytest.approx(rate * 1e12 / (flop * 1e9 * 10))
 
 
 def test_facts_of_a_gpu(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
