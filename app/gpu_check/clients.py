@@ -4,7 +4,8 @@ import asyncio
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, Self
 
 ROUTE = "/generate"
 CLOSE_SECONDS = 60.0  # limit for the last answers
@@ -22,9 +23,14 @@ class Connection:
     def __init__(self, port: int) -> None:
         self._port = port
 
-    async def open(self) -> None:
-        """Connects to the service."""
+    async def __aenter__(self) -> Self:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._writer.close()
+        with suppress(OSError):  # the service has closed the connection
+            await self._writer.wait_closed()
 
     async def post(self, body: Body) -> bytes:
         """Sends a request and returns the body of the answer. Raises RequestFailed if the status is not 200."""
@@ -39,21 +45,15 @@ class Connection:
             raise RequestFailed(f"{ROUTE} answered {status.split()[1]}: {answer[:200].decode(errors='replace')}")
         return answer
 
-    def close(self) -> None:
-        """Closes the connection."""
-        self._writer.close()
-
 
 async def latencies(port: int, bodies: list[Body]) -> list[float]:
     """Sends the requests one after the other. Returns the seconds from each request to its whole answer."""
-    connection = Connection(port)
-    await connection.open()
     seconds = []
-    for body in bodies:
-        start = time.perf_counter()
-        await connection.post(body)
-        seconds.append(time.perf_counter() - start)
-    connection.close()
+    async with Connection(port) as connection:
+        for body in bodies:
+            start = time.perf_counter()
+            await connection.post(body)
+            seconds.append(time.perf_counter() - start)
     return seconds
 
 
@@ -67,14 +67,15 @@ async def closed_loop(port: int, clients: int, make: Callable[[int], Body], sett
 
     async def run() -> None:
         nonlocal num_answers
-        connection = Connection(port)
-        await connection.open()
-        while time.perf_counter() < last:
-            await connection.post(make(next(numbers)))
-            num_answers += first <= time.perf_counter() < last
-        connection.close()
+        async with Connection(port) as connection:
+            while time.perf_counter() < last:
+                await connection.post(make(next(numbers)))
+                num_answers += first <= time.perf_counter() < last
 
-    async with asyncio.timeout(settle + seconds + CLOSE_SECONDS), asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(run())
+    try:
+        async with asyncio.timeout(settle + seconds + CLOSE_SECONDS), asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(run())
+    except BaseExceptionGroup as errors:  # The errors of the other clients have the same cause.
+        raise errors.exceptions[0] from None
     return num_answers / seconds

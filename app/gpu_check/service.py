@@ -16,7 +16,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from app.gpu_check.clients import RequestFailed, closed_loop, latencies
-from app.runner.gpu_measurements.figures import Figure, Options, Target
+from app.runner.gpu_measurements.figures import Figure, Options, Target, guarded
 
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
 POLL_SECONDS = 0.02
@@ -45,18 +45,25 @@ def measure(options: Options) -> Iterator[Figure]:
         is_gpu = str(_get(port, "/health").get("device", "")).startswith("cuda")
         sizes = OF_GPU if is_gpu else OF_CPU
         yield Figure("process start to ready, HTTP", seconds, "s", READY if is_gpu else None)
-        for name, fields in GUIDANCE.items():
-            bodies = [{"digit": seed % 10, "seed": seed, **fields} for seed in range(2 * sizes.num_images)]
-            of_images = statistics.median(asyncio.run(latencies(port, bodies))[sizes.num_images :])
-            yield Figure(f"one image, HTTP, {name}", of_images * 1e3, "ms", ONE_IMAGE if is_gpu else None)
-        for clients, count in sizes.loads:
-            for name, fields in GUIDANCE.items():
-                text = f"{clients} x {count}, {name}"
-                rate = asyncio.run(_rate(port, (clients, count), fields, sizes))
-                target = Target(RATES[text], is_at_most=False) if is_gpu and text in RATES else None
-                yield Figure(f"load, HTTP, {text}", rate, "images/s", target)
+        yield from guarded("one image, HTTP", _one_image(port, sizes.num_images, is_gpu=is_gpu))
+        for load in sizes.loads:
+            yield from guarded(f"load, HTTP, {load[0]} x {load[1]}", _of_load(port, load, sizes, is_gpu=is_gpu))
         if is_gpu:
             yield Figure("reserved memory after the loads, HTTP", _device_bytes(port) / 2**20, "MiB")
+
+
+def _one_image(port: int, num_images: int, *, is_gpu: bool) -> Iterator[Figure]:
+    for name, fields in GUIDANCE.items():
+        bodies = [{"digit": seed % 10, "seed": seed, **fields} for seed in range(2 * num_images)]
+        seconds = statistics.median(asyncio.run(latencies(port, bodies))[num_images:])
+        yield Figure(f"one image, HTTP, {name}", seconds * 1e3, "ms", ONE_IMAGE if is_gpu else None)
+
+
+def _of_load(port: int, load: tuple[int, int], sizes: Sizes, *, is_gpu: bool) -> Iterator[Figure]:
+    for name, fields in GUIDANCE.items():
+        text = f"{load[0]} x {load[1]}, {name}"
+        target = Target(RATES[text], is_at_most=False) if is_gpu and text in RATES else None
+        yield Figure(f"load, HTTP, {text}", asyncio.run(_rate(port, load, fields, sizes)), "images/s", target)
 
 
 async def _rate(port: int, load: tuple[int, int], fields: dict[str, Any], sizes: Sizes) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from app.engine.job import Pixels
-from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options, Skipped, checked
+from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options, Skipped, checked, guarded
 from app.runner.gpu_measurements.machine import Kind, Machine, open_machine
 from app.runner.gpu_measurements.rows import new_rows, run_step
 from model.noise import block_counter, normal, random_words
@@ -31,24 +31,34 @@ def measure(options: Options) -> Iterator[Figure]:
 
 def measure_on(machine: Machine) -> Iterator[Figure]:
     """Yields the checks of a device."""
-    yield from noise(machine)
+    yield from guarded("noise", noise(machine))
     images: dict[Kind, list[Pixels]] = {}
     for kind in machine.kinds():
-        runner = machine.runner(kind, machine.load(every=True))
-        with checked(f"probe images, {kind}: {', '.join(runner.models)}") as check:
-            runner.check()
-        yield check.figure
-        rows = new_rows(runner.models["default"], 4, "mixed", num_steps=20)
-        for _ in range(20):
-            run_step(runner, rows)
-        images[kind] = [image for image in runner.pixels(rows).wait() if image is not None]
-        runner.release(rows)
-    if "graph" not in images:
+        yield from guarded(f"images, {kind}", _images(machine, kind, images))
+    if not machine.is_gpu:
         yield Figure("probe images, graph", skipped=NO_GPU)
-        return
+    if len(images) == 2:
+        yield _difference(images)
+
+
+def _images(machine: Machine, kind: Kind, images: dict[Kind, list[Pixels]]) -> Iterator[Figure]:
+    """Yields whether the probe images are right. Adds further images to `images`."""
+    runner = machine.runner(kind, machine.load(every=True))
+    with checked(f"probe images, {kind}: {', '.join(runner.models)}") as check:
+        runner.check()
+    yield check.figure
+    rows = new_rows(runner.models["default"], 4, "mixed", num_steps=20)
+    for _ in range(20):
+        run_step(runner, rows)
+    images[kind] = [image for image in runner.pixels(rows).wait() if image is not None]
+    runner.release(rows)
+
+
+def _difference(images: dict[Kind, list[Pixels]]) -> Figure:
+    """Returns whether the images with and without graphs are nearly the same."""
     graph, eager = (np.stack(images[kind]).astype(np.float64) for kind in ("graph", "eager"))
     levels = float(np.abs(graph - eager).mean())
-    yield Figure("images of graph and eager, mean difference", levels, "levels", passed=levels <= LARGEST_LEVELS)
+    return Figure("images of graph and eager, mean difference", levels, "levels", passed=levels <= LARGEST_LEVELS)
 
 
 @torch.inference_mode()

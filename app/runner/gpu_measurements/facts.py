@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.runner.device import NVIDIA_DRIVER, granted_cores
-from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options
+from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options, guarded
 from app.runner.gpu_measurements.machine import Machine, open_machine
 from model.checkpoint import Checkpoint
 
@@ -35,9 +35,13 @@ def measure_on(machine: Machine) -> Iterator[Figure]:
     yield Figure("torch", torch.__version__)
     yield Figure("CUDA of torch", torch.version.cuda or "none")
     yield Figure("precision", str(machine.dtype).removeprefix("torch."))
-    yield from gpu_facts(machine.device) if machine.is_gpu else [Figure("GPU", skipped=NO_GPU)]
-    yield from _ceilings(machine)
-    yield from launches(machine) if machine.is_gpu else [Figure("launch of a small kernel", skipped=NO_GPU)]
+    parts = {"ceilings": _ceilings(machine)}
+    if machine.is_gpu:
+        parts = {"GPU": gpu_facts(machine.device), **parts, "launches": launches(machine)}
+    else:
+        yield from (Figure(name, skipped=NO_GPU) for name in ("GPU", "launch of a small kernel"))
+    for name, figures in parts.items():
+        yield from guarded(name, figures)
 
 
 def gpu_facts(device: torch.device) -> Iterator[Figure]:

@@ -11,7 +11,7 @@ from app.engine.interface import DeviceLostError
 from app.engine.job import DEFAULT_MODEL, Job, JobRequest, StepRows
 from app.engine.job import Options as JobOptions
 from app.runner.gpu_measurements.engines import images_of, running_engine
-from app.runner.gpu_measurements.figures import Figure, Options, checked, error_line
+from app.runner.gpu_measurements.figures import Figure, Options, checked, error_line, guarded
 from app.runner.gpu_measurements.machine import Kind, Machine, open_gpu
 from app.runner.gpu_measurements.rows import new_job
 from app.runner.runner import Runner
@@ -29,10 +29,10 @@ def measure_memory(options: Options) -> Iterator[Figure]:
     """Yields the checks of a shortage of memory. Needs a GPU."""
     machine = open_gpu(options)
     for kind in machine.kinds():
-        yield from shortage(machine, kind)
+        yield from guarded(f"{kind}: shortage of memory", shortage(machine, kind, NUM_IMAGES))
 
 
-def shortage(machine: Machine, kind: Kind, count: int = NUM_IMAGES) -> Iterator[Figure]:
+def shortage(machine: Machine, kind: Kind, count: int) -> Iterator[Figure]:
     """Yields what happens to a large request if the memory is full, and whether the engine recovers.
 
     An eager runner must run out of memory. The memory of graphs is already reserved.

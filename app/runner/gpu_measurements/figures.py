@@ -1,10 +1,13 @@
 """The results of a measurement: figures with units, targets and checks."""
 
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from app.engine.interface import DeviceLostError
 
 NO_GPU = "no GPU"
 
@@ -71,6 +74,20 @@ class Check:
     def figure(self) -> Figure:
         """Returns the result of the check."""
         return Figure(self.name, self.error or "ok", passed=not self.error)
+
+
+def guarded(name: str, figures: Iterable[Figure]) -> Iterator[Figure]:
+    """Yields the figures. An error becomes a failed check with this name, so that further figures can follow.
+
+    After DeviceLostError no further figures are possible, so this error is raised.
+    """
+    try:
+        yield from figures
+    except (Skipped, DeviceLostError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        yield Figure(name, error_line(error), passed=False)
 
 
 @contextmanager

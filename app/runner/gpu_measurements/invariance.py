@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from app.engine.job import DEFAULT_MODEL, Pixels, StepRows, Trajectory
-from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options
+from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options, guarded
 from app.runner.gpu_measurements.machine import Machine, open_machine
 from app.runner.gpu_measurements.rows import new_job, run_step
 from app.runner.runner import Runner
@@ -30,14 +30,16 @@ def measure(options: Options) -> Iterator[Figure]:
 def measure_on(machine: Machine, sizes: Sequence[int], fixed_rows: int = FIXED_ROWS) -> Iterator[Figure]:
     """Yields the figures of a machine. A CPU and steps of a fixed size must give the same bytes."""
     for kind in machine.kinds():
-        yield from _equal_bytes(machine.runner(kind), kind, sizes, must=not machine.is_gpu)
+        figures = _equal_bytes(machine.runner(kind), kind, sizes, must=not machine.is_gpu)
+        yield from guarded(f"equal bytes, {kind}", figures)
     if machine.is_gpu:
         runner = machine.runner("graph", fixed_rows=fixed_rows)
         small = [size for size in sizes if size <= fixed_rows]
-        yield from _equal_bytes(runner, f"graph, steps of {fixed_rows} rows", small, must=True)
+        name = f"graph, steps of {fixed_rows} rows"
+        yield from guarded(f"equal bytes, {name}", _equal_bytes(runner, name, small, must=True))
     else:
         yield Figure("equal bytes, graph", skipped=NO_GPU)
-    yield from first_differences(machine, sizes)
+    yield from guarded("first layer that differs", first_differences(machine, sizes))
 
 
 def _equal_bytes(runner: Runner, name: str, sizes: Sequence[int], *, must: bool) -> Iterator[Figure]:

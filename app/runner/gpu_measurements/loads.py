@@ -10,7 +10,7 @@ from app.engine.engine import Engine
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, Job, StepSet
 from app.runner.gpu_measurements.engines import JOB_SECONDS, MeasuredRunner, idle_share, images_of, running_engine
-from app.runner.gpu_measurements.figures import Figure, Options, Target
+from app.runner.gpu_measurements.figures import Figure, Options, Target, guarded
 from app.runner.gpu_measurements.machine import Machine, open_machine
 from app.runner.gpu_measurements.rows import new_job
 
@@ -46,7 +46,8 @@ def measure_on(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
             yield from _one_image(engine, kind, sizes.num_images)
             if kind == machine.kinds()[-1]:
                 for clients, count in sizes.loads:
-                    yield from _of_load(machine, engine, runner, (clients, count), sizes)
+                    load = _of_load(machine, engine, runner, (clients, count), sizes)
+                    yield from guarded(f"load, engine, {clients} x {count}", load)
 
 
 def _one_image(engine: Engine, kind: str, num_images: int) -> Iterator[Figure]:

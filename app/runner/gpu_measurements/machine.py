@@ -115,12 +115,18 @@ class Machine:
         """Makes torch warn when an operation waits for the GPU, or stops that."""
 
     def fill_memory(self, bytes_left: int) -> list[Tensor]:
-        """Allocates all memory of the GPU except for about this number of bytes. Returns the tensors."""
+        """Allocates all memory of the GPU except for about this number of bytes. Returns the tensors.
+
+        Other processes can take memory at the same time. Then fewer bytes are left.
+        """
         self.drop_cache()
         blocks = []
         while (surplus := self.free_bytes() - bytes_left) > SMALLEST_BLOCK:
             size = max(SMALLEST_BLOCK, surplus // 2)
-            blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            try:
+                blocks.append(torch.empty(size, dtype=torch.uint8, device=self.device))
+            except torch.OutOfMemoryError:
+                break
         return blocks
 
     @contextmanager
@@ -143,7 +149,7 @@ class Machine:
             work()
             self.synchronize()
         averages = profiler.key_averages()
-        kernels = [each for each in averages if each.device_type.name == self.kernel_type and _is_kernel(each.key)]
+        kernels = [each for each in averages if self._is_kernel(each)]
         seconds = {each.key: self.kernel_microseconds(each) * 1e-6 for each in kernels}
         launches = sum(each.count for each in averages if each.key.startswith(LAUNCHES))
         longest = sorted(seconds.items(), key=lambda item: -item[1])[:MOST_SHOWN]
@@ -152,6 +158,11 @@ class Machine:
     def kernel_microseconds(self, average: Any) -> float:
         """Returns the total duration of the kernels of one name in a profile."""
         return float(average.self_cpu_time_total)
+
+    def _is_kernel(self, average: Any) -> bool:
+        """Returns True for kernels, and False for copies, for calls on the host and for named parts of the program."""
+        is_of_device = average.device_type.name == self.kernel_type and not average.is_user_annotation
+        return is_of_device and not average.key.startswith(("Memcpy", "Memset", *LAUNCHES))
 
 
 class Gpu(Machine):
@@ -167,7 +178,7 @@ class Gpu(Machine):
 
     def select(self) -> None:
         """Makes the GPU the current device of the calling thread."""
-        torch.cuda.set_device(self.device)
+        torch.cuda.set_device(self.device.index or 0)  # a device without an index is refused
 
     def synchronize(self) -> None:
         """Waits until the GPU has done all work."""
@@ -215,7 +226,3 @@ def open_gpu(options: Options) -> Machine:
     if not machine.is_gpu:
         raise Skipped(NO_GPU)
     return machine
-
-
-def _is_kernel(name: str) -> bool:
-    return not name.startswith(("Memcpy", "Memset", *LAUNCHES))

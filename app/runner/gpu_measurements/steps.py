@@ -1,7 +1,6 @@
 """The duration of a step: on the host, on the device, and the kernels that take the most time."""
 
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -11,11 +10,13 @@ from pathlib import Path
 
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import DEFAULT_MODEL, StepRows
-from app.runner.gpu_measurements.figures import Figure, Options, Skipped
+from app.runner.gpu_measurements.figures import Figure, Options, Skipped, guarded
 from app.runner.gpu_measurements.machine import Machine, open_gpu, open_machine
 from app.runner.gpu_measurements.rows import ROW_KINDS, new_rows
 from app.runner.measured import Operations
 from app.runner.runner import Runner
+from model.compiled.compiler import CompilerError
+from model.compiled.kernel_cache import prepare_kernel_cache
 
 SIZES, CPU_SIZES = (1, 4, 16, 64, 256, 512), (1, 4)
 NUM_CALLS = 10  # whose median is the host time
@@ -28,7 +29,7 @@ def measure(options: Options) -> Iterator[Figure]:
     machine = open_machine(options)
     sizes = SIZES if machine.is_gpu else CPU_SIZES
     for kind in machine.kinds():
-        yield from measure_runner(machine, machine.runner(kind), kind, sizes)
+        yield from guarded(kind, measure_runner(machine, machine.runner(kind), kind, sizes))
 
 
 def measure_compiled(options: Options) -> Iterator[Figure]:
@@ -36,34 +37,35 @@ def measure_compiled(options: Options) -> Iterator[Figure]:
     machine = open_gpu(options)
     if find_spec("triton") is None:
         raise Skipped("needs triton")
-    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang")))):
-        raise Skipped("needs a C compiler")
-    yield from compiled_on(machine, machine.runner("graph"), SIZES)
-
-
-def compiled_on(machine: Machine, runner: Runner, sizes: Sequence[int]) -> Iterator[Figure]:
-    """Compiles the step of a runner and yields its figures.
-
-    The kernels are stored in UNFOG_CACHE_DIR if it is set. In a container, other folders do not permit execution.
-    """
     with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
-        start = time.perf_counter()
-        runner.compile(Path(os.environ.get("UNFOG_CACHE_DIR") or folder), must=True)
-        runner.check()
-        yield Figure("compilation and first image", time.perf_counter() - start, "s")
-        yield from measure_runner(machine, runner, "compiled", sizes)
+        # In a container, only the folder of the service permits execution.
+        cache = Path(os.environ.get("UNFOG_CACHE_DIR") or folder)
+        try:
+            prepare_kernel_cache(cache)
+        except CompilerError as error:
+            raise Skipped(str(error)) from error
+        yield from compiled_on(machine, machine.runner("graph"), cache, SIZES)
+
+
+def compiled_on(machine: Machine, runner: Runner, cache: Path, sizes: Sequence[int]) -> Iterator[Figure]:
+    """Compiles the step of a runner and yields its figures."""
+    start = time.perf_counter()
+    runner.compile(cache, must=True)
+    runner.check()
+    yield Figure("compilation and first image", time.perf_counter() - start, "s")
+    yield from measure_runner(machine, runner, "compiled", sizes)
 
 
 def measure_runner(machine: Machine, runner: Runner, name: str, sizes: Sequence[int]) -> Iterator[Figure]:
     """Yields the figures of a runner for all numbers of rows, small ones first."""
-    yield from _operations(runner, name)
     for size in sizes:
         for kind in ROW_KINDS if size > 1 else ROW_KINDS[:2]:
             text = f"{name}, {size} {kind}"
             try:
-                yield from _steps(machine, runner, size, kind, text)
-            except OutOfMemoryError:
-                yield Figure(f"step, {text}", skipped="out of memory")
+                yield from guarded(f"step, {text}", _steps(machine, runner, size, kind, text))
+            except Skipped as reason:
+                yield Figure(f"step, {text}", skipped=str(reason))
+    yield from guarded(f"tensor operations of a step, {name}", _operations(runner, name))
 
 
 def _operations(runner: Runner, name: str) -> Iterator[Figure]:
@@ -80,8 +82,10 @@ def _steps(machine: Machine, runner: Runner, size: int, kind: str, text: str) ->
     """Yields the figures of one kind of step. The step is repeated without counting it."""
     rows = StepRows.of(new_rows(runner.models[DEFAULT_MODEL], size, kind))
     try:
-        for _ in range(3):  # captures graphs and loads kernels
+        for _ in range(3):  # loads kernels
             runner.step(rows)
+            while runner.has_idle_work:  # Until its graph is captured, a step can use a larger graph.
+                runner.idle()
         host = statistics.median(_call_seconds(machine, runner, rows) for _ in range(NUM_CALLS))
         yield Figure(f"host, call of a step, {text}", host * 1e3, "ms")
         if not machine.is_gpu:
@@ -93,6 +97,8 @@ def _steps(machine: Machine, runner: Runner, size: int, kind: str, text: str) ->
         longest = {name: seconds * 1e3 for name, seconds in profile.longest}
         yield Figure(f"sum of the kernels, {text}", profile.seconds * 1e3, "ms", detail=longest)
         yield Figure(f"kernel with the longest time, {text}", next(iter(longest), "none")[:LONGEST_NAME])
+    except OutOfMemoryError:
+        raise Skipped("out of memory") from None
     finally:
         runner.release(rows.trajectories)
 

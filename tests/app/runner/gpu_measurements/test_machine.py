@@ -4,6 +4,7 @@ import ast
 import warnings
 from functools import reduce
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -42,9 +43,29 @@ def test_names_of_cuda_are_found() -> None:
 
 
 def test_gpu_replaces_each_method_that_does_nothing_on_a_cpu() -> None:
-    shared = {"load", "runner", "kinds", "fill_memory", "counted_synchronisations", "profile", "__init__"}
+    shared = {"load", "runner", "kinds", "fill_memory", "counted_synchronisations", "profile", "_is_kernel", "__init__"}
     methods = {name for name, value in vars(Machine).items() if callable(value)}
     assert methods - shared == {name for name, value in vars(Gpu).items() if callable(value)}
+
+
+def test_gpu_calls_cuda_with_arguments_that_it_accepts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls are checked against the signatures in torch. Only set_device refuses a device without an index."""
+    cuda = create_autospec(torch.cuda)
+    cuda.mem_get_info.return_value = (5, 9)
+    cuda.memory_reserved.return_value = 7
+    monkeypatch.setattr(torch, "cuda", cuda)
+    gpu = Gpu(torch.device("cuda"), torch.bfloat16, {"default": tiny})
+    gpu.select()
+    gpu.synchronize()
+    gpu.drop_cache()
+    for is_on in (True, False):
+        gpu.watch_synchronisations(on=is_on)
+    assert (gpu.free_bytes(), gpu.reserved_bytes()) == (5, 7)
+    assert gpu.event() is cuda.Event.return_value
+    assert gpu.graph_device().device == gpu.device
+    cuda.set_device.assert_called_once_with(0)
+    cuda.Event.assert_called_once_with(enable_timing=True)
+    assert [call.args for call in cuda.set_sync_debug_mode.call_args_list] == [("warn",), ("default",)]
 
 
 def test_event_measures_milliseconds() -> None:
@@ -90,6 +111,15 @@ def test_memory_is_filled_up_to_the_bytes_that_must_be_left(gpu: PretendedGpu, m
     blocks = gpu.fill_memory(48 << 20)
     assert len(blocks) == len(sizes) < 100
     assert 48 << 20 <= gpu.num_bytes_free <= 64 << 20
+
+
+def test_memory_that_another_process_takes_ends_the_filling(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(size: int, **options: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    gpu.num_bytes_free = 80 << 30
+    monkeypatch.setattr(machine_module.torch, "empty", refuse)
+    assert gpu.fill_memory(48 << 20) == []
 
 
 def test_machine_without_a_gpu_is_a_cpu_and_skips_gpu_sections(tiny: Path) -> None:
