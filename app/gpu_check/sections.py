@@ -32,8 +32,8 @@ SECTIONS = (
     ),
     Section("invariance", "equal bytes of an image in every batch", f"{_MEASUREMENTS}.invariance", 90),
     Section("steps", "the duration and the kernels of a step", f"{_MEASUREMENTS}.steps", 120),
-    Section("engine", "one image and loads, without HTTP", f"{_MEASUREMENTS}.loads", 90),
-    Section("http", "the start, one image and loads over HTTP", "app.gpu_check.service", 100, packages=HTTP_PACKAGES),
+    Section("engine", "one image and loads, without HTTP", f"{_MEASUREMENTS}.loads", 140),
+    Section("http", "the start, one image and loads over HTTP", "app.gpu_check.service", 140, packages=HTTP_PACKAGES),
     Section("start", "the captured graphs and their memory", f"{_MEASUREMENTS}.start", 75, "measure", needs_gpu=True),
     Section(
         "memory",

@@ -31,10 +31,11 @@ class Sizes:
     loads: tuple[tuple[int, int], ...]  # clients, and images of each of their requests
     settle_seconds: float  # before the rate is measured
     seconds: float  # in which the rate is measured
+    pause_seconds: float  # before that, after a first load: the service then captures the graphs of this load
 
 
-OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0)
-OF_CPU = Sizes(1, ((2, 2),), 0.1, 1.0)
+OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0, 3.0)
+OF_CPU = Sizes(1, ((2, 2),), 0.1, 1.0, 0.0)
 READY, ONE_IMAGE = Target(20.0), Target(50.0)  # s and ms
 RATES = {"16 x 64, guidance off": 5000, "16 x 64, default guidance": 3000}  # targets in images/s
 
@@ -73,6 +74,9 @@ async def _rate(port: int, load: tuple[int, int], fields: dict[str, Any], sizes:
     def body(number: int) -> dict[str, Any]:
         return {"digit": number % 10, "seed": number, "count": count, **fields}
 
+    if sizes.pause_seconds:
+        await closed_loop(port, clients, body, 0.0, sizes.settle_seconds)
+        await asyncio.sleep(sizes.pause_seconds)
     return count * await closed_loop(port, clients, body, sizes.settle_seconds, sizes.seconds)
 
 

@@ -25,10 +25,11 @@ class Sizes:
     loads: tuple[tuple[int, int], ...]  # clients, and images of each of their requests
     settle_seconds: float  # before the rate is measured
     seconds: float  # in which the rate is measured
+    pause_seconds: float  # before that, after a first load: the service then captures the graphs of this load
 
 
-OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 3.0)
-OF_CPU = Sizes(1, ((2, 2),), 0.1, 0.5)
+OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 3.0, 3.0)
+OF_CPU = Sizes(1, ((2, 2),), 0.1, 0.5, 0.0)
 RATES = {"16 x 64, guidance off": 5000, "16 x 64, default guidance": 3000}  # targets in images/s
 LARGEST_IDLE_SHARE = 10.0  # in %
 
@@ -68,6 +69,11 @@ def _of_load(
     for name, guided_steps in GUIDANCE.items():
         text = f"{clients} x {count}, {name}"
         loop = ClosedLoop(engine, engine.models[DEFAULT_MODEL], count, guided_steps)
+        if sizes.pause_seconds:
+            loop.start(clients)
+            loop.run(sizes.settle_seconds)
+            loop.finish()
+            time.sleep(sizes.pause_seconds)
         loop.start(clients)
         loop.run(sizes.settle_seconds)
         runner.events.clear()

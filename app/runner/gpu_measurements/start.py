@@ -12,7 +12,7 @@ from app.runner.graphs.device import Graph, GraphDevice
 from app.runner.graphs.graph_runner import GraphRunner
 
 READY = Target(20.0)  # seconds
-IDLE_SECONDS = 40.0  # limit for the captures that an idle service makes
+IDLE_SECONDS = 30.0  # limit for the captures that an idle service makes
 
 
 class CountingDevice:

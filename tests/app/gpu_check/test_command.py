@@ -58,7 +58,7 @@ def test_every_section_runs_or_is_skipped_on_a_cpu_without_the_packages_for_http
 
 
 def test_section_over_http_measures_the_real_service(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "OF_CPU", service.Sizes(1, ((1, 2),), 0.0, 1.0))
+    monkeypatch.setattr(service, "OF_CPU", service.Sizes(1, ((1, 2),), 0.0, 1.0, 0.1))
     figures = {figure.name: figure for figure in service.measure(Options(tiny, "cpu"))}
     assert all(figure.value for figure in figures.values())
     assert all(figure.target is None for figure in figures.values())
@@ -107,6 +107,19 @@ def test_results_that_cannot_be_written_are_reported_before_the_sections_run(
     with pytest.raises(SystemExit):
         main(["--out", "/dev/null/results.json", "--device", "cpu"])
     assert "Choose another file with --out" in capsys.readouterr().err
+
+
+def test_wrapper_explains_itself_and_installs_nothing() -> None:
+    done = subprocess.run([str(ROOT / "scripts" / "gpu_check"), "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: scripts/gpu_check [ARGUMENTS]\n")
+    assert done.stderr == ""
+
+
+def test_help_lists_the_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert [section.name for section in SECTIONS if f"  {section.name} " not in text] == []
 
 
 def test_documented_commands_are_accepted() -> None:

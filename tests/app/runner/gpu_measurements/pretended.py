@@ -4,15 +4,15 @@ from typing import Any
 
 from app.runner.gpu_measurements.machine import Kind, Machine
 from app.runner.graphs.device import GraphDevice
-from app.runner.measured import EagerDevice
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
+from tests.app.runner.late_device import LateDevice
 
 MOST_ROWS = 4  # of the steps that warm-up captures
 
 
 class PretendedGpu(Machine):
-    """A CPU whose graphs run their work in each replay, and which counts its memory."""
+    """A CPU whose graphs are recorded and run late, as those of a GPU."""
 
     is_gpu = True
     num_bytes_free = 0
@@ -23,7 +23,7 @@ class PretendedGpu(Machine):
         return super().runner(kind, models, **options)
 
     def graph_device(self) -> GraphDevice:
-        return EagerDevice()
+        return LateDevice()
 
     def reserved_bytes(self) -> int:
         return 3 << 20

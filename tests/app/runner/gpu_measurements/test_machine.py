@@ -2,13 +2,19 @@
 
 import ast
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
 
 from app.runner.gpu_measurements import machine as machine_module
 from app.runner.gpu_measurements.figures import Options, Skipped
@@ -80,12 +86,42 @@ def test_profile_has_the_operations_of_a_cpu(cpu: Machine) -> None:
     assert 0 < max(seconds for _, seconds in profile.longest) <= profile.seconds < 10
 
 
-def test_gpu_reads_the_device_time_of_a_profile(gpu: PretendedGpu) -> None:
-    with torch.profiler.profile(activities=Machine.activities) as profiler:
-        torch.ones(3).add_(1)
-    average = profiler.key_averages()[0]
-    average.self_device_time_total = 250  # type: ignore[misc]
-    assert Gpu.kernel_microseconds(gpu, average) == 250  # type: ignore[arg-type]
+def average(key: str, device: DeviceType, count: int, microseconds: float, *, is_note: bool = False) -> Any:
+    """Returns the events of one name in a profile."""
+    found = FunctionEventAvg()
+    found.key, found.device_type, found.count, found.is_user_annotation = key, device, count, is_note
+    found.self_device_time_total = microseconds  # type: ignore[assignment]
+    return found
+
+
+def test_profile_of_a_gpu_has_its_kernels_and_the_calls_of_the_host(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averages = [
+        average("gemm", DeviceType.CUDA, 2, 300.0),
+        average("copy", DeviceType.CUDA, 1, 100.0),
+        average("Memcpy HtoD (Pinned -> Device)", DeviceType.CUDA, 1, 50.0),
+        average("part of the program", DeviceType.CUDA, 1, 900.0, is_note=True),
+        average("aten::mm", DeviceType.CPU, 2, 0.0),
+        average("cudaLaunchKernel", DeviceType.CPU, 3, 0.0),
+        average("cudaGraphLaunch", DeviceType.CPU, 1, 0.0),
+        average("cudaEventQuery", DeviceType.CPU, 5, 0.0),
+    ]
+    calls: list[object] = []
+
+    @contextmanager
+    def fake_profile(activities: object) -> Iterator[SimpleNamespace]:
+        calls.append(activities)
+        yield SimpleNamespace(key_averages=lambda: averages)
+
+    monkeypatch.setattr(machine_module, "profile", fake_profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    gpu = Gpu(torch.device("cuda"), torch.bfloat16, {"default": tiny})
+    profile = gpu.profile(lambda: calls.append("work"))
+    assert calls == ["wait", Gpu.activities, "work", "wait"]
+    assert (profile.launches, profile.kernels) == (4, 3)
+    assert profile.seconds == pytest.approx(400e-6)
+    assert dict(profile.longest) == pytest.approx({"gemm": 300e-6, "copy": 100e-6})
 
 
 def test_synchronisations_are_counted_and_other_warnings_are_not(cpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import StepRows, Trajectory
-from app.runner.gpu_measurements import correctness, facts, failures, invariance, loads, start, steps, synchronisations
+from app.runner.gpu_measurements import correctness, facts, failures, invariance, start, steps, synchronisations
 from app.runner.gpu_measurements.engines import StepEvents, idle_share
 from app.runner.gpu_measurements.figures import Figure
 from app.runner.gpu_measurements.machine import HostEvent, Kind, Machine
 from app.runner.runner import Runner
 from model import checkpoint
 from tests.app.runner.gpu_measurements.pretended import PretendedGpu
-
-FEW = loads.Sizes(num_images=1, loads=((2, 2),), settle_seconds=0.05, seconds=0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -193,17 +191,6 @@ def test_compiled_steps_are_measured(gpu: PretendedGpu, tmp_path: Path, monkeypa
     assert "device, step, compiled, 1 plain" in found
 
 
-@pytest.mark.parametrize("is_gpu", [False, True])
-def test_images_and_loads_of_the_engine_are_measured(cpu: Machine, gpu: PretendedGpu, is_gpu: bool) -> None:
-    found = by_name(loads.measure_on(gpu if is_gpu else cpu, FEW))
-    kind = "graph" if is_gpu else "eager"
-    assert found[f"one image, engine, {kind}, default guidance"].value
-    assert found["load, engine, 2 x 2, guidance off"].value
-    idle = found.get("device idle between steps, 2 x 2, guidance off")
-    assert (idle is not None) == is_gpu
-    assert idle is None or 0 <= float(idle.value or 0) <= 100
-
-
 def test_device_is_idle_between_steps_and_before_a_call_without_new_rows() -> None:
     def step(entry: float, call: float, end: float, *, has_new_rows: bool = False) -> StepEvents:
         return StepEvents(HostEvent(entry), HostEvent(call), HostEvent(end), has_new_rows)
@@ -212,10 +199,7 @@ def test_device_is_idle_between_steps_and_before_a_call_without_new_rows() -> No
     assert idle_share(events) == pytest.approx((1 + 1 + 2) / 10)
 
 
-@pytest.mark.parametrize("kind", ["eager", "graph"])
-def test_engine_recovers_from_a_shortage_of_memory(
-    gpu: PretendedGpu, kind: Kind, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_engine_recovers_from_a_shortage_of_memory(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks: list[Tensor] = []
     make = gpu.runner
 
@@ -237,9 +221,9 @@ def test_engine_recovers_from_a_shortage_of_memory(
 
     monkeypatch.setattr(gpu, "runner", runner_with_little_memory)
     monkeypatch.setattr(gpu, "fill_memory", fill)
-    found = by_name(failures.shortage(gpu, kind, count=8))
+    found = by_name(failures.shortage(gpu, "eager", count=8))
     assert failed(found) == []
-    assert found[f"{kind}: steps that ran out of memory"].value
+    assert found["eager: steps that ran out of memory"].value
 
 
 def test_wrong_image_after_a_shortage_fails_the_check(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
