@@ -1,7 +1,4 @@
-"""The metrics that the engine writes. `app.metrics.Metrics` has them all.
-
-They are a protocol, so that the engine runs without prometheus_client.
-"""
+"""The metrics that the engine writes, as a protocol, so that the engine runs without prometheus_client."""
 
 from typing import Protocol
 
@@ -28,36 +25,36 @@ class Observed(Protocol):
 
 
 class EngineMetrics(Protocol):
-    """The metrics of the engine. `app/metrics.py` describes each of them."""
+    """The metrics of the engine. `app.metrics.Metrics` has all of them and describes them."""
 
     @property
     def queue_wait(self) -> Observed:
-        """In seconds."""
+        """Returns the histogram, in seconds."""
 
     @property
     def admission_wait(self) -> Observed:
-        """In steps."""
+        """Returns the histogram, in steps."""
 
     @property
     def step_duration(self) -> Observed:
-        """In seconds."""
+        """Returns the histogram, in seconds."""
 
     @property
     def batch_rows(self) -> Observed:
-        """In rows."""
+        """Returns the histogram, in rows."""
 
     @property
     def denoise_steps(self) -> Counted:
-        """In steps."""
+        """Returns the counter of steps."""
 
     @property
     def network(self) -> Counted:
-        """In seconds."""
+        """Returns the counter of seconds."""
 
     @property
     def images(self) -> Labelled:
-        """By digit."""
+        """Returns the counter of images by digit."""
 
     @property
     def cancelled(self) -> Labelled:
-        """By stage."""
+        """Returns the counter of cancelled images by stage."""

@@ -1,4 +1,4 @@
-"""Facts about the machine, and the speed that its hardware permits."""
+"""Finds facts about the machine, and measures the speed that its hardware permits."""
 
 import os
 import platform
@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -135,11 +136,12 @@ def _time(machine: Machine, work: Callable[[], object]) -> float:
 
 
 def _processor() -> str:
+    """Returns the name of the processor."""
     try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123 # a path object has no advantage here
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        names = []
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
 

@@ -1,4 +1,4 @@
-"""Whether an image has the same bytes in every batch, and which layer of the network differs first."""
+"""Compares the bytes of an image in different batches, and finds the first layer of the network that differs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

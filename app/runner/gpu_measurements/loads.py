@@ -1,4 +1,4 @@
-"""The latency of one image and the throughput of the engine in this process, without HTTP."""
+"""Measures the latency of one image and the throughput of the engine in this process, without HTTP."""
 
 import statistics
 import time

@@ -4,7 +4,7 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Job, JobRequest, Options, StepRows, StepSet, Trajectory
 from app.runner.runner import Runner
 
-ROW_KINDS = ("plain", "guided", "mixed")  # mixed: every second row is guided
+ROW_KINDS = ("plain", "guided", "mixed")  # mixed: half of the rows are guided
 
 
 def new_job(

@@ -1,4 +1,4 @@
-"""The start of the graph runner: its duration, the captured graphs and the reserved memory."""
+"""Measures the start of the graph runner: its duration, the captured graphs and the reserved memory."""
 
 import os
 import time

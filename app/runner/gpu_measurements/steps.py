@@ -1,4 +1,4 @@
-"""The duration of a step: on the host, on the device, and the kernels that take the most time."""
+"""Measures the duration of a step on the host and on the device, and finds the kernels that take the most time."""
 
 import os
 import statistics

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from app.gpu_check import __main__ as command_module
 from app.gpu_check import service
 from app.gpu_check.__main__ import main
 from app.gpu_check.arguments import build_parser
+from app.gpu_check.report import Report
 from app.gpu_check.sections import HTTP_PACKAGES, SECTIONS
 from app.runner.gpu_measurements.figures import Options
 from tests.docs.markdown import commands
@@ -102,8 +104,9 @@ def test_interpreter_without_torch_fails_and_the_next_one_runs(
 
 
 def test_results_that_cannot_be_written_are_reported_before_the_sections_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(command_module, "open_report", lambda python, device: Report(python, "2.13.0", device, ""))
     with pytest.raises(SystemExit):
         main(["--out", "/dev/null/results.json", "--device", "cpu"])
     assert "Choose another file with --out" in capsys.readouterr().err

@@ -227,7 +227,7 @@ def test_engine_recovers_from_a_shortage_of_memory(gpu: PretendedGpu, monkeypatc
 
 
 def test_wrong_image_after_a_shortage_fails_the_check(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    images = iter([[np.zeros((8, 8))], [np.zeros((8, 8))], [np.full((8, 8), 9.0)]])
+    images = iter([[np.zeros((8, 8))], [np.zeros((8, 8))], [np.full((8, 8), 90.0)]])
     monkeypatch.setattr(failures, "images_of", lambda engine, job: next(images))
     monkeypatch.setattr(gpu, "fill_memory", lambda bytes_left: [])
     assert "graph: one image afterwards" in failed(by_name(failures.shortage(gpu, "graph", count=8)))
