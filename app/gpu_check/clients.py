@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from typing import Any, Self
 
 ROUTE = "/generate"
@@ -60,17 +61,21 @@ async def latencies(port: int, bodies: list[Body]) -> list[float]:
 async def closed_loop(port: int, clients: int, make: Callable[[int], Body], settle: float, seconds: float) -> float:
     """Returns the answers per second of clients that send their next request after each answer.
 
-    The answers within `seconds` after the first `settle` seconds count. Raises RequestFailed if a request fails.
+    The rate of a client is measured from its first answer after `settle` seconds to its first answer after further
+    `seconds`, so that also slow requests have a rate. Raises RequestFailed if a request fails.
     """
-    start, numbers, num_answers = time.perf_counter(), iter(range(1 << 62)), 0
-    first, last = start + settle, start + settle + seconds
+    numbers, rates = count(), list[float]()
+    first = time.perf_counter() + settle
 
     async def run() -> None:
-        nonlocal num_answers
+        num_answers, start, now = 0, 0.0, first  # answers since `start`, the time of the first answer that counts
         async with Connection(port) as connection:
-            while time.perf_counter() < last:
+            while not num_answers or now < first + seconds:
                 await connection.post(make(next(numbers)))
-                num_answers += first <= time.perf_counter() < last
+                now = time.perf_counter()
+                num_answers += start > 0
+                start = start or (now if now >= first else 0.0)
+        rates.append(num_answers / (now - start))
 
     try:
         async with asyncio.timeout(settle + seconds + CLOSE_SECONDS), asyncio.TaskGroup() as group:
@@ -78,4 +83,4 @@ async def closed_loop(port: int, clients: int, make: Callable[[int], Body], sett
                 group.create_task(run())
     except BaseExceptionGroup as errors:  # The errors of the other clients have the same cause.
         raise errors.exceptions[0] from None
-    return num_answers / seconds
+    return sum(rates)

@@ -84,13 +84,14 @@ async def _rate(port: int, load: tuple[int, int], fields: dict[str, Any], sizes:
 def running_service(options: Options) -> Iterator[tuple[int, float]]:
     """Yields the port of a service that is ready, and the seconds from its start. Stops the service after the block.
 
-    Its settings are the defaults, except that a step is not compiled on a CPU. Raises RequestFailed if it is not ready
-    within START_SECONDS.
+    It refuses no request and has no CLIP model. On a CPU, the step is not compiled. The other settings are the
+    defaults. Raises RequestFailed if the service is not ready within START_SECONDS.
     """
     port = _free_port()
     variables = {name: value for name, value in os.environ.items() if not name.upper().startswith("UNFOG_")}
     variables |= {"UNFOG_PORT": str(port), "UNFOG_DEVICE": options.device, "UNFOG_DTYPE": options.dtype}
-    variables |= {"UNFOG_LOG_LEVEL": "warning", "UNFOG_QUEUE_CAPACITY": "100000", "UNFOG_CLIP": "off"}
+    variables |= {"UNFOG_LOG_LEVEL": "warning", "UNFOG_CLIP": "off"}
+    variables |= {"UNFOG_QUEUE_CAPACITY": "100000", "UNFOG_REQUEST_TIMEOUT": "600"}  # no request is refused
     if options.device == "cpu":
         variables["UNFOG_COMPILE"] = "off"
     if options.checkpoint:

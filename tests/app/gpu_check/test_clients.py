@@ -59,12 +59,19 @@ def test_latencies_are_those_of_requests_on_one_connection() -> None:
     assert (server.bodies, server.num_connections) == ([{"seed": 1}, {"seed": 2}], 1)
 
 
-def test_closed_loop_counts_the_answers_after_the_settling_time() -> None:
+def test_closed_loop_returns_the_sum_of_the_rates_of_its_clients() -> None:
     server = Server(seconds=0.01)
     rate = run(server, lambda port: closed_loop(port, 3, lambda number: {"seed": number}, 0.1, 0.3))
     assert server.num_connections == 3
-    assert 0 < rate <= len(server.bodies) / 0.3
+    assert 0 < rate <= 3 / 0.01
     assert server.bodies == [{"seed": number} for number in range(len(server.bodies))]
+
+
+def test_request_that_is_longer_than_the_measurement_has_a_rate() -> None:
+    server = Server(seconds=0.1)
+    rate = run(server, lambda port: closed_loop(port, 1, lambda number: {"seed": number}, 0.0, 0.01))
+    assert len(server.bodies) == 2
+    assert 0 < rate <= 1 / 0.1
 
 
 def test_refused_request_ends_the_load_with_its_status() -> None:
