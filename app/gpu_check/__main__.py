@@ -13,7 +13,7 @@ from app.gpu_check.section import leave, run_section
 from app.gpu_check.sections import SECTIONS
 from app.runner.gpu_measurements.figures import Options
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells report after Ctrl-C
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # the exit statuses that shells report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +28,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (section,) = (section for section in SECTIONS if section.name == given.section)
         options = Options(given.checkpoint, given.device, given.dtype)
         leave(run_section(section, options, given.figures))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # kills the process of the section
     try:
         return _run_all(parser, given)
     except KeyboardInterrupt:  # the process of the section is already killed
@@ -58,4 +57,5 @@ def _run_all(parser: ArgumentParser, given: Namespace) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The process of the section is then killed.
     sys.exit(main())

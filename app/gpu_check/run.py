@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from app.gpu_check.processes import FAILED, NOT_RUN, SKIPPED, Outcome, environment, run_process
@@ -49,7 +50,7 @@ def open_report(python: str, device: str) -> Report:
 def run_sections(
     report: Report, sections: Sequence[Section], arguments: Sequence[str], seconds: float, out: Path, say: Say
 ) -> None:
-    """Runs the sections and adds their results to the report. Writes the report to a file after each section.
+    """Runs the sections and adds their results to the report. Tries to write the report to a file after each section.
 
     `seconds` limits all sections together. The sections for which no time is left are not run.
     """
@@ -64,7 +65,8 @@ def run_sections(
             command = [report.python, "-m", "app.gpu_check", "--section", section.name, *arguments, "--figures"]
             outcome = run_process(command, min(section.seconds, left))
         report.outcomes[section.name] = outcome
-        report.write(out)
+        with suppress(OSError):  # The next sections still run, and the table is printed.
+            report.write(out)
         reason = f": {outcome.reason}" if outcome.reason else ""
         say(f"{section.name}: {outcome.status} after {outcome.seconds:.1f} s{reason}")
 

@@ -3,6 +3,7 @@
 Tests use a subclass of Machine as a pretended GPU, so that the code of the measurements also runs on a CPU.
 """
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ Kind = Literal["eager", "graph"]
 SYNCHRONISATION = "called a synchronizing CUDA operation"  # a part of torch's warning
 # The calls of CUDA that enqueue work, as the profiler names them.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
+# CUPTI, NVIDIA's library for profilers, stays loaded after a profile. If it is unloaded, CUDA before 12.6 can crash at
+# the next replay of a graph (pytorch #112507).
+CUPTI_VARIABLES = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
 MOST_SHOWN = 5  # kernels of a profile
 SMALLEST_BLOCK = 16 << 20  # bytes of the smallest tensor that fills the memory
 
@@ -205,6 +209,11 @@ class Gpu(Machine):
     def watch_synchronisations(self, *, on: bool) -> None:
         """Makes torch warn when an operation waits for the GPU, or stops that."""
         torch.cuda.set_sync_debug_mode("warn" if on else "default")
+
+    def profile(self, work: Callable[[], None]) -> Profile:
+        """Runs the work and returns its kernels. Work after the first profile of the process can be slower."""
+        os.environ.update(CUPTI_VARIABLES)
+        return super().profile(work)
 
     def kernel_microseconds(self, average: Any) -> float:
         """Returns the total duration of the kernels of one name in a profile."""

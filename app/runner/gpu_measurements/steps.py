@@ -4,7 +4,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,8 +28,7 @@ def measure(options: Options) -> Iterator[Figure]:
     """Yields the figures of steps that are not compiled."""
     machine = open_machine(options)
     sizes = SIZES if machine.is_gpu else CPU_SIZES
-    for kind in machine.kinds():
-        yield from guarded(kind, measure_runner(machine, machine.runner(kind), kind, sizes))
+    yield from measure_runners(machine, {kind: machine.runner(kind) for kind in machine.kinds()}, sizes)
 
 
 def measure_compiled(options: Options) -> Iterator[Figure]:
@@ -53,54 +52,75 @@ def compiled_on(machine: Machine, runner: Runner, cache: Path, sizes: Sequence[i
     runner.compile(cache, must=True)
     runner.check()
     yield Figure("compilation and first image", time.perf_counter() - start, "s")
-    yield from measure_runner(machine, runner, "compiled", sizes)
+    yield from measure_runners(machine, {"compiled": runner}, sizes)
 
 
-def measure_runner(machine: Machine, runner: Runner, name: str, sizes: Sequence[int]) -> Iterator[Figure]:
-    """Yields the figures of a runner for all numbers of rows, small ones first."""
+def measure_runners(machine: Machine, runners: Mapping[str, Runner], sizes: Sequence[int]) -> Iterator[Figure]:
+    """Yields the figures of runners by name, for all numbers of rows, small ones first.
+
+    All times are measured before the first profile, because steps can take longer after it.
+    """
+    for name, runner in runners.items():
+        yield from _each(machine, runner, name, sizes, _times)
+    for name, runner in runners.items():
+        yield from guarded(f"tensor operations of a step, {name}", _operations(runner, name))
+        if machine.is_gpu:
+            yield from _each(machine, runner, name, sizes, _kernels)
+
+
+def _each(
+    machine: Machine,
+    runner: Runner,
+    name: str,
+    sizes: Sequence[int],
+    measure: Callable[[Machine, Runner, StepRows, str], Iterator[Figure]],
+) -> Iterator[Figure]:
+    """Yields the figures of steps of each size and kind."""
     for size in sizes:
         for kind in ROW_KINDS if size > 1 else ROW_KINDS[:2]:
             text = f"{name}, {size} {kind}"
+            rows = StepRows.of(new_rows(runner.models[DEFAULT_MODEL], size, kind))
             try:
-                yield from guarded(f"step, {text}", _steps(machine, runner, size, kind, text))
-            except Skipped as reason:
-                yield Figure(f"step, {text}", skipped=str(reason))
-    yield from guarded(f"tensor operations of a step, {name}", _operations(runner, name))
+                _prepare(runner, rows)
+                yield from guarded(f"step, {text}", measure(machine, runner, rows, text))
+            except OutOfMemoryError:
+                yield Figure(f"step, {text}", skipped="out of memory")
+            finally:
+                runner.release(rows.trajectories)
+
+
+def _prepare(runner: Runner, rows: StepRows) -> None:
+    """Loads the kernels of a step and captures its graph. The step is repeated without counting it."""
+    for _ in range(3):
+        runner.step(rows)
+        while runner.has_idle_work:  # Until its graph is captured, a step can use a larger graph.
+            runner.idle()
 
 
 def _operations(runner: Runner, name: str) -> Iterator[Figure]:
     """Yields the number of tensor operations that a step enqueues one by one."""
     rows = StepRows.of(new_rows(runner.models[DEFAULT_MODEL], 1, "plain"))
-    runner.step(rows)
+    _prepare(runner, rows)
     with Operations() as operations:
         runner.step(rows)
     yield Figure(f"tensor operations of a step, {name}", operations.counts.total())
     runner.release(rows.trajectories)
 
 
-def _steps(machine: Machine, runner: Runner, size: int, kind: str, text: str) -> Iterator[Figure]:
-    """Yields the figures of one kind of step. The step is repeated without counting it."""
-    rows = StepRows.of(new_rows(runner.models[DEFAULT_MODEL], size, kind))
-    try:
-        for _ in range(3):  # loads kernels
-            runner.step(rows)
-            while runner.has_idle_work:  # Until its graph is captured, a step can use a larger graph.
-                runner.idle()
-        host = statistics.median(_call_seconds(machine, runner, rows) for _ in range(NUM_CALLS))
-        yield Figure(f"host, call of a step, {text}", host * 1e3, "ms")
-        if not machine.is_gpu:
-            return
+def _times(machine: Machine, runner: Runner, rows: StepRows, text: str) -> Iterator[Figure]:
+    host = statistics.median(_call_seconds(machine, runner, rows) for _ in range(NUM_CALLS))
+    yield Figure(f"host, call of a step, {text}", host * 1e3, "ms")
+    if machine.is_gpu:
         yield Figure(f"device, step, {text}", _device_seconds(machine, runner, rows) * 1e3, "ms")
-        profile = machine.profile(lambda: _run(runner, rows))
-        yield Figure(f"kernels of a step, {text}", profile.kernels)
-        yield Figure(f"launches of a step, {text}", profile.launches)
-        longest = {name: seconds * 1e3 for name, seconds in profile.longest}
-        yield Figure(f"sum of the kernels, {text}", profile.seconds * 1e3, "ms", detail=longest)
-        yield Figure(f"kernel with the longest time, {text}", next(iter(longest), "none")[:LONGEST_NAME])
-    except OutOfMemoryError:
-        raise Skipped("out of memory") from None
-    finally:
-        runner.release(rows.trajectories)
+
+
+def _kernels(machine: Machine, runner: Runner, rows: StepRows, text: str) -> Iterator[Figure]:
+    profile = machine.profile(lambda: _run(runner, rows))
+    yield Figure(f"kernels of a step, {text}", profile.kernels)
+    yield Figure(f"launches of a step, {text}", profile.launches)
+    longest = {name: seconds * 1e3 for name, seconds in profile.longest}
+    yield Figure(f"sum of the kernels, {text}", profile.seconds * 1e3, "ms", detail=longest)
+    yield Figure(f"kernel with the longest time, {text}", next(iter(longest), "none")[:LONGEST_NAME])
 
 
 def _run(runner: Runner, rows: StepRows) -> None:

@@ -32,7 +32,7 @@ def gpu_check(folder: Path, *arguments: str, blocked: tuple[str, ...] = ()) -> "
     """Runs the command in a folder. The blocked packages cannot be imported."""
     code = f"import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
     (folder / "sitecustomize.py").write_text(code)
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "app.gpu_check", *arguments]
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=280)
 
@@ -60,6 +60,7 @@ def test_every_section_runs_or_is_skipped_on_a_cpu_without_the_packages_for_http
 
 
 def test_section_over_http_measures_the_real_service(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(service, "OF_CPU", service.Sizes(1, ((1, 2),), 0.0, 1.0, 0.1))
     figures = {figure.name: figure for figure in service.measure(Options(tiny, "cpu"))}
     assert all(figure.value for figure in figures.values())

@@ -149,7 +149,7 @@ def test_waits_are_counted_for_each_runner_and_kind_of_call(gpu: PretendedGpu) -
 
 @pytest.mark.parametrize("kind", ["eager", "graph"])
 def test_steps_of_a_gpu_have_their_times_and_kernels(gpu: PretendedGpu, kind: Kind) -> None:
-    found = by_name(steps.measure_runner(gpu, gpu.runner(kind), kind, (1, 4)))
+    found = by_name(steps.measure_runners(gpu, {kind: gpu.runner(kind)}, (1, 4)))
     assert len([name for name in found if name.startswith("device, step")]) == 5
     assert found[f"kernels of a step, {kind}, 4 mixed"].value
     kernels = found[f"sum of the kernels, {kind}, 4 mixed"]
@@ -157,8 +157,16 @@ def test_steps_of_a_gpu_have_their_times_and_kernels(gpu: PretendedGpu, kind: Ki
     assert found[f"kernel with the longest time, {kind}, 4 mixed"].value == next(iter(kernels.detail))
 
 
+def test_all_times_are_measured_before_the_first_profile(gpu: PretendedGpu) -> None:
+    runners = {kind: gpu.runner(kind) for kind in gpu.kinds()}
+    names = [figure.name for figure in steps.measure_runners(gpu, runners, (1,))]
+    is_time = [name.startswith(("host", "device")) for name in names]
+    assert is_time == sorted(is_time, reverse=True)
+    assert sum(is_time) == 8
+
+
 def test_steps_of_a_cpu_have_host_times_and_operations(cpu: Machine) -> None:
-    found = by_name(steps.measure_runner(cpu, cpu.runner("eager"), "eager", (1,)))
+    found = by_name(steps.measure_runners(cpu, {"eager": cpu.runner("eager")}, (1,)))
     operations = found["tensor operations of a step, eager"].value
     assert isinstance(operations, int) and operations > 50
     assert [name for name in found if name.startswith("host")] == [
@@ -167,8 +175,8 @@ def test_steps_of_a_cpu_have_host_times_and_operations(cpu: Machine) -> None:
     ]
 
 
-def test_step_without_memory_is_skipped(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = gpu.runner("eager")
+def test_step_without_memory_is_skipped(cpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = cpu.runner("eager")
     step = runner.step
 
     def limited(rows: StepRows) -> list[Trajectory]:
@@ -177,7 +185,7 @@ def test_step_without_memory_is_skipped(gpu: PretendedGpu, monkeypatch: pytest.M
         return step(rows)
 
     monkeypatch.setattr(runner, "step", limited)
-    found = by_name(steps.measure_runner(gpu, runner, "eager", (1, 2)))
+    found = by_name(steps.measure_runners(cpu, {"eager": runner}, (1, 2)))
     assert found["step, eager, 2 plain"].skipped == "out of memory"
     assert "host, call of a step, eager, 1 plain" in found
 
