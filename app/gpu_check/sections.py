@@ -34,7 +34,7 @@ SECTIONS = (
     Section("steps", "the duration and the kernels of a step", f"{_MEASUREMENTS}.steps", 120),
     Section("engine", "one image and loads, without HTTP", f"{_MEASUREMENTS}.loads", 140),
     Section("http", "the start, one image and loads over HTTP", "app.gpu_check.service", 140, packages=HTTP_PACKAGES),
-    Section("start", "the captured graphs and their memory", f"{_MEASUREMENTS}.start", 75, "measure", needs_gpu=True),
+    Section("start", "the captured graphs and their memory", f"{_MEASUREMENTS}.start", 75, needs_gpu=True),
     Section(
         "memory",
         "a shortage of GPU memory, and the recovery",

@@ -98,8 +98,13 @@ def idle_share(events: list[StepEvents]) -> float:
 
 
 @contextmanager
-def running_engine(machine: Machine, kind: Kind) -> Iterator[tuple[Engine, MeasuredRunner]]:
-    """Yields an engine that is ready, and its runner. Stops the engine after the block."""
+def running_engine(
+    machine: Machine, kind: Kind, max_batch: int | None = None
+) -> Iterator[tuple[Engine, MeasuredRunner]]:
+    """Yields an engine that is ready, and its runner. Stops the engine after the block.
+
+    `max_batch` is the maximum number of rows of a step. If it is None, the number follows from the step times.
+    """
     made: list[MeasuredRunner] = []
 
     def load() -> Any:
@@ -107,7 +112,7 @@ def running_engine(machine: Machine, kind: Kind) -> Iterator[tuple[Engine, Measu
         made.append(MeasuredRunner(machine, machine.runner(kind)))
         return made[0]
 
-    engine = Engine(load, capacity=CAPACITY, max_batch=None, watchdog_seconds=JOB_SECONDS, metrics=NoMetrics())
+    engine = Engine(load, capacity=CAPACITY, max_batch=max_batch, watchdog_seconds=JOB_SECONDS, metrics=NoMetrics())
     engine.start()
     try:
         engine.ready.result(READY_SECONDS)

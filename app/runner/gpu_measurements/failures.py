@@ -18,9 +18,9 @@ from app.runner.runner import Runner
 from app.runner.warm_up import PROBE_TOLERANCE
 
 NUM_IMAGES = 512  # of the request while memory is short
-BYTES_LEFT = 48 << 20
+BYTES_LEFT = 48 << 20  # too few for an eager step of 512 rows, and enough for one of 32 rows (estimates)
 NUM_STEPS = 20
-LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # mean absolute difference of an image before and after, of 255
+LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # mean absolute difference of two images, in levels of 255
 NO_CLASS = 1_000_000  # larger than any label, so that a kernel reads beyond the end of a table
 OPEN_SECONDS = 60
 OPEN_DEVICE = "import sys; from app.runner.device import choose_device; print(choose_device(sys.argv[1]).type)"
@@ -36,9 +36,10 @@ def measure_memory(options: Options) -> Iterator[Figure]:
 def shortage(machine: Machine, kind: Kind, count: int) -> Iterator[Figure]:
     """Yields what happens to a large request if the memory is full, and whether the engine recovers.
 
-    An eager runner must run out of memory. The memory of graphs is already reserved.
+    The first step has all `count` images. An eager runner must run out of memory there. A graph runner need not,
+    because the memory of its graphs is already reserved.
     """
-    with running_engine(machine, kind) as (engine, runner):
+    with running_engine(machine, kind, max_batch=count) as (engine, runner):
         info = engine.models[DEFAULT_MODEL]
         (before,) = images_of(engine, new_job(info, seed=1, num_steps=NUM_STEPS))
         blocks = machine.fill_memory(BYTES_LEFT)
