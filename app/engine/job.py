@@ -118,6 +118,7 @@ class Trajectory:
     started: bool = False  # True if the first step is finished or in progress
     slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
     first_slot: int = -1  # the first one of `slots`
+    first_plan_row: int = -1  # the row of its first step in the runner's table of plans
     clock: Clock = STOPPED
     _first: int = 0  # the value of the clock before the first step
 

@@ -24,8 +24,8 @@ class GaussianStep:
         self.x_t: list[tuple[int, torch.Tensor]] = []  # the timestep and the images of each step
 
     def __call__(self, state: State, plans: torch.Tensor, rows: Rows) -> Stepped:
-        slots, step, _, label, _ = rows
-        plan = plans[state.plan_row[slots] + step]  # (B, 7)
+        slots, step, label = rows.slots, rows.step, rows.label
+        plan = plans[rows.plan_row[: len(slots)]]  # (B, 7)
         alpha_bar = SCHEDULE.alpha_bar[plan[:, 0].long()].float()[:, None, None, None]  # (B, 1, 1, 1)
         x_t, count = state.x_t[slots], state.x_t[0].numel()
         self.x_t.append((int(plan[0, 0]), x_t))
