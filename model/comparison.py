@@ -75,7 +75,7 @@ def compare(
         every_slot = torch.tensor(slots + further_slots, device=seed.device)  # (N,)
         label = torch.tensor(labels + further_labels, device=seed.device)  # (N,)
         row = torch.arange(len(slots), device=seed.device)  # (B,)
-        taken = Rows(every_slot, first_row[every_slot] + k, label, torch.full_like(row, k), row)
+        taken = Rows(every_slot, first_row[every_slot] + k, label, torch.full_like(row, 1 + k), row)
         stepped = step(state, table, taken)
         state.x_t.index_copy_(0, taken.slots, stepped.x_prev)
         state.x_0.index_copy_(0, taken.slots, stepped.x_0)

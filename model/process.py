@@ -103,7 +103,7 @@ def draw(  # noqa: PLR0913 # most are optional
         second = torch.arange(len(running))  # (B,)
         second[torch.tensor(guided, dtype=torch.int64)] = len(running) + torch.arange(len(guided))
         label = torch.cat([y[slots], torch.full_like(y[: len(guided)], null_label)])  # (N,)
-        taken = Rows(slot, first_row[slot] + k, label, torch.full_like(slots, k), second.to(y.device))
+        taken = Rows(slot, first_row[slot] + k, label, torch.full_like(slots, 1 + k), second.to(y.device))
         stepped = step(state, table, taken)
         if on_step:
             on_step(k, state.x_t[slots], stepped.x_0)

@@ -34,7 +34,7 @@ class State:
     seed: Tensor  # (S,) int64
     index: Tensor  # (S,) int64
     guidance_scale: Tensor  # (S,) float32
-    noise: Tensor | None = None  # (S, K, C, H, W) float32: the noise of K steps
+    noise: Tensor | None = None  # (S, 1 + K, C, H, W) float32: the noise of x_T, then that of K steps
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
@@ -50,12 +50,9 @@ class State:
         return (value for value in values if value is not None)
 
     def noise_of(self, slots: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor) -> Tensor:
-        """Returns the noise z (B, C, H, W) of the next step of rows that have finished `step` (B,) steps.
-
-        `block` is `block_counter(image_shape)`.
-        """
+        """Returns the noise z (B, C, H, W) of step `step` (B,) of rows. `block` is `block_counter(image_shape)`."""
         if self.noise is None:
-            return normal(self.seed[slots], self.index[slots], step + 1, image_shape, block)
+            return normal(self.seed[slots], self.index[slots], step, image_shape, block)
         return self.noise[slots, step]
 
 
@@ -70,13 +67,13 @@ class Rows(NamedTuple):
     slot: Tensor  # (N,) int64: index in the state of the row of each evaluation
     plan_row: Tensor  # (N,) int64: row of the table of plans
     label: Tensor  # (N,) int64: label y of each evaluation
-    step: Tensor  # (B,) int64: number of steps that each row has completed
+    step: Tensor  # (B,) int64: number of the step of each row, 1 for the first one
     second: Tensor  # (B,) int64: unconditional evaluation of a guided row, first evaluation of any other row
 
     @property
     def slots(self) -> Tensor:
         """Returns the slot (B,) of each row."""
-        return self.slot[: len(self.second)]
+        return self.slot[: self.second.shape[0]]
 
 
 class Stepped(NamedTuple):
@@ -120,7 +117,7 @@ class ReverseStep(nn.Module):
         The state is not changed: the caller stores x_prev and x_0.
         """
         slot, plan_row, label, step, second = rows
-        slots, B = rows.slots, len(second)
+        slots, B = rows.slots, second.shape[0]  # len() would fix the number of rows in a compiled step
         every_x_t, every_plan = state.x_t[slot], plans[plan_row]  # (N, C, H, W), (N, 7)
         t = every_plan[:, 0].long()  # (N,)
         c = self.condition[t, label]  # (N, D)

@@ -28,6 +28,7 @@ class Batch:
         self.size = 0  # sum of the sizes of the rows, in evaluations
         self.version = 0  # increases with each change
         self._array: IntArray = np.zeros((5, 0), dtype=np.int64)
+        self._sizes: IntArray = np.zeros(0, dtype=np.int64)  # (B,) size of the next step of each row
         self._next_change = NEVER  # clock at which the size of a row changes
 
     def replace(self, rows: Sequence[Trajectory]) -> None:
@@ -61,7 +62,7 @@ class Batch:
 
     def step_rows(self) -> StepRows:
         """Returns the rows of the next step."""
-        return StepRows(self.rows, self.clock.steps - self._array[_FIRST], self._array[_SIZE].copy())
+        return StepRows(self.rows, self.clock.steps - self._array[_FIRST], self._sizes)
 
     def take_joined(self) -> list[Trajectory]:
         """Returns the rows that joined after the last call."""
@@ -114,7 +115,8 @@ class Batch:
         self._changed()
 
     def _changed(self) -> None:
-        self.size = int(self._array[_SIZE].sum())
+        self._sizes = self._array[_SIZE].copy()
+        self.size = int(self._sizes.sum())
         self.version += 1
         self._next_change = int(self._array[_CHANGES_AT].min(initial=NEVER))
 

@@ -67,7 +67,7 @@ class Slots:
         """Frees the slots of the trajectories."""
         for trajectory in trajectories:
             self._free += trajectory.slots
-            trajectory.slots = ()
+            trajectory.slots, trajectory.first_slot = (), -1
 
     def of(self, trajectories: list[Trajectory]) -> Tensor:
         """Returns the first slot (B,) of each trajectory that has slots."""
@@ -154,7 +154,7 @@ def indices_of(trajectories: Sequence[Trajectory], null_label: int) -> Indices:
             slot += [own_slot] * num_further
             plan_row += [plan_row[place]] * num_further
             label += labels[1:]
-    return slot, plan_row, label, step, second
+    return slot, plan_row, label, [1 + own for own in step], second
 
 
 def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequence[int]]]:

@@ -97,6 +97,11 @@ class Runner:
         return None
 
     @property
+    def steps_ahead(self) -> int:
+        """Returns 0: `step` waits for the device."""
+        return 0
+
+    @property
     def has_idle_work(self) -> bool:
         """Returns False: there is no work that can wait."""
         return False

@@ -36,7 +36,7 @@ class GaussianStep:
         known, is_known = state.known[slots], state.is_known[slots]
         x_0 = known.where(is_known, predicted)
         a, b, c, s = plan[:, 1:5, None, None, None].unbind(dim=1)
-        z = normal(state.seed[slots], state.index[slots], step + 1, SHAPE)
+        z = normal(state.seed[slots], state.index[slots], step, SHAPE)
         x_prev = a * x_t + b * x_0 + c * state.x_0[slots] + s * z
         error = (predicted - known).square().where(is_known, 0.0).sum(dim=(1, 2, 3))
         return Stepped(x_prev, x_0, error, torch.ones_like(slots, dtype=torch.bool))

@@ -140,7 +140,7 @@ def test_errors_of_an_image_are_those_of_its_noisy_versions_for_every_label(
     state, table, _ = begin([plan], loaded.image_shape, **keys, start=start)
     labels, zero = torch.arange(11), torch.zeros(11, dtype=torch.int64)
     for k, t in enumerate(timesteps):
-        stepped = step(state, table, Rows(zero, zero + k, labels, torch.tensor([k]), zero[:1]))
+        stepped = step(state, table, Rows(zero, zero + k, labels, torch.tensor([1 + k]), zero[:1]))
         eps = normal(**keys, step=torch.tensor([k]), image_shape=loaded.image_shape)
         x_t, _ = Diffusion(loaded.schedule, torch.Generator()).add_noise(images, torch.tensor([t]), eps)
         torch.testing.assert_close(state.x_t, x_t, rtol=0, atol=1e-6)

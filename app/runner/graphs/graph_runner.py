@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError, Reading
@@ -20,7 +19,7 @@ from app.runner.clip import ClipModel
 from app.runner.device import device_errors
 from app.runner.device_state import indices_of, labels_of
 from app.runner.graphs.device import Array, Download, GraphDevice
-from app.runner.graphs.graph_calls import GraphCalls
+from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
 from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed, padded
@@ -68,7 +67,7 @@ class Call:
     slot: Array  # (B + F,) slot of the row of each evaluation
     plan_row: Array  # (B + F,) row of the table of plans
     label: Array  # (B + F,) label of each evaluation
-    steps: Array  # (B,) number of steps that each row has finished, without the skipped ones
+    step: Array  # (B,) number of the step of each row, without the skipped ones
     second: Array  # (B,) unconditional evaluation of a guided row, first evaluation of any other row
     has_known: bool
 
@@ -82,22 +81,47 @@ class Call:
         """Returns F."""
         return len(self.slot) - len(self.second)
 
-    def padded(self, shape: Shape) -> list[Array]:
-        """Returns the parts of the inputs of a graph of this shape, in the order of Rows in model/step.py.
+    def inputs(self, shape: Shape) -> Array:
+        """Returns the inputs of a graph of this shape, in the order of Rows in model/step.py.
 
         Rows and evaluations that pad use the padding slot, the first row of the plans and the label 0.
         """
         count, more = self.num_rows, shape.rows - self.num_rows
         before, after = _ZEROS[:more], _ZEROS[: shape.further - self.num_further]
-        return [
+        parts = [
             *(
                 part
                 for of in (self.slot, self.plan_row, self.label)
                 for part in (of[:count], before, of[count:], after)
             ),
-            *(self.steps, before),
+            *(self.step, before),
             *(np.where(self.second < count, self.second, self.second + more), _NUMBERS[count : shape.rows]),
         ]
+        return np.concatenate(parts)
+
+    def increments(self, shape: Shape) -> Array:
+        """Returns by how much the inputs increase with each step of the same rows: 1 for plan rows and steps."""
+        count, B, N = self.num_rows, shape.rows, shape.evaluations
+        increments = np.zeros(3 * N + 2 * B, dtype=np.int64)
+        for start, number in ((N, count), (N + B, self.num_further), (3 * N, count)):
+            increments[start : start + number] = 1
+        return increments
+
+
+@dataclass(slots=True)
+class PlainStep:
+    """The inputs of the next step of rows that are not special, for as long as these take their steps together."""
+
+    sizes: Array  # the array of the StepRows for which the inputs were computed
+    first_step: int  # number of steps that the first row has finished
+    key: tuple[str, Shape]  # of the graph
+    inputs: Array
+    increments: Array  # what a step adds to the inputs
+
+    def advance(self, first_step: int) -> None:
+        """Changes the inputs to those of a later step."""
+        self.inputs += (first_step - self.first_step) * self.increments
+        self.first_step = first_step
 
 
 class GraphRunner(Runner):
@@ -132,13 +156,14 @@ class GraphRunner(Runner):
         with torch.inference_mode():
             self._steps = GraphCalls(device, MOST_INPUTS)
             null_label = self._models[DEFAULT_MODEL].program.null_label
-            self._new = NewRows(device, self._slots, self._plans, self._first_plan_row, null_label)
+            self._new = NewRows(device, self._slots, self._plans, null_label)
         self._versions = self._slots.version, len(self._plans.table)  # of the tensors that the graphs use
         self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time, the next one last
         self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph of a shape that is not captured
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
+        self._plain: PlainStep | None = None  # the last step, if no row was special
 
     def _new_slots(self, num_labels: int) -> GraphSlots:
         noise_steps = max(info.max_steps for info in self.models.values())
@@ -153,13 +178,13 @@ class GraphRunner(Runner):
         trajectories = rows.trajectories
         with torch.inference_mode(), device_errors():
             self._take(trajectories)
-            self._new.refill_noise(rows)
-            calls = [self._plain_call(rows)] if self._is_plain else self._calls(trajectories)
-            prepared = [(call, self._graph_for(call)) for call in calls]  # captures allocate memory
+            if self._new.refill_noise(rows):
+                self._plain = None
+            calls = [self._plain_inputs(rows)] if self._is_plain else self._inputs(trajectories)
             before_call()
             start = time.perf_counter()
-            for call, shape in prepared:
-                self._steps.call((call.model.info.name, shape), *call.padded(shape))
+            for key, inputs in calls:
+                self._steps.call(key, inputs)
             if not self._is_plain:
                 self._guide(trajectories)
             self.network_seconds += time.perf_counter() - start
@@ -193,7 +218,7 @@ class GraphRunner(Runner):
         """Releases the slots of the trajectories. Later work on these slots is enqueued after the work of now."""
         if trajectories:
             super().release(trajectories)
-            self._trajectories = None
+            self._trajectories = self._plain = None
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Captures the graphs of the first requests, tests each model, and measures the step times."""
@@ -216,6 +241,11 @@ class GraphRunner(Runner):
     def max_rows(self) -> int | None:
         """Returns the number of rows to which each step is padded, or None."""
         return self._fixed.rows if self._fixed else None
+
+    @property
+    def steps_ahead(self) -> int:
+        """Returns the number of steps that `step` enqueues before it waits for the device."""
+        return CALLS_AHEAD
 
     @property
     def has_idle_work(self) -> bool:
@@ -245,21 +275,35 @@ class GraphRunner(Runner):
         """Prepares the facts about the rows of the next steps, and begins new rows."""
         if trajectories is self._trajectories:
             return
-        new = [trajectory for trajectory in trajectories if not trajectory.slots]
+        slots = np.array(list(map(attrgetter("first_slot"), trajectories)), dtype=np.int64)  # (B,), -1 for new rows
+        new = np.flatnonzero(slots < 0).tolist()
         if new:
-            self._begin(new)
-        slots = map(attrgetter("first_slot"), trajectories)
-        self._slots_of_rows = np.fromiter(slots, dtype=np.int64, count=len(trajectories))
+            begun = [trajectories[place] for place in new]
+            self._begin(begun)
+            slots[new] = [trajectory.first_slot for trajectory in begun]
+        self._slots_of_rows = slots
         self._is_plain = not self._new.facts[IS_SPECIAL, self._slots_of_rows].any()
         self._trajectories = trajectories
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         for row in trajectories:
-            self._first_plan_row(row.options)  # can replace the table of plans
+            row.first_plan_row = self._first_plan_row(row.options)  # can replace the table of plans
         slots = np.array(self._slots.next_slots(trajectories), dtype=np.int64)
         self._drop_outdated_graphs()
         self._new.begin(trajectories, slots)
         self._slots.assign(trajectories)
+
+    def _plain_inputs(self, rows: StepRows) -> tuple[tuple[str, Shape], Array]:
+        """Returns the graph of a step without special rows, and its inputs."""
+        plain, first_step = self._plain, int(rows.steps[0])
+        if plain and plain.sizes is rows.sizes and plain.key in self._steps:
+            plain.advance(first_step)
+        else:
+            call = self._plain_call(rows)
+            shape = self._graph_for(call)
+            key = call.model.info.name, shape
+            plain = self._plain = PlainStep(rows.sizes, first_step, key, call.inputs(shape), call.increments(shape))
+        return plain.key, plain.inputs
 
     def _plain_call(self, rows: StepRows) -> Call:
         """Returns the call of a step in which each row has one evaluation, or two if it is guided."""
@@ -274,22 +318,24 @@ class GraphRunner(Runner):
             np.concatenate([slots, slots[guided]]),
             np.concatenate([plan_row, plan_row[guided]]),
             label,
-            rows.steps - self._new.facts[SKIPPED, slots],
+            1 + rows.steps - self._new.facts[SKIPPED, slots],
             second,
             has_known=False,
         )
 
-    def _calls(self, trajectories: list[Trajectory]) -> list[Call]:
-        """Returns the call of each model, for any rows."""
+    def _inputs(self, trajectories: list[Trajectory]) -> list[tuple[tuple[str, Shape], Array]]:
+        """Returns the graph of each model and its inputs, for any rows."""
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
-        return [self._call_of(self._models[name], own) for name, own in by_model.items()]
+        calls = [self._call_of(self._models[name], own) for name, own in by_model.items()]
+        shapes = [self._graph_for(call) for call in calls]
+        return [((call.model.info.name, s), call.inputs(s)) for call, s in zip(calls, shapes, strict=True)]
 
     def _call_of(self, model: LoadedModel, trajectories: list[Trajectory]) -> Call:
-        slot, plan_row, label, steps, second = map(np.array, indices_of(trajectories, model.program.null_label))
-        steps = steps - self._new.facts[SKIPPED, slot[: len(steps)]]
-        return Call(model, slot, plan_row, label, steps, second, any(map(has_known, trajectories)))
+        slot, plan_row, label, step, second = map(np.array, indices_of(trajectories, model.program.null_label))
+        step = step - self._new.facts[SKIPPED, slot[: len(step)]]
+        return Call(model, slot, plan_row, label, step, second, any(map(has_known, trajectories)))
 
     def _graph_for(self, call: Call) -> Shape:
         """Returns the shape of a captured graph for the call.
@@ -372,14 +418,14 @@ class GraphRunner(Runner):
         """
         begun = [trajectory for trajectory in trajectories if trajectory.slots]
         place = {trajectory: i for i, trajectory in enumerate(begun)}
-        layout = "b s 1 h w -> b s h w" if self.image_shape[0] == 1 else "b s c h w -> b s h w c"
         C, H, W = self.image_shape
         slots = np.array([trajectory.slots[0] for trajectory in begun], dtype=np.int64)
 
         def convert(host: Tensor) -> list[T | None]:
             values = host.numpy()
             num_images = values.shape[1] // (C * H * W)
-            images = rearrange(values[:, 1:].reshape(-1, num_images, C, H, W), layout)
+            images = values[:, 1:].reshape(len(values), num_images, C, H, W)
+            images = images[:, :, 0] if C == 1 else images.transpose(0, 1, 3, 4, 2)  # (n, images, H, W[, C])
             black = np.zeros((2, *images.shape[2:]), dtype=np.uint8)
             results: list[T | None] = []
             for trajectory in trajectories:

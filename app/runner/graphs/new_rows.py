@@ -1,12 +1,12 @@
 """Begins rows on a device that runs CUDA graphs: draws their noise and writes their first state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from app.engine.job import DEFAULT_MODEL, Options, StepRows, Trajectory
+from app.engine.job import DEFAULT_MODEL, StepRows, Trajectory
 from app.runner.device_state import Plans
 from app.runner.graphs.device import Array, GraphDevice
 from app.runner.graphs.graph_calls import GraphCalls
@@ -28,12 +28,9 @@ class NewRows:
         device: GraphDevice,
         slots: GraphSlots,
         plans: Plans,
-        first_plan_row: Callable[[Options], int],
         null_label: int,
     ) -> None:
-        """`first_plan_row` returns the first row of the plan for some options in the table of plans."""
-        self._gpu, self._slots, self._plans = device, slots, plans
-        self._first_plan_row, self._null_label = first_plan_row, null_label
+        self._gpu, self._slots, self._plans, self._null_label = device, slots, plans, null_label
         self._draws, self._starts = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, 2 * MOST_ROWS)
         self._most_noisy = 0  # the largest number of steps with noise of a row so far
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
@@ -51,7 +48,10 @@ class NewRows:
         self._starts.clear()
 
     def begin(self, trajectories: Sequence[Trajectory], slots: Array) -> None:
-        """Enqueues the work that begins rows in these slots: those of the first trajectory, then of the others."""
+        """Enqueues the work that begins rows in these slots: those of the first trajectory, then of the others.
+
+        Their plans must be in the table of plans.
+        """
         rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
         facts = np.array([self._facts_of(row) for row in rows], dtype=np.int64).T  # (facts, B)
         size = len(self._slots.finite)
@@ -60,19 +60,19 @@ class NewRows:
             self.facts = np.concatenate([self.facts, more], axis=1)
         self.facts[:, slots] = facts
         self._most_noisy = max(self._most_noisy, int(facts[_NUM_NOISY].max()))
-        first = np.stack(
-            [facts[_SEED], facts[_INDEX], np.zeros_like(slots), self._places(slots, self._slots.noise_steps)]
-        )
-        self._draw(np.concatenate([first, self._step_draws(slots, facts, np.zeros_like(slots))], axis=1))
+        self._draw_noise(slots, facts, first=0)
         scale = np.array([row.options.guidance_scale for row in rows], dtype=np.float32)
         self._start(slots, scale.view(np.int32))
         self._give_images(rows, slots)
 
-    def refill_noise(self, rows: StepRows) -> None:
-        """Draws the noise of the next steps for rows that have used their noise. Only long paths need this."""
+    def refill_noise(self, rows: StepRows) -> bool:
+        """Draws the noise of the next steps for rows that have used their noise. Only long paths need this.
+
+        Returns True if the number of skipped steps of a row has changed.
+        """
         most = self._slots.noise_steps
         if self._most_noisy <= most:
-            return
+            return False
         due = np.flatnonzero((rows.steps > 0) & (rows.steps % most == 0))
         trajectories = [rows.trajectories[place] for place in due.tolist()]
         slots = np.array([slot for trajectory in trajectories for slot in trajectory.slots], dtype=np.int64)
@@ -80,25 +80,26 @@ class NewRows:
         is_new = self.facts[SKIPPED, slots] < done  # a step that failed is repeated
         slots, done = slots[is_new], done[is_new]
         if len(slots):
-            self._draw(self._step_draws(slots, self.facts[:, slots], done))
             self.facts[SKIPPED, slots] = done
+            self._draw_noise(slots, self.facts[:, slots], first=1)
+        return bool(len(slots))
 
     def _facts_of(self, row: Trajectory) -> tuple[int, ...]:
-        options = row.options
-        row.first_plan_row = plan_row = self._first_plan_row(options)
+        plan_row = row.first_plan_row
         label = self._null_label if row.digit is None else row.digit
         return label, is_special(row), plan_row, 0, *row.noise_key, self._plans.num_noisy[plan_row]
 
-    def _places(self, slots: Array, entry: Array | int) -> Array:
-        """Returns the places of entries of the noise of slots, counted over all slots."""
-        return slots * (self._slots.noise_steps + 1) + entry
+    def _draw_noise(self, slots: Array, facts: Array, first: int) -> None:
+        """Draws the noise of slots (B,) with facts (facts, B): entries `first` and later, as far as steps need them.
 
-    def _step_draws(self, slots: Array, facts: Array, done: Array) -> Array:
-        """Returns the draws (4, D) of the next steps of slots (B,) with facts (facts, B) and finished steps (B,)."""
-        counts = np.clip(facts[_NUM_NOISY] - done, 0, self._slots.noise_steps)  # (B,) noise images of each slot
+        Entry 0 is the noise of x_T, entry k that of step k after the skipped ones.
+        """
+        most = self._slots.noise_steps
+        counts = 1 - first + np.clip(facts[_NUM_NOISY] - facts[SKIPPED], 0, most)  # (B,) noise images of each slot
         row = np.repeat(np.arange(len(slots)), counts)  # (D,)
-        entry = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # (D,) in the noise of the slot
-        return np.stack([*facts[[_SEED, _INDEX]][:, row], done[row] + entry + 1, self._places(slots[row], entry)])
+        entry = first + np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # (D,)
+        step = entry + facts[SKIPPED, row]  # (D,)
+        self._draw(np.array([facts[_SEED, row], facts[_INDEX, row], step, slots[row] * (1 + most) + entry]))
 
     def _draw(self, draws: Array) -> None:
         """Enqueues drawing noise images. `draws` (4, D) has the arguments of `GraphSlots.draw`."""

@@ -25,8 +25,7 @@ class GraphSlots(Slots):
         self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
         self.noise_steps, self.version = noise_steps, 0  # the version increases if the tensors are replaced
         self.pixels = torch.zeros(1 + count, *image_shape, dtype=torch.uint8, device=device)  # (S, C, H, W)
-        # The noise of the steps, then that of x_T.
-        self.state.noise = torch.zeros(1 + count, noise_steps + 1, *image_shape, device=device)
+        self.state.noise = torch.zeros(1 + count, 1 + noise_steps, *image_shape, device=device)
 
     @property
     def plain_state(self) -> State:
@@ -79,7 +78,7 @@ class GraphSlots(Slots):
     def _first_noise(self, slots: Tensor) -> Tensor:
         """Returns the noise z (B, C, H, W) of x_T."""
         assert self.state.noise is not None, "the constructor makes the noise"
-        return self.state.noise[slots, self.noise_steps]
+        return self.state.noise[slots, 0]
 
     def _grow(self) -> None:
         self._gpu.synchronize()  # all enqueued work uses the tensors of now
