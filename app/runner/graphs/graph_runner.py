@@ -1,6 +1,7 @@
 """The runner on a GPU: runs the steps as CUDA graphs, and does not wait for them."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ MOST_ROWS = BATCHES[-1]  # of the shapes that are captured before they are neede
 FIRST_SLOTS = 2047  # Their number seldom has to grow. If it grows, all graphs must be captured again.
 MOST_INPUTS = 1 << 16  # integers of one step: two for each row and three for each evaluation
 LARGEST_PADDING = 2  # limit for the evaluations of a larger graph that is used while the exact one is not captured
+# The number of steps with a larger graph after which the exact one is captured, even if the device is never idle. A
+# capture delays all rows by about as much time as this number of steps loses with a larger graph (an estimate).
+MOST_LARGER_STEPS = 200
 _ZEROS, _NUMBERS = np.zeros(MOST_INPUTS, dtype=np.int64), np.arange(MOST_INPUTS)
 
 
@@ -81,6 +85,11 @@ class Call:
         """Returns F."""
         return len(self.slot) - len(self.second)
 
+    @property
+    def shape(self) -> Shape:
+        """Returns the smallest shape to which the call is padded."""
+        return padded(self.num_rows, self.num_further, has_known=self.has_known)
+
     def inputs(self, shape: Shape) -> Array:
         """Returns the inputs of a graph of this shape, in the order of Rows in model/step.py.
 
@@ -117,6 +126,7 @@ class PlainStep:
     key: tuple[str, Shape]  # of the graph
     inputs: Array
     increments: Array  # what a step adds to the inputs
+    is_exact: bool  # False if a larger graph is used
 
     def advance(self, first_step: int) -> None:
         """Changes the inputs to those of a later step."""
@@ -160,6 +170,7 @@ class GraphRunner(Runner):
         self._versions = self._slots.version, len(self._plans.table)  # of the tensors that the graphs use
         self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time, the next one last
         self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph of a shape that is not captured
+        self._num_larger = Counter[tuple[str, Shape]]()  # the number of steps with a larger graph, by the exact one
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
@@ -296,13 +307,14 @@ class GraphRunner(Runner):
     def _plain_inputs(self, rows: StepRows) -> tuple[tuple[str, Shape], Array]:
         """Returns the graph of a step without special rows, and its inputs."""
         plain, first_step = self._plain, int(rows.steps[0])
-        if plain and plain.sizes is rows.sizes and plain.key in self._steps:
+        if plain and plain.is_exact and plain.sizes is rows.sizes:
             plain.advance(first_step)
         else:
             call = self._plain_call(rows)
             shape = self._graph_for(call)
-            key = call.model.info.name, shape
-            plain = self._plain = PlainStep(rows.sizes, first_step, key, call.inputs(shape), call.increments(shape))
+            key, is_exact = (call.model.info.name, shape), shape in (call.shape, self._fixed)
+            inputs, increments = call.inputs(shape), call.increments(shape)
+            plain = self._plain = PlainStep(rows.sizes, first_step, key, inputs, increments, is_exact)
         return plain.key, plain.inputs
 
     def _plain_call(self, rows: StepRows) -> Call:
@@ -341,9 +353,10 @@ class GraphRunner(Runner):
         """Returns the shape of a captured graph for the call.
 
         If the exact shape is not captured, a larger one is used, and the exact one is captured when the device is idle.
-        If there is no larger one with at most LARGEST_PADDING times the evaluations, it is captured now.
+        The exact one is captured now if there is no larger one with at most LARGEST_PADDING times the evaluations, or
+        if larger ones were used MOST_LARGER_STEPS times.
         """
-        name, exact = call.model.info.name, padded(call.num_rows, call.num_further, has_known=call.has_known)
+        name, exact = call.model.info.name, call.shape
         if self._fixed:
             if not self._fixed.holds(exact._replace(rows=call.num_rows, further=call.num_further)):
                 raise ValueError(f"a step of {call.num_rows} rows exceeds the fixed number of {self._fixed.rows}")
@@ -357,7 +370,9 @@ class GraphRunner(Runner):
             self._larger[name, exact] = smallest if fits else None
             self._missing.pop((name, exact), None)
             self._missing[name, exact] = None
-        if larger := self._larger[name, exact]:
+        larger = self._larger[name, exact]
+        self._num_larger[name, exact] += 1
+        if larger and self._num_larger[name, exact] <= MOST_LARGER_STEPS:
             return larger
         self._capture(call.model, exact)
         return exact
@@ -365,6 +380,7 @@ class GraphRunner(Runner):
     def _capture(self, model: LoadedModel, shape: Shape) -> None:
         self._larger.clear()
         self._missing.pop((model.info.name, shape), None)
+        self._num_larger.pop((model.info.name, shape), None)
         self._steps.capture((model.info.name, shape), partial(self._run_step, model, shape))
 
     def _run_step(self, model: LoadedModel, shape: Shape) -> None:
@@ -381,7 +397,7 @@ class GraphRunner(Runner):
         """Removes the graphs if tensors that they use were replaced by larger ones."""
         versions = self._slots.version, len(self._plans.table)
         if versions != self._versions:
-            self._versions = versions
+            self._versions, self._plain = versions, None
             self._steps.clear()
             self._new.clear()
             self._larger.clear()
