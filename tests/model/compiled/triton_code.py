@@ -205,7 +205,8 @@ def step_code(path: Path) -> str:
         named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
         return torch.func.functional_call(flat, named, arguments[len(tensors) :])
 
-    rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, EVALUATIONS, ROWS)]
+    counts = EVALUATIONS, EVALUATIONS, EVALUATIONS, ROWS, ROWS  # of the fields of Rows
+    rows = [torch.empty(n, dtype=torch.int64) for n in counts]
     state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, PLAN_COLUMNS)]
     # The trace is made on a CPU, where gelu() has a special case for bfloat16. On a GPU it calls F.gelu only.
     with mock.patch.object(blocks, "gelu", lambda x: F.gelu(x, approximate="tanh")):
