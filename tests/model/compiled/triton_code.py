@@ -199,7 +199,7 @@ def step_code(path: Path) -> str:
     program = ReverseStep(checkpoint.load(path), torch.device("cpu"), torch.bfloat16)
     program.call_rows = CallRows()  # a GPU has no limits for the number of rows
     flat, shape = FlatStep(program), program.checkpoint.image_shape
-    tensors = flat.state_dict()
+    tensors = {**dict(flat.named_parameters()), **dict(flat.named_buffers())}
 
     def step(*arguments: Tensor) -> Any:
         named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
