@@ -11,5 +11,5 @@ from model import blocks, operations, unet
 def gpu_operations() -> Iterator[None]:
     with ExitStack() as stack:
         for module in (blocks, operations, unet):
-            stack.enter_context(mock.patch.object(module, "is_on_gpu", return_value=True))
+            stack.enter_context(mock.patch.object(module, "is_on_gpu", lambda x: True))
         yield
