@@ -96,7 +96,7 @@ class ClipGuidedStep:
     def __call__(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
         """Computes one step, with the arguments and the result of ReverseStep."""
         stepped = self.step(state, plans, rows)
-        plan = plans[state.plan_row[rows.slots] + rows.step]  # (B, 7)
+        plan = plans[rows.plan_row[: len(rows.second)]]  # (B, 7)
         acting = torch.tensor([self.guidance.acts_at(int(t)) for t in plan[:, 0]], device=plan.device)  # (B,)
         chosen = acting.nonzero()[:, 0]  # (M,)
         if not len(chosen):

@@ -54,10 +54,12 @@ def compare(
     image = torch.arange(len(plans)).repeat_interleave(torch.tensor(num_slots)).to(seed.device)  # (S,) of each slot
     C, H, W = start.image.shape[1:]
     every_plan = [plans[i] for i in image.tolist()]
-    state, table = begin(every_plan, (C, H, W), seed=seed[image], index=index[image], start=start.rows(image))
+    state, table, first_row = begin(
+        every_plan, (C, H, W), seed=seed[image], index=index[image], start=start.rows(image)
+    )
     for k in range(max(plan.num_steps for plan in plans)):
         slots, labels = list[int](), list[int]()  # of the rows
-        source, further_labels = list[int](), list[int]()  # of further evaluations of a row
+        further_slots, further_labels = list[int](), list[int]()  # of further evaluations of a row
         running = [(slot, each) for slot, each in zip(first_slots, comparisons, strict=False) if each.remaining]
         if not running:
             break
@@ -66,13 +68,14 @@ def compare(
                 slots += [slot + label for label in comparison.remaining]
                 labels += comparison.remaining
             else:
-                source += [len(slots)] * (len(comparison.remaining) - 1)
+                further_slots += [slot] * (len(comparison.remaining) - 1)
                 further_labels += comparison.remaining[1:]
                 slots.append(slot)
                 labels.append(comparison.remaining[0])
-        rows = list(range(len(slots)))
-        parts = (slots, [k] * len(slots), rows + source, labels + further_labels, rows)
-        taken = Rows(*(torch.tensor(part, device=seed.device) for part in parts))
+        every_slot = torch.tensor(slots + further_slots, device=seed.device)  # (N,)
+        label = torch.tensor(labels + further_labels, device=seed.device)  # (N,)
+        row = torch.arange(len(slots), device=seed.device)  # (B,)
+        taken = Rows(every_slot, first_row[every_slot] + k, label, torch.full_like(row, 1 + k), row)
         stepped = step(state, table, taken)
         state.x_t.index_copy_(0, taken.slots, stepped.x_prev)
         state.x_0.index_copy_(0, taken.slots, stepped.x_0)

@@ -4,9 +4,13 @@ import torch
 from torch import Tensor
 
 
-def to_pixels(x: Tensor) -> Tensor:
-    """Returns an image in [-1, 1] as uint8 pixels 0..255 of the same shape. Clips values outside [-1, 1]."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+def to_pixels(x: Tensor, *, is_clipped: bool = False) -> Tensor:
+    """Returns an image in [-1, 1] as uint8 pixels 0..255 of the same shape.
+
+    Clips values outside [-1, 1], unless `is_clipped` says that there are none.
+    """
+    clipped = x if is_clipped else x.clamp(-1, 1)
+    return ((clipped + 1) * 127.5).round().to(torch.uint8)
 
 
 def from_pixels(pixels: Tensor) -> Tensor:

@@ -52,11 +52,11 @@ def begin(
     index: Tensor,
     guidance_scale: float = 1.0,
     start: Start | None = None,
-) -> tuple[State, Tensor]:
-    """Returns the initial state of the rows and the table (P, 7) of their plans. Both are inputs of a step.
+) -> tuple[State, Tensor, Tensor]:
+    """Returns the initial state of the rows, the table (P, 7) of their plans, and the first row (B,) of each plan.
 
-    Row i follows plans[i]. Rows can share a plan. seed and index are (B,) int64 on the device of the step. Without
-    `start`, the rows start from x_T.
+    Row i follows plans[i]. Its step k uses row first_row[i] + k of the table. Rows can share a plan. seed and index are
+    (B,) int64 on the device of the step. Without `start`, the rows start from x_T.
     """
     distinct = {id(plan): plan for plan in plans}
     starts = dict(zip(distinct, accumulate((plan.num_steps for plan in distinct.values()), initial=0), strict=False))
@@ -66,9 +66,9 @@ def begin(
     if start and start.is_known is not None:
         state.known, state.is_known = start.image.contiguous(), start.is_known.contiguous()
     state.seed, state.index = seed, index
-    state.plan_row = torch.tensor([starts[id(plan)] for plan in plans], device=seed.device)
     state.guidance_scale.fill_(guidance_scale)
-    return state, torch.cat([plan.table(seed.device) for plan in distinct.values()])
+    first_row = torch.tensor([starts[id(plan)] for plan in plans], device=seed.device)  # (B,)
+    return state, torch.cat([plan.table(seed.device) for plan in distinct.values()]), first_row
 
 
 @torch.inference_mode()
@@ -92,16 +92,18 @@ def draw(  # noqa: PLR0913 # most are optional
     called after each step.
     """
     guidance = guidance or Guidance()
-    state, table = begin(plans, image_shape, seed=seed, index=index, guidance_scale=guidance.scale, start=start)
+    state, table, first_row = begin(
+        plans, image_shape, seed=seed, index=index, guidance_scale=guidance.scale, start=start
+    )
     for k in range(max(plan.num_steps for plan in plans)):
         running = [row for row, plan in enumerate(plans) if k < plan.num_steps]
         guided = [i for i, row in enumerate(running) if guidance.acts_at(plans[row].timesteps[k])]
         slots = torch.tensor(running, device=y.device)  # (B,)
-        rows, again = torch.arange(len(running)), torch.tensor(guided, dtype=torch.int64)
-        source, second = torch.cat([rows, again]), rows.clone()
-        second[again] = len(rows) + torch.arange(len(again))
-        label = torch.cat([y[slots], torch.full_like(y[: len(again)], null_label)])
-        taken = Rows(slots, torch.full_like(slots, k), source.to(y.device), label, second.to(y.device))
+        slot = torch.tensor([*running, *(running[i] for i in guided)], device=y.device)  # (N,)
+        second = torch.arange(len(running))  # (B,)
+        second[torch.tensor(guided, dtype=torch.int64)] = len(running) + torch.arange(len(guided))
+        label = torch.cat([y[slots], torch.full_like(y[: len(guided)], null_label)])  # (N,)
+        taken = Rows(slot, first_row[slot] + k, label, torch.full_like(slots, 1 + k), second.to(y.device))
         stepped = step(state, table, taken)
         if on_step:
             on_step(k, state.x_t[slots], stepped.x_0)

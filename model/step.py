@@ -33,17 +33,16 @@ class State:
     is_known: Tensor | None  # (S, C, H, W) bool
     seed: Tensor  # (S,) int64
     index: Tensor  # (S,) int64
-    plan_row: Tensor  # (S,) int64: first row of the plan in the table of plans
     guidance_scale: Tensor  # (S,) float32
-    noise: Tensor | None = None  # (S, K, C, H, W) float32: the noise of K steps
+    noise: Tensor | None = None  # (S, 1 + K, C, H, W) float32: the noise of x_T, then that of K steps
 
     @classmethod
     def zeros(cls, count: int, image_shape: tuple[int, int, int], device: torch.device) -> "State":
         """Returns the state of `count` unused rows."""
         x_t, x_0, known = (torch.zeros(count, *image_shape, device=device) for _ in range(3))
         is_known = torch.zeros(count, *image_shape, dtype=torch.bool, device=device)
-        seed, index, plan_row = torch.zeros(3, count, dtype=torch.int64, device=device).unbind()
-        return cls(x_t, x_0, known, is_known, seed, index, plan_row, torch.ones(count, device=device))
+        seed, index = torch.zeros(2, count, dtype=torch.int64, device=device).unbind()
+        return cls(x_t, x_0, known, is_known, seed, index, torch.ones(count, device=device))
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yields the tensors in the order of the fields, which are inputs of a compiled step."""
@@ -51,12 +50,9 @@ class State:
         return (value for value in values if value is not None)
 
     def noise_of(self, slots: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor) -> Tensor:
-        """Returns the noise z (B, C, H, W) of the next step of rows that have finished `step` (B,) steps.
-
-        `block` is `block_counter(image_shape)`.
-        """
+        """Returns the noise z (B, C, H, W) of step `step` (B,) of rows. `block` is `block_counter(image_shape)`."""
         if self.noise is None:
-            return normal(self.seed[slots], self.index[slots], step + 1, image_shape, block)
+            return normal(self.seed[slots], self.index[slots], step, image_shape, block)
         return self.noise[slots, step]
 
 
@@ -64,14 +60,20 @@ class Rows(NamedTuple):
     """Selects the B rows that take a step and the N evaluations of the network.
 
     The first B evaluations are the first ones of all rows. The others are further evaluations of the same rows: the
-    unconditional one of a guided row, or those of further classes of a row that compares the classes.
+    unconditional one of a guided row, or those of further classes of a row that compares the classes. Each evaluation
+    has the slot and the plan of its row, so that the device does not look them up.
     """
 
-    slots: Tensor  # (B,) int64: index of each row in the state
-    step: Tensor  # (B,) int64: number of steps that each row has completed
-    source: Tensor  # (N,) int64: row of each evaluation: 0..B-1, then rows with further evaluations
+    slot: Tensor  # (N,) int64: index in the state of the row of each evaluation
+    plan_row: Tensor  # (N,) int64: row of the table of plans
     label: Tensor  # (N,) int64: label y of each evaluation
+    step: Tensor  # (B,) int64: number of the step of each row, 1 for the first one
     second: Tensor  # (B,) int64: unconditional evaluation of a guided row, first evaluation of any other row
+
+    @property
+    def slots(self) -> Tensor:
+        """Returns the slot (B,) of each row."""
+        return self.slot[: self.second.shape[0]]
 
 
 class Stepped(NamedTuple):
@@ -114,23 +116,24 @@ class ReverseStep(nn.Module):
 
         The state is not changed: the caller stores x_prev and x_0.
         """
-        slots, step, source, label, second = rows
-        x_t, x_0_prev = state.x_t[slots], state.x_0[slots]  # (B, C, H, W) each
-        plan = plans[state.plan_row[slots] + step]  # (B, 7)
-        t = plan[:, 0].long()  # (B,)
-        c = self.condition[t[source], label]  # (N, D)
-        output = self.call_rows.call(self.denoise, x_t[source].to(self.dtype), c).float()  # (N, C, H, W)
-        cond, uncond = output[: slots.shape[0]], output[second]  # (B, C, H, W) each
+        slot, plan_row, label, step, second = rows
+        slots, B = rows.slots, second.shape[0]  # len() would fix the number of rows in a compiled step
+        every_x_t, every_plan = state.x_t[slot], plans[plan_row]  # (N, C, H, W), (N, 7)
+        t = every_plan[:, 0].long()  # (N,)
+        c = self.condition[t, label]  # (N, D)
+        output = self.call_rows.call(self.denoise, every_x_t.to(self.dtype), c).float()  # (N, C, H, W)
+        x_t, x_0_prev, plan = every_x_t[:B], state.x_0[slots], every_plan[:B]  # (B, C, H, W) twice, (B, 7)
+        cond, uncond = output[:B], output[second]  # (B, C, H, W) each
         guided = guide(cond, uncond, state.guidance_scale[slots][:, None, None, None])  # (B, C, H, W)
-        x_0 = predict_x_0(x_t, guided, self.mix[t])  # (B, C, H, W)
+        x_0 = predict_x_0(x_t, guided, self.mix[t[:B]])  # (B, C, H, W)
         error = x_0.new_zeros(0)
         if state.known is not None and state.is_known is not None:
-            known, is_known = state.known[slots], state.is_known[slots]  # (B, C, H, W) each
-            x_0 = known.where(is_known, x_0)  # (B, C, H, W)
-            of_known, of_x_t = plan[:, 5:, None, None, None].unbind(dim=1)  # (B, 1, 1, 1) each
-            target = of_known * known + of_x_t * x_t  # (B, C, H, W)
-            error = unclipped_x_0(x_t[source], output, self.mix[t[source]]) - target[source]  # (N, C, H, W)
-            error = error.square().where(is_known[source], 0.0).sum(dim=(1, 2, 3))  # (N,)
+            known, is_known = state.known[slot], state.is_known[slot]  # (N, C, H, W) each
+            x_0 = known[:B].where(is_known[:B], x_0)  # (B, C, H, W)
+            of_known, of_x_t = every_plan[:, 5:, None, None, None].unbind(dim=1)  # (N, 1, 1, 1) each
+            target = of_known * known + of_x_t * every_x_t  # (N, C, H, W)
+            error = unclipped_x_0(every_x_t, output, self.mix[t]) - target  # (N, C, H, W)
+            error = error.square().where(is_known, 0.0).sum(dim=(1, 2, 3))  # (N,)
         z = state.noise_of(slots, step, self.checkpoint.image_shape, self.noise_block)  # (B, C, H, W)
         x_prev = reverse_step(x_t, x_0, x_0_prev, z, plan[:, 1:5])  # (B, C, H, W)
         return Stepped(x_prev, x_0, error, guided.isfinite().flatten(1).all(dim=1))

@@ -102,6 +102,8 @@ class Backlog:
         if kind is None:
             widest = max(GUIDED_EVALUATIONS, *self._widths, 0)
             kind = self._kind = StepKind(max(1, len(self._models)), widest, self._num_with_clip > 0)
+        if not new_jobs:
+            return kind
         new_models = {job.request.options.model for job in new_jobs} - self._models.keys()
         if new_models:
             kind = kind._replace(num_models=len(self._models) + len(new_models))
@@ -185,7 +187,8 @@ class Backlog:
         The images of a search wait until it ends. Call this before the first step of a batch.
         """
         started = [row for row in self.batch.take_joined() if not row.started]
-        self.start(started)
+        if started:
+            self.start(started)
         return started
 
     def start(self, rows: Sequence[Trajectory]) -> None:

@@ -6,6 +6,7 @@ step at which the size of each row changes. Only these rows, and those that join
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from app.engine.job import STOPPED, Clock, IntArray, StepKind, StepRows, Traject
 # in the backlog, and 1 for the tail of a job.
 _SIZE, _CHANGES_AT, _FIRST, _PLACE, _IS_TAIL = range(5)
 NEVER = 1 << 62
+FEW_ROWS = 4  # a larger number of rows is found faster in one pass
 
 
 class Batch:
@@ -28,6 +30,7 @@ class Batch:
         self.size = 0  # sum of the sizes of the rows, in evaluations
         self.version = 0  # increases with each change
         self._array: IntArray = np.zeros((5, 0), dtype=np.int64)
+        self._sizes: IntArray = np.zeros(0, dtype=np.int64)  # (B,) size of the next step of each row
         self._next_change = NEVER  # clock at which the size of a row changes
 
     def replace(self, rows: Sequence[Trajectory]) -> None:
@@ -54,14 +57,15 @@ class Batch:
         leaving = {row for row in rows if row.clock is self.clock}
         if not leaving:
             return
-        for row in leaving:
-            row.follow(STOPPED)
-        staying = [row.clock is self.clock for row in self.rows]
-        self._set([row for row in self.rows if row.clock is self.clock], self._array[:, staying])
+        if len(leaving) <= FEW_ROWS:
+            places = list(map(self.rows.index, leaving))
+        else:
+            places = [place for place, row in enumerate(self.rows) if row in leaving]
+        self._remove_at(places)
 
     def step_rows(self) -> StepRows:
         """Returns the rows of the next step."""
-        return StepRows(self.rows, self.clock.steps - self._array[_FIRST], self._array[_SIZE].copy())
+        return StepRows(self.rows, self.clock.steps - self._array[_FIRST], self._sizes)
 
     def take_joined(self) -> list[Trajectory]:
         """Returns the rows that joined after the last call."""
@@ -81,10 +85,14 @@ class Batch:
         sizes = [row.evaluations for row in changed]
         self._array[_SIZE, places] = sizes
         self._array[_CHANGES_AT, places] = [self.clock.steps + _until_change(row) for row in changed]
-        leaving = [row for row, size in zip(changed, sizes, strict=True) if row.comparison or not size]
-        self.remove(leaving)
-        self._changed()
-        return leaving
+        leaving = [
+            place
+            for place, row, size in zip(places.tolist(), changed, sizes, strict=True)
+            if row.comparison or not size
+        ]
+        ended = [self.rows[place] for place in leaving]
+        self._remove_at(leaving)
+        return ended
 
     def decreases(self, num_places: int) -> npt.NDArray[np.float64]:
         """Returns what a step subtracts from the jobs, by their place in the backlog, (3, num_places).
@@ -109,12 +117,21 @@ class Batch:
                 with_clip[model] += 1
         return list(evaluations.values()), list(with_clip.values())
 
+    def _remove_at(self, places: list[int]) -> None:
+        """Removes the rows at these places."""
+        is_staying = np.ones(len(self.rows), dtype=np.bool_)
+        is_staying[places] = False
+        for place in places:
+            self.rows[place].follow(STOPPED)
+        self._set(list(compress(self.rows, is_staying.tolist())), self._array[:, is_staying])
+
     def _set(self, rows: list[Trajectory], array: IntArray) -> None:
         self.rows, self._array = rows, array
         self._changed()
 
     def _changed(self) -> None:
-        self.size = int(self._array[_SIZE].sum())
+        self._sizes = self._array[_SIZE].copy()
+        self.size = int(self._sizes.sum())
         self.version += 1
         self._next_change = int(self._array[_CHANGES_AT].min(initial=NEVER))
 

@@ -90,6 +90,8 @@ class Engine:
         self._drained: Future[None] | None = None  # the future that drain() returns
         self._stopping = False
         self._num_steps = 0
+        self._num_unbroken = 0  # steps since the engine last waited for work
+        self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
         # Readings whose values are not handled yet: whether they are known, and a function that waits for them.
         self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
         self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
@@ -196,7 +198,9 @@ class Engine:
         rows, abandoned = self._admit()
         self._runner.release(abandoned)
         self._is_batch_lowered = False
-        if rows:
+        if not rows:
+            self._num_unbroken = 0
+        else:
             # A job that is answered in the meantime leaves the batch.
             self._run_step(self.backlog.batch.rows)
             self._retire()
@@ -280,8 +284,9 @@ class Engine:
             self._last_beat = time.monotonic()
             abandoned, self._abandoned = self._abandoned, []
             rows = [] if self._stopping else self._admission.select(self._last_beat)
-            for job, count in Counter(row.job for row in self.backlog.start_batch()).items():
-                self._record_start(job, count)
+            if started := self.backlog.start_batch():
+                for job, count in Counter(row.job for row in started).items():
+                    self._record_start(job, count)
             if self.feed.is_wanted and rows:
                 self.feed.publish(self._num_steps + 1, rows)
             return rows, abandoned
@@ -292,6 +297,9 @@ class Engine:
         while True:
             with self._condition:
                 timeout = seconds if self._runner.has_idle_work else None
+                if self._has_work():
+                    return
+                self._num_unbroken = 0
                 if self._condition.wait_for(self._has_work, timeout):
                     return
             self._runner.idle()
@@ -332,15 +340,29 @@ class Engine:
         self._last_beat = start = time.monotonic()
         in_network, calls = self._runner.network_seconds, self._admission.calls()
         not_finite = self._runner.step(batch.step_rows() if is_whole else StepRows.of(rows), self.deliver)
-        seconds = time.monotonic() - start
+        seconds, is_known = self._duration(start)
         self._num_steps += 1
-        if is_whole:  # After a failure, the duration of a part of the batch is not used.
+        if is_whole and is_known:  # After a failure, the duration of a part of the batch is not used.
             self._admission.observe(calls, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
         self._metrics.batch_rows.observe(len(rows))
         return not_finite
+
+    def _duration(self, start: float) -> tuple[float, bool]:
+        """Returns the duration of the step that has returned now, and False if it is not that of the device.
+
+        A runner that enqueues steps returns early while it has enqueued few. Later it returns once for each step of the
+        device. The duration then is the time since the step before.
+        """
+        end, before, ahead = time.monotonic(), self._step_end, self._runner.steps_ahead
+        self._step_end = end
+        self._num_unbroken += 1
+        if not ahead:
+            return end - start, True
+        is_known = self._num_unbroken > ahead
+        return end - (before if is_known else start), is_known
 
     def _retire(self) -> None:
         """Adds the step to the progress of the rows, and reads the results of those that have ended."""
@@ -380,6 +402,8 @@ class Engine:
     def _send_previews(self) -> None:
         """Sends the previews that are due. One read of the device for all jobs is faster than one for each job."""
         due = [job for job in self.backlog.with_previews if job.preview_due()]
+        if not due:
+            return
         plain = [job for job in due if not job.request.includes_x_t]
         with_x_t = [job for job in due if job.request.includes_x_t]
         steps = {job: job.steps_done // job.request.count for job in due}

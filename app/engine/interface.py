@@ -191,6 +191,13 @@ class StepRunner(Protocol):
         """Returns the largest number of rows of a step, or None without a limit."""
 
     @property
+    def steps_ahead(self) -> int:
+        """Returns the number of steps that `step` enqueues before it waits for the device.
+
+        It is 0 if `step` returns after the step.
+        """
+
+    @property
     def has_idle_work(self) -> bool:
         """Returns True if the runner has work that can wait until no rows take steps."""
 

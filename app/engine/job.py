@@ -117,7 +117,8 @@ class Trajectory:
     comparison: Comparison | None = None  # None for a trajectory that generates an image
     started: bool = False  # True if the first step is finished or in progress
     slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
-    first_slot: int = -1  # the first one of `slots`
+    first_slot: int = -1  # the first one of `slots`, -1 without slots
+    first_plan_row: int = -1  # the row of its first step in the runner's table of plans
     clock: Clock = STOPPED
     _first: int = 0  # the value of the clock before the first step
 
@@ -220,7 +221,9 @@ class StepRows:
 
     trajectories: list[Trajectory]  # the same list in each step until it changes
     steps: IntArray  # (B,) number of finished steps
-    sizes: IntArray  # (B,) size of the step
+    # (B,) size of the step. It is the same array while the rows and their sizes are the same, and all steps increase
+    # together.
+    sizes: IntArray
 
     @classmethod
     def of(cls, trajectories: list[Trajectory]) -> "StepRows":

@@ -67,7 +67,7 @@ class Slots:
         """Frees the slots of the trajectories."""
         for trajectory in trajectories:
             self._free += trajectory.slots
-            trajectory.slots = ()
+            trajectory.slots, trajectory.first_slot = (), -1
 
     def of(self, trajectories: list[Trajectory]) -> Tensor:
         """Returns the first slot (B,) of each trajectory that has slots."""
@@ -138,20 +138,23 @@ def indices_of(trajectories: Sequence[Trajectory], null_label: int) -> Indices:
     classes share x_t has one row, with one evaluation for each remaining class. A comparison whose classes have their
     own x_t has one row for each remaining class.
 
-    Example: three rows, of which row 1 is guided, have 4 evaluations. `source` is [0, 1, 2, 1] and `second` is
-    [0, 3, 2]: the second evaluation of row 1 is evaluation 3.
+    Example: three rows with the slots 7, 8 and 9, of which the second one is guided, have 4 evaluations. `slot` is
+    [7, 8, 9, 8] and `second` is [0, 3, 2]: the unconditional evaluation of the second row is evaluation 3.
     """
     assert all(trajectory.slots for trajectory in trajectories), "indices_of() needs trajectories with slots"
     rows = [(slot, t.step, labels, t) for t in trajectories for slot, labels in labels_of(t, null_label)]
-    source, second = list(range(len(rows))), list(range(len(rows)))
+    slot, step, second = [slot for slot, _, _, _ in rows], [step for _, step, _, _ in rows], list(range(len(rows)))
+    plan_row = [trajectory.first_plan_row + step for _, step, _, trajectory in rows]
     label = [labels[0] for _, _, labels, _ in rows]
-    for place, (_, _, labels, trajectory) in enumerate(rows):
+    for place, (own_slot, _, labels, trajectory) in enumerate(rows):
         if len(labels) > 1:
             if not trajectory.comparison:
-                second[place] = len(source)
-            source += [place] * (len(labels) - 1)
+                second[place] = len(slot)
+            num_further = len(labels) - 1
+            slot += [own_slot] * num_further
+            plan_row += [plan_row[place]] * num_further
             label += labels[1:]
-    return [slot for slot, _, _, _ in rows], [step for _, step, _, _ in rows], source, label, second
+    return slot, plan_row, label, [1 + own for own in step], second
 
 
 def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequence[int]]]:

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +64,9 @@ class SleepingDevice:
         self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
 
 
+NOTHING = torch.zeros(0)
+
+
 @dataclass(frozen=True, slots=True)
 class SleepingGraph:
     """A graph that takes a time."""
@@ -81,7 +84,7 @@ class Done:
     """The end of the work that was enqueued before, and its result."""
 
     at: float
-    result: Tensor = field(default_factory=lambda: torch.zeros(0))
+    result: Tensor = NOTHING
 
     def query(self) -> bool:
         """Returns True if the work has ended."""

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from app.engine.interface import DeviceLostError, ModelInfo, Reading, Ready, RunnerError
-from app.engine.job import DEFAULT_MODEL, Input, Pixels, StepRows, Trajectory
+from app.engine.job import DEFAULT_MODEL, Input, Options, Pixels, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
@@ -97,6 +97,11 @@ class Runner:
         return None
 
     @property
+    def steps_ahead(self) -> int:
+        """Returns 0: `step` waits for the device."""
+        return 0
+
+    @property
     def has_idle_work(self) -> bool:
         """Returns False: there is no work that can wait."""
         return False
@@ -163,7 +168,7 @@ class Runner:
         self.network_seconds += time.perf_counter() - start
         errors = None
         if any(trajectory.comparison for trajectory in trajectories):
-            errors = rows.slots[rows.source], rows.label, stepped.error
+            errors = rows.slot, rows.label, stepped.error
         return _Part(rows.slots, stepped.x_prev, stepped.x_0, stepped.finite, errors)
 
     def _guide_with_clip(self, stepped: Stepped, rows: Rows, trajectories: list[Trajectory]) -> Stepped:
@@ -175,8 +180,7 @@ class Runner:
         if not guided:
             return stepped
         chosen, upload = self._transfers.upload([place for place, _ in guided]), self._transfers.upload
-        plan_row = self._slots.state.plan_row[rows.slots[chosen]] + rows.step[chosen]  # (M,)
-        b = self._plans.table[plan_row, COLUMN_OF_B]  # (M,)
+        b = self._plans.table[rows.plan_row[chosen], COLUMN_OF_B]  # (M,)
         text = self._transfers.upload_array(np.stack([clip.text for _, clip in guided]))  # (M, E)
         scale = upload([clip.scale for _, clip in guided], torch.float32)  # (M,)
         return guide_with_clip(self.clip.clip, stepped, chosen, b, text, scale)
@@ -303,9 +307,9 @@ class Runner:
             return
         rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
         options = [row.options for row in rows]
-        starts = [self._plans.start_of(o, self._models[o.model].checkpoint.schedule) for o in options]
-        seeds, indices = zip(*(row.noise_key for row in rows), strict=True)
-        seed, plan_row, index = map(self._transfers.upload, (seeds, starts, indices))  # (B,) each
+        for row in trajectories:
+            row.first_plan_row = self._first_plan_row(row.options)
+        seed, index = map(self._transfers.upload, zip(*(row.noise_key for row in rows), strict=True))  # (B,) each
         z = normal(seed, index, torch.zeros_like(seed), self.image_shape)  # (B, C, H, W)
         scale = self._transfers.upload([o.guidance_scale for o in options], torch.float32)  # (B,)
         self._slots.begin(
@@ -313,10 +317,13 @@ class Runner:
             x_0=torch.zeros_like(z),
             seed=seed,
             index=index,
-            plan_row=plan_row,
             guidance_scale=scale,
             **self._images_of([row.input for row in rows], z),
         )
+
+    def _first_plan_row(self, options: Options) -> int:
+        """Returns the first row of the plan for these options in the table of plans."""
+        return self._plans.start_of(options, self._models[options.model].checkpoint.schedule)
 
     def _images_of(self, inputs: list[Input | None], z: Tensor) -> dict[str, Tensor]:
         """Returns x_t, known and is_known (B, C, H, W) of new rows. z (B, C, H, W) is their noise."""

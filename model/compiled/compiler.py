@@ -296,8 +296,8 @@ def _small_step(program: ReverseStep) -> tuple[State, Tensor, Rows]:
     state.is_known[2, :, ::2] = True  # every second line
     t = program.checkpoint.schedule.num_steps // 4  # At low noise, predicting x_0 does not amplify rounding errors.
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 0.8, 0.3]])
-    source, label = torch.cat([rows, rows[:2]]), torch.tensor([0, 1, 2, program.null_label, program.null_label])
-    return state, plans, Rows(rows, torch.zeros_like(rows), source, label, torch.tensor([3, 4, 2]))
+    slot, label = torch.cat([rows, rows[:2]]), torch.tensor([0, 1, 2, program.null_label, program.null_label])
+    return state, plans, Rows(slot, torch.zeros_like(slot), label, torch.zeros_like(rows), torch.tensor([3, 4, 2]))
 
 
 def _key_of(digest: bytes) -> str:
@@ -373,7 +373,7 @@ class _PackedStep:
 
     def __call__(self, state: State, plans: Tensor, rows: Rows) -> Stepped:
         """Computes one step, with the arguments and the result of ReverseStep."""
-        return Stepped(*self._program_for(len(rows.source))(*state, plans, *rows))
+        return Stepped(*self._program_for(len(rows.slot))(*state, plans, *rows))
 
     def _program_for(self, evaluations: int) -> NativeProgram:
         """Returns the program for this number of evaluations.
@@ -393,11 +393,11 @@ def _export_step(program: ReverseStep) -> torch.export.ExportedProgram:
     B, N = 8, 11  # torch.export specializes on sizes 0 and 1, and treats equal sizes as one dimension
     state = State.zeros(2 * B, program.checkpoint.image_shape, program.device)
     plans = torch.zeros(4, PLAN_COLUMNS, device=program.device)
-    slots, step, source, label, second = (torch.arange(n, device=program.device) % B for n in (B, B, N, N, B))
+    indices = [torch.arange(n, device=program.device) % B for n in (N, N, N, B, B)]  # the fields of Rows
     rows, evaluations = Dim("B", min=1), Dim("N", min=1)
-    of_rows = {0: rows}, {0: rows}, {0: evaluations}, {0: evaluations}, {0: rows}
+    of_rows = {0: evaluations}, {0: evaluations}, {0: evaluations}, {0: rows}, {0: rows}
     shapes = (*({0: Dim.DYNAMIC} for _ in state), {0: Dim.DYNAMIC}, *of_rows)
-    inputs = (*state, plans, slots, step, source, label, second)
+    inputs = (*state, plans, *indices)
     exported = torch.export.export(FlatStep(program), inputs, dynamic_shapes=(shapes,))
     return take_packed_weights(exported) if can_pack(program.device, program.dtype) else exported
 

@@ -128,4 +128,5 @@ def _inputs(program: ReverseStep, count: int) -> Inputs:
     state.x_t.normal_()
     t = program.checkpoint.schedule.num_steps // 2
     plans = torch.tensor([[t, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]])
-    return state, plans, Rows(rows, torch.zeros_like(rows), rows, torch.zeros_like(rows), rows)
+    zeros = torch.zeros_like(rows)
+    return state, plans, Rows(rows, zeros, zeros, zeros, rows)

@@ -137,6 +137,7 @@ class FakeRunner:
     device_memory: Callable[[], int] | None = None
     network_seconds: float = 0.0
     has_idle_work: bool = False
+    steps_ahead: int = 0
     max_rows: int | None = None
 
     def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> Rows:

@@ -10,6 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,33 @@ def test_service_without_clip_has_no_child_process_and_answers_501(service: Serv
     assert psutil.Process(service.process.pid).children() == []
 
 
-def test_scoring_continues_after_the_child_process_was_killed(scoring: Service) -> None:
+def core_seconds(pid: int) -> float:
+    """Returns the CPU time that a process has used, with the resolution of the scheduler."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def test_request_fails_if_the_child_process_ends_while_it_computes(scoring: Service) -> None:
     expected = score(scoring).json()["similarities"]
     (child,) = psutil.Process(scoring.process.pid).children()
+    with ThreadPoolExecutor(1) as pool:
+        before = core_seconds(child.pid)
+        response = pool.submit(score, scoring)
+        while core_seconds(child.pid) == before:
+            assert not response.done(), "the child process does the work of the request"
+        child.send_signal(signal.SIGSTOP)  # The service has sent a batch, or sends one without an answer.
+        scoring.wait_for(2, "requests_in_progress")  # the request and the scrape
+        child.kill()
+        assert_problem(response.result(TIMEOUT), 500, "internal_error")
+    assert score(scoring).json()["similarities"] == expected
+
+
+def test_child_process_that_ends_between_two_requests_starts_again(scoring: Service) -> None:
+    expected = score(scoring).json()["similarities"]
+    (child,) = psutil.Process(scoring.process.pid).children()
+    ended = os.pidfd_open(child.pid)
     child.kill()
-    assert_problem(score(scoring), 500, "internal_error")
+    assert select.select([ended], [], [], TIMEOUT)[0]
+    os.close(ended)
     assert score(scoring).json()["similarities"] == expected
 
 

@@ -24,8 +24,8 @@ class GaussianStep:
         self.x_t: list[tuple[int, torch.Tensor]] = []  # the timestep and the images of each step
 
     def __call__(self, state: State, plans: torch.Tensor, rows: Rows) -> Stepped:
-        slots, step, _, label, _ = rows
-        plan = plans[state.plan_row[slots] + step]  # (B, 7)
+        slots, step, label = rows.slots, rows.step, rows.label
+        plan = plans[rows.plan_row[: len(slots)]]  # (B, 7)
         alpha_bar = SCHEDULE.alpha_bar[plan[:, 0].long()].float()[:, None, None, None]  # (B, 1, 1, 1)
         x_t, count = state.x_t[slots], state.x_t[0].numel()
         self.x_t.append((int(plan[0, 0]), x_t))
@@ -36,7 +36,7 @@ class GaussianStep:
         known, is_known = state.known[slots], state.is_known[slots]
         x_0 = known.where(is_known, predicted)
         a, b, c, s = plan[:, 1:5, None, None, None].unbind(dim=1)
-        z = normal(state.seed[slots], state.index[slots], step + 1, SHAPE)
+        z = normal(state.seed[slots], state.index[slots], step, SHAPE)
         x_prev = a * x_t + b * x_0 + c * state.x_0[slots] + s * z
         error = (predicted - known).square().where(is_known, 0.0).sum(dim=(1, 2, 3))
         return Stepped(x_prev, x_0, error, torch.ones_like(slots, dtype=torch.bool))

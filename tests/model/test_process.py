@@ -65,7 +65,7 @@ def test_finished_rows_are_skipped_and_guided_rows_are_evaluated_twice(
     calls: list[tuple[int, int]] = []
 
     def counted(state: State, plans: Tensor, rows: Rows) -> Stepped:
-        calls.append((len(rows.slots), len(rows.source)))
+        calls.append((len(rows.slots), len(rows.slot)))
         stepped: Stepped = step(state, plans, rows)
         return stepped
 
@@ -80,7 +80,7 @@ def test_finished_rows_are_skipped_and_guided_rows_are_evaluated_twice(
 def test_on_step_is_called_with_the_rows_of_each_step(loaded: Checkpoint, step: ReverseStep, plans: list[Plan]) -> None:
     seen: list[tuple[int, Tensor, Tensor]] = []
     drawn = draw(step, plans, loaded.image_shape, **KEYS, on_step=lambda k, x_t, x_0: seen.append((k, x_t, x_0)))
-    state, _ = begin(plans, loaded.image_shape, seed=KEYS["seed"], index=KEYS["index"])
+    state, *_ = begin(plans, loaded.image_shape, seed=KEYS["seed"], index=KEYS["index"])
     assert [k for k, _, _ in seen] == list(range(9))
     assert torch.equal(seen[0][1], state.x_t)
     assert torch.equal(seen[0][2][3], drawn[3])  # this row has one step
@@ -120,7 +120,7 @@ def test_rows_with_known_pixels_do_not_change_the_bits_of_other_rows(loaded: Che
 def test_start_at_a_timestep_is_the_forward_process(loaded: Checkpoint) -> None:
     images, _ = given_rows(loaded)
     plans = [plan_through(loaded.schedule, "ddim", [40, 0])] * 5
-    state, _ = begin(
+    state, *_ = begin(
         plans, loaded.image_shape, seed=KEYS["seed"], index=KEYS["index"], start=Start.at(loaded.schedule, 40, images)
     )
     z = normal(KEYS["seed"], KEYS["index"], torch.zeros(5, dtype=torch.int64), loaded.image_shape)
@@ -137,10 +137,10 @@ def test_errors_of_an_image_are_those_of_its_noisy_versions_for_every_label(
     keys = {"seed": torch.tensor([9]), "index": torch.tensor([2])}
     start = Start.at(loaded.schedule, timesteps[0], images, torch.ones_like(images, dtype=torch.bool))
     plan = plan_through(loaded.schedule, "forward", [*timesteps, 0])
-    state, table = begin([plan], loaded.image_shape, **keys, start=start)
+    state, table, _ = begin([plan], loaded.image_shape, **keys, start=start)
     labels, zero = torch.arange(11), torch.zeros(11, dtype=torch.int64)
     for k, t in enumerate(timesteps):
-        stepped = step(state, table, Rows(zero[:1], torch.tensor([k]), zero, labels, zero[:1]))
+        stepped = step(state, table, Rows(zero, zero + k, labels, torch.tensor([1 + k]), zero[:1]))
         eps = normal(**keys, step=torch.tensor([k]), image_shape=loaded.image_shape)
         x_t, _ = Diffusion(loaded.schedule, torch.Generator()).add_noise(images, torch.tensor([t]), eps)
         torch.testing.assert_close(state.x_t, x_t, rtol=0, atol=1e-6)
@@ -160,6 +160,6 @@ def test_initial_state_is_contiguous_for_images_that_are_not(loaded: Checkpoint)
     start = Start.at(loaded.schedule, 50, image, image > 0.5)
     assert not start.rows(torch.arange(2)).image.is_contiguous()
     plan, seed = make_plan(loaded.schedule, "ddim", 2), torch.zeros(2, dtype=torch.int64)
-    state, _ = begin([plan, plan], loaded.image_shape, seed=seed, index=seed, start=start)
+    state, *_ = begin([plan, plan], loaded.image_shape, seed=seed, index=seed, start=start)
     assert all(part.is_contiguous() for part in state)
     assert torch.equal(state.known, image)

@@ -53,10 +53,10 @@ def test_step_never_waits_for_a_gpu(tmp_path: Any, dtype: torch.dtype, has_noise
     image = torch.empty(S, *shape, device=DEVICE)
     known = torch.empty(S, *shape, device=DEVICE) if has_known else None
     is_known = torch.empty(S, *shape, dtype=torch.bool, device=DEVICE) if has_known else None
-    numbers = [torch.empty(S, dtype=torch.int64, device=DEVICE) for _ in range(3)]
+    numbers = [torch.empty(S, dtype=torch.int64, device=DEVICE) for _ in range(2)]
     noise = torch.empty(S, 101, *shape, device=DEVICE) if has_noise else None
     state = State(image, image.clone(), known, is_known, *numbers, torch.empty(S, device=DEVICE), noise)
-    rows = Rows(*(torch.empty(n, dtype=torch.int64, device=DEVICE) for n in (B, B, N, N, B)))
+    rows = Rows(*(torch.empty(n, dtype=torch.int64, device=DEVICE) for n in (N, N, N, B, B)))
     with torch.no_grad(), Devices() as devices:
         stepped = functional_call(program, weights, (state, torch.empty(P, 7, device=DEVICE), rows))
     assert stepped.x_prev.shape == stepped.x_0.shape == (B, *shape)

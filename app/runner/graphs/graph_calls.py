@@ -24,6 +24,7 @@ class _Buffer:
     """A host buffer, and the end of the call for which it was filled."""
 
     tensor: Tensor  # (size,) int64
+    array: Array  # the same memory
     done: Event | None = None
 
 
@@ -34,7 +35,8 @@ class GraphCalls:
         """`size` is the largest number of integers of a call."""
         self._device = device
         self.inputs = torch.zeros(size, dtype=torch.int64, device=device.device)
-        self._ring = deque(_Buffer(device.host_buffer(size)) for _ in range(CALLS_AHEAD))
+        tensors = [device.host_buffer(size) for _ in range(CALLS_AHEAD)]
+        self._ring = deque(_Buffer(tensor, tensor.numpy()) for tensor in tensors)
         self._graphs: dict[Hashable, Graph] = {}
 
     def __contains__(self, key: Hashable) -> bool:
@@ -61,7 +63,7 @@ class GraphCalls:
         if buffer.done:
             buffer.done.synchronize()
         size = sum(map(len, parts))
-        np.concatenate(parts, out=buffer.tensor.numpy()[:size])
+        np.concatenate(parts, out=buffer.array[:size])
         self._device.copy(buffer.tensor[:size], self.inputs[:size])
         graph.replay()
         buffer.done = self._device.record()

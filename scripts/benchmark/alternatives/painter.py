@@ -71,11 +71,10 @@ class Painter:
         begun = {count: begin([plan] * count, shape, seed=zero, index=zero) for count, zero in zeros.items()}
         seconds: dict[int, list[float]] = {count: [] for count in rows}
         for _ in range(STEP_REPEATS):
-            for count, (state, plans) in begun.items():
+            for count, (state, plans, first_row) in begun.items():
                 slots = torch.arange(count, device=self.device)  # (B,)
                 start = time.perf_counter()
-                label = torch.zeros_like(slots)
-                stepped = self._step(state, plans, Rows(slots, torch.zeros_like(slots), slots, label, slots))
+                stepped = self._step(state, plans, Rows(slots, first_row, zeros[count], zeros[count], slots))
                 stepped.finite.cpu()  # waits until a GPU has finished
                 seconds[count].append(time.perf_counter() - start)
         return {count: statistics.mean(found) for count, found in seconds.items()}

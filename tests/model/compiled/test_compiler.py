@@ -159,7 +159,7 @@ def test_non_contiguous_inputs_are_rejected(loaded: Checkpoint, cache: Path) -> 
     state = State.zeros(4, loaded.image_shape, CPU)
     plans, rows = (
         torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]]),
-        Rows(every, torch.zeros_like(every), every, every, every),
+        Rows(every, torch.zeros_like(every), every, torch.zeros_like(every), every),
     )
     assert len(step(state, plans, rows)) == len(Stepped._fields)
     state.x_t = state.x_t.transpose(2, 3)

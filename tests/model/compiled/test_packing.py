@@ -46,7 +46,7 @@ def inputs(program: ReverseStep, rows: int) -> tuple[State, Tensor, Rows]:
     return (
         state,
         torch.tensor([[50.0, 0.9, 0.1, 0.0, 0.1, 1.0, 0.0]]),
-        Rows(every, torch.zeros_like(every), every, every % 10, every),
+        Rows(every, torch.zeros_like(every), every % 10, torch.zeros_like(every), every),
     )
 
 

@@ -213,7 +213,8 @@ def step_code(path: Path) -> str:
         named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
         return torch.func.functional_call(flat, named, arguments[len(tensors) :])
 
-    rows = [torch.empty(n, dtype=torch.int64) for n in (ROWS, ROWS, EVALUATIONS, EVALUATIONS, ROWS)]
+    counts = EVALUATIONS, EVALUATIONS, EVALUATIONS, ROWS, ROWS  # of the fields of Rows
+    rows = [torch.empty(n, dtype=torch.int64) for n in counts]
     state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, PLAN_COLUMNS)]
     # The trace is made on a CPU.
     with gpu_operations(), mock.patch.object(torch.compiler, "is_compiling", return_value=True):

@@ -3,10 +3,15 @@
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from app.runner.graphs.graph_runner import GraphRunner
+from app.engine.interface import OutOfMemoryError
+from app.engine.job import StepRows
+from app.runner.graphs import graph_runner
+from app.runner.graphs.graph_calls import GraphCalls
+from app.runner.graphs.graph_runner import Call, GraphRunner
 from app.runner.graphs.shapes import Shape
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
@@ -115,6 +120,48 @@ def test_graph_is_missing_once_if_many_steps_need_it(loaded: Checkpoint) -> None
     draw(runner, rows_of(4, num_steps=2))
     draw(runner, rows_of(3, num_steps=9))
     assert list(runner._missing) == [("default", Shape(3, 0, has_known=False))]
+
+
+def test_exact_graph_is_captured_under_load_after_many_steps_with_a_larger_one(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph_runner, "MOST_LARGER_STEPS", 5)
+    runner, exact = on_graphs(loaded), ("default", Shape(3, 0, has_known=False))
+    draw(runner, rows_of(4, num_steps=2))
+    draw(runner, rows_of(3, num_steps=5))
+    assert exact not in runner._steps
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=4))
+    assert equal(draw(runner, rows_of(3, num_steps=4)), expected)
+    assert exact in runner._steps
+
+
+def test_inputs_of_the_same_rows_are_computed_once(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, computed, inputs = on_graphs(loaded), list[int](), Call.inputs
+    monkeypatch.setattr(Call, "inputs", lambda call, shape: computed.append(call.num_rows) or inputs(call, shape))
+    rows, sizes = rows_of(3, num_steps=6), np.array([1, 1, 1])
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=6))
+    for k in range(6):
+        runner.step(StepRows(rows, np.full(3, k), sizes))
+    assert equal(runner.pixels(rows).wait(), expected)
+    assert computed == [3]
+
+
+def test_step_of_the_same_rows_can_be_repeated(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine repeats a step that failed before it was enqueued."""
+    runner, rows, sizes = on_graphs(loaded), rows_of(3, num_steps=6), np.array([1, 1, 1])
+    expected, call = draw(new_runner(loaded), rows_of(3, num_steps=6)), GraphCalls.call
+
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError
+
+    for k in range(6):
+        monkeypatch.setattr(GraphCalls, "call", out_of_memory if k == 3 else call)
+        if k == 3:
+            with pytest.raises(OutOfMemoryError):
+                runner.step(StepRows(rows, np.full(3, k), sizes))
+            monkeypatch.setattr(GraphCalls, "call", call)
+        runner.step(StepRows(rows, np.full(3, k), sizes))
+    assert equal(runner.pixels(rows).wait(), expected)
 
 
 def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Checkpoint) -> None:

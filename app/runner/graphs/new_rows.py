@@ -1,0 +1,165 @@
+"""Begins rows on a device that runs CUDA graphs: draws their noise and writes their first state."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from app.engine.job import DEFAULT_MODEL, StepRows, Trajectory
+from app.runner.device_state import Plans
+from app.runner.graphs.device import Array, GraphDevice
+from app.runner.graphs.graph_calls import GraphCalls
+from app.runner.graphs.row_state import GraphSlots
+
+# The smallest and the largest number of noise images that are drawn together. An image with 100 steps needs 100. 8,192
+# need 200 MB of temporary tensors.
+FEWEST_DRAWS, MOST_DRAWS = 128, 8192
+FEWEST_ROWS, MOST_ROWS = 8, 512  # rows that are begun together
+# The rows of the array of facts. SKIPPED is the number of finished steps whose noise is no longer stored.
+LABEL, IS_SPECIAL, PLAN_ROW, SKIPPED, _SEED, _INDEX, _NUM_NOISY = range(7)
+
+
+class NewRows:
+    """Begins rows, and keeps the facts about them that later steps need in an array with a column for each slot."""
+
+    def __init__(
+        self,
+        device: GraphDevice,
+        slots: GraphSlots,
+        plans: Plans,
+        null_label: int,
+    ) -> None:
+        self._gpu, self._slots, self._plans, self._null_label = device, slots, plans, null_label
+        self._draws, self._starts = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, 2 * MOST_ROWS)
+        self._most_noisy = 0  # the largest number of steps with noise of a row so far
+        self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
+
+    def capture(self) -> None:
+        """Captures the graphs that begin rows, so that the first requests do not wait for it."""
+        for size in _sizes(FEWEST_DRAWS, MOST_DRAWS):
+            self._capture_draws(size)
+        for size in _sizes(FEWEST_ROWS, MOST_ROWS):
+            self._capture_starts(size)
+
+    def clear(self) -> None:
+        """Removes all graphs, because tensors that they use were replaced."""
+        self._draws.clear()
+        self._starts.clear()
+
+    def begin(self, trajectories: Sequence[Trajectory], slots: Array) -> None:
+        """Enqueues the work that begins rows in these slots: those of the first trajectory, then of the others.
+
+        Their plans must be in the table of plans.
+        """
+        rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
+        facts = np.array([self._facts_of(row) for row in rows], dtype=np.int64).T  # (facts, B)
+        size = len(self._slots.finite)
+        if self.facts.shape[1] < size:
+            more = np.zeros((len(self.facts), size - self.facts.shape[1]), dtype=np.int64)
+            self.facts = np.concatenate([self.facts, more], axis=1)
+        self.facts[:, slots] = facts
+        self._most_noisy = max(self._most_noisy, int(facts[_NUM_NOISY].max()))
+        self._draw_noise(slots, facts, first=0)
+        scale = np.array([row.options.guidance_scale for row in rows], dtype=np.float32)
+        self._start(slots, scale.view(np.int32))
+        self._give_images(rows, slots)
+
+    def refill_noise(self, rows: StepRows) -> bool:
+        """Draws the noise of the next steps for rows that have used their noise. Only long paths need this.
+
+        Returns True if the number of skipped steps of a row has changed.
+        """
+        most = self._slots.noise_steps
+        if self._most_noisy <= most:
+            return False
+        due = np.flatnonzero((rows.steps > 0) & (rows.steps % most == 0))
+        trajectories = [rows.trajectories[place] for place in due.tolist()]
+        slots = np.array([slot for trajectory in trajectories for slot in trajectory.slots], dtype=np.int64)
+        done = np.repeat(rows.steps[due], [len(trajectory.slots) for trajectory in trajectories])
+        is_new = self.facts[SKIPPED, slots] < done  # a step that failed is repeated
+        slots, done = slots[is_new], done[is_new]
+        if len(slots):
+            self.facts[SKIPPED, slots] = done
+            self._draw_noise(slots, self.facts[:, slots], first=1)
+        return bool(len(slots))
+
+    def _facts_of(self, row: Trajectory) -> tuple[int, ...]:
+        plan_row = row.first_plan_row
+        label = self._null_label if row.digit is None else row.digit
+        return label, is_special(row), plan_row, 0, *row.noise_key, self._plans.num_noisy[plan_row]
+
+    def _draw_noise(self, slots: Array, facts: Array, first: int) -> None:
+        """Draws the noise of slots (B,) with facts (facts, B): entries `first` and later, as far as steps need them.
+
+        Entry 0 is the noise of x_T, entry k that of step k after the skipped ones.
+        """
+        most = self._slots.noise_steps
+        counts = 1 - first + np.clip(facts[_NUM_NOISY] - facts[SKIPPED], 0, most)  # (B,) noise images of each slot
+        row = np.repeat(np.arange(len(slots)), counts)  # (D,)
+        entry = first + np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)  # (D,)
+        step = entry + facts[SKIPPED, row]  # (D,)
+        self._draw(np.array([facts[_SEED, row], facts[_INDEX, row], step, slots[row] * (1 + most) + entry]))
+
+    def _draw(self, draws: Array) -> None:
+        """Enqueues drawing noise images. `draws` (4, D) has the arguments of `GraphSlots.draw`."""
+        for part in np.split(draws, range(MOST_DRAWS, draws.shape[1], MOST_DRAWS), axis=1):
+            if count := part.shape[1]:
+                size = _size(count, FEWEST_DRAWS)
+                self._capture_draws(size)
+                padding = np.zeros(size - count, dtype=np.int64)  # draws into the padding slot
+                self._draws.call(size, *(half for values in part for half in (values, padding)))
+
+    def _start(self, slots: Array, scale_bits: Array) -> None:
+        """Enqueues writing the first state of rows that start from noise."""
+        for part in range(0, len(slots), MOST_ROWS):
+            own, bits = slots[part : part + MOST_ROWS], scale_bits[part : part + MOST_ROWS]
+            size = _size(len(own), FEWEST_ROWS)
+            self._capture_starts(size)
+            padding = np.zeros(size - len(own), dtype=np.int64)  # starts the padding slot
+            self._starts.call(size, own, padding, bits, padding)
+
+    def _give_images(self, rows: list[Trajectory], slots: Array) -> None:
+        """Enqueues writing the first state of the rows that start from an image."""
+        given = [(place, own) for place, row in enumerate(rows) if (own := row.input)]
+        if not given:
+            return
+        images = np.stack([own.image for _, own in given])  # (M, C, H, W)
+        none = np.zeros(images.shape[1:], dtype=np.bool_)
+        is_known = np.stack([none if own.is_known is None else own.is_known for _, own in given])
+        factors = np.array([(own.signal, own.noise) for _, own in given], dtype=np.float32)  # (M, 2)
+        self._gpu.enqueue(self._slots.start_from, slots[[place for place, _ in given]], images, is_known, factors)
+
+    def _capture_draws(self, size: int) -> None:
+        if size not in self._draws:
+            self._draws.capture(size, partial(self._run_draws, size))
+
+    def _capture_starts(self, size: int) -> None:
+        if size not in self._starts:
+            self._starts.capture(size, partial(self._run_starts, size))
+
+    def _run_draws(self, size: int) -> None:
+        self._slots.draw(*self._draws.inputs[: 4 * size].view(4, size).unbind())
+
+    def _run_starts(self, size: int) -> None:
+        slots, bits = self._starts.inputs[: 2 * size].view(2, size).unbind()
+        self._slots.start(slots, bits.to(torch.int32).view(torch.float32))
+
+
+def is_special(row: Trajectory) -> bool:
+    """Returns True for rows whose evaluations do not follow from their size, and for rows with known pixels."""
+    return has_known(row) or row.job.request.clip is not None or row.options.model != DEFAULT_MODEL
+
+
+def has_known(row: Trajectory) -> bool:
+    """Returns True for rows that have known pixels or compare the classes."""
+    return row.comparison is not None or (row.input is not None and row.input.is_known is not None)
+
+
+def _size(count: int, fewest: int) -> int:
+    """Returns the size of the graph for this number of rows or draws: a power of two."""
+    return max(fewest, 1 << (count - 1).bit_length())
+
+
+def _sizes(fewest: int, most: int) -> list[int]:
+    return [fewest << k for k in range((most // fewest).bit_length())]
