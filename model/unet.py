@@ -151,16 +151,16 @@ class UNet(nn.Module):
     def _assign_columns(self) -> int:
         """Assigns columns of the conditioning vector to each modulated block. Returns the length of the vector."""
         self._modulated_blocks = [module for module in self.modules() if isinstance(module, GELUConvBlock)]
-        scale_of, is_shift, start = [], [], 0
+        scale_of: list[int] = []
+        is_shift: list[float] = []
         for block in self._modulated_blocks:
+            start, channels = len(scale_of), block.num_columns // 2
             block.columns = slice(start, start + block.num_columns)
-            scale = torch.arange(start, start + block.num_columns // 2)  # (C,) columns of the block's scale
-            scale_of += [scale, scale]
-            is_shift += [torch.zeros(len(scale)), torch.ones(len(scale))]
-            start += block.num_columns
-        self._scale_of = nn.Buffer(torch.cat(scale_of), persistent=False)  # (D,)
-        self._is_shift = nn.Buffer(torch.cat(is_shift), persistent=False)  # (D,)
-        return start
+            scale_of += 2 * [*range(start, start + channels)]
+            is_shift += channels * [0.0] + channels * [1.0]
+        self._scale_of = nn.Buffer(torch.tensor(scale_of), persistent=False)  # (D,) column of the block's scale
+        self._is_shift = nn.Buffer(torch.tensor(is_shift), persistent=False)  # (D,) 1 in the columns of the shift
+        return len(scale_of)
 
     def _with_norms(self, c: Tensor) -> Tensor:  # (B, D) -> (B, D)
         """Multiplies the weights and the biases of the modulated norms into the scales and the shifts in c.
