@@ -15,9 +15,9 @@ from tests.model.tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = (75, 80, 86, 90)
-# Kernels that a compiled step launches, plus a few, because another release of Inductor may fuse differently. A single
-# image on a GPU waits for launches and not for arithmetic. torch.nn.GroupNorm would need 15 more in the shipped step.
-MOST_LAUNCHES = {"tiny": 52 + 4, "shipped": 72 + 4}
+# The numbers of kernels that the compiled steps launch, and a few more, because another release of Inductor may fuse
+# them differently. With torch's group norm and convolutions of 1x1 they were 59 and 86.
+MOST_LAUNCHES = {"tiny": 51 + 4, "shipped": 71 + 4}
 TESTED = {"torch": "2.13.", "triton": "3."}  # triton_code.py uses undocumented interfaces
 
 
