@@ -15,8 +15,8 @@ class GELUConvBlock(nn.Module):
     """Applies Conv2d, GroupNorm and GELU. A modulated block scales and shifts each row between GroupNorm and GELU.
 
     The scale and the shift are columns of the conditioning vector (adaptive group normalization, Dhariwal & Nichol
-    2021, section 3). The U-Net assigns the columns to the blocks. On a GPU the columns must also contain the weight and
-    the bias of the norm (UNet._with_norms).
+    2021, section 3). The U-Net assigns the columns to the blocks. On a GPU the U-Net also multiplies the weight and the
+    bias of the norm into these columns (UNet._with_norms).
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, modulated: bool) -> None:
@@ -65,7 +65,7 @@ class ConvPair(nn.Module):
 
 
 class PatchesToChannels(nn.Module):
-    """Moves each patch x patch square of pixels into the channels. On a GPU the result is in channels_last."""
+    """Moves each square of patch x patch pixels into the channels. On a GPU the result is in channels_last."""
 
     def __init__(self, patch: int) -> None:
         super().__init__()

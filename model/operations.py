@@ -1,10 +1,9 @@
-"""Group norm, 1x1 convolution, GELU and attention in the form that is fastest on the device.
+"""Group norm, 1x1 convolution, GELU and attention. Their results equal those of torch except for rounding.
 
-The results equal those of torch's own operations except for rounding. `is_on_gpu` selects the forms for a GPU. On a CPU
-some cases have other forms. Compiled group norm: Inductor generates Welford sums over the few channels of a group,
-which use half of a SIMD vector. Compiled GELU: Inductor generates tanh, which takes three times as long as exp.
-Attention in training: the backward pass of torch's fused attention takes more than ten times as long as the forward
-pass.
+On a GPU (`is_on_gpu`), group norm and 1x1 convolutions use operations that launch fewer kernels. On a CPU, three cases
+use faster formulas. Compiled group norm: Inductor generates Welford sums over the few channels of a group, which use
+half of a SIMD vector. Compiled GELU: Inductor generates tanh, which takes three times as long as exp. Attention in
+training: the backward pass of torch's fused attention takes more than ten times as long as the forward pass.
 """
 
 import math
@@ -74,10 +73,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def scaled_group_norm(x: Tensor, num_groups: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Returns the group norm (Wu & He 2018) of x (B, C, H, W) in channels_last. scale and shift are (B, C) or (C,).
 
-    On a GPU, torch's group norm takes three kernels and two more that change the layout of its input and its output.
-    This function takes three: a copy of x with the values of each group side by side, torch's layer norm, which
-    computes mean and variance in float32 in one pass, and the scaling, which writes its result in channels_last. The
-    result of a row does not depend on the batch, because the layer norm uses one block of threads for each group.
+    They replace the weight and the bias. On a GPU, torch's group norm of a channels_last tensor launches four kernels,
+    and the next convolution a fifth, because the result has another layout. This function launches three. The first
+    copies the values of each group side by side. The second is torch's layer norm, which computes mean and variance
+    in float32. The third scales and shifts, and writes in channels_last. The layer norm uses one block of threads for
+    each group, so a row has the same bits in every batch.
     """
     B, C, H, W = x.shape
     D = C // num_groups  # channels in a group
