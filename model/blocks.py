@@ -4,10 +4,9 @@ import math
 
 import torch
 from einops import rearrange, repeat
-from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
-from model.operations import GroupNorm, attention, gelu
+from model.operations import Conv1x1, GroupNorm, attention, gelu, is_on_gpu
 
 NUM_GROUPS = 8
 
@@ -16,7 +15,8 @@ class GELUConvBlock(nn.Module):
     """Applies Conv2d, GroupNorm and GELU. A modulated block scales and shifts each row between GroupNorm and GELU.
 
     The scale and the shift are columns of the conditioning vector (adaptive group normalization, Dhariwal & Nichol
-    2021, section 3). The U-Net assigns the columns to the blocks.
+    2021, section 3). The U-Net assigns the columns to the blocks. On a GPU the U-Net also multiplies the weight and the
+    bias of the norm into these columns (UNet._with_norms).
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, modulated: bool) -> None:
@@ -27,7 +27,11 @@ class GELUConvBlock(nn.Module):
         self.columns = slice(0, 0)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # x (B, C_in, H, W), c (B, D) -> (B, C_out, H, W)
-        h = self.norm(self.conv(x))  # (B, C_out, H, W)
+        h = self.conv(x)  # (B, C_out, H, W)
+        if self.num_columns and is_on_gpu(h):
+            scale, shift = c[:, self.columns].chunk(2, dim=1)  # (B, C_out) each
+            return gelu(self.norm.scaled(h, scale, shift))
+        h = self.norm(h)
         if self.num_columns:
             scale, shift = c[:, self.columns, None, None].chunk(2, dim=1)  # (B, C_out, 1, 1) each
             h = h * (1 + scale) + shift
@@ -51,7 +55,7 @@ class ConvPair(nn.Module):
         else:
             self.second = GELUConvBlock(out_channels, out_channels, modulated=modulated)
         widens = residual and in_channels != out_channels
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if widens else nn.Identity()
+        self.shortcut = Conv1x1(in_channels, out_channels) if widens else nn.Identity()
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, C_in, H, W), (B, D) -> (B, C_out, H, W)
         h = self.first(x, c)
@@ -60,13 +64,27 @@ class ConvPair(nn.Module):
         return self.second(h, c)
 
 
+class PatchesToChannels(nn.Module):
+    """Moves each square of patch x patch pixels into the channels. On a GPU the result is in channels_last."""
+
+    def __init__(self, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C * patch^2, H / patch, W / patch)
+        size = {"p1": self.patch, "p2": self.patch}
+        if is_on_gpu(x):
+            return rearrange(x, "b c (h p1) (w p2) -> b h w (c p1 p2)", **size).permute(0, 3, 1, 2)
+        return rearrange(x, "b c (h p1) (w p2) -> b (c p1 p2) h w", **size)
+
+
 class RearrangePoolBlock(nn.Module):
     """Halves the resolution: moves each 2x2 patch into the channels, so no value is lost, then a 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.rearrange = Rearrange("b c (h p1) (w p2) -> b (c p1 p2) h w", p1=2, p2=2)
-        self.conv = nn.Conv2d(4 * in_channels, out_channels, 1)
+        self.rearrange = PatchesToChannels(2)
+        self.conv = Conv1x1(4 * in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
         return self.conv(self.rearrange(x))
@@ -81,10 +99,13 @@ class EnlargeBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = Conv1x1(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C_in, H, W) -> (B, C_out, 2H, 2W)
-        return repeat(self.conv(x), "b c h w -> b c (h p1) (w p2)", p1=2, p2=2)
+        h = self.conv(x)  # (B, C_out, H, W)
+        if is_on_gpu(h):
+            return repeat(h, "b c h w -> b (h p1) (w p2) c", p1=2, p2=2).permute(0, 3, 1, 2)
+        return repeat(h, "b c h w -> b c (h p1) (w p2)", p1=2, p2=2)
 
 
 class DownBlock(nn.Module):
@@ -133,8 +154,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.norm = GroupNorm(NUM_GROUPS, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj = zero_init(nn.Conv2d(channels, channels, 1))
+        self.qkv = Conv1x1(channels, 3 * channels)
+        self.proj = zero_init(Conv1x1(channels, channels))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, C, H, W), (B, D) -> (B, C, H, W)
         qkv = self.qkv(self.norm(x))  # (B, 3C, H, W)

@@ -12,11 +12,13 @@ from model.blocks import (
     ConvPair,
     DownBlock,
     GELUConvBlock,
+    PatchesToChannels,
     SelfAttention,
     SinusoidalEmbedding,
     UpBlock,
     zero_init,
 )
+from model.operations import is_on_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class UNet(nn.Module):
         pairs = {"residual": config.residual, "modulated": modulated}
         stem_channels = config.image_channels * config.stem_patch**2
         self.stem = nn.Sequential(
-            Rearrange("b c (h p1) (w p2) -> b (c p1 p2) h w", p1=config.stem_patch, p2=config.stem_patch),
+            PatchesToChannels(config.stem_patch),
             nn.Conv2d(stem_channels, widths[0], 3, padding=1),
         )
         self.downs = nn.ModuleList(
@@ -104,6 +106,7 @@ class UNet(nn.Module):
             nn.Linear(config.embed_dim, config.embed_dim),
         )
         self.class_embed = nn.Embedding(config.num_classes + 1, config.embed_dim)  # the last row is the null label
+        self._modulated_blocks: list[GELUConvBlock] = []
         condition_dim = self._assign_columns() if modulated else widths[-1]
         self.condition_proj = nn.Linear(config.embed_dim, condition_dim)
 
@@ -130,6 +133,8 @@ class UNet(nn.Module):
 
     def denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
         """Returns eps (B, C, H, W) for x_t (B, C, H, W) and the result c (B, D) of `condition`."""
+        if self._modulated_blocks and is_on_gpu(x_t):
+            c = self._with_norms(c)
         h = self.stem(x_t)  # (B, widths[0], H / stem_patch, W / stem_patch)
         skips = []
         for down in self.downs:
@@ -145,9 +150,26 @@ class UNet(nn.Module):
 
     def _assign_columns(self) -> int:
         """Assigns columns of the conditioning vector to each modulated block. Returns the length of the vector."""
-        start = 0
-        for module in self.modules():
-            if isinstance(module, GELUConvBlock):
-                module.columns = slice(start, start + module.num_columns)
-                start += module.num_columns
-        return start
+        self._modulated_blocks = [module for module in self.modules() if isinstance(module, GELUConvBlock)]
+        scale_of: list[int] = []
+        is_shift: list[float] = []
+        for block in self._modulated_blocks:
+            start, channels = len(scale_of), block.num_columns // 2
+            block.columns = slice(start, start + block.num_columns)
+            scale_of += 2 * [*range(start, start + channels)]
+            is_shift += channels * [0.0] + channels * [1.0]
+        self._scale_of = nn.Buffer(torch.tensor(scale_of), persistent=False)  # (D,) column of the block's scale
+        self._is_shift = nn.Buffer(torch.tensor(is_shift), persistent=False)  # (D,) 1 in the columns of the shift
+        return len(scale_of)
+
+    def _with_norms(self, c: Tensor) -> Tensor:  # (B, D) -> (B, D)
+        """Multiplies the weights and the biases of the modulated norms into the scales and the shifts in c.
+
+        A block computes (weight n + bias) (1 + scale) + shift, where n is normalized without weight and bias. The new
+        scale is weight (1 + scale), and the new shift is bias (1 + scale) + shift. On a GPU this launches four kernels
+        for all blocks together. Each block on its own would launch three.
+        """
+        norms = [block.norm for block in self._modulated_blocks]
+        affine = torch.cat([part for norm in norms for part in (norm.weight, norm.bias)])  # (D,)
+        scaled = torch.addcmul(affine, affine, c[:, self._scale_of])  # (B, D): weight (1 + scale), bias (1 + scale)
+        return torch.addcmul(scaled, c, self._is_shift)

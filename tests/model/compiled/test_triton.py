@@ -15,6 +15,9 @@ from tests.model.tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = (75, 80, 86, 90)
+# The numbers of kernels that the compiled steps launch, and a few more, because another release of Inductor may fuse
+# them differently. With torch's group norm and convolutions of 1x1 they were 59 and 86.
+MOST_LAUNCHES = {"tiny": 51 + 4, "shipped": 71 + 4}
 TESTED = {"torch": "2.13.", "triton": "3."}  # triton_code.py uses undocumented interfaces
 
 
@@ -46,6 +49,7 @@ def triton_code(*arguments: str, timeout: float = 280, **variables: str) -> dict
 def test_triton_kernels_of_a_small_step_compile(tmp_path: Path, caches: dict[str, str]) -> None:
     found = triton_code("step", str(tiny_checkpoint(tmp_path)), "80", **caches)
     assert found["kernels"] >= 20
+    assert found["launches"] <= MOST_LAUNCHES["tiny"]
     assert found["errors"] == {}
 
 
@@ -53,7 +57,8 @@ def test_triton_kernels_of_a_small_step_compile(tmp_path: Path, caches: dict[str
 @pytest.mark.timeout(1800)
 def test_triton_kernels_of_the_shipped_step_compile_for_every_architecture(caches: dict[str, str]) -> None:
     found = triton_code("step", str(SHIPPED), *map(str, ARCHITECTURES), timeout=1750, **caches)
-    assert found["kernels"] >= 30
+    assert found["kernels"] >= 25
+    assert found["launches"] <= MOST_LAUNCHES["shipped"]
     assert found["errors"] == {}
 
 

@@ -28,15 +28,15 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from model import blocks, checkpoint, noise
+from model import checkpoint, noise
 from model.compiled.compiler import FlatStep
 from model.precision import CallRows
 from model.sampler import PLAN_COLUMNS
 from model.step import ReverseStep, State
+from tests.model.gpu_operations import gpu_operations
 
 GPU = torch.device("cuda:0")
 ROWS, EVALUATIONS, SLOTS, PLANS = 8, 12, 256, 512
@@ -124,6 +124,14 @@ def kernels(code: str) -> Iterator[tuple[str, str]]:
         yield found.group(1), found.group(2)
 
 
+def count_launches(code: str) -> int:
+    """Returns the number of kernels that a generated module launches: Triton kernels, convolutions, products etc."""
+    body = code[code.index("class Runner:") : code.index("runner = Runner(")]
+    return len(
+        re.findall(r"^ +(?:\w+ = )?(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", body, re.MULTILINE)
+    )
+
+
 def signature_of(source: str) -> dict[str, str]:
     """Returns the arguments of a kernel and their types. Arguments of type `constexpr` are block sizes."""
     found = re.search(r"'signature': \{(.*?)\}", source)
@@ -199,7 +207,7 @@ def step_code(path: Path) -> str:
     program = ReverseStep(checkpoint.load(path), torch.device("cpu"), torch.bfloat16)
     program.call_rows = CallRows()  # a GPU has no limits for the number of rows
     flat, shape = FlatStep(program), program.checkpoint.image_shape
-    tensors = flat.state_dict()
+    tensors = dict(flat.named_parameters()) | dict(flat.named_buffers())
 
     def step(*arguments: Tensor) -> Any:
         named = dict(zip(tensors, arguments[: len(tensors)], strict=True))
@@ -208,8 +216,8 @@ def step_code(path: Path) -> str:
     counts = EVALUATIONS, EVALUATIONS, EVALUATIONS, ROWS, ROWS  # of the fields of Rows
     rows = [torch.empty(n, dtype=torch.int64) for n in counts]
     state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, PLAN_COLUMNS)]
-    # The trace is made on a CPU, where gelu() has a special case for bfloat16. On a GPU it calls F.gelu only.
-    with mock.patch.object(blocks, "gelu", lambda x: F.gelu(x, approximate="tanh")):
+    # The trace is made on a CPU.
+    with gpu_operations(), mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         return generate(step, [*tensors.values(), *state, *rows])
 
 
@@ -241,7 +249,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     code = step_code(Path(arguments[1]))
     errors = compile_errors(code, [int(sm) for sm in arguments[2:]])
-    print(json.dumps({"kernels": len(list(kernels(code))), "errors": errors}))
+    print(json.dumps({"kernels": len(list(kernels(code))), "launches": count_launches(code), "errors": errors}))
 
 
 if __name__ == "__main__":
