@@ -117,9 +117,13 @@ class EagerGraph:
 
 
 class SleepingRunner(GraphRunner):
-    """The runner of a GPU with a SleepingDevice."""
+    """The runner of a GPU with a SleepingDevice.
+
+    PyTorch uses one thread. A GPU would do the work of its other threads, which wait for work in a busy loop.
+    """
 
     def __init__(self) -> None:
+        torch.set_num_threads(1)
         super().__init__({"default": checkpoint.load(checkpoint.SHIPPED)}, SleepingDevice(), torch.bfloat16)
         self.on_step: Callable[[], None] = lambda: None
         self.on_finish: Callable[[Sequence[Trajectory]], None] = lambda rows: None
