@@ -17,6 +17,9 @@ MAX_QUEUED_BYTES = 2**20
 LINE_OVERHEAD_BYTES = 100  # added per line, so that many short lines cannot exceed the memory limit
 FLUSH_SECONDS = 1.0  # maximum time that an exit waits for the queued lines
 STALL_SECONDS = 0.25  # an exit stops waiting if no line is written for this time
+# The thread waits this time before it writes, so that it wakes once for all lines of this time. To wake it for each
+# line takes longer than to write the line.
+COLLECT_SECONDS = 0.01
 
 
 class LogWriter:
@@ -80,10 +83,18 @@ class LogWriter:
             self._append(report.encode("utf-8", "backslashreplace"), self._num_unreported)
             self._num_unreported = 0
 
+    def _wait_for_work(self) -> None:
+        """Returns at once while there is work. Otherwise waits for work, and then for further lines."""
+        with self._condition:
+            if self._has_work():
+                return
+            self._condition.wait_for(self._has_work)
+        time.sleep(COLLECT_SECONDS)
+
     def _run(self) -> None:
         while True:
+            self._wait_for_work()
             with self._condition:
-                self._condition.wait_for(lambda: self._queue or self._has_work())
                 if not self._queue:  # All lines are written. Report the drops without waiting for the next line.
                     self._report_drops()
                 line, num_reported = self._queue.popleft()

@@ -60,6 +60,7 @@ def num_lines_dropped() -> int:
 
 def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging.Handler:
     """Sends all log records to the writer and returns the handler. `auto` is console on a terminal, otherwise JSON."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # No formatter writes these facts.
     is_terminal = os.isatty(writer.descriptor)
     console = log_format == "console" or (log_format == "auto" and is_terminal)
     handler = _QueueHandler(writer)
