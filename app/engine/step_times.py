@@ -17,11 +17,10 @@ twice as long from now on, `slowdown` is 1.05 after the first step and 1.95 afte
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-
-import numpy as np
 
 from model.clip_guidance import CALL_ROWS
 
@@ -51,7 +50,6 @@ class StepTimes:
         """`clip_seconds` is the duration of one call of CLIP. It is 0 if no CLIP model is loaded."""
         self._rows = sorted(seconds_by_rows)
         self._seconds = [seconds_by_rows[rows] for rows in self._rows]
-        self._curve = np.array(self._rows), np.array(self._seconds)  # np.interp would convert lists in each call
         self.clip_seconds = clip_seconds
         self.slowdown = 1.0  # actual time divided by the time at warm-up
 
@@ -88,8 +86,14 @@ class StepTimes:
         Interpolates linearly between the measured batches. Below the smallest measured batch the time is constant.
         Above the largest one it is proportional to the number of evaluations.
         """
-        above = max(1.0, evaluations / self._rows[-1])
-        return above * float(np.interp(evaluations, *self._curve))
+        rows, seconds = self._rows, self._seconds
+        above = bisect_left(rows, evaluations)  # np.interp() takes longer for one value, and releases the GIL
+        if above == 0:
+            return seconds[0]
+        if above == len(rows):
+            return evaluations / rows[-1] * seconds[-1]
+        share = (evaluations - rows[above - 1]) / (rows[above] - rows[above - 1])
+        return seconds[above - 1] + share * (seconds[above] - seconds[above - 1])
 
     def best_batch(self, tolerance: float, seconds: float) -> int:
         """Returns the batch size for the best throughput: the number of evaluations of a full step.
