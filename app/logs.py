@@ -262,7 +262,8 @@ class _JSONFormatter(logging.Formatter):
             event["stack_info"] = record.stack_info
         if record.exc_info and record.exc_info[1]:
             event["exception"] = _format_exc_info(record.exc_info)
-        return self._encode(_cut_long_texts(None, "", event))
+        line = self._encode(event)
+        return line if len(line) <= MAX_TEXT else self._encode(_cut_long_texts(None, "", event))
 
 
 def _readable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
