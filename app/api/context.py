@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 
 from app.engine.job import Job
+from app.metrics import Metrics
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # valid X-Request-ID; any other value is replaced
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only logged, never sent
@@ -32,11 +33,13 @@ class RequestContext:
     encodings: list[tuple[float, float]] = field(default_factory=list)  # start and end of each encoding
 
     @contextmanager
-    def encoding(self) -> Iterator[None]:
-        """Adds the start and the end of the `with` block to `encodings`."""
+    def encoding(self, metrics: Metrics) -> Iterator[None]:
+        """Adds the start and the end of the `with` block to `encodings`, and its duration to the metrics."""
         start = time.monotonic()
         yield
-        self.encodings.append((start, time.monotonic()))
+        end = time.monotonic()
+        self.encodings.append((start, end))
+        metrics.encode_duration.observe(end - start)
 
     @property
     def encode_seconds(self) -> float:

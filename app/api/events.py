@@ -241,7 +241,7 @@ class EventStream(Response):
         job.future.result()  # raises the error of a failed job
 
     async def _encoded(self, context: RequestContext, event: Progress | ImageDone) -> str:
-        with self._metrics.encode_duration.time(), context.encoding():
+        with context.encoding(self._metrics):
             return self._encode(event) if self._is_small(event) else await asyncio.to_thread(self._encode, event)
 
     def _is_small(self, event: Progress | ImageDone) -> bool:

@@ -171,6 +171,13 @@ class GeneratedImage(BaseModel):
     png: str
 
 
+def phases_of(timings: Timings) -> tuple[float, float]:
+    """Returns the seconds that a finished job waited in the queue, and that its denoising took."""
+    submitted = timings.submitted_at
+    started, finished = timings.started_at or submitted, timings.finished_at or submitted
+    return started - submitted, finished - started
+
+
 class Timing(BaseModel):
     """Seconds that the request waited in the queue, that its denoising took, and that it took in total."""
 
@@ -181,12 +188,11 @@ class Timing(BaseModel):
     @classmethod
     def of(cls, timings: Timings) -> "Timing":
         """Returns the times of a finished job. The total time ends with this call."""
-        submitted = timings.submitted_at
-        started, finished = timings.started_at or submitted, timings.finished_at or submitted
+        queue, denoise = phases_of(timings)
         return cls(
-            queue_seconds=round(started - submitted, 6),
-            denoise_seconds=round(finished - started, 6),
-            total_seconds=round(time.monotonic() - submitted, 6),
+            queue_seconds=round(queue, 6),
+            denoise_seconds=round(denoise, 6),
+            total_seconds=round(time.monotonic() - timings.submitted_at, 6),
         )
 
 
