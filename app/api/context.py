@@ -1,8 +1,8 @@
 """The request context: data about a request that the access log and the trace need."""
 
+import random
 import re
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -61,4 +61,12 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value.decode("latin-1")):
             return str(value.decode("latin-1"))
-    return uuid.uuid4().hex
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """Returns a random id. It need not be secret. uuid.uuid4() would read from the operating system without the GIL.
+
+    The event loop would then wait until the engine thread releases the GIL.
+    """
+    return f"{random.getrandbits(128):032x}"

@@ -1,6 +1,6 @@
 """The schemas of JSON requests and responses. Their docstrings and descriptions appear in the OpenAPI document."""
 
-import secrets
+import random
 import time
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,11 @@ Prompt = Annotated[  # a text for CLIP
 ]
 
 
+def new_seed() -> int:
+    """Returns a random seed for a request without one."""
+    return random.randrange(MAX_SEED + 1)
+
+
 class TimedRequest(BaseModel):
     """The field of every request that the engine computes."""
 
@@ -92,7 +97,7 @@ class SamplingRequest(BaseRequest):
     count: Annotated[int, Field(ge=1, description="Number of images, at most UNFOG_MAX_COUNT."), WHOLE] = 1
     seed: Annotated[
         int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
-    ] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
+    ] = Field(default_factory=new_seed)
     num_steps: NumSteps = Field(
         default=None,
         description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
