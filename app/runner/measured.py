@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from app.runner.graphs.graph_runner import BATCHES, GraphRunner
 from model import checkpoint
 
 STEP_SECONDS = 3e-4  # the assumed duration of a step on a GPU
+NO_RESULT = torch.zeros(0)
 # Operations that launch no kernel on a GPU, in addition to views.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "is_pinned", "_unsafe_view", "lift_fresh"}
 
@@ -81,7 +82,7 @@ class Done:
     """The end of the work that was enqueued before, and its result."""
 
     at: float
-    result: Tensor = field(default_factory=lambda: torch.zeros(0))
+    result: Tensor = NO_RESULT
 
     def query(self) -> bool:
         """Returns True if the work has ended."""
