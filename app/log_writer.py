@@ -18,8 +18,8 @@ MAX_QUEUED_BYTES = 2**20
 LINE_OVERHEAD_BYTES = 100  # added per line, so that many short lines cannot exceed the memory limit
 FLUSH_SECONDS = 1.0  # maximum time that an exit waits for the queued lines
 STALL_SECONDS = 0.25  # an exit stops waiting if no line is written for this time
-# The thread waits this time before it writes, so that it wakes once for all lines of this time. To wake it for each
-# line takes longer than to write the line.
+# The thread waits for this time before it writes, so that it wakes once for all lines of this time. It takes longer to
+# wake the thread than to write a line.
 COLLECT_SECONDS = 0.01
 MAX_WRITE_BYTES = 2**16  # limit for lines that are written together; a pipe holds as many bytes
 
@@ -100,7 +100,7 @@ class LogWriter:
                 if not self._queue:  # All lines are written. Report the drops without waiting for the next line.
                     self._report_drops()
                 lines = self._take_lines()
-            num_written = self._write([line for line, _ in lines])  # without the lock, because it can block forever
+            num_written = self._write([line for line, _ in lines])  # It can block forever, so the lock is not held.
             with self._condition:
                 self._num_written += num_written
                 self._is_broken = num_written < len(lines)
@@ -113,7 +113,7 @@ class LogWriter:
                 self._condition.notify_all()
 
     def _take_lines(self) -> list[tuple[bytes, int]]:
-        """Removes the first lines from the queue: one line, or several lines of MAX_WRITE_BYTES together."""
+        """Removes and returns the first line of the queue, and the next ones up to MAX_WRITE_BYTES together."""
         lines, size = list[tuple[bytes, int]](), 0
         while self._queue and (not lines or size + len(self._queue[0][0]) <= MAX_WRITE_BYTES):
             lines.append(self._queue.popleft())

@@ -65,8 +65,8 @@ def _request_id(scope: Scope) -> str:
 
 
 def new_request_id() -> str:
-    """Returns a random id. It need not be secret. uuid.uuid4() would read from the operating system without the GIL.
+    """Returns a random id, which is not secret.
 
-    The event loop would then wait until the engine thread releases the GIL.
+    uuid.uuid4() would release the GIL for a system call. Then the engine thread takes it, and the event loop waits.
     """
     return f"{random.getrandbits(128):032x}"
