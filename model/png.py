@@ -205,7 +205,7 @@ def encode_pixels(pixels: npt.NDArray[np.uint8], *, scale: int = 1, text: Mappin
     if scale > 1:  # Pillow finds the lines that are repeated.
         return encode_png(Image.fromarray(pixels), scale=scale, text=text)
     # The time of this code limits the throughput of the service. It takes a third of the time of Pillow for an image,
-    # and the files have about the same size. zlib.compress() releases the GIL once, and a compression object twice. Each
+    # and the files have about the same size. zlib.compress() releases the GIL once, a compression object twice. Each
     # time, another thread can take the GIL, and this thread waits for it.
     height, width = pixels.shape[:2]
     lines = np.zeros((height, 1 + pixels[0].size), dtype=np.uint8)  # Each line of pixels begins with its filter, 0.

@@ -260,7 +260,7 @@ def encode_answer(service: Service, task: Task, media_type: str, job: Job, image
     """Returns the body of the response of a finished job: JSON, a PNG file or a ZIP archive."""
     provenance = service.provenance(task, job)
     if media_type == JSON:
-        return _encode_json(service, job, task, encode_images(images, provenance, task.scale))
+        return _encode_json(service, job, task, images, provenance)
     encode = {PNG: encode_sheet, ZIP: encode_zip}[media_type]
     return encode(images, provenance, task.scale)
 
@@ -318,8 +318,9 @@ def server_timing(job: Job, context: RequestContext) -> str:
     return f"queue;dur={1000 * queue:.3f}, denoise;dur={1000 * denoise:.3f}, encode;dur={1000 * encode:.3f}"
 
 
-def _encode_json(service: Service, job: Job, task: Task, pngs: list[bytes]) -> bytes:
-    options, first = task.options, task.images[0].index if task.images else 0
+def _encode_json(service: Service, job: Job, task: Task, images: list[Pixels], provenance: Provenance) -> bytes:
+    pngs = encode_images(images, provenance, task.scale)
+    options = task.options
     response = task.response(
         digit=job.digit,
         count=task.count,
@@ -329,7 +330,7 @@ def _encode_json(service: Service, job: Job, task: Task, pngs: list[bytes]) -> b
         guidance_scale=options.guidance_scale,
         model=ModelName(name=options.model, sha256=service.info(options.model).sha256),
         evaluations=job.request.network_evaluations,
-        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs, first)],
+        images=[GeneratedImage(index=i, png=encode_base64(png)) for i, png in enumerate(pngs, provenance.first_index)],
         timing=Timing.of(job.timings),
         **task.facts,
         **task.result_facts(),
