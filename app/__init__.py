@@ -1,5 +1,8 @@
 """The service: an HTTP API, and an engine that runs denoising steps. `app` may import `model`, but not the reverse."""
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
-VERSION = version("unfog")
+try:
+    VERSION = version("unfog")
+except PackageNotFoundError:  # a checkout that is not installed
+    VERSION = "unknown"

@@ -106,11 +106,12 @@ class Admission:
             images = f"images: {job.request.count}"
             detail = f"The queue has no room for this request ({images}). Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
-        full, slack = self._full(job), self._slack_with(job, now)
+        kind = backlog.step_kind(job)
+        full, slack = self._full(kind), self._slack_with(job, kind, now)
         if (slack is None or slack.until < now) and not backlog.admits(job, full, now):
             detail = "This request or an admitted one would miss its deadline. Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
-        job.estimate = Estimate(backlog.waiting, self._seconds_of(job, full))
+        job.estimate = Estimate(backlog.waiting, self._seconds_of(job, kind, full))
         backlog.add(job)
         self._slack = slack
 
@@ -120,7 +121,7 @@ class Admission:
         if not backlog.num_rows:
             return []
         self._recover(now)
-        limits, at_risk = self._limits_with(), self._is_at_risk(now)
+        limits, at_risk = self._limits_for(backlog.step_kind()), self._is_at_risk(now)
         limits_before, was_at_risk = self._selected_with
         if backlog.is_changed or limits is not limits_before or at_risk is not was_at_risk:
             share = limits.share(len(backlog), backlog.fewest_images, first_round=0)
@@ -163,23 +164,17 @@ class Admission:
         self._limits.clear()
         self._slack = None
 
-    def _limits_with(self, *new_jobs: Job) -> StepLimits:
-        """Returns the limits of a step of the backlog and `new_jobs`."""
-        return self._limits_for(self.backlog.step_kind(*new_jobs))
-
     def _limits_for(self, kind: StepKind) -> StepLimits:
+        """Returns the limits of a step of this kind."""
         if kind not in self._limits:
             given = [rows for rows in (self._max_batch, self._max_rows) if rows is not None]
             most = min(given, default=None)
             self._limits[kind] = StepLimits.of(self.step_times, most, kind, auto=self._max_batch is None)
         return self._limits[kind]
 
-    def _full(self, *new_jobs: Job, margin: float = 1.0) -> Throughput:
-        """Returns the throughput of full steps with the backlog and `new_jobs`.
-
-        The steps are slower than now by the factor `margin`.
-        """
-        full, slowdown = self._limits_with(*new_jobs).full, margin * self.step_times.slowdown
+    def _full(self, kind: StepKind, margin: float = 1.0) -> Throughput:
+        """Returns the throughput of full steps of this kind. They are slower than now by the factor `margin`."""
+        full, slowdown = self._limits_for(kind).full, margin * self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
     def _is_at_risk(self, now: float) -> bool:
@@ -196,31 +191,32 @@ class Admission:
         """Returns a slack of the backlog that is at most the true one. Computes it if none is known."""
         slack, kind, slowdown = self._slack, self.backlog.step_kind(), self.step_times.slowdown
         if slack is None or slack.kind != kind or not FASTER * slack.slowdown <= slowdown <= slack.slowdown:
-            until = now + self.backlog.slack(self._full(margin=SPEED_MARGIN), now)
+            until = now + self.backlog.slack(self._full(kind, SPEED_MARGIN), now)
             slack = self._slack = _Slack(until, SPEED_MARGIN * slowdown, kind)
         return slack
 
-    def _slack_with(self, job: Job, now: float) -> _Slack | None:
+    def _slack_with(self, job: Job, kind: StepKind, now: float) -> _Slack | None:
         """Returns a slack of the backlog with a new job that is at most the true one, or None if it is not known.
 
-        The new job delays each other job by at most its own work, unless it changes the kind of the steps.
+        `kind` is that of the steps with the job. The new job delays each other job by at most its own work, unless it
+        changes the kind of the steps.
         """
-        if self.backlog.jobs and self.backlog.step_kind(job) != self.backlog.step_kind():
+        if self.backlog.jobs and kind != self.backlog.step_kind():
             return None
         slack = self._known_slack(now)
-        full = self._full(job, margin=slack.slowdown / self.step_times.slowdown)
+        full = self._full(kind, slack.slowdown / self.step_times.slowdown)
         own = job.target - full.step_seconds - self.backlog.latest_finish_seconds(job, full)
         until = min(own, slack.until - job.evaluations_left / full.rate)
-        return _Slack(until, slack.slowdown, self.backlog.step_kind(job))
+        return _Slack(until, slack.slowdown, kind)
 
     def _retry_after(self, job: Job, now: float) -> int:
         """Returns the number of seconds, rounded up, after which the job would be admitted if no other job arrived.
 
         It simulates the backlog draining in order at the rate of full steps.
         """
-        backlog, full = self.backlog, self._full(job)
+        backlog, kind = self.backlog, self.backlog.step_kind(job)
+        full, limits = self._full(kind), self._limits_for(kind)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
-        limits = self._limits_with(job)
         rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
 
         def fits(seconds: int) -> bool:
@@ -231,14 +227,13 @@ class Admission:
 
         return _shortest_wait(fits, longest)
 
-    def _seconds_of(self, job: Job, full: Throughput) -> float:
+    def _seconds_of(self, job: Job, kind: StepKind, full: Throughput) -> float:
         """Returns the expected number of seconds until the job is finished.
 
         A single image that fits into the first round has a row in every step. The result is its number of steps times
         the predicted duration of the next step. For all other jobs the result is the bound of the backlog.
         """
-        backlog, request, kind = self.backlog, job.request, self.backlog.step_kind(job)
-        limits = self._limits_with(job)
+        backlog, request, limits = self.backlog, job.request, self._limits_for(kind)
         mean = _mean_evaluations(job)
         first_round = (len(backlog) + 1) * mean
         if request.count > 1 or job.is_searching or first_round > max(mean, limits.evaluations // 2):

@@ -30,8 +30,8 @@ from app.engine.batch_feed import BatchFeed
 from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
 from app.engine.job import Job, Pixels, Result, StepRows, Trajectory
+from app.engine.meters import EngineMetrics
 from app.engine.step_times import StepTimes
-from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Engine:
         capacity: int,
         max_batch: int | None,
         watchdog_seconds: float,
-        metrics: Metrics,
+        metrics: EngineMetrics,
     ) -> None:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready

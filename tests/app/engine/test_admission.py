@@ -232,7 +232,7 @@ def count_calls(admission: Admission) -> int:
     candidate = job(1, timeout=0.1)
     sys.setprofile(count_call)
     try:
-        assert not admission.backlog.admits(candidate, admission._full(candidate), NOW)
+        assert not admission.backlog.admits(candidate, admission._full(admission.backlog.step_kind(candidate)), NOW)
         admission.select(NOW)
     finally:
         sys.setprofile(None)
@@ -249,7 +249,7 @@ def test_fast_admission_check_agrees_with_the_exact_one(seed: int) -> None:
         candidate = Job(job(choose.randint(1, 8), num_steps=choose.choice([1, 5, 20])).request, submitted_at=now)
         candidate.target = now + choose.choice([5.0, 20.0, 60.0, 200.0])
         candidate.deadline = candidate.target / 0.9
-        exact = admission.backlog.admits(candidate, admission._full(candidate), now)
+        exact = admission.backlog.admits(candidate, admission._full(admission.backlog.step_kind(candidate)), now)
         try:
             admission.admit(candidate, now)
             admitted = True
@@ -257,7 +257,7 @@ def test_fast_admission_check_agrees_with_the_exact_one(seed: int) -> None:
             admitted = False
         assert admitted is exact
         decisions.add(admitted)
-        true_slack = admission.backlog.slack(admission._full(), now)
+        true_slack = admission.backlog.slack(admission._full(admission.backlog.step_kind()), now)
         assert admission._slack is None or admission._slack.until - now <= true_slack + 1e-6
         if choose.random() < 0.7 and admission.select(now):
             admission.backlog.start_batch()

@@ -106,7 +106,9 @@ class VirtualService:
 
     def submit(self, job: Job) -> None:
         if not self.admission.backlog.jobs:
-            bound = self.admission.backlog.finish_seconds(job, self.admission._full(job))
+            bound = self.admission.backlog.finish_seconds(
+                job, self.admission._full(self.admission.backlog.step_kind(job))
+            )
             if self.now + bound > job.target:
                 self.predicted_late.add(job)
         self.admission.admit(job, self.now)

@@ -1,0 +1,60 @@
+"""The metrics that the engine writes, as a protocol, so that the engine runs without prometheus_client."""
+
+from typing import Protocol
+
+
+class Counted(Protocol):
+    """A counter."""
+
+    def inc(self, amount: float = 1) -> None:
+        """Adds an amount."""
+
+
+class Labelled(Protocol):
+    """A counter with one label."""
+
+    def labels(self, *values: str) -> Counted:
+        """Returns the counter of a value of the label."""
+
+
+class Observed(Protocol):
+    """A histogram."""
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """Adds `count` equal values."""
+
+
+class EngineMetrics(Protocol):
+    """The metrics of the engine. `app.metrics.Metrics` has all of them and describes them."""
+
+    @property
+    def queue_wait(self) -> Observed:
+        """Returns the histogram, in seconds."""
+
+    @property
+    def admission_wait(self) -> Observed:
+        """Returns the histogram, in steps."""
+
+    @property
+    def step_duration(self) -> Observed:
+        """Returns the histogram, in seconds."""
+
+    @property
+    def batch_rows(self) -> Observed:
+        """Returns the histogram, in rows."""
+
+    @property
+    def denoise_steps(self) -> Counted:
+        """Returns the counter of steps."""
+
+    @property
+    def network(self) -> Counted:
+        """Returns the counter of seconds."""
+
+    @property
+    def images(self) -> Labelled:
+        """Returns the counter of images by digit."""
+
+    @property
+    def cancelled(self) -> Labelled:
+        """Returns the counter of cancelled images by stage."""

@@ -1,0 +1,61 @@
+"""Entry point of `python -m app.gpu_check`."""
+
+import signal
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from app.gpu_check.arguments import as_arguments, build_parser, interpreters, outputs
+from app.gpu_check.report import Report
+from app.gpu_check.run import ProbeError, failed_report, open_report, run_sections, to_stderr
+from app.gpu_check.section import leave, run_section
+from app.gpu_check.sections import SECTIONS
+from app.runner.gpu_measurements.figures import Options
+
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # the exit statuses that shells report
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the sections and prints the tables. Returns the exit status."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    if given.checkpoint and not given.checkpoint.is_file():
+        parser.error(f"--checkpoint {given.checkpoint} is not a file")
+    if given.section:
+        if not given.figures:
+            parser.error("--section needs --figures. Use --sections to run only some sections")
+        (section,) = (section for section in SECTIONS if section.name == given.section)
+        options = Options(given.checkpoint, given.device, given.dtype)
+        leave(run_section(section, options, given.figures))
+    try:
+        return _run_all(parser, given)
+    except KeyboardInterrupt:  # the process of the section is already killed
+        return INTERRUPTED
+
+
+def _run_all(parser: ArgumentParser, given: Namespace) -> int:
+    reports: list[Report] = []
+    for python, out in zip(interpreters(given), outputs(given), strict=True):
+        end = time.monotonic() + given.seconds
+        try:
+            report = open_report(python, given.device)
+        except ProbeError as error:
+            report = failed_report(python, error)
+        try:
+            report.write(out)
+        except OSError as error:
+            parser.error(f"cannot write {out}: {error.strerror}. Choose another file with --out")
+        if not report.outcomes:
+            device = report.device.split()[0]
+            sections = given.sections or SECTIONS
+            run_sections(report, sections, as_arguments(given, device), end - time.monotonic(), out, to_stderr)
+        print(f"{report.text()}\nResults: {out}\n", flush=True)
+        reports.append(report)
+    print(f"Versions of torch: {', '.join(report.torch for report in reports)}")
+    return 1 if any(report.num_failed for report in reports) else 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The process of the section is then killed.
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""Fixtures: a CPU and a pretended GPU with a tiny checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.runner.gpu_measurements.machine import Machine
+from tests.app.runner.gpu_measurements.pretended import PretendedGpu
+from tests.model.tiny_checkpoint import tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"), steps=(10,))
+
+
+@pytest.fixture
+def gpu(tiny: Path) -> PretendedGpu:
+    return PretendedGpu(torch.device("cpu"), torch.bfloat16, {"default": tiny})
+
+
+@pytest.fixture
+def cpu(tiny: Path) -> Machine:
+    return Machine(torch.device("cpu"), torch.bfloat16, {"default": tiny})
