@@ -39,7 +39,7 @@ from model.step import ReverseStep, State
 from tests.model.gpu_operations import gpu_operations
 
 GPU = torch.device("cuda:0")
-ROWS, EVALUATIONS, SLOTS, PLANS = 8, 12, 256, 512
+ROWS, EVALUATIONS, SLOTS, PLANS, NOISE_STEPS = 8, 12, 256, 512, 101
 # Block sizes that the heuristics of Inductor could choose. Triton compiles any power of two.
 BLOCKS = {"XBLOCK": 64, "YBLOCK": 16, "R0_BLOCK": 256}
 
@@ -215,7 +215,8 @@ def step_code(path: Path) -> str:
 
     counts = EVALUATIONS, EVALUATIONS, EVALUATIONS, ROWS, ROWS  # of the fields of Rows
     rows = [torch.empty(n, dtype=torch.int64) for n in counts]
-    state = [*State.zeros(SLOTS, shape, torch.device("cpu")), torch.empty(PLANS, PLAN_COLUMNS)]
+    noise_of_steps = torch.empty(SLOTS, NOISE_STEPS, *shape)  # A GPU draws the noise before the steps.
+    state = [*State.zeros(SLOTS, shape, torch.device("cpu")), noise_of_steps, torch.empty(PLANS, PLAN_COLUMNS)]
     # The trace is made on a CPU.
     with gpu_operations(), mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         return generate(step, [*tensors.values(), *state, *rows])
