@@ -87,7 +87,7 @@ class StepTimes:
         Above the largest one it is proportional to the number of evaluations.
         """
         rows, seconds = self._rows, self._seconds
-        place = bisect_right(rows, evaluations)  # number of measured batches that are not larger
+        place = bisect_right(rows, evaluations)  # number of measured batches with at most `evaluations`
         if not place:
             return seconds[0]
         if place == len(rows):

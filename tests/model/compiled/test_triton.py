@@ -15,8 +15,8 @@ from tests.model.tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]
 ARCHITECTURES = (75, 80, 86, 90)
-# The numbers of kernels that the compiled steps launch, and a few more, because another release of Inductor may fuse
-# them differently. With torch's group norm and convolutions of 1x1 they were 59 and 86.
+# The number of kernels that each compiled step launches, plus 4, because another release of Inductor may fuse them
+# differently. With torch's group norm and 1x1 convolutions, the numbers were 59 and 86.
 MOST_LAUNCHES = {"tiny": 51 + 4, "shipped": 71 + 4}
 TESTED = {"torch": "2.13.", "triton": "3."}  # triton_code.py uses undocumented interfaces
 
