@@ -12,11 +12,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 MAX_QUEUED_BYTES = 2**20
 LINE_OVERHEAD_BYTES = 100  # added per line, so that many short lines cannot exceed the memory limit
 FLUSH_SECONDS = 1.0  # maximum time that an exit waits for the queued lines
 STALL_SECONDS = 0.25  # an exit stops waiting if no line is written for this time
+# The thread waits for this time before it writes, so that it wakes once for all lines of this time. It takes longer to
+# wake the thread than to write a line.
+COLLECT_SECONDS = 0.01
+MAX_WRITE_BYTES = 2**16  # limit for lines that are written together; a pipe holds as many bytes
 
 
 class LogWriter:
@@ -80,38 +85,59 @@ class LogWriter:
             self._append(report.encode("utf-8", "backslashreplace"), self._num_unreported)
             self._num_unreported = 0
 
+    def _wait_for_work(self) -> None:
+        """Returns at once while there is work. Otherwise waits for work, and then for further lines."""
+        with self._condition:
+            if self._has_work():
+                return
+            self._condition.wait_for(self._has_work)
+        time.sleep(COLLECT_SECONDS)
+
     def _run(self) -> None:
         while True:
+            self._wait_for_work()
             with self._condition:
-                self._condition.wait_for(lambda: self._queue or self._has_work())
                 if not self._queue:  # All lines are written. Report the drops without waiting for the next line.
                     self._report_drops()
-                line, num_reported = self._queue.popleft()
-            is_written = self._write(line)  # Write without the lock, because a write can block forever.
+                lines = self._take_lines()
+            num_written = self._write([line for line, _ in lines])  # It can block forever, so the lock is not held.
             with self._condition:
-                self._queued_bytes -= len(line) + LINE_OVERHEAD_BYTES
-                self._num_written += is_written
-                self._is_broken = not is_written
-                if not is_written:
+                self._num_written += num_written
+                self._is_broken = num_written < len(lines)
+                if self._is_broken:  # One line is lost. The lines after it are tried again.
+                    _, num_reported = lines[num_written]
                     self.num_dropped += not num_reported
                     self._num_unreported += num_reported or 1
+                    self._queue.extendleft(reversed(lines[num_written + 1 :]))
+                self._queued_bytes -= sum(len(line) + LINE_OVERHEAD_BYTES for line, _ in lines[: num_written + 1])
                 self._condition.notify_all()
 
-    def _write(self, line: bytes) -> bool:
-        """Writes a whole line. Returns False if the write fails, for example because the pipe was closed."""
-        left = memoryview(b"\n" + line if self._has_torn_line else line)
-        size = len(left)
-        try:
-            while left:
+    def _take_lines(self) -> list[tuple[bytes, int]]:
+        """Removes and returns the first line of the queue, and the next ones up to MAX_WRITE_BYTES together."""
+        lines, size = list[tuple[bytes, int]](), 0
+        while self._queue and (not lines or size + len(self._queue[0][0]) <= MAX_WRITE_BYTES):
+            lines.append(self._queue.popleft())
+            size += len(lines[-1][0])
+        return lines
+
+    def _write(self, lines: list[bytes]) -> int:
+        """Writes whole lines. Returns the number of lines before a failure, for example because the pipe was closed."""
+        start = b"\n" if self._has_torn_line else b""
+        content, done = memoryview(start + b"".join(lines)), 0
+        with suppress(OSError):
+            while done < len(content):
                 try:
-                    left = left[os.write(self.descriptor, left) :]
+                    done += os.write(self.descriptor, content[done:])
                 except BlockingIOError:  # O_NONBLOCK was set by another process or by make_nonblocking()
                     self._writable.poll()
-        except OSError:
-            self._has_torn_line = self._has_torn_line or 0 < len(left) < size
-            return False
+        done -= len(start)
+        for number, line in enumerate(lines):
+            if done < len(line):
+                self._has_torn_line = done > 0 or (self._has_torn_line and number == 0)
+                return number
+            done -= len(line)
         self._has_torn_line = False
-        return True
+        return len(lines)
 
 
 def make_nonblocking(descriptor: int) -> None:

@@ -60,6 +60,7 @@ def num_lines_dropped() -> int:
 
 def configure_logging(log_format: str, level: str, writer: LogWriter) -> logging.Handler:
     """Sends all log records to the writer and returns the handler. `auto` is console on a terminal, otherwise JSON."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # No formatter writes these facts.
     is_terminal = os.isatty(writer.descriptor)
     console = log_format == "console" or (log_format == "auto" and is_terminal)
     handler = _QueueHandler(writer)
@@ -261,7 +262,8 @@ class _JSONFormatter(logging.Formatter):
             event["stack_info"] = record.stack_info
         if record.exc_info and record.exc_info[1]:
             event["exception"] = _format_exc_info(record.exc_info)
-        return self._encode(_cut_long_texts(None, "", event))
+        line = self._encode(event)
+        return line if len(line) <= MAX_TEXT else self._encode(_cut_long_texts(None, "", event))
 
 
 def _readable(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -51,10 +51,10 @@ class Metrics:
         self.queue_depth = self._gauge("queue_depth_images", "Images in the queue, before their first step.")
         self.queue_capacity = self._gauge("queue_capacity_images", "Maximum number of images in the queue.")
         self.running_images = self._gauge("running_images", "Images between their first and last step.")
-        self.queue_wait = self._step_histogram(
+        self.queue_wait = self._one_thread_histogram(
             "queue_wait_seconds", "Seconds from the admission of an image to its first step.", SECONDS
         )
-        self.admission_wait = self._step_histogram(
+        self.admission_wait = self._one_thread_histogram(
             "admission_wait_steps", "Steps run between the admission of an image and its first step.", STEPS
         )
         self.rejected = self._counter("rejected", "Requests rejected or timed out, by reason.", "reason")
@@ -62,16 +62,16 @@ class Metrics:
             "cancelled", "Images cancelled before their last step, by stage: waiting or running.", "stage"
         )
         self.denoise_steps = self._counter("denoise_steps", "Denoising steps run. One step covers all rows of a batch.")
-        self.step_duration = self._step_histogram(
+        self.step_duration = self._one_thread_histogram(
             "denoise_step_duration_seconds", "Seconds per denoising step.", STEP_SECONDS
         )
         self.network = self._counter(
             "network_seconds", "Seconds spent in network calls; on a GPU, the time to enqueue them."
         )
-        self.batch_rows = self._step_histogram(
+        self.batch_rows = self._one_thread_histogram(
             "batch_rows", "Batch size of a denoising step, in rows (images).", POWERS_OF_TWO
         )
-        self.encode_duration = self._histogram(
+        self.encode_duration = self._one_thread_histogram(
             "encode_duration_seconds", "Seconds to encode the images of a response, or one event of a stream.", SECONDS
         )
         self.model_info = self._gauge(
@@ -110,14 +110,14 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, namespace="unfog", registry=self.registry, buckets=buckets)
 
-    def _step_histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> "StepHistogram":
-        histogram = StepHistogram(f"unfog_{name}", text, buckets)
+    def _one_thread_histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> "OneThreadHistogram":
+        histogram = OneThreadHistogram(f"unfog_{name}", text, buckets)
         self.registry.register(histogram)
         return histogram
 
 
-class StepHistogram(Collector):
-    """A histogram that only one thread writes to: the engine thread, several times in each step.
+class OneThreadHistogram(Collector):
+    """A histogram that only one thread writes to: the engine thread or the thread of the event loop.
 
     `observe` takes a tenth of the time that prometheus_client's Histogram takes, which locks each bucket.
     """

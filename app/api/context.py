@@ -1,8 +1,8 @@
 """The request context: data about a request that the access log and the trace need."""
 
+import random
 import re
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from starlette.types import Scope
 
 from app.engine.job import Job
+from app.metrics import Metrics
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # valid X-Request-ID; any other value is replaced
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for a client that disconnected; only logged, never sent
@@ -32,11 +33,13 @@ class RequestContext:
     encodings: list[tuple[float, float]] = field(default_factory=list)  # start and end of each encoding
 
     @contextmanager
-    def encoding(self) -> Iterator[None]:
-        """Adds the start and the end of the `with` block to `encodings`."""
+    def encoding(self, metrics: Metrics) -> Iterator[None]:
+        """Adds the start and the end of the `with` block to `encodings`, and its duration to the metrics."""
         start = time.monotonic()
         yield
-        self.encodings.append((start, time.monotonic()))
+        end = time.monotonic()
+        self.encodings.append((start, end))
+        metrics.encode_duration.observe(end - start)
 
     @property
     def encode_seconds(self) -> float:
@@ -58,4 +61,12 @@ def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and REQUEST_ID.fullmatch(value.decode("latin-1")):
             return str(value.decode("latin-1"))
-    return uuid.uuid4().hex
+    return new_request_id()
+
+
+def new_request_id() -> str:
+    """Returns a random id, which is not secret.
+
+    uuid.uuid4() would release the GIL for a system call. Then the engine thread takes it, and the event loop waits.
+    """
+    return f"{random.getrandbits(128):032x}"

@@ -41,10 +41,13 @@ class Mailbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: int | None = None  # the thread of the event loop
         self._calls: deque[Callable[[], None]] = deque()
+        self._is_woken = False  # True if the event loop will make the calls
 
     def open(self) -> None:
         """Uses the running event loop from now on."""
-        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop, self._thread, self._is_woken = loop, threading.get_ident(), False
 
     def put(self, call: Callable[[], None]) -> None:
         """Adds a call. Any thread may call this. A call from another thread than the event loop waits for `deliver`."""
@@ -61,11 +64,13 @@ class Mailbox:
 
     def deliver(self) -> None:
         """Passes the calls to the event loop. Any thread may call it. Does nothing if the event loop is closed."""
-        if self._calls and self._loop:
+        if self._calls and self._loop and not self._is_woken:
+            self._is_woken = True
             with suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._make_calls)
 
     def _make_calls(self) -> None:
+        self._is_woken = False
         while self._calls:
             self._calls.popleft()()
 
@@ -241,7 +246,7 @@ class EventStream(Response):
         job.future.result()  # raises the error of a failed job
 
     async def _encoded(self, context: RequestContext, event: Progress | ImageDone) -> str:
-        with self._metrics.encode_duration.time(), context.encoding():
+        with context.encoding(self._metrics):
             return self._encode(event) if self._is_small(event) else await asyncio.to_thread(self._encode, event)
 
     def _is_small(self, event: Progress | ImageDone) -> bool:

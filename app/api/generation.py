@@ -20,7 +20,7 @@ from app.api.images import encode_base64, encode_images, encode_sheet, encode_zi
 from app.api.options import either
 from app.api.requests import ClientGoneError, cancel_on_disconnect
 from app.api.responses import EVENTS, JSON, PNG, ZIP
-from app.api.schemas import GeneratedImage, ModelName, Timing
+from app.api.schemas import GeneratedImage, ModelName, Timing, phases_of
 from app.api.stream_options import NO_STREAM, StreamOptions
 from app.api.task import Task
 from app.api.uploads import ImageReader
@@ -40,7 +40,6 @@ CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CL
 MAX_SMALL_PIXELS = 4096
 MIN_TIMEOUT = 1e-3  # seconds that are left for the steps of a request whose prompt took almost all of its time
 T = TypeVar("T")
-Encoder = Callable[[list[Pixels], Provenance, int], bytes]
 
 
 class InFlight:
@@ -198,14 +197,16 @@ class Service:
 async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
     """Returns the task with the embedding of its prompt and the response fields about CLIP guidance.
 
+    Returns a task without CLIP guidance unchanged. It has the response fields of NO_CLIP.
+
     Raises NotAvailable if the task has CLIP guidance and the service has no CLIP model, DeadlineExceeded if the prompt
     was not embedded before the deadline, ClientGoneError after a disconnect, and InvalidRequest for a timeout that is
     too long.
     """
     options = task.options
-    facts = {"clip_guidance_scale": options.clip_guidance_scale, "clip_prompt": options.clip_prompt or None}
     if not options.clip_guidance_scale:
-        return replace(task, facts={**task.facts, **facts, "clip": None})
+        return task
+    facts = {"clip_guidance_scale": options.clip_guidance_scale, "clip_prompt": options.clip_prompt}
     clip, deadline = service.clip_info, time.monotonic() + service.timeout_of(task.timeout)
     service.engine.apparent_state.refuse_unless_ok()
     try:
@@ -230,13 +231,13 @@ async def finish(service: Service, request: Request, job: Job) -> list[Result]:
 
     In both cases, cancels the job.
     """
+    cancel = service.engine.cancel
+    deadline = asyncio.get_running_loop().call_later(job.request.timeout, cancel, job, errors.DeadlineExceeded())
     try:
-        async with asyncio.timeout(job.request.timeout):
-            return await cancel_on_disconnect(request, service.mailbox.result_of(job.future))
-    except TimeoutError:
-        raise errors.DeadlineExceeded from None
+        return await cancel_on_disconnect(request, service.mailbox.result_of(job.future))
     finally:
-        service.engine.cancel(job, ClientGoneError())
+        deadline.cancel()
+        cancel(job, ClientGoneError())
 
 
 async def answer(request: Request, service: Service, task: Task, media_type: str, stream: StreamOptions) -> Response:
@@ -257,12 +258,11 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
 
 def encode_answer(service: Service, task: Task, media_type: str, job: Job, images: list[Pixels]) -> bytes:
     """Returns the body of the response of a finished job: JSON, a PNG file or a ZIP archive."""
-    encoders: dict[str, Encoder] = {
-        JSON: partial(_encode_json, service, job, task),
-        PNG: encode_sheet,
-        ZIP: encode_zip,
-    }
-    return encoders[media_type](images, service.provenance(task, job), task.scale)
+    provenance = service.provenance(task, job)
+    if media_type == JSON:
+        return _encode_json(service, job, task, images, provenance)
+    encode = {PNG: encode_sheet, ZIP: encode_zip}[media_type]
+    return encode(images, provenance, task.scale)
 
 
 def event_stream(
@@ -306,22 +306,20 @@ async def encoded(
     results = await finish(service, request, job)
     images = [result for result in results if isinstance(result, np.ndarray)]
     is_small = sum(image.size for image in images) * task.scale**2 <= MAX_SMALL_PIXELS
-    with service.metrics.encode_duration.time(), context.encoding():
+    with context.encoding(service.metrics):
         content = encode(job, images) if is_small else await asyncio.to_thread(encode, job, images)
     return content, server_timing(job, context)
 
 
 def server_timing(job: Job, context: RequestContext) -> str:
     """Returns the value of the header Server-Timing, in milliseconds."""
-    times = Timing.of(job.timings)
-    phases = {"queue": times.queue_seconds, "denoise": times.denoise_seconds, "encode": context.encode_seconds}
-    return ", ".join(f"{phase};dur={1000 * duration:.3f}" for phase, duration in phases.items())
+    queue, denoise = phases_of(job.timings)
+    encode = context.encode_seconds
+    return f"queue;dur={1000 * queue:.3f}, denoise;dur={1000 * denoise:.3f}, encode;dur={1000 * encode:.3f}"
 
 
-def _encode_json(
-    service: Service, job: Job, task: Task, images: list[Pixels], provenance: Provenance, scale: int
-) -> bytes:
-    pngs = encode_images(images, provenance, scale)
+def _encode_json(service: Service, job: Job, task: Task, images: list[Pixels], provenance: Provenance) -> bytes:
+    pngs = encode_images(images, provenance, task.scale)
     options = task.options
     response = task.response(
         digit=job.digit,

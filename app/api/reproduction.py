@@ -16,7 +16,7 @@ from app.api.options import options_of, with_clip_options
 from app.api.picture_files import AS_WRITTEN, PictureError, PictureFile, damaged, inspect, read_text
 from app.api.requests import validate
 from app.api.schemas import GenerateRequest
-from app.api.task import Task
+from app.api.task import NO_CLIP, Task
 from app.api.task_schemas import ReproduceResponse
 from app.engine.interface import ClipInfo, ModelInfo
 from app.engine.job import ImageKey, Options, Pixels
@@ -50,7 +50,7 @@ class Original:
     high: Pixels
 
     def task(self, timeout: float | None) -> Task:
-        """Returns the task that generates the picture again. Its facts follow from `compare`."""
+        """Returns the task that generates the picture again. Its other facts follow from `compare`."""
         digit, seed, count = self.options.digit, self.options.seed, len(self.indices)
         assert digit is not None, "the options of a picture of /generate have a digit"
         return Task(
@@ -60,6 +60,7 @@ class Original:
             num_steps=self.options.num_steps,
             scale=self.scale,
             response=ReproduceResponse,
+            facts=NO_CLIP,
             images=tuple(ImageKey(digit, seed, index) for index in self.indices) if count == 1 else (),
         )
 

@@ -1,6 +1,6 @@
 """The schemas of JSON requests and responses. Their docstrings and descriptions appear in the OpenAPI document."""
 
-import secrets
+import random
 import time
 from typing import Annotated, Any, Literal
 
@@ -62,6 +62,11 @@ Prompt = Annotated[  # a text for CLIP
 ]
 
 
+def new_seed() -> int:
+    """Returns a random seed for a request without one."""
+    return random.randrange(MAX_SEED + 1)
+
+
 class TimedRequest(BaseModel):
     """The field of every request that the engine computes."""
 
@@ -92,7 +97,7 @@ class SamplingRequest(BaseRequest):
     count: Annotated[int, Field(ge=1, description="Number of images, at most UNFOG_MAX_COUNT."), WHOLE] = 1
     seed: Annotated[
         int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
-    ] = Field(default_factory=lambda: secrets.randbelow(MAX_SEED + 1))
+    ] = Field(default_factory=new_seed)
     num_steps: NumSteps = Field(
         default=None,
         description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
@@ -171,6 +176,13 @@ class GeneratedImage(BaseModel):
     png: str
 
 
+def phases_of(timings: Timings) -> tuple[float, float]:
+    """Returns the seconds that a finished job waited in the queue, and that its denoising took."""
+    submitted = timings.submitted_at
+    started, finished = timings.started_at or submitted, timings.finished_at or submitted
+    return started - submitted, finished - started
+
+
 class Timing(BaseModel):
     """Seconds that the request waited in the queue, that its denoising took, and that it took in total."""
 
@@ -181,12 +193,11 @@ class Timing(BaseModel):
     @classmethod
     def of(cls, timings: Timings) -> "Timing":
         """Returns the times of a finished job. The total time ends with this call."""
-        submitted = timings.submitted_at
-        started, finished = timings.started_at or submitted, timings.finished_at or submitted
+        queue, denoise = phases_of(timings)
         return cls(
-            queue_seconds=round(started - submitted, 6),
-            denoise_seconds=round(finished - started, 6),
-            total_seconds=round(time.monotonic() - submitted, 6),
+            queue_seconds=round(queue, 6),
+            denoise_seconds=round(denoise, 6),
+            total_seconds=round(time.monotonic() - timings.submitted_at, 6),
         )
 
 

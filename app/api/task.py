@@ -1,12 +1,15 @@
 """The task of a request: what the engine computes, and what the response contains. All tasks have this form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from app.api.schemas import GenerateResponse, ImagesResponse
 from app.engine.job import ClipTarget, ImageKey, Input, Options, Search
 from model.comparison import Comparison
+
+# The response fields about CLIP guidance of a task without it.
+NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +25,7 @@ class Task:
     num_steps: int = 0  # the number of steps in the request; the path can have another number
     scale: int = 1
     response: type[ImagesResponse] = GenerateResponse
-    facts: dict[str, Any] = field(default_factory=dict)  # the fields of `response` that ImagesResponse does not have
+    facts: Mapping[str, Any] = field(default_factory=dict)  # the fields of `response` that ImagesResponse does not have
     result_facts: Callable[[], dict[str, Any]] = dict  # further ones, when the job is finished
     images: tuple[ImageKey, ...] = ()  # as in JobRequest
     clip: ClipTarget | None = None  # None: no CLIP guidance

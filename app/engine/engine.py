@@ -114,6 +114,8 @@ class Engine:
 
     def cancel(self, job: Job, error: Exception) -> None:
         """Answers a job with an error. The next step does not contain its rows. Does nothing if the job is answered."""
+        if job.closed:  # No lock is needed, and the engine thread need not wake up.
+            return
         with self._condition:
             self._end(job, error)
             self._condition.notify()

@@ -17,7 +17,7 @@ twice as long from now on, `slowdown` is 1.05 after the first step and 1.95 afte
 """
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -87,13 +87,13 @@ class StepTimes:
         Above the largest one it is proportional to the number of evaluations.
         """
         rows, seconds = self._rows, self._seconds
-        place = bisect_right(rows, evaluations)  # number of measured batches with at most `evaluations`
-        if not place:
+        above = bisect_left(rows, evaluations)  # np.interp() takes longer for one value, and releases the GIL
+        if above == 0:
             return seconds[0]
-        if place == len(rows):
-            return seconds[-1] * evaluations / rows[-1]
-        share = (evaluations - rows[place - 1]) / (rows[place] - rows[place - 1])
-        return seconds[place - 1] + share * (seconds[place] - seconds[place - 1])
+        if above == len(rows):
+            return evaluations / rows[-1] * seconds[-1]
+        share = (evaluations - rows[above - 1]) / (rows[above] - rows[above - 1])
+        return seconds[above - 1] + share * (seconds[above] - seconds[above - 1])
 
     def best_batch(self, tolerance: float, seconds: float) -> int:
         """Returns the batch size for the best throughput: the number of evaluations of a full step.

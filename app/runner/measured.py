@@ -19,6 +19,7 @@ from app.runner.graphs.graph_runner import BATCHES, GraphRunner
 from model import checkpoint
 
 STEP_SECONDS = 3e-4  # the assumed duration of a step on a GPU
+NO_RESULT = torch.zeros(0)
 # Operations that launch no kernel on a GPU, in addition to views.
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "is_pinned", "_unsafe_view", "lift_fresh"}
 
@@ -64,9 +65,6 @@ class SleepingDevice:
         self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
 
 
-NOTHING = torch.zeros(0)
-
-
 @dataclass(frozen=True, slots=True)
 class SleepingGraph:
     """A graph that takes a time."""
@@ -84,7 +82,7 @@ class Done:
     """The end of the work that was enqueued before, and its result."""
 
     at: float
-    result: Tensor = NOTHING
+    result: Tensor = NO_RESULT
 
     def query(self) -> bool:
         """Returns True if the work has ended."""
@@ -120,9 +118,13 @@ class EagerGraph:
 
 
 class SleepingRunner(GraphRunner):
-    """The runner of a GPU with a SleepingDevice."""
+    """The runner of a GPU with a SleepingDevice.
+
+    PyTorch uses one thread. A GPU would do the work of its other threads, which wait for work in a busy loop.
+    """
 
     def __init__(self) -> None:
+        torch.set_num_threads(1)
         super().__init__({"default": checkpoint.load(checkpoint.SHIPPED)}, SleepingDevice(), torch.bfloat16)
         self.on_step: Callable[[], None] = lambda: None
         self.on_finish: Callable[[Sequence[Trajectory]], None] = lambda rows: None

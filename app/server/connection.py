@@ -8,7 +8,6 @@ api/requests.py limits the time in which a body arrives, and uvicorn limits the 
 import asyncio
 import json
 import logging
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -17,7 +16,7 @@ import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.api.context import CLIENT_GONE, RequestContext, context_of
+from app.api.context import CLIENT_GONE, RequestContext, context_of, new_request_id
 from app.api.error_formats import PROBLEM_JSON
 from app.api.middleware.security_headers import SECURITY_HEADERS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
@@ -158,7 +157,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
             self.transport.close()
             return
         own = self._context()
-        context = own or RequestContext(uuid.uuid4().hex)
+        context = own or RequestContext(new_request_id())
         problem = error.problem(context.request_id)
         body = json.dumps(problem).encode()
         headers = {

@@ -91,6 +91,11 @@ class SizedBody:
     def __init__(self, num_bytes: int) -> None:
         self._missing = num_bytes
 
+    @property
+    def is_complete(self) -> bool:
+        """True if all bytes of the body have arrived."""
+        return not self._missing
+
     def measure(self, data: bytearray) -> int:
         """Returns the number of bytes that belong to the body."""
         size = min(self._missing, len(data))
@@ -159,6 +164,8 @@ class LimitedConnection(h11.Connection):
         self._max_ahead_bytes = max_ahead_bytes
         self._unparsed = bytearray()
         self._part: _Part = Head()
+        # True if h11 has no bytes and returns no event before it gets some. Each call of h11 takes time.
+        self._needs_bytes = True
         self._head_of_answer = b""  # the head of an answer that is sent with the first part of its body
         self.refusal: UnfogError = MalformedRequest()  # the answer to send if next_event raises
 
@@ -200,7 +207,8 @@ class LimitedConnection(h11.Connection):
                     f"More than {self._max_ahead_bytes} bytes were sent before the current request was answered"
                 )
             return h11.NEED_DATA
-        event = super().next_event()
+        needs_bytes, self._needs_bytes = self._needs_bytes, False  # It stays False if an error is raised.
+        event = h11.NEED_DATA if needs_bytes else super().next_event()
         while event is h11.NEED_DATA and (size := self._measure()):
             super().receive_data(bytes(self._unparsed[:size]))
             del self._unparsed[:size]
@@ -210,6 +218,9 @@ class LimitedConnection(h11.Connection):
             event = _with_path(event)
         elif isinstance(event, h11.EndOfMessage):
             self._part = Head()
+        # Without further bytes, h11 returns only the next chunk that has arrived, and the end of the message.
+        is_complete = isinstance(self._part, SizedBody) and self._part.is_complete
+        self._needs_bytes = not (isinstance(event, h11.Data) or is_complete)
         return event
 
     def _measure(self) -> int:

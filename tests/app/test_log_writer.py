@@ -65,6 +65,46 @@ def test_lines_are_written_in_order(pipe: Pipe) -> None:
     assert pipe.writer.num_dropped == 0
 
 
+def count_writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list to which each later write adds its number of bytes."""
+    sizes, write = list[int](), os.write
+
+    def count(descriptor: int, data: bytes) -> int:
+        sizes.append(len(data))
+        return write(descriptor, data)
+
+    monkeypatch.setattr("os.write", count)
+    return sizes
+
+
+def test_lines_that_arrive_together_are_written_together(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = count_writes(monkeypatch)
+    with pipe.writer._condition:  # The thread takes the lines after the last one.
+        for number in range(100):
+            pipe.writer.put(f"{number:0>999}\n")
+    assert pipe.read_until(f"{99:0>999}") == [f"{number:0>999}" for number in range(100)]
+    assert sizes == [65_000, 35_000]  # MAX_WRITE_BYTES is 65,536
+
+
+def test_only_the_line_that_cannot_be_written_is_lost(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, num_calls = os.write, 0
+
+    def fail_in_the_second_line(descriptor: int, data: bytes) -> int:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 2:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[:9] if num_calls == 1 else data)
+
+    monkeypatch.setattr("os.write", fail_in_the_second_line)
+    with pipe.writer._condition:
+        for line in ("first", "second", "third"):
+            pipe.writer.put(f"{line}\n")
+    report = "unfog: 1 log lines were dropped"
+    assert pipe.read_until(report) == ["first", "sec", "third", report]
+    assert pipe.writer.num_dropped == 1
+
+
 def test_lines_of_several_threads_do_not_mix(pipe: Pipe) -> None:
     def put(letter: str) -> None:
         for _ in range(50):
@@ -144,19 +184,12 @@ def test_slow_reader_gets_one_report_until_half_of_the_queue_is_free(pipe: Pipe)
 
 
 def test_each_line_is_tried_once_after_the_reader_closed_the_pipe(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    write = os.write
-
-    def count(descriptor: int, data: bytes) -> int:
-        calls.append(descriptor)
-        return write(descriptor, data)
-
-    monkeypatch.setattr("os.write", count)
+    sizes = count_writes(monkeypatch)
     pipe.close_reader()
     for _ in range(20):
         pipe.writer.put("lost\n")
     pipe.writer.flush(WAIT_SECONDS)
-    assert (len(calls), pipe.writer.num_dropped) == (20, 20)
+    assert (len(sizes), pipe.writer.num_dropped) == (20, 20)
 
 
 def test_write_errors_are_reported_after_the_next_successful_write(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:

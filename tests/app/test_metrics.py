@@ -4,7 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app import errors
 from app.main import create_app
-from app.metrics import Metrics, StepHistogram
+from app.metrics import Metrics, OneThreadHistogram
 from app.settings import Settings
 from tests.app.fakes import FakeRunner
 
@@ -129,7 +129,7 @@ def test_application_exposes_the_number_of_dropped_log_lines(monkeypatch: pytest
 
 def test_step_histogram_equals_the_histogram_of_the_library() -> None:
     bounds, values = (0.5, 1.0, 2.0), [0.1, 0.5, 0.7, 1.0, 2.0, 2.5, 1e9, 0.0]
-    ours, theirs = StepHistogram("unfog_x", "Text.", bounds), CollectorRegistry()
+    ours, theirs = OneThreadHistogram("unfog_x", "Text.", bounds), CollectorRegistry()
     histogram = Histogram("x", "Text.", namespace="unfog", registry=theirs, buckets=bounds)
     for value in values:
         ours.observe(value, 2)

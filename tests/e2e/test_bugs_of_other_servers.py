@@ -108,7 +108,12 @@ def test_vllm_24885_admitted_requests_complete_after_sigterm(checkpoint: Path) -
         )
         pool = stack.enter_context(ThreadPoolExecutor())
         admitted = [pool.submit(service.post, BODY) for _ in range(4)]
-        wait_until(lambda: service.client.get("/health").json()["queue"]["running"] >= 4, "all four requests run")
+
+        def num_admitted() -> int:
+            queue = service.client.get("/health").json()["queue"]
+            return int(queue["waiting"] + queue["running"])
+
+        wait_until(lambda: num_admitted() == 4 * BODY["count"], "all four requests are admitted")
         service.process.signal(signal.SIGTERM)
         assert {response.result(TIMEOUT).status_code for response in admitted} == {200}
         assert service.process.wait() == 0

@@ -36,8 +36,11 @@ class AccessLog:
         if self._traces and not is_quiet:
             fields |= self._traces.record(scope, context, fields, ended_at)
         level = logging.DEBUG if is_quiet else logging.INFO
-        path = scope["raw_path"].decode("ascii", "backslashreplace")  # a decoded path can contain line breaks
-        log.log(level, "%s %s", scope["method"], path, extra=fields)
+        if log.isEnabledFor(level):
+            path = scope["raw_path"].decode("ascii", "backslashreplace")  # a decoded path can contain line breaks
+            # Logger.log() would search the stack for its caller, which no formatter writes.
+            record = log.makeRecord(log.name, level, "", 0, "%s %s", (scope["method"], path), None, extra=fields)
+            log.handle(record)
 
     def _fields(self, scope: Scope, context: RequestContext, route: str, status: int, seconds: float) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 def client_address(scope: Scope) -> str:
     """Returns the client's address in canonical form, without a port, or `unknown`."""
-    return str(_parse(scope) or UNKNOWN)
+    return _texts_of(_host(scope))[0]
 
 
 def key_name(position: int) -> str:
@@ -28,19 +28,25 @@ def address_name(scope: Scope) -> str:
     A trusted proxy can forward text that is not an address. All such requests share one name. If the text were the
     name, a client could send a new name with each request, or the name of another client.
     """
-    address = _parse(scope)
+    return _texts_of(_host(scope))[1]
+
+
+def _host(scope: Scope) -> str:
+    """Returns the text that should be the client's address. It is empty for Unix sockets."""
+    return str((scope.get("client") or ("",))[0])
+
+
+@lru_cache(maxsize=256)  # Every request needs these texts several times.
+def _texts_of(host: str) -> tuple[str, str]:
+    """Returns the results of `client_address` and of `address_name`."""
+    address = _parse(host)
+    network: object = address
     if isinstance(address, ipaddress.IPv6Address):
-        return f"address:{ipaddress.ip_network((address.packed, SUBSCRIBER_PREFIX), strict=False)}"
-    return f"address:{address or UNKNOWN}"
+        network = ipaddress.ip_network((address.packed, SUBSCRIBER_PREFIX), strict=False)
+    return str(address or UNKNOWN), f"address:{network or UNKNOWN}"
 
 
-def _parse(scope: Scope) -> Address | None:
-    """Parses the client's address. Returns None for Unix sockets and for text that is not an address."""
-    return _parse_text(str((scope.get("client") or ("",))[0]))
-
-
-@lru_cache(maxsize=256)  # Every request needs its address several times.
-def _parse_text(host: str) -> Address | None:
+def _parse(host: str) -> Address | None:
     """Parses an address. Returns None for other text.
 
     The address can come from X-Forwarded-For. Some proxies add a port (`192.0.2.7:1234`, `[2001:db8::1]:80`), which

@@ -11,7 +11,7 @@ from app.api.requests import negotiate, read_json
 from app.api.responses import CLIP_ERRORS, ERRORS, FORMATS, IMAGE_FORMATS, JSON
 from app.api.schemas import GenerateRequest, GenerateResponse
 from app.api.stream_options import StreamOptionsDependency
-from app.api.task import Task
+from app.api.task import NO_CLIP, Task
 
 router = APIRouter(route_class=DirectRoute)
 
@@ -52,6 +52,6 @@ async def generate(
     body = with_seed(body, idempotency_key)
     info = service.info(body.model)
     options = with_clip_options(options_of(body, body.digit, info), body, info)
-    task = Task(options, body.count, body.timeout_seconds, num_steps=options.num_steps, scale=body.scale)
+    task = Task(options, body.count, body.timeout_seconds, num_steps=options.num_steps, scale=body.scale, facts=NO_CLIP)
     task = await guided_by_clip(request, service, task)
     return await answer(request, service, task, media_type, stream)

@@ -3,7 +3,6 @@
 https://github.com/kserve/open-inference-protocol
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -41,7 +40,7 @@ from app.api.options import options_of
 from app.api.probes import probe_response
 from app.api.requests import check_single, read_body
 from app.api.responses import BINARY, ERRORS, JSON, OCTETS
-from app.api.schemas import SamplingRequest
+from app.api.schemas import SamplingRequest, new_seed
 from app.api.task import Task
 from app.engine.engine import EngineState
 from app.engine.interface import ModelInfo
@@ -224,7 +223,7 @@ def _task(inputs: Inputs, seeds: Sequence[int], info: ModelInfo) -> Task:
 
 def _seeds(number: int, idempotency_key: str | None) -> list[int]:
     """Returns successive seeds. The first one follows from the key, or is random without a key."""
-    first = seed_of(idempotency_key) if idempotency_key else secrets.randbelow(MAX_SEED + 1)
+    first = seed_of(idempotency_key) if idempotency_key else new_seed()
     return [(first + i) % (MAX_SEED + 1) for i in range(number)]
 
 

@@ -58,7 +58,7 @@ async def recognize(request: Request, service: ServiceDependency) -> Response:
     assert isinstance(result, Recognition), "a recognition task has this result"
     info = service.info(body.model)
     if media_type == PNG:
-        with service.metrics.encode_duration.time(), context.encoding():
+        with context.encoding(service.metrics):
             content = await asyncio.to_thread(encode_error_chart, result, _chart_chunks(result, info, task.chunks))
         return Response(content, media_type=PNG, headers={"Server-Timing": server_timing(job, context)})
     response = RecognizeResponse(

@@ -44,9 +44,8 @@ async def reproduce(request: Request, service: ServiceDependency) -> Response:
 
     def compare_and_encode(job: Job, images: list[Pixels]) -> tuple[bytes, bool]:
         facts = original.compare(images)
-        return encode_answer(service, replace(task, facts=task.facts | facts), media_type, job, images), facts[
-            "identical"
-        ]
+        content = encode_answer(service, replace(task, facts={**task.facts, **facts}), media_type, job, images)
+        return content, facts["identical"]
 
     (content, is_identical), server_timing = await encoded(request, service, task, compare_and_encode)
     headers = {

@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -168,6 +169,59 @@ def test_result_that_the_event_loop_sets_needs_no_delivery() -> None:
         return await asyncio.wait_for(result, TIMEOUT)
 
     assert asyncio.run(main()) == 7
+
+
+def test_deliveries_wake_the_event_loop_once_until_it_makes_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> list[int]:
+        loop, mailbox = asyncio.get_running_loop(), Mailbox()
+        works = [concurrent.futures.Future[int]() for _ in range(3)]
+        results = [mailbox.result_of(work) for work in works]
+        wake, num_wakes = loop.call_soon_threadsafe, 0
+
+        def count(*arguments: Any) -> Any:
+            nonlocal num_wakes
+            num_wakes += 1
+            return wake(*arguments)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+
+        def complete(*places: int) -> None:
+            for place in places:
+                works[place].set_result(place)
+                mailbox.deliver()
+
+        counts = []
+        for places in ((0, 1), (2,)):
+            thread = threading.Thread(target=complete, args=places)
+            thread.start()
+            thread.join()  # blocks the event loop, so that it makes no call before the last delivery
+            counts.append(num_wakes)
+            assert await asyncio.gather(*(results[place] for place in places)) == list(places)
+        return counts
+
+    assert asyncio.run(main()) == [1, 2]
+
+
+def test_mailbox_of_a_closed_event_loop_works_in_the_next_one() -> None:
+    mailbox = Mailbox()
+
+    async def leave() -> concurrent.futures.Future[int]:
+        work: concurrent.futures.Future[int] = concurrent.futures.Future()
+        mailbox.result_of(work)
+        return work
+
+    async def wait() -> int:
+        work: concurrent.futures.Future[int] = concurrent.futures.Future()
+        result = mailbox.result_of(work)
+        await asyncio.to_thread(work.set_result, 7)
+        mailbox.deliver()
+        return await asyncio.wait_for(result, TIMEOUT)
+
+    left = asyncio.run(leave())
+    threading.Thread(target=left.set_result, args=(1,)).start()
+    left.result(TIMEOUT)
+    mailbox.deliver()
+    assert asyncio.run(wait()) == 7
 
 
 EVENTS = {"Accept": "text/event-stream"}

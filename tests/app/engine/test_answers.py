@@ -1,5 +1,7 @@
 """Tests of the engine with its thread: jobs are answered with their images, and metrics count the steps."""
 
+import threading
+
 from app.api.requests import ClientGoneError
 from app.engine.job import ImageKey, Job
 from tests.app.fakes import (
@@ -69,6 +71,20 @@ def test_rows_cancelled_during_a_step_are_released() -> None:
         assert same(staying.future.result(WAIT_SECONDS), images(staying))
         wait_until(lambda: not runner.held)
     assert sum(any(row.job is leaving for row in rows) for rows in runner.calls) == 1
+
+
+def test_cancel_of_an_answered_job_does_not_wait_for_the_engine() -> None:
+    engine = opened(new_engine(FakeRunner()))
+    job = new_job(num_steps=1)
+    engine.submit(job)
+    while not job.closed:
+        tick(engine)
+    cancelling = threading.Thread(target=engine.cancel, args=(job, ClientGoneError()), daemon=True)
+    with engine._condition:
+        cancelling.start()
+        cancelling.join(WAIT_SECONDS)
+        assert not cancelling.is_alive()
+    assert same(job.future.result(), images(job))
 
 
 def test_metrics_count_every_step() -> None:

@@ -125,7 +125,7 @@ def test_number_of_function_calls_of_a_step_does_not_grow_with_the_number_of_row
         step()
         return count_calls(step)
 
-    assert calls(512 // size) == calls(1)
+    assert calls(512 // size) == calls(2)
 
 
 def test_rows_that_join_and_end_in_each_step_have_a_constant_cost_each() -> None:

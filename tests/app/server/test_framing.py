@@ -348,3 +348,23 @@ def test_head_of_a_stream_is_sent_immediately() -> None:
     head, first, _ = answer_in_parts(h11.Response(status_code=200, headers=[]), b"abc")
     assert head.startswith(b"HTTP/1.1 200")
     assert first == b"3\r\nabc\r\n"
+
+
+def test_h11_is_called_once_for_each_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, events = h11.Connection.next_event, list[str]()
+
+    def count(connection: h11.Connection) -> object:
+        event = call(connection)
+        events.append(type(event).__name__)
+        return event
+
+    monkeypatch.setattr(h11.Connection, "next_event", count)
+    connection, of_one = LimitedConnection(MAX_AHEAD), ["Request", "Data", "EndOfMessage"]
+    for number in (1, 2):
+        connection.receive_data(HEAD_START + b"Content-Length: 2\r\n\r\n{}")
+        assert [type(event).__name__ for event in next_events(connection)] == of_one
+        for answer in (h11.Response(status_code=204, headers=[]), h11.EndOfMessage()):
+            connection.send(answer)
+        connection.start_next_cycle()
+        assert list(next_events(connection)) == []
+        assert events == number * of_one
