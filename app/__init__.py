@@ -4,5 +4,5 @@ from importlib.metadata import PackageNotFoundError, version
 
 try:
     VERSION = version("unfog")
-except PackageNotFoundError:  # a checkout that is not installed
+except PackageNotFoundError:  # The project is not installed.
     VERSION = "unknown"

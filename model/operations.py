@@ -1,9 +1,12 @@
 """Group norm, 1x1 convolution, GELU and attention. Their results equal those of torch except for rounding.
 
-On a GPU (`is_on_gpu`), group norm and 1x1 convolutions use operations that launch fewer kernels. On a CPU, three cases
-use faster formulas. Compiled group norm: Inductor generates Welford sums over the few channels of a group, which use
-half of a SIMD vector. Compiled GELU: Inductor generates tanh, which takes three times as long as exp. Attention in
-training: the backward pass of torch's fused attention takes more than ten times as long as the forward pass.
+On a GPU (`is_on_gpu`), group norm and 1x1 convolutions use operations that launch fewer kernels. On a CPU, three
+operations use faster formulas:
+- compiled group norm, because Inductor generates Welford sums over the few channels of a group, which use half of a
+  SIMD vector,
+- compiled GELU, because Inductor generates tanh, which takes three times as long as exp,
+- attention in training, because the backward pass of torch's fused attention takes more than ten times as long as the
+  forward pass.
 """
 
 import math
@@ -27,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
     """torch.nn.GroupNorm (Wu & He 2018) with faster formulas on a GPU and in compiled code for a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalizes x (B, C, H, W) in groups of channels. Returns the same shape and dtype."""
+        """Normalises x (B, C, H, W) in groups of channels. Returns the same shape and dtype."""
         if is_on_gpu(x):
             return self.scaled(x, self.weight, self.bias)
         if torch.compiler.is_compiling():
@@ -35,7 +38,7 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x)
 
     def scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """Normalizes x (B, C, H, W) with scale and shift, (B, C) or (C,), in place of the weight and the bias."""
+        """Normalises x (B, C, H, W) with scale and shift, (B, C) or (C,), in place of the weight and the bias."""
         return scaled_group_norm(x, self.num_groups, scale, shift, self.eps)
 
 
@@ -73,15 +76,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def scaled_group_norm(x: Tensor, num_groups: int, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """Returns the group norm (Wu & He 2018) of x (B, C, H, W) in channels_last. scale and shift are (B, C) or (C,).
 
-    They replace the weight and the bias. On a GPU, torch's group norm of a channels_last tensor launches four kernels,
-    and the next convolution a fifth, because the result has another layout. This function launches three. The first
-    copies the values of each group side by side. The second is torch's layer norm, which computes mean and variance
-    in float32. The third scales and shifts, and writes in channels_last. The layer norm uses one block of threads for
-    each group, so a row has the same bits in every batch.
+    They replace the weight and the bias. On a GPU, torch's group norm of a channels_last tensor launches four kernels.
+    Its result has another layout, so the next convolution launches a fifth. This function launches three kernels. The
+    first one copies the values of each group next to each other. The second one is torch's layer norm, which computes
+    mean and variance in float32. The third one scales, shifts, and writes the result in channels_last. The layer norm
+    uses one block of threads for each group, so a row has the same bits in every batch.
     """
     B, C, H, W = x.shape
     D = C // num_groups  # channels in a group
-    h = x.permute(0, 2, 3, 1).reshape(B, H * W, num_groups, D)  # a view, if x is in channels_last
+    h = x.permute(0, 2, 3, 1).reshape(B, H * W, num_groups, D)  # a view if x is in channels_last
     h = h.transpose(1, 2).contiguous()  # (B, groups, H W, D)
     h = F.layer_norm(h, h.shape[2:], eps=eps).transpose(1, 2)  # (B, H W, groups, D)
     scale, shift = (part.reshape(-1, 1, num_groups, D) for part in (scale, shift))  # (B or 1, 1, groups, D) each

@@ -7,7 +7,7 @@ from torch import Tensor
 def to_pixels(x: Tensor, *, is_clipped: bool = False) -> Tensor:
     """Returns an image in [-1, 1] as uint8 pixels 0..255 of the same shape.
 
-    Clips values outside [-1, 1], unless `is_clipped` says that there are none.
+    Clips values outside [-1, 1]. With `is_clipped`, there must be no such values.
     """
     clipped = x if is_clipped else x.clamp(-1, 1)
     return ((clipped + 1) * 127.5).round().to(torch.uint8)

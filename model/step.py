@@ -50,7 +50,10 @@ class State:
         return (value for value in values if value is not None)
 
     def noise_of(self, slots: Tensor, step: Tensor, image_shape: tuple[int, int, int], block: Tensor) -> Tensor:
-        """Returns the noise z (B, C, H, W) of step `step` (B,) of rows. `block` is `block_counter(image_shape)`."""
+        """Returns the noise z (B, C, H, W) of the steps with numbers `step` (B,) of the rows in slots (B,).
+
+        `block` is `block_counter(image_shape)`.
+        """
         if self.noise is None:
             return normal(self.seed[slots], self.index[slots], step, image_shape, block)
         return self.noise[slots, step]
@@ -64,8 +67,8 @@ class Rows(NamedTuple):
     has the slot and the plan of its row, so that the device does not look them up.
     """
 
-    slot: Tensor  # (N,) int64: index in the state of the row of each evaluation
-    plan_row: Tensor  # (N,) int64: row of the table of plans
+    slot: Tensor  # (N,) int64: for each evaluation, the index of its row in the state
+    plan_row: Tensor  # (N,) int64: for each evaluation, the row of the table of plans
     label: Tensor  # (N,) int64: label y of each evaluation
     step: Tensor  # (B,) int64: number of the step of each row, 1 for the first one
     second: Tensor  # (B,) int64: unconditional evaluation of a guided row, first evaluation of any other row
@@ -117,7 +120,7 @@ class ReverseStep(nn.Module):
         The state is not changed: the caller stores x_prev and x_0.
         """
         slot, plan_row, label, step, second = rows
-        slots, B = rows.slots, second.shape[0]  # len() would fix the number of rows in a compiled step
+        slots, B = rows.slots, second.shape[0]  # len() would make B a constant of a compiled step
         every_x_t, every_plan = state.x_t[slot], plans[plan_row]  # (N, C, H, W), (N, 7)
         t = every_plan[:, 0].long()  # (N,)
         c = self.condition[t, label]  # (N, D)

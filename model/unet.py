@@ -165,9 +165,9 @@ class UNet(nn.Module):
     def _with_norms(self, c: Tensor) -> Tensor:  # (B, D) -> (B, D)
         """Multiplies the weights and the biases of the modulated norms into the scales and the shifts in c.
 
-        A block computes (weight n + bias) (1 + scale) + shift, where n is normalized without weight and bias. The new
-        scale is weight (1 + scale), and the new shift is bias (1 + scale) + shift. On a GPU this launches four kernels
-        for all blocks together. Each block on its own would launch three.
+        A block computes (weight n + bias) (1 + scale) + shift, where n is normalised without weight and bias. The new
+        scale is weight (1 + scale), and the new shift is bias (1 + scale) + shift. On a GPU, this launches four kernels
+        for all blocks together. If each block did this separately, it would launch three kernels for each block.
         """
         norms = [block.norm for block in self._modulated_blocks]
         affine = torch.cat([part for norm in norms for part in (norm.weight, norm.bias)])  # (D,)

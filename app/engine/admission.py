@@ -173,7 +173,7 @@ class Admission:
         return self._limits[kind]
 
     def _full(self, kind: StepKind, margin: float = 1.0) -> Throughput:
-        """Returns the throughput of full steps of this kind. They are slower than now by the factor `margin`."""
+        """Returns the throughput of full steps of this kind if each takes `margin` times as long as now."""
         full, slowdown = self._limits_for(kind).full, margin * self.step_times.slowdown
         return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
 
@@ -198,8 +198,8 @@ class Admission:
     def _slack_with(self, job: Job, kind: StepKind, now: float) -> _Slack | None:
         """Returns a slack of the backlog with a new job that is at most the true one, or None if it is not known.
 
-        `kind` is that of the steps with the job. The new job delays each other job by at most its own work, unless it
-        changes the kind of the steps.
+        `kind` is the kind of the steps after the job was added. The new job delays each other job by at most its own
+        work, unless it changes the kind of the steps.
         """
         if self.backlog.jobs and kind != self.backlog.step_kind():
             return None

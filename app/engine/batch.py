@@ -17,7 +17,7 @@ from app.engine.job import STOPPED, Clock, IntArray, StepKind, StepRows, Traject
 # in the backlog, and 1 for the tail of a job.
 _SIZE, _CHANGES_AT, _FIRST, _PLACE, _IS_TAIL = range(5)
 NEVER = 1 << 62
-FEW_ROWS = 4  # a larger number of rows is found faster in one pass
+FEW_ROWS = 4  # For more rows, one pass over the batch is faster than one search for each row.
 
 
 class Batch:

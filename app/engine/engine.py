@@ -353,10 +353,11 @@ class Engine:
         return not_finite
 
     def _duration(self, start: float) -> tuple[float, bool]:
-        """Returns the duration of the step that has returned now, and False if it is not that of the device.
+        """Returns the duration of the step that has just returned, and whether this is its duration on the device.
 
-        A runner that enqueues steps returns early while it has enqueued few. Later it returns once for each step of the
-        device. The duration then is the time since the step before.
+        A runner that enqueues steps does not wait for the device in the first `steps_ahead` steps. Each later call
+        returns when the device has finished one more step. The time between two such returns is the duration of a step
+        on the device.
         """
         end, before, ahead = time.monotonic(), self._step_end, self._runner.steps_ahead
         self._step_end = end

@@ -194,7 +194,7 @@ class StepRunner(Protocol):
     def steps_ahead(self) -> int:
         """Returns the number of steps that `step` enqueues before it waits for the device.
 
-        It is 0 if `step` returns after the step.
+        It is 0 if `step` waits until the device has finished the step.
         """
 
     @property

@@ -221,8 +221,8 @@ class StepRows:
 
     trajectories: list[Trajectory]  # the same list in each step until it changes
     steps: IntArray  # (B,) number of finished steps
-    # (B,) size of the step. It is the same array while the rows and their sizes are the same, and all steps increase
-    # together.
+    # (B,) size of the step of each row, in evaluations. As long as this is the same array object, the rows and their
+    # sizes are the same, and `steps` increases by the same number for all rows.
     sizes: IntArray
 
     @classmethod

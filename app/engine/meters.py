@@ -1,4 +1,4 @@
-"""The metrics that the engine writes, as a protocol, so that the engine runs without prometheus_client."""
+"""The protocol of the metrics that the engine writes. With it, the engine does not need prometheus_client."""
 
 from typing import Protocol
 
@@ -14,7 +14,7 @@ class Labelled(Protocol):
     """A counter with one label."""
 
     def labels(self, *values: str) -> Counted:
-        """Returns the counter of a value of the label."""
+        """Returns the counter for this value of the label."""
 
 
 class Observed(Protocol):
@@ -29,19 +29,19 @@ class EngineMetrics(Protocol):
 
     @property
     def queue_wait(self) -> Observed:
-        """Returns the histogram, in seconds."""
+        """Returns the histogram of the wait for the first step, in seconds."""
 
     @property
     def admission_wait(self) -> Observed:
-        """Returns the histogram, in steps."""
+        """Returns the histogram of the wait for the first step, in steps."""
 
     @property
     def step_duration(self) -> Observed:
-        """Returns the histogram, in seconds."""
+        """Returns the histogram of the duration of a step, in seconds."""
 
     @property
     def batch_rows(self) -> Observed:
-        """Returns the histogram, in rows."""
+        """Returns the histogram of the batch size of a step, in rows."""
 
     @property
     def denoise_steps(self) -> Counted:
@@ -49,7 +49,7 @@ class EngineMetrics(Protocol):
 
     @property
     def network(self) -> Counted:
-        """Returns the counter of seconds."""
+        """Returns the counter of the seconds in network calls."""
 
     @property
     def images(self) -> Labelled:

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave(run_section(section, options, given.figures))
     try:
         return _run_all(parser, given)
-    except KeyboardInterrupt:  # the process of the section is already killed
+    except KeyboardInterrupt:  # run_process has already killed the process of the section.
         return INTERRUPTED
 
 
@@ -57,5 +57,6 @@ def _run_all(parser: ArgumentParser, given: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # The process of the section is then killed.
+    # SystemExit makes run_process kill the process of the section.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     sys.exit(main())

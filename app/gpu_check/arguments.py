@@ -49,9 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="PATH",
-        help="a Python interpreter with another version of torch, repeatable (default: this interpreter)",
+        help="Python interpreter to use. Repeat the argument to compare versions of torch (default: this interpreter)",
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="checkpoint to measure (default: the shipped)")
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="FILE", help="checkpoint to measure (default: the shipped one)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument(
         "--dtype",
@@ -65,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def as_arguments(given: argparse.Namespace, device: str) -> list[str]:
-    """Returns the arguments of the process of a section on a device. Its name and its file are added later."""
+    """Returns the arguments for the process of a section. The section and the file for its figures are added later."""
     checkpoint = ["--checkpoint", str(given.checkpoint.resolve())] if given.checkpoint else []
     return [*checkpoint, "--device", device, "--dtype", given.dtype]
 
@@ -98,5 +100,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= LONGEST_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, at most {LONGEST_SECONDS:.0f}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most {LONGEST_SECONDS:.0f}")
     return seconds

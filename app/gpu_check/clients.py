@@ -9,7 +9,7 @@ from itertools import count
 from typing import Any, Self
 
 ROUTE = "/generate"
-CLOSE_SECONDS = 60.0  # limit for the last answers
+CLOSE_SECONDS = 60.0  # time limit for the last answers
 
 Body = dict[str, Any]
 
@@ -30,7 +30,7 @@ class Connection:
 
     async def __aexit__(self, *error: object) -> None:
         self._writer.close()
-        with suppress(OSError):  # the service has closed the connection
+        with suppress(OSError):  # The service has closed the connection.
             await self._writer.wait_closed()
 
     async def post(self, body: Body) -> bytes:
@@ -59,16 +59,17 @@ async def latencies(port: int, bodies: list[Body]) -> list[float]:
 
 
 async def closed_loop(port: int, clients: int, make: Callable[[int], Body], settle: float, seconds: float) -> float:
-    """Returns the answers per second of clients that send their next request after each answer.
+    """Runs clients that send their next request after each answer. Returns the answers per second of all clients.
 
     The rate of a client is measured from its first answer after `settle` seconds to its first answer after further
-    `seconds`, so that also slow requests have a rate. Raises RequestFailed if a request fails.
+    `seconds`. So a request that takes longer than `seconds` also has a rate. Raises RequestFailed if a request fails.
     """
     numbers, rates = count(), list[float]()
     first = time.perf_counter() + settle
 
     async def run() -> None:
-        num_answers, start, now = 0, 0.0, first  # answers since `start`, the time of the first answer that counts
+        # `start` is the time of the first answer after `first`. `num_answers` is the number of answers after `start`.
+        num_answers, start, now = 0, 0.0, first
         async with Connection(port) as connection:
             while not num_answers or now < first + seconds:
                 await connection.post(make(next(numbers)))

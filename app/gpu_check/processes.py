@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]  # the folder of the package app
 KILL_SECONDS = 5.0  # time for a killed process to end. A process that waits in the driver can take longer.
-LINES_KEPT = 20  # of stderr, after a failure
+LINES_KEPT = 20  # the number of last lines of stderr that a failed section has in the results
 DONE, SKIPPED, FAILED, NOT_RUN = "done", "skipped", "failed", "not run"
 
 
@@ -23,7 +23,7 @@ class Outcome:
     """The result of a section."""
 
     status: str  # DONE, SKIPPED, FAILED or NOT_RUN
-    reason: str = ""  # of each status other than DONE
+    reason: str = ""  # why the status is not DONE
     seconds: float = 0.0
     figures: list[dict[str, Any]] = field(default_factory=list)
     stderr: list[str] = field(default_factory=list)  # the last lines, after a failure
@@ -40,15 +40,15 @@ class Outcome:
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of a section, in which this checkout can be imported."""
+    """Returns environment variables for the process of a section, which can then import this checkout."""
     folders = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def run_process(command: Sequence[str], seconds: float) -> Outcome:
-    """Runs the process of a section, with the path of the file for its figures as last argument.
+    """Runs the process of a section. The path of the file for its figures is added as the last argument.
 
-    At the time limit, the process and all its children are killed. The figures until then are kept.
+    After `seconds`, the process and all its children are killed. The figures that it has written are kept.
     """
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
@@ -78,7 +78,7 @@ def run_process(command: Sequence[str], seconds: float) -> Outcome:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kills the process and the children that still run."""
+    """Kills the process and those of its children that still run."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):

@@ -10,7 +10,7 @@ from typing import Any
 from app.gpu_check.processes import DONE, FAILED, SKIPPED, Outcome
 from model.files import write_atomically
 
-WIDEST = 80  # characters of a column; a longer cell is not cut, but its column is not wider
+WIDEST = 80  # largest width of a column in characters. A longer cell is not cut: it exceeds the column.
 COLUMNS = ("section", "figure", "value", "unit", "target", "result")
 
 
@@ -30,7 +30,7 @@ class Report:
         return sum(outcome.num_failed for outcome in self.outcomes.values())
 
     def write(self, path: Path) -> None:
-        """Writes the results so far. Raises OSError if this fails."""
+        """Writes the results so far to a JSON file. Raises OSError if this fails."""
         content = {
             "python": self.python,
             "torch": self.torch,
@@ -78,7 +78,7 @@ def _cell(text: str) -> str:
 
 
 def _value(figure: Mapping[str, Any]) -> str:
-    """Returns a number with at least four digits, and any other value as it is."""
+    """Returns the text of a value. A float has at least four significant digits, or two if it is below 0.0001."""
     value = figure.get("value", "")
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)

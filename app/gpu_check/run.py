@@ -1,4 +1,4 @@
-"""Runs all sections, one after the other, with each interpreter."""
+"""Runs the sections one after the other with an interpreter."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ class ProbeError(Exception):
 
 
 def open_report(python: str, device: str) -> Report:
-    """Returns an empty report with the version of torch and the device. Raises ProbeError if torch does not work."""
+    """Returns an empty report with the version of torch and the device. Raises ProbeError if they cannot be found."""
     command = [python, "-c", PROBE, device]
     try:
         done = subprocess.run(
@@ -52,7 +52,7 @@ def run_sections(
 ) -> None:
     """Runs the sections and adds their results to the report. Tries to write the report to a file after each section.
 
-    `seconds` limits all sections together. The sections for which no time is left are not run.
+    `seconds` limits all sections together. When no time is left, the remaining sections are not run.
     """
     end, is_gpu = time.monotonic() + seconds, report.device.startswith("cuda")
     for section in sections:
@@ -60,12 +60,12 @@ def run_sections(
         if section.needs_gpu and not is_gpu:
             outcome = Outcome(SKIPPED, NO_GPU)
         elif left < LEAST_SECONDS:
-            outcome = Outcome(NOT_RUN, "time is up")
+            outcome = Outcome(NOT_RUN, "the total time limit is reached")
         else:
             command = [report.python, "-m", "app.gpu_check", "--section", section.name, *arguments, "--figures"]
             outcome = run_process(command, min(section.seconds, left))
         report.outcomes[section.name] = outcome
-        with suppress(OSError):  # The next sections still run, and the table is printed.
+        with suppress(OSError):  # If writing fails, the other sections still run.
             report.write(out)
         reason = f": {outcome.reason}" if outcome.reason else ""
         say(f"{section.name}: {outcome.status} after {outcome.seconds:.1f} s{reason}")

@@ -1,4 +1,4 @@
-"""Runs one section in this process. Each figure is written to a file at once, so that a crash does not lose it."""
+"""Runs one section in this process. Writes each figure to a file immediately, so that a crash does not lose it."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def run_section(section: Section, options: Options, path: Path) -> int:
 
 
 def leave(status: int) -> None:
-    """Ends the process without the destructors of CUDA, which abort the process after an error in a kernel."""
+    """Ends the process without running the destructors of CUDA. They abort the process after an error in a kernel."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -8,7 +8,7 @@ HTTP_PACKAGES = ("fastapi", "uvicorn", "pydantic_settings", "prometheus_client",
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section. `module` has a function that takes Options and yields Figures."""
+    """A section. `function` is a function of `module`. It takes Options and yields Figures."""
 
     name: str
     text: str  # what the section measures
@@ -16,13 +16,13 @@ class Section:
     seconds: float  # time limit
     function: str = "measure"
     needs_gpu: bool = False
-    packages: tuple[str, ...] = ()  # the packages that it needs in addition to those of the engine
+    packages: tuple[str, ...] = ()  # packages that it needs in addition to those of the engine
 
 
 SECTIONS = (
     Section("facts", "the machine, its memory bandwidth, its matrix rate", f"{_MEASUREMENTS}.facts", 45),
     Section("correctness", "probe images, noise, tests for a GPU", f"{_MEASUREMENTS}.correctness", 120),
-    Section("no_gpu", "the errors if no GPU is visible", f"{_MEASUREMENTS}.failures", 60, "measure_no_gpu"),
+    Section("no_gpu", "the behaviour if no GPU is visible", f"{_MEASUREMENTS}.failures", 60, "measure_no_gpu"),
     Section(
         "synchronisations",
         "how often the host waits for the GPU in a step",

@@ -1,4 +1,4 @@
-"""The section over HTTP: starts `python -m app`, then measures its start, one image and loads."""
+"""The section `http`: starts `python -m app`, and measures its start, the latency of one image, and loads."""
 
 import asyncio
 import json
@@ -27,11 +27,12 @@ GUIDANCE: dict[str, dict[str, Any]] = {"guidance off": {"guidance_scale": 1}, "d
 class Sizes:
     """The sizes of the measurements."""
 
-    num_images: int  # that are generated one after the other, after as many that are not measured
-    loads: tuple[tuple[int, int], ...]  # clients, and images of each of their requests
-    settle_seconds: float  # before the rate is measured
-    seconds: float  # in which the rate is measured
-    pause_seconds: float  # before that, after a first load: the service then captures the graphs of this load
+    num_images: int  # images that are measured one after the other. The same number is generated first, unmeasured.
+    loads: tuple[tuple[int, int], ...]  # (number of clients, images of each request)
+    settle_seconds: float  # duration of a load before its rate is measured
+    seconds: float  # duration of the measurement of the rate
+    # Pause after a first load that is not measured. The service then captures the graphs for it. 0: no first load.
+    pause_seconds: float
 
 
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0, 3.0)
@@ -91,7 +92,7 @@ def running_service(options: Options) -> Iterator[tuple[int, float]]:
     variables = {name: value for name, value in os.environ.items() if not name.upper().startswith("UNFOG_")}
     variables |= {"UNFOG_PORT": str(port), "UNFOG_DEVICE": options.device, "UNFOG_DTYPE": options.dtype}
     variables |= {"UNFOG_LOG_LEVEL": "warning", "UNFOG_CLIP": "off"}
-    variables |= {"UNFOG_QUEUE_CAPACITY": "100000", "UNFOG_REQUEST_TIMEOUT": "600"}  # no request is refused
+    variables |= {"UNFOG_QUEUE_CAPACITY": "100000", "UNFOG_REQUEST_TIMEOUT": "600"}  # The service refuses no request.
     if options.device == "cpu":
         variables["UNFOG_COMPILE"] = "off"
     if options.checkpoint:
@@ -117,7 +118,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int) -> None:
         try:
             _get(port, "/health")
             return
-        except (OSError, HTTPException):  # the service does not listen yet, or it is not ready
+        except (OSError, HTTPException):  # The service does not listen yet, or it is not ready.
             time.sleep(POLL_SECONDS)
     raise RequestFailed(f"the service was not ready after {START_SECONDS:.0f} s")
 
@@ -141,7 +142,7 @@ def _read(port: int, path: str) -> bytes:
 
 
 def _device_bytes(port: int) -> float:
-    """Returns the memory of the GPU that the service has reserved."""
+    """Returns the memory of the GPU that the service has reserved, in bytes."""
     lines = _read(port, "/metrics").decode().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith("unfog_device_memory_bytes "))
 

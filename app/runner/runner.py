@@ -98,7 +98,7 @@ class Runner:
 
     @property
     def steps_ahead(self) -> int:
-        """Returns 0: `step` waits for the device."""
+        """Returns 0, because `step` waits for the device."""
         return 0
 
     @property

@@ -82,9 +82,9 @@ def test_request_fails_if_the_child_process_ends_while_it_computes(scoring: Serv
         before = core_seconds(child.pid)
         response = pool.submit(score, scoring)
         while core_seconds(child.pid) == before:
-            assert not response.done(), "the child process does the work of the request"
-        child.send_signal(signal.SIGSTOP)  # The service has sent a batch, or sends one without an answer.
-        scoring.wait_for(2, "requests_in_progress")  # the request and the scrape
+            assert not response.done(), "the child process must use CPU time before the answer"
+        child.send_signal(signal.SIGSTOP)  # The child process answers no batch from now on.
+        scoring.wait_for(2, "requests_in_progress")  # the request, and the one for the metrics
         child.kill()
         assert_problem(response.result(TIMEOUT), 500, "internal_error")
     assert score(scoring).json()["similarities"] == expected

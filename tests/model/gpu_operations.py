@@ -1,4 +1,4 @@
-"""Makes a network on a CPU use its operations for a GPU."""
+"""Lets tests run the operations for a GPU on a CPU."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Compares the network with its operations for a GPU with those for a CPU, on a CPU. Checks the memory layouts."""
+"""Compares the operations of the network for a GPU with those for a CPU. Both run on a CPU. Checks memory layouts."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -49,7 +49,8 @@ def shipped() -> UNet:
 def test_output_and_gradients_on_a_gpu_equal_those_on_a_cpu_in_float64(
     architecture: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blocks, "attention", F.scaled_dot_product_attention)  # on a CPU it is float32 in training
+    # The attention for training on a CPU computes in float32.
+    monkeypatch.setattr(blocks, "attention", F.scaled_dot_product_attention)
     network = channels_last(tiny_unet(**architecture)).double().requires_grad_()
     x_t, c = (part.double().requires_grad_() for part in inputs(network))
     children = (network.stem, network.downs, network.mids, network.ups, network.final_conv)
@@ -132,4 +133,4 @@ def test_layout_changes_on_a_gpu_only_where_a_norm_gathers_its_groups(served: Ca
 def test_number_of_operations_on_a_gpu_is_bounded(served: Callable[[], Tensor]) -> None:
     with Operations() as operations:
         served()
-    assert operations.counts.total() <= 93  # 97 with torch's group norm, each of which is five kernels
+    assert operations.counts.total() <= 93  # The number is 97 with torch's group norm, which launches five kernels.

@@ -15,9 +15,9 @@ from app.runner.gpu_measurements.rows import new_rows, run_step
 from app.runner.warm_up import PROBE_TOLERANCE
 from model.noise import block_counter, normal, random_words
 
-NUM_ROWS = 64  # of the noise
+NUM_ROWS = 64  # number of rows whose noise is compared
 LARGEST_DIFFERENCE = 1e-6  # of noise values, relative to max(1, |z|)
-LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # mean absolute difference of images of the two runners, in levels of 255
+LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # largest mean absolute difference of pixels (0..255) of the two runners
 TESTS = Path(__file__).parents[3] / "tests"
 TEST_SECONDS = 60
 NO_TESTS = 5  # the exit status of pytest if no test is selected
@@ -43,7 +43,7 @@ def measure_on(machine: Machine) -> Iterator[Figure]:
 
 
 def _images(machine: Machine, kind: Kind, images: dict[Kind, list[Pixels]]) -> Iterator[Figure]:
-    """Yields whether the probe images are right. Adds further images to `images`."""
+    """Yields the check of the probe images. Adds other images to `images`, so that the runners can be compared."""
     runner = machine.runner(kind, machine.load(every=True))
     with checked(f"probe images, {kind}: {', '.join(runner.models)}") as check:
         runner.check()
@@ -56,7 +56,7 @@ def _images(machine: Machine, kind: Kind, images: dict[Kind, list[Pixels]]) -> I
 
 
 def _difference(images: dict[Kind, list[Pixels]]) -> Figure:
-    """Returns whether the images with and without graphs are nearly the same."""
+    """Returns the check that the images with and without graphs are nearly equal."""
     graph, eager = (np.stack(images[kind]).astype(np.float64) for kind in ("graph", "eager"))
     levels = float(np.abs(graph - eager).mean())
     return Figure("images of graph and eager, mean difference", levels, "levels", passed=levels <= LARGEST_LEVELS)

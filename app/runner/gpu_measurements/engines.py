@@ -36,7 +36,7 @@ class NoMetrics:
 
 
 class StepEvents(NamedTuple):
-    """The events of a step, in order, and whether rows began in it."""
+    """The events of a step, in order, and whether rows begin in it."""
 
     entry: TimedEvent  # before the step
     call: TimedEvent  # before its network call
@@ -45,7 +45,7 @@ class StepEvents(NamedTuple):
 
 
 class MeasuredRunner:
-    """A runner that counts the steps of rows and the shortages of memory, and records events if it is asked to."""
+    """A runner that counts steps, their rows, and shortages of memory. It records events if `is_recording` is True."""
 
     def __init__(self, machine: Machine, runner: Runner) -> None:
         self._machine, self._runner = machine, runner
@@ -84,10 +84,10 @@ class MeasuredRunner:
 
 
 def idle_share(events: list[StepEvents]) -> float:
-    """Returns the share of the time in which the device has no work between steps. The events must have passed.
+    """Returns the share of the time in which the device has no step to do. All events must have passed.
 
-    The time before the network call of a step counts as work only if rows begin in this step. Their noise is then
-    drawn. Work of readings counts as idle.
+    The time before the network call of a step counts as work only if rows begin in this step, because the device then
+    draws their noise. The time of readings counts as idle.
     """
     idle = 0.0
     for before, step in pairwise(events):
@@ -103,7 +103,7 @@ def running_engine(
 ) -> Iterator[tuple[Engine, MeasuredRunner]]:
     """Yields an engine that is ready, and its runner. Stops the engine after the block.
 
-    `max_batch` is the maximum number of rows of a step. If it is None, the number follows from the step times.
+    `max_batch` is the maximum number of rows of a step. If it is None, the engine chooses it from the step times.
     """
     made: list[MeasuredRunner] = []
 

@@ -1,4 +1,4 @@
-"""Finds facts about the machine, and measures the speed that its hardware permits."""
+"""Finds facts about the machine, and measures the highest speed of its hardware."""
 
 import os
 import platform
@@ -57,7 +57,7 @@ def gpu_facts(device: torch.device) -> Iterator[Figure]:
 
 
 def _ceilings(machine: Machine) -> Iterator[Figure]:
-    """Yields the memory bandwidth, the matrix rate, and the images per second that the matrix rate permits."""
+    """Yields the memory bandwidth, the matrix rate, and the rate of images that follows from the matrix rate."""
     yield Figure("memory bandwidth, read and write of a copy", _copy_rate(machine) / 1e9, "GB/s")
     rate = _matrix_rate(machine)
     yield Figure("matrix rate", rate / 1e12, "TFLOP/s")
@@ -92,7 +92,7 @@ def flop_of(loaded: Checkpoint) -> int:
 
 
 def launches(machine: Machine) -> Iterator[Figure]:
-    """Yields the time of the smallest work: one addition, enqueued on its own and as a graph."""
+    """Yields the time to launch one addition, as a single kernel and as a graph."""
     x = torch.zeros(1, device=machine.device)
     with torch.inference_mode():
         graph = machine.graph_device().capture(lambda: _add(x))
@@ -109,7 +109,7 @@ def _add(x: torch.Tensor) -> None:
 
 
 def _time_launches(machine: Machine, launch: Callable[[], object]) -> tuple[float, float]:
-    """Returns the seconds of one launch on the host and on the device, if many are enqueued."""
+    """Returns the mean seconds of a launch on the host and on the device, for many launches in a row."""
     with torch.inference_mode():
         launch()
         machine.synchronize()
@@ -122,7 +122,7 @@ def _time_launches(machine: Machine, launch: Callable[[], object]) -> tuple[floa
 
 
 def _seconds(machine: Machine, work: Callable[[], object]) -> float:
-    """Returns the shortest duration of the work."""
+    """Returns the shortest duration of the work in several runs, in seconds."""
     with torch.inference_mode():
         return min(_time(machine, work) for _ in range(1 + ROUNDS))
 

@@ -17,10 +17,10 @@ from app.runner.gpu_measurements.rows import new_job
 from app.runner.runner import Runner
 from app.runner.warm_up import PROBE_TOLERANCE
 
-NUM_IMAGES = 512  # of the request while memory is short
+NUM_IMAGES = 512  # images of the request that is sent while memory is short
 BYTES_LEFT = 48 << 20  # too few for an eager step of 512 rows, and enough for one of 32 rows (estimates)
 NUM_STEPS = 20
-LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # mean absolute difference of two images, in levels of 255
+LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # largest mean absolute difference of the pixels (0..255) of two images
 NO_CLASS = 1_000_000  # larger than any label, so that a kernel reads beyond the end of a table
 OPEN_SECONDS = 60
 OPEN_DEVICE = "import sys; from app.runner.device import choose_device; print(choose_device(sys.argv[1]).type)"
@@ -34,9 +34,9 @@ def measure_memory(options: Options) -> Iterator[Figure]:
 
 
 def shortage(machine: Machine, kind: Kind, count: int) -> Iterator[Figure]:
-    """Yields what happens to a large request if the memory is full, and whether the engine recovers.
+    """Yields whether a large request is finished while the memory is full, and whether the engine recovers.
 
-    The first step has all `count` images. An eager runner must run out of memory there. A graph runner need not,
+    The first step has all `count` images. An eager runner must run out of memory in it. A graph runner can finish it,
     because the memory of its graphs is already reserved.
     """
     with running_engine(machine, kind, max_batch=count) as (engine, runner):
@@ -53,17 +53,17 @@ def shortage(machine: Machine, kind: Kind, count: int) -> Iterator[Figure]:
         with checked(f"{kind}: one image afterwards") as small:
             (after,) = images_of(engine, new_job(info, seed=1, num_steps=NUM_STEPS))
             if (levels := np.abs(after.astype(float) - before).mean()) > LARGEST_LEVELS:
-                raise ArithmeticError(f"the image differs by {levels:.1f} levels from the image before")
+                raise ArithmeticError(f"the image differs by {levels:.1f} levels from the one before the shortage")
         yield small.figure
 
 
 def measure_graph_assert(options: Options) -> Iterator[Figure]:
-    """Yields whether the graph runner reports an error in a kernel. Ends the use of the GPU in this process."""
+    """Yields whether the graph runner reports an error in a kernel. This process cannot use the GPU afterwards."""
     yield device_assert(open_gpu(options).runner("graph"), "graph")
 
 
 def measure_eager_assert(options: Options) -> Iterator[Figure]:
-    """Yields whether the eager runner reports an error in a kernel. Ends the use of the GPU in this process."""
+    """Yields whether the eager runner reports an error in a kernel. This process cannot use the GPU afterwards."""
     yield device_assert(open_gpu(options).runner("eager"), "eager")
 
 

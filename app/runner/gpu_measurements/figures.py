@@ -65,7 +65,7 @@ class Figure:
 
 @dataclass(slots=True)
 class Check:
-    """The outcome of a block of code that must not raise."""
+    """The outcome of a block of code that must not raise an error."""
 
     name: str
     error: str = ""

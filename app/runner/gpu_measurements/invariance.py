@@ -1,4 +1,4 @@
-"""Compares the bytes of an image in different batches, and finds the first layer of the network that differs."""
+"""Compares the bytes of an image in different batches, and finds the first layer whose output differs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def measure(options: Options) -> Iterator[Figure]:
 
 
 def measure_on(machine: Machine, sizes: Sequence[int], fixed_rows: int = FIXED_ROWS) -> Iterator[Figure]:
-    """Yields the figures of a machine. A CPU and steps of a fixed size must give the same bytes."""
+    """Yields the figures of a machine. On a CPU and in steps of a fixed size, the bytes must be equal."""
     for kind in machine.kinds():
         figures = _equal_bytes(machine.runner(kind), kind, sizes, must=not machine.is_gpu)
         yield from guarded(f"equal bytes, {kind}", figures)
@@ -64,7 +64,7 @@ def _text(positions: Sequence[int]) -> str:
 
 
 def _rows(runner: Runner, size: int, positions: Sequence[int], *, is_guided: bool) -> list[Trajectory]:
-    """Returns rows that are all different, except for those at the positions, which are the same row."""
+    """Returns rows with different seeds, except that all rows at the positions have the same seed and label."""
     info, guided_steps = runner.models[DEFAULT_MODEL], range(NUM_STEPS if is_guided else 0)
     return [
         new_job(

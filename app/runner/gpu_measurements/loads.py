@@ -21,11 +21,12 @@ GUIDANCE: dict[str, StepSet | None] = {"guidance off": range(0), "default guidan
 class Sizes:
     """The sizes of the measurements."""
 
-    num_images: int  # that are generated one after the other, after as many that are not measured
-    loads: tuple[tuple[int, int], ...]  # clients, and images of each of their requests
-    settle_seconds: float  # before the rate is measured
-    seconds: float  # in which the rate is measured
-    pause_seconds: float  # before that, after a first load: the service then captures the graphs of this load
+    num_images: int  # images that are measured one after the other. The same number is generated first, unmeasured.
+    loads: tuple[tuple[int, int], ...]  # (number of clients, images of each request)
+    settle_seconds: float  # duration of a load before its rate is measured
+    seconds: float  # duration of the measurement of the rate
+    # Pause after a first load that is not measured. The service then captures the graphs for it. 0: no first load.
+    pause_seconds: float
 
 
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 3.0, 3.0)
@@ -35,13 +36,13 @@ LARGEST_IDLE_SHARE = 10.0  # in %
 
 
 def measure(options: Options) -> Iterator[Figure]:
-    """Yields the figures of one image and of the loads."""
+    """Yields the latency of one image and the figures of the loads."""
     machine = open_machine(options)
     yield from measure_on(machine, OF_GPU if machine.is_gpu else OF_CPU)
 
 
 def measure_on(machine: Machine, sizes: Sizes) -> Iterator[Figure]:
-    """Yields the figures of a machine. The loads use the runner of the service."""
+    """Yields the figures of a machine. The loads run only with the kind of runner that the service uses."""
     for kind in machine.kinds():
         with running_engine(machine, kind) as (engine, runner):
             yield from _one_image(engine, kind, sizes.num_images)
@@ -108,7 +109,7 @@ class ClosedLoop:
             self._send()
 
     def run(self, seconds: float) -> None:
-        """Answers finished requests by new ones for some seconds. Raises the error of a request that fails."""
+        """Sends a new request after each answer, for this time. Raises the error of a request that fails."""
         end = time.perf_counter() + seconds
         while (left := end - time.perf_counter()) > 0:
             try:
@@ -118,7 +119,7 @@ class ClosedLoop:
             self._send()
 
     def finish(self) -> None:
-        """Waits for the open requests. Raises TimeoutError after JOB_SECONDS."""
+        """Waits until all requests are answered. Raises TimeoutError after JOB_SECONDS."""
         end = time.perf_counter() + JOB_SECONDS
         while self._num_open:
             try:

@@ -1,6 +1,6 @@
 """The device of the measurements. `Machine` is a CPU. `Gpu` has every call of torch.cuda that the measurements need.
 
-Tests use a subclass of Machine as a pretended GPU, so that the code of the measurements also runs on a CPU.
+Tests use a subclass of Machine that simulates a GPU, so that the code for a GPU also runs on a CPU.
 """
 
 import os
@@ -32,7 +32,7 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy
 # CUPTI, NVIDIA's library for profilers, stays loaded after a profile. If it is unloaded, CUDA before 12.6 can crash at
 # the next replay of a graph (pytorch #112507).
 CUPTI_VARIABLES = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
-MOST_SHOWN = 5  # kernels of a profile
+MOST_SHOWN = 5  # number of kernels in Profile.longest
 SMALLEST_BLOCK = 16 << 20  # bytes of the smallest tensor that fills the memory
 
 
@@ -69,13 +69,13 @@ class Machine:
 
     is_gpu = False
     activities: Sequence[ProfilerActivity] = (ProfilerActivity.CPU,)
-    kernel_type = "CPU"  # of the events of a profile that are kernels
+    kernel_type = "CPU"  # the device of the kernels in a profile
 
     def __init__(self, device: torch.device, dtype: torch.dtype, paths: dict[str, Path]) -> None:
         self.device, self.dtype, self.paths = device, dtype, paths
 
     def load(self, *, every: bool = False) -> dict[str, Checkpoint]:
-        """Loads the default checkpoint, or every checkpoint. A runner moves the networks of its checkpoints."""
+        """Loads the default checkpoint, or every checkpoint. A runner moves their networks to its device."""
         return {name: checkpoint.load(path) for name, path in self.paths.items() if every or name == DEFAULT_MODEL}
 
     def runner(self, kind: Kind, models: dict[str, Checkpoint] | None = None, **options: Any) -> Runner:
@@ -113,15 +113,15 @@ class Machine:
         raise Skipped(NO_GPU)
 
     def drop_cache(self) -> None:
-        """Gives the memory that torch has reserved and does not use back to the GPU."""
+        """Frees the memory of the GPU that torch has reserved and does not use."""
 
     def watch_synchronisations(self, *, on: bool) -> None:
-        """Makes torch warn when an operation waits for the GPU, or stops that."""
+        """Turns the warnings of torch about operations that wait for the GPU on or off."""
 
     def fill_memory(self, bytes_left: int) -> list[Tensor]:
         """Allocates all memory of the GPU except for about this number of bytes. Returns the tensors.
 
-        Other processes can take memory at the same time. Then fewer bytes are left.
+        If other processes allocate memory at the same time, fewer bytes are left.
         """
         self.drop_cache()
         blocks = []
@@ -135,7 +135,7 @@ class Machine:
 
     @contextmanager
     def counted_synchronisations(self) -> Iterator[list[str]]:
-        """Yields a list. When the block ends, it has one message for each wait that torch has reported."""
+        """Yields a list. After the block, the list has one message for each wait that torch has reported."""
         found: list[str] = []
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -182,7 +182,7 @@ class Gpu(Machine):
 
     def select(self) -> None:
         """Makes the GPU the current device of the calling thread."""
-        torch.cuda.set_device(self.device.index or 0)  # a device without an index is refused
+        torch.cuda.set_device(self.device.index or 0)  # set_device refuses a device without an index
 
     def synchronize(self) -> None:
         """Waits until the GPU has done all work."""
@@ -203,11 +203,11 @@ class Gpu(Machine):
         return torch.cuda.mem_get_info(self.device)[0]
 
     def drop_cache(self) -> None:
-        """Gives the memory that torch has reserved and does not use back to the GPU."""
+        """Frees the memory of the GPU that torch has reserved and does not use."""
         torch.cuda.empty_cache()
 
     def watch_synchronisations(self, *, on: bool) -> None:
-        """Makes torch warn when an operation waits for the GPU, or stops that."""
+        """Turns the warnings of torch about operations that wait for the GPU on or off."""
         torch.cuda.set_sync_debug_mode("warn" if on else "default")
 
     def profile(self, work: Callable[[], None]) -> Profile:

@@ -33,7 +33,7 @@ def new_rows(info: ModelInfo, count: int, kind: str, num_steps: int = 0) -> list
 
 
 def run_step(runner: Runner, rows: list[Trajectory]) -> list[Trajectory]:
-    """Runs one step and counts it, as the engine does. Returns the rows that are known not to be finite."""
+    """Runs one step and counts it, as the engine does. Returns the rows that the runner reports as not finite."""
     not_finite = runner.step(StepRows.of(rows))
     for row in rows:
         row.step += 1

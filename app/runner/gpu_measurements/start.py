@@ -12,7 +12,7 @@ from app.runner.graphs.device import Graph, GraphDevice
 from app.runner.graphs.graph_runner import GraphRunner
 
 READY = Target(20.0)  # seconds
-IDLE_SECONDS = 30.0  # limit for the captures that an idle service makes
+IDLE_SECONDS = 30.0  # time limit for the captures that an idle service makes
 
 
 class CountingDevice:
@@ -52,7 +52,7 @@ def measure_on(machine: Machine, idle_seconds: float, **of_runner: Any) -> Itera
     while runner.has_idle_work and time.perf_counter() - start < idle_seconds:
         runner.idle()
     machine.synchronize()
-    rest = "" if runner.has_idle_work else ", which are all"
+    rest = "" if runner.has_idle_work else " (all)"
     yield Figure(f"graphs captured after idle time{rest}", device.num_captures)
     yield Figure("duration of the captures in idle time", time.perf_counter() - start, "s")
     yield Figure("growth of the reserved memory in idle time", (machine.reserved_bytes() - at_ready) / 2**20, "MiB")

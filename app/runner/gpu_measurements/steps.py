@@ -19,8 +19,8 @@ from model.compiled.compiler import CompilerError
 from model.compiled.kernel_cache import prepare_kernel_cache
 
 SIZES, CPU_SIZES = (1, 4, 16, 64, 256, 512), (1, 4)
-NUM_CALLS = 10  # whose median is the host time
-STEP_SECONDS = 0.2  # of the steps whose device time is measured
+NUM_CALLS = 10  # number of calls whose median is the host time
+STEP_SECONDS = 0.2  # least duration of the steps whose device time is measured
 LONGEST_NAME = 60
 
 
@@ -37,7 +37,7 @@ def measure_compiled(options: Options) -> Iterator[Figure]:
     if find_spec("triton") is None:
         raise Skipped("needs triton")
     with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
-        # In a container, only the folder of the service permits execution.
+        # In a read-only container, files can be executed only in the cache folder of the service.
         cache = Path(os.environ.get("UNFOG_CACHE_DIR") or folder)
         try:
             prepare_kernel_cache(cache)
@@ -56,7 +56,7 @@ def compiled_on(machine: Machine, runner: Runner, cache: Path, sizes: Sequence[i
 
 
 def measure_runners(machine: Machine, runners: Mapping[str, Runner], sizes: Sequence[int]) -> Iterator[Figure]:
-    """Yields the figures of runners by name, for all numbers of rows, small ones first.
+    """Yields the figures of each runner for all numbers of rows. The keys of `runners` are their names.
 
     All times are measured before the first profile, because steps can take longer after it.
     """
@@ -90,7 +90,7 @@ def _each(
 
 
 def _prepare(runner: Runner, rows: StepRows) -> None:
-    """Loads the kernels of a step and captures its graph. The step is repeated without counting it."""
+    """Loads the kernels of a step and captures its graph. The rows stay at the same step."""
     for _ in range(3):
         runner.step(rows)
         while runner.has_idle_work:  # Until its graph is captured, a step can use a larger graph.
@@ -136,7 +136,7 @@ def _call_seconds(machine: Machine, runner: Runner, rows: StepRows) -> float:
 
 
 def _device_seconds(machine: Machine, runner: Runner, rows: StepRows) -> float:
-    """Returns the duration of one of many steps that are enqueued one after the other."""
+    """Returns the mean duration of a step on the device, for many steps that are enqueued one after the other."""
     machine.synchronize()
     count, start, first = 0, time.perf_counter(), machine.event()
     while count < NUM_CALLS or time.perf_counter() - start < STEP_SECONDS:

@@ -24,7 +24,7 @@ class _Buffer:
     """A host buffer, and the end of the call for which it was filled."""
 
     tensor: Tensor  # (size,) int64
-    array: Array  # the same memory
+    array: Array  # the same memory as a NumPy array
     done: Event | None = None
 
 

@@ -37,8 +37,8 @@ MOST_ROWS = BATCHES[-1]  # of the shapes that are captured before they are neede
 FIRST_SLOTS = 2047  # Their number seldom has to grow. If it grows, all graphs must be captured again.
 MOST_INPUTS = 1 << 16  # integers of one step: two for each row and three for each evaluation
 LARGEST_PADDING = 2  # limit for the evaluations of a larger graph that is used while the exact one is not captured
-# The number of steps with a larger graph after which the exact one is captured, even if the device is never idle. A
-# capture delays all rows by about as much time as this number of steps loses with a larger graph (an estimate).
+# After this number of steps with a larger graph, the exact graph is captured even if the device is never idle. This
+# delays all rows by about the time that these steps with the larger graph lose (an estimate).
 MOST_LARGER_STEPS = 200
 _ZEROS, _NUMBERS = np.zeros(MOST_INPUTS, dtype=np.int64), np.arange(MOST_INPUTS)
 
@@ -93,7 +93,7 @@ class Call:
     def inputs(self, shape: Shape) -> Array:
         """Returns the inputs of a graph of this shape, in the order of Rows in model/step.py.
 
-        Rows and evaluations that pad use the padding slot, the first row of the plans and the label 0.
+        Padding rows and padding evaluations use the padding slot, the first row of the plans and the label 0.
         """
         count, more = self.num_rows, shape.rows - self.num_rows
         before, after = _ZEROS[:more], _ZEROS[: shape.further - self.num_further]
@@ -109,7 +109,7 @@ class Call:
         return np.concatenate(parts)
 
     def increments(self, shape: Shape) -> Array:
-        """Returns by how much the inputs increase with each step of the same rows: 1 for plan rows and steps."""
+        """Returns what each step of the same rows adds to the inputs: 1 to plan rows and steps, 0 to all others."""
         count, B, N = self.num_rows, shape.rows, shape.evaluations
         increments = np.zeros(3 * N + 2 * B, dtype=np.int64)
         for start, number in ((N, count), (N + B, self.num_further), (3 * N, count)):
@@ -119,11 +119,11 @@ class Call:
 
 @dataclass(slots=True)
 class PlainStep:
-    """The inputs of the next step of rows that are not special, for as long as these take their steps together."""
+    """The inputs of a step without special rows. They are updated for each further step of the same rows."""
 
-    sizes: Array  # the array of the StepRows for which the inputs were computed
+    sizes: Array  # `sizes` of the StepRows for which the inputs were computed
     first_step: int  # number of steps that the first row has finished
-    key: tuple[str, Shape]  # of the graph
+    key: tuple[str, Shape]  # the key of the graph
     inputs: Array
     increments: Array  # what a step adds to the inputs
     is_exact: bool  # False if a larger graph is used
@@ -137,8 +137,8 @@ class PlainStep:
 class GraphRunner(Runner):
     """Enqueues each step as one CUDA graph for each model. The host waits only if it is CALLS_AHEAD calls ahead.
 
-    The facts about the rows that a call needs are in an array with a column for each slot (new_rows.py). So a step of
-    images runs no Python code for each row.
+    The facts about the rows that a call needs are in an array with a column for each slot (new_rows.py). Therefore a
+    step without special rows runs no Python code for each row.
     """
 
     _slots: GraphSlots
@@ -170,7 +170,7 @@ class GraphRunner(Runner):
         self._versions = self._slots.version, len(self._plans.table)  # of the tensors that the graphs use
         self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time, the next one last
         self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph of a shape that is not captured
-        self._num_larger = Counter[tuple[str, Shape]]()  # the number of steps with a larger graph, by the exact one
+        self._num_larger = Counter[tuple[str, Shape]]()  # the number of steps with a larger graph, by exact graph
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
@@ -226,7 +226,7 @@ class GraphRunner(Runner):
         return LateReading(download, convert)
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Releases the slots of the trajectories. Later work on these slots is enqueued after the work of now."""
+        """Releases the slots of the trajectories. Later work on these slots runs after all enqueued work."""
         if trajectories:
             super().release(trajectories)
             self._trajectories = self._plain = None
@@ -298,7 +298,7 @@ class GraphRunner(Runner):
 
     def _begin(self, trajectories: list[Trajectory]) -> None:
         for row in trajectories:
-            row.first_plan_row = self._first_plan_row(row.options)  # can replace the table of plans
+            row.first_plan_row = self._first_plan_row(row.options)  # This can replace the table of plans.
         slots = np.array(self._slots.next_slots(trajectories), dtype=np.int64)
         self._drop_outdated_graphs()
         self._new.begin(trajectories, slots)
@@ -384,7 +384,7 @@ class GraphRunner(Runner):
         self._steps.capture((model.info.name, shape), partial(self._run_step, model, shape))
 
     def _run_step(self, model: LoadedModel, shape: Shape) -> None:
-        """The work of a step: reads the rows from their slots, and writes the results to the slots."""
+        """Does the work of a step: reads the rows from their slots, and writes the results to the slots."""
         B, N = shape.rows, shape.evaluations
         rows = Rows(*self._steps.inputs[: 3 * N + 2 * B].split([N, N, N, B, B]))
         state = self._slots.state if shape.has_known else self._slots.plain_state

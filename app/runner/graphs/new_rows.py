@@ -12,10 +12,10 @@ from app.runner.graphs.device import Array, GraphDevice
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.row_state import GraphSlots
 
-# The smallest and the largest number of noise images that are drawn together. An image with 100 steps needs 100. 8,192
-# need 200 MB of temporary tensors.
+# The smallest and the largest number of noise images that are drawn together. An image with 100 steps needs 100.
+# Drawing 8,192 uses 200 MB for temporary tensors.
 FEWEST_DRAWS, MOST_DRAWS = 128, 8192
-FEWEST_ROWS, MOST_ROWS = 8, 512  # rows that are begun together
+FEWEST_ROWS, MOST_ROWS = 8, 512  # the smallest and the largest number of rows that are begun together
 # The rows of the array of facts. SKIPPED is the number of finished steps whose noise is no longer stored.
 LABEL, IS_SPECIAL, PLAN_ROW, SKIPPED, _SEED, _INDEX, _NUM_NOISY = range(7)
 
@@ -36,7 +36,7 @@ class NewRows:
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
 
     def capture(self) -> None:
-        """Captures the graphs that begin rows, so that the first requests do not wait for it."""
+        """Captures the graphs that begin rows, so that the first requests do not wait for captures."""
         for size in _sizes(FEWEST_DRAWS, MOST_DRAWS):
             self._capture_draws(size)
         for size in _sizes(FEWEST_ROWS, MOST_ROWS):
@@ -48,9 +48,9 @@ class NewRows:
         self._starts.clear()
 
     def begin(self, trajectories: Sequence[Trajectory], slots: Array) -> None:
-        """Enqueues the work that begins rows in these slots: those of the first trajectory, then of the others.
+        """Enqueues the work that begins the rows of the trajectories in these slots.
 
-        Their plans must be in the table of plans.
+        The slots are in the order of the trajectories. The plans of the rows must be in the table of plans.
         """
         rows = [trajectory for trajectory in trajectories for _ in range(trajectory.num_slots)]
         facts = np.array([self._facts_of(row) for row in rows], dtype=np.int64).T  # (facts, B)
@@ -66,9 +66,10 @@ class NewRows:
         self._give_images(rows, slots)
 
     def refill_noise(self, rows: StepRows) -> bool:
-        """Draws the noise of the next steps for rows that have used their noise. Only long paths need this.
+        """Draws the noise of the next steps for rows that have used all their noise.
 
-        Returns True if the number of skipped steps of a row has changed.
+        Only rows with more steps than a slot has noise for need this. Returns True if the number of skipped steps of a
+        row has changed.
         """
         most = self._slots.noise_steps
         if self._most_noisy <= most:
@@ -77,7 +78,7 @@ class NewRows:
         trajectories = [rows.trajectories[place] for place in due.tolist()]
         slots = np.array([slot for trajectory in trajectories for slot in trajectory.slots], dtype=np.int64)
         done = np.repeat(rows.steps[due], [len(trajectory.slots) for trajectory in trajectories])
-        is_new = self.facts[SKIPPED, slots] < done  # a step that failed is repeated
+        is_new = self.facts[SKIPPED, slots] < done  # False if a failed step is repeated
         slots, done = slots[is_new], done[is_new]
         if len(slots):
             self.facts[SKIPPED, slots] = done
@@ -90,9 +91,9 @@ class NewRows:
         return label, is_special(row), plan_row, 0, *row.noise_key, self._plans.num_noisy[plan_row]
 
     def _draw_noise(self, slots: Array, facts: Array, first: int) -> None:
-        """Draws the noise of slots (B,) with facts (facts, B): entries `first` and later, as far as steps need them.
+        """Draws the noise that the steps of slots (B,) with facts (facts, B) need, from entry `first` on.
 
-        Entry 0 is the noise of x_T, entry k that of step k after the skipped ones.
+        Entry 0 is the noise of x_T. Entry k is the noise of step k, counted after the skipped steps.
         """
         most = self._slots.noise_steps
         counts = 1 - first + np.clip(facts[_NUM_NOISY] - facts[SKIPPED], 0, most)  # (B,) noise images of each slot
@@ -107,7 +108,7 @@ class NewRows:
             if count := part.shape[1]:
                 size = _size(count, FEWEST_DRAWS)
                 self._capture_draws(size)
-                padding = np.zeros(size - count, dtype=np.int64)  # draws into the padding slot
+                padding = np.zeros(size - count, dtype=np.int64)  # These draws write to the padding slot.
                 self._draws.call(size, *(half for values in part for half in (values, padding)))
 
     def _start(self, slots: Array, scale_bits: Array) -> None:
@@ -116,7 +117,7 @@ class NewRows:
             own, bits = slots[part : part + MOST_ROWS], scale_bits[part : part + MOST_ROWS]
             size = _size(len(own), FEWEST_ROWS)
             self._capture_starts(size)
-            padding = np.zeros(size - len(own), dtype=np.int64)  # starts the padding slot
+            padding = np.zeros(size - len(own), dtype=np.int64)  # These rows use the padding slot.
             self._starts.call(size, own, padding, bits, padding)
 
     def _give_images(self, rows: list[Trajectory], slots: Array) -> None:

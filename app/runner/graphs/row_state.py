@@ -51,7 +51,7 @@ class GraphSlots(Slots):
     def start(self, slots: Tensor, guidance_scale: Tensor) -> None:
         """Writes the first state of rows that start from noise, with slots (B,) and guidance_scale (B,)."""
         state = self.state
-        assert state.is_known is not None, "the constructor makes it"
+        assert state.is_known is not None, "the constructor makes is_known"
         self.write(slots, x_t=self._first_noise(slots), guidance_scale=guidance_scale)
         state.x_0.index_fill_(0, slots, 0)
         state.is_known.index_fill_(0, slots, value=False)
@@ -59,7 +59,7 @@ class GraphSlots(Slots):
         self.finite.index_fill_(0, slots, value=True)
 
     def start_from(self, slots: Tensor, image: Tensor, is_known: Tensor, factors: Tensor) -> None:
-        """Changes the first state of rows that start from an image (B, C, H, W), after `start`.
+        """Changes the first state of rows that start from an image (B, C, H, W). Call it after `start`.
 
         is_known is (B, C, H, W). factors (B, 2) has the factors of the image and of the noise in the first x_t.
         """

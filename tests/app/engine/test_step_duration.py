@@ -6,11 +6,11 @@ from app.engine.engine import Engine
 from app.errors import InternalError
 from tests.app.fakes import FakeRunner, Rows, new_engine, new_job, opened
 
-DEVICE_SECONDS = 1.0  # of a step
+DEVICE_SECONDS = 1.0  # duration of a step on the device
 
 
 class Clock:
-    """A device that does one step after the other, and a host that may be ahead of it by some steps."""
+    """The time of a host that enqueues up to `steps_ahead` steps before it waits for the device."""
 
     def __init__(self, steps_ahead: int) -> None:
         self.steps_ahead = steps_ahead
@@ -24,7 +24,7 @@ class Clock:
 
 
 def observed(engine: Engine, num_ticks: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Returns the durations from which the engine learns in the next ticks."""
+    """Runs some iterations of the engine. Returns the durations that it uses for its predictions."""
     durations: list[float] = []
     monkeypatch.setattr(engine._admission, "observe", lambda calls, seconds: durations.append(seconds))
     for _ in range(num_ticks):
@@ -33,7 +33,7 @@ def observed(engine: Engine, num_ticks: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, 2])
-def test_duration_is_that_of_the_device_also_if_the_runner_does_not_wait_for_it(
+def test_step_duration_is_that_of_the_device_with_steps_ahead(
     monkeypatch: pytest.MonkeyPatch, steps_ahead: int
 ) -> None:
     clock = Clock(steps_ahead)
@@ -47,4 +47,4 @@ def test_duration_is_that_of_the_device_also_if_the_runner_does_not_wait_for_it(
         cancelled = new_job(1)
         engine.submit(cancelled)
         engine.cancel(cancelled, InternalError())
-        engine._tick()  # has no rows
+        engine._tick()  # This iteration has no rows.

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Server:
-    """Answers each request after a delay. From `first_error` on, the status is 429."""
+    """Answers each request after a delay. From request number `first_error` on, the status is 429."""
 
     def __init__(self, seconds: float = 0.0, first_error: int = 1 << 30) -> None:
         self.bodies: list[object] = []

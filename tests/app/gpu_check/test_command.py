@@ -79,7 +79,7 @@ def test_unknown_section_is_refused_with_the_names_of_all_sections(capsys: pytes
     ("arguments", "message"),
     [
         (["--checkpoint", "missing.safetensors"], "--checkpoint missing.safetensors is not a file"),
-        (["--seconds", "601"], "must be a number above 0, at most 600"),
+        (["--seconds", "601"], "must be a number above 0 and at most 600"),
         (["--sections", ","], "name at least one section"),
     ],
 )
@@ -113,7 +113,7 @@ def test_results_that_cannot_be_written_are_reported_before_the_sections_run(
     assert "Choose another file with --out" in capsys.readouterr().err
 
 
-def test_wrapper_explains_itself_and_installs_nothing() -> None:
+def test_help_of_the_wrapper_is_printed_without_installing_anything() -> None:
     done = subprocess.run([str(ROOT / "scripts" / "gpu_check"), "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: scripts/gpu_check [ARGUMENTS]\n")
     assert done.stderr == ""

@@ -1,4 +1,4 @@
-"""Tests how sections run: crashes, time limits and errors, with a shell script instead of Python."""
+"""Tests of sections that crash, hang or fail. A shell script takes the place of the Python interpreter."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from app.gpu_check.report import Report
 from app.gpu_check.run import run_sections
 from app.gpu_check.sections import SECTIONS, Section
 
-# The name of the section is the third argument after `-m app.gpu_check`. The last argument is the file for figures.
+# The arguments are `-m app.gpu_check --section NAME`, further ones, and at the end the file for the figures.
 INTERPRETER = """#!/bin/sh
 name=$4
 for file; do :; done
@@ -76,7 +76,7 @@ def test_section_is_killed_with_its_children_at_its_time_limit(report: Report, t
 def test_sections_are_not_run_after_the_total_time_limit(report: Report, tmp_path: Path) -> None:
     lines = run(report, section("done"), section("skip"), seconds=0.5, out=tmp_path / "out.json")
     assert [outcome.status for outcome in report.outcomes.values()] == [NOT_RUN] * 2
-    assert lines[0] == "done: not run after 0.0 s: time is up"
+    assert lines[0] == "done: not run after 0.0 s: the total time limit is reached"
     assert report.num_failed == 0
 
 
@@ -98,7 +98,7 @@ def test_gpu_section_is_skipped_without_a_gpu(report: Report, tmp_path: Path) ->
     assert (report.outcomes["crash"].status, report.outcomes["crash"].reason) == (SKIPPED, "no GPU")
 
 
-def test_process_sees_the_checkout(tmp_path: Path) -> None:
+def test_process_imports_the_checkout(tmp_path: Path) -> None:
     code = "import app, sys; open(sys.argv[-1], 'w').write('{\"skipped\": \"%s\"}' % app.__file__)"
     assert run_process([sys.executable, "-c", code], 60).reason == str(
         Path(__file__).parents[3] / "app" / "__init__.py"

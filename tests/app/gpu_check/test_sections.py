@@ -1,4 +1,4 @@
-"""Runs each section in this process, with a pretended GPU, as its own process runs it on a GPU."""
+"""Runs each section in this process with a simulated GPU."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the CPU by a pretended GPU, and makes the measurements short."""
+    """Replaces the CPU by a simulated GPU, and makes the measurements short."""
     monkeypatch.setattr(machine, "Machine", PretendedGpu)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: PROPERTIES)
     for module, values in {
@@ -46,7 +46,7 @@ def run(section: Section, tiny: Path, folder: Path) -> tuple[int, list[dict[str,
     return status, [json.loads(line) for line in (folder / "figures").read_text().splitlines()]
 
 
-# A CPU has no memory to fill, and its eager runner raises an IndexError.
+# The simulated GPU never runs out of memory, and its eager runner raises an IndexError.
 EXPECTED_FAILURES = {
     "memory": ["eager: steps that ran out of memory"],
     "assert_eager": ["eager: error for an index that is out of range in a kernel"],

@@ -125,7 +125,7 @@ def kernels(code: str) -> Iterator[tuple[str, str]]:
 
 
 def count_launches(code: str) -> int:
-    """Returns the number of kernels that a generated module launches: Triton kernels, convolutions, products etc."""
+    """Returns the number of calls in a generated module that launch a kernel, such as a convolution."""
     body = code[code.index("class Runner:") : code.index("runner = Runner(")]
     return len(
         re.findall(r"^ +(?:\w+ = )?(?:triton_\w+\.run|extern_kernels\.\w+|torch\.ops\.[\w.]+)\(", body, re.MULTILINE)
@@ -217,7 +217,7 @@ def step_code(path: Path) -> str:
     rows = [torch.empty(n, dtype=torch.int64) for n in counts]
     noise_of_steps = torch.empty(SLOTS, NOISE_STEPS, *shape)  # A GPU draws the noise before the steps.
     state = [*State.zeros(SLOTS, shape, torch.device("cpu")), noise_of_steps, torch.empty(PLANS, PLAN_COLUMNS)]
-    # The trace is made on a CPU.
+    # The trace is made on a CPU, but must contain the operations for a GPU.
     with gpu_operations(), mock.patch.object(torch.compiler, "is_compiling", return_value=True):
         return generate(step, [*tensors.values(), *state, *rows])
 

@@ -1,4 +1,4 @@
-"""Fixtures: a CPU and a pretended GPU with a tiny checkpoint."""
+"""Fixtures: a CPU and a simulated GPU with a tiny checkpoint."""
 
 from pathlib import Path
 

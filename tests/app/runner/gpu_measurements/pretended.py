@@ -1,4 +1,4 @@
-"""A pretended GPU on a CPU, so that the tests run the code of the measurements that needs a GPU."""
+"""A simulated GPU on a CPU. With it, the tests run the code of the measurements that needs a GPU."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ MOST_ROWS = 4  # of the steps that warm-up captures
 
 
 class PretendedGpu(Machine):
-    """A CPU whose graphs are recorded and run late, as those of a GPU."""
+    """A CPU that records graphs and runs them late, as a GPU does."""
 
     is_gpu = True
     num_bytes_free = 0

@@ -43,6 +43,6 @@ def test_error_of_a_part_becomes_a_failed_check_after_its_figures() -> None:
 
 
 @pytest.mark.parametrize("error", [Skipped("no GPU"), DeviceLostError("lost")])
-def test_lost_device_and_skip_leave_the_part(error: Exception) -> None:
+def test_lost_device_and_skip_are_raised_again(error: Exception) -> None:
     with pytest.raises(type(error)):
         list(guarded("part", figures(error)))

@@ -1,4 +1,4 @@
-"""Runs every measurement with a tiny network, on a CPU and on a pretended GPU."""
+"""Runs every measurement with a tiny network, on a CPU and on a simulated GPU."""
 
 import math
 from collections.abc import Iterable
@@ -244,7 +244,9 @@ def test_wrong_image_after_a_shortage_fails_the_check(gpu: PretendedGpu, monkeyp
 @pytest.mark.parametrize(
     ("error", "passed"), [(DeviceLostError("lost"), True), (IndexError("out of range"), False), (None, False)]
 )
-def test_error_in_a_kernel_must_be_a_lost_device(gpu: PretendedGpu, error: Exception | None, passed: bool) -> None:
+def test_check_of_an_error_in_a_kernel_passes_only_for_a_lost_device(
+    gpu: PretendedGpu, error: Exception | None, passed: bool
+) -> None:
     runner = gpu.runner("graph")
     runner.check()
 
@@ -266,7 +268,7 @@ def test_label_that_does_not_exist_is_an_error_of_the_real_runner(gpu: Pretended
 
 def test_start_counts_the_captured_graphs(gpu: PretendedGpu) -> None:
     found = by_name(start.measure_on(gpu, 60.0, num_slots=64, most_rows=4))
-    ready, every = found["graphs captured when ready"].value, found["graphs captured after idle time, which are all"]
+    ready, every = found["graphs captured when ready"].value, found["graphs captured after idle time (all)"]
     assert isinstance(ready, int) and isinstance(every.value, int)
     assert 6 <= ready < every.value
     assert found["reserved memory when ready"].value == 3
