@@ -203,8 +203,7 @@ class Engine:
         if not rows:
             self._num_unbroken = 0
         else:
-            # A job that is answered in the meantime leaves the batch.
-            self._run_step(self.backlog.batch.rows)
+            self._run_step()
             self._retire()
         self._finish_readings(must_wait=not rows)
         if not self.backlog.jobs:
@@ -212,8 +211,10 @@ class Engine:
         if max(self._failed_batches.values()) >= MAX_FAILED_BATCHES:
             self._check_runner()
 
-    def _run_step(self, rows: list[Trajectory]) -> None:
-        """Runs one step of the rows. Jobs with a row that fails are answered."""
+    def _run_step(self) -> None:
+        """Runs one step of the batch. Jobs with a row that fails are answered."""
+        with self._condition:
+            rows = self.backlog.batch.rows  # A job that was answered after the selection has left the batch.
         num_failed, num_survivors = self._num_failed_rows, 0
         for batch, not_finite in self._run_isolated(rows, self._step):
             num_survivors += len(batch) - len(not_finite)
@@ -337,11 +338,13 @@ class Engine:
 
     def _step(self, rows: list[Trajectory]) -> list[Trajectory]:
         """Runs one step. Returns the rows with NaN or infinite values."""
-        batch = self.backlog.batch
-        is_whole = rows is batch.rows
+        with self._condition:  # Another thread can change the batch.
+            is_whole = rows is self.backlog.batch.rows
+            step_rows = self.backlog.batch.step_rows() if is_whole else StepRows.of(rows)
+            calls = self._admission.calls()
         self._last_beat = start = time.monotonic()
-        in_network, calls = self._runner.network_seconds, self._admission.calls()
-        not_finite = self._runner.step(batch.step_rows() if is_whole else StepRows.of(rows), self.deliver)
+        in_network = self._runner.network_seconds
+        not_finite = self._runner.step(step_rows, self.deliver)
         seconds, is_known = self._duration(start)
         self._num_steps += 1
         if is_whole and is_known:  # After a failure, the duration of a part of the batch is not used.

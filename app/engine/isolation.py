@@ -41,8 +41,9 @@ def isolate(
             if len(rows) == 1:
                 on_failure(rows[0], error)
                 return []
-            middle = len(rows) // 2
-            return run(_open(rows[:middle])) + run(_open(rows[middle:]))
+        # After the `except` block, because the error refers to the tensors of the failed computation until its end.
+        middle = len(rows) // 2
+        return run(_open(rows[:middle])) + run(_open(rows[middle:]))
 
     return run(rows)
 

@@ -58,5 +58,6 @@ def _run_all(parser: ArgumentParser, given: Namespace) -> int:
 
 if __name__ == "__main__":
     # SystemExit makes run_process kill the process of the section.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(TERMINATED))
     sys.exit(main())

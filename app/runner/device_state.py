@@ -105,6 +105,7 @@ class Plans:
         self._starts: dict[tuple[str, str, int, tuple[int, ...]], int] = {}  # the key of a plan -> its first row
         # The first row of a plan -> the number of its steps up to the last one that adds noise.
         self.num_noisy: dict[int, int] = {}
+        self.num_steps: dict[int, int] = {}  # the first row of a plan -> the number of its steps
         self._num_rows = 0
 
     def start_of(self, options: Options, schedule: Schedule) -> int:
@@ -118,6 +119,7 @@ class Plans:
                 self.table = torch.cat([self.table, torch.zeros_like(self.table)])
             self.table[start:stop] = plan
             self._starts[key], self._num_rows = start, stop
+            self.num_steps[start] = len(plan)
             self.num_noisy[start] = 1 + noisy[-1] if noisy else 0
         return self._starts[key]
 
@@ -155,6 +157,11 @@ def indices_of(trajectories: Sequence[Trajectory], null_label: int) -> Indices:
             plan_row += [plan_row[place]] * num_further
             label += labels[1:]
     return slot, plan_row, label, [1 + own for own in step], second
+
+
+def num_rows_of(trajectory: Trajectory) -> int:
+    """Returns the number of rows that the trajectory has in the next step."""
+    return trajectory.evaluations if trajectory.num_slots > 1 else 1
 
 
 def labels_of(trajectory: Trajectory, null_label: int) -> list[tuple[int, Sequence[int]]]:

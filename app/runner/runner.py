@@ -18,7 +18,7 @@ from app.engine.job import DEFAULT_MODEL, Input, Options, Pixels, StepRows, Traj
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
-from app.runner.device_state import Plans, Slots, labels_of, rows_of
+from app.runner.device_state import Plans, Slots, labels_of, num_rows_of, rows_of
 from app.runner.loaded_model import LoadedModel
 from app.runner.threads import ComputeThreads
 from app.runner.transfers import Transfers
@@ -156,7 +156,7 @@ class Runner:
         if all(flags):
             return []
         of_rows = iter(flags)
-        return [row for row in rows if not all(list(islice(of_rows, _num_rows(row))))]
+        return [row for row in rows if not all(list(islice(of_rows, num_rows_of(row))))]
 
     def _call(self, model: LoadedModel, trajectories: list[Trajectory], before_call: Callable[[], None]) -> "_Part":
         """Calls one network. Returns the results of the rows."""
@@ -175,7 +175,7 @@ class Runner:
         """Returns the results of a network call with CLIP guidance for the rows that have it in this step."""
         if self.clip is None or all(trajectory.job.request.clip is None for trajectory in trajectories):
             return stepped
-        places = accumulate(map(_num_rows, trajectories), initial=0)  # of the first row of each trajectory
+        places = accumulate(map(num_rows_of, trajectories), initial=0)  # of the first row of each trajectory
         guided = [(place, own.clip) for place, own in zip(places, trajectories, strict=False) if own.clip]
         if not guided:
             return stepped
@@ -343,11 +343,6 @@ class Runner:
             known = known.index_copy(0, places, image)
             is_known = is_known.index_copy(0, places, self._transfers.upload_array(mask))
         return {"x_t": x_t, "known": known, "is_known": is_known}
-
-
-def _num_rows(trajectory: Trajectory) -> int:
-    """Returns the number of rows of the trajectory in the next step."""
-    return trajectory.evaluations if trajectory.num_slots > 1 else 1
 
 
 class _Part(NamedTuple):

@@ -80,8 +80,10 @@ def _of_load(
         runner.events.clear()
         runner.is_recording = True
         row_steps, num_steps, start = runner.row_steps, runner.num_steps, time.perf_counter()
-        loop.run(sizes.seconds)
-        seconds, runner.is_recording = time.perf_counter() - start, False
+        try:
+            loop.run(sizes.seconds)
+        finally:
+            seconds, runner.is_recording = time.perf_counter() - start, False
         row_steps, num_steps = runner.row_steps - row_steps, runner.num_steps - num_steps
         loop.finish()
         machine.synchronize()

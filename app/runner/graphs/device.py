@@ -119,8 +119,11 @@ class CudaDevice:
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use CUDA during the capture, for example to read the amount of reserved memory.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            work()
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(current)  # torch does not restore the stream if the end of the capture fails
         return graph
 
     def host_buffer(self, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from app.engine.job import DEFAULT_MODEL, GUIDED_EVALUATIONS, Pixels, StepRows, 
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
-from app.runner.device_state import indices_of, labels_of
+from app.runner.device_state import indices_of, labels_of, num_rows_of
 from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
@@ -156,12 +156,15 @@ class GraphRunner(Runner):
     ) -> None:
         """`num_slots` is the initial number of slots, `most_rows` the largest step that warm-up captures.
 
-        With `fixed_rows`, each step is padded to this number of rows. The kernels are then the same in each step, so
-        that a row has the same bits in each step. A larger step raises ValueError.
+        With `fixed_rows`, each call is padded to this number of rows, or to one row for each class if these are more.
+        The kernels are then the same in each call, so that a row has the same bits in each step. A larger step without
+        special rows raises ValueError.
         """
         self._gpu, self._num_slots = device, num_slots
-        self._fixed = fixed(fixed_rows) if fixed_rows else None
-        self._most_rows = fixed_rows or most_rows
+        # A row that compares the classes can need a row for each class.
+        most_classes = max(loaded.network.config.num_classes for loaded in models.values())
+        self._fixed = fixed(max(fixed_rows, most_classes)) if fixed_rows else None
+        self._most_rows = self._fixed.rows if self._fixed else most_rows
         super().__init__(models, device.device, dtype, clip=clip)
         with torch.inference_mode():
             self._steps = GraphCalls(device, MOST_INPUTS)
@@ -184,20 +187,18 @@ class GraphRunner(Runner):
         """Enqueues one reverse step of each row. Returns no rows: readings tell which rows are not finite.
 
         `before_call` is called before the step is enqueued. Raises OutOfMemoryError or DeviceLostError for device
-        errors. Any other error is a bug.
+        errors. Any other error is a bug. After an error other than DeviceLostError, no row has changed.
         """
         trajectories = rows.trajectories
         with torch.inference_mode(), device_errors():
+            self._drop_outdated_graphs()  # The last step may have failed after it had replaced tensors.
             self._take(trajectories)
             if self._new.refill_noise(rows):
                 self._plain = None
             calls = [self._plain_inputs(rows)] if self._is_plain else self._inputs(trajectories)
             before_call()
             start = time.perf_counter()
-            for key, inputs in calls:
-                self._steps.call(key, inputs)
-            if not self._is_plain:
-                self._guide(trajectories)
+            self._enqueue(calls, trajectories)
             self.network_seconds += time.perf_counter() - start
         return []
 
@@ -335,14 +336,46 @@ class GraphRunner(Runner):
             has_known=False,
         )
 
+    def _enqueue(self, calls: list[tuple[tuple[str, Shape], Array]], trajectories: list[Trajectory]) -> None:
+        """Enqueues the calls and CLIP guidance.
+
+        If the first call fails, no row has changed, and the step can be repeated. If something fails later, some rows
+        have changed and others have not, and DeviceLostError is raised.
+        """
+        is_enqueued = False
+        try:
+            for key, inputs in calls:
+                self._steps.call(key, inputs)
+                is_enqueued = True
+            if not self._is_plain:
+                self._guide(trajectories)
+        except Exception as error:
+            if not is_enqueued:
+                raise
+            raise DeviceLostError("only a part of a step was enqueued") from error
+
     def _inputs(self, trajectories: list[Trajectory]) -> list[tuple[tuple[str, Shape], Array]]:
-        """Returns the graph of each model and its inputs, for any rows."""
+        """Returns the graphs of the models and their inputs, for any rows."""
         by_model: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
-        calls = [self._call_of(self._models[name], own) for name, own in by_model.items()]
+        calls = [self._call_of(self._models[name], part) for name, own in by_model.items() for part in self._split(own)]
         shapes = [self._graph_for(call) for call in calls]
         return [((call.model.info.name, s), call.inputs(s)) for call, s in zip(calls, shapes, strict=True)]
+
+    def _split(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
+        """Splits the rows of one model into calls that a graph of a fixed size holds."""
+        if not self._fixed:
+            return [trajectories]
+        parts, rows, further = [list[Trajectory]()], 0, 0
+        for trajectory in trajectories:
+            num_rows = num_rows_of(trajectory)
+            num_further = trajectory.network_evaluations - num_rows
+            if rows + num_rows > self._fixed.rows or further + num_further > self._fixed.further:
+                parts, rows, further = [*parts, []], 0, 0
+            parts[-1].append(trajectory)
+            rows, further = rows + num_rows, further + num_further
+        return [part for part in parts if part]
 
     def _call_of(self, model: LoadedModel, trajectories: list[Trajectory]) -> Call:
         slot, plan_row, label, step, second = map(np.array, indices_of(trajectories, model.program.null_label))

@@ -32,7 +32,7 @@ class NewRows:
     ) -> None:
         self._gpu, self._slots, self._plans, self._null_label = device, slots, plans, null_label
         self._draws, self._starts = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, 2 * MOST_ROWS)
-        self._most_noisy = 0  # the largest number of steps with noise of a row so far
+        self._most_steps = 0  # the largest number of steps of a row until now
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
 
     def capture(self) -> None:
@@ -59,7 +59,7 @@ class NewRows:
             more = np.zeros((len(self.facts), size - self.facts.shape[1]), dtype=np.int64)
             self.facts = np.concatenate([self.facts, more], axis=1)
         self.facts[:, slots] = facts
-        self._most_noisy = max(self._most_noisy, int(facts[_NUM_NOISY].max()))
+        self._most_steps = max(self._most_steps, *(self._plans.num_steps[row.first_plan_row] for row in trajectories))
         self._draw_noise(slots, facts, first=0)
         scale = np.array([row.options.guidance_scale for row in rows], dtype=np.float32)
         self._start(slots, scale.view(np.int32))
@@ -72,7 +72,7 @@ class NewRows:
         row has changed.
         """
         most = self._slots.noise_steps
-        if self._most_noisy <= most:
+        if self._most_steps <= most:
             return False
         due = np.flatnonzero((rows.steps > 0) & (rows.steps % most == 0))
         trajectories = [rows.trajectories[place] for place in due.tolist()]
@@ -81,8 +81,10 @@ class NewRows:
         is_new = self.facts[SKIPPED, slots] < done  # False if a failed step is repeated
         slots, done = slots[is_new], done[is_new]
         if len(slots):
+            facts = self.facts[:, slots]  # a copy, because the draw can fail
+            facts[SKIPPED] = done
+            self._draw_noise(slots, facts, first=1)
             self.facts[SKIPPED, slots] = done
-            self._draw_noise(slots, self.facts[:, slots], first=1)
         return bool(len(slots))
 
     def _facts_of(self, row: Trajectory) -> tuple[int, ...]:

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError
@@ -49,6 +51,25 @@ def test_empty_batch_is_not_computed() -> None:
     compute = Compute()
     assert compute.run([]) == []
     assert compute.batches == []
+
+
+def test_halves_are_computed_after_the_memory_of_the_failed_batch_is_free() -> None:
+    class Memory:
+        pass
+
+    used: list[weakref.ref[Memory]] = []
+
+    def compute(rows: Rows) -> int:
+        memory = Memory()
+        assert all(reference() is None for reference in used), "the error keeps the memory of the failed batch"
+        used.append(weakref.ref(memory))
+        if len(rows) > 1:
+            raise OutOfMemoryError
+        return rows[0].index
+
+    batches = isolate(one_job_each(8), compute, lambda row, error: None, lambda: None)
+    assert [index for _, index in batches] == list(range(8))
+    assert len(used) == 15
 
 
 @pytest.mark.parametrize("failing", [{0}, {6}, {3, 4}, {0, 2, 5}, set(range(7))])

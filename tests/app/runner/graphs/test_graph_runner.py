@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from app.engine.interface import OutOfMemoryError
-from app.engine.job import StepRows
+from app.engine.interface import DeviceLostError, OutOfMemoryError
+from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
 from app.runner.graphs import graph_runner
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import Call, GraphRunner
+from app.runner.graphs.new_rows import NewRows
+from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
@@ -23,6 +25,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 def on_graphs(loaded: Checkpoint, dtype: torch.dtype = torch.float32, seed: int = 0, **options: int) -> GraphRunner:
     options = {"num_slots": 64, "most_rows": 8, **options}
     return GraphRunner({"default": copy.deepcopy(loaded)}, LateDevice(seed), dtype, **options)
+
+
+def out_of_memory(*arguments: object) -> None:
+    raise torch.OutOfMemoryError
 
 
 @DTYPES
@@ -82,13 +88,61 @@ def test_row_with_nan_fails_alone_when_it_is_read(loaded: Checkpoint) -> None:
     assert all(image is not None for image in runner.pixels(healthy).wait())
 
 
-def test_noise_of_long_paths_is_drawn_again(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, again = rows_of(3, num_steps=12), rows_of(3, num_steps=12)
-    expected = draw(new_runner(loaded), rows)
+def with_noise_of_five_steps(loaded: Checkpoint) -> GraphRunner:
     runner = on_graphs(loaded)
-    runner._slots.noise_steps = 5  # the noise of five steps, and that of x_T
-    runner._slots.state.noise = runner._slots.state.noise[:, :6].contiguous()
-    assert equal(draw(runner, again), expected)
+    runner._slots.noise_steps = 5
+    assert runner._slots.state.noise is not None
+    runner._slots.state.noise = runner._slots.state.noise[:, :6].contiguous()  # that of x_T and of five steps
+    return runner
+
+
+@pytest.mark.parametrize("num_steps", [4, 5, 6, 7, 10, 11, 12])
+def test_noise_of_long_paths_is_drawn_again(loaded: Checkpoint, num_steps: int) -> None:
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=num_steps))
+    assert equal(draw(with_noise_of_five_steps(loaded), rows_of(3, num_steps=num_steps)), expected)
+
+
+def test_step_can_be_repeated_if_drawing_its_noise_fails(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=12))
+    runner, rows, draw_noise = with_noise_of_five_steps(loaded), rows_of(3, num_steps=12), NewRows._draw
+    for k in range(12):
+        if k == 5:
+            monkeypatch.setattr(NewRows, "_draw", out_of_memory)
+            with pytest.raises(OutOfMemoryError):
+                step(runner, rows)
+            monkeypatch.setattr(NewRows, "_draw", draw_noise)
+            for row in rows:
+                row.step = k
+        assert all(step(runner, rows))
+    assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_step_after_a_failed_growth_uses_no_outdated_graph(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, rows, grow = on_graphs(loaded, num_slots=2), rows_of(2, num_steps=6), GraphSlots._grow
+    expected = draw(new_runner(loaded), rows_of(2, num_steps=6))
+    step(runner, rows)
+
+    def grow_once(slots: GraphSlots) -> None:
+        if len(slots.finite) > 3:
+            raise torch.OutOfMemoryError
+        grow(slots)
+
+    monkeypatch.setattr(GraphSlots, "_grow", grow_once)
+    with pytest.raises(OutOfMemoryError):
+        runner.step(StepRows.of([*rows, *rows_of(20, num_steps=6)]))
+    for _ in range(5):
+        step(runner, rows)
+    assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_failure_after_a_step_is_enqueued_loses_the_device(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated step would change the rows twice."""
+    runner = on_graphs(loaded)
+    target = ClipTarget(1.0, np.zeros(4, np.float32), range(5), 3)
+    rows = Job(JobRequest(Options(3, 1, 5, "ddpm", 1.0, clip_guidance_scale=1.0), 2, clip=target)).unfinished
+    monkeypatch.setattr(GraphRunner, "_guide", out_of_memory)
+    with pytest.raises(DeviceLostError, match="only a part of a step"):
+        runner.step(StepRows.of(rows))
 
 
 def test_graphs_are_captured_again_after_the_slots_have_grown(loaded: Checkpoint) -> None:
@@ -150,10 +204,6 @@ def test_step_of_the_same_rows_can_be_repeated(loaded: Checkpoint, monkeypatch: 
     """The engine repeats a step that failed before it was enqueued."""
     runner, rows, sizes = on_graphs(loaded), rows_of(3, num_steps=6), np.array([1, 1, 1])
     expected, call = draw(new_runner(loaded), rows_of(3, num_steps=6)), GraphCalls.call
-
-    def out_of_memory(*arguments: object) -> None:
-        raise torch.OutOfMemoryError
-
     for k in range(6):
         monkeypatch.setattr(GraphCalls, "call", out_of_memory if k == 3 else call)
         if k == 3:
@@ -194,18 +244,18 @@ def test_probe_image_is_checked_on_graphs(loaded: Checkpoint) -> None:
 
 
 def test_every_step_has_the_same_shape_with_fixed_rows(loaded: Checkpoint) -> None:
-    runner = on_graphs(loaded, fixed_rows=8)
+    runner = on_graphs(loaded, fixed_rows=12)
     times = runner.warm_up(lambda: False)
     assert times.measured_seconds(1) == times.measured_seconds(24) > 0
     assert not runner.has_idle_work
     expected = draw(new_runner(copy.deepcopy(loaded)), mixed_rows())
-    assert equal(draw(runner, mixed_rows(), max_batch=8, order=3), expected)
+    assert equal(draw(runner, mixed_rows(), max_batch=12, order=3), expected)
     assert equal([image for row in mixed_rows() for image in draw(runner, [row])], expected)
-    assert list(runner._steps) == [("default", Shape(8, 16, has_known=True))]
-    assert (runner.batches, runner.max_rows) == ((8,), 8)
+    assert list(runner._steps) == [("default", Shape(12, 16, has_known=True))]
+    assert (runner.batches, runner.max_rows) == ((12,), 12)
 
 
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, fixed_rows=4)
-    with pytest.raises(ValueError, match="a step of 5 rows exceeds the fixed number of 4"):
-        step(runner, rows_of(5))
+    with pytest.raises(ValueError, match="a step of 11 rows exceeds the fixed number of 10"):
+        step(runner, rows_of(11))

@@ -14,9 +14,9 @@ from tests.app.runner.rows import new_runner
 from tests.app.runner.task_rows import all_rows, finish, recognition_rows
 
 
-def on_graphs(loaded: Checkpoint) -> GraphRunner:
+def on_graphs(loaded: Checkpoint, fixed_rows: int | None = None) -> GraphRunner:
     models = {"default": copy.deepcopy(loaded)}
-    return GraphRunner(models, LateDevice(), torch.float32, num_slots=128, most_rows=8)
+    return GraphRunner(models, LateDevice(), torch.float32, num_slots=128, most_rows=8, fixed_rows=fixed_rows)
 
 
 @pytest.mark.parametrize("max_batch", [64, 7])
@@ -24,6 +24,15 @@ def test_rows_of_all_tasks_have_the_values_of_the_cpu_runner(loaded: Checkpoint,
     runner = on_graphs(loaded)
     info = runner.models["default"]
     assert finish(runner, all_rows(info), max_batch, order=2) == finish(new_runner(loaded), all_rows(info))
+
+
+@pytest.mark.parametrize("fixed_rows", [4, 24])
+def test_rows_of_all_tasks_fit_into_graphs_of_one_size(loaded: Checkpoint, fixed_rows: int) -> None:
+    """The search for a digit needs a row for each class, so that a step can need several calls."""
+    runner = on_graphs(loaded, fixed_rows)
+    info = runner.models["default"]
+    assert finish(runner, all_rows(info), max_batch=10) == finish(new_runner(loaded), all_rows(info))
+    assert len(list(runner._steps)) == 1
 
 
 def test_every_evaluation_of_a_recognition_row_has_its_class(loaded: Checkpoint) -> None:
