@@ -7,6 +7,7 @@ both of them.
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -25,6 +26,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 MODULE = ("-m", "app.host_check")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of PyTorch, because a GPU service computes no large tensors on the host
 ONE, LARGE = "one-image requests per second, 64 clients", "images per second in requests of 64, 16 clients"
 CLIENTS, LARGE_CLIENTS = 64, 16
 SETTLE_SECONDS = 2.0
@@ -81,7 +83,7 @@ def _figures(folder: Path, seconds: float) -> Figures:
 
 def _run(part: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, *MODULE, part]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ScriptError(f"app.host_check {part} in {folder} failed: {done.stderr.strip().splitlines()[-1]}")
     figures: dict[str, Any] = json.loads(done.stdout)
@@ -90,7 +92,7 @@ def _run(part: str, folder: Path) -> dict[str, Any]:
 
 def _requests(folder: Path, seconds: float) -> dict[str, float]:
     """Returns the rates of both loads over HTTP."""
-    with started(Contestant("host_check", (*MODULE, "serve", "{port}"), folder=folder)) as running:
+    with started(Contestant("host_check", (*MODULE, "serve", "{port}"), ONE_THREAD, folder=folder)) as running:
         large = Load(f"{LARGE_CLIENTS} x {LARGEST_REQUEST} images", (many,) * LARGE_CLIENTS)
         one, of_many = (_rate(running.url, load, seconds) for load in (clients_of_one(CLIENTS), large))
     return {ONE: one, LARGE: of_many}
