@@ -23,7 +23,8 @@ from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
 from app.runner.graphs.row_state import GraphSlots
-from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed, padded
+from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed
+from app.runner.graphs.step_inputs import MOST_INPUTS, Call, PlainStep
 from app.runner.loaded_model import LoadedModel
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
@@ -35,12 +36,10 @@ T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
 MOST_ROWS = BATCHES[-1]  # of the shapes that are captured before they are needed
 FIRST_SLOTS = 2047  # Their number seldom has to grow. If it grows, all graphs must be captured again.
-MOST_INPUTS = 1 << 16  # integers of one step: two for each row and three for each evaluation
 LARGEST_PADDING = 2  # limit for the evaluations of a larger graph that is used while the exact one is not captured
 # After this number of steps with a larger graph, the exact graph is captured even if the device is never idle. This
 # delays all rows by about the time that these steps with the larger graph lose (an estimate).
 MOST_LARGER_STEPS = 200
-_ZEROS, _NUMBERS = np.zeros(MOST_INPUTS, dtype=np.int64), np.arange(MOST_INPUTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,77 +60,6 @@ class LateReading(Generic[T]):
         except Exception as error:
             raise DeviceLostError("a step failed after it was enqueued on the device") from error
         return self.convert(host)
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call of one network: B rows, their first evaluations, and further evaluations. Arrays are int64."""
-
-    model: LoadedModel
-    slot: Array  # (B + F,) slot of the row of each evaluation
-    plan_row: Array  # (B + F,) row of the table of plans
-    label: Array  # (B + F,) label of each evaluation
-    step: Array  # (B,) number of the step of each row, without the skipped ones
-    second: Array  # (B,) unconditional evaluation of a guided row, first evaluation of any other row
-    has_known: bool
-
-    @property
-    def num_rows(self) -> int:
-        """Returns B."""
-        return len(self.second)
-
-    @property
-    def num_further(self) -> int:
-        """Returns F."""
-        return len(self.slot) - len(self.second)
-
-    @property
-    def shape(self) -> Shape:
-        """Returns the smallest shape to which the call is padded."""
-        return padded(self.num_rows, self.num_further, has_known=self.has_known)
-
-    def inputs(self, shape: Shape) -> Array:
-        """Returns the inputs of a graph of this shape, in the order of Rows in model/step.py.
-
-        Padding rows and padding evaluations use the padding slot, the first row of the plans and the label 0.
-        """
-        count, more = self.num_rows, shape.rows - self.num_rows
-        before, after = _ZEROS[:more], _ZEROS[: shape.further - self.num_further]
-        parts = [
-            *(
-                part
-                for of in (self.slot, self.plan_row, self.label)
-                for part in (of[:count], before, of[count:], after)
-            ),
-            *(self.step, before),
-            *(np.where(self.second < count, self.second, self.second + more), _NUMBERS[count : shape.rows]),
-        ]
-        return np.concatenate(parts)
-
-    def increments(self, shape: Shape) -> Array:
-        """Returns what each step of the same rows adds to the inputs: 1 to plan rows and steps, 0 to all others."""
-        count, B, N = self.num_rows, shape.rows, shape.evaluations
-        increments = np.zeros(3 * N + 2 * B, dtype=np.int64)
-        for start, number in ((N, count), (N + B, self.num_further), (3 * N, count)):
-            increments[start : start + number] = 1
-        return increments
-
-
-@dataclass(slots=True)
-class PlainStep:
-    """The inputs of a step without special rows. They are updated for each further step of the same rows."""
-
-    sizes: Array  # `sizes` of the StepRows for which the inputs were computed
-    first_step: int  # number of steps that the first row has finished
-    key: tuple[str, Shape]  # the key of the graph
-    inputs: Array
-    increments: Array  # what a step adds to the inputs
-    is_exact: bool  # False if a larger graph is used
-
-    def advance(self, first_step: int) -> None:
-        """Changes the inputs to those of a later step."""
-        self.inputs += (first_step - self.first_step) * self.increments
-        self.first_step = first_step
 
 
 class GraphRunner(Runner):

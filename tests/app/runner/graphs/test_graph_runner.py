@@ -11,10 +11,11 @@ from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
 from app.runner.graphs import graph_runner
 from app.runner.graphs.graph_calls import GraphCalls
-from app.runner.graphs.graph_runner import Call, GraphRunner
+from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.new_rows import NewRows
 from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape
+from app.runner.graphs.step_inputs import Call
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
