@@ -52,7 +52,7 @@ def _run_all(parser: ArgumentParser, given: Namespace) -> int:
             run_sections(report, sections, as_arguments(given, device), end - time.monotonic(), out, to_stderr)
         print(f"{report.text()}\nResults: {out}\n", flush=True)
         reports.append(report)
-    print(f"Versions of torch: {', '.join(report.torch for report in reports)}")
+    print(f"Versions of torch: {', '.join(f'{report.torch} ({report.python})' for report in reports)}")
     return 1 if any(report.num_failed for report in reports) else 0
 
 

@@ -1,6 +1,7 @@
 """The command line of `python -m app.gpu_check`."""
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from app.gpu_check.sections import SECTIONS
 
 LONGEST_SECONDS = 600.0
 DESCRIPTION = "Check and measure the service on a GPU. Without a GPU, the sections that need one are skipped."
-EPILOG = "The exit status is 0 if no section and no check failed, otherwise 1. A missed target is not a failure."
+EPILOG = """The exit status is 0 if no section and no check failed, otherwise 1. A section that was not run because of
+the time limit counts as failed. A missed target is not a failure."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=_file,
         default=Path("gpu_check.json"),
         metavar="FILE",
         help="file for the results (default: gpu_check.json). With several interpreters, gpu_check-1.json and so on",
@@ -54,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="FILE", help="checkpoint to measure (default: the shipped one)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "--device", type=_device, default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -92,6 +96,19 @@ def _sections(text: str) -> list[Any]:
     if not names:
         raise argparse.ArgumentTypeError("name at least one section")
     return [by_name[name] for name in names]
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"must be auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}. Create it or name another file")
+    return path
 
 
 def _seconds(text: str) -> float:

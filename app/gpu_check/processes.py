@@ -30,8 +30,8 @@ class Outcome:
 
     @property
     def num_failed(self) -> int:
-        """Returns the number of failed checks. A section that failed counts as one more."""
-        return (self.status == FAILED) + sum(figure.get("passed") is False for figure in self.figures)
+        """Returns the number of failed checks. A section that failed or that was not run counts as one more."""
+        return (self.status in (FAILED, NOT_RUN)) + sum(figure.get("passed") is False for figure in self.figures)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the result without its empty fields."""

@@ -81,6 +81,9 @@ def test_unknown_section_is_refused_with_the_names_of_all_sections(capsys: pytes
         (["--checkpoint", "missing.safetensors"], "--checkpoint missing.safetensors is not a file"),
         (["--seconds", "601"], "must be a number above 0 and at most 600"),
         (["--sections", ","], "name at least one section"),
+        (["--device", "gpu"], "must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "cuda:x"], "must be auto, cpu, cuda or cuda:N, got 'cuda:x'"),
+        (["--out", "missing/gpu_check.json"], "there is no folder missing"),
     ],
 )
 def test_invalid_argument_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,15 +104,15 @@ def test_interpreter_without_torch_fails_and_the_next_one_runs(
     first, second = (json.loads((tmp_path / f"result-{n}.json").read_text()) for n in (1, 2))
     assert first["sections"]["probe"]["reason"].endswith("No module named 'torch'")
     assert second["sections"] == {"memory": {"status": "skipped", "reason": "no GPU", "seconds": 0.0}}
-    assert f"Versions of torch: unknown, {second['torch']}" in capsys.readouterr().out
+    assert f"Versions of torch: unknown ({broken}), {second['torch']} ({sys.executable})" in capsys.readouterr().out
 
 
 def test_results_that_cannot_be_written_are_reported_before_the_sections_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command_module, "open_report", lambda python, device: Report(python, "2.13.0", device, ""))
     with pytest.raises(SystemExit):
-        main(["--out", "/dev/null/results.json", "--device", "cpu"])
+        main(["--out", str(tmp_path), "--device", "cpu"])
     assert "Choose another file with --out" in capsys.readouterr().err
 
 
