@@ -231,13 +231,16 @@ async def finish(service: Service, request: Request, job: Job) -> list[Result]:
 
     In both cases, cancels the job.
     """
-    cancel = service.engine.cancel
-    deadline = asyncio.get_running_loop().call_later(job.request.timeout, cancel, job, errors.DeadlineExceeded())
+    cancel, deadline = service.engine.cancel, time.monotonic() + job.request.timeout
+    timer = asyncio.get_running_loop().call_later(job.request.timeout, cancel, job, errors.DeadlineExceeded())
     try:
-        return await cancel_on_disconnect(request, service.mailbox.result_of(job.future))
+        results = await cancel_on_disconnect(request, service.mailbox.result_of(job.future))
     finally:
-        deadline.cancel()
+        timer.cancel()
         cancel(job, ClientGoneError())
+    if job.timings.finished_at and job.timings.finished_at > deadline:  # The job ended before the timer ran.
+        raise errors.DeadlineExceeded
+    return results
 
 
 async def answer(request: Request, service: Service, task: Task, media_type: str, stream: StreamOptions) -> Response:

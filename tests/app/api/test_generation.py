@@ -1,6 +1,7 @@
 import asyncio
 import json
 import threading
+import time
 from typing import Any
 
 import httpx
@@ -117,3 +118,21 @@ def test_evaluations_in_the_answer_are_those_of_the_steps_without_the_search(pat
         assert 2 * json.loads(done)["evaluations"] == counted
 
     run(check, FakeRunner(on_step=count))
+
+
+def test_job_that_ends_after_its_deadline_is_504_even_if_the_event_loop_was_busy() -> None:
+    """The event loop can see the result before its timer for the deadline."""
+    runner = FakeRunner()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        loop = asyncio.get_running_loop()
+
+        def step_longer_than_the_timeout(rows: Rows) -> None:
+            loop.call_soon_threadsafe(time.sleep, 0.3)
+            time.sleep(0.1)
+
+        runner.on_step = step_longer_than_the_timeout
+        response = await client.post("/generate", json={**WORK, "num_steps": 1, "timeout_seconds": 0.05})
+        assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+
+    run(check, runner)
