@@ -10,35 +10,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from app.gpu_check.clients import RequestFailed, closed_loop, latencies
-from app.runner.gpu_measurements.figures import Figure, Options, Target, guarded
+from app.runner.gpu_measurements.figures import RATES, Figure, Options, Sizes, Target, guarded
 
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.02  # between attempts to connect: the process gives no other sign that it listens
 GUIDANCE: dict[str, dict[str, Any]] = {"guidance off": {"guidance_scale": 1}, "default guidance": {}}
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The sizes of the measurements."""
-
-    num_images: int  # images that are measured one after the other. The same number is generated first, unmeasured.
-    loads: tuple[tuple[int, int], ...]  # (number of clients, images of each request)
-    settle_seconds: float  # duration of a load before its rate is measured
-    seconds: float  # duration of the measurement of the rate
-    # Pause after a first load that is not measured. The service then captures the graphs for it. 0: no first load.
-    pause_seconds: float
 
 
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0, 3.0)
 OF_CPU = Sizes(1, ((2, 2),), 0.1, 1.0, 0.0)
 READY, ONE_IMAGE = Target(20.0), Target(50.0)  # s and ms
-RATES = {"16 x 64, guidance off": 5000, "16 x 64, default guidance": 3000}  # targets in images/s
 
 
 def measure(options: Options) -> Iterator[Figure]:

@@ -10,6 +10,7 @@ from typing import Any
 from app.engine.interface import DeviceLostError
 
 NO_GPU = "no GPU"
+RATES = {"16 x 64, guidance off": 5000, "16 x 64, default guidance": 3000}  # targets of loads, in images/s
 
 
 class Skipped(Exception):
@@ -23,6 +24,18 @@ class Options:
     checkpoint: Path | None = None  # None: the shipped checkpoints
     device: str = "auto"  # a value of UNFOG_DEVICE
     dtype: str = "auto"  # a value of UNFOG_DTYPE
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes of the measurements of latencies and loads, in process and over HTTP."""
+
+    num_images: int  # images that are measured one after the other. The same number is generated first, unmeasured.
+    loads: tuple[tuple[int, int], ...]  # (number of clients, images of each request)
+    settle_seconds: float  # duration of a load before its rate is measured
+    seconds: float  # duration of the measurement of the rate
+    # Pause after a first load that is not measured. The service then captures the graphs for it. 0: no first load.
+    pause_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,35 +3,21 @@
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from app.engine.engine import Engine
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, Job, StepSet
 from app.runner.gpu_measurements.engines import JOB_SECONDS, MeasuredRunner, idle_share, images_of, running_engine
-from app.runner.gpu_measurements.figures import Figure, Options, Target, guarded
+from app.runner.gpu_measurements.figures import RATES, Figure, Options, Sizes, Target, guarded
 from app.runner.gpu_measurements.machine import Machine, open_machine
 from app.runner.gpu_measurements.rows import new_job
 
 GUIDANCE: dict[str, StepSet | None] = {"guidance off": range(0), "default guidance": None}
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """The sizes of the measurements."""
-
-    num_images: int  # images that are measured one after the other. The same number is generated first, unmeasured.
-    loads: tuple[tuple[int, int], ...]  # (number of clients, images of each request)
-    settle_seconds: float  # duration of a load before its rate is measured
-    seconds: float  # duration of the measurement of the rate
-    # Pause after a first load that is not measured. The service then captures the graphs for it. 0: no first load.
-    pause_seconds: float
-
-
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 3.0, 3.0)
 OF_CPU = Sizes(1, ((2, 2),), 0.1, 0.5, 0.0)
-RATES = {"16 x 64, guidance off": 5000, "16 x 64, default guidance": 3000}  # targets in images/s
 LARGEST_IDLE_SHARE = 10.0  # in %
 
 

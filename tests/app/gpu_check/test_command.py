@@ -15,7 +15,7 @@ from app.gpu_check.__main__ import main
 from app.gpu_check.arguments import build_parser
 from app.gpu_check.report import Report
 from app.gpu_check.sections import HTTP_PACKAGES, SECTIONS
-from app.runner.gpu_measurements.figures import Options
+from app.runner.gpu_measurements.figures import Options, Sizes
 from tests.docs.markdown import commands
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
@@ -61,7 +61,7 @@ def test_every_section_runs_or_is_skipped_on_a_cpu_without_the_packages_for_http
 
 def test_section_over_http_measures_the_real_service(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(service, "OF_CPU", service.Sizes(1, ((1, 2),), 0.0, 1.0, 0.1))
+    monkeypatch.setattr(service, "OF_CPU", Sizes(1, ((1, 2),), 0.0, 1.0, 0.1))
     figures = {figure.name: figure for figure in service.measure(Options(tiny, "cpu"))}
     assert all(figure.value for figure in figures.values())
     assert all(figure.target is None for figure in figures.values())

@@ -11,7 +11,7 @@ import torch
 from app.gpu_check.section import run_section
 from app.gpu_check.sections import SECTIONS, Section
 from app.runner.gpu_measurements import facts, failures, invariance, loads, machine, start, steps
-from app.runner.gpu_measurements.figures import Options
+from app.runner.gpu_measurements.figures import Options, Sizes
 from tests.app.runner.gpu_measurements.pretended import PretendedGpu
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
@@ -32,7 +32,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
         facts: {"COPY_BYTES": 1 << 20, "MATRIX": 64, "NUM_LAUNCHES": 5},
         failures: {"NUM_IMAGES": 4},
         invariance: {"SIZES": (2, 4), "FIXED_ROWS": 4, "NUM_STEPS": 2},
-        loads: {"OF_GPU": loads.Sizes(1, ((2, 2),), 0.05, 0.1, 0.01)},
+        loads: {"OF_GPU": Sizes(1, ((2, 2),), 0.05, 0.1, 0.01)},
         start: {"IDLE_SECONDS": 0.5},
         steps: {"SIZES": (1, 2), "NUM_CALLS": 2, "STEP_SECONDS": 0.0},
     }.items():
