@@ -61,6 +61,7 @@ def test_full_queue_is_429_and_admits_again_when_it_has_room(one_row_service: Se
         assert first(events, "accepted")["position"] == 0
         response = one_row_service.post({**CHEAP, "count": CAPACITY})
         assert_problem(response, 429, "overloaded")
+        assert "no room" in response.json()["detail"]
         assert int(response.headers["retry-after"]) >= 1
         assert one_row_service.metrics().value("rejected_total", reason="overloaded") == before + 1
         health = one_row_service.client.get("/health").json()["queue"]
@@ -76,9 +77,10 @@ def test_request_that_cannot_meet_its_deadline_is_429_immediately(one_row_servic
         alone = first(events, "accepted")["eta_seconds"]
     one_row_service.wait_until_idle()
     with one_row_service.events(FULL) as events:
-        first(events, "accepted")
+        one_row_service.wait_until_running()  # the queue then has room for one image
         response = one_row_service.post({"digit": 1, "timeout_seconds": alone / 2})
         assert_problem(response, 429, "overloaded")
+        assert "deadline" in response.json()["detail"]
         assert int(response.headers["retry-after"]) >= 1
     assert one_row_service.metrics().value("rejected_total", reason="overloaded") == before + 1
 
@@ -86,6 +88,7 @@ def test_request_that_cannot_meet_its_deadline_is_429_immediately(one_row_servic
 def test_request_with_an_earlier_deadline_overtakes_a_queued_one(one_row_service: Service) -> None:
     with one_row_service.events(FULL) as events:
         backlog = first(events, "accepted")["eta_seconds"]
+        one_row_service.wait_until_running()  # the queue then has room for one image
         assert one_row_service.post({"digit": 1, "timeout_seconds": backlog / 2}).status_code == 200
         assert (
             one_row_service.metrics().value("running_images") + one_row_service.metrics().value("queue_depth_images")
