@@ -15,7 +15,7 @@ from app.engine.engine import Engine, EngineState
 
 log = logging.getLogger(__name__)
 
-CHECKS = 20  # number of checks in one timeout, so that the delay is at most 5 % of the timeout
+CHECKS = 20  # number of checks in one timeout, so that the delay is at most 5% of the timeout
 
 
 class Watchdog:

@@ -4,12 +4,12 @@ Reason: the compute threads of a step wait for each other after every operator. 
 wait. This was measured on a Xeon with AMX (two cores, 64 rows per step) while another process used one core: two
 threads ran 12 steps per second, and one thread ran 22.
 
-Detection: the share of the steps' duration in which the engine thread has a core is measured. It is 99 % on an idle
-machine and 62 to 69 % while another process competes for the cores. A machine that is slow for another reason, such as
+Detection: the share of the steps' duration in which the engine thread has a core is measured. It is 99% on an idle
+machine and 62 to 69% while another process competes for the cores. A machine that is slow for another reason, such as
 a lower clock rate, does not change this share.
 
-Rule: the share is computed for windows of 0.1 s of steps. After three windows in a row with a share below 75 %, one
-thread fewer is used for a pause of 0.25 s. Then all threads are tried again. If the next window is below 75 % too, the
+Rule: the share is computed for windows of 0.1 s of steps. After three windows in a row with a share below 75%, one
+thread fewer is used for a pause of 0.25 s. Then all threads are tried again. If the next window is below 75% too, the
 next pause is twice as long, up to 4 s. A window with a higher share resets the pause to 0.25 s.
 
 Example: a backup uses one core for 10 minutes. One thread fewer is used after about 0.3 s of steps. Soon the pauses
