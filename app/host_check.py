@@ -5,8 +5,9 @@ admission   CPU time of the admission of one image, by the number of images in t
 operations  tensor operations of a step, inside and outside of the network
 serve PORT  serves HTTP on this port of 127.0.0.1 until SIGTERM, so that a load generator can measure requests
 
-The step of the runner only sleeps, without the interpreter's lock, as long as a GPU would take. All other work is that
-of the service on a GPU. The first three parts print one line of JSON. `python -m scripts.bench host` runs all parts.
+In the parts `engine` and `serve`, a step only sleeps for 0.3 ms, the assumed duration of a step on a GPU. All other
+work is that of the service on a GPU. The part `operations` runs steps on the CPU. The first three parts print one line
+of JSON. `python -m scripts.bench host` runs all parts.
 """
 
 import argparse
@@ -36,11 +37,11 @@ from app.settings import Settings
 
 ROWS = 512
 NUM_STEPS, GUIDED_STEPS = 100, range(27, 73)
-LOADS = {"8 x 64": (8, 64), "512 x 1": (512, 1)}  # jobs and images per job
+LOADS = {"8 x 64": (8, 64), "512 x 1": (512, 1)}  # (jobs, images of each job)
 BACKLOGS = (64, 1024, 10_000)
 NUM_ADMISSIONS = 200
 LONGEST_SECONDS = 120.0  # time limit for one measurement of the engine
-ROUNDS = 5  # lives of the rows that a measurement of the engine takes
+ROUNDS = 5  # a measurement of the engine takes this many times the steps of an image
 
 
 def new_job(count: int = 1, timeout: float = math.inf, guided_steps: range = GUIDED_STEPS) -> Job:
@@ -52,7 +53,7 @@ def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
     """Returns the CPU time in seconds that the engine thread takes for one step of all these images.
 
     A new job follows each finished one. All jobs begin at the same step, or with `staggered` at different steps. The
-    CPU time of submitting the jobs is not part of the result.
+    result does not contain the CPU time of submitting the jobs. Raises TimeoutError after LONGEST_SECONDS.
     """
     runner, done = SleepingRunner(), threading.Event()
     engine = _new_engine(lambda: runner)
@@ -86,7 +87,7 @@ def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:
     engine.ready.result()
     engine.submit(new_job())
     if not done.wait(LONGEST_SECONDS):
-        raise TimeoutError(f"The engine has not done {last} steps in {LONGEST_SECONDS} s")
+        raise TimeoutError(f"The engine did not finish {last} steps within {LONGEST_SECONDS:g} s. Use an idle machine")
     engine.stop(10)
     return (times[last] - times[first]) / (last - first)
 
@@ -119,7 +120,7 @@ def _serve(port: int) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs one part."""
+    """Runs one part and prints its results."""
     parser = argparse.ArgumentParser(
         prog="python -m app.host_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

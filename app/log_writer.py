@@ -1,7 +1,7 @@
 """Writes log lines to a file descriptor in a separate thread, from a queue that is bounded in bytes.
 
-A write to a full pipe blocks. Only the writing thread blocks. Other threads append to the queue. If the queue is full,
-the line is dropped and counted. The standard library has no such queue: `queue.Queue` limits the number of entries, not
+A write to a full pipe blocks only the writing thread. Other threads append to the queue. If the queue is full, the line
+is dropped and counted. The standard library has no such queue: `queue.Queue` limits the number of entries, not
 their size, and `logging.handlers.QueueListener` cannot stop without joining its thread.
 """
 
@@ -18,8 +18,8 @@ MAX_QUEUED_BYTES = 2**20
 LINE_OVERHEAD_BYTES = 100  # added per line, so that many short lines cannot exceed the memory limit
 FLUSH_SECONDS = 1.0  # maximum time that an exit waits for the queued lines
 STALL_SECONDS = 0.25  # an exit stops waiting if no line is written for this time
-# The thread waits for this time before it writes, so that it wakes once for all lines of this time. It takes longer to
-# wake the thread than to write a line.
+# After the first line, the thread waits for this time and then writes all lines together. Waking the thread for each
+# line would take longer than writing the line.
 COLLECT_SECONDS = 0.01
 MAX_WRITE_BYTES = 2**16  # limit for lines that are written together; a pipe holds as many bytes
 

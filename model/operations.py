@@ -1,9 +1,9 @@
-"""Group norm, 1x1 convolution, GELU and attention. Their results equal those of torch except for rounding.
+"""Group norm, 1x1 convolution, GELU and attention. Their results differ from those of torch only by rounding.
 
 On a GPU (`is_on_gpu`), group norm and 1x1 convolutions use operations that launch fewer kernels. On a CPU, three
 operations use faster formulas:
-- compiled group norm, because Inductor generates Welford sums over the few channels of a group, which use half of a
-  SIMD vector,
+- compiled group norm, because Inductor generates Welford sums over the few channels of a group, which fill only half
+  of a SIMD vector,
 - compiled GELU, because Inductor generates tanh, which takes three times as long as exp,
 - attention in training, because the backward pass of torch's fused attention takes more than ten times as long as the
   forward pass.
@@ -77,7 +77,7 @@ def scaled_group_norm(x: Tensor, num_groups: int, scale: Tensor, shift: Tensor, 
     """Returns the group norm (Wu & He 2018) of x (B, C, H, W) in channels_last. scale and shift are (B, C) or (C,).
 
     They replace the weight and the bias. On a GPU, torch's group norm of a channels_last tensor launches four kernels.
-    Its result has another layout, so the next convolution launches a fifth. This function launches three kernels. The
+    Its result has another layout, so the next convolution launches a fifth one. This function launches three kernels. The
     first one copies the values of each group next to each other. The second one is torch's layer norm, which computes
     mean and variance in float32. The third one scales, shifts, and writes the result in channels_last. The layer norm
     uses one block of threads for each group, so a row has the same bits in every batch.

@@ -1,4 +1,4 @@
-"""The class-conditional U-Net. It predicts the noise in x_t from (x_t, t, y)."""
+"""The class-conditional U-Net. It predicts the noise eps in x_t, or another target, from (x_t, t, y)."""
 
 from dataclasses import dataclass
 
@@ -112,11 +112,11 @@ class UNet(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that means "no class", for classifier-free guidance."""
+        """Returns the label that means "no class", for classifier-free guidance."""
         return self.config.num_classes
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Returns eps (B, C, H, W) for x_t (B, C, H, W), t (B,) in 1..T and y (B,) in 0..num_classes."""
+        """Returns the prediction (B, C, H, W) for x_t (B, C, H, W), t (B,) in 1..T and y (B,) in 0..num_classes."""
         return self.denoise(x_t, self.condition(t, y))
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class UNet(nn.Module):
         return self.condition(*pairs.unbind(dim=1)).unflatten(0, (len(t), len(y)))
 
     def denoise(self, x_t: Tensor, c: Tensor) -> Tensor:
-        """Returns eps (B, C, H, W) for x_t (B, C, H, W) and the result c (B, D) of `condition`."""
+        """Returns the prediction (B, C, H, W) for x_t (B, C, H, W) and the result c (B, D) of `condition`."""
         if self._modulated_blocks and is_on_gpu(x_t):
             c = self._with_norms(c)
         h = self.stem(x_t)  # (B, widths[0], H / stem_patch, W / stem_patch)

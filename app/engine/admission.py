@@ -9,10 +9,12 @@ Admission refuses a job with 429 in two cases:
 - A target would be missed. backlog.py computes an upper bound on the finish time of each job. If the bound of the new
   job, or of a job that it delays, is later than the target of that job, the new job is refused.
 
-Row selection keeps the promise to the admitted jobs. The bound only holds for full steps that take the rows in order,
-but normally row selection deviates from this to serve new and small jobs early (see batcher.py). Therefore `select`
-checks the slack of the backlog before each step. While it is positive, row selection may deviate. If it is negative, a
+The bound only holds for full steps that take the rows in order, but normally row selection deviates from this to serve
+new and small jobs early (see batcher.py). Therefore `select` checks the slack of the backlog before each step, so that
+the admitted jobs still meet their targets. While the slack is positive, row selection may deviate. If it is negative, a
 target is at risk, and the next step is full and takes the rows in order.
+
+Jobs, rows and evaluations are explained in job.py, the target and the bound in backlog.py.
 
 Example: full steps compute 2000 evaluations per second and take 8 ms. Job A has 64 images of 100 steps and a timeout of
 10 s. Its target is 9 s, its bound 3.95 s. Job B is equal, but has a timeout of 5 s. Its target is 4.5 s, so B comes
@@ -42,7 +44,7 @@ from model.clip_guidance import CALL_ROWS
 log = logging.getLogger(__name__)
 
 # The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
-# or faster by FASTER: a job that was lost may then no longer be lost.
+# or until their slowdown is less than FASTER times that: a lost job (see backlog.py) may then no longer be lost.
 SPEED_MARGIN, FASTER = 1.01, 0.95
 RECOVERY_SECONDS = 60.0  # after this time without a memory shortage, the lowered number of rows doubles
 LONGEST_WAIT = 3600  # maximum Retry-After, in seconds

@@ -206,7 +206,7 @@ class Backlog:
         """Adds one step to each row of the batch.
 
         Returns the rows whose result must be read: they have ended, or they compare the classes. They have left the
-        batch. `add_errors` adds those that have steps left again.
+        batch. `add_errors` adds those back that have steps left.
         """
         if self._decreases is None:
             self._decreases = self.batch.decreases(self._table.shape[1])

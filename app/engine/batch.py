@@ -1,7 +1,8 @@
 """The batch: the rows of the next step. It stays the same until rows join, leave or end.
 
-A step costs little time for each row: the clock of the batch counts the steps of all rows at once, and an array has the
-step at which the size of each row changes. Only these rows, and those that join or leave, are handled one by one.
+The clock of the batch counts the steps of all rows at once. An array has the step at which the size of each row (its
+number of evaluations, see job.py) changes. Python code runs only for the rows whose size changes, and for those that
+join or leave.
 """
 
 from collections import Counter
@@ -17,7 +18,7 @@ from app.engine.job import STOPPED, Clock, IntArray, StepKind, StepRows, Traject
 # in the backlog, and 1 for the tail of a job.
 _SIZE, _CHANGES_AT, _FIRST, _PLACE, _IS_TAIL = range(5)
 NEVER = 1 << 62
-FEW_ROWS = 4  # For more rows, one pass over the batch is faster than one search for each row.
+FEW_ROWS = 4  # to remove more rows, one pass over the batch is faster than one search for each row
 
 
 class Batch:

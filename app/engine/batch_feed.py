@@ -1,7 +1,8 @@
 """Publishes the rows of the engine's steps, for GET /events/batch.
 
-The receiver asks for one batch at a time, by setting `is_wanted`. The engine checks this attribute in each step, and
-does nothing else while nothing is wanted. It copies only what later steps change. The receiver does the rest.
+The receiver asks for one batch at a time, by setting `is_wanted`. The engine checks this attribute in each step. If it
+is False, the engine does nothing else. Otherwise it copies only the values that later steps change. The receiver reads
+all other values from the rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,9 +23,8 @@ class Batch:
     step: int  # number of the step, from 1; for an idle engine the number of the last step
     waiting: int  # images before their first step
     running: int  # images between their first and last step
-    rows: list[
-        tuple[Trajectory, int, int]
-    ]  # row, its number of finished steps, and the number of classes that it compares (0 for other rows)
+    # Each row, its number of finished steps, and the number of classes that it compares (0 for other rows).
+    rows: list[tuple[Trajectory, int, int]]
     selected: Sequence[Trajectory]  # the rows of this step
 
 
@@ -40,7 +40,7 @@ class BatchFeed:
         self._backlog = backlog
 
     def publish(self, step: int, selected: Sequence[Trajectory]) -> None:
-        """Sends the current batch to the receiver, which must want it. `selected` are the rows of this step."""
+        """Sends the current batch to the receiver. `is_wanted` must be True. `selected` has the rows of this step."""
         self.is_wanted = False
         backlog = self._backlog
         running = (

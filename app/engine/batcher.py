@@ -68,7 +68,7 @@ class StepLimits:
         most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
         most = max(min(most, GUIDED_EVALUATIONS * rows), GUIDED_EVALUATIONS)
-        if widest_row > GUIDED_EVALUATIONS:  # A wide row must not push out all other rows.
+        if widest_row > GUIDED_EVALUATIONS:  # The step has room for the widest row and another row.
             most = max(most, widest_row + GUIDED_EVALUATIONS)
         short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a

@@ -4,14 +4,16 @@ Threads: one condition variable protects the shared state. Only the engine threa
 futures. The engine thread waits on the condition variable while there is no work. No thread polls.
 
 Failures: if a step raises, it is run again in halves until the failing rows are isolated (see isolation.py). Only their
-jobs fail. The engine itself fails if the device is lost, if its thread raises, or if the probe image cannot be
-generated after MAX_FAILED_BATCHES batches without a surviving row. It then answers all jobs with EngineFailed.
+jobs fail. After MAX_FAILED_BATCHES batches in which every row failed, the engine generates the probe image of each
+model. The engine itself fails if this raises, if the device is lost, or if its thread raises. It then answers all jobs
+with EngineFailed.
 
 Drain: `drain` refuses new jobs and returns a future that completes when all admitted jobs are answered. If this takes
 too long, the caller answers the remaining jobs with `give_up`. `stop` then ends the thread.
 
 Heartbeat: the engine thread stores the time before each step. `alive` is False if the last heartbeat is older than
-`watchdog_seconds`, which happens if a step hangs. An idle or starting engine has no heartbeat and is alive.
+`watchdog_seconds`, which happens if a step hangs. While the engine starts, waits for work or does idle work of the
+runner, it has no heartbeat and is alive.
 """
 
 import logging
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 
 STARTING_SECONDS = 5  # Retry-After while the service starts: the usual duration of loading and warm-up
 RESTART_SECONDS = 10  # Retry-After while the service drains or has failed: the usual duration of a restart
-IDLE_SECONDS = 0.5  # after this time without work, the runner does work that can wait
+IDLE_SECONDS = 0.5  # after this time without work, the runner does its idle work (see StepRunner.idle)
 MAX_FAILED_BATCHES = 3  # consecutive batches in which every row failed, after which the engine tests itself
 
 
@@ -74,7 +76,7 @@ class Engine:
         self.state = EngineState.STARTING
         self.models: dict[str, ModelInfo] = {}  # the served models by name; empty until the engine is ready
         self.clip: ClipEmbedder | None = None  # None until the engine is ready, and without a CLIP model
-        self.device_memory: Callable[[], int] | None = None  # returns the bytes allocated on a GPU; set when ready
+        self.device_memory: Callable[[], int] | None = None  # returns the bytes reserved on a GPU; set when ready
         # Called immediately before the network call of each step, and before the engine waits for work. Listeners can
         # store their events and deliver them here. If they woke another thread earlier, that thread would take the
         # interpreter's lock, and the engine would wait for it. A compiled network call does not need the lock.
@@ -92,7 +94,7 @@ class Engine:
         self._num_steps = 0
         self._num_unbroken = 0  # steps since the engine last waited for work
         self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
-        # Readings whose values are not handled yet: whether they are known, and a function that waits for them.
+        # Readings whose values are not handled yet: a function that says if they are known, and one that handles them.
         self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
         self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
         self._num_failed_rows = 0
@@ -267,8 +269,8 @@ class Engine:
     def _check_runner(self) -> None:
         """Generates the probe images after too many failed batches. If this raises, the engine fails.
 
-        The test decides whether the device or the requests are at fault. If it succeeds, the requests caused their own
-        failures, and the engine continues.
+        The test shows whether the device or the requests caused the failures. If it succeeds, the requests caused them,
+        and the engine continues.
         """
         log.warning("No row survived, testing the engine with the probe image", extra={"batches": MAX_FAILED_BATCHES})
         self.deliver()
@@ -295,7 +297,7 @@ class Engine:
             return rows, abandoned
 
     def _wait_for_work(self) -> None:
-        """Waits until there is work. Meanwhile the runner does the work that can wait, one piece at a time."""
+        """Waits until there is work. Meanwhile the runner does its idle work, one part at a time."""
         seconds = IDLE_SECONDS
         while True:
             with self._condition:

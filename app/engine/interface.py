@@ -31,7 +31,10 @@ class DeviceLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One measurement of images that a model generated with these options. It is stored in the checkpoint."""
+    """One measurement of the quality of generated images. It is stored in the checkpoint.
+
+    It is not an evaluation of the network (see job.py).
+    """
 
     sampler: Sampler
     num_steps: int
@@ -145,8 +148,8 @@ class Ready(Generic[T]):
 class StepRunner(Protocol):
     """Computes steps and keeps the state of the rows.
 
-    A runner may enqueue its work on a device and return before the device has done it. The work is done in the order of
-    the calls. So a reading has the values after all steps before it.
+    A runner may enqueue its work on a device and return before the device has done it. The device does the work in the
+    order of the calls. So a reading has the values after all steps that were enqueued before it.
 
     A call that raises an error other than DeviceLostError has not changed any row, so that it can be repeated.
     """
@@ -161,7 +164,7 @@ class StepRunner(Protocol):
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
-        """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
+        """Returns a function that returns the number of bytes reserved on the GPU, or None without a GPU."""
 
     @property
     def network_seconds(self) -> float:
@@ -199,10 +202,10 @@ class StepRunner(Protocol):
 
     @property
     def has_idle_work(self) -> bool:
-        """Returns True if the runner has work that can wait until no rows take steps."""
+        """Returns True if the runner has idle work: work that can wait until there are no rows."""
 
     def idle(self) -> None:
-        """Does a piece of this work. It takes at most a fraction of a second."""
+        """Does a part of the idle work. A part must be short, because new rows wait for it."""
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Checks each model, makes the first slow calls, and returns the measured step times.

@@ -1,7 +1,7 @@
 """Jobs and their images: the progress of a request through the steps of its path. The tensors are in the runner.
 
-A job has all images of one request. A trajectory is one of these images. In a step, it is a row of the batch. All tasks
-are trajectories. They differ in the image that they start from, in their path and in the pixels that are known:
+A job has all images of one request. A trajectory is one of these images. In a step, it is a row of the batch. The tasks
+differ in the image from which their trajectories start, in their path and in the pixels that are known:
 
     generate    starts from noise at T
     edit        starts from a sketch with noise at a lower timestep
@@ -11,6 +11,14 @@ are trajectories. They differ in the image that they start from, in their path a
 
 If the digit of an image is unknown, a job can first search for it. The search is one trajectory that compares the
 classes: each step takes one evaluation for each remaining class. Classes with much larger errors are dropped.
+
+These terms are used in app/engine and app/runner:
+
+    path         the timesteps that a trajectory visits (see plan_through in model/sampler.py)
+    plan         the coefficients of all steps along a path (see Plan in model/sampler.py)
+    evaluation   one evaluation of the network for one row and one label; a guided row takes two in a step
+    slot         the place of a row's state in the tensors of the runner (see Slots in app/runner/device_state.py)
+    finite       a row is finite while its values are neither NaN nor infinite
 """
 
 import math
@@ -94,7 +102,7 @@ class Search:
 
 
 class Clock:
-    """Counts the steps of an engine."""
+    """Counts the steps of a batch."""
 
     __slots__ = ("steps",)
 
@@ -109,14 +117,14 @@ STOPPED = Clock()  # of the rows that are in no batch
 class Trajectory:
     """One image between x_T and x_0, or the search for the digit of the images.
 
-    The steps of a row in a batch follow a clock. So a step costs no time for each of its rows.
+    A row in a batch follows a clock, which counts the steps of all rows of the batch at once.
     """
 
     job: "Job"
     index: int  # position among the images of the job
     comparison: Comparison | None = None  # None for a trajectory that generates an image
     started: bool = False  # True if the first step is finished or in progress
-    slots: tuple[int, ...] = ()  # slots of its state on the device; empty before the first step and after release
+    slots: tuple[int, ...] = ()  # slots of its state; empty before the first step and after the release
     first_slot: int = -1  # the first one of `slots`, -1 without slots
     first_plan_row: int = -1  # the row of its first step in the runner's table of plans
     clock: Clock = STOPPED
@@ -227,7 +235,7 @@ class StepRows:
 
     @classmethod
     def of(cls, trajectories: list[Trajectory]) -> "StepRows":
-        """Returns these rows."""
+        """Returns these rows with their arrays."""
         steps, sizes = ([getattr(row, name) for row in trajectories] for name in ("step", "evaluations"))
         return cls(trajectories, np.array(steps, dtype=np.int64), np.array(sizes, dtype=np.int64))
 
@@ -358,7 +366,7 @@ class Job:
         self.num_waiting = request.count  # images that have not started
         # The first rows whose last step is finished or in progress. Their results are not stored yet.
         self.num_pending = 0
-        # True if the job is answered. Every step checks this for every row. future.done() takes a lock and is slower.
+        # True if the job is answered. It is checked often. future.done() takes a lock and is slower.
         self.closed = False
         self._results: list[Result | None] = [None] * request.count
         self._previews_sent = 0

@@ -7,7 +7,7 @@ speed of the machine, which may be slower than at warm-up. The model therefore i
 
 `measured_seconds` interpolates between the measured sizes. `slowdown` is one factor for all sizes, because a busy
 machine slows down all sizes by about the same factor. It is an exponential moving average: each step that runs moves it
-by SMOOTHING of the difference between the actual and the predicted time.
+by SMOOTHING times the difference between the slowdown of this step and the average.
 
 A step with CLIP guidance also calls CLIP. All calls of CLIP have the same number of rows (see model/clip_guidance.py)
 and therefore the same duration, `clip_seconds`, which warm-up measures too.

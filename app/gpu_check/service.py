@@ -18,10 +18,8 @@ from app.gpu_check.clients import RequestFailed, closed_loop, latencies
 from app.runner.gpu_measurements.figures import RATES, Figure, Options, Sizes, Target, guarded
 
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
-POLL_SECONDS = 0.02  # between attempts to connect: the process gives no other sign that it listens
+POLL_SECONDS = 0.02  # between attempts to connect; the process does not report when it listens
 GUIDANCE: dict[str, dict[str, Any]] = {"guidance off": {"guidance_scale": 1}, "default guidance": {}}
-
-
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0, 3.0)
 OF_CPU = Sizes(1, ((2, 2),), 0.1, 1.0, 0.0)
 READY, ONE_IMAGE = Target(20.0), Target(50.0)  # s and ms
@@ -71,14 +69,14 @@ async def _rate(port: int, load: tuple[int, int], fields: dict[str, Any], sizes:
 def running_service(options: Options) -> Iterator[tuple[int, float]]:
     """Yields the port of a service that is ready, and the seconds from its start. Stops the service after the block.
 
-    It refuses no request and has no CLIP model. On a CPU, the step is not compiled. The other settings are the
+    The service refuses no request and has no CLIP model. On a CPU, the step is not compiled. The other settings are the
     defaults. Raises RequestFailed if the service is not ready within START_SECONDS.
     """
     port = _free_port()
     variables = {name: value for name, value in os.environ.items() if not name.upper().startswith("UNFOG_")}
     variables |= {"UNFOG_PORT": str(port), "UNFOG_DEVICE": options.device, "UNFOG_DTYPE": options.dtype}
     variables |= {"UNFOG_LOG_LEVEL": "warning", "UNFOG_CLIP": "off"}
-    variables |= {"UNFOG_QUEUE_CAPACITY": "100000", "UNFOG_REQUEST_TIMEOUT": "600"}  # The service refuses no request.
+    variables |= {"UNFOG_QUEUE_CAPACITY": "100000", "UNFOG_REQUEST_TIMEOUT": "600"}  # no request is refused
     if options.device == "cpu":
         variables["UNFOG_COMPILE"] = "off"
     if options.checkpoint:

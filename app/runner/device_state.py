@@ -1,4 +1,8 @@
-"""Device state: the slots with the state of the images, the table of sampling plans, and the row indices of a step."""
+"""Device state: the slots with the state of the images, the table of sampling plans, and the row indices of a step.
+
+The docstring of app/engine/job.py explains slots, plans and evaluations. A trajectory has one slot and one row in each
+step. A comparison whose classes have their own x_t has a slot for each class, and a row for each remaining class.
+"""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -19,7 +23,7 @@ FIRST_PLAN_ROWS = 16_384
 
 
 class Slots:
-    """The state of all started images. Each row of its tensors is a slot, which is assigned to one trajectory.
+    """The state of all started images. An index of the first dimension of its tensors is a slot. Slot 0 is for padding.
 
     The number of slots doubles when all slots are in use.
     """
@@ -32,7 +36,7 @@ class Slots:
         transfers: Transfers,
         num_labels: int = 11,
     ) -> None:
-        """Starts with `count` free slots. `num_labels` is the number of classes plus 1, for the null label."""
+        """Starts with `count` free slots. `num_labels` is the number of classes plus the null label ("no class")."""
         self.state = State.zeros(1 + count, image_shape, device)
         self.error = torch.zeros(1 + count, num_labels, device=device)  # (S, num_labels) errors of the last step
         self._free = list(range(PADDING + 1, 1 + count))
@@ -41,7 +45,7 @@ class Slots:
     def begin(self, trajectories: list[Trajectory], **rows: Tensor) -> None:
         """Assigns slots to the trajectories and writes their state there. If this raises, no trajectory has a slot.
 
-        `rows` have one row for each slot: `num_slots` rows of the first trajectory, then those of the second one.
+        `rows` are tensors with one row for each slot: first the `num_slots` rows of the first trajectory, and so on.
         """
         slots = self.next_slots(trajectories)
         places = self._transfers.upload(slots)
@@ -95,7 +99,7 @@ class Slots:
 
 
 class Plans:
-    """The table (P, 7) of all sampling plans in use. A plan has one row for each step.
+    """The table (P, 7) of all sampling plans since the start. A plan has one row for each step.
 
     The columns are those of `Plan.table` in model/sampler.py. The size of the table doubles when it is full.
     """
@@ -137,8 +141,7 @@ def indices_of(trajectories: Sequence[Trajectory], null_label: int) -> Indices:
     """Returns the row indices for a call of one network.
 
     A row can have further evaluations with other labels. A guided row has one with the null label. A comparison whose
-    classes share x_t has one row, with one evaluation for each remaining class. A comparison whose classes have their
-    own x_t has one row for each remaining class.
+    classes share x_t has one row, with one evaluation for each remaining class.
 
     Example: three rows with the slots 7, 8 and 9, of which the second one is guided, have 4 evaluations. `slot` is
     [7, 8, 9, 8] and `second` is [0, 3, 2]: the unconditional evaluation of the second row is evaluation 3.

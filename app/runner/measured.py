@@ -1,4 +1,4 @@
-"""A runner without a device, and a count of tensor operations. Both serve measurements of the host cost."""
+"""A runner that computes nothing, and a count of tensor operations, for measurements of the host cost."""
 
 import time
 from collections import Counter
@@ -36,11 +36,11 @@ class SleepingDevice:
         work(*map(torch.from_numpy, arrays))
 
     def read(self, work: Callable[..., Tensor], *arrays: Array) -> "Done":
-        """Runs the work. Its result is known after the steps before it."""
+        """Runs the work. Its result is available after the steps that were enqueued before it."""
         return Done(self._busy_until, work(*map(torch.from_numpy, arrays)))
 
     def capture(self, work: Callable[[], None]) -> "SleepingGraph":
-        """Returns a graph that only takes time. Drawing noise takes none."""
+        """Returns a graph that computes nothing. A step takes STEP_SECONDS, and other work takes no time."""
         is_step = getattr(getattr(work, "func", None), "__name__", "") == "_run_step"
         return SleepingGraph(self, STEP_SECONDS if is_step else 0.0)
 
@@ -49,7 +49,7 @@ class SleepingDevice:
         return torch.zeros(size, dtype=torch.int64)
 
     def copy(self, buffer: Tensor, to: Tensor) -> None:
-        """Copies."""
+        """Copies the buffer to the tensor."""
         to.copy_(buffer)
 
     def record(self) -> "Done":
@@ -61,19 +61,19 @@ class SleepingDevice:
         self.record().synchronize()
 
     def add(self, seconds: float) -> None:
-        """Enqueues work that takes a time."""
+        """Enqueues work that takes this time."""
         self._busy_until = max(self._busy_until, time.perf_counter()) + seconds
 
 
 @dataclass(frozen=True, slots=True)
 class SleepingGraph:
-    """A graph that takes a time."""
+    """A graph that computes nothing and takes a fixed time."""
 
     device: SleepingDevice
     seconds: float
 
     def replay(self) -> None:
-        """Enqueues the time."""
+        """Enqueues work that takes this time."""
         self.device.add(self.seconds)
 
 
@@ -93,7 +93,7 @@ class Done:
         time.sleep(max(0.0, self.at - time.perf_counter()))
 
     def is_ready(self) -> bool:
-        """Returns `query`."""
+        """Returns True if the work has ended."""
         return self.query()
 
     def wait(self) -> Tensor:
@@ -120,7 +120,7 @@ class EagerGraph:
 class SleepingRunner(GraphRunner):
     """The runner of a GPU with a SleepingDevice.
 
-    PyTorch uses one thread. A GPU would do the work of its other threads, which wait for work in a busy loop.
+    PyTorch uses one thread. Further threads would wait in a busy loop and take CPU time from the measured threads.
     """
 
     def __init__(self) -> None:
@@ -154,6 +154,7 @@ class Operations(TorchDispatchMode):
 
     @contextmanager
     def within(self, part: str) -> Iterator[None]:
+        """Counts the operations within the `with` block as those of `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -178,7 +179,7 @@ def _launches_kernel(func: Any, args: Any, result: Any) -> bool:
 
 
 def count_operations(job: Job) -> Counter[str]:
-    """Returns the number of tensor operations of a step of a job's first image, for the network and for the rest."""
+    """Returns the number of tensor operations in the second step of a job's first image, by the part of the step."""
     torch.set_num_threads(1)
     runner = GraphRunner({"default": checkpoint.load(checkpoint.SHIPPED)}, EagerDevice(), torch.bfloat16)
     program, operations = runner._models["default"].program, Operations()

@@ -1,4 +1,7 @@
-"""The runner: computes one reverse step for a batch of rows, and keeps the state of the rows on the device."""
+"""The runner: computes one reverse step for a batch of rows, and keeps the state of the rows on the device.
+
+The docstring of app/engine/job.py explains rows, slots, plans and evaluations.
+"""
 
 import logging
 import time
@@ -85,7 +88,7 @@ class Runner:
             except CompilerError as error:
                 if must:
                     raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
-                # Not `model`: the console does not show the fields of the access log.
+                # The field is not named `model`, because the console omits the fields of this name (see app/logs.py).
                 log.warning(
                     "Model not compiled, steps take longer", extra={"checkpoint": model.info.name, "reason": str(error)}
                 )
@@ -103,7 +106,7 @@ class Runner:
 
     @property
     def has_idle_work(self) -> bool:
-        """Returns False: there is no work that can wait."""
+        """Returns False, because this runner has no idle work."""
         return False
 
     def idle(self) -> None:
@@ -116,7 +119,7 @@ class Runner:
 
     @property
     def device_memory(self) -> Callable[[], int] | None:
-        """Returns a function that returns the number of bytes allocated on the GPU, or None without a GPU."""
+        """Returns a function that returns the number of bytes reserved on the GPU, or None without a GPU."""
         return partial(torch.cuda.memory_reserved, self.device) if self.device.type == "cuda" else None
 
     def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
@@ -142,7 +145,7 @@ class Runner:
         by_model: Mapping[str, list[Trajectory]],
         before_call: Callable[[], None],
     ) -> list[Trajectory]:
-        """Computes all results before it writes state. So all memory is allocated before the first write."""
+        """Runs `step`. Computes all results, and so allocates all memory, before the first write of state."""
         rows = list(chain(*by_model.values()))
         with device_errors():
             self._begin([trajectory for trajectory in trajectories if not trajectory.slots])
@@ -206,7 +209,7 @@ class Runner:
 
     @torch.inference_mode()
     def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
-        """Reads the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
+        """Reads the current prediction of x_0 of each image, as 8-bit pixels. It is black before the first step."""
         (x_0,) = self._read_images(trajectories, self._slots.state.x_0)
         return Ready(x_0)
 
@@ -214,7 +217,7 @@ class Runner:
     def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
         """Reads the current prediction of x_0 and the current x_t of each image, as 8-bit pixels.
 
-        Reads both with one transfer. Both are black for an image without a step.
+        Reads both with one transfer. Both are black for an image before its first step.
         """
         x_0, x_t = self._read_images(trajectories, self._slots.state.x_0, self._slots.state.x_t)
         return Ready(list(zip(x_0, x_t, strict=True)))
@@ -226,7 +229,7 @@ class Runner:
             slots = self._slots.of(begun)  # (B,)
             parts = [state[slots] for state in states]
             if len(begun) < len(trajectories):
-                black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images without a step
+                black = torch.full_like(states[0][:1], -1)  # (1, C, H, W), for images before their first step
                 parts = [torch.cat([part, black]) for part in parts]
             levels = to_pixels(torch.cat(parts) if len(parts) > 1 else parts[0])
             layout = "(s b) 1 h w -> s b h w" if self.image_shape[0] == 1 else "(s b) c h w -> s b h w c"
@@ -257,12 +260,11 @@ class Runner:
         """Tests each model with its probe image, then measures the step times of the default model.
 
         The times are measured with each permitted number of threads, and the fastest ones are returned. If another
-        process uses a core during warm-up, all threads would wait for each other, and their times would not show which
-        batch size is best. Raises RunnerError if a probe image differs.
+        process uses a core during warm-up, all threads wait for each other, and their times do not show which batch
+        size is best. Raises RunnerError if a probe image differs.
         """
-        with self.threads.fixed(
-            self.threads.counts[-1]
-        ):  # With the smallest number of threads, a step is fast even if one core is busy.
+        # With the smallest number of threads, a step is fast even if one core is busy.
+        with self.threads.fixed(self.threads.counts[-1]):
             try:
                 self.check()
             except CompilerError as error:  # On a GPU, the step is compiled during its first calls.
@@ -322,7 +324,7 @@ class Runner:
         )
 
     def _first_plan_row(self, options: Options) -> int:
-        """Returns the first row of the plan for these options in the table of plans."""
+        """Returns the row of the first step of these options in the table of plans."""
         return self._plans.start_of(options, self._models[options.model].checkpoint.schedule)
 
     def _images_of(self, inputs: list[Input | None], z: Tensor) -> dict[str, Tensor]:
@@ -352,4 +354,4 @@ class _Part(NamedTuple):
     x_t: Tensor  # (B, C, H, W): x_prev of the step
     x_0: Tensor  # (B, C, H, W)
     finite: Tensor  # (B,)
-    errors: tuple[Tensor, Tensor, Tensor] | None  # slot, label and error (N,) of each evaluation, for comparisons
+    errors: tuple[Tensor, Tensor, Tensor] | None  # slot, label, error (N,); None if not needed

@@ -1,7 +1,7 @@
 """Chooses the number of compute threads on a CPU. One thread fewer is used while another process uses a core.
 
 Reason: the compute threads of a step wait for each other after every operator. If one of them has no core, all of them
-wait. This was measured on a Xeon with AMX (two cores, 64 rows per step) while another process used one core: two
+wait. This effect was measured on a Xeon with AMX (two cores, 64 rows per step) while another process used one core: two
 threads ran 12 steps per second, and one thread ran 22.
 
 Detection: the share of the steps' duration in which the engine thread has a core is measured. It is 99% on an idle

@@ -1,4 +1,4 @@
-"""Copies between host and device, and the points at which the host waits for the device."""
+"""Copies tensors between host and device, and waits for the device."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Transfers:
-    """Copies tensors to and from a GPU through pinned memory, without waiting. On a CPU it does nothing."""
+    """Copies tensors to and from a GPU through pinned memory, without waiting. On a CPU, no tensor is copied."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._is_gpu = device, device.type == "cuda"

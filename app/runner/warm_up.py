@@ -33,7 +33,7 @@ QUIET_SHARE = 0.9  # minimum share of the duration of the steps in which the thr
 # the weights are not in the caches: on a Zen 5, a step of one row takes 1.0 ms after another step of one row, but
 # 1.55 ms after a step of 64 rows.
 HOT_ROWS = 8
-CLIP_ROUNDS = 7
+CLIP_ROUNDS = 7  # maximum number of calls of CLIP that are measured
 
 # Runs a step. Returns its duration, and the part of it in which the calling thread had a core or the GPU was busy.
 TimeStep = Callable[[list[Trajectory]], tuple[float, float]]

@@ -1,8 +1,8 @@
 """Measures the host cost of the service: its work on the processor while the device computes.
 
-The measured service is `python -m app.host_check`. Its steps only sleep as long as a step on a GPU takes. With `base`,
-the version in another folder is measured too. Both versions take turns, so that changes of the machine's speed affect
-both of them.
+The parts of `python -m app.host_check` make the measurements. The steps of its service only sleep as long as a step on
+a GPU would take. With `base`, the version in another folder is measured too. The versions are measured in turn, so that
+changes of the machine's speed affect both of them.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
 MODULE = ("-m", "app.host_check")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of PyTorch, because a GPU service computes no large tensors on the host
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # one thread of PyTorch; with a GPU, the host computes no large tensors
 ONE, LARGE = "one-image requests per second, 64 clients", "images per second in requests of 64, 16 clients"
 CLIENTS, LARGE_CLIENTS = 64, 16
 SETTLE_SECONDS = 2.0
@@ -41,7 +41,7 @@ Figures = dict[str, dict[str, float]]  # part -> name of the figure -> value in 
 def measure_host(base: Path | None, repeats: int, seconds: float, out: Path, reporter: Reporter) -> None:
     """Measures each figure `repeats` times, writes the results and prints the table of medians.
 
-    Each load over HTTP runs for `seconds`. Raises ScriptError if `base` has no `app.host_check`.
+    Each load over HTTP runs for `seconds`. Raises ScriptError if a version has no `app.host_check` or fails.
     """
     folders = {NEW: Path.cwd()} if base is None else {BASE: base, NEW: Path.cwd()}
     for folder in folders.values():

@@ -34,7 +34,7 @@ class Sizes:
     loads: tuple[tuple[int, int], ...]  # (number of clients, images of each request)
     settle_seconds: float  # duration of a load before its rate is measured
     seconds: float  # duration of the measurement of the rate
-    # Pause after a first load that is not measured. The service then captures the graphs for it. 0: no first load.
+    # Pause after a first load that is not measured. In it, the graphs for the load are captured. 0: no first load.
     pause_seconds: float
 
 
@@ -63,7 +63,7 @@ class Figure:
     target: Target | None = None
     passed: bool | None = None
     skipped: str = ""  # the reason why there is no value
-    detail: dict[str, float] = field(default_factory=dict)  # further values in the unit, only for the JSON file
+    detail: dict[str, float] = field(default_factory=dict)  # further values in this unit, only for the JSON file
 
     def as_json(self) -> dict[str, Any]:
         """Returns the figure without its empty fields."""

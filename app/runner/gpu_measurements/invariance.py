@@ -14,7 +14,7 @@ from app.runner.gpu_measurements.rows import new_job, run_step
 from app.runner.runner import Runner
 
 SIZES, CPU_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512), (2, 4, 8)
-FIXED_ROWS = 64  # as with UNFOG_REPRODUCIBLE=on
+FIXED_ROWS = 64  # the rows of a step with UNFOG_REPRODUCIBLE=on and UNFOG_MAX_BATCH=auto
 NUM_STEPS = 20
 SEED, OTHER_SEED = 5, 1000
 
@@ -22,7 +22,7 @@ Outputs = list[tuple[str, Tensor]]  # the name of each layer and its output for 
 
 
 def measure(options: Options) -> Iterator[Figure]:
-    """Yields the share of equal bytes for each number of rows, and the first layer that differs."""
+    """Yields the share of equal bytes for each number of rows, and the first layer whose output differs."""
     machine = open_machine(options)
     yield from measure_on(machine, SIZES if machine.is_gpu else CPU_SIZES)
 

@@ -14,8 +14,6 @@ from app.runner.gpu_measurements.machine import Machine, open_machine
 from app.runner.gpu_measurements.rows import new_job
 
 GUIDANCE: dict[str, StepSet | None] = {"guidance off": range(0), "default guidance": None}
-
-
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 3.0, 3.0)
 OF_CPU = Sizes(1, ((2, 2),), 0.1, 0.5, 0.0)
 LARGEST_IDLE_SHARE = 10.0  # in %

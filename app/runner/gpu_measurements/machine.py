@@ -1,4 +1,4 @@
-"""The device of the measurements. `Machine` is a CPU. `Gpu` has every call of torch.cuda that the measurements need.
+"""The device of the measurements. `Machine` is a CPU. `Gpu` has the calls of torch.cuda that several measurements need.
 
 Tests use a subclass of Machine that simulates a GPU, so that the code for a GPU also runs on a CPU.
 """

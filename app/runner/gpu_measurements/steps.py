@@ -20,8 +20,8 @@ from model.compiled.kernel_cache import prepare_kernel_cache
 
 SIZES, CPU_SIZES = (1, 4, 16, 64, 256, 512), (1, 4)
 NUM_CALLS = 10  # number of calls whose median is the host time
-STEP_SECONDS = 0.2  # least duration of the steps whose device time is measured
-LONGEST_NAME = 60
+STEP_SECONDS = 0.2  # minimum total duration of the steps whose device time is measured
+LONGEST_NAME = 60  # maximum number of characters of the name of a kernel
 
 
 def measure(options: Options) -> Iterator[Figure]:
@@ -93,7 +93,7 @@ def _prepare(runner: Runner, rows: StepRows) -> None:
     """Loads the kernels of a step and captures its graph. The rows stay at the same step."""
     for _ in range(3):
         runner.step(rows)
-        while runner.has_idle_work:  # Until its graph is captured, a step can use a larger graph.
+        while runner.has_idle_work:  # A step can use a larger graph until its own graph is captured.
             runner.idle()
 
 

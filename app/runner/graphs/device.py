@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[Any]
-NUM_WARM_UP = 2  # runs before a capture: the libraries create their handles and choose their kernels in the first ones
+NUM_WARM_UP = 2  # runs before a capture; in the first ones, the libraries create their handles and choose their kernels
 
 
 class Graph(Protocol):
-    """Kernels that are enqueued together."""
+    """Recorded kernels, which are enqueued together."""
 
     def replay(self) -> None:
         """Enqueues the kernels once more, with the same memory addresses."""
 
 
 class Event(Protocol):
-    """The end of the work that was enqueued before the event."""
+    """The end of all work that was enqueued before this event was made."""
 
     def query(self) -> bool:
         """Returns True if the work is done."""
@@ -42,8 +42,8 @@ class Download(Protocol):
 class GraphDevice(Protocol):
     """A device that does enqueued work in order, while the host continues.
 
-    All access to tensors on the device must be enqueued work. The arrays that are given to it are copied: the host may
-    change them immediately afterwards. Only host buffers must stay unchanged until the copy is done.
+    Only enqueued work may access tensors on the device. `enqueue` and `read` copy their arrays, so the host may change
+    the arrays afterwards. A host buffer must stay unchanged until `copy` is done on the device.
     """
 
     device: torch.device
@@ -55,7 +55,7 @@ class GraphDevice(Protocol):
         """Enqueues work and a copy of its result to the host."""
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Returns a graph of the kernels of `work`, which may also run a few times. It must not wait for the device.
+        """Returns a graph of the kernels of `work`. Calls `work` several times. `work` must not wait for the device.
 
         The tensors that `work` creates belong to the graph. They share memory with those of other graphs.
         """
@@ -96,7 +96,7 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)  # captures need a stream of their own
+        self._stream = torch.cuda.Stream(device)  # the default stream cannot be captured
 
     def enqueue(self, work: Callable[..., None], *arrays: Array) -> None:
         """Calls `work`, which enqueues kernels. The arrays are copied through pinned memory."""
@@ -123,7 +123,7 @@ class CudaDevice:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 work()
         finally:
-            torch.cuda.set_stream(current)  # torch does not restore the stream if the end of the capture fails
+            torch.cuda.set_stream(current)  # if the end of the capture fails, torch does not restore the stream
         return graph
 
     def host_buffer(self, size: int) -> Tensor:

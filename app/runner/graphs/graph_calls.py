@@ -1,7 +1,7 @@
 """Calls of CUDA graphs: integers are copied to the device, then a graph that reads them is replayed.
 
-The copies go through a ring of host buffers. A buffer is used again when the device has done the call for which it was
-filled. So the ring also limits the number of calls that are enqueued and not done.
+The copies use a ring of host buffers. A buffer is used again when the device has done the call for which it was filled.
+So the ring also limits the number of calls that are enqueued and not done.
 """
 
 from collections import deque
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from app.runner.graphs.device import Array, Event, Graph, GraphDevice
 
-# The largest number of calls that are enqueued and not done. A new row waits for these steps, so that a larger number
-# would delay it. A smaller number would leave the GPU idle between steps.
+# The largest number of calls that are enqueued and not done. A new row waits for these calls, so a larger number would
+# delay it. With a smaller number, the GPU would be idle between steps.
 CALLS_AHEAD = 2
 
 
@@ -29,7 +29,7 @@ class _Buffer:
 
 
 class GraphCalls:
-    """The graphs of one kind of work, which read the same integers on the device."""
+    """The graphs of one kind of work. All of them read their inputs from the same tensor on the device."""
 
     def __init__(self, device: GraphDevice, size: int) -> None:
         """`size` is the largest number of integers of a call."""

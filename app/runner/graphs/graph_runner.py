@@ -34,11 +34,12 @@ from model.step import Rows, Stepped
 
 T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
-MOST_ROWS = BATCHES[-1]  # of the shapes that are captured before they are needed
-FIRST_SLOTS = 2047  # Their number seldom has to grow. If it grows, all graphs must be captured again.
-LARGEST_PADDING = 2  # limit for the evaluations of a larger graph that is used while the exact one is not captured
-# After this number of steps with a larger graph, the exact graph is captured even if the device is never idle. This
-# delays all rows by about the time that these steps with the larger graph lose (an estimate).
+MOST_ROWS = BATCHES[-1]  # the largest number of rows for which graphs are captured before they are needed
+FIRST_SLOTS = 2047  # the initial number of slots; it is large, because all graphs are captured again when it grows
+# While the exact graph of a step is not captured, a larger graph with at most this many times its evaluations is used.
+LARGEST_PADDING = 2
+# After this number of steps with a larger graph, the exact graph is captured even if the device is never idle. The
+# capture takes about as long as the additional time of these steps (an estimate).
 MOST_LARGER_STEPS = 200
 
 
@@ -66,7 +67,7 @@ class GraphRunner(Runner):
     """Enqueues each step as one CUDA graph for each model. The host waits only if it is CALLS_AHEAD calls ahead.
 
     The facts about the rows that a call needs are in an array with a column for each slot (new_rows.py). Therefore a
-    step without special rows runs no Python code for each row.
+    step runs no Python code for each row, except if a row is special (see `is_special`).
     """
 
     _slots: GraphSlots
@@ -82,11 +83,11 @@ class GraphRunner(Runner):
         most_rows: int = MOST_ROWS,
         fixed_rows: int | None = None,
     ) -> None:
-        """`num_slots` is the initial number of slots, `most_rows` the largest step that warm-up captures.
+        """`num_slots` is the initial number of slots. `most_rows` limits the graphs that are captured in advance.
 
-        With `fixed_rows`, each call is padded to this number of rows, or to one row for each class if these are more.
+        With `fixed_rows`, each call is padded to this number of rows, or to the number of classes if that is larger.
         The kernels are then the same in each call, so that a row has the same bits in each step. A larger step without
-        special rows raises ValueError.
+        special rows raises ValueError. A larger step with special rows is split into several calls.
         """
         self._gpu, self._num_slots = device, num_slots
         # A row that compares the classes can need a row for each class.
@@ -99,8 +100,8 @@ class GraphRunner(Runner):
             null_label = self._models[DEFAULT_MODEL].program.null_label
             self._new = NewRows(device, self._slots, self._plans, null_label)
         self._versions = self._slots.version, len(self._plans.table)  # of the tensors that the graphs use
-        self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time, the next one last
-        self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph of a shape that is not captured
+        self._missing: dict[tuple[str, Shape], None] = {}  # graphs to capture in idle time; the last one is the next
+        self._larger: dict[tuple[str, Shape], Shape | None] = {}  # the larger graph for a shape that is not captured
         self._num_larger = Counter[tuple[str, Shape]]()  # the number of steps with a larger graph, by exact graph
         self._trajectories: list[Trajectory] | None = None  # the rows of the last step
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
@@ -112,7 +113,7 @@ class GraphRunner(Runner):
         return GraphSlots(self._num_slots, self.image_shape, self._gpu, num_labels, noise_steps)
 
     def step(self, rows: StepRows, before_call: Callable[[], None] = lambda: None) -> list[Trajectory]:
-        """Enqueues one reverse step of each row. Returns no rows: readings tell which rows are not finite.
+        """Enqueues one reverse step of each row. Returns [], because readings have None for rows that are not finite.
 
         `before_call` is called before the step is enqueued. Raises OutOfMemoryError or DeviceLostError for device
         errors. Any other error is a bug. After an error other than DeviceLostError, no row has changed.
@@ -131,7 +132,7 @@ class GraphRunner(Runner):
         return []
 
     def pixels(self, trajectories: list[Trajectory]) -> Reading[Sequence[Pixels | None]]:
-        """Reads the current prediction of x_0 of each image, as 8-bit pixels. An image without a step is black."""
+        """Reads the current prediction of x_0 of each image, as 8-bit pixels. It is black before the first step."""
         return self._read(trajectories, self._slots.read, lambda images: images[0])
 
     def pixels_with_x_t(self, trajectories: list[Trajectory]) -> Reading[Sequence[tuple[Pixels, Pixels] | None]]:
@@ -155,13 +156,13 @@ class GraphRunner(Runner):
         return LateReading(download, convert)
 
     def release(self, trajectories: list[Trajectory]) -> None:
-        """Releases the slots of the trajectories. Later work on these slots runs after all enqueued work."""
+        """Releases the slots of the trajectories. New rows in these slots begin after all enqueued work."""
         if trajectories:
             super().release(trajectories)
             self._trajectories = self._plain = None
 
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Captures the graphs of the first requests, tests each model, and measures the step times."""
+        """Captures the graphs that the first requests need, tests each model, and measures the step times."""
         with torch.inference_mode(), device_errors():
             self._new.capture()
         first, every = list(first_shapes(self._most_rows)), all_shapes(self._most_rows)
@@ -292,7 +293,7 @@ class GraphRunner(Runner):
         return [((call.model.info.name, s), call.inputs(s)) for call, s in zip(calls, shapes, strict=True)]
 
     def _split(self, trajectories: list[Trajectory]) -> list[list[Trajectory]]:
-        """Splits the rows of one model into calls that a graph of a fixed size holds."""
+        """Splits the rows of one model into calls that fit into the graph of the fixed shape."""
         if not self._fixed:
             return [trajectories]
         parts, rows, further = [list[Trajectory]()], 0, 0
@@ -391,7 +392,7 @@ class GraphRunner(Runner):
     ) -> Reading[Sequence[T | None]]:
         """Reads 8-bit images (n, H, W[, C]) of each row. `of_row` converts those of one row.
 
-        The images of a row without a step are black. A row that is not finite has None.
+        The images of a row before its first step are black. A row that is not finite has None.
         """
         begun = [trajectory for trajectory in trajectories if trajectory.slots]
         place = {trajectory: i for i, trajectory in enumerate(begun)}

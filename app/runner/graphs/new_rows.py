@@ -16,12 +16,12 @@ from app.runner.graphs.row_state import GraphSlots
 # Drawing 8,192 uses 200 MB for temporary tensors.
 FEWEST_DRAWS, MOST_DRAWS = 128, 8192
 FEWEST_ROWS, MOST_ROWS = 8, 512  # the smallest and the largest number of rows that are begun together
-# The rows of the array of facts. SKIPPED is the number of finished steps whose noise is no longer stored.
+# The indices of the facts about a row. SKIPPED is the number of finished steps whose noise is no longer stored.
 LABEL, IS_SPECIAL, PLAN_ROW, SKIPPED, _SEED, _INDEX, _NUM_NOISY = range(7)
 
 
 class NewRows:
-    """Begins rows, and keeps the facts about them that later steps need in an array with a column for each slot."""
+    """Begins rows. `facts` has the values that later steps need: a column for each slot."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class NewRows:
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
 
     def capture(self) -> None:
-        """Captures the graphs that begin rows, so that the first requests do not wait for captures."""
+        """Captures the graphs that begin rows, so that no request waits for their capture."""
         for size in _sizes(FEWEST_DRAWS, MOST_DRAWS):
             self._capture_draws(size)
         for size in _sizes(FEWEST_ROWS, MOST_ROWS):
@@ -68,8 +68,8 @@ class NewRows:
     def refill_noise(self, rows: StepRows) -> bool:
         """Draws the noise of the next steps for rows that have used all their noise.
 
-        Only rows with more steps than a slot has noise for need this. Returns True if the number of skipped steps of a
-        row has changed.
+        This happens only for rows with more than `noise_steps` steps, the number whose noise fits into a slot. Returns
+        True if the number of skipped steps of a row has changed.
         """
         most = self._slots.noise_steps
         if self._most_steps <= most:
@@ -81,7 +81,7 @@ class NewRows:
         is_new = self.facts[SKIPPED, slots] < done  # False if a failed step is repeated
         slots, done = slots[is_new], done[is_new]
         if len(slots):
-            facts = self.facts[:, slots]  # a copy, because the draw can fail
+            facts = self.facts[:, slots]  # a copy; if the draw fails, the facts stay unchanged
             facts[SKIPPED] = done
             self._draw_noise(slots, facts, first=1)
             self.facts[SKIPPED, slots] = done
@@ -150,7 +150,11 @@ class NewRows:
 
 
 def is_special(row: Trajectory) -> bool:
-    """Returns True for rows whose evaluations do not follow from their size, and for rows with known pixels."""
+    """Returns True for rows that a step handles one by one.
+
+    These are rows with known pixels, with CLIP guidance or of another model than the default one, and rows that compare
+    the classes.
+    """
     return has_known(row) or row.job.request.clip is not None or row.options.model != DEFAULT_MODEL
 
 

@@ -23,7 +23,7 @@ class GraphSlots(Slots):
         device, self._gpu = gpu.device, gpu
         super().__init__(count, image_shape, device, Transfers(device), num_labels)
         self.finite = torch.ones(1 + count, dtype=torch.bool, device=device)  # (S,) True while all values are finite
-        self.noise_steps, self.version = noise_steps, 0  # the version increases if the tensors are replaced
+        self.noise_steps, self.version = noise_steps, 0  # the version increases when the tensors are replaced
         self.pixels = torch.zeros(1 + count, *image_shape, dtype=torch.uint8, device=device)  # (S, C, H, W)
         self.state.noise = torch.zeros(1 + count, 1 + noise_steps, *image_shape, device=device)
 
@@ -81,7 +81,7 @@ class GraphSlots(Slots):
         return self.state.noise[slots, 0]
 
     def _grow(self) -> None:
-        self._gpu.synchronize()  # all enqueued work uses the tensors of now
+        self._gpu.synchronize()  # the enqueued work uses the old tensors
         pixels = torch.cat([self.pixels, torch.zeros_like(self.pixels)])
         finite = torch.cat([self.finite, torch.ones_like(self.finite)])
         super()._grow()

@@ -1,15 +1,16 @@
-"""The shapes for which graphs exist. A step is padded to the next one.
+"""The shapes for which graphs exist. A step is padded to the smallest shape that holds it.
 
 A shape has a number of rows, and a number of further evaluations of these rows: one for each guided row, and those of
-further classes. Both numbers are bucketed on their own, so that a step with one guided row is not twice as wide.
-Neighbouring buckets differ by at most 25%: 1, 2, 3, ... 8, 10, 12, 14, 16, 20, 24, ...
+further classes. Each of the two numbers is rounded up to a bucket. They are rounded separately, so that a step with one
+guided row does not have twice as many evaluations. The buckets are 1, 2, 3, ... 8, 10, 12, 14, 16, 20, 24, ...
+Rounding up adds less than 25%.
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 FEWEST_FURTHER = 16  # further evaluations of a fixed shape, so that it has room for a row that compares ten classes
-MANTISSA_BITS = 2  # number of buckets between two powers of two: 2 to the power of this
+MANTISSA_BITS = 2  # there are 2**MANTISSA_BITS buckets from each power of two to the next, from 8 on
 
 
 class Shape(NamedTuple):
@@ -52,12 +53,12 @@ def padded(rows: int, further: int, *, has_known: bool) -> Shape:
 
 
 def fixed(rows: int) -> Shape:
-    """Returns the shape for steps of at most this number of rows, each of which may be guided or compare classes."""
+    """Returns the shape for steps of at most this number of rows, each of which may be guided."""
     return Shape(rows, max(rows, FEWEST_FURTHER), has_known=True)
 
 
 def first_shapes(most_rows: int) -> Iterator[Shape]:
-    """Yields the shapes that are needed for the first requests: powers of two, without and with guidance."""
+    """Yields the shapes that are captured first: powers of two, without and with guidance of all rows."""
     rows = 1
     while rows <= most_rows:
         yield Shape(rows, 0, has_known=False)

@@ -8,7 +8,7 @@ from app.runner.graphs.device import Array
 from app.runner.graphs.shapes import Shape, padded
 from app.runner.loaded_model import LoadedModel
 
-MOST_INPUTS = 1 << 16  # integers of one step: two for each row and three for each evaluation
+MOST_INPUTS = 1 << 16  # the largest number of integers of a call: two for each row and three for each evaluation
 _ZEROS, _NUMBERS = np.zeros(MOST_INPUTS, dtype=np.int64), np.arange(MOST_INPUTS)
 
 
@@ -20,7 +20,7 @@ class Call:
     slot: Array  # (B + F,) slot of the row of each evaluation
     plan_row: Array  # (B + F,) row of the table of plans
     label: Array  # (B + F,) label of each evaluation
-    step: Array  # (B,) number of the step of each row, without the skipped ones
+    step: Array  # (B,) number of the step of each row, minus SKIPPED (see new_rows.py)
     second: Array  # (B,) unconditional evaluation of a guided row, first evaluation of any other row
     has_known: bool
 
@@ -71,7 +71,7 @@ class PlainStep:
     """The inputs of a step without special rows. They are updated for each further step of the same rows."""
 
     sizes: Array  # `sizes` of the StepRows for which the inputs were computed
-    first_step: int  # number of steps that the first row has finished
+    first_step: int  # number of finished steps of the first row
     key: tuple[str, Shape]  # the key of the graph
     inputs: Array
     increments: Array  # what a step adds to the inputs
