@@ -77,7 +77,7 @@ def scaled_group_norm(x: Tensor, num_groups: int, scale: Tensor, shift: Tensor, 
     """Returns the group norm (Wu & He 2018) of x (B, C, H, W) in channels_last. scale and shift are (B, C) or (C,).
 
     They replace the weight and the bias. On a GPU, torch's group norm of a channels_last tensor launches four kernels.
-    Its result has another layout, so the next convolution launches a fifth one. This function launches three kernels. The
+    Its result has another layout, so the next convolution launches a fifth. This function launches three kernels. The
     first one copies the values of each group next to each other. The second one is torch's layer norm, which computes
     mean and variance in float32. The third one scales, shifts, and writes the result in channels_last. The layer norm
     uses one block of threads for each group, so a row has the same bits in every batch.

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     if given.checkpoint and not given.checkpoint.is_file():
-        parser.error(f"--checkpoint {given.checkpoint} is not a file")
+        parser.error(f"--checkpoint {given.checkpoint} is not a file. Name a checkpoint")
     if given.section:
         if not given.figures:
             parser.error("--section needs --figures. Use --sections to run only some sections")

@@ -38,7 +38,7 @@ def open_report(python: str, device: str) -> Report:
             command, env=environment(), capture_output=True, text=True, check=False, timeout=PROBE_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ProbeError(f"{python} cannot be used: {error}") from error
+        raise ProbeError(f"{python} cannot be used: {error}. Name another interpreter with --python") from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         raise ProbeError(f"{python} cannot run the sections: {last}")

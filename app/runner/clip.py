@@ -19,7 +19,7 @@ class ClipModel:
     """A CLIP model on the device of the runner, and the child process for embeddings."""
 
     def __init__(self, model: Clip, prompts: Sequence[str] = (), process: ClipProcess | None = None) -> None:
-        """Embeds `prompts` immediately. Pass the default prompts, so that they never wait.
+        """Embeds `prompts` immediately. Pass the default prompts, so that no request waits for them.
 
         They are embedded in this process on the CPU, like all other prompts, because a GPU rounds differently.
         """

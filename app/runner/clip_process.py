@@ -63,7 +63,7 @@ class ClipProcess:
         self.name, self.sha256 = name, sha256
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection[object, object] | None = None
-        self._lock = threading.Lock()  # of the start and the end of the process
+        self._lock = threading.Lock()  # protects the start and the end of the process
         self._is_ready = False  # True after the process has loaded its model
         self._is_closed = False
 
@@ -158,7 +158,7 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)  # an embedding then has the same bits on every machine with the same kind of CPU
     with suppress(ClipNotInstalledError):
-        import_open_clip()  # takes seconds, so that it is done before the parent has loaded its model
+        import_open_clip()  # This takes seconds. Meanwhile the parent loads its model.
     connection: Connection[Any, Any] = Connection(int(sys.argv[2]))
     with suppress(EOFError, BrokenPipeError):
         name, sha256 = connection.recv()

@@ -46,7 +46,9 @@ def measure_host(base: Path | None, repeats: int, seconds: float, out: Path, rep
     folders = {NEW: Path.cwd()} if base is None else {BASE: base, NEW: Path.cwd()}
     for folder in folders.values():
         if not (folder / "app" / "host_check.py").is_file():
-            raise ScriptError(f"--base {folder} is not a version of the service with app/host_check.py")
+            raise ScriptError(
+                f"{folder} is not a version of the service with app/host_check.py. Name another with --base"
+            )
     found: dict[str, list[Figures]] = defaultdict(list)
     for repeat in range(repeats):
         for name, folder in folders.items():
