@@ -12,8 +12,8 @@ Drain: `drain` refuses new jobs and returns a future that completes when all adm
 too long, the caller answers the remaining jobs with `give_up`. `stop` then ends the thread.
 
 Heartbeat: the engine thread stores the time before each step. `alive` is False if the last heartbeat is older than
-`watchdog_seconds`, which happens if a step hangs. While the engine starts, waits for work or does idle work of the
-runner, it has no heartbeat and is alive.
+`watchdog_seconds`, which happens if a step or the idle work of the runner hangs. While the engine starts or waits for
+work, it has no heartbeat and is alive.
 """
 
 import logging
@@ -307,8 +307,9 @@ class Engine:
                 self._num_unbroken = 0
                 if self._condition.wait_for(self._has_work, timeout):
                     return
+            self._last_beat = time.monotonic()
             self._runner.idle()
-            seconds = 0.0
+            self._last_beat, seconds = None, 0.0
 
     def _has_work(self) -> bool:
         return bool(self.backlog.num_rows or self._readings or self._abandoned or self._stopping)

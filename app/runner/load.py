@@ -8,12 +8,11 @@ from app.runner.clip import ClipModel
 from app.runner.device import choose_device, choose_dtype, choose_num_threads
 from app.runner.graphs.device import CudaDevice
 from app.runner.graphs.graph_runner import GraphRunner
+from app.runner.graphs.shapes import FIXED_ROWS
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointError
-
-FIXED_ROWS = 64  # rows of each step with UNFOG_REPRODUCIBLE=on and UNFOG_MAX_BATCH=auto
 
 
 def load_runner(settings: Settings) -> Runner:

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,14 @@ import torch
 
 from app.engine.job import Pixels
 from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options, Skipped, checked, guarded
-from app.runner.gpu_measurements.machine import Kind, Machine, open_machine
+from app.runner.gpu_measurements.machine import LARGEST_LEVELS, Kind, Machine, open_machine
 from app.runner.gpu_measurements.rows import new_rows, run_step
-from app.runner.warm_up import PROBE_TOLERANCE
 from model.noise import block_counter, normal, random_words
 
 NUM_ROWS = 64  # number of rows whose noise is compared
 LARGEST_DIFFERENCE = 1e-6  # of noise values, relative to max(1, |z|)
-LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # largest mean absolute difference of pixels (0..255) of the two runners
 TESTS = Path(__file__).parents[3] / "tests"
+TEST_PACKAGES = ("pytest", "pytest_timeout")
 TEST_SECONDS = 60
 NO_TESTS = 5  # the exit status of pytest if no test is selected
 
@@ -98,8 +98,6 @@ def gpu_tests(machine: Machine) -> Figure:
         )
     except subprocess.TimeoutExpired:
         return Figure(name, f"not finished after {TEST_SECONDS} s", passed=False)
-    if "No module named pytest" in done.stderr:
-        return Figure(name, skipped="needs pytest")
     if done.returncode == NO_TESTS:
         return Figure(name, skipped="no test has this marker")
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
@@ -109,6 +107,8 @@ def gpu_tests(machine: Machine) -> Figure:
 def _test_files(machine: Machine) -> list[Path]:
     if not machine.is_gpu:
         raise Skipped(NO_GPU)
+    if missing := [package for package in TEST_PACKAGES if not find_spec(package)]:
+        raise Skipped(f"not installed: {', '.join(missing)}")
     files = [path for path in sorted(TESTS.rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
     if not files:
         raise Skipped("no test has this marker")

@@ -12,15 +12,13 @@ from app.engine.job import DEFAULT_MODEL, Job, JobRequest, StepRows
 from app.engine.job import Options as JobOptions
 from app.runner.gpu_measurements.engines import images_of, running_engine
 from app.runner.gpu_measurements.figures import Figure, Options, checked, error_line, guarded
-from app.runner.gpu_measurements.machine import Kind, Machine, open_gpu
+from app.runner.gpu_measurements.machine import LARGEST_LEVELS, Kind, Machine, open_gpu
 from app.runner.gpu_measurements.rows import new_job
 from app.runner.runner import Runner
-from app.runner.warm_up import PROBE_TOLERANCE
 
 NUM_IMAGES = 512  # images of the request that is sent while memory is short
 BYTES_LEFT = 48 << 20  # too few for an eager step of 512 rows, and enough for one of 32 rows (estimates)
 NUM_STEPS = 20
-LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE  # largest mean absolute difference of the pixels (0..255) of two images
 NO_CLASS = 1_000_000  # larger than any label, so that a kernel reads beyond the end of a table
 OPEN_SECONDS = 60
 OPEN_DEVICE = "import sys; from app.runner.device import choose_device; print(choose_device(sys.argv[1]).type)"

@@ -53,6 +53,9 @@ class Target:
         return f"{'at most' if self.is_at_most else 'at least'} {self.limit:g}"
 
 
+READY = Target(20.0)  # seconds from the start of the process until it is ready
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """One result. `passed` is the result of a check, and None for a figure that is not a check."""

@@ -11,10 +11,10 @@ from app.engine.job import DEFAULT_MODEL, Pixels, StepRows, Trajectory
 from app.runner.gpu_measurements.figures import NO_GPU, Figure, Options, guarded
 from app.runner.gpu_measurements.machine import Machine, open_machine
 from app.runner.gpu_measurements.rows import new_job, run_step
+from app.runner.graphs.shapes import FIXED_ROWS
 from app.runner.runner import Runner
 
 SIZES, CPU_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512), (2, 4, 8)
-FIXED_ROWS = 64  # the rows of a step with UNFOG_REPRODUCIBLE=on and UNFOG_MAX_BATCH=auto
 NUM_STEPS = 20
 SEED, OTHER_SEED = 5, 1000
 

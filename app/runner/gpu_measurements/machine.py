@@ -22,10 +22,13 @@ from app.runner.gpu_measurements.figures import NO_GPU, Options, Skipped
 from app.runner.graphs.device import CudaDevice, GraphDevice
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.runner import Runner
+from app.runner.warm_up import PROBE_TOLERANCE
 from model import checkpoint
 from model.checkpoint import Checkpoint
 
 Kind = Literal["eager", "graph"]
+# Largest mean absolute difference of the pixels (0..255) of images that different runners or batches generated.
+LARGEST_LEVELS = 127.5 * PROBE_TOLERANCE
 SYNCHRONISATION = "called a synchronizing CUDA operation"  # a part of torch's warning
 # The calls of CUDA that enqueue work, as the profiler names them.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")

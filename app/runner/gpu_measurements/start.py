@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from app.runner.gpu_measurements.figures import Figure, Options, Target
+from app.runner.gpu_measurements.figures import READY, Figure, Options
 from app.runner.gpu_measurements.machine import Machine, open_gpu
 from app.runner.graphs.device import Graph, GraphDevice
 from app.runner.graphs.graph_runner import GraphRunner
 
-READY = Target(20.0)  # seconds
 IDLE_SECONDS = 30.0  # time limit for the captures that an idle service makes
 
 

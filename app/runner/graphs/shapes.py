@@ -9,6 +9,7 @@ Rounding up adds less than 25%.
 from collections.abc import Iterator
 from typing import NamedTuple
 
+FIXED_ROWS = 64  # rows of each step with UNFOG_REPRODUCIBLE=on and UNFOG_MAX_BATCH=auto
 FEWEST_FURTHER = 16  # further evaluations of a fixed shape, so that it has room for a row that compares ten classes
 MANTISSA_BITS = 2  # there are 2**MANTISSA_BITS buckets from each power of two to the next, from 8 on
 

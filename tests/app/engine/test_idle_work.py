@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from app.engine import engine as engine_module
-from tests.app.fakes import FakeRunner, images, new_engine, new_job, opened, running, same
+from tests.app.fakes import FakeRunner, Gate, images, new_engine, new_job, opened, running, same, wait_until
 
 
 @dataclass
@@ -52,3 +52,19 @@ def test_engine_stops_while_there_is_work_that_can_wait(monkeypatch: pytest.Monk
     with running(new_engine(runner)) as engine:
         engine.ready.result()
     assert not engine.backlog.jobs
+
+
+def test_engine_that_hangs_in_idle_work_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "IDLE_SECONDS", 0.0)
+    gate = Gate()
+
+    class HangingRunner(RunnerWithIdleWork):
+        def idle(self) -> None:
+            gate()
+            self.has_idle_work = False
+
+    with running(new_engine(HangingRunner(), watchdog_seconds=0.01)) as engine:
+        assert gate.entered.wait(60)
+        wait_until(lambda: not engine.alive)
+        gate.released.set()
+        wait_until(lambda: engine.alive)

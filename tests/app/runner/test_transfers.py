@@ -14,7 +14,7 @@ def test_transfers_do_nothing_on_a_cpu() -> None:
     transfers.wait()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_values_are_unchanged_after_upload_and_download_on_a_gpu() -> None:
     transfers = Transfers(torch.device("cuda"))
     uploaded = transfers.upload(list(range(1000)))

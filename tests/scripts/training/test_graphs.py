@@ -303,7 +303,7 @@ class DirectGraph:
         self._result.copy_(self._step())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_training_with_a_cuda_graph_gives_the_losses_of_direct_steps_on_a_gpu() -> None:
     graphed, direct = (
         make_trainer("cosine", device="cuda"),
@@ -315,7 +315,7 @@ def test_training_with_a_cuda_graph_gives_the_losses_of_direct_steps_on_a_gpu() 
         assert one.validation_loss == pytest.approx(other.validation_loss, rel=1e-2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_steps_do_not_wait_for_the_gpu() -> None:
     trainer = make_trainer("cosine", device="cuda")
     rows = torch.arange(8, device="cuda")
