@@ -93,6 +93,10 @@ class Clip:
         self.model, self._tokenizer, self._preprocess = _load(architecture, weights or None)
         self.sha256 = tensors_sha256(self.model.state_dict())
         self.model.to(self.device)
+        # Made once: a tensor that is made from a list in each call would make the host wait for a GPU.
+        self._mean, self._std = (
+            torch.tensor(self._preprocess[name], device=self.device)[None, :, None, None] for name in ("mean", "std")
+        )  # (1, 3, 1, 1) each
 
     @torch.inference_mode()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
@@ -105,16 +109,12 @@ class Clip:
         The images are prepared as in open_clip: resized to the size of the model, and normalised. A grey image gets
         three equal channels.
         """
-        size, (mean, std) = self._preprocess["size"], self._statistics()  # (1, 3, 1, 1) each
+        size = self._preprocess["size"]
         x = ((x + 1) / 2).expand(-1, 3, -1, -1)  # (B, 3, H, W) in [0, 1]
         if x.shape[2:] != size:
             mode = self._preprocess["interpolation"]
             x = F.interpolate(x, size, mode=mode, antialias=True).clamp(0, 1)  # (B, 3, size, size)
-        return F.normalize(self.model.encode_image((x - mean) / std), dim=1)  # (B, E)
-
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        mean, std = (torch.tensor(self._preprocess[name], device=self.device) for name in ("mean", "std"))
-        return mean[None, :, None, None], std[None, :, None, None]
+        return F.normalize(self.model.encode_image((x - self._mean) / self._std), dim=1)  # (B, E)
 
 
 def _load(architecture: str, weights: str | None) -> tuple[Any, Any, dict[str, Any]]:

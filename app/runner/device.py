@@ -20,6 +20,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # paths of cgroup v2
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+# Parts of the messages of RuntimeErrors that report a shortage of memory. torch tries all algorithms of cuDNN for a
+# convolution, ignores their errors, and raises the first message if none works. The second one is of cuBLAS and cuDNN.
+LIBRARY_OUT_OF_MEMORY = ("unable to find an engine to execute this computation", "_STATUS_ALLOC_FAILED")
 
 # Parts of error messages of torch and CUDA, each with a message for the operator. The first match is used.
 _NO_GPU = "no GPU is visible. Start a container with --gpus all. On a machine without a GPU, set UNFOG_DEVICE=cpu"
@@ -115,7 +118,11 @@ def granted_cores(groups: Path = CGROUPS, own_group: Path = OWN_CGROUP) -> float
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Translates torch's device errors into OutOfMemoryError and DeviceLostError."""
+    """Translates torch's device errors into OutOfMemoryError and DeviceLostError.
+
+    Errors of CUDA have types of their own. Errors of cuBLAS and cuDNN are RuntimeErrors, like those of a bug. After a
+    RuntimeError, a wait for the GPU therefore shows whether it still works.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -125,6 +132,20 @@ def device_errors() -> Iterator[None]:
         if getattr(error, "error_code", None) == CUDA_OUT_OF_MEMORY:
             raise OutOfMemoryError from error
         raise DeviceLostError(str(error).splitlines()[0]) from error
+    except RuntimeError as error:
+        _raise_if_lost(error)
+        if any(part in str(error) for part in LIBRARY_OUT_OF_MEMORY):
+            raise OutOfMemoryError from error
+        raise
+
+
+def _raise_if_lost(error: RuntimeError) -> None:
+    """Raises DeviceLostError if the current GPU no longer works. Does nothing if this process uses no GPU."""
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except torch.AcceleratorError:
+            raise DeviceLostError(str(error).partition("\n")[0]) from error
 
 
 def _open_gpu(device: torch.device) -> None:

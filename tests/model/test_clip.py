@@ -62,6 +62,12 @@ def test_embeddings_have_length_1(embedded: Clip) -> None:
         torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(embeddings)))
 
 
+def test_images_are_embedded_without_tensors_made_from_lists(embedded: Clip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, the host would wait for the device to copy each of them."""
+    monkeypatch.setattr(torch, "tensor", lambda *args, **options: pytest.fail("made from a list"))
+    assert embedded.embed_images(torch.zeros(2, 1, 28, 28)).shape[0] == 2
+
+
 def test_each_digit_has_its_prompt(embedded: Clip) -> None:
     prompts = [digit_prompt(digit) for digit in range(10)]
     assert prompts[7] == "a handwritten digit seven"

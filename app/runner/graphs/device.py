@@ -113,10 +113,12 @@ class CudaDevice:
         """Returns a CUDA graph. The graphs share one memory pool, because they never run at the same time."""
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            for _ in range(NUM_WARM_UP):
-                work()
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(NUM_WARM_UP):
+                    work()
+        finally:  # After an error too, later work on the current stream must not change what these runs read.
+            current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads may use CUDA during the capture, for example to read the amount of reserved memory.
         try:

@@ -212,6 +212,38 @@ def test_device_error_with_the_out_of_memory_code_is_not_a_lost_device(code: int
         raise error
 
 
+# Messages of torch 2.13 for errors of cuDNN and cuBLAS. Their type is RuntimeError.
+NO_ENGINE = "GET was unable to find an engine to execute this computation"
+NO_MEMORY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+NOT_RUN = "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasLtMatmul`"
+LOST = torch.AcceleratorError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA")
+
+
+@pytest.mark.parametrize(
+    ("message", "lost", "translated"),
+    [
+        (NO_ENGINE, None, OutOfMemoryError),
+        (NO_MEMORY, None, OutOfMemoryError),
+        (NO_ENGINE, LOST, DeviceLostError),
+        (NOT_RUN, LOST, DeviceLostError),
+        (NOT_RUN, None, RuntimeError),
+    ],
+)
+def test_error_of_a_gpu_library_is_a_lost_device_if_the_gpu_no_longer_works_or_a_shortage_of_memory(
+    monkeypatch: pytest.MonkeyPatch, message: str, lost: Exception | None, translated: type[Exception]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", raising(lost) if lost else lambda: None)
+    with pytest.raises(translated) as raised, device_errors():
+        raise RuntimeError(message)
+    assert type(raised.value) is translated
+
+
+def test_error_of_a_bug_is_not_translated_without_a_gpu() -> None:
+    with pytest.raises(RuntimeError, match="shape mismatch"), device_errors():
+        raise RuntimeError("shape mismatch")
+
+
 @pytest.fixture
 def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Simulates a machine with 8 cores and without a CPU limit."""
