@@ -1,4 +1,4 @@
-"""Measures the start of the graph runner: its duration, the captured graphs and the reserved memory."""
+"""Measures the start of the graph runner: its duration, the captured graphs and their memory."""
 
 import os
 import time
@@ -45,8 +45,8 @@ def measure_on(machine: Machine, idle_seconds: float, **of_runner: Any) -> Itera
     if (seconds := process_seconds()) is not None:
         yield Figure("process start to ready, without HTTP", seconds, "s", READY)
     yield Figure("graphs captured when ready", device.num_captures)
-    at_ready = machine.reserved_bytes()
-    yield Figure("reserved memory when ready", at_ready / 2**20, "MiB")
+    reserved, free = machine.reserved_bytes(), machine.free_bytes()
+    yield Figure("reserved memory when ready", reserved / 2**20, "MiB")
     start = time.perf_counter()
     while runner.has_idle_work and time.perf_counter() - start < idle_seconds:
         runner.idle()
@@ -54,7 +54,9 @@ def measure_on(machine: Machine, idle_seconds: float, **of_runner: Any) -> Itera
     rest = "" if runner.has_idle_work else " (all)"
     yield Figure(f"graphs captured after idle time{rest}", device.num_captures)
     yield Figure("duration of the captures in idle time", time.perf_counter() - start, "s")
-    yield Figure("growth of the reserved memory in idle time", (machine.reserved_bytes() - at_ready) / 2**20, "MiB")
+    yield Figure("growth of the reserved memory in idle time", (machine.reserved_bytes() - reserved) / 2**20, "MiB")
+    # This includes the memory that the driver needs for graphs, which torch does not count.
+    yield Figure("decrease of the free memory in idle time", (free - machine.free_bytes()) / 2**20, "MiB")
 
 
 def process_seconds() -> float | None:

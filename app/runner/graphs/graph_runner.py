@@ -23,7 +23,7 @@ from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
 from app.runner.graphs.row_state import GraphSlots
-from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed
+from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed, shapes_to_compile
 from app.runner.graphs.step_inputs import MOST_INPUTS, Call, PlainStep
 from app.runner.loaded_model import LoadedModel
 from app.runner.runner import Runner
@@ -165,11 +165,12 @@ class GraphRunner(Runner):
         """Captures the graphs that the first requests need, tests each model, and measures the step times."""
         with torch.inference_mode(), device_errors():
             self._new.capture()
-        first, every = list(first_shapes(self._most_rows)), all_shapes(self._most_rows)
-        shapes = [self._fixed] if self._fixed else [*first, *every]
-        in_order = list(dict.fromkeys(shapes))  # without repeated shapes
-        self._missing = dict.fromkeys((DEFAULT_MODEL, shape) for shape in reversed(in_order))
-        for _ in shapes[: len(first)]:
+        first = list(first_shapes(self._most_rows))
+        if self.models[DEFAULT_MODEL].compiled:  # Otherwise a request could wait for a compilation.
+            first = list(dict.fromkeys([*shapes_to_compile(), *first]))
+        shapes = [self._fixed] if self._fixed else dict.fromkeys([*first, *all_shapes(self._most_rows)])
+        self._missing = dict.fromkeys((DEFAULT_MODEL, shape) for shape in reversed(list(shapes)))
+        for _ in first:
             if not should_stop():
                 self.idle()
         times = super().warm_up(should_stop)

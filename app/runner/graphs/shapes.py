@@ -58,6 +58,16 @@ def fixed(rows: int) -> Shape:
     return Shape(rows, max(rows, FEWEST_FURTHER), has_known=True)
 
 
+def shapes_to_compile() -> list[Shape]:
+    """Returns the shapes for which torch.compile must run the step, in this order, so that it compiles for no other.
+
+    Its programs are for any size, but size 1 and sizes that happen to be equal get programs of their own. The first
+    shape of each kind has sizes that differ and are not 1.
+    """
+    sizes = (3, 2), (1, 2), (1, 0)  # rows and further evaluations
+    return [Shape(*size, has_known) for has_known in (False, True) for size in sizes]
+
+
 def first_shapes(most_rows: int) -> Iterator[Shape]:
     """Yields the shapes that are captured first: powers of two, without and with guidance of all rows."""
     rows = 1

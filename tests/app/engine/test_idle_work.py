@@ -60,7 +60,7 @@ def test_engine_that_hangs_in_idle_work_is_not_alive(monkeypatch: pytest.MonkeyP
 
     class HangingRunner(RunnerWithIdleWork):
         def idle(self) -> None:
-            gate()
+            gate([])
             self.has_idle_work = False
 
     with running(new_engine(HangingRunner(), watchdog_seconds=0.01)) as engine:

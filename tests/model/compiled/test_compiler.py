@@ -18,13 +18,14 @@ from torch._dynamo.exc import InternalTorchDynamoError
 from app.engine.job import StepRows, Trajectory
 from app.runner.device import RunnerError
 from app.runner.graphs.graph_runner import GraphRunner
+from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.measured import EagerDevice
 from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.compiled import compiler
 from model.compiled.compiler import CompilerError, FlatStep, library_of
-from model.precision import CallRows, can_compile
+from model.precision import can_compile
 from model.step import ReverseStep, Rows, State, Step, Stepped
 from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.app.runner.task_rows import drawings, finish, task_rows
@@ -323,29 +324,34 @@ def test_gpu_step_is_compiled_for_all_batch_sizes_in_a_private_folder(
     assert not list(tmp_path.iterdir())
 
 
-def test_gpu_step_is_traced_at_most_six_times_for_each_kind_of_state(tmp_path: Path) -> None:
-    """The states with and without known pixels have different graphs."""
-    loaded = checkpoint.load(tiny_checkpoint(tmp_path))
+def test_gpu_step_is_compiled_for_no_other_shape_after_the_shapes_to_compile(tmp_path: Path) -> None:
+    file = tiny_checkpoint(tmp_path)
     graphs: list[torch.fx.GraphModule] = []
 
     def record_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         graphs.append(graph)
         return graph.forward
 
-    def new_runner() -> GraphRunner:
-        runner = GraphRunner({"default": loaded}, EagerDevice(), torch.float32, num_slots=64, most_rows=8)
-        runner._models["default"].program.call_rows = CallRows()  # a GPU has no limits for the number of rows
-        return runner
-
-    runners = [new_runner() for _ in range(2)]
-    compiled = runners[0]._models["default"]
+    runner, expected = (
+        # In float32, the algorithm of a convolution on a CPU depends on the number of rows.
+        GraphRunner({"default": checkpoint.load(file)}, EagerDevice(), torch.bfloat16, num_slots=64, most_rows=8)
+        for _ in range(2)
+    )
+    compiled = runner._models["default"]
     compiled.step = torch.compile(compiled.program.forward, backend=record_graph, dynamic=True)
     try:
+        with torch.inference_mode():
+            for shape in shapes_to_compile():
+                runner._run_step(compiled, shape)
+            assert len(graphs) == 6
+            for rows, further in itertools.product((1, 2, 3, 4, 8, 28, 32), (0, 1, 2, 3, 9, 28, 32)):
+                for has_known in (False, True):
+                    runner._run_step(compiled, Shape(rows, further, has_known))
         for max_batch in (1, 64):
-            assert equal(*(draw(runner, mixed_rows(), max_batch) for runner in runners))
+            assert equal(draw(runner, mixed_rows(), max_batch), draw(expected, mixed_rows(), max_batch))
     finally:
         torch._dynamo.reset()
-    assert 1 <= len(graphs) <= 6
+    assert len(graphs) == 6
 
 
 @pytest.fixture

@@ -272,6 +272,7 @@ def test_start_counts_the_captured_graphs(gpu: PretendedGpu) -> None:
     assert isinstance(ready, int) and isinstance(every.value, int)
     assert 6 <= ready < every.value
     assert found["reserved memory when ready"].value == 3
+    assert found["decrease of the free memory in idle time"].value == 0
 
 
 def test_age_of_the_process_increases() -> None:

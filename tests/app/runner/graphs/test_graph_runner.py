@@ -14,7 +14,7 @@ from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.new_rows import NewRows
 from app.runner.graphs.row_state import GraphSlots
-from app.runner.graphs.shapes import Shape
+from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.graphs.step_inputs import Call
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
@@ -226,6 +226,15 @@ def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Chec
         runner.idle()
     assert len(list(runner._steps)) == 2 + 3 + 4 + 5
     assert len(runner._slots._free) == free == 64
+
+
+def test_warm_up_of_a_compiled_step_first_captures_the_shapes_to_compile(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, most_rows=2)
+    runner._models["default"].use(runner._models["default"].program)
+    runner.warm_up(lambda: False)
+    shapes = [shape for _, shape in runner._steps]
+    assert shapes[:6] == shapes_to_compile()
+    assert set(shapes[6:]) == {Shape(*size, has_known=False) for size in ((1, 1), (2, 0), (2, 2))}
 
 
 def test_previews_of_rows_without_a_step_are_black(loaded: Checkpoint) -> None:
