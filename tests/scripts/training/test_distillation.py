@@ -13,6 +13,7 @@ from model.schedule import Schedule, ScheduleConfig
 from scripts.common.drawing import Drawer
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
+from scripts.training import distillation
 from scripts.training.distillation import PATH_SEED, DistillationObjective, draw_paths, teacher_timesteps
 from scripts.training.recipe import DistillationRecipe
 from tests.scripts.tiny_training import NUM_STEPS, recipe_of
@@ -29,6 +30,12 @@ RECIPE = recipe_of(
     label_drop=0.0,
 )
 SCHEDULE = Schedule(RECIPE.schedule)
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generates no more paths than the recipe needs."""
+    monkeypatch.setattr(distillation, "PART_SIZE", DISTILLATION.num_paths + DISTILLATION.num_held_out)
 
 
 @pytest.fixture
@@ -119,7 +126,7 @@ def test_existing_paths_are_not_generated_again(teacher: Path, tmp_path: Path) -
 
 
 def test_more_paths_are_added_to_existing_paths(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.training.distillation.PART_SIZE", 16)
+    monkeypatch.setattr(distillation, "PART_SIZE", 16)
     few, _ = load_or_draw_paths(teacher, tmp_path)
     more, y = load_or_draw_paths(teacher, tmp_path, DISTILLATION.model_copy(update={"num_paths": 60}))
     assert (len(few), len(more), len(y)) == (40, 62, 62)
