@@ -317,9 +317,11 @@ def test_gpu_step_is_compiled_for_all_batch_sizes_in_a_private_folder(
     monkeypatch.setattr(compiler, "use_private_compile_cache", calls.append)
     program = ReverseStep(loaded, CPU, torch.bfloat16)
     program.device = torch.device("cuda")
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+    dynamo, inductor = torch._dynamo.config, torch._inductor.config
+    with dynamo.patch(recompile_limit=8, fail_on_recompile_limit_hit=False), inductor.patch(compile_threads=32):
         assert compiler.compiled_step(program, tmp_path)
-        assert torch._dynamo.config.fail_on_recompile_limit_hit
+        assert dynamo.fail_on_recompile_limit_hit
+        assert inductor.compile_threads == 4
     assert calls == [tmp_path / "gpu", {"dynamic": True}]
     assert not list(tmp_path.iterdir())
 
