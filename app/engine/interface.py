@@ -195,7 +195,7 @@ class StepRunner(Protocol):
 
     @property
     def steps_ahead(self) -> int:
-        """Returns the number of steps that `step` enqueues before it waits for the device.
+        """Returns the largest number of steps that `step` enqueues before it waits for the device.
 
         It is 0 if `step` waits until the device has finished the step.
         """

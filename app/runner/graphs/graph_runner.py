@@ -186,7 +186,7 @@ class GraphRunner(Runner):
 
     @property
     def steps_ahead(self) -> int:
-        """Returns the number of steps that `step` enqueues before it waits for the device."""
+        """Returns the number of steps that `step` enqueues before it waits. Steps of two models wait earlier."""
         return CALLS_AHEAD
 
     @property
