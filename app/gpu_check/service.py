@@ -18,7 +18,9 @@ from app.gpu_check.clients import RequestFailed, closed_loop, latencies
 from app.runner.gpu_measurements.figures import RATES, READY, Figure, Options, Sizes, Target, guarded
 
 START_SECONDS, STOP_SECONDS = 60.0, 10.0
-POLL_SECONDS = 0.02  # between attempts to connect; the process does not report when it listens
+# Between attempts to connect. The service reports that it is ready in its log, but only at a level at which it also
+# logs each request. Reading these lines would slow down the clients that measure.
+POLL_SECONDS = 0.02
 GUIDANCE: dict[str, dict[str, Any]] = {"guidance off": {"guidance_scale": 1}, "default guidance": {}}
 OF_GPU = Sizes(10, ((64, 1), (512, 1), (16, 64)), 1.5, 4.0, 3.0)
 OF_CPU = Sizes(1, ((2, 2),), 0.1, 1.0, 0.0)

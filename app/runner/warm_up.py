@@ -82,8 +82,8 @@ def measure_step_times(
     round it affects all batches. This was measured on a Xeon with AMX while another process used the core. With shares,
     the best batch was 32 or 64 in six starts. With medians of the work, it was 4, 8, 64 and 64 in four starts.
 
-    Batches for which the device does not have enough memory are left out. Returns 1 s for one evaluation
-    if there is no result.
+    Batches for which the device does not have enough memory are left out. Returns 1 s for one
+    evaluation if there is no result.
     """
     start, info = time.monotonic(), runner.models[DEFAULT_MODEL]
     jobs = {rows: _new_rows(info, rows) for rows in batches}

@@ -19,7 +19,7 @@ NUM_ROWS = 64  # number of rows whose noise is compared
 LARGEST_DIFFERENCE = 1e-6  # of noise values, relative to max(1, |z|)
 TESTS = Path(__file__).parents[3] / "tests"
 TEST_PACKAGES = ("pytest", "pytest_timeout")
-TEST_SECONDS = 60
+TEST_SECONDS = 80
 NO_TESTS = 5  # the exit status of pytest if no test is selected
 
 
