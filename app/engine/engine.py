@@ -1,7 +1,20 @@
 """The engine: a thread that repeatedly selects rows, runs their step and answers finished jobs.
 
-Threads: one condition variable protects the shared state. Only the engine thread uses the runner. Callers wait on
-futures. The engine thread waits on the condition variable while there is no work. No thread polls.
+Threads: one condition variable protects the state that the engine thread shares with the callers of `submit`, `cancel`,
+`drain` and `give_up`. Callers wait on futures. The engine thread waits on the condition variable while there is no
+work. No thread polls. The shared state is:
+
+    backlog       the jobs, their rows, the batch, the table, and the jobs that send previews
+    admission     the limits, the slack, the reserve and the step times
+    jobs          `place`, `num_waiting`, `num_pending`, `unfinished` and the answer; only the engine thread changes
+                  `unfinished`, and therefore reads it without the condition
+    rows          the clock of a row changes when its job is cancelled, in one assignment, so that the runner can read
+                  `step` without the condition
+    engine        `_abandoned`, `_drained`, `_stopping` and `state`; callers also read `state`, `_num_steps` and
+                  `_last_beat` without the condition, because each is a single value
+
+The engine thread alone uses the runner, the readings and the counts of failures. `Mailbox` (app/api/events.py) passes
+events to the event loop.
 
 Failures: if a step raises, it is run again in halves until the failing rows are isolated (see isolation.py). Only their
 jobs fail. After MAX_FAILED_BATCHES batches in which every row failed, the engine generates the probe image of each
@@ -351,7 +364,8 @@ class Engine:
         seconds, is_known = self._duration(start)
         self._num_steps += 1
         if is_whole and is_known:  # After a failure, the duration of a part of the batch is not used.
-            self._admission.observe(calls, seconds)
+            with self._condition:
+                self._admission.observe(calls, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
@@ -410,12 +424,13 @@ class Engine:
 
     def _send_previews(self) -> None:
         """Sends the previews that are due. One read of the device for all jobs is faster than one for each job."""
-        due = [job for job in self.backlog.with_previews if job.preview_due()]
+        with self._condition:  # Another thread can add or remove a job.
+            due = [job for job in self.backlog.with_previews if job.preview_due()]
+            steps = {job: job.steps_done // job.request.count for job in due}
         if not due:
             return
         plain = [job for job in due if not job.request.includes_x_t]
         with_x_t = [job for job in due if job.request.includes_x_t]
-        steps = {job: job.steps_done // job.request.count for job in due}
 
         def send(jobs: list[Job], x_0: dict[Trajectory, Pixels], x_t: dict[Trajectory, Pixels]) -> None:
             for job in jobs:

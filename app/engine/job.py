@@ -127,22 +127,28 @@ class Trajectory:
     slots: tuple[int, ...] = ()  # slots of its state; empty before the first step and after the release
     first_slot: int = -1  # the first one of `slots`, -1 without slots
     first_plan_row: int = -1  # the row of its first step in the runner's table of plans
-    clock: Clock = STOPPED
-    _first: int = 0  # the value of the clock before the first step
+    # The clock and its value before the first step. They are one value, because the thread that cancels a job changes
+    # them while the engine thread reads `step`.
+    _since: tuple[Clock, int] = (STOPPED, 0)
+
+    @property
+    def clock(self) -> Clock:
+        """Returns the clock of the batch that the row is in, or STOPPED."""
+        return self._since[0]
 
     @property
     def step(self) -> int:
         """Returns the number of finished reverse steps."""
-        return self.clock.steps - self._first
+        clock, first = self._since
+        return clock.steps - first
 
     @step.setter
     def step(self, step: int) -> None:
-        self._first = self.clock.steps - step
+        self._since = self.clock, self.clock.steps - step
 
     def follow(self, clock: Clock) -> None:
         """Adds the further steps of the clock to the steps of this row. STOPPED has none."""
-        step, self.clock = self.step, clock
-        self.step = step
+        self._since = clock, clock.steps - self.step
 
     @property
     def is_search(self) -> bool:
