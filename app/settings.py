@@ -12,7 +12,7 @@ from limits import RateLimitItem, parse_many
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL, LONGEST_TIMEOUT, SHORTEST_TIMEOUT
 from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.compiled.compiler import default_cache
 
@@ -29,7 +29,7 @@ class SettingsError(Exception):
     """A setting is invalid. The message is one line that names the flag, the variable or the secret file."""
 
 
-def _int_or_auto(value: Any) -> Any:
+def _number_or_auto(value: Any) -> Any:
     """Maps `auto` to None. Other values are checked by the type of the field."""
     return None if value == "auto" else value
 
@@ -176,7 +176,7 @@ class Settings(BaseSettings):
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """compute threads on a CPU, 1 to 1024 (default: the available cores, one fewer while another process keeps a core
     busy; at most 2 for float32 without compilation)"""
-    max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_int_or_auto)] = None
+    max_batch: Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_number_or_auto)] = None
     """maximum batch size: rows (images) per step, 1 to 4096, or auto. auto: chosen from step times that are measured at
     the start (default: auto)"""
     queue_capacity: Count = 1024
@@ -187,9 +187,9 @@ class Settings(BaseSettings):
     """maximum size in bytes of a request body without pictures (default: 16384)"""
     max_image_bytes: Count = 4 * 1024 * 1024
     """maximum size in bytes of a request body with pictures (default: 4194304)"""
-    request_timeout: Seconds = 30.0
-    """deadline of a request in seconds. A late request is answered with 504. Also the upper limit of timeout_seconds
-    (default: 30)"""
+    request_timeout: Annotated[Seconds | None, BeforeValidator(_number_or_auto)] = None
+    """deadline of a request in seconds, and upper limit of timeout_seconds, or auto. A late request is answered with
+    504. auto: ten times as long as the request takes alone, 30 to 600; timeout_seconds up to 600 (default: auto)"""
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     """seconds after SIGTERM to finish admitted requests. The remaining ones are then answered with 503 (default: 25)"""
     watchdog_seconds: Seconds = 10.0
@@ -242,6 +242,16 @@ class Settings(BaseSettings):
         return min(self.max_count, self.queue_capacity)
 
     @property
+    def short_timeout(self) -> float:
+        """The timeout in seconds of work that is not computed by the engine, such as the decoding of pictures."""
+        return self.request_timeout or SHORTEST_TIMEOUT
+
+    @property
+    def longest_timeout(self) -> float:
+        """The maximum value of timeout_seconds."""
+        return self.request_timeout or LONGEST_TIMEOUT
+
+    @property
     def model_names(self) -> list[str]:
         """The values of `model` that a request may have."""
         return [DEFAULT_MODEL, FAST_MODEL] if self.fast_path else [DEFAULT_MODEL]
@@ -274,7 +284,9 @@ def load_settings(flags: Mapping[str, str] | None = None) -> Settings:
         field, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
         name = flag_of(field) if field in flags else variable_of(field)
         value = "" if field == "api_keys" else f"={first['input']!r}"
-        also = {"max_batch": ", or auto", "give_up_seconds": ", or never"}.get(field, "")
+        also = {"max_batch": ", or auto", "request_timeout": ", or auto", "give_up_seconds": ", or never"}.get(
+            field, ""
+        )
         raise SettingsError(f"{name}{value} is invalid: {reason}{also}") from error
 
 

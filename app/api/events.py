@@ -210,9 +210,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, context = Request(scope, receive), context_of(scope)
-        deadline = asyncio.get_running_loop().call_later(
-            self._job.request.timeout, self._cancel, self._job, DeadlineExceeded()
-        )
+        deadline = asyncio.get_running_loop().call_later(self._job.timeout, self._cancel, self._job, DeadlineExceeded())
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             await cancel_on_disconnect(request, self._send_all(context, send))

@@ -98,7 +98,7 @@ MODELS = {  # the shipped checkpoint
             "compiled": True,
         }
     ],
-    "limits": {"count": 64, "timeout_seconds": 30.0, "image_bytes": 4_194_304, "queue_images": 1024},
+    "limits": {"count": 64, "timeout_seconds": 600.0, "image_bytes": 4_194_304, "queue_images": 1024},
     "clip": CLIP,
 }
 BATCH = {

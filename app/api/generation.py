@@ -145,7 +145,7 @@ class Service:
             JobRequest(
                 task.options,
                 task.count,
-                self.timeout_of(task.timeout),
+                self._check_timeout(task.timeout) or self.settings.request_timeout,
                 stream.num_previews,
                 listener,
                 self.info(task.options.model).guided_steps_of(task.options, has_digit=task.search is not None),
@@ -187,11 +187,18 @@ class Service:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
 
     def timeout_of(self, requested: float | None) -> float:
-        """Returns the timeout of a request in seconds. Raises InvalidRequest if it exceeds UNFOG_REQUEST_TIMEOUT."""
-        longest = self.settings.request_timeout
+        """Returns the timeout in seconds of a request that the engine does not compute.
+
+        Raises InvalidRequest if the requested one is too long.
+        """
+        return self._check_timeout(requested) or self.settings.short_timeout
+
+    def _check_timeout(self, requested: float | None) -> float | None:
+        """Returns the requested timeout. Raises InvalidRequest if it is too long."""
+        longest = self.settings.longest_timeout
         if requested is not None and requested > longest:
             raise errors.InvalidRequest.of("timeout_seconds", f"Input should be less than or equal to {longest:g}")
-        return longest if requested is None else requested
+        return requested
 
 
 async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
@@ -231,8 +238,8 @@ async def finish(service: Service, request: Request, job: Job) -> list[Result]:
 
     In both cases, cancels the job.
     """
-    cancel, deadline = service.engine.cancel, time.monotonic() + job.request.timeout
-    timer = asyncio.get_running_loop().call_later(job.request.timeout, cancel, job, errors.DeadlineExceeded())
+    cancel, deadline = service.engine.cancel, time.monotonic() + job.timeout
+    timer = asyncio.get_running_loop().call_later(job.timeout, cancel, job, errors.DeadlineExceeded())
     try:
         results = await cancel_on_disconnect(request, service.mailbox.result_of(job.future))
     finally:

@@ -56,7 +56,7 @@ class Limits(BaseModel):
     """The limits of a request. The settings define them."""
 
     count: int = Field(description="The largest number of images of a request.")
-    timeout_seconds: float = Field(description="The largest and the default timeout_seconds.")
+    timeout_seconds: float = Field(description="The largest timeout_seconds.")
     image_bytes: int = Field(description="The largest body with pictures, in bytes.")
     queue_images: int = Field(description="The largest number of images that wait in the queue.")
 

@@ -197,7 +197,7 @@ def _request_schema(request: type[BaseModel], settings: Settings, permitted: Map
     fields = schema["properties"]
     if "count" in fields:
         fields["count"]["maximum"] = settings.largest_request
-    fields["timeout_seconds"]["maximum"] = settings.request_timeout
+    fields["timeout_seconds"]["maximum"] = settings.longest_timeout
     if "model" in fields:
         fields["model"] = {**fields["model"], "enum": list(permitted) or settings.model_names}
     conditions = [condition for name, each in permitted.items() if (condition := each.condition(name, fields))]
@@ -240,7 +240,7 @@ def _inference_schemas(settings: Settings) -> dict[str, Schema]:
     schemas: dict[str, Schema] = definitions["$defs"]
     tensor, timeout = schemas["InputTensor"]["properties"], schemas["InferenceParameters"]["properties"]
     tensor["shape"]["items"]["maximum"] = tensor["data"]["maxItems"] = settings.largest_request
-    timeout["timeout_seconds"]["maximum"] = settings.request_timeout
+    timeout["timeout_seconds"]["maximum"] = settings.longest_timeout
     return schemas
 
 

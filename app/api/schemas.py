@@ -74,8 +74,8 @@ class TimedRequest(BaseModel):
 
     timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
         default=None,
-        description="Deadline in seconds. A request that is not finished by then is answered with 504. The maximum and "
-        "the default are UNFOG_REQUEST_TIMEOUT.",
+        description="Deadline in seconds. A request that is not finished by then is answered with 504. The default "
+        "fits the size of the request. UNFOG_REQUEST_TIMEOUT sets the maximum and another default.",
         json_schema_extra=may_be_absent,
     )
 

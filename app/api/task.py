@@ -18,7 +18,7 @@ class Task:
 
     options: Options
     count: int = 1
-    timeout: float | None = None  # seconds; None: UNFOG_REQUEST_TIMEOUT
+    timeout: float | None = None  # seconds; None: the default
     input: Input | None = None
     comparison: Comparison | None = None  # if given, it is the result, and no image is generated
     search: Search | None = None  # if given, the job first searches for the digit

@@ -59,7 +59,7 @@ class ImageReader:
 
     def __init__(self, settings: Settings) -> None:
         self._max_bytes = settings.max_image_bytes
-        self._read_seconds, self._decode_seconds = settings.read_timeout, settings.request_timeout
+        self._read_seconds, self._decode_seconds = settings.read_timeout, settings.short_timeout
         self._workers = _Workers(NUM_WORKERS, thread_name_prefix="pictures")
         self._held = _HeldBytes(MAX_BODIES * settings.max_image_bytes)
 

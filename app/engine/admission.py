@@ -7,19 +7,22 @@ Admission refuses a job with 429 in two cases:
 - The queue has no room. At most `capacity` images wait for their first step. All unfinished images together are
   limited too, because an image that has started keeps its state in device memory.
 - A target would be missed. backlog.py computes an upper bound on the finish time of each job. If the bound of the new
-  job, or of a job that it delays, is later than the target of that job, the new job is refused.
+  job, or of a job that it delays, is later than the target of that job, the new job is refused. But if it is small, and
+  the reserve will pay for it before its target, it is admitted as a reserved job (see reserve.py).
 
 The bound only holds for full steps that take the rows in order, but normally row selection deviates from this to serve
 new and small jobs early (see batcher.py). Therefore `select` checks the slack of the backlog before each step, so that
 the admitted jobs still meet their targets. While the slack is positive, row selection may deviate. If it is negative, a
-target is at risk, and the next step is full and takes the rows in order.
+target is at risk, and the next step takes the rows that the reserve pays for, and then the others in order.
 
 Jobs, rows and evaluations are explained in job.py, the target and the bound in backlog.py.
 
 Example: full steps compute 2000 evaluations per second and take 8 ms. Job A has 64 images of 100 steps and a timeout of
-10 s. Its target is 9 s, its bound 3.95 s. Job B is equal, but has a timeout of 5 s. Its target is 4.5 s, so B comes
-before A in the order. The bound of B is 3.95 s, and the bound of A becomes 7.15 s. Both are before their targets, so B
-is admitted. Job C is equal to B. It would come after B with a bound of 7.15 s, which is after its target: C is refused.
+10 s. Its target is 9 s, its bound 4.56 s. Job B is equal, but has a timeout of 6 s. Its target is 5.4 s, so B comes
+before A in the order. The bound of B is 4.56 s, and the bound of A becomes 8.11 s. Both are before their targets, so B
+is admitted. Job C is equal to B. It would come after B with a bound of 8.11 s, which is after its target: C is refused.
+Then the machine becomes 1.5 times slower, so that the targets of A and B are at risk. Job D has one image. The bound
+refuses it, but the reserve pays for it.
 
 An idle engine admits every job, even one that would miss its target. Only running steps correct the predicted step
 times. If a wrong prediction could keep all jobs out, it would never be corrected.
@@ -37,11 +40,25 @@ from dataclasses import dataclass
 from app import errors
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
-from app.engine.job import GUIDED_EVALUATIONS, Estimate, Job, StepKind, Trajectory
+from app.engine.job import (
+    DEFAULT_MODEL,
+    GUIDED_EVALUATIONS,
+    LONGEST_TIMEOUT,
+    RESERVE_SHARE,
+    SHORTEST_TIMEOUT,
+    Estimate,
+    Job,
+    StepKind,
+    Trajectory,
+)
+from app.engine.reserve import Reserve, capacity_of
 from app.engine.step_times import StepTimes, Throughput
-from model.clip_guidance import CALL_ROWS
 
 log = logging.getLogger(__name__)
+# The default timeout of a request is this multiple of the time that it takes alone on the idle machine, within the
+# limits in job.py. It is finished in time even if the machine becomes almost ten times slower.
+TIMEOUT_FACTOR = 10.0
+Calls = tuple[dict[str, int], dict[str, int]]  # of a step: evaluations by model, rows with CLIP guidance by model
 
 # The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
 # or until their slowdown is less than FASTER times that: a lost job (see backlog.py) may then no longer be lost.
@@ -68,19 +85,20 @@ class Admission:
         `max_batch` is the maximum number of rows of a step. If it is None, the number follows from the step times.
         """
         self.backlog = Backlog(capacity)
+        self.reserve = Reserve()
         self.step_times = StepTimes({1: 1.0})
         self._max_batch = max_batch
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
         self._limits: dict[StepKind, StepLimits] = {}
         self._slack: _Slack | None = None  # None if it is not known
-        # The last selection: its limits, and whether a target was at risk.
-        self._selected_with: tuple[StepLimits | None, bool] = None, False
+        # The last selection: its limits, whether a target was at risk, and the rows that the reserve paid for.
+        self._selected_with: tuple[StepLimits | None, bool, list[Trajectory]] = None, False, []
 
     @property
     def max_batch(self) -> int:
         """Returns the maximum number of rows of a step."""
-        return self._limits_for(StepKind(1, GUIDED_EVALUATIONS, has_clip=False)).rows
+        return self._limits_for(StepKind((DEFAULT_MODEL,), GUIDED_EVALUATIONS, has_clip=False)).rows
 
     def open(self, step_times: StepTimes, max_rows: int | None = None) -> None:
         """Sets the step times that were measured at warm-up, and the largest number of rows of the runner."""
@@ -89,14 +107,13 @@ class Admission:
             self._max_batch = min(self._max_batch or max_rows, max_rows)
         self._limits.clear()
 
-    def calls(self) -> tuple[list[int], list[int]]:
+    def calls(self) -> Calls:
         """Returns the sizes of the calls of the next step, as `Batch.calls`."""
         return self.backlog.batch.calls(self.backlog.step_kind())
 
-    def observe(self, calls: tuple[list[int], list[int]], seconds: float) -> None:
+    def observe(self, calls: Calls, seconds: float) -> None:
         """Updates the slowdown after a step that took `seconds`. `calls` is the result of `calls()` before it."""
-        evaluations, with_clip = calls
-        self.step_times.observe(evaluations, seconds, sum(math.ceil(count / CALL_ROWS) for count in with_clip))
+        self.step_times.observe(*calls, seconds)
 
     def admit(self, job: Job, now: float) -> None:
         """Admits all images of a job and sets its estimate, or raises Overloaded with a Retry-After.
@@ -104,18 +121,25 @@ class Admission:
         The module docstring explains the rule.
         """
         backlog = self.backlog
+        if job.request.timeout is None:
+            job.set_timeout(self._default_timeout(job))
         if not self._has_room(backlog.waiting, backlog.waiting + backlog.running + backlog.extra_slots, job):
             images = f"images: {job.request.count}"
             detail = f"The queue has no room for this request ({images}). Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
-        kind = backlog.step_kind(job)
+        if not backlog.jobs:
+            self.reserve.fill(self._limits_for(backlog.step_kind(job)))
+        kind = backlog.bound_kind(job)
         full, slack = self._full(kind), self._slack_with(job, kind, now)
-        if (slack is None or slack.until < now) and not backlog.admits(job, full, now):
+        is_late = (slack is None or slack.until < now) and not backlog.admits(job, full, now)
+        if is_late and not (job.is_small and self._paid_after(job, now) <= 0):
             detail = "This request or an admitted one would miss its deadline. Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
-        job.estimate = Estimate(backlog.waiting, self._seconds_of(job, kind, full))
-        backlog.add(job)
-        self._slack = slack
+        kind = backlog.step_kind(job)
+        job.estimate = Estimate(backlog.waiting, self._seconds_of(job, kind, self._full(kind)))
+        backlog.add(job, is_reserved=is_late)
+        if not is_late:  # The slack does not depend on reserved jobs.
+            self._slack = slack
 
     def select(self, now: float) -> list[Trajectory]:
         """Makes the rows of the next step the batch of the backlog, and returns them."""
@@ -124,12 +148,14 @@ class Admission:
             return []
         self._recover(now)
         limits, at_risk = self._limits_for(backlog.step_kind()), self._is_at_risk(now)
-        limits_before, was_at_risk = self._selected_with
-        if backlog.is_changed or limits is not limits_before or at_risk is not was_at_risk:
+        has_use = backlog.num_reserved or backlog.has_small_and_large
+        paid = self._paid_rows(limits) if at_risk and has_use else []
+        if backlog.is_changed or self._selected_with != (limits, at_risk, paid):
             share = limits.share(len(backlog), backlog.fewest_images, first_round=0)
             if not backlog.join(share, limits.rows):
-                backlog.replace_batch(select_rows(backlog.jobs, limits, at_risk=at_risk))
-            self._selected_with = limits, at_risk
+                backlog.replace_batch(self._select(limits, at_risk, paid))
+            self._selected_with = limits, at_risk, paid
+        self._keep_account(limits, paid)
         return backlog.batch.rows
 
     def lower_max_batch(self, now: float) -> None:
@@ -137,6 +163,52 @@ class Admission:
         self._shortage_at = now
         self._limit_rows(max(1, self.max_batch // 2))
         log.warning("Out of device memory, batch size lowered", extra={"max_batch": self.max_batch})
+
+    def _default_timeout(self, job: Job) -> float:
+        """Returns the timeout in seconds of a job whose request has none. It does not depend on the current speed."""
+        options = job.request.options
+        widest_row = max(job.widest_row, GUIDED_EVALUATIONS)
+        full = self._limits_for(StepKind((options.model,), widest_row, job.request.clip is not None)).full
+        alone = max(job.evaluations_left / full.rate, job.tail[1] * full.lone_seconds)
+        return min(max(SHORTEST_TIMEOUT, TIMEOUT_FACTOR * alone), LONGEST_TIMEOUT)
+
+    def _select(self, limits: StepLimits, at_risk: bool, paid: list[Trajectory]) -> list[Trajectory]:
+        """Returns the rows of the next step. If a target is at risk, reserved jobs come last without `paid`."""
+        reserved, others = self.backlog.reserved, self.backlog.others
+        if not at_risk:
+            return select_rows(self.backlog.jobs, limits, at_risk=False)
+        rows = select_rows([*others, *reserved], limits, at_risk=True, paid=paid)
+        bound_limits = self._limits_for(self.backlog.bound_kind())
+        if paid or limits is bound_limits:
+            return rows
+        return select_rows(others, bound_limits, at_risk=True) or rows  # the bound is that of steps without others
+
+    def _paid_rows(self, limits: StepLimits) -> list[Trajectory]:
+        return self.reserve.paid_rows(limits, self.backlog.reserved, self.backlog.others)
+
+    def _keep_account(self, limits: StepLimits, paid: list[Trajectory]) -> None:
+        """Adds the income of the next step to the reserve, and subtracts its cost."""
+        seconds = self.step_times.measured_seconds(*self.calls())
+        self.reserve.add_step(limits, seconds)
+        if paid:
+            rate = self._limits_for(self.backlog.bound_kind()).full.rate
+            self.reserve.pay(seconds, self.backlog.batch.size - sum(row.evaluations for row in paid), rate)
+
+    def _paid_after(self, job: Job, now: float) -> float:
+        """Returns the seconds after which the reserve would pay for a small job in time. At most 0: at once.
+
+        When the reserve has paid for the job and the reserved jobs before it, each step has a row of the job, or as
+        many rows of the others as fit into half of a step. Each step takes at most as long as a full step. More income
+        helps only while the reserve is not full.
+        """
+        backlog = self.backlog
+        limits, slowdown = self._limits_for(backlog.step_kind(job)), self.step_times.slowdown
+        wait = self.reserve.wait_for(limits, backlog.reserved, job)
+        before = sum(each.evaluations_left for each in backlog.reserved)
+        num_steps = before / max(1, min(limits.evaluations // 2, limits.rows)) + job.tail[1]
+        late = now + slowdown * (wait + num_steps * limits.full.step_seconds) - job.target
+        until_full = (capacity_of(limits) - self.reserve.seconds) / RESERVE_SHARE
+        return late if late <= slowdown * min(wait, until_full) else math.inf
 
     def _has_room(self, waiting: int, slots: int, job: Job) -> bool:
         """Returns True if the queue has room for the job.
@@ -176,8 +248,14 @@ class Admission:
 
     def _full(self, kind: StepKind, margin: float = 1.0) -> Throughput:
         """Returns the throughput of full steps of this kind if each takes `margin` times as long as now."""
-        full, slowdown = self._limits_for(kind).full, margin * self.step_times.slowdown
-        return Throughput(full.rate / slowdown, full.step_seconds * slowdown, full.lone_seconds * slowdown)
+        limits, slowdown = self._limits_for(kind), margin * self.step_times.slowdown
+        full = limits.full
+        return Throughput(
+            full.rate / slowdown,
+            full.step_seconds * slowdown,
+            full.lone_seconds * slowdown,
+            capacity_of(limits) * slowdown,
+        )
 
     def _is_at_risk(self, now: float) -> bool:
         """Returns True if a job may miss its target.
@@ -191,7 +269,7 @@ class Admission:
 
     def _known_slack(self, now: float) -> _Slack:
         """Returns a slack of the backlog that is at most the true one. Computes it if none is known."""
-        slack, kind, slowdown = self._slack, self.backlog.step_kind(), self.step_times.slowdown
+        slack, kind, slowdown = self._slack, self.backlog.bound_kind(), self.step_times.slowdown
         if slack is None or slack.kind != kind or not FASTER * slack.slowdown <= slowdown <= slack.slowdown:
             until = now + self.backlog.slack(self._full(kind, SPEED_MARGIN), now)
             slack = self._slack = _Slack(until, SPEED_MARGIN * slowdown, kind)
@@ -203,29 +281,34 @@ class Admission:
         `kind` is the kind of the steps after the job was added. The new job delays each other job by at most its own
         work, unless it changes the kind of the steps.
         """
-        if self.backlog.jobs and kind != self.backlog.step_kind():
+        if self.backlog.jobs and kind != self.backlog.bound_kind():
             return None
         slack = self._known_slack(now)
         full = self._full(kind, slack.slowdown / self.step_times.slowdown)
         own = job.target - full.step_seconds - self.backlog.latest_finish_seconds(job, full)
-        until = min(own, slack.until - job.evaluations_left / full.rate)
+        until = min(own, slack.until - job.evaluations_left / full.rate / (1 - RESERVE_SHARE))
         return _Slack(until, slack.slowdown, kind)
 
     def _retry_after(self, job: Job, now: float) -> int:
         """Returns the number of seconds, rounded up, after which the job would be admitted if no other job arrived.
 
-        It simulates the backlog draining in order at the rate of full steps.
+        It simulates the backlog draining in order at the rate of full steps. A small job does not wait longer than the
+        reserve needs to pay for it, unless there are other small jobs that use the income of the reserve.
         """
-        backlog, kind = self.backlog, self.backlog.step_kind(job)
+        backlog, kind = self.backlog, self.backlog.bound_kind(job)
         full, limits = self._full(kind), self._limits_for(kind)
         longest = min(LONGEST_WAIT, 1 + math.ceil(backlog.work / full.rate))
         rows = min(limits.rows, int(limits.evaluations / _mean_evaluations(job)))
+        has_income = job.is_small and not any(other.is_small for other in backlog.others)
+        paid_after = self._paid_after(job, now) if has_income else math.inf
 
         def fits(seconds: int) -> bool:
             images = backlog.images_after(seconds, full.rate)
             waiting = min(max(images - rows, 0), backlog.waiting)
             extra_slots = math.ceil(backlog.extra_slots * images / max(backlog.waiting + backlog.running, 1))
-            return self._has_room(waiting, images + extra_slots, job) and backlog.admits(job, full, now, seconds)
+            if not self._has_room(waiting, images + extra_slots, job):
+                return False
+            return seconds >= paid_after or backlog.admits(job, full, now, seconds)
 
         return _shortest_wait(fits, longest)
 
@@ -246,8 +329,9 @@ class Admission:
         if backlog.step_kind().has_clip:
             clip_steps = num_steps  # a step of this image can contain a call of CLIP for the others
         evaluations = min(share, (backlog.waiting + backlog.running + 1) * request.network_evaluations / num_steps)
-        seconds = self.step_times.step_seconds(evaluations) + (kind.num_models - 1) * full.lone_seconds
-        return num_steps * seconds + clip_steps * self.step_times.slowdown * self.step_times.clip_seconds
+        times = self.step_times
+        seconds = times.slowest(kind.models).seconds(evaluations) + times.further_calls_seconds(kind.models)
+        return times.slowdown * (num_steps * seconds + clip_steps * times.clip_seconds)
 
 
 def _mean_evaluations(job: Job) -> float:

@@ -1,22 +1,27 @@
 """The backlog: the admitted jobs in order of their targets, and an upper bound on the finish time of each job.
 
 Target: the time at which the scheduler aims to finish a job. It is the submission time plus 90% of the timeout. The
-remaining 10% are a reserve for steps that are slower than predicted.
+remaining 10% are for steps that are slower than predicted.
 
-Bound: if every step from now on is full and takes its rows in the order of the jobs, a job finishes within
+Bound: if every step from now on is full and takes its rows in the order of the jobs, except for what the reserve pays
+for (see reserve.py), a job finishes within
 
-    (W - w) / R + s * T    seconds, where
+    ((W - w) / R + s * T + B) / (1 - RESERVE_SHARE)    seconds, where
 
-    W    evaluations that are left of this job and of all jobs before it
+    W    evaluations that are left of this job and of all jobs before it, without the reserved jobs
     w, s evaluations and steps that are left of the job's tail, which is its image with the most steps left
     R    evaluations per second in full steps
     T    seconds of a full step
+    B    the capacity of the reserve
 
 Reason: a step either has a row of the tail or it is full of other rows of these jobs. There are s steps of the first
 kind, of at most T seconds each. The steps of the second kind together have at most W - w evaluations at the rate R.
+This takes D = (W - w) / R + s * T seconds. In a time t, the reserve takes at most B + RESERVE_SHARE * t, so that the
+job ends when t = D + B + RESERVE_SHARE * t.
 
-Example: R is 2000 per second, T is 8 ms. The first job has 64 new images of 100 steps without guidance. Its bound is
-6300 / 2000 + 100 * 0.008 = 3.95 s. For an equal second job, the bound is 12700 / 2000 + 0.8 = 7.15 s.
+Example: R is 2000 per second, T is 8 ms, B is 0.15 s. The first job has 64 new images of 100 steps without guidance.
+Without the reserve it would take 6300 / 2000 + 100 * 0.008 = 3.95 s, so its bound is (3.95 + 0.15) / 0.9 = 4.56 s. For
+an equal second job, the bound is (12700 / 2000 + 0.8 + 0.15) / 0.9 = 8.11 s.
 
 A job is lost if it would miss its deadline even if it ran alone. The bounds of lost jobs are ignored, since otherwise
 one lost job would keep all new requests out and put every step at risk.
@@ -33,6 +38,7 @@ The table of all jobs is a numpy array, because the bounds of all jobs are compu
 progress of its rows from the whole table at once.
 """
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -42,11 +48,12 @@ import numpy as np
 import numpy.typing as npt
 
 from app.engine.batch import Batch
-from app.engine.job import GUIDED_EVALUATIONS, Job, Result, StepKind, Trajectory
+from app.engine.job import GUIDED_EVALUATIONS, RESERVE_SHARE, Job, Result, StepKind, Trajectory
 from app.engine.step_times import Throughput
 
 K = TypeVar("K")
 Array = npt.NDArray[np.float64]
+S = TypeVar("S", float, Array)
 
 # A job is lost if it would miss its deadline even if it ran alone and needed only this share of the predicted time.
 LOST_MARGIN = 0.9
@@ -58,7 +65,11 @@ FIRST_PLACES = 64  # initial number of jobs for which the table has room
 
 
 class Backlog:
-    """The admitted jobs that are not answered yet, in order of their targets. Equal targets are in order of arrival."""
+    """The admitted jobs that are not answered yet, in the order in which they are served.
+
+    Reserved jobs come first, in order of arrival, and the others follow in order of their targets. Others with equal
+    targets are in order of arrival.
+    """
 
     def __init__(self, capacity: int) -> None:
         """`capacity` is the maximum number of waiting images."""
@@ -68,45 +79,67 @@ class Backlog:
         self.extra_slots = 0  # slots that unfinished searches need in addition to one for each image
         self.work = 0  # evaluations that are left of all jobs together
         self.num_rows = 0  # rows that can take a step
-        self.jobs: list[Job] = []  # sorted by target
+        self.jobs: list[Job] = []  # in order
+        self.num_reserved = 0  # the number of reserved jobs, which are the first ones of `jobs`
         self.batch = Batch()
         self.is_changed = False  # True if other rows may have to be selected for the next step
         self._new_rows: dict[Trajectory, None] = {}  # rows that were added after the last selection, in order
-        self._keys: list[tuple[float, int]] = []  # target and number of each job of `jobs`
+        self._keys: list[tuple[float, int]] = []  # the key of each job of `jobs` (see _key_of)
         self._num_added = 0
         self._table = np.zeros((8, FIRST_PLACES))  # (rows, places)
         self._decreases: Array | None = None  # what a step subtracts from the table, (3, places); None if not known
         self._free = list(range(FIRST_PLACES))  # the places without a job
         self._order = np.zeros(FIRST_PLACES, dtype=np.intp)  # the places of `jobs`, in the same order
-        self._models = Counter[str]()  # the number of jobs of each model
-        self._widths = Counter[int]()  # the number of jobs by the evaluations of their widest row
         self._counts = Counter[int]()  # the number of jobs by their number of images
         self.with_previews: dict[Job, None] = {}  # the jobs that send previews
-        self._num_with_clip = 0  # the number of jobs with CLIP guidance
-        self._kind: StepKind | None = None  # None if it is not known
+        # The numbers of jobs that are not reserved: of each model, by the evaluations of their widest row, and of those
+        # with CLIP guidance.
+        self._models = Counter[str]()
+        self._widths = Counter[int]()
+        self._num_with_clip = 0
+        self._kind: StepKind | None = None  # the kind of the jobs that are not reserved; None if it is not known
 
     def __contains__(self, job: Job) -> bool:
         """Returns True if the job was added and not removed."""
         return job.place >= 0
 
     def __iter__(self) -> Iterator[Job]:
-        """Iterates over the jobs in order of their targets."""
+        """Iterates over the jobs in order."""
         return iter(self.jobs)
 
     def __len__(self) -> int:
         return len(self.jobs)
 
+    @property
+    def reserved(self) -> list[Job]:
+        """Returns the reserved jobs."""
+        return self.jobs[: self.num_reserved]
+
+    @property
+    def others(self) -> list[Job]:
+        """Returns the jobs that are not reserved, in order of their targets."""
+        return self.jobs[self.num_reserved :]
+
+    @property
+    def has_small_and_large(self) -> bool:
+        """Returns True if there are a job with one image and a job with several images."""
+        return len(self._counts) > 1 and 1 in self._counts
+
     def step_kind(self, *new_jobs: Job) -> StepKind:
-        """Returns the kind of the steps of the jobs and `new_jobs` together."""
+        """Returns the kind of the steps of all jobs and `new_jobs` together."""
+        return self.bound_kind(*self.reserved, *new_jobs)
+
+    def bound_kind(self, *new_jobs: Job) -> StepKind:
+        """Returns the kind of the steps of the jobs that are not reserved and `new_jobs` together."""
         kind = self._kind
         if kind is None:
             widest = max(GUIDED_EVALUATIONS, *self._widths, 0)
-            kind = self._kind = StepKind(max(1, len(self._models)), widest, self._num_with_clip > 0)
+            kind = self._kind = StepKind(tuple(sorted(self._models)), widest, self._num_with_clip > 0)
         if not new_jobs:
             return kind
         new_models = {job.request.options.model for job in new_jobs} - self._models.keys()
         if new_models:
-            kind = kind._replace(num_models=len(self._models) + len(new_models))
+            kind = kind._replace(models=tuple(sorted(self._models.keys() | new_models)))
         for job in new_jobs:
             if job.widest_row > kind.widest_row:
                 kind = kind._replace(widest_row=job.widest_row)
@@ -119,12 +152,13 @@ class Backlog:
         """Returns the number of images of the smallest job. There must be a job."""
         return min(self._counts)
 
-    def add(self, job: Job) -> None:
+    def add(self, job: Job, *, is_reserved: bool = False) -> None:
         """Inserts a job at its place in the order. The caller must have checked that the queue has room for it."""
         assert self.waiting + job.request.count <= self.capacity, "add() needs a job that fits into the queue"
         self._num_added += 1
-        job.number, job.place = self._num_added, self._take_place()
-        key, count = (job.target, job.number), len(self.jobs)
+        job.number, job.place, job.is_reserved = self._num_added, self._take_place(), is_reserved
+        self.num_reserved += is_reserved
+        key, count = _key_of(job), len(self.jobs)
         position = bisect_left(self._keys, key)
         self.jobs.insert(position, job)
         self._keys.insert(position, key)
@@ -143,7 +177,8 @@ class Backlog:
         """Removes a job and its images. Returns False if the job is not in the backlog."""
         if job.place < 0:
             return False
-        position, count = bisect_left(self._keys, (job.target, job.number)), len(self.jobs)
+        position, count = bisect_left(self._keys, _key_of(job)), len(self.jobs)
+        self.num_reserved -= job.is_reserved
         del self.jobs[position], self._keys[position]
         self._order[position : count - 1] = self._order[position + 1 : count]
         self._free.append(job.place)
@@ -256,10 +291,10 @@ class Backlog:
         """Returns the time in seconds for which row selection may still deviate from the order of the jobs.
 
         This is the minimum over all jobs of target - (now + bound + time of one full step). The full step is the step
-        in progress, or the next step, which may deviate. If the result is negative, a target is at risk. Lost jobs
-        are ignored. The result is infinity without jobs.
+        in progress, or the next step, which may deviate. If the result is negative, a target is at risk. Lost and
+        reserved jobs are ignored. The result is infinity without other jobs.
         """
-        jobs = self._in_order()
+        jobs = self._in_order(self.num_reserved)
         slack = jobs[_TARGET] - now - full.step_seconds - _finish(jobs, np.cumsum(jobs[_WORK]), full)
         return float(slack.min(initial=np.inf, where=~_is_lost(jobs, full, now)))
 
@@ -267,15 +302,16 @@ class Backlog:
         """Returns True if `job` and all jobs that it delays would meet their targets.
 
         It delays the jobs with later targets. If it changes the kind of the steps, it delays all jobs, because every
-        step may then take longer. Lost jobs are ignored. An empty backlog admits every job (see admission.py).
+        step may then take longer. Lost and reserved jobs are ignored. An empty backlog admits every job (see
+        admission.py).
 
         With `wait`, the job is submitted `wait` seconds from now. Until then, the backlog drains in order at the rate
         of full steps, and no other job arrives.
         """
-        jobs = self._in_order()
-        left = np.maximum(np.cumsum(jobs[_WORK]) - wait * full.rate, 0.0)
-        if not left.any():
+        if self.work <= wait * full.rate:
             return True
+        jobs = self._in_order(self.num_reserved)
+        left = np.maximum(np.cumsum(jobs[_WORK]) - wait * full.rate, 0.0)
         own = _column_of(job)[:, None]
         target = own[_TARGET, 0] + wait
         position = int(np.searchsorted(jobs[_TARGET], target, side="right"))
@@ -287,19 +323,19 @@ class Backlog:
         # the share of each tail that is left after the wait
         tail_left = np.minimum(left / np.maximum(jobs[_TAIL_WORK], 1.0), 1.0)
         jobs[_TAIL_WORK : _TAIL_STEPS + 1] *= tail_left
-        if self.step_kind() == self.step_kind(job):
+        if self.bound_kind() == self.bound_kind(job):
             delayed[:position] = False  # steps do not become longer, so jobs with earlier targets are not delayed
         left[position:] += own[_WORK, 0]
         late = start + _finish(jobs, left, full) > jobs[_TARGET]
         return not bool((late & delayed).any())
 
     def finish_seconds(self, job: Job, full: Throughput) -> float:
-        """Returns the bound in seconds for a job that is not in the backlog yet."""
-        return self._bound(job, self._work_before(job), full)
+        """Returns the bound in seconds for a job that is not in the backlog yet, if no small job uses the reserve."""
+        return self._alone_after(job, self._work_before(job), full)
 
     def latest_finish_seconds(self, job: Job, full: Throughput) -> float:
         """Returns the bound in seconds for a new job if all other jobs come before it. It takes a constant time."""
-        return self._bound(job, self.work, full)
+        return _with_reserve(self._alone_after(job, self.work, full), full)
 
     def images_after(self, seconds: float, rate: float) -> int:
         """Returns the predicted number of unfinished images after the backlog has drained in order for `seconds`.
@@ -325,13 +361,13 @@ class Backlog:
             return self.work
         return float(self._table[_WORK, self._order[:position]].sum())
 
-    def _bound(self, job: Job, before: float, full: Throughput) -> float:
+    def _alone_after(self, job: Job, before: float, full: Throughput) -> float:
         tail_work, tail_steps = job.tail
         return (before + job.evaluations_left - tail_work) / full.rate + tail_steps * full.step_seconds
 
-    def _in_order(self) -> Array:
-        """Returns a copy of the table with a column for each job, in order (rows, J)."""
-        return self._table[:, self._order[: len(self.jobs)]]
+    def _in_order(self, first: int = 0) -> Array:
+        """Returns a copy of the table with a column for each job from the position `first`, in order (rows, J)."""
+        return self._table[:, self._order[first : len(self.jobs)]]
 
     def _add_rows(self, rows: Sequence[Trajectory]) -> None:
         """Adds rows that can take the next step."""
@@ -357,11 +393,17 @@ class Backlog:
 
     def _count_kind(self, job: Job, change: int) -> None:
         """Adds a job to the counters that determine the kind of the steps, or removes it from them."""
+        _add(self._counts, job.request.count, change)
+        if job.is_reserved:
+            return
         _add(self._models, job.request.options.model, change)
         _add(self._widths, job.widest_row, change)
-        _add(self._counts, job.request.count, change)
         self._num_with_clip += change * (job.request.clip is not None)
         self._kind = None
+
+
+def _key_of(job: Job) -> tuple[float, int]:
+    return -math.inf if job.is_reserved else job.target, job.number
 
 
 def _add(counter: Counter[K], key: K, change: int) -> None:
@@ -379,7 +421,12 @@ def _column_of(job: Job) -> Array:
 def _finish(jobs: Array, left: Array, full: Throughput) -> Array:
     """Returns the bound (J,) of each job in seconds. `left` (J,) is the work of each job and all jobs before it."""
     others = np.maximum(left - jobs[_TAIL_WORK], 0.0)
-    return others / full.rate + jobs[_TAIL_STEPS] * full.step_seconds
+    return _with_reserve(others / full.rate + jobs[_TAIL_STEPS] * full.step_seconds, full)
+
+
+def _with_reserve(seconds: S, full: Throughput) -> S:
+    """Returns the time that the work takes if the reserve takes as much as it can."""
+    return (seconds + full.reserve_seconds) / (1 - RESERVE_SHARE)
 
 
 def _is_lost(jobs: Array, full: Throughput, now: float) -> npt.NDArray[np.bool_]:

@@ -103,20 +103,20 @@ class Batch:
         size, place, tail = self._array[_SIZE], self._array[_PLACE], self._array[_IS_TAIL]
         return np.stack([np.bincount(place, weights, minlength=num_places) for weights in (size, size * tail, tail)])
 
-    def calls(self, kind: StepKind) -> tuple[list[int], list[int]]:
-        """Returns the number of evaluations of each network call of the step, and the number of rows of each with CLIP.
+    def calls(self, kind: StepKind) -> tuple[dict[str, int], dict[str, int]]:
+        """Returns the evaluations of the network call of each model, and its number of rows with CLIP guidance.
 
         A step makes one network call for each model. `kind` is that of the jobs of the rows.
         """
-        if kind.num_models == 1 and not kind.has_clip:
-            return [self.size], []
+        if len(kind.models) == 1 and not kind.has_clip:
+            return {kind.models[0]: self.size}, {}
         evaluations, with_clip = Counter[str](), Counter[str]()
         for row in self.rows:
             model = row.job.request.options.model
             evaluations[model] += row.network_evaluations
             if row.clip:
                 with_clip[model] += 1
-        return list(evaluations.values()), list(with_clip.values())
+        return evaluations, with_clip
 
     def _remove_at(self, places: list[int]) -> None:
         """Removes the rows at these places."""

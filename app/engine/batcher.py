@@ -8,8 +8,9 @@ request does not wait for the long steps of a large request. The jobs are in ord
 2. Fill: the remaining places go to the other rows of the jobs, in order.
 3. Short steps: while a small job runs together with other jobs, a step is limited to about three times the duration of
    a step with a single image. Otherwise a large job would make every step of the small job slow.
-4. At risk: if a job may miss its target, rules 1 and 3 do not apply. The step is full, and all its places are filled in
-   order (earliest deadline first). The bound in backlog.py holds for such steps.
+4. At risk: if a job may miss its target, rules 1 and 3 do not apply. The step first has the rows of small jobs that the
+   reserve pays for (see reserve.py). If there are such rows, the step is short. Otherwise it is full. The other places
+   are filled in order (earliest deadline first). The bound in backlog.py holds for such steps.
 
 Sizes are counted in network evaluations, because they determine the duration of a step. A guided row takes two. A row
 that compares the classes of an image takes one for each remaining class. The gradient of CLIP counts as the number of
@@ -19,7 +20,8 @@ Example without guidance: a full step has 16 evaluations, a short step 8. Job A 
 
 - The first round takes one row of A and one row of B. B is small, so the step is short: 6 more rows of A are added.
 - When B is finished, steps have 16 rows of A.
-- If A comes first in the order and is at risk, steps have 16 rows of A, and B waits.
+- If A comes first in the order and is at risk, steps have 16 rows of A, except for those steps that have the row of B
+  and 7 rows of A.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,6 +48,7 @@ class StepLimits:
     rows: int  # the maximum number of rows in a step
     short: int  # the maximum number of evaluations in a short step
     full: Throughput
+    times: tuple[float, ...]  # the longest seconds of a step of 0 to `evaluations` evaluations, at the speed of warm-up
 
     @classmethod
     def of(
@@ -62,22 +65,41 @@ class StepLimits:
         Without `auto`, a full step has `max_rows` rows, each of which may be guided, and no step is short. A full step
         has room for a guided row. If the widest row has more than 2 evaluations, it also has room for such a row.
         """
-        lone, widest_row = times.measured_seconds(1), kind.widest_row
-        calls = (kind.num_models - 1) * lone  # each further model needs another call
-        most = times.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone) if auto else GUIDED_EVALUATIONS * (max_rows or 1)
+        curve, widest_row = times.slowest(kind.models), kind.widest_row
+        lone, calls = curve.seconds(1), times.further_calls_seconds(kind.models)
+        most = curve.best_batch(BEST_TOLERANCE, FULL_SLOWDOWN * lone) if auto else GUIDED_EVALUATIONS * (max_rows or 1)
         most = max(GUIDED_EVALUATIONS, most)
         rows = min(most, max_rows or most)
         most = max(min(most, GUIDED_EVALUATIONS * rows), GUIDED_EVALUATIONS)
         if widest_row > GUIDED_EVALUATIONS:  # The step has room for the widest row and another row.
             most = max(most, widest_row + GUIDED_EVALUATIONS)
-        short = min(most, max(1, times.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
+        short = min(most, max(1, curve.largest_batch(SHARED_SLOWDOWN * lone - calls))) if auto else most
         # A full step can have fewer than `most` evaluations. If the next row does not fit, places stay empty: one for a
         # guided row, and up to nine for a row that compares ten classes. If no row is guided, `rows` is the limit. The
         # rate must hold for all these sizes. It can be lowest between the smallest and the largest size.
         least = max(1, min(most - widest_row + 1, rows))
-        longest = _longest_seconds(times, kind, most)
-        rate = min(count / (longest[count] + calls) for count in range(least, most + 1))
-        return cls(most, rows, short, Throughput(rate, longest[most] + calls, lone))
+        longest = tuple(seconds + calls for seconds in _longest_seconds(times, kind, most))
+        rate = min(count / longest[count] for count in range(least, most + 1))
+        return cls(most, rows, short, Throughput(rate, longest[most], lone), longest)
+
+    def seconds(self, size: int) -> float:
+        """Returns the longest duration of a step with `size` evaluations, at the speed of warm-up."""
+        return self.times[min(size, self.evaluations)]
+
+    @property
+    def loss(self) -> float:
+        """Returns the largest time that a step takes longer than its evaluations would take in full steps."""
+        return max(seconds - size / self.full.rate for size, seconds in enumerate(self.times))
+
+    def fits_first_round(self, size: int, evaluations: int) -> bool:
+        """Returns True if the first round has room for a row of this size, after `evaluations` of other rows.
+
+        A row that compares the classes can have more evaluations than half of a full step. It may begin within that
+        half.
+        """
+        half, after = self.evaluations // 2, evaluations + size
+        is_wide = size > GUIDED_EVALUATIONS
+        return after <= half or (is_wide and evaluations < half and after <= self.evaluations)
 
     def share(self, num_jobs: int, fewest_images: int, first_round: int) -> int:
         """Returns the maximum number of evaluations of the next step if no target is at risk.
@@ -106,32 +128,29 @@ def _longest_seconds(times: StepTimes, kind: StepKind, most: int) -> list[float]
 
         max over n of (duration of n network evaluations + (count - n) / r) + one call of CLIP for each model
     """
-    seconds = [0.0, *map(times.measured_seconds, range(1, most + 1))]
+    curve = times.slowest(kind.models)
+    seconds = [0.0, *map(curve.seconds, range(1, most + 1))]
     if not kind.has_clip:
         return seconds
-    rate, last_calls = times.best_rate, kind.num_models * times.clip_seconds
+    rate, last_calls = curve.best_rate, max(1, len(kind.models)) * times.clip_seconds
     above = accumulate((measured - n / rate for n, measured in enumerate(seconds)), max)
     return [count / rate + more + last_calls for count, more in enumerate(above)]
 
 
-def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> list[Trajectory]:
+def select_rows(
+    jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool, paid: Sequence[Trajectory] = ()
+) -> list[Trajectory]:
     """Returns the rows of the next step. The module docstring explains the rule.
 
-    `jobs` are in order of their targets. `at_risk` says that a job may miss its target. The rows of a job with the
-    fewest steps left come first, so that its first images finish early. If there are rows that can take a step, the
-    step has at least one row.
+    `jobs` are in order. `at_risk` says that a job may miss its target. `paid` are the rows that the reserve pays for in
+    this case. The rows of a job with the fewest steps left come first, so that its first images finish early. If there
+    are rows that can take a step, the step has at least one row.
     """
-    rows: list[Trajectory] = []
-    evaluations, limit = 0, limits.evaluations
-    if not at_risk:
-        for row in _first_rows(jobs):
-            size = row.evaluations
-            if rows and (len(rows) == limits.rows or not _fits_first_round(size, evaluations, limits)):
-                break
-            rows.append(row)
-            evaluations += size
-        limit = limits.share(len(jobs), _fewest_images(jobs, limits), evaluations)
-    for row in _remaining_rows(jobs, len(rows)):
+    rows = list(paid) if at_risk else _first_round(jobs, limits)
+    evaluations, limit = sum(row.evaluations for row in rows), limits.evaluations
+    if paid or not at_risk:
+        limit = limits.share(len(jobs), 1 if paid else _fewest_images(jobs, limits), evaluations)
+    for row in _remaining_rows(jobs, rows):
         size = row.evaluations
         if rows and (evaluations + size > limit or len(rows) == limits.rows):
             break
@@ -140,30 +159,26 @@ def select_rows(jobs: Sequence[Job], limits: StepLimits, *, at_risk: bool) -> li
     return rows
 
 
-def _fits_first_round(size: int, evaluations: int, limits: StepLimits) -> bool:
-    """Returns True if the first round has room for a row of this size, after `evaluations` of other rows.
-
-    A row that compares the classes can have more evaluations than half of a full step. It may begin within that half.
-    """
-    half, after = limits.evaluations // 2, evaluations + size
-    is_wide = size > GUIDED_EVALUATIONS
-    return after <= half or (is_wide and evaluations < half and after <= limits.evaluations)
-
-
-def _first_rows(jobs: Sequence[Job]) -> Iterator[Trajectory]:
-    """Yields the first row of each job that has a row that can take a step."""
+def _first_round(jobs: Sequence[Job], limits: StepLimits) -> list[Trajectory]:
+    """Returns the first row of each job that has a row that can take a step, until the first round is full."""
+    rows: list[Trajectory] = []
+    evaluations = 0
     for job in jobs:
-        yield from job.unfinished[job.num_pending : job.num_pending + 1]
+        for row in job.unfinished[job.num_pending : job.num_pending + 1]:
+            size = row.evaluations
+            if rows and (len(rows) == limits.rows or not limits.fits_first_round(size, evaluations)):
+                return rows
+            rows.append(row)
+            evaluations += size
+    return rows
 
 
-def _remaining_rows(jobs: Sequence[Job], num_first: int) -> Iterator[Trajectory]:
-    """Yields the rows of all jobs in order, without the first `num_first` of `_first_rows`."""
+def _remaining_rows(jobs: Sequence[Job], first: Sequence[Trajectory]) -> Iterator[Trajectory]:
+    """Yields the rows of all jobs in order, without those of `first`. A job has at most one of these: its first row."""
+    taken = set(first)
     for job in jobs:
         rows = job.unfinished[job.num_pending :]
-        if rows and num_first:
-            num_first -= 1
-            del rows[0]
-        yield from rows
+        yield from rows[1:] if rows and rows[0] in taken else rows
 
 
 def _fewest_images(jobs: Sequence[Job], limits: StepLimits) -> int:

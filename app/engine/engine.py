@@ -40,7 +40,7 @@ from enum import StrEnum
 from functools import cached_property
 
 from app import errors
-from app.engine.admission import Admission
+from app.engine.admission import Admission, Calls
 from app.engine.batch_feed import BatchFeed
 from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
@@ -105,8 +105,9 @@ class Engine:
         self._drained: Future[None] | None = None  # the future that drain() returns
         self._stopping = False
         self._num_steps = 0
-        self._num_unbroken = 0  # steps since the engine last waited for work
         self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
+        # The calls of the steps that the device has not finished (see Admission.calls). None for a part of a batch.
+        self._unfinished: deque[Calls | None] = deque()
         # Readings whose values are not handled yet: a function that says if they are known, and one that handles them.
         self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
         self._is_batch_lowered = False  # True if the batch size was already lowered in this iteration
@@ -215,11 +216,11 @@ class Engine:
         rows, abandoned = self._admit()
         self._runner.release(abandoned)
         self._is_batch_lowered = False
-        if not rows:
-            self._num_unbroken = 0
-        else:
+        if rows:
             self._run_step()
             self._retire()
+        else:
+            self._unfinished.clear()
         self._finish_readings(must_wait=not rows)
         if not self.backlog.jobs:
             self.deliver()
@@ -317,7 +318,7 @@ class Engine:
                 timeout = seconds if self._runner.has_idle_work else None
                 if self._has_work():
                     return
-                self._num_unbroken = 0
+                self._unfinished.clear()
                 if self._condition.wait_for(self._has_work, timeout):
                     return
             self._last_beat = time.monotonic()
@@ -361,31 +362,30 @@ class Engine:
         self._last_beat = start = time.monotonic()
         in_network = self._runner.network_seconds
         not_finite = self._runner.step(step_rows, self.deliver)
-        seconds, is_known = self._duration(start)
+        self._unfinished.append(calls if is_whole else None)  # After a failure, the durations of parts are not used.
+        seconds, finished = self._duration(start)
         self._num_steps += 1
-        if is_whole and is_known:  # After a failure, the duration of a part of the batch is not used.
+        if finished:
             with self._condition:
-                self._admission.observe(calls, seconds)
+                self._admission.observe(finished, seconds)
         self._metrics.denoise_steps.inc()
         self._metrics.step_duration.observe(seconds)
         self._metrics.network.inc(self._runner.network_seconds - in_network)
         self._metrics.batch_rows.observe(len(rows))
         return not_finite
 
-    def _duration(self, start: float) -> tuple[float, bool]:
-        """Returns the duration of the step that has just returned, and whether this is its duration on the device.
+    def _duration(self, start: float) -> tuple[float, Calls | None]:
+        """Returns a duration and the calls of the step that took so long on the device, or None if they are not known.
 
         A runner that enqueues steps does not wait for the device in the first `steps_ahead` steps. Each later call
-        returns when the device has finished one more step. The time between two such returns is the duration of a step
-        on the device.
+        returns when the device has finished one more step: the one that was enqueued `steps_ahead` steps before. The
+        time between two such returns is the duration of this step on the device.
         """
         end, before, ahead = time.monotonic(), self._step_end, self._runner.steps_ahead
         self._step_end = end
-        self._num_unbroken += 1
-        if not ahead:
-            return end - start, True
-        is_known = self._num_unbroken > ahead
-        return end - (before if is_known else start), is_known
+        if len(self._unfinished) <= ahead:
+            return end - start, None
+        return end - (before if ahead else start), self._unfinished.popleft()
 
     def _retire(self) -> None:
         """Adds the step to the progress of the rows, and reads the results of those that have ended."""

@@ -43,6 +43,8 @@ GUIDED_EVALUATIONS = 2  # a guided step evaluates the network with and without t
 # The scheduler aims to finish a job after this share of its timeout. The rest is a reserve: a job still meets its
 # deadline if steps take a tenth longer than predicted.
 TARGET_SHARE = 0.9
+SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 30.0, 600.0  # limits of the default timeout, in seconds (see admission.py)
+RESERVE_SHARE = 0.1  # share of the time of all steps that is kept for small jobs (see reserve.py)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +275,8 @@ class JobRequest:
 
     options: Options
     count: int
-    timeout: float = math.inf  # seconds from submission to deadline; an unfinished request is then answered with 504
+    # Seconds from submission to deadline; an unfinished request is then answered with 504. None: the engine chooses.
+    timeout: float | None = math.inf
     num_previews: int = 0  # number of Progress events to send
     listener: Listener | None = None
     guided_steps: StepSet = range(0)  # the steps that need a second evaluation
@@ -318,7 +321,7 @@ class JobRequest:
 class StepKind(NamedTuple):
     """The properties of the steps of some jobs that determine the duration of a full step."""
 
-    num_models: int  # each model needs its own network call
+    models: tuple[str, ...]  # in alphabetical order; each model needs its own network call
     widest_row: int  # the largest size of one row, in evaluations
     has_clip: bool  # True if a step can call CLIP
 
@@ -356,11 +359,12 @@ class Job:
         """`submitted_at` is a value of time.monotonic(). The default is the current time."""
         self.request = request
         self.timings = Timings() if submitted_at is None else Timings(submitted_at)
-        self.deadline = self.timings.submitted_at + request.timeout
-        self.target = self.timings.submitted_at + TARGET_SHARE * request.timeout
+        self.set_timeout(math.inf if request.timeout is None else request.timeout)
         self.estimate: Estimate | None = None  # set by admission
         self.place = -1  # place in the table of the backlog; -1 if the job is not in the backlog
         self.number = 0  # position in the order of admission, from 1; set by the backlog
+        self.is_small = request.count == 1  # one image, or a recognition
+        self.is_reserved = False  # True if it was admitted as a reserved job (see reserve.py); set by the backlog
         self.future: Future[list[Result]] = Future()
         self.future.set_running_or_notify_cancel()  # Only the engine may complete this future.
         self.digit = request.options.digit  # the class of the images; set at the end of a search
@@ -376,6 +380,12 @@ class Job:
         self.closed = False
         self._results: list[Result | None] = [None] * request.count
         self._previews_sent = 0
+
+    def set_timeout(self, seconds: float) -> None:
+        """Sets the time from submission to deadline. A job in the backlog must keep it."""
+        self.timeout = seconds
+        self.deadline = self.timings.submitted_at + seconds
+        self.target = self.timings.submitted_at + TARGET_SHARE * seconds
 
     @property
     def num_running(self) -> int:

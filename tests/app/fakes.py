@@ -114,7 +114,9 @@ def recognised_class(job: Job) -> int:
 
 def fixed_limits(max_rows: int) -> StepLimits:
     """Returns limits for steps of at most `max_rows` rows, as with UNFOG_MAX_BATCH=max_rows."""
-    return StepLimits.of(StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, StepKind(1, 2, has_clip=False), auto=False)
+    return StepLimits.of(
+        StepTimes({1: 1e-6, 1024: 1e-6}), max_rows, StepKind(("default",), 2, has_clip=False), auto=False
+    )
 
 
 @dataclass

@@ -32,7 +32,7 @@ DEFAULTS = {
     "UNFOG_MAX_COUNT": ("max_count", 64),
     "UNFOG_MAX_BODY_BYTES": ("max_body_bytes", 2**14),
     "UNFOG_MAX_IMAGE_BYTES": ("max_image_bytes", 2**22),
-    "UNFOG_REQUEST_TIMEOUT": ("request_timeout", 30.0),
+    "UNFOG_REQUEST_TIMEOUT": ("request_timeout", None),
     "UNFOG_DRAIN_TIMEOUT": ("drain_timeout", 25.0),
     "UNFOG_WATCHDOG_SECONDS": ("watchdog_seconds", 10.0),
     "UNFOG_GIVE_UP_SECONDS": ("give_up_seconds", 30.0),

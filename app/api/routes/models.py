@@ -27,7 +27,7 @@ async def models(service: ServiceDependency) -> JSONResponse:
         models=[_describe(info) for info in service.engine.models.values()],
         limits=Limits(
             count=settings.largest_request,
-            timeout_seconds=settings.request_timeout,
+            timeout_seconds=settings.longest_timeout,
             image_bytes=settings.max_image_bytes,
             queue_images=settings.queue_capacity,
         ),

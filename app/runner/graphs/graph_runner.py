@@ -175,7 +175,7 @@ class GraphRunner(Runner):
                 self.idle()
         times = super().warm_up(should_stop)
         if self._fixed:  # all steps take the same time
-            seconds = times.measured_seconds(self._fixed.rows)
+            seconds = times.step_seconds(self._fixed.rows)
             return StepTimes(dict.fromkeys((self._fixed.rows, self._fixed.evaluations), seconds), times.clip_seconds)
         return times
 

@@ -12,7 +12,7 @@ from app.engine.job import Job
 from app.engine.step_times import Throughput
 from tests.app.fakes import new_job
 
-FULL = Throughput(rate=100.0, step_seconds=0.16, lone_seconds=0.02)
+FULL = Throughput(rate=100.0, step_seconds=0.16, lone_seconds=0.02, reserve_seconds=0.3)
 PROFILE = settings(derandomize=True, deadline=None, database=None, max_examples=150)
 
 
@@ -36,13 +36,14 @@ def work(row_step: int, job: Job) -> int:
 
 
 def bounds(jobs: list[Job]) -> dict[Job, float]:
-    """Returns the bound of each job in seconds."""
+    """Returns the bound of each job that is not reserved, in seconds."""
     finish_in, total = {}, 0
-    for job in sorted(jobs, key=lambda job: job.target):  # sorted() is stable
+    for job in sorted((job for job in jobs if not job.is_reserved), key=lambda job: job.target):  # sorted() is stable
         longest = min(row.step for row in job.unfinished)
         total += sum(work(row.step, job) for row in job.unfinished)
         others = total - work(longest, job)
-        finish_in[job] = others / FULL.rate + (job.request.options.num_steps - longest) * FULL.step_seconds
+        alone = others / FULL.rate + (job.request.options.num_steps - longest) * FULL.step_seconds
+        finish_in[job] = (alone + FULL.reserve_seconds) / 0.9  # a tenth of the time is reserved
     return finish_in
 
 
@@ -57,7 +58,7 @@ def random_backlog(seed: int) -> tuple[random.Random, Backlog, float]:
     backlog, now = Backlog(10_000), 100.0
     jobs = [random_job(choose, now - choose.uniform(0, 3)) for _ in range(choose.randint(1, 150))]
     for job in jobs:
-        backlog.add(job)
+        backlog.add(job, is_reserved=choose.random() < 0.1)
     for job in choose.sample(jobs, choose.randint(0, len(jobs) - 1)):
         backlog.remove(job)
     return choose, backlog, now
@@ -65,7 +66,7 @@ def random_backlog(seed: int) -> tuple[random.Random, Backlog, float]:
 
 @PROFILE
 @given(seed=st.integers(0, 2**32))
-def test_jobs_are_ordered_by_target_and_then_by_arrival(seed: int) -> None:
+def test_reserved_jobs_come_first_and_the_others_are_ordered_by_target_and_then_by_arrival(seed: int) -> None:
     choose = random.Random(seed)
     backlog, jobs = Backlog(10_000), list[Job]()
     for _ in range(choose.randint(1, 200)):
@@ -73,8 +74,10 @@ def test_jobs_are_ordered_by_target_and_then_by_arrival(seed: int) -> None:
             backlog.remove(jobs.pop(choose.randrange(len(jobs))))
         else:
             jobs.append(random_job(choose, now=0.0))
-            backlog.add(jobs[-1])
-        assert backlog.jobs == sorted(jobs, key=lambda job: job.target)  # sorted() is stable.
+            backlog.add(jobs[-1], is_reserved=choose.random() < 0.2)
+        reserved = [job for job in jobs if job.is_reserved]
+        others = sorted((job for job in jobs if not job.is_reserved), key=lambda job: job.target)  # sorted() is stable.
+        assert (backlog.jobs, backlog.reserved) == ([*reserved, *others], reserved)
     assert len(backlog) == len(jobs)
     assert backlog.work == sum(job.evaluations_left for job in jobs)
 
@@ -97,7 +100,8 @@ def test_job_is_admitted_if_it_and_all_delayed_jobs_meet_their_targets(seed: int
     choose, backlog, now = random_backlog(seed)
     candidate = random_job(choose, now, fresh=True)
     after = bounds([*backlog.jobs, candidate])
-    delayed = [job for job in backlog if job.target > candidate.target and not is_lost(job, now)]
+    others = [job for job in backlog if not job.is_reserved]
+    delayed = [job for job in others if job.target > candidate.target and not is_lost(job, now)]
     expected = all(now + FULL.step_seconds + after[job] <= job.target for job in [candidate, *delayed])
     assert backlog.admits(candidate, FULL, now) is expected
     assert candidate not in backlog
@@ -122,8 +126,8 @@ def test_lost_job_does_not_prevent_the_admission_of_other_jobs() -> None:
 def test_job_with_another_model_delays_all_jobs() -> None:
     """The call of another model makes every step longer, also for jobs with earlier targets."""
     backlog = Backlog(10_000)
-    backlog.add(new_job(1, num_steps=50, timeout=10.0, submitted_at=0.0))  # its bound is 8 s, its target 9 s
-    slower = Throughput(rate=80.0, step_seconds=0.2, lone_seconds=0.02)  # The bound at this speed is 10 s.
+    backlog.add(new_job(1, num_steps=50, timeout=11.0, submitted_at=0.0))  # its bound is 9.2 s, its target 9.9 s
+    slower = Throughput(rate=80.0, step_seconds=0.2, lone_seconds=0.02)  # The bound at this speed is 11.1 s.
     same, other = (new_job(1, num_steps=1, timeout=100.0, submitted_at=0.0, model=name) for name in ("default", "fast"))
     assert backlog.admits(same, slower, 0.0)
     assert not backlog.admits(other, slower, 0.0)
@@ -132,9 +136,9 @@ def test_job_with_another_model_delays_all_jobs() -> None:
 def test_admission_after_a_wait_includes_the_work_that_finishes_before() -> None:
     backlog = Backlog(10_000)
     backlog.add(new_job(50, num_steps=20, timeout=15.0, submitted_at=0.0))  # 1,000 evaluations take 10 s
-    candidate = new_job(10, num_steps=50, timeout=16.0, submitted_at=0.0)  # its own bound is 12.5 s, its target 14.4 s
-    # The job is admitted if (10 - wait) + 12.5 + 0.16 <= 14.4. Therefore waits of 0 to 8 s are too short.
-    assert [wait for wait in range(12) if not backlog.admits(candidate, FULL, 0.0, wait)] == list(range(9))
+    candidate = new_job(10, num_steps=50, timeout=20.0, submitted_at=0.0)  # it takes 12.5 s alone, its target is 18 s
+    # It is admitted if (10 - wait + 12.5 + 0.3) / 0.9 + 0.16 <= 18. Therefore waits of 0 to 6 s are too short.
+    assert [wait for wait in range(12) if not backlog.admits(candidate, FULL, 0.0, wait)] == list(range(7))
 
 
 def test_jobs_finish_in_order_in_the_prediction() -> None:

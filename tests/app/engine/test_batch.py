@@ -60,7 +60,7 @@ def test_batch_follows_its_rows_through_random_steps(seed: int) -> None:
         assert batch.size == sum(row.evaluations for row in expected)
         if batch.rows:
             evaluations, with_clip = batch.calls(backlog.step_kind())
-            assert (sorted(evaluations), sorted(with_clip)) == calls_of(batch.rows)
+            assert (sorted(evaluations.values()), sorted(with_clip.values())) == calls_of(batch.rows)
         decreases = batch.decreases(64)
         for job in jobs:
             own = [row for row in expected if row.job is job]

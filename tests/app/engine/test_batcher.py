@@ -10,7 +10,7 @@ from tests.app.fakes import fixed_limits, image, new_job, step_backlog
 
 # 16 evaluations have the best rate, so that they are a full step. 8 evaluations take three times as long as 1, so that
 # they are a short step.
-PLAIN = StepKind(num_models=1, widest_row=2, has_clip=False)
+PLAIN = StepKind(models=("default",), widest_row=2, has_clip=False)
 STEP_TIMES = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0, 32: 9.0})
 AUTO = StepLimits.of(STEP_TIMES, None, PLAIN, auto=True)
 
@@ -215,7 +215,8 @@ def test_auto_limits_follow_from_the_measured_step_times(curve: dict[int, float]
 
 def test_second_model_adds_the_time_of_another_call() -> None:
     one, two = (
-        StepLimits.of(STEP_TIMES, None, StepKind(num_models, 2, has_clip=False), auto=True) for num_models in (1, 2)
+        StepLimits.of(STEP_TIMES, None, StepKind(("default", "fast")[:num_models], 2, has_clip=False), auto=True)
+        for num_models in (1, 2)
     )
     assert (one.short, two.short) == (8, 4)  # 4 evaluations take 2 s and the other call takes 1 s.
     assert two.full.step_seconds == one.full.step_seconds + 1.0

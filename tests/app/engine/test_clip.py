@@ -38,15 +38,25 @@ def test_size_of_a_row_includes_clip_in_the_steps_in_which_it_acts() -> None:
 
 def test_kind_of_the_steps_follows_the_jobs_of_the_backlog() -> None:
     backlog, plain, guided = Backlog(100), new_job(), guided_job(model="fast")
-    assert backlog.step_kind() == StepKind(1, 2, has_clip=False)
+    assert backlog.step_kind() == StepKind((), 2, has_clip=False)
     backlog.add(plain)
-    assert backlog.step_kind(guided) == StepKind(2, 5, has_clip=True)
+    assert backlog.step_kind(guided) == StepKind(("default", "fast"), 5, has_clip=True)
     backlog.add(guided)
-    assert backlog.step_kind() == StepKind(2, 5, has_clip=True)
+    assert backlog.step_kind() == StepKind(("default", "fast"), 5, has_clip=True)
     backlog.remove(plain)
-    assert backlog.step_kind() == StepKind(1, 5, has_clip=True)
+    assert backlog.step_kind() == StepKind(("fast",), 5, has_clip=True)
     backlog.remove(guided)
-    assert backlog.step_kind() == StepKind(1, 2, has_clip=False)
+    assert backlog.step_kind() == StepKind((), 2, has_clip=False)
+
+
+def test_kind_for_the_bound_has_no_reserved_jobs() -> None:
+    backlog, guided = Backlog(100), guided_job(model="fast")
+    backlog.add(new_job())
+    backlog.add(guided, is_reserved=True)
+    assert backlog.bound_kind() == StepKind(("default",), 2, has_clip=False)
+    assert backlog.step_kind() == StepKind(("default", "fast"), 5, has_clip=True)
+    backlog.remove(guided)
+    assert backlog.step_kind() == backlog.bound_kind()
 
 
 @pytest.mark.parametrize("num_models", [1, 2])
@@ -60,16 +70,18 @@ def test_no_step_within_the_limits_takes_longer_than_a_full_step(
     """Tries all numbers of network evaluations and of rows with CLIP guidance, for one model and for each of two."""
     times = StepTimes(curve, clip_seconds)
     of_clip = times.clip_evaluations
-    limits = StepLimits.of(times, None, StepKind(num_models, 2 + of_clip, has_clip=True), auto=True)
+    limits = StepLimits.of(
+        times, None, StepKind(("default", "fast")[:num_models], 2 + of_clip, has_clip=True), auto=True
+    )
     for rows in range(limits.evaluations // (1 + of_clip) + 1):
         for network in range(max(rows, 1), limits.evaluations - rows * of_clip + 1):
             calls = -(-rows // CALL_ROWS) + (rows > 1) * (num_models - 1)  # rows of two models need separate calls
-            seconds = times.measured_seconds(network) + calls * clip_seconds + (num_models - 1) * curve[1]
+            seconds = times.of("default").seconds(network) + calls * clip_seconds + (num_models - 1) * curve[1]
             assert seconds <= limits.full.step_seconds * (1 + 1e-9), (rows, network)
 
 
 def test_steps_without_clip_guidance_have_the_limits_of_a_service_without_clip() -> None:
-    curve, plain = {1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0}, StepKind(1, 2, has_clip=False)
+    curve, plain = {1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0}, StepKind(("default",), 2, has_clip=False)
     with_clip, without = (StepLimits.of(StepTimes(curve, s), None, plain, auto=True) for s in (12.0, 0.0))
     assert with_clip == without
 

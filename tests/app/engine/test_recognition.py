@@ -95,7 +95,7 @@ def test_recognition_runs_if_a_step_has_one_row_at_most() -> None:
 @pytest.mark.parametrize("count", [1, 64])
 def test_recognition_joins_the_next_step_of_a_running_job(full: int, count: int) -> None:
     times = StepTimes({1: 1.0, full: 1.1, 2 * full: 1e3})
-    limits = StepLimits.of(times, None, StepKind(1, 10, has_clip=False), auto=True)
+    limits = StepLimits.of(times, None, StepKind(("default",), 10, has_clip=False), auto=True)
     running, recognised = new_job(count, num_steps=100), new_recognition(20)
     rows = select_rows([running, recognised], limits, at_risk=False)
     assert recognised.unfinished[0] in rows
@@ -106,9 +106,9 @@ def test_recognition_joins_the_next_step_of_a_running_job(full: int, count: int)
 @pytest.mark.parametrize("widest_row", [2, 10])
 def test_full_step_has_room_for_the_widest_row(widest_row: int) -> None:
     times = StepTimes({1: 1.0, 2: 1.1, 4: 4.0})
-    limits = StepLimits.of(times, None, StepKind(1, widest_row, has_clip=False), auto=True)
+    limits = StepLimits.of(times, None, StepKind(("default",), widest_row, has_clip=False), auto=True)
     assert limits.evaluations == (12 if widest_row == 10 else 2)
-    assert limits.full.step_seconds == times.measured_seconds(limits.evaluations)
+    assert limits.full.step_seconds == times.of("default").seconds(limits.evaluations)
     assert fixed_limits(4).evaluations == 8
 
 

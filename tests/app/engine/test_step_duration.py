@@ -3,10 +3,12 @@
 import pytest
 
 from app.engine.engine import Engine
+from app.engine.step_times import StepTimes
 from app.errors import InternalError
 from tests.app.fakes import FakeRunner, Rows, new_engine, new_job, opened
 
 DEVICE_SECONDS = 1.0  # duration of a step on the device
+SECONDS_BY_ROWS = {512: 40.0}  # the same for steps of this number of rows
 
 
 class Clock:
@@ -18,7 +20,7 @@ class Clock:
         self.ends: list[float] = []  # of the steps on the device
 
     def enqueue(self, rows: Rows) -> None:
-        self.ends.append(max([self.now, *self.ends[-1:]]) + DEVICE_SECONDS)
+        self.ends.append(max([self.now, *self.ends[-1:]]) + SECONDS_BY_ROWS.get(len(rows), DEVICE_SECONDS))
         if len(self.ends) > self.steps_ahead:
             self.now = max(self.now, self.ends[-1 - self.steps_ahead])
 
@@ -48,3 +50,37 @@ def test_step_duration_is_that_of_the_device_with_steps_ahead(
         engine.submit(cancelled)
         engine.cancel(cancelled, InternalError())
         engine._tick()  # This iteration has no rows.
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+def test_duration_is_divided_by_the_prediction_for_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, steps_ahead: int
+) -> None:
+    """Steps of 1 row and of 512 rows alternate, and take as long as predicted. So the slowdown stays 1."""
+    clock = Clock(steps_ahead)
+    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: clock.now)
+    times = StepTimes({1: DEVICE_SECONDS, **SECONDS_BY_ROWS})
+    runner = FakeRunner(times, steps_ahead=steps_ahead, on_step=clock.enqueue)
+    engine, slowdowns = opened(new_engine(runner, max_batch=512)), list[float]()
+    for step in range(40):
+        engine.submit(new_job(512 if step % 2 else 1, num_steps=1))
+        engine._tick()
+        slowdowns.append(engine._admission.step_times.slowdown)
+    assert engine.num_steps == 40
+    assert slowdowns == pytest.approx([1.0] * 40)
+
+
+def test_duration_of_a_step_of_another_model_is_divided_by_its_own_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+
+    def step(rows: Rows) -> None:
+        now[0] += 3.0 if rows[0].options.model == "fast" else 1.0
+
+    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: now[0])
+    times = StepTimes({1: 1.0}, of_models={"fast": {1: 3.0}})
+    engine, slowdowns = opened(new_engine(FakeRunner(times, on_step=step))), list[float]()
+    for model in ("default", "fast", "fast", "default"):
+        engine.submit(new_job(1, num_steps=1, model=model))
+        engine._tick()
+        slowdowns.append(engine._admission.step_times.slowdown)
+    assert slowdowns == pytest.approx([1.0] * 4)

@@ -95,18 +95,22 @@ class VirtualService:
         measured: dict[int, float] = MEASURED,
         noise: Callable[[], float] = lambda: 1.0,
         clip_seconds: float = 0.0,
+        slowness: Callable[[float], float] = lambda now: 1.0,  # duration of steps at a time, in multiples of `measured`
     ) -> None:
+        self.slowness = slowness
         self.admission = Admission(capacity, max_batch)
         self.admission.open(StepTimes(measured, clip_seconds))
         self.actual_times, self.noise = StepTimes(measured, clip_seconds), noise
         self.now = 0.0
         self.predicted_late: set[Job] = set()  # jobs that were admitted only because the engine was idle
         self.steps: list[list[Trajectory]] = []
+        self.work: list[tuple[float, int, int]] = []  # of each step: time, evaluations, and those of small jobs
+        self.refused: list[Job] = []
         self.similar: dict[Job, bool] = {}  # True for jobs whose classes all have the same errors
 
     def submit(self, job: Job) -> None:
         if not self.admission.backlog.jobs:
-            bound = self.admission.backlog.finish_seconds(
+            bound = self.admission.backlog.latest_finish_seconds(
                 job, self.admission._full(self.admission.backlog.step_kind(job))
             )
             if self.now + bound > job.target:
@@ -119,14 +123,15 @@ class VirtualService:
         rows = self.admission.select(self.now)
         assert rows
         self.steps.append(rows)
+        self.work.append((self.now, backlog.batch.size, sum(row.evaluations for row in rows if row.job.is_small)))
         calls, with_clip = Counter[str](), Counter[str]()
         for row in rows:
             calls[row.job.request.options.model] += row.network_evaluations
             with_clip[row.job.request.options.model] += row.clip is not None
         backlog.start_batch()
         clip_calls = sum(math.ceil(count / CALL_ROWS) for count in with_clip.values())
-        seconds = sum(map(self.actual_times.step_seconds, calls.values()))
-        seconds = (seconds + clip_calls * self.actual_times.clip_seconds) * self.noise()
+        seconds = sum(self.actual_times.of(model).seconds(count) for model, count in calls.items())
+        seconds = (seconds + clip_calls * self.actual_times.clip_seconds) * self.noise() * self.slowness(self.now)
         self.admission.observe(self.admission.calls(), seconds)
         self.now += seconds
         ended = backlog.advance()
@@ -136,6 +141,15 @@ class VirtualService:
         done = [row for row in ended if not row.steps_left]
         backlog.finish([(row, image(0, row.index, row.step)) for row in done])
         return [job for job in dict.fromkeys(row.job for row in done) if not job.unfinished]
+
+    def alone_seconds(self, client: Client) -> float:
+        """Returns the time of a request of this client on an idle machine at the measured speed."""
+        job, seconds = client.job(0.0), 0.0
+        (row,) = job.unfinished
+        while row.steps_left:
+            seconds += self.actual_times.of(client.model).seconds(row.network_evaluations)
+            row.step += 1
+        return seconds
 
     def _errors(self, row: Trajectory) -> list[float]:
         """Returns errors with which no class is dropped in half of the jobs, and most classes early in the others."""
@@ -170,6 +184,7 @@ class VirtualService:
             self.owner[job] = i
         except errors.Overloaded as refused:
             self.result.outcomes[client.name, "429"] += 1
+            self.refused.append(job)
             if client.repeats:
                 heapq.heappush(self.arrivals, (self.now + refused.retry_after, i))
 

@@ -145,7 +145,7 @@ def test_batch_that_does_not_fit_into_memory_is_left_out(clock: Clock) -> None:
 
     runner = FakeRunner(on_step=step)
     step_times = measure(clock, runner)
-    assert step_times.best_batch(0.0, 1.0) <= 8
+    assert step_times.of("default").best_batch(0.0, 1.0) <= 8
     assert not runner.held
 
 

@@ -256,7 +256,7 @@ def test_probe_image_is_checked_on_graphs(loaded: Checkpoint) -> None:
 def test_every_step_has_the_same_shape_with_fixed_rows(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, fixed_rows=12)
     times = runner.warm_up(lambda: False)
-    assert times.measured_seconds(1) == times.measured_seconds(24) > 0
+    assert times.step_seconds(1) == times.step_seconds(24) > 0
     assert not runner.has_idle_work
     expected = draw(new_runner(copy.deepcopy(loaded)), mixed_rows())
     assert equal(draw(runner, mixed_rows(), max_batch=12, order=3), expected)

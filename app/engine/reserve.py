@@ -1,0 +1,107 @@
+"""The reserve: a share of the time of all steps that is kept for small jobs.
+
+A small job has one image, or recognises one image. If the machine becomes slower than it was when a large job was
+admitted, the target of the large job can be at risk until its end. Without a reserve, all steps would then have only
+rows of the large job: admitted small jobs would wait, and new ones would be refused, although each of them delays the
+large job by about 1%. The reserve limits the sum of these delays to a share that is known in advance, so that the bound
+of the large job still holds.
+
+Unit: seconds at the speed of warm-up. Income and costs are computed from the measured curve of step times and the sizes
+of the steps that really ran. So a wrong prediction of the speed neither closes the reserve nor opens it.
+
+Income: each step adds RESERVE_SHARE of its time, up to a capacity.
+
+Costs: while a target is at risk, a step with rows of small jobs costs
+
+    seconds(n) - (n - m) / R    where
+
+    n    evaluations of the step
+    m    those of the small jobs
+    R    evaluations per second in full steps
+
+This is the time of the step without the time in which full steps would have computed the other n - m evaluations. It
+contains the loss of a step that is smaller than a full one. While no target is at risk, small jobs cost nothing.
+
+A small job that the bound refuses (see backlog.py) is admitted as a reserved job if the reserve will have paid for it
+before its target. Reserved jobs are served before all others, in order of admission. They are no part of the bound,
+because the bound contains the whole reserve. Small jobs that the bound has admitted use what the reserved jobs do not
+need, so that they are fast, too.
+
+Example: full steps compute 2000 evaluations per second. An image of 100 steps with 146 evaluations costs 73 ms in full
+steps, and about 100 ms if its steps are short. If the reserve is 150 ms when a target becomes at risk, it pays for one
+image at once. Its income is 0.1 s per second. If the machine is six times slower than at warm-up, the income pays for
+one image in 6 s.
+"""
+
+from collections.abc import Sequence
+
+from app.engine.batcher import StepLimits
+from app.engine.job import RESERVE_SHARE, Job, Trajectory
+
+# The capacity pays for this number of evaluations in full steps: about two images of 100 steps with guidance. On a fast
+# machine it pays for many more, with the income of CAPACITY_SECONDS.
+CAPACITY_EVALUATIONS, CAPACITY_SECONDS = 300, 1.0
+
+
+def capacity_of(limits: StepLimits) -> float:
+    """Returns the largest amount of a reserve, in seconds at the speed of warm-up."""
+    return max(CAPACITY_EVALUATIONS / limits.full.rate, RESERVE_SHARE * CAPACITY_SECONDS)
+
+
+class Reserve:
+    """The account of the reserve. `limits` are those of steps with the reserved jobs."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # the present amount
+
+    def fill(self, limits: StepLimits) -> None:
+        """Fills the reserve. No other job is delayed by the first jobs of an idle engine."""
+        self.seconds = capacity_of(limits)
+
+    def add_step(self, limits: StepLimits, seconds: float) -> None:
+        """Adds the income of a step of this duration."""
+        self.seconds = min(self.seconds + RESERVE_SHARE * seconds, capacity_of(limits))
+
+    def pay(self, seconds: float, others: int, rate: float) -> None:
+        """Subtracts the cost of a step of this duration that also has `others` evaluations of other jobs.
+
+        `rate` is that of full steps without the reserved jobs.
+        """
+        self.seconds -= seconds - others / rate
+
+    def wait_for(self, limits: StepLimits, reserved: Sequence[Job], job: Job) -> float:
+        """Returns the time of steps until the income has paid for the reserved jobs and `job`, at the speed of warm-up.
+
+        It is 0 if the present amount is enough.
+        """
+        return max(0.0, _cost(limits, [*reserved, job]) - self.seconds) / RESERVE_SHARE
+
+    def paid_rows(self, limits: StepLimits, reserved: Sequence[Job], others: Sequence[Job]) -> list[Trajectory]:
+        """Returns the rows of small jobs for which the reserve pays in the next step, at most half of a full step.
+
+        `others` are the other jobs, in order. Their small jobs only get what the reserved jobs do not need.
+        """
+        rows: list[Trajectory] = []
+        evaluations, amount = 0, self.seconds
+        owed = _cost(limits, reserved)
+        for job in (*reserved, *(job for job in others if job.is_small)):
+            for row in job.unfinished[job.num_pending :]:
+                cost = _cost_of(limits, row.evaluations, 1)
+                if cost > (amount if job.is_reserved else amount - owed):
+                    return rows
+                is_full = len(rows) == limits.rows or not limits.fits_first_round(row.evaluations, evaluations)
+                if rows and is_full:
+                    return rows
+                rows.append(row)
+                evaluations, amount = evaluations + row.evaluations, amount - cost
+                owed -= cost if job.is_reserved else 0.0
+        return rows
+
+
+def _cost(limits: StepLimits, jobs: Sequence[Job]) -> float:
+    """Returns the largest possible cost of the remaining steps of the jobs."""
+    return sum(_cost_of(limits, job.evaluations_left, job.tail[1]) for job in jobs)
+
+
+def _cost_of(limits: StepLimits, evaluations: int, num_steps: int) -> float:
+    return evaluations / limits.full.rate + num_steps * limits.loss

@@ -1,0 +1,156 @@
+"""Tests of the reserve for small jobs."""
+
+import pytest
+
+from app import errors
+from app.engine.admission import Admission
+from app.engine.batcher import StepLimits
+from app.engine.job import RESERVE_SHARE, Job, StepKind
+from app.engine.reserve import CAPACITY_EVALUATIONS, Reserve, capacity_of
+from app.engine.step_times import StepTimes
+from tests.app.engine.virtual_service import MEASURED, Client, VirtualService, clients
+from tests.app.fakes import new_job
+
+STEP_TIMES = StepTimes({1: 1.0, 4: 2.0, 8: 3.0, 16: 5.0})  # short steps have 8 evaluations, full steps 16
+LIMITS = StepLimits.of(STEP_TIMES, None, StepKind(("default",), 2, has_clip=False), auto=True)
+NOW = 50.0
+
+
+def job(count: int = 1, **fields: object) -> Job:
+    return new_job(count, **{"num_steps": 10, "submitted_at": NOW, **fields})  # type: ignore[arg-type]
+
+
+def at_risk_admission() -> tuple[Admission, Job]:
+    """Returns an admission with a job of 16 images whose target is at risk, but which is not lost."""
+    admission = Admission(1024, None)
+    admission.open(STEP_TIMES.copy())
+    large = job(16, timeout=230)
+    admission.admit(large, NOW)
+    admission.step_times.slowdown = 1.2
+    return admission, large
+
+
+def test_reserve_gets_a_tenth_of_the_time_of_each_step_up_to_its_capacity() -> None:
+    reserve = Reserve()
+    for seconds in (1.0, 3.0, 5.0):
+        reserve.add_step(LIMITS, seconds)
+    assert reserve.seconds == pytest.approx(RESERVE_SHARE * (1.0 + 3.0 + 5.0))
+    for _ in range(1000):
+        reserve.add_step(LIMITS, 5.0)
+    assert reserve.seconds == capacity_of(LIMITS) == pytest.approx(CAPACITY_EVALUATIONS / LIMITS.full.rate)
+
+
+def test_step_costs_the_time_that_the_other_jobs_lose() -> None:
+    """8 evaluations take 3 s. Full steps compute the 6 evaluations of the other jobs in 6 / R seconds."""
+    reserve = Reserve()
+    reserve.pay(3.0, 6, LIMITS.full.rate)
+    assert reserve.seconds == pytest.approx(-(3.0 - 6 / LIMITS.full.rate))
+
+
+def test_wait_is_the_time_in_which_the_income_pays_for_all_reserved_jobs() -> None:
+    reserve, first, second = Reserve(), job(), job()
+    one = 10 / LIMITS.full.rate + 10 * LIMITS.loss
+    assert reserve.wait_for(LIMITS, [], first) == pytest.approx(one / RESERVE_SHARE)
+    assert reserve.wait_for(LIMITS, [first], second) == pytest.approx(2 * one / RESERVE_SHARE)
+    reserve.fill(LIMITS)
+    assert reserve.wait_for(LIMITS, [first], second) == 0.0
+
+
+def test_small_job_that_would_delay_a_job_at_risk_is_reserved_and_a_large_one_is_refused() -> None:
+    admission, large = at_risk_admission()
+    with pytest.raises(errors.Overloaded, match="deadline"):
+        admission.admit(job(2, timeout=200), NOW)
+    small = job(1, timeout=200)
+    admission.admit(small, NOW)
+    assert (small.is_reserved, large.is_reserved) == (True, False)
+    assert admission.backlog.jobs == [small, large]
+
+
+def test_step_at_risk_has_the_small_job_and_is_short() -> None:
+    admission, large = at_risk_admission()
+    assert len(admission.select(NOW)) == 16
+    small = job(1, timeout=200)
+    admission.admit(small, NOW)
+    rows = admission.select(NOW)
+    assert [row.job for row in rows].count(small) == 1
+    assert [row.job for row in rows].count(large) == 7
+
+
+def test_small_job_waits_at_risk_while_the_reserve_is_empty() -> None:
+    admission, large = at_risk_admission()
+    small = job(1, timeout=200)
+    admission.admit(small, NOW)
+    admission.reserve.seconds = 0.0
+    assert {row.job for row in admission.select(NOW)} == {large}
+    shares = [small in {row.job for row in admission.select(NOW)} for _ in range(100)]
+    assert 0.05 < sum(shares) / 100 < 0.6  # the income pays for some of the steps
+
+
+def test_small_job_within_the_bound_also_gets_a_row_at_risk() -> None:
+    admission = Admission(1024, None)
+    admission.open(STEP_TIMES.copy())
+    large, small = job(16, timeout=280), job(1, timeout=1000)
+    for each in (large, small):
+        admission.admit(each, NOW)
+    admission.step_times.slowdown = 1.2
+    assert not small.is_reserved
+    assert {row.job for row in admission.select(NOW)} == {large, small}
+    admission.reserve.seconds = 0.0
+    assert {row.job for row in admission.select(NOW)} == {large}
+
+
+def test_reserve_does_not_pay_for_a_job_that_would_end_after_its_target() -> None:
+    admission, _ = at_risk_admission()
+    with pytest.raises(errors.Overloaded):
+        admission.admit(job(1, timeout=10), NOW)  # ten full steps take 60 s
+    admission.reserve.seconds = 0.0
+    with pytest.raises(errors.Overloaded) as refused:
+        admission.admit(job(1, timeout=100), NOW)
+    assert 1 <= refused.value.retry_after <= 120
+
+
+def test_small_jobs_are_refused_after_they_have_used_their_share() -> None:
+    admission, large = at_risk_admission()
+    small = list[Job]()
+    with pytest.raises(errors.Overloaded):
+        while len(small) < 1000:
+            small.append(job(1, timeout=200))
+            admission.admit(small[-1], NOW)
+    assert 3 < len(small) < 100
+    assert admission.backlog.jobs == [*small[:-1], large]
+
+
+def slowed(factor: float, small: Client, num_small: int = 1) -> VirtualService:
+    """Returns a service after 30 s. After 1 s, the machine becomes slower by this factor."""
+    service = VirtualService(slowness=lambda now: factor if now > 1.0 else 1.0)
+    large = clients(1, name="large", count=64, start=0.2, think=0.3)
+    small.start = 0.7
+    service.run([*large, *([small] * num_small)], until=30.0)
+    return service
+
+
+@pytest.mark.parametrize("num_steps", [10, 100])
+@pytest.mark.parametrize("factor", [3, 6, 10])
+def test_small_requests_keep_their_share_on_a_machine_that_becomes_slower(factor: float, num_steps: int) -> None:
+    small = Client("small", num_steps=num_steps, think=0.3)
+    service = slowed(factor, small)
+    result = service.result
+    alone = service.alone_seconds(small) * factor
+    latencies = sorted(result.latencies["small"])
+    assert result.of("small").get("429", 0) == 0
+    assert latencies[int(0.5 * len(latencies))] <= 5 * alone
+    assert latencies[-1] <= 15 * alone
+    assert result.late == []
+
+
+def test_several_small_clients_are_served_while_a_target_is_at_risk() -> None:
+    result = slowed(10, Client("small", num_steps=10, think=0.3), num_small=4).result
+    assert result.of("small")["200"] > 100
+    assert result.of("small").get("429", 0) < 0.2 * result.of("small")["200"]
+    assert result.of("small").get("504", 0) == 0
+
+
+def test_measured_curve_has_little_loss_in_short_steps() -> None:
+    limits = StepLimits.of(StepTimes(MEASURED), None, StepKind(("default",), 2, has_clip=False), auto=True)
+    assert limits.loss < 1e-3
+    assert capacity_of(limits) == pytest.approx(0.14, rel=0.1)
