@@ -3,6 +3,7 @@
 import pytest
 
 from app.api.picture_files import MAX_TEXT_BYTES
+from app.engine.clip_worker import MAX_CACHED_PROMPTS
 from app.log_writer import FLUSH_SECONDS
 from app.server.connection import MAX_AHEAD_BYTES
 from app.server.framing import (
@@ -25,6 +26,7 @@ DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()
 @pytest.mark.parametrize(
     "stated",
     [
+        f"the last {MAX_CACHED_PROMPTS:,} prompts",
         f"a known name and at most {MAX_TEXT_BYTES:,} bytes",
         f"waits for it for at most {FLUSH_SECONDS:.0f} second",
         f"After more than {MAX_AHEAD_BYTES // KIB} KiB of such data",
