@@ -127,7 +127,7 @@ RUN --mount=type=tmpfs,target=/var/lib/apt/lists \
 USER 10001:10001
 EXPOSE 8000
 # Uses /readyz, because dependent containers and `up --wait` wait for a service that can generate images. The start period
-# is 5 minutes, because UNFOG_COMPILE=on compiles for up to 3 minutes on a GPU. A container becomes healthy at its first
+# is 5 minutes, because UNFOG_COMPILE=on compiles for up to 4 minutes on a GPU. A container becomes healthy at its first
 # successful check, also during the start period.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
   CMD ["python", "-ISc", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['UNFOG_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]

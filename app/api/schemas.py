@@ -136,7 +136,7 @@ PROMPT_NEEDS_A_SCALE: JsonDict = {
 class GenerateRequest(SamplingRequest):
     """The images to generate. On a CPU a request with the same fields and seed gives the same bytes under any load.
 
-    On a GPU such images may differ in the last bits of the network's precision, depending on the load.
+    On a GPU such images may differ, depending on the load.
     """
 
     model_config = ConfigDict(json_schema_extra={"allOf": [PROMPT_NEEDS_A_SCALE]})

@@ -94,7 +94,8 @@ def step_cache() -> Path:
 class Drawer:
     """Generates images with a checkpoint, with the same denoising step as the service.
 
-    A compiled step is faster on a CPU. It rounds differently, so the last bits of the images differ.
+    A compiled step is faster on a CPU. It rounds differently, and the differences grow over the steps, so that the
+    images differ.
     """
 
     def __init__(self, loaded: Checkpoint, device: torch.device | None = None) -> None:

@@ -10,11 +10,13 @@ import pytest
 import yaml
 
 from tests.deploy.promql import TARGET, exposed, grouping_labels, selectors
-from tests.deploy.test_prometheus import DASHBOARD, ROOT, known_series, promtool, raw_metrics
+from tests.deploy.test_prometheus import ALERTS, DASHBOARD, OPERATIONS, ROOT, known_series, promtool, raw_metrics
 
 TEXT = DASHBOARD.read_text()
 BOARD = json.loads(TEXT)
 PANELS = [panel for panel in BOARD["panels"] if panel["type"] != "row"]
+ROWS = [panel["title"] for panel in BOARD["panels"] if panel["type"] == "row"]
+RUNBOOK = OPERATIONS.read_text()
 PROVISIONING = ROOT / "deploy" / "grafana" / "provisioning"
 EXPRESSIONS = [
     *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
@@ -87,6 +89,18 @@ def test_time_interval_equals_the_scrape_interval() -> None:
     source = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"][0]
     scraped = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())["global"]
     assert source["jsonData"]["timeInterval"] == scraped["scrape_interval"]
+
+
+def test_runbook_lists_the_rows_in_their_order() -> None:
+    section = RUNBOOK.split("\n## The dashboard\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\d+\. \*\*(.+?)\*\*", section, re.MULTILINE) == ROWS
+
+
+@pytest.mark.parametrize("text", [RUNBOOK, *(alert["annotations"]["description"] for alert in ALERTS.values())])
+def test_rows_and_panels_named_in_the_runbook_and_the_alerts_exist(text: str) -> None:
+    named = re.findall(r'\b(row|panel) "([^"]+)"', text)
+    titles = {"row": ROWS, "panel": [panel["title"] for panel in PANELS]}
+    assert [title for kind, title in named if title not in titles[kind]] == []
 
 
 def test_variable_selects_instances() -> None:

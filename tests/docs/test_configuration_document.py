@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 
+from app.api.middleware.rate_limit import MAX_CALLERS
 from app.settings import Settings, SettingsError, flag_of, load_settings
 from model.checkpoint import SHIPPED
 from tests.docs.document import Document, Row, codes, tables_in
@@ -149,6 +150,10 @@ def test_documented_units_of_rate_limits_are_accepted(unit: str) -> None:
     assert unit in codes(CONFIGURATION.section("Rate limit"))
     load_settings({"rate_limit": f"10/{unit}"})
     load_settings({"rate_limit": f"10/2 {unit}s"})
+
+
+def test_number_of_remembered_callers_is_that_of_the_rate_limiter() -> None:
+    assert f"remembers {MAX_CALLERS:,} callers" in CONFIGURATION.section("Rate limit")
 
 
 def test_proxy_network_with_host_bits_or_star_among_others_is_rejected() -> None:

@@ -1,4 +1,4 @@
-"""Tests the length of the README, and runs the commands of its quickstart."""
+"""Tests the length and the commands of the README, and runs those of its quickstart."""
 
 import os
 import shutil
@@ -37,6 +37,12 @@ def test_readme_is_at_most_130_lines_and_1200_words() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 130
     assert len(text.split()) <= 1200
+
+
+@pytest.mark.parametrize("command", ["scripts/serve", "scripts/test", "scripts/check"])
+def test_readme_shows_the_command_in_a_code_block(command: str) -> None:
+    assert command in commands(README)
+    assert os.access(ROOT / command, os.X_OK)
 
 
 @pytest.fixture(scope="module")

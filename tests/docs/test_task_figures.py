@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from model.checkpoint import SHIPPED, load
-from model.recognition import DEFAULT_NUM_PAIRS
+from model.recognition import DEFAULT_NUM_PAIRS, SHIPPED_READOUT
 from scripts.evaluation.denoising import as_row
 from scripts.evaluation.noise_search import as_search_row
 from tests.docs.document import tables_in
@@ -137,3 +137,28 @@ def test_known_pixels_never_change() -> None:
 def test_readme_states_the_recognition_with_the_default_number_of_pairs() -> None:
     (row,) = (row for row in read("recognize-pruned")["rows"] if row["num_pairs"] == DEFAULT_NUM_PAIRS)
     assert f"recognises digits ({row['accuracy']:.1%} correct)" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_api_document_states_the_share_of_digits_that_are_taken_for_no_digit() -> None:
+    share = read("recognize")["not_a_digit"]["false alarms"]
+    stated = f"wrong for about {share:.1%} of MNIST's test digits"
+    assert stated in (ROOT / "docs/api.md").read_text("utf-8")
+    assert stated in (ROOT / "docs/openapi.json").read_text("utf-8")
+    assert f"On the test split, {share:.1%} exceed it" in PAGE
+
+
+def test_page_states_the_number_of_constants_that_recognition_needs() -> None:
+    constants = json.loads(SHIPPED_READOUT.read_text())
+    del constants["weights_sha256"]
+    assert f"{num_numbers(list(constants.values())):,} constants that were fitted" in PAGE
+
+
+def num_numbers(value: Any) -> int:
+    """Returns the number of numbers in nested lists."""
+    return sum(map(num_numbers, value)) if isinstance(value, list) else 1
+
+
+def test_web_page_names_what_the_shipped_network_predicts() -> None:
+    kind = load(SHIPPED).config.prediction.kind
+    assert f"it predicts <i>{kind}</i>" in (ROOT / "app/api/web/index.html").read_text("utf-8")
+    assert f"the network predicts {kind}, a mix of image and noise" in PAGE

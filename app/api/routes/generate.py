@@ -44,7 +44,7 @@ async def generate(
 ) -> Response:
     """Generates images of a digit. On a CPU the same request with the same seed gives the same bytes under any load.
 
-    On a GPU such images may differ in the last bits of the network's precision, depending on the load.
+    On a GPU such images may differ, depending on the load.
     """
     media_type = negotiate(request, FORMATS)
     settings = service.settings
