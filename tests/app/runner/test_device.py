@@ -244,6 +244,37 @@ def test_error_of_a_bug_is_not_translated_without_a_gpu() -> None:
         raise RuntimeError("shape mismatch")
 
 
+def test_failed_allocation_on_a_cpu_is_a_shortage_of_memory() -> None:
+    with pytest.raises(OutOfMemoryError) as raised, device_errors():
+        torch.empty(1 << 60, dtype=torch.uint8)  # more than the address space, so no memory is used
+    assert type(raised.value.__cause__) is RuntimeError
+
+
+# Messages of torch 2.13. The first two were observed in steps with a limited address space (RLIMIT_AS).
+NO_PRIMITIVE = "could not create a primitive"
+IN_COMPILED_STEP = "the compiled step failed in RunSingleThreaded: "
+NOT_SUPPORTED = "could not create a primitive descriptor for the reorder primitive. Run workload with environment"
+
+
+@pytest.mark.parametrize(
+    ("message", "translated"),
+    [
+        (NO_PRIMITIVE, OutOfMemoryError),
+        (IN_COMPILED_STEP + NO_PRIMITIVE, OutOfMemoryError),
+        ("posix_memalign failed:Cannot allocate memory (12)", OutOfMemoryError),
+        ("std::bad_alloc", OutOfMemoryError),
+        (NOT_SUPPORTED, RuntimeError),
+        (IN_COMPILED_STEP + "expected input vector size to be 5, but got 4", RuntimeError),
+    ],
+)
+def test_error_of_a_cpu_library_is_a_shortage_of_memory_only_if_its_message_is_known(
+    message: str, translated: type[Exception]
+) -> None:
+    with pytest.raises(translated) as raised, device_errors():
+        raise RuntimeError(message)
+    assert type(raised.value) is translated
+
+
 @pytest.fixture
 def many_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Simulates a machine with 8 cores and without a CPU limit."""
