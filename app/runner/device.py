@@ -166,6 +166,9 @@ def _open_gpu(device: torch.device) -> None:
     # older names of the settings. If only the newer ones (fp32_precision) were set, reading the older ones would raise.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    # On Hopper and newer, torch prefers the attention of cuDNN, which builds a plan for each number of rows. This takes
+    # about 0.4 s each time (an estimate). The other kernels need no plan.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     (torch.ones(1, device=device) + 1).item()  # This raises if torch has no code for this GPU or no memory is free.
 
 

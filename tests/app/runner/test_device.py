@@ -70,10 +70,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.fixture(autouse=True)
 def torch_defaults() -> Iterator[None]:
-    """Restores torch's process-wide TF32 settings."""
+    """Restores torch's process-wide settings of TF32 and of attention."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    is_cudnn_attention_on = torch.backends.cuda.cudnn_sdp_enabled()
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cuda.enable_cudnn_sdp(is_cudnn_attention_on)
 
 
 def raising(error: Exception) -> Any:
@@ -144,6 +146,14 @@ def test_float32_on_a_gpu_does_not_use_tf32(gpus: list[tuple[str, int]]) -> None
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     assert not torch.backends.cudnn.allow_tf32  # This read raises if the older and the newer settings disagree.
+
+
+def test_attention_on_a_gpu_does_not_use_cudnn(gpus: list[tuple[str, int]]) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    choose_device("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_auto_without_a_gpu_selects_the_cpu_without_a_warning(
