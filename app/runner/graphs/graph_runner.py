@@ -86,14 +86,17 @@ class GraphRunner(Runner):
         """`num_slots` is the initial number of slots. `most_rows` limits the graphs that are captured in advance.
 
         With `fixed_rows`, each call is padded to this number of rows, or to the number of classes if that is larger.
-        The kernels are then the same in each call, so that a row has the same bits in each step. A larger step without
-        special rows raises ValueError. A larger step with special rows is split into several calls.
+        The kernels are then the same in each call, and those of cuDNN are deterministic, so that a row has the same
+        bits in each step. A larger step without special rows raises ValueError. A larger step with special rows is
+        split into several calls.
         """
         self._gpu, self._num_slots = device, num_slots
         # A row that compares the classes can need a row for each class.
         most_classes = max(loaded.network.config.num_classes for loaded in models.values())
         self._fixed = fixed(max(fixed_rows, most_classes)) if fixed_rows else None
         self._most_rows = self._fixed.rows if self._fixed else most_rows
+        if self._fixed:  # Some algorithms of cuDNN add numbers in another order in each run, even for the same shape.
+            torch.backends.cudnn.deterministic = True  # for the whole process
         super().__init__(models, device.device, dtype, clip=clip)
         with torch.inference_mode():
             self._steps = GraphCalls(device, MOST_INPUTS)

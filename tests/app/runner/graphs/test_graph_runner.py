@@ -265,6 +265,20 @@ def test_every_step_has_the_same_shape_with_fixed_rows(loaded: Checkpoint) -> No
     assert (runner.batches, runner.max_rows) == ((12,), 12)
 
 
+@pytest.mark.parametrize("fixed_rows", [None, 4])
+def test_algorithms_of_cudnn_are_deterministic_only_with_fixed_rows(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, fixed_rows: int | None
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    options, found = ({"fixed_rows": fixed_rows} if fixed_rows else {}), list[bool]()
+    runner = on_graphs(loaded, **options)
+    program = runner._models["default"].program
+    denoise = program.denoise
+    program.denoise = lambda x, c: found.append(torch.backends.cudnn.deterministic) or denoise(x, c)
+    step(runner, rows_of(2))
+    assert set(found) == {fixed_rows is not None}
+
+
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, fixed_rows=4)
     with pytest.raises(ValueError, match="a step of 11 rows exceeds the fixed number of 10"):
