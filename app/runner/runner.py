@@ -5,7 +5,8 @@ The docstring of app/engine/job.py explains rows, slots, plans and evaluations.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -39,6 +40,15 @@ log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
 FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Translates CompilerError into RunnerError. On a GPU, a step raises it in its first calls, which compile it."""
+    try:
+        yield
+    except CompilerError as error:
+        raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
 
 
 class Runner:
@@ -78,10 +88,8 @@ class Runner:
         without compilation.
         """
         if self.device.type == "cuda":
-            try:
+            with compiler_errors():
                 prepare_kernel_cache(cache)
-            except CompilerError as error:
-                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         for model in self._models.values():
             try:
                 model.use(compiled_step(model.program, cache))
@@ -256,6 +264,7 @@ class Runner:
         """Releases the slots of the trajectories that have one."""
         self._slots.release(trajectories)
 
+    @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Tests each model with its probe image, then measures the step times of the default model.
 
@@ -265,10 +274,7 @@ class Runner:
         """
         # With the smallest number of threads, a step is fast even if one core is busy.
         with self.threads.fixed(self.threads.counts[-1]):
-            try:
-                self.check()
-            except CompilerError as error:  # On a GPU, the step is compiled during its first calls.
-                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+            self.check()
         measured = []
         for count in self.threads.counts:
             with self.threads.fixed(count):

@@ -26,7 +26,7 @@ from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed, shapes_to_compile
 from app.runner.graphs.step_inputs import MOST_INPUTS, Call, PlainStep
 from app.runner.loaded_model import LoadedModel
-from app.runner.runner import Runner
+from app.runner.runner import Runner, compiler_errors
 from model.checkpoint import Checkpoint
 from model.clip_guidance import guide_with_clip
 from model.sampler import COLUMN_OF_B
@@ -164,6 +164,7 @@ class GraphRunner(Runner):
             super().release(trajectories)
             self._trajectories = self._plain = None
 
+    @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Captures the graphs that the first requests need, tests each model, and measures the step times."""
         with torch.inference_mode(), device_errors():

@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from app.engine.interface import DeviceLostError, OutOfMemoryError
+from app.engine.interface import DeviceLostError, OutOfMemoryError, RunnerError
 from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
 from app.runner.graphs import graph_runner
 from app.runner.graphs.graph_calls import GraphCalls
@@ -17,6 +18,8 @@ from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.graphs.step_inputs import Call
 from model.checkpoint import Checkpoint
+from model.compiled.compiler import CompilerError
+from model.step import Rows, State, Stepped
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
 
@@ -235,6 +238,18 @@ def test_warm_up_of_a_compiled_step_first_captures_the_shapes_to_compile(loaded:
     shapes = [shape for _, shape in runner._steps]
     assert shapes[:6] == shapes_to_compile()
     assert set(shapes[6:]) == {Shape(*size, has_known=False) for size in ((1, 1), (2, 0), (2, 2))}
+
+
+def test_start_ends_with_one_line_if_the_step_cannot_be_compiled(loaded: Checkpoint) -> None:
+    """On a GPU, torch compiles the step when a graph of it is captured."""
+    runner = on_graphs(loaded, most_rows=2)
+
+    def fail(state: State, plans: Tensor, rows: Rows) -> Stepped:
+        raise CompilerError("compiling failed: ptxas was killed")
+
+    runner._models["default"].use(fail)
+    with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: compiling failed: ptxas was killed$"):
+        runner.warm_up(lambda: False)
 
 
 def test_previews_of_rows_without_a_step_are_black(loaded: Checkpoint) -> None:
