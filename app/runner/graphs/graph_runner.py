@@ -166,14 +166,24 @@ class GraphRunner(Runner):
 
     @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Captures the graphs that the first requests need, tests each model, and measures the step times."""
+        """Captures the graphs that the first requests need, tests each model, and measures the step times.
+
+        Large graphs are captured before small ones. All graphs share the memory of the largest one, and a graph that is
+        larger than those before it would need new memory.
+        """
         with torch.inference_mode(), device_errors():
             self._new.capture()
-        first = list(first_shapes(self._most_rows))
-        if self.models[DEFAULT_MODEL].compiled:  # Otherwise a request could wait for a compilation.
-            first = list(dict.fromkeys([*shapes_to_compile(), *first]))
-        shapes = [self._fixed] if self._fixed else dict.fromkeys([*first, *all_shapes(self._most_rows)])
-        self._missing = dict.fromkeys((DEFAULT_MODEL, shape) for shape in reversed(list(shapes)))
+        if self._fixed:
+            first = [(name, self._fixed) for name in self.models]
+            others: list[tuple[str, Shape]] = []
+        else:
+            # A compiled step is compiled here, for each model. Otherwise a request could wait for a compilation.
+            compiled = [name for name, info in self.models.items() if info.compiled]
+            first = [(name, shape) for name in compiled for shape in shapes_to_compile()]
+            first += [(DEFAULT_MODEL, shape) for shape in first_shapes(self._most_rows)]
+            others = [(DEFAULT_MODEL, shape) for shape in all_shapes(self._most_rows)]
+        first = list(dict.fromkeys(first))
+        self._missing = dict.fromkeys(reversed(dict.fromkeys([*first, *others])))
         for _ in first:
             if not should_stop():
                 self.idle()

@@ -36,10 +36,10 @@ class NewRows:
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
 
     def capture(self) -> None:
-        """Captures the graphs that begin rows, so that no request waits for their capture."""
-        for size in _sizes(FEWEST_DRAWS, MOST_DRAWS):
+        """Captures the graphs that begin rows, large ones first, so that no request waits for their capture."""
+        for size in reversed(_sizes(FEWEST_DRAWS, MOST_DRAWS)):
             self._capture_draws(size)
-        for size in _sizes(FEWEST_ROWS, MOST_ROWS):
+        for size in reversed(_sizes(FEWEST_ROWS, MOST_ROWS)):
             self._capture_starts(size)
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError, RunnerError
 from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
-from app.runner.graphs import graph_runner
+from app.runner.graphs import graph_runner, new_rows
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.new_rows import NewRows
@@ -20,7 +21,7 @@ from app.runner.graphs.step_inputs import Call
 from model.checkpoint import Checkpoint
 from model.compiled.compiler import CompilerError
 from model.step import Rows, State, Stepped
-from tests.app.runner.late_device import LateDevice
+from tests.app.runner.late_device import LateDevice, LateGraph
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -240,6 +241,59 @@ def test_warm_up_of_a_compiled_step_first_captures_the_shapes_to_compile(loaded:
     assert set(shapes[6:]) == {Shape(*size, has_known=False) for size in ((1, 1), (2, 0), (2, 2))}
 
 
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a warm-up quick: at most 256 noise images are drawn together, and at most 16 rows begin together."""
+    monkeypatch.setattr(new_rows, "MOST_DRAWS", 256)
+    monkeypatch.setattr(new_rows, "MOST_ROWS", 16)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_warm_up_compiles_the_step_of_every_model(loaded: Checkpoint, other: Checkpoint) -> None:
+    """The models can have different architectures. test_compiler.py tests that these shapes are enough."""
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, num_slots=64, most_rows=1)
+    for model in runner._models.values():
+        model.use(model.program)
+    runner.check = lambda: None  # type: ignore[method-assign]
+    runner.warm_up(lambda: False)
+    keys = list(runner._steps)
+    assert keys[:12] == [(name, shape) for name in ("default", "fast") for shape in shapes_to_compile()]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_warm_up_captures_the_fixed_shape_of_every_model(loaded: Checkpoint, other: Checkpoint) -> None:
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, fixed_rows=4, num_slots=64)
+    runner.check = lambda: None  # type: ignore[method-assign] # It would capture the shape too.
+    runner.warm_up(lambda: False)
+    assert list(runner._steps) == [(name, Shape(10, 16, has_known=True)) for name in ("default", "fast")]
+
+
+class MeasuredDevice(LateDevice):
+    """Records the memory of the tensors that each graph creates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def capture(self, work: Callable[[], None]) -> LateGraph:
+        graph = super().capture(work)
+        self.sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in graph.tape.created))
+        return graph
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_warm_up_captures_large_graphs_first(loaded: Checkpoint) -> None:
+    """A graph that is larger than the earlier ones does not fit into their memory."""
+    device = MeasuredDevice()
+    runner = GraphRunner({"default": loaded}, device, torch.bfloat16, num_slots=64, most_rows=4)
+    runner.check = lambda: None  # type: ignore[method-assign]
+    runner.warm_up(lambda: False)
+    assert len(device.sizes) == 2 + 2 + 6
+    for sizes in (device.sizes[:2], device.sizes[2:4], device.sizes[4:]):  # draws, new rows, steps
+        assert max(sizes) == sizes[0] > sizes[-1]
+
+
+@pytest.mark.usefixtures("few_draws")
 def test_start_ends_with_one_line_if_the_step_cannot_be_compiled(loaded: Checkpoint) -> None:
     """On a GPU, torch compiles the step when a graph of it is captured."""
     runner = on_graphs(loaded, most_rows=2)
