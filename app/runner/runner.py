@@ -75,8 +75,11 @@ class Runner:
         self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
         # All tensors are made in inference mode, because a compiled step distinguishes inference tensors from others.
         with torch.inference_mode():
-            self._plans = Plans(device)
+            self._plans = self._new_plans()
             self._slots = self._new_slots(num_labels=1 + max(info.num_classes for info in self.models.values()))
+
+    def _new_plans(self) -> Plans:
+        return Plans(self.device)
 
     def _new_slots(self, num_labels: int) -> Slots:
         return Slots(FIRST_SLOTS, self.image_shape, self.device, self._transfers, num_labels)

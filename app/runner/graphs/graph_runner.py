@@ -18,7 +18,7 @@ from app.engine.job import DEFAULT_MODEL, GUIDED_EVALUATIONS, Pixels, StepRows, 
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
-from app.runner.device_state import indices_of, labels_of, num_rows_of
+from app.runner.device_state import Plans, indices_of, labels_of, num_rows_of
 from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
@@ -36,6 +36,9 @@ T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
 MOST_ROWS = BATCHES[-1]  # the largest number of rows for which graphs are captured before they are needed
 FIRST_SLOTS = 2047  # the initial number of slots; it is large, because all graphs are captured again when it grows
+# The initial size of the table of plans, for each model. It is large for the same reason. With T = 100, all plans of a
+# model have 515,100 rows, because /edit and /denoise can start at any timestep. These are 15 MB.
+PLAN_ROWS = 1 << 19
 # While the exact graph of a step is not captured, a larger graph with at most this many times its evaluations is used.
 LARGEST_PADDING = 2
 # After this number of steps with a larger graph, the exact graph is captured even if the device is never idle. The
@@ -110,6 +113,9 @@ class GraphRunner(Runner):
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
         self._plain: PlainStep | None = None  # the last step, if no row was special
+
+    def _new_plans(self) -> Plans:
+        return Plans(self.device, PLAN_ROWS * len(self.models))
 
     def _new_slots(self, num_labels: int) -> GraphSlots:
         noise_steps = max(info.max_steps for info in self.models.values())
@@ -206,16 +212,19 @@ class GraphRunner(Runner):
     @property
     def has_idle_work(self) -> bool:
         """Returns True if there are graphs to capture."""
-        return bool(self._missing)
+        return bool(self._missing or self._new.missing)
 
     def idle(self) -> None:
         """Captures one more graph."""
-        while self._missing:
-            (name, shape), _ = self._missing.popitem()
-            if (name, shape) not in self._steps:
-                with torch.inference_mode(), suppress(OutOfMemoryError), device_errors():
-                    self._capture(self._models[name], shape)
+        with torch.inference_mode(), suppress(OutOfMemoryError), device_errors():
+            if self._new.missing:
+                self._new.capture_next()
                 return
+            while self._missing:
+                (name, shape), _ = self._missing.popitem()
+                if (name, shape) not in self._steps:
+                    self._capture(self._models[name], shape)
+                    return
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -371,10 +380,12 @@ class GraphRunner(Runner):
             self._slots.write_errors(rows.slot, rows.label, stepped.error)
 
     def _drop_outdated_graphs(self) -> None:
-        """Removes the graphs if tensors that they use were replaced by larger ones."""
+        """Removes the graphs if tensors that they use were replaced by larger ones. They are missing from then on."""
         versions = self._slots.version, len(self._plans.table)
         if versions != self._versions:
             self._versions, self._plain = versions, None
+            removed = reversed(list(self._steps))  # the first one was the largest, and is the next to be captured
+            self._missing |= dict.fromkeys(removed)
             self._steps.clear()
             self._new.clear()
             self._larger.clear()

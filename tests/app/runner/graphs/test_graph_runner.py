@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.graphs.step_inputs import Call
 from model.checkpoint import Checkpoint
 from model.compiled.compiler import CompilerError
+from model.sampler import SAMPLERS
 from model.step import Rows, State, Stepped
 from tests.app.runner.late_device import LateDevice, LateGraph
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
@@ -159,6 +160,39 @@ def test_graphs_are_captured_again_after_the_slots_have_grown(loaded: Checkpoint
     assert equal(draw(runner, rows), expected)
     assert len(runner._slots.finite) == len(runner._slots.state.seed) == 6
     assert runner._slots.version == 1
+
+
+def test_table_of_plans_has_room_for_all_plans_of_both_models(loaded: Checkpoint, other: Checkpoint) -> None:
+    """Otherwise it grows, and all graphs are captured again. Paths of /edit and /denoise start at any timestep."""
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, num_slots=2)
+    rows = sum(num_steps for start in range(1, 101) for num_steps in range(1, start + 1))
+    assert len(runner._plans.table) >= 2 * len(SAMPLERS) * rows
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("grows", ["plans", "slots"])
+def test_removed_graphs_are_captured_again_in_idle_time(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, grows: str
+) -> None:
+    monkeypatch.setattr(graph_runner, "PLAN_ROWS", 128 if grows == "plans" else 1024)
+    device = LateDevice()
+    runner = GraphRunner({"default": loaded}, device, torch.bfloat16, num_slots=8, most_rows=2)
+    runner.check = lambda: None  # type: ignore[method-assign]
+
+    def graphs() -> list[set[Hashable]]:
+        return [set(calls) for calls in (runner._steps, runner._new._draws, runner._new._starts)]
+
+    runner.warm_up(lambda: False)
+    while runner.has_idle_work:
+        runner.idle()
+    before, num_captures = graphs(), device.num_captures
+    rows = rows_of(2, num_steps=60) if grows == "plans" else rows_of(9, num_steps=1)
+    step(runner, rows[:2])
+    step(runner, rows[2:] or rows)
+    assert device.num_captures - num_captures <= 5  # only the graphs of these steps
+    while runner.has_idle_work:
+        runner.idle()
+    assert all(now >= then for now, then in zip(graphs(), before, strict=True))
 
 
 def test_larger_graph_is_used_until_the_exact_one_is_captured(loaded: Checkpoint) -> None:
