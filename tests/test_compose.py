@@ -13,12 +13,16 @@ import yaml
 
 from app.server.server import LAST_ANSWERS_SECONDS
 from app.settings import Settings
-from model.compiled.compiler import GPU_FOLDER
+from model.compiled.compiler import GPU_FOLDER, MOST_COMPILERS
+from tests.compose_limits import memory_limit
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 COMPILED_START_SECONDS = 300  # 180 s to compile for a GPU, and 120 s to load and to record CUDA graphs
+# The service without compilation, its kernels, and for each compiler a process and CUDA's assembler. The first two and
+# the process are estimates.
+COMPILING_GIB = 4 + 1 + MOST_COMPILERS * (0.7 + 0.9)
 VARIABLE = re.compile(r"\$\{(\w+)(?::([-+])((?:[^{}])*))?\}")
 OWN = {"unfog", "unfog-train"}  # images that this repository builds
 
@@ -59,6 +63,11 @@ def test_container_has_limits_for_memory_processes_and_log_size(service: dict[st
     assert re.fullmatch(r"[1-9]\d*[mg]", service["mem_limit"])
     assert int(service["pids_limit"]) > 0
     assert {"max-size", "max-file"} <= set(service["logging"]["options"])
+
+
+def test_memory_limit_on_a_gpu_has_room_for_all_compilers() -> None:
+    assert int(memory_limit("docker-compose.yml").removesuffix("g")) >= COMPILING_GIB
+    assert memory_limit("docker-compose.cpu.yml") == "4g"  # A CPU compiles while the image is built.
 
 
 def test_servers_restart_and_the_training_does_not() -> None:

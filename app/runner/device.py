@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,9 +21,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # paths of cgroup v2
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-# Parts of the messages of RuntimeErrors that report a shortage of memory. torch tries all algorithms of cuDNN for a
-# convolution, ignores their errors, and raises the first message if none works. The second one is of cuBLAS and cuDNN.
-LIBRARY_OUT_OF_MEMORY = ("unable to find an engine to execute this computation", "_STATUS_ALLOC_FAILED")
+# Matches the messages of RuntimeErrors that report a shortage of memory. On a GPU, torch tries all algorithms of cuDNN
+# for a convolution, ignores their errors, and raises the first message if none works. The second one is of cuBLAS and
+# cuDNN. On a CPU, the messages are of torch, NNPACK, C++ and oneDNN. oneDNN gives no reason, but it says "could not
+# create a primitive descriptor" if an operation is not supported.
+SHORTAGE = re.compile(
+    "unable to find an engine to execute this computation|_STATUS_ALLOC_FAILED"
+    "|DefaultCPUAllocator: (can't allocate|not enough) memory|posix_memalign failed|std::bad_alloc"
+    "|could not create a primitive$"
+)
 
 # Parts of error messages of torch and CUDA, each with a message for the operator. The first match is used.
 _NO_GPU = "no GPU is visible. Start a container with --gpus all. On a machine without a GPU, set UNFOG_DEVICE=cpu"
@@ -120,8 +127,8 @@ def granted_cores(groups: Path = CGROUPS, own_group: Path = OWN_CGROUP) -> float
 def device_errors() -> Iterator[None]:
     """Translates torch's device errors into OutOfMemoryError and DeviceLostError.
 
-    Errors of CUDA have types of their own. Errors of cuBLAS and cuDNN are RuntimeErrors, like those of a bug. After a
-    RuntimeError, a wait for the GPU therefore shows whether it still works.
+    Errors of CUDA have types of their own. Errors of cuBLAS and cuDNN, and a shortage of memory on a CPU, are
+    RuntimeErrors, like those of a bug. After a RuntimeError, a wait for the GPU therefore shows whether it still works.
     """
     try:
         yield
@@ -134,7 +141,7 @@ def device_errors() -> Iterator[None]:
         raise DeviceLostError(str(error).splitlines()[0]) from error
     except RuntimeError as error:
         _raise_if_lost(error)
-        if any(part in str(error) for part in LIBRARY_OUT_OF_MEMORY):
+        if SHORTAGE.search(str(error)):
             raise OutOfMemoryError from error
         raise
 
@@ -159,6 +166,9 @@ def _open_gpu(device: torch.device) -> None:
     # older names of the settings. If only the newer ones (fp32_precision) were set, reading the older ones would raise.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    # On Hopper and newer, torch prefers the attention of cuDNN, which builds a plan for each number of rows. This takes
+    # about 0.4 s each time (an estimate). The other kernels need no plan.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     (torch.ones(1, device=device) + 1).item()  # This raises if torch has no code for this GPU or no memory is free.
 
 

@@ -17,8 +17,7 @@ from model.schedule import Schedule
 from model.step import Rows, State
 
 PADDING = 0  # the slot that padding rows use
-# The initial size of the table of plans. It holds the plans of /generate: every sampler with 1 to 100 steps. /edit and
-# /denoise can start at any timestep. With T = 100, their plans can fill 515,100 rows (14 MB).
+# The initial size of the table of plans on a CPU. It holds the plans of /generate: every sampler with 1 to 100 steps.
 FIRST_PLAN_ROWS = 16_384
 
 
@@ -104,8 +103,9 @@ class Plans:
     The columns are those of `Plan.table` in model/sampler.py. The size of the table doubles when it is full.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.table = torch.zeros(FIRST_PLAN_ROWS, PLAN_COLUMNS, device=device)  # (P, 7)
+    def __init__(self, device: torch.device, first_rows: int = FIRST_PLAN_ROWS) -> None:
+        """`first_rows` is the initial size of the table."""
+        self.table = torch.zeros(first_rows, PLAN_COLUMNS, device=device)  # (P, 7)
         self._starts: dict[tuple[str, str, int, tuple[int, ...]], int] = {}  # the key of a plan -> its first row
         # The first row of a plan -> the number of its steps up to the last one that adds noise.
         self.num_noisy: dict[int, int] = {}

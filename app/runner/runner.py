@@ -5,7 +5,8 @@ The docstring of app/engine/job.py explains rows, slots, plans and evaluations.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -41,6 +42,15 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up meas
 FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
 
 
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Translates CompilerError into RunnerError. On a GPU, a step raises it in its first calls, which compile it."""
+    try:
+        yield
+    except CompilerError as error:
+        raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+
+
 class Runner:
     """Holds the networks and the state of the images. Each image that has started has a slot on the device.
 
@@ -65,8 +75,11 @@ class Runner:
         self._models = {name: LoadedModel(name, loaded, device, dtype) for name, loaded in models.items()}
         # All tensors are made in inference mode, because a compiled step distinguishes inference tensors from others.
         with torch.inference_mode():
-            self._plans = Plans(device)
+            self._plans = self._new_plans()
             self._slots = self._new_slots(num_labels=1 + max(info.num_classes for info in self.models.values()))
+
+    def _new_plans(self) -> Plans:
+        return Plans(self.device)
 
     def _new_slots(self, num_labels: int) -> Slots:
         return Slots(FIRST_SLOTS, self.image_shape, self.device, self._transfers, num_labels)
@@ -78,10 +91,8 @@ class Runner:
         without compilation.
         """
         if self.device.type == "cuda":
-            try:
+            with compiler_errors():
                 prepare_kernel_cache(cache)
-            except CompilerError as error:
-                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
         for model in self._models.values():
             try:
                 model.use(compiled_step(model.program, cache))
@@ -256,6 +267,7 @@ class Runner:
         """Releases the slots of the trajectories that have one."""
         self._slots.release(trajectories)
 
+    @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Tests each model with its probe image, then measures the step times of the default model.
 
@@ -265,10 +277,7 @@ class Runner:
         """
         # With the smallest number of threads, a step is fast even if one core is busy.
         with self.threads.fixed(self.threads.counts[-1]):
-            try:
-                self.check()
-            except CompilerError as error:  # On a GPU, the step is compiled during its first calls.
-                raise RunnerError(f"UNFOG_COMPILE=on: {error}") from error
+            self.check()
         measured = []
         for count in self.threads.counts:
             with self.threads.fixed(count):

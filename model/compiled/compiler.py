@@ -60,7 +60,8 @@ OPTIONS = {
 
 RECOMPILE_LIMIT = 64  # GPU only: recompilations per function, for all networks together
 # GPU only: the largest number of kernels that are compiled at the same time. By default, torch compiles 32 on a machine
-# with 32 cores. CUDA's assembler takes up to 0.9 GiB for a kernel of the shipped network (measured for sm_90).
+# with 32 cores. CUDA's assembler takes up to 0.9 GiB for a kernel of the shipped network (measured for sm_90). The
+# memory limits in docker-compose.yml and deploy/kubernetes/gpu allow for it.
 MOST_COMPILERS = 4
 GPU_FOLDER = "gpu"  # subfolder of the cache; a container mounts a separate file system there
 DIGEST_BYTES = hashlib.sha256().digest_size  # appended to the library; the dynamic loader ignores it

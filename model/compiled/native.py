@@ -19,6 +19,8 @@ _new_capsule.restype, _new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
 
+OPERATION_FAILED = " API call failed at "  # a part of the message if an operation of torch failed
+
 
 class _NamedTensor(ctypes.Structure):
     """The struct AOTInductorConstantMapEntry of the C interface."""
@@ -76,7 +78,21 @@ class NativeProgram:
 
     def _call(self, function: str, *arguments: object) -> None:
         if getattr(self._library, f"AOTInductorModelContainer{function}")(self._container, *arguments):
-            raise RuntimeError(f"the compiled step failed in {function}; torch printed the reason to stderr")
+            raise RuntimeError(f"the compiled step failed in {function}: {self._reason()}")
+
+    def _reason(self) -> str:
+        """Returns the message of the error in the last call. Both libraries keep the last one of each thread."""
+        own = ctypes.c_char_p()
+        self._library.AOTInductorGetLastError(ctypes.byref(own))
+        message = (own.value or b"").decode(errors="replace")
+        if OPERATION_FAILED not in message:
+            return message
+        # The program knows only which operation failed. torch knows why.
+        of_torch = (
+            self._library.torch_exception_get_what_without_backtrace
+        )  # of libtorch, to which the program is linked
+        of_torch.restype = ctypes.c_char_p
+        return (of_torch() or b"").decode(errors="replace")
 
 
 def _handles(tensors: Iterable[Tensor]) -> list[int]:

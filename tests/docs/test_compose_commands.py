@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from tests.compose_limits import memory_limit
 from tests.docs.markdown import ROOT, commands
 
 DOCUMENTS = ("README.md", "docs/deployment.md")
@@ -62,6 +63,6 @@ def test_compose_accepts_the_files_of_the_commands(files: tuple[str, ...]) -> No
 def test_docker_run_command_has_the_port_and_limits_of_the_compose_file(command: str) -> None:
     assert options(command, "-p") == ["127.0.0.1:8000:8000"]
     if "--memory" in command:
-        assert options(command, "--memory") == ["4g"]
+        assert options(command, "--memory") == [memory_limit("docker-compose.cpu.yml")]
         assert options(command, "--cap-drop") == ["ALL"]
         assert "--read-only" in command

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import numpy.typing as npt
 import torch
@@ -95,7 +96,8 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[Graph] = WeakSet()  # the graphs in the memory pool `self._pool`
+        self._failed: list[Graph] = []  # kept, because torch's allocator still uses a graph whose capture did not end
         self._stream = torch.cuda.Stream(device)  # the default stream cannot be captured
 
     def enqueue(self, work: Callable[..., None], *arrays: Array) -> None:
@@ -119,13 +121,28 @@ class CudaDevice:
                     work()
         finally:  # After an error too, later work on the current stream must not change what these runs read.
             current.wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
+        if not self._graphs:  # torch may refuse the handle of a pool whose graphs are all gone.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, error = torch.cuda.CUDAGraph(), None
         # Other threads may use CUDA during the capture, for example to read the amount of reserved memory.
         try:
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                work()
+                try:
+                    work()
+                except Exception as first:  # If the end of the capture raises too, its error would hide this one.
+                    error = first
+        except Exception as at_end:
+            error = error or at_end
+            self._failed.append(graph)
+            self._graphs = WeakSet()  # torch refuses further captures in this pool, so the next one gets a new pool.
         finally:
             torch.cuda.set_stream(current)  # if the end of the capture fails, torch does not restore the stream
+        try:
+            if error:
+                raise error
+        finally:
+            del error  # The error refers to this frame. Without this cycle, its tensors are freed immediately.
+        self._graphs.add(graph)
         return graph
 
     def host_buffer(self, size: int) -> Tensor:

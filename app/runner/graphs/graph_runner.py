@@ -18,7 +18,7 @@ from app.engine.job import DEFAULT_MODEL, GUIDED_EVALUATIONS, Pixels, StepRows, 
 from app.engine.step_times import StepTimes
 from app.runner.clip import ClipModel
 from app.runner.device import device_errors
-from app.runner.device_state import indices_of, labels_of, num_rows_of
+from app.runner.device_state import Plans, indices_of, labels_of, num_rows_of
 from app.runner.graphs.device import Array, Download, GraphDevice
 from app.runner.graphs.graph_calls import CALLS_AHEAD, GraphCalls
 from app.runner.graphs.new_rows import IS_SPECIAL, LABEL, PLAN_ROW, SKIPPED, NewRows, has_known
@@ -26,7 +26,7 @@ from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, all_shapes, first_shapes, fixed, shapes_to_compile
 from app.runner.graphs.step_inputs import MOST_INPUTS, Call, PlainStep
 from app.runner.loaded_model import LoadedModel
-from app.runner.runner import Runner
+from app.runner.runner import Runner, compiler_errors
 from model.checkpoint import Checkpoint
 from model.clip_guidance import guide_with_clip
 from model.sampler import COLUMN_OF_B
@@ -36,6 +36,9 @@ T = TypeVar("T")
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for which warm-up measures the step time
 MOST_ROWS = BATCHES[-1]  # the largest number of rows for which graphs are captured before they are needed
 FIRST_SLOTS = 2047  # the initial number of slots; it is large, because all graphs are captured again when it grows
+# The initial size of the table of plans, for each model. It is large for the same reason. With T = 100, all plans of a
+# model have 515,100 rows, because /edit and /denoise can start at any timestep. These are 15 MB.
+PLAN_ROWS = 1 << 19
 # While the exact graph of a step is not captured, a larger graph with at most this many times its evaluations is used.
 LARGEST_PADDING = 2
 # After this number of steps with a larger graph, the exact graph is captured even if the device is never idle. The
@@ -86,14 +89,17 @@ class GraphRunner(Runner):
         """`num_slots` is the initial number of slots. `most_rows` limits the graphs that are captured in advance.
 
         With `fixed_rows`, each call is padded to this number of rows, or to the number of classes if that is larger.
-        The kernels are then the same in each call, so that a row has the same bits in each step. A larger step without
-        special rows raises ValueError. A larger step with special rows is split into several calls.
+        The kernels are then the same in each call, and those of cuDNN are deterministic, so that a row has the same
+        bits in each step. A larger step without special rows raises ValueError. A larger step with special rows is
+        split into several calls.
         """
         self._gpu, self._num_slots = device, num_slots
         # A row that compares the classes can need a row for each class.
         most_classes = max(loaded.network.config.num_classes for loaded in models.values())
         self._fixed = fixed(max(fixed_rows, most_classes)) if fixed_rows else None
         self._most_rows = self._fixed.rows if self._fixed else most_rows
+        if self._fixed:  # Some algorithms of cuDNN add numbers in another order in each run, even for the same shape.
+            torch.backends.cudnn.deterministic = True  # for the whole process
         super().__init__(models, device.device, dtype, clip=clip)
         with torch.inference_mode():
             self._steps = GraphCalls(device, MOST_INPUTS)
@@ -107,6 +113,9 @@ class GraphRunner(Runner):
         self._slots_of_rows: Array = np.zeros(0, dtype=np.int64)  # (B,)
         self._is_plain = True  # True if no row is special
         self._plain: PlainStep | None = None  # the last step, if no row was special
+
+    def _new_plans(self) -> Plans:
+        return Plans(self.device, PLAN_ROWS * len(self.models))
 
     def _new_slots(self, num_labels: int) -> GraphSlots:
         noise_steps = max(info.max_steps for info in self.models.values())
@@ -161,15 +170,26 @@ class GraphRunner(Runner):
             super().release(trajectories)
             self._trajectories = self._plain = None
 
+    @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Captures the graphs that the first requests need, tests each model, and measures the step times."""
+        """Captures the graphs that the first requests need, tests each model, and measures the step times.
+
+        Large graphs are captured before small ones. All graphs share the memory of the largest one, and a graph that is
+        larger than those before it would need new memory.
+        """
         with torch.inference_mode(), device_errors():
             self._new.capture()
-        first = list(first_shapes(self._most_rows))
-        if self.models[DEFAULT_MODEL].compiled:  # Otherwise a request could wait for a compilation.
-            first = list(dict.fromkeys([*shapes_to_compile(), *first]))
-        shapes = [self._fixed] if self._fixed else dict.fromkeys([*first, *all_shapes(self._most_rows)])
-        self._missing = dict.fromkeys((DEFAULT_MODEL, shape) for shape in reversed(list(shapes)))
+        if self._fixed:
+            first = [(name, self._fixed) for name in self.models]
+            others: list[tuple[str, Shape]] = []
+        else:
+            # A compiled step is compiled here, for each model. Otherwise a request could wait for a compilation.
+            compiled = [name for name, info in self.models.items() if info.compiled]
+            first = [(name, shape) for name in compiled for shape in shapes_to_compile()]
+            first += [(DEFAULT_MODEL, shape) for shape in first_shapes(self._most_rows)]
+            others = [(DEFAULT_MODEL, shape) for shape in all_shapes(self._most_rows)]
+        first = list(dict.fromkeys(first))
+        self._missing = dict.fromkeys(reversed(dict.fromkeys([*first, *others])))
         for _ in first:
             if not should_stop():
                 self.idle()
@@ -192,16 +212,19 @@ class GraphRunner(Runner):
     @property
     def has_idle_work(self) -> bool:
         """Returns True if there are graphs to capture."""
-        return bool(self._missing)
+        return bool(self._missing or self._new.missing)
 
     def idle(self) -> None:
         """Captures one more graph."""
-        while self._missing:
-            (name, shape), _ = self._missing.popitem()
-            if (name, shape) not in self._steps:
-                with torch.inference_mode(), suppress(OutOfMemoryError), device_errors():
-                    self._capture(self._models[name], shape)
+        with torch.inference_mode(), suppress(OutOfMemoryError), device_errors():
+            if self._new.missing:
+                self._new.capture_next()
                 return
+            while self._missing:
+                (name, shape), _ = self._missing.popitem()
+                if (name, shape) not in self._steps:
+                    self._capture(self._models[name], shape)
+                    return
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -357,10 +380,12 @@ class GraphRunner(Runner):
             self._slots.write_errors(rows.slot, rows.label, stepped.error)
 
     def _drop_outdated_graphs(self) -> None:
-        """Removes the graphs if tensors that they use were replaced by larger ones."""
+        """Removes the graphs if tensors that they use were replaced by larger ones. They are missing from then on."""
         versions = self._slots.version, len(self._plans.table)
         if versions != self._versions:
             self._versions, self._plain = versions, None
+            removed = reversed(list(self._steps))  # the first one was the largest, and is the next to be captured
+            self._missing |= dict.fromkeys(removed)
             self._steps.clear()
             self._new.clear()
             self._larger.clear()

@@ -1,6 +1,6 @@
 """Begins rows on a device that runs CUDA graphs: draws their noise and writes their first state."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -32,20 +32,30 @@ class NewRows:
     ) -> None:
         self._gpu, self._slots, self._plans, self._null_label = device, slots, plans, null_label
         self._draws, self._starts = GraphCalls(device, 4 * MOST_DRAWS), GraphCalls(device, 2 * MOST_ROWS)
+        self.missing: list[Callable[[], None]] = []  # captures of graphs; the last one is the next
         self._most_steps = 0  # the largest number of steps of a row until now
         self.facts: Array = np.zeros((7, 0), dtype=np.int64)  # (facts, slots)
 
     def capture(self) -> None:
-        """Captures the graphs that begin rows, so that no request waits for their capture."""
-        for size in _sizes(FEWEST_DRAWS, MOST_DRAWS):
-            self._capture_draws(size)
-        for size in _sizes(FEWEST_ROWS, MOST_ROWS):
-            self._capture_starts(size)
+        """Captures all graphs, so that no request waits for their capture."""
+        self._add_missing()
+        while self.missing:
+            self.capture_next()
+
+    def capture_next(self) -> None:
+        """Captures one of the missing graphs, large ones first. If memory is short, it is not tried again."""
+        self.missing.pop()()
 
     def clear(self) -> None:
-        """Removes all graphs, because tensors that they use were replaced."""
+        """Removes all graphs, because tensors that they use were replaced. They are missing from then on."""
         self._draws.clear()
         self._starts.clear()
+        self._add_missing()
+
+    def _add_missing(self) -> None:
+        starts = [partial(self._capture_starts, size) for size in _sizes(FEWEST_ROWS, MOST_ROWS)]
+        draws = [partial(self._capture_draws, size) for size in _sizes(FEWEST_DRAWS, MOST_DRAWS)]
+        self.missing = [*starts, *draws]
 
     def begin(self, trajectories: Sequence[Trajectory], slots: Array) -> None:
         """Enqueues the work that begins the rows of the trajectories in these slots.

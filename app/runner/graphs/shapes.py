@@ -69,12 +69,10 @@ def shapes_to_compile() -> list[Shape]:
 
 
 def first_shapes(most_rows: int) -> Iterator[Shape]:
-    """Yields the shapes that are captured first: powers of two, without and with guidance of all rows."""
-    rows = 1
-    while rows <= most_rows:
-        yield Shape(rows, 0, has_known=False)
+    """Yields the shapes that are captured first: powers of two, large ones first, with and without guidance."""
+    for rows in reversed([1 << k for k in range(most_rows.bit_length())]):
         yield Shape(rows, rows, has_known=False)
-        rows *= 2
+        yield Shape(rows, 0, has_known=False)
 
 
 def all_shapes(most_rows: int) -> Iterator[Shape]:

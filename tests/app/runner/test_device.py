@@ -70,10 +70,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.fixture(autouse=True)
 def torch_defaults() -> Iterator[None]:
-    """Restores torch's process-wide TF32 settings."""
+    """Restores torch's process-wide settings of TF32 and of attention."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    is_cudnn_attention_on = torch.backends.cuda.cudnn_sdp_enabled()
     yield
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.backends.cuda.enable_cudnn_sdp(is_cudnn_attention_on)
 
 
 def raising(error: Exception) -> Any:
@@ -144,6 +146,14 @@ def test_float32_on_a_gpu_does_not_use_tf32(gpus: list[tuple[str, int]]) -> None
     assert torch.backends.cudnn.conv.fp32_precision != "tf32"
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
     assert not torch.backends.cudnn.allow_tf32  # This read raises if the older and the newer settings disagree.
+
+
+def test_attention_on_a_gpu_does_not_use_cudnn(gpus: list[tuple[str, int]]) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    choose_device("cuda")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def test_auto_without_a_gpu_selects_the_cpu_without_a_warning(
@@ -242,6 +252,37 @@ def test_error_of_a_gpu_library_is_a_lost_device_if_the_gpu_no_longer_works_or_a
 def test_error_of_a_bug_is_not_translated_without_a_gpu() -> None:
     with pytest.raises(RuntimeError, match="shape mismatch"), device_errors():
         raise RuntimeError("shape mismatch")
+
+
+def test_failed_allocation_on_a_cpu_is_a_shortage_of_memory() -> None:
+    with pytest.raises(OutOfMemoryError) as raised, device_errors():
+        torch.empty(1 << 60, dtype=torch.uint8)  # more than the address space, so no memory is used
+    assert type(raised.value.__cause__) is RuntimeError
+
+
+# Messages of torch 2.13. The first two were observed in steps with a limited address space (RLIMIT_AS).
+NO_PRIMITIVE = "could not create a primitive"
+IN_COMPILED_STEP = "the compiled step failed in RunSingleThreaded: "
+NOT_SUPPORTED = "could not create a primitive descriptor for the reorder primitive. Run workload with environment"
+
+
+@pytest.mark.parametrize(
+    ("message", "translated"),
+    [
+        (NO_PRIMITIVE, OutOfMemoryError),
+        (IN_COMPILED_STEP + NO_PRIMITIVE, OutOfMemoryError),
+        ("posix_memalign failed:Cannot allocate memory (12)", OutOfMemoryError),
+        ("std::bad_alloc", OutOfMemoryError),
+        (NOT_SUPPORTED, RuntimeError),
+        (IN_COMPILED_STEP + "expected input vector size to be 5, but got 4", RuntimeError),
+    ],
+)
+def test_error_of_a_cpu_library_is_a_shortage_of_memory_only_if_its_message_is_known(
+    message: str, translated: type[Exception]
+) -> None:
+    with pytest.raises(translated) as raised, device_errors():
+        raise RuntimeError(message)
+    assert type(raised.value) is translated
 
 
 @pytest.fixture

@@ -282,11 +282,8 @@ def options(num_steps: int, model: str = "default") -> Options:
 
 
 @pytest.mark.parametrize("first_rows", [4, 1000])
-def test_start_of_a_plan_does_not_change_when_other_plans_are_added(
-    monkeypatch: pytest.MonkeyPatch, first_rows: int
-) -> None:
-    monkeypatch.setattr("app.runner.device_state.FIRST_PLAN_ROWS", first_rows)
-    table = Plans(CPU)
+def test_start_of_a_plan_does_not_change_when_other_plans_are_added(first_rows: int) -> None:
+    table = Plans(CPU, first_rows)
     starts = {num_steps: table.start_of(options(num_steps), SCHEDULE) for num_steps in (7, 100, 1, 30)}
     for num_steps, start in starts.items():
         expected = make_plan(SCHEDULE, "ddim", num_steps).table(CPU)

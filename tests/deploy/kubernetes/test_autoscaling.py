@@ -4,6 +4,7 @@ import re
 
 from app.metrics import Metrics
 from app.settings import Settings
+from tests.compose_limits import memory_limit
 from tests.deploy.kubernetes.kustomize import EXTRAS, Manifest, container_of, find, read
 
 QUEUE = "unfog_queue_depth_images"
@@ -72,6 +73,7 @@ def test_replica_has_integer_cores_or_one_gpu_and_guaranteed_memory(manifests: l
     requests, limits = (container_of(manifests)["resources"][name] for name in ("requests", "limits"))
     assert requests["memory"] == limits["memory"]
     if overlay == "gpu":
+        assert limits["memory"] == memory_limit("docker-compose.yml").replace("g", "Gi")
         assert limits["nvidia.com/gpu"] == "1"
     else:
         assert "nvidia.com/gpu" not in limits

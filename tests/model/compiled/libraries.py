@@ -17,9 +17,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give f
 OTHER_USER = 12345
 
 
-def compile_library(source: str, library: Path) -> Path:
+def compile_library(source: str, library: Path, *options: str) -> Path:
     """Compiles C++ source to a shared library."""
-    command = [cpp_compiler(), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library)]
+    command = [cpp_compiler(), "-shared", "-fPIC", "-x", "c++", "-", "-o", str(library), *options]
     subprocess.run(command, input=source, text=True, check=True, capture_output=True)
     return library
 

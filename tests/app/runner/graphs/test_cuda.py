@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from app.engine.job import Pixels
+from app.runner.device import choose_device
 from app.runner.graphs.device import CudaDevice
 from app.runner.graphs.graph_runner import GraphRunner
 from model.checkpoint import Checkpoint
@@ -23,8 +24,7 @@ LARGEST_LEVELS = 1.0
 
 
 def on_gpu(loaded: Checkpoint, fixed_rows: int | None = None, num_slots: int = 64) -> GraphRunner:
-    device = torch.device("cuda", 0)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device = choose_device("cuda:0")
     models = {"default": copy.deepcopy(loaded)}
     options = {"num_slots": num_slots, "most_rows": 8, "fixed_rows": fixed_rows}
     return GraphRunner(models, CudaDevice(device), torch.float32, **options)  # type: ignore[arg-type]

@@ -2,14 +2,16 @@
 
 import copy
 import random
+from collections.abc import Callable, Hashable
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from app.engine.interface import DeviceLostError, OutOfMemoryError
+from app.engine.interface import DeviceLostError, OutOfMemoryError, RunnerError
 from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
-from app.runner.graphs import graph_runner
+from app.runner.graphs import graph_runner, new_rows
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.new_rows import NewRows
@@ -17,7 +19,10 @@ from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.graphs.step_inputs import Call
 from model.checkpoint import Checkpoint
-from tests.app.runner.late_device import LateDevice
+from model.compiled.compiler import CompilerError
+from model.sampler import SAMPLERS
+from model.step import Rows, State, Stepped
+from tests.app.runner.late_device import LateDevice, LateGraph
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -157,6 +162,39 @@ def test_graphs_are_captured_again_after_the_slots_have_grown(loaded: Checkpoint
     assert runner._slots.version == 1
 
 
+def test_table_of_plans_has_room_for_all_plans_of_both_models(loaded: Checkpoint, other: Checkpoint) -> None:
+    """Otherwise it grows, and all graphs are captured again. Paths of /edit and /denoise start at any timestep."""
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, num_slots=2)
+    rows = sum(num_steps for start in range(1, 101) for num_steps in range(1, start + 1))
+    assert len(runner._plans.table) >= 2 * len(SAMPLERS) * rows
+
+
+@pytest.mark.usefixtures("few_draws")
+@pytest.mark.parametrize("grows", ["plans", "slots"])
+def test_removed_graphs_are_captured_again_in_idle_time(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, grows: str
+) -> None:
+    monkeypatch.setattr(graph_runner, "PLAN_ROWS", 128 if grows == "plans" else 1024)
+    device = LateDevice()
+    runner = GraphRunner({"default": loaded}, device, torch.bfloat16, num_slots=8, most_rows=2)
+    runner.check = lambda: None  # type: ignore[method-assign]
+
+    def graphs() -> list[set[Hashable]]:
+        return [set(calls) for calls in (runner._steps, runner._new._draws, runner._new._starts)]
+
+    runner.warm_up(lambda: False)
+    while runner.has_idle_work:
+        runner.idle()
+    before, num_captures = graphs(), device.num_captures
+    rows = rows_of(2, num_steps=60) if grows == "plans" else rows_of(9, num_steps=1)
+    step(runner, rows[:2])
+    step(runner, rows[2:] or rows)
+    assert device.num_captures - num_captures <= 5  # only the graphs of these steps
+    while runner.has_idle_work:
+        runner.idle()
+    assert all(now >= then for now, then in zip(graphs(), before, strict=True))
+
+
 def test_larger_graph_is_used_until_the_exact_one_is_captured(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded)
     draw(runner, rows_of(4, num_steps=2))
@@ -237,6 +275,71 @@ def test_warm_up_of_a_compiled_step_first_captures_the_shapes_to_compile(loaded:
     assert set(shapes[6:]) == {Shape(*size, has_known=False) for size in ((1, 1), (2, 0), (2, 2))}
 
 
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes a warm-up quick: at most 256 noise images are drawn together, and at most 16 rows begin together."""
+    monkeypatch.setattr(new_rows, "MOST_DRAWS", 256)
+    monkeypatch.setattr(new_rows, "MOST_ROWS", 16)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_warm_up_compiles_the_step_of_every_model(loaded: Checkpoint, other: Checkpoint) -> None:
+    """The models can have different architectures. test_compiler.py tests that these shapes are enough."""
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, num_slots=64, most_rows=1)
+    for model in runner._models.values():
+        model.use(model.program)
+    runner.check = lambda: None  # type: ignore[method-assign]
+    runner.warm_up(lambda: False)
+    keys = list(runner._steps)
+    assert keys[:12] == [(name, shape) for name in ("default", "fast") for shape in shapes_to_compile()]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_warm_up_captures_the_fixed_shape_of_every_model(loaded: Checkpoint, other: Checkpoint) -> None:
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, fixed_rows=4, num_slots=64)
+    runner.check = lambda: None  # type: ignore[method-assign] # It would capture the shape too.
+    runner.warm_up(lambda: False)
+    assert list(runner._steps) == [(name, Shape(10, 16, has_known=True)) for name in ("default", "fast")]
+
+
+class MeasuredDevice(LateDevice):
+    """Records the memory of the tensors that each graph creates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def capture(self, work: Callable[[], None]) -> LateGraph:
+        graph = super().capture(work)
+        self.sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in graph.tape.created))
+        return graph
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_warm_up_captures_large_graphs_first(loaded: Checkpoint) -> None:
+    """A graph that is larger than the earlier ones does not fit into their memory."""
+    device = MeasuredDevice()
+    runner = GraphRunner({"default": loaded}, device, torch.bfloat16, num_slots=64, most_rows=4)
+    runner.check = lambda: None  # type: ignore[method-assign]
+    runner.warm_up(lambda: False)
+    assert len(device.sizes) == 2 + 2 + 6
+    for sizes in (device.sizes[:2], device.sizes[2:4], device.sizes[4:]):  # draws, new rows, steps
+        assert max(sizes) == sizes[0] > sizes[-1]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_start_ends_with_one_line_if_the_step_cannot_be_compiled(loaded: Checkpoint) -> None:
+    """On a GPU, torch compiles the step when a graph of it is captured."""
+    runner = on_graphs(loaded, most_rows=2)
+
+    def fail(state: State, plans: Tensor, rows: Rows) -> Stepped:
+        raise CompilerError("compiling failed: ptxas was killed")
+
+    runner._models["default"].use(fail)
+    with pytest.raises(RunnerError, match=r"^UNFOG_COMPILE=on: compiling failed: ptxas was killed$"):
+        runner.warm_up(lambda: False)
+
+
 def test_previews_of_rows_without_a_step_are_black(loaded: Checkpoint) -> None:
     runner, rows = on_graphs(loaded), rows_of(2, num_steps=3)
     step(runner, rows[:1])
@@ -263,6 +366,20 @@ def test_every_step_has_the_same_shape_with_fixed_rows(loaded: Checkpoint) -> No
     assert equal([image for row in mixed_rows() for image in draw(runner, [row])], expected)
     assert list(runner._steps) == [("default", Shape(12, 16, has_known=True))]
     assert (runner.batches, runner.max_rows) == ((12,), 12)
+
+
+@pytest.mark.parametrize("fixed_rows", [None, 4])
+def test_algorithms_of_cudnn_are_deterministic_only_with_fixed_rows(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, fixed_rows: int | None
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    options, found = ({"fixed_rows": fixed_rows} if fixed_rows else {}), list[bool]()
+    runner = on_graphs(loaded, **options)
+    program = runner._models["default"].program
+    denoise = program.denoise
+    program.denoise = lambda x, c: found.append(torch.backends.cudnn.deterministic) or denoise(x, c)
+    step(runner, rows_of(2))
+    assert set(found) == {fixed_rows is not None}
 
 
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
