@@ -1,0 +1,115 @@
+"""Small requests during a request for 64 images, while other processes use the cores. Needs an idle machine."""
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from model.checkpoint import SHIPPED
+from tests.e2e.conftest import start_service
+from tests.e2e.picture_requests import IMAGE
+from tests.e2e.process import TIMEOUT
+from tests.e2e.service import Service
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+LARGE: dict[str, Any] = {"digit": 3, "count": 64}
+NUM_SMALL = 100  # small requests beside the large ones
+NUM_ALONE = 30  # of each kind, without large requests
+BUSY_SECONDS = 1200  # the busy processes end after this time if the test is killed
+BUSY = f"import time\nend = time.monotonic() + {BUSY_SECONDS}\nwhile time.monotonic() < end: pass"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Iterator[Service]:
+    """A service with the shipped models and default settings."""
+    with ExitStack() as stack:
+        yield start_service(stack, SHIPPED, OMP_NUM_THREADS="", UNFOG_NUM_THREADS="", UNFOG_COMPILE="auto")
+
+
+@contextmanager
+def busy_loops(number: int) -> Iterator[None]:
+    """Runs processes that use all the CPU time that they get. Each has its own session.
+
+    Linux gives each session the same share of the CPU time if sched_autogroup is enabled.
+    """
+    loops = [subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) for _ in range(number)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def send(http: httpx.Client, kind: str) -> httpx.Response:
+    if kind == "recognition":
+        return http.post("/recognize", files={"image": IMAGE})
+    steps = {"num_steps": 10, "sampler": "dpmpp"} if kind == "10 steps" else {}
+    return http.post("/generate", json={"digit": 7, **steps})
+
+
+KINDS = ("10 steps", "100 steps", "recognition")
+
+
+def latencies(service: Service, number: int) -> tuple[dict[str, list[float]], Counter[int]]:
+    """Sends small requests one after the other. Returns their latencies by kind, and the number of each status."""
+    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    statuses = Counter[int]()
+    with httpx.Client(base_url=service.url, timeout=TIMEOUT) as http:
+        for i in range(number):
+            kind = KINDS[i % len(KINDS)]
+            start = time.monotonic()
+            statuses[send(http, kind).status_code] += 1
+            found[kind].append(time.monotonic() - start)
+    return found, statuses
+
+
+@contextmanager
+def large_requests(service: Service) -> Iterator[list[tuple[int, float]]]:
+    """Sends requests for 64 images one after the other. Yields the status and the seconds of each."""
+    stop, results = threading.Event(), list[tuple[int, float]]()
+
+    def client() -> None:
+        with httpx.Client(base_url=service.url, timeout=700) as http:
+            while not stop.is_set():
+                start = time.monotonic()
+                results.append((http.post("/generate", json=LARGE).status_code, time.monotonic() - start))
+
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(client)
+        service.wait_until_running()
+        try:
+            yield results
+        finally:
+            stop.set()
+    sending.result()
+
+
+@pytest.mark.parametrize("number", [0, 2, 4, 8])
+def test_small_requests_are_served_beside_64_images_while_other_processes_use_the_cores(
+    shipped: Service, number: int
+) -> None:
+    with busy_loops(number):
+        alone, _ = latencies(shipped, len(KINDS) * NUM_ALONE)
+        with large_requests(shipped) as large:
+            small, statuses = latencies(shipped, NUM_SMALL)
+        lone_large = large[0]
+    print(f"\n{number} busy loops: small {dict(statuses)}, large {[(s, round(t, 1)) for s, t in large]}")
+    for kind in KINDS:
+        median = statistics.median(alone[kind])
+        p95 = sorted(small[kind])[int(0.95 * (len(small[kind]) - 1))]
+        print(f"  {kind}: alone {median:.3f} s, beside 64 images p95 {p95:.3f} s, ratio {p95 / median:.2f}")
+        assert p95 <= 5 * median, kind
+    assert statuses == {200: NUM_SMALL}
+    assert lone_large[0] == 200
+    assert {status for status, _ in large} == {200}
