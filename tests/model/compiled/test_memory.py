@@ -65,3 +65,29 @@ def test_onednn_keeps_the_last_convolutions_only() -> None:
     done = subprocess.run([sys.executable, "-c", CONVOLVE], env=variables, capture_output=True, text=True, check=True)
     first, last = (re.findall(r"create:(\w+),cpu,convolution", part) for part in done.stdout.split("rows ")[1:])
     assert (first, last) == (["cache_miss"], ["cache_hit"])
+
+
+# Frees 64 blocks of 1 MB between small blocks that stay, and prints the anonymous memory before, with and after them.
+FREE = """
+import torch
+from model.compiled.memory import keep_freed_memory, return_freed_memory
+
+def kilobytes():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:"))
+
+assert keep_freed_memory()
+memory = [kilobytes()]
+blocks = [(torch.ones(250_000), torch.ones(25)) for _ in range(64)]
+stay = [small for _, small in blocks]
+del blocks
+memory.append(kilobytes())
+return_freed_memory()
+print(*memory, kilobytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no malloc_trim")
+def test_freed_memory_between_blocks_that_stay_returns_to_the_kernel() -> None:
+    done = subprocess.run([sys.executable, "-c", FREE], capture_output=True, text=True, check=True)
+    before, kept, after = map(int, done.stdout.split())
+    assert after - before < (kept - before) / 4
