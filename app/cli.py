@@ -19,7 +19,7 @@ from app.main import create_app
 from app.runner.load import load_runner
 from app.server.server import GivenUpError, StartError, allow_connections, bind, serve
 from app.settings import Settings, SettingsError, flag_of, load_settings, unknown_variables, variable_of
-from model.compiled.memory import keep_freed_memory
+from model.compiled.memory import keep_freed_memory, limit_primitives
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def _name_flags(message: str, flags: Mapping[str, str]) -> str:
 def _serve(settings: Settings) -> None:
     if not keep_freed_memory():
         log.info("Freed memory is not kept for the next step", extra={"reason": "unsupported C library"})
+    limit_primitives()
     allow_connections()
     app = create_app(settings)
     listener = bind(settings.host, settings.port)

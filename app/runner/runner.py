@@ -31,6 +31,7 @@ from model.checkpoint import Checkpoint
 from model.clip_guidance import guide_with_clip
 from model.compiled.compiler import CompilerError, compiled_step
 from model.compiled.kernel_cache import prepare_kernel_cache
+from model.compiled.memory import return_freed_memory
 from model.noise import normal
 from model.pixels import to_pixels
 from model.sampler import COLUMN_OF_B
@@ -39,6 +40,7 @@ from model.step import Rows, Stepped
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
+STEPS_UNTIL_TRIM = 1000  # after so many steps, freed memory is returned to the kernel
 FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
 
 
@@ -69,6 +71,7 @@ class Runner:
     ) -> None:
         self.clip = clip
         self.network_seconds = 0.0  # time spent in network calls
+        self._num_steps = 0
         self.threads = threads or ComputeThreads((torch.get_num_threads(),))
         self._transfers = Transfers(device)
         self.device, self.image_shape = device, models[DEFAULT_MODEL].image_shape
@@ -147,6 +150,9 @@ class Runner:
             by_model.setdefault(trajectory.job.request.options.model, []).append(trajectory)
         not_finite = self._step(trajectories, by_model, before_call)
         self.threads.observe(time.perf_counter() - start, time.thread_time() - on_core)
+        self._num_steps += 1
+        if self._num_steps % STEPS_UNTIL_TRIM == 0:
+            return_freed_memory()
         return not_finite
 
     @torch.inference_mode()

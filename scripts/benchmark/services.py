@@ -49,6 +49,8 @@ class Resources:
     """The resources that all processes of a service use at one time."""
 
     megabytes: float  # MiB; shared memory is counted once
+    # MiB without the pages of files. Other processes share these pages, and so change this process's share of them.
+    anonymous_megabytes: float
     descriptors: int  # open files and sockets
     threads: int
 
@@ -90,13 +92,15 @@ class Running:
     def resources(self) -> Resources:
         """Returns the resources of the process and its descendants. Ignores a process that has just ended."""
         psutil = require("psutil", extra="bench")
-        megabytes, descriptors, threads = 0.0, 0, 0
+        megabytes, anonymous_megabytes, descriptors, threads = 0.0, 0.0, 0, 0
         for process in _process_tree(self.pid):
             with suppress(psutil.Error):
-                megabytes += process.memory_full_info().pss / 2**20
+                memory = process.memory_full_info()
+                megabytes += memory.pss / 2**20
+                anonymous_megabytes += (memory.rss - memory.shared) / 2**20
                 descriptors += process.num_fds()
                 threads += process.num_threads()
-        return Resources(megabytes, descriptors, threads)
+        return Resources(megabytes, anonymous_megabytes, descriptors, threads)
 
     def metrics(self) -> Metrics:
         """Scrapes GET /metrics. The result is empty if the service does not have this route."""

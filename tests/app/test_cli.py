@@ -1,6 +1,7 @@
 """Tests of the command line, which has a flag for each setting."""
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -8,8 +9,9 @@ import pytest
 
 from app import cli
 from app.engine.interface import RunnerError
-from app.server.server import GivenUpError
+from app.server.server import GivenUpError, StartError
 from app.settings import Settings, SettingsError, flag_of
+from model.compiled.memory import MAX_PRIMITIVES
 
 
 class FakeWriter:
@@ -155,3 +157,21 @@ def test_error_about_a_variable_does_not_name_the_flag_of_the_same_setting(monke
     assert cli._run(writer, {"api_keys": "k" * 20}, compile_only=False) == 2
     (line,) = writer.lines
     assert line.startswith("unfog: UNFOG_API_KEYS is empty")
+
+
+def test_start_limits_the_cache_of_convolutions_before_the_application_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[str | None] = []
+    writer: Any = FakeWriter()
+
+    def create_app(settings: Settings) -> None:
+        limits.append(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+        raise StartError("stop here")
+
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")  # so that pytest restores the variable
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)  # would change malloc in the process of the tests
+    monkeypatch.setattr(cli, "create_app", create_app)
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
+    monkeypatch.setattr(cli, "capture_stderr", lambda _: None)
+    assert cli._run(writer, {}, compile_only=False) == 2
+    assert limits == [str(MAX_PRIMITIVES)]

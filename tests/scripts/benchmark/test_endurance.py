@@ -44,6 +44,8 @@ def test_growth_is_measured_in_the_second_half_only() -> None:
         (60, {}, 0, None),
         (60, {"megabytes": 50.0}, 0, None),
         (60, {"megabytes": 70.0}, 0, "Possible leak: megabytes grew by 70.0 per hour (limit 60)"),
+        (120, {"megabytes": 4.0}, 0, None),
+        (120, {"megabytes": 6.0}, 0, "Possible leak: megabytes grew by 6.0 per hour (limit 5)"),
         (
             60,
             {"descriptors": 9.0, "threads": 3.0},

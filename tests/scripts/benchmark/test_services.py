@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -51,6 +52,12 @@ class Answer(BaseHTTPRequestHandler):
 HTTPServer(("127.0.0.1", int(sys.argv[1])), Answer).serve_forever()
 """
 RUNNING = {psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING}
+
+
+def rss_anon(pid: int) -> float:
+    """Returns RssAnon of /proc/PID/status, in MiB."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def grey(name: str, level: int, size: int = 56, *, is_of_our_network: bool = True) -> Contestant:
@@ -119,6 +126,7 @@ def test_resources_and_signals_include_child_processes() -> None:
         assert found.descriptors == parent.num_fds() + child.num_fds()
         assert found.threads == parent.num_threads() + child.num_threads()
         assert 0 < found.megabytes <= (parent.memory_info().rss + child.memory_info().rss) / 2**20
+        assert found.anonymous_megabytes == pytest.approx(sum(map(rss_anon, (parent.pid, child.pid))), rel=0.1)
         with running.stopped():
             wait_for(lambda: {parent.status(), child.status()} == {psutil.STATUS_STOPPED})
         wait_for(lambda: psutil.STATUS_STOPPED not in {parent.status(), child.status()})
