@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.command in SWEPT:
         require_installed("torchmetrics", "matplotlib", extra="evaluate")
-    with Reporter("compare: stopped. Run the same command again to continue") as reporter:
+    with Reporter(lambda: "compare: stopped. Run the same command again to continue") as reporter:
         match args.command:
             case "steps":
                 drawing, sweep = from_arguments(DrawingRequest, args), from_arguments(SweepRequest, args)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.format == "parquet":
         require_installed("pyarrow", extra="parquet")
     wanted = DatasetRequest(args.balance or equal_numbers(args.count), args.format, args.min_confidence)
-    with Reporter("make_dataset: stopped. Run the same command again to continue") as reporter:
+    with Reporter(lambda: "make_dataset: stopped. Run the same command again to continue") as reporter:
         make_dataset(from_arguments(DrawingRequest, args), wanted, args.out, reporter)
 
 
