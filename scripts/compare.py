@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from model.checkpoint import read_config
 from model.sampler import SAMPLERS
 from scripts.common.arguments import (
     CLIP_GUIDANCE,
@@ -23,13 +24,15 @@ from scripts.common.arguments import (
     interval,
     num_images,
 )
-from scripts.common.drawing import DrawingRequest
+from scripts.common.drawing import DrawingRequest, check_guidable, check_options
 from scripts.common.errors import reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
 from scripts.evaluation.comparison import (
     STEPS,
     SweepRequest,
+    check_intervals,
+    choose_steps,
     compare_guidance,
     compare_networks,
     compare_runs,
@@ -52,12 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = build_parser().parse_args(argv)
     if args.command in SWEPT:
+        _check_sweep(args)
         require_installed("torchmetrics", "matplotlib", extra="evaluate")
-    with Reporter("compare: stopped. Run the same command again to continue") as reporter:
+    with Reporter(lambda: "compare: stopped. Run the same command again to continue") as reporter:
         match args.command:
             case "steps":
                 drawing, sweep = from_arguments(DrawingRequest, args), from_arguments(SweepRequest, args)
-                compare_steps(drawing, sweep, reporter, samplers=args.samplers, steps=args.steps)
+                samplers, steps = choose_steps(read_config(args.checkpoint), args.samplers, args.steps)
+                compare_steps(drawing, sweep, reporter, samplers=samplers, steps=steps)
             case "guidance":
                 drawing, sweep = from_arguments(DrawingRequest, args), from_arguments(SweepRequest, args)
                 compare_guidance(drawing, sweep, reporter, scales=args.scales, intervals=args.intervals)
@@ -66,6 +71,17 @@ def main(argv: list[str] | None = None) -> None:
             case "networks":
                 options = {"rows": args.rows, "compiled": args.compile, "num_threads": args.num_threads}
                 compare_networks(args.presets, reporter, **options)
+
+
+def _check_sweep(args: argparse.Namespace) -> None:
+    """Raises CheckpointError or ScriptError if the checkpoint does not permit the options."""
+    config = read_config(args.checkpoint)
+    if args.command == "steps":
+        choose_steps(config, args.samplers, args.steps)
+    else:
+        check_guidable(config)
+        check_intervals(config, args.intervals)
+    check_options(from_arguments(DrawingRequest, args))
 
 
 def build_parser() -> Parser:

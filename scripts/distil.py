@@ -10,15 +10,17 @@ from model.checkpoint import SHIPPED
 from scripts.common.arguments import SHIPPED_NAME, Parser, add_training_arguments, from_arguments
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
+from scripts.common.stopping import stops_soon
 from scripts.training.distillation import distil
 from scripts.training.loop import TrainingRequest
 from scripts.training.recipe import preset_names
+from scripts.training.run import stop_message
 
 
 @reports_errors("distil")
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    with Reporter("distil: stopped; run the same command again to resume") as reporter:
+    with Reporter(lambda: stop_message("distil", args.out), stop=stops_soon) as reporter:
         distil(from_arguments(TrainingRequest, args), args.teacher, reporter)
 
 

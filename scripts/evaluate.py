@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import SHIPPED
+from model.checkpoint import SHIPPED, read_config
 from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, NUM_RESAMPLINGS
 from model.recognition import DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS
 from scripts.common.arguments import (
@@ -37,7 +37,7 @@ from scripts.common.arguments import (
     num_images,
     scale_of_clip_guidance,
 )
-from scripts.common.drawing import DrawingRequest
+from scripts.common.drawing import DrawingRequest, check_options
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
@@ -46,6 +46,7 @@ from scripts.evaluation.clip_attributes import SEED as ATTRIBUTES_SEED
 from scripts.evaluation.clip_attributes import evaluate_clip_attributes
 from scripts.evaluation.clip_guidance import INTERVALS, SCALE, SCALES, ClipSweepRequest, evaluate_clip_guidance
 from scripts.evaluation.clip_path import evaluate_clip
+from scripts.evaluation.comparison import check_intervals
 from scripts.evaluation.denoising import evaluate_denoising
 from scripts.evaluation.editing import evaluate_editing
 from scripts.evaluation.fog import evaluate_fog
@@ -101,6 +102,7 @@ RECOGNIZE_HELP = (
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments and runs the subcommand."""
     args = build_parser().parse_args(argv)
+    _check_options(args)
     require_installed(*PACKAGES[args.command], extra="evaluate")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
@@ -108,8 +110,6 @@ def main(argv: list[str] | None = None) -> None:
     with Reporter() as reporter:
         match args.command:
             case "digits":
-                if args.images and (given := given_options(args, kept=["num_threads"])):
-                    raise ScriptError(f"{given[0]} has no effect on existing images. Remove it, or remove --images")
                 if args.images:
                     samples = samples_of_folder(args.images, args.num_images, reporter)
                 else:
@@ -131,6 +131,25 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_synthetic(args.folder, args.out, reporter, epochs=args.epochs, seed=args.seed, **data)
             case _:
                 _evaluate_task(args, reporter, data)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises CheckpointError or ScriptError for options that have no effect or that the checkpoint does not permit."""
+    match args.command:
+        case "synthetic":
+            return
+        case "fog":
+            read_config(args.checkpoint)
+            return
+        case "digits" if args.images:
+            if given := given_options(args, kept=["num_threads"]):
+                raise ScriptError(f"{given[0]} has no effect on existing images. Remove it, or remove --images")
+            return
+        case "clip-guidance" | "clip-attributes" if not args.clip_guidance_scale:
+            raise ScriptError("--clip-guidance-scale must be above 0, because this command measures CLIP guidance")
+        case "clip-guidance":
+            check_intervals(read_config(args.checkpoint), args.intervals)
+    check_options(from_arguments(DrawingRequest, args))
 
 
 def _evaluate_task(args: argparse.Namespace, reporter: Reporter, data: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from scripts.common.arguments import Parser, add_drawing_arguments, from_arguments, integer, positive
-from scripts.common.drawing import DrawingRequest
+from scripts.common.drawing import DrawingRequest, check_options
 from scripts.common.errors import reports_errors
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter, require_installed
@@ -23,11 +23,13 @@ MAX_IMAGES = 1_000_000
 def main(argv: list[str] | None = None) -> None:
     """Parses the arguments, generates the images and writes the data set."""
     args = build_parser().parse_args(argv)
+    request = from_arguments(DrawingRequest, args)
+    check_options(request)
     if args.format == "parquet":
         require_installed("pyarrow", extra="parquet")
     wanted = DatasetRequest(args.balance or equal_numbers(args.count), args.format, args.min_confidence)
-    with Reporter("make_dataset: stopped. Run the same command again to continue") as reporter:
-        make_dataset(from_arguments(DrawingRequest, args), wanted, args.out, reporter)
+    with Reporter(lambda: "make_dataset: stopped. Run the same command again to continue") as reporter:
+        make_dataset(request, wanted, args.out, reporter)
 
 
 def build_parser() -> Parser:

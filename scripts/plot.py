@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from model.checkpoint import read_config
 from scripts.benchmark.figures import show_bench
 from scripts.benchmark.timeline import plot_timeline
 from scripts.common.animation import plot_animation
@@ -15,7 +16,7 @@ from scripts.common.arguments import (
     given_options,
     integer,
 )
-from scripts.common.drawing import DrawingRequest
+from scripts.common.drawing import DrawingRequest, check_guidable, check_options
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.figures import save_figure
 from scripts.common.plots import (
@@ -31,27 +32,38 @@ from scripts.common.progress import Reporter, require_installed
 from scripts.evaluation.sweep import plot_steps
 from scripts.evaluation.tradeoff import plot_tradeoff
 
+FROM_CHECKPOINT = ("noise", "reverse", "animation", "guidance", "sheet")
 WITHOUT_AXES = ("animation", "sheet")  # written without matplotlib, except a sheet with real digits
 
 
 @reports_errors("plot")
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.command in FROM_CHECKPOINT:
+        _check_options(args)
     if args.command not in WITHOUT_AXES or getattr(args, "data_dir", None):
         require_installed("matplotlib")
     with Reporter() as reporter:
-        if args.command in ("noise", "reverse", "animation", "guidance", "sheet"):
+        if args.command in FROM_CHECKPOINT:
             _plot_digits(args, reporter)
         else:
             _plot_results(args)
         reporter.line(f"wrote {args.out} ({args.out.stat().st_size / 1000:.0f} kB)")
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises CheckpointError or ScriptError for options that have no effect or that the checkpoint does not permit."""
+    if args.command == "noise" and args.data_dir:
+        if given := given_options(args, kept=["checkpoint", "seed"]):
+            raise ScriptError(f"{given[0]} has no effect with --data-dir, which shows a real digit. Remove it")
+    elif args.command == "guidance":
+        check_guidable(read_config(args.checkpoint))
+    check_options(from_arguments(DrawingRequest, args))
+
+
 def _plot_digits(args: argparse.Namespace, reporter: Reporter) -> None:
     match args.command:
         case "noise" if args.data_dir:
-            if given := given_options(args, kept=["checkpoint", "seed"]):
-                raise ScriptError(f"{given[0]} has no effect with --data-dir, which shows a real digit. Remove it")
             plot_real_noise(args.checkpoint, args.data_dir, args.digit, args.out, seed=args.seed)
         case "noise":
             plot_drawn_noise(from_arguments(DrawingRequest, args), args.digit, args.out, reporter)

@@ -65,8 +65,8 @@ def generate(args: argparse.Namespace) -> None:
     request = from_arguments(DrawingRequest, args)
     with Reporter() as reporter:
         drawer = open_drawer(request)
-        options = options_from(request, drawer.checkpoint)
         digits = choose_digits(args.digit, len(drawer.class_names))
+        options = options_from(request, drawer.checkpoint)
         drawer.compile(request.compile, reporter)
         y = torch.tensor(digits).repeat_interleave(count)  # (N,)
         index = torch.arange(count).repeat(len(digits))  # (N,) from 0 for each digit, as in a request

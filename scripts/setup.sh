@@ -73,7 +73,7 @@ find_python() {
 # install EXTRA: runs pip, with an index for PyTorch if torch_index names one.
 install() {
   local name=torch index torch
-  say "installing into $venv"
+  say "installing into $venv. This takes minutes if PyTorch is downloaded (CPU build: about 200 MB, CUDA build: several GB). Progress: tail -f $venv/pip.log"
   index=$(torch_index)
   if [[ -n $index ]]; then
     if [[ $1 == dev ]]; then
@@ -132,8 +132,10 @@ keep_unchanged() {
   fi
 }
 
+# Writes the output of pip to a file, and shows it only if pip fails.
 run_pip() {
-  if ! (cd -- "$root" && "$python" -m pip install "$@" >&2); then
+  if ! (cd -- "$root" && "$python" -m pip install "$@" >"$venv/pip.log" 2>&1); then
+    cat -- "$venv/pip.log" >&2
     say "installation failed. See the output of pip above, then run the same command again"
     exit 1
   fi

@@ -7,14 +7,16 @@ uninterrupted run.
 from scripts.common.arguments import Parser, add_data_argument, add_training_arguments, from_arguments
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
+from scripts.common.stopping import stops_soon
 from scripts.training.loop import TrainingRequest, train_on_mnist
 from scripts.training.recipe import preset_names
+from scripts.training.run import stop_message
 
 
 @reports_errors("train")
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    with Reporter("train: stopped; run the same command again to resume from the last complete epoch") as reporter:
+    with Reporter(lambda: stop_message("train", args.out), stop=stops_soon) as reporter:
         train_on_mnist(from_arguments(TrainingRequest, args), args.data_dir, reporter)
 
 

@@ -8,6 +8,7 @@ import torch
 from scripts.common.arguments import Parser, add_data_argument, file_to_write, integer
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter
+from scripts.common.stopping import stops_soon
 from scripts.evaluation.classifier_training import RECIPES, train_and_save
 from scripts.evaluation.classifiers import KINDS, WEIGHTS
 
@@ -18,7 +19,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     path = args.out or WEIGHTS / f"{args.kind}.safetensors"
-    with Reporter() as reporter:
+    with Reporter(
+        lambda: "train_classifiers: stopped; the same command starts from the beginning", stop=stops_soon
+    ) as reporter:
         train_and_save(args.kind, path, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
 
 

@@ -17,6 +17,7 @@ from scripts.common.arguments import Parser, add_data_argument, integer
 from scripts.common.errors import reports_errors
 from scripts.common.mnist import load_mnist
 from scripts.common.progress import Reporter
+from scripts.common.stopping import stops_soon
 from scripts.evaluation.clip_training import EPOCHS, train_and_save_clip
 
 
@@ -25,7 +26,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    with Reporter() as reporter:
+    with Reporter(
+        lambda: "train_clip: stopped; the same command starts from the beginning", stop=stops_soon
+    ) as reporter:
         train_and_save_clip(args.out, args.data_dir, reporter, epochs=args.epochs, seed=args.seed)
         save_real_digits(args.out, args.data_dir)
 

@@ -55,6 +55,17 @@ def third_party(source: str) -> set[str]:
     return names - sys.stdlib_module_names - OWN
 
 
+def imported_at_once(source: str) -> set[str]:
+    """Returns the third-party packages that are imported together with the module, and not later in a function."""
+    statements = [
+        node
+        for node in ast.parse(source).body
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    plain = [node for node in statements if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    return third_party("\n".join(map(ast.unparse, plain)))
+
+
 def distributions_of(package: str) -> set[str]:
     """Returns the distributions that install a package. Assumes the same name if the package is not installed."""
     return {normalized(name) for name in DISTRIBUTIONS.get(package, [package])}
@@ -74,6 +85,29 @@ def undeclared(path: str, source: str) -> set[str]:
 def test_every_imported_package_is_declared() -> None:
     wrong = {path: undeclared(path, source) for path, source in sources().items()}
     assert {path: packages for path, packages in wrong.items() if packages} == {}
+
+
+def test_scripts_import_packages_of_extras_only_when_they_need_them() -> None:
+    """A script can therefore check its arguments without the extra. The compared servers have no arguments to check."""
+    found = {
+        path: {package for package in imported_at_once(source) if not distributions_of(package) & declared()}
+        for path, source in sources().items()
+        if path.startswith(("scripts/", "model/")) and not path.startswith("scripts/benchmark/alternatives/")
+    }
+    assert {path: packages for path, packages in found.items() if packages} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "packages"),
+    [
+        ("import rich", {"rich"}),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import rich", set()),
+        ("def f():\n    import rich", set()),
+        ("try:\n    import rich\nexcept ImportError:\n    pass", {"rich"}),
+    ],
+)
+def test_import_inside_a_function_is_not_at_once(source: str, packages: set[str]) -> None:
+    assert imported_at_once(source) == packages
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Builds the OpenAPI document.
 
 FastAPI generates most of it. This module adds the bodies of the POST routes, the values that each served checkpoint
-supports, the events of a stream, and examples.
+supports, the events of a stream, and examples. groups.py sorts the routes into groups.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -16,6 +16,7 @@ from pydantic.json_schema import models_json_schema
 from app.api import examples, task_examples
 from app.api.batch_events import BatchEvent
 from app.api.generation import Service
+from app.api.groups import add_groups
 from app.api.inference import examples as inference_examples
 from app.api.inference.schemas import InferenceRequest
 from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, add_openai
@@ -154,6 +155,7 @@ class Document:
     def _build(self, permitted: Mapping[str, Permitted]) -> dict[str, Any]:
         app, settings = self._app, self._service.settings
         document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
+        add_groups(document)
         schemas = document["components"]["schemas"]
         schemas["GenerateRequest"] = _request_schema(GenerateRequest, settings, permitted)
         with_pictures = {name: each for name, each in permitted.items() if each.has_pictures}

@@ -6,6 +6,9 @@ from typing import Any
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
+DOCS_PATH = "/docs"
+DOCUMENTS = (DOCS_PATH, "/openapi.json")
+
 
 class Paths:
     """The paths of some routes, such as `/health` and `/v2/models/{name}`."""
@@ -26,6 +29,15 @@ class Paths:
 
     def __contains__(self, path: Any) -> bool:
         return self.template_of(path) is not None
+
+
+def named_routes(routes: Iterable[BaseRoute]) -> dict[str, str]:
+    """Returns the documented routes by path, with their methods, such as `POST /generate`. Adds the documents."""
+    return {
+        route.path: f"{', '.join(sorted((route.methods or set()) - {'HEAD'}))} {route.path}"
+        for route in routes
+        if isinstance(route, Route) and (route.include_in_schema or route.path in DOCUMENTS)
+    }
 
 
 class ExactRoutes(BaseRoute):

@@ -1,5 +1,7 @@
 """Converts errors to responses, in the format of the protocol that the path belongs to."""
 
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -10,7 +12,9 @@ from starlette.types import Scope
 from app import errors
 from app.api.context import CLIENT_CLOSED_REQUEST, CLIENT_GONE, context_of
 from app.api.error_formats import format_of
+from app.api.paths import DOCS_PATH, named_routes
 from app.api.requests import ClientGoneError
+from app.api.spelling import nearest
 from app.metrics import Metrics
 
 
@@ -28,19 +32,31 @@ def client_gone(scope: Scope) -> Response:
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-def _from_framework(error: HTTPException) -> errors.UnfogError:
+def _from_framework(error: HTTPException, path: str, routes: Mapping[str, str]) -> errors.UnfogError:
+    """Returns the error for an exception of the web framework. `routes` are those of `named_routes`."""
     allow = (error.headers or {}).get("Allow")
     if error.status_code == 405 and allow:
         methods = {method.strip() for method in allow.split(",")}
         # HeadAsGet adds HEAD to every route that supports GET.
         return errors.MethodNotAllowed(", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set()))))
     if error.status_code == 404:
-        return errors.NotFound()
+        return errors.NotFound(_no_route(path, routes))
     return errors.HTTPError(error.status_code, error.detail, error.headers)
+
+
+def _no_route(path: str, routes: Mapping[str, str]) -> str:
+    """Returns the detail for a path without a route. It does not contain the path."""
+    hints = []
+    if intended := nearest(path, routes):
+        hints.append(f"Did you mean {routes[intended]}?")
+    if DOCS_PATH in routes:
+        hints.append(f"{DOCS_PATH} lists all routes")
+    return ". ".join(filter(None, [errors.NotFound.detail, " ".join(hints)]))
 
 
 def handle_errors(app: FastAPI, metrics: Metrics) -> None:
     """Adds handlers that send responses for the errors of the routes and of the web framework."""
+    routes = named_routes(app.routes)
 
     @app.exception_handler(errors.UnfogError)
     async def unfog_error(request: Request, error: errors.UnfogError) -> Response:
@@ -51,7 +67,7 @@ def handle_errors(app: FastAPI, metrics: Metrics) -> None:
     async def framework_error(request: Request, error: HTTPException) -> Response:
         if error.status_code < 400:
             return Response(status_code=error.status_code, headers=error.headers)
-        return error_response(_from_framework(error), request.scope)
+        return error_response(_from_framework(error, request.scope["path"], routes), request.scope)
 
     @app.exception_handler(RequestValidationError)
     async def invalid_query(request: Request, error: RequestValidationError) -> Response:

@@ -5,11 +5,12 @@ import json
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, get_args
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from app.api.spelling import nearest
 from app.errors import (
     BodyTooLarge,
     InvalidRequest,
@@ -21,6 +22,7 @@ from app.errors import (
 
 MAX_UNKNOWN_FIELDS = 32  # limit of unknown fields that an error lists; a body can have more
 NOT_AN_OBJECT = "Input should be an object"
+UNKNOWN_FIELD = "Unknown field"
 OWN_PREFIX = "Value error, "  # pydantic adds it to the messages of our own validators
 MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
@@ -69,7 +71,7 @@ def validate(document: Any, schema: type[M]) -> M:
     try:
         return schema.model_validate(document)
     except ValidationError as error:
-        raise InvalidRequest(_describe(error)) from error
+        raise InvalidRequest(_describe(error, schema)) from error
 
 
 async def read_body(
@@ -122,16 +124,31 @@ def _parse_int(digits: str) -> int | float:
 _DECODER = json.JSONDecoder(parse_int=_parse_int, object_pairs_hook=_unique)
 
 
-def _describe(error: ValidationError) -> list[dict[str, Any]]:
-    """Returns the location and message of each error, without the input, which can be invalid Unicode."""
-    return [
-        {
-            "loc": ["body", *(_printable(part) for part in item["loc"])],
-            # pydantic's message would contain a class name.
-            "msg": NOT_AN_OBJECT if item["type"] == "model_type" else _printable(item["msg"].removeprefix(OWN_PREFIX)),
-        }
-        for item in error.errors(include_url=False, include_input=False, include_context=False)
-    ]
+def _describe(error: ValidationError, schema: type[BaseModel]) -> list[dict[str, Any]]:
+    """Returns the location and message of each error, without the input, which can be invalid Unicode.
+
+    Mistyped names of fields are first, because they explain why other fields are missing.
+    """
+    mistyped, others = list[dict[str, Any]](), list[dict[str, Any]]()
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        location, message = item["loc"], item["msg"].removeprefix(OWN_PREFIX)
+        intended = None
+        if item["type"] == "model_type":
+            message = NOT_AN_OBJECT  # pydantic's message would contain a class name.
+        elif item["type"] == "extra_forbidden":
+            intended = nearest(str(location[-1]), _fields_at(schema, location[:-1]))
+            message = f"{UNKNOWN_FIELD}. Did you mean {intended}?" if intended else UNKNOWN_FIELD
+        described = {"loc": ["body", *(_printable(part) for part in location)], "msg": _printable(message)}
+        (mistyped if intended else others).append(described)
+    return mistyped + others
+
+
+def _fields_at(schema: type[BaseModel], location: Iterable[int | str]) -> Iterable[str]:
+    """Returns the names of the fields that an object at this location of a body can have."""
+    kind: Any = schema
+    for part in location:
+        kind = get_args(kind)[0] if isinstance(part, int) else kind.model_fields[part].annotation
+    return cast(type[BaseModel], kind).model_fields
 
 
 def _printable(part: int | str) -> int | str:

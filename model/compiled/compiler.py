@@ -188,7 +188,7 @@ def build(program: ReverseStep) -> bytes:
     minute. Raises OSError or ChildError if it fails.
     """
     start = time.monotonic()
-    log.info("Compiling step")
+    log.info("Compiling step", extra={"expected_seconds": "30-60"})
     with tempfile.TemporaryDirectory(prefix="unfog-") as folder:
         variables = {**compile_variables(Path(folder, "cache")), "TMPDIR": folder, "PYTHONSAFEPATH": "1"}
         arguments = program, torch.get_num_threads(), OPTIONS, Path(folder, "step.so")

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, Checkpoint
+from model.checkpoint import SHIPPED, Checkpoint, CheckpointConfig
 from model.clip import EMBEDDED_NAME, Clip, ClipError, default_prompt, name_without_folders
 from model.clip_guidance import ClipGuidance, ClipGuidedStep
 from model.compiled.compiler import CompilerError, compiled_step, default_cache
@@ -270,39 +270,54 @@ def options_from(request: DrawingRequest, loaded: Checkpoint) -> DrawingOptions:
 
     Raises ScriptError for options that the checkpoint does not permit.
     """
-    T = loaded.schedule.num_steps
-    num_steps, permitted = request.num_steps or loaded.config.recommended_steps, loaded.config.steps
+    options = _without_clip(request, loaded.config)
+    return replace(options, clip=_clip_from(request)) if request.clip_guidance_scale else options
+
+
+def check_options(request: DrawingRequest) -> None:
+    """Raises the errors of `options_from`. Reads only the metadata of the checkpoint, and does not load CLIP."""
+    _without_clip(request, checkpoint.read_config(request.checkpoint))
+
+
+def check_guidable(config: CheckpointConfig) -> None:
+    """Raises ScriptError if the checkpoint does not support guidance."""
+    if not config.guidable:
+        raise ScriptError(
+            "The checkpoint does not support guidance: it was trained without label dropout. Use another checkpoint"
+        )
+
+
+def _without_clip(request: DrawingRequest, config: CheckpointConfig) -> DrawingOptions:
+    """Returns the options of `options_from` without CLIP guidance."""
+    T = config.schedule.num_steps
+    num_steps, permitted = request.num_steps or config.recommended_steps, config.steps
     if num_steps > T:
         raise ScriptError(f"--num-steps {num_steps} is too large: this checkpoint has {T} timesteps")
     if permitted and num_steps not in permitted:
         raise ScriptError(
             f"this checkpoint does not permit --num-steps {num_steps}. Use {' or '.join(map(str, permitted))}"
         )
-    sampler = request.sampler or loaded.config.samplers[0]
-    if sampler not in loaded.config.samplers:
-        raise ScriptError(
-            f"this checkpoint does not permit --sampler {sampler}. Use {' or '.join(loaded.config.samplers)}"
-        )
-    return DrawingOptions(sampler, num_steps, _guidance_from(request, loaded, sampler), _clip_from(request))
+    sampler = request.sampler or config.samplers[0]
+    if sampler not in config.samplers:
+        raise ScriptError(f"this checkpoint does not permit --sampler {sampler}. Use {' or '.join(config.samplers)}")
+    for option, value in (("--clip-prompt", request.clip_prompt), ("--clip-model", request.clip_model)):
+        if value is not None and not request.clip_guidance_scale:
+            raise ScriptError(
+                f"{option} needs a --clip-guidance-scale above 0. The scale is 0, so CLIP guidance is off"
+            )
+    return DrawingOptions(sampler, num_steps, _guidance_from(request, config, sampler))
 
 
-def _clip_from(request: DrawingRequest) -> ClipOptions | None:
-    if not request.clip_guidance_scale:
-        for option, value in (("--clip-prompt", request.clip_prompt), ("--clip-model", request.clip_model)):
-            if value is not None:
-                raise ScriptError(
-                    f"{option} needs a --clip-guidance-scale above 0. The scale is 0, so CLIP guidance is off"
-                )
-        return None
+def _clip_from(request: DrawingRequest) -> ClipOptions:
     name = request.clip_model or EMBEDDED_NAME
     return ClipOptions(ClipGuidance(request.clip_guidance_scale), request.clip_prompt, name, load_clip(name).sha256)
 
 
-def _guidance_from(request: DrawingRequest, loaded: Checkpoint, sampler: Sampler) -> Guidance:
-    own, T = loaded.config.guidance_of(sampler), loaded.schedule.num_steps
+def _guidance_from(request: DrawingRequest, config: CheckpointConfig, sampler: Sampler) -> Guidance:
+    own, T = config.guidance_of(sampler), config.schedule.num_steps
     scale = own.scale if request.guidance_scale is None else request.guidance_scale
     start, stop = request.guidance_start or own.start, request.guidance_stop or own.stop
-    if scale != 1 and not loaded.config.guidable:
+    if scale != 1 and not config.guidable:
         raise ScriptError(
             f"--guidance-scale {scale:g}: this checkpoint does not support guidance, because it was trained without "
             "label dropout. Use --guidance-scale 1"

@@ -5,11 +5,18 @@ import importlib.util
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from types import FrameType, ModuleType, TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING
+
+from scripts.common.stopping import Say, stops
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 LINE_EVERY_SECONDS = 30
+Stop = Callable[[Say], AbstractContextManager[object]]  # `stops` or `stops_soon`
 
 
 def fail(message: str) -> "SystemExit":
@@ -29,10 +36,16 @@ def require(module: str, extra: str = "train") -> ModuleType:
 def require_installed(*packages: str, extra: str = "train") -> None:
     """Exits and prints the command that installs the extra, unless all packages are installed.
 
-    Does not import them. Call this first, so that a long run does not fail at its end.
+    Does not import them. Call this after all arguments are checked and before the work starts, so that a long run does
+    not fail at its end.
     """
-    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+    if missing := [package for package in packages if not is_installed(package)]:
         raise _not_installed(missing, extra)
+
+
+def is_installed(package: str) -> bool:
+    """Returns True if the package can be imported. Does not import it."""
+    return importlib.util.find_spec(package) is not None
 
 
 def _not_installed(packages: list[str], extra: str) -> SystemExit:
@@ -43,35 +56,16 @@ def _not_installed(packages: list[str], extra: str) -> SystemExit:
 class Reporter:
     """Shows the progress of long tasks: `with Reporter() as reporter, reporter.task(...) as task: ...`.
 
-    If Ctrl-C, SIGTERM or SIGHUP stops the script, it prints `if_stopped`.
+    If Ctrl-C, SIGTERM or SIGHUP stops the script, it prints the result of `if_stopped`. `stop` says how: see
+    stopping.py. The bar needs the package rich. Without it, a terminal gets plain lines, like a file.
     """
 
-    def __init__(self, if_stopped: str = "stopped") -> None:
-        require("rich")
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._console, self._if_stopped, self._open = Console(), if_stopped, ExitStack()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+    def __init__(self, if_stopped: Callable[[], str] = lambda: "stopped", *, stop: Stop = stops) -> None:
+        self._bar, self._if_stopped, self._stop, self._open = _new_bar(), if_stopped, stop, ExitStack()
 
     def __enter__(self) -> "Reporter":
-        self._open.enter_context(_report_stop(self._if_stopped))
-        if self._console.is_terminal:
+        self._open.enter_context(self._stop(self._say_stopped))
+        if self._bar:
             self._open.enter_context(self._bar)
         return self
 
@@ -82,15 +76,20 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """Prints a permanent line, above the progress bar if there is one."""
-        if self._console.is_terminal:
-            self._console.print(text, highlight=False, markup=False)
+        if self._bar:
+            self._bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
+
+    def _say_stopped(self, number: int) -> None:
+        if self._bar:
+            self._bar.console.show_cursor()  # the process may end before the bar does this
+        print(f"\n{self._if_stopped()}" if number == signal.SIGINT else self._if_stopped(), file=sys.stderr)
 
     @contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator["Task"]:
         """Shows a task of `total` units. Call `advance` of the yielded task to update it."""
-        task = Task(self, description, total, unit)
+        task = Task(self._bar, description, total, unit)
         try:
             yield task
         finally:
@@ -98,55 +97,56 @@ class Reporter:
 
 
 class Task:
-    """A task that a Reporter shows."""
+    """A task that a Reporter shows: as a row of its bar, or as lines if it has none."""
 
-    def __init__(self, reporter: Reporter, description: str, total: int, unit: str) -> None:
-        self._reporter, self._description, self._total, self._unit = reporter, description, total, unit
+    def __init__(self, bar: "Progress | None", description: str, total: int, unit: str) -> None:
+        self._bar, self._description, self._total, self._unit = bar, description, total, unit
         self._done, self._start = 0, time.perf_counter()
         self._last_line = self._start
-        self._bar_task = reporter._bar.add_task(description, total=total, note="")
+        self._row = bar.add_task(description, total=total, note="") if bar else None
 
     def advance(self, amount: int, note: str = "") -> None:
         """Adds `amount` completed units and shows `note` next to the rate.
 
-        Without a terminal, prints at most one line per LINE_EVERY_SECONDS.
+        Without a bar, prints at most one line per LINE_EVERY_SECONDS.
         """
         self._done += amount
         now = time.perf_counter()
         rate = self._done / (now - self._start)
         note = f"{note} {rate:.0f} {self._unit}/s".strip()
-        self._reporter._bar.update(self._bar_task, advance=amount, note=note)
-        if not self._reporter._console.is_terminal and now - self._last_line > LINE_EVERY_SECONDS:
+        if self._bar and self._row is not None:
+            self._bar.update(self._row, advance=amount, note=note)
+        elif now - self._last_line > LINE_EVERY_SECONDS:
             self._last_line = now
             left = (self._total - self._done) / rate
             print(f"{self._description} {self._done}/{self._total} {note}, {left:.0f} s left", flush=True)
 
     def close(self) -> None:
-        """Removes the progress bar."""
-        self._reporter._bar.remove_task(self._bar_task)
+        """Removes the row."""
+        if self._bar and self._row is not None:
+            self._bar.remove_task(self._row)
 
 
-@contextmanager
-def _report_stop(message: str) -> Iterator[None]:
-    """Prints `message` if Ctrl-C, SIGTERM or SIGHUP stops the block, and exits with status 130, 143 or 129.
+def _new_bar() -> "Progress | None":
+    """Returns a progress bar, or None if stdout is not a terminal or rich is not installed."""
+    if not sys.stdout.isatty() or not is_installed("rich"):
+        return None
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    A signal that was ignored before, such as SIGHUP under nohup, remains ignored.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\n{message}", file=sys.stderr)
-        raise SystemExit(130) from None
-    except SystemExit as exit:
-        if exit.code in [128 + number for number in numbers]:
-            print(message, file=sys.stderr)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(),
+    )

@@ -17,7 +17,6 @@ from model.clip import DIGIT_WORDS
 from model.files import write_atomically, write_json
 from model.pixels import to_pixels
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
-from scripts.common.errors import ScriptError
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter
@@ -74,8 +73,6 @@ def evaluate_clip_attributes(request: DrawingRequest, out: Path, reporter: Repor
 
     Raises CheckpointError or ScriptError.
     """
-    if not request.clip_guidance_scale:
-        raise ScriptError("--clip-guidance-scale must be above 0. Without CLIP guidance, the prompts have no effect")
     drawer, judge = open_drawer(request), load_classifier("judge")
     check_digits(drawer)
     options = options_from(request, drawer.checkpoint)

@@ -9,7 +9,6 @@ from model.clip_guidance import ClipGuidance
 from model.files import write_atomically
 from model.sampler import Guidance
 from scripts.common.drawing import ClipOptions, Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
-from scripts.common.errors import ScriptError
 from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.progress import Reporter
 from scripts.evaluation.classifiers import load_classifier
@@ -49,14 +48,10 @@ def evaluate_clip_guidance(request: DrawingRequest, sweep: ClipSweepRequest, rep
     stopped run continues with the settings that the JSON files do not have. The plot and the table show all results of
     the files, so that a sweep can be extended. Raises CheckpointError or ScriptError.
     """
-    if not request.clip_guidance_scale:
-        raise ScriptError("--clip-guidance-scale must be above 0: it is the scale that is measured on the test split")
     drawer = open_drawer(request)
-    own, T = options_from(request, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
-    if (last := max(stop for _, stop in sweep.intervals)) > T:
-        raise ScriptError(f"An interval ends at {last}, but the checkpoint has {T} steps. Use intervals within 1-{T}")
+    own = options_from(request, drawer.checkpoint)
     clip = own.clip
-    assert clip is not None
+    assert clip is not None, "the scale is above 0"
     swept = [
         replace(clip, guidance=ClipGuidance(scale, *interval))
         for interval in sweep.intervals

@@ -1,11 +1,12 @@
 """The subcommands of scripts.compare: sweeps of sampling options, tables of evaluations, and costs of networks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from model.checkpoint import CheckpointConfig
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
 from model.sampler import Guidance, Sampler
@@ -35,21 +36,15 @@ class SweepRequest:
     out: Path  # folder for the results; an unfinished sweep in it is continued
 
 
-def compare_steps(
-    request: DrawingRequest,
-    sweep_request: SweepRequest,
-    reporter: Reporter,
-    *,
-    samplers: Sequence[Sampler] | None,
-    steps: Sequence[int] | None,
-) -> None:
-    """Evaluates each sampler with each number of steps. Writes steps.md, steps.json and steps.png.
+def choose_steps(
+    config: CheckpointConfig, samplers: Sequence[Sampler] | None, steps: Sequence[int] | None
+) -> tuple[Sequence[Sampler], Sequence[int]]:
+    """Returns the samplers and the numbers of steps to compare.
 
     `samplers=None` means all that the checkpoint permits. `steps=None` means the numbers of the checkpoint, or STEPS.
-    Each sampler uses the guidance that is recommended for it. Raises CheckpointError or ScriptError.
+    Raises ScriptError for those that it does not permit.
     """
-    drawer = open_drawer(request)
-    config, T = drawer.checkpoint.config, drawer.checkpoint.schedule.num_steps
+    T = config.schedule.num_steps
     permitted = config.steps or range(1, T + 1)
     samplers = samplers or config.samplers
     steps = steps or sorted(config.steps) or [num_steps for num_steps in STEPS if num_steps <= T]
@@ -59,6 +54,22 @@ def compare_steps(
         numbers = ", ".join(map(str, sorted(config.steps))) or f"1 to {T}"
         wrong_steps = min(set(steps) - set(permitted))
         raise ScriptError(f"The checkpoint does not permit {wrong_steps} steps. It permits {numbers}")
+    return samplers, steps
+
+
+def compare_steps(
+    request: DrawingRequest,
+    sweep_request: SweepRequest,
+    reporter: Reporter,
+    *,
+    samplers: Sequence[Sampler],
+    steps: Sequence[int],
+) -> None:
+    """Evaluates each sampler with each number of steps. Writes steps.md, steps.json and steps.png.
+
+    Each sampler uses the guidance that is recommended for it. Raises CheckpointError or ScriptError.
+    """
+    drawer = open_drawer(request)
     settings = [
         options_from(replace(request, sampler=sampler, num_steps=num_steps), drawer.checkpoint)
         for sampler in samplers
@@ -68,6 +79,13 @@ def compare_steps(
     rows = sweep.run(settings, reporter)
     _write_table(sweep_request.out / "steps.md", sweep.as_markdown(rows), reporter)
     save_figure(show_steps(rows, sweep_request.num_images), sweep_request.out / "steps.png", grey=False)
+
+
+def check_intervals(config: CheckpointConfig, intervals: Iterable[tuple[int, int]]) -> None:
+    """Raises ScriptError for intervals of timesteps that the checkpoint does not have."""
+    T = config.schedule.num_steps
+    if (last := max(stop for _, stop in intervals)) > T:
+        raise ScriptError(f"An interval ends at {last}, but the checkpoint has {T} steps. Use intervals within 1-{T}")
 
 
 def compare_guidance(
@@ -83,13 +101,7 @@ def compare_guidance(
     Raises CheckpointError or ScriptError.
     """
     drawer = open_drawer(request)
-    if not drawer.checkpoint.config.guidable:
-        raise ScriptError(
-            "The checkpoint does not support guidance: it was trained without label dropout. Use another checkpoint"
-        )
-    own, T = options_from(request, drawer.checkpoint), drawer.checkpoint.schedule.num_steps
-    if (last := max(stop for _, stop in intervals)) > T:
-        raise ScriptError(f"An interval ends at {last}, but the checkpoint has {T} steps. Use intervals within 1-{T}")
+    own = options_from(request, drawer.checkpoint)
     swept = [(scale, *interval) for scale in scales if scale != 1 for interval in intervals]
     guidances = [Guidance(), *(Guidance(scale, start, stop) for scale, start, stop in swept)]
     sweep = _sweep("guidance", drawer, request, sweep_request, reporter)

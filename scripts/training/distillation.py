@@ -29,6 +29,7 @@ from scripts.common.progress import Reporter
 from scripts.training.loop import TrainingRequest, train
 from scripts.training.objective import HeldOut, Losses, LossOf
 from scripts.training.recipe import STUDENT_SAMPLER, TEACHER_SAMPLER, DistillationRecipe, Recipe
+from scripts.training.run import PATHS
 from scripts.training.trainer import Trainer
 
 PART_SIZE = 2_560  # paths per file
@@ -201,7 +202,7 @@ def distil(request: TrainingRequest, teacher: Path, reporter: Reporter) -> None:
     paths = draw_paths(
         drawer,
         distillation,
-        request.out / "paths",
+        request.out / PATHS,
         reporter,
         seed=request.seed,
         has_time=lambda: time.perf_counter() < end,

@@ -4,6 +4,7 @@ state.pt           the state that is needed to resume
 model.safetensors  the checkpoint with the lowest validation loss
 losses.csv         one line per epoch
 epochs/NN.png      ten digits after each epoch, generated from the same noise
+paths/             of a distillation: the paths that the teacher generated
 """
 
 import csv
@@ -26,6 +27,16 @@ from scripts.training.trainer import EpochResult, Trainer
 
 GRID_SEED = 2026
 PROBE_STEPS = 10
+STATE, PATHS = "state.pt", "paths"
+
+
+def stop_message(script: str, folder: Path) -> str:
+    """Returns the message of a script that was stopped. It says what the same command does next."""
+    if (folder / STATE).exists():
+        return f"{script}: stopped; run the same command again to resume from the last complete epoch"
+    if any((folder / PATHS).glob("*.safetensors")):
+        return f"{script}: stopped; run the same command again to resume with the paths that are complete"
+    return f"{script}: stopped before anything was saved; the same command starts from the beginning"
 
 
 class Run:
@@ -49,7 +60,7 @@ class Run:
 
         Raises ScriptError if the state cannot be read or belongs to another recipe, seed, data set or release.
         """
-        path = self.folder / "state.pt"
+        path = self.folder / STATE
         if not path.exists():
             return False
         try:
@@ -84,7 +95,7 @@ class Run:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomically(self.folder / "state.pt", buffer.getvalue())
+        write_atomically(self.folder / STATE, buffer.getvalue())
         return best
 
     def safe_save_model(self, trainer: Trainer) -> None:

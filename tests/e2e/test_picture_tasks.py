@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[Ask, str, str]] = {  # request, field, a part of the me
     "num_pairs 101": (RECOGNIZE.having(num_pairs=101), "num_pairs", "less than or equal to 100"),
     "unknown model": (EDIT.having(model="slow"), "model", "'default'"),
     "timeout": (EDIT.having(timeout_seconds=301), "timeout_seconds", "less than or equal to 300"),
-    "unknown field": (RECOGNIZE.having(digit=1), "digit", "Extra inputs"),
+    "unknown field": (RECOGNIZE.having(digit=1), "digit", "Unknown field"),
 }
 BROKEN: dict[str, tuple[bytes, str]] = {  # picture, a part of the message
     "animated GIF": (animation("GIF", 2), "animated"),

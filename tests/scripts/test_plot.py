@@ -15,6 +15,7 @@ from scripts.common import plots
 from scripts.common.errors import ScriptError
 from scripts.common.figures import RESOLUTION, Panel, draw_panels, label_lines, new_figure, save_figure
 from scripts.common.pictures import save_grid
+from tests.scripts.extras import hide
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -258,23 +259,20 @@ def test_wrong_argument_exits_with_status_2_and_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("package", ["rich", "matplotlib"])
 def test_missing_extra_is_reported_with_the_install_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write_losses(tmp_path / "run", [(1, 0.2, 0.1)])
-    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
-        monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
+    hide("matplotlib", monkeypatch)
     with pytest.raises(SystemExit) as exit_:
         plot.main(["losses", str(run), "--out", str(tmp_path / "losses.png")])
     assert exit_.value.code == 2
     (sentence,) = capsys.readouterr().err.splitlines()
-    assert package in sentence and "pip install -e '.[train]'" in sentence
+    assert "matplotlib" in sentence and "pip install -e '.[train]'" in sentence
 
 
 def test_help_works_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for package in ("rich", "matplotlib"):
-        monkeypatch.setitem(sys.modules, package, None)
+    hide("matplotlib", monkeypatch)
     with pytest.raises(SystemExit) as exit_:
         plot.main(["--help"])
     assert exit_.value.code == 0

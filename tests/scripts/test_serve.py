@@ -30,6 +30,7 @@ if sys.argv[1] == "config":
     sys.exit(print(os.environ.get("PIP_CONFIGURATION", "global.index-url='https://pypi.example/simple'")))
 with open(os.environ["PIP_LOG"], "a") as log:
     print(json.dumps(sys.argv[1:]), file=log)
+print("Collecting thing", flush=True)
 ending = os.environ.get("PIP_ENDING")
 if ending == "no network":
     sys.exit("no network")
@@ -266,6 +267,23 @@ def test_failed_install_of_an_extra_keeps_the_service_usable(project: Project) -
     assert "installation failed" in err
     project.serve(PIP_ENDING="no network")
     assert len(project.installs) == 2
+
+
+def test_installation_is_announced_and_shows_no_output_of_pip(project: Project) -> None:
+    status, _, err = project.run()
+    assert status == 0
+    announced, *_ = err.splitlines()[1:]  # after the creation of the venv
+    assert announced.startswith(f"unfog: installing into {project.venv}. This takes minutes")
+    assert "Collecting" not in err
+    assert (project.venv / "pip.log").read_text() == "Collecting thing\n"
+
+
+def test_failed_installation_shows_the_whole_output_of_pip(project: Project) -> None:
+    status, _, err = project.run(PIP_ENDING="no network")
+    assert status == 1
+    *_, collecting, reason, advice = err.splitlines()
+    assert (collecting, reason) == ("Collecting thing", "no network")
+    assert advice.startswith("unfog: installation failed. See the output of pip above")
 
 
 def test_two_simultaneous_first_starts_install_once(project: Project) -> None:

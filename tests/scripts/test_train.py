@@ -1,4 +1,5 @@
 import csv
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from model import checkpoint
 from scripts import distil, train
 from scripts.training import loop
 from scripts.training.loop import should_compile
+from scripts.training.run import stop_message
 from tests.scripts.tiny_training import NUM_STEPS, RECIPES, trust_idx_files, write_idx_files
 
 ROOT = Path(__file__).parents[2]
@@ -118,22 +120,56 @@ def test_resumed_run_after_sigkill_has_the_same_bits_as_an_uninterrupted_run(
     assert differences(out, complete_runs[recipe]) == []
 
 
-@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_stopped_run_prints_how_to_resume(data_folder: Path, number: str, status: int) -> None:
-    out = data_folder / f"stopped-{number}"
-    command = [sys.executable, "-m", "tests.scripts.tiny_training", "epoch", number]
-    stopped = subprocess.run(
-        [*command, *arguments(data_folder, "cosine", out)],
+def stop_training(data_folder: Path, out: Path, where: str, number: str) -> subprocess.CompletedProcess[str]:
+    """Trains until the signal. `where` is that of tiny_training.end_at."""
+    command = [sys.executable, "-m", "tests.scripts.tiny_training", where, number]
+    compiled = "--compile=on" if where == "compile" else "--compile=off"
+    return subprocess.run(
+        [*command, *arguments(data_folder, "cosine", out, compiled)],
         cwd=ROOT,
+        env=os.environ | {"CXX": sys.executable},  # a program that exists
         capture_output=True,
         text=True,
         preexec_fn=lambda: signal.signal(getattr(signal, number), signal.SIG_DFL),  # nohup ignores SIGHUP
+        timeout=100,
     )
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_stopped_run_prints_how_to_resume(data_folder: Path, number: str, status: int) -> None:
+    out = data_folder / f"stopped-{number}"
+    stopped = stop_training(data_folder, out, "epoch", number)
     assert stopped.returncode == status, stopped.stderr
     assert stopped.stderr.strip().splitlines() == [
         "train: stopped; run the same command again to resume from the last complete epoch"
     ]
     assert state_of(out)["trainer"]["epoch"] == 1
+
+
+def test_run_stopped_while_compiling_ends_without_a_promise_to_resume(data_folder: Path) -> None:
+    out = data_folder / "stopped-compile"
+    stopped = stop_training(data_folder, out, "compile", "SIGINT")
+    assert (
+        stopped.stderr.strip() == "train: stopped before anything was saved; the same command starts from the beginning"
+    )
+    assert stopped.returncode == 130
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (None, "stopped before anything was saved; the same command starts from the beginning"),
+        ("model.safetensors", "stopped before anything was saved; the same command starts from the beginning"),
+        ("paths/0000000.safetensors", "stopped; run the same command again to resume with the paths that are complete"),
+        ("state.pt", "stopped; run the same command again to resume from the last complete epoch"),
+    ],
+)
+def test_message_of_a_stopped_run_depends_on_its_files(tmp_path: Path, file: str | None, message: str) -> None:
+    if file:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert stop_message("distil", tmp_path) == f"distil: {message}"
 
 
 def test_state_of_another_release_exits_with_status_2(data_folder: Path, complete_runs: dict[str, Path]) -> None:

@@ -3,22 +3,25 @@
 `python -m tests.scripts.tiny_training WHERE SIGNAL ARGUMENTS...` trains and sends itself the signal during the run.
 """
 
+import ctypes
 import gzip
 import hashlib
 import os
 import signal
 import struct
 import sys
+import threading
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from scripts import train
 from scripts.common import mnist
-from scripts.training import run
+from scripts.training import run, trainer
 from scripts.training.recipe import Recipe
 from scripts.training.trainer import Trainer
 
@@ -123,7 +126,10 @@ def trust_idx_files(patch: pytest.MonkeyPatch, num_images: int = NUM_IMAGES) -> 
 
 
 def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> None:
-    """Sends this process a signal in the middle of the second epoch, or while that epoch's state is written."""
+    """Sends this process a signal in the middle of the second epoch, or while that epoch's state is written.
+
+    With "compile", sends it while the step is compiled, by native code that does not end.
+    """
 
     def kill(*args: Any) -> None:
         os.kill(os.getpid(), number)
@@ -144,6 +150,16 @@ def end_at(where: str, number: signal.Signals, patch: pytest.MonkeyPatch) -> Non
             write(path, data)
 
         patch.setattr(run, "write_atomically", write_or_die)
+    elif where == "compile":
+        lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+
+        def compile_forever(*args: Any) -> None:
+            threading.Timer(0.1, kill).start()
+            lock(mutex)
+            lock(mutex)
+
+        patch.setattr(torch, "compile", lambda function: compile_forever)
+        patch.setattr(trainer, "use_private_compile_cache", lambda cache: None)
     else:
         raise ValueError(where)
 

@@ -9,10 +9,12 @@ import fastapi_offline
 from fastapi import APIRouter
 from starlette.responses import FileResponse, HTMLResponse, Response
 
+from app.api.paths import DOCS_PATH
+
 router = APIRouter(include_in_schema=False)
 
 ASSETS = Path(fastapi_offline.__file__).parent / "static"
-PAGE_PATH = "/docs"
+PAGE_PATH = DOCS_PATH
 PAGE = """<!doctype html>
 <html lang="en">
 <head>

@@ -50,7 +50,6 @@ async def livez(request: Request, service: ServiceDependency) -> JSONResponse:
 @router.get(
     "/startupz",
     operation_id="get_startupz",
-    summary="Startupz",
     response_model=Readiness,
     responses={503: {"model": Readiness}},
 )

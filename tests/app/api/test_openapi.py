@@ -69,6 +69,25 @@ def test_document_contains_every_route() -> None:
     assert set(document()["paths"]) == paths | OPENAI_PATHS.keys()
 
 
+def test_every_route_is_in_a_group_with_a_description_and_generate_is_first() -> None:
+    served = document()
+    operations = [operation for methods in served["paths"].values() for operation in methods.values()]
+    assert next(iter(served["paths"].items()))[1].keys() == {"post"}
+    assert next(iter(served["paths"])) == "/generate"
+    assert [tag["name"] for tag in served["tags"]] == list(dict.fromkeys(tag for o in operations for tag in o["tags"]))
+    assert all(tag["description"].endswith(".") for tag in served["tags"])
+    assert all(len(operation["tags"]) == 1 for operation in operations)
+
+
+def test_every_route_has_a_short_summary_that_its_group_has_only_once() -> None:
+    operations = [operation for methods in document()["paths"].values() for operation in methods.values()]
+    summaries = [(operation["tags"][0], operation["summary"]) for operation in operations]
+    assert len(set(summaries)) == len(summaries)
+    for _, summary in summaries:
+        # FastAPI's default is the name of the function, which is one word.
+        assert len(summary.split()) > 1 and len(summary) <= 50 and not summary.endswith(".")
+
+
 def test_document_describes_the_body_and_responses_of_generate() -> None:
     served = document()
     generate = served["paths"]["/generate"]["post"]

@@ -58,6 +58,53 @@ def test_framework_error_keeps_its_status_and_headers(status: int, title: str, c
         assert ("a message" in problem["detail"]) is (status < 500)
 
 
+def detail_of(path: str, **settings: str) -> str:
+    """Returns the detail of the error for a path without a route, in the format of any of the protocols."""
+    app = create_app(Settings(**settings), FakeRunner)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.post(path)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 404
+    match answer.json():
+        case {"detail": str(detail), "code": "not_found"}:
+            return detail
+        case {"error": {"message": str(message), "type": "not_found_error", "param": None, "code": "not_found"}}:
+            return message
+        case {"error": str(message)}:
+            return message
+        case other:
+            raise AssertionError(other)
+
+
+@pytest.mark.parametrize(
+    ("path", "intended"),
+    [
+        ("/recognise", "POST /recognize"),
+        ("/generate/", "POST /generate"),
+        ("/Generate", "POST /generate"),
+        ("/api/generate", "POST /generate"),
+        ("/model", "GET /models"),
+        ("/v1/image/generations", "POST /v1/images/generations"),
+        ("/v2/models/default/inferr", "POST /v2/models/{name}/infer"),
+    ],
+)
+def test_unknown_path_is_answered_with_the_most_similar_route(path: str, intended: str) -> None:
+    assert detail_of(path) == f"No route has this path. Did you mean {intended}? /docs lists all routes"
+
+
+@pytest.mark.parametrize("path", ["/xyz", "/static/", f"/generate/{'generate/' * 10}", "/%00%ff<b>"])
+def test_unknown_path_that_is_similar_to_no_documented_route_is_answered_with_the_documents(path: str) -> None:
+    assert detail_of(path) == "No route has this path. /docs lists all routes"
+
+
+def test_documents_that_are_turned_off_are_not_named() -> None:
+    assert detail_of("/recognise", docs="off") == "No route has this path. Did you mean POST /recognize?"
+    assert detail_of("/openapi.json", docs="off") == "No route has this path"
+
+
 def test_framework_response_without_a_body_keeps_its_status() -> None:
     answer = response_to(HTTPException(304, headers={"ETag": '"a"'}))
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", '"a"')

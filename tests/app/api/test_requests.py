@@ -216,6 +216,36 @@ def test_error_about_an_invalid_value_names_the_field(body: str, field: str) -> 
     assert found[0]["msg"]
 
 
+@pytest.mark.parametrize(
+    ("name", "intended"),
+    [
+        ("steps", "num_steps"),
+        ("Guidance", "guidance_scale"),
+        ("numSteps", "num_steps"),
+        ("timeout", "timeout_seconds"),
+        ("colour", None),
+        ("num_steps" + "_" * 60, None),  # too long to compare
+    ],
+)
+def test_error_about_an_unknown_field_names_the_most_similar_field(name: str, intended: str | None) -> None:
+    (found,) = errors_of(f'{{"digit": 7, "{name}": 1}}')
+    hint = f". Did you mean {intended}?" if intended else ""
+    assert found == {"loc": ["body", name], "msg": f"Unknown field{hint}"}
+
+
+def test_detail_names_the_mistyped_field_and_not_the_missing_one() -> None:
+    with pytest.raises(errors.InvalidRequest) as invalid:
+        read(b'{"count": 0, "digt": 7}')
+    assert invalid.value.detail == "body.digt: Unknown field. Did you mean digit?"
+    assert [item["loc"][1] for item in invalid.value.errors] == ["digt", "count", "digit"]
+
+
+def test_length_of_an_echoed_field_name_is_limited() -> None:
+    with pytest.raises(errors.InvalidRequest) as invalid:
+        read(f'{{"digit": 7, "{"s" * 900}": 1}}'.encode())
+    assert invalid.value.detail == f"body.{'s' * 200}: Unknown field"
+
+
 def test_lone_surrogates_are_rejected() -> None:
     assert errors_of('{"digit": 7, "\\ud800": 1}')
     assert errors_of('{"digit": 7, "a": "\\udfff"}')

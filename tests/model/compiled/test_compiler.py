@@ -257,6 +257,20 @@ def test_missing_compiler_is_logged_and_the_plain_step_is_used(
     assert equal(draw(runner, mixed_rows()), plain)
 
 
+def test_compilation_is_announced_with_its_usual_duration(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_at_once(*arguments: Any, **options: Any) -> None:
+        assert logged_field(caplog, "Compiling step", "expected_seconds") == "30-60"
+        *_, library = arguments
+        library.write_bytes(b"code")
+
+    monkeypatch.setattr(compiler, "call_in_child", compile_at_once)
+    with caplog.at_level(logging.INFO):
+        compiler.build(ReverseStep(loaded, CPU, torch.bfloat16))
+    assert int(logged_field(caplog, "Compiled step", "seconds")) >= 0
+
+
 def test_unreadable_cache_is_treated_as_empty(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

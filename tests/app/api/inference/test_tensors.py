@@ -106,10 +106,11 @@ INVALID: dict[str, tuple[Any, str]] = {  # name -> (request, part of the message
     ),
     "input_parameter": (
         {"inputs": [{**DIGIT, "parameters": {"shared_memory_region": "a"}}]},
-        "inputs.0.parameters.shared_memory_region: Extra inputs are not permitted",
+        "inputs.0.parameters.shared_memory_region: Unknown field",
     ),
-    "unknown_field": (body_of([1], raw="AA=="), "body.raw: Extra inputs are not permitted"),
-    "unknown_parameter": (body_of([1], parameters={"priority": 1}), "parameters.priority: Extra inputs"),
+    "unknown_field": (body_of([1], raw="AA=="), "body.raw: Unknown field"),
+    "unknown_parameter": (body_of([1], parameters={"priority": 1}), "parameters.priority: Unknown field"),
+    "mistyped_parameter": (body_of([1], parameters={"steps": 1}), "parameters.steps: Unknown field. Did you mean num_"),
     "null_parameters": (body_of([1], parameters=None), "body.parameters: Input should be an object"),
     "parameters_are_a_list": (body_of([1], parameters=[]), "body.parameters: Input should be an object"),
     "output_is_a_string": (body_of([1], outputs=["image"]), "body.outputs.0: Input should be an object"),
@@ -119,7 +120,7 @@ INVALID: dict[str, tuple[Any, str]] = {  # name -> (request, part of the message
     "duplicate_output": (body_of([1], outputs=[{"name": "seed"}] * 2), "body.outputs: 'seed' occurs more than once"),
     "classification": (
         body_of([1], outputs=[{"name": "image", "parameters": {"classification": 2}}]),
-        "outputs.0.parameters.classification: Extra inputs are not permitted",
+        "outputs.0.parameters.classification: Unknown field",
     ),
     "binary_data_is_a_number": (
         body_of([1], outputs=[{"name": "image", "parameters": {"binary_data": 1}}]),

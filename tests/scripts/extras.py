@@ -1,0 +1,13 @@
+"""Makes packages of the extras look as if they were not installed."""
+
+import sys
+
+import pytest
+
+EXTRAS = ("rich", "matplotlib", "torchvision", "torchmetrics", "open_clip", "pyarrow", "aiohttp", "psutil", "scipy")
+
+
+def hide(package: str, patch: pytest.MonkeyPatch) -> None:
+    """Makes imports of the package fail."""
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        patch.setitem(sys.modules, name, None)
