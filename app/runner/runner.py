@@ -275,7 +275,7 @@ class Runner:
 
     @compiler_errors()
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
-        """Tests each model with its probe image, then measures the step times of the default model.
+        """Tests each model with its probe image, then measures the step times of each architecture.
 
         The times are measured with each permitted number of threads, and the fastest ones are returned. If another
         process uses a core during warm-up, all threads wait for each other, and their times do not show which batch
@@ -287,11 +287,18 @@ class Runner:
         measured = []
         for count in self.threads.counts:
             with self.threads.fixed(count):
-                times = measure_step_times(self, self._time_step, self.batches, should_stop)
-                if self.clip:
-                    times.clip_seconds = measure_clip_call(self.clip.clip, self.image_shape, should_stop)
-                measured.append(times)
+                measured.append(self._measure(should_stop))
         return min(measured, key=lambda times: times.step_seconds(self.batches[-1]))
+
+    def _measure(self, should_stop: Callable[[], bool]) -> StepTimes:
+        """Measures the step times. Models with the same network as the default model have the same times."""
+        seconds, default = dict[str, dict[int, float]](), self._models[DEFAULT_MODEL]
+        for name, model in self._models.items():
+            has_other_network = model.checkpoint.config.unet != default.checkpoint.config.unet
+            if name == DEFAULT_MODEL or has_other_network or model.info.compiled is not default.info.compiled:
+                seconds[name] = measure_step_times(self, name, self._time_step, self.batches, should_stop)
+        clip_seconds = measure_clip_call(self.clip.clip, self.image_shape, should_stop) if self.clip else 0.0
+        return StepTimes(seconds.pop(DEFAULT_MODEL), clip_seconds, seconds)
 
     def check(self) -> None:
         """Generates the probe image of each model. Raises RunnerError if one differs from the stored image."""

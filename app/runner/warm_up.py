@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from app.engine.interface import ModelInfo, OutOfMemoryError, RunnerError, StepRunner
-from app.engine.job import DEFAULT_MODEL, Job, JobRequest, Options, StepRows, Trajectory
-from app.engine.step_times import StepTimes
+from app.engine.job import Job, JobRequest, Options, StepRows, Trajectory
 from app.runner.loaded_model import LoadedModel
 from model.clip import Clip
 from model.clip_guidance import CALL_ROWS, similarity_gradient
@@ -69,9 +68,9 @@ def check_probe_image(runner: StepRunner, model: LoadedModel) -> None:
 
 
 def measure_step_times(
-    runner: StepRunner, time_step: TimeStep, batches: Sequence[int], should_stop: Callable[[], bool]
-) -> StepTimes:
-    """Measures the step times of the default model for these numbers of rows, in rounds of all batches.
+    runner: StepRunner, model: str, time_step: TimeStep, batches: Sequence[int], should_stop: Callable[[], bool]
+) -> dict[int, float]:
+    """Measures the seconds of a step of a model by its number of rows, in rounds of all batches.
 
         time of a batch = median over the rounds of (work of the batch / work of the round) * duration of fastest round
 
@@ -85,7 +84,7 @@ def measure_step_times(
     Batches for which the device does not have enough memory are left out. Returns 1 s for one
     evaluation if there is no result.
     """
-    start, info = time.monotonic(), runner.models[DEFAULT_MODEL]
+    start, info = time.monotonic(), runner.models[model]
     jobs = {rows: _new_rows(info, rows) for rows in batches}
     rounds: list[dict[int, tuple[float, float]]] = []
     try:
@@ -102,7 +101,7 @@ def measure_step_times(
             runner.release(trajectories)
     measured = set[int].intersection(*map(set, rounds)) if rounds else set[int]()
     if not measured:
-        return StepTimes({1: 1.0})
+        return {1: 1.0}
     work = [sum(steps[rows][1] for rows in measured) for steps in rounds]
     share = {
         rows: statistics.median(steps[rows][1] / whole for steps, whole in zip(rounds, work, strict=True))
@@ -110,7 +109,7 @@ def measure_step_times(
     }
     quickest = min(sum(steps[rows][0] for rows in measured) for steps in rounds)
     # A smaller batch never takes longer than a larger one. Larger measured values are noise.
-    return StepTimes({rows: quickest * min(share[more] for more in measured if more >= rows) for rows in measured})
+    return {rows: quickest * min(share[more] for more in measured if more >= rows) for rows in measured}
 
 
 @torch.inference_mode()

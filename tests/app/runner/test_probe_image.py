@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from app.engine.interface import RunnerError
-from app.engine.step_times import StepTimes
 from app.runner.runner import Runner
 from app.runner.threads import ComputeThreads
 from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, load
@@ -35,12 +34,30 @@ def test_warm_up_returns_the_step_times_of_the_fastest_number_of_threads(
 ) -> None:
     used: list[int] = []
 
-    def measure(*arguments: object) -> StepTimes:
-        return StepTimes({1: seconds[used[-1]], 64: seconds[used[-1]]})
+    def measure(*arguments: object) -> dict[int, float]:
+        return {1: seconds[used[-1]], 64: seconds[used[-1]]}
 
     monkeypatch.setattr("app.runner.runner.measure_step_times", measure)
     runner = Runner({"default": loaded}, CPU, torch.float32, ComputeThreads((4, 3), used.append))
     assert runner.warm_up(bool).step_seconds(64) == expected
+
+
+def test_step_times_are_measured_once_for_models_with_the_same_network(
+    loaded: Checkpoint, other: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(runner: Runner, model: str, *arguments: object) -> dict[int, float]:
+        measured.append(model)
+        return {1: 2.0 if model == "default" else 3.0}
+
+    monkeypatch.setattr("app.runner.runner.measure_step_times", measure)
+    for fast, names, seconds in ((loaded, ["default"], 2.0), (other, ["default", "fast"], 3.0)):
+        runner = Runner({"default": loaded, "fast": fast}, CPU, torch.float32)
+        monkeypatch.setattr(runner, "check", lambda: None)
+        measured.clear()
+        assert runner.warm_up(bool).of("fast").seconds(1) == seconds
+        assert measured == names
 
 
 def test_probe_image_is_generated_with_the_smallest_number_of_threads(

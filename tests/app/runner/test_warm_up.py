@@ -60,7 +60,7 @@ def measure(clock: Clock, runner: FakeRunner, should_stop: Callable[[], bool] = 
         seconds = clock.now - start
         return seconds, seconds - (clock.waited - waited)
 
-    return measure_step_times(runner, time_step, BATCHES, should_stop)
+    return StepTimes(measure_step_times(runner, "default", time_step, BATCHES, should_stop))
 
 
 def test_slow_first_round_does_not_change_the_step_times(clock: Clock) -> None:

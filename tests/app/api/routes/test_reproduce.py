@@ -221,7 +221,7 @@ def test_count_is_limited_by_the_settings() -> None:
     [
         ({"model": "default"}, "model"),
         ({"seed": 1}, "seed"),
-        ({"timeout_seconds": 31}, "timeout_seconds"),
+        ({"timeout_seconds": 601}, "timeout_seconds"),
         ({"timeout_seconds": 0}, "timeout_seconds"),
         ({"image": 7}, "image"),
     ],

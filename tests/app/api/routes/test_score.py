@@ -179,7 +179,7 @@ INVALID: dict[str, tuple[dict[str, Any], str, list[Any]]] = {  # name -> changes
     "an unknown field": ({"seed": 1}, "invalid_request", ["seed"]),
     "a model": ({"model": "default"}, "invalid_request", ["model"]),
     "an unknown fit": ({"fit": "stretch"}, "invalid_request", ["fit"]),
-    "a timeout above the limit": ({"timeout_seconds": 31}, "invalid_request", ["timeout_seconds"]),
+    "a timeout above the limit": ({"timeout_seconds": 601}, "invalid_request", ["timeout_seconds"]),
     "a truncated picture": ({"images": text_of(PNG, PNG, PNG, TRUNCATED)}, "invalid_image", ["images", 3]),
     "an animation": ({"images": text_of(PNG, animation("GIF", 2))}, "invalid_image", ["images", 1]),
     "an animated PNG": ({"images": text_of(APNG)}, "invalid_image", ["images", 0]),
