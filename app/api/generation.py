@@ -158,7 +158,7 @@ class Service:
                 task.clip,
             )
         )
-        self.engine.submit(job)
+        self.engine.submit(job, is_accepted=task.clip is not None)
         context.job = job
         context.answered.enter_context(self.in_flight.one())
         return job
@@ -197,7 +197,8 @@ class Service:
 async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
     """Returns the task with the embedding of its prompt and the response fields about CLIP guidance.
 
-    Returns a task without CLIP guidance unchanged. It has the response fields of NO_CLIP.
+    Returns a task without CLIP guidance unchanged. It has the response fields of NO_CLIP. Otherwise the request is in
+    flight from now on, so that a drain waits for its prompt and for its images.
 
     Raises NotAvailable if the task has CLIP guidance and the service has no CLIP model, DeadlineExceeded if the prompt
     was not embedded before the deadline, ClientGoneError after a disconnect, and InvalidRequest for a timeout that is
@@ -212,8 +213,8 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
             embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
-            with service.in_flight.one():
-                (text,) = await cancel_on_disconnect(request, embedded)
+            context_of(request.scope).answered.enter_context(service.in_flight.one())
+            (text,) = await cancel_on_disconnect(request, embedded)
     except TimeoutError:
         raise errors.DeadlineExceeded from None
     steps = service.info(options.model).clip_steps(options)

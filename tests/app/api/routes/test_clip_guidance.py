@@ -1,5 +1,6 @@
 """Tests of CLIP guidance through POST /generate and POST /reproduce, with a fake runner and a fake CLIP model."""
 
+import asyncio
 import base64
 import io
 import threading
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app import errors
+from app.api.generation import Service
 from app.engine.job import Trajectory
 from model.clip import ClipNotInstalledError, digit_prompt
-from tests.app.application import run
+from tests.app.application import client_of, run
 from tests.app.clip_fakes import CLIP_INFO, FakeClip, embedding
-from tests.app.fakes import INFO, FakeRunner
+from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner
 
 Check = Callable[[httpx.AsyncClient], Awaitable[None]]
 TINY = replace(INFO, image_shape=(1, 1, 4))
@@ -28,6 +31,14 @@ def check_with(check: Check, model: FakeClip | None, runner: FakeRunner | None =
     runner = runner or FakeRunner(models={"default": TINY})
     runner.clip = model
     run(check, runner, **settings)
+
+
+def check_service(check: Callable[[httpx.AsyncClient, Service], Awaitable[None]], model: FakeClip) -> None:
+    async def main() -> None:
+        async with client_of(FakeRunner(models={"default": TINY}, clip=model)) as client:
+            await check(client, client._transport.app.state.service)  # type: ignore[attr-defined]
+
+    asyncio.run(main())
 
 
 def chunks(png: bytes) -> dict[str, str]:
@@ -153,6 +164,77 @@ def test_prompt_that_is_not_embedded_in_time_is_answered_with_504() -> None:
         assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
     check_with(check, FakeClip(on_call=block))
+
+
+class Held(FakeClip):
+    """Blocks the embedding of the prompt "slow" until `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(on_call=self._hold)
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def _hold(self, batch: Any) -> None:
+        if list(batch) == ["slow"]:
+            self.entered.set()
+            assert self.released.wait(WAIT_SECONDS)
+
+
+SLOW = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow"}
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_request_whose_prompt_waits_when_the_drain_begins_is_finished(accept: str) -> None:
+    clip = Held()
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        waiting = asyncio.ensure_future(client.post("/generate", json=SLOW, headers={"accept": accept}))
+        await asyncio.to_thread(clip.entered.wait, WAIT_SECONDS)
+        drained = asyncio.gather(asyncio.wrap_future(service.engine.drain()), service.in_flight.none())
+        refused = await client.post("/generate", json=SLOW)
+        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+        await asyncio.sleep(0)
+        assert not drained.done()
+        drained.add_done_callback(lambda _: service.give_up(errors.Draining(1)))  # as the server does
+        clip.released.set()
+        answer = await waiting
+        assert answer.status_code == 200, answer.text
+        assert "draining" not in answer.text
+        await asyncio.wait_for(drained, WAIT_SECONDS)
+
+    check_service(check, clip)
+
+
+def test_request_whose_prompt_waits_when_the_drain_ends_is_answered_with_503() -> None:
+    clip = Held()
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        waiting = asyncio.ensure_future(client.post("/generate", json=SLOW))
+        await asyncio.to_thread(clip.entered.wait, WAIT_SECONDS)
+        service.engine.drain()
+        service.give_up(errors.Draining(1))
+        clip.released.set()
+        answer = await asyncio.wait_for(waiting, WAIT_SECONDS)
+        assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+
+    check_service(check, clip)
+
+
+def test_prompt_that_is_embedded_at_the_end_of_the_drain_is_answered_with_503() -> None:
+    """The event loop can see the embedding after the drain has ended."""
+    clip = Held()
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        waiting = asyncio.ensure_future(client.post("/generate", json=SLOW))
+        await asyncio.to_thread(clip.entered.wait, WAIT_SECONDS)
+        service.engine.drain()
+        (embedding_of_slow,) = service.clip._prompts
+        clip.released.set()
+        embedding_of_slow.result(WAIT_SECONDS)  # blocks the event loop
+        service.give_up(errors.Draining(1))
+        answer = await asyncio.wait_for(waiting, WAIT_SECONDS)
+        assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+
+    check_service(check, clip)
 
 
 def test_picture_with_clip_guidance_is_reproduced() -> None:
