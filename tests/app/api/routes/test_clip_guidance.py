@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -235,6 +236,38 @@ def test_prompt_that_is_embedded_at_the_end_of_the_drain_is_answered_with_503() 
         assert (answer.status_code, answer.json()["code"]) == (503, "draining")
 
     check_service(check, clip)
+
+
+def done_event(text: str) -> dict[str, Any]:
+    done: dict[str, Any] = json.loads(text.strip().rpartition("event: done\ndata: ")[2])
+    return done
+
+
+def test_prompt_that_does_not_describe_the_digit_gets_a_warning_in_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake embeds a prompt as the angle of its length, and an image as the angle of its mean grey level."""
+    lengths = [len(digit_prompt(digit)) for digit in range(10)]
+    monkeypatch.setattr("app.main.read_real_digits", lambda: [[np.full((2, 2), n, np.uint8)] * 2 for n in lengths])
+    unsuitable = "unlearned".ljust(lengths[7] + 3, "x")  # cos(3) = -0.99
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        image = np.zeros((2, 2), np.uint8)
+        await asyncio.wrap_future(service.clip.score([image], ["a"], 30))  # The real digits are embedded first.
+        body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": unsuitable}
+        warning = (await client.post("/generate", json=body)).json()["warning"]
+        assert warning == (
+            f"The CLIP model has not learned these words: {unsuitable}. The prompt does not describe the digit 7: its "
+            "similarity to real images of it is at most -0.99. Real digits and their own prompts have 1.00"
+        )
+        stream = await client.post("/generate", json=body, headers={"accept": "text/event-stream"})
+        assert done_event(stream.text)["warning"] == warning
+        png = (await client.post("/generate", json=body, headers=PNG)).content
+        assert (await client.post("/reproduce", files={"image": png})).json()["warning"] == warning
+        for suitable in ({"clip_guidance_scale": 1}, {}):
+            assert (await client.post("/generate", json=BODY | suitable)).json()["warning"] is None
+            stream = await client.post("/generate", json=BODY | suitable, headers={"accept": "text/event-stream"})
+            assert "warning" not in done_event(stream.text)
+
+    check_service(check, FakeClip(unknown={unsuitable}))
 
 
 def test_picture_with_clip_guidance_is_reproduced() -> None:
