@@ -1,6 +1,7 @@
 """Figures in the documents equal those in the JSON files of docs/results."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -252,6 +253,19 @@ def test_table_of_prompts_matches_the_file_and_suitable_prompts_get_no_warning()
     assert groups["prompts about noise"].low == 1
     assert groups["unrelated prompts"].warned == 1
     assert max(groups[f"{kind} digits and their prompts"].low for kind in ("real", "generated")) < 0.03
+
+
+def test_memory_table_matches_the_file_and_container_limits_leave_half_as_much_room() -> None:
+    memory = json.loads((RESULTS / "memory.json").read_text())["mebibytes"]
+    document = (DOCS / "deployment.md").read_text("utf-8").split("\n## Memory\n")[1].split("\n## ")[0]
+    for name, found in memory.items():
+        assert f"| {name} | {found['service']:,} | {found['child']:,} | {found['sum']:,} |" in document
+    manifest = (ROOT / "deploy/kubernetes/cpu/deployment.yaml").read_text()
+    (pod,) = set(re.findall(r"memory: (\d+)Gi", manifest))  # the request equals the limit
+    (compose,) = re.findall(r"UNFOG_MEMORY:-(\d+)g", (ROOT / "docker-compose.yml").read_text())
+    assert f"The limits are {compose} GiB in `docker-compose.yml` (`UNFOG_MEMORY`) and {pod} GiB in" in document
+    assert min(int(pod), int(compose)) * 1024 >= 1.5 * memory["with CLIP"]["sum"]
+    assert 1.5 * memory["without CLIP"]["sum"] <= 1024  # the limit that the manifest recommends without CLIP
 
 
 def test_evaluations_used_the_shipped_classifiers() -> None:
