@@ -34,7 +34,6 @@ MOST_STEPS = 100  # the limit of num_steps in a request
 MAX_FILE_BYTES = 2**28
 # A small file can describe a network that needs terabytes. These limits are checked before memory is allocated.
 MAX_SIZES = {
-    "image_channels": 16,
     "image_size": 256,
     "num_classes": 1000,
     "num_steps": 10_000,
@@ -94,20 +93,26 @@ class CheckpointConfig:
         T, num_classes, probe = self.schedule.num_steps, self.unet.num_classes, self.probe
         if self.unet.num_steps != T:
             raise ValueError(f"the schedule has {T} steps, but the network has {self.unet.num_steps}")
-        if len(self.class_names) != num_classes:
-            raise ValueError(f"{len(self.class_names)} class names, but the network has {num_classes} classes")
+        Schedule(self.schedule)  # raises ValueError if a sampler could not use it
+        _check_names(self.class_names, num_classes)
         if not self.samplers or not {*self.samplers, probe.sampler} <= set(SAMPLERS):
             raise ValueError(f"samplers and probe.sampler must be one or more of {', '.join(SAMPLERS)}")
         if not all(isinstance(num_steps, int) and 1 <= num_steps <= min(T, MOST_STEPS) for num_steps in self.steps):
             raise ValueError(f"steps must be integers from 1 to {min(T, MOST_STEPS)}")
         if not isinstance(self.training.get("label_drop", 0), int | float):
             raise ValueError("training.label_drop must be a number")
-        if not set(self.guidance_by_sampler) <= set(SAMPLERS):
-            raise ValueError(f"the keys of guidance_by_sampler must be samplers: {', '.join(SAMPLERS)}")
-        if not self.guidable and any(g.scale != 1 for g in (self.guidance, *self.guidance_by_sampler.values())):
-            raise ValueError("a guidance scale other than 1 needs training.label_drop above 0")
+        self._check_guidance()
         if not (0 <= probe.digit < num_classes and 1 <= probe.num_steps <= T and 0 <= probe.seed < 2**53):
             raise ValueError(f"probe needs a digit 0 to {num_classes - 1}, num_steps 1 to {T} and a seed below 2^53")
+
+    def _check_guidance(self) -> None:
+        if not set(self.guidance_by_sampler) <= set(SAMPLERS):
+            raise ValueError(f"the keys of guidance_by_sampler must be samplers: {', '.join(SAMPLERS)}")
+        T, every = self.schedule.num_steps, (self.guidance, *self.guidance_by_sampler.values())
+        if any(guidance.start > T for guidance in every):
+            raise ValueError(f"guidance must start at a timestep of the schedule: at most {T}")
+        if not self.guidable and any(guidance.scale != 1 for guidance in every):
+            raise ValueError("a guidance scale other than 1 needs training.label_drop above 0")
 
     @property
     def recommended_steps(self) -> int:
@@ -284,8 +289,18 @@ def _decode(probe_image: object) -> bytes:
         raise ValueError("probe_image must be base64") from error
 
 
+def _check_names(names: tuple[str, ...], num_classes: int) -> None:
+    """Raises ValueError unless each class has a name that a prompt can contain."""
+    if len(names) != num_classes:
+        raise ValueError(f"{len(names)} class names, but the network has {num_classes} classes")
+    if unusable := [name for name in names if not name.strip() or not name.isprintable()]:
+        raise ValueError(f"class names must be printable and not blank, but one is {unusable[0]!a}")
+
+
 def _check_size(unet: UNetConfig) -> None:
-    """Raises ValueError if the architecture exceeds a size limit."""
+    """Raises ValueError if the architecture exceeds a size limit, or if no PNG file can store its images."""
+    if unet.image_channels not in (1, 3):
+        raise ValueError(f"unet.image_channels must be 1 (grey) or 3 (colour), got {unet.image_channels}")
     for name, limit in MAX_SIZES.items():
         if getattr(unet, name) > limit:
             raise ValueError(f"unet.{name} must be at most {limit}, got {getattr(unet, name)}")

@@ -5,8 +5,10 @@ The models are loaded by open_clip, which the extra `clip` installs. A small mod
 
 import importlib.util
 import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +23,10 @@ EMBEDDED = Path(__file__).parent / "weights" / "clip"  # in open_clip's format
 EMBEDDED_NAME = "embedded"
 INSTALL = "pip install -e '.[clip]'"
 MAX_PROMPT_LENGTH = 200
+# A similarity below this share of the mean similarity of a real digit and its own prompt is low. docs/evaluation.md has
+# the measurements from which it was chosen.
+LEAST_SHARE = 0.25
+MAX_WORD_LENGTH = 30  # longer words count as unknown, because the time of the tokenizer is quadratic in the length
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -91,7 +97,11 @@ class Clip:
         if not weights:
             architecture = f"local-dir:{EMBEDDED if name == EMBEDDED_NAME else name}"
         self.model, self._tokenizer, self._preprocess = _load(architecture, weights or None)
-        self.sha256 = tensors_sha256(self.model.state_dict())
+        state = self.model.state_dict()
+        self.sha256 = tensors_sha256(state)
+        words = [tensor for name, tensor in state.items() if name.endswith("token_embedding.weight")]
+        self._is_trained = words[0].any(dim=1) if words else torch.ones(1, dtype=torch.bool)  # (V,) for each token
+        self._is_known = lru_cache(maxsize=4096)(self._has_trained_tokens)
         self.model.to(self.device)
         # Made once: a tensor that is made from a list in each call would make the host wait for a GPU.
         self._mean, self._std = (
@@ -102,6 +112,20 @@ class Clip:
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Returns embeddings (P, E) of length 1. Words after the model's context length are ignored."""
         return F.normalize(self.model.encode_text(self._tokenizer(list(prompts)).to(self.device)), dim=1)
+
+    def unknown_words(self, prompts: Iterable[str]) -> list[str]:
+        """Returns the words of the prompts that the model has not learned, without repetitions.
+
+        The embeddings of tokens that did not occur in its training are zero in `embedded` (see scripts.train_clip).
+        Published models have learned all tokens.
+        """
+        if self._is_trained.all():
+            return []
+        words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt.lower()))
+        return [word for word in words if len(word) > MAX_WORD_LENGTH or not self._is_known(word)]
+
+    def _has_trained_tokens(self, word: str) -> bool:
+        return bool(self._is_trained[self._tokenizer([word])[0]].all())
 
     def embed_images(self, x: Tensor) -> Tensor:
         """Returns embeddings (B, E) of length 1, differentiable with respect to the images (B, C, H, W) in [-1, 1].

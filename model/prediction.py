@@ -44,7 +44,7 @@ class Prediction:
         if config.kind == "eps":
             skip, scale, signal = one, (1 - alpha_bar).sqrt(), alpha_bar.sqrt()
         else:
-            variance = config.sigma_data**2 if config.kind == "edm" else 1.0
+            variance = float(config.sigma_data) ** 2 if config.kind == "edm" else 1.0  # JSON can have an integer
             total = alpha_bar * variance + 1 - alpha_bar  # the variance of x_t
             skip, scale, signal = alpha_bar.sqrt() * variance / total, ((1 - alpha_bar) * variance / total).sqrt(), one
         self._snr = alpha_bar / (1 - alpha_bar)  # (T + 1,), infinite at t = 0

@@ -8,6 +8,7 @@ from torch import Tensor
 
 COSINE_OFFSET = 0.008  # the offset s of Nichol & Dhariwal 2021, eq. 17
 MAX_BETA = 0.999  # limit of beta, section 3.2 of the same paper; avoids a division by zero at the last step
+MIN_ALPHA_BAR = 1e-70  # the square root of a smaller value is not a normal float32, and divides by zero
 MIN_HALF_LOG_SNR = -5.1  # DPM-Solver++ on a cosine schedule diverges if it starts below this value
 
 
@@ -35,12 +36,19 @@ class Schedule:
     """The noise schedule alpha_bar_t for t = 0..T. t = 0 is the clean image, with alpha_bar_0 = 1.
 
     The linear kind is that of DDPM (Ho 2020, eq. 4 and section 4), the cosine kind that of Nichol & Dhariwal 2021,
-    eq. 17.
+    eq. 17. Raises ValueError if the values of alpha_bar are too small or too close together for the samplers.
     """
 
     def __init__(self, config: ScheduleConfig) -> None:
         self.config = config
         self.alpha_bar = _alpha_bar(config)  # (T + 1,) float64
+        if self.alpha_bar[-1] < MIN_ALPHA_BAR:
+            raise ValueError(
+                f"the schedule adds too much noise: alpha_bar must be at least {MIN_ALPHA_BAR:g}, but ends at "
+                f"{self.alpha_bar[-1]:g}"
+            )
+        if not (self.half_log_snr.diff() < 0).all():
+            raise ValueError("the schedule adds too little noise: alpha_bar must decrease in every step")
 
     @property
     def num_steps(self) -> int:

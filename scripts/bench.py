@@ -8,6 +8,7 @@ models        latency of one image on an idle service, with each setting in docs
 alternatives  the same loads on this service and on other servers with the same weights
 training      images per second of scripts.train and of a plain training loop, and the limit set by the matrix rate
 endurance     an hour of mixed load; fails if memory grows or if an image changes
+memory        memory without and with CLIP, when the service is ready and under load
 versions      throughput and latency of this version and of the version in the folder --base
 streams       throughput while every client streams previews, and while a viewer reads the batch events
 host          host cost of the service: its work on the processor while the device computes; also compared with --base
@@ -25,6 +26,7 @@ from pathlib import Path
 from scripts.benchmark.endurance import measure_endurance
 from scripts.benchmark.host import measure_host
 from scripts.benchmark.measurement import Times
+from scripts.benchmark.memory import measure_memory
 from scripts.benchmark.modes import (
     OBJECTIVE,
     QUICK_CLIENTS,
@@ -54,6 +56,7 @@ MODES = (
     "alternatives",
     "training",
     "endurance",
+    "memory",
     "versions",
     "streams",
     "host",
@@ -80,6 +83,8 @@ def _run(args: argparse.Namespace, reporter: Reporter) -> None:
             measure_training(args.preset, args.steps, args.repeats, args.data_dir, args.out, reporter)
         case "endurance":
             measure_endurance(args.minutes, args.out, reporter)
+        case "memory":
+            measure_memory(args.out, reporter)
         case "versions":
             measure_versions(args.base, args.pairs, args.seconds, args.out, reporter)
         case "streams":
@@ -118,6 +123,8 @@ def _packages_of(args: argparse.Namespace) -> tuple[str, ...]:
     match args.mode:
         case "training" | "profile" | "page":
             return ()
+        case "memory":
+            return ("psutil",)
         case "endurance":
             return ("aiohttp", "psutil", "scipy")
         case "alternatives":
@@ -137,7 +144,8 @@ def build_parser() -> Parser:
     )
     commands = parser.add_subparsers(metavar="|".join(MODES), dest="mode")
     added = {mode: commands.add_parser(mode) for mode in MODES}
-    closed, open_, models, alternatives, training, endurance, versions, streams, host, profile, page = added.values()
+    closed, open_, models, alternatives, training, endurance, *others = added.values()
+    memory, versions, streams, host, profile, page = others
     for command in (closed, open_, models, alternatives):
         _add_options(command)
     closed.add_argument(
@@ -189,7 +197,7 @@ def build_parser() -> Parser:
     host.add_argument("--seconds", type=positive, default=6.0, help="seconds per load over HTTP; default: 6")
     profile.add_argument("--rows", type=integer(1, 4096), default=64, help="rows per step; default: 64")
     profile.add_argument("--num-threads", type=integer(1, 1024), help="compute threads; default: PyTorch's choice")
-    for command in (closed, open_, models, alternatives, training, endurance, versions, streams, host, profile):
+    for command in (closed, open_, models, alternatives, training, endurance, memory, versions, streams, host, profile):
         command.add_argument("--out", type=Path, required=command is not profile, help=".json file for the raw results")
     page.add_argument("folder", type=Path, help="folder with JSON files of the other modes, all from one machine")
     page.add_argument("--out", type=file_to_write(".md"), required=True, help="page to write, a .md file")

@@ -7,6 +7,7 @@ handwriting recognition of a fixed set of handwriting that is not from MNIST, an
 clip        CLIP scores at each step of the reverse process
 clip-guidance   recognition, distance and CLIP similarity for scales and intervals of CLIP guidance
 clip-attributes stroke width and slant of digits for prompts such as "a thick seven"
+clip-prompts    similarity of suitable and unrelated prompts, and how many of them get a warning
 synthetic   accuracy of a classifier that was trained only on generated digits
 denoise     removal of noise from real digits, and probabilities of the digit in a noisy image
 inpaint     recognition of real digits after a part was erased and filled in, and the fit at the border
@@ -47,6 +48,7 @@ from scripts.evaluation.clip_attributes import evaluate_clip_attributes
 from scripts.evaluation.clip_guidance import INTERVALS, SCALE, SCALES, ClipSweepRequest, evaluate_clip_guidance
 from scripts.evaluation.clip_path import evaluate_clip
 from scripts.evaluation.comparison import check_intervals
+from scripts.evaluation.clip_prompts import evaluate_clip_prompts
 from scripts.evaluation.denoising import evaluate_denoising
 from scripts.evaluation.editing import evaluate_editing
 from scripts.evaluation.fog import evaluate_fog
@@ -75,6 +77,7 @@ PACKAGES = {
     "clip": ("matplotlib",),
     "clip-guidance": ("torchmetrics", "matplotlib"),
     "clip-attributes": ("matplotlib",),
+    "clip-prompts": (),
     "synthetic": (),
     "denoise": ("matplotlib",),
     "inpaint": ("matplotlib",),
@@ -118,15 +121,8 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_digits(samples, reporter, **networks, **data, out=args.out)
             case "fog":
                 evaluate_fog(args.checkpoint, args.judge, args.out, reporter, **data)
-            case "clip":
-                request = from_arguments(DrawingRequest, args)
-                evaluate_clip(request, args.clip, args.out, reporter, num_images=args.num_images, **data)
-            case "clip-guidance":
-                request, sweep = from_arguments(DrawingRequest, args), from_arguments(ClipSweepRequest, args)
-                evaluate_clip_guidance(request, sweep, reporter)
-            case "clip-attributes":
-                request = from_arguments(DrawingRequest, args)
-                evaluate_clip_attributes(request, args.out, reporter, num_images=args.num_images)
+            case "clip" | "clip-guidance" | "clip-attributes" | "clip-prompts":
+                _evaluate_clip(args, reporter, data)
             case "synthetic":
                 evaluate_synthetic(args.folder, args.out, reporter, epochs=args.epochs, seed=args.seed, **data)
             case _:
@@ -150,6 +146,20 @@ def _check_options(args: argparse.Namespace) -> None:
         case "clip-guidance":
             check_intervals(read_config(args.checkpoint), args.intervals)
     check_options(from_arguments(DrawingRequest, args))
+
+
+def _evaluate_clip(args: argparse.Namespace, reporter: Reporter, data: dict[str, Any]) -> None:
+    """Evaluates CLIP scores, CLIP guidance or prompts."""
+    request = from_arguments(DrawingRequest, args)
+    match args.command:
+        case "clip":
+            evaluate_clip(request, args.clip, args.out, reporter, num_images=args.num_images, **data)
+        case "clip-guidance":
+            evaluate_clip_guidance(request, from_arguments(ClipSweepRequest, args), reporter)
+        case "clip-attributes":
+            evaluate_clip_attributes(request, args.out, reporter, num_images=args.num_images)
+        case "clip-prompts":
+            evaluate_clip_prompts(request, args.clip, args.out, reporter, num_images=args.num_images, **data)
 
 
 def _evaluate_task(args: argparse.Namespace, reporter: Reporter, data: dict[str, Any]) -> None:
@@ -176,8 +186,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="python -m scripts.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = "digits|fog|recognize|handwriting|denoise|inpaint|edit|clip|clip-guidance|clip-attributes|synthetic"
-    commands = parser.add_subparsers(required=True, metavar=names, dest="command")
+    commands = parser.add_subparsers(required=True, metavar="|".join(PACKAGES), dest="command")
     digits = commands.add_parser("digits", help="evaluate generated digits; write a table, JSON and plots")
     _add_digits(digits)
     fog = commands.add_parser("fog", help="recognition of real digits at each noise level")
@@ -201,7 +210,9 @@ def build_parser() -> Parser:
     )
     handwriting.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
     clip_path = commands.add_parser("clip", help="CLIP scores at each step of the reverse process")
-    _add_clip(clip_path)
+    clip_prompts = commands.add_parser("clip-prompts", help="similarity of suitable and unrelated prompts")
+    for command, ending in ((clip_path, ".png"), (clip_prompts, ".json")):
+        _add_clip(command, ending)
     clip_guidance = commands.add_parser("clip-guidance", help="scales and intervals of CLIP guidance")
     _add_clip_guidance(clip_guidance)
     _add_clip_attributes(commands.add_parser("clip-attributes", help="stroke width and slant for prompts"))
@@ -229,7 +240,7 @@ def build_parser() -> Parser:
         command.add_argument(
             "--num-threads", type=integer(1, 1024), help="compute threads on a CPU; default: PyTorch's choice"
         )
-    for command in (digits, fog, recognize, denoise, inpaint, edit, clip_path, synthetic):
+    for command in (digits, fog, recognize, denoise, inpaint, edit, clip_path, clip_prompts, synthetic):
         splits = (
             SPLITS if command is digits else HELD_OUT_SPLITS
         )  # the others need digits that were not used for training
@@ -239,7 +250,7 @@ def build_parser() -> Parser:
             default="test",
             help="split of MNIST with the real digits to compare with; default: test",
         )
-    for command in (digits, fog, recognize, denoise, inpaint, edit, clip_path, clip_guidance, synthetic):
+    for command in (digits, fog, recognize, denoise, inpaint, edit, clip_path, clip_prompts, clip_guidance, synthetic):
         command.add_argument(
             "--data-dir",
             type=Path,
@@ -314,18 +325,19 @@ def _add_recognize(recognize: argparse.ArgumentParser) -> None:
     recognize.add_argument("--out", type=file_to_write(".png"), required=True, help=RECOGNIZE_HELP)
 
 
-def _add_clip(clip_path: argparse.ArgumentParser) -> None:
-    clip_path.add_argument(
+def _add_clip(parser: argparse.ArgumentParser, ending: str) -> None:
+    parser.add_argument(
         "--num-images",
         type=num_images(NUM_CLASSES, 4_000),
         default=200,
         help="number of images, a multiple of 10; default: 200",
     )
-    clip_path.add_argument("--out", type=file_to_write(".png"), required=True, help=PICTURE_HELP)
-    clip_path.add_argument(
+    help_text = PICTURE_HELP if ending == ".png" else ".json file for the results; a table is written to a .md file"
+    parser.add_argument("--out", type=file_to_write(ending), required=True, help=help_text)
+    parser.add_argument(
         "--clip", default="embedded", metavar="MODEL", help=f"the CLIP model of the scores: {CLIP_MODEL_HELP}"
     )
-    add_drawing_arguments(clip_path, seed=0, without=("--batch-size",))
+    add_drawing_arguments(parser, seed=0, without=("--batch-size",))
 
 
 def _add_clip_guidance(parser: argparse.ArgumentParser) -> None:

@@ -152,8 +152,8 @@ class UnfogEvents:
 
     preview_scale = 1
 
-    def __init__(self, provenance: Callable[[], Provenance], scale: int) -> None:
-        self._provenance, self.image_scale = provenance, scale
+    def __init__(self, provenance: Callable[[], Provenance], scale: int, warning: str | None = None) -> None:
+        self._provenance, self.image_scale, self._warning = provenance, scale, warning
 
     def accepted(self, job: Job) -> str:
         """Returns the event `accepted`."""
@@ -177,8 +177,9 @@ class UnfogEvents:
     def done(self, job: Job) -> str:
         """Returns the event `done`."""
         seed, evaluations = job.request.options.seed, job.request.network_evaluations
-        done = DoneEvent(seed=seed, evaluations=evaluations, timing=Timing.of(job.timings))
-        return event_text("done", done.model_dump())
+        timing = Timing.of(job.timings)
+        done = DoneEvent(seed=seed, evaluations=evaluations, timing=timing, warning=self._warning)
+        return event_text("done", done.model_dump(exclude_none=True))
 
     def error(self, error: UnfogError, request_id: str) -> str:
         """Returns the event `error`."""

@@ -52,6 +52,7 @@ GENERATED = {
     "clip_guidance_scale": 0.0,
     "clip_prompt": None,
     "clip": None,
+    "warning": None,
 }
 EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("accepted", {"seed": 42, "position": 0, "eta_seconds": 0.41}),

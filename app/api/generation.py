@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from app import errors
+from app.api.clip_warnings import prompt_warning
 from app.api.context import RequestContext, context_of
 from app.api.events import EventFormat, EventStream, JobEvents, Mailbox, UnfogEvents
 from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
@@ -24,13 +25,13 @@ from app.api.schemas import GeneratedImage, ModelName, Timing, phases_of
 from app.api.stream_options import NO_STREAM, StreamOptions
 from app.api.task import Task
 from app.api.uploads import ImageReader
-from app.engine.clip_worker import ClipWorker, Scores
+from app.engine.clip_worker import ClipWorker, Embedding, Scores
 from app.engine.engine import Engine
 from app.engine.interface import ClipInfo, ModelInfo
-from app.engine.job import DEFAULT_MODEL, ClipTarget, Job, JobRequest, Listener, Pixels, Result
+from app.engine.job import DEFAULT_MODEL, ClipTarget, Job, JobRequest, Listener, Options, Pixels, Result
 from app.metrics import Metrics
 from app.settings import OFF, Settings
-from model.clip import ClipNotInstalledError
+from model.clip import ClipNotInstalledError, digit_prompt
 from model.png import ClipProvenance, Provenance
 from model.sampler import Sampler
 
@@ -158,7 +159,7 @@ class Service:
                 task.clip,
             )
         )
-        self.engine.submit(job)
+        self.engine.submit(job, is_accepted=task.clip is not None)
         context.job = job
         context.answered.enter_context(self.in_flight.one())
         return job
@@ -204,7 +205,8 @@ class Service:
 async def guided_by_clip(request: Request, service: Service, task: Task) -> Task:
     """Returns the task with the embedding of its prompt and the response fields about CLIP guidance.
 
-    Returns a task without CLIP guidance unchanged. It has the response fields of NO_CLIP.
+    Returns a task without CLIP guidance unchanged. It has the response fields of NO_CLIP. Otherwise the request is in
+    flight from now on, so that a drain waits for its prompt and for its images.
 
     Raises NotAvailable if the task has CLIP guidance and the service has no CLIP model, DeadlineExceeded if the prompt
     was not embedded before the deadline, ClientGoneError after a disconnect, and InvalidRequest for a timeout that is
@@ -213,24 +215,41 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
     options = task.options
     if not options.clip_guidance_scale:
         return task
-    facts = {"clip_guidance_scale": options.clip_guidance_scale, "clip_prompt": options.clip_prompt}
     clip, deadline = service.clip_info, time.monotonic() + service.timeout_of(task.timeout)
     service.engine.apparent_state.refuse_unless_ok()
     try:
         async with asyncio.timeout(deadline - time.monotonic()):
             embedded = asyncio.wrap_future(service.clip.embed_prompts([options.clip_prompt]))
-            with service.in_flight.one():
-                (text,) = await cancel_on_disconnect(request, embedded)
+            context_of(request.scope).answered.enter_context(service.in_flight.one())
+            (text,) = await cancel_on_disconnect(request, embedded)
     except TimeoutError:
         raise errors.DeadlineExceeded from None
     steps = service.info(options.model).clip_steps(options)
+    facts = {
+        "clip_guidance_scale": options.clip_guidance_scale,
+        "clip_prompt": options.clip_prompt,
+        "clip": ModelName(name=clip.name, sha256=clip.sha256),
+        "warning": await _warning(service, options, text),
+    }
     return replace(
         task,
         timeout=max(deadline - time.monotonic(), MIN_TIMEOUT),
         clip=ClipTarget(options.clip_guidance_scale, text, steps, service.engine.clip_evaluations),
         clip_sha256=clip.sha256,
-        facts={**task.facts, **facts, "clip": ModelName(name=clip.name, sha256=clip.sha256)},
+        facts={**task.facts, **facts},
     )
+
+
+async def _warning(service: Service, options: Options, embedding: Embedding) -> str | None:
+    """Returns the warning about the prompt of a request with CLIP guidance, or None."""
+    digit, similarities = options.digit, None
+    assert service.engine.clip
+    assert digit is not None, "requests with CLIP guidance have a digit"
+    unknown = await asyncio.to_thread(service.engine.clip.unknown_words, [options.clip_prompt])
+    prompts = service.info(options.model).prompts
+    if prompts[digit] == digit_prompt(digit):  # The real digits are images of this class.
+        similarities = service.clip.compare_with_real_digits(digit, embedding)
+    return prompt_warning(unknown, digit, similarities)
 
 
 async def finish(service: Service, request: Request, job: Job) -> list[Result]:
@@ -258,7 +277,7 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
     if media_type == EVENTS:
 
         def events_of(job: Job) -> UnfogEvents:
-            return UnfogEvents(partial(service.provenance, task, job), task.scale)
+            return UnfogEvents(partial(service.provenance, task, job), task.scale, task.facts.get("warning"))
 
         return event_stream(request, service, task, stream, events_of)
 

@@ -229,6 +229,9 @@ class GenerateResponse(ImagesResponse):
     clip_guidance_scale: float
     clip_prompt: str | None = Field(description="The prompt of CLIP guidance, or null without CLIP guidance.")
     clip: ModelName | None = Field(description="The model of CLIP guidance, or null without CLIP guidance.")
+    warning: str | None = Field(
+        description="Why the prompt of CLIP guidance probably does not have the expected effect."
+    )
 
 
 class AcceptedEvent(BaseModel):
@@ -258,6 +261,11 @@ class DoneEvent(BaseModel):
     seed: int
     evaluations: Evaluations
     timing: Timing
+    warning: str | None = Field(
+        default=None,
+        description="Why the prompt of CLIP guidance probably does not have the expected effect.",
+        json_schema_extra=may_be_absent,
+    )
 
 
 class HealthModel(ModelName):

@@ -63,4 +63,7 @@ class ScoreResponse(BaseModel):
     )
     images: list[ScoredImage] = Field(description="How each picture was changed.")
     real_digits: RealDigits
+    warning: str | None = Field(
+        description="The words that the model has not learned, and the pictures that no prompt describes."
+    )
     timing: ScoreTiming

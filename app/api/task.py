@@ -9,7 +9,7 @@ from app.engine.job import ClipTarget, ImageKey, Input, Options, Search
 from model.comparison import Comparison
 
 # The response fields about CLIP guidance of a task without it.
-NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None}
+NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,6 +154,7 @@ _SCORED = {  # the similarities of the shipped CLIP model
             ],
         ],
     },
+    "warning": None,
     "timing": {"queue_seconds": 0.000152, "embed_seconds": 0.002766, "total_seconds": 0.007951},
 }
 ANSWERS: dict[tuple[str, str, str], Any] = {  # (path, status, media type) -> example

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from app import errors
 from app.engine.interface import ClipEmbedder, Embeddings
 from app.engine.job import Pixels
+from model.clip import digit_prompt
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,18 @@ class Scores:
     similarities: Similarities  # (N, P): cosine similarity of each image and each prompt
     real_digits: Similarities  # (P, 10): mean similarity of each prompt and the real digits of each class
     num_real_digits: int
+    typical: float  # mean similarity of a real digit and its own prompt, such as "a handwritten digit seven"
     submitted_at: float
     started_at: float
     finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _RealDigits:
+    """The embeddings of the real digits, and their mean similarity to their own prompts."""
+
+    embeddings: npt.NDArray[np.float32]  # (10, M, E)
+    typical: float
 
 
 @dataclass(slots=True)
@@ -73,7 +83,7 @@ class ClipWorker:
     def __init__(self) -> None:
         self._embedder: ClipEmbedder | None = None
         self._real_digits: Sequence[Sequence[Pixels]] = ()
-        self._of_real_digits: Embeddings | None = None  # (10 * M, E), the classes in order; set by the thread
+        self._real: _RealDigits | None = None  # None until the thread has embedded them
         self._condition = threading.Condition()
         self._prompts: dict[Future[Any], _Work] = {}  # requests for embeddings of prompts, oldest first
         self._images: dict[Future[Any], _Work] = {}  # requests with images, oldest first
@@ -109,6 +119,15 @@ class ClipWorker:
             if len(self._prompts) >= MAX_WAITING_PROMPTS:
                 raise errors.Overloaded(self._retry_after(1))
             return self._add(self._prompts, _Work(self._prompt_parts(prompts)))
+
+    def compare_with_real_digits(self, digit: int, embedding: Embedding) -> tuple[float, float] | None:
+        """Returns the highest similarity of a prompt and a real image of the digit, and the typical one of `Scores`.
+
+        Returns None if the real digits are not embedded yet. This is the first work of the thread.
+        """
+        with self._condition:
+            real = self._real
+        return None if real is None else (float((real.embeddings[digit] @ embedding).max()), real.typical)
 
     def check_admission(self, num_images: int, prompts: Sequence[str], timeout: float) -> None:
         """Raises Overloaded if `score` would refuse such a request now."""
@@ -229,25 +248,30 @@ class ClipWorker:
     ) -> Generator[int, None, Scores]:
         """Embeds the prompts, and then the images."""
         started_at = time.monotonic()
-        of_real_digits = yield from self._real_parts()
+        real = yield from self._real_parts()
         of_prompts = yield from self._prompt_parts(prompts)
         of_images = yield from self._image_parts(images)
-        of_classes = (of_real_digits @ of_prompts.T).reshape(len(self._real_digits), -1, len(prompts))  # (10, M, P)
         return Scores(
             of_images @ of_prompts.T,
-            of_classes.mean(axis=1).T,
-            len(of_real_digits),
+            (real.embeddings @ of_prompts.T).mean(axis=1).T,
+            real.embeddings.shape[0] * real.embeddings.shape[1],
+            real.typical,
             submitted_at,
             started_at,
             time.monotonic(),
         )
 
-    def _real_parts(self) -> Generator[int, None, Embeddings]:
+    def _real_parts(self) -> Generator[int, None, _RealDigits]:
         """Embeds the real digits, unless this is done already."""
-        if self._of_real_digits is None:
+        if self._real is None:
             images = [image for images in self._real_digits for image in images]
-            self._of_real_digits = yield from self._image_parts(images)
-        return self._of_real_digits
+            of_images = yield from self._image_parts(images)
+            of_prompts = yield from self._prompt_parts([digit_prompt(digit) for digit in range(10)])  # (10, E)
+            embeddings = of_images.reshape(10, -1, of_images.shape[1])  # (10, M, E)
+            typical = float((embeddings * of_prompts[:, None]).sum(axis=2).mean())
+            with self._condition:
+                self._real = _RealDigits(embeddings, typical)
+        return self._real
 
     def _image_parts(self, images: Sequence[Pixels]) -> Generator[int, None, Embeddings]:
         """Embeds images, one batch in each part."""

@@ -103,6 +103,7 @@ class Engine:
         self._condition = threading.Condition()
         self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the engine thread frees their slots
         self._drained: Future[None] | None = None  # the future that drain() returns
+        self._has_given_up = False
         self._stopping = False
         self._num_steps = 0
         self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
@@ -120,10 +121,16 @@ class Engine:
         """Starts the engine thread, which loads and warms up the models. Returns immediately."""
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Admits all images of a job, or raises Overloaded, Starting, Draining or EngineFailed."""
+    def submit(self, job: Job, *, is_accepted: bool = False) -> None:
+        """Admits all images of a job, or raises Overloaded, Starting, Draining or EngineFailed.
+
+        `is_accepted` is True for a request that has waited for CLIP. It is admitted also during a drain, unless
+        `give_up` has answered all requests.
+        """
         with self._condition:
-            self.apparent_state.refuse_unless_ok()
+            state = self.apparent_state
+            if not (is_accepted and state is EngineState.DRAINING and not self._has_given_up):
+                state.refuse_unless_ok()
             self._admission.admit(job, time.monotonic())
             job.timings.submitted_at_step = self._num_steps
             self._condition.notify()
@@ -152,6 +159,7 @@ class Engine:
         """Answers all unanswered jobs with the error, and ends the feed with it."""
         self.feed.end(error)
         with self._condition:
+            self._has_given_up = True
             for job in list(self.backlog.jobs):
                 self._end(job, error)
 

@@ -116,6 +116,9 @@ class ClipEmbedder(Protocol):
     def embed_images(self, images: Sequence[Pixels]) -> Embeddings:
         """Returns the embeddings (N, E) of images of one shape."""
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Returns the words of the prompts that the model has not learned. It can take milliseconds."""
+
     def close(self) -> None:
         """Releases the resources of the model. A call that is in progress raises an error. Any thread may call this."""
 

@@ -63,6 +63,10 @@ class ClipModel:
         """Returns the embeddings (N, E) of grey images (H, W) or colour images (H, W, C) of one size."""
         return self.process.call(images)
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        """Returns the words of the prompts that the model has not learned."""
+        return self.clip.unknown_words(prompts)
+
     def close(self) -> None:
         """Ends the child process. A call that is in progress raises RuntimeError."""
         self.process.close()

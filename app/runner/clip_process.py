@@ -13,6 +13,7 @@ for the lock.
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -34,6 +35,8 @@ from app.engine.job import Pixels
 from model.clip import EMBEDDED_NAME, Clip, ClipNotInstalledError, import_open_clip
 from model.pixels import from_pixels
 
+log = logging.getLogger(__name__)
+
 # -I keeps the current folder out of sys.path, where -c would put it first. The child then copies the parent's sys.path.
 # A terminal and systemd send SIGINT and SIGTERM to all processes of the service. The parent decides when this one ends.
 _PROGRAM = """
@@ -47,6 +50,13 @@ main()
 # Time limit for a call. A batch takes milliseconds, but the start and a call can take minutes on a busy CPU.
 CALL_SECONDS = 300.0
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal that the kernel sends to this process when its parent ends
+
+
+class ProcessEndedError(RuntimeError):
+    """The child process ended before it sent its answer."""
+
+    def __init__(self) -> None:
+        super().__init__("the CLIP process has ended")
 
 
 class ClipProcess:
@@ -82,10 +92,16 @@ class ClipProcess:
     def call(self, batch: Sequence[str] | Sequence[Pixels]) -> Embeddings:
         """Returns the embeddings (N, E) of prompts or of images of one shape.
 
-        Raises the exception of the computation, and RuntimeError if the process ends during the call or does not answer
-        within CALL_SECONDS. It is then started again with the next call.
+        If the process ends during the call, a new one computes the batch again. Raises ProcessEndedError if that ends
+        too, because the batch is then probably the reason. Raises the exception of the computation, and RuntimeError if
+        the process does not answer within CALL_SECONDS.
         """
-        result = self._receive(self.wait_until_ready(), batch)
+        try:
+            result = self._receive(self.wait_until_ready(), batch)
+        except ProcessEndedError:
+            connection = self.wait_until_ready()
+            log.warning("CLIP process ended during a call, repeating the call in a new process")
+            result = self._receive(connection, batch)
         if isinstance(result, Exception):
             raise result
         assert isinstance(result, np.ndarray)
@@ -118,7 +134,7 @@ class ClipProcess:
             raise RuntimeError(f"the CLIP process gave no result within {CALL_SECONDS:.0f} s") from error
         except (EOFError, OSError) as error:
             self._end()
-            raise RuntimeError("the CLIP process has ended") from error
+            raise ProcessEndedError from error
 
     def _connected(self) -> "Connection[object, object]":
         with self._lock:

@@ -1,6 +1,6 @@
 """A fake CLIP model with predictable embeddings, which can block or fail."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +36,9 @@ class LocalClip:
     def embed_images(self, images: Sequence[Pixels]) -> Embeddings:
         return embed(self._clip, images)
 
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        return self._clip.unknown_words(prompts)
+
     def close(self) -> None:
         pass
 
@@ -49,6 +52,7 @@ class FakeClip:
     prompts: list[str] = field(default_factory=list)  # the embedded prompts
     batches: list[int] = field(default_factory=list)  # the sizes of the embedded batches of images
     calls: list[str] = field(default_factory=list)  # "prompts" or "images" for each call
+    unknown: Collection[str] = ()  # the words that the model has not learned
     is_closed: bool = False
 
     def embed_prompts(self, prompts: Sequence[str]) -> Embeddings:
@@ -63,6 +67,9 @@ class FakeClip:
         self.batches.append(len(images))
         angles = [float(image.mean()) for image in images]
         return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
+
+    def unknown_words(self, prompts: Sequence[str]) -> list[str]:
+        return [word for prompt in prompts for word in prompt.split() if word in self.unknown]
 
     @property
     def known(self) -> dict[str, npt.NDArray[np.float32]]:

@@ -1,13 +1,14 @@
 """Figures in the documents equal those in the JSON files of docs/results."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from model.checkpoint import SHIPPED, SHIPPED_FAST, load
-from model.clip import EMBEDDED
+from model.clip import EMBEDDED, LEAST_SHARE
 from model.clip_guidance import START, STOP
 from scripts.benchmark.endurance import problem_in
 from scripts.benchmark.page import page_of, table_in
@@ -15,6 +16,8 @@ from scripts.common.mnist import load_mnist
 from scripts.evaluation.classifiers import load_classifier, probabilities_of
 from scripts.evaluation.clip_attributes import ATTRIBUTES, Comparison, as_markdown
 from scripts.evaluation.clip_guidance import SCALE
+from scripts.evaluation.clip_prompts import Group
+from scripts.evaluation.clip_prompts import as_markdown as prompts_as_markdown
 from scripts.evaluation.tables import FRECHET_RATIO, as_clip_row, as_column, as_run, as_sweep_row, read_evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +240,32 @@ def test_table_of_attributes_matches_the_file_and_every_digit_changes_as_asked()
     assert as_markdown(comparisons, content["recognised"]).strip() in CLIP_GUIDANCE
     assert [(c.attribute, c.digit) for c in comparisons] == [(a.name, d) for a in ATTRIBUTES for d in range(10)]
     assert max(comparison.p for comparison in comparisons) < 1e-3
+
+
+def test_table_of_prompts_matches_the_file_and_suitable_prompts_get_no_warning() -> None:
+    content = json.loads((RESULTS / "clip-prompts.json").read_text())
+    groups = {row["name"]: Group(**row) for row in content["groups"]}
+    assert prompts_as_markdown(list(groups.values())).strip() in CLIP_GUIDANCE
+    assert f"{content['limit']:.2f}" in CLIP_GUIDANCE.split("\n### Warnings\n")[1].split("\n### ")[0]
+    assert content["limit"] == pytest.approx(LEAST_SHARE * content["typical"])
+    assert groups["prompts with the digit"].warned == 0
+    assert groups["prompts with another digit"].low > 0.99
+    assert groups["prompts about noise"].low == 1
+    assert groups["unrelated prompts"].warned == 1
+    assert max(groups[f"{kind} digits and their prompts"].low for kind in ("real", "generated")) < 0.03
+
+
+def test_memory_table_matches_the_file_and_container_limits_leave_half_as_much_room() -> None:
+    memory = json.loads((RESULTS / "memory.json").read_text())["mebibytes"]
+    document = (DOCS / "deployment.md").read_text("utf-8").split("\n## Memory\n")[1].split("\n## ")[0]
+    for name, found in memory.items():
+        assert f"| {name} | {found['service']:,} | {found['child']:,} | {found['sum']:,} |" in document
+    manifest = (ROOT / "deploy/kubernetes/cpu/deployment.yaml").read_text()
+    (pod,) = set(re.findall(r"memory: (\d+)Gi", manifest))  # the request equals the limit
+    (compose,) = re.findall(r"UNFOG_MEMORY:-(\d+)g", (ROOT / "docker-compose.yml").read_text())
+    assert f"The limits are {compose} GiB in `docker-compose.yml` (`UNFOG_MEMORY`) and {pod} GiB in" in document
+    assert min(int(pod), int(compose)) * 1024 >= 1.5 * memory["with CLIP"]["sum"]
+    assert 1.5 * memory["without CLIP"]["sum"] <= 1024  # the limit that the manifest recommends without CLIP
 
 
 def test_evaluations_used_the_shipped_classifiers() -> None:

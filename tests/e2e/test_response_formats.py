@@ -36,7 +36,7 @@ def images(generated: dict[str, Any]) -> list[bytes]:
 def test_json_contains_all_options_and_the_model(generated: dict[str, Any], checkpoint: Path) -> None:
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     fields = {name: value for name, value in generated.items() if name not in ("images", "timing")}
-    without_clip = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None}
+    without_clip = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
     model = {"name": "default", "sha256": sha256}
     assert fields == {**BODY, "model": model, "evaluations": EVALUATIONS, **without_clip}
     assert [set(image) for image in generated["images"]] == [{"index", "png"}] * 5

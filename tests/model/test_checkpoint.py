@@ -31,6 +31,7 @@ from model.checkpoint import (
     tensors_sha256,
     weights_sha256,
 )
+from model.clip import default_prompt, is_prompt
 from model.prediction import PredictionConfig
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
@@ -465,6 +466,10 @@ def set_num_steps(metadata: dict[str, Any], num_steps: object) -> None:
     metadata["unet"]["num_steps"] = metadata["schedule"]["num_steps"] = num_steps
 
 
+def set_class_name(metadata: dict[str, Any], name: str) -> None:
+    metadata["class_names"][7] = name
+
+
 def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
     metadata["unet"]["num_classes"], metadata["class_names"] = num_classes, ["a"] * num_classes
 
@@ -492,6 +497,26 @@ def set_num_classes(metadata: dict[str, Any], num_classes: int) -> None:
         (lambda m: m.update(samplers=["euler"]), "samplers[0] must be one of ddpm, ddim, dpmpp"),
         (lambda m: m.update(class_names=["a"] * 9), "9 class names, but the network has 10 classes"),
         (lambda m: m["schedule"].update(num_steps=50), "the schedule has 50 steps, but the network has 100"),
+        (
+            lambda m: m["schedule"].update(beta_start=0.99, beta_end=0.99),
+            "the schedule adds too much noise: alpha_bar must be at",
+        ),
+        (
+            lambda m: m["schedule"].update(beta_start=1e-17),
+            "the schedule adds too little noise: alpha_bar must decrease",
+        ),
+        (lambda m: m["unet"].update(image_channels=2), "unet.image_channels must be 1 (grey) or 3 (colour), got 2"),
+        (lambda m: m["unet"].update(image_channels=4), "unet.image_channels must be 1 (grey) or 3 (colour), got 4"),
+        (lambda m: set_class_name(m, "\ud800"), r"class names must be printable and not blank, but one is '\ud800'"),
+        (lambda m: set_class_name(m, "a\n\x1b[2J"), r"class names must be printable and not blank, but one is 'a\n"),
+        (lambda m: set_class_name(m, ""), "class names must be printable and not blank, but one is ''"),
+        (lambda m: set_class_name(m, " "), "class names must be printable and not blank, but one is ' '"),
+        (lambda m: set_class_name(m, "a" * 101), "class_names[7] must be a string of at most 100 characters"),
+        (lambda m: m["guidance"].update(start=101, stop=101), "guidance must start at a timestep of the schedule: at"),
+        (
+            lambda m: m.update(guidance_by_sampler={"ddim": {"scale": 2, "start": 101, "stop": 200}}),
+            "guidance must start at a timestep of the schedule: at most 100",
+        ),
         (lambda m: m.update(probe_image="AAAA"), "the probe image has 3 bytes, but the network needs 64"),
         (lambda m: m.update(probe_image="\u0661"), "probe_image must be base64"),
         (lambda m: m["unet"].update({"new\n": 1}), r"unknown field unet.new\n"),
@@ -509,6 +534,21 @@ def test_error_about_a_rejected_file_contains_the_reason(
     assert "is not a checkpoint of unfog: " in message
     assert reason in message
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize(
+    "names", [["x"] * 10, ["\u96f6", "\u00e9" * 100, "0", "a b", *"123456"]], ids=["equal", "texts"]
+)
+def test_printable_class_names_are_loaded_and_give_valid_prompts(saved: Path, names: list[str]) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(class_names=names))
+    assert load(saved).config.class_names == tuple(names)
+    assert all(map(is_prompt, map(default_prompt, names)))
+
+
+@pytest.mark.parametrize("sigma_data", [2**53, 1, 1e-300])
+def test_sigma_data_of_any_size_is_loaded(saved: Path, sigma_data: float) -> None:
+    rewrite_metadata(saved, lambda metadata: metadata.update(prediction={"kind": "edm", "sigma_data": sigma_data}))
+    assert load(saved).config.prediction.sigma_data == sigma_data
 
 
 def test_unexpected_tensor_is_rejected(saved: Path) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from model import clip
 from model.clip import EMBEDDED, Clip, ClipError, ClipNotInstalledError, digit_prompt, is_prompt, name_without_folders
 from model.pixels import from_pixels
+from scripts.evaluation.captions import CAPTIONS
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -78,6 +79,33 @@ def test_each_digit_has_its_prompt(embedded: Clip) -> None:
 def test_long_prompt_is_cut_to_the_context_length(embedded: Clip) -> None:
     long = "seven " * 33
     torch.testing.assert_close(embedded.embed_prompts([long]), embedded.embed_prompts([long + "eight"]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unknown"),
+    [
+        (digit_prompt(7), []),
+        ("A thick, slanted 7 that leans!", []),
+        ("a grainy picture of the number 3, written by hand", []),
+        ("a cat riding a bicycle", ["cat", "riding", "bicycle"]),
+        ("a thick Cat and a thin cat", ["cat", "and"]),
+        ("ein Hund", ["ein", "hund"]),
+        ("seven " + "x" * 60, ["x" * 60]),
+        ("🙂 ...", []),
+    ],
+)
+def test_unknown_words_are_those_outside_of_the_training_captions(
+    embedded: Clip, prompt: str, unknown: list[str]
+) -> None:
+    assert embedded.unknown_words([prompt]) == unknown
+
+
+def test_every_training_caption_consists_of_known_words(embedded: Clip) -> None:
+    assert embedded.unknown_words(CAPTIONS) == []
+
+
+def test_model_that_has_learned_all_tokens_knows_every_word(larger: Clip) -> None:
+    assert larger.unknown_words(["a cat riding a bicycle"]) == []
 
 
 def test_missing_package_is_reported_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from model.noise import normal
-from model.prediction import Prediction, PredictionConfig
+from model.prediction import KINDS, Prediction, PredictionConfig
 from model.sampler import (
     SAMPLERS,
     Guidance,
@@ -29,6 +31,27 @@ SCHEDULES = {kind: Schedule(ScheduleConfig(kind=kind)) for kind in ("cosine", "l
 COSINE = SCHEDULES["cosine"]
 EVERY_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS)
 EVERY_SCHEDULE = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+
+
+BETAS = st.floats(min_value=-60, max_value=0).map(lambda exponent: 2.0**exponent) | st.floats(1e-9, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(("linear", "cosine")), st.integers(1, 400), BETAS, BETAS, st.sampled_from(KINDS))
+def test_every_schedule_that_is_not_refused_gives_finite_coefficients(
+    kind: str, num_steps: int, one: float, other: float, prediction: str
+) -> None:
+    try:
+        schedule = Schedule(ScheduleConfig(kind, num_steps, min(one, other), max(one, other)))
+    except ValueError:
+        return
+    mix = Prediction(PredictionConfig(prediction), schedule).table(torch.device("cpu"))
+    assert mix.isfinite().all()
+    assert (mix[:, 2] > 0).all()  # `predict_x_0` divides by it
+    for sampler in SAMPLERS:
+        for count in {1, 2, num_steps // 2, num_steps} - {0}:
+            if count <= num_steps:
+                assert make_plan(schedule, sampler, count).coefficients.isfinite().all()
 
 
 @pytest.fixture

@@ -49,6 +49,22 @@ def test_cosine_schedule_equals_the_paper_and_clips_the_last_beta() -> None:
     assert (1 - alpha_bar[100] / alpha_bar[99]).item() == pytest.approx(0.999)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (ScheduleConfig("linear", 100, 0.999999, 0.999999), "too much noise: alpha_bar must be at least 1e-70"),
+        (ScheduleConfig("linear", 10_000), "too much noise: .*, but ends at 0"),
+        (ScheduleConfig("linear", 100, 0.9, 0.9), "too much noise: .*, but ends at 1e-100"),
+        (ScheduleConfig("linear", 100, 1e-320, 1e-320), "too little noise"),
+        (ScheduleConfig("linear", 100, 1e-17, 0.2), "too little noise"),
+    ],
+    ids=str,
+)
+def test_schedule_that_no_sampler_could_use_is_refused(config: ScheduleConfig, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Schedule(config)
+
+
 @BOTH
 def test_half_log_snr_inverts_to_alpha_bar(config: ScheduleConfig) -> None:
     schedule = Schedule(config)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.step import Rows, State, Stepped
 from scripts import bench
-from scripts.benchmark import endurance, loads, modes, services, simulation, training, versions
+from scripts.benchmark import endurance, loads, memory, modes, services, simulation, training, versions
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.loads import Load
 from scripts.benchmark.measurement import Times
@@ -40,6 +40,19 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(loads, "LARGEST_REQUEST", 2)
     monkeypatch.setattr(modes, "matrix_rate", lambda device: 1e12)
     return path
+
+
+def test_memory_is_that_of_a_loaded_service(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "SETTINGS", {"without CLIP": "off"})
+    monkeypatch.setattr(memory, "NUM_STEPS", 3)
+    monkeypatch.setattr(memory, "SAMPLE_SECONDS", 0.001)
+    bench.main(["memory", f"--out={tmp_path / 'memory.json'}"])
+    found = json.loads((tmp_path / "memory.json").read_text())["mebibytes"]["without CLIP"]
+    assert 50 < found["service"] == found["sum"] < 2000
+    assert found["child"] == 0
+    assert f"without CLIP: service {found['service']} MiB, child process 0 MiB" in capsys.readouterr().out
 
 
 def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

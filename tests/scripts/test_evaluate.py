@@ -139,6 +139,7 @@ def test_edit_starts_at_the_timestep_of_each_strength(inputs: Path, tmp_path: Pa
         ["clip"],
         ["clip-guidance"],
         ["clip-attributes"],
+        ["clip-prompts"],
         ["synthetic", "set"],
         ["recognize"],
         ["handwriting"],

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app import errors
+from app.api.clip_warnings import score_warning
 from app.api.context import context_of
 from app.api.direct_route import DirectRoute
 from app.api.generation import ServiceDependency
@@ -51,6 +52,8 @@ async def score(request: Request, service: ServiceDependency) -> Response:
         raise errors.DeadlineExceeded(LATE) from None
     finally:
         future.cancel()
+    assert service.engine.clip
+    unknown = await asyncio.to_thread(service.engine.clip.unknown_words, body.prompts)
     timing = _timing(scores)
     response = ScoreResponse(
         clip=ClipName(name=service.clip_info.name, sha256=service.clip_info.sha256),
@@ -58,6 +61,7 @@ async def score(request: Request, service: ServiceDependency) -> Response:
         similarities=_rounded(scores.similarities),
         images=[_facts(image) for image in images],
         real_digits=RealDigits(count=scores.num_real_digits, similarities=_rounded(scores.real_digits)),
+        warning=score_warning(scores, unknown),
         timing=timing,
     )
     phases = f"queue;dur={1000 * timing.queue_seconds:.3f}, embed;dur={1000 * timing.embed_seconds:.3f}"

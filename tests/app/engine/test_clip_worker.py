@@ -127,6 +127,23 @@ def test_real_digits_are_embedded_once_and_have_the_mean_similarity_of_each_clas
     assert clip.batches == [BATCH, BATCH, 4, 1, 1]
 
 
+def test_prompt_is_compared_with_the_real_digits_of_a_class_after_they_are_embedded() -> None:
+    hold, levels = Hold(), [[digit, digit + 1] for digit in range(10)]
+    worker = ClipWorker()
+    worker.open(FakeClip(on_call=hold), [images(*each) for each in levels])
+    text = np.array(embedding("ab"), np.float32)
+    hold.wait()
+    assert worker.compare_with_real_digits(3, text) is None
+    hold.end()
+    scores = result(worker.score(images(0), ["a"], 30))
+    typical = np.mean([np.cos(level - len(DIGIT_PROMPTS[digit])) for digit in range(10) for level in levels[digit]])
+    assert scores.typical == pytest.approx(typical, abs=1e-6)
+    best = max(np.cos(3 - 2), np.cos(4 - 2))
+    assert worker.compare_with_real_digits(3, text) == pytest.approx((best, typical), abs=1e-6)
+    worker.close(errors.Draining(1))
+    worker.join(WAIT_SECONDS)
+
+
 def test_images_are_embedded_in_batches_of_one_request() -> None:
     clip = FakeClip()
     with opened(clip) as worker:

@@ -21,9 +21,17 @@ from model.clip import Clip, digit_prompt
 
 pytest.importorskip("open_clip")
 PROMPTS = [digit_prompt(digit) for digit in range(10)]
-
-
 SHA256 = Clip().sha256
+# A child process without a model. It writes a line to the file that the batch names, and ends without an answer.
+ENDS_IN_EACH_CALL = """
+import sys
+from multiprocessing.connection import Connection
+connection = Connection(int(sys.argv[2]))
+connection.recv()
+connection.send(None)
+with open(connection.recv()[0], "a") as calls:
+    calls.write("call\\n")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +94,24 @@ def test_process_that_ends_between_two_calls_starts_again_with_the_next_call(pro
     assert process.pid != before
 
 
-def test_call_fails_if_the_process_ends_during_it_and_the_next_call_starts_it_again(process: ClipProcess) -> None:
+def test_call_whose_process_is_killed_is_answered_by_a_new_process(process: ClipProcess) -> None:
     expected, before = process.call(["one"]), process.pid
     assert before
     os.kill(before, signal.SIGSTOP)  # The call waits for an answer.
     killer = threading.Timer(0.1, os.kill, (before, signal.SIGKILL))
     killer.start()
-    with pytest.raises(RuntimeError, match="the CLIP process has ended"):
-        process.call(["one"])
-    killer.join()
     assert np.array_equal(process.call(["one"]), expected)
+    killer.join()
     assert process.pid != before
+
+
+def test_batch_that_ends_its_process_twice_fails_the_call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(clip_process, "_PROGRAM", ENDS_IN_EACH_CALL)
+    process, calls = ClipProcess(), tmp_path / "calls"
+    with pytest.raises(RuntimeError, match="the CLIP process has ended"):
+        process.call([str(calls)])
+    assert calls.read_text() == "call\n" * 2
+    process.close()
 
 
 def test_closing_ends_a_call_that_is_in_progress() -> None:

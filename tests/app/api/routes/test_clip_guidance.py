@@ -1,7 +1,9 @@
 """Tests of CLIP guidance through POST /generate and POST /reproduce, with a fake runner and a fake CLIP model."""
 
+import asyncio
 import base64
 import io
+import json
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from app import errors
+from app.api.generation import Service
 from app.engine.job import Trajectory
 from model.clip import ClipNotInstalledError, digit_prompt
-from tests.app.application import run
+from tests.app.application import client_of, run
 from tests.app.clip_fakes import CLIP_INFO, FakeClip, embedding
-from tests.app.fakes import INFO, FakeRunner
+from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner
 
 Check = Callable[[httpx.AsyncClient], Awaitable[None]]
 TINY = replace(INFO, image_shape=(1, 1, 4))
@@ -28,6 +32,14 @@ def check_with(check: Check, model: FakeClip | None, runner: FakeRunner | None =
     runner = runner or FakeRunner(models={"default": TINY})
     runner.clip = model
     run(check, runner, **settings)
+
+
+def check_service(check: Callable[[httpx.AsyncClient, Service], Awaitable[None]], model: FakeClip) -> None:
+    async def main() -> None:
+        async with client_of(FakeRunner(models={"default": TINY}, clip=model)) as client:
+            await check(client, client._transport.app.state.service)  # type: ignore[attr-defined]
+
+    asyncio.run(main())
 
 
 def chunks(png: bytes) -> dict[str, str]:
@@ -153,6 +165,109 @@ def test_prompt_that_is_not_embedded_in_time_is_answered_with_504() -> None:
         assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
     check_with(check, FakeClip(on_call=block))
+
+
+class Held(FakeClip):
+    """Blocks the embedding of the prompt "slow" until `released` is set."""
+
+    def __init__(self) -> None:
+        super().__init__(on_call=self._hold)
+        self.entered, self.released = threading.Event(), threading.Event()
+
+    def _hold(self, batch: Any) -> None:
+        if list(batch) == ["slow"]:
+            self.entered.set()
+            assert self.released.wait(WAIT_SECONDS)
+
+
+SLOW = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow"}
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_request_whose_prompt_waits_when_the_drain_begins_is_finished(accept: str) -> None:
+    clip = Held()
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        waiting = asyncio.ensure_future(client.post("/generate", json=SLOW, headers={"accept": accept}))
+        await asyncio.to_thread(clip.entered.wait, WAIT_SECONDS)
+        drained = asyncio.gather(asyncio.wrap_future(service.engine.drain()), service.in_flight.none())
+        refused = await client.post("/generate", json=SLOW)
+        assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+        await asyncio.sleep(0)
+        assert not drained.done()
+        drained.add_done_callback(lambda _: service.give_up(errors.Draining(1)))  # as the server does
+        clip.released.set()
+        answer = await waiting
+        assert answer.status_code == 200, answer.text
+        assert "draining" not in answer.text
+        await asyncio.wait_for(drained, WAIT_SECONDS)
+
+    check_service(check, clip)
+
+
+def test_request_whose_prompt_waits_when_the_drain_ends_is_answered_with_503() -> None:
+    clip = Held()
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        waiting = asyncio.ensure_future(client.post("/generate", json=SLOW))
+        await asyncio.to_thread(clip.entered.wait, WAIT_SECONDS)
+        service.engine.drain()
+        service.give_up(errors.Draining(1))
+        clip.released.set()
+        answer = await asyncio.wait_for(waiting, WAIT_SECONDS)
+        assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+
+    check_service(check, clip)
+
+
+def test_prompt_that_is_embedded_at_the_end_of_the_drain_is_answered_with_503() -> None:
+    """The event loop can see the embedding after the drain has ended."""
+    clip = Held()
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        waiting = asyncio.ensure_future(client.post("/generate", json=SLOW))
+        await asyncio.to_thread(clip.entered.wait, WAIT_SECONDS)
+        service.engine.drain()
+        (embedding_of_slow,) = service.clip._prompts
+        clip.released.set()
+        embedding_of_slow.result(WAIT_SECONDS)  # blocks the event loop
+        service.give_up(errors.Draining(1))
+        answer = await asyncio.wait_for(waiting, WAIT_SECONDS)
+        assert (answer.status_code, answer.json()["code"]) == (503, "draining")
+
+    check_service(check, clip)
+
+
+def done_event(text: str) -> dict[str, Any]:
+    done: dict[str, Any] = json.loads(text.strip().rpartition("event: done\ndata: ")[2])
+    return done
+
+
+def test_prompt_that_does_not_describe_the_digit_gets_a_warning_in_each_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fake embeds a prompt as the angle of its length, and an image as the angle of its mean grey level."""
+    lengths = [len(digit_prompt(digit)) for digit in range(10)]
+    monkeypatch.setattr("app.main.read_real_digits", lambda: [[np.full((2, 2), n, np.uint8)] * 2 for n in lengths])
+    unsuitable = "unlearned".ljust(lengths[7] + 3, "x")  # cos(3) = -0.99
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        image = np.zeros((2, 2), np.uint8)
+        await asyncio.wrap_future(service.clip.score([image], ["a"], 30))  # The real digits are embedded first.
+        body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": unsuitable}
+        warning = (await client.post("/generate", json=body)).json()["warning"]
+        assert warning == (
+            f"The CLIP model has not learned these words: {unsuitable}. The prompt does not describe the digit 7: its "
+            "similarity to real images of it is at most -0.99. Real digits and their own prompts have 1.00"
+        )
+        stream = await client.post("/generate", json=body, headers={"accept": "text/event-stream"})
+        assert done_event(stream.text)["warning"] == warning
+        png = (await client.post("/generate", json=body, headers=PNG)).content
+        assert (await client.post("/reproduce", files={"image": png})).json()["warning"] == warning
+        for suitable in ({"clip_guidance_scale": 1}, {}):
+            assert (await client.post("/generate", json=BODY | suitable)).json()["warning"] is None
+            stream = await client.post("/generate", json=BODY | suitable, headers={"accept": "text/event-stream"})
+            assert "warning" not in done_event(stream.text)
+
+    check_service(check, FakeClip(unknown={unsuitable}))
 
 
 def test_picture_with_clip_guidance_is_reproduced() -> None:

@@ -93,6 +93,23 @@ def test_similarities_equal_those_of_open_clip_and_default_fit_keeps_every_pixel
     run(check, FakeRunner(clip=embedded))
 
 
+def test_pictures_that_no_prompt_describes_and_unknown_words_get_a_warning(embedded: LocalClip) -> None:
+    pixels = np.array(Image.open(EMBEDDED / "digits.png"))
+    seven, noise = pixels[28 * 7 : 28 * 8, :28], np.random.default_rng(0).integers(0, 256, (28, 28), np.uint8)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {"images": text_of(encoded(seven), encoded(noise)), "prompts": [*map(digit_prompt, range(10))]}
+        warning = (await client.post("/score", json=body)).json()["warning"]
+        assert warning.startswith("None of the prompts describes these images (by position, from 0): 1. Their highest")
+        body = {"images": text_of(encoded(seven)), "prompts": ["a thick seven", "a cat riding a bicycle"]}
+        warning = (await client.post("/score", json=body)).json()["warning"]
+        assert warning == "The CLIP model has not learned these words: cat, riding, bicycle"
+        body = {"images": text_of(encoded(seven)), "prompts": ["a thick seven", "a handwritten digit three"]}
+        assert (await client.post("/score", json=body)).json()["warning"] is None
+
+    run(check, FakeRunner(clip=embedded))
+
+
 def test_real_digits_have_the_mean_similarities_that_open_clip_computes(embedded: LocalClip) -> None:
     with Image.open(EMBEDDED / "digits.png") as sheet:
         corners = [(28 * place, 28 * row) for row in range(10) for place in range(10)]
