@@ -47,8 +47,8 @@ from scripts.evaluation.clip_attributes import SEED as ATTRIBUTES_SEED
 from scripts.evaluation.clip_attributes import evaluate_clip_attributes
 from scripts.evaluation.clip_guidance import INTERVALS, SCALE, SCALES, ClipSweepRequest, evaluate_clip_guidance
 from scripts.evaluation.clip_path import evaluate_clip
-from scripts.evaluation.comparison import check_intervals
 from scripts.evaluation.clip_prompts import evaluate_clip_prompts
+from scripts.evaluation.comparison import check_intervals
 from scripts.evaluation.denoising import evaluate_denoising
 from scripts.evaluation.editing import evaluate_editing
 from scripts.evaluation.fog import evaluate_fog

@@ -231,9 +231,10 @@ async def guided_by_clip(request: Request, service: Service, task: Task) -> Task
         "clip": ModelName(name=clip.name, sha256=clip.sha256),
         "warning": await _warning(service, options, text),
     }
+    has_deadline = task.timeout or service.settings.request_timeout  # otherwise the engine chooses one for the images
     return replace(
         task,
-        timeout=max(deadline - time.monotonic(), MIN_TIMEOUT),
+        timeout=max(deadline - time.monotonic(), MIN_TIMEOUT) if has_deadline else None,
         clip=ClipTarget(options.clip_guidance_scale, text, steps, service.engine.clip_evaluations),
         clip_sha256=clip.sha256,
         facts={**task.facts, **facts},
