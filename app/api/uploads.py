@@ -9,19 +9,21 @@ import asyncio
 import binascii
 import json
 import re
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
 from pydantic import BaseModel
 
+from app.api.context import context_of
+from app.api.middleware.client_address import client_name
 from app.api.picture_files import PictureError
 from app.api.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
+from app.api.upload_memory import UploadMemory
 from app.errors import (
     DeadlineExceeded,
     InvalidImage,
@@ -61,7 +63,7 @@ class ImageReader:
         self._max_bytes = settings.max_image_bytes
         self._read_seconds, self._decode_seconds = settings.read_timeout, settings.short_timeout
         self._workers = _Workers(NUM_WORKERS, thread_name_prefix="pictures")
-        self._held = _HeldBytes(MAX_BODIES * settings.max_image_bytes)
+        self._memory = UploadMemory(MAX_BODIES * settings.max_image_bytes)
 
     async def read(
         self,
@@ -89,27 +91,21 @@ class ImageReader:
         InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
         """
         parse = _parser_of(request, schema, lenient=lenient)
-        held = self._held.begin()
-        try:
-            bodies = [await read_body(request, self._max_bytes, self._read_seconds, held.add)]
+        client = client_name(request.scope, context_of(request.scope).key)
+        with self._memory.hold(client) as upload:
+            bodies = [
+                await self._memory.receive(upload, partial(read_body, request, self._max_bytes, self._read_seconds))
+            ]
             if self._workers.num_waiting >= MAX_WAITING:
                 raise Overloaded(1, "Too many pictures are being decoded. Retry later")
             work = self._workers.submit(_read, bodies, parse, schema, decoders, convert, check)
-        except BaseException:
-            held.end()
-            raise
-
-        def end(_: object) -> None:
-            # Also called if the work is cancelled. The executor then keeps its arguments until a worker is free.
-            bodies.clear()
-            held.end()
-
-        work.add_done_callback(end)
-        try:
-            async with asyncio.timeout(self._decode_seconds):
-                return await cancel_on_disconnect(request, asyncio.wrap_future(work))
-        except TimeoutError:
-            raise DeadlineExceeded("The picture was not decoded before the deadline. Retry later") from None
+            # If the work is cancelled, the executor keeps its arguments until a worker is free.
+            work.add_done_callback(lambda _: bodies.clear())
+            try:
+                async with asyncio.timeout(self._decode_seconds):
+                    return await cancel_on_disconnect(request, asyncio.wrap_future(work))
+            except TimeoutError:
+                raise DeadlineExceeded("The picture was not decoded before the deadline. Retry later") from None
 
     def close(self) -> None:
         """Cancels the work that has not begun."""
@@ -122,42 +118,6 @@ class _Workers(ThreadPoolExecutor):
     @property
     def num_waiting(self) -> int:
         return self._work_queue.qsize()
-
-
-class _HeldBytes:
-    """Counts the bytes of all bodies that are in memory, and refuses more than a limit. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._total, self._lock = limit, 0, threading.Lock()
-
-    def begin(self) -> "_HeldBody":
-        return _HeldBody(self)
-
-    def add(self, size: int) -> None:
-        """Raises Overloaded if the limit would be exceeded."""
-        with self._lock:
-            if self._total + size > self._limit:
-                raise Overloaded(1, "Too many pictures are being received. Retry later")
-            self._total += size
-
-    def remove(self, size: int) -> None:
-        with self._lock:
-            self._total -= size
-
-
-class _HeldBody:
-    """The bytes of one body."""
-
-    def __init__(self, total: _HeldBytes) -> None:
-        self._total, self._size = total, 0
-
-    def add(self, size: int) -> None:
-        self._total.add(size)
-        self._size += size
-
-    def end(self) -> None:
-        self._total.remove(self._size)
-        self._size = 0
 
 
 # A parsed body: the fields as in JSON. A picture is bytes (multipart) or a string (base64).
