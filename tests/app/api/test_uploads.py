@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from app import errors
-from app.api import upload_memory, uploads
+from app.api import picture_queue, upload_memory, uploads
 from app.api.picture_files import PictureError
 from app.api.pictures import Picture, decode, decode_mask
 from app.api.requests import ClientGoneError
-from app.api.schemas import WHOLE, Base64
+from app.api.schemas import WHOLE, Base64, TimedRequest
 from app.api.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, ImageReader, multipart_schema
 from app.settings import Settings
 from tests.app.api.samples import DRAWING, animation, encode, grey
@@ -465,6 +465,86 @@ def test_at_most_two_requests_are_decoded_at_a_time() -> None:
     asyncio.run(main())
 
 
+def test_small_request_is_read_between_the_pictures_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each picture the event loop has time to answer, as it has while real pictures are decoded."""
+    monkeypatch.setattr(picture_queue, "NUM_WORKERS", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    async def turn() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        loop, reader = asyncio.get_running_loop(), ImageReader(Settings())
+
+        def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+            order.append(fields.name)
+            begun.set()
+            go_on.wait(30)
+            asyncio.run_coroutine_threadsafe(turn(), loop).result(30)
+            return picture
+
+        pictures = [base64.b64encode(PNG).decode()] * 20
+        large = await start(reader, Client(as_json(image=PNG, images=pictures, name="large"), JSON), convert)
+        await asyncio.to_thread(begun.wait, 30)
+        small = await start(reader, Client(as_json(image=PNG, name="small"), JSON), convert)
+        go_on.set()
+        await asyncio.gather(large, small)
+        reader.close()
+
+    asyncio.run(main())
+    assert order.index("small") <= 4  # its body is parsed, and then its picture is decoded, after a picture each
+    assert len(order) == 22
+
+
+def test_queue_is_given_the_work_of_each_picture_and_the_timeout_of_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class TimedFields(TimedRequest, Fields):
+        pass
+
+    submitted: list[tuple[list[int], float]] = []
+
+    async def main() -> None:
+        reader = ImageReader(Settings(request_timeout=20))
+        submit = reader._queue.submit
+
+        def record(steps: list[Any], timeout: float) -> Any:
+            submitted.append(([step.work for step in steps], timeout))
+            return submit(steps, timeout)
+
+        monkeypatch.setattr(reader._queue, "submit", record)
+        sides = [28, 60, 256, 512]
+        pictures = [base64.b64encode(encode(Image.new("L", (side, side)), "PNG")).decode() for side in sides]
+        body = as_json(image=PNG, images=pictures, timeout_seconds=7.0)
+        await reader.read(Client(body, JSON).request, TimedFields, DECODERS, same)
+        reader.close()
+
+    asyncio.run(main())
+    (_, parse_timeout), ((_, own, small, medium, large), timeout) = submitted
+    assert (parse_timeout, timeout) == (20, 7)
+    assert 10 * own < small < medium < large  # a picture of 28 x 28 pixels is hardly converted
+    assert large - medium == 512**2 - 256**2  # the fit of a larger picture does not take more time
+
+
+def test_timeout_of_a_request_limits_the_time_to_decode_its_pictures() -> None:
+    class TimedFields(TimedRequest, Fields):
+        pass
+
+    go_on = threading.Event()
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        client = Client(as_json(image=PNG, timeout_seconds=0.05), JSON)
+        with pytest.raises(errors.DeadlineExceeded):
+            await reader.read(client.request, TimedFields, DECODERS, waiting_for(go_on))
+        go_on.set()
+        reader.close()
+
+    asyncio.run(main())
+
+
 def test_disconnect_while_a_request_waits_raises_client_gone_error() -> None:
     go_on = threading.Event()
     convert = waiting_for(go_on)
@@ -561,49 +641,21 @@ def test_small_picture_is_read_beside_16_stalled_uploads(
     asyncio.run(main())
 
 
-def test_request_that_is_cancelled_while_it_waits_frees_its_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executor keeps the arguments of cancelled work until a worker is free."""
-    go_on = threading.Event()
-    convert = waiting_for(go_on)
-
-    async def main() -> None:
-        reader, bodies = ImageReader(Settings()), list[list[bytes]]()
-        submit = reader._workers.submit
-
-        def record(function: Any, given: list[bytes], *parts: Any) -> Any:
-            bodies.append(given)
-            return submit(function, given, *parts)
-
-        monkeypatch.setattr(reader._workers, "submit", record)
-        busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
-        waiting = await start(reader, Client(as_json(image=PNG), JSON), convert)
-        assert [len(given) for given in bodies][-1] == 1
-        waiting.cancel()
-        await asyncio.wait([waiting])
-        assert bodies[-1] == []
-        go_on.set()
-        await asyncio.gather(*busy)
-        reader.close()
-        assert reader._memory.size == 0
-
-    asyncio.run(main())
-
-
-def test_number_of_requests_that_wait_for_a_worker_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_WAITING", 2)
+def test_request_that_is_cancelled_while_it_waits_frees_its_body() -> None:
     go_on = threading.Event()
     convert = waiting_for(go_on)
 
     async def main() -> None:
         reader = ImageReader(Settings())
-        tasks = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(4)]
-        with pytest.raises(errors.Overloaded):
-            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
+        busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
+        waiting = await start(reader, Client(as_json(image=PNG), JSON), convert)
+        assert reader._memory.size == 3 * len(as_json(image=PNG))
+        await cancel([waiting])
+        assert reader._memory.size == 2 * len(as_json(image=PNG))
         go_on.set()
-        await asyncio.gather(*tasks)
-        await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
-        assert reader._memory.size == 0
+        await asyncio.gather(*busy)
         reader.close()
+        assert reader._memory.size == 0
 
     asyncio.run(main())
 
