@@ -36,6 +36,7 @@ BAND_BYTES = 4 * 2**20  # rows are converted to float32 in bands of about this s
 THINNEST, THICKEST = 1.4, 4.2
 TYPICAL, FIRM = 2.6, 3.4
 
+CLEAN = 0.75  # a picture with a larger share of equal pixels has even paper, which needs no fit
 LEAST_CONTRAST = 0.04  # strokes must differ from the paper by at least this share of the range from black to white
 LEAST_EXTENT = 0.1  # a component that is smaller than this share of the largest component is a speckle
 LEAST_MASS = 0.02  # also a component whose mass is below this share
@@ -156,6 +157,8 @@ def _reduce(grey: Tensor, longest: int) -> Tensor:
     Works in bands of rows, so that no float32 copy of a large picture is made.
     """
     k = -(-max(grey.shape) // longest)
+    if k == 1:
+        return grey.float() / 255
     rows = k * max(1, BAND_BYTES // (4 * k * grey.shape[1]))
     bands = [F.avg_pool2d(band.float()[None, None], k, ceil_mode=True)[0, 0] for band in grey.split(rows)]
     return torch.cat(bands) / 255
@@ -182,8 +185,11 @@ def _fit_paper(coarse: Tensor) -> Tensor:
 
     Minimises the mean of the absolute residuals, plus half of the squared coefficients except the constant, by
     iteratively reweighted least squares. Like a median, the result hardly depends on strokes that cover less than half
-    of the picture.
+    of the picture. If most of the picture has exactly one brightness, this is the constant surface.
     """
+    level = coarse.median()
+    if (coarse == level).count_nonzero() > CLEAN * coarse.numel():
+        return F.pad(level[None], (0, 5))
     stride = max(1, max(coarse.shape) // 64)
     rows, columns = _grid(coarse.shape)
     terms = _terms(rows[::stride], columns[::stride]).flatten(0, 1).double()  # (N, 6)
@@ -226,26 +232,42 @@ def _find_drawing(strength: Tensor) -> Tensor | None:
     if not level:
         return None
     mask = strength > max(5 * noise, 0.35 * level)
-    labels = _components(_dilate(mask.float(), 1) > 0) * mask
+    labels = _components(_dilate(mask, 1)) * mask
     kept = _select(labels, strength)
     return torch.isin(labels, kept) & mask if len(kept) else None
 
 
 def _components(mask: Tensor) -> Tensor:
-    """Labels the connected components of a mask (H, W): int64 (H, W), 0 outside of the mask.
+    """Labels the connected components of a mask (H, W), with 8 neighbours: int64 (H, W), 0 outside of the mask.
 
-    A label is the number of a pixel. In each iteration, a pixel and the pixel of its old label take the largest label
-    of its neighbours. Each label is then replaced by the label of the pixel that it refers to. The number of iterations
-    is about the logarithm of the length of the longest path.
+    A run is a maximal sequence of adjacent True pixels in a row. If two runs of adjacent rows touch, one of them has
+    its first pixel next to the other. All edges between runs are therefore found at the first pixels.
     """
-    index = torch.arange(1, mask.numel() + 1).view(mask.shape)
-    label = index * mask
+    framed = F.pad(mask, [1] * 4)
+    width, flat = framed.shape[1], framed.flatten()
+    first = flat[1:] & ~flat[:-1]
+    number = F.pad(first.cumsum(0), (1, 0))  # of the run of a pixel, from 1
+    starts = first.nonzero().flatten() + 1
+    near = torch.cat([starts + row + column for row in (-width, width) for column in (-1, 0, 1)])
+    touching = flat[near]
+    one, other = number[starts].repeat(6)[touching], number[near][touching]
+    label = _joined(one, other, len(starts))[number] * flat
+    return label.view(framed.shape)[1:-1, 1:-1]
+
+
+def _joined(one: Tensor, other: Tensor, num_nodes: int) -> Tensor:
+    """Returns for each node of a graph the largest node that is connected to it. Nodes are numbered from 1.
+
+    In each iteration, a node and the node of its old label take the largest label of its neighbours. Each label is then
+    replaced by the label of the node that it refers to. The number of iterations is about the logarithm of the length
+    of the longest path.
+    """
+    label = torch.arange(num_nodes + 1)
     while True:
-        grown = F.max_pool2d(label.double()[None, None], 3, 1, 1)[0, 0].long() * mask
-        roots = torch.cat([torch.zeros(1, dtype=torch.int64), grown.flatten()])  # (1 + H W,), by label
-        roots = roots.scatter_reduce(0, label.flatten(), grown.flatten(), "amax")
-        roots[0] = 0
-        grown = roots[roots[grown]]
+        grown = label.scatter_reduce(0, one, label[other], "amax")
+        grown = grown.scatter_reduce(0, other, grown[one], "amax")
+        roots = grown.scatter_reduce(0, label, grown, "amax")
+        grown = roots[roots]
         if torch.equal(grown, label):
             return label
         label = grown
@@ -253,27 +275,26 @@ def _components(mask: Tensor) -> Tensor:
 
 def _select(labels: Tensor, strength: Tensor) -> Tensor:
     """Returns the labels of the components that belong to the drawing."""
-    names, inverse = labels.unique(return_inverse=True)
-    flat = inverse.flatten()
     height, width = labels.shape
-    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    y, x = labels.nonzero().unbind(dim=1)  # (N,), the pixels of all components
+    names, component = labels[y, x].unique(return_inverse=True)
+    if not len(names):
+        return names
 
     def extreme(values: Tensor, kind: str) -> Tensor:
-        return torch.zeros(len(names), dtype=torch.int64).scatter_reduce(0, flat, values, kind, include_self=False)
+        return torch.zeros(len(names), dtype=torch.int64).scatter_reduce(0, component, values, kind, include_self=False)
 
     def total(values: Tensor) -> Tensor:
-        return torch.zeros(len(names)).scatter_add(0, flat, values.float())
+        return torch.zeros(len(names)).scatter_add(0, component, values.float())
 
     extent = 1 + torch.maximum(extreme(y, "amax") - extreme(y, "amin"), extreme(x, "amax") - extreme(x, "amin"))
-    mass = total(strength.flatten())
+    mass = total(strength[y, x])
     sides = [total(axis == end) for axis, length in ((y, height), (x, width)) for end in (0, length - 1)]
     contact = torch.stack(sides).amax(dim=0) / min(height, width)
-    is_drawing = names > 0
-    is_inside = is_drawing & (contact < BORDER_CONTACT)
+    is_drawing = torch.ones(len(names), dtype=torch.bool)
+    is_inside = contact < BORDER_CONTACT
     if (is_inside & (extent >= 0.15 * max(height, width))).any():
         is_drawing = is_inside
-    if not is_drawing.any():
-        return names[:0]
     main = (mass * is_drawing).argmax()
     return names[is_drawing & (extent >= LEAST_EXTENT * extent[main]) & (mass >= LEAST_MASS * mass[main])]
 
@@ -311,7 +332,7 @@ def _crop_strokes(grey: Tensor, drawing: Tensor, paper: Tensor, inverted: bool) 
     rows = (top + (torch.arange(crop.shape[0]) + 0.5) * step).clamp_max(height - 1)
     columns = (left + (torch.arange(crop.shape[1]) + 0.5) * step).clamp_max(width - 1)
     contrast = crop - _evaluate(paper, rows / height, columns / width)
-    near = _dilate(drawing.float(), 2)[(rows / k).long()][:, (columns / k).long()] > 0
+    near = _dilate(drawing, 2)[(rows / k).long()][:, (columns / k).long()]
     strength = -contrast if inverted else contrast
     noise = _noise(contrast[~near]) if (~near).any() else 0.0
     level = _stroke_level(strength[near], noise)
@@ -344,10 +365,10 @@ def _with_typical_stroke(mask: Tensor) -> Tensor | None:
     share = (TYPICAL if width < THINNEST * unit else FIRM) / (SIZE * BOX)
     change = round((width - share * longest) / (2 * (1 - share)))
     if change < 0:
-        return _tight_or_none(_dilate(F.pad(mask.float(), [-change + 2] * 4), -change) > 0)
+        return _tight_or_none(_dilate(F.pad(mask, [-change + 2] * 4), -change))
     rest = round(0.25 * TYPICAL * unit)  # thin parts of a stroke keep at least twice this width
     thin = _thin(F.pad(mask, [rest + 2] * 4), change + rest)
-    return _tight_or_none(_dilate(thin.float(), rest) > 0)
+    return _tight_or_none(_dilate(thin, rest))
 
 
 def _tight_or_none(mask: Tensor) -> Tensor | None:
@@ -360,10 +381,10 @@ def _stroke_width(mask: Tensor) -> float:
     The mask is eroded until it is empty. On average, a pixel of a stroke of width w is in about w / 4 + 1 / 2 of these
     masks. The first mask is included.
     """
-    left, areas = F.pad(mask.float(), [1] * 4), []
-    while area := left.sum().item():
+    left, areas = F.pad(mask, [1] * 4), []
+    while area := left.count_nonzero().item():
         areas.append(area)
-        left = 1 - _grow(1 - left, len(areas) % 2 == 0)
+        left = ~_grow(~left, len(areas) % 2 == 0)
     return 4 * (sum(areas) / areas[0] - 0.5)
 
 
@@ -376,11 +397,13 @@ def _dilate(mask: Tensor, radius: int) -> Tensor:
 
 def _grow(mask: Tensor, square: bool) -> Tensor:
     """Grows a mask by one pixel: with a square of 3 x 3 pixels, or with a cross."""
-    image = mask[None, None]
-    if square:
-        return F.max_pool2d(image, 3, 1, 1)[0, 0]
-    rows, columns = F.max_pool2d(image, (3, 1), 1, (1, 0)), F.max_pool2d(image, (1, 3), 1, (0, 1))
-    return torch.maximum(rows, columns)[0, 0]
+    grown = mask.clone()
+    grown[1:] |= mask[:-1]
+    grown[:-1] |= mask[1:]
+    source = grown.clone() if square else mask
+    grown[:, 1:] |= source[:, :-1]
+    grown[:, :-1] |= source[:, 1:]
+    return grown
 
 
 def _thin(mask: Tensor, layers: int) -> Tensor:
@@ -396,8 +419,8 @@ def _thin(mask: Tensor, layers: int) -> Tensor:
                 for shift in ((1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1))
             )
             ring = (n, ne, e, se, s, sw, w, nw, n)
-            neighbours = torch.stack(ring[:8]).sum(dim=0)  # B(p)
-            rises = torch.stack([~a & b for a, b in pairwise(ring)]).sum(dim=0)  # A(p)
+            neighbours = torch.stack(ring[:8]).sum(dim=0, dtype=torch.uint8)  # B(p)
+            rises = torch.stack([~a & b for a, b in pairwise(ring)]).sum(dim=0, dtype=torch.uint8)  # A(p)
             ends = ~(n & e & s) & ~(e & s & w) if is_first else ~(n & e & w) & ~(n & s & w)
             mask = mask & ~((neighbours >= 2) & (neighbours <= 6) & (rises == 1) & ends)
         if torch.equal(mask, before):

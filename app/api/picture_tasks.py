@@ -73,10 +73,7 @@ def estimate_noise(body: DenoiseRequest, field: str, picture: Picture) -> tuple[
 
 
 class SeveralPictures:
-    """Converts the pictures of a request with a list of pictures. Limits their total size to MAX_PIXELS.
-
-    A request then keeps a worker busy for about as long as a request with a single picture.
-    """
+    """Converts the pictures of a request with a list of pictures. Limits their total size to MAX_PIXELS."""
 
     def __init__(self) -> None:
         self._num_pixels = 0

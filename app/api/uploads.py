@@ -1,47 +1,51 @@
 """Reads requests with pictures: multipart/form-data, or JSON with the pictures in base64.
 
-Only the arrival of the body is handled on the event loop. Parsing, validation and decoding run in worker threads.
-Their number limits the memory, because each decoding needs up to 100 MB. A worker must not hold the interpreter lock
-for long, because the event loop would wait for it. JSON is therefore checked before it is parsed.
+Only the arrival of the body is handled on the event loop. Parsing, validation and decoding run in the worker threads of
+a PictureQueue. A worker must not hold the interpreter lock for long, because the event loop would wait for it. JSON is
+therefore checked before it is parsed.
 """
 
 import asyncio
 import binascii
 import json
 import re
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from multipart import MultipartError, ParserLimitReached, PushMultipartParser, parse_options_header
 from pydantic import BaseModel
 
-from app.api.picture_files import PictureError
+from app.api.context import context_of
+from app.api.middleware.client_address import client_name
+from app.api.picture_files import PictureError, PictureFile, inspect
+from app.api.picture_queue import PictureQueue, Step
 from app.api.requests import cancel_on_disconnect, media_type_of, parse_json, read_body, validate
+from app.api.schemas import TimedRequest
+from app.api.upload_memory import UploadMemory
 from app.errors import (
     DeadlineExceeded,
     InvalidImage,
     InvalidRequest,
     MalformedRequest,
-    Overloaded,
     UnsupportedMediaType,
 )
 from app.settings import Settings
 
 JSON, MULTIPART = "application/json", "multipart/form-data"
-NUM_WORKERS = 2  # pictures that are decoded at the same time
 MAX_BODIES = 16  # limit for all bodies in memory together, as a multiple of the largest body
-MAX_WAITING = 64  # requests that wait for a worker
 MAX_PARTS = 32  # of a multipart body, without the elements of lists that have a limit in the schema
 MAX_PART_HEADER_BYTES = 1024
 MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
 MAX_TEXT_BYTES = 16 * 1024  # limit for a text field, and for a JSON body without the contents of its strings
 MAX_STRINGS = 256  # limit for the strings of a JSON body, including field names
 MAX_ESCAPES = 128 * 1024  # limit for backslashes in a JSON body; base64 in lines of 76 characters has 2% of them
+# The work to open a picture and to convert it, as a number of decoded pixels. A picture of 28 x 28 pixels or fewer is
+# hardly converted. Other pictures are converted with a fixed number of operations on at most COARSE_PIXELS pixels.
+OPENING, CONVERTING, COARSE = 20_000, 400_000, 12
+SMALLEST_PIXELS, COARSE_PIXELS = 28**2, 256**2
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|false")
 _DATA_URL = re.compile(r"data:[\w.+/-]*(?:;[\w.+=-]*)*;base64,", re.IGNORECASE)
@@ -54,14 +58,24 @@ T = TypeVar("T")
 Decoder = Callable[[bytes], P]  # decodes the content of a file; raises PictureError
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A file in an image field. `index` has its place if the field is a list."""
+
+    field: str
+    index: tuple[int, ...]
+    data: bytes
+    work: int
+
+
 class ImageReader:
     """Reads requests with pictures. All routes share one reader, so that its limits hold for the whole service."""
 
     def __init__(self, settings: Settings) -> None:
         self._max_bytes = settings.max_image_bytes
         self._read_seconds, self._decode_seconds = settings.read_timeout, settings.short_timeout
-        self._workers = _Workers(NUM_WORKERS, thread_name_prefix="pictures")
-        self._held = _HeldBytes(MAX_BODIES * settings.max_image_bytes)
+        self._queue = PictureQueue()
+        self._memory = UploadMemory(MAX_BODIES * settings.max_image_bytes)
 
     async def read(
         self,
@@ -89,75 +103,45 @@ class ImageReader:
         InvalidRequest, InvalidImage, DeadlineExceeded or ClientGoneError.
         """
         parse = _parser_of(request, schema, lenient=lenient)
-        held = self._held.begin()
-        try:
-            bodies = [await read_body(request, self._max_bytes, self._read_seconds, held.add)]
-            if self._workers.num_waiting >= MAX_WAITING:
-                raise Overloaded(1, "Too many pictures are being decoded. Retry later")
-            work = self._workers.submit(_read, bodies, parse, schema, decoders, convert, check)
-        except BaseException:
-            held.end()
-            raise
+        client = client_name(request.scope, context_of(request.scope).key)
+        with self._memory.hold(client) as upload:
+            bodies = [
+                await self._memory.receive(upload, partial(read_body, request, self._max_bytes, self._read_seconds))
+            ]
+            parsing = Step(OPENING + len(bodies[0]), partial(_parse, bodies, parse, schema, tuple(decoders), check))
+            try:
+                async with asyncio.timeout(self._decode_seconds) as deadline:
+                    return await cancel_on_disconnect(request, self._decode(parsing, decoders, convert, deadline))
+            except TimeoutError:
+                raise DeadlineExceeded("The picture was not decoded before the deadline. Retry later") from None
 
-        def end(_: object) -> None:
-            # Also called if the work is cancelled. The executor then keeps its arguments until a worker is free.
-            bodies.clear()
-            held.end()
-
-        work.add_done_callback(end)
-        try:
-            async with asyncio.timeout(self._decode_seconds):
-                return await cancel_on_disconnect(request, asyncio.wrap_future(work))
-        except TimeoutError:
-            raise DeadlineExceeded("The picture was not decoded before the deadline. Retry later") from None
+    async def _decode(
+        self,
+        parsing: Step[tuple[M, list[_File]]],
+        decoders: Mapping[str, Decoder[P]],
+        convert: Callable[[M, str, P], T],
+        deadline: asyncio.Timeout,
+    ) -> tuple[M, dict[str, list[T]]]:
+        """Parses a body and decodes its pictures. Moves the deadline if the request has an earlier one."""
+        seconds = self._decode_seconds
+        ((fields, files),) = await asyncio.wrap_future(self._queue.submit([parsing], seconds))
+        if isinstance(fields, TimedRequest) and fields.timeout_seconds and fields.timeout_seconds < seconds:
+            deadline.reschedule((deadline.when() or 0) - seconds + fields.timeout_seconds)
+            seconds = fields.timeout_seconds
+        names = [file.field for file in files]
+        steps = [Step(file.work, partial(_convert, fields, file, decoders[file.field], convert)) for file in files]
+        files.clear()  # Each step holds its file until it has run.
+        work = self._queue.submit(steps, seconds)
+        del steps
+        converted: list[T] = await asyncio.wrap_future(work)
+        pictures: dict[str, list[T]] = {}
+        for name, picture in zip(names, converted, strict=True):
+            pictures.setdefault(name, []).append(picture)
+        return fields, pictures
 
     def close(self) -> None:
         """Cancels the work that has not begun."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
-
-
-class _Workers(ThreadPoolExecutor):
-    """Worker threads with the number of tasks that wait for one of them."""
-
-    @property
-    def num_waiting(self) -> int:
-        return self._work_queue.qsize()
-
-
-class _HeldBytes:
-    """Counts the bytes of all bodies that are in memory, and refuses more than a limit. Thread-safe."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._total, self._lock = limit, 0, threading.Lock()
-
-    def begin(self) -> "_HeldBody":
-        return _HeldBody(self)
-
-    def add(self, size: int) -> None:
-        """Raises Overloaded if the limit would be exceeded."""
-        with self._lock:
-            if self._total + size > self._limit:
-                raise Overloaded(1, "Too many pictures are being received. Retry later")
-            self._total += size
-
-    def remove(self, size: int) -> None:
-        with self._lock:
-            self._total -= size
-
-
-class _HeldBody:
-    """The bytes of one body."""
-
-    def __init__(self, total: _HeldBytes) -> None:
-        self._total, self._size = total, 0
-
-    def add(self, size: int) -> None:
-        self._total.add(size)
-        self._size += size
-
-    def end(self) -> None:
-        self._total.remove(self._size)
-        self._size = 0
+        self._queue.close()
 
 
 # A parsed body: the fields as in JSON. A picture is bytes (multipart) or a string (base64).
@@ -178,38 +162,54 @@ def _parser_of(request: Request, schema: type[BaseModel], *, lenient: bool) -> P
     return lambda body: _parse_multipart(body, boundary, schema, lenient=lenient)
 
 
-def _read(
+def _parse(
     bodies: list[bytes],
     parse: Parser,
     schema: type[M],
-    decoders: Mapping[str, Decoder[P]],
-    convert: Callable[[M, str, P], T],
+    names: tuple[str, ...],
     check: Callable[[M], object],
-) -> tuple[M, dict[str, list[T]]]:
-    """Reads the only body of the list, and removes it there."""
+) -> tuple[M, list[_File]]:
+    """Parses the only body of the list, and removes it there. `names` has the image fields in their order."""
     document = parse(bodies.pop())
-    files: dict[str, list[bytes | str]] = {}
-    for name in decoders:
+    contents: dict[str, list[Any]] = {}
+    lists = {name for name in names if isinstance(document.get(name), list)}
+    for name in names:
         value = document.get(name)
         values: list[Any] = value if isinstance(value, list) else [value]
         if values and all(isinstance(each, bytes | str) for each in values):
-            files[name] = values
-            document[name] = [""] * len(values) if isinstance(value, list) else ""
+            contents[name] = values
+            document[name] = [""] * len(values) if name in lists else ""
     fields = validate(document, schema)
     check(fields)
-    pictures: dict[str, list[T]] = {}
-    for name, values in files.items():
-        pictures[name] = []
-        for i, value in enumerate(values):
-            # The bytes of a file are released before the next one is decoded.
-            values[i] = b""
-            try:
-                picture = decoders[name](_decode_base64(value) if isinstance(value, str) else value)
-                pictures[name].append(convert(fields, name, picture))
-            except PictureError as error:
-                index = [i] if isinstance(document[name], list) else []
-                raise InvalidImage.of(name, str(error), *index) from error
-    return fields, pictures
+    files = [
+        _inspect(name, (i,) if name in lists else (), content)
+        for name, values in contents.items()
+        for i, content in enumerate(values)
+    ]
+    return fields, files
+
+
+def _inspect(field: str, index: tuple[int, ...], content: bytes | str) -> _File:
+    """Returns the file of a part or of base64 text, with the work that it needs. Raises InvalidImage."""
+    try:
+        data = _decode_base64(content) if isinstance(content, str) else content
+        return _File(field, index, data, _work_of(inspect(data)))
+    except PictureError as error:
+        raise InvalidImage.of(field, str(error), *index) from error
+
+
+def _work_of(file: PictureFile) -> int:
+    pixels = file.width * file.height
+    converting = CONVERTING + COARSE * min(pixels, COARSE_PIXELS) if pixels > SMALLEST_PIXELS else 0
+    return OPENING + pixels + converting
+
+
+def _convert(fields: M, file: _File, decode: Decoder[P], convert: Callable[[M, str, P], T]) -> T:
+    """Decodes and converts a picture. Raises InvalidImage."""
+    try:
+        return convert(fields, file.field, decode(file.data))
+    except PictureError as error:
+        raise InvalidImage.of(file.field, str(error), *file.index) from error
 
 
 def _decode_base64(text: str) -> bytes:

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from app import errors
-from app.api import idempotency, picture_files, picture_tasks, score_schemas, task_examples, uploads
+from app.api import idempotency, picture_files, picture_tasks, score_schemas, task_examples, upload_memory, uploads
 from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.inference.examples import INFER_PATH
@@ -549,7 +549,10 @@ def test_documented_values_of_settings_are_their_defaults() -> None:
 def test_documented_limits_of_pictures_are_those_of_the_code() -> None:
     values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
     bodies = "bodies with pictures that are received and decoded at the same time"
-    assert values[bodies] == f"{uploads.MAX_BODIES} x `UNFOG_MAX_IMAGE_BYTES` in total"
+    of_client = uploads.MAX_BODIES * upload_memory.SHARE
+    assert values[bodies] == f"{uploads.MAX_BODIES} x `UNFOG_MAX_IMAGE_BYTES` in total, {of_client:g} x for each client"
+    stalled = f"fewer than {upload_memory.MIN_PROGRESS // 1024} KiB have arrived in {upload_memory.STALL_SECONDS} s"
+    assert stalled in API.section("Limits")
     assert values["width and height of a picture"] == f"{picture_files.MAX_SIDE} pixels each"
     progressive, cmyk = picture_files.MAX_PIXELS_PROGRESSIVE, picture_files.MAX_PIXELS_PROGRESSIVE_CMYK
     assert values["pixels of a progressive JPEG picture"] == f"{progressive:,}"

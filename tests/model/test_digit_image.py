@@ -298,15 +298,35 @@ def test_components_equal_those_of_a_flood_fill() -> None:
                     stack.append(near)
 
 
-def test_components_of_a_long_spiral_are_found_in_few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_vertical", [False, True])
+def test_components_of_a_long_spiral_are_found_in_few_iterations(
+    is_vertical: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mask = torch.zeros(128, 128, dtype=torch.bool)
     mask[::2] = True
     mask[1::4, -1] = mask[3::4, 0] = True  # a path of more than 8,000 pixels
-    calls: list[int] = []
-    pool = F.max_pool2d
-    monkeypatch.setattr(F, "max_pool2d", lambda *arguments: calls.append(1) or pool(*arguments))
-    assert len(digit_image._components(mask).unique()) == 2
-    assert len(calls) < 40
+    iterations: list[int] = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda *tensors: iterations.append(1) or equal(*tensors))
+    assert len(digit_image._components(mask.T if is_vertical else mask).unique()) == 2
+    assert 1 < len(iterations) < 30
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 0.9])
+def test_paper_of_a_clean_picture_is_its_brightness_without_a_fit(
+    level: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.linalg, "solve")
+    paper = digit_image._fit_paper(level + 0.1 * seven(256, 256))
+    assert paper.tolist() == pytest.approx([level, 0, 0, 0, 0, 0], abs=1e-7)
+
+
+def test_clean_and_nearly_clean_picture_give_nearly_the_same_image() -> None:
+    """The paper of the second picture is fitted, because its levels differ by one grey level."""
+    picture = to_uint8(0.9 - 0.7 * seven())
+    picture[::2, 1::2] += 1
+    clean, fitted = normalise(to_uint8(0.9 - 0.7 * seven())), normalise(picture)
+    assert similarity(clean.pixels, fitted.pixels) > 0.999
 
 
 @pytest.mark.parametrize("width", [4, 10, 31])

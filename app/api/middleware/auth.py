@@ -13,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.context import context_of
-from app.api.middleware.client_address import address_name, key_name
+from app.api.middleware.client_address import address_name, client_name
 from app.api.middleware.rate_limit import RateLimiter
 from app.api.paths import Paths
 from app.api.problems import error_response
@@ -74,14 +74,13 @@ class Auth:
 
         Requests without a valid key also count, because each of them costs some work.
         """
-        address = address_name(scope)
         try:
             key = self._keys.check(Headers(scope=scope))
         except UnfogError:
-            self._limiter.hit(address)
+            self._limiter.hit(address_name(scope))
             raise
         context_of(scope).key = key
-        self._limiter.hit(key_name(key) if key else address)
+        self._limiter.hit(client_name(scope, key))
 
 
 def _sent_keys(headers: Headers) -> list[str]:

@@ -17,9 +17,9 @@ def client_address(scope: Scope) -> str:
     return _texts_of(_host(scope))[0]
 
 
-def key_name(position: int) -> str:
-    """Returns the name of an API key in the rate limiter."""
-    return f"key:{position}"
+def client_name(scope: Scope, key: int | None) -> str:
+    """Returns the name of a client in limits: of its API key (a position), or of its address if it has no valid key."""
+    return f"key:{key}" if key else address_name(scope)
 
 
 def address_name(scope: Scope) -> str:

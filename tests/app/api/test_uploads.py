@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from app import errors
-from app.api import uploads
+from app.api import picture_queue, upload_memory, uploads
 from app.api.picture_files import PictureError
 from app.api.pictures import Picture, decode, decode_mask
 from app.api.requests import ClientGoneError
-from app.api.schemas import WHOLE, Base64
+from app.api.schemas import WHOLE, Base64, TimedRequest
 from app.api.uploads import MAX_ESCAPES, MAX_PARTS, MAX_STRINGS, MAX_TEXT_BYTES, ImageReader, multipart_schema
 from app.settings import Settings
 from tests.app.api.samples import DRAWING, animation, encode, grey
@@ -51,14 +51,22 @@ Result = tuple[Fields, dict[str, list[Picture]]]
 class Client:
     """Sends a body in chunks. Then it stays connected, or disconnects if `leaves` is true."""
 
-    def __init__(self, body: bytes, content_type: str, *, leaves: bool = False, size: int = 2**16) -> None:
+    def __init__(
+        self, body: bytes, content_type: str, *, leaves: bool = False, size: int = 2**16, address: str = "192.0.2.1"
+    ) -> None:
         chunks = [body[i : i + size] for i in range(0, len(body), size)] or [b""]
         self.taken, self._leaves = 0, leaves
         self._messages: Iterator[Message] = iter(
             [{"type": "http.request", "body": each, "more_body": i < len(chunks) - 1} for i, each in enumerate(chunks)]
         )
         self.request = Request(
-            {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", content_type.encode())]},
+            {
+                "type": "http",
+                "method": "POST",
+                "path": "/",
+                "client": (address, 1),
+                "headers": [(b"content-type", content_type.encode())],
+            },
             self.receive,
         )
 
@@ -452,7 +460,87 @@ def test_at_most_two_requests_are_decoded_at_a_time() -> None:
         assert [isinstance(each, asyncio.CancelledError) for each in done] == [False] * 4 + [True]
         assert len(running) == 4
         reader.close()
-        assert reader._held._total == 0
+        assert reader._memory.size == 0
+
+    asyncio.run(main())
+
+
+def test_small_request_is_read_between_the_pictures_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each picture the event loop has time to answer, as it has while real pictures are decoded."""
+    monkeypatch.setattr(picture_queue, "NUM_WORKERS", 1)
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    async def turn() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        loop, reader = asyncio.get_running_loop(), ImageReader(Settings())
+
+        def convert(fields: Fields, name: str, picture: Picture) -> Picture:
+            order.append(fields.name)
+            begun.set()
+            go_on.wait(30)
+            asyncio.run_coroutine_threadsafe(turn(), loop).result(30)
+            return picture
+
+        pictures = [base64.b64encode(PNG).decode()] * 20
+        large = await start(reader, Client(as_json(image=PNG, images=pictures, name="large"), JSON), convert)
+        await asyncio.to_thread(begun.wait, 30)
+        small = await start(reader, Client(as_json(image=PNG, name="small"), JSON), convert)
+        go_on.set()
+        await asyncio.gather(large, small)
+        reader.close()
+
+    asyncio.run(main())
+    assert order.index("small") <= 4  # its body is parsed, and then its picture is decoded, after a picture each
+    assert len(order) == 22
+
+
+def test_queue_is_given_the_work_of_each_picture_and_the_timeout_of_the_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class TimedFields(TimedRequest, Fields):
+        pass
+
+    submitted: list[tuple[list[int], float]] = []
+
+    async def main() -> None:
+        reader = ImageReader(Settings(request_timeout=20))
+        submit = reader._queue.submit
+
+        def record(steps: list[Any], timeout: float) -> Any:
+            submitted.append(([step.work for step in steps], timeout))
+            return submit(steps, timeout)
+
+        monkeypatch.setattr(reader._queue, "submit", record)
+        sides = [28, 60, 256, 512]
+        pictures = [base64.b64encode(encode(Image.new("L", (side, side)), "PNG")).decode() for side in sides]
+        body = as_json(image=PNG, images=pictures, timeout_seconds=7.0)
+        await reader.read(Client(body, JSON).request, TimedFields, DECODERS, same)
+        reader.close()
+
+    asyncio.run(main())
+    (_, parse_timeout), ((_, own, small, medium, large), timeout) = submitted
+    assert (parse_timeout, timeout) == (20, 7)
+    assert 10 * own < small < medium < large  # a picture of 28 x 28 pixels is hardly converted
+    assert large - medium == 512**2 - 256**2  # the fit of a larger picture does not take more time
+
+
+def test_timeout_of_a_request_limits_the_time_to_decode_its_pictures() -> None:
+    class TimedFields(TimedRequest, Fields):
+        pass
+
+    go_on = threading.Event()
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        client = Client(as_json(image=PNG, timeout_seconds=0.05), JSON)
+        with pytest.raises(errors.DeadlineExceeded):
+            await reader.read(client.request, TimedFields, DECODERS, waiting_for(go_on))
+        go_on.set()
+        reader.close()
 
     asyncio.run(main())
 
@@ -488,71 +576,86 @@ def test_request_that_waits_until_its_deadline_is_answered() -> None:
     asyncio.run(main())
 
 
-def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
-    size = 1000
+def stalled(size: int, address: str) -> Client:
+    """Returns a client whose body of this size arrives except for its last byte."""
+    client = Client(bytes(size), JSON, size=size - 1, address=address)
+    client._messages = iter([next(client._messages)])
+    return client
 
+
+async def cancel(tasks: list[asyncio.Task[Result]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
     async def main() -> None:
-        reader = ImageReader(Settings(max_image_bytes=size))
-        slow = [Client(bytes(size), JSON, size=size - 1) for _ in range(uploads.MAX_BODIES + 1)]
-        for client in slow:
-            client._messages = iter([next(client._messages)])  # the rest never arrives
-        tasks = [await start(reader, client) for client in slow]
+        reader = ImageReader(Settings(max_image_bytes=1000))
+        clients = [stalled(1000, f"192.0.2.{i}") for i in range(uploads.MAX_BODIES + 1)]
+        tasks = [await start(reader, client) for client in clients]
         assert [task.done() for task in tasks] == [False] * uploads.MAX_BODIES + [True]
         with pytest.raises(errors.Overloaded) as refused:
             tasks[-1].result()
         assert refused.value.headers == {"Retry-After": "1"}
-        for task in tasks[:-1]:
-            task.cancel()
-        await asyncio.wait(tasks)
-        assert reader._held._total == 0
+        await cancel(tasks)
+        assert reader._memory.size == 0
         reader.close()
 
     asyncio.run(main())
 
 
-def test_request_that_is_cancelled_while_it_waits_frees_its_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executor keeps the arguments of cancelled work until a worker is free."""
-    go_on = threading.Event()
-    convert = waiting_for(go_on)
+def test_client_cannot_use_the_memory_of_other_clients() -> None:
+    async def main() -> None:
+        reader = ImageReader(Settings(max_image_bytes=1000))
+        tasks = [await start(reader, stalled(1000, "192.0.2.1")) for _ in range(uploads.MAX_BODIES)]
+        assert [task.done() for task in tasks].count(True) == uploads.MAX_BODIES // 2
+        other = Client(as_json(image=PNG), JSON, address="192.0.2.2")
+        assert (await reader.read(other.request, Fields, DECODERS, same))[1]["image"]
+        await cancel(tasks)
+        reader.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("num_addresses", [1, 2, 16])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_small_picture_is_read_beside_16_stalled_uploads(
+    num_addresses: int, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of the small picture has another address than the others, or the same."""
+    monkeypatch.setattr(upload_memory, "STALL_SECONDS", 0)
 
     async def main() -> None:
-        reader, bodies = ImageReader(Settings()), list[list[bytes]]()
-        submit = reader._workers.submit
-
-        def record(function: Any, given: list[bytes], *parts: Any) -> Any:
-            bodies.append(given)
-            return submit(function, given, *parts)
-
-        monkeypatch.setattr(reader._workers, "submit", record)
-        busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
-        waiting = await start(reader, Client(as_json(image=PNG), JSON), convert)
-        assert [len(given) for given in bodies][-1] == 1
-        waiting.cancel()
-        await asyncio.wait([waiting])
-        assert bodies[-1] == []
-        go_on.set()
-        await asyncio.gather(*busy)
+        reader = ImageReader(Settings(max_image_bytes=1000))
+        tasks = [await start(reader, stalled(1000, f"192.0.2.{i % num_addresses}")) for i in range(16)]
+        client = Client(as_json(image=PNG), JSON, address="192.0.2.0" if is_known else "198.51.100.7")
+        assert (await reader.read(client.request, Fields, DECODERS, same))[1]["image"]
+        for task in tasks:
+            if task.done():
+                assert isinstance(task.exception(), errors.RequestTimeout)
+        await cancel(tasks)
+        assert reader._memory.size == 0
         reader.close()
-        assert reader._held._total == 0
 
     asyncio.run(main())
 
 
-def test_number_of_requests_that_wait_for_a_worker_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_WAITING", 2)
+def test_request_that_is_cancelled_while_it_waits_frees_its_body() -> None:
     go_on = threading.Event()
     convert = waiting_for(go_on)
 
     async def main() -> None:
         reader = ImageReader(Settings())
-        tasks = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(4)]
-        with pytest.raises(errors.Overloaded):
-            await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
+        busy = [await start(reader, Client(as_json(image=PNG), JSON), convert) for _ in range(2)]
+        waiting = await start(reader, Client(as_json(image=PNG), JSON), convert)
+        assert reader._memory.size == 3 * len(as_json(image=PNG))
+        await cancel([waiting])
+        assert reader._memory.size == 2 * len(as_json(image=PNG))
         go_on.set()
-        await asyncio.gather(*tasks)
-        await reader.read(Client(as_json(image=PNG), JSON).request, Fields, DECODERS, convert)
-        assert reader._held._total == 0
+        await asyncio.gather(*busy)
         reader.close()
+        assert reader._memory.size == 0
 
     asyncio.run(main())
 
@@ -609,7 +712,7 @@ def test_failed_request_releases_its_bytes() -> None:
             with pytest.raises(errors.UnfogError):
                 await reader.read(Client(body, content_type, size=100).request, Fields, DECODERS, same)
         await asyncio.sleep(0.05)
-        assert reader._held._total == 0
+        assert reader._memory.size == 0
         reader.close()
 
     asyncio.run(main())

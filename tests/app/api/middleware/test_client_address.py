@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.api.middleware.client_address import address_name, client_address, key_name
+from app.api.middleware.client_address import address_name, client_address, client_name
 
 ADDRESSES = [  # (host of the connection or X-Forwarded-For, address in logs, name in the rate limiter)
     ("192.0.2.7", "192.0.2.7", "address:192.0.2.7"),
@@ -39,8 +39,14 @@ def test_connection_without_an_address_is_unknown(scope: dict[str, object]) -> N
     assert (client_address(scope), address_name(scope)) == ("unknown", "address:unknown")
 
 
+def test_client_is_named_by_its_key_or_else_by_its_address() -> None:
+    scope = {"type": "http", "client": ("192.0.2.7", 1)}
+    assert client_name(scope, 2) != client_name(scope, 1)
+    assert client_name(scope, None) == address_name(scope)
+
+
 def test_limiter_names_of_keys_and_addresses_are_different() -> None:
     names = {address_name({"client": (host, 1)}) for host, _, _ in ADDRESSES}
     names |= {address_name({"client": (host, 1)}) for host in NOT_ADDRESSES}
-    assert not names & {key_name(position) for position in range(1, 100)}
+    assert not names & {client_name({"type": "http"}, position) for position in range(1, 100)}
     assert all(name.startswith("address:") for name in names)

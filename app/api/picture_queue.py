@@ -1,0 +1,197 @@
+"""Runs the work of requests with pictures in worker threads, in a fair order and within a limit of time.
+
+A request is divided into steps: one parses the body, and one for each picture decodes and converts it. After each step,
+the worker selects the next one: of the smallest or of the oldest request, so that both get the same amount of work. A
+small request therefore never waits for all pictures of a large one, and small requests take at most half of the time
+from a large one.
+
+A request is refused with 429, before its pictures are decoded, if half of the worker time until its deadline is not
+enough for it and for those before it: the waiting requests that are not larger. If no request is unfinished, every one
+is admitted, because only finished steps correct a wrong prediction.
+
+The work of a step is predicted as a number of pixels. Finished steps give the mean seconds per pixel.
+"""
+
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from app.errors import Overloaded
+
+NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB
+NICENESS = 5  # added to that of the process, so that the threads of the denoising steps get more CPU time
+FIRST_SECONDS = 2e-8  # per pixel of work, before the first step
+FIRST_WORK = 1_000_000  # pixels that count like a first step at this speed
+KEPT = 0.9  # weight of the earlier steps in the seconds per pixel
+MAX_JUMP = 10.0  # a step counts at most as this multiple of its predicted time, because the process can be suspended
+NUM_SIZES = 64  # sizes of requests: powers of two of their work
+LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[T]):
+    """A part of a request that a worker runs without interruption. `work` is a predicted number of pixels."""
+
+    work: int
+    run: Callable[[], T]
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    number: int  # in the order of arrival
+    size: int  # the index in the lists by size
+    steps: deque[Step[Any]]  # that have not begun
+    is_running: bool = False
+    results: list[Any] = field(default_factory=list)
+    future: Future[list[Any]] = field(default_factory=Future)
+
+
+class PictureQueue:
+    """Queue and worker threads. Any thread may call the public methods, and none of them waits."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` returns seconds and must be monotonic."""
+        self._clock = clock
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, "pictures", _lower_priority)
+        self._lock = threading.Lock()
+        # By size: the unfinished requests in the order of arrival, and the work of their steps that have not finished.
+        # The executor has a call of _run_step for each request that waits.
+        self._unfinished: list[dict[_Request, None]] = [{} for _ in range(NUM_SIZES)]
+        self._work_left = [0] * NUM_SIZES
+        self._num_submitted = 0
+        self._work_of_oldest = 0  # more than was done for the smallest requests
+        self._seconds, self._work = FIRST_SECONDS * FIRST_WORK, float(FIRST_WORK)  # weighted sums of finished steps
+        self._is_closed = False
+
+    def submit(self, steps: Iterable[Step[T]], timeout: float) -> Future[list[T]]:
+        """Returns a future of the results of the steps, at least one, which run one after the other.
+
+        The steps that have not begun are dropped if the future is cancelled or a step raises an exception. Raises
+        Overloaded if the results are not expected within `timeout` seconds.
+        """
+        steps = deque(steps)
+        assert steps, "a request has at least one step"
+        work = sum(step.work for step in steps)
+        with self._lock:
+            self._refuse_if_late(work, timeout)
+            self._num_submitted += 1
+            request = _Request(self._num_submitted, _size_of(work), steps)
+            self._unfinished[request.size][request] = None
+            self._work_left[request.size] += work
+            self._call_worker()
+        request.future.add_done_callback(lambda _: self._remove(request))
+        if self._is_closed:
+            request.future.cancel()
+        return request.future
+
+    def close(self) -> None:
+        """Cancels all requests. The steps that run now are finished."""
+        with self._lock:
+            self._is_closed = True
+            requests = [request for requests in self._unfinished for request in requests]
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        for request in requests:
+            request.future.cancel()
+
+    def _refuse_if_late(self, work: int, timeout: float) -> None:
+        """Raises Overloaded if a request of this work would be late. The lock must be held."""
+        pace = self._seconds / self._work / NUM_WORKERS
+        late = pace * (sum(self._work_left[: _size_of(work) + 1]) + work) - timeout / 2
+        if late > 0 and any(self._unfinished):
+            wait = math.ceil(min(late, pace * sum(self._work_left)))
+            raise Overloaded(max(1, min(wait, LONGEST_WAIT)), "Too many pictures are being decoded. Retry later")
+
+    def _call_worker(self) -> None:
+        """Makes a worker run a step. Does nothing after `close`. The lock must be held."""
+        if not self._is_closed:
+            self._workers.submit(self._run_step)
+
+    def _run_step(self) -> None:
+        """Runs the next step, unless the request that the call was made for is cancelled and no other waits."""
+        with self._lock:
+            if not (request := self._select()):
+                return
+            request.is_running = True
+            step = request.steps.popleft()
+        start, error = self._clock(), None
+        try:
+            request.results.append(step.run())
+        except Exception as raised:
+            error = raised
+        seconds, work = self._clock() - start, step.work
+        del step  # It holds the file, which is not needed any more.
+        with self._lock:
+            self._measure(work, seconds)
+            self._work_left[request.size] -= work
+            request.is_running = False
+            if error:
+                self._drop_steps(request)
+            is_done = not request.steps
+            if not is_done:
+                self._call_worker()
+        with suppress(InvalidStateError):  # the request was cancelled
+            if error:
+                request.future.set_exception(error)
+            elif is_done:
+                request.future.set_result(request.results)
+
+    def _select(self) -> _Request | None:
+        """Returns the smallest or the oldest waiting request. The lock must be held."""
+        waiting = (
+            (request for request in requests if request.steps and not request.is_running)
+            for requests in self._unfinished
+        )
+        oldest_of_each_size = [request for requests in waiting if (request := next(requests, None))]
+        if not oldest_of_each_size:
+            return None
+        smallest = oldest_of_each_size[0]
+        oldest = min(oldest_of_each_size, key=lambda request: request.number)
+        if smallest is oldest:
+            return oldest
+        if self._work_of_oldest >= 0:
+            self._work_of_oldest -= smallest.steps[0].work
+            return smallest
+        self._work_of_oldest += oldest.steps[0].work
+        return oldest
+
+    def _measure(self, work: int, seconds: float) -> None:
+        """Adds a finished step to the weighted sums. The lock must be held."""
+        most = MAX_JUMP * self._seconds / self._work * work
+        self._seconds = KEPT * self._seconds + min(seconds, most)
+        self._work = KEPT * self._work + work
+
+    def _remove(self, request: _Request) -> None:
+        """Removes a request that is done."""
+        with self._lock:
+            del self._unfinished[request.size][request]
+            self._drop_steps(request)
+
+    def _drop_steps(self, request: _Request) -> None:
+        """Drops the steps that have not begun. The lock must be held."""
+        self._work_left[request.size] -= sum(step.work for step in request.steps)
+        request.steps.clear()
+
+
+def _size_of(work: int) -> int:
+    return min(work.bit_length(), NUM_SIZES - 1)
+
+
+def _lower_priority() -> None:
+    """Gives the calling thread a lower priority, unless a sandbox forbids it.
+
+    Only Linux has a niceness for each thread.
+    """
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
