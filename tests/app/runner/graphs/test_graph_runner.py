@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError
-from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
+from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows, Trajectory
 from app.runner.graphs import graph_runner
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
@@ -87,6 +87,21 @@ def test_row_with_nan_fails_alone_when_it_is_read(loaded: Checkpoint) -> None:
     healthy = rows_of(3, digit=2, num_steps=1)  # One of these slots was used by a row with NaN.
     step(runner, healthy)
     assert all(image is not None for image in runner.pixels(healthy).wait())
+
+
+def test_row_with_an_infinite_prediction_in_an_earlier_step_fails_alone(loaded: Checkpoint) -> None:
+    """The clipped x_0 of such a step is finite. So are all values of the later steps, although the image is wrong."""
+    loaded.network.final_conv[0].weight *= 100  # type: ignore[index, operator]
+
+    def rows() -> list[Trajectory]:  # The first one overflows in guided steps.
+        return [*rows_of(num_steps=10, guidance_scale=3e38), *rows_of(num_steps=10)]
+
+    of_cpu, of_graphs, runner, expected = rows(), rows(), on_graphs(loaded), new_runner(copy.deepcopy(loaded))
+    guided, other = zip(*(step(expected, of_cpu) for _ in range(10)), strict=True)
+    assert (set(guided[2:-1]), guided[-1], set(other)) == ({False}, True, {True})
+    for _ in range(10):
+        step(runner, of_graphs)
+    assert [image is None for image in runner.pixels(of_graphs).wait()] == [True, False]
 
 
 def with_noise_of_five_steps(loaded: Checkpoint) -> GraphRunner:
