@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import concurrent.futures
+import gc
 import io
 import json
 import threading
+import weakref
 from typing import Any
 
 import httpx
@@ -15,7 +17,8 @@ from PIL import Image
 from starlette.types import Message
 
 from app.api import task_examples
-from app.api.events import JobEvents, Mailbox
+from app.api.events import MAX_SMALL_IMAGES, JobEvents, Mailbox
+from app.api.images import encode_image
 from app.engine.job import ImageDone, Pixels, Progress
 from app.main import create_app
 from app.settings import Settings
@@ -224,6 +227,26 @@ def test_mailbox_of_a_closed_event_loop_works_in_the_next_one() -> None:
     assert asyncio.run(wait()) == 7
 
 
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_answered_job_is_freed_before_its_deadline(accept: str) -> None:
+    """A timer that is not cancelled would keep the job and its images until the deadline."""
+    runner = FakeRunner()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**WORK, "timeout_seconds": 30}, headers={"Accept": accept})
+        assert answer.status_code == 200
+        job = weakref.ref(runner.calls[0][0].job)
+        runner.calls.clear()
+
+        def is_freed() -> bool:
+            gc.collect()
+            return job() is None
+
+        await asyncio.to_thread(wait_until, is_freed, 10)  # the engine thread returns from its last step
+
+    run(check, runner)
+
+
 EVENTS = {"Accept": "text/event-stream"}
 STREAMED = [
     ("/generate", WORK),
@@ -255,6 +278,36 @@ def test_progress_has_x_t_of_each_image_only_if_it_is_included(path: str, body: 
             assert same(x_t, [255 - image(1, index, event["step"]) for index in range(2)])
 
     run(check, FakeRunner())
+
+
+@pytest.mark.parametrize(
+    ("count", "scale", "query", "previews_block", "images_block"),
+    [
+        (MAX_SMALL_IMAGES, 1, "", True, True),
+        (MAX_SMALL_IMAGES + 1, 1, "", False, True),
+        (MAX_SMALL_IMAGES // 2, 1, "&include=x_t", True, True),
+        (MAX_SMALL_IMAGES // 2 + 1, 1, "&include=x_t", False, True),
+        (1, 2, "", True, False),
+    ],
+)
+def test_only_small_previews_and_images_are_encoded_in_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, count: int, scale: int, query: str, previews_block: bool, images_block: bool
+) -> None:
+    is_in_loop: dict[bool, set[bool]] = {True: set(), False: set()}  # for images and previews
+    thread = threading.get_ident()
+
+    def record(pixels: Pixels, *of_images: Any) -> bytes:
+        is_in_loop[bool(of_images)].add(threading.get_ident() == thread)
+        return encode_image(pixels, *of_images)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**WORK, "count": count, "scale": scale}
+        answer = await client.post(f"/generate?previews=2{query}", json=body, headers=EVENTS)
+        assert answer.text.count("event: image") == count
+
+    monkeypatch.setattr("app.api.events.encode_image", record)
+    run(check, FakeRunner())
+    assert is_in_loop == {False: {previews_block}, True: {images_block}}
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
