@@ -149,6 +149,19 @@ def test_empty_lines_between_requests_are_skipped(first: bytes, after: bytes) ->
     assert not connection.has_part_of_head
 
 
+@pytest.mark.parametrize("after", [b"\r\n", b"\r\n\r\n"])
+def test_empty_lines_that_arrive_byte_by_byte_are_skipped(after: bytes) -> None:
+    connection = LimitedConnection(MAX_AHEAD)
+    connection.receive_data(HEAD_START + b"\r\n")
+    assert [type(event) for event in next_events(connection)] == [h11.Request, h11.EndOfMessage]
+    answer(connection)
+    found = []
+    for byte in after + HEAD_START + b"\r\n":
+        connection.receive_data(bytes([byte]))
+        found += [type(event) for event in next_events(connection)]
+    assert found == [h11.Request, h11.EndOfMessage]
+
+
 @pytest.mark.parametrize("start", [b"\x16\x03\x01", b"\r\r", b" GET", b"\nGET", b"\x00"])
 def test_first_byte_that_cannot_start_a_method_is_rejected(start: bytes) -> None:
     assert isinstance(refusal(start), MalformedRequest)
