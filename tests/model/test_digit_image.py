@@ -229,6 +229,16 @@ def test_speckles_do_not_change_the_bounding_box() -> None:
     assert similarity(normalise(to_uint8(picture)).pixels, REFERENCE) > 0.99
 
 
+@pytest.mark.parametrize("length", [80, 200])
+def test_long_faint_scratch_does_not_belong_to_the_drawing(length: int) -> None:
+    """It is longer than a tenth of the digit, but has less than 2% of its mass."""
+    picture = seven()
+    scratched = picture.clone()
+    scratched[380:382, 20 : 20 + length] = 0.5
+    assert picture.sum() * 0.02 > (scratched - picture).sum()
+    assert similarity(normalise(to_uint8(scratched)).pixels, REFERENCE) > 0.99
+
+
 def test_edge_of_a_table_does_not_belong_to_the_drawing() -> None:
     picture = 0.9 - 0.7 * seven()
     picture[:, :40] = 0.1
