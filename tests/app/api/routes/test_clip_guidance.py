@@ -1,5 +1,6 @@
 """Tests of CLIP guidance through POST /generate and POST /reproduce, with a fake runner and a fake CLIP model."""
 
+import asyncio
 import base64
 import io
 import threading
@@ -148,8 +149,11 @@ def test_prompt_that_is_not_embedded_in_time_is_answered_with_504() -> None:
 
     async def check(client: httpx.AsyncClient) -> None:
         body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow", "timeout_seconds": 0.05}
-        response = await client.post("/generate", json=body)
-        released.set()
+        try:
+            async with asyncio.timeout(10):
+                response = await client.post("/generate", json=body)
+        finally:
+            released.set()
         assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
     check_with(check, FakeClip(on_call=block))
