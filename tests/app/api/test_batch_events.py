@@ -262,11 +262,15 @@ def test_engine_publishes_nothing_without_viewers(monkeypatch: pytest.MonkeyPatc
     asyncio.run(main())
 
 
-def test_last_event_is_repeated_so_that_lost_connections_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_events, "REPEAT_SECONDS", 0.01)
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_last_event_is_repeated_so_that_lost_connections_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """With 0 seconds, the time is over when the batch arrives. The batch must not be lost."""
+    monkeypatch.setattr(batch_events, "REPEAT_SECONDS", seconds)
 
     async def main() -> None:
-        async with application(FakeRunner()) as app:
+        async with application(FakeRunner()) as app, asyncio.timeout(10):
             client = Client(app)
             for _ in range(3):
                 assert await client.batch() == {"step": 0, **IDLE}
