@@ -20,7 +20,6 @@ from app.main import create_app
 from app.settings import Settings
 from tests.app.application import WORK
 from tests.app.fakes import (
-    WAIT_SECONDS,
     FakeRunner,
     Gate,
     Rows,
@@ -36,6 +35,13 @@ from tests.app.fakes import (
 
 KEY = "a-key-for-this-test"
 IDLE = {"waiting": 0, "running": 0, "rows": []}
+EVENT_SECONDS = 20  # time limit for an event
+
+
+@pytest.fixture(autouse=True)
+def no_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are not repeated. Otherwise an event that was not sent would only come late."""
+    monkeypatch.setattr(batch_events, "REPEAT_SECONDS", 1000.0)
 
 
 class Client:
@@ -54,7 +60,7 @@ class Client:
 
     async def event(self) -> tuple[str, dict[str, Any]]:
         """Waits for the next event."""
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(EVENT_SECONDS):
             name, data = (await self._received.get()).decode().strip().split("\ndata: ")
         return name.removeprefix("event: "), json.loads(data)
 
@@ -270,7 +276,7 @@ def test_last_event_is_repeated_so_that_lost_connections_are_noticed(
     monkeypatch.setattr(batch_events, "REPEAT_SECONDS", seconds)
 
     async def main() -> None:
-        async with application(FakeRunner()) as app, asyncio.timeout(10):
+        async with application(FakeRunner()) as app:
             client = Client(app)
             for _ in range(3):
                 assert await client.batch() == {"step": 0, **IDLE}
@@ -309,6 +315,33 @@ def test_viewer_that_disconnects_is_removed_at_once() -> None:
             for client in (reading, blocked):
                 await client.leave()
             assert len(app.state.viewers) == 0
+
+    asyncio.run(main())
+
+
+def test_viewer_gets_events_after_another_one_has_left() -> None:
+    async def main() -> None:
+        async with application(FakeRunner()) as app:
+            client, other = Client(app), Client(app)
+            await client.idle()
+            await other.idle()
+            await other.leave()
+            await finish(app, new_job(num_steps=3))
+            await client.idle()
+
+    asyncio.run(main())
+
+
+def test_batch_that_arrives_during_the_pause_is_ignored() -> None:
+    async def main() -> None:
+        errors = list[dict[str, Any]]()
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+        async with application(FakeRunner(), asyncio.Event().wait) as app:
+            client = Client(app)
+            await client.idle()
+            app.state.service.engine.feed.publish(7, ())
+            await asyncio.sleep(0.01)
+            assert (client.num_unread, errors) == (0, [])
 
     asyncio.run(main())
 
