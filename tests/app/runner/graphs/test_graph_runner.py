@@ -84,8 +84,9 @@ def test_row_with_nan_fails_alone_when_it_is_read(loaded: Checkpoint) -> None:
     images = runner.pixels(rows).wait()
     assert [image is None for image in images] == [False, True, False]
     runner.release(rows)
-    healthy = rows_of(3, digit=2, num_steps=1)  # One of these slots was used by a row with NaN.
-    step(runner, healthy)
+    healthy = rows_of(3, digit=2, num_steps=2)  # One of these slots was used by a row with NaN.
+    for _ in range(2):
+        step(runner, healthy)
     assert all(image is not None for image in runner.pixels(healthy).wait())
 
 
