@@ -353,7 +353,8 @@ def test_number_of_viewers_is_limited() -> None:
             for client in clients:
                 await client.idle()
             refused = Client(app)
-            await refused.answer
+            async with asyncio.timeout(EVENT_SECONDS):
+                await refused.answer
             assert refused.status == 429
             assert int(refused.headers["retry-after"]) >= 1
             text = app.state.service.metrics.render().decode()

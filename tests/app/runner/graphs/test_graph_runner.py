@@ -119,6 +119,14 @@ def test_noise_of_long_paths_is_drawn_again(loaded: Checkpoint, num_steps: int) 
     assert equal(draw(with_noise_of_five_steps(loaded), rows_of(3, num_steps=num_steps)), expected)
 
 
+def test_steps_of_the_same_rows_use_the_noise_that_is_drawn_again(loaded: Checkpoint) -> None:
+    expected, runner = draw(new_runner(loaded), rows_of(3, num_steps=12)), with_noise_of_five_steps(loaded)
+    rows, sizes = rows_of(3, num_steps=12), np.array([1, 1, 1])
+    for k in range(12):
+        runner.step(StepRows(rows, np.full(3, k), sizes))
+    assert equal(runner.pixels(rows).wait(), expected)
+
+
 def test_step_can_be_repeated_if_drawing_its_noise_fails(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(new_runner(loaded), rows_of(3, num_steps=12))
     runner, rows, draw_noise = with_noise_of_five_steps(loaded), rows_of(3, num_steps=12), NewRows._draw
@@ -229,6 +237,26 @@ def test_step_of_the_same_rows_can_be_repeated(loaded: Checkpoint, monkeypatch: 
             monkeypatch.setattr(GraphCalls, "call", call)
         runner.step(StepRows(rows, np.full(3, k), sizes))
     assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_row_whose_first_step_failed_is_black_in_a_used_slot(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, call = on_graphs(loaded, num_slots=1), GraphCalls.call
+    draw(runner, rows_of(1))
+
+    def begin_only(calls: GraphCalls, key: object, *parts: object) -> None:
+        if isinstance(key, tuple):  # the graph of a step
+            raise torch.OutOfMemoryError
+        call(calls, key, *parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GraphCalls, "call", begin_only)
+    (row,) = rows_of(1)
+    with pytest.raises(OutOfMemoryError):
+        runner.step(StepRows.of([row]))
+    (image,) = runner.pixels([row]).wait()
+    assert image is not None
+    assert not image.any()
 
 
 def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Checkpoint) -> None:
