@@ -1,7 +1,9 @@
 """Compares the graph runner on a late device with the runner of a CPU, bit by bit."""
 
 import copy
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -307,6 +309,16 @@ def test_every_step_has_the_same_shape_with_fixed_rows(loaded: Checkpoint) -> No
     assert equal([image for row in mixed_rows() for image in draw(runner, [row])], expected)
     assert list(runner._steps) == [("default", Shape(12, 16, has_known=True))]
     assert (runner.batches, runner.max_rows) == ((12,), 12)
+
+
+def test_released_rows_are_freed(loaded: Checkpoint) -> None:
+    runner, rows = on_graphs(loaded), rows_of(2, num_steps=1)
+    step(runner, rows)
+    job = weakref.ref(rows[0].job)
+    runner.release(rows)
+    del rows
+    gc.collect()
+    assert job() is None
 
 
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
