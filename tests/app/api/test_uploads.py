@@ -493,7 +493,9 @@ def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
 
     async def main() -> None:
         reader = ImageReader(Settings(max_image_bytes=size))
-        slow = [Client(bytes(size), JSON, size=size - 1) for _ in range(uploads.MAX_BODIES + 1)]
+        # The first bodies reach the limit exactly. The last one has one byte more.
+        slow = [Client(bytes(size + 1), JSON, size=size) for _ in range(uploads.MAX_BODIES)]
+        slow.append(Client(bytes(2), JSON, size=1))
         for client in slow:
             client._messages = iter([next(client._messages)])  # the rest never arrives
         tasks = [await start(reader, client) for client in slow]

@@ -203,6 +203,25 @@ def test_graph_is_missing_once_if_many_steps_need_it(loaded: Checkpoint) -> None
     assert list(runner._missing) == [("default", Shape(3, 0, has_known=False))]
 
 
+def test_graph_that_was_needed_last_is_captured_first(loaded: Checkpoint) -> None:
+    runner, shapes = on_graphs(loaded), {rows: ("default", Shape(rows, 0, has_known=False)) for rows in (5, 6, 7)}
+    for rows in (8, 7, 6, 5):
+        draw(runner, rows_of(rows, num_steps=1))
+    runner.idle()
+    assert shapes[5] in runner._steps
+    draw(runner, rows_of(7, num_steps=1))
+    runner.idle()
+    assert [shapes[rows] in runner._steps for rows in (6, 7)] == [False, True]
+
+
+def test_larger_graph_is_not_used_after_the_slots_have_grown(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, num_slots=4)
+    draw(runner, rows_of(4, num_steps=1))
+    step(runner, rows_of(3, num_steps=2))  # with the graph for 4 rows
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=2))
+    assert equal(draw(runner, rows_of(3, num_steps=2)), expected)
+
+
 def test_exact_graph_is_captured_under_load_after_many_steps_with_a_larger_one(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
