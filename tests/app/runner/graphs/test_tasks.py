@@ -11,7 +11,7 @@ from app.runner.graphs.shapes import Shape
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import new_runner
-from tests.app.runner.task_rows import all_rows, finish, recognition_rows
+from tests.app.runner.task_rows import all_rows, finish, inpaint_rows, recognition_rows
 
 
 def on_graphs(loaded: Checkpoint, fixed_rows: int | None = None) -> GraphRunner:
@@ -46,3 +46,14 @@ def test_every_evaluation_of_a_recognition_row_has_its_class(loaded: Checkpoint)
     same_rows = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
     expected.step(StepRows.of(same_rows))
     assert runner.errors(rows).wait() == expected.errors(same_rows).wait()
+
+
+def test_noise_of_long_paths_with_known_pixels_is_drawn_again(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded)
+    info, slots = runner.models["default"], runner._slots
+    assert slots.state.noise is not None
+    slots.noise_steps, slots.state.noise = 2, slots.state.noise[:, :3].contiguous()  # that of x_T and of two steps
+    outcomes = [
+        finish(each, [*inpaint_rows(info, 5), *recognition_rows(info, 9)]) for each in (runner, new_runner(loaded))
+    ]
+    assert outcomes[0] == outcomes[1]
