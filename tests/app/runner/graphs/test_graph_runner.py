@@ -11,6 +11,7 @@ import torch
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows, Trajectory
+from app.engine.step_times import StepTimes
 from app.runner.graphs import graph_runner
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
@@ -18,6 +19,7 @@ from app.runner.graphs.new_rows import NewRows
 from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.graphs.step_inputs import Call
+from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step
@@ -338,6 +340,12 @@ def test_released_rows_are_freed(loaded: Checkpoint) -> None:
     del rows
     gc.collect()
     assert job() is None
+
+
+def test_step_times_of_fixed_rows_keep_the_time_of_clip(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "warm_up", lambda runner, should_stop: StepTimes({4: 1.0, 8: 2.0}, clip_seconds=0.25))
+    times = on_graphs(loaded, fixed_rows=10).warm_up(lambda: True)
+    assert (times.clip_seconds, times.measured_seconds(1)) == (0.25, times.measured_seconds(20))
 
 
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
