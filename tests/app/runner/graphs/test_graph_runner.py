@@ -146,6 +146,33 @@ def test_step_can_be_repeated_if_drawing_its_noise_fails(loaded: Checkpoint, mon
     assert equal(runner.pixels(rows).wait(), expected)
 
 
+def test_noise_of_a_long_path_is_drawn_once_even_if_a_step_is_repeated(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_drawn, draw_noise, call = 0, NewRows._draw, GraphCalls.call
+
+    def count(new: NewRows, draws: np.ndarray) -> None:
+        nonlocal num_drawn
+        num_drawn += draws.shape[1]
+        draw_noise(new, draws)
+
+    def fail_step(calls: GraphCalls, key: object, *parts: object) -> None:
+        if isinstance(key, tuple):  # the graph of a step
+            raise torch.OutOfMemoryError
+        call(calls, key, *parts)  # type: ignore[arg-type]
+
+    runner, rows = with_noise_of_five_steps(loaded), rows_of(3, num_steps=12)
+    monkeypatch.setattr(NewRows, "_draw", count)
+    for k in range(12):
+        if k == 5:  # The noise is drawn before this step.
+            monkeypatch.setattr(GraphCalls, "call", fail_step)
+            with pytest.raises(OutOfMemoryError):
+                runner.step(StepRows.of(rows))
+            monkeypatch.setattr(GraphCalls, "call", call)
+        step(runner, rows)
+    assert num_drawn == 3 * (1 + 11)  # that of x_T, and of all steps but the last one, which adds none
+
+
 def test_step_after_a_failed_growth_uses_no_outdated_graph(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, rows, grow = on_graphs(loaded, num_slots=2), rows_of(2, num_steps=6), GraphSlots._grow
     expected = draw(new_runner(loaded), rows_of(2, num_steps=6))
