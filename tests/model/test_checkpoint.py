@@ -342,6 +342,7 @@ def test_missing_required_field_is_rejected(saved: Path, field: str) -> None:
         ("probe", "num_steps", 101),
         ("probe", "digit", 10),
         ("probe", "seed", -1),
+        ("probe", "seed", 2**53),
     ],
 )
 def test_configuration_that_contradicts_the_tensors_is_rejected(

@@ -12,7 +12,7 @@ import torch
 from app.engine.interface import DeviceLostError, OutOfMemoryError
 from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows, Trajectory
 from app.engine.step_times import StepTimes
-from app.runner.graphs import graph_runner
+from app.runner.graphs import graph_runner, new_rows
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.new_rows import NewRows
@@ -129,6 +129,17 @@ def test_steps_of_the_same_rows_use_the_noise_that_is_drawn_again(loaded: Checkp
     for k in range(12):
         runner.step(StepRows(rows, np.full(3, k), sizes))
     assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_many_rows_are_begun_in_parts(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> list[Trajectory]:
+        scales = 1.5, 3.0
+        return [row for scale in scales for row in rows_of(10, num_steps=15, guidance_scale=scale)]  # 300 noise images
+
+    expected = draw(new_runner(loaded), rows())
+    monkeypatch.setattr(new_rows, "MOST_DRAWS", 128)
+    monkeypatch.setattr(new_rows, "MOST_ROWS", 8)
+    assert equal(draw(on_graphs(loaded), rows()), expected)
 
 
 def test_step_can_be_repeated_if_drawing_its_noise_fails(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
