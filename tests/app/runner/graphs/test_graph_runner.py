@@ -286,6 +286,17 @@ def test_inputs_of_the_same_rows_are_computed_once(loaded: Checkpoint, monkeypat
     assert computed == [3]
 
 
+def test_guided_steps_of_the_same_rows_have_the_bits_of_the_cpu_runner(loaded: Checkpoint) -> None:
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=12, guidance_scale=2.0))
+    runner, rows = on_graphs(loaded), rows_of(3, num_steps=12, guidance_scale=2.0)
+    guided = runner.models["default"].guided_steps_of(rows[0].options)
+    sizes = {False: np.array([1, 1, 1]), True: np.array([2, 2, 2])}
+    for k in range(12):
+        runner.step(StepRows(rows, np.full(3, k), sizes[k in guided]))
+    assert equal(runner.pixels(rows).wait(), expected)
+    assert 3 < len(guided) < 12
+
+
 def test_step_of_the_same_rows_can_be_repeated(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine repeats a step that failed before it was enqueued."""
     runner, rows, sizes = on_graphs(loaded), rows_of(3, num_steps=6), np.array([1, 1, 1])
