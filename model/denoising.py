@@ -39,7 +39,7 @@ FULL_PAIRS, NUM_CANDIDATES = 2, 4  # pairs that compare all classes, and the num
 # The pairs are above the matching timestep and between these shares of T. At lower timesteps the classes have nearly
 # equal predictions. At higher timesteps the image has little influence on the predictions.
 LOWEST_PAIR, HIGHEST_PAIR = 0.6, 0.92
-HIGHEST_COMPARED = 0.84  # share of T: images with a higher matching timestep are not compared
+HIGHEST_COMPARED = 0.84  # share of T: images with this or a higher matching timestep are not compared
 ODDS_SCALE, PREDICTION_VARIANCE = 0.04, 2.5  # fitted: see NoisyComparison.probabilities
 NUM_LEVELS = 320  # noise levels in the table of the estimator, 2.7% apart
 

@@ -161,12 +161,13 @@ class BatchViewers:
     async def _send_batches(self) -> None:
         event = b""
         while True:
-            self._arrived = asyncio.get_running_loop().create_future()
+            arrived = self._arrived = asyncio.get_running_loop().create_future()
             self._feed.is_wanted = True
             self._publish_if_idle()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(REPEAT_SECONDS):
-                    event = encode_batch(await self._arrived)
+            await asyncio.wait([arrived], timeout=REPEAT_SECONDS)  # does not lose a batch that arrives at the end
+            if arrived.done():
+                event = encode_batch(arrived.result())
+            arrived.cancel()
             if event:
                 for viewer in self._viewers:
                     viewer.put(event)

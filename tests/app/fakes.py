@@ -230,9 +230,9 @@ def running(engine: Engine) -> Iterator[Engine]:
         assert engine.stop(WAIT_SECONDS)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits until the condition is true. Another thread must make it true."""
-    end = time.monotonic() + WAIT_SECONDS
+def wait_until(condition: Callable[[], bool], seconds: float = WAIT_SECONDS) -> None:
+    """Waits until the condition is true. Another thread must make it true within `seconds`."""
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.001)

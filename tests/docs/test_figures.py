@@ -263,7 +263,9 @@ def test_memory_table_matches_the_file_and_container_limits_leave_half_as_much_r
     manifest = (ROOT / "deploy/kubernetes/cpu/deployment.yaml").read_text()
     (pod,) = set(re.findall(r"memory: (\d+)Gi", manifest))  # the request equals the limit
     (compose,) = re.findall(r"UNFOG_MEMORY:-(\d+)g", (ROOT / "docker-compose.cpu.yml").read_text())
-    assert f"The limits on a CPU are {compose} GiB in `docker-compose.cpu.yml` (`UNFOG_MEMORY`) and {pod} GiB" in document
+    assert (
+        f"The limits on a CPU are {compose} GiB in `docker-compose.cpu.yml` (`UNFOG_MEMORY`) and {pod} GiB" in document
+    )
     assert min(int(pod), int(compose)) * 1024 >= 1.5 * memory["with CLIP"]["sum"]
     assert 1.5 * memory["without CLIP"]["sum"] <= 1024  # the limit that the manifest recommends without CLIP
 

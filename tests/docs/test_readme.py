@@ -20,7 +20,8 @@ from tests.docs.markdown import ROOT, blocks, commands
 from tests.fake_python import fake_python
 
 README = ROOT / "README.md"
-SHELL = {name: value for name, value in os.environ.items() if not name.startswith(("UNFOG_", "PIP_"))}
+# PYTHONPATH, for example, would import other files than those of the clone.
+SHELL = {name: value for name, value in os.environ.items() if not name.startswith(("UNFOG_", "PIP_", "PYTHON"))}
 START_SECONDS = 240
 
 # Fake Python. It creates venvs with a fake pip, which installs nothing but makes two folders importable: the packages

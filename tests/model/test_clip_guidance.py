@@ -105,6 +105,14 @@ def test_nan_is_reported_as_not_finite(clip: Clip, text: Tensor) -> None:
     assert guided.finite.tolist() == [True, False, True]
 
 
+def test_guided_row_that_was_not_finite_stays_so(clip: Clip, text: Tensor) -> None:
+    """The x_0 of an infinite prediction is clipped, and therefore finite."""
+    step = stepped(3)
+    step.finite[2] = False
+    guided = guide_with_clip(clip, step, torch.tensor([2, 0]), torch.ones(2), text[:2], torch.ones(2))
+    assert guided.finite.tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_corrected_step_equals_the_reverse_step_from_the_moved_x_0(
     clip: Clip, text: Tensor, sampler: Sampler, tmp_path: Path
@@ -147,6 +155,22 @@ def test_process_is_guided_only_within_the_interval(clip: Clip, text: Tensor, tm
     assert differing == {t for t in plan.timesteps[:-1] if t < 60}
     similarity = [(clip.embed_images(x) * text[rows]).sum(dim=1).mean() for x in (plain, guided)]
     assert similarity[1] > similarity[0]
+
+
+def test_row_keeps_its_prompt_after_another_row_has_ended(clip: Clip, text: Tensor, tmp_path: Path) -> None:
+    loaded = load(tiny_checkpoint(tmp_path))
+    program = ReverseStep(loaded, torch.device("cpu"), torch.float32)
+    short, long = (make_plan(loaded.schedule, "ddim", num_steps) for num_steps in (2, 10))
+
+    def run(rows: list[int]) -> Tensor:
+        """Returns the image of the last row."""
+        guided, index = ClipGuidedStep(program, clip, ClipGuidance(3.0, 1, 100), text[rows]), torch.tensor(rows)
+        plans = [*[short] * (len(rows) - 1), long]
+        drawn = draw(guided, plans, loaded.image_shape, seed=0 * index, index=0 * index, y=0 * index)
+        return drawn[-1]
+
+    alone, together, other = run([1]), run([0, 1]), run([0])
+    assert (alone - together).abs().mean() < 1e-3 < (alone - other).abs().mean()
 
 
 def test_guidance_acts_within_the_interval_unless_the_scale_is_0() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from model.denoising import (
     FULL_PAIRS,
+    HIGHEST_COMPARED,
     MAX_NOISE_STD,
     NOT_BACKGROUND,
     NUM_CANDIDATES,
@@ -176,6 +177,7 @@ def test_image_that_is_nearly_noise_is_not_compared(num_steps: int) -> None:
     possible = [can_compare(schedule, t) for t in range(1, num_steps + 1)]
     assert possible == sorted(possible, reverse=True)
     assert 0.8 < sum(possible) / num_steps < 0.92
+    assert sum(possible) == math.ceil(HIGHEST_COMPARED * num_steps) - 1
     with pytest.raises(ValueError, match="too much noise"):
         comparison_path(schedule, sum(possible) + 1)
 

@@ -206,6 +206,12 @@ def test_strokes_of_every_width_get_the_width_of_mnist(stroke: float) -> None:
     assert similarity(pixels, REFERENCE) > 0.75
 
 
+def test_thick_stroke_stays_thicker_than_a_typical_one() -> None:
+    """With a typical width, a loop that the stroke has filled would disappear."""
+    pixels = normalise(to_uint8(seven(stroke=60))).pixels
+    assert pixels.float().sum() / 255 > 1.05 * TYPICAL * 20 * (0.6 + math.hypot(1, 0.45))
+
+
 @pytest.mark.parametrize("stroke", [2, 12])
 def test_thin_stroke_on_a_very_large_picture_is_found(stroke: float) -> None:
     pixels = normalise(to_uint8(1 - seven(2500, 3000, stroke=stroke))).pixels
@@ -229,9 +235,20 @@ def test_speckles_do_not_change_the_bounding_box() -> None:
     assert similarity(normalise(to_uint8(picture)).pixels, REFERENCE) > 0.99
 
 
-def test_edge_of_a_table_does_not_belong_to_the_drawing() -> None:
+@pytest.mark.parametrize("length", [80, 200])
+def test_long_faint_scratch_does_not_belong_to_the_drawing(length: int) -> None:
+    """It is longer than a tenth of the digit, but has less than 2% of its mass."""
+    picture = seven()
+    scratched = picture.clone()
+    scratched[380:382, 20 : 20 + length] = 0.5
+    assert picture.sum() * 0.02 > (scratched - picture).sum()
+    assert similarity(normalise(to_uint8(scratched)).pixels, REFERENCE) > 0.99
+
+
+@pytest.mark.parametrize("length", [SIDE, SIDE // 2], ids=["whole side", "half of a side"])
+def test_edge_of_a_table_does_not_belong_to_the_drawing(length: int) -> None:
     picture = 0.9 - 0.7 * seven()
-    picture[:, :40] = 0.1
+    picture[:length, :40] = 0.1
     assert similarity(normalise(to_uint8(picture)).pixels, REFERENCE) > 0.97
 
 
@@ -345,6 +362,12 @@ def test_thinning_keeps_the_number_of_components_and_holes() -> None:
         assert len(digit_image._components(mask).unique()) - 1 == 1
         background = ~F.max_pool2d(mask.float()[None, None], 3, 1, 1)[0, 0].bool() if mask is thin else ~mask
         assert len(digit_image._components(background).unique()) - 1 == 3
+
+
+def test_centre_of_mass_is_at_pixel_14() -> None:
+    image = digit_image._centre(torch.ones(5, 3), 28)[0]
+    rows, columns = (image.any(dim=dim).nonzero().flatten().tolist() for dim in (1, 0))
+    assert (rows, columns) == ([12, 13, 14, 15, 16], [13, 14, 15])
 
 
 def test_typical_stroke_is_between_the_bounds() -> None:

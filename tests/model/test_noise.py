@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model import noise
 from model.noise import normal, philox
 
 SHAPE = (1, 28, 28)
@@ -95,3 +96,10 @@ def test_noise_is_finite_over_millions_of_draws() -> None:
     assert z.dtype == torch.float32
     assert z.isfinite().all()
     assert 4 < z.abs().max() < 7  # the largest of 2.6 million normal values is above 4 almost surely
+
+
+def test_noise_of_words_that_are_0_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 4 billion words is 0, and the logarithm of 0 is infinite."""
+    monkeypatch.setattr(noise, "random_words", lambda *of_rows: torch.zeros(4, 1, 1, dtype=torch.int64))
+    number = torch.zeros(1, dtype=torch.int64)
+    assert normal(number, number, number, (1, 2, 2)).isfinite().all()

@@ -18,6 +18,7 @@ from model.png import (
     ProvenanceError,
     encode_pixels,
     encode_png,
+    sheet_shape,
 )
 from model.sampler import SAMPLERS
 
@@ -220,3 +221,11 @@ def test_missing_chunk_of_clip_guidance_is_named(name: str) -> None:
     del text[name]
     with pytest.raises(ProvenanceError, match=f"no text chunk {name}"):
         Provenance.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (4, (2, 2)), (5, (2, 3)), (7, (3, 3)), (64, (8, 8))]
+)
+def test_sheet_of_one_digit_has_no_empty_row(count: int, shape: tuple[int, int]) -> None:
+    assert sheet_shape(count) == shape
+    assert sheet_shape(count, num_digits=3) == (3, count)

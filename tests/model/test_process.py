@@ -154,6 +154,22 @@ def test_errors_of_an_image_are_those_of_its_noisy_versions_for_every_label(
     assert torch.equal(stepped.x_0, images)
 
 
+def test_errors_are_summed_over_the_known_pixels_only(loaded: Checkpoint, step: ReverseStep) -> None:
+    images, is_known = (of_rows[:1] for of_rows in given_rows(loaded))
+    keys = {"seed": torch.tensor([9]), "index": torch.tensor([2])}
+    plan = plan_through(loaded.schedule, "ddpm", [60, 0])
+    zero, errors = torch.zeros(1, dtype=torch.int64), []
+    for image in (images, torch.where(is_known, images, -images)):
+        start = Start(image, torch.zeros(1), torch.ones(1), is_known)
+        state, table, _ = begin([plan], loaded.image_shape, **keys, start=start)
+        errors.append(step(state, table, Rows(zero, zero, zero, zero + 1, zero)).error)
+    mix = loaded.prediction.table(torch.device("cpu"))[[60]]
+    x_0 = unclipped_x_0(state.x_t, loaded.network(state.x_t, zero + 60, zero), mix)
+    expected = (x_0 - images)[is_known].square().sum()[None]
+    assert torch.equal(*errors)
+    torch.testing.assert_close(errors[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_initial_state_is_contiguous_for_images_that_are_not(loaded: Checkpoint) -> None:
     """A compiled step needs contiguous inputs. An image that was rotated is not contiguous."""
     image = torch.rand(2, *loaded.image_shape).rot90(1, dims=(2, 3))

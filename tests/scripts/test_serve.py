@@ -100,7 +100,8 @@ class Project:
 
     def start(self, *arguments: str, script: str = "serve", **variables: str) -> "subprocess.Popen[str]":
         """Starts a script. The current folder is not the project folder."""
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("UNFOG_", "PIP_"))}
+        # PYTHONPATH, for example, would import the real service instead of the copy.
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("UNFOG_", "PIP_", "PYTHON"))}
         return subprocess.Popen(
             # A background process of a shell ignores SIGINT, and its children inherit this.
             ["env", "--default-signal=INT", str(self.root / "scripts" / script), *arguments],

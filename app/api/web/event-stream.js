@@ -8,7 +8,8 @@ export async function* eventsOf(body) {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      text += value;
+      // A carriage return at the end stays, because its line feed may come with the next bytes.
+      text = (text + value).replaceAll("\r\n", "\n");
       const parts = text.split("\n\n");
       text = parts.pop();
       for (const part of parts) yield parse(part);

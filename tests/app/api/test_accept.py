@@ -50,6 +50,9 @@ AVAILABLE = (JSON, PNG, ZIP, EVENTS)
         ("application/json;v=1;q=0.9, image/png;q=0.5", JSON),
         # if a range occurs twice, the first one counts
         ("image/png;q=0.5, image/png;q=0, text/*;q=0.1", PNG),
+        # a type with the weight 0 is not permitted, even if a wider range is
+        ("application/json;q=0, */*", PNG),
+        ("image/*;q=0, application/*;q=0, */*;q=0.1", EVENTS),
         # the header allows no available type
         ("text/html", None),
         ("image/png;q=0.000", None),

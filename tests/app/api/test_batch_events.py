@@ -20,7 +20,6 @@ from app.main import create_app
 from app.settings import Settings
 from tests.app.application import WORK
 from tests.app.fakes import (
-    WAIT_SECONDS,
     FakeRunner,
     Gate,
     Rows,
@@ -36,6 +35,13 @@ from tests.app.fakes import (
 
 KEY = "a-key-for-this-test"
 IDLE = {"waiting": 0, "running": 0, "rows": []}
+EVENT_SECONDS = 20  # time limit for an event
+
+
+@pytest.fixture(autouse=True)
+def no_repetition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events are not repeated. Otherwise an event that was not sent would only come late."""
+    monkeypatch.setattr(batch_events, "REPEAT_SECONDS", 1000.0)
 
 
 class Client:
@@ -54,7 +60,7 @@ class Client:
 
     async def event(self) -> tuple[str, dict[str, Any]]:
         """Waits for the next event."""
-        async with asyncio.timeout(WAIT_SECONDS):
+        async with asyncio.timeout(EVENT_SECONDS):
             name, data = (await self._received.get()).decode().strip().split("\ndata: ")
         return name.removeprefix("event: "), json.loads(data)
 
@@ -262,8 +268,12 @@ def test_engine_publishes_nothing_without_viewers(monkeypatch: pytest.MonkeyPatc
     asyncio.run(main())
 
 
-def test_last_event_is_repeated_so_that_lost_connections_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_events, "REPEAT_SECONDS", 0.01)
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_last_event_is_repeated_so_that_lost_connections_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """With 0 seconds, the time is over when the batch arrives. The batch must not be lost."""
+    monkeypatch.setattr(batch_events, "REPEAT_SECONDS", seconds)
 
     async def main() -> None:
         async with application(FakeRunner()) as app:
@@ -309,6 +319,33 @@ def test_viewer_that_disconnects_is_removed_at_once() -> None:
     asyncio.run(main())
 
 
+def test_viewer_gets_events_after_another_one_has_left() -> None:
+    async def main() -> None:
+        async with application(FakeRunner()) as app:
+            client, other = Client(app), Client(app)
+            await client.idle()
+            await other.idle()
+            await other.leave()
+            await finish(app, new_job(num_steps=3))
+            await client.idle()
+
+    asyncio.run(main())
+
+
+def test_batch_that_arrives_during_the_pause_is_ignored() -> None:
+    async def main() -> None:
+        errors = list[dict[str, Any]]()
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: errors.append(context))
+        async with application(FakeRunner(), asyncio.Event().wait) as app:
+            client = Client(app)
+            await client.idle()
+            app.state.service.engine.feed.publish(7, ())
+            await asyncio.sleep(0.01)
+            assert (client.num_unread, errors) == (0, [])
+
+    asyncio.run(main())
+
+
 def test_number_of_viewers_is_limited() -> None:
     async def main() -> None:
         async with application(FakeRunner()) as app:
@@ -316,7 +353,8 @@ def test_number_of_viewers_is_limited() -> None:
             for client in clients:
                 await client.idle()
             refused = Client(app)
-            await refused.answer
+            async with asyncio.timeout(EVENT_SECONDS):
+                await refused.answer
             assert refused.status == 429
             assert int(refused.headers["retry-after"]) >= 1
             text = app.state.service.metrics.render().decode()

@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import concurrent.futures
+import gc
 import io
 import json
 import threading
+import weakref
 from typing import Any
 
 import httpx
@@ -15,12 +17,13 @@ from PIL import Image
 from starlette.types import Message
 
 from app.api import task_examples
-from app.api.events import JobEvents, Mailbox
+from app.api.events import MAX_SMALL_IMAGES, JobEvents, Mailbox
+from app.api.images import encode_image
 from app.engine.job import ImageDone, Pixels, Progress
 from app.main import create_app
 from app.settings import Settings
 from tests.app.application import WORK, run
-from tests.app.fakes import FakeRunner, image, same, wait_until
+from tests.app.fakes import FakeRunner, Gate, image, same, wait_until
 
 TIMEOUT = 1.0  # in seconds; the images are generated in a few milliseconds
 BLACK: Pixels = np.zeros((1, 1), dtype=np.uint8)
@@ -142,20 +145,21 @@ def test_results_of_another_thread_wait_for_delivery_and_complete_together() -> 
     async def main() -> list[Any]:
         mailbox, works = Mailbox(), [concurrent.futures.Future[int]() for _ in range(3)]
         results = [mailbox.result_of(work) for work in works]
-        results[2].cancel()
+        results[0].cancel()
 
         def complete_all() -> None:
-            works[0].set_result(7)
-            works[1].set_exception(ValueError("failed"))
-            works[2].set_result(8)
+            works[0].set_result(8)
+            works[1].set_result(7)
+            works[2].set_exception(ValueError("failed"))
 
         await asyncio.to_thread(complete_all)
         await asyncio.sleep(0.05)
-        assert not any(result.done() for result in results[:2])
+        assert not any(result.done() for result in results[1:])
         await asyncio.to_thread(mailbox.deliver)
-        return await asyncio.gather(*results, return_exceptions=True)
+        async with asyncio.timeout(10):
+            return await asyncio.gather(*results, return_exceptions=True)
 
-    value, error, cancelled = asyncio.run(main())
+    cancelled, value, error = asyncio.run(main())
     assert value == 7
     assert (type(error), str(error)) == (ValueError, "failed")
     assert isinstance(cancelled, asyncio.CancelledError)
@@ -224,6 +228,69 @@ def test_mailbox_of_a_closed_event_loop_works_in_the_next_one() -> None:
     assert asyncio.run(wait()) == 7
 
 
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_job_of_a_client_that_disconnects_leaves_the_engine(accept: str) -> None:
+    async def main() -> None:
+        gate = Gate()
+        app = create_app(Settings(), lambda: FakeRunner(on_step=gate))
+        messages = iter([{"type": "http.request", "body": json.dumps(WORK).encode()}])
+
+        async def receive() -> Message:
+            if message := next(messages, None):
+                return message
+            await asyncio.to_thread(gate.entered.wait, TIMEOUT)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            pass
+
+        headers = [(b"content-type", b"application/json"), (b"accept", accept.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b""}
+        async with app.router.lifespan_context(app):
+            engine = app.state.service.engine
+            await asyncio.wrap_future(engine.ready)
+            await app({**scope, "headers": headers}, receive, send)
+            try:
+                assert gate.entered.is_set()
+                assert not engine.backlog.jobs
+            finally:
+                gate.released.set()
+
+    asyncio.run(main())
+
+
+def test_stream_that_ends_at_its_deadline_counts_as_a_rejection() -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**WORK, "timeout_seconds": 0.05}
+        stream = await client.post("/generate", json=body, headers={"Accept": "text/event-stream"})
+        gate.released.set()
+        assert '"code": "deadline_exceeded"' in stream.text
+        assert 'unfog_rejected_total{reason="deadline"} 1.0' in (await client.get("/metrics")).text
+
+    gate = Gate()
+    run(check, FakeRunner(on_step=gate))
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_answered_job_is_freed_before_its_deadline(accept: str) -> None:
+    """A timer that is not cancelled would keep the job and its images until the deadline."""
+    runner = FakeRunner()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**WORK, "timeout_seconds": 30}, headers={"Accept": accept})
+        assert answer.status_code == 200
+        job = weakref.ref(runner.calls[0][0].job)
+        runner.calls.clear()
+
+        def is_freed() -> bool:
+            gc.collect()
+            return job() is None
+
+        await asyncio.to_thread(wait_until, is_freed, 10)  # the engine thread returns from its last step
+
+    run(check, runner)
+
+
 EVENTS = {"Accept": "text/event-stream"}
 STREAMED = [
     ("/generate", WORK),
@@ -255,6 +322,36 @@ def test_progress_has_x_t_of_each_image_only_if_it_is_included(path: str, body: 
             assert same(x_t, [255 - image(1, index, event["step"]) for index in range(2)])
 
     run(check, FakeRunner())
+
+
+@pytest.mark.parametrize(
+    ("count", "scale", "query", "previews_block", "images_block"),
+    [
+        (MAX_SMALL_IMAGES, 1, "", True, True),
+        (MAX_SMALL_IMAGES + 1, 1, "", False, True),
+        (MAX_SMALL_IMAGES // 2, 1, "&include=x_t", True, True),
+        (MAX_SMALL_IMAGES // 2 + 1, 1, "&include=x_t", False, True),
+        (1, 2, "", True, False),
+    ],
+)
+def test_only_small_previews_and_images_are_encoded_in_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch, count: int, scale: int, query: str, previews_block: bool, images_block: bool
+) -> None:
+    is_in_loop: dict[bool, set[bool]] = {True: set(), False: set()}  # for images and previews
+    thread = threading.get_ident()
+
+    def record(pixels: Pixels, *of_images: Any) -> bytes:
+        is_in_loop[bool(of_images)].add(threading.get_ident() == thread)
+        return encode_image(pixels, *of_images)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**WORK, "count": count, "scale": scale}
+        answer = await client.post(f"/generate?previews=2{query}", json=body, headers=EVENTS)
+        assert answer.text.count("event: image") == count
+
+    monkeypatch.setattr("app.api.events.encode_image", record)
+    run(check, FakeRunner())
+    assert is_in_loop == {False: {previews_block}, True: {images_block}}
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])

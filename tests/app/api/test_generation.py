@@ -89,6 +89,20 @@ def test_only_small_images_are_encoded_in_the_event_loop(
     run(check, FakeRunner())
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "status"),
+    [("count", 4, 200), ("count", 5, 422), ("timeout_seconds", 20, 200), ("timeout_seconds", 20.5, 422)],
+)
+def test_request_up_to_the_limits_of_the_settings_is_permitted(field: str, value: float, status: int) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        answer = await client.post("/generate", json={**WORK, field: value})
+        assert answer.status_code == status
+        if status != 200:
+            assert answer.json()["errors"][0]["loc"][-1] == field
+
+    run(check, FakeRunner(), max_count=4, request_timeout=20)
+
+
 TASKS: list[tuple[str, dict[str, Any]]] = [
     ("/generate", {"digit": 3, "num_steps": 7, "guidance_scale": 2}),
     ("/generate", {"digit": 3, "num_steps": 7, "guidance_scale": 1}),

@@ -9,6 +9,7 @@ from app.api.picture_tasks import MaskedPicture
 from app.api.pictures import Picture
 from app.api.task_examples import REQUESTS
 from app.api.task_schemas import InpaintRequest
+from app.engine.job import Pixels
 from model.denoising import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
 from tests.app.application import run
 from tests.app.fakes import FakeRunner, recognised_class
@@ -68,6 +69,49 @@ def test_enlarged_picture_keeps_every_pixel_outside_of_the_mask(factor: int, off
     assert not masked.redrawn[0, :first].any()
     assert image is not None
     assert np.array_equal(image.pixels[0, :first], pixels[:first])
+
+
+def inpainted(mask: Pixels, image: Pixels, **options: Any) -> tuple[Pixels, Pixels]:
+    """Returns the mask and the image after they were resized."""
+    masked, body = MaskedPicture(), InpaintRequest(image="", mask="", **options)
+    masked.fit(body, "mask", Picture(mask))
+    resized = masked.fit(body, "image", Picture(image))
+    assert resized is not None
+    return masked.redrawn[0], resized.pixels[0].numpy()
+
+
+def test_mask_is_white_from_grey_level_128_on() -> None:
+    mask = np.full((28, 28), 127, np.uint8)
+    mask[5, 6] = 128
+    redrawn, _ = inpainted(mask, np.zeros((28, 28), np.uint8))
+    assert redrawn.nonzero() == (np.array([5]), np.array([6]))
+
+
+@pytest.mark.parametrize("size", [28, 60])
+def test_pixels_under_the_mask_have_no_influence(size: int) -> None:
+    """Without it, the light pixels under the mask would make the picture look like dark strokes on light paper."""
+    mask, plain = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
+    mask[: size // 2] = mask[:, -1] = mask[:, 0] = mask[-1] = 255
+    plain[size // 2 : size - 2, size // 2 : size // 2 + 2] = 200
+    light = np.where(mask == 255, 255, plain).astype(np.uint8)
+    (redrawn, expected), (_, found) = (inpainted(mask, each) for each in (plain, light))
+    assert np.array_equal(found[~redrawn], expected[~redrawn])
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_edit_of_full_strength_starts_from_noise_alone(strength: float) -> None:
+    runner = FakeRunner()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**REQUESTS["/edit"]["one"][1], "digit": 3, "strength": strength}
+        assert (await client.post("/edit", json=body)).status_code == 200
+        start = runner.calls[0][0].input
+        assert start is not None
+        assert ((start.signal, start.noise) == (0.0, 1.0)) is (strength == 1)
+        assert start.signal**2 + start.noise**2 == pytest.approx(1)
+
+    run(check, runner)
 
 
 @pytest.mark.parametrize("path", ["/recognize", "/denoise", "/inpaint", "/edit"])

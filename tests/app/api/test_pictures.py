@@ -291,8 +291,38 @@ def test_format_whose_decoder_needs_much_memory_has_a_lower_limit(data: bytes, m
 
 def test_jpeg_with_many_scans_is_refused() -> None:
     data = encode(grey(), "JPEG", progressive=True)
-    last = data.rindex(b"\xff\xda")
-    assert f"more than {MAX_SCANS} scans" in message_of(data[:-2] + data[last:-2] * MAX_SCANS + b"\xff\xd9")
+    last, missing = data.rindex(b"\xff\xda"), MAX_SCANS - data.count(b"\xff\xda")
+    most, too_many = (data[:-2] + data[last:-2] * count + b"\xff\xd9" for count in (missing, missing + 1))
+    assert inspect(most).format == "JPEG"
+    assert f"more than {MAX_SCANS} scans" in message_of(too_many)
+
+
+def test_gif_whose_frame_lies_outside_of_it_is_enlarged() -> None:
+    data = bytearray(encode(grey(), "GIF"))
+    start = data.index(b"\x2c\0\0\0\0")
+    data[start + 1 : start + 5] = b"\3\0\2\0"  # 3 pixels from the left and 2 from the top
+    height, width = DRAWING.shape
+    assert decode(bytes(data)).grey.shape == (height + 2, width + 3)
+
+
+def test_png_with_two_sizes_is_damaged() -> None:
+    """The size that is checked is that of the first header. The decoder uses the last one."""
+    data = encode(grey(), "PNG")
+    height, width = DRAWING.shape
+    header = chunk(b"IHDR", (width + 1).to_bytes(4, "big") + height.to_bytes(4, "big") + data[24:29])
+    assert "damaged" in message_of(SIGNATURE + header + data[len(SIGNATURE) :])
+
+
+@pytest.mark.parametrize(("num_opaque", "level", "background"), [(7, 250, 255), (7, 5, 0), (3, 250, 0), (3, 5, 255)])
+def test_transparent_pixels_continue_a_background_or_make_strokes_visible(
+    num_opaque: int, level: int, background: int
+) -> None:
+    """More than half of the picture is opaque if it has a background."""
+    pixels = np.zeros((10, 10, 2), np.uint8)
+    pixels[:num_opaque] = level, 255
+    picture = decode(encode(Image.fromarray(pixels, "LA"), "PNG")).grey
+    assert (picture[:num_opaque] == level).all()
+    assert (picture[num_opaque:] == background).all()
 
 
 def test_gif_with_many_data_blocks_is_refused() -> None:

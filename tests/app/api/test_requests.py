@@ -1,5 +1,6 @@
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from app import errors
-from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, cancel_on_disconnect, negotiate, read_json
+from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, cancel_on_disconnect, negotiate, parse_json, read_json
 from app.api.responses import EVENTS, FORMATS, JSON, PNG, ZIP
 from app.api.schemas import GenerateRequest
 
@@ -129,6 +130,20 @@ def test_body_of_exactly_the_limit_is_accepted() -> None:
     assert read(b'{"digit": 7}'.ljust(LIMIT)).digit == 7
     with pytest.raises(errors.BodyTooLarge):
         read(b'{"digit": 7}'.ljust(LIMIT + 1))
+
+
+@pytest.mark.parametrize("declared", [str(LIMIT + 1), "9" * 5000])
+def test_body_whose_declared_length_is_over_the_limit_is_not_read(declared: str) -> None:
+    body = Body(b"{}")
+    with pytest.raises(errors.BodyTooLarge):
+        of_client = request(body, content_type=JSON, content_length=declared)
+        asyncio.run(read_json(of_client, GenerateRequest, LIMIT, READ_SECONDS))
+    assert body.taken == 0
+
+
+def test_body_whose_declared_length_is_the_limit_is_accepted() -> None:
+    of_client = request(Body(b'{"digit": 7}'.ljust(LIMIT)), content_type=JSON, content_length=str(LIMIT))
+    assert asyncio.run(read_json(of_client, GenerateRequest, LIMIT, READ_SECONDS)).digit == 7
 
 
 @pytest.mark.parametrize(
@@ -293,6 +308,13 @@ def test_error_does_not_contain_the_input() -> None:
     assert "secret" not in json.dumps(errors_of('{"digit": "secret"}'))
 
 
+@pytest.mark.parametrize(("num_digits", "kind"), [(17, int), (400, int), (401, float), (10_000, float)])
+def test_long_integer_becomes_infinity_and_is_not_malformed(num_digits: int, kind: type) -> None:
+    document = parse_json(b"[%b]" % (num_digits * b"9"))
+    assert [type(number) for number in document] == [kind]
+    assert (document == [math.inf]) is (kind is float)
+
+
 def test_largest_seed_keeps_its_exact_value() -> None:
     assert read(b'{"digit": 7, "seed": 9007199254740991}').seed == 2**53 - 1
     assert read(b'{"digit": 7, "seed": 9007199254740991.0}').seed == 2**53 - 1
@@ -329,3 +351,22 @@ def test_exception_of_the_work_is_raised() -> None:
 
     with pytest.raises(errors.Draining):
         asyncio.run(fail())
+
+
+def test_nothing_waits_for_the_client_after_the_result() -> None:
+    async def main() -> int:
+        await cancel_on_disconnect(Request({"type": "http"}, silence), asyncio.sleep(0, "done"))
+        await asyncio.sleep(0)
+        return len(asyncio.all_tasks())
+
+    assert asyncio.run(main()) == 1
+
+
+def test_work_that_is_cancelled_while_the_client_is_connected_is_no_disconnect() -> None:
+    async def main() -> None:
+        work = asyncio.get_running_loop().create_future()
+        async with asyncio.timeout(0.01):
+            await cancel_on_disconnect(Request({"type": "http"}, silence), work)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())

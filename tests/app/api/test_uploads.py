@@ -2,6 +2,7 @@ import asyncio
 import base64
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
@@ -603,6 +604,29 @@ def test_bodies_that_arrive_at_the_same_time_have_a_common_limit() -> None:
         reader.close()
 
     asyncio.run(main())
+
+
+def test_file_of_a_list_is_freed_before_the_next_one_is_decoded() -> None:
+    size, held = 100_000, list[int]()
+
+    def measure(data: bytes) -> Picture:
+        assert len(data) == size
+        held.append(tracemalloc.get_traced_memory()[0])
+        return decode(PNG)
+
+    async def main() -> None:
+        reader = ImageReader(Settings())
+        content = base64.b64encode(bytes(size)).decode()
+        client = Client(as_json(image=content, images=[content] * 8), JSON)
+        tracemalloc.start()
+        try:
+            await reader.read(client.request, Fields, {"images": measure}, same)
+        finally:
+            tracemalloc.stop()
+        reader.close()
+
+    asyncio.run(main())
+    assert held[0] - held[-1] > 6 * size
 
 
 def test_client_cannot_use_the_memory_of_other_clients() -> None:

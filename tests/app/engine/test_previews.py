@@ -1,9 +1,13 @@
 """Tests of the previews that a job sends before its images are finished."""
 
+import gc
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from app.engine.engine import Engine
 from app.engine.job import ImageDone, Job, Progress
 from tests.app.fakes import FakeRunner, image, images, new_engine, new_job, new_search, opened, same, tick
 
@@ -101,3 +105,28 @@ def test_failed_row_of_a_read_of_x_t_fails_only_its_job() -> None:
         tick(engine)
     assert bad.future.exception() is not None
     assert same(good.future.result(), images(good))
+
+
+def finish(engine: Engine, job: Job) -> None:
+    while not job.closed:
+        tick(engine)
+
+
+def cancel(engine: Engine, job: Job) -> None:
+    tick(engine)
+    engine.cancel(job, ValueError())
+
+
+@pytest.mark.parametrize("end", [finish, cancel])
+def test_engine_keeps_no_ended_job_with_previews(end: Callable[[Engine, Job], None]) -> None:
+    runner = FakeRunner()
+    engine = opened(new_engine(runner))
+    job = new_job(2, num_steps=4, num_previews=4, listener=lambda event: None)
+    engine.submit(job)
+    end(engine, job)
+    ended = weakref.ref(job)
+    del job
+    tick(engine)
+    runner.calls.clear()
+    gc.collect()
+    assert ended() is None

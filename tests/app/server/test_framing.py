@@ -1,6 +1,8 @@
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import h11
 import pytest
@@ -147,6 +149,19 @@ def test_empty_lines_between_requests_are_skipped(first: bytes, after: bytes) ->
     connection.receive_data(b"\r\n")
     assert [type(event) for event in next_events(connection)] == [h11.Request, h11.EndOfMessage]
     assert not connection.has_part_of_head
+
+
+@pytest.mark.parametrize("after", [b"\r\n", b"\r\n\r\n"])
+def test_empty_lines_that_arrive_byte_by_byte_are_skipped(after: bytes) -> None:
+    connection = LimitedConnection(MAX_AHEAD)
+    connection.receive_data(HEAD_START + b"\r\n")
+    assert [type(event) for event in next_events(connection)] == [h11.Request, h11.EndOfMessage]
+    answer(connection)
+    found = []
+    for byte in after + HEAD_START + b"\r\n":
+        connection.receive_data(bytes([byte]))
+        found += [type(event) for event in next_events(connection)]
+    assert found == [h11.Request, h11.EndOfMessage]
 
 
 @pytest.mark.parametrize("start", [b"\x16\x03\x01", b"\r\r", b" GET", b"\nGET", b"\x00"])
@@ -304,8 +319,74 @@ SLOW_INPUTS = {
 }
 
 
+class CountingBuffer(bytearray):
+    """Counts the bytes that searches and copies look at."""
+
+    num_bytes = 0
+
+    def find(self, sub: Any, start: Any = 0, end: Any = None) -> int:
+        end = len(self) if end is None else min(end, len(self))
+        found = super().find(sub, start, end)
+        self.num_bytes += (end if found < 0 else found) - min(start, end)
+        return found
+
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        self.num_bytes += len(item) if isinstance(item, bytearray) else 1
+        return item
+
+
+def work_of(data: bytes, slice_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Returns the number of bytes that are searched, copied or given to h11, and of calls of functions."""
+    connection, buffer, work = LimitedConnection(MAX_AHEAD), CountingBuffer(), 0
+    connection._unparsed = buffer
+    give = h11.Connection.receive_data
+
+    def count_given(self: h11.Connection, given: bytes) -> None:
+        nonlocal work
+        work += len(given)
+        give(self, given)
+
+    def count_call(frame: object, event: str, argument: object) -> None:
+        nonlocal work
+        work += event in ("call", "c_call")
+
+    with monkeypatch.context() as patch, suppress(h11.RemoteProtocolError):
+        patch.setattr(h11.Connection, "receive_data", count_given)
+        sys.setprofile(count_call)
+        try:
+            for i in range(0, len(data), slice_bytes):
+                connection.receive_data(data[i : i + slice_bytes])
+                list(next_events(connection))
+        finally:
+            sys.setprofile(None)
+    return work + buffer.num_bytes
+
+
 @pytest.mark.parametrize(("start", "piece", "slice_bytes"), SLOW_INPUTS.values(), ids=SLOW_INPUTS)
 @pytest.mark.parametrize("small", [1_000, 100_000])  # number of bytes: one within the limits, one above them
+def test_work_of_parsing_grows_linearly_with_the_input(
+    start: bytes, piece: bytes, slice_bytes: int, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least, most = (
+        work_of(start + piece * (size // len(piece)) + b"\x00\n\r\n\r\n", slice_bytes, monkeypatch)
+        for size in (small, 8 * small)
+    )
+    assert most < 9 * least
+
+
+@pytest.mark.parametrize("white_space", [b" ", b"\t", b"\r\n "])
+def test_h11_gets_no_header_with_a_control_character(white_space: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its regular expressions take quadratic time on white space before such a character."""
+    given = list[bytes]()
+    monkeypatch.setattr(h11.Connection, "receive_data", lambda connection, data: given.append(data))
+    refused = refusal(HEAD_START + b"X:" + white_space * 500 + b"\x00\n\r\n\r\n")
+    assert (type(refused), given) == (MalformedRequest, [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "piece", "slice_bytes"), SLOW_INPUTS.values(), ids=SLOW_INPUTS)
+@pytest.mark.parametrize("small", [1_000, 100_000])
 def test_parsing_time_grows_linearly_with_the_input(start: bytes, piece: bytes, slice_bytes: int, small: int) -> None:
     def seconds(size: int) -> float:
         data = start + piece * (size // len(piece)) + b"\x00\n\r\n\r\n"

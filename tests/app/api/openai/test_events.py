@@ -1,6 +1,7 @@
 """Streams of the OpenAI Images API, without a socket and with a fake runner."""
 
 import base64
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ import httpx
 import pytest
 
 from app import errors
+from app.api.images import encode_image
 from app.api.openai.events import OpenAIEvents
-from app.engine.job import ImageDone, Progress
+from app.engine.job import ImageDone, Pixels, Progress
 from model.png import Provenance
 from tests.app.api.openai.samples import EDITS, PATHS, error_of, events_of, send
 from tests.app.application import run
@@ -25,6 +27,26 @@ both_paths = pytest.mark.parametrize("path", PATHS)
 
 def kind_of(path: str) -> str:
     return "image_edit" if path == EDITS else "image_generation"
+
+
+@pytest.mark.parametrize(("size", "is_in_loop"), [("56x56", True), ("84x84", False)])
+def test_only_small_partial_images_are_encoded_in_the_event_loop(
+    size: str, is_in_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread, found = threading.get_ident(), set[bool]()
+
+    def record(pixels: Pixels, *options: Any) -> bytes:
+        if len(options) == 1:  # without text chunks
+            found.add(threading.get_ident() == thread)
+        return encode_image(pixels, *options)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        response = await send(client, PATHS[0], stream=True, partial_images=2, n=1, size=size, quality="medium")
+        assert len(events_of(response)) == 3
+
+    monkeypatch.setattr("app.api.openai.events.encode_image", record)
+    run(check, FakeRunner())
+    assert found == {is_in_loop}
 
 
 @both_paths

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,8 @@ from PIL import Image
 from app import errors
 from app.api.generation import Service
 from app.engine.job import Trajectory
+from app.main import create_app
+from app.settings import Settings
 from model.clip import ClipNotInstalledError, digit_prompt
 from tests.app.application import client_of, run
 from tests.app.clip_fakes import CLIP_INFO, FakeClip, embedding
@@ -160,8 +163,11 @@ def test_prompt_that_is_not_embedded_in_time_is_answered_with_504() -> None:
 
     async def check(client: httpx.AsyncClient) -> None:
         body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow", "timeout_seconds": 0.05}
-        response = await client.post("/generate", json=body)
-        released.set()
+        try:
+            async with asyncio.timeout(10):
+                response = await client.post("/generate", json=body)
+        finally:
+            released.set()
         assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
     check_with(check, FakeClip(on_call=block))
@@ -268,6 +274,48 @@ def test_prompt_that_does_not_describe_the_digit_gets_a_warning_in_each_answer(m
             assert "warning" not in done_event(stream.text)
 
     check_service(check, FakeClip(unknown={unsuitable}))
+
+
+def test_time_for_the_prompt_counts_towards_the_deadline() -> None:
+    runner = FakeRunner(models={"default": TINY})
+
+    async def check(client: httpx.AsyncClient) -> None:
+        body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow", "timeout_seconds": 20}
+        assert (await client.post("/generate", json=body)).status_code == 200
+        assert 10 < runner.calls[0][0].job.request.timeout <= 19.9
+
+    check_with(check, FakeClip(on_call=lambda batch: time.sleep(0.1) if list(batch) == ["slow"] else None), runner)
+
+
+def test_request_is_in_flight_while_its_prompt_is_embedded() -> None:
+    began, released = threading.Event(), threading.Event()
+
+    def block(batch: Any) -> None:
+        if list(batch) == ["slow"]:
+            began.set()
+            released.wait(10)
+
+    async def main() -> None:
+        runner = FakeRunner(models={"default": TINY}, clip=FakeClip(on_call=block))
+        app = create_app(Settings(), lambda: runner)
+        service = app.state.service
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            await asyncio.wrap_future(service.engine.ready)
+            body = {**BODY, "clip_guidance_scale": 1, "clip_prompt": "slow"}
+            answering = asyncio.ensure_future(client.post("/generate", json=body))
+            await asyncio.to_thread(began.wait, 10)
+            idle = asyncio.ensure_future(service.in_flight.none())
+            await asyncio.sleep(0)
+            assert not idle.done()
+            released.set()
+            assert (await answering).status_code == 200
+            await asyncio.wait_for(idle, 10)
+
+    asyncio.run(main())
 
 
 def test_picture_with_clip_guidance_is_reproduced() -> None:

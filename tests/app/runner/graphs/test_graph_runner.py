@@ -1,7 +1,9 @@
 """Compares the graph runner on a late device with the runner of a CPU, bit by bit."""
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable, Hashable
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from app.engine.interface import DeviceLostError, OutOfMemoryError, RunnerError
-from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows
+from app.engine.job import ClipTarget, Job, JobRequest, Options, StepRows, Trajectory
+from app.engine.step_times import StepTimes
 from app.runner.graphs import graph_runner, new_rows
 from app.runner.graphs.graph_calls import GraphCalls
 from app.runner.graphs.graph_runner import GraphRunner
@@ -18,6 +21,7 @@ from app.runner.graphs.new_rows import NewRows
 from app.runner.graphs.row_state import GraphSlots
 from app.runner.graphs.shapes import Shape, shapes_to_compile
 from app.runner.graphs.step_inputs import Call
+from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from model.compiled.compiler import CompilerError
 from model.sampler import SAMPLERS
@@ -89,9 +93,25 @@ def test_row_with_nan_fails_alone_when_it_is_read(loaded: Checkpoint) -> None:
     images = runner.pixels(rows).wait()
     assert [image is None for image in images] == [False, True, False]
     runner.release(rows)
-    healthy = rows_of(3, digit=2, num_steps=1)  # One of these slots was used by a row with NaN.
-    step(runner, healthy)
+    healthy = rows_of(3, digit=2, num_steps=2)  # One of these slots was used by a row with NaN.
+    for _ in range(2):
+        step(runner, healthy)
     assert all(image is not None for image in runner.pixels(healthy).wait())
+
+
+def test_row_with_an_infinite_prediction_in_an_earlier_step_fails_alone(loaded: Checkpoint) -> None:
+    """The clipped x_0 of such a step is finite. So are all values of the later steps, although the image is wrong."""
+    loaded.network.final_conv[0].weight *= 100  # type: ignore[index, operator]
+
+    def rows() -> list[Trajectory]:  # The first one overflows in guided steps.
+        return [*rows_of(num_steps=10, guidance_scale=3e38), *rows_of(num_steps=10)]
+
+    of_cpu, of_graphs, runner, expected = rows(), rows(), on_graphs(loaded), new_runner(copy.deepcopy(loaded))
+    guided, other = zip(*(step(expected, of_cpu) for _ in range(10)), strict=True)
+    assert (set(guided[2:-1]), guided[-1], set(other)) == ({False}, True, {True})
+    for _ in range(10):
+        step(runner, of_graphs)
+    assert [image is None for image in runner.pixels(of_graphs).wait()] == [True, False]
 
 
 def with_noise_of_five_steps(loaded: Checkpoint) -> GraphRunner:
@@ -108,6 +128,25 @@ def test_noise_of_long_paths_is_drawn_again(loaded: Checkpoint, num_steps: int) 
     assert equal(draw(with_noise_of_five_steps(loaded), rows_of(3, num_steps=num_steps)), expected)
 
 
+def test_steps_of_the_same_rows_use_the_noise_that_is_drawn_again(loaded: Checkpoint) -> None:
+    expected, runner = draw(new_runner(loaded), rows_of(3, num_steps=12)), with_noise_of_five_steps(loaded)
+    rows, sizes = rows_of(3, num_steps=12), np.array([1, 1, 1])
+    for k in range(12):
+        runner.step(StepRows(rows, np.full(3, k), sizes))
+    assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_many_rows_are_begun_in_parts(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> list[Trajectory]:
+        scales = 1.5, 3.0
+        return [row for scale in scales for row in rows_of(10, num_steps=15, guidance_scale=scale)]  # 300 noise images
+
+    expected = draw(new_runner(loaded), rows())
+    monkeypatch.setattr(new_rows, "MOST_DRAWS", 128)
+    monkeypatch.setattr(new_rows, "MOST_ROWS", 8)
+    assert equal(draw(on_graphs(loaded), rows()), expected)
+
+
 def test_step_can_be_repeated_if_drawing_its_noise_fails(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw(new_runner(loaded), rows_of(3, num_steps=12))
     runner, rows, draw_noise = with_noise_of_five_steps(loaded), rows_of(3, num_steps=12), NewRows._draw
@@ -121,6 +160,33 @@ def test_step_can_be_repeated_if_drawing_its_noise_fails(loaded: Checkpoint, mon
                 row.step = k
         assert all(step(runner, rows))
     assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_noise_of_a_long_path_is_drawn_once_even_if_a_step_is_repeated(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_drawn, draw_noise, call = 0, NewRows._draw, GraphCalls.call
+
+    def count(new: NewRows, draws: np.ndarray) -> None:
+        nonlocal num_drawn
+        num_drawn += draws.shape[1]
+        draw_noise(new, draws)
+
+    def fail_step(calls: GraphCalls, key: object, *parts: object) -> None:
+        if isinstance(key, tuple):  # the graph of a step
+            raise torch.OutOfMemoryError
+        call(calls, key, *parts)  # type: ignore[arg-type]
+
+    runner, rows = with_noise_of_five_steps(loaded), rows_of(3, num_steps=12)
+    monkeypatch.setattr(NewRows, "_draw", count)
+    for k in range(12):
+        if k == 5:  # The noise is drawn before this step.
+            monkeypatch.setattr(GraphCalls, "call", fail_step)
+            with pytest.raises(OutOfMemoryError):
+                runner.step(StepRows.of(rows))
+            monkeypatch.setattr(GraphCalls, "call", call)
+        step(runner, rows)
+    assert num_drawn == 3 * (1 + 11)  # that of x_T, and of all steps but the last one, which adds none
 
 
 def test_step_after_a_failed_growth_uses_no_outdated_graph(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +281,25 @@ def test_graph_is_missing_once_if_many_steps_need_it(loaded: Checkpoint) -> None
     assert list(runner._missing) == [("default", Shape(3, 0, has_known=False))]
 
 
+def test_graph_that_was_needed_last_is_captured_first(loaded: Checkpoint) -> None:
+    runner, shapes = on_graphs(loaded), {rows: ("default", Shape(rows, 0, has_known=False)) for rows in (5, 6, 7)}
+    for rows in (8, 7, 6, 5):
+        draw(runner, rows_of(rows, num_steps=1))
+    runner.idle()
+    assert shapes[5] in runner._steps
+    draw(runner, rows_of(7, num_steps=1))
+    runner.idle()
+    assert [shapes[rows] in runner._steps for rows in (6, 7)] == [False, True]
+
+
+def test_larger_graph_is_not_used_after_the_slots_have_grown(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, num_slots=4)
+    draw(runner, rows_of(4, num_steps=1))
+    step(runner, rows_of(3, num_steps=2))  # with the graph for 4 rows
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=2))
+    assert equal(draw(runner, rows_of(3, num_steps=2)), expected)
+
+
 def test_exact_graph_is_captured_under_load_after_many_steps_with_a_larger_one(
     loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +324,17 @@ def test_inputs_of_the_same_rows_are_computed_once(loaded: Checkpoint, monkeypat
     assert computed == [3]
 
 
+def test_guided_steps_of_the_same_rows_have_the_bits_of_the_cpu_runner(loaded: Checkpoint) -> None:
+    expected = draw(new_runner(loaded), rows_of(3, num_steps=12, guidance_scale=2.0))
+    runner, rows = on_graphs(loaded), rows_of(3, num_steps=12, guidance_scale=2.0)
+    guided = runner.models["default"].guided_steps_of(rows[0].options)
+    sizes = {False: np.array([1, 1, 1]), True: np.array([2, 2, 2])}
+    for k in range(12):
+        runner.step(StepRows(rows, np.full(3, k), sizes[k in guided]))
+    assert equal(runner.pixels(rows).wait(), expected)
+    assert 3 < len(guided) < 12
+
+
 def test_step_of_the_same_rows_can_be_repeated(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine repeats a step that failed before it was enqueued."""
     runner, rows, sizes = on_graphs(loaded), rows_of(3, num_steps=6), np.array([1, 1, 1])
@@ -251,6 +347,26 @@ def test_step_of_the_same_rows_can_be_repeated(loaded: Checkpoint, monkeypatch: 
             monkeypatch.setattr(GraphCalls, "call", call)
         runner.step(StepRows(rows, np.full(3, k), sizes))
     assert equal(runner.pixels(rows).wait(), expected)
+
+
+def test_row_whose_first_step_failed_is_black_in_a_used_slot(
+    loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, call = on_graphs(loaded, num_slots=1), GraphCalls.call
+    draw(runner, rows_of(1))
+
+    def begin_only(calls: GraphCalls, key: object, *parts: object) -> None:
+        if isinstance(key, tuple):  # the graph of a step
+            raise torch.OutOfMemoryError
+        call(calls, key, *parts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GraphCalls, "call", begin_only)
+    (row,) = rows_of(1)
+    with pytest.raises(OutOfMemoryError):
+        runner.step(StepRows.of([row]))
+    (image,) = runner.pixels([row]).wait()
+    assert image is not None
+    assert not image.any()
 
 
 def test_warm_up_captures_the_first_graphs_and_idle_time_the_others(loaded: Checkpoint) -> None:
@@ -380,6 +496,22 @@ def test_algorithms_of_cudnn_are_deterministic_only_with_fixed_rows(
     program.denoise = lambda x, c: found.append(torch.backends.cudnn.deterministic) or denoise(x, c)
     step(runner, rows_of(2))
     assert set(found) == {fixed_rows is not None}
+
+
+def test_released_rows_are_freed(loaded: Checkpoint) -> None:
+    runner, rows = on_graphs(loaded), rows_of(2, num_steps=1)
+    step(runner, rows)
+    job = weakref.ref(rows[0].job)
+    runner.release(rows)
+    del rows
+    gc.collect()
+    assert job() is None
+
+
+def test_step_times_of_fixed_rows_keep_the_time_of_clip(loaded: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "warm_up", lambda runner, should_stop: StepTimes({4: 1.0, 8: 2.0}, clip_seconds=0.25))
+    times = on_graphs(loaded, fixed_rows=10).warm_up(lambda: True)
+    assert (times.clip_seconds, times.step_seconds(1)) == (0.25, times.step_seconds(20))
 
 
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:

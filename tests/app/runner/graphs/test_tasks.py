@@ -11,12 +11,12 @@ from app.runner.graphs.shapes import Shape
 from model.checkpoint import Checkpoint
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import new_runner
-from tests.app.runner.task_rows import all_rows, finish, recognition_rows
+from tests.app.runner.task_rows import all_rows, drawings, finish, inpaint_rows, recognition_rows
 
 
-def on_graphs(loaded: Checkpoint, fixed_rows: int | None = None) -> GraphRunner:
+def on_graphs(loaded: Checkpoint, fixed_rows: int | None = None, num_slots: int = 128) -> GraphRunner:
     models = {"default": copy.deepcopy(loaded)}
-    return GraphRunner(models, LateDevice(), torch.float32, num_slots=128, most_rows=8, fixed_rows=fixed_rows)
+    return GraphRunner(models, LateDevice(), torch.float32, num_slots=num_slots, most_rows=8, fixed_rows=fixed_rows)
 
 
 @pytest.mark.parametrize("max_batch", [64, 7])
@@ -46,3 +46,22 @@ def test_every_evaluation_of_a_recognition_row_has_its_class(loaded: Checkpoint)
     same_rows = [row for seed in (10, 11, 12) for row in recognition_rows(info, seed)]
     expected.step(StepRows.of(same_rows))
     assert runner.errors(rows).wait() == expected.errors(same_rows).wait()
+
+
+def test_noise_of_long_paths_with_known_pixels_is_drawn_again(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded)
+    info, slots = runner.models["default"], runner._slots
+    assert slots.state.noise is not None
+    slots.noise_steps, slots.state.noise = 2, slots.state.noise[:, :3].contiguous()  # that of x_T and of two steps
+    outcomes = [
+        finish(each, [*inpaint_rows(info, 5), *recognition_rows(info, 9)]) for each in (runner, new_runner(loaded))
+    ]
+    assert outcomes[0] == outcomes[1]
+
+
+def test_known_pixels_of_a_slot_do_not_change_the_image_of_its_next_row(loaded: Checkpoint) -> None:
+    runner = on_graphs(loaded, num_slots=2)
+    info = runner.models["default"]
+    finish(runner, inpaint_rows(info, 5, count=2))
+    outcomes = [finish(each, [*drawings(info)[:1], *inpaint_rows(info, 6)]) for each in (runner, new_runner(loaded))]
+    assert outcomes[0] == outcomes[1]
