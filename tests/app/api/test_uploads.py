@@ -616,7 +616,7 @@ def test_file_of_a_list_is_freed_before_the_next_one_is_decoded() -> None:
 
     async def main() -> None:
         reader = ImageReader(Settings())
-        content = base64.b64encode(bytes(size)).decode()
+        content = base64.b64encode(PNG.ljust(size, b"\0")).decode()
         client = Client(as_json(image=content, images=[content] * 8), JSON)
         tracemalloc.start()
         try:
