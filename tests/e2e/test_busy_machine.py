@@ -1,8 +1,6 @@
 """Small requests during a request for 64 images, while other processes use the cores. Needs an idle machine."""
 
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,6 +13,7 @@ import httpx
 import pytest
 
 from model.checkpoint import SHIPPED
+from tests.e2e.busy_loops import busy_loops
 from tests.e2e.conftest import start_service
 from tests.e2e.picture_requests import IMAGE
 from tests.e2e.process import TIMEOUT
@@ -25,8 +24,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 LARGE: dict[str, Any] = {"digit": 3, "count": 64}
 NUM_SMALL = 100  # small requests beside the large ones
 NUM_ALONE = 30  # of each kind, without large requests
-BUSY_SECONDS = 1200  # the busy processes end after this time if the test is killed
-BUSY = f"import time\nend = time.monotonic() + {BUSY_SECONDS}\nwhile time.monotonic() < end: pass"
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +31,6 @@ def shipped() -> Iterator[Service]:
     """A service with the shipped models and default settings."""
     with ExitStack() as stack:
         yield start_service(stack, SHIPPED, OMP_NUM_THREADS="", UNFOG_NUM_THREADS="", UNFOG_COMPILE="auto")
-
-
-@contextmanager
-def busy_loops(number: int) -> Iterator[None]:
-    """Runs processes that use all the CPU time that they get. Each has its own session.
-
-    Linux gives each session the same share of the CPU time if sched_autogroup is enabled.
-    """
-    loops = [subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) for _ in range(number)]
-    try:
-        yield
-    finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
 
 
 def send(http: httpx.Client, kind: str) -> httpx.Response:
