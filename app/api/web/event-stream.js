@@ -1,4 +1,4 @@
-// Reads server-sent events from the body of a response. EventSource cannot send POST requests.
+// Reads server-sent events from a response. EventSource cannot send POST requests.
 
 /** Yields {name, data} for each event of a stream of bytes. `data` is parsed as JSON. */
 export async function* eventsOf(body) {
@@ -8,7 +8,6 @@ export async function* eventsOf(body) {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) return;
-      // A carriage return at the end stays, because its line feed may come with the next bytes.
       text = (text + value).replaceAll("\r\n", "\n");
       const parts = text.split("\n\n");
       text = parts.pop();
