@@ -8,7 +8,7 @@ from torch import Tensor
 
 COSINE_OFFSET = 0.008  # the offset s of Nichol & Dhariwal 2021, eq. 17
 MAX_BETA = 0.999  # limit of beta, section 3.2 of the same paper; avoids a division by zero at the last step
-MIN_ALPHA_BAR = 1e-70  # the square root of a smaller value is not a normal float32, and divides by zero
+MIN_ALPHA_BAR = 1e-70  # far below it, the square root is 0 in float32, and samplers divide by it
 MIN_HALF_LOG_SNR = -5.1  # DPM-Solver++ on a cosine schedule diverges if it starts below this value
 
 

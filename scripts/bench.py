@@ -8,7 +8,7 @@ models        latency of one image on an idle service, with each setting in docs
 alternatives  the same loads on this service and on other servers with the same weights
 training      images per second of scripts.train and of a plain training loop, and the limit set by the matrix rate
 endurance     an hour of mixed load; fails if memory grows or if an image changes
-memory        memory without and with CLIP, when the service is ready and under load
+memory        highest memory of the service under load, without and with CLIP
 versions      throughput and latency of this version and of the version in the folder --base
 streams       throughput while every client streams previews, and while a viewer reads the batch events
 host          host cost of the service: its work on the processor while the device computes; also compared with --base

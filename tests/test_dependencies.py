@@ -106,7 +106,7 @@ def test_scripts_import_packages_of_extras_only_when_they_need_them() -> None:
         ("try:\n    import rich\nexcept ImportError:\n    pass", {"rich"}),
     ],
 )
-def test_import_inside_a_function_is_not_at_once(source: str, packages: set[str]) -> None:
+def test_import_inside_a_function_does_not_count_as_imported_at_once(source: str, packages: set[str]) -> None:
     assert imported_at_once(source) == packages
 
 

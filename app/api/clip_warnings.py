@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from app.engine.clip_worker import Scores
 from model.clip import LEAST_SHARE
 
-MAX_NAMED = 5  # words and positions in a warning
+MAX_NAMED = 5  # the largest number of words, and of positions, in a warning
 
 
 def prompt_warning(unknown_words: Sequence[str], digit: int, similarities: tuple[float, float] | None) -> str | None:

@@ -188,7 +188,7 @@ class Service:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
 
     def timeout_of(self, requested: float | None) -> float:
-        """Returns the timeout in seconds of a request that the engine does not compute.
+        """Returns the timeout in seconds of work that the engine does not do: embeddings of CLIP.
 
         Raises InvalidRequest if the requested one is too long.
         """

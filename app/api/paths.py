@@ -32,7 +32,7 @@ class Paths:
 
 
 def named_routes(routes: Iterable[BaseRoute]) -> dict[str, str]:
-    """Returns the documented routes by path, with their methods, such as `POST /generate`. Adds the documents."""
+    """Returns the documented routes by path, with their methods, such as `POST /generate`. Includes DOCUMENTS."""
     return {
         route.path: f"{', '.join(sorted((route.methods or set()) - {'HEAD'}))} {route.path}"
         for route in routes

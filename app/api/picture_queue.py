@@ -2,11 +2,11 @@
 
 A request is divided into steps: one parses the body, and one for each picture decodes and converts it. After each step,
 the worker selects the next one: of the smallest or of the oldest request, so that both get the same amount of work. A
-small request therefore never waits for all pictures of a large one, and small requests take at most half of the time
-from a large one.
+small request therefore never waits for all pictures of a large one, and small requests leave half of the time to the
+oldest one.
 
 A request is refused with 429, before its pictures are decoded, if half of the worker time until its deadline is not
-enough for it and for those before it: the waiting requests that are not larger. If no request is unfinished, every one
+enough for it and for those before it: the waiting requests that are not larger. Without unfinished requests, every one
 is admitted, because only finished steps correct a wrong prediction.
 
 The work of a step is predicted as a number of pixels. Finished steps give the mean seconds per pixel.
@@ -69,7 +69,7 @@ class PictureQueue:
         self._unfinished: list[dict[_Request, None]] = [{} for _ in range(NUM_SIZES)]
         self._work_left = [0] * NUM_SIZES
         self._num_submitted = 0
-        self._work_of_oldest = 0  # more than was done for the smallest requests
+        self._work_of_oldest = 0  # done for the oldest requests, minus the work done for the smallest ones
         self._seconds, self._work = FIRST_SECONDS * FIRST_WORK, float(FIRST_WORK)  # weighted sums of finished steps
         self._is_closed = False
 
@@ -117,7 +117,7 @@ class PictureQueue:
             self._workers.submit(self._run_step)
 
     def _run_step(self) -> None:
-        """Runs the next step, unless the request that the call was made for is cancelled and no other waits."""
+        """Runs the next step. Does nothing if the request of this call is cancelled and no other waits."""
         with self._lock:
             if not (request := self._select()):
                 return

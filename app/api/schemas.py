@@ -75,7 +75,8 @@ class TimedRequest(BaseModel):
     timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
         default=None,
         description="Deadline in seconds. A request that is not finished by then is answered with 504. The default "
-        "fits the size of the request. UNFOG_REQUEST_TIMEOUT sets the maximum and another default.",
+        "depends on the size of the request. If the operator sets UNFOG_REQUEST_TIMEOUT, this is the default and the "
+        "maximum.",
         json_schema_extra=may_be_absent,
     )
 
@@ -230,7 +231,7 @@ class GenerateResponse(ImagesResponse):
     clip_prompt: str | None = Field(description="The prompt of CLIP guidance, or null without CLIP guidance.")
     clip: ModelName | None = Field(description="The model of CLIP guidance, or null without CLIP guidance.")
     warning: str | None = Field(
-        description="Why the prompt of CLIP guidance probably does not have the expected effect."
+        description="Why the prompt of CLIP guidance probably does not have the expected effect, or null."
     )
 
 

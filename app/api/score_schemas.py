@@ -64,6 +64,7 @@ class ScoreResponse(BaseModel):
     images: list[ScoredImage] = Field(description="How each picture was changed.")
     real_digits: RealDigits
     warning: str | None = Field(
-        description="The words that the model has not learned, and the pictures that no prompt describes."
+        description="Names the words that the model has not learned, and the pictures that no prompt describes. "
+        "Otherwise null."
     )
     timing: ScoreTiming

@@ -7,7 +7,7 @@ MAX_LENGTH = 64  # in characters; the time of a comparison grows with the square
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Returns the most similar known name, which is in lower case, or None if no name is similar."""
+    """Returns the most similar known name, or None if none is similar. The known names must be in lower case."""
     if len(name) > MAX_LENGTH:
         return None
     return next(iter(difflib.get_close_matches(name.lower(), list(known), n=1)), None)

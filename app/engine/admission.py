@@ -7,8 +7,8 @@ Admission refuses a job with 429 in two cases:
 - The queue has no room. At most `capacity` images wait for their first step. All unfinished images together are
   limited too, because an image that has started keeps its state in device memory.
 - A target would be missed. backlog.py computes an upper bound on the finish time of each job. If the bound of the new
-  job, or of a job that it delays, is later than the target of that job, the new job is refused. But if it is small, and
-  the reserve will pay for it before its target, it is admitted as a reserved job (see reserve.py).
+  job, or of a job that it delays, is later than the target of that job, the new job is refused. A small
+  job is nevertheless admitted, as a reserved job, if the reserve will pay for it before its target (see reserve.py).
 
 The bound only holds for full steps that take the rows in order, but normally row selection deviates from this to serve
 new and small jobs early (see batcher.py). Therefore `select` checks the slack of the backlog before each step, so that
@@ -173,7 +173,7 @@ class Admission:
         return min(max(SHORTEST_TIMEOUT, TIMEOUT_FACTOR * alone), LONGEST_TIMEOUT)
 
     def _select(self, limits: StepLimits, at_risk: bool, paid: list[Trajectory]) -> list[Trajectory]:
-        """Returns the rows of the next step. If a target is at risk, reserved jobs come last without `paid`."""
+        """Returns the rows of the next step. If a target is at risk, the rows in `paid` come first."""
         reserved, others = self.backlog.reserved, self.backlog.others
         if not at_risk:
             return select_rows(self.backlog.jobs, limits, at_risk=False)
@@ -181,7 +181,8 @@ class Admission:
         bound_limits = self._limits_for(self.backlog.bound_kind())
         if paid or limits is bound_limits:
             return rows
-        return select_rows(others, bound_limits, at_risk=True) or rows  # the bound is that of steps without others
+        # The bound holds for steps without reserved jobs.
+        return select_rows(others, bound_limits, at_risk=True) or rows
 
     def _paid_rows(self, limits: StepLimits) -> list[Trajectory]:
         return self.reserve.paid_rows(limits, self.backlog.reserved, self.backlog.others)
@@ -195,11 +196,13 @@ class Admission:
             self.reserve.pay(seconds, self.backlog.batch.size - sum(row.evaluations for row in paid), rate)
 
     def _paid_after(self, job: Job, now: float) -> float:
-        """Returns the seconds after which the reserve would pay for a small job in time. At most 0: at once.
+        """Returns in how many seconds the reserve could pay for a small job before its target.
+
+        The result is 0 or less if it can do so now, and infinity if waiting does not help.
 
         When the reserve has paid for the job and the reserved jobs before it, each step has a row of the job, or as
-        many rows of the others as fit into half of a step. Each step takes at most as long as a full step. More income
-        helps only while the reserve is not full.
+        many rows of the others as fit into half of a step. Each step takes at most as long as a full step. Waiting
+        helps only until the reserve is full.
         """
         backlog = self.backlog
         limits, slowdown = self._limits_for(backlog.step_kind(job)), self.step_times.slowdown

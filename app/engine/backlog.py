@@ -330,7 +330,7 @@ class Backlog:
         return not bool((late & delayed).any())
 
     def finish_seconds(self, job: Job, full: Throughput) -> float:
-        """Returns the bound in seconds for a job that is not in the backlog yet, if no small job uses the reserve."""
+        """Returns the bound in seconds for a job that is not in the backlog yet, without the time of the reserve."""
         return self._alone_after(job, self._work_before(job), full)
 
     def latest_finish_seconds(self, job: Job, full: Throughput) -> float:
@@ -362,6 +362,7 @@ class Backlog:
         return float(self._table[_WORK, self._order[:position]].sum())
 
     def _alone_after(self, job: Job, before: float, full: Throughput) -> float:
+        """Returns the bound without the time of the reserve. `before` is the work of the jobs that come first."""
         tail_work, tail_steps = job.tail
         return (before + job.evaluations_left - tail_work) / full.rate + tail_steps * full.step_seconds
 

@@ -88,7 +88,7 @@ class StepLimits:
 
     @property
     def loss(self) -> float:
-        """Returns the largest time that a step takes longer than its evaluations would take in full steps."""
+        """Returns the most seconds by which a step takes longer than its evaluations would take in full steps."""
         return max(seconds - size / self.full.rate for size, seconds in enumerate(self.times))
 
     def fits_first_round(self, size: int, evaluations: int) -> bool:

@@ -123,7 +123,7 @@ class ClipWorker:
     def compare_with_real_digits(self, digit: int, embedding: Embedding) -> tuple[float, float] | None:
         """Returns the highest similarity of a prompt and a real image of the digit, and the typical one of `Scores`.
 
-        Returns None if the real digits are not embedded yet. This is the first work of the thread.
+        Returns None if the real digits are not embedded yet. The thread does this before any other work.
         """
         with self._condition:
             real = self._real

@@ -2,7 +2,7 @@
 
 Threads: one condition variable protects the state that the engine thread shares with the callers of `submit`, `cancel`,
 `drain` and `give_up`. Callers wait on futures. The engine thread waits on the condition variable while there is no
-work. No thread polls. The shared state is:
+work. Neither of them polls. The shared state is:
 
     backlog       the jobs, their rows, the batch, the table, and the jobs that send previews
     admission     the limits, the slack, the reserve and the step times
@@ -107,7 +107,7 @@ class Engine:
         self._stopping = False
         self._num_steps = 0
         self._step_end = 0.0  # the time at which the last step returned, a value of time.monotonic()
-        # The calls of the steps that the device has not finished (see Admission.calls). None for a part of a batch.
+        # The calls of the steps that the device has not finished (see Admission.calls), or None for a part of a batch.
         self._unfinished: deque[Calls | None] = deque()
         # Readings whose values are not handled yet: a function that says if they are known, and one that handles them.
         self._readings: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()

@@ -40,7 +40,7 @@ IntArray = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]  # (H, W) or (H, W, 3)
 StepSet = range | frozenset[int]
 GUIDED_EVALUATIONS = 2  # a guided step evaluates the network with and without the class
-# The scheduler aims to finish a job after this share of its timeout. The rest is a reserve: a job still meets its
+# The scheduler aims to finish a job after this share of its timeout. The rest is a margin: a job still meets its
 # deadline if steps take a tenth longer than predicted.
 TARGET_SHARE = 0.9
 SHORTEST_TIMEOUT, LONGEST_TIMEOUT = 30.0, 600.0  # limits of the default timeout, in seconds (see admission.py)

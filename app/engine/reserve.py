@@ -7,7 +7,7 @@ large job by about 1%. The reserve limits the sum of these delays to a share tha
 of the large job still holds.
 
 Unit: seconds at the speed of warm-up. Income and costs are computed from the measured curve of step times and the sizes
-of the steps that really ran. So a wrong prediction of the speed neither closes the reserve nor opens it.
+of the steps that really ran, so a wrong prediction of the speed does not change them.
 
 Income: each step adds RESERVE_SHARE of its time, up to a capacity.
 
@@ -55,7 +55,7 @@ class Reserve:
         self.seconds = 0.0  # the present amount
 
     def fill(self, limits: StepLimits) -> None:
-        """Fills the reserve. No other job is delayed by the first jobs of an idle engine."""
+        """Fills the reserve. Call it when the engine is idle, because this then delays no admitted job."""
         self.seconds = capacity_of(limits)
 
     def add_step(self, limits: StepLimits, seconds: float) -> None:
@@ -70,9 +70,9 @@ class Reserve:
         self.seconds -= seconds - others / rate
 
     def wait_for(self, limits: StepLimits, reserved: Sequence[Job], job: Job) -> float:
-        """Returns the time of steps until the income has paid for the reserved jobs and `job`, at the speed of warm-up.
+        """Returns for how long steps must run until the income has paid for the reserved jobs and `job`.
 
-        It is 0 if the present amount is enough.
+        The result is in seconds at the speed of warm-up. It is 0 if the present amount is enough.
         """
         return max(0.0, _cost(limits, [*reserved, job]) - self.seconds) / RESERVE_SHARE
 

@@ -15,7 +15,7 @@ A step with CLIP guidance also calls CLIP. All calls of CLIP have the same numbe
 and therefore the same duration, `clip_seconds`, which warm-up measures too.
 
 Example: the curve is {1: 1.0 ms, 8: 3.6 ms, 16: 7.0 ms}. The predicted time of 12 evaluations is 5.3 ms. If steps take
-ten times as long from now on, `slowdown` is 2.2 after 0.2 s and 9.4 after 1 s.
+ten times as long from now on, `slowdown` is about 2.3 after 0.2 s and 9.4 after 1 s.
 """
 
 import math
@@ -136,7 +136,7 @@ class StepTimes:
         return Curve({rows: max(curve.seconds(rows) for curve in curves.values()) for rows in measured})
 
     def further_calls_seconds(self, models: Collection[str]) -> float:
-        """Returns the time that a step takes longer because these models have one call each instead of one together.
+        """Returns the additional time of a step because each of these models has a call of its own.
 
         Each further call takes at most as long as a call with one evaluation.
         """

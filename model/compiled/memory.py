@@ -1,4 +1,4 @@
-"""Limits the memory of a process that computes steps, and keeps the memory that the next step needs."""
+"""Memory settings of a process that computes steps: keeps freed memory for the next step, within limits."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> None:
-    """Returns freed memory to the kernel, except the end of the heap. Does nothing if the C library is not glibc.
+    """Returns freed memory to the kernel, except 64 MiB at the end of the heap. Does nothing without glibc.
 
     Call it after many steps. oneDNN allocates the convolutions that it compiles between the tensors of a step. They
     stay there when the tensors are freed, so that larger tensors do not fit into the gaps. Without this call, memory

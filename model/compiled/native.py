@@ -87,10 +87,8 @@ class NativeProgram:
         message = (own.value or b"").decode(errors="replace")
         if OPERATION_FAILED not in message:
             return message
-        # The program knows only which operation failed. torch knows why.
-        of_torch = (
-            self._library.torch_exception_get_what_without_backtrace
-        )  # of libtorch, to which the program is linked
+        # The program knows only which operation failed. torch, to whose library it is linked, knows why.
+        of_torch = self._library.torch_exception_get_what_without_backtrace
         of_torch.restype = ctypes.c_char_p
         return (of_torch() or b"").decode(errors="replace")
 

@@ -1,4 +1,4 @@
-"""Measures the memory of the service without and with CLIP, at most under load: resident memory of each process.
+"""Measures the highest resident memory of each process of the service under load, without and with CLIP.
 
 The load uses the largest requests: two clients with images at the same time, and with CLIP also guidance and scores.
 The sum of both processes is an upper bound, because they share the code of their libraries. The proportional set size

@@ -42,7 +42,7 @@ def choose_steps(
     """Returns the samplers and the numbers of steps to compare.
 
     `samplers=None` means all that the checkpoint permits. `steps=None` means the numbers of the checkpoint, or STEPS.
-    Raises ScriptError for those that it does not permit.
+    Raises ScriptError for those that the checkpoint does not permit.
     """
     T = config.schedule.num_steps
     permitted = config.steps or range(1, T + 1)

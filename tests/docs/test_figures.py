@@ -255,7 +255,7 @@ def test_table_of_prompts_matches_the_file_and_suitable_prompts_get_no_warning()
     assert max(groups[f"{kind} digits and their prompts"].low for kind in ("real", "generated")) < 0.03
 
 
-def test_memory_table_matches_the_file_and_container_limits_leave_half_as_much_room() -> None:
+def test_memory_table_matches_the_file_and_container_limits_exceed_it_by_half() -> None:
     memory = json.loads((RESULTS / "memory.json").read_text())["mebibytes"]
     document = (DOCS / "deployment.md").read_text("utf-8").split("\n## Memory\n")[1].split("\n## ")[0]
     for name, found in memory.items():

@@ -38,7 +38,7 @@ class InferenceParameters(_Request):
         "the sampler."
     )
     timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = _may_be_absent(
-        description="Deadline in seconds. The default fits the size of the request."
+        description="Deadline in seconds. The default depends on the size of the request."
     )
     binary_data_output: bool = Field(
         default=False, description="True if outputs that do not set the parameter `binary_data` are binary."

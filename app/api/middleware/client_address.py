@@ -18,12 +18,15 @@ def client_address(scope: Scope) -> str:
 
 
 def client_name(scope: Scope, key: int | None) -> str:
-    """Returns the name of a client in limits: of its API key (a position), or of its address if it has no valid key."""
+    """Returns the name of a client in limits: that of its API key, or of its address if it has no valid key.
+
+    `key` is the position of the key, from 1.
+    """
     return f"key:{key}" if key else address_name(scope)
 
 
 def address_name(scope: Scope) -> str:
-    """Returns the name of the client's address in the rate limiter. For IPv6 it is the /64 network.
+    """Returns the name of the client's address in limits. For IPv6 it is the /64 network.
 
     A trusted proxy can forward text that is not an address. All such requests share one name. If the text were the
     name, a client could send a new name with each request, or the name of another client.

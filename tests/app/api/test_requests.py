@@ -353,7 +353,7 @@ def test_exception_of_the_work_is_raised() -> None:
         asyncio.run(fail())
 
 
-def test_nothing_waits_for_the_client_after_the_result() -> None:
+def test_wait_for_a_disconnect_ends_with_the_result() -> None:
     async def main() -> int:
         await cancel_on_disconnect(Request({"type": "http"}, silence), asyncio.sleep(0, "done"))
         await asyncio.sleep(0)
