@@ -34,7 +34,7 @@ without a shortage.
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app import errors
@@ -51,7 +51,7 @@ from app.engine.job import (
     StepKind,
     Trajectory,
 )
-from app.engine.reserve import Reserve, capacity_of
+from app.engine.reserve import Reserve, num_steps_of
 from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class _Slack:
 
     until: float  # no target is at risk before this time
     slowdown: float  # the largest slowdown for which this is true
-    kind: StepKind  # the kind of the steps for which this is true
+    # The kinds of the steps for which this is true: without reserved jobs, as in the bounds, and of all jobs.
+    kinds: tuple[StepKind, StepKind]
 
 
 class Admission:
@@ -85,8 +86,8 @@ class Admission:
         `max_batch` is the maximum number of rows of a step. If it is None, the number follows from the step times.
         """
         self.backlog = Backlog(capacity)
-        self.reserve = Reserve()
         self.step_times = StepTimes({1: 1.0})
+        self.reserve = Reserve(self.step_times)
         self._max_batch = max_batch
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
@@ -102,7 +103,7 @@ class Admission:
 
     def open(self, step_times: StepTimes, max_rows: int | None = None) -> None:
         """Sets the step times that were measured at warm-up, and the largest number of rows of the runner."""
-        self.step_times = step_times
+        self.step_times, self.reserve = step_times, Reserve(step_times)
         if max_rows is not None:
             self._max_batch = min(self._max_batch or max_rows, max_rows)
         self._limits.clear()
@@ -128,17 +129,18 @@ class Admission:
             detail = f"The queue has no room for this request ({images}). Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
         if not backlog.jobs:
-            self.reserve.fill(self._limits_for(backlog.step_kind(job)))
+            self.reserve.fill()
         kind = backlog.bound_kind(job)
         full, slack = self._full(kind), self._slack_with(job, kind, now)
         is_late = (slack is None or slack.until < now) and not backlog.admits(job, full, now)
-        if is_late and not (job.is_small and self._paid_after(job, now) <= 0):
+        is_refused = is_late and not (job.is_small and self._paid_after(job, now) <= 0)
+        if is_refused or self._delays_reserved_jobs(job, now):
             detail = "This request or an admitted one would miss its deadline. Retry later or request fewer images"
             raise errors.Overloaded(self._retry_after(job, now), detail)
         kind = backlog.step_kind(job)
         job.estimate = Estimate(backlog.waiting, self._seconds_of(job, kind, self._full(kind)))
         backlog.add(job, is_reserved=is_late)
-        if not is_late:  # The slack does not depend on reserved jobs.
+        if not is_late:  # The bounds contain no reserved jobs.
             self._slack = slack
 
     def select(self, now: float) -> list[Trajectory]:
@@ -152,10 +154,11 @@ class Admission:
         paid = self._paid_rows(limits) if at_risk and has_use else []
         if backlog.is_changed or self._selected_with != (limits, at_risk, paid):
             share = limits.share(len(backlog), backlog.fewest_images, first_round=0)
-            if not backlog.join(share, limits.rows):
+            has_unpaid = at_risk and backlog.num_reserved > 0  # such rows may have to wait
+            if has_unpaid or not backlog.join(share, limits.rows):
                 backlog.replace_batch(self._select(limits, at_risk, paid))
             self._selected_with = limits, at_risk, paid
-        self._keep_account(limits, paid)
+        self._keep_account(paid)
         return backlog.batch.rows
 
     def lower_max_batch(self, now: float) -> None:
@@ -166,9 +169,7 @@ class Admission:
 
     def _default_timeout(self, job: Job) -> float:
         """Returns the timeout in seconds of a job whose request has none. It does not depend on the current speed."""
-        options = job.request.options
-        widest_row = max(job.widest_row, GUIDED_EVALUATIONS)
-        full = self._limits_for(StepKind((options.model,), widest_row, job.request.clip is not None)).full
+        full = self._limits_for(StepKind((job.request.options.model,), GUIDED_EVALUATIONS, has_clip=False)).full
         alone = max(job.evaluations_left / full.rate, job.tail[1] * full.lone_seconds)
         return min(max(SHORTEST_TIMEOUT, TIMEOUT_FACTOR * alone), LONGEST_TIMEOUT)
 
@@ -187,10 +188,10 @@ class Admission:
     def _paid_rows(self, limits: StepLimits) -> list[Trajectory]:
         return self.reserve.paid_rows(limits, self.backlog.reserved, self.backlog.others)
 
-    def _keep_account(self, limits: StepLimits, paid: list[Trajectory]) -> None:
+    def _keep_account(self, paid: list[Trajectory]) -> None:
         """Adds the income of the next step to the reserve, and subtracts its cost."""
         seconds = self.step_times.measured_seconds(*self.calls())
-        self.reserve.add_step(limits, seconds)
+        self.reserve.add_step(seconds)
         if paid:
             rate = self._limits_for(self.backlog.bound_kind()).full.rate
             self.reserve.pay(seconds, self.backlog.batch.size - sum(row.evaluations for row in paid), rate)
@@ -198,20 +199,30 @@ class Admission:
     def _paid_after(self, job: Job, now: float) -> float:
         """Returns in how many seconds the reserve could pay for a small job before its target.
 
-        The result is 0 or less if it can do so now, and infinity if waiting does not help.
-
-        When the reserve has paid for the job and the reserved jobs before it, each step has a row of the job, or as
-        many rows of the others as fit into half of a step. Each step takes at most as long as a full step. Waiting
-        helps only until the reserve is full.
+        The result is 0 or less if it can do so now, and infinity if waiting does not help. It helps only until the
+        reserve is full.
         """
+        limits, jobs = self._limits_for(self.backlog.step_kind(job)), [*self.backlog.reserved, job]
+        late = self._lateness_of_last(jobs, limits, now)
+        until_full = (self.reserve.capacity - self.reserve.seconds) / RESERVE_SHARE
+        wait = min(self.reserve.wait_for(limits, jobs), until_full)
+        return late if late <= self.step_times.slowdown * wait else math.inf
+
+    def _lateness_of_last(self, reserved: Sequence[Job], limits: StepLimits, now: float) -> float:
+        """Returns how many seconds after its target the last of these reserved jobs ends, if the reserve pays for all.
+
+        Each step takes at most as long as a full step. The result is negative if the job ends before its target.
+        """
+        seconds = self.reserve.wait_for(limits, reserved) + num_steps_of(limits, reserved) * limits.full.step_seconds
+        return now + self.step_times.slowdown * seconds - reserved[-1].target
+
+    def _delays_reserved_jobs(self, job: Job, now: float) -> bool:
+        """Returns True if the job makes steps so much longer that a reserved job would miss its target."""
         backlog = self.backlog
-        limits, slowdown = self._limits_for(backlog.step_kind(job)), self.step_times.slowdown
-        wait = self.reserve.wait_for(limits, backlog.reserved, job)
-        before = sum(each.evaluations_left for each in backlog.reserved)
-        num_steps = before / max(1, min(limits.evaluations // 2, limits.rows)) + job.tail[1]
-        late = now + slowdown * (wait + num_steps * limits.full.step_seconds) - job.target
-        until_full = (capacity_of(limits) - self.reserve.seconds) / RESERVE_SHARE
-        return late if late <= slowdown * min(wait, until_full) else math.inf
+        if not backlog.num_reserved or backlog.step_kind(job) == backlog.step_kind():
+            return False
+        reserved, limits = backlog.reserved, self._limits_for(backlog.step_kind(job))
+        return any(self._lateness_of_last(reserved[: i + 1], limits, now) > 0 for i in range(len(reserved)))
 
     def _has_room(self, waiting: int, slots: int, job: Job) -> bool:
         """Returns True if the queue has room for the job.
@@ -251,13 +262,12 @@ class Admission:
 
     def _full(self, kind: StepKind, margin: float = 1.0) -> Throughput:
         """Returns the throughput of full steps of this kind if each takes `margin` times as long as now."""
-        limits, slowdown = self._limits_for(kind), margin * self.step_times.slowdown
-        full = limits.full
+        full, slowdown = self._limits_for(kind).full, margin * self.step_times.slowdown
         return Throughput(
             full.rate / slowdown,
             full.step_seconds * slowdown,
             full.lone_seconds * slowdown,
-            capacity_of(limits) * slowdown,
+            self.reserve.capacity * slowdown,
         )
 
     def _is_at_risk(self, now: float) -> bool:
@@ -272,11 +282,19 @@ class Admission:
 
     def _known_slack(self, now: float) -> _Slack:
         """Returns a slack of the backlog that is at most the true one. Computes it if none is known."""
-        slack, kind, slowdown = self._slack, self.backlog.bound_kind(), self.step_times.slowdown
-        if slack is None or slack.kind != kind or not FASTER * slack.slowdown <= slowdown <= slack.slowdown:
-            until = now + self.backlog.slack(self._full(kind, SPEED_MARGIN), now)
-            slack = self._slack = _Slack(until, SPEED_MARGIN * slowdown, kind)
+        slack, slowdown = self._slack, self.step_times.slowdown
+        kinds = self.backlog.bound_kind(), self.backlog.step_kind()
+        if slack is None or slack.kinds != kinds or not FASTER * slack.slowdown <= slowdown <= slack.slowdown:
+            until = (
+                now + self.backlog.slack(self._full(kinds[0], SPEED_MARGIN), now) - self._excess(kinds, SPEED_MARGIN)
+            )
+            slack = self._slack = _Slack(until, SPEED_MARGIN * slowdown, kinds)
         return slack
+
+    def _excess(self, kinds: tuple[StepKind, StepKind], margin: float) -> float:
+        """Returns how much longer a full step with reserved jobs takes than the full step in the slack."""
+        without, with_reserved = (self._full(kind, margin).step_seconds for kind in kinds)
+        return max(0.0, with_reserved - without)
 
     def _slack_with(self, job: Job, kind: StepKind, now: float) -> _Slack | None:
         """Returns a slack of the backlog with a new job that is at most the true one, or None if it is not known.
@@ -288,9 +306,11 @@ class Admission:
             return None
         slack = self._known_slack(now)
         full = self._full(kind, slack.slowdown / self.step_times.slowdown)
-        own = job.target - full.step_seconds - self.backlog.latest_finish_seconds(job, full)
+        kinds = kind, slack.kinds[1] if self.backlog.jobs else kind
+        excess = self._excess(kinds, slack.slowdown / self.step_times.slowdown)
+        own = job.target - full.step_seconds - self.backlog.latest_finish_seconds(job, full) - excess
         until = min(own, slack.until - job.evaluations_left / full.rate / (1 - RESERVE_SHARE))
-        return _Slack(until, slack.slowdown, kind)
+        return _Slack(until, slack.slowdown, kinds)
 
     def _retry_after(self, job: Job, now: float) -> int:
         """Returns the number of seconds, rounded up, after which the job would be admitted if no other job arrived.

@@ -184,6 +184,7 @@ class Backlog:
         self._free.append(job.place)
         job.place = -1
         self.batch.remove(job.unfinished)
+        self._decreases = None  # a new job can take the place of this one before the step of the batch ends
         for row in job.unfinished:
             self._new_rows.pop(row, None)
         self.num_rows -= len(job.unfinished) - job.num_pending

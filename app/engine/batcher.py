@@ -48,7 +48,8 @@ class StepLimits:
     rows: int  # the maximum number of rows in a step
     short: int  # the maximum number of evaluations in a short step
     full: Throughput
-    times: tuple[float, ...]  # the longest seconds of a step of 0 to `evaluations` evaluations, at the speed of warm-up
+    # The most seconds by which a short or larger step takes longer than its evaluations would take in full steps.
+    loss: float
 
     @classmethod
     def of(
@@ -80,16 +81,8 @@ class StepLimits:
         least = max(1, min(most - widest_row + 1, rows))
         longest = tuple(seconds + calls for seconds in _longest_seconds(times, kind, most))
         rate = min(count / longest[count] for count in range(least, most + 1))
-        return cls(most, rows, short, Throughput(rate, longest[most], lone), longest)
-
-    def seconds(self, size: int) -> float:
-        """Returns the longest duration of a step with `size` evaluations, at the speed of warm-up."""
-        return self.times[min(size, self.evaluations)]
-
-    @property
-    def loss(self) -> float:
-        """Returns the most seconds by which a step takes longer than its evaluations would take in full steps."""
-        return max(seconds - size / self.full.rate for size, seconds in enumerate(self.times))
+        loss = max(longest[count] - count / rate for count in range(short, most + 1))
+        return cls(most, rows, short, Throughput(rate, longest[most], lone), max(loss, 0.0))
 
     def fits_first_round(self, size: int, evaluations: int) -> bool:
         """Returns True if the first round has room for a row of this size, after `evaluations` of other rows.

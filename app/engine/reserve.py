@@ -37,30 +37,28 @@ from collections.abc import Sequence
 
 from app.engine.batcher import StepLimits
 from app.engine.job import RESERVE_SHARE, Job, Trajectory
+from app.engine.step_times import StepTimes
 
-# The capacity pays for this number of evaluations in full steps: about two images of 100 steps with guidance. On a fast
-# machine it pays for many more, with the income of CAPACITY_SECONDS.
+# The capacity pays for this number of evaluations at the best rate: about two images of 100 steps with guidance. On a
+# fast machine it pays for many more, with the income of CAPACITY_SECONDS.
 CAPACITY_EVALUATIONS, CAPACITY_SECONDS = 300, 1.0
-
-
-def capacity_of(limits: StepLimits) -> float:
-    """Returns the largest amount of a reserve, in seconds at the speed of warm-up."""
-    return max(CAPACITY_EVALUATIONS / limits.full.rate, RESERVE_SHARE * CAPACITY_SECONDS)
 
 
 class Reserve:
     """The account of the reserve. `limits` are those of steps with the reserved jobs."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0  # the present amount
+    def __init__(self, step_times: StepTimes) -> None:
+        # The largest amount. It does not depend on the jobs, so that each bound contains the whole reserve.
+        self.capacity = max(CAPACITY_EVALUATIONS / step_times.best_rate, RESERVE_SHARE * CAPACITY_SECONDS)
+        self.seconds = self.capacity  # the present amount
 
-    def fill(self, limits: StepLimits) -> None:
+    def fill(self) -> None:
         """Fills the reserve. Call it when the engine is idle, because this then delays no admitted job."""
-        self.seconds = capacity_of(limits)
+        self.seconds = self.capacity
 
-    def add_step(self, limits: StepLimits, seconds: float) -> None:
+    def add_step(self, seconds: float) -> None:
         """Adds the income of a step of this duration."""
-        self.seconds = min(self.seconds + RESERVE_SHARE * seconds, capacity_of(limits))
+        self.seconds = min(self.seconds + RESERVE_SHARE * seconds, self.capacity)
 
     def pay(self, seconds: float, others: int, rate: float) -> None:
         """Subtracts the cost of a step of this duration that also has `others` evaluations of other jobs.
@@ -69,12 +67,12 @@ class Reserve:
         """
         self.seconds -= seconds - others / rate
 
-    def wait_for(self, limits: StepLimits, reserved: Sequence[Job], job: Job) -> float:
-        """Returns for how long steps must run until the income has paid for the reserved jobs and `job`.
+    def wait_for(self, limits: StepLimits, jobs: Sequence[Job]) -> float:
+        """Returns for how long steps must run until the income has paid for reserved jobs.
 
         The result is in seconds at the speed of warm-up. It is 0 if the present amount is enough.
         """
-        return max(0.0, _cost(limits, [*reserved, job]) - self.seconds) / RESERVE_SHARE
+        return max(0.0, cost_of(limits, jobs) - self.seconds) / RESERVE_SHARE
 
     def paid_rows(self, limits: StepLimits, reserved: Sequence[Job], others: Sequence[Job]) -> list[Trajectory]:
         """Returns the rows of small jobs for which the reserve pays in the next step, at most half of a full step.
@@ -82,11 +80,11 @@ class Reserve:
         `others` are the other jobs, in order. Their small jobs only get what the reserved jobs do not need.
         """
         rows: list[Trajectory] = []
-        evaluations, amount = 0, self.seconds
-        owed = _cost(limits, reserved)
+        evaluations, amount = 0, self.seconds - limits.loss  # a step has its loss once
+        owed = cost_of(limits, reserved)
         for job in (*reserved, *(job for job in others if job.is_small)):
             for row in job.unfinished[job.num_pending :]:
-                cost = _cost_of(limits, row.evaluations, 1)
+                cost = row.evaluations / limits.full.rate
                 if cost > (amount if job.is_reserved else amount - owed):
                     return rows
                 is_full = len(rows) == limits.rows or not limits.fits_first_round(row.evaluations, evaluations)
@@ -98,10 +96,17 @@ class Reserve:
         return rows
 
 
-def _cost(limits: StepLimits, jobs: Sequence[Job]) -> float:
-    """Returns the largest possible cost of the remaining steps of the jobs."""
-    return sum(_cost_of(limits, job.evaluations_left, job.tail[1]) for job in jobs)
+def num_steps_of(limits: StepLimits, jobs: Sequence[Job]) -> float:
+    """Returns the largest number of steps that reserved jobs take if the reserve has paid for them.
+
+    Each step has a row of the job with the most steps left, or as many rows of the others as fit into half of a step.
+    """
+    evaluations, longest = sum(job.evaluations_left for job in jobs), max((job.tail[1] for job in jobs), default=0)
+    own = max((job.evaluations_left for job in jobs if job.tail[1] == longest), default=0)
+    return (evaluations - own) / max(1, min(limits.evaluations // 2, limits.rows)) + longest
 
 
-def _cost_of(limits: StepLimits, evaluations: int, num_steps: int) -> float:
-    return evaluations / limits.full.rate + num_steps * limits.loss
+def cost_of(limits: StepLimits, jobs: Sequence[Job]) -> float:
+    """Returns the largest possible cost of the remaining steps of reserved jobs."""
+    evaluations = sum(job.evaluations_left for job in jobs)
+    return evaluations / limits.full.rate + num_steps_of(limits, jobs) * limits.loss

@@ -144,9 +144,14 @@ class StepTimes:
         return sum(lone) - min(lone) if lone else 0.0
 
     @property
+    def best_rate(self) -> float:
+        """Returns the best measured number of evaluations per second of the default model, at the speed of warm-up."""
+        return self._curve.best_rate
+
+    @property
     def clip_evaluations(self) -> int:
         """Returns the number of evaluations at the best rate that take as long as one row of a full call of CLIP."""
-        return math.ceil(self.clip_seconds / CALL_ROWS * self._curve.best_rate)
+        return math.ceil(self.clip_seconds / CALL_ROWS * self.best_rate)
 
     def measured_seconds(self, calls: Mapping[str, int], with_clip: Mapping[str, int]) -> float:
         """Returns the seconds of a step at the speed of warm-up.
@@ -159,6 +164,8 @@ class StepTimes:
 
     def observe(self, calls: Mapping[str, int], with_clip: Mapping[str, int], seconds: float) -> None:
         """Updates the slowdown after a step that took `seconds`. `measured_seconds` explains the other arguments."""
+        if seconds <= 0:  # the clock is too coarse for this step
+            return
         predicted = self.measured_seconds(calls, with_clip)
         seconds = min(seconds, MAX_JUMP * self.slowdown * predicted)
         kept = math.exp(-seconds / MEMORY_SECONDS)

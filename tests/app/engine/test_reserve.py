@@ -6,8 +6,8 @@ from app import errors
 from app.engine.admission import Admission
 from app.engine.batcher import StepLimits
 from app.engine.job import RESERVE_SHARE, Job, StepKind
-from app.engine.reserve import CAPACITY_EVALUATIONS, Reserve, capacity_of
-from app.engine.step_times import StepTimes
+from app.engine.reserve import CAPACITY_EVALUATIONS, Reserve, cost_of
+from app.engine.step_times import Curve, StepTimes
 from tests.app.engine.virtual_service import MEASURED, Client, VirtualService, clients
 from tests.app.fakes import new_job
 
@@ -31,29 +31,79 @@ def at_risk_admission() -> tuple[Admission, Job]:
 
 
 def test_reserve_gets_a_tenth_of_the_time_of_each_step_up_to_its_capacity() -> None:
-    reserve = Reserve()
+    reserve = Reserve(STEP_TIMES)
+    assert reserve.seconds == reserve.capacity == pytest.approx(CAPACITY_EVALUATIONS / (16 / 5.0))
+    reserve.seconds = 0.0
     for seconds in (1.0, 3.0, 5.0):
-        reserve.add_step(LIMITS, seconds)
+        reserve.add_step(seconds)
     assert reserve.seconds == pytest.approx(RESERVE_SHARE * (1.0 + 3.0 + 5.0))
     for _ in range(1000):
-        reserve.add_step(LIMITS, 5.0)
-    assert reserve.seconds == capacity_of(LIMITS) == pytest.approx(CAPACITY_EVALUATIONS / LIMITS.full.rate)
+        reserve.add_step(5.0)
+    assert reserve.seconds == reserve.capacity
 
 
 def test_step_costs_the_time_that_the_other_jobs_lose() -> None:
     """8 evaluations take 3 s. Full steps compute the 6 evaluations of the other jobs in 6 / R seconds."""
-    reserve = Reserve()
+    reserve = Reserve(STEP_TIMES)
     reserve.pay(3.0, 6, LIMITS.full.rate)
-    assert reserve.seconds == pytest.approx(-(3.0 - 6 / LIMITS.full.rate))
+    assert reserve.seconds == pytest.approx(reserve.capacity - (3.0 - 6 / LIMITS.full.rate))
 
 
 def test_wait_is_the_time_in_which_the_income_pays_for_all_reserved_jobs() -> None:
-    reserve, first, second = Reserve(), job(), job()
-    one = 10 / LIMITS.full.rate + 10 * LIMITS.loss
-    assert reserve.wait_for(LIMITS, [], first) == pytest.approx(one / RESERVE_SHARE)
-    assert reserve.wait_for(LIMITS, [first], second) == pytest.approx(2 * one / RESERVE_SHARE)
-    reserve.fill(LIMITS)
-    assert reserve.wait_for(LIMITS, [first], second) == 0.0
+    """Two jobs have their rows in the same steps: a step with both has the loss of a short step once."""
+    reserve, first, second = Reserve(STEP_TIMES), job(), job()
+    assert cost_of(LIMITS, [first]) == pytest.approx(10 / LIMITS.full.rate + 10 * LIMITS.loss)
+    assert cost_of(LIMITS, [first, second]) == pytest.approx(20 / LIMITS.full.rate + (10 / 8 + 10) * LIMITS.loss)
+    assert reserve.wait_for(LIMITS, [first, second]) == 0.0
+    reserve.seconds = 1.0
+    expected = (cost_of(LIMITS, [first, second]) - 1.0) / RESERVE_SHARE
+    assert reserve.wait_for(LIMITS, [first, second]) == pytest.approx(expected)
+
+
+def test_capacity_does_not_depend_on_the_jobs() -> None:
+    """A job with CLIP guidance or of a slow model lowers the rate of full steps, but not what the bounds contain."""
+    admission = Admission(1024, None)
+    admission.open(StepTimes({1: 1e-3, 16: 7e-3}, clip_seconds=0.1, of_models={"fast": {1: 10e-3, 16: 70e-3}}))
+    kinds = [
+        StepKind(("default",), 2, False),
+        StepKind(("default", "fast"), 2, False),
+        StepKind(("default",), 60, True),
+    ]
+    assert len({admission._limits_for(kind).full.rate for kind in kinds}) == 3
+    assert {admission._full(kind).reserve_seconds for kind in kinds} == {admission.reserve.capacity}
+
+
+def test_job_that_makes_steps_longer_is_refused_if_a_reserved_job_would_be_late() -> None:
+    admission, large = at_risk_admission()
+    admission.step_times._of_models["fast"] = Curve({1: 40.0, 16: 200.0})
+    small = job(1, timeout=200)
+    admission.admit(small, NOW)
+    assert small.is_reserved
+    admission.backlog.remove(large)
+    with pytest.raises(errors.Overloaded):
+        admission.admit(job(1, model="fast", timeout=1e6), NOW)
+    admission.admit(job(1, timeout=1e6), NOW)
+    admission.backlog.remove(small)
+    admission.admit(job(1, model="fast", timeout=1e6), NOW)
+
+
+def test_job_that_ends_during_a_step_leaves_nothing_to_its_place_in_the_table() -> None:
+    admission = Admission(1024, None)
+    admission.open(STEP_TIMES.copy())
+    cancelled, other = job(4), job(4)
+    for each in (cancelled, other):
+        admission.admit(each, NOW)
+    admission.select(NOW)
+    admission.backlog.start_batch()
+    admission.backlog.advance()
+    admission.select(NOW)
+    place = cancelled.place
+    admission.backlog.remove(cancelled)
+    late = job(4)
+    admission.admit(late, NOW)
+    assert late.place == place
+    admission.backlog.advance()
+    assert admission.backlog._table[0, place] == late.evaluations_left == 40
 
 
 def test_small_job_that_would_delay_a_job_at_risk_is_reserved_and_a_large_one_is_refused() -> None:
@@ -153,4 +203,4 @@ def test_several_small_clients_are_served_while_a_target_is_at_risk() -> None:
 def test_measured_curve_has_little_loss_in_short_steps() -> None:
     limits = StepLimits.of(StepTimes(MEASURED), None, StepKind(("default",), 2, has_clip=False), auto=True)
     assert limits.loss < 1e-3
-    assert capacity_of(limits) == pytest.approx(0.14, rel=0.1)
+    assert Reserve(StepTimes(MEASURED)).capacity == pytest.approx(0.13, rel=0.1)
