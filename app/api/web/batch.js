@@ -1,4 +1,4 @@
-// The view "Batch": the rows of the running requests at their own steps, from GET /events/batch.
+// The view "Batch": the running requests at their own steps, from GET /events/batch.
 
 import { element, find } from "./dom.js";
 import { sentence } from "./failure.js";
@@ -47,7 +47,7 @@ export async function open() {
   }
 }
 
-/** Shows the events of one stream. Returns the seconds to wait before the next one, or null if there is no next one. */
+/** Shows the events of a stream. Returns the seconds to wait before the next one, or null without one. */
 async function watch(signal) {
   try {
     for await (const { data } of stream("events/batch", null, signal)) {

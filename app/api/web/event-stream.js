@@ -1,6 +1,6 @@
-// Reads server-sent events from a response. EventSource cannot send POST requests.
+// Reads server-sent events. EventSource cannot send POST requests.
 
-/** Yields {name, data} for each event of a stream of bytes. `data` is parsed as JSON. */
+/** Yields {name, data} for each event. `data` is parsed as JSON. */
 export async function* eventsOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";

@@ -321,9 +321,11 @@ def test_request_before_the_models_are_loaded_is_503() -> None:
             gate([])
             return runner()
 
+        picture = io.BytesIO()
+        Image.new("L", (28, 28)).save(picture, "PNG")
         app = create_app(Settings(), load)
         async with client_of(app) as client:
-            response = await reproduce(client, b"any")
+            response = await reproduce(client, picture.getvalue())
             gate.released.set()
             assert (response.status_code, response.json()["code"]) == (503, "starting")
 
