@@ -53,7 +53,7 @@ def test_cosine_schedule_equals_the_paper_and_clips_the_last_beta() -> None:
     ("config", "reason"),
     [
         (ScheduleConfig("linear", 100, 0.999999, 0.999999), "too much noise: alpha_bar must be at least 1e-70"),
-        (ScheduleConfig("linear", 10_000), "too much noise: .*, but ends at 0"),
+        (ScheduleConfig("linear", 10_000), "too much noise: .*, but ends at "),
         (ScheduleConfig("linear", 100, 0.9, 0.9), "too much noise: .*, but ends at 1e-100"),
         (ScheduleConfig("linear", 100, 1e-320, 1e-320), "too little noise"),
         (ScheduleConfig("linear", 100, 1e-17, 0.2), "too little noise"),
