@@ -151,14 +151,14 @@ def test_all_rows_are_of_the_first_job_while_its_target_is_at_risk() -> None:
     ("fields", "timeout"),
     [
         ({"count": 1, "num_steps": 1}, 30.0),  # the shortest one; the request takes 1 s alone
-        ({"count": 1, "num_steps": 20}, 200.0),
+        ({"count": 1, "num_steps": 15}, 450.0),
         # Full steps compute at least 15 evaluations in 4.75 s.
-        ({"count": 10, "num_steps": 10}, 10 * 100 * 4.75 / 15),
-        ({"count": 10, "num_steps": 10, "guided_steps": range(5)}, 10 * 150 * 4.75 / 15),
+        ({"count": 4, "num_steps": 10}, 30 * 40 * 4.75 / 15),
+        ({"count": 4, "num_steps": 10, "guided_steps": range(5)}, 30 * 60 * 4.75 / 15),
         ({"count": 64, "num_steps": 100}, 600.0),  # the longest one
     ],
 )
-def test_default_timeout_is_ten_times_the_duration_of_the_request_alone(fields: dict[str, Any], timeout: float) -> None:
+def test_default_timeout_is_30_times_the_duration_of_the_request_alone(fields: dict[str, Any], timeout: float) -> None:
     admission, slow = new_admission(), new_admission()
     slow.step_times.slowdown = 3.0  # has no effect
     for each in (admission, slow):
