@@ -40,7 +40,7 @@ from model.step import Rows, Stepped
 log = logging.getLogger(__name__)
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)  # the numbers of rows for which warm-up measures the step time
-STEPS_UNTIL_TRIM = 1000  # after so many steps, freed memory is returned to the kernel
+STEPS_UNTIL_TRIM = 1000  # after this number of steps, freed memory is returned to the kernel
 FIRST_SLOTS = sum(BATCHES)  # the initial number of slots: the number that warm-up needs at the same time
 
 
