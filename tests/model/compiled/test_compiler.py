@@ -25,6 +25,7 @@ from model import checkpoint
 from model.checkpoint import Checkpoint
 from model.compiled import compiler
 from model.compiled.compiler import CompilerError, FlatStep, library_of
+from model.compiled.compiler import build as build_unshared  # before the fixture shared_builds replaces it
 from model.precision import can_compile
 from model.step import ReverseStep, Rows, State, Step, Stepped
 from tests.app.runner.rows import draw, equal, mixed_rows
@@ -267,7 +268,7 @@ def test_compilation_is_announced_with_its_usual_duration(
 
     monkeypatch.setattr(compiler, "call_in_child", compile_at_once)
     with caplog.at_level(logging.INFO):
-        compiler.build(ReverseStep(loaded, CPU, torch.bfloat16))
+        build_unshared(ReverseStep(loaded, CPU, torch.bfloat16))
     assert int(logged_field(caplog, "Compiled step", "seconds")) >= 0
 
 

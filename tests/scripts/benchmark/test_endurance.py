@@ -70,6 +70,11 @@ def test_problem_in_reports_a_changed_image() -> None:
     assert "2 different images" in str(problem_in(found))
 
 
+def test_problem_in_names_unexpected_statuses() -> None:
+    log = Log(samples(1)[0], samples(60), {b"one"}, {0: 1, 200: 5, 422: 1, 429: 2, 500: 1, 504: 3})
+    assert problem_in(log.as_json()) == "Answers with unexpected status under load: 500, 504"
+
+
 def test_endure_fails_with_one_error_if_the_service_is_gone() -> None:
     gone = Running("http://127.0.0.1:9", os.getpid(), 0.0)
     with Reporter() as reporter, pytest.raises(ScriptError, match="under load: ClientConnectorError"):
