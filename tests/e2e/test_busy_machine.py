@@ -58,14 +58,19 @@ def latencies(service: Service, number: int) -> tuple[dict[str, list[float]], Co
 
 @contextmanager
 def large_requests(service: Service) -> Iterator[list[tuple[int, float]]]:
-    """Sends requests for 64 images one after the other. Yields the status and the seconds of each."""
+    """Sends requests for 64 images one after the other. Yields the status and the seconds of each.
+
+    After a refusal the client waits for the time in Retry-After, or until the block ends.
+    """
     stop, results = threading.Event(), list[tuple[int, float]]()
 
     def client() -> None:
         with httpx.Client(base_url=service.url, timeout=700) as http:
             while not stop.is_set():
                 start = time.monotonic()
-                results.append((http.post("/generate", json=LARGE).status_code, time.monotonic() - start))
+                answer = http.post("/generate", json=LARGE)
+                results.append((answer.status_code, time.monotonic() - start))
+                stop.wait(float(answer.headers.get("Retry-After", 0)))
 
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(client)
@@ -85,13 +90,13 @@ def test_small_requests_are_served_beside_64_images_while_other_processes_use_th
         alone, _ = latencies(shipped, len(KINDS) * NUM_ALONE)
         with large_requests(shipped) as large:
             small, statuses = latencies(shipped, NUM_SMALL)
-        lone_large = large[0]
-    print(f"\n{number} busy loops: small {dict(statuses)}, large {[(s, round(t, 1)) for s, t in large]}")
+    seconds = [seconds for _, seconds in large]
+    answers = dict(Counter(status for status, _ in large))
+    print(f"\n{number} busy loops: small {dict(statuses)}, large {answers} in {min(seconds):.1f}-{max(seconds):.1f} s")
     for kind in KINDS:
         median = statistics.median(alone[kind])
         p95 = sorted(small[kind])[int(0.95 * (len(small[kind]) - 1))]
         print(f"  {kind}: alone {median:.3f} s, beside 64 images p95 {p95:.3f} s, ratio {p95 / median:.2f}")
         assert p95 <= 5 * median, kind
     assert statuses == {200: NUM_SMALL}
-    assert lone_large[0] == 200
-    assert {status for status, _ in large} == {200}
+    assert answers.keys() == {200}
