@@ -22,7 +22,7 @@ def prompt_warning(unknown_words: Sequence[str], digit: int, similarities: tuple
         best, typical = similarities
         warnings.append(
             f"The prompt does not describe the digit {digit}: its similarity to real images of it is at most "
-            f"{best:.2f}. Real digits and their own prompts have {typical:.2f}"
+            f"{best:.2f}. The mean for real digits and their own prompts is {typical:.2f}"
         )
     return ". ".join(warnings) or None
 
@@ -35,7 +35,7 @@ def score_warning(scores: Scores, unknown_words: Sequence[str]) -> str | None:
     if positions := [str(index) for index, similarity in enumerate(best) if similarity < limit]:
         warnings.append(
             f"None of the prompts describes these images (by position, from 0): {_listed(positions)}. Their highest "
-            f"similarity is below {limit:.2f}. Real digits and their own prompts have {scores.typical:.2f}"
+            f"similarity is below {limit:.2f}. The mean for real digits and their own prompts is {scores.typical:.2f}"
         )
     return ". ".join(warnings) or None
 

@@ -29,7 +29,7 @@ from app.errors import Overloaded
 NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB
 NICENESS = 5  # added to that of the process, so that the threads of the denoising steps get more CPU time
 FIRST_SECONDS = 2e-8  # per pixel of work, before the first step
-FIRST_WORK = 1_000_000  # pixels that count like a first step at this speed
+FIRST_WORK = 1_000_000  # weight of FIRST_SECONDS: it counts like a finished step of this work
 KEPT = 0.9  # weight of the earlier steps in the seconds per pixel
 MAX_JUMP = 10.0  # a step counts at most as this multiple of its predicted time, because the process can be suspended
 NUM_SIZES = 64  # sizes of requests: powers of two of their work

@@ -80,7 +80,7 @@ class UploadMemory:
             upload.progress_at, upload.progress_size = self._clock(), upload.size
 
     def _give_up_stalled(self, client: str | None = None) -> None:
-        """Gives up the body, of this client or of any, that is stalled for the longest time.
+        """Gives up the body, of this client or of any, that has been stalled for the longest time.
 
         Raises Overloaded if none is stalled.
         """

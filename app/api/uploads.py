@@ -42,8 +42,8 @@ MAX_BOUNDARY = 70  # RFC 2046, section 5.1.1
 MAX_TEXT_BYTES = 16 * 1024  # limit for a text field, and for a JSON body without the contents of its strings
 MAX_STRINGS = 256  # limit for the strings of a JSON body, including field names
 MAX_ESCAPES = 128 * 1024  # limit for backslashes in a JSON body; base64 in lines of 76 characters has 2% of them
-# The work to open a picture and to convert it, as a number of decoded pixels. A picture of 28 x 28 pixels or fewer is
-# hardly converted. Other pictures are converted with a fixed number of operations on at most COARSE_PIXELS pixels.
+# The work to open a picture and to convert it, as a number of decoded pixels. A picture of at most SMALLEST_PIXELS is
+# hardly converted. The conversion of any other takes CONVERTING, and COARSE for each of at most COARSE_PIXELS pixels.
 OPENING, CONVERTING, COARSE = 20_000, 400_000, 12
 SMALLEST_PIXELS, COARSE_PIXELS = 28**2, 256**2
 

@@ -7,8 +7,8 @@ Admission refuses a job with 429 in two cases:
 - The queue has no room. At most `capacity` images wait for their first step. All unfinished images together are
   limited too, because an image that has started keeps its state in device memory.
 - A target would be missed. backlog.py computes an upper bound on the finish time of each job. If the bound of the new
-  job, or of a job that it delays, is later than the target of that job, the new job is refused. A small
-  job is nevertheless admitted, as a reserved job, if the reserve will pay for it before its target (see reserve.py).
+  job, or of a job that it delays, is later than the target of that job, the new job is refused. A small job is
+  nevertheless admitted, as a reserved job, if the reserve will pay for it before its target (see reserve.py).
 
 The bound only holds for full steps that take the rows in order, but normally row selection deviates from this to serve
 new and small jobs early (see batcher.py). Therefore `select` checks the slack of the backlog before each step, so that
@@ -21,8 +21,8 @@ Example: full steps compute 2000 evaluations per second and take 8 ms. Job A has
 10 s. Its target is 9 s, its bound 4.56 s. Job B is equal, but has a timeout of 6 s. Its target is 5.4 s, so B comes
 before A in the order. The bound of B is 4.56 s, and the bound of A becomes 8.11 s. Both are before their targets, so B
 is admitted. Job C is equal to B. It would come after B with a bound of 8.11 s, which is after its target: C is refused.
-Then the machine becomes 1.5 times slower, so that the targets of A and B are at risk. Job D has one image. The bound
-refuses it, but the reserve pays for it.
+Then the machine becomes 1.5 times slower, so that the targets of A and B are at risk. Job D has one image and a timeout
+of 5 s. It would come first and delay A and B. The bounds therefore refuse it, but the reserve pays for it.
 
 An idle engine admits every job, even one that would miss its target. Only running steps correct the predicted step
 times. If a wrong prediction could keep all jobs out, it would never be corrected.
@@ -200,8 +200,8 @@ class Admission:
     def _paid_after(self, job: Job, now: float) -> float:
         """Returns in how many seconds the reserve could pay for a small job before its target.
 
-        The result is 0 or less if it can do so now, and infinity if waiting does not help. It helps only until the
-        reserve is full.
+        The result is 0 or less if it can do so now, and infinity if waiting does not help. Waiting helps only until
+        the reserve is full.
         """
         limits, jobs = self._limits_for(self.backlog.step_kind(job)), [*self.backlog.reserved, job]
         late = self._lateness_of_last(jobs, limits, now)

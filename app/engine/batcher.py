@@ -48,7 +48,8 @@ class StepLimits:
     rows: int  # the maximum number of rows in a step
     short: int  # the maximum number of evaluations in a short step
     full: Throughput
-    # The most seconds by which a short or larger step takes longer than its evaluations would take in full steps.
+    # How many seconds longer the evaluations of a step take than in full steps: the maximum for steps that are not
+    # smaller than a short one.
     loss: float
 
     @classmethod

@@ -124,7 +124,7 @@ class Engine:
     def submit(self, job: Job, *, is_accepted: bool = False) -> None:
         """Admits all images of a job, or raises Overloaded, Starting, Draining or EngineFailed.
 
-        `is_accepted` is True for a request that has waited for CLIP. It is admitted also during a drain, unless
+        `is_accepted` is True for a request that has waited for CLIP. It is also admitted during a drain, unless
         `give_up` has answered all requests.
         """
         with self._condition:
@@ -383,7 +383,9 @@ class Engine:
         return not_finite
 
     def _duration(self, start: float) -> tuple[float, Calls | None]:
-        """Returns a duration and the calls of the step that took so long on the device, or None if they are not known.
+        """Returns a duration, and the calls of the step that took this time on the device.
+
+        Returns None instead of the calls if the duration is not that of a whole step on the device.
 
         A runner that enqueues steps does not wait for the device in the first `steps_ahead` steps. Each later call
         returns when the device has finished one more step: the one that was enqueued `steps_ahead` steps before. The

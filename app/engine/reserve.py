@@ -29,8 +29,8 @@ need, so that they are fast, too.
 
 Example: full steps compute 2000 evaluations per second. An image of 100 steps with 146 evaluations costs 73 ms in full
 steps, and about 100 ms if its steps are short. If the reserve is 150 ms when a target becomes at risk, it pays for one
-image at once. Its income is 0.1 s per second. If the machine is six times slower than at warm-up, the income pays for
-one image in 6 s.
+image at once. Its income is 0.1 s for each second of steps at the speed of warm-up. If the machine is six times slower,
+the income pays for one image in 6 s.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ from app.engine.job import RESERVE_SHARE, Job, Trajectory
 from app.engine.step_times import StepTimes
 
 # The capacity pays for this number of evaluations at the best rate: about two images of 100 steps with guidance. On a
-# fast machine it pays for many more, with the income of CAPACITY_SECONDS.
+# fast machine, it is the income of CAPACITY_SECONDS, which pays for more evaluations.
 CAPACITY_EVALUATIONS, CAPACITY_SECONDS = 300, 1.0
 
 

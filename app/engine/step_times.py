@@ -138,7 +138,7 @@ class StepTimes:
     def further_calls_seconds(self, models: Collection[str]) -> float:
         """Returns the additional time of a step because each of these models has a call of its own.
 
-        Each further call takes at most as long as a call with one evaluation.
+        Each further call adds at most the time of a call with one evaluation.
         """
         lone = [self.of(model).seconds(1) for model in models]
         return sum(lone) - min(lone) if lone else 0.0

@@ -23,8 +23,8 @@ CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # paths
 CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 # Matches the messages of RuntimeErrors that report a shortage of memory. On a GPU, torch tries all algorithms of cuDNN
 # for a convolution, ignores their errors, and raises the first message if none works. The second one is of cuBLAS and
-# cuDNN. On a CPU, the messages are of torch, NNPACK, C++ and oneDNN. oneDNN gives no reason, but it says "could not
-# create a primitive descriptor" if an operation is not supported.
+# cuDNN. On a CPU, the messages are those of torch, NNPACK, C++ and oneDNN. oneDNN gives no reason. If an operation is
+# not supported, its message is another one: "could not create a primitive descriptor".
 SHORTAGE = re.compile(
     "unable to find an engine to execute this computation|_STATUS_ALLOC_FAILED"
     "|DefaultCPUAllocator: (can't allocate|not enough) memory|posix_memalign failed|std::bad_alloc"

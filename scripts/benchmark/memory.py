@@ -1,8 +1,8 @@
 """Measures the highest resident memory of each process of the service under load, without and with CLIP.
 
-The load uses the largest requests: two clients with images at the same time, and with CLIP also guidance and scores.
-The sum of both processes is an upper bound, because they share the code of their libraries. The proportional set size
-would be lower on a machine where other processes use the same libraries.
+Two clients send the largest requests at the same time. With CLIP, the requests have CLIP guidance, and all images are
+scored. The sum of both processes is an upper bound, because they share the code of their libraries. The proportional
+set size would not count it twice, but it is lower on a machine where other processes use the same libraries.
 """
 
 import json

@@ -49,7 +49,7 @@ class Resources:
     """The resources that all processes of a service use at one time."""
 
     megabytes: float  # MiB; shared memory is counted once
-    # MiB without the pages of files. Other processes share these pages, and so change this process's share of them.
+    # MiB without the pages of files, because the share of these pages changes with the other processes that use them.
     anonymous_megabytes: float
     descriptors: int  # open files and sockets
     threads: int

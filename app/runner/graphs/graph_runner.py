@@ -37,7 +37,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the numbers of rows for whi
 MOST_ROWS = BATCHES[-1]  # the largest number of rows for which graphs are captured before they are needed
 FIRST_SLOTS = 2047  # the initial number of slots; it is large, because all graphs are captured again when it grows
 # The initial size of the table of plans, for each model. It is large for the same reason. With T = 100, all plans of a
-# model have 515,100 rows, because /edit and /denoise can start at any timestep. These are 15 MB.
+# model have 515,100 rows, because /edit and /denoise can start at any timestep. The table then has 15 MB.
 PLAN_ROWS = 1 << 19
 # While the exact graph of a step is not captured, a larger graph with at most this many times its evaluations is used.
 LARGEST_PADDING = 2

@@ -23,7 +23,7 @@ def test_prompt_below_a_quarter_of_the_typical_similarity_gets_a_warning_with_bo
     warning = prompt_warning([], 7, (best, TYPICAL))
     assert warning is not None
     assert "does not describe the digit 7" in warning
-    assert f"at most {best:.2f}. Real digits and their own prompts have 0.26" in warning
+    assert f"at most {best:.2f}. The mean for real digits and their own prompts is 0.26" in warning
 
 
 def test_unknown_words_are_named_up_to_five() -> None:

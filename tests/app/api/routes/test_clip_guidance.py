@@ -262,7 +262,7 @@ def test_prompt_that_does_not_describe_the_digit_gets_a_warning_in_each_answer(m
         warning = (await client.post("/generate", json=body)).json()["warning"]
         assert warning == (
             f"The CLIP model has not learned these words: {unsuitable}. The prompt does not describe the digit 7: its "
-            "similarity to real images of it is at most -0.99. Real digits and their own prompts have 1.00"
+            "similarity to real images of it is at most -0.99. The mean for real digits and their own prompts is 1.00"
         )
         stream = await client.post("/generate", json=body, headers={"accept": "text/event-stream"})
         assert done_event(stream.text)["warning"] == warning
