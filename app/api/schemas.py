@@ -75,8 +75,8 @@ class TimedRequest(BaseModel):
     timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = Field(
         default=None,
         description="Deadline in seconds. A request that is not finished by then is answered with 504. The default "
-        "depends on the size of the request. If the operator sets UNFOG_REQUEST_TIMEOUT, this is the default and the "
-        "maximum.",
+        "is 30 s in `/score` and depends on the size of all other requests. If the operator sets "
+        "UNFOG_REQUEST_TIMEOUT, this is the default and the maximum.",
         json_schema_extra=may_be_absent,
     )
 
