@@ -101,6 +101,8 @@ class Clip:
         self.sha256 = tensors_sha256(state)
         words = [tensor for name, tensor in state.items() if name.endswith("token_embedding.weight")]
         self._is_trained = words[0].any(dim=1) if words else torch.ones(1, dtype=torch.bool)  # (V,) for each token
+        # Made once: torch would start threads for a reduction of this size in each thread that asks.
+        self._has_trained_all = bool(self._is_trained.all())
         self._is_known = lru_cache(maxsize=4096)(self._has_trained_tokens)
         self.model.to(self.device)
         # Made once: a tensor that is made from a list in each call would make the host wait for a GPU.
@@ -119,7 +121,7 @@ class Clip:
         The embeddings of tokens that did not occur in its training are zero in `embedded` (see scripts.train_clip).
         Published models have learned all tokens.
         """
-        if self._is_trained.all():
+        if self._has_trained_all:
             return []
         words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt.lower()))
         return [word for word in words if len(word) > MAX_WORD_LENGTH or not self._is_known(word)]

@@ -1,13 +1,14 @@
 """Runs the work of requests with pictures in worker threads, in a fair order and within a limit of time.
 
 A request is divided into steps: one parses the body, and one for each picture decodes and converts it. After each step,
-the worker selects the next one: of the smallest or of the oldest request, so that both get the same amount of work. A
-small request therefore never waits for all pictures of a large one, and small requests leave half of the time to the
-oldest one.
+the worker selects the next one. There are three lanes, for small, medium and large requests. The next step belongs to
+the lane that has had the least work, and in a lane, requests are served in order of arrival. So each lane gets a third
+of the worker time if it needs it, and a small request waits for one step of a large one, not for all of its pictures.
 
-A request is refused with 429, before its pictures are decoded, if half of the worker time until its deadline is not
-enough for it and for those before it: the waiting requests that are not larger. Without unfinished requests, every one
-is admitted, because only finished steps correct a wrong prediction.
+A request is refused with 429, before its pictures are decoded, if a third of the worker time until its deadline is not
+enough for it and for the requests before it in its lane. Later requests do not delay it further, so an admitted request
+is in time if the predictions are right. Without unfinished requests, every one is admitted, because only finished steps
+correct a wrong prediction.
 
 The work of a step is predicted as a number of pixels. Finished steps give the mean seconds per pixel.
 """
@@ -17,14 +18,16 @@ import os
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
-from app.errors import Overloaded
+from app.errors import Overloaded, UnfogError
 
 NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB
 NICENESS = 5  # added to that of the process, so that the threads of the denoising steps get more CPU time
@@ -32,7 +35,9 @@ FIRST_SECONDS = 2e-8  # per pixel of work, before the first step
 FIRST_WORK = 1_000_000  # weight of FIRST_SECONDS: it counts like a finished step of this work
 KEPT = 0.9  # weight of the earlier steps in the seconds per pixel
 MAX_JUMP = 10.0  # a step counts at most as this multiple of its predicted time, because the process can be suspended
-NUM_SIZES = 64  # sizes of requests: powers of two of their work
+# The largest work of small and of medium requests: an ordinary picture, and the largest picture.
+LARGEST_WORK = (2_000_000, 20_000_000)
+NUM_LANES = len(LARGEST_WORK) + 1
 LONGEST_WAIT = 3600  # maximum Retry-After, in seconds
 
 T = TypeVar("T")
@@ -48,12 +53,22 @@ class Step(Generic[T]):
 
 @dataclass(eq=False, slots=True)
 class _Request:
-    number: int  # in the order of arrival
-    size: int  # the index in the lists by size
+    lane: "_Lane"
     steps: deque[Step[Any]]  # that have not begun
     is_running: bool = False
     results: list[Any] = field(default_factory=list)
     future: Future[list[Any]] = field(default_factory=Future)
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    requests: dict[_Request, None] = field(default_factory=dict)  # unfinished, in the order of arrival
+    work_left: int = 0  # of their steps that have not finished
+    work_begun: int = 0  # of its steps that have begun, or more: an empty lane keeps up with the others
+
+    def waiting(self) -> _Request | None:
+        """Returns the oldest request that has steps and of which no step runs."""
+        return next((request for request in self.requests if request.steps and not request.is_running), None)
 
 
 class PictureQueue:
@@ -64,12 +79,9 @@ class PictureQueue:
         self._clock = clock
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "pictures", _lower_priority)
         self._lock = threading.Lock()
-        # By size: the unfinished requests in the order of arrival, and the work of their steps that have not finished.
         # The executor has a call of _run_step for each request that waits.
-        self._unfinished: list[dict[_Request, None]] = [{} for _ in range(NUM_SIZES)]
-        self._work_left = [0] * NUM_SIZES
-        self._num_submitted = 0
-        self._work_of_oldest = 0  # done for the oldest requests, minus the work done for the smallest ones
+        self._lanes = [_Lane() for _ in range(NUM_LANES)]
+        self._work_begun = 0  # that of the lane of the last step, before this step
         self._seconds, self._work = FIRST_SECONDS * FIRST_WORK, float(FIRST_WORK)  # weighted sums of finished steps
         self._is_closed = False
 
@@ -83,11 +95,13 @@ class PictureQueue:
         assert steps, "a request has at least one step"
         work = sum(step.work for step in steps)
         with self._lock:
-            self._refuse_if_late(work, timeout)
-            self._num_submitted += 1
-            request = _Request(self._num_submitted, _size_of(work), steps)
-            self._unfinished[request.size][request] = None
-            self._work_left[request.size] += work
+            lane = self._lanes[bisect_left(LARGEST_WORK, work)]
+            self._refuse_if_late(lane, work, timeout)
+            if not lane.requests:
+                lane.work_begun = max(lane.work_begun, self._work_begun)
+            request = _Request(lane, steps)
+            lane.requests[request] = None
+            lane.work_left += work
             self._call_worker()
         request.future.add_done_callback(lambda _: self._remove(request))
         if self._is_closed:
@@ -98,17 +112,17 @@ class PictureQueue:
         """Cancels all requests. The steps that run now are finished."""
         with self._lock:
             self._is_closed = True
-            requests = [request for requests in self._unfinished for request in requests]
+            requests = [request for lane in self._lanes for request in lane.requests]
         self._workers.shutdown(wait=False, cancel_futures=True)
         for request in requests:
             request.future.cancel()
 
-    def _refuse_if_late(self, work: int, timeout: float) -> None:
+    def _refuse_if_late(self, lane: _Lane, work: int, timeout: float) -> None:
         """Raises Overloaded if a request of this work would be late. The lock must be held."""
         pace = self._seconds / self._work / NUM_WORKERS
-        late = pace * (sum(self._work_left[: _size_of(work) + 1]) + work) - timeout / 2
-        if late > 0 and any(self._unfinished):
-            wait = math.ceil(min(late, pace * sum(self._work_left)))
+        late = pace * (lane.work_left + work) - timeout / NUM_LANES
+        if late > 0 and any(other.requests for other in self._lanes):
+            wait = math.ceil(min(late, pace * sum(other.work_left for other in self._lanes)))
             raise Overloaded(max(1, min(wait, LONGEST_WAIT)), "Too many pictures are being decoded. Retry later")
 
     def _call_worker(self) -> None:
@@ -123,16 +137,21 @@ class PictureQueue:
                 return
             request.is_running = True
             step = request.steps.popleft()
+            self._work_begun = request.lane.work_begun
+            request.lane.work_begun += step.work
         start, error = self._clock(), None
         try:
             request.results.append(step.run())
         except Exception as raised:
             error = raised
+            if isinstance(raised, UnfogError):
+                # Its frames hold the file and the decoded picture. They would stay until a garbage collection.
+                raised.__traceback__ = raised.__cause__ = raised.__context__ = None
         seconds, work = self._clock() - start, step.work
         del step  # It holds the file, which is not needed any more.
         with self._lock:
             self._measure(work, seconds)
-            self._work_left[request.size] -= work
+            request.lane.work_left -= work
             request.is_running = False
             if error:
                 self._drop_steps(request)
@@ -146,23 +165,9 @@ class PictureQueue:
                 request.future.set_result(request.results)
 
     def _select(self) -> _Request | None:
-        """Returns the smallest or the oldest waiting request. The lock must be held."""
-        waiting = (
-            (request for request in requests if request.steps and not request.is_running)
-            for requests in self._unfinished
-        )
-        oldest_of_each_size = [request for requests in waiting if (request := next(requests, None))]
-        if not oldest_of_each_size:
-            return None
-        smallest = oldest_of_each_size[0]
-        oldest = min(oldest_of_each_size, key=lambda request: request.number)
-        if smallest is oldest:
-            return oldest
-        if self._work_of_oldest >= 0:
-            self._work_of_oldest -= smallest.steps[0].work
-            return smallest
-        self._work_of_oldest += oldest.steps[0].work
-        return oldest
+        """Returns the next request of the lane that has had the least work. The lock must be held."""
+        waiting = [(lane.work_begun, request) for lane in self._lanes if (request := lane.waiting())]
+        return min(waiting, key=itemgetter(0))[1] if waiting else None
 
     def _measure(self, work: int, seconds: float) -> None:
         """Adds a finished step to the weighted sums. The lock must be held."""
@@ -173,17 +178,13 @@ class PictureQueue:
     def _remove(self, request: _Request) -> None:
         """Removes a request that is done."""
         with self._lock:
-            del self._unfinished[request.size][request]
+            del request.lane.requests[request]
             self._drop_steps(request)
 
     def _drop_steps(self, request: _Request) -> None:
         """Drops the steps that have not begun. The lock must be held."""
-        self._work_left[request.size] -= sum(step.work for step in request.steps)
+        request.lane.work_left -= sum(step.work for step in request.steps)
         request.steps.clear()
-
-
-def _size_of(work: int) -> int:
-    return min(work.bit_length(), NUM_SIZES - 1)
 
 
 def _lower_priority() -> None:

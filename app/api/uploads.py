@@ -123,15 +123,16 @@ class ImageReader:
         deadline: asyncio.Timeout,
     ) -> tuple[M, dict[str, list[T]]]:
         """Parses a body and decodes its pictures. Moves the deadline if the request has an earlier one."""
-        seconds = self._decode_seconds
+        seconds, end = self._decode_seconds, deadline.when()
+        assert end is not None, "decoding has a deadline"
         ((fields, files),) = await asyncio.wrap_future(self._queue.submit([parsing], seconds))
         if isinstance(fields, TimedRequest) and fields.timeout_seconds and fields.timeout_seconds < seconds:
-            deadline.reschedule((deadline.when() or 0) - seconds + fields.timeout_seconds)
-            seconds = fields.timeout_seconds
+            end += fields.timeout_seconds - seconds
+            deadline.reschedule(end)
         names = [file.field for file in files]
         steps = [Step(file.work, partial(_convert, fields, file, decoders[file.field], convert)) for file in files]
         files.clear()  # Each step holds its file until it has run.
-        work = self._queue.submit(steps, seconds)
+        work = self._queue.submit(steps, end - asyncio.get_running_loop().time())
         del steps
         converted: list[T] = await asyncio.wrap_future(work)
         pictures: dict[str, list[T]] = {}

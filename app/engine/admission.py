@@ -51,7 +51,7 @@ from app.engine.job import (
     StepKind,
     Trajectory,
 )
-from app.engine.reserve import Reserve, num_steps_of
+from app.engine.reserve import Reserve, num_steps_of, with_loss_of_others
 from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
@@ -132,8 +132,8 @@ class Admission:
         if not backlog.jobs:
             self.reserve.fill()
         kind = backlog.bound_kind(job)
-        full, slack = self._full(kind), self._slack_with(job, kind, now)
-        is_late = (slack is None or slack.until < now) and not backlog.admits(job, full, now)
+        slack = self._slack_with(job, kind, now)
+        is_late = (slack is None or slack.until < now) and not self._is_within_bounds(job, now)
         is_refused = is_late and not (job.is_small and self._paid_after(job, now) <= 0)
         if is_refused or self._delays_reserved_jobs(job, now):
             detail = "This request or an admitted one would miss its deadline. Retry later or request fewer images"
@@ -152,7 +152,7 @@ class Admission:
         self._recover(now)
         limits, at_risk = self._limits_for(backlog.step_kind()), self._is_at_risk(now)
         has_use = backlog.num_reserved or backlog.has_small_and_large
-        paid = self._paid_rows(limits) if at_risk and has_use else []
+        paid = self._paid_rows() if at_risk and has_use else []
         if backlog.is_changed or self._selected_with != (limits, at_risk, paid):
             share = limits.share(len(backlog), backlog.fewest_images, first_round=0)
             has_unpaid = at_risk and backlog.num_reserved > 0  # such rows may have to wait
@@ -186,8 +186,18 @@ class Admission:
         # The bound holds for steps without reserved jobs.
         return select_rows(others, bound_limits, at_risk=True) or rows
 
-    def _paid_rows(self, limits: StepLimits) -> list[Trajectory]:
-        return self.reserve.paid_rows(limits, self.backlog.reserved, self.backlog.others)
+    def _is_within_bounds(self, job: Job, now: float, wait: float = 0.0) -> bool:
+        """Returns True if `job` and all jobs that it delays would meet their targets if it arrived after `wait`."""
+        full, present = self._full(self.backlog.bound_kind(job)), self._full(self.backlog.bound_kind())
+        return self.backlog.admits(job, full, present, now, wait)
+
+    def _paid_rows(self) -> list[Trajectory]:
+        return self.reserve.paid_rows(self._reserve_limits(), self.backlog.reserved, self.backlog.others)
+
+    def _reserve_limits(self, *new_jobs: Job) -> StepLimits:
+        """Returns the limits of steps with the reserved jobs and `new_jobs`, with their largest cost as the loss."""
+        limits = self._limits_for(self.backlog.step_kind(*new_jobs))
+        return with_loss_of_others(limits, self._limits_for(self.backlog.bound_kind()).full.rate)
 
     def _keep_account(self, paid: list[Trajectory]) -> None:
         """Adds the income of the next step to the reserve, and subtracts its cost."""
@@ -203,7 +213,7 @@ class Admission:
         The result is 0 or less if it can do so now, and infinity if waiting does not help. Waiting helps only until
         the reserve is full.
         """
-        limits, jobs = self._limits_for(self.backlog.step_kind(job)), [*self.backlog.reserved, job]
+        limits, jobs = self._reserve_limits(job), [*self.backlog.reserved, job]
         late = self._lateness_of_last(jobs, limits, now)
         until_full = (self.reserve.capacity - self.reserve.seconds) / RESERVE_SHARE
         wait = min(self.reserve.wait_for(limits, jobs), until_full)
@@ -222,7 +232,7 @@ class Admission:
         backlog = self.backlog
         if not backlog.num_reserved or backlog.step_kind(job) == backlog.step_kind():
             return False
-        reserved, limits = backlog.reserved, self._limits_for(backlog.step_kind(job))
+        reserved, limits = backlog.reserved, self._reserve_limits(job)
         return any(self._lateness_of_last(reserved[: i + 1], limits, now) > 0 for i in range(len(reserved)))
 
     def _has_room(self, waiting: int, slots: int, job: Job) -> bool:
@@ -332,7 +342,7 @@ class Admission:
             extra_slots = math.ceil(backlog.extra_slots * images / max(backlog.waiting + backlog.running, 1))
             if not self._has_room(waiting, images + extra_slots, job):
                 return False
-            return seconds >= paid_after or backlog.admits(job, full, now, seconds)
+            return seconds >= paid_after or self._is_within_bounds(job, now, seconds)
 
         return _shortest_wait(fits, longest)
 

@@ -299,12 +299,13 @@ class Backlog:
         slack = jobs[_TARGET] - now - full.step_seconds - _finish(jobs, np.cumsum(jobs[_WORK]), full)
         return float(slack.min(initial=np.inf, where=~_is_lost(jobs, full, now)))
 
-    def admits(self, job: Job, full: Throughput, now: float, wait: float = 0.0) -> bool:
+    def admits(self, job: Job, full: Throughput, present: Throughput, now: float, wait: float = 0.0) -> bool:
         """Returns True if `job` and all jobs that it delays would meet their targets.
 
         It delays the jobs with later targets. If it changes the kind of the steps, it delays all jobs, because every
         step may then take longer. Lost and reserved jobs are ignored. An empty backlog admits every job (see
-        admission.py).
+        admission.py). `full` is the throughput of full steps with the job, and `present` without it: a job is not lost
+        because the new one would make its steps longer.
 
         With `wait`, the job is submitted `wait` seconds from now. Until then, the backlog drains in order at the rate
         of full steps, and no other job arrives.
@@ -320,7 +321,7 @@ class Backlog:
         own_left = own[_WORK] + (left[position - 1] if position else 0.0)
         if start + _finish(own, own_left, full)[0] > target:
             return False
-        delayed = (left > 0) & ~_is_lost(jobs, full, now)
+        delayed = (left > 0) & ~_is_lost(jobs, present, now)
         # the share of each tail that is left after the wait
         tail_left = np.minimum(left / np.maximum(jobs[_TAIL_WORK], 1.0), 1.0)
         jobs[_TAIL_WORK : _TAIL_STEPS + 1] *= tail_left

@@ -123,7 +123,8 @@ class ClipWorker:
     def compare_with_real_digits(self, digit: int, embedding: Embedding) -> tuple[float, float] | None:
         """Returns the highest similarity of a prompt and a real image of the digit, and the typical one of `Scores`.
 
-        Returns None if the real digits are not embedded yet. The thread does this before any other work.
+        Returns None if the real digits are not embedded yet. The thread embeds them after the start, when no prompt
+        waits.
         """
         with self._condition:
             real = self._real

@@ -34,6 +34,7 @@ the income pays for one image in 6 s.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from app.engine.batcher import StepLimits
 from app.engine.job import RESERVE_SHARE, Job, Trajectory
@@ -86,7 +87,8 @@ class Reserve:
             for row in job.unfinished[job.num_pending :]:
                 cost = row.evaluations / limits.full.rate
                 if cost > (amount if job.is_reserved else amount - owed):
-                    return rows
+                    # Each paid step has its loss, so the reserve saves until it pays for all reserved rows that fit.
+                    return [] if job.is_reserved and self.seconds < self.capacity else rows
                 is_full = len(rows) == limits.rows or not limits.fits_first_round(row.evaluations, evaluations)
                 if rows and is_full:
                     return rows
@@ -94,6 +96,15 @@ class Reserve:
                 evaluations, amount = evaluations + row.evaluations, amount - cost
                 owed -= cost if job.is_reserved else 0.0
         return rows
+
+
+def with_loss_of_others(limits: StepLimits, rate: float) -> StepLimits:
+    """Returns these limits with the largest possible cost of a step, without that of its reserved rows, as the loss.
+
+    `rate` is that of full steps without the reserved jobs. It is higher if the reserved jobs have CLIP guidance or need
+    another network call. The other rows, at most a full step of them, then take longer than at this rate.
+    """
+    return replace(limits, loss=limits.loss + limits.evaluations * max(0.0, 1 / limits.full.rate - 1 / rate))
 
 
 def num_steps_of(limits: StepLimits, jobs: Sequence[Job]) -> float:

@@ -195,8 +195,9 @@ class GraphRunner(Runner):
                 self.idle()
         times = super().warm_up(should_stop)
         if self._fixed:  # all steps take the same time
-            seconds = times.step_seconds(self._fixed.rows)
-            return StepTimes(dict.fromkeys((self._fixed.rows, self._fixed.evaluations), seconds), times.clip_seconds)
+            sizes, rows = (self._fixed.rows, self._fixed.evaluations), self._fixed.rows
+            of_models = {name: dict.fromkeys(sizes, times.of(name).seconds(rows)) for name in self.models}
+            return StepTimes(of_models[DEFAULT_MODEL], times.clip_seconds, of_models)
         return times
 
     @property

@@ -103,7 +103,7 @@ def test_job_is_admitted_if_it_and_all_delayed_jobs_meet_their_targets(seed: int
     others = [job for job in backlog if not job.is_reserved]
     delayed = [job for job in others if job.target > candidate.target and not is_lost(job, now)]
     expected = all(now + FULL.step_seconds + after[job] <= job.target for job in [candidate, *delayed])
-    assert backlog.admits(candidate, FULL, now) is expected
+    assert backlog.admits(candidate, FULL, FULL, now) is expected
     assert candidate not in backlog
 
 
@@ -111,7 +111,7 @@ def test_random_jobs_are_both_admitted_and_refused() -> None:
     decisions = set()
     for seed in range(60):
         choose, backlog, now = random_backlog(seed)
-        decisions.add(backlog.admits(random_job(choose, now, fresh=True), FULL, now))
+        decisions.add(backlog.admits(random_job(choose, now, fresh=True), FULL, FULL, now))
     assert decisions == {True, False}
 
 
@@ -120,7 +120,7 @@ def test_lost_job_does_not_prevent_the_admission_of_other_jobs() -> None:
     lost = new_job(64, num_steps=100, timeout=10.0, submitted_at=0.0)  # 64 s of work
     backlog.add(lost)
     assert backlog.slack(FULL, 0.0) == math.inf
-    assert backlog.admits(new_job(1, num_steps=10, timeout=5.0, submitted_at=0.0), FULL, 0.0)
+    assert backlog.admits(new_job(1, num_steps=10, timeout=5.0, submitted_at=0.0), FULL, FULL, 0.0)
 
 
 def test_job_with_another_model_delays_all_jobs() -> None:
@@ -129,8 +129,17 @@ def test_job_with_another_model_delays_all_jobs() -> None:
     backlog.add(new_job(1, num_steps=50, timeout=11.0, submitted_at=0.0))  # its bound is 9.2 s, its target 9.9 s
     slower = Throughput(rate=80.0, step_seconds=0.2, lone_seconds=0.02)  # The bound at this speed is 11.1 s.
     same, other = (new_job(1, num_steps=1, timeout=100.0, submitted_at=0.0, model=name) for name in ("default", "fast"))
-    assert backlog.admits(same, slower, 0.0)
-    assert not backlog.admits(other, slower, 0.0)
+    assert backlog.admits(same, slower, slower, 0.0)
+    assert not backlog.admits(other, slower, slower, 0.0)
+
+
+def test_job_is_not_lost_because_a_new_job_would_make_its_steps_longer() -> None:
+    backlog = Backlog(10_000)
+    backlog.add(new_job(1, num_steps=50, timeout=11.0, submitted_at=0.0))
+    slower = Throughput(rate=20.0, step_seconds=0.8, lone_seconds=0.4)  # 50 steps would take 20 s
+    other = new_job(1, num_steps=1, timeout=100.0, submitted_at=0.0, model="fast")
+    assert not backlog.admits(other, slower, FULL, 0.0)
+    assert backlog.admits(other, slower, slower, 0.0)
 
 
 def test_admission_after_a_wait_includes_the_work_that_finishes_before() -> None:
@@ -138,7 +147,7 @@ def test_admission_after_a_wait_includes_the_work_that_finishes_before() -> None
     backlog.add(new_job(50, num_steps=20, timeout=15.0, submitted_at=0.0))  # 1,000 evaluations take 10 s
     candidate = new_job(10, num_steps=50, timeout=20.0, submitted_at=0.0)  # it takes 12.5 s alone, its target is 18 s
     # It is admitted if (10 - wait + 12.5 + 0.3) / 0.9 + 0.16 <= 18. Therefore waits of 0 to 6 s are too short.
-    assert [wait for wait in range(12) if not backlog.admits(candidate, FULL, 0.0, wait)] == list(range(7))
+    assert [wait for wait in range(12) if not backlog.admits(candidate, FULL, FULL, 0.0, wait)] == list(range(7))
 
 
 def test_jobs_finish_in_order_in_the_prediction() -> None:

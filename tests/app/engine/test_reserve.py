@@ -60,6 +60,51 @@ def test_wait_is_the_time_in_which_the_income_pays_for_all_reserved_jobs() -> No
     assert reserve.wait_for(LIMITS, [first, second]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("model", ["default", "fast"])
+@pytest.mark.parametrize("clip_seconds", [0.0, 0.011])
+@pytest.mark.parametrize("max_batch", [None, 8, 32])
+def test_cost_of_a_reserved_job_is_at_most_the_predicted_one(
+    max_batch: int | None, clip_seconds: float, model: str
+) -> None:
+    """A call of another network, or of CLIP, also makes the rows of the other jobs take longer."""
+    service = VirtualService(max_batch, measured=MEASURED, clip_seconds=clip_seconds)
+    admission, reserve = service.admission, service.admission.reserve
+    clip = StepTimes(MEASURED, clip_seconds).clip_evaluations
+    service.submit(Client("large", count=64, timeout=9.0).job(0.0))
+    admission.step_times.slowdown = 1.75
+    service.slowness = lambda now: 1.75
+    small = Client("small", num_steps=5, guided=False, timeout=20, model=model, clip_evaluations=clip).job(service.now)
+    admission.backlog.add(small, is_reserved=True)
+    assert admission._is_at_risk(service.now)
+    predicted, paid = cost_of(admission._reserve_limits(), [small]), list[float]()
+    pay = reserve.pay
+
+    def count(seconds: float, others: int, rate: float) -> None:
+        paid.append(seconds - others / rate)
+        pay(seconds, others, rate)
+
+    reserve.pay = count  # type: ignore[method-assign]
+    while small.unfinished:
+        service.step()
+    assert len(paid) == 5
+    assert 0 < sum(paid) <= predicted
+
+
+def test_reserve_saves_until_it_pays_for_all_reserved_rows_that_fit() -> None:
+    """Each step with reserved rows has the loss of a short step once."""
+    admission, _ = at_risk_admission()
+    reserve, limits, jobs = admission.reserve, admission._reserve_limits(), [job(1), job(1)]
+    for each in jobs:
+        admission.backlog.add(each, is_reserved=True)
+    cost = 1 / limits.full.rate
+    reserve.seconds = limits.loss + 1.5 * cost
+    assert reserve.paid_rows(limits, jobs, []) == []
+    reserve.seconds = limits.loss + 2.5 * cost
+    assert {row.job for row in reserve.paid_rows(limits, jobs, [])} == set(jobs)
+    reserve.seconds = reserve.capacity = limits.loss + 1.5 * cost  # it cannot save more
+    assert len(reserve.paid_rows(limits, jobs, [])) == 1
+
+
 def test_capacity_does_not_depend_on_the_jobs() -> None:
     """A job with CLIP guidance or of a slow model lowers the rate of full steps, but not what the bounds contain."""
     admission = Admission(1024, None)

@@ -514,6 +514,16 @@ def test_step_times_of_fixed_rows_keep_the_time_of_clip(loaded: Checkpoint, monk
     assert (times.clip_seconds, times.step_seconds(1)) == (0.25, times.step_seconds(20))
 
 
+def test_step_times_of_fixed_rows_keep_those_of_each_model(
+    loaded: Checkpoint, other: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = StepTimes({1: 0.1, 16: 0.2}, of_models={"fast": {1: 0.5, 16: 0.9}})
+    monkeypatch.setattr(Runner, "warm_up", lambda runner, should_stop: measured)
+    runner = GraphRunner({"default": loaded, "fast": other}, LateDevice(), torch.float32, fixed_rows=16, num_slots=64)
+    times = runner.warm_up(lambda: True)
+    assert [times.of(name).seconds(rows) for name in ("default", "fast") for rows in (1, 16)] == [0.2, 0.2, 0.9, 0.9]
+
+
 def test_step_with_more_than_the_fixed_rows_is_refused(loaded: Checkpoint) -> None:
     runner = on_graphs(loaded, fixed_rows=4)
     with pytest.raises(ValueError, match="a step of 11 rows exceeds the fixed number of 10"):
