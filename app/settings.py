@@ -189,7 +189,7 @@ class Settings(BaseSettings):
     """maximum size in bytes of a request body with pictures (default: 4194304)"""
     request_timeout: Annotated[Seconds | None, BeforeValidator(_number_or_auto)] = None
     """deadline of a request in seconds, and upper limit of timeout_seconds, or auto. A late request is answered with
-    504. auto: 30 times as long as the request takes alone, 30 to 600; timeout_seconds up to 600 (default: auto)"""
+    504. auto: 60 times the duration in full steps, 30 to 600; timeout_seconds up to 600 (default: auto)"""
     drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 25.0
     """seconds after SIGTERM to finish admitted requests. The remaining ones are then answered with 503 (default: 25)"""
     watchdog_seconds: Seconds = 10.0

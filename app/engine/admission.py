@@ -55,10 +55,10 @@ from app.engine.reserve import Reserve, num_steps_of, with_loss_of_others
 from app.engine.step_times import StepTimes, Throughput
 
 log = logging.getLogger(__name__)
-# The default timeout of a request is this multiple of the time that it takes alone at the speed of warm-up, within the
-# limits in job.py. On a virtual machine with busy neighbours, steps took 2.5 times as long as at warm-up, and with four
-# other processes 8 times. The factor leaves room for this and for other requests.
-TIMEOUT_FACTOR = 30.0
+# The default timeout of a request is this multiple of the time that it takes in full steps at the speed of warm-up,
+# within the limits in job.py. On two cores that eight other processes used too, steps took 20 times as long. The factor
+# leaves room for this and for other requests.
+TIMEOUT_FACTOR = 60.0
 Calls = tuple[dict[str, int], dict[str, int]]  # of a step: evaluations by model, rows with CLIP guidance by model
 
 # The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
@@ -171,8 +171,9 @@ class Admission:
     def _default_timeout(self, job: Job) -> float:
         """Returns the timeout in seconds of a job whose request has none. It does not depend on the current speed."""
         full = self._limits_for(StepKind((job.request.options.model,), GUIDED_EVALUATIONS, has_clip=False)).full
-        alone = max(job.evaluations_left / full.rate, job.tail[1] * full.lone_seconds)
-        return min(max(SHORTEST_TIMEOUT, TIMEOUT_FACTOR * alone), LONGEST_TIMEOUT)
+        tail_work, tail_steps = job.tail
+        seconds = (job.evaluations_left - tail_work) / full.rate + tail_steps * full.step_seconds
+        return min(max(SHORTEST_TIMEOUT, TIMEOUT_FACTOR * seconds), LONGEST_TIMEOUT)
 
     def _select(self, limits: StepLimits, at_risk: bool, paid: list[Trajectory]) -> list[Trajectory]:
         """Returns the rows of the next step. If a target is at risk, the rows in `paid` come first."""

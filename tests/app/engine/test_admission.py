@@ -150,21 +150,27 @@ def test_all_rows_are_of_the_first_job_while_its_target_is_at_risk() -> None:
 @pytest.mark.parametrize(
     ("fields", "timeout"),
     [
-        ({"count": 1, "num_steps": 1}, 30.0),  # the shortest one; the request takes 1 s alone
-        ({"count": 1, "num_steps": 15}, 450.0),
+        ({"count": 1, "num_steps": 1}, 60 * 5.0),  # a full step takes 5 s
         # Full steps compute at least 15 evaluations in 4.75 s.
-        ({"count": 4, "num_steps": 10}, 30 * 40 * 4.75 / 15),
-        ({"count": 4, "num_steps": 10, "guided_steps": range(5)}, 30 * 60 * 4.75 / 15),
+        ({"count": 4, "num_steps": 1}, 60 * (3 * 4.75 / 15 + 5.0)),
+        ({"count": 4, "num_steps": 1, "guided_steps": range(1)}, 60 * (6 * 4.75 / 15 + 5.0)),
         ({"count": 64, "num_steps": 100}, 600.0),  # the longest one
     ],
 )
-def test_default_timeout_is_30_times_the_duration_of_the_request_alone(fields: dict[str, Any], timeout: float) -> None:
+def test_default_timeout_is_60_times_the_duration_in_full_steps(fields: dict[str, Any], timeout: float) -> None:
     admission, slow = new_admission(), new_admission()
     slow.step_times.slowdown = 3.0  # has no effect
     for each in (admission, slow):
         (admitted,) = admit_all(each, job(**fields, timeout=None))
         assert admitted.timeout == pytest.approx(timeout)
         assert admitted.deadline == pytest.approx(NOW + timeout)
+
+
+def test_default_timeout_is_at_least_30_s() -> None:
+    admission = Admission(1024, None)
+    admission.open(StepTimes({1: 0.01, 16: 0.05}))
+    (admitted,) = admit_all(admission, job(1, num_steps=10, timeout=None))
+    assert admitted.timeout == 30.0
 
 
 def test_targets_are_at_risk_when_the_batch_becomes_smaller() -> None:
