@@ -9,7 +9,8 @@ from scripts.common.stopping import stops_soon
 
 LIMIT = 60  # seconds; each work below takes longer, so only the signal ends it
 PROGRAM = """
-import ctypes, threading, time
+import ctypes, signal, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell inherit that it is ignored
 from model.compiled.child import call_in_child
 from scripts.common import stopping
 from scripts.common.progress import Reporter
