@@ -57,9 +57,9 @@ def test_memory_is_that_of_a_loaded_service(
 
 def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.json"
-    bench.main(["closed", "--repeats=2", "--seconds=0.5", "--settle=0", "--clients", "1", "3", f"--out={out}"])
+    bench.main(["closed", "--repeats=1", "--seconds=1", "--settle=0", "--clients", "1", "3", f"--out={out}"])
     content = json.loads(out.read_text())
-    assert [found["load"] for found in content["rows"]] == 2 * [
+    assert [found["load"] for found in content["rows"]] == [
         "1 x 1 image",
         "3 x 1 image",
         "2 x 2 images",
@@ -76,7 +76,7 @@ def test_closed_measures_a_real_service(tiny: Path, tmp_path: Path, capsys: pyte
     assert content["machine"]["flop_a_call"] > 1e8
     assert content["machine"]["matrix_rate"] == 1e12
     assert all(found["adjacent"] == [{"matrix_rate": 1e12}] * 2 for found in content["rows"])
-    assert [("matrix_share" in found) for found in content["rows"][:9]] == [True] * 4 + [False] * 3 + [True] * 2
+    assert [("matrix_share" in found) for found in content["rows"]] == [True] * 4 + [False] * 3 + [True] * 2
     answers = json.loads(out.with_suffix(".answers.json").read_text())
     assert [load for _, load, *_ in answers] == [found["load"] for found in content["rows"]]
     assert capsys.readouterr().out.count("| unfog |") == 9 + 2  # two loads have two kinds of requests

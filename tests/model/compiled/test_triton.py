@@ -46,8 +46,10 @@ def triton_code(*arguments: str, timeout: float = 280, **variables: str) -> dict
     return found
 
 
-def test_triton_kernels_of_a_small_step_compile_for_every_architecture(tmp_path: Path, caches: dict[str, str]) -> None:
-    found = triton_code("step", str(tiny_checkpoint(tmp_path)), *map(str, ARCHITECTURES), **caches)
+def test_triton_kernels_of_a_small_step_compile_for_the_oldest_and_the_newest_architecture(
+    tmp_path: Path, caches: dict[str, str]
+) -> None:
+    found = triton_code("step", str(tiny_checkpoint(tmp_path)), str(ARCHITECTURES[0]), str(ARCHITECTURES[-1]), **caches)
     assert found["kernels"] >= 20
     assert found["launches"] <= MOST_LAUNCHES["tiny"]
     assert found["errors"] == {}
