@@ -204,6 +204,22 @@ def test_reserve_does_not_pay_for_a_job_that_would_end_after_its_target() -> Non
     assert 1 <= refused.value.retry_after <= 120
 
 
+def test_retry_after_is_the_time_until_the_reserve_pays_unless_another_small_job_uses_its_income() -> None:
+    waits = []
+    for others in ([], [job(1, timeout=1000)]):
+        admission, _ = at_risk_admission()
+        for other in others:
+            admission.admit(other, NOW)
+            assert not other.is_reserved
+        admission.reserve.seconds = 0.0
+        with pytest.raises(errors.Overloaded) as refused:
+            admission.admit(job(1, timeout=150), NOW)
+        waits.append(refused.value.retry_after)
+    until_it_pays, until_it_fits = waits
+    assert until_it_pays < 30
+    assert until_it_fits > 60  # the large job takes 80 s
+
+
 def test_small_jobs_are_refused_after_they_have_used_their_share() -> None:
     admission, large = at_risk_admission()
     small = list[Job]()
