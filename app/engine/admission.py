@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 # within the limits in job.py. On two cores that eight other processes used too, steps took 20 times as long. The factor
 # leaves room for this and for other requests.
 TIMEOUT_FACTOR = 60.0
+DEFAULT_KIND = StepKind((DEFAULT_MODEL,), GUIDED_EVALUATIONS, has_clip=False)  # of steps of the default model
 Calls = tuple[dict[str, int], dict[str, int]]  # of a step: evaluations by model, rows with CLIP guidance by model
 
 # The slack is computed for steps that are slower than now by SPEED_MARGIN. It is valid until they are slower than that,
@@ -88,11 +89,11 @@ class Admission:
         """
         self.backlog = Backlog(capacity)
         self.step_times = StepTimes({1: 1.0})
-        self.reserve = Reserve(self.step_times)
         self._max_batch = max_batch
         self._max_rows: int | None = None  # the limit after a memory shortage; None without a shortage
         self._shortage_at = -math.inf  # the time of the last shortage, or of the last recovery step
         self._limits: dict[StepKind, StepLimits] = {}
+        self.reserve = Reserve(self._limits_for(DEFAULT_KIND).full.rate)
         self._slack: _Slack | None = None  # None if it is not known
         # The last selection: its limits, whether a target was at risk, and the rows that the reserve paid for.
         self._selected_with: tuple[StepLimits | None, bool, list[Trajectory]] = None, False, []
@@ -100,14 +101,15 @@ class Admission:
     @property
     def max_batch(self) -> int:
         """Returns the maximum number of rows of a step."""
-        return self._limits_for(StepKind((DEFAULT_MODEL,), GUIDED_EVALUATIONS, has_clip=False)).rows
+        return self._limits_for(DEFAULT_KIND).rows
 
     def open(self, step_times: StepTimes, max_rows: int | None = None) -> None:
         """Sets the step times that were measured at warm-up, and the largest number of rows of the runner."""
-        self.step_times, self.reserve = step_times, Reserve(step_times)
+        self.step_times = step_times
         if max_rows is not None:
             self._max_batch = min(self._max_batch or max_rows, max_rows)
         self._limits.clear()
+        self.reserve = Reserve(self._limits_for(DEFAULT_KIND).full.rate)
 
     def calls(self) -> Calls:
         """Returns the sizes of the calls of the next step, as `Batch.calls`."""

@@ -38,7 +38,6 @@ from dataclasses import replace
 
 from app.engine.batcher import StepLimits
 from app.engine.job import RESERVE_SHARE, Job, Trajectory
-from app.engine.step_times import StepTimes
 
 # The capacity pays for this number of evaluations at the best rate: about two images of 100 steps with guidance. On a
 # fast machine, it is the income of CAPACITY_SECONDS, which pays for more evaluations.
@@ -48,9 +47,10 @@ CAPACITY_EVALUATIONS, CAPACITY_SECONDS = 300, 1.0
 class Reserve:
     """The account of the reserve. `limits` are those of steps with the reserved jobs."""
 
-    def __init__(self, step_times: StepTimes) -> None:
+    def __init__(self, rate: float) -> None:
+        """`rate` is the number of evaluations per second in full steps of the default model."""
         # The largest amount. It does not depend on the jobs, so that each bound contains the whole reserve.
-        self.capacity = max(CAPACITY_EVALUATIONS / step_times.best_rate, RESERVE_SHARE * CAPACITY_SECONDS)
+        self.capacity = max(CAPACITY_EVALUATIONS / rate, RESERVE_SHARE * CAPACITY_SECONDS)
         self.seconds = self.capacity  # the present amount
 
     def fill(self) -> None:

@@ -47,6 +47,12 @@ def test_each_job_gets_one_row_and_the_oldest_jobs_get_the_others() -> None:
     assert names(select(backlog, 2), *jobs) == [(0, 0), (1, 0)]
 
 
+def test_row_that_compares_the_classes_begins_in_the_first_half_of_a_full_step() -> None:
+    limits = fixed_limits(20)  # a full step has 40 evaluations
+    assert [n for n in range(40) if limits.fits_first_round(10, n)] == list(range(20))
+    assert [n for n in range(40) if limits.fits_first_round(2, n)] == list(range(19))
+
+
 def test_jobs_with_earlier_targets_come_first() -> None:
     jobs = new_job(3, timeout=30.0, submitted_at=0.0), new_job(3, timeout=10.0, submitted_at=5.0), new_job(1)
     backlog = backlog_with(*jobs)

@@ -31,8 +31,8 @@ def at_risk_admission() -> tuple[Admission, Job]:
 
 
 def test_reserve_gets_a_tenth_of_the_time_of_each_step_up_to_its_capacity() -> None:
-    reserve = Reserve(STEP_TIMES)
-    assert reserve.seconds == reserve.capacity == pytest.approx(CAPACITY_EVALUATIONS / (16 / 5.0))
+    reserve = Reserve(LIMITS.full.rate)
+    assert reserve.seconds == reserve.capacity == pytest.approx(CAPACITY_EVALUATIONS / (15 / 4.75))
     reserve.seconds = 0.0
     for seconds in (1.0, 3.0, 5.0):
         reserve.add_step(seconds)
@@ -44,14 +44,14 @@ def test_reserve_gets_a_tenth_of_the_time_of_each_step_up_to_its_capacity() -> N
 
 def test_step_costs_the_time_that_the_other_jobs_lose() -> None:
     """8 evaluations take 3 s. Full steps compute the 6 evaluations of the other jobs in 6 / R seconds."""
-    reserve = Reserve(STEP_TIMES)
+    reserve = Reserve(LIMITS.full.rate)
     reserve.pay(3.0, 6, LIMITS.full.rate)
     assert reserve.seconds == pytest.approx(reserve.capacity - (3.0 - 6 / LIMITS.full.rate))
 
 
 def test_wait_is_the_time_in_which_the_income_pays_for_all_reserved_jobs() -> None:
     """Two jobs have their rows in the same steps: a step with both has the loss of a short step once."""
-    reserve, first, second = Reserve(STEP_TIMES), job(), job()
+    reserve, first, second = Reserve(LIMITS.full.rate), job(), job()
     assert cost_of(LIMITS, [first]) == pytest.approx(10 / LIMITS.full.rate + 10 * LIMITS.loss)
     assert cost_of(LIMITS, [first, second]) == pytest.approx(20 / LIMITS.full.rate + (10 / 8 + 10) * LIMITS.loss)
     assert reserve.wait_for(LIMITS, [first, second]) == 0.0
@@ -103,6 +103,24 @@ def test_reserve_saves_until_it_pays_for_all_reserved_rows_that_fit() -> None:
     assert {row.job for row in reserve.paid_rows(limits, jobs, [])} == set(jobs)
     reserve.seconds = reserve.capacity = limits.loss + 1.5 * cost  # it cannot save more
     assert len(reserve.paid_rows(limits, jobs, [])) == 1
+
+
+def test_other_small_jobs_get_only_what_the_reserved_jobs_do_not_need() -> None:
+    reserve, reserved, other = Reserve(LIMITS.full.rate), job(1), job(1)
+    reserved.is_reserved = True
+    owed, cost = cost_of(LIMITS, [reserved]), 1 / LIMITS.full.rate
+    reserve.seconds = LIMITS.loss + owed + 0.5 * cost
+    assert [row.job for row in reserve.paid_rows(LIMITS, [reserved], [other])] == [reserved]
+    reserve.seconds = LIMITS.loss + owed + 1.5 * cost
+    assert [row.job for row in reserve.paid_rows(LIMITS, [reserved], [other])] == [reserved, other]
+
+
+def test_reserve_pays_for_at_most_half_of_a_full_step() -> None:
+    reserve, jobs = Reserve(LIMITS.full.rate), [job(1, num_steps=1) for _ in range(12)]
+    for each in jobs:
+        each.is_reserved = True
+    assert cost_of(LIMITS, jobs) < reserve.seconds
+    assert [row.job for row in reserve.paid_rows(LIMITS, jobs, [])] == jobs[: LIMITS.evaluations // 2]
 
 
 def test_capacity_does_not_depend_on_the_jobs() -> None:
@@ -264,4 +282,4 @@ def test_several_small_clients_are_served_while_a_target_is_at_risk() -> None:
 def test_measured_curve_has_little_loss_in_short_steps() -> None:
     limits = StepLimits.of(StepTimes(MEASURED), None, StepKind(("default",), 2, has_clip=False), auto=True)
     assert limits.loss < 1e-3
-    assert Reserve(StepTimes(MEASURED)).capacity == pytest.approx(0.13, rel=0.1)
+    assert Reserve(limits.full.rate).capacity == pytest.approx(0.13, rel=0.1)
