@@ -84,3 +84,17 @@ def test_duration_of_a_step_of_another_model_is_divided_by_its_own_prediction(mo
         engine._tick()
         slowdowns.append(engine._admission.step_times.slowdown)
     assert slowdowns == pytest.approx([1.0] * 4)
+
+
+def test_durations_of_the_parts_of_a_failed_batch_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def step(rows: Rows) -> None:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise RuntimeError("device error")
+
+    engine = opened(new_engine(FakeRunner(on_step=step)))
+    engine.submit(new_job(4, num_steps=2))
+    assert observed(engine, 1, monkeypatch) == []
+    assert sizes == [4, 2, 2]
