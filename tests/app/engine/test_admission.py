@@ -166,6 +166,15 @@ def test_default_timeout_is_60_times_the_duration_in_full_steps(fields: dict[str
         assert admitted.deadline == pytest.approx(NOW + timeout)
 
 
+def test_job_that_makes_steps_longer_is_refused_if_an_admitted_job_would_be_lost() -> None:
+    admission = Admission(1024, None)
+    admission.open(StepTimes({1: 1.0, 16: 5.0}, of_models={"fast": {1: 40.0, 16: 200.0}}))
+    admit_all(admission, job(16, timeout=280))
+    with pytest.raises(errors.Overloaded):
+        admission.admit(job(2, model="fast", timeout=1e6), NOW)
+    admission.admit(job(2, timeout=1e6), NOW)
+
+
 def test_default_timeout_is_at_least_30_s() -> None:
     admission = Admission(1024, None)
     admission.open(StepTimes({1: 0.01, 16: 0.05}))
