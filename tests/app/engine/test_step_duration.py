@@ -1,5 +1,7 @@
 """Tests of the durations of steps that the engine measures."""
 
+from collections.abc import Callable
+
 import pytest
 
 from app.engine.engine import Engine
@@ -8,6 +10,7 @@ from app.errors import InternalError
 from tests.app.fakes import FakeRunner, Rows, new_engine, new_job, opened
 
 DEVICE_SECONDS = 1.0  # duration of a step on the device
+HOST_SECONDS = 0.1  # between two steps; meanwhile the device computes the steps that are enqueued
 SECONDS_BY_ROWS = {512: 40.0}  # the same for steps of this number of rows
 
 
@@ -43,13 +46,35 @@ def test_step_duration_is_that_of_the_device_with_steps_ahead(
     engine = opened(new_engine(FakeRunner(steps_ahead=steps_ahead, on_step=clock.enqueue)))
     for _ in range(2):  # The second job begins after idle time.
         engine.submit(new_job(1, num_steps=6))
-        durations = observed(engine, 6, monkeypatch)
-        assert durations == [DEVICE_SECONDS] * (6 - steps_ahead)
+        durations = list[float]()
+        for _ in range(6):
+            clock.now += HOST_SECONDS
+            durations += observed(engine, 1, monkeypatch)
+        assert durations[1:] == pytest.approx([DEVICE_SECONDS] * (5 - steps_ahead))
+        assert durations[0] == pytest.approx(DEVICE_SECONDS, abs=1.01 * HOST_SECONDS)  # the device began in the past
         clock.now += 50.0
         cancelled = new_job(1)
         engine.submit(cancelled)
         engine.cancel(cancelled, InternalError())
         engine._tick()  # This iteration has no rows.
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+def test_time_in_which_the_engine_waits_for_work_is_no_duration(
+    monkeypatch: pytest.MonkeyPatch, steps_ahead: int
+) -> None:
+    clock = Clock(steps_ahead)
+    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: clock.now)
+    engine = opened(new_engine(FakeRunner(steps_ahead=steps_ahead, on_step=clock.enqueue)))
+
+    def wait(has_work: Callable[[], bool], timeout: float | None) -> bool:
+        clock.now += 50.0
+        engine.submit(new_job(1, num_steps=6))
+        return has_work()
+
+    monkeypatch.setattr(engine._condition, "wait_for", wait)
+    for _ in range(2):
+        assert observed(engine, 6, monkeypatch) == [DEVICE_SECONDS] * (6 - steps_ahead)
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, 2])
