@@ -64,7 +64,8 @@ class _Request:
 class _Lane:
     requests: dict[_Request, None] = field(default_factory=dict)  # unfinished, in the order of arrival
     work_left: int = 0  # of their steps that have not finished
-    work_begun: int = 0  # of its steps that have begun, or more: an empty lane keeps up with the others
+    # Of the steps that have begun. It is raised after the lane was empty, so that the lane does not catch up.
+    work_begun: int = 0
 
     def waiting(self) -> _Request | None:
         """Returns the oldest request that has steps and of which no step runs."""
@@ -81,7 +82,8 @@ class PictureQueue:
         self._lock = threading.Lock()
         # The executor has a call of _run_step for each request that waits.
         self._lanes = [_Lane() for _ in range(NUM_LANES)]
-        self._work_begun = 0  # that of the lane of the last step, before this step
+        # The `work_begun` of the lane that was selected last, before its step. An empty lane continues from here.
+        self._work_begun = 0
         self._seconds, self._work = FIRST_SECONDS * FIRST_WORK, float(FIRST_WORK)  # weighted sums of finished steps
         self._is_closed = False
 

@@ -39,7 +39,7 @@ from dataclasses import replace
 from app.engine.batcher import StepLimits
 from app.engine.job import RESERVE_SHARE, Job, Trajectory
 
-# The capacity pays for this number of evaluations at the best rate: about two images of 100 steps with guidance. On a
+# The capacity pays for this number of evaluations in full steps: about two images of 100 steps with guidance. On a
 # fast machine, it is the income of CAPACITY_SECONDS, which pays for more evaluations.
 CAPACITY_EVALUATIONS, CAPACITY_SECONDS = 300, 1.0
 
@@ -82,11 +82,11 @@ class Reserve:
         """
         rows: list[Trajectory] = []
         evaluations, amount = 0, self.seconds - limits.loss  # a step has its loss once
-        owed = cost_of(limits, reserved)
+        unpaid = cost_of(limits, reserved)
         for job in (*reserved, *(job for job in others if job.is_small)):
             for row in job.unfinished[job.num_pending :]:
                 cost = row.evaluations / limits.full.rate
-                if cost > (amount if job.is_reserved else amount - owed):
+                if cost > (amount if job.is_reserved else amount - unpaid):
                     # Each paid step has its loss, so the reserve saves until it pays for all reserved rows that fit.
                     return [] if job.is_reserved and self.seconds < self.capacity else rows
                 is_full = len(rows) == limits.rows or not limits.fits_first_round(row.evaluations, evaluations)
@@ -94,7 +94,7 @@ class Reserve:
                     return rows
                 rows.append(row)
                 evaluations, amount = evaluations + row.evaluations, amount - cost
-                owed -= cost if job.is_reserved else 0.0
+                unpaid -= cost if job.is_reserved else 0.0
         return rows
 
 

@@ -108,10 +108,10 @@ def test_reserve_saves_until_it_pays_for_all_reserved_rows_that_fit() -> None:
 def test_other_small_jobs_get_only_what_the_reserved_jobs_do_not_need() -> None:
     reserve, reserved, other = Reserve(LIMITS.full.rate), job(1), job(1)
     reserved.is_reserved = True
-    owed, cost = cost_of(LIMITS, [reserved]), 1 / LIMITS.full.rate
-    reserve.seconds = LIMITS.loss + owed + 0.5 * cost
+    unpaid, cost = cost_of(LIMITS, [reserved]), 1 / LIMITS.full.rate
+    reserve.seconds = LIMITS.loss + unpaid + 0.5 * cost
     assert [row.job for row in reserve.paid_rows(LIMITS, [reserved], [other])] == [reserved]
-    reserve.seconds = LIMITS.loss + owed + 1.5 * cost
+    reserve.seconds = LIMITS.loss + unpaid + 1.5 * cost
     assert [row.job for row in reserve.paid_rows(LIMITS, [reserved], [other])] == [reserved, other]
 
 

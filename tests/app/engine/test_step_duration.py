@@ -28,6 +28,11 @@ class Clock:
             self.now = max(self.now, self.ends[-1 - self.steps_ahead])
 
 
+def engine_with(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: clock.now)
+    return opened(new_engine(FakeRunner(steps_ahead=clock.steps_ahead, on_step=clock.enqueue)))
+
+
 def observed(engine: Engine, num_ticks: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Runs some iterations of the engine. Returns the durations that it uses for its predictions."""
     durations: list[float] = []
@@ -42,8 +47,7 @@ def test_step_duration_is_that_of_the_device_with_steps_ahead(
     monkeypatch: pytest.MonkeyPatch, steps_ahead: int
 ) -> None:
     clock = Clock(steps_ahead)
-    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: clock.now)
-    engine = opened(new_engine(FakeRunner(steps_ahead=steps_ahead, on_step=clock.enqueue)))
+    engine = engine_with(clock, monkeypatch)
     for _ in range(2):  # The second job begins after idle time.
         engine.submit(new_job(1, num_steps=6))
         durations = list[float]()
@@ -64,8 +68,7 @@ def test_time_in_which_the_engine_waits_for_work_is_no_duration(
     monkeypatch: pytest.MonkeyPatch, steps_ahead: int
 ) -> None:
     clock = Clock(steps_ahead)
-    monkeypatch.setattr("app.engine.engine.time.monotonic", lambda: clock.now)
-    engine = opened(new_engine(FakeRunner(steps_ahead=steps_ahead, on_step=clock.enqueue)))
+    engine = engine_with(clock, monkeypatch)
 
     def wait(has_work: Callable[[], bool], timeout: float | None) -> bool:
         clock.now += 50.0
