@@ -91,7 +91,7 @@ class Backlog:
         self._free = list(range(FIRST_PLACES))  # the places without a job
         self._order = np.zeros(FIRST_PLACES, dtype=np.intp)  # the places of `jobs`, in the same order
         self._counts = Counter[int]()  # the number of jobs by their number of images
-        self.with_previews: dict[Job, None] = {}  # the jobs that send previews
+        self.with_previews: dict[Job, None] = {}  # the jobs that send previews or frames
         # The numbers of jobs that are not reserved: of each model, by the evaluations of their widest row, and of those
         # with CLIP guidance.
         self._models = Counter[str]()
@@ -169,7 +169,7 @@ class Backlog:
         self.extra_slots += job.extra_slots
         self.work += job.evaluations_left
         self._count_kind(job, 1)
-        if job.request.listener and job.request.num_previews:
+        if (job.request.listener and job.request.num_previews) or job.request.frames:
             self.with_previews[job] = None
         self._add_rows(job.unfinished)
 

@@ -4,7 +4,7 @@ Threads: one condition variable protects the state that the engine thread shares
 `drain` and `give_up`. Callers wait on futures. The engine thread waits on the condition variable while there is no
 work. Neither of them polls. The shared state is:
 
-    backlog       the jobs, their rows, the batch, the table, and the jobs that send previews
+    backlog       the jobs, their rows, the batch, the table, and the jobs that send previews or frames
     admission     the limits, the slack, the reserve and the step times
     jobs          `place`, `num_waiting`, `num_pending`, `unfinished` and the answer; only the engine thread changes
                   `unfinished`, and therefore reads it without the condition
@@ -44,7 +44,7 @@ from app.engine.admission import Admission, Calls
 from app.engine.batch_feed import BatchFeed
 from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
-from app.engine.job import Job, Pixels, Result, StepRows, Trajectory
+from app.engine.job import Frame, Job, Pixels, Result, StepRows, Trajectory
 from app.engine.meters import EngineMetrics
 from app.engine.step_times import StepTimes
 
@@ -433,11 +433,12 @@ class Engine:
         self._finish(done)
 
     def _send_previews(self) -> None:
-        """Sends the previews that are due. One read of the device for all jobs is faster than one for each job."""
+        """Sends the previews and frames that are due. One read of the device is faster than one for each job."""
         with self._condition:  # Another thread can add or remove a job.
             due = [job for job in self.backlog.with_previews if job.preview_due()]
             steps = {job: job.steps_done // job.request.count for job in due}
-        if not due:
+            frames = {row: number for job in self.backlog.with_previews for row, number in job.frames_due()}
+        if not (due or frames):
             return
         plain = [job for job in due if not job.request.includes_x_t]
         with_x_t = [job for job in due if job.request.includes_x_t]
@@ -455,10 +456,16 @@ class Engine:
         def send_pairs(results: list[tuple[Trajectory, tuple[Pixels, Pixels]]]) -> None:
             send(with_x_t, {row: x_0 for row, (x_0, _) in results}, {row: x_t for row, (_, x_t) in results})
 
+        def send_frames(results: list[tuple[Trajectory, tuple[Pixels, Pixels]]]) -> None:
+            for row, (_, x_t) in results:
+                if not row.job.closed:
+                    row.job.tell_frame(Frame(row.index, frames[row], x_t))
+
         self._read("pixels", [row for job in plain for row in job.unfinished], self._runner.pixels, send_plain)
         self._read(
             "pixels", [row for job in with_x_t for row in job.unfinished], self._runner.pixels_with_x_t, send_pairs
         )
+        self._read("pixels", list(frames), self._runner.pixels_with_x_t, send_frames)
 
     def _fail(self, trajectory: Trajectory, error: Exception) -> None:
         facts = {"request_id": trajectory.job.request.request_id, "index": trajectory.index, "step": trajectory.step}

@@ -270,6 +270,27 @@ Listener = Callable[[Progress | ImageDone], None]  # called in the engine thread
 
 
 @dataclass(frozen=True, slots=True)
+class Frame:
+    """x_t of one image, as a frame of an animation."""
+
+    index: int
+    number: int  # position among the frames of the image, from 0
+    pixels: Pixels
+
+
+@dataclass(frozen=True, slots=True)
+class FrameRequest:
+    """A request for frames that show how each image emerges from noise.
+
+    The frames of an image follow fixed numbers of its own steps. Unlike Progress events, they do not depend on how far
+    the other images of the job are, and so not on the load.
+    """
+
+    num_frames: int  # of each image; at most its number of steps. The last one is the finished image and is not sent.
+    listener: Callable[[Frame], None]  # called in the engine thread; must not block
+
+
+@dataclass(frozen=True, slots=True)
 class JobRequest:
     """A request as the engine receives it."""
 
@@ -289,6 +310,7 @@ class JobRequest:
     # `options`, and their position as index.
     images: tuple[ImageKey, ...] = ()
     clip: ClipTarget | None = None  # None: no CLIP guidance
+    frames: FrameRequest | None = None  # None: no frames
 
     @property
     def widest_row(self) -> int:
@@ -380,6 +402,7 @@ class Job:
         self.closed = False
         self._results: list[Result | None] = [None] * request.count
         self._previews_sent = 0
+        self._frames_read: dict[int, int] = {}  # the number of frames of each image, by index; 0 if it is missing
 
     def set_timeout(self, seconds: float) -> None:
         """Sets the time from submission to deadline. A job in the backlog must keep it."""
@@ -437,6 +460,23 @@ class Job:
         self._previews_sent = max(marks, self._previews_sent)
         return due
 
+    def frames_due(self) -> list[tuple[Trajectory, int]]:
+        """Returns the images with a frame that must be read now, and the numbers of these frames.
+
+        A second call at the same progress returns none. Example: with 20 steps and 5 frames, an image has frames after
+        steps 4, 8, 12 and 16. The fifth frame is the finished image.
+        """
+        frames, num_steps = self.request.frames, self.request.options.num_steps
+        if frames is None or self.is_searching:
+            return []
+        due = []
+        for row in self.unfinished:
+            num_frames = frames.num_frames * row.step // num_steps
+            if self._frames_read.get(row.index, 0) < num_frames < frames.num_frames:
+                self._frames_read[row.index] = num_frames
+                due.append((row, num_frames - 1))
+        return due
+
     def images_started(self) -> list[bool]:
         """Returns for each unfinished image whether it has started. During a search no image has started."""
         if self.is_searching:
@@ -477,6 +517,11 @@ class Job:
         """Passes an event to the listener, if there is one."""
         if self.request.listener:
             self.request.listener(event)
+
+    def tell_frame(self, frame: Frame) -> None:
+        """Passes a frame to the listener for frames."""
+        assert self.request.frames, "the request has frames"
+        self.request.frames.listener(frame)
 
     def _with_finished(self, pixels: dict[int, Pixels]) -> list[Pixels]:
         """Returns the pixels of unfinished images, by index, together with the finished images, in order."""

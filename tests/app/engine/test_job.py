@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from app.engine.job import ImageDone, ImageKey, Job, Progress
+from app.engine.job import FrameRequest, ImageDone, ImageKey, Job, Progress
 from tests.app.fakes import image, images, new_job, same
 
 
@@ -59,6 +59,30 @@ def set_steps_done(job: Job, steps_done: int) -> None:
     for row in job.unfinished:
         row.step = min(steps_done, job.request.options.num_steps)
         steps_done -= row.step
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "num_steps", "expected"),
+    [(5, 20, [4, 8, 12, 16]), (1, 3, []), (3, 3, [1, 2]), (3, 10, [4, 7]), (2, 3, [2]), (1, 1, [])],
+)
+def test_frames_of_an_image_are_due_after_fixed_steps_of_its_own(
+    num_frames: int, num_steps: int, expected: list[int]
+) -> None:
+    job = new_job(2, num_steps, frames=FrameRequest(num_frames, lambda frame: None))
+    first, second = job.unfinished
+    due = []
+    for step in range(1, num_steps + 1):
+        second.step = step  # The first image waits.
+        due += [(row, number, step) for row, number in job.frames_due()]
+        assert job.frames_due() == []
+    assert due == [(second, number, step) for number, step in enumerate(expected)]
+    assert first.step == 0
+
+
+def test_job_without_frames_has_none_that_are_due() -> None:
+    job = new_job(2, num_steps=3)
+    job.unfinished[0].step = 2
+    assert job.frames_due() == []
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from app import errors
 from app.api.requests import ClientGoneError
 from app.engine.interface import DeviceLostError, OutOfMemoryError, Reading
-from app.engine.job import ImageDone, Job, Progress, StepRows
+from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, StepRows
 from tests.app.fakes import (
     FakeRunner,
     Rows,
@@ -78,10 +78,13 @@ def random_job(choose: random.Random) -> Job:
     if kind == "recognised search":
         return new_recognised_search(count, choose.randint(1, 6), seed)
     events: list[Progress | ImageDone] = []
+    frames: list[Frame] = []
+    num_steps = choose.randint(1, 9)
     return new_job(
         count,
-        choose.randint(1, 9),
+        num_steps,
         seed,
+        frames=FrameRequest(choose.randint(1, num_steps), frames.append) if choose.random() < 0.3 else None,
         num_previews=choose.randint(0, 4),
         listener=events.append,
         includes_x_t=choose.random() < 0.3,
@@ -218,3 +221,19 @@ def test_previews_have_the_step_at_which_they_were_read() -> None:
     ]
     assert shown == [(2, [2, 2]), (4, [4, 4]), (6, [6, 6]), (8, [8, 8])]
     assert [event.index for event in events if isinstance(event, ImageDone)] == [0, 1]
+
+
+def test_frames_are_complete_before_the_job_is_answered() -> None:
+    frames: list[Frame] = []
+    seen: list[list[tuple[int, int, int]]] = []
+    engine = opened(new_engine(LateRunner(), max_batch=1))
+    job = new_job(2, num_steps=4, frames=FrameRequest(3, frames.append))
+
+    def see(_: object) -> None:
+        seen.append(sorted((frame.index, frame.number, 255 - int(frame.pixels[0, 3])) for frame in frames))
+
+    job.future.add_done_callback(see)
+    engine.submit(job)
+    while engine.backlog.jobs:
+        engine._tick()
+    assert seen == [[(0, 0, 2), (0, 1, 3), (1, 0, 2), (1, 1, 3)]]

@@ -15,7 +15,7 @@ import pytest
 from app import errors
 from app.api.requests import ClientGoneError
 from app.engine.engine import Engine, EngineState
-from app.engine.job import ImageDone, Job, Progress, Trajectory
+from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, Trajectory
 from app.engine.step_times import StepTimes
 from tests.app.fakes import WAIT_SECONDS, FakeRunner, images, new_engine, new_job, new_recognition, running, same
 
@@ -41,39 +41,41 @@ class Client:
     def __init__(self, engine: Engine, number: int, num_jobs: int) -> None:
         self._engine, self._choose, self._num_jobs = engine, random.Random(number), num_jobs
         self._seeds = count(number * num_jobs)
-        self._open: list[tuple[Job, list[Progress | ImageDone]]] = []
+        self._open: list[tuple[Job, list[Progress | ImageDone], list[Frame]]] = []
         self.num_answers = self.num_refused = self.num_cancelled = self.num_events = 0
 
     def run(self) -> None:
         for _ in range(self._num_jobs):
             self._submit()
             if len(self._open) >= MAX_OPEN:
-                self._end(self._open.pop(self._choose.randrange(MAX_OPEN)))
+                self._end(*self._open.pop(self._choose.randrange(MAX_OPEN)))
         for each in self._open:
-            self._end(each)
+            self._end(*each)
 
     def _submit(self) -> None:
         events: list[Progress | ImageDone] = []
+        frames: list[Frame] = []
         if self._choose.random() < 0.2:
             job = new_recognition(5, next(self._seeds))
         else:
+            num_steps = self._choose.choice([1, 3, 10])
             job = new_job(
                 self._choose.choice([1, 1, 2, 5]),
-                self._choose.choice([1, 3, 10]),
+                num_steps,
                 next(self._seeds),
                 num_previews=self._choose.choice([0, 3, 10]),
                 listener=events.append,
                 includes_x_t=self._choose.random() < 0.3,
+                frames=FrameRequest(num_steps, frames.append) if self._choose.random() < 0.3 else None,
             )
         try:
             self._engine.submit(job)
         except errors.Overloaded:
             self.num_refused += 1
         else:
-            self._open.append((job, events))
+            self._open.append((job, events, frames))
 
-    def _end(self, opened: tuple[Job, list[Progress | ImageDone]]) -> None:
-        job, events = opened
+    def _end(self, job: Job, events: list[Progress | ImageDone], frames: list[Frame]) -> None:
         if not job.closed and self._choose.random() < 0.9:
             self._engine.cancel(job, ClientGoneError())
             with suppress(ClientGoneError):
@@ -84,6 +86,8 @@ class Client:
         if not job.request.comparison:
             assert same(results, images(job))  # type: ignore[arg-type]
             assert sum(isinstance(event, ImageDone) for event in events) == job.request.count
+            num_frames = job.request.frames.num_frames - 1 if job.request.frames else 0
+            assert len(frames) == job.request.count * num_frames
         self.num_events += len(events)
         self.num_answers += 1
 
