@@ -14,13 +14,14 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from app import errors
+from app.api.animations import FrameCollector, check_size, encode_animation, num_frames_of
 from app.api.clip_warnings import prompt_warning
 from app.api.context import RequestContext, context_of
 from app.api.events import EventFormat, EventStream, JobEvents, Mailbox, UnfogEvents
-from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip
+from app.api.images import encode_base64, encode_images, encode_sheet, encode_zip, sheet_text
 from app.api.options import either
 from app.api.requests import ClientGoneError, cancel_on_disconnect
-from app.api.responses import EVENTS, JSON, PNG, ZIP
+from app.api.responses import ANIMATIONS, EVENTS, JSON, PNG, ZIP
 from app.api.schemas import GeneratedImage, ModelName, Timing, phases_of
 from app.api.stream_options import NO_STREAM, StreamOptions
 from app.api.task import Task
@@ -28,7 +29,17 @@ from app.api.uploads import ImageReader
 from app.engine.clip_worker import ClipWorker, Embedding, Scores
 from app.engine.engine import Engine
 from app.engine.interface import ClipInfo, ModelInfo
-from app.engine.job import DEFAULT_MODEL, ClipTarget, Job, JobRequest, Listener, Options, Pixels, Result
+from app.engine.job import (
+    DEFAULT_MODEL,
+    ClipTarget,
+    FrameRequest,
+    Job,
+    JobRequest,
+    Listener,
+    Options,
+    Pixels,
+    Result,
+)
 from app.metrics import Metrics
 from app.settings import OFF, Settings
 from model.clip import ClipNotInstalledError, digit_prompt
@@ -136,6 +147,7 @@ class Service:
         context: RequestContext,
         stream: StreamOptions = NO_STREAM,
         listener: Listener | None = None,
+        frames: FrameRequest | None = None,
     ) -> Job:
         """Submits a task to the engine and returns the job. The request is then in flight.
 
@@ -157,6 +169,7 @@ class Service:
                 stream.includes_x_t,
                 task.images,
                 task.clip,
+                frames,
             )
         )
         self.engine.submit(job, is_accepted=task.clip is not None)
@@ -282,8 +295,27 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
 
         return event_stream(request, service, task, stream, events_of)
 
+    if media_type in ANIMATIONS:
+        return await _animation(request, service, task, media_type, stream.num_previews)
+
     encode = partial(encode_answer, service, task, media_type)
     return await finished_response(request, service, task, encode, media_type)
+
+
+async def _animation(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
+    """Submits a task and returns the animation of its images, with about `num_previews` frames.
+
+    Raises InvalidRequest if the animation would be too large, and the errors of Service.submit and finish.
+    """
+    num_frames = num_frames_of(num_previews, task.options.num_steps)
+    check_size(service.info(task.options.model).image_shape, task.count, task.scale, num_frames)
+    collector = FrameCollector(num_frames, task.count)
+
+    def encode(job: Job, images: list[Pixels]) -> bytes:
+        text = sheet_text(service.provenance(task, job), task.count)
+        return encode_animation(media_type, collector.sheets(images), text, task.scale)
+
+    return await finished_response(request, service, task, encode, media_type, FrameRequest(num_frames, collector.add))
 
 
 def encode_answer(service: Service, task: Task, media_type: str, job: Job, images: list[Pixels]) -> bytes:
@@ -314,28 +346,34 @@ async def finished_response(
     task: Task,
     encode: Callable[[Job, list[Pixels]], bytes],
     media_type: str,
+    frames: FrameRequest | None = None,
 ) -> Response:
     """Submits a task, waits for its images and returns the response. `encode` runs as in `encoded`.
 
     Raises the errors of Service.submit and finish.
     """
-    content, timing = await encoded(request, service, task, encode)
+    content, timing = await encoded(request, service, task, encode, frames)
     headers = {"X-Seed": str(task.options.seed), "Server-Timing": timing}
     return Response(content, media_type=media_type, headers=headers)
 
 
 async def encoded(
-    request: Request, service: Service, task: Task, encode: Callable[[Job, list[Pixels]], T]
+    request: Request,
+    service: Service,
+    task: Task,
+    encode: Callable[[Job, list[Pixels]], T],
+    frames: FrameRequest | None = None,
 ) -> tuple[T, str]:
     """Submits a task and waits for its images. Returns the result of `encode` and the value of Server-Timing.
 
-    `encode` runs in a thread, unless the images are small. Raises the errors of Service.submit and finish.
+    `encode` runs in a thread, unless the images are small and have no frames. Raises the errors of Service.submit and
+    finish.
     """
     context = context_of(request.scope)
-    job = service.submit(task, context)
+    job = service.submit(task, context, frames=frames)
     results = await finish(service, request, job)
     images = [result for result in results if isinstance(result, np.ndarray)]
-    is_small = sum(image.size for image in images) * task.scale**2 <= MAX_SMALL_PIXELS
+    is_small = not frames and sum(image.size for image in images) * task.scale**2 <= MAX_SMALL_PIXELS
     with context.encoding(service.metrics):
         content = encode(job, images) if is_small else await asyncio.to_thread(encode, job, images)
     return content, server_timing(job, context)

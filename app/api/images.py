@@ -30,9 +30,13 @@ def encode_images(images: list[Pixels], provenance: Provenance, scale: int) -> l
 
 def encode_sheet(images: list[Pixels], provenance: Provenance, scale: int) -> bytes:
     """Encodes one image, or a contact sheet of several images."""
-    if len(images) == 1:
-        return encode_images(images, provenance, scale)[0]
-    return encode_image(arrange(images), scale, provenance.text(f"0-{len(images) - 1}"))
+    sheet = images[0] if len(images) == 1 else arrange(images)
+    return encode_image(sheet, scale, sheet_text(provenance, len(images)))
+
+
+def sheet_text(provenance: Provenance, count: int) -> dict[str, str]:
+    """Returns the text chunks of one image, or of a contact sheet of `count` images."""
+    return provenance.text(provenance.first_index if count == 1 else f"0-{count - 1}")
 
 
 def arrange(images: list[Pixels]) -> Pixels:

@@ -9,12 +9,14 @@ from app.api.schemas import Problem
 from app.api.uploads import MULTIPART
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
+GIF, WEBP = "image/gif", "image/webp"
 OCTETS = "application/octet-stream"
-FORMATS = (JSON, PNG, ZIP, EVENTS)  # If q values in Accept are equal, the first of these types is chosen.
+ANIMATIONS = (WEBP, GIF)
+FORMATS = (JSON, PNG, ZIP, EVENTS, *ANIMATIONS)  # If q values in Accept are equal, the first of these types is chosen.
 
 BINARY = {"schema": {"type": "string", "format": "binary"}}
 PNG_FORMAT = {PNG: BINARY}
-IMAGE_FORMATS = {PNG: BINARY, ZIP: BINARY, EVENTS: {"schema": {"type": "string"}}}
+IMAGE_FORMATS = {PNG: BINARY, ZIP: BINARY, EVENTS: {"schema": {"type": "string"}}, **dict.fromkeys(ANIMATIONS, BINARY)}
 _PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text, "content": _PROBLEM}

@@ -1,4 +1,7 @@
-"""The query parameters that choose what an event stream contains. Other formats check them and do not use them."""
+"""The query parameters that choose what an event stream contains, and the number of frames of an animation.
+
+Other formats check them and do not use them.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +13,8 @@ Previews = Annotated[
     Query(
         ge=0,
         le=100,
-        description="Approximate number of progress events in a stream. Other formats ignore it.",
+        description="Approximate number of progress events of a stream, or of frames of an animation. Other formats "
+        "ignore it.",
         examples=[10],
     ),
 ]
@@ -22,7 +26,7 @@ Include = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """What the progress events of a stream contain, and how many there are."""
+    """What the progress events of a stream contain, and how many there are. An animation has as many frames."""
 
     num_previews: int = 0
     includes_x_t: bool = False

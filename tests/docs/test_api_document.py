@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from app import errors
 from app.api import idempotency, picture_files, picture_tasks, score_schemas, task_examples, upload_memory, uploads
+from app.api.animations import FRAME_MS, LAST_MS, MAX_FRAME_PIXELS, MAX_PIXELS
 from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.inference.examples import INFER_PATH
@@ -392,6 +393,17 @@ def test_chunk_table_has_exactly_the_text_chunks_of_a_png() -> None:
     chunks = Provenance(digit=7, seed=42, sampler="dpmpp", num_steps=10, guidance_scale=1.7, model_sha256="f38bf767...")
     documented = {codes(row["Chunk"])[0]: codes(row["Example"])[0] for row in API.table("PNG", "Chunk")}
     assert documented == chunks.text(0)
+
+
+def test_documented_times_and_limits_of_animations_are_those_of_the_code() -> None:
+    text = API.section("Animation")
+    assert f"stays for {LAST_MS / 1000:g} s, the others for {FRAME_MS} ms each" in text
+    assert f"A frame can have {MAX_FRAME_PIXELS:,} pixels, and all frames together {MAX_PIXELS:,}." in text
+    values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
+    limit = values["pixels of a frame of an animation, and of all its frames"]
+    assert limit == f"{MAX_FRAME_PIXELS:,} and {MAX_PIXELS:,}"
+    measure = (DOCS.parent / "SECURITY.md").read_text()
+    assert f"at most {MAX_PIXELS:,} pixels together, and each of them at most {MAX_FRAME_PIXELS:,}" in measure
 
 
 def test_number_of_progress_events_for_slow_readers_is_documented() -> None:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.e2e.process import ROOT, TIMEOUT, Process, wait_until
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
+WEBP, GIF = "image/webp", "image/gif"
 PROBLEM_FIELDS = {"type", "title", "status", "detail", "code", "request_id"}
 # A response must not contain stack traces, paths or internal names.
 INTERNAL_DETAILS = re.compile(
@@ -124,6 +125,16 @@ def open_png(png: bytes) -> tuple[Pixels, dict[str, str], str]:
     with Image.open(io.BytesIO(png)) as image:
         assert image.format == "PNG"
         return np.asarray(image), dict(image.text), image.mode  # type: ignore[attr-defined]
+
+
+def open_animation(content: bytes) -> list[Pixels]:
+    """Returns the frames of a grey animation."""
+    frames = []
+    with Image.open(io.BytesIO(content)) as image:
+        for number in range(image.n_frames):  # type: ignore[attr-defined]
+            image.seek(number)
+            frames.append(np.asarray(image.convert("L")))
+    return frames
 
 
 def assert_problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:

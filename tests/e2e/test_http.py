@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.e2e.process import TIMEOUT
-from tests.e2e.service import EVENTS, JSON, PNG, ZIP, Service, assert_problem
+from tests.e2e.service import EVENTS, GIF, JSON, PNG, WEBP, ZIP, Service, assert_problem
 
 CHEAP = {"digit": 7, "num_steps": 1, "seed": 1}
 LIMIT = 16 * 1024  # the default of UNFOG_MAX_BODY_BYTES
@@ -98,7 +98,11 @@ ACCEPTS = {
     "application/*, application/json;q=0": ZIP,
     "image/*;q=0, */*": JSON,
     "text/html, application/xhtml+xml, image/webp, */*;q=0.8": JSON,
-    "image/webp, image/png;q=0.1": PNG,
+    "image/gif": GIF,
+    "image/webp": WEBP,
+    "image/webp, image/png": PNG,
+    "image/webp, image/png;q=0.1": WEBP,
+    "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2": JSON,  # Java's HttpURLConnection
     "text/html,image/png;q=0.5": PNG,
 }
 
@@ -121,7 +125,8 @@ def test_response_without_an_accept_header_is_json(service: Service) -> None:
     [
         "text/html",
         "image/jpeg",
-        "image/webp, text/plain",
+        "image/avif, text/plain",
+        "image/webp, text/html",
         "application/json;q=0",
         "*/*;q=0",
         "png",

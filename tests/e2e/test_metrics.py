@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.process import wait_until
-from tests.e2e.service import EVENTS, PNG, ZIP, Samples, Service
+from tests.e2e.service import EVENTS, GIF, PNG, ZIP, Samples, Service
 
 METRICS = {
     "unfog_requests": ("counter", {"route", "code"}),
@@ -75,7 +75,7 @@ def test_promtool_finds_no_problem_in_the_metrics(service: Service) -> None:
 def test_counters_match_the_requests(service: Service) -> None:
     service.wait_until_idle()
     before = service.metrics()
-    requests = [(3, 4, "application/json"), (1, 9, PNG), (5, 6, ZIP), (2, 7, EVENTS)]
+    requests = [(3, 4, "application/json"), (1, 9, PNG), (5, 6, ZIP), (2, 7, EVENTS), (2, 8, GIF)]
     for count, num_steps, accept in requests:
         body = {"digit": 8, "count": count, "num_steps": num_steps, "guidance_scale": 7}
         assert service.post(body, accept).status_code == 200

@@ -37,7 +37,7 @@ from tests.e2e.picture_requests import (
     without_times,
 )
 from tests.e2e.process import TIMEOUT, wait_until
-from tests.e2e.service import JSON, PNG, ZIP, Service, assert_problem, open_png, pngs
+from tests.e2e.service import GIF, JSON, PNG, WEBP, ZIP, Service, assert_problem, open_animation, open_png, pngs
 
 IMAGE_TASKS = {name: ask for name, ask in TASKS.items() if name != "recognize"}
 PATHS = {ask.path: ask for ask in (RECOGNIZE, DENOISE, INPAINT, EDIT)}
@@ -114,6 +114,9 @@ def test_every_format_contains_the_same_images(service: Service, alone: dict[str
     with zipfile.ZipFile(io.BytesIO(ask.send(service, ZIP).content)) as archive:
         assert [archive.read(file) for file in archive.namelist()] == images
     assert ask.having(count=1).send(service, PNG).content == images[0]
+    for accept in (WEBP, GIF):
+        animation = open_animation(ask.having(count=1).send(service, accept).content)
+        assert np.array_equal(animation[-1], open_png(images[0])[0])
     with ask.events(service, "?previews=3") as stream:
         events = list(stream)
     names = " ".join(name for name, _ in events)
@@ -137,7 +140,7 @@ def test_recognition_answers_with_json_or_a_chart(service: Service) -> None:
     expected = {"Task": "recognize", "Digit": str(result["digit"]), "Num-Pairs": "4", "Fit": "resize"}
     assert chart.text.items() >= expected.items()  # type: ignore[attr-defined] # of PNG images
     assert response.content == RECOGNIZE.send(service, PNG).content
-    for accept in (ZIP, "text/event-stream"):
+    for accept in (ZIP, "text/event-stream", WEBP, GIF):
         assert_problem(RECOGNIZE.send(service, accept), 406, "not_acceptable")
 
 

@@ -14,7 +14,7 @@ import torch
 from model.checkpoint import load
 from model.sampler import Guidance, sample
 from tests.e2e.conftest import GUIDANCE, Start, start_service
-from tests.e2e.service import Service, open_png
+from tests.e2e.service import GIF, WEBP, Service, open_png
 
 # These requests cover all samplers, few and many steps, and guidance that is off, recommended or strong.
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -73,6 +73,21 @@ def test_bytes_do_not_depend_on_batch_size_or_restart(
 ) -> None:
     restarted = start(UNFOG_MAX_BATCH=str(max_batch))
     assert generate_batched(restarted, num_others=20, steps=(1, 10))[0] == alone
+
+
+@pytest.mark.parametrize("accept", [WEBP, GIF])
+def test_animations_do_not_depend_on_the_load(service: Service, start: Start, accept: str) -> None:
+    """With three rows a step, some images of a request wait while others run."""
+    asked = [(REQUESTS[name], accept, "?previews=20") for name in ("several images", "solver", "one step")]
+    service.wait_until_idle()
+    alone = [service.post(*each).content for each in asked]
+    loaded = start(UNFOG_MAX_BATCH="3")
+    with ThreadPoolExecutor(9) as pool:
+        others = [pool.submit(loaded.images, digit=digit, count=4, num_steps=9 + digit) for digit in range(6)]
+        animations = [pool.submit(loaded.post, *each) for each in asked]
+        assert [animation.result().content for animation in animations] == alone
+        for other in others:
+            other.result()
 
 
 def test_count_does_not_change_the_images_with_the_same_index(service: Service, alone: dict[str, list[bytes]]) -> None:

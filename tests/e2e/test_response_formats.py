@@ -1,4 +1,4 @@
-"""The four response formats contain the same images, with their provenance, seed and times."""
+"""The response formats contain the same images, with their provenance, seed and times."""
 
 import base64
 import hashlib
@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.e2e.service import EVENTS, PNG, ZIP, Service, open_png, pngs
+from tests.e2e.service import EVENTS, GIF, PNG, WEBP, ZIP, Service, open_animation, open_png, pngs
 
 BODY = {"digit": 7, "count": 5, "seed": 2**53 - 1, "num_steps": 12, "sampler": "ddim", "guidance_scale": 1.5}
 # The 12 timesteps are 100, 92, 83, ..., 17 and 8. Seven of them are within the interval 20 to 80 of guidance.
@@ -116,7 +117,7 @@ def test_scale_enlarges_the_whole_contact_sheet(service: Service) -> None:
     assert (large == small.repeat(3, axis=0).repeat(3, axis=1)).all()
 
 
-@pytest.mark.parametrize("accept", ["application/json", PNG, ZIP])
+@pytest.mark.parametrize("accept", ["application/json", PNG, ZIP, WEBP, GIF])
 def test_headers_contain_the_seed_and_the_server_timing(service: Service, accept: str) -> None:
     response = service.post(BODY, accept)
     assert response.headers["x-seed"] == str(BODY["seed"])
@@ -124,6 +125,27 @@ def test_headers_contain_the_seed_and_the_server_timing(service: Service, accept
     assert re.fullmatch(
         f"queue;dur={number}, denoise;dur={number}, encode;dur={number}", response.headers["server-timing"]
     )
+
+
+@pytest.mark.parametrize("accept", [WEBP, GIF])
+@pytest.mark.parametrize("count", [1, 5])
+def test_animation_shows_x_t_of_the_stream_and_ends_with_the_png(service: Service, accept: str, count: int) -> None:
+    body = {**BODY, "count": count}
+    response = service.post(body, accept, "?previews=6")
+    assert response.headers["content-type"] == accept
+    frames = open_animation(response.content)
+    with service.events(body, "?previews=6&include=x_t") as stream:
+        progress = [data["x_t"] for name, data in stream if name == "progress"]
+    assert len(frames) == len(progress) == 6
+    for frame, x_t in zip(frames, progress[:-1], strict=False):
+        cells = [open_png(base64.b64decode(png))[0] for png in x_t]
+        if count == 5:  # the sheet has two rows, and an empty cell
+            cells = [np.vstack([np.hstack(cells[:3]), np.hstack([*cells[3:], np.zeros_like(cells[0])])])]
+        assert np.array_equal(frame, cells[0])
+    assert np.array_equal(frames[-1], open_png(service.post(body, PNG).content)[0])
+    assert len(np.unique(frames[0])) > 100  # it begins with noise
+    large = open_animation(service.post({**body, "scale": 3}, accept, "?previews=6").content)
+    assert all(np.array_equal(one, other.repeat(3, 0).repeat(3, 1)) for one, other in zip(large, frames, strict=True))
 
 
 def test_seed_header_equals_the_seed_in_the_json(service: Service) -> None:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from app.api.requests import best_match
 
 JSON, PNG, ZIP, EVENTS = "application/json", "image/png", "application/zip", "text/event-stream"
-AVAILABLE = (JSON, PNG, ZIP, EVENTS)
+ANIMATIONS = ("image/webp", "image/gif")
+AVAILABLE = (JSON, PNG, ZIP, EVENTS, *ANIMATIONS)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,15 @@ class Member(NamedTuple):
 
 
 def reference(members: list[Member]) -> str | None:
-    """Chooses a type by the rules of the RFC, without a parser."""
+    """Chooses a type by the rules of the RFC, without a parser. A header with text/html chooses no animation."""
+    is_html = any((member.kind, member.subtype, member.parameters) == ("text", "html", []) for member in members)
+    available = [media_type for media_type in AVAILABLE if not (is_html and media_type in ANIMATIONS)]
 
     def decisive(media_type: str) -> Member | None:
         matching = [member for member in members if member.matches(media_type)]
         return max(matching, key=lambda member: (member.specificity, not member.parameters), default=None)
 
-    found = {media_type: member for media_type in AVAILABLE if (member := decisive(media_type)) and member.value}
+    found = {media_type: member for media_type in available if (member := decisive(media_type)) and member.value}
     return max(found, key=lambda media_type: (found[media_type].value, *_specific(found[media_type])), default=None)
 
 

@@ -228,7 +228,7 @@ def test_mailbox_of_a_closed_event_loop_works_in_the_next_one() -> None:
     assert asyncio.run(wait()) == 7
 
 
-@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream", "image/gif"])
 def test_job_of_a_client_that_disconnects_leaves_the_engine(accept: str) -> None:
     async def main() -> None:
         gate = Gate()
@@ -271,7 +271,7 @@ def test_stream_that_ends_at_its_deadline_counts_as_a_rejection() -> None:
     run(check, FakeRunner(on_step=gate))
 
 
-@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream", "image/gif"])
 def test_answered_job_is_freed_before_its_deadline(accept: str) -> None:
     """A timer that is not cancelled would keep the job and its images until the deadline."""
     runner = FakeRunner()

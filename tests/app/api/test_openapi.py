@@ -118,6 +118,8 @@ def test_document_describes_the_body_and_responses_of_generate() -> None:
         "image/png",
         "application/zip",
         "text/event-stream",
+        "image/webp",
+        "image/gif",
     }
 
 
@@ -180,7 +182,8 @@ def test_every_text_body_has_valid_examples() -> None:
     num_examples = 0
     for place, media_type, content in described(served):
         found = examples_of(content)
-        assert found or media_type in ("image/png", "application/zip", "application/octet-stream"), (place, media_type)
+        binary = ("image/png", "image/webp", "image/gif", "application/zip", "application/octet-stream")
+        assert found or media_type in binary, (place, media_type)
         for example in found:
             assert is_valid(served, content["schema"], example), (place, example)
         num_examples += len(found)
@@ -208,7 +211,7 @@ def test_every_error_of_a_post_route_has_an_example(path: str) -> None:
 
 @pytest.mark.parametrize("path", [*PICTURE_PATHS, "/reproduce", "/score"])
 def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path: str) -> None:
-    served, num_formats = document(), {"/recognize": 2, "/reproduce": 2, "/score": 1}.get(path, 4)
+    served, num_formats = document(), {"/recognize": 2, "/reproduce": 2, "/score": 1}.get(path, 6)
     operation = served["paths"][path]["post"]
     content = operation["requestBody"]["content"]
     assert list(content) == ["application/json", "multipart/form-data"]
@@ -226,7 +229,7 @@ def test_route_with_pictures_has_both_content_types_and_files_in_multipart(path:
     assert set(operation["responses"]) == set(generate["responses"]) - ({"501"} if path != "/score" else set())
     formats = list(generate["responses"]["200"]["content"])
     assert list(operation["responses"]["200"]["content"]) == formats[:num_formats]
-    limits = {"count": 64, "timeout_seconds": 600} if num_formats == 4 else {"timeout_seconds": 600}
+    limits = {"count": 64, "timeout_seconds": 600} if num_formats == 6 else {"timeout_seconds": 600}
     for schema in (body, form):
         assert {name: schema["properties"][name]["maximum"] for name in limits} == limits
 

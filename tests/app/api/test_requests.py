@@ -10,7 +10,7 @@ from starlette.types import Message
 
 from app import errors
 from app.api.requests import MAX_UNKNOWN_FIELDS, ClientGoneError, cancel_on_disconnect, negotiate, parse_json, read_json
-from app.api.responses import EVENTS, FORMATS, JSON, PNG, ZIP
+from app.api.responses import EVENTS, FORMATS, GIF, JSON, PNG, WEBP, ZIP
 from app.api.schemas import GenerateRequest
 
 LIMIT, READ_SECONDS = 1000, 60.0
@@ -77,7 +77,18 @@ def errors_of(body: str | bytes) -> list[dict[str, Any]]:
         ("application/json;q=0.5, image/png;q=0.4", JSON),
         ("application/zip;q=0.9, image/*;q=0.8, */*;q=0.1", ZIP),
         ("application/json;q=0, */*", PNG),
+        ("image/gif", GIF),
+        ("image/webp", WEBP),
+        ("image/gif, image/webp, image/png", PNG),
+        ("image/gif, image/webp", WEBP),
+        ("image/webp;q=0.8, image/gif;q=0.9, */*;q=0.1", GIF),
+        ("image/webp, */*;q=0.8", WEBP),
+        ("image/png;q=0, image/*", WEBP),
+        # the default headers of browsers and of Java's HttpURLConnection name animations
         ("text/html, application/xhtml+xml, application/xml;q=0.9, image/avif, image/webp, */*;q=0.8", JSON),
+        ("text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", JSON),
+        ("text/html, image/gif, image/jpeg, */*; q=0.2", JSON),
+        ("text/html;q=0.1, image/gif, image/png;q=0.5", PNG),
         ("image/png;q=1.0,text/html", PNG),
     ],
 )
@@ -96,12 +107,23 @@ def test_several_accept_headers_are_combined() -> None:
 
 
 @pytest.mark.parametrize(
-    "accept", ["text/html", "image/jpeg", "image/png;q=0", "*/*;q=0", "nonsense", "a/b/c", ";", "text/html, video/*"]
+    "accept",
+    [
+        "text/html",
+        "image/jpeg",
+        "image/png;q=0",
+        "*/*;q=0",
+        "nonsense",
+        "a/b/c",
+        ";",
+        "text/html, video/*",
+        "text/html, image/gif",
+    ],
 )
 def test_accept_header_that_allows_no_format_is_not_acceptable(accept: str) -> None:
     with pytest.raises(errors.NotAcceptable) as refused:
         negotiate(request(accept=accept), FORMATS)
-    assert PNG in refused.value.detail
+    assert all(media_type in refused.value.detail for media_type in FORMATS)
 
 
 @pytest.mark.parametrize("content_type", ["application/json", "Application/JSON ; charset=utf-8"])

@@ -20,7 +20,9 @@ def lines_of(caplog: pytest.LogCaptureFixture, route: str = "/generate") -> list
     return [vars(record) for record in records if vars(record)["route"] == route]
 
 
-@pytest.mark.parametrize("accept", ["application/json", "image/png", "application/zip", "text/event-stream"])
+@pytest.mark.parametrize(
+    "accept", ["application/json", "image/png", "application/zip", "text/event-stream", "image/webp"]
+)
 def test_line_contains_the_options_and_times_of_the_job(caplog: pytest.LogCaptureFixture, accept: str) -> None:
     caplog.set_level(logging.INFO)
     body = WORK | {"count": 2, "sampler": "ddim", "guidance_scale": 2}

@@ -64,7 +64,7 @@ def test_answer_and_text_chunks_name_the_scale_the_prompt_and_the_model(given: d
             "CLIP-SHA256": CLIP_INFO.sha256,
         }
         assert chunks(base64.b64decode(answer["images"][0]["png"])) == expected
-        for accept in ("image/png", "application/zip", "text/event-stream"):
+        for accept in ("image/png", "application/zip", "text/event-stream", "image/webp", "image/gif"):
             assert (await client.post("/generate", json=body, headers={"accept": accept})).status_code == 200
         assert chunks((await client.post("/generate", json=body, headers=PNG)).content) == expected
 

@@ -1,0 +1,119 @@
+"""Animations (GIF and WebP) of the way of the images from noise to the result.
+
+A frame is x_t of each image of a request, arranged in a contact sheet. The last frame is the finished images.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.ExifTags import Base
+
+from app.api.images import arrange
+from app.api.responses import GIF
+from app.engine.job import Frame, Pixels
+from app.errors import InvalidRequest
+from model.png import sheet_shape
+
+FRAME_MS, LAST_MS = 60, 2000  # GIF stores a multiple of 10 ms
+# The largest number of pixels of all frames together. Such an animation takes up to 1.3 s of a core (WebP of 64 images
+# with scale 2).
+MAX_PIXELS = 16_000_000
+# The largest number of pixels of one frame. WebP needs up to 50 bytes for each of them. Pillow does not release the GIL
+# while it copies a frame, which takes up to 20 ms, or a finished file, which takes up to 40 ms (20 MB, in colour).
+MAX_FRAME_PIXELS = 4_000_000
+GREYS = bytes(level for level in range(256) for _ in range(3))  # a palette of all grey levels
+# GIF: with a palette for each frame, the files would be larger. With `optimize`, Pillow changes some pixels by a level.
+GREY_GIF: dict[str, Any] = {"palette": GREYS, "optimize": False, "interlace": 0}
+COLOUR_GIF: dict[str, Any] = {"optimize": False, "interlace": 0}
+# WebP: a higher method or quality takes up to four times as long, and the files are at most a fifth smaller.
+LOSSLESS_WEBP: dict[str, Any] = {"lossless": True, "method": 1, "quality": 25}
+
+
+class FrameCollector:
+    """Collects the frames of a job.
+
+    The engine thread adds them. Other threads read them only after the future of the job is done, when the engine adds
+    no more frames. So no lock is needed.
+    """
+
+    def __init__(self, num_frames: int, count: int) -> None:
+        self._num_frames, self._count = num_frames, count
+        self._x_t: npt.NDArray[np.uint8] | None = None  # (frames without the last one, images, H, W) or (..., H, W, 3)
+
+    def add(self, frame: Frame) -> None:
+        """Adds a copy of a frame. Its own pixels are a part of an array that also has the pixels of other requests."""
+        if self._x_t is None:
+            self._x_t = np.zeros((self._num_frames - 1, self._count, *frame.pixels.shape), dtype=np.uint8)
+        self._x_t[frame.number, frame.index] = frame.pixels
+
+    def sheets(self, images: list[Pixels]) -> list[Pixels]:
+        """Returns the contact sheet of each frame. `images` are the finished images."""
+        earlier = [] if self._x_t is None else [list(frame) for frame in self._x_t]
+        return [arrange(frame) for frame in (*earlier, images)]
+
+
+def num_frames_of(num_previews: int, num_steps: int) -> int:
+    """Returns the number of frames: at least the finished images, and at most one frame for each step."""
+    return max(1, min(num_previews, num_steps))
+
+
+def check_size(image_shape: tuple[int, int, int], count: int, scale: int, num_frames: int) -> None:
+    """Raises InvalidRequest if an animation of images (C, H, W) would have too many pixels."""
+    rows, columns = sheet_shape(count)
+    _, height, width = image_shape
+    num_pixels = rows * height * columns * width * scale**2
+    if num_pixels > MAX_FRAME_PIXELS:
+        message = f"The frames would have {num_pixels:,} pixels each, more than {MAX_FRAME_PIXELS:,}"
+        raise InvalidRequest.of("scale", f"{message}. Reduce scale or count")
+    if num_frames * num_pixels > MAX_PIXELS:
+        message = (
+            f"The {num_frames} frames would have {num_frames * num_pixels:,} pixels together, more than "
+            f"{MAX_PIXELS:,}. Reduce previews to {MAX_PIXELS // num_pixels}, or reduce scale or count"
+        )
+        raise InvalidRequest([{"loc": ["query", "previews"], "msg": message}])
+
+
+def encode_animation(media_type: str, sheets: Sequence[Pixels], text: Mapping[str, str], scale: int) -> bytes:
+    """Encodes frames as an animation that repeats forever. Each pixel is enlarged to scale x scale pixels.
+
+    The file contains `text`, which must be ASCII, as a JSON object: in the comment of a GIF file, and in the EXIF field
+    ImageDescription of a WebP file. A GIF file has at most 256 colours in each frame.
+    """
+    description, is_gif = json.dumps(text), media_type == GIF
+    first, *others = [_enlarged(sheet, scale, has_palette=is_gif) for sheet in sheets]
+    options: dict[str, Any]
+    if is_gif:
+        options = {**(GREY_GIF if first.mode == "L" else COLOUR_GIF), "comment": description.encode("ascii")}
+    else:
+        options = {**LOSSLESS_WEBP, "exif": _exif(description, text["Software"])}
+    durations, buffer = [*[FRAME_MS] * len(others), LAST_MS], io.BytesIO()
+    first.save(
+        buffer,
+        format="GIF" if is_gif else "WEBP",
+        save_all=True,
+        append_images=others,
+        duration=durations,
+        loop=0,
+        **options,
+    )
+    return buffer.getvalue()
+
+
+def _enlarged(sheet: Pixels, scale: int, *, has_palette: bool) -> Image.Image:
+    image = Image.fromarray(sheet)
+    if has_palette and image.mode == "RGB":  # Without this, Pillow would choose the colours after the enlargement.
+        image = image.quantize(method=Image.Quantize.FASTOCTREE)
+    if scale > 1:
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    return image
+
+
+def _exif(description: str, software: str) -> bytes:
+    exif = Image.Exif()
+    exif[Base.ImageDescription], exif[Base.Software] = description, software
+    return exif.tobytes().removeprefix(b"Exif\0\0")  # a prefix for JPEG, which a WebP file does not have
