@@ -160,7 +160,7 @@ class UnfogEvents:
         assert job.estimate, "the job was not admitted"
         eta_seconds = round(job.estimate.seconds, 3)
         seed = job.request.options.seed
-        accepted = AcceptedEvent(seed=seed, position=job.estimate.position, eta_seconds=eta_seconds)
+        accepted = AcceptedEvent(job=job.number, seed=seed, position=job.estimate.position, eta_seconds=eta_seconds)
         return event_text("accepted", accepted.model_dump())
 
     def progress(self, event: Progress) -> str:

@@ -238,6 +238,7 @@ class GenerateResponse(ImagesResponse):
 class AcceptedEvent(BaseModel):
     """The first event of a stream. The request has been admitted."""
 
+    job: int = Field(description="Number of the job, as in the events of GET /events/batch.")
     seed: int
     position: int = Field(description="Number of images in the queue when the request was admitted.")
     eta_seconds: float = Field(description="Estimated seconds until the last image is finished.")

@@ -159,7 +159,7 @@ def test_events_are_in_order_and_contain_the_same_images(service: Service, image
     names = [name for name, _ in events]
     assert re.fullmatch("(accepted )(progress )+(image ){5}(done )", "".join(f"{name} " for name in names))
     accepted, done = events[0][1], events[-1][1]
-    assert set(accepted) == {"seed", "position", "eta_seconds"}
+    assert set(accepted) == {"job", "seed", "position", "eta_seconds"}
     assert (accepted["seed"], accepted["position"]) == (BODY["seed"], 0)
     assert accepted["eta_seconds"] > 0
     assert set(done) == {"seed", "evaluations", "timing"}
