@@ -2,25 +2,33 @@
 
 import { element, svg } from "./dom.js";
 
-const WIDTH = 640;
-const EDGE = { left: 40, right: 16, top: 12, bottom: 28 };
+const EDGE = { left: 48, right: 16, top: 16, bottom: 28 };
 
 /**
- * Returns a chart. `series` are {points: [[x, y]], kind, label}. The label is at the highest point. `bands` are [from, to] on the x axis, and `marker` is
- * an x value. Screen readers get `description`.
+ * Returns a chart that fills the width of its parent, in text of its normal size. `series` are {points: [[x, y]], kind,
+ * label}. The label is at the highest point. `bands` are [from, to] on the x axis, and `marker` is an x value. Screen
+ * readers get `description`.
  */
-export function lineChart({ series, x, y, height = 200, bands = [], marker = null, xLabel = "", yFormat = String, description }) {
+export function lineChart(options) {
+  const root = element("div");
+  new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width) root.replaceChildren(drawn(options, contentRect.width));
+  }).observe(root);
+  return root;
+}
+
+function drawn({ series, x, y, height = 200, bands = [], marker = null, xLabel = "", yFormat = String, description }, width) {
   const [x0, x1] = x;
   const [y0, y1] = y;
-  const across = (value) => EDGE.left + ((value - x0) / (x1 - x0 || 1)) * (WIDTH - EDGE.left - EDGE.right);
+  const across = (value) => EDGE.left + ((value - x0) / (x1 - x0 || 1)) * (width - EDGE.left - EDGE.right);
   const down = (value) => height - EDGE.bottom - ((value - y0) / (y1 - y0 || 1)) * (height - EDGE.top - EDGE.bottom);
-  const chart = svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "img", "aria-label": description });
+  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": description });
   for (const [from, to] of bands) {
     const [left, right] = [across(from), across(to)].sort((a, b) => a - b);
     chart.append(svg("rect", { class: "band", x: left, y: EDGE.top, width: Math.max(2, right - left), height: down(y0) - EDGE.top }));
   }
   for (const value of [y0, (y0 + y1) / 2, y1]) {
-    chart.append(svg("line", { class: "grid-line", x1: EDGE.left, x2: WIDTH - EDGE.right, y1: down(value), y2: down(value) }));
+    chart.append(svg("line", { class: "grid-line", x1: EDGE.left, x2: width - EDGE.right, y1: down(value), y2: down(value) }));
     chart.append(svg("text", { x: EDGE.left - 6, y: down(value) + 4, "text-anchor": "end" }, yFormat(value)));
   }
   for (const value of [x0, (x0 + x1) / 2, x1]) {

@@ -27,8 +27,6 @@ export function start(loaded) {
   find("#guidance-run").addEventListener("click", () => compareGuidance());
   find("#steps-run").addEventListener("click", () => compareSteps());
   if (model.guidable) showSchedule();
-  if (model.guidable) showGuidance(scalesOf().map((guidance_scale) => ({ guidance_scale })));
-  variants().then((all) => showSteps(find("#steps-result"), all.map(emptyRow)), () => {});
 }
 
 const numberOf = (id) => Math.max(0, Math.floor(Number(find(id).value)) || 0);

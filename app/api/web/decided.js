@@ -14,11 +14,17 @@ const LIKELY = 0.15; // a digit with at least this probability at some level has
 
 let measurement = null; // identifies the running measurement
 
-/** Connects the section. */
+/** Connects the section. The first measurement starts when the section comes into view. */
 export function start() {
   find("#decided-run").addEventListener("click", measure);
   showEmpty();
   state.onChange = showEmpty;
+  const first = new IntersectionObserver(([{ isIntersecting }]) => {
+    if (!isIntersecting) return;
+    first.disconnect();
+    measure();
+  });
+  first.observe(find("#decided-result"));
 }
 
 /** Shows the noisy images and empty axes. Stops a measurement and removes the results of an earlier digit. */
@@ -60,7 +66,7 @@ function end() {
 async function at(t, noisy) {
   const body = { image: noisy, noise_std: noiseStd(t), seed: 1, num_steps: 20, invert: false, fit: "resize" };
   const tell = (seconds) => {
-    find("#decided-run").textContent = seconds ? `Busy, waiting ${seconds} s` : "Measure";
+    find("#decided-run").textContent = seconds ? `Busy, waiting ${seconds} s` : "Measure again";
   };
   const answer = await patientJson("denoise", body, tell);
   return { t, noisy, probabilities: answer.probabilities, digit: answer.digit, clean: answer.images[0].png };
@@ -77,7 +83,7 @@ function show(all) {
     const isLikely = digit !== best && points.some(([, value]) => value >= LIKELY);
     return { points, kind: digit === best ? "main" : "", label: isLikely ? String(digit) : "" };
   });
-  const text = results.length ? summary(results) : "Press Measure. It sends 14 short requests.";
+  const text = results.length ? summary(results) : "Each measurement sends 14 short requests.";
   const chart = lineChart({
     series: series.sort((a, b) => a.kind.length - b.kind.length),
     x: [0, END],

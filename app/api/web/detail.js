@@ -1,10 +1,10 @@
 // The dialog of one image: its parameters, the code that makes it again, and the file.
 
-import { generateAddress } from "./address.js";
 import { promptOf } from "./clip.js";
-import { download, element, find, pngUrl } from "./dom.js";
+import { download, element, find, menu, pngUrl } from "./dom.js";
 import { bytesOf, textChunks } from "./png.js";
-import { hasKey } from "./service.js";
+import { checkpointName, hasKey } from "./service.js";
+import { copy, linkOf, nameOf } from "./share.js";
 
 const LABELS = {
   Digit: "Digit", Seed: "Seed", Index: "Index", Sampler: "Sampler", Steps: "Steps",
@@ -13,13 +13,12 @@ const LABELS = {
 };
 
 /** Returns the name of the file of an image. */
-export const fileName = (run, index) =>
-  run.path === "generate" ? `digit-${run.body.digit}-seed-${run.body.seed}-${index}.png` : `${run.path}-seed-${run.body.seed}-${index}.png`;
+export const fileName = (run, index) => `${nameOf(run)}-${index}.png`;
 
 /** Returns a list of the text chunks that this service writes. */
 export function factList(chunks) {
   const shown = Object.entries(LABELS).filter(([name]) => Object.hasOwn(chunks, name));
-  const text = (value) => (value.length > 20 ? `${value.slice(0, 16)}…` : value);
+  const text = (value) => checkpointName(value) ?? (value.length > 20 ? `${value.slice(0, 16)}…` : value);
   const valueOf = (name) => (name === "CLIP-Prompt" && promptOf(chunks)) || text(chunks[name]);
   return element(
     "dl",
@@ -71,22 +70,33 @@ open("digit.png", "wb").write(base64.b64decode(image["png"]))
 `;
 }
 
-/** Opens the dialog for a finished image of a run. `focused` is the text of the button that gets the focus. */
+/** Opens the dialog for a finished image of a run. `focused` is the name of the button that gets the focus. */
 export function openDetail(run, index, focused = "Download PNG") {
   const dialog = find("#detail");
   const png = run.images[index];
   const file = bytesOf(png);
-  const isGenerated = run.path === "generate";
-  const link = location.href.split("#", 1)[0] + generateAddress(run.body);
-  const button = (text, click, primary) => element("button", { type: "button", class: primary ? "primary" : null, click }, text);
+  const line = element("p", { class: "hint", role: "status" });
+  const save = () => download(fileName(run, index), new Blob([file], { type: "image/png" }));
+  const icon = (name, text, click) => element("button", { type: "button", class: "quiet icon", "aria-label": name, title: name, click }, text);
   const move = (by, name) => {
     let next = index;
     do next = (next + by + run.count) % run.count;
     while (!run.images[next]);
     openDetail(run, next, name);
   };
+  const more = [
+    ["Copy link", async () => copy(await linkOf(run), "Link", line)],
+    ["Copy as curl", () => copy(curlOf(run, index), "curl command", line)],
+    ["Copy as Python", () => copy(pythonOf(run, index), "Python program", line)],
+  ];
   dialog.replaceChildren(
-    element("h2", { id: "detail-title" }, `Image ${index + 1} of ${run.count}`),
+    element(
+      "div",
+      { class: "run-line" },
+      element("h2", { id: "detail-title", class: "grow" }, `Image ${index + 1} of ${run.count}`),
+      ...(run.count > 1 ? [icon("Previous", "‹", () => move(-1, "Previous")), icon("Next", "›", () => move(1, "Next"))] : []),
+      icon("Close", "×", () => dialog.close()),
+    ),
     element(
       "div",
       { class: "detail" },
@@ -96,15 +106,10 @@ export function openDetail(run, index, focused = "Download PNG") {
     element(
       "div",
       { class: "actions" },
-      button("Download PNG", () => download(fileName(run, index), new Blob([file], { type: "image/png" })), true),
-      isGenerated ? button("Copy as curl", () => copy(curlOf(run, index), "curl command")) : null,
-      isGenerated ? button("Copy as Python", () => copy(pythonOf(run, index), "Python program")) : null,
-      isGenerated ? button("Copy link", () => copy(link, "Link")) : null,
-      run.count > 1 ? button("Previous", () => move(-1, "Previous")) : null,
-      run.count > 1 ? button("Next", () => move(1, "Next")) : null,
-      button("Close", () => dialog.close()),
+      element("button", { type: "button", class: "primary", click: save }, "Download PNG"),
+      run.path === "generate" ? menu("More", more) : null,
     ),
-    element("p", { class: "hint", id: "copied", role: "status" }),
+    line,
   );
   dialog.onkeydown = (event) => {
     if (run.count === 1 || event.target.matches("textarea")) return;
@@ -112,17 +117,5 @@ export function openDetail(run, index, focused = "Download PNG") {
     if (event.key === "ArrowRight") move(1, "Next");
   };
   if (!dialog.open) dialog.showModal();
-  [...dialog.querySelectorAll("button")].find((each) => each.textContent === focused).focus();
-}
-
-/** Copies a text. Browsers permit this only on secure origins and localhost, so the text is shown if it fails. */
-async function copy(text, name) {
-  const line = find("#copied");
-  try {
-    await navigator.clipboard.writeText(text);
-    line.textContent = `${name} copied.`;
-  } catch {
-    line.replaceChildren("Copy this text:", element("textarea", { rows: 6, cols: 50, readonly: true, "aria-label": name }, text));
-    find("textarea", line).select();
-  }
+  [...dialog.querySelectorAll("button")].find((each) => (each.ariaLabel ?? each.textContent) === focused).focus();
 }

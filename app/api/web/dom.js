@@ -49,6 +49,33 @@ export function addDigits(select, any = null) {
   for (let digit = 0; digit < 10; digit++) select.append(element("option", { value: digit }, String(digit)));
 }
 
+/** Returns a button that opens further actions. `items` are [text, action], and null is left out. */
+export function menu(label, items) {
+  const summary = element("summary", { class: "button" }, label);
+  const buttons = items.filter(Boolean).map(([text, act]) => {
+    const choose = () => {
+      close();
+      act();
+    };
+    return element("button", { type: "button", class: "quiet", click: choose }, text);
+  });
+  // The list can have the focus, because Safari gives a clicked button none: the menu would be closed before the click.
+  const root = element("details", { class: "menu" }, summary, element("div", { tabindex: -1 }, buttons));
+  const close = () => {
+    root.open = false;
+    summary.focus({ preventScroll: true });
+  };
+  root.addEventListener("focusout", (event) => {
+    if (!root.contains(event.relatedTarget)) root.open = false;
+  });
+  root.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !root.open) return;
+    event.preventDefault(); // a dialog around the menu stays open
+    close();
+  });
+  return root;
+}
+
 /** Offers a file for download. */
 export function download(name, blob) {
   const url = URL.createObjectURL(blob);

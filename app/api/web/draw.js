@@ -25,6 +25,9 @@ export function start() {
   mask = new Mask(find("#mask"));
   tasks.start({ pad, mask, grey });
   setDrawingReader(grey);
+  find("#pad").addEventListener("pointerdown", () => {
+    find("#pad-hint").hidden = true;
+  });
   find("#pad-undo").addEventListener("click", () => pad.undo());
   find("#pad-clear").addEventListener("click", () => pad.clear());
   showValue(find("#pad-width"), find("#pad-width-value"));
@@ -79,6 +82,7 @@ function startTabs() {
 /** Shows the result of the selected task after a short pause. */
 function changed() {
   normalised = null;
+  find("#pad-hint").hidden = !pad.isEmpty;
   find("#provenance").hidden = true;
   clearTimeout(timer);
   timer = setTimeout(run, WAIT);

@@ -2,21 +2,23 @@
 
 import { generateAddress, generateFields } from "./address.js";
 import { digitPrompt, score } from "./clip.js";
-import { element, download, find, moves, plural, showValue } from "./dom.js";
+import { element, download, find, menu, moves, plural, showValue } from "./dom.js";
 import { fileName, openDetail } from "./detail.js";
-import { failureBox } from "./failure.js";
+import { failureBox, sentence } from "./failure.js";
 import * as history from "./history.js";
-import { bytesOf, draw, SIDE } from "./png.js";
-import { MAX_SEED, gaussian, newSeed } from "./random.js";
+import { bytesOf } from "./png.js";
+import { MAX_SEED, newSeed } from "./random.js";
 import { Run } from "./run.js";
 import { about } from "./service.js";
+import { copy, linkOf, nameOf, saveAnimation, saveSheet } from "./share.js";
 import { Stage } from "./stage.js";
 import { zip } from "./zip.js";
 
 const COUNTS = [1, 4, 9, 16, 64];
 const SEED_HINT = "The same seed with the same settings gives the same images.";
+const STEPS_HINT = "More steps take longer and usually give better images.";
+const GUIDANCE_HINT = "A higher value makes the digit clearer and the images less varied.";
 const SAMPLER_NAMES = { ddpm: "DDPM", ddim: "DDIM", dpmpp: "DPM-Solver++" };
-const NARROW = 820; // pixels; in narrower windows the images are below the form (see base.css)
 
 let form;
 let stage;
@@ -30,14 +32,15 @@ let scoring = null; // aborts the running request to /score
 /** Connects the form. Runs once. */
 export function start() {
   form = find("#generate-form");
-  stage = new Stage(find("#generate-stage"), { open: openDetail, retry: submitAgain, extra: zipButton });
+  stage = new Stage(find("#generate-stage"), { open: openDetail, retry: submitAgain, extra: saveButtons });
   for (let digit = 0; digit < 10; digit++) find("#digit-keys").append(choice("digit", digit, digit, digit === 7));
   for (const count of COUNTS) find("#count-chips").append(chip(count));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    if (checkSeed()) generate(bodyOfForm());
+    if (checkCount() && checkSeed()) generate(bodyOfForm());
   });
   form.seed.addEventListener("input", checkSeed);
+  form.count.addEventListener("input", checkCount);
   form.addEventListener("change", (event) => {
     changed.add(event.target.name);
     if (event.target.name === "model" || event.target.name === "sampler") applyModel();
@@ -46,17 +49,20 @@ export function start() {
     form.seed.value = newSeed();
     checkSeed();
   });
+  find("#advanced-button").addEventListener("click", () => showAdvanced(find("#advanced").hidden));
   find("#generate-reset").addEventListener("click", reset);
   showValue(form.num_steps, find("#num-steps-value"));
   showValue(form.guidance_scale, find("#guidance-value"), guidanceText);
   showValue(form.clip_guidance_scale, find("#clip-guidance-value"), (scale) => (scale ? String(scale) : "off"));
   form.addEventListener("input", applyClip);
-  form.addEventListener("keydown", chooseDigit);
+  document.addEventListener("keydown", chooseDigit);
   history.start();
-  showEmpty();
 }
 
-/** Shows the view with the parameters of the address. A seed in it starts the run. */
+/**
+ * Shows the view and runs the request of the address. The first visit without a complete request starts a run too, so
+ * that a visitor sees at once what the model does.
+ */
 export async function open(parameters) {
   const wanted = generateFields(parameters);
   try {
@@ -65,17 +71,26 @@ export async function open(parameters) {
     find("#generate-stage").replaceChildren(failureBox(error, () => open(parameters)));
     return;
   }
-  if (!run) showEmpty(); // replaces the error of an earlier attempt
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
   const isEmpty = !Object.keys(wanted).length;
-  if (isEmpty && run) window.history.replaceState(null, "", generateAddress(run.body));
-  if (isEmpty || (run && generateAddress(wanted) === generateAddress(run.body))) {
+  if (isEmpty && run?.isChosen) window.history.replaceState(null, "", generateAddress(run.body));
+  if (run && (isEmpty || generateAddress(wanted) === generateAddress(run.body))) {
     showSimilarities();
     return;
   }
+  const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
   fill(wanted);
   // The form rounds the guidance scale, and offers only values that the service permits. The service checks the others.
-  if (wanted.seed !== undefined && wanted.digit !== undefined) generate({ ...bodyOfForm(), ...wanted }, "replaceState");
+  const isComplete = wanted.seed !== undefined && wanted.digit !== undefined;
+  if (isComplete || !run) generate({ ...bodyOfForm(), ...wanted }, { isNew: false, isChosen: isComplete, note });
+}
+
+/** Chooses the model with the checkpoint of a link, which can have another name here. Returns a note if there is none. */
+function applyCheckpoint(wanted, digest) {
+  if (!/^[0-9a-f]{12,64}$/.test(digest)) return null;
+  const same = models.find(({ sha256 }) => sha256.startsWith(digest));
+  if (same) wanted.model = same.name;
+  return same ? null : "This service does not have the model of the link, so the images differ from those of the link.";
 }
 
 /** Aborts the request to /score. The run continues. */
@@ -88,6 +103,7 @@ async function loadModels() {
   ({ models, limits, clip = null } = await about());
   form.count.max = limits.count;
   form.count.value = Math.min(form.count.value, limits.count);
+  checkCount();
   for (const button of find("#count-chips").children) button.hidden = button.value > limits.count;
   find("#model-choice").replaceChildren(...models.map(({ name }, place) => choice("model", name, name, !place)));
   find("#model-choice").parentNode.hidden = models.length < 2;
@@ -104,6 +120,7 @@ function choice(name, value, text, checked = false) {
 function chip(count) {
   const set = () => {
     form.count.value = count;
+    checkCount();
   };
   return element("button", { type: "button", class: "small", value: count, click: set, "aria-label": plural(count, "image") }, String(count));
 }
@@ -135,6 +152,9 @@ function applyModel() {
   form.guidance_scale.disabled = !guidable;
   if (!guidable) form.guidance_scale.value = 1;
   else if (!changed.has("guidance_scale")) form.guidance_scale.value = guidance_scale[sampler];
+  const { name } = model();
+  find("#steps-hint").textContent = steps.length ? `The model ${name} was trained for ${steps.join(" or ")} steps.` : STEPS_HINT;
+  find("#guidance-hint").textContent = guidable ? GUIDANCE_HINT : `The model ${name} takes no guidance scale.`;
   for (const input of [form.num_steps, form.guidance_scale]) input.dispatchEvent(new Event("input"));
 }
 
@@ -165,7 +185,7 @@ function fill(body) {
 function bodyOfForm() {
   const body = {
     digit: Number(form.digit.value),
-    count: Math.min(Math.max(1, Math.round(Number(form.count.value)) || 1), limits.count),
+    count: Number(form.count.value),
     num_steps: Number(form.num_steps.value),
     sampler: form.sampler.value,
     guidance_scale: Number(form.guidance_scale.value),
@@ -175,10 +195,32 @@ function bodyOfForm() {
   if (clipScale) body.clip_guidance_scale = clipScale;
   const prompt = form.clip_prompt.value.trim();
   if (clipScale && prompt) body.clip_prompt = prompt;
-  form.count.value = body.count;
   const seed = form.seed.value.trim();
   body.seed = seed ? Number(seed) : newSeed();
   return body;
+}
+
+/** Returns true if the number of images is permitted. Otherwise says what is. */
+function checkCount() {
+  const count = Number(form.count.value);
+  const isValid = Number.isInteger(count) && count >= 1 && count <= limits.count;
+  form.count.setAttribute("aria-invalid", !isValid);
+  find("#count-hint").hidden = isValid;
+  find("#count-hint").textContent = isValid ? "" : `A request has 1 to ${limits.count} images.`;
+  if (!isValid) showField(form.count);
+  return isValid;
+}
+
+/** Shows or hides the advanced fields. */
+function showAdvanced(isShown) {
+  find("#advanced").hidden = !isShown;
+  find("#advanced-button").setAttribute("aria-expanded", isShown);
+}
+
+/** Shows the advanced fields and moves the focus to one of them. */
+function showField(input) {
+  showAdvanced(true);
+  input.focus();
 }
 
 /** Returns true if the seed is valid or empty. Otherwise says what is wrong. */
@@ -189,23 +231,27 @@ function checkSeed() {
   const hint = find("#seed-hint");
   hint.classList.toggle("error", !isValid);
   hint.textContent = isValid ? SEED_HINT : `The seed must be a whole number from 0 to ${MAX_SEED}.`;
-  if (!isValid) form.seed.focus();
+  if (!isValid) showField(form.seed);
   return isValid;
 }
 
-/** Sends a request, shows it, and puts it into the address. `addAddress` is a method of the browser's history. */
-async function generate(body, addAddress = "pushState") {
+/**
+ * Sends a request and shows it. A run that the user has chosen is put into the address and into the list of earlier
+ * runs, and `isNew` adds an entry to the browser's history.
+ */
+async function generate(body, { isNew = true, isChosen = true, note = null } = {}) {
   run?.cancel();
   scoring?.abort();
   const own = new Run("generate", body);
   run = own;
+  Object.assign(own, { note, isChosen });
   const address = generateAddress(body);
-  if (address !== location.hash) window.history[addAddress](null, "", address);
+  if (isChosen && address !== location.hash) window.history[isNew ? "pushState" : "replaceState"](null, "", address);
   stage.show(own);
-  if (window.innerWidth <= NARROW) find("#generate-stage").scrollIntoView({ behavior: moves() ? "smooth" : "auto" });
+  if (isNew) find("#generate-stage").scrollIntoView({ block: "nearest", behavior: moves() ? "smooth" : "auto" });
   await own.start();
   if (own.state !== "done") return;
-  history.remember(own);
+  if (isChosen) history.remember(own);
   showSimilarities();
 }
 
@@ -243,17 +289,36 @@ function submitAgain() {
   generate(run.body);
 }
 
-function zipButton(finished) {
-  const save = () => {
-    const files = finished.images.map((png, index) => [fileName(finished, index), bytesOf(png)]);
-    download(`digit-${finished.body.digit}-seed-${finished.body.seed}.zip`, zip(files));
+/** Returns the buttons below the images of a finished run. */
+function saveButtons(finished) {
+  const line = element("span", { class: "hint", role: "status" });
+  const animate = async (type) => {
+    line.textContent = "Generating the animation";
+    try {
+      await saveAnimation(finished, type);
+      line.textContent = "Animation saved.";
+    } catch (error) {
+      line.textContent = sentence(error);
+    }
   };
-  const keep = () => {
+  const saveAll = () => {
+    const files = finished.images.map((png, index) => [fileName(finished, index), bytesOf(png)]);
+    download(`${nameOf(finished)}.zip`, zip(files));
+  };
+  const keepSeed = () => {
     form.seed.value = finished.body.seed;
+    checkSeed();
   };
   return [
-    element("button", { type: "button", class: "small", click: keep }, "Keep this seed"),
-    finished.count > 1 ? element("button", { type: "button", class: "small", click: save }, "Download all (ZIP)") : null,
+    line,
+    element("button", { type: "button", class: "small", click: () => animate("gif") }, "Save as animation"),
+    menu("More", [
+      ["Copy link", async () => copy(await linkOf(finished), "Link", line)],
+      ["Animation as WebP", () => animate("webp")],
+      ["Picture with caption", () => saveSheet(finished)],
+      finished.count > 1 ? ["All images (ZIP)", saveAll] : null,
+      ["Keep this seed", keepSeed],
+    ]),
   ];
 }
 
@@ -266,18 +331,9 @@ function reset() {
   applyClip();
 }
 
-/** Chooses a digit by its key while the focus is in the form, unless the user is typing. */
+/** Chooses a digit by its key, unless the user is typing or a dialog is open. */
 function chooseDigit(event) {
-  const isTyping = event.target.matches('input:not([type="radio"]):not([type="range"])');
-  if (isTyping || event.ctrlKey || event.metaKey || event.altKey) return;
+  const isTyping = event.target.closest('input:not([type="radio"]):not([type="range"]), select, dialog');
+  if (isTyping || find("#generate").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
   if (/^[0-9]$/.test(event.key)) find(`input[name="digit"][value="${event.key}"]`, form).click();
-}
-
-function showEmpty() {
-  const canvas = element("canvas", { width: SIDE, height: SIDE, role: "img", "aria-label": "An image of noise" });
-  draw(canvas, Float32Array.from({ length: SIDE * SIDE }, () => 127 + 127 * gaussian()));
-  const text = "Choose a digit and press Generate. The model starts from noise like this, and removes a little of it in each step.";
-  find("#generate-stage").replaceChildren(
-    element("div", { class: "panel empty" }, canvas, element("div", {}, element("h2", {}, "Every digit starts as noise"), element("p", {}, text))),
-  );
 }

@@ -15,7 +15,10 @@ const TEXTS = {
 let shown = "ok";
 let known = null; // the digests of the models when the page was opened
 
-/** Calls `take({at, health, images, buckets})` for each sample, from now on. */
+/** Takes a sample now. Resolves when it has been passed on. */
+export let sampleNow = async () => {};
+
+/** Calls `take({at, health, images, buckets})` for each sample, from now on, and `take(null)` without an answer. */
 export function watchService(take) {
   let timer = null;
   let isBusy = false;
@@ -31,10 +34,12 @@ export function watchService(take) {
       take({ at: performance.now() / 1000, health, ...parseMetrics(text) });
     } catch {
       showState("unreachable");
+      take(null);
     }
     isBusy = false;
     timer = setTimeout(sample, shown === "ok" ? INTERVAL : RETRY);
   };
+  sampleNow = sample;
   document.addEventListener("visibilitychange", sample);
   sample();
 }

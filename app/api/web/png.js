@@ -3,6 +3,7 @@
 export const SIDE = 28;
 
 const MAX_CHUNKS = 1000; // more are not read
+const HEAD = 33; // bytes of the signature and of the first chunk, IHDR
 const SIGNATURE = [137, 80, 78, 71, 13, 10, 26, 10];
 
 /** Returns the text chunks (tEXt) of a PNG file as an object, or null if the bytes are not a PNG file. */
@@ -22,6 +23,33 @@ export function textChunks(bytes) {
     at += 12 + length;
   }
   return chunks;
+}
+
+const TABLE = Uint32Array.from({ length: 256 }, (_, byte) => {
+  let value = byte;
+  for (let bit = 0; bit < 8; bit++) value = value & 1 ? (value >>> 1) ^ 0xedb88320 : value >>> 1;
+  return value;
+});
+
+/** Returns the checksum of PNG chunks and of files in a ZIP archive. */
+export function crc32(bytes) {
+  let crc = 0xffffffff;
+  for (const byte of bytes) crc = (crc >>> 8) ^ TABLE[(crc ^ byte) & 255];
+  return ~crc >>> 0;
+}
+
+/** Returns a PNG file with these text chunks after its first chunk. The texts are ASCII. */
+export function withText(bytes, chunks) {
+  const parts = Object.entries(chunks).map(([key, value]) => {
+    const content = new TextEncoder().encode(`tEXt${key}\0${value}`);
+    const part = new Uint8Array(content.length + 8);
+    part.set(content, 4);
+    const view = new DataView(part.buffer);
+    view.setUint32(0, content.length - 4);
+    view.setUint32(content.length + 4, crc32(content));
+    return part;
+  });
+  return new Blob([bytes.subarray(0, HEAD), ...parts, bytes.subarray(HEAD)]);
 }
 
 export function bytesOf(base64) {

@@ -55,6 +55,9 @@ async function send(path, body, accept, signal) {
   }
 }
 
+/** Resolves after a number of seconds. */
+export const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+
 /** Sends a request and returns the JSON of the response. */
 export async function json(path, body, signal) {
   return (await call(path, { body, signal })).json();
@@ -71,7 +74,7 @@ export async function patientJson(path, body, tell) {
     } catch (error) {
       if (error.status !== 429 || !(error.retryAfter <= LONGEST_WAIT)) throw error;
       tell(error.retryAfter);
-      await new Promise((resolve) => setTimeout(resolve, 1000 * error.retryAfter));
+      await pause(error.retryAfter);
       tell(0);
     }
   }
@@ -107,14 +110,24 @@ async function errorOf(response) {
 }
 
 let loaded = null;
+const names = {}; // digest of a checkpoint -> name of the model
 /** Returns the answer of GET /models. It is requested once, and again after a failure. */
 export function about() {
-  loaded ??= json("models").catch((error) => {
+  loaded ??= loadModels().catch((error) => {
     loaded = null;
     throw error;
   });
   return loaded;
 }
+
+async function loadModels() {
+  const answer = await json("models");
+  for (const { name, sha256 } of [...answer.models, answer.clip].filter(Boolean)) names[sha256] = name;
+  return answer;
+}
+
+/** Returns the name of a model of this service by the digest of its checkpoint, or undefined. */
+export const checkpointName = (sha256) => names[sha256];
 
 /** Returns the default model. */
 export async function defaultModel() {

@@ -4,7 +4,11 @@ import { element, announce, duration, moves, plural, pngUrl } from "./dom.js";
 import { failureBox } from "./failure.js";
 
 const FRAMES_PER_SECOND = 25; // of the playback
-const CALM_MILLISECONDS = 1000; // time between two updates if the user prefers reduced motion
+const CALM_MILLISECONDS = 1000; // time between two updates of the text if the user prefers reduced motion
+
+const NOISY = "x_t: the noisy image";
+const HOW = "Move the slider to see each step.";
+const PREDICTED = "predicted x_0: what the model sees in it";
 
 export class Stage {
   /** `open(run, index)` is called for a click on a finished image, and `retry()` by the button after an error. */
@@ -15,6 +19,7 @@ export class Stage {
 
   /** Shows a run from now on. */
   show(run) {
+    const hadFocus = this.root.contains(document.activeElement);
     this.stop();
     this.run = run;
     this.position = null; // index of the frame on the scrubber; null: the newest one
@@ -24,7 +29,7 @@ export class Stage {
     this.clock = setInterval(update, 500); // for the time left
     this.unwatch = () => run.removeEventListener("change", update);
     this.update();
-    if (document.activeElement === document.body) this.cancelButton.focus({ preventScroll: true });
+    if (hadFocus) this.cancelButton.focus({ preventScroll: true });
   }
 
   stop() {
@@ -52,8 +57,8 @@ export class Stage {
       return { figure, text: caption, images: images.map((each) => each.firstChild), tiles: images, labels, name, shown: [] };
     };
     this.panes = {
-      xt: pane("xt", "x_t: the noisy image"),
-      x0: pane("x0", "predicted x_0", (index) => this.open(this.run, index)),
+      xt: pane("xt", NOISY),
+      x0: pane("x0", PREDICTED, (index) => this.open(this.run, index)),
     };
     this.line = element("div", { class: "run-line" });
     this.bar = element("progress", { max: 1, value: 0, "aria-label": "Progress of the images" });
@@ -66,7 +71,7 @@ export class Stage {
     this.explanation = element("div", { class: "explanation" });
     this.problem = element("div");
     this.root.replaceChildren(
-      element("div", { class: "panel run" }, this.line, this.bar, this.problem, this.scrubber, this.panesRow, this.explanation, this.footer),
+      element("div", { class: "panel run" }, this.bar, this.panesRow, this.line, this.problem, this.scrubber, this.footer, this.explanation),
     );
     this.shownState = null;
     this.choosePanes();
@@ -86,12 +91,14 @@ export class Stage {
 
   update() {
     const { run } = this;
+    const hadFocus = this.line.contains(document.activeElement);
     this.bar.value = run.progress;
     this.bar.hidden = !run.isActive;
     this.line.hidden = !run.isActive;
     if (run.isActive) this.showProgress();
-    if (this.position === null) this.showFrame(run.frames.length - 1);
-    if (run.state !== this.shownState) this.showState();
+    // With reduced motion only finished images appear. The scrubber shows the steps.
+    if (this.position === null && (moves() || !run.isActive)) this.showFrame(run.frames.length - 1);
+    if (run.state !== this.shownState) this.showState(hadFocus);
   }
 
   showProgress() {
@@ -112,7 +119,8 @@ export class Stage {
     }
   }
 
-  showState() {
+  /** `hadFocus` is true if the button that the state removes had the focus. Its successor gets it. */
+  showState(hadFocus) {
     const { run } = this;
     this.shownState = run.state;
     this.choosePanes();
@@ -130,14 +138,14 @@ export class Stage {
     if (run.state === "done") this.showResult();
     else if (run.state === "cancelled") this.showCancelled();
     else this.problem.replaceChildren(failureBox(run.error, this.retry));
-    // The button that had the focus is gone. Its successor gets the focus.
-    if (document.activeElement === document.body) this.root.querySelector("button:enabled")?.focus({ preventScroll: true });
+    if (hadFocus) [...this.root.querySelectorAll("button:enabled")].find((each) => each.checkVisibility())?.focus({ preventScroll: true });
   }
 
   showResult() {
     const { run } = this;
     const calls = run.result.evaluations ? `, ${plural(run.result.evaluations, "evaluation")} each` : "";
     const seconds = run.result.timing.total_seconds;
+    this.problem.replaceChildren(...(run.note ? [element("p", { role: "note" }, run.note)] : []));
     this.footer.replaceChildren(
       element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}${calls}. Seed `, element("span", { class: "mono" }, String(run.body.seed))),
       element("span", { class: "grow" }),
@@ -221,6 +229,6 @@ export class Stage {
     const isAlone = run.state === "done" && isLast;
     this.panes.xt.figure.hidden = isAlone;
     this.panesRow.dataset.panes = isAlone ? 1 : 2;
-    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}` : "predicted x_0";
+    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}. ${HOW}` : PREDICTED;
   }
 }

@@ -3,18 +3,20 @@
 import { lineChart } from "./chart.js";
 import { duration, element, find, plural } from "./dom.js";
 import { failureBox } from "./failure.js";
-import { watchService } from "./health.js";
+import { sampleNow, watchService } from "./health.js";
 import { about } from "./service.js";
 
 const MINUTES = 5;
 const WINDOW = 3; // samples; images are finished in groups, so that shorter windows show only these groups
 
-let samples = []; // {at, images, buckets}: at most MINUTES minutes
+let samples = []; // {at, health, images, buckets}: at most MINUTES minutes
+let isReached = true; // false if the service has not answered the last sample
 
 /** Collects samples from the moment the page is opened, so that the charts have a history. */
 export function start() {
   watchService((sample) => {
-    samples = [...samples, sample].filter(({ at }) => sample.at - at <= 60 * MINUTES + 1);
+    isReached = sample !== null;
+    if (sample) samples = [...samples, sample].filter(({ at }) => sample.at - at <= 60 * MINUTES + 1);
     if (!find("#status").hidden) showCharts();
   });
 }
@@ -22,6 +24,7 @@ export function start() {
 /** Shows the view. */
 export async function open() {
   showCharts();
+  sampleNow(); // so that the newest requests are counted
   try {
     const { models } = await about();
     find("#model-cards").replaceChildren(...models.map(modelCard));
@@ -43,7 +46,7 @@ function showCharts() {
 
 function showFigures({ status, device, dtype, compiled, queue, uptime_seconds, version }) {
   const figures = [
-    ["Status", status],
+    ["Status", isReached ? status : "no answer"],
     ["Device", device ?? "…", `${dtype ?? ""}${compiled ? ", compiled" : ""}`],
     ["Running images", queue.running],
     ["Waiting images", queue.waiting, `of ${queue.capacity.toLocaleString("en")}`],
@@ -79,12 +82,14 @@ function showLatency(last) {
   const points = rates(last, (before, after) => median(before.buckets, after.buckets)).filter(([, value]) => value !== null);
   const peak = Math.max(0.1, ...points.map(([, value]) => value));
   const now = points.at(-1)?.[1];
-  show("#latency-chart", points, peak, duration, now === undefined ? `No request to /generate was answered in the last ${MINUTES} minutes.` : `Median of the newest requests: about ${duration(now)}.`);
+  const watched = last.at - samples[0].at;
+  const none = watched ? `No request to /generate was answered in the last ${uptime(watched)}.` : "The median appears after the next request to /generate.";
+  show("#latency-chart", points, peak, duration, now === undefined ? none : `Median of the newest requests: about ${duration(now)}.`);
 }
 
 function show(id, points, peak, format, text) {
   const chart = lineChart({
-    series: [{ points, kind: "main" }], x: [-MINUTES, 0], y: [0, peak], height: 180, xLabel: "minutes (0 = now)", yFormat: format, description: text,
+    series: [{ points, kind: "main" }], x: [-MINUTES, 0], y: [0, peak], height: 180, xLabel: "minutes", yFormat: format, description: text,
   });
   find(id).replaceChildren(chart, element("p", { class: "legend" }, text));
 }

@@ -89,7 +89,7 @@ async function recognize() {
 function showBars(answer) {
   const probabilities = answer?.probabilities ?? new Array(10).fill(0);
   const rows = probabilities.flatMap((value, digit) => {
-    const isBest = digit === answer?.digit;
+    const isBest = digit === answer?.digit && answer.is_digit;
     return [
       element("span", { class: `name${isBest ? " best" : ""}` }, String(digit)),
       bar(value, isBest),
@@ -97,13 +97,16 @@ function showBars(answer) {
     ];
   });
   const verdict = answer
-    ? element("p", { class: "verdict" }, element("strong", {}, String(answer.digit)), answer.is_digit ? "" : "This is probably not a digit. The most similar digit is shown.")
+    ? answer.is_digit
+      ? element("p", { class: "verdict" }, element("strong", {}, String(answer.digit)))
+      : element("p", {}, `This is probably not a digit. It is most similar to the digit ${answer.digit}.`)
     : element("p", { class: "hint" }, "Draw a digit. The result appears after each stroke.");
   const facts = answer
     ? `${answer.evaluations} evaluations in ${Math.round(1000 * answer.timing.denoise_seconds)} ms`
     : "";
   resultOf("recognize").replaceChildren(verdict, element("div", { class: "bars" }, rows), element("p", { class: "hint" }, facts));
-  if (answer) announce(`Recognised: ${answer.digit}, ${Math.round(100 * Math.max(...probabilities))} percent`);
+  if (answer?.is_digit) announce(`Recognised: ${answer.digit}, ${Math.round(100 * Math.max(...probabilities))} percent`);
+  else if (answer) announce(verdict.textContent);
 }
 
 /** Starts a streamed task and shows its images in `root`. */

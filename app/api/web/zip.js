@@ -1,16 +1,6 @@
 // Writes a ZIP archive without compression, because PNG files are already compressed.
 
-const TABLE = Uint32Array.from({ length: 256 }, (_, byte) => {
-  let value = byte;
-  for (let bit = 0; bit < 8; bit++) value = value & 1 ? (value >>> 1) ^ 0xedb88320 : value >>> 1;
-  return value;
-});
-
-function crc32(bytes) {
-  let crc = 0xffffffff;
-  for (const byte of bytes) crc = (crc >>> 8) ^ TABLE[(crc ^ byte) & 255];
-  return ~crc >>> 0;
-}
+import { crc32 } from "./png.js";
 
 /** Returns an archive of [name, bytes] pairs as a Blob. The names are ASCII. */
 export function zip(files) {

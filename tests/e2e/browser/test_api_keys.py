@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from tests.e2e.browser.clip import stub
 from tests.e2e.browser.conftest import Open, Watched
-from tests.e2e.browser.views import generate, predictions, wait_until_finished
+from tests.e2e.browser.views import choose_more, generate, predictions, wait_until_finished
 from tests.e2e.conftest import start_service
 from tests.e2e.service import Service
 
@@ -78,7 +78,7 @@ def test_key_is_not_in_copied_commands(locked: Service, open_page: Open, watched
     wait_until_finished(page)
     page.locator("#generate-stage button.tile").click()
     for name in ("Copy as curl", "Copy as Python"):
-        page.get_by_role("button", name=name).click()
+        choose_more(page, name, "#detail")
         copied = page.evaluate("navigator.clipboard.readText()")
         assert KEY not in copied
         assert "UNFOG_API_KEY" in copied

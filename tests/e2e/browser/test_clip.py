@@ -22,7 +22,7 @@ from model.png import ClipProvenance, Provenance, encode_png
 from tests.e2e.browser.clip import CLIP, answer_score, real_similarity, similarity, stub
 from tests.e2e.browser.conftest import DESKTOP, Open, Watched
 from tests.e2e.browser.test_draw import drop
-from tests.e2e.browser.views import generate, predictions, wait_until_finished
+from tests.e2e.browser.views import choose_more, generate, predictions, wait_until_finished
 from tests.e2e.conftest import Start
 from tests.e2e.service import Service, open_png, pngs
 
@@ -87,8 +87,8 @@ def test_guidance_and_similarities_are_those_of_the_api(start: Start, open_page:
 
     page.locator("#generate-stage button.tile").nth(1).click()
     expect(page.locator("#detail .facts")).to_contain_text("CLIP guidance1.5Prompta thick fourCLIP model")
-    expect(page.locator("#detail .facts")).to_contain_text(answer["clip"]["sha256"][:16])
-    page.get_by_role("button", name="Copy as Python").click()
+    expect(page.locator("#detail .facts")).to_contain_text(f"CLIP model{answer['clip']['name']}Modeldefault")
+    choose_more(page, "Copy as Python", "#detail")
     expect(page.get_by_text("Python program copied.")).to_be_visible()
     program = page.evaluate("navigator.clipboard.readText()")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
@@ -303,13 +303,13 @@ def test_hostile_prompt_is_shown_as_text_and_quoted_in_commands(
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
     page.locator("#generate-stage button.tile").first.click()
-    page.get_by_role("button", name="Copy as Python").click()
+    choose_more(page, "Copy as Python", "#detail")
     expect(page.get_by_text("Python program copied.")).to_be_visible()
     program = page.evaluate("navigator.clipboard.readText()")
     assert program.isascii()
     line = next(line for line in program.splitlines() if line.startswith("body = "))
     assert ast.literal_eval(line.removeprefix("body = "))["clip_prompt"] == prompt
-    page.get_by_role("button", name="Copy as curl").click()
+    choose_more(page, "Copy as curl", "#detail")
     expect(page.get_by_text("curl command copied.")).to_be_visible()
     command = page.evaluate("navigator.clipboard.readText()")
     assert command.isascii()

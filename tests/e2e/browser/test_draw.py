@@ -13,7 +13,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 from model.checkpoint import SHIPPED
-from tests.e2e.browser.conftest import Open
+from tests.e2e.browser.conftest import DESKTOP, PHONE, Open
 from tests.e2e.browser.views import predictions, wait_until_finished
 from tests.e2e.conftest import start_service
 from tests.e2e.service import Service, open_png
@@ -157,7 +157,30 @@ def test_dark_strokes_on_white_are_inverted(shipped: Service, open_page: Open) -
     expect(page.locator("#provenance")).to_be_hidden()
 
 
-def test_file_that_is_no_picture_is_refused_with_a_reason(shipped: Service, open_page: Open) -> None:
-    page = open_page(shipped, "#/draw")
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_file_that_is_no_picture_is_refused_with_a_reason_below_the_drawing(
+    shipped: Service, open_page: Open, size: dict[str, int]
+) -> None:
+    page = open_page(shipped, "#/draw", viewport=size)
+    page.locator("#pad-digits").get_by_role("button", name="Digit 2").click()
+    expect(verdict(page)).to_have_text("2")
+    page.evaluate("scrollTo(0, 0)")
     page.locator("#pad-file").set_input_files({"name": "text.png", "mimeType": "image/png", "buffer": b"no picture"})
-    expect(page.get_by_role("heading", name="The picture cannot be read")).to_be_visible()
+    expect(page.get_by_role("heading", name="The picture cannot be read")).to_be_in_viewport(ratio=1)
+    pad, error = page.locator("#pad").bounding_box(), page.locator("#provenance").bounding_box()
+    assert pad
+    assert error
+    assert 0 < error["y"] - (pad["y"] + pad["height"]) < 150  # only the buttons of the drawing are between them
+
+
+def test_picture_that_is_not_a_digit_shows_no_digit_and_marks_no_bar(shipped: Service, open_page: Open) -> None:
+    page = open_page(shipped, "#/draw")
+    checkers = np.kron(np.indices((7, 7)).sum(axis=0) % 2 * 255, np.ones((40, 40))).astype(np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(checkers).save(picture, "PNG")
+    with page.expect_response("**/recognize") as response:
+        drop(page, "checkers.png", picture.getvalue())
+    assert not response.value.json()["is_digit"]
+    expect(page.locator("#recognize-result").get_by_text("This is probably not a digit.")).to_be_visible()
+    expect(verdict(page)).to_have_count(0)
+    expect(page.locator("#recognize-result .best")).to_have_count(0)

@@ -36,8 +36,12 @@ def test_banner_is_shown_until_the_service_answers_again(
     page = open_page(service)
     expect(page.locator('input[name="model"]')).to_have_count(1)
     expect(page.locator("#banner")).to_be_hidden()
+    page.get_by_role("link", name="Status").click()
+    expect(page.locator("#status-figures")).to_contain_text("ok")
     assert service.stop() == 0
     expect(page.locator("#banner")).to_contain_text("The service does not answer")
+    expect(page.locator("#status-figures")).to_contain_text("no answer")
+    page.get_by_role("link", name="Generate").click()
     generate(page, digit="1", count="1", num_steps="4", seed="1")
     expect(page.get_by_role("heading", name="The service does not answer")).to_be_visible()
     back = start(UNFOG_PORT=port)

@@ -15,7 +15,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.e2e.browser.conftest import PHONE, Open, Watched
-from tests.e2e.browser.views import generate, noisy, predictions, wait_until_finished
+from tests.e2e.browser.views import choose_more, generate, noisy, predictions, wait_until_finished
 from tests.e2e.conftest import Start
 from tests.e2e.process import wait_until
 from tests.e2e.service import Service, pngs
@@ -74,16 +74,22 @@ def test_play_shows_the_steps_from_the_first_to_the_last(service: Service, open_
     expect(page.get_by_role("button", name="Play")).to_be_visible()
 
 
-def test_digit_keys_choose_the_digit_in_the_form_unless_the_user_types(service: Service, open_page: Open) -> None:
+def test_digit_keys_choose_the_digit_unless_the_user_types(service: Service, open_page: Open) -> None:
     page = open_page(service)
-    expect(page.locator('input[name="model"]')).to_have_count(1)
-    page.locator("#theme").press("2")
-    assert page.locator('input[name="digit"]:checked').input_value() == "7"
+    expect(page.locator("#generate-button")).to_be_enabled()
+    chosen = page.locator('input[name="digit"]:checked')
+    page.keyboard.press("2")
+    expect(chosen).to_have_value("2")
+    page.locator("#advanced-button").click()
     page.locator("#guidance").press("3")
-    assert page.locator('input[name="digit"]:checked').input_value() == "3"
+    expect(chosen).to_have_value("3")
     page.locator("#seed").press("8")
-    assert page.locator('input[name="digit"]:checked').input_value() == "3"
-    assert page.locator("#seed").input_value() == "8"
+    expect(page.locator("#seed")).to_have_value("8")
+    expect(chosen).to_have_value("3")
+    page.get_by_role("link", name="Draw").click()
+    page.keyboard.press("5")
+    page.get_by_role("link", name="Generate").click()
+    expect(chosen).to_have_value("3")
 
 
 def test_cancel_stops_the_images_in_the_service(service: Service, open_page: Open) -> None:
@@ -111,13 +117,13 @@ def test_dialog_copies_commands_that_generate_the_image_again(
     response = httpx.post(f"{service.url}/generate", json={**BODY, "scale": 8}).raise_for_status()
     expected = pngs(response)[index]
 
-    page.get_by_role("button", name="Copy as Python").click()
+    choose_more(page, "Copy as Python", "#detail")
     expect(page.get_by_text("Python program copied.")).to_be_visible()
     program = page.evaluate("navigator.clipboard.readText()")
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=60)
     assert (tmp_path / "digit.png").read_bytes() == expected
 
-    page.get_by_role("button", name="Copy as curl").click()
+    choose_more(page, "Copy as curl", "#detail")
     expect(page.get_by_text("curl command copied.")).to_be_visible()
     command = page.evaluate("navigator.clipboard.readText()").partition(" | jq")[0].replace("\\\n", " ")
     words = shlex.split(command)
@@ -135,7 +141,7 @@ def test_downloads_equal_the_response_of_the_api(service: Service, open_page: Op
     page = open_page(service, ADDRESS)
     wait_until_finished(page)
     with page.expect_download() as download:
-        page.get_by_role("button", name="Download all (ZIP)").click()
+        choose_more(page, "All images (ZIP)")
     assert download.value.suggested_filename == "digit-4-seed-42.zip"
     with zipfile.ZipFile(io.BytesIO(download.value.path().read_bytes())) as archive:
         assert archive.testzip() is None
@@ -197,10 +203,13 @@ def test_unknown_model_in_the_address_is_an_error(service: Service, open_page: O
 @pytest.mark.parametrize(
     "parameters", ["digit=77&seed=x&count=0", "digit=<b>&sampler=<img>", "seed=1e999", "%", "&&=&"]
 )
-def test_address_with_invalid_parameters_shows_the_form(service: Service, open_page: Open, parameters: str) -> None:
+def test_address_with_invalid_parameters_generates_the_default_digit(
+    service: Service, open_page: Open, parameters: str
+) -> None:
     page = open_page(service, f"#/generate?{parameters}")
-    expect(page.locator("#generate-button")).to_be_enabled()
-    expect(page.get_by_text("Every digit starts as noise")).to_be_visible()
+    expect(page.get_by_text(re.compile(r"^Step \d+ of 100"))).to_be_visible()
+    wait_until_finished(page)
+    assert len(predictions(page)) == 4
 
 
 @pytest.mark.parametrize("view", ["nothing", "constructor", "toString"])
@@ -218,16 +227,36 @@ def test_back_leaves_a_run_that_the_address_started(service: Service, open_page:
     expect(page.get_by_role("heading", name="Status")).to_be_visible()
 
 
-@pytest.mark.parametrize("seed", ["9007199254740992", "1e5", "-3", "seven"])
-def test_invalid_seed_is_explained_and_nothing_is_sent(service: Service, open_page: Open, seed: str) -> None:
-    page = open_page(service)
+@pytest.mark.parametrize(
+    ("field", "value", "text", "valid"),
+    [
+        ("seed", "9007199254740992", "The seed must be a whole number from 0 to 9007199254740991.", " 42 "),
+        ("seed", "1e5", "The seed must be a whole number", "100000"),
+        ("seed", "-3", "The seed must be a whole number", ""),
+        ("seed", "seven", "The seed must be a whole number", "7"),
+        ("count", "5000", "A request has 1 to 64 images.", "64"),
+        ("count", "0", "A request has 1 to 64 images.", "1"),
+        ("count", "1.5", "A request has 1 to 64 images.", "2"),
+        ("count", "", "A request has 1 to 64 images.", "3"),
+    ],
+)
+def test_invalid_field_is_explained_and_nothing_is_sent(
+    service: Service, open_page: Open, field: str, value: str, text: str, valid: str
+) -> None:
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.method))
-    generate(page, seed=seed)
-    expect(page.get_by_text("The seed must be a whole number from 0 to 9007199254740991.")).to_be_visible()
+    generate(page, **{field: value})
+    expect(page.get_by_text(text)).to_be_visible()
+    expect(page.locator(f"#{field}")).to_be_focused()
+    page.locator("#advanced-button").click()
+    page.locator("#generate-button").click()  # shows the field again
+    expect(page.locator(f"#{field}")).to_be_focused()
     assert "POST" not in requests
-    page.locator("#seed").fill(" 42 ")
-    expect(page.locator("#seed")).to_have_attribute("aria-invalid", "false")
+    page.locator(f"#{field}").fill(valid)
+    expect(page.locator(f"#{field}")).to_have_attribute("aria-invalid", "false")
+    expect(page.get_by_text(text)).to_be_hidden()
 
 
 @pytest.mark.parametrize("stored", ["{}", '"abc"', "5", "[null]", '[{"address": 1}]', "not JSON"])
@@ -274,6 +303,8 @@ def test_model_with_few_steps_offers_only_what_it_permits(start: Start, fast_che
         "ddim"
     ]
     assert page.locator("#guidance").is_disabled()
+    expect(page.locator("#steps-hint")).to_have_text("The model fast was trained for 4 or 2 steps.")
+    expect(page.locator("#guidance-hint")).to_have_text("The model fast takes no guidance scale.")
     assert predictions(page) == service.images(digit=6, seed=5, model="fast")
 
 

@@ -12,6 +12,11 @@ def wait_until_finished(page: Page, root: str = "#generate-stage") -> None:
     expect(page.locator(root).get_by_text(FINISHED)).to_be_visible()
 
 
+def wait_until_compared(page: Page) -> None:
+    """Waits until the sample requests of the view Batch are measured in both ways."""
+    expect(page.locator("#comparison-text")).to_contain_text("One after the other, it waits")
+
+
 def pngs_of(images: Locator) -> list[bytes]:
     """Returns the PNG files that img elements show."""
     return [
@@ -30,8 +35,16 @@ def noisy(page: Page, root: str = "#generate-stage") -> list[bytes]:
     return pngs_of(page.locator(f"{root} div.tile img"))
 
 
+def choose_more(page: Page, action: str, root: str = "#generate-stage") -> None:
+    """Opens the menu and chooses an action."""
+    page.locator(f"{root} summary", has_text="More").click()
+    page.locator(root).get_by_role("button", name=action).click()
+
+
 def generate(page: Page, **fields: str) -> None:
     """Fills in the form and submits it."""
+    if fields.keys() - {"digit"} and page.locator("#advanced").is_hidden():
+        page.locator("#advanced-button").click()
     for name, value in fields.items():
         if name in ("digit", "sampler", "model"):
             page.locator(f'#generate-form input[name="{name}"][value="{value}"]').check(force=True)
