@@ -1,49 +1,56 @@
-// The view "Batch": the running requests at their own steps, from GET /events/batch.
+// The view "Batch": the running requests at their own steps, from GET /events/batch. The requests of this page show
+// their images too, and are compared with the same requests one after the other.
 
-import { element, find } from "./dom.js";
+import { element, find, moves, plural, pngUrl } from "./dom.js";
 import { sentence } from "./failure.js";
-import { about, json, stream } from "./service.js";
+import { Comparison } from "./one-by-one.js";
+import { newSeed } from "./random.js";
+import { Run } from "./run.js";
+import { about, pause, stream } from "./service.js";
 
+// A browser opens at most six connections to a service. One has the events of the batch, and one stays free.
 const SAMPLES = [
   { digit: 8, count: 24, num_steps: 100 },
-  { digit: 3, count: 12, num_steps: 60, sampler: "ddim", guidance_scale: 3 },
-  { digit: 5, count: 6, num_steps: 100, guidance_scale: 1 },
-  { digit: 1, count: 4, num_steps: 20, sampler: "dpmpp" },
-  { digit: 7, count: 1, num_steps: 100 },
-  { digit: 2, count: 16, model: "fast" },
+  { digit: 3, count: 8, num_steps: 50, sampler: "ddim", guidance_scale: 3 },
+  { digit: 5, count: 4, num_steps: 20, sampler: "dpmpp" },
+  { digit: 7, count: 1, num_steps: 10, sampler: "dpmpp" },
 ];
-const LINGER = 700; // milliseconds for which a finished request stays visible
+const APART = 300; // milliseconds between the sample requests
+const PREVIEWS = 25; // of a sample request
+const LINGER = 700; // milliseconds for which a finished request of another client stays visible
 const RETRY = 2; // seconds until the stream is opened again
 
 let abort = null;
-let lanes = new Map(); // job number -> {root, cells, rows, seenAt}
+let sending = null; // aborts the sample requests
+let lanes = new Map(); // job number -> lane of a request of another client
+let own = []; // lanes of the sample requests
 
 /** Connects the button. Runs once. */
 export function start() {
   find("#batch-send").addEventListener("click", send);
   document.addEventListener("visibilitychange", () => {
     if (find("#batch").hidden) return;
-    if (document.hidden) close(); // a hidden tab would keep one of the few connections of the browser to the service
+    if (document.hidden) unwatch(); // a hidden tab would keep one of the few connections of the browser to the service
     else open();
   });
 }
 
 /** Watches the batch while the view is open. */
 export async function open() {
-  close();
-  const own = new AbortController();
-  abort = own;
+  unwatch();
+  const watching = new AbortController();
+  abort = watching;
   say("#batch-connection", "Connecting");
-  say("#batch-problem", "");
-  showFigures({ step: 0, waiting: 0, running: 0, rows: [] });
+  if (!sending) say("#batch-problem", "");
+  showFigures({ waiting: 0, running: 0, rows: [] });
   showEmpty();
-  while (!own.signal.aborted) {
-    const wait = await watch(own.signal);
+  while (!watching.signal.aborted) {
+    const wait = await watch(watching.signal);
     if (wait === null) {
-      if (abort === own) abort = null;
+      if (abort === watching) abort = null;
       return;
     }
-    await new Promise((resolve) => setTimeout(resolve, 1000 * wait));
+    await pause(wait);
   }
 }
 
@@ -65,10 +72,17 @@ async function watch(signal) {
   }
 }
 
-export function close() {
+function unwatch() {
   abort?.abort();
   abort = null;
+  for (const { root } of lanes.values()) root.remove();
   lanes = new Map();
+}
+
+/** Stops watching, and cancels the sample requests. */
+export function close() {
+  unwatch();
+  sending?.abort();
 }
 
 /** Shows a text. Screen readers repeat a text that is set again, so an equal text is not set. */
@@ -76,43 +90,68 @@ function say(id, text) {
   if (find(id).textContent !== text) find(id).textContent = text;
 }
 
-/** Sends the sample requests that the service permits. */
+/** Sends the sample requests that the service permits, then the same requests one after the other. */
 async function send() {
+  const controller = new AbortController();
+  const { signal } = controller;
+  sending = controller;
+  find("#batch-send").disabled = true;
   say("#batch-problem", "");
+  for (const lane of own) lane.root.remove();
+  own = [];
+  let comparison = null;
   try {
     const { models, limits } = await about();
-    const requests = samples(models, limits).map((body) => json("generate", body));
     if (!abort) open(); // the stream was refused before the key was entered
-    const failed = (await Promise.allSettled(requests)).find(({ status }) => status === "rejected");
-    if (failed) say("#batch-problem", sentence(failed.reason));
+    const bodies = samples(models[0], limits);
+    comparison = new Comparison(bodies);
+    const running = bodies.map(async (body, place) => {
+      await pause((place * APART) / 1000);
+      signal.throwIfAborted();
+      const lane = new OwnLane(body);
+      own.push(lane);
+      await comparison.together(place, () => answer(body, signal, (run) => lane.watch(run)));
+    });
+    await Promise.all(running);
+    await comparison.oneByOne((body) => answer(body, signal));
   } catch (error) {
-    say("#batch-problem", sentence(error));
+    if (!signal.aborted) say("#batch-problem", sentence(error));
+    controller.abort(); // the other requests
+  }
+  comparison?.stop();
+  if (sending === controller) sending = null;
+  find("#batch-send").disabled = false;
+}
+
+/** Sends a request, again if the service is busy. Resolves when it is answered. */
+async function answer(body, signal, watchRun = () => {}) {
+  for (;;) {
+    const run = new Run("generate", body, `previews=${PREVIEWS}`);
+    signal.addEventListener("abort", () => run.cancel(), { once: true });
+    watchRun(run);
+    await run.start();
+    if (run.state === "done") return;
+    if (run.error.status !== 429 || !run.error.retryAfter) throw run.error;
+    say("#batch-problem", `The service is busy. A request will be sent again in ${plural(run.error.retryAfter, "second")}.`);
+    await pause(run.error.retryAfter);
+    signal.throwIfAborted();
+    say("#batch-problem", "");
   }
 }
 
-function samples(models, limits) {
-  const permitted = SAMPLES.filter((body) => {
-    const model = models.find(({ name }) => name === (body.model ?? "default"));
-    if (!model) return false;
-    const isGuided = (body.guidance_scale ?? 1) !== 1;
-    return (
-      (!body.num_steps || (!model.steps.length && body.num_steps <= model.max_steps)) &&
-      (!body.sampler || model.samplers.includes(body.sampler)) &&
-      (!isGuided || model.guidable)
-    );
-  });
+function samples({ name, samplers, steps, max_steps, guidable }, limits) {
+  const isPermitted = ({ num_steps, sampler = samplers[0], guidance_scale = 1 }) =>
+    !steps.length && num_steps <= max_steps && samplers.includes(sampler) && (guidance_scale === 1 || guidable);
+  const permitted = SAMPLES.filter(isPermitted);
   const bodies = permitted.length ? permitted : SAMPLES.map(({ digit, count }) => ({ digit, count }));
-  return bodies.map((body) => ({ ...body, count: Math.min(body.count, limits.count) }));
+  return bodies.map((body) => ({ ...body, model: name, count: Math.min(body.count, limits.count), seed: newSeed() }));
 }
 
-function showFigures({ step, waiting, running, rows }) {
+function showFigures({ waiting, running, rows }) {
   const active = rows.filter(({ evaluations }) => evaluations);
-  const requests = new Set(active.map(({ job }) => job)).size;
   const figures = [
-    ["Steps since the start", step],
     ["Images in this step", active.length],
     ["Evaluations in this step", active.reduce((sum, row) => sum + row.evaluations, 0)],
-    ["Requests in this step", requests],
     ["Running images", running],
     ["Waiting images", waiting],
   ];
@@ -130,64 +169,123 @@ function show(data) {
   const now = performance.now();
   const byJob = new Map();
   for (const row of data.rows) byJob.set(row.job, [...(byJob.get(row.job) ?? []), row]);
-  if (byJob.size && !lanes.size) find("#batch-lanes").replaceChildren();
+  for (const lane of own) {
+    if (byJob.has(lane.job)) lane.update(byJob.get(lane.job));
+    byJob.delete(lane.job);
+  }
   for (const [job, rows] of byJob) {
-    if (!lanes.has(job)) addLane(job, rows[0]);
-    updateLane(lanes.get(job), rows, now);
+    if (!lanes.has(job)) lanes.set(job, new Lane(`Request ${job}`));
+    lanes.get(job).update(rows);
+    lanes.get(job).seenAt = now;
   }
   for (const [job, lane] of lanes) {
     if (byJob.has(job)) continue;
-    finishLane(lane);
+    lane.end();
     if (now - lane.seenAt > LINGER || !data.rows.length) {
       lane.root.remove();
       lanes.delete(job);
     }
   }
-  if (!lanes.size) showEmpty();
+  showEmpty();
 }
 
-function addLane(job, row) {
-  const cells = element("div", { class: "cells" });
-  const facts = element("p", { class: "hint" });
-  const root = element("div", { class: "lane" }, element("div", {}, element("h3", {}, `Request ${job}`), facts), cells);
-  lanes.set(job, { root, cells, facts, byIndex: new Map() });
-  find("#batch-lanes").append(root);
-}
+const settingsOf = (of, sampler, isGuided, model) =>
+  `${of} steps, ${sampler}${isGuided ? ", guided" : ""}${model === "default" ? "" : `, model ${model}`}`;
 
-function updateLane(lane, rows, now) {
-  lane.seenAt = now;
-  const [first] = rows;
-  const isGuided = rows.some(({ guided }) => guided);
-  lane.facts.textContent = `${first.of} steps, ${first.sampler}${isGuided ? ", guided" : ""}${first.model === "default" ? "" : `, model ${first.model}`}`;
-  const seen = new Set();
-  for (const row of rows) {
-    const key = `${row.sampler} ${row.index}`;
-    seen.add(key);
-    if (!lane.byIndex.has(key)) {
-      const fill = element("span", { class: "fill" });
-      const text = element("b");
-      const cell = element("div", { class: "cell" }, fill, text);
-      lane.byIndex.set(key, { cell, fill, text });
-      lane.cells.append(cell);
+/** The line of a request: one cell for each image, with the number of its finished steps. */
+class Lane {
+  constructor(title) {
+    this.facts = element("p", { class: "hint" });
+    this.cells = element("div", { class: "cells" });
+    this.root = element("div", { class: "lane" }, element("div", {}, element("h3", {}, title), this.facts), this.cells);
+    this.images = new Map(); // an image of the request -> {cell, picture, text, of}
+    find("#batch-lanes > .hint")?.remove();
+    find("#batch-lanes").append(this.root);
+  }
+
+  imageOf(key) {
+    if (!this.images.has(key)) {
+      const [picture, text] = [element("img", { alt: "", width: 28, height: 28 }), element("b")];
+      const cell = element("div", { class: "cell" }, picture, text);
+      this.images.set(key, { cell, picture, text, of: null });
+      this.cells.append(cell);
     }
-    const { cell, fill, text } = lane.byIndex.get(key);
-    cell.classList.toggle("active", row.evaluations > 0);
-    fill.style.width = `${(100 * row.step) / row.of}%`;
-    text.textContent = row.evaluations > 1 ? `${row.step} ×${row.evaluations}` : row.step;
+    return this.images.get(key);
   }
-  for (const [key, { cell }] of lane.byIndex) {
-    if (seen.has(key)) continue;
-    cell.remove();
-    lane.byIndex.delete(key);
+
+  /** Shows the rows of the current step. An image that had a row before is finished. */
+  update(rows) {
+    const running = new Set();
+    for (const row of rows) {
+      const image = this.imageOf(this.keyOf(row));
+      running.add(image);
+      image.of = row.of;
+      image.cell.classList.remove("done");
+      image.cell.classList.toggle("active", row.evaluations > 0);
+      image.text.textContent = row.evaluations > 1 ? `${row.step} ×${row.evaluations}` : row.step;
+    }
+    for (const image of this.images.values()) if (image.of && !running.has(image)) this.finish(image);
+    const [first] = rows;
+    if (first) this.facts.textContent = settingsOf(first.of, first.sampler, rows.some(({ guided }) => guided), first.model);
+  }
+
+  keyOf({ sampler, index }) {
+    return `${sampler} ${index}`;
+  }
+
+  finish({ cell, text, of }) {
+    cell.classList.remove("active");
+    cell.classList.add("done");
+    text.textContent = of;
+  }
+
+  end() {
+    this.update([]);
+    this.facts.textContent = "finished";
   }
 }
 
-function finishLane(lane) {
-  lane.facts.textContent = "finished";
-  for (const { cell } of lane.byIndex.values()) cell.classList.remove("active");
+/** The line of a request of this page. It shows the images, also while they wait. */
+class OwnLane extends Lane {
+  constructor(body) {
+    super(`Digit ${body.digit}, ${plural(body.count, "image")}`);
+    for (let index = 0; index < body.count; index++) this.imageOf(index).text.textContent = "waits";
+  }
+
+  get job() {
+    return this.run?.isActive ? this.run.facts?.job : null;
+  }
+
+  keyOf({ index }) {
+    return index;
+  }
+
+  /** Shows the images of a run from now on. */
+  watch(run) {
+    this.run = run;
+    run.addEventListener("change", () => this.show());
+  }
+
+  show() {
+    const { run } = this;
+    const last = run.frames.at(-1);
+    for (const [index, image] of this.images) {
+      const png = run.images[index] ?? (moves() ? last?.x0[index] : null);
+      if (png && png !== image.shown) image.picture.src = pngUrl(png);
+      image.shown = png;
+    }
+    if (run.isActive || run.isShown) return;
+    run.isShown = true; // the last event and the end of the stream both report the end
+    for (const image of this.images.values()) {
+      image.of ??= last?.of ?? "";
+      if (run.state === "done") this.finish(image);
+    }
+    this.facts.textContent += `, ${{ done: "finished", failed: "failed", cancelled: "cancelled" }[run.state]}`;
+  }
 }
 
 function showEmpty() {
+  if (find("#batch-lanes").children.length) return;
   const text = "No image is running. Send the sample requests, or generate images in another tab.";
   find("#batch-lanes").replaceChildren(element("p", { class: "hint" }, text));
 }

@@ -3,10 +3,10 @@
 import { INTERRUPTED, ServiceError, stream } from "./service.js";
 
 export class Run extends EventTarget {
-  /** `path` is a route such as "generate", and `body` its request, which must have a seed. */
-  constructor(path, body) {
+  /** `path` is a route such as "generate", `body` its request, and `query` chooses what the stream contains. */
+  constructor(path, body, query = "previews=100&include=x_t") {
     super();
-    Object.assign(this, { path, body, count: body.count ?? 1 });
+    Object.assign(this, { path, body, query, count: body.count ?? 1 });
     this.state = "sent"; // sent, queued, running, done, failed or cancelled
     this.frames = []; // {step, of, x0, xt}: base64 PNG files of all images
     this.images = new Array(this.count).fill(null); // base64 PNG files of the finished images
@@ -20,7 +20,7 @@ export class Run extends EventTarget {
   async start() {
     this.startedAt = performance.now();
     try {
-      for await (const { name, data } of stream(`${this.path}?previews=100&include=x_t`, this.body, this.abort.signal)) {
+      for await (const { name, data } of stream(`${this.path}?${this.query}`, this.body, this.abort.signal)) {
         this.take(name, data);
         this.dispatchEvent(new Event("change"));
       }

@@ -52,7 +52,8 @@ def draw(page: Page) -> None:
 def batch(page: Page) -> None:
     expect(page.locator("#batch-connection")).to_have_text("Live")
     page.get_by_role("button", name="Send sample requests").click()
-    expect(page.locator(".lane")).to_have_count(6)
+    expect(page.locator(".lane")).to_have_count(4)
+    expect(page.locator(".lane").last.locator("img[src]")).to_be_visible()
 
 
 def status(page: Page) -> None:

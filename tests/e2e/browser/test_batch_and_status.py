@@ -2,12 +2,18 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
+import pytest
 from playwright.sync_api import expect
 
-from tests.e2e.browser.conftest import Open
+from tests.e2e.browser.conftest import Open, Watched
+from tests.e2e.browser.views import pngs_of, wait_until_compared
 from tests.e2e.conftest import Start
-from tests.e2e.service import Service
+from tests.e2e.service import Service, pngs
+
+REQUESTS = """performance.getEntriesByType("resource").filter(({ name }) => name.includes("/generate?"))
+  .map(({ startTime, responseEnd }) => [startTime, responseEnd])"""
 
 
 def figures(page: object, root: str) -> dict[str, str]:
@@ -37,15 +43,90 @@ def test_rows_of_running_requests_are_shown_at_their_own_steps(start: Start, ope
     expect(page.get_by_text("No image is running.")).to_be_visible()
 
 
-def test_sample_requests_fill_the_batch(service: Service, open_page: Open) -> None:
+def test_finished_images_of_other_clients_do_not_stay_at_an_earlier_step(start: Start, open_page: Open) -> None:
+    service = start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
     expect(page.locator("#batch-connection")).to_have_text("Live")
-    before = service.metrics().value("requests_total", route="/generate", code="200")
-    page.get_by_role("button", name="Send sample requests").click()
-    expect(page.locator(".lane").first).to_be_visible()
-    service.wait_until_idle()
+    with service.events({"digit": 2, "count": 9, "num_steps": 60}) as events:
+        next(events)
+        expect(page.locator(".cell.done").first).to_have_text("60")
+        assert page.locator(".lane img[src]").count() == 0  # pictures of other clients are not shown
+        list(events)
     expect(page.get_by_text("No image is running.")).to_be_visible()
-    assert service.metrics().value("requests_total", route="/generate", code="200") == before + 5  # no model `fast`
+
+
+def test_sample_requests_show_the_images_of_the_api_while_they_wait_run_and_are_finished(
+    start: Start, open_page: Open
+) -> None:
+    service = start(UNFOG_MAX_BATCH="8", UNFOG_REQUEST_TIMEOUT="300")
+    page = open_page(service, "#/batch")
+    bodies: list[dict[str, object]] = []
+    page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
+    page.get_by_role("button", name="Send sample requests").click()
+    first = page.locator(".lane").first
+    expect(first.locator(".cell")).to_have_count(24)
+    expect(first.locator(".cell", has_text="waits").first).to_be_visible()
+    expect(first.locator(".cell.active").first).to_be_visible()
+    expect(page.locator(".lane")).to_have_count(4)
+    expect(page.locator(".cell.done")).to_have_count(24 + 8 + 4 + 1)
+    assert first.locator(".cell").all_text_contents() == ["100"] * 24
+    expect(first).to_contain_text("100 steps, ddpm, finished")
+    wait_until_compared(page)
+    assert len(bodies) == 8
+    assert bodies[:4] == bodies[4:]  # the same requests, in the same order
+    for lane, body in zip(page.locator(".lane").all(), bodies[:4], strict=True):
+        assert pngs_of(lane.locator("img")) == pngs(service.post(body))
+
+
+def test_comparison_draws_the_measured_times_of_both_ways(start: Start, open_page: Open) -> None:
+    service = start(UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
+    page = open_page(service, "#/batch")
+    page.get_by_role("button", name="Send sample requests").click()
+    wait_until_compared(page)
+    sent = page.evaluate(REQUESTS)
+    assert len(sent) == 8
+    alone_sent = sent[4:]
+    for (begin, end), (next_begin, _) in pairwise(alone_sent):
+        assert next_begin > end - 0.1 * (end - begin)  # one after the other
+    boxes = {
+        kind: [bar.bounding_box() or {} for bar in page.locator(f"#comparison-rows .{kind}").all()]
+        for kind in ("shared", "waiting", "alone")
+    }
+    assert [len(each) for each in boxes.values()] == [4, 4, 4]
+    scale = [box["width"] for box in boxes["alone"]]
+    seconds = [end - begin for begin, end in alone_sent]
+    assert [each / sum(scale) for each in scale] == pytest.approx([each / sum(seconds) for each in seconds], abs=0.1)
+    for shared, waiting, alone in zip(*boxes.values(), strict=True):
+        assert waiting["x"] == pytest.approx(shared["x"], abs=1)  # both begin when the request arrives
+        assert alone["x"] == pytest.approx(waiting["x"] + waiting["width"], abs=3)
+    ends = [box["x"] + box["width"] for box in boxes["alone"]]
+    assert ends == sorted(ends)
+
+
+def test_refused_sample_request_is_sent_again_after_retry_after(
+    start: Start, open_page: Open, watched: Watched
+) -> None:
+    watched.expected.append("429")
+    service = start(UNFOG_RATE_LIMIT="4/3 second", UNFOG_MAX_BATCH="64")
+    page = open_page(service, "#/batch")
+    page.get_by_role("button", name="Send sample requests").click()
+    expect(page.get_by_text("A request will be sent again in")).to_be_visible()
+    wait_until_compared(page)
+    expect(page.locator("#batch-problem")).to_have_text("")
+    expect(page.locator(".cell.done")).to_have_count(24 + 8 + 4 + 1)
+
+
+def test_leaving_the_view_cancels_the_sample_requests(start: Start, open_page: Open) -> None:
+    service = start(UNFOG_MAX_BATCH="1", UNFOG_REQUEST_TIMEOUT="300")
+    page = open_page(service, "#/batch")
+    page.get_by_role("button", name="Send sample requests").click()
+    expect(page.locator(".lane")).to_have_count(4)
+    page.get_by_role("link", name="Status").click()
+    service.wait_until_idle()
+    page.get_by_role("link", name="Batch").click()
+    expect(page.get_by_role("button", name="Send sample requests")).to_be_enabled()
+    expect(page.locator("#batch-problem")).to_have_text("")
+    expect(page.locator(".lane").first).to_contain_text("cancelled")
 
 
 def test_leaving_the_view_closes_the_stream(service: Service, open_page: Open) -> None:

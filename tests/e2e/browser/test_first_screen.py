@@ -8,7 +8,7 @@ from playwright.sync_api import Page, expect
 
 from tests.e2e.browser.conftest import DESKTOP, PHONE, Open, Watched
 from tests.e2e.browser.test_draw import draw_seven, verdict
-from tests.e2e.browser.views import predictions, wait_until_finished
+from tests.e2e.browser.views import predictions, wait_until_compared, wait_until_finished
 from tests.e2e.conftest import Start
 from tests.e2e.service import Service
 
@@ -80,7 +80,7 @@ def test_desktop_shows_all_images_and_the_buttons_below_them(
 
 
 @EACH_SIZE
-@pytest.mark.parametrize("view", ["understand", "draw", "status"])
+@pytest.mark.parametrize("view", ["understand", "draw", "batch", "status"])
 def test_view_is_not_cut_off_and_its_text_can_be_read(
     service: Service, open_page: Open, view: str, size: dict[str, Any]
 ) -> None:
@@ -91,6 +91,9 @@ def test_view_is_not_cut_off_and_its_text_can_be_read(
         expect(page.locator("#guidance-result img")).to_have_count(6)
     if view == "draw":
         expect(page.locator("#pad-digits button")).to_have_count(10)
+    if view == "batch":
+        page.get_by_role("button", name="Send sample requests").click()
+        wait_until_compared(page)
     if view == "status":
         expect(page.locator("#model-cards .facts").first).to_be_visible()
     assert_fits(page)
