@@ -2,9 +2,12 @@
 
 import { INTERRUPTED, ServiceError, stream } from "./service.js";
 
+// The previews of four images have 7 kB a step, which is much for a slow network.
+const PREVIEWS = /[23]g/.test(navigator.connection?.effectiveType) ? 10 : 100;
+
 export class Run extends EventTarget {
   /** `path` is a route such as "generate", `body` its request, and `query` chooses what the stream contains. */
-  constructor(path, body, query = "previews=100&include=x_t") {
+  constructor(path, body, query = `previews=${PREVIEWS}&include=x_t`) {
     super();
     Object.assign(this, { path, body, query, count: body.count ?? 1 });
     this.state = "sent"; // sent, queued, running, done, failed or cancelled

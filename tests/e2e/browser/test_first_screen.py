@@ -162,6 +162,19 @@ def test_reduced_motion_shows_only_the_finished_images(service: Service, open_pa
     assert page.evaluate("sources.length") > 8
 
 
+@pytest.mark.parametrize(("network", "previews"), [("3g", 10), ("slow-2g", 10), ("4g", 100)])
+def test_slow_network_gets_fewer_previews(service: Service, open_page: Open, network: str, previews: int) -> None:
+    script = f"Object.defineProperty(navigator, 'connection', {{value: {{effectiveType: '{network}'}}}})"
+    paths: list[str] = []
+
+    def prepare(page: Page) -> None:
+        page.add_init_script(script)
+        page.on("request", lambda request: paths.append(request.url.removeprefix(service.url)))
+
+    wait_until_finished(open_page(service, prepare=prepare))
+    assert f"/generate?previews={previews}&include=x_t" in paths
+
+
 def test_first_run_does_not_take_the_focus(service: Service, open_page: Open) -> None:
     page = open_page(service)
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
