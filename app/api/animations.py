@@ -1,6 +1,6 @@
-"""Animations (GIF and WebP) of the way of the images from noise to the result.
+"""Animations (GIF and WebP) that show how the images of a request emerge from noise.
 
-A frame is x_t of each image of a request, arranged in a contact sheet. The last frame is the finished images.
+A frame shows x_t of each image, arranged in a contact sheet. The last frame shows the finished images.
 """
 
 import io
@@ -23,22 +23,22 @@ FRAME_MS, LAST_MS = 60, 2000  # GIF stores a multiple of 10 ms
 # The largest number of pixels of all frames together. Such an animation takes up to 1.3 s of a core (WebP of 64 images
 # with scale 2).
 MAX_PIXELS = 16_000_000
-# The largest number of pixels of one frame. WebP needs up to 50 bytes for each of them. Pillow does not release the GIL
-# while it copies a frame, which takes up to 20 ms, or a finished file, which takes up to 40 ms (20 MB, in colour).
+# The largest number of pixels of one frame. WebP needs up to 50 bytes of memory for each pixel. Pillow holds the GIL
+# while it copies a frame (up to 20 ms) or a finished file (up to 40 ms for 20 MB, in colour).
 MAX_FRAME_PIXELS = 4_000_000
 GREYS = bytes(level for level in range(256) for _ in range(3))  # a palette of all grey levels
-# GIF: with a palette for each frame, the files would be larger. With `optimize`, Pillow changes some pixels by a level.
+# GIF: a palette for each frame would make the files larger, and `optimize` would change some pixels by one level.
 GREY_GIF: dict[str, Any] = {"palette": GREYS, "optimize": False, "interlace": 0}
 COLOUR_GIF: dict[str, Any] = {"optimize": False, "interlace": 0}
-# WebP: a higher method or quality takes up to four times as long, and the files are at most a fifth smaller.
+# WebP: a higher method or quality takes up to four times as long and makes files at most a fifth smaller.
 LOSSLESS_WEBP: dict[str, Any] = {"lossless": True, "method": 1, "quality": 25}
 
 
 class FrameCollector:
     """Collects the frames of a job.
 
-    The engine thread adds them. Other threads read them only after the future of the job is done, when the engine adds
-    no more frames. So no lock is needed.
+    It needs no lock: other threads read the frames only after the future of the job is done, and from then on the
+    engine thread adds no more.
     """
 
     def __init__(self, num_frames: int, count: int) -> None:
@@ -46,19 +46,19 @@ class FrameCollector:
         self._x_t: npt.NDArray[np.uint8] | None = None  # (frames without the last one, images, H, W) or (..., H, W, 3)
 
     def add(self, frame: Frame) -> None:
-        """Adds a copy of a frame. Its own pixels are a part of an array that also has the pixels of other requests."""
+        """Adds a copy of a frame, because its pixels are part of an array that also has those of other requests."""
         if self._x_t is None:
             self._x_t = np.zeros((self._num_frames - 1, self._count, *frame.pixels.shape), dtype=np.uint8)
         self._x_t[frame.number, frame.index] = frame.pixels
 
     def sheets(self, images: list[Pixels]) -> list[Pixels]:
-        """Returns the contact sheet of each frame. `images` are the finished images."""
+        """Returns the contact sheet of each frame. The last one shows `images`, the finished images."""
         earlier = [] if self._x_t is None else [list(frame) for frame in self._x_t]
         return [arrange(frame) for frame in (*earlier, images)]
 
 
 def num_frames_of(num_previews: int, num_steps: int) -> int:
-    """Returns the number of frames: at least the finished images, and at most one frame for each step."""
+    """Returns the number of frames: at least one, for the finished images, and at most one for each step."""
     return max(1, min(num_previews, num_steps))
 
 
@@ -106,7 +106,7 @@ def encode_animation(media_type: str, sheets: Sequence[Pixels], text: Mapping[st
 
 def _enlarged(sheet: Pixels, scale: int, *, has_palette: bool) -> Image.Image:
     image = Image.fromarray(sheet)
-    if has_palette and image.mode == "RGB":  # Without this, Pillow would choose the colours after the enlargement.
+    if has_palette and image.mode == "RGB":  # Pillow would otherwise choose the colours after the enlargement.
         image = image.quantize(method=Image.Quantize.FASTOCTREE)
     if scale > 1:
         image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
@@ -116,4 +116,4 @@ def _enlarged(sheet: Pixels, scale: int, *, has_palette: bool) -> Image.Image:
 def _exif(description: str, software: str) -> bytes:
     exif = Image.Exif()
     exif[Base.ImageDescription], exif[Base.Software] = description, software
-    return exif.tobytes().removeprefix(b"Exif\0\0")  # a prefix for JPEG, which a WebP file does not have
+    return exif.tobytes().removeprefix(b"Exif\0\0")  # a prefix for JPEG files only

@@ -303,7 +303,7 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
 
 
 async def _animation(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
-    """Submits a task and returns the animation of its images, with about `num_previews` frames.
+    """Submits a task and returns the animation of its images. See num_frames_of for `num_previews`.
 
     Raises InvalidRequest if the animation would be too large, and the errors of Service.submit and finish.
     """

@@ -26,8 +26,8 @@ UNKNOWN_FIELD = "Unknown field"
 OWN_PREFIX = "Value error, "  # pydantic adds it to the messages of our own validators
 MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
-# An Accept header with text/html does not select these types. Browsers (image/webp) and Java's HttpURLConnection
-# (image/gif) name them there by default, and get the format that */* selects.
+# An Accept header with text/html does not select these types, because browsers (image/webp) and Java's
+# HttpURLConnection (image/gif) name them in such headers by default. They get the format that */* selects.
 _NAMED_BY_DEFAULT = ("image/webp", "image/gif")
 
 _WHITESPACE = " \t"

@@ -1,4 +1,4 @@
-"""The query parameters that choose what an event stream contains, and the number of frames of an animation.
+"""The query parameters for the content of an event stream and the number of frames of an animation.
 
 Other formats check them and do not use them.
 """
@@ -26,7 +26,7 @@ Include = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """What the progress events of a stream contain, and how many there are. An animation has as many frames."""
+    """The number of progress events of a stream or of frames of an animation, and the content of the events."""
 
     num_previews: int = 0
     includes_x_t: bool = False

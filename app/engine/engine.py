@@ -433,7 +433,7 @@ class Engine:
         self._finish(done)
 
     def _send_previews(self) -> None:
-        """Sends the previews and frames that are due. One read of the device is faster than one for each job."""
+        """Sends the previews and frames that are due. A read for all jobs is faster than one for each job."""
         with self._condition:  # Another thread can add or remove a job.
             due = [job for job in self.backlog.with_previews if job.preview_due()]
             steps = {job: job.steps_done // job.request.count for job in due}

@@ -286,7 +286,7 @@ class FrameRequest:
     the other images of the job are, and so not on the load.
     """
 
-    num_frames: int  # of each image; at most its number of steps. The last one is the finished image and is not sent.
+    num_frames: int  # of each image; at most its number of steps. The last frame, the finished image, is not sent.
     listener: Callable[[Frame], None]  # called in the engine thread; must not block
 
 
@@ -402,7 +402,7 @@ class Job:
         self.closed = False
         self._results: list[Result | None] = [None] * request.count
         self._previews_sent = 0
-        self._frames_read: dict[int, int] = {}  # the number of frames of each image, by index; 0 if it is missing
+        self._frames_read: dict[int, int] = {}  # index of an image -> number of its frames that were read; missing: 0
 
     def set_timeout(self, seconds: float) -> None:
         """Sets the time from submission to deadline. A job in the backlog must keep it."""
@@ -461,7 +461,7 @@ class Job:
         return due
 
     def frames_due(self) -> list[tuple[Trajectory, int]]:
-        """Returns the images with a frame that must be read now, and the numbers of these frames.
+        """Returns each image that has a frame to be read now, and the number of this frame.
 
         A second call at the same progress returns none. Example: with 20 steps and 5 frames, an image has frames after
         steps 4, 8, 12 and 16. The fifth frame is the finished image.

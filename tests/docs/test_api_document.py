@@ -398,7 +398,7 @@ def test_chunk_table_has_exactly_the_text_chunks_of_a_png() -> None:
 def test_documented_times_and_limits_of_animations_are_those_of_the_code() -> None:
     text = API.section("Animation")
     assert f"stays for {LAST_MS / 1000:g} s, the others for {FRAME_MS} ms each" in text
-    assert f"A frame can have {MAX_FRAME_PIXELS:,} pixels, and all frames together {MAX_PIXELS:,}." in text
+    assert f"A frame can have up to {MAX_FRAME_PIXELS:,} pixels, and all frames together up to {MAX_PIXELS:,}." in text
     values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
     limit = values["pixels of a frame of an animation, and of all its frames"]
     assert limit == f"{MAX_FRAME_PIXELS:,} and {MAX_PIXELS:,}"

@@ -322,12 +322,12 @@ def test_readme_states_the_median_latencies_of_the_comparison_table() -> None:
     for name, stated in (
         (
             "p95 of 10-step requests, s, Xeon",
-            "among 100-step requests has a p95 latency of {} s, and with "
-            "[LitServe](https://github.com/Lightning-AI/LitServe) {} s (two cores of a Xeon with AMX",
+            "among 100-step requests has a p95 latency of {} s, compared with {} s with "
+            "[LitServe](https://github.com/Lightning-AI/LitServe) (two cores of a Xeon with AMX",
         ),
         (
             "p95 at random arrivals, s, Xeon",
-            "if all requests take 100 steps, the p95 latency is {} s, and with LitServe {} s (same machine",
+            "if all requests take 100 steps, the p95 latency is {} s, compared with {} s with LitServe (same machine",
         ),
     ):
         unfog, *litserve = (figure.split()[0] for figure in compared(*COMPARISON[name])[:3])

@@ -1,4 +1,4 @@
-"""Tests the length, the statements and the commands of the README. Starts and uses the service as the README does."""
+"""Tests the length, statements and commands of the README. Starts and uses the service with these commands."""
 
 import os
 import re
@@ -50,7 +50,7 @@ def test_document_shows_the_command_in_a_code_block(document: str, command: str)
     assert os.access(ROOT / command, os.X_OK)
 
 
-def test_commands_can_be_copied_because_they_have_no_placeholders() -> None:
+def test_commands_have_no_placeholders() -> None:
     assert [command for command in commands(README) if re.search(r"<|…|\b[A-Z]{2,}\b", command)] == []
 
 
@@ -58,7 +58,7 @@ def test_readme_says_once_that_the_service_has_never_run_on_a_gpu() -> None:
     assert README.read_text().lower().count("never run on a gpu") == 1
 
 
-def test_file_that_selects_the_images_of_a_step_has_the_stated_length() -> None:
+def test_file_that_selects_the_images_is_shorter_than_stated() -> None:
     (link, lines) = re.findall(r"\[One file\]\((\S+)\) of fewer than (\d+) lines", README.read_text())[0]
     assert len((ROOT / link).read_text().splitlines()) < int(lines)
 

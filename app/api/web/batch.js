@@ -1,5 +1,5 @@
-// The view "Batch": the running requests at their own steps, from GET /events/batch. The requests of this page show
-// their images too, and are compared with the same requests one after the other.
+// The view "Batch": the running requests at their own steps, from GET /events/batch. The sample requests show their
+// images too, and are compared with the same requests one after the other.
 
 import { element, find, moves, plural, pngUrl } from "./dom.js";
 import { sentence } from "./failure.js";
@@ -17,12 +17,12 @@ const SAMPLES = [
 ];
 const APART = 300; // milliseconds between the sample requests
 const PREVIEWS = 25; // of a sample request
-const LINGER = 700; // milliseconds for which a finished request of another client stays visible
+const LINGER = 700; // milliseconds for which another finished request stays visible
 const RETRY = 2; // seconds until the stream is opened again
 
 let abort = null;
 let sending = null; // aborts the sample requests
-let lanes = new Map(); // job number -> lane of a request of another client
+let lanes = new Map(); // job number -> lane of any other request
 let own = []; // lanes of the sample requests
 
 /** Connects the button. Runs once. */
@@ -54,7 +54,7 @@ export async function open() {
   }
 }
 
-/** Shows the events of a stream. Returns the seconds to wait before the next one, or null without one. */
+/** Shows the events of a stream. Returns the seconds until it is opened again, or null if it is not. */
 async function watch(signal) {
   try {
     for await (const { data } of stream("events/batch", null, signal)) {
@@ -245,7 +245,7 @@ class Lane {
   }
 }
 
-/** The line of a request of this page. It shows the images, also while they wait. */
+/** The line of a sample request. It shows all images, also while they wait. */
 class OwnLane extends Lane {
   constructor(body) {
     super(`Digit ${body.digit}, ${plural(body.count, "image")}`);

@@ -66,7 +66,7 @@ function end() {
 async function at(t, noisy) {
   const body = { image: noisy, noise_std: noiseStd(t), seed: 1, num_steps: 20, invert: false, fit: "resize" };
   const tell = (seconds) => {
-    find("#decided-run").textContent = seconds ? `Busy, waiting ${seconds} s` : "Measure again";
+    find("#decided-run").textContent = seconds ? `Busy, waiting ${seconds} s` : "Measure";
   };
   const answer = await patientJson("denoise", body, tell);
   return { t, noisy, probabilities: answer.probabilities, digit: answer.digit, clean: answer.images[0].png };
@@ -83,7 +83,7 @@ function show(all) {
     const isLikely = digit !== best && points.some(([, value]) => value >= LIKELY);
     return { points, kind: digit === best ? "main" : "", label: isLikely ? String(digit) : "" };
   });
-  const text = results.length ? summary(results) : "Each measurement sends 14 short requests.";
+  const text = results.length ? summary(results) : "A measurement sends 14 short requests.";
   const chart = lineChart({
     series: series.sort((a, b) => a.kind.length - b.kind.length),
     x: [0, END],

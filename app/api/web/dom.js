@@ -49,7 +49,7 @@ export function addDigits(select, any = null) {
   for (let digit = 0; digit < 10; digit++) select.append(element("option", { value: digit }, String(digit)));
 }
 
-/** Returns a button that opens further actions. `items` are [text, action], and null is left out. */
+/** Returns a button that opens a menu. `items` are [text, action]. A null is left out. */
 export function menu(label, items) {
   const summary = element("summary", { class: "button" }, label);
   const buttons = items.filter(Boolean).map(([text, act]) => {
@@ -59,7 +59,7 @@ export function menu(label, items) {
     };
     return element("button", { type: "button", class: "quiet", click: choose }, text);
   });
-  // The list can have the focus, because Safari gives a clicked button none: the menu would be closed before the click.
+  // Safari does not focus a clicked button. The list takes the focus instead, so the menu stays open for the click.
   const root = element("details", { class: "menu" }, summary, element("div", { tabindex: -1 }, buttons));
   const close = () => {
     root.open = false;

@@ -60,8 +60,8 @@ export function start() {
 }
 
 /**
- * Shows the view and runs the request of the address. The first visit without a complete request starts a run too, so
- * that a visitor sees at once what the model does.
+ * Shows the view and runs the request of the address. Without a complete request, the first visit starts a run of the
+ * form, so that visitors see at once what the model does.
  */
 export async function open(parameters) {
   const wanted = generateFields(parameters);
@@ -85,12 +85,12 @@ export async function open(parameters) {
   if (isComplete || !run) generate({ ...bodyOfForm(), ...wanted }, { isNew: false, isChosen: isComplete, note });
 }
 
-/** Chooses the model with the checkpoint of a link, which can have another name here. Returns a note if there is none. */
+/** Chooses the model with the checkpoint of a link, whatever its name is. Returns a note if there is none. */
 function applyCheckpoint(wanted, digest) {
   if (!/^[0-9a-f]{12,64}$/.test(digest)) return null;
   const same = models.find(({ sha256 }) => sha256.startsWith(digest));
   if (same) wanted.model = same.name;
-  return same ? null : "This service does not have the model of the link, so the images differ from those of the link.";
+  return same ? null : "This service does not have the model of the link, so the images differ.";
 }
 
 /** Aborts the request to /score. The run continues. */
@@ -200,13 +200,13 @@ function bodyOfForm() {
   return body;
 }
 
-/** Returns true if the number of images is permitted. Otherwise says what is. */
+/** Returns true if the number of images is permitted. Otherwise says which are. */
 function checkCount() {
   const count = Number(form.count.value);
   const isValid = Number.isInteger(count) && count >= 1 && count <= limits.count;
   form.count.setAttribute("aria-invalid", !isValid);
   find("#count-hint").hidden = isValid;
-  find("#count-hint").textContent = isValid ? "" : `A request has 1 to ${limits.count} images.`;
+  find("#count-hint").textContent = isValid ? "" : `Choose 1 to ${limits.count} images.`;
   if (!isValid) showField(form.count);
   return isValid;
 }
@@ -236,8 +236,8 @@ function checkSeed() {
 }
 
 /**
- * Sends a request and shows it. A run that the user has chosen is put into the address and into the list of earlier
- * runs, and `isNew` adds an entry to the browser's history.
+ * Sends a request and shows it. If the user has chosen it, the address and the list of earlier runs show it too, and
+ * `isNew` adds an entry to the browser's history.
  */
 async function generate(body, { isNew = true, isChosen = true, note = null } = {}) {
   run?.cancel();

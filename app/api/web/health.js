@@ -15,10 +15,10 @@ const TEXTS = {
 let shown = "ok";
 let known = null; // the digests of the models when the page was opened
 
-/** Takes a sample now. Resolves when it has been passed on. */
+/** Takes a sample now. Resolves when it was passed on. */
 export let sampleNow = async () => {};
 
-/** Calls `take({at, health, images, buckets})` for each sample, from now on, and `take(null)` without an answer. */
+/** Calls `take({at, health, images, buckets})` for each sample from now on, and `take(null)` if there is no answer. */
 export function watchService(take) {
   let timer = null;
   let isBusy = false;

@@ -1,10 +1,10 @@
-// Requests that share their steps, and the same requests one after the other, drawn on one time axis.
+// Draws requests that share their steps, and the same requests one after the other, on one time axis.
 
 import { announce, duration, element, find, moves, plural } from "./dom.js";
 
 const UPDATE = 100; // milliseconds between two drawings
 
-/** Measures and draws how long each request takes in both ways. */
+/** Measures and draws the time of each request in both ways. */
 export class Comparison {
   constructor(bodies) {
     this.rows = bodies.map((body) => ({ body }));
@@ -14,7 +14,7 @@ export class Comparison {
     if (moves()) this.clock = setInterval(() => this.draw(), UPDATE);
   }
 
-  /** Measures the request at a place. `send(body)` resolves when it is answered. */
+  /** Measures a request. `send(body)` resolves when it is answered. */
   async together(place, send) {
     const row = this.rows[place];
     this.startedAt ??= performance.now();
@@ -24,7 +24,7 @@ export class Comparison {
     this.draw();
   }
 
-  /** Sends each request after the answer to the one before. Each arrives at the same time as before, and waits. */
+  /** Sends each request after the answer to the one before. The chart keeps the arrival times and shows the waits. */
   async oneByOne(send) {
     find("#comparison-text").textContent = "The same requests are sent one after the other.";
     let free = 0; // the time at which the request before is answered
@@ -35,7 +35,7 @@ export class Comparison {
       row.end = free = this.now();
     }
     const small = this.rows.reduce((least, row) => (row.seconds < least.seconds ? row : least));
-    const text = `The request for ${plural(small.body.count, "image")} was answered after ${duration(small.seconds)}. One after the other, it waits for the requests before it, and is answered after ${duration(small.end - small.arrival)}.`;
+    const text = `The request for ${plural(small.body.count, "image")} was answered after ${duration(small.seconds)}. If the requests run one after the other, it waits for those before it and is answered after ${duration(small.end - small.arrival)}.`;
     find("#comparison-text").textContent = text;
     announce(text);
   }

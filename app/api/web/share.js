@@ -1,4 +1,4 @@
-// What a user can take along from a run: an animation, a picture of all images with its caption, and a link.
+// Saves a run as an animation or as a picture with a caption, and makes a link to it.
 
 import { generateAddress } from "./address.js";
 import { download, element, find } from "./dom.js";
@@ -17,14 +17,14 @@ export const nameOf = ({ path, body }) => `${path === "generate" ? `digit-${body
 const columnsOf = (run) => Math.ceil(Math.sqrt(run.count));
 const scaleFor = (width, run) => Math.max(1, Math.floor(width / (SIDE * columnsOf(run))));
 
-/** Generates the images of a run again and saves their steps. `type` is gif or webp. Throws a ServiceError. */
+/** Generates a run again and saves its steps as an animation. `type` is gif or webp. Throws a ServiceError. */
 export async function saveAnimation(run, type) {
   const body = { ...run.body, scale: scaleFor(ANIMATION_WIDTH, run) };
   const answer = await call(`${run.path}?previews=${FRAMES}`, { body, accept: `image/${type}` });
   download(`${nameOf(run)}.${type}`, await answer.blob());
 }
 
-/** Saves all images in one PNG file with a caption. Its text chunks are those of the images. */
+/** Saves all images in one PNG file with a caption and with the text chunks of the images. */
 export async function saveSheet(run) {
   const bitmaps = await Promise.all(run.images.map((png) => createImageBitmap(new Blob([bytesOf(png)]))));
   const side = SIDE * scaleFor(SHEET_WIDTH, run);
@@ -56,7 +56,7 @@ function captionOf(chunks) {
   ];
 }
 
-/** Returns a link to the images of a run. It names the checkpoint, so another service knows whether it has the same. */
+/** Returns a link to the images of a run. It names the checkpoint, so that other services can select the same model. */
 export async function linkOf(run) {
   const { models } = await about();
   const digest = models.find(({ name }) => name === run.body.model)?.sha256.slice(0, DIGEST_LENGTH);

@@ -8,7 +8,7 @@ const CALM_MILLISECONDS = 1000; // time between two updates of the text if the u
 
 const NOISY = "x_t: the noisy image";
 const HOW = "Move the slider to see each step.";
-const PREDICTED = "predicted x_0: what the model sees in it";
+const PREDICTED = "predicted x_0: the expected clean image";
 
 export class Stage {
   /** `open(run, index)` is called for a click on a finished image, and `retry()` by the button after an error. */
@@ -119,7 +119,7 @@ export class Stage {
     }
   }
 
-  /** `hadFocus` is true if the button that the state removes had the focus. Its successor gets it. */
+  /** `hadFocus` is true if the removed button had the focus. The first button of the new state gets it. */
   showState(hadFocus) {
     const { run } = this;
     this.shownState = run.state;

@@ -98,7 +98,7 @@ class Member(NamedTuple):
 
 
 def reference(members: list[Member]) -> str | None:
-    """Chooses a type by the rules of the RFC, without a parser. A header with text/html chooses no animation."""
+    """Chooses a type by the rules of the RFC, without a parser. A header with text/html allows no animation."""
     is_html = any((member.kind, member.subtype, member.parameters) == ("text", "html", []) for member in members)
     available = [media_type for media_type in AVAILABLE if not (is_html and media_type in ANIMATIONS)]
 

@@ -111,14 +111,14 @@ def test_gif_animation_has_similar_colours_and_enlarges_them_exactly() -> None:
 
 
 @pytest.mark.parametrize("media_type", ANIMATIONS)
-def test_animation_repeats_forever_and_stays_at_the_end(media_type: str) -> None:
+def test_animation_repeats_forever_and_shows_the_last_frame_longer(media_type: str) -> None:
     decoded = decode(encode_animation(media_type, random_sheets(50, 4, 4), TEXT, 1), media_type)
     assert decoded.durations == [60] * 49 + [2000]  # 50 frames of 60 ms take 3 s
     assert decoded.num_repeats == 0
 
 
 @pytest.mark.parametrize("media_type", ANIMATIONS)
-def test_equal_frames_are_joined_without_a_change_of_the_total_time(media_type: str) -> None:
+def test_joining_equal_frames_keeps_the_total_time(media_type: str) -> None:
     first, second = random_sheets(2, 4, 4)
     decoded = decode(encode_animation(media_type, [first, first, second, second, second], TEXT, 1), media_type)
     assert same(decoded.frames, [first, second])
@@ -145,7 +145,7 @@ def test_encoded_bytes_do_not_depend_on_the_time(media_type: str, monkeypatch: p
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 3)], ids=["grey", "colour"])
 def test_collector_keeps_a_copy_of_the_frames_and_nothing_else(shape: tuple[int, ...]) -> None:
-    collector, read = FrameCollector(3, 5), np.stack(random_sheets(100, *shape))  # with the images of other requests
+    collector, read = FrameCollector(3, 5), np.stack(random_sheets(100, *shape))  # also images of other requests
     for number in (1, 0):
         for index in (4, 0, 2, 3, 1):
             collector.add(Frame(index, number, read[10 * number + index]))
@@ -161,7 +161,7 @@ def test_collector_keeps_a_copy_of_the_frames_and_nothing_else(shape: tuple[int,
     ("num_previews", "num_steps", "expected"),
     [(0, 5, 1), (1, 5, 1), (4, 5, 4), (5, 5, 5), (100, 5, 5), (100, 100, 100)],
 )
-def test_number_of_frames_is_at_least_1_and_at_most_that_of_the_steps(
+def test_number_of_frames_is_between_1_and_the_number_of_steps(
     num_previews: int, num_steps: int, expected: int
 ) -> None:
     assert num_frames_of(num_previews, num_steps) == expected
@@ -225,7 +225,7 @@ async def animation_of(
 @pytest.mark.parametrize("media_type", ANIMATIONS)
 @pytest.mark.parametrize("count", [2, 4, 5])
 @pytest.mark.parametrize(("path", "body"), REQUESTS, ids=IDS)
-def test_frames_equal_x_t_of_the_event_stream_and_the_last_one_the_png(
+def test_frames_equal_x_t_of_the_event_stream_and_the_last_frame_equals_the_png(
     path: str, body: dict[str, Any], count: int, media_type: str
 ) -> None:
     body = {**body, "count": count}
@@ -326,7 +326,7 @@ def test_previews_out_of_range_are_422(media_type: str, previews: str) -> None:
         ("?previews=1", {"count": 64, "scale": 16}, ["body", "scale"]),
     ],
 )
-def test_animation_that_is_too_large_is_422_before_the_engine_gets_it(
+def test_animation_that_is_too_large_is_422_and_does_not_reach_the_engine(
     media_type: str, query: str, changes: dict[str, Any], location: list[str]
 ) -> None:
     runner = FakeRunner()

@@ -21,7 +21,7 @@ def by_place(frames: list[Frame]) -> Frames:
 
 
 def expected(count: int, steps: list[int], seed: int = 5) -> Frames:
-    """Returns the frames of images that have one after each of these steps."""
+    """Returns the frames of images that have one frame after each of these steps."""
     return {
         (index, number): (255 - image(seed, index, step))[0].tolist()
         for index in range(count)
@@ -32,7 +32,7 @@ def expected(count: int, steps: list[int], seed: int = 5) -> Frames:
 def frames_of(
     max_batch: int, others: list[Job] | None = None, runner: FakeRunner | None = None, **fields: Any
 ) -> tuple[list[Frame], Job]:
-    """Runs a job together with others. Returns its frames."""
+    """Runs a job together with others. Returns its frames and the job."""
     frames: list[Frame] = []
     request = FrameRequest(fields.pop("num_frames"), frames.append)
     job = new_job(**{"seed": 5, "frames": request, **fields})

@@ -79,7 +79,7 @@ def test_frames_of_an_image_are_due_after_fixed_steps_of_its_own(
     assert first.step == 0
 
 
-def test_job_without_frames_has_none_that_are_due() -> None:
+def test_job_without_frames_has_no_due_frames() -> None:
     job = new_job(2, num_steps=3)
     job.unfinished[0].step = 2
     assert job.frames_due() == []

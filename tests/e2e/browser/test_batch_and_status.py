@@ -43,7 +43,7 @@ def test_rows_of_running_requests_are_shown_at_their_own_steps(start: Start, ope
     expect(page.get_by_text("No image is running.")).to_be_visible()
 
 
-def test_finished_images_of_other_clients_do_not_stay_at_an_earlier_step(start: Start, open_page: Open) -> None:
+def test_finished_images_of_other_clients_show_their_last_step(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
     expect(page.locator("#batch-connection")).to_have_text("Live")
@@ -55,7 +55,7 @@ def test_finished_images_of_other_clients_do_not_stay_at_an_earlier_step(start: 
     expect(page.get_by_text("No image is running.")).to_be_visible()
 
 
-def test_sample_requests_show_the_images_of_the_api_while_they_wait_run_and_are_finished(
+def test_sample_requests_show_waiting_running_and_finished_images_like_those_of_the_api(
     start: Start, open_page: Open
 ) -> None:
     service = start(UNFOG_MAX_BATCH="8", UNFOG_REQUEST_TIMEOUT="300")
@@ -78,7 +78,7 @@ def test_sample_requests_show_the_images_of_the_api_while_they_wait_run_and_are_
         assert pngs_of(lane.locator("img")) == pngs(service.post(body))
 
 
-def test_comparison_draws_the_measured_times_of_both_ways(start: Start, open_page: Open) -> None:
+def test_comparison_draws_the_times_of_both_measurements(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
     page.get_by_role("button", name="Send sample requests").click()

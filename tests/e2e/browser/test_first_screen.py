@@ -1,4 +1,4 @@
-"""What a visitor sees without scrolling, in four sizes of windows, and what opening the page does."""
+"""Tests of what a visitor sees without scrolling, in four window sizes, and of what opening the page does."""
 
 import re
 from typing import Any
@@ -156,7 +156,7 @@ def test_digit_in_the_address_is_generated_at_once(service: Service, open_page: 
 def test_reduced_motion_shows_only_the_finished_images(service: Service, open_page: Open) -> None:
     page = open_page(service, prepare=lambda page: page.add_init_script(COUNT_SOURCES), reduced_motion="reduce")
     wait_until_finished(page)
-    expect(page.locator("#generate-stage img[src]")).to_have_count(8)  # x_t and x_0, which are equal at the end
+    expect(page.locator("#generate-stage img[src]")).to_have_count(8)  # four images in each pane
     assert page.evaluate("sources.length") == 8
     page.get_by_role("slider", name="Step", exact=True).press("Home")
     assert page.evaluate("sources.length") > 8

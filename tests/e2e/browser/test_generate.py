@@ -234,10 +234,10 @@ def test_back_leaves_a_run_that_the_address_started(service: Service, open_page:
         ("seed", "1e5", "The seed must be a whole number", "100000"),
         ("seed", "-3", "The seed must be a whole number", ""),
         ("seed", "seven", "The seed must be a whole number", "7"),
-        ("count", "5000", "A request has 1 to 64 images.", "64"),
-        ("count", "0", "A request has 1 to 64 images.", "1"),
-        ("count", "1.5", "A request has 1 to 64 images.", "2"),
-        ("count", "", "A request has 1 to 64 images.", "3"),
+        ("count", "5000", "Choose 1 to 64 images.", "64"),
+        ("count", "0", "Choose 1 to 64 images.", "1"),
+        ("count", "1.5", "Choose 1 to 64 images.", "2"),
+        ("count", "", "Choose 1 to 64 images.", "3"),
     ],
 )
 def test_invalid_field_is_explained_and_nothing_is_sent(

@@ -1,4 +1,4 @@
-"""What a user takes along: the dialog and the menus, animations, the picture with a caption, and links."""
+"""Tests of what a user saves or copies: animations, the picture with a caption, links, the dialog and its menu."""
 
 import io
 import json

@@ -58,7 +58,7 @@ def test_measurement_shows_the_probabilities_of_each_noise_level(service: Servic
     )
     page.locator("#forward-digits").get_by_role("button", name="Digit 8").click()
     page.wait_for_timeout(500)
-    assert answers == []  # the section is not in view
+    assert answers == []  # The section is not in view yet.
     page.locator("#decided-result").scroll_into_view_if_needed()
     expect(page.get_by_role("button", name="Measure")).to_be_disabled()
     expect(page.get_by_role("button", name="Measure")).to_be_enabled()
@@ -98,9 +98,9 @@ def test_new_digit_stops_a_measurement(service: Service, open_page: Open) -> Non
     expect(page.locator(".decided-rows > div").nth(2).locator("img").first).to_be_visible()
     page.locator("#forward-digits").get_by_role("button", name="Digit 1").click()
     expect(page.get_by_role("button", name="Measure")).to_be_enabled()
-    expect(page.locator("#decided-result").get_by_text("Each measurement sends")).to_be_visible()
+    expect(page.locator("#decided-result").get_by_text("A measurement sends")).to_be_visible()
     page.wait_for_timeout(500)
-    expect(page.locator("#decided-result").get_by_text("Each measurement sends")).to_be_visible()
+    expect(page.locator("#decided-result").get_by_text("A measurement sends")).to_be_visible()
 
 
 def test_model_without_tasks_and_guidance_hides_what_it_does_not_support(
@@ -118,7 +118,7 @@ def test_model_without_tasks_and_guidance_hides_what_it_does_not_support(
     page.get_by_role("link", name="Batch").click()
     page.get_by_role("button", name="Send sample requests").click()
     wait_until_compared(page)
-    # One of the view before, and four samples twice.
+    # One request of the view Generate, and the four sample requests twice.
     service.wait_for(9, "requests_total", route="/generate", code="200")
     expect(page.locator("#batch-problem")).to_have_text("")
 

@@ -13,8 +13,8 @@ def wait_until_finished(page: Page, root: str = "#generate-stage") -> None:
 
 
 def wait_until_compared(page: Page) -> None:
-    """Waits until the sample requests of the view Batch are measured in both ways."""
-    expect(page.locator("#comparison-text")).to_contain_text("One after the other, it waits")
+    """Waits until the view Batch has measured the sample requests in both ways."""
+    expect(page.locator("#comparison-text")).to_contain_text("one after the other, it waits")
 
 
 def pngs_of(images: Locator) -> list[bytes]:
@@ -36,7 +36,7 @@ def noisy(page: Page, root: str = "#generate-stage") -> list[bytes]:
 
 
 def choose_more(page: Page, action: str, root: str = "#generate-stage") -> None:
-    """Opens the menu and chooses an action."""
+    """Opens the menu More and chooses an action."""
     page.locator(f"{root} summary", has_text="More").click()
     page.locator(root).get_by_role("button", name=action).click()
 
