@@ -55,7 +55,7 @@ GENERATED = {
     "warning": None,
 }
 EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("accepted", {"seed": 42, "position": 0, "eta_seconds": 0.41}),
+    ("accepted", {"job": 12, "seed": 42, "position": 0, "eta_seconds": 0.41}),
     ("progress", {"step": 90, "of": 100, "previews": [PREVIEW]}),
     ("image", {"index": 0, "png": PNG}),
     ("done", {"seed": 42, "evaluations": 146, "timing": TIMING}),

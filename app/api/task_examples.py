@@ -108,7 +108,7 @@ def _stream(answer: dict[str, Any], num_steps: int) -> str:
     """Returns the event stream of a response with one image."""
     seed, half = answer["seed"], num_steps // 2
     events: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("accepted", {"seed": seed, "position": 0, "eta_seconds": 0.24}),
+        ("accepted", {"job": 12, "seed": seed, "position": 0, "eta_seconds": 0.24}),
         ("progress", {"step": half, "of": num_steps, "previews": [PREVIEW]}),
         ("image", answer["images"][0]),
         ("done", {"seed": seed, "evaluations": answer["evaluations"], "timing": _TIMING}),

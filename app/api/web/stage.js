@@ -229,6 +229,6 @@ export class Stage {
     const isAlone = run.state === "done" && isLast;
     this.panes.xt.figure.hidden = isAlone;
     this.panesRow.dataset.panes = isAlone ? 1 : 2;
-    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}. ${HOW}` : PREDICTED;
+    this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}. ${run.frames.length > 1 ? HOW : ""}` : PREDICTED;
   }
 }
