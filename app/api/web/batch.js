@@ -1,12 +1,12 @@
 // The view "Batch": the running requests at their own steps, from GET /events/batch. The sample requests show their
 // images too, and are compared with the same requests one after the other.
 
-import { element, find, moves, plural, pngUrl } from "./dom.js";
+import { element, find, moves, plural, pngUrl, setBusy } from "./dom.js";
 import { sentence } from "./failure.js";
 import { Comparison } from "./one-by-one.js";
 import { newSeed } from "./random.js";
 import { Run } from "./run.js";
-import { about, pause, stream } from "./service.js";
+import { LONGEST_WAIT, about, pause, stream } from "./service.js";
 
 // A browser opens at most six connections to a service. One has the events of the batch, and one stays free.
 const SAMPLES = [
@@ -24,8 +24,8 @@ let abort = null;
 let sending = null; // aborts the sample requests
 let lanes = new Map(); // job number -> lane of any other request
 let own = []; // lanes of the sample requests
+let ownRuns = []; // their runs, and those one after the other, which have no lanes
 
-/** Connects the button. Runs once. */
 export function start() {
   find("#batch-send").addEventListener("click", send);
   document.addEventListener("visibilitychange", () => {
@@ -42,7 +42,7 @@ export async function open() {
   abort = watching;
   say("#batch-connection", "Connecting");
   if (!sending) say("#batch-problem", "");
-  showFigures({ waiting: 0, running: 0, rows: [] });
+  showFigures({ rows: [] });
   showEmpty();
   while (!watching.signal.aborted) {
     const wait = await watch(watching.signal);
@@ -95,19 +95,19 @@ async function send() {
   const controller = new AbortController();
   const { signal } = controller;
   sending = controller;
-  find("#batch-send").disabled = true;
+  setBusy(find("#batch-send"), true);
   say("#batch-problem", "");
   for (const lane of own) lane.root.remove();
-  own = [];
+  [own, ownRuns] = [[], []];
   let comparison = null;
   try {
     const { models, limits } = await about();
+    signal.throwIfAborted();
     if (!abort) open(); // the stream was refused before the key was entered
     const bodies = samples(models[0], limits);
     comparison = new Comparison(bodies);
     const running = bodies.map(async (body, place) => {
-      await pause((place * APART) / 1000);
-      signal.throwIfAborted();
+      await pause((place * APART) / 1000, signal);
       const lane = new OwnLane(body);
       own.push(lane);
       await comparison.together(place, () => answer(body, signal, (run) => lane.watch(run)));
@@ -115,26 +115,26 @@ async function send() {
     await Promise.all(running);
     await comparison.oneByOne((body) => answer(body, signal));
   } catch (error) {
-    if (!signal.aborted) say("#batch-problem", sentence(error));
+    say("#batch-problem", signal.aborted ? "" : sentence(error));
     controller.abort(); // the other requests
   }
-  comparison?.stop();
+  comparison?.stop(signal.aborted);
   if (sending === controller) sending = null;
-  find("#batch-send").disabled = false;
+  setBusy(find("#batch-send"), false);
 }
 
 /** Sends a request, again if the service is busy. Resolves when it is answered. */
 async function answer(body, signal, watchRun = () => {}) {
   for (;;) {
     const run = new Run("generate", body, `previews=${PREVIEWS}`);
+    ownRuns.push(run);
     signal.addEventListener("abort", () => run.cancel(), { once: true });
     watchRun(run);
     await run.start();
     if (run.state === "done") return;
-    if (run.error.status !== 429 || !run.error.retryAfter) throw run.error;
+    if (run.error.status !== 429 || !(run.error.retryAfter <= LONGEST_WAIT)) throw run.error;
     say("#batch-problem", `The service is busy. A request will be sent again in ${plural(run.error.retryAfter, "second")}.`);
-    await pause(run.error.retryAfter);
-    signal.throwIfAborted();
+    await pause(run.error.retryAfter, signal);
     say("#batch-problem", "");
   }
 }
@@ -147,13 +147,11 @@ function samples({ name, samplers, steps, max_steps, guidable }, limits) {
   return bodies.map((body) => ({ ...body, model: name, count: Math.min(body.count, limits.count), seed: newSeed() }));
 }
 
-function showFigures({ waiting, running, rows }) {
+function showFigures({ rows }) {
   const active = rows.filter(({ evaluations }) => evaluations);
   const figures = [
     ["Images in this step", active.length],
     ["Evaluations in this step", active.reduce((sum, row) => sum + row.evaluations, 0)],
-    ["Running images", running],
-    ["Waiting images", waiting],
   ];
   const root = find("#batch-figures");
   if (!root.children.length) {
@@ -169,10 +167,8 @@ function show(data) {
   const now = performance.now();
   const byJob = new Map();
   for (const row of data.rows) byJob.set(row.job, [...(byJob.get(row.job) ?? []), row]);
-  for (const lane of own) {
-    if (byJob.has(lane.job)) lane.update(byJob.get(lane.job));
-    byJob.delete(lane.job);
-  }
+  for (const lane of own) if (byJob.has(lane.job)) lane.update(byJob.get(lane.job));
+  for (const { facts } of ownRuns) byJob.delete(facts?.job);
   for (const [job, rows] of byJob) {
     if (!lanes.has(job)) lanes.set(job, new Lane(`Request ${job}`));
     lanes.get(job).update(rows);
@@ -197,7 +193,7 @@ class Lane {
   constructor(title) {
     this.facts = element("p", { class: "hint" });
     this.cells = element("div", { class: "cells" });
-    this.root = element("div", { class: "lane" }, element("div", {}, element("h3", {}, title), this.facts), this.cells);
+    this.root = element("div", { class: "lane" }, element("div", {}, element("h2", {}, title), this.facts), this.cells);
     this.images = new Map(); // an image of the request -> {cell, picture, text, of}
     find("#batch-lanes > .hint")?.remove();
     find("#batch-lanes").append(this.root);
@@ -226,7 +222,8 @@ class Lane {
     }
     for (const image of this.images.values()) if (image.of && !running.has(image)) this.finish(image);
     const [first] = rows;
-    if (first) this.facts.textContent = settingsOf(first.of, first.sampler, rows.some(({ guided }) => guided), first.model);
+    if (first) this.settings = settingsOf(first.of, first.sampler, rows.some(({ guided }) => guided), first.model);
+    this.facts.textContent = this.settings ?? "";
   }
 
   keyOf({ sampler, index }) {
@@ -274,13 +271,13 @@ class OwnLane extends Lane {
       if (png && png !== image.shown) image.picture.src = pngUrl(png);
       image.shown = png;
     }
-    if (run.isActive || run.isShown) return;
-    run.isShown = true; // the last event and the end of the stream both report the end
+    if (run.isActive) return;
     for (const image of this.images.values()) {
-      image.of ??= last?.of ?? "";
-      if (run.state === "done") this.finish(image);
+      image.cell.classList.remove("active");
+      if (run.state === "done") this.finish({ ...image, of: last?.of ?? image.of ?? "" });
     }
-    this.facts.textContent += `, ${{ done: "finished", failed: "failed", cancelled: "cancelled" }[run.state]}`;
+    const state = { done: "finished", cancelled: "cancelled", failed: run.error?.retryAfter ? "waits" : "failed" }[run.state];
+    this.facts.textContent = [this.settings, state].filter(Boolean).join(", ");
   }
 }
 

@@ -2,6 +2,7 @@
 
 import { element, svg } from "./dom.js";
 
+const HEIGHT = 200;
 const EDGE = { left: 48, right: 16, top: 16, bottom: 28 };
 
 /**
@@ -11,13 +12,17 @@ const EDGE = { left: 48, right: 16, top: 16, bottom: 28 };
  */
 export function lineChart(options) {
   const root = element("div");
-  new ResizeObserver(([{ contentRect }]) => {
-    if (contentRect.width) root.replaceChildren(drawn(options, contentRect.width));
+  root.style.minHeight = `${options.height ?? HEIGHT}px`; // the drawing does not change the size
+  let shown = 0;
+  new ResizeObserver(([{ contentRect: { width } }]) => {
+    if (!width || width === shown) return;
+    shown = width;
+    root.replaceChildren(drawn(options, width));
   }).observe(root);
   return root;
 }
 
-function drawn({ series, x, y, height = 200, bands = [], marker = null, xLabel = "", yFormat = String, description }, width) {
+function drawn({ series, x, y, height = HEIGHT, bands = [], marker = null, xLabel = "", yFormat = String, description }, width) {
   const [x0, x1] = x;
   const [y0, y1] = y;
   const across = (value) => EDGE.left + ((value - x0) / (x1 - x0 || 1)) * (width - EDGE.left - EDGE.right);
@@ -50,7 +55,6 @@ function drawn({ series, x, y, height = 200, bands = [], marker = null, xLabel =
   return chart;
 }
 
-/** Returns a bar for a share of 0 to 1. */
 export function bar(share, isBest = false) {
   const fill = element("div", { class: `bar-fill${isBest ? " best" : ""}` });
   fill.style.width = `${100 * Math.min(1, Math.max(0, share))}%`;

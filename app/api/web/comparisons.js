@@ -1,8 +1,9 @@
 // Guidance scales and numbers of steps, each compared from the same noise.
 
 import { bar, lineChart } from "./chart.js";
-import { addDigits, announce, duration, element, find, pngUrl } from "./dom.js";
+import { addDigits, announce, duration, element, find, pngUrl, setBusy } from "./dom.js";
 import { failureBox } from "./failure.js";
+import { newSeed } from "./random.js";
 import { about, patientJson } from "./service.js";
 
 const SCALES = [1, 1.5, 2, 3, 5, 8];
@@ -16,7 +17,6 @@ const STEPS = [
 
 let model;
 
-/** Connects both sections. */
 export function start(loaded) {
   model = loaded;
   for (const id of ["#guidance-digit", "#steps-digit"]) {
@@ -29,7 +29,7 @@ export function start(loaded) {
   if (model.guidable) showSchedule();
 }
 
-const numberOf = (id) => Math.max(0, Math.floor(Number(find(id).value)) || 0);
+const numberOf = (id) => Number(find(id).value);
 
 /** Shows log-SNR against t with the interval in which guidance acts. */
 function showSchedule() {
@@ -52,18 +52,18 @@ function showSchedule() {
 /** Runs `work` while the button is disabled. Shows an error in `root`. */
 async function withButton(id, root, work) {
   const button = find(id);
-  button.disabled = true;
+  setBusy(button, true);
   try {
     await work();
   } catch (error) {
     root.replaceChildren(failureBox(error, () => withButton(id, root, work)));
   }
-  button.disabled = false;
+  setBusy(button, false);
 }
 
 function compareGuidance() {
   const root = find("#guidance-result");
-  const body = { digit: numberOf("#guidance-digit"), seed: numberOf("#guidance-seed"), num_steps: 50, sampler: GUIDED_SAMPLER };
+  const body = { digit: numberOf("#guidance-digit"), seed: newSeed(), num_steps: 50, sampler: GUIDED_SAMPLER };
   return withButton("#guidance-run", root, async () => {
     const answers = scalesOf().map((guidance_scale) => ({ guidance_scale }));
     for (const [place, { guidance_scale }] of answers.entries()) {
@@ -107,7 +107,7 @@ async function variants() {
 
 function compareSteps() {
   const root = find("#steps-result");
-  const fixed = { digit: numberOf("#steps-digit"), seed: numberOf("#steps-seed") };
+  const fixed = { digit: numberOf("#steps-digit"), seed: newSeed() };
   return withButton("#steps-run", root, async () => {
     const all = await variants();
     const rows = all.map(emptyRow);

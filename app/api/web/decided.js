@@ -1,7 +1,7 @@
 // "When is the digit decided?": the probability of each digit at each noise level.
 
 import { lineChart } from "./chart.js";
-import { announce, element, find, pngUrl } from "./dom.js";
+import { announce, element, find, pngUrl, setBusy } from "./dom.js";
 import { failureBox } from "./failure.js";
 import { noisyPicture, noiseStd, state } from "./forward.js";
 import { base64Of, canvasOf } from "./png.js";
@@ -14,16 +14,12 @@ const LIKELY = 0.15; // a digit with at least this probability at some level has
 
 let measurement = null; // identifies the running measurement
 
-/** Connects the section. The first measurement starts when the section comes into view. */
+/** The first measurement starts when the section comes into view. */
 export function start() {
+  find("#decided-run").disabled = false;
   find("#decided-run").addEventListener("click", measure);
   showEmpty();
   state.onChange = showEmpty;
-  const first = new IntersectionObserver(([{ isIntersecting }]) => {
-    if (!isIntersecting) return;
-    first.disconnect();
-    measure();
-  });
   first.observe(find("#decided-result"));
 }
 
@@ -35,11 +31,14 @@ function showEmpty() {
 
 const noisyBase64 = (t) => base64Of(canvasOf(noisyPicture(t)));
 
+const first = new IntersectionObserver(([{ isIntersecting }]) => isIntersecting && measure());
+
 async function measure() {
+  first.disconnect();
   const own = {};
   measurement = own;
   const [bar, button] = [find("#decided-progress"), find("#decided-run")];
-  button.disabled = true;
+  setBusy(button, true);
   bar.hidden = false;
   const results = TIMESTEPS.map((t) => ({ t, noisy: noisyBase64(t) }));
   try {
@@ -57,9 +56,10 @@ async function measure() {
   }
 }
 
-function end() {
+/** Stops a measurement. Its results so far stay. */
+export function end() {
   measurement = null;
-  find("#decided-run").disabled = false;
+  setBusy(find("#decided-run"), false);
   find("#decided-progress").hidden = true;
 }
 
@@ -83,7 +83,7 @@ function show(all) {
     const isLikely = digit !== best && points.some(([, value]) => value >= LIKELY);
     return { points, kind: digit === best ? "main" : "", label: isLikely ? String(digit) : "" };
   });
-  const text = results.length ? summary(results) : "A measurement sends 14 short requests.";
+  const text = results.length === all.length ? summary(results) : "A measurement sends 14 short requests.";
   const chart = lineChart({
     series: series.sort((a, b) => a.kind.length - b.kind.length),
     x: [0, END],

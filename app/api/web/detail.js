@@ -77,7 +77,7 @@ export function openDetail(run, index, focused = "Download PNG") {
   const file = bytesOf(png);
   const line = element("p", { class: "hint", role: "status" });
   const save = () => download(fileName(run, index), new Blob([file], { type: "image/png" }));
-  const icon = (name, text, click) => element("button", { type: "button", class: "quiet icon", "aria-label": name, title: name, click }, text);
+  const icon = (name, text, click) => element("button", { type: "button", class: "quiet icon", "aria-label": name, click }, text);
   const move = (by, name) => {
     let next = index;
     do next = (next + by + run.count) % run.count;
@@ -85,7 +85,7 @@ export function openDetail(run, index, focused = "Download PNG") {
     openDetail(run, next, name);
   };
   const more = [
-    ["Copy link", async () => copy(await linkOf(run), "Link", line)],
+    ["Copy link", () => copy(linkOf(run), "Link", line)],
     ["Copy as curl", () => copy(curlOf(run, index), "curl command", line)],
     ["Copy as Python", () => copy(pythonOf(run, index), "Python program", line)],
   ];
@@ -117,5 +117,6 @@ export function openDetail(run, index, focused = "Download PNG") {
     if (event.key === "ArrowRight") move(1, "Next");
   };
   if (!dialog.open) dialog.showModal();
-  [...dialog.querySelectorAll("button")].find((each) => (each.ariaLabel ?? each.textContent) === focused).focus();
+  [...dialog.querySelectorAll("button")].find((each) => (each.ariaLabel ?? each.textContent) === focused).focus({ preventScroll: true });
+  dialog.scrollTop = 0;
 }

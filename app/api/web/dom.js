@@ -84,8 +84,12 @@ export function download(name, blob) {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
+/** Marks a button whose work is running. It stays enabled, because a disabled button loses the focus. */
+export const setBusy = (button, isBusy) => button.setAttribute("aria-disabled", isBusy);
+
 /** Shows the value of a range input in an output element, now and after each change. */
 export function showValue(input, output, format = String) {
+  output.setAttribute("aria-live", "off"); // the slider itself says its value
   const update = () => {
     output.textContent = format(Number(input.value));
   };

@@ -19,7 +19,6 @@ let timer = null;
 let task = "recognize";
 let normalised = null; // the promise of the drawing as 784 grey values, until the drawing changes
 
-/** Connects the view. Runs once. */
 export function start() {
   pad = new Pad(find("#pad"), changed);
   mask = new Mask(find("#mask"));
@@ -175,6 +174,6 @@ async function showProvenance(chunks) {
     ...(note ? [element("p", { class: "hint" }, note)] : []),
     isGenerated
       ? element("button", { type: "button", click: () => { location.hash = address; } }, "Generate again")
-      : element("p", { class: "hint" }, "This image was made from another picture. Its parameters alone do not reproduce it."),
+      : element("p", { class: "hint" }, "It was made from another picture, so its parameters alone do not reproduce it."),
   );
 }

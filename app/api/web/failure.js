@@ -49,7 +49,7 @@ export function failureBox(error, retry) {
   const box = element(
     "div",
     { class: "failure", role: "group", "aria-label": title },
-    element("h3", {}, title),
+    element("h2", {}, title),
     element("p", {}, text),
     element("div", { class: "actions" }, retry ? button : null, wait),
   );

@@ -20,7 +20,6 @@ let timer = null;
 let tiles;
 export const state = { grey: null, onChange: () => {} }; // the chosen digit; onChange is called for a new one
 
-/** Connects the section. */
 export async function start(loaded) {
   model = loaded;
   newNoise();

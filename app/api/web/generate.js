@@ -2,19 +2,16 @@
 
 import { generateAddress, generateFields } from "./address.js";
 import { digitPrompt, score } from "./clip.js";
-import { element, download, find, menu, moves, plural, showValue } from "./dom.js";
-import { fileName, openDetail } from "./detail.js";
+import { announce, element, find, menu, moves, showValue } from "./dom.js";
+import { openDetail } from "./detail.js";
 import { failureBox, sentence } from "./failure.js";
 import * as history from "./history.js";
-import { bytesOf } from "./png.js";
 import { MAX_SEED, newSeed } from "./random.js";
 import { Run } from "./run.js";
 import { about } from "./service.js";
-import { copy, linkOf, nameOf, saveAnimation, saveSheet } from "./share.js";
+import { copy, linkOf, saveAs, saveSheet } from "./share.js";
 import { Stage } from "./stage.js";
-import { zip } from "./zip.js";
 
-const COUNTS = [1, 4, 9, 16, 64];
 const SEED_HINT = "The same seed with the same settings gives the same images.";
 const STEPS_HINT = "More steps take longer and usually give better images.";
 const GUIDANCE_HINT = "A higher value makes the digit clearer and the images less varied.";
@@ -29,12 +26,10 @@ let changed = new Set(); // fields that the user has set; the others have the de
 let run = null;
 let scoring = null; // aborts the running request to /score
 
-/** Connects the form. Runs once. */
 export function start() {
   form = find("#generate-form");
   stage = new Stage(find("#generate-stage"), { open: openDetail, retry: submitAgain, extra: saveButtons });
   for (let digit = 0; digit < 10; digit++) find("#digit-keys").append(choice("digit", digit, digit, digit === 7));
-  for (const count of COUNTS) find("#count-chips").append(chip(count));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (checkCount() && checkSeed()) generate(bodyOfForm());
@@ -74,11 +69,11 @@ export async function open(parameters) {
   if (find("#generate").hidden) return; // the user has opened another view in the meantime
   const isEmpty = !Object.keys(wanted).length;
   if (isEmpty && run?.isChosen) window.history.replaceState(null, "", generateAddress(run.body));
-  if (run && (isEmpty || generateAddress(wanted) === generateAddress(run.body))) {
+  const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
+  if (run && !note && (isEmpty || generateAddress(wanted) === generateAddress(run.body))) {
     showSimilarities();
     return;
   }
-  const note = applyCheckpoint(wanted, parameters.get("checkpoint"));
   fill(wanted);
   // The form rounds the guidance scale, and offers only values that the service permits. The service checks the others.
   const isComplete = wanted.seed !== undefined && wanted.digit !== undefined;
@@ -89,7 +84,7 @@ export async function open(parameters) {
 function applyCheckpoint(wanted, digest) {
   if (!/^[0-9a-f]{12,64}$/.test(digest)) return null;
   const same = models.find(({ sha256 }) => sha256.startsWith(digest));
-  if (same) wanted.model = same.name;
+  wanted.model = same?.name;
   return same ? null : "This service does not have the model of the link, so the images differ.";
 }
 
@@ -102,9 +97,7 @@ async function loadModels() {
   if (models.length) return;
   ({ models, limits, clip = null } = await about());
   form.count.max = limits.count;
-  form.count.value = Math.min(form.count.value, limits.count);
-  checkCount();
-  for (const button of find("#count-chips").children) button.hidden = button.value > limits.count;
+  limitCount();
   find("#model-choice").replaceChildren(...models.map(({ name }, place) => choice("model", name, name, !place)));
   find("#model-choice").parentNode.hidden = models.length < 2;
   applyModel();
@@ -115,14 +108,6 @@ async function loadModels() {
 function choice(name, value, text, checked = false) {
   const input = element("input", { type: "radio", name, value, checked });
   return element("label", {}, input, element("span", {}, String(text)));
-}
-
-function chip(count) {
-  const set = () => {
-    form.count.value = count;
-    checkCount();
-  };
-  return element("button", { type: "button", class: "small", value: count, click: set, "aria-label": plural(count, "image") }, String(count));
 }
 
 const guidanceText = (scale) => {
@@ -166,20 +151,22 @@ function applyClip() {
   form.clip_prompt.placeholder = digitPrompt(form.digit.value);
 }
 
-/** Sets the form to the fields of a request. */
+/** Sets the form to the fields of a request, except the seed: the next run has new images. */
 function fill(body) {
+  form.seed.value = "";
   changed = new Set(Object.keys(body));
   if (body.model && models.some(({ name }) => name === body.model)) form.model.value = body.model;
   applyModel();
   if (body.sampler && model().samplers.includes(body.sampler)) form.sampler.value = body.sampler;
   applyModel();
-  for (const name of ["digit", "count", "num_steps", "guidance_scale", "seed"]) {
+  for (const name of ["digit", "count", "num_steps", "guidance_scale"]) {
     if (body[name] !== undefined && !form[name].disabled) form[name].value = body[name];
   }
   form.clip_guidance_scale.value = body.clip_guidance_scale ?? 0; // an address without CLIP guidance turns it off
   form.clip_prompt.value = body.clip_prompt ?? "";
   for (const input of [form.num_steps, form.guidance_scale, form.clip_guidance_scale]) input.dispatchEvent(new Event("input"));
   applyClip();
+  limitCount();
 }
 
 function bodyOfForm() {
@@ -200,6 +187,13 @@ function bodyOfForm() {
   return body;
 }
 
+/** Makes the fields valid that a person can have made invalid. */
+function limitCount() {
+  form.count.value = Math.min(form.count.value, limits.count);
+  checkCount();
+  checkSeed();
+}
+
 /** Returns true if the number of images is permitted. Otherwise says which are. */
 function checkCount() {
   const count = Number(form.count.value);
@@ -207,7 +201,7 @@ function checkCount() {
   form.count.setAttribute("aria-invalid", !isValid);
   find("#count-hint").hidden = isValid;
   find("#count-hint").textContent = isValid ? "" : `Choose 1 to ${limits.count} images.`;
-  if (!isValid) showField(form.count);
+  if (!isValid) showField(form.count, find("#count-hint").textContent);
   return isValid;
 }
 
@@ -217,10 +211,11 @@ function showAdvanced(isShown) {
   find("#advanced-button").setAttribute("aria-expanded", isShown);
 }
 
-/** Shows the advanced fields and moves the focus to one of them. */
-function showField(input) {
+/** Shows the advanced fields and moves the focus to one of them, because of a problem. */
+function showField(input, problem) {
   showAdvanced(true);
   input.focus();
+  announce(problem);
 }
 
 /** Returns true if the seed is valid or empty. Otherwise says what is wrong. */
@@ -231,7 +226,7 @@ function checkSeed() {
   const hint = find("#seed-hint");
   hint.classList.toggle("error", !isValid);
   hint.textContent = isValid ? SEED_HINT : `The seed must be a whole number from 0 to ${MAX_SEED}.`;
-  if (!isValid) showField(form.seed);
+  if (!isValid) showField(form.seed, hint.textContent);
   return isValid;
 }
 
@@ -277,8 +272,8 @@ async function showSimilarities() {
 
 function similarityText(prompt, realDigits) {
   const hint =
-    "The number below an image is the cosine similarity of the CLIP embeddings of the image and the prompt. The number " +
-    "for real digits is the mean of MNIST images of the digit. Compare only numbers of the same prompt.";
+    "Below each image: the cosine similarity of the CLIP embeddings of the image and the prompt. For real digits: its " +
+    "mean over MNIST images of the digit. Compare only numbers of the same prompt.";
   return [
     element("p", {}, "CLIP similarity to “", element("bdi", { class: "prompt" }, prompt), "”, real digits: ", element("span", { class: "mono" }, realDigits.toFixed(2))),
     element("p", { class: "hint" }, hint),
@@ -286,40 +281,39 @@ function similarityText(prompt, realDigits) {
 }
 
 function submitAgain() {
-  generate(run.body);
+  generate(run.body, { note: run.note });
 }
 
-/** Returns the buttons below the images of a finished run. */
+/** Returns what is below the images of a finished run: the buttons, and a line for their results. */
 function saveButtons(finished) {
   const line = element("span", { class: "hint", role: "status" });
-  const animate = async (type) => {
-    line.textContent = "Generating the animation";
+  let isSaving = false;
+  const save = async (work) => {
+    if (isSaving) return;
+    isSaving = true;
+    line.textContent = "Saving";
     try {
-      await saveAnimation(finished, type);
-      line.textContent = "Animation saved.";
+      await work();
+      line.textContent = "Saved.";
     } catch (error) {
       line.textContent = sentence(error);
     }
-  };
-  const saveAll = () => {
-    const files = finished.images.map((png, index) => [fileName(finished, index), bytesOf(png)]);
-    download(`${nameOf(finished)}.zip`, zip(files));
+    isSaving = false;
   };
   const keepSeed = () => {
     form.seed.value = finished.body.seed;
     checkSeed();
+    line.textContent = "The next run has the same seed.";
   };
-  return [
-    line,
-    element("button", { type: "button", class: "small", click: () => animate("gif") }, "Save as animation"),
-    menu("More", [
-      ["Copy link", async () => copy(await linkOf(finished), "Link", line)],
-      ["Animation as WebP", () => animate("webp")],
-      ["Picture with caption", () => saveSheet(finished)],
-      finished.count > 1 ? ["All images (ZIP)", saveAll] : null,
-      ["Keep this seed", keepSeed],
-    ]),
-  ];
+  const animate = element("button", { type: "button", class: "small", click: () => save(() => saveAs(finished, "gif")) }, "Save as animation");
+  const more = menu("More", [
+    ["Copy link", () => copy(linkOf(finished), "Link", line)],
+    ["Animation as WebP", () => save(() => saveAs(finished, "webp"))],
+    ["Picture with caption", () => save(() => saveSheet(finished))],
+    finished.count > 1 ? ["All images (ZIP)", () => save(() => saveAs(finished, "zip"))] : null,
+    ["Keep this seed", keepSeed],
+  ]);
+  return [element("div", { class: "joined" }, animate, more), line];
 }
 
 function reset() {
@@ -329,11 +323,14 @@ function reset() {
   if (models.length) applyModel();
   form.clip_guidance_scale.dispatchEvent(new Event("input"));
   applyClip();
+  limitCount();
 }
 
 /** Chooses a digit by its key, unless the user is typing or a dialog is open. */
 function chooseDigit(event) {
   const isTyping = event.target.closest('input:not([type="radio"]):not([type="range"]), select, dialog');
   if (isTyping || find("#generate").hidden || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (/^[0-9]$/.test(event.key)) find(`input[name="digit"][value="${event.key}"]`, form).click();
+  if (!/^[0-9]$/.test(event.key)) return;
+  find(`input[name="digit"][value="${event.key}"]`, form).click();
+  announce(`Digit ${event.key}`);
 }

@@ -19,7 +19,6 @@ function read() {
 
 const write = (entries) => save("localStorage", NAME, JSON.stringify(entries));
 
-/** Adds a finished run to the history. */
 export function remember(run) {
   const address = generateAddress(run.body);
   const entry = { address, png: run.images[0], text: `Digit ${run.body.digit}, ${plural(run.count, "image")}, seed ${run.body.seed}` };
@@ -27,7 +26,6 @@ export function remember(run) {
   show();
 }
 
-/** Shows the history. */
 export function show() {
   const entries = read();
   find("#history").hidden = !entries.length;
@@ -41,7 +39,6 @@ export function show() {
   find("#history-list").replaceChildren(...items);
 }
 
-/** Connects the button that removes the history. */
 export function start() {
   find("#history-clear").addEventListener("click", () => {
     write([]);

@@ -26,7 +26,10 @@ function route() {
   document.title = `${name[0].toUpperCase()}${name.slice(1)} · unfog`;
   if (current && current !== name) {
     VIEWS[current].close?.();
-    find("#main").focus({ preventScroll: true });
+    find("#detail").close();
+    const title = find(`#${name} h1`);
+    title.tabIndex = -1;
+    title.focus({ preventScroll: true });
     scrollTo(0, 0);
   }
   current = name;
@@ -72,6 +75,8 @@ find("#skip").addEventListener("click", (event) => {
   event.preventDefault(); // so that the address keeps its parameters
   find("#main").focus();
 });
+// A busy button keeps the focus, so it is not disabled.
+document.addEventListener("click", (event) => event.target.closest("[aria-disabled=true]") && event.stopPropagation(), true);
 startTheme();
 setKeyPrompt(askForKey);
 for (const view of [generate, drawView, batch, status]) view.start();

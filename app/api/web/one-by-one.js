@@ -34,15 +34,24 @@ export class Comparison {
       await send(row.body);
       row.end = free = this.now();
     }
-    const small = this.rows.reduce((least, row) => (row.seconds < least.seconds ? row : least));
-    const text = `The request for ${plural(small.body.count, "image")} was answered after ${duration(small.seconds)}. If the requests run one after the other, it waits for those before it and is answered after ${duration(small.end - small.arrival)}.`;
+    const most = (of) => this.rows.reduce((best, row) => (of(row) > of(best) ? row : best));
+    const late = most(({ arrival, begin }) => begin - arrival);
+    const large = most(({ body }) => body.count);
+    const facts = ({ body, arrival, seconds, end }) => [plural(body.count, "image"), duration(seconds), duration(end - arrival)];
+    const [few, soon, later] = facts(late);
+    const [many, shared, alone] = facts(large);
+    const text =
+      late.begin > late.arrival
+        ? `The request for ${few} was answered after ${soon}. If the requests run one after the other, it waits for those before it and is answered after ${later}. The request for ${many} took ${shared}, and ${alone} alone.`
+        : "Each request was answered before the next one arrived, so no request had to wait.";
     find("#comparison-text").textContent = text;
     announce(text);
   }
 
-  stop() {
+  stop(isAborted) {
     clearInterval(this.clock);
     this.draw();
+    if (isAborted) find("#comparison-text").textContent = "The comparison was stopped before its end.";
   }
 
   /** Returns the seconds since the first request. */
@@ -66,7 +75,7 @@ export class Comparison {
       const shared = arrival === undefined ? [] : [bar("shared", arrival, together(row))];
       const single = begin === undefined ? [] : [bar("waiting", arrival, begin), bar("alone", begin, alone(row))];
       return [
-        element("h3", {}, `Digit ${body.digit}, ${plural(body.count, "image")}`),
+        element("h2", {}, `Digit ${body.digit}, ${plural(body.count, "image")}`),
         element("div", { class: "track" }, shared),
         element("span", { class: "mono" }, seconds ? duration(seconds) : ""),
         element("div", { class: "track" }, single),

@@ -3,7 +3,7 @@
 import { eventsOf } from "./event-stream.js";
 import { load, save } from "./storage.js";
 
-const LONGEST_WAIT = 120; // seconds
+export const LONGEST_WAIT = 120; // seconds
 export const INTERRUPTED = { code: "interrupted", detail: "The connection broke" };
 const KEY = "unfog-api-key"; // name in the session storage, which the browser deletes when the tab is closed
 
@@ -55,8 +55,12 @@ async function send(path, body, accept, signal) {
   }
 }
 
-/** Resolves after a number of seconds. */
-export const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+/** Resolves after a number of seconds. Rejects when the signal is aborted. */
+export const pause = (seconds, signal) =>
+  new Promise((resolve, reject) => {
+    setTimeout(resolve, 1000 * seconds);
+    signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
+  });
 
 /** Sends a request and returns the JSON of the response. */
 export async function json(path, body, signal) {

@@ -3,10 +3,11 @@
 import { generateAddress } from "./address.js";
 import { download, element, find } from "./dom.js";
 import { SIDE, bytesOf, textChunks, withText } from "./png.js";
-import { about, call } from "./service.js";
+import { INTERRUPTED, ServiceError, call } from "./service.js";
 
 const FRAMES = 50; // of an animation
 const ANIMATION_WIDTH = 448; // pixels, at most
+const MAX_PIXELS = 16e6; // of all frames, a limit of the service
 const SHEET_WIDTH = 896; // pixels, at most
 const CAPTION = { height: 72, margin: 16, size: 20, line: 26 }; // pixels
 const DIGEST_LENGTH = 12; // characters of the digest of a checkpoint in a link
@@ -15,20 +16,26 @@ const DIGEST_LENGTH = 12; // characters of the digest of a checkpoint in a link
 export const nameOf = ({ path, body }) => `${path === "generate" ? `digit-${body.digit}` : path}-seed-${body.seed}`;
 
 const columnsOf = (run) => Math.ceil(Math.sqrt(run.count));
+const rowsOf = (run) => Math.ceil(run.count / columnsOf(run));
 const scaleFor = (width, run) => Math.max(1, Math.floor(width / (SIDE * columnsOf(run))));
 
-/** Generates a run again and saves its steps as an animation. `type` is gif or webp. Throws a ServiceError. */
-export async function saveAnimation(run, type) {
-  const body = { ...run.body, scale: scaleFor(ANIMATION_WIDTH, run) };
-  const answer = await call(`${run.path}?previews=${FRAMES}`, { body, accept: `image/${type}` });
-  download(`${nameOf(run)}.${type}`, await answer.blob());
+/** Generates the images of a run again and saves them in another format: gif, webp or zip. Throws a ServiceError. */
+export async function saveAs(run, type) {
+  const [kind, scale] = type === "zip" ? ["application", 1] : ["image", scaleFor(ANIMATION_WIDTH, run)];
+  const pixels = rowsOf(run) * columnsOf(run) * (SIDE * scale) ** 2;
+  const frames = Math.max(1, Math.min(FRAMES, Math.floor(MAX_PIXELS / pixels)));
+  const answer = await call(`${run.path}?previews=${frames}`, { body: { ...run.body, scale }, accept: `${kind}/${type}` });
+  const file = await answer.blob().catch(() => {
+    throw new ServiceError(INTERRUPTED);
+  });
+  download(`${nameOf(run)}.${type}`, file);
 }
 
 /** Saves all images in one PNG file with a caption and with the text chunks of the images. */
 export async function saveSheet(run) {
   const bitmaps = await Promise.all(run.images.map((png) => createImageBitmap(new Blob([bytesOf(png)]))));
   const side = SIDE * scaleFor(SHEET_WIDTH, run);
-  const rows = Math.ceil(run.count / columnsOf(run));
+  const rows = rowsOf(run);
   const canvas = element("canvas", { width: columnsOf(run) * side, height: rows * side + CAPTION.height });
   const context = canvas.getContext("2d");
   context.fillRect(0, 0, canvas.width, canvas.height);
@@ -57,10 +64,9 @@ function captionOf(chunks) {
 }
 
 /** Returns a link to the images of a run. It names the checkpoint, so that other services can select the same model. */
-export async function linkOf(run) {
-  const { models } = await about();
-  const digest = models.find(({ name }) => name === run.body.model)?.sha256.slice(0, DIGEST_LENGTH);
-  return `${location.href.split("#", 1)[0]}${generateAddress(run.body)}${digest ? `&checkpoint=${digest}` : ""}`;
+export function linkOf(run) {
+  const digest = textChunks(bytesOf(run.images[0]))["Model-SHA256"].slice(0, DIGEST_LENGTH);
+  return `${location.href.split("#", 1)[0]}${generateAddress(run.body)}&checkpoint=${digest}`;
 }
 
 /** Copies a text. Browsers permit this only on secure origins and localhost, so the text is shown if it fails. */
@@ -69,7 +75,7 @@ export async function copy(text, name, line) {
     await navigator.clipboard.writeText(text);
     line.textContent = `${name} copied.`;
   } catch {
-    line.replaceChildren("Copy this text:", element("textarea", { rows: 6, cols: 50, readonly: true, "aria-label": name }, text));
+    line.replaceChildren("Copy this text:", element("textarea", { rows: 6, readonly: true, "aria-label": name }, text));
     find("textarea", line).select();
   }
 }

@@ -29,6 +29,7 @@ export class Stage {
     this.clock = setInterval(update, 500); // for the time left
     this.unwatch = () => run.removeEventListener("change", update);
     this.update();
+    announce(`Generating ${plural(run.count, "image")}`);
     if (hadFocus) this.cancelButton.focus({ preventScroll: true });
   }
 
@@ -62,19 +63,25 @@ export class Stage {
     };
     this.line = element("div", { class: "run-line" });
     this.bar = element("progress", { max: 1, value: 0, "aria-label": "Progress of the images" });
-    this.slider = element("input", { type: "range", min: 0, "aria-label": "Step", input: () => this.seek() });
+    this.slider = element("input", { type: "range", min: 0, "aria-label": "Step", input: () => this.seek(), pointerdown: () => this.pause() });
     this.play = element("button", { type: "button", class: "small", click: () => this.togglePlay() }, "Play");
-    this.at = element("output");
+    this.at = element("output", { "aria-live": "off" });
     this.scrubber = element("div", { class: "scrubber", hidden: true }, this.play, this.slider, this.at);
     this.footer = element("div", { class: "run-line" });
     this.panesRow = element("div", { class: "panes" }, this.panes.xt.figure, this.panes.x0.figure);
     this.explanation = element("div", { class: "explanation" });
     this.problem = element("div");
     this.root.replaceChildren(
-      element("div", { class: "panel run" }, this.bar, this.panesRow, this.line, this.problem, this.scrubber, this.footer, this.explanation),
+      element("div", { class: "panel run" }, this.bar, this.line, this.panesRow, this.problem, this.scrubber, this.footer, this.explanation),
     );
     this.shownState = null;
     this.choosePanes();
+  }
+
+  /** Returns the name of an image for screen readers. */
+  nameOf(index) {
+    const { body, count } = this.run;
+    return `${body.digit === undefined ? "" : `Digit ${body.digit}, `}image ${index + 1} of ${count}`;
   }
 
   /** Updates the page before the next frame of the display, so that many events cost one update. */
@@ -132,22 +139,25 @@ export class Stage {
     this.describePosition(run.frames.length - 1);
     this.panes.x0.tiles.forEach((tile, index) => {
       tile.disabled = !run.images[index];
-      tile.setAttribute("aria-label", `Image ${index + 1} of ${run.count}: details`);
+      tile.setAttribute("aria-label", `${this.nameOf(index)}: details`);
     });
     this.footer.replaceChildren();
     if (run.state === "done") this.showResult();
     else if (run.state === "cancelled") this.showCancelled();
-    else this.problem.replaceChildren(failureBox(run.error, this.retry));
+    else this.problem.replaceChildren(...this.notes(), failureBox(run.error, this.retry));
     if (hadFocus) [...this.root.querySelectorAll("button:enabled")].find((each) => each.checkVisibility())?.focus({ preventScroll: true });
+  }
+
+  notes() {
+    return this.run.note ? [element("p", { role: "note" }, this.run.note)] : [];
   }
 
   showResult() {
     const { run } = this;
-    const calls = run.result.evaluations ? `, ${plural(run.result.evaluations, "evaluation")} each` : "";
     const seconds = run.result.timing.total_seconds;
-    this.problem.replaceChildren(...(run.note ? [element("p", { role: "note" }, run.note)] : []));
+    this.problem.replaceChildren(...this.notes());
     this.footer.replaceChildren(
-      element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}${calls}. Seed `, element("span", { class: "mono" }, String(run.body.seed))),
+      element("span", {}, `${plural(run.count, "image")} in ${duration(seconds)}. Seed `, element("span", { class: "mono" }, String(run.body.seed))),
       element("span", { class: "grow" }),
       ...[this.extra(run)].flat().filter(Boolean),
     );
@@ -159,10 +169,9 @@ export class Stage {
     const { tiles, labels } = this.panes.x0;
     similarities.forEach((similarity, index) => {
       labels[index].textContent = similarity.toFixed(2);
-      tiles[index].setAttribute("aria-label", `Image ${index + 1} of ${this.run.count}, similarity ${similarity.toFixed(2)}: details`);
+      tiles[index].setAttribute("aria-label", `${this.nameOf(index)}, similarity ${similarity.toFixed(2)}: details`);
     });
     this.explanation.replaceChildren(...explanation);
-    announce(explanation[0].textContent);
   }
 
   showCancelled() {
@@ -205,11 +214,15 @@ export class Stage {
     this.choosePanes();
   }
 
+  pause() {
+    clearInterval(this.player);
+    this.player = null;
+    this.play.textContent = "Play";
+  }
+
   togglePlay() {
     if (this.player) {
-      clearInterval(this.player);
-      this.player = null;
-      this.play.textContent = "Play";
+      this.pause();
       return;
     }
     if (this.slider.value === this.slider.max) this.slider.value = 0;
@@ -217,7 +230,7 @@ export class Stage {
     const advance = () => {
       this.slider.value = Number(this.slider.value) + 1;
       this.seek();
-      if (this.slider.value === this.slider.max) this.togglePlay();
+      if (this.slider.value === this.slider.max) this.pause();
     };
     this.player = setInterval(advance, 1000 / FRAMES_PER_SECOND);
   }
@@ -229,6 +242,7 @@ export class Stage {
     const isAlone = run.state === "done" && isLast;
     this.panes.xt.figure.hidden = isAlone;
     this.panesRow.dataset.panes = isAlone ? 1 : 2;
+    this.panesRow.hidden = !moves() && run.isActive; // there is nothing to see before the end
     this.panes.x0.text.textContent = isAlone ? `The finished image${run.count > 1 ? "s" : ""}. ${run.frames.length > 1 ? HOW : ""}` : PREDICTED;
   }
 }

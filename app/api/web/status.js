@@ -21,7 +21,6 @@ export function start() {
   });
 }
 
-/** Shows the view. */
 export async function open() {
   showCharts();
   sampleNow(); // so that the newest requests are counted

@@ -30,8 +30,14 @@ export function start(parts) {
   find("#denoise-run").addEventListener("click", () => withDrawing("denoise", denoise));
   find("#inpaint-run").addEventListener("click", () => withDrawing("inpaint", inpaint));
   find("#edit-run").addEventListener("click", () => withDrawing("edit", edit));
-  find("#mask-clear").addEventListener("click", () => mask.set(() => false));
-  find("#mask-half").addEventListener("click", () => mask.set((x, y) => y >= SIDE / 2));
+  find("#mask-clear").addEventListener("click", () => {
+    mask.set(() => false);
+    announce("Nothing is marked");
+  });
+  find("#mask-half").addEventListener("click", () => {
+    mask.set((x, y) => y >= SIDE / 2);
+    announce("The lower half is marked");
+  });
 }
 
 /** Shows what the drawing means for a task: the recognised digit, or the picture under the mask. */
@@ -51,7 +57,7 @@ export async function drawingChanged(task) {
     await guarded("inpaint", async () => mask.setGrey((await grey()) ?? new Float32Array(SIDE * SIDE)));
   }
   for (const name of ["denoise", "inpaint", "edit"]) {
-    if (pad.isEmpty && !shown[name]) showHint(name, "Draw a digit first.");
+    if (!shown[name]) showHint(name, pad.isEmpty ? "Draw a digit first." : "");
   }
 }
 
@@ -143,7 +149,7 @@ async function denoise() {
       tile(noisy.toDataURL(), `with noise, ${psnr(clean, noisyGrey)}`),
       tile(pngUrl(mean.images[0].png), `predicted in one step, ${psnr(clean, meanGrey)}`),
     ),
-    element("p", {}, `Estimated noise: ${mean.noise_std.toFixed(1)} grey levels. PSNR measures the similarity to your drawing: higher is better. The prediction in one step is the mean of all possible images, so it is blurred. The images below are one possible result, step by step.`),
+    element("p", {}, `Estimated noise: ${mean.noise_std.toFixed(1)} grey levels. A higher PSNR means more similar to your drawing. The prediction in one step is the mean of all possible images, so it is blurred. The images below are one possible result, step by step.`),
     sample,
   );
   await startRun("denoise", { ...body, seed: newSeed() }, sample, found);

@@ -20,6 +20,9 @@ export async function open() {
   }
 }
 
+/** Stops a measurement when the view is left. */
+export const close = decided.end;
+
 async function start() {
   const model = await defaultModel();
   find("#decided").hidden = !model.has_picture_tasks;

@@ -3,9 +3,10 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.e2e.browser.conftest import Open, Watched
 from tests.e2e.browser.views import pngs_of, wait_until_compared
@@ -116,6 +117,62 @@ def test_refused_sample_request_is_sent_again_after_retry_after(
     expect(page.locator(".cell.done")).to_have_count(24 + 8 + 4 + 1)
 
 
+def test_long_retry_after_ends_the_sample_requests_with_a_reason(
+    start: Start, open_page: Open, watched: Watched
+) -> None:
+    watched.expected.append("429")
+    page = open_page(start(UNFOG_RATE_LIMIT="3/hour", UNFOG_MAX_BATCH="64"), "#/batch")
+    page.get_by_role("button", name="Send sample requests").click()
+    expect(page.locator("#batch-problem")).to_contain_text("Too many requests")
+    expect(page.locator("#batch-send")).to_have_attribute("aria-disabled", "false")
+    expect(page.get_by_text("The comparison was stopped before its end.")).to_be_visible()
+
+
+def test_leaving_the_view_ends_a_wait_for_a_busy_service(service: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("429")
+    busy = {"status": 429, "code": "overloaded", "detail": "The queue is full"}
+    page = open_page(service, "#/batch")
+    page.route("**/generate?*", lambda route: route.fulfill(status=429, headers={"Retry-After": "100"}, json=busy))
+    page.get_by_role("button", name="Send sample requests").click()
+    expect(page.get_by_text("A request will be sent again in 100 seconds.")).to_be_visible()
+    page.get_by_role("link", name="Status").click()
+    page.get_by_role("link", name="Batch").click()
+    expect(page.locator("#batch-send")).to_have_attribute("aria-disabled", "false")
+    expect(page.locator("#batch-problem")).to_have_text("")
+
+
+def test_failed_sample_request_stops_the_others_and_marks_no_cell(
+    start: Start, open_page: Open, watched: Watched
+) -> None:
+    watched.expected.append("503")
+    problem = {"status": 503, "code": "draining", "detail": "Draining"}
+    page = open_page(start(UNFOG_MAX_BATCH="4", UNFOG_REQUEST_TIMEOUT="300"), "#/batch")
+
+    def answer(route: Route) -> None:
+        if route.request.post_data_json["digit"] == 7:  # the last one
+            route.fulfill(status=503, json=problem)
+        else:
+            route.continue_()
+
+    page.route("**/generate?*", answer)
+    page.get_by_role("button", name="Send sample requests").click()
+    expect(page.locator("#batch-problem")).to_contain_text("The service is stopping")
+    expect(page.locator(".lane").last.locator("p")).to_have_text("failed")
+    expect(page.locator(".lane").first.locator("p")).to_contain_text("cancelled")
+    expect(page.locator(".cell.active")).to_have_count(0)
+    expect(page.get_by_text("The comparison was stopped before its end.")).to_be_visible()
+
+
+def test_comparison_without_waits_says_so(start: Start, fast_checkpoint: Path, open_page: Open) -> None:
+    page = open_page(start(UNFOG_CHECKPOINT=str(fast_checkpoint), UNFOG_MAX_COUNT="1"), "#/batch")
+    page.get_by_role("button", name="Send sample requests").click()
+    expect(page.locator("#comparison-text")).to_contain_text("answered")
+    waits = [bar.bounding_box() or {} for bar in page.locator("#comparison-rows .waiting").all()]
+    has_waited = any(box["width"] > 3 for box in waits)
+    text = page.locator("#comparison-text").text_content() or ""
+    assert ("no request had to wait" in text) != has_waited
+
+
 def test_leaving_the_view_cancels_the_sample_requests(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="1", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
@@ -127,6 +184,8 @@ def test_leaving_the_view_cancels_the_sample_requests(start: Start, open_page: O
     expect(page.get_by_role("button", name="Send sample requests")).to_be_enabled()
     expect(page.locator("#batch-problem")).to_have_text("")
     expect(page.locator(".lane").first).to_contain_text("cancelled")
+    expect(page.get_by_text("The comparison was stopped before its end.")).to_be_visible()
+    expect(page.locator(".cell.active")).to_have_count(0)
 
 
 def test_leaving_the_view_closes_the_stream(service: Service, open_page: Open) -> None:

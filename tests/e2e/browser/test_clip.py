@@ -243,7 +243,7 @@ def test_fields_are_part_of_the_request_the_address_and_the_history(service: Ser
     wait_until_finished(page)
     assert sent[1:] == [BODY, BODY]  # after the run of the first visit
     # A prompt without guidance is not sent, and an address without guidance turns it off.
-    generate(page, clip_guidance_scale="0")
+    generate(page, clip_guidance_scale="0", seed="42")
     wait_until_finished(page)
     assert sent[-1] == WITHOUT_CLIP
     expect(page.locator("#history-list li")).to_have_count(2)

@@ -157,6 +157,14 @@ def test_dark_strokes_on_white_are_inverted(shipped: Service, open_page: Open) -
     expect(page.locator("#provenance")).to_be_hidden()
 
 
+def test_request_to_draw_first_disappears_with_a_drawing(shipped: Service, open_page: Open) -> None:
+    page = open_page(shipped, "#/draw")
+    page.get_by_role("tab", name="Remove noise").click()
+    expect(page.locator("#denoise-result")).to_have_text("Draw a digit first.")
+    page.locator("#pad-digits").get_by_role("button", name="Digit 2").click()
+    expect(page.locator("#denoise-result")).to_have_text("")
+
+
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_file_that_is_no_picture_is_refused_with_a_reason_below_the_drawing(
     shipped: Service, open_page: Open, size: dict[str, int]

@@ -1,6 +1,9 @@
 """Tests of what a visitor sees without scrolling, in four window sizes, and of what opening the page does."""
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from playwright.sync_api import Page, expect
 from tests.e2e.browser.conftest import DESKTOP, PHONE, Open, Watched
 from tests.e2e.browser.test_draw import draw_seven, verdict
 from tests.e2e.browser.views import predictions, wait_until_compared, wait_until_finished
-from tests.e2e.conftest import Start
+from tests.e2e.conftest import Start, start_service
 from tests.e2e.service import Service
 
 SIZES = [DESKTOP, {"width": 1440, "height": 900}, PHONE, {"width": 360, "height": 640}]
@@ -56,11 +59,19 @@ def is_inside(page: Page, selector: str) -> bool:
     return box["x"] >= 0 and box["y"] >= 0 and right <= size["width"] and bottom <= size["height"]
 
 
+@pytest.fixture(scope="module")
+def slow(checkpoint: Path) -> Iterator[Service]:
+    """A service whose runs take long enough to look at them."""
+    with ExitStack() as stack:
+        yield start_service(stack, checkpoint, UNFOG_MAX_BATCH="1", UNFOG_REQUEST_TIMEOUT="300")
+
+
 @EACH_SIZE
-def test_button_and_first_image_are_inside_the_window(service: Service, open_page: Open, size: dict[str, Any]) -> None:
-    page = open_page(service, viewport=size)
+def test_button_and_first_image_are_inside_the_window(slow: Service, open_page: Open, size: dict[str, Any]) -> None:
+    page = open_page(slow, viewport=size)
     expect(page.get_by_text(re.compile(r"^Step \d+ of 100"))).to_be_visible()
-    for selector in ("#digit-keys", "#generate-button", "#generate-stage div.tile", "#generate-stage button.tile"):
+    running = ("#digit-keys", "#generate-button", "progress", ".run-line button", "div.tile", "button.tile")
+    for selector in running:
         assert is_inside(page, selector), selector
     assert_fits(page)
     wait_until_finished(page)
@@ -79,12 +90,13 @@ def test_desktop_shows_all_images_and_the_buttons_below_them(
         assert is_inside(page, selector), selector
 
 
-@EACH_SIZE
-@pytest.mark.parametrize("view", ["understand", "draw", "batch", "status"])
-def test_view_is_not_cut_off_and_its_text_can_be_read(
-    service: Service, open_page: Open, view: str, size: dict[str, Any]
-) -> None:
-    page = open_page(service, f"#/{view}", viewport=size)
+@pytest.mark.parametrize("view", ["generate", "understand", "draw", "batch", "status"])
+def test_view_is_not_cut_off_and_its_text_can_be_read_in_any_size(service: Service, open_page: Open, view: str) -> None:
+    page = open_page(service, f"#/{view}")
+    if view == "generate":
+        expect(page.locator("#advanced")).to_be_hidden()
+        page.locator("#advanced-button").click()
+        wait_until_finished(page)
     if view == "understand":
         expect(page.locator("#guidance-run")).to_be_enabled()
         page.locator("#guidance-run").click()
@@ -96,17 +108,10 @@ def test_view_is_not_cut_off_and_its_text_can_be_read(
         wait_until_compared(page)
     if view == "status":
         expect(page.locator("#model-cards .facts").first).to_be_visible()
-    assert_fits(page)
-
-
-@EACH_SIZE
-def test_advanced_fields_are_not_cut_off(service: Service, open_page: Open, size: dict[str, Any]) -> None:
-    page = open_page(service, viewport=size)
-    expect(page.locator("#advanced")).to_be_hidden()
-    page.locator("#advanced-button").click()
-    for name in ("num_steps", "guidance_scale"):
-        expect(page.locator(f'[name="{name}"]')).to_be_visible()
-    assert_fits(page)
+    for size in [*SIZES, {"width": 844, "height": 390}]:  # the last one is a phone that was turned
+        page.set_viewport_size(size)  # type: ignore[arg-type]
+        page.wait_for_timeout(100)  # charts are drawn again in the new width
+        assert_fits(page)
 
 
 @EACH_SIZE
@@ -153,8 +158,10 @@ def test_digit_in_the_address_is_generated_at_once(service: Service, open_page: 
     expect(page.locator("#detail .facts")).to_contain_text("Digit3")
 
 
-def test_reduced_motion_shows_only_the_finished_images(service: Service, open_page: Open) -> None:
-    page = open_page(service, prepare=lambda page: page.add_init_script(COUNT_SOURCES), reduced_motion="reduce")
+def test_reduced_motion_shows_only_the_finished_images(slow: Service, open_page: Open) -> None:
+    page = open_page(slow, prepare=lambda page: page.add_init_script(COUNT_SOURCES), reduced_motion="reduce")
+    expect(page.locator("#generate-stage progress")).to_be_visible()
+    expect(page.locator("#generate-stage .pane").first).to_be_hidden()
     wait_until_finished(page)
     expect(page.locator("#generate-stage img[src]")).to_have_count(8)  # four images in each pane
     assert page.evaluate("sources.length") == 8
@@ -162,9 +169,9 @@ def test_reduced_motion_shows_only_the_finished_images(service: Service, open_pa
     assert page.evaluate("sources.length") > 8
 
 
-@pytest.mark.parametrize(("network", "previews"), [("3g", 10), ("slow-2g", 10), ("4g", 100)])
-def test_slow_network_gets_fewer_previews(service: Service, open_page: Open, network: str, previews: int) -> None:
-    script = f"Object.defineProperty(navigator, 'connection', {{value: {{effectiveType: '{network}'}}}})"
+@pytest.mark.parametrize(("kind", "previews"), [("3g", 10), ("slow-2g", 10), ("4g", 100)])
+def test_slow_network_gets_fewer_previews(service: Service, open_page: Open, kind: str, previews: int) -> None:
+    script = f"Object.defineProperty(navigator, 'connection', {{value: {{effectiveType: '{kind}'}}}})"
     paths: list[str] = []
 
     def prepare(page: Page) -> None:
@@ -175,16 +182,16 @@ def test_slow_network_gets_fewer_previews(service: Service, open_page: Open, net
     assert f"/generate?previews={previews}&include=x_t" in paths
 
 
-def test_first_run_does_not_take_the_focus(service: Service, open_page: Open) -> None:
-    page = open_page(service)
+def test_first_run_does_not_take_the_focus(slow: Service, open_page: Open) -> None:
+    page = open_page(slow)
     expect(page.get_by_role("button", name="Cancel")).to_be_visible()
     assert page.evaluate("document.activeElement === document.body")
     wait_until_finished(page)
     assert page.evaluate("document.activeElement === document.body")
 
 
-def test_focus_moves_from_cancel_to_the_button_that_replaces_it(start: Start, open_page: Open) -> None:
-    page = open_page(start(UNFOG_MAX_BATCH="1"))
+def test_focus_moves_from_cancel_to_the_button_that_replaces_it(slow: Service, open_page: Open) -> None:
+    page = open_page(slow)
     page.get_by_role("button", name="Cancel").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Run again")).to_be_focused()

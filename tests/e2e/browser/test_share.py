@@ -6,7 +6,7 @@ import re
 
 import pytest
 from PIL import Image, ImageSequence
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from model.png import Provenance
 from tests.e2e.browser.conftest import Open, Watched
@@ -25,7 +25,7 @@ def test_animation_equals_the_response_of_the_api(service: Service, open_page: O
             page.get_by_role("button", name=action).click()
         else:
             choose_more(page, action)
-    expect(page.get_by_text("Animation saved.")).to_be_visible()
+    expect(page.get_by_text("Saved.")).to_be_visible()
     assert download.value.suggested_filename == f"digit-4-seed-42.{kind}"
     content = download.value.path().read_bytes()
     body = {**BODY, "scale": 8}  # three images in two columns: 448 pixels
@@ -85,12 +85,47 @@ def test_link_gives_the_same_images_on_a_service_that_names_the_model_differentl
 
 
 def test_link_to_another_checkpoint_is_explained(service: Service, open_page: Open) -> None:
-    page = open_page(service, f"{ADDRESS}&checkpoint=0123456789ab")
+    page = open_page(service, ADDRESS)
     wait_until_finished(page)
+    # The images of the link are shown already, but they are those of this service.
+    page.evaluate(f"location.hash = '{ADDRESS}&checkpoint=0123456789ab'")
     expect(page.get_by_role("note")).to_contain_text("This service does not have the model of the link")
+    renamed = open_page(service, f"{ADDRESS.replace('model=default', 'model=mine')}&checkpoint=0123456789ab")
+    wait_until_finished(renamed)
+    expect(renamed.get_by_role("note")).to_contain_text("This service does not have the model of the link")
+    assert predictions(renamed) == predictions(page)
     hostile = open_page(service, f"{ADDRESS}&checkpoint=<img>")
     wait_until_finished(hostile)
     expect(hostile.get_by_role("note")).to_have_count(0)
+
+
+def test_note_about_the_checkpoint_stays_after_an_error(service: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("503")
+    problem = {"status": 503, "code": "starting", "detail": "Starting"}
+
+    def prepare(page: Page) -> None:
+        page.route("**/generate?*", lambda route: route.fulfill(status=503, json=problem), times=1)
+
+    page = open_page(service, f"{ADDRESS}&checkpoint=0123456789ab", prepare)
+    expect(page.get_by_role("heading", name="The service is starting")).to_be_visible()
+    expect(page.get_by_role("note")).to_be_visible()
+    page.get_by_role("button", name="Try again").click()
+    wait_until_finished(page)
+    expect(page.get_by_role("note")).to_be_visible()
+
+
+def test_broken_download_is_explained(service: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected.append("ERR_")
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    headers = {"Content-Type": "image/gif", "Content-Length": "1000"}
+    page.route("**/generate?previews=50", lambda route: route.fulfill(headers=headers, body=b"GIF89a"))
+    page.evaluate(BREAK_BODIES)
+    page.get_by_role("button", name="Save as animation").click()
+    expect(page.get_by_text("The connection broke.")).to_be_visible()
+
+
+BREAK_BODIES = "Response.prototype.blob = () => Promise.reject(new TypeError('Failed to fetch'))"
 
 
 def test_dialog_has_one_main_action_and_names_the_model(service: Service, open_page: Open) -> None:
@@ -106,6 +141,39 @@ def test_dialog_has_one_main_action_and_names_the_model(service: Service, open_p
     expect(dialog.locator(".facts")).to_contain_text("Modeldefault")
     sha256 = json.loads(service.client.get("/health").text)["model"]["sha256"]
     expect(dialog).not_to_contain_text(sha256[:12])
+
+
+@pytest.mark.parametrize("width", [390, 360, 320])
+def test_menus_and_texts_to_copy_fit_a_narrow_window(service: Service, open_page: Open, width: int) -> None:
+    def prepare(page: Page) -> None:  # a page without HTTPS has no clipboard
+        page.add_init_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+
+    page = open_page(service, ADDRESS, prepare, viewport={"width": width, "height": 640})
+    wait_until_finished(page)
+    for root in ("#generate-stage", "#detail"):
+        page.locator(f"{root} summary").click()
+        box = page.locator(f"{root} .menu div").bounding_box()
+        assert box
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        page.locator(root).get_by_role("button", name="Copy link").click()
+        expect(page.locator(root).get_by_role("textbox", name="Link")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        if root == "#generate-stage":
+            page.locator("#generate-stage button.tile").first.click()
+            assert page.evaluate("document.querySelector('#detail').scrollTop") == 0
+
+
+def test_second_press_while_saving_saves_nothing(service: Service, open_page: Open) -> None:
+    page = open_page(service, ADDRESS)
+    wait_until_finished(page)
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    with page.expect_download():
+        for _ in range(4):
+            page.get_by_role("button", name="Save as animation").click()
+    expect(page.get_by_text("Saved.")).to_be_visible()
+    assert sum("previews=50" in url for url in sent) == 1
 
 
 def test_menu_closes_with_escape_and_when_the_focus_leaves(service: Service, open_page: Open) -> None:

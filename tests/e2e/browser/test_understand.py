@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -91,6 +92,19 @@ def test_drawing_can_be_used_after_it_was_only_recognised(service: Service, open
     assert tile.evaluate(PIXELS) == drawing
 
 
+def test_leaving_the_view_stops_a_measurement(service: Service, open_page: Open) -> None:
+    page = open_page(service, "#/understand")
+    expect(page.locator("#decided-run")).to_be_enabled()
+    page.locator("#decided-result").scroll_into_view_if_needed()
+    expect(page.locator(".decided-rows > div").nth(2).locator("img").first).to_be_visible()
+    page.get_by_role("link", name="Status").click()
+    service.wait_until_idle()
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url))
+    page.wait_for_timeout(1000)
+    assert not any("denoise" in url for url in sent)
+
+
 def test_new_digit_stops_a_measurement(service: Service, open_page: Open) -> None:
     page = open_page(service, "#/understand")
     expect(page.locator("#decided-run")).to_be_enabled()
@@ -128,12 +142,14 @@ def test_guidance_scales_start_from_the_same_noise(service: Service, open_page: 
     marked = f"guidance acts from t = {GUIDANCE.stop} down to t = {GUIDANCE.start}"
     expect(page.locator("#guidance-chart .legend")).to_contain_text(marked)
     page.locator("#guidance-digit").select_option("5")
-    page.locator("#guidance-seed").fill("21")
+    sent: list[dict[str, Any]] = []
+    page.on("request", lambda request: sent.append(request.post_data_json) if request.method == "POST" else None)
     page.locator("#guidance-run").click()
     expect(page.locator("#guidance-result img")).to_have_count(6)
     scales = [1, 1.5, 2, 3, 5, 8]
+    (seed,) = {body["seed"] for body in sent if "guidance_scale" in body}
     expected = [
-        service.images(digit=5, seed=21, num_steps=50, sampler="ddim", guidance_scale=scale)[0] for scale in scales
+        service.images(digit=5, seed=seed, num_steps=50, sampler="ddim", guidance_scale=scale)[0] for scale in scales
     ]
     assert pngs_of(page.locator("#guidance-result img")) == expected
     captions = page.locator("#guidance-result figcaption").all_text_contents()
