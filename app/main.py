@@ -113,6 +113,7 @@ async def _stop(service: Service, traces: Traces | None) -> None:
     engine.drain()
     service.give_up(errors.Draining(1))
     service.pictures.close()
+    service.animations.close()
     await asyncio.to_thread(engine.stop, STOP_SECONDS)
     await asyncio.to_thread(service.clip.join, STOP_SECONDS)
     if engine.clip:  # If the engine became ready during the shutdown, service.clip did not know the model.

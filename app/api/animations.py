@@ -3,35 +3,106 @@
 A frame shows x_t of each image, arranged in a contact sheet. The last frame shows the finished images.
 """
 
+import asyncio
 import io
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from fastapi import Request
 from PIL import Image
 from PIL.ExifTags import Base
 
 from app.api.images import arrange
+from app.api.requests import cancel_on_disconnect
 from app.api.responses import GIF
-from app.engine.job import Frame, Pixels
-from app.errors import InvalidRequest
+from app.api.thread_priority import lower_priority
+from app.engine.job import Frame, FrameRequest, Pixels
+from app.errors import InvalidRequest, Overloaded
 from model.png import sheet_shape
 
 FRAME_MS, LAST_MS = 60, 2000  # GIF stores a multiple of 10 ms
 # The largest number of pixels of all frames together. Such an animation takes up to 1.3 s of a core (WebP of 64 images
 # with scale 2).
 MAX_PIXELS = 16_000_000
+MAX_PENDING_PIXELS = 4 * MAX_PIXELS  # of all animations that are admitted and not yet encoded
+FIRST_SECONDS = 1e-7  # per pixel, before the first animation
 # The largest number of pixels of one frame. WebP needs up to 50 bytes of memory for each pixel. Pillow holds the GIL
 # while it copies a frame (up to 20 ms) or a finished file (up to 40 ms for 20 MB, in colour).
 MAX_FRAME_PIXELS = 4_000_000
 GREYS = bytes(level for level in range(256) for _ in range(3))  # a palette of all grey levels
-# GIF: a palette for each frame would make the files larger, and `optimize` would change some pixels by one level.
-GREY_GIF: dict[str, Any] = {"palette": GREYS, "optimize": False, "interlace": 0}
-COLOUR_GIF: dict[str, Any] = {"optimize": False, "interlace": 0}
+# GIF: a palette for each grey frame would make the files larger.
+GREY_GIF: dict[str, Any] = {"palette": GREYS, "interlace": 0}
+COLOUR_GIF: dict[str, Any] = {"interlace": 0}
 # WebP: a higher method or quality takes up to four times as long and makes files at most a fifth smaller.
 LOSSLESS_WEBP: dict[str, Any] = {"lossless": True, "method": 1, "quality": 25}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Animation:
+    """The frames that a request for an animation needs from the engine, and the pixels of all frames together."""
+
+    frames: FrameRequest
+    num_pixels: int
+
+
+class AnimationEncoder:
+    """Encodes animations one after the other in a thread of low priority, and limits how many are pending.
+
+    An animation is pending from its admission until it is encoded, so also while it waits for the engine. The counts
+    have no lock: only the event loop may call the methods.
+    """
+
+    def __init__(self) -> None:
+        self._worker = ThreadPoolExecutor(1, "animations", lower_priority)
+        self._pending = 0  # pixels
+        self._seconds = (
+            FIRST_SECONDS  # per pixel: moving average, in which a large animation counts more than a small one
+        )
+
+    @contextmanager
+    def admit(self, num_pixels: int) -> Iterator[None]:
+        """Counts an animation as pending for the duration of the block.
+
+        Raises Overloaded if others are pending and all of them together would exceed MAX_PENDING_PIXELS.
+        """
+        if self._pending and self._pending + num_pixels > MAX_PENDING_PIXELS:
+            # There is room when as many pixels as this animation has are encoded.
+            wait = math.ceil(self._seconds * min(num_pixels, self._pending))
+            raise Overloaded(max(1, wait), "Too many animations are being made. Retry later or request a smaller one")
+        self._pending += num_pixels
+        try:
+            yield
+        finally:
+            self._pending -= num_pixels
+
+    async def run(self, request: Request, encode: Callable[[], T], num_pixels: int) -> T:
+        """Returns the result of `encode`, which encodes an admitted animation, or raises its exception.
+
+        Raises ClientGoneError after a disconnect. A call that has not begun is then dropped.
+        """
+
+        def measured() -> tuple[T, float]:
+            start = time.monotonic()
+            return encode(), time.monotonic() - start
+
+        future = asyncio.get_running_loop().run_in_executor(self._worker, measured)
+        result, seconds = await cancel_on_disconnect(request, future)
+        self._seconds += (seconds - self._seconds * num_pixels) / MAX_PIXELS
+        return result
+
+    def close(self) -> None:
+        """Cancels the animations that are not being encoded yet."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
 
 
 class FrameCollector:
@@ -62,8 +133,11 @@ def num_frames_of(num_previews: int, num_steps: int) -> int:
     return max(1, min(num_previews, num_steps))
 
 
-def check_size(image_shape: tuple[int, int, int], count: int, scale: int, num_frames: int) -> None:
-    """Raises InvalidRequest if an animation of images (C, H, W) would have too many pixels."""
+def num_pixels_of(image_shape: tuple[int, int, int], count: int, scale: int, num_frames: int) -> int:
+    """Returns the number of pixels of all frames of an animation of images (C, H, W).
+
+    Raises InvalidRequest if it is too large.
+    """
     rows, columns = sheet_shape(count)
     _, height, width = image_shape
     num_pixels = rows * height * columns * width * scale**2
@@ -76,6 +150,7 @@ def check_size(image_shape: tuple[int, int, int], count: int, scale: int, num_fr
             f"{MAX_PIXELS:,}. Reduce previews to {MAX_PIXELS // num_pixels}, or reduce scale or count"
         )
         raise InvalidRequest([{"loc": ["query", "previews"], "msg": message}])
+    return num_frames * num_pixels
 
 
 def encode_animation(media_type: str, sheets: Sequence[Pixels], text: Mapping[str, str], scale: int) -> bytes:

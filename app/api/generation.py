@@ -14,7 +14,14 @@ from fastapi import Depends, Request
 from starlette.responses import Response
 
 from app import errors
-from app.api.animations import FrameCollector, check_size, encode_animation, num_frames_of
+from app.api.animations import (
+    Animation,
+    AnimationEncoder,
+    FrameCollector,
+    encode_animation,
+    num_frames_of,
+    num_pixels_of,
+)
 from app.api.clip_warnings import prompt_warning
 from app.api.context import RequestContext, context_of
 from app.api.events import EventFormat, EventStream, JobEvents, Mailbox, UnfogEvents
@@ -92,6 +99,7 @@ class Service:
     started_at: float
     pictures: ImageReader
     clip: ClipWorker = field(default_factory=ClipWorker)
+    animations: AnimationEncoder = field(default_factory=AnimationEncoder)
     mailbox: Mailbox = field(default_factory=Mailbox)
     in_flight: InFlight = field(default_factory=InFlight)
 
@@ -153,12 +161,12 @@ class Service:
 
         Raises InvalidRequest if a limit of the settings does not permit it, and Overloaded if it is not admitted now.
         """
-        self._check(task)
+        self.check(task)
         job = Job(
             JobRequest(
                 task.options,
                 task.count,
-                self._check_timeout(task.timeout) or self.settings.request_timeout,
+                task.timeout or self.settings.request_timeout,
                 stream.num_previews,
                 listener,
                 self.info(task.options.model).guided_steps_of(task.options, has_digit=task.search is not None),
@@ -194,11 +202,14 @@ class Service:
             clip=clip,
         )
 
-    def _check(self, task: Task) -> None:
-        """Raises InvalidRequest if the request exceeds a limit in the settings."""
+    def check(self, task: Task) -> None:
+        """Raises the errors of `submit`, except Overloaded and those of a change of the state after the call."""
         limit = self.settings.largest_request
         if task.count > limit:
             raise errors.InvalidRequest.of("count", f"Input should be less than or equal to {limit}")
+        self._check_timeout(task.timeout)
+        if not task.clip:  # A request that has waited for CLIP is also admitted during a drain.
+            self.engine.apparent_state.refuse_unless_ok()
 
     def timeout_of(self, requested: float | None) -> float:
         """Returns the timeout in seconds of work that the engine does not do: embeddings of CLIP.
@@ -305,17 +316,21 @@ async def answer(request: Request, service: Service, task: Task, media_type: str
 async def _animation(request: Request, service: Service, task: Task, media_type: str, num_previews: int) -> Response:
     """Submits a task and returns the animation of its images. See num_frames_of for `num_previews`.
 
-    Raises InvalidRequest if the animation would be too large, and the errors of Service.submit and finish.
+    Raises InvalidRequest if the animation would be too large, Overloaded if too many animations are pending, and the
+    errors of Service.submit and finish.
     """
     num_frames = num_frames_of(num_previews, task.options.num_steps)
-    check_size(service.info(task.options.model).image_shape, task.count, task.scale, num_frames)
+    num_pixels = num_pixels_of(service.info(task.options.model).image_shape, task.count, task.scale, num_frames)
+    service.check(task)  # Its errors precede Overloaded.
     collector = FrameCollector(num_frames, task.count)
 
     def encode(job: Job, images: list[Pixels]) -> bytes:
         text = sheet_text(service.provenance(task, job), task.count)
         return encode_animation(media_type, collector.sheets(images), text, task.scale)
 
-    return await finished_response(request, service, task, encode, media_type, FrameRequest(num_frames, collector.add))
+    animation = Animation(FrameRequest(num_frames, collector.add), num_pixels)
+    with service.animations.admit(num_pixels):
+        return await finished_response(request, service, task, encode, media_type, animation)
 
 
 def encode_answer(service: Service, task: Task, media_type: str, job: Job, images: list[Pixels]) -> bytes:
@@ -346,13 +361,13 @@ async def finished_response(
     task: Task,
     encode: Callable[[Job, list[Pixels]], bytes],
     media_type: str,
-    frames: FrameRequest | None = None,
+    animation: Animation | None = None,
 ) -> Response:
     """Submits a task, waits for its images and returns the response. `encode` runs as in `encoded`.
 
     Raises the errors of Service.submit and finish.
     """
-    content, timing = await encoded(request, service, task, encode, frames)
+    content, timing = await encoded(request, service, task, encode, animation)
     headers = {"X-Seed": str(task.options.seed), "Server-Timing": timing}
     return Response(content, media_type=media_type, headers=headers)
 
@@ -362,20 +377,23 @@ async def encoded(
     service: Service,
     task: Task,
     encode: Callable[[Job, list[Pixels]], T],
-    frames: FrameRequest | None = None,
+    animation: Animation | None = None,
 ) -> tuple[T, str]:
     """Submits a task and waits for its images. Returns the result of `encode` and the value of Server-Timing.
 
-    `encode` runs in a thread, unless the images are small and have no frames. Raises the errors of Service.submit and
-    finish.
+    `encode` runs in a thread, unless the images are small. An animation, which must be admitted, has its own thread.
+    Raises the errors of Service.submit and finish.
     """
     context = context_of(request.scope)
-    job = service.submit(task, context, frames=frames)
+    job = service.submit(task, context, frames=animation.frames if animation else None)
     results = await finish(service, request, job)
     images = [result for result in results if isinstance(result, np.ndarray)]
-    is_small = not frames and sum(image.size for image in images) * task.scale**2 <= MAX_SMALL_PIXELS
+    is_small = sum(image.size for image in images) * task.scale**2 <= MAX_SMALL_PIXELS
     with context.encoding(service.metrics):
-        content = encode(job, images) if is_small else await asyncio.to_thread(encode, job, images)
+        if animation:
+            content = await service.animations.run(request, partial(encode, job, images), animation.num_pixels)
+        else:
+            content = encode(job, images) if is_small else await asyncio.to_thread(encode, job, images)
     return content, server_timing(job, context)
 
 

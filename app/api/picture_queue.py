@@ -14,8 +14,6 @@ The work of a step is predicted as a number of pixels. Finished steps give the m
 """
 
 import math
-import os
-import sys
 import threading
 import time
 from bisect import bisect_left
@@ -27,10 +25,10 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Generic, TypeVar
 
+from app.api.thread_priority import lower_priority
 from app.errors import Overloaded, UnfogError
 
 NUM_WORKERS = 2  # pictures that are decoded at the same time; each of them needs up to 100 MB
-NICENESS = 5  # added to that of the process, so that the threads of the denoising steps get more CPU time
 FIRST_SECONDS = 2e-8  # per pixel of work, before the first step
 FIRST_WORK = 1_000_000  # weight of FIRST_SECONDS: it counts like a finished step of this work
 KEPT = 0.9  # weight of the earlier steps in the seconds per pixel
@@ -78,7 +76,7 @@ class PictureQueue:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` returns seconds and must be monotonic."""
         self._clock = clock
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, "pictures", _lower_priority)
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, "pictures", lower_priority)
         self._lock = threading.Lock()
         # The executor has a call of _run_step for each request that waits.
         self._lanes = [_Lane() for _ in range(NUM_LANES)]
@@ -187,14 +185,3 @@ class PictureQueue:
         """Drops the steps that have not begun. The lock must be held."""
         request.lane.work_left -= sum(step.work for step in request.steps)
         request.steps.clear()
-
-
-def _lower_priority() -> None:
-    """Gives the calling thread a lower priority, unless a sandbox forbids it.
-
-    Only Linux has a niceness for each thread.
-    """
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)

@@ -26,8 +26,8 @@ UNKNOWN_FIELD = "Unknown field"
 OWN_PREFIX = "Value error, "  # pydantic adds it to the messages of our own validators
 MAX_DIGITS = 400  # limit of digits of a JSON integer; a longer integer is parsed as a float
 
-# An Accept header with text/html does not select these types, because browsers (image/webp) and Java's
-# HttpURLConnection (image/gif) name them in such headers by default. They get the format that */* selects.
+# An Accept header with text/html selects these types only if it allows no other one, because browsers (image/webp) and
+# Java's HttpURLConnection (image/gif) name them in such headers by default. They get the format that */* selects.
 _NAMED_BY_DEFAULT = ("image/webp", "image/gif")
 
 _WHITESPACE = " \t"
@@ -193,18 +193,18 @@ def best_match(headers: Iterable[str], available: Sequence[str]) -> str | None:
 
     The q value of a type comes from the most specific range that matches it. The type with the highest q value is
     chosen. If q values are equal, the more specific range is preferred, and then the first available type. Malformed
-    members are ignored. If the headers name text/html, the types in _NAMED_BY_DEFAULT are not available. The time is
-    linear in the length of the headers.
+    members are ignored. If the headers name text/html, the types in _NAMED_BY_DEFAULT are chosen only if no other one
+    is allowed. The time is linear in the length of the headers.
     """
     members = [member for header in headers for member in _split(header.lower(), ",") if member]
     weights: Weights = {}
     for member in members or ["*/*"]:
         _add(member, weights)
+    ranks = {media_type: _rank(media_type, weights) for media_type in available}
+    allowed = [media_type for media_type, (weight, _) in ranks.items() if weight]
     if ("text/html", True) in weights:
-        available = [media_type for media_type in available if media_type not in _NAMED_BY_DEFAULT]
-    ranked = [(_rank(media_type, weights), media_type) for media_type in available]
-    (weight, _), best = max(ranked, key=lambda pair: pair[0])
-    return best if weight else None
+        allowed = [media_type for media_type in allowed if media_type not in _NAMED_BY_DEFAULT] or allowed
+    return max(allowed, key=ranks.__getitem__, default=None)
 
 
 _known_best_match = lru_cache(maxsize=64)(best_match)  # Most clients send one of a few Accept headers.

@@ -13,8 +13,8 @@ Previews = Annotated[
     Query(
         ge=0,
         le=100,
-        description="Approximate number of progress events of a stream, or of frames of an animation. Other formats "
-        "ignore it.",
+        description="Approximate number of progress events of a stream, or number of frames of an animation, which has "
+        "at most one for each step. Other formats ignore it.",
         examples=[10],
     ),
 ]

@@ -458,8 +458,8 @@ class Engine:
 
         def send_frames(results: list[tuple[Trajectory, tuple[Pixels, Pixels]]]) -> None:
             for row, (_, x_t) in results:
-                if not row.job.closed:
-                    row.job.tell_frame(Frame(row.index, frames[row], x_t))
+                if (request := row.job.request.frames) and not row.job.closed:
+                    request.listener(Frame(row.index, frames[row], x_t))
 
         self._read("pixels", [row for job in plain for row in job.unfinished], self._runner.pixels, send_plain)
         self._read(

@@ -518,11 +518,6 @@ class Job:
         if self.request.listener:
             self.request.listener(event)
 
-    def tell_frame(self, frame: Frame) -> None:
-        """Passes a frame to the listener for frames."""
-        assert self.request.frames, "the request has frames"
-        self.request.frames.listener(frame)
-
     def _with_finished(self, pixels: dict[int, Pixels]) -> list[Pixels]:
         """Returns the pixels of unfinished images, by index, together with the finished images, in order."""
         images = [pixels.get(index, result) for index, result in enumerate(self._results)]

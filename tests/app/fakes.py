@@ -96,7 +96,8 @@ def new_recognition(num_pairs: int = 20, seed: int = 0, **fields: Any) -> Job:
 def new_search(count: int = 1, num_steps: int = 3, seed: int = 0, search_steps: int = 2, **fields: Any) -> Job:
     """Creates a job that searches for the digit of its images. With the fake runner, it finds the seed's last digit."""
     submitted_at = fields.pop("submitted_at", None)
-    search = Search(Options(None, seed, search_steps, "ddpm", 1.0), ClassDistances(10, search_steps))
+    of_search = Options(None, fields.pop("search_seed", seed), search_steps, "ddpm", 1.0)
+    search = Search(of_search, ClassDistances(10, search_steps))
     return Job(JobRequest(Options(None, seed, num_steps, "ddpm", 1.0), count, search=search, **fields), submitted_at)
 
 

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from app import errors
 from app.api import idempotency, picture_files, picture_tasks, score_schemas, task_examples, upload_memory, uploads
-from app.api.animations import FRAME_MS, LAST_MS, MAX_FRAME_PIXELS, MAX_PIXELS
+from app.api.animations import FRAME_MS, LAST_MS, MAX_FRAME_PIXELS, MAX_PENDING_PIXELS, MAX_PIXELS
 from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
 from app.api.events import MAX_WAITING_PREVIEWS
 from app.api.inference.examples import INFER_PATH
@@ -402,6 +402,9 @@ def test_documented_times_and_limits_of_animations_are_those_of_the_code() -> No
     values = {row["Limit"]: row["Value"] for row in API.table("Limits", "Limit")}
     limit = values["pixels of a frame of an animation, and of all its frames"]
     assert limit == f"{MAX_FRAME_PIXELS:,} and {MAX_PIXELS:,}"
+    assert f"not yet encoded would have more than {MAX_PENDING_PIXELS:,} pixels" in text
+    pending = "pixels of all animations that are admitted and not yet encoded"
+    assert values[pending] == f"{MAX_PENDING_PIXELS:,}"
     measure = (DOCS.parent / "SECURITY.md").read_text()
     assert f"at most {MAX_PIXELS:,} pixels together, and each of them at most {MAX_FRAME_PIXELS:,}" in measure
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from app.api.animations import MAX_PENDING_PIXELS
 from app.api.picture_files import MAX_TEXT_BYTES
 from app.engine.clip_worker import MAX_CACHED_PROMPTS
 from app.log_writer import FLUSH_SECONDS
@@ -27,6 +28,7 @@ DEFAULTS = {name: field.default for name, field in Settings.model_fields.items()
     "stated",
     [
         f"the last {MAX_CACHED_PROMPTS:,} prompts",
+        f"not yet encoded have at most {MAX_PENDING_PIXELS:,} pixels",
         f"a known name and at most {MAX_TEXT_BYTES:,} bytes",
         f"waits for it for at most {FLUSH_SECONDS:.0f} second",
         f"After more than {MAX_AHEAD_BYTES // KIB} KiB of such data",

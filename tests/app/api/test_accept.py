@@ -98,15 +98,16 @@ class Member(NamedTuple):
 
 
 def reference(members: list[Member]) -> str | None:
-    """Chooses a type by the rules of the RFC, without a parser. A header with text/html allows no animation."""
+    """Chooses a type by the rules of the RFC, without a parser. A header with text/html prefers all other formats."""
     is_html = any((member.kind, member.subtype, member.parameters) == ("text", "html", []) for member in members)
-    available = [media_type for media_type in AVAILABLE if not (is_html and media_type in ANIMATIONS)]
 
     def decisive(media_type: str) -> Member | None:
         matching = [member for member in members if member.matches(media_type)]
         return max(matching, key=lambda member: (member.specificity, not member.parameters), default=None)
 
-    found = {media_type: member for media_type in available if (member := decisive(media_type)) and member.value}
+    found = {media_type: member for media_type in AVAILABLE if (member := decisive(media_type)) and member.value}
+    if is_html:
+        found = {media_type: found[media_type] for media_type in found if media_type not in ANIMATIONS} or found
     return max(found, key=lambda media_type: (found[media_type].value, *_specific(found[media_type])), default=None)
 
 

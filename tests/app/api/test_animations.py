@@ -3,32 +3,44 @@
 import asyncio
 import io
 import json
+import math
+import os
+import sys
 import threading
+import time
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
 import pytest
+from fastapi import Request
 from PIL import Image
+from starlette.types import Message
 
 from app.api import task_examples
 from app.api.animations import (
+    FIRST_SECONDS,
     FRAME_MS,
     LAST_MS,
     MAX_FRAME_PIXELS,
+    MAX_PENDING_PIXELS,
     MAX_PIXELS,
+    AnimationEncoder,
     FrameCollector,
-    check_size,
     encode_animation,
     num_frames_of,
+    num_pixels_of,
 )
 from app.api.responses import ANIMATIONS, GIF, PNG, WEBP
+from app.api.thread_priority import NICENESS
 from app.engine.job import Frame, Pixels
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, Overloaded
 from model.png import Provenance
 from tests.app.api.test_events import STREAMED, open_all, progress_in
 from tests.app.application import WORK, client_of, run
-from tests.app.fakes import FakeRunner, image, same
+from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Gate, Rows, image, same, wait_until
 
 TEXT = Provenance(
     digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
@@ -107,7 +119,8 @@ def test_gif_animation_has_similar_colours_and_enlarges_them_exactly() -> None:
     assert len(frames) == 3
     for frame, sheet in zip(frames, sheets, strict=True):
         assert np.array_equal(frame, enlarged(frame[::3, ::3], 3))
-        assert np.abs(frame[::3, ::3].astype(int) - sheet).mean() < 8
+        # Pillow's own choice of colours, for which it needs several times as long, differs by up to 16 levels.
+        assert np.abs(frame[::3, ::3].astype(int) - sheet).max() <= 8
 
 
 @pytest.mark.parametrize("media_type", ANIMATIONS)
@@ -134,6 +147,8 @@ def test_provenance_is_a_json_object_in_ascii(media_type: str, further: dict[str
     if media_type == WEBP:
         with Image.open(io.BytesIO(content)) as opened:
             assert opened.getexif()[SOFTWARE] == TEXT["Software"]
+        tiff = content.index(b"EXIF") + 8  # after the name and the size of the chunk
+        assert content[tiff : tiff + 4] in (b"II*\0", b"MM\0*")
 
 
 @pytest.mark.parametrize("media_type", ANIMATIONS)
@@ -186,10 +201,10 @@ def test_size_up_to_the_limits_is_permitted(
     shape: tuple[int, int, int], count: int, scale: int, num_frames: int, location: list[str] | None
 ) -> None:
     if location is None:
-        check_size(shape, count, scale, num_frames)
+        assert 0 < num_pixels_of(shape, count, scale, num_frames) <= MAX_PIXELS
         return
     with pytest.raises(InvalidRequest) as refused:
-        check_size(shape, count, scale, num_frames)
+        num_pixels_of(shape, count, scale, num_frames)
     (error,) = refused.value.errors
     assert error["loc"] == location
     assert "educe" in error["msg"]
@@ -197,10 +212,10 @@ def test_size_up_to_the_limits_is_permitted(
 
 def test_recommended_number_of_previews_is_the_largest_that_is_permitted() -> None:
     with pytest.raises(InvalidRequest, match=r"Reduce previews to 79\b"):
-        check_size((1, 28, 28), 4, 8, 100)
-    check_size((1, 28, 28), 4, 8, 79)
+        num_pixels_of((1, 28, 28), 4, 8, 100)
+    num_pixels_of((1, 28, 28), 4, 8, 79)
     with pytest.raises(InvalidRequest):
-        check_size((1, 28, 28), 4, 8, 80)
+        num_pixels_of((1, 28, 28), 4, 8, 80)
 
 
 # Responses
@@ -362,6 +377,250 @@ def test_animation_is_encoded_in_a_thread_and_its_time_is_measured(
         assert "unfog_encode_duration_seconds_count 1.0" in (await client.get("/metrics")).text
 
     run(check, FakeRunner())
+
+
+MESSAGE = "Too many animations are being made"
+
+
+class Encoding:
+    """A function that blocks like a slow encoding."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun, self.may_end = threading.Semaphore(0), threading.Event()
+        self.num_calls, self.fails = 0, False
+        monkeypatch.setattr("app.api.generation.encode_animation", self)
+
+    def __call__(self, *arguments: Any) -> bytes:
+        self.num_calls += 1
+        self.begun.release()
+        assert self.may_end.wait(WAIT_SECONDS)
+        if self.fails:
+            raise ValueError
+        return b"animation"
+
+
+def limit_to(monkeypatch: pytest.MonkeyPatch, num_animations: int) -> None:
+    """Limits the pending pixels to this number of animations of WORK."""
+    num_pixels = num_pixels_of(INFO.image_shape, 1, 1, WORK["num_steps"])
+    monkeypatch.setattr("app.api.animations.MAX_PENDING_PIXELS", num_animations * num_pixels)
+
+
+def start(client: httpx.AsyncClient, num_requests: int, **fields: Any) -> list[asyncio.Task[httpx.Response]]:
+    """Sends requests for an animation."""
+    body, headers = {**WORK, **fields}, {"Accept": WEBP}
+    return [asyncio.ensure_future(client.post("/generate", json=body, headers=headers)) for _ in range(num_requests)]
+
+
+async def statuses(tasks: list[asyncio.Task[httpx.Response]]) -> list[int]:
+    return [response.status_code for response in await asyncio.gather(*tasks)]
+
+
+def test_too_many_pending_animations_are_429_and_counted_and_encoded_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit_to(monkeypatch, 3)
+    monkeypatch.setattr("app.api.animations.FIRST_SECONDS", 1e-3)
+    encoding = Encoding(monkeypatch)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        admitted = start(client, 3)
+        await asyncio.to_thread(encoding.begun.acquire)
+        (refused,) = await asyncio.gather(*start(client, 1))
+        assert (refused.status_code, refused.json()["code"]) == (429, "overloaded")
+        assert MESSAGE in refused.json()["detail"]
+        assert refused.headers["retry-after"] == "3"  # one animation has 2,352 pixels
+        assert (await client.post("/generate", json=WORK)).status_code == 200
+        metrics = (await client.get("/metrics")).text
+        assert 'unfog_rejected_total{reason="overloaded"} 1.0' in metrics
+        assert encoding.num_calls == 1  # the others wait
+        encoding.may_end.set()
+        assert await statuses(admitted) == [200] * 3
+        assert await statuses(start(client, 3)) == [200] * 3
+
+    run(check, FakeRunner())
+
+
+def test_animation_is_admitted_if_no_other_is_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_to(monkeypatch, 0)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        assert await statuses(start(client, 1)) == [200]
+        assert sorted(await statuses(start(client, 2))) == [200, 429]
+        assert await statuses(start(client, 1)) == [200]
+
+    run(check, FakeRunner())
+
+
+def test_other_errors_precede_the_limit_of_pending_animations(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_to(monkeypatch, 1)
+    encoding = Encoding(monkeypatch)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        admitted = start(client, 1)
+        await asyncio.to_thread(encoding.begun.acquire)
+        assert await statuses([*start(client, 1, count=3), *start(client, 1, timeout_seconds=9e5)]) == [422, 422]
+        encoding.may_end.set()
+        assert await statuses(admitted) == [200]
+
+    run(check, FakeRunner(), max_count=2)
+
+
+def _fail(rows: Rows) -> None:
+    raise ValueError
+
+
+@pytest.mark.parametrize(("end", "status"), [("engine error", 500), ("encoding error", 500), ("deadline", 504)])
+def test_animation_that_fails_is_no_longer_pending(end: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_to(monkeypatch, 1)
+    encoding, gate = Encoding(monkeypatch), Gate()
+    encoding.may_end.set()
+    encoding.fails = end == "encoding error"
+    runner = FakeRunner()
+    if end == "engine error":
+        runner.on_step = _fail
+    elif end == "deadline":
+        runner.on_step = gate
+
+    async def check(client: httpx.AsyncClient) -> None:
+        fields = {"timeout_seconds": 0.2} if end == "deadline" else {}
+        assert await statuses(start(client, 1, **fields)) == [status]
+        gate.released.set()
+        runner.on_step, encoding.fails = lambda rows: None, False
+        assert await statuses(start(client, 1)) == [200]
+
+    run(check, runner)
+
+
+def test_animation_that_the_engine_refuses_is_not_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_to(monkeypatch, 1)
+    gate = Gate()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        backlog = client._transport.app.state.service.engine.backlog  # type: ignore[attr-defined]
+        running = asyncio.ensure_future(client.post("/generate", json=WORK))
+        await asyncio.to_thread(gate.entered.wait, WAIT_SECONDS)
+        waiting = asyncio.ensure_future(client.post("/generate", json={**WORK, "count": 2}))
+        await asyncio.to_thread(wait_until, lambda: backlog.waiting == 2)
+        (refused,) = await asyncio.gather(*start(client, 1))
+        assert (refused.status_code, "no room" in refused.json()["detail"]) == (429, True)
+        gate.released.set()
+        assert await statuses([running, waiting]) == [200, 200]
+        assert await statuses(start(client, 1)) == [200]
+
+    run(check, FakeRunner(on_step=gate), queue_capacity=2)
+
+
+async def leave(client: httpx.AsyncClient, when: Callable[[], Awaitable[object]]) -> None:
+    """Requests an animation, and disconnects when `when` has returned."""
+    messages = iter([{"type": "http.request", "body": json.dumps(WORK).encode()}])
+
+    async def receive() -> Message:
+        if message := next(messages, None):
+            return message
+        await when()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        assert message.get("status", 499) == 499
+
+    headers = [(b"content-type", b"application/json"), (b"accept", b"image/webp")]
+    scope = {"type": "http", "method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b""}
+    await client._transport.app({**scope, "headers": headers}, receive, send)  # type: ignore[attr-defined]
+
+
+def test_animation_whose_client_disconnects_during_the_steps_is_no_longer_pending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limit_to(monkeypatch, 1)
+    gate = Gate()
+
+    async def check(client: httpx.AsyncClient) -> None:
+        async def refuse_others() -> None:
+            await asyncio.to_thread(gate.entered.wait, WAIT_SECONDS)
+            assert await statuses(start(client, 1)) == [429]
+
+        await leave(client, refuse_others)
+        gate.released.set()
+        assert await statuses(start(client, 1)) == [200]
+
+    run(check, FakeRunner(on_step=gate))
+
+
+def test_animation_whose_client_disconnects_before_its_encoding_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_to(monkeypatch, 2)
+    encoding = Encoding(monkeypatch)
+
+    async def check(client: httpx.AsyncClient) -> None:
+        service = client._transport.app.state.service  # type: ignore[attr-defined]
+        first = start(client, 1)
+        await asyncio.to_thread(encoding.begun.acquire)
+
+        async def wait_for_encoder() -> None:
+            await asyncio.to_thread(wait_until, lambda: not service.animations._worker._work_queue.empty())
+
+        await leave(client, wait_for_encoder)
+        second = start(client, 1)
+        assert (await asyncio.wait(second, timeout=0.1))[0] == set()  # It is admitted and waits.
+        encoding.may_end.set()
+        assert await statuses([*first, *second]) == [200, 200]
+        assert encoding.num_calls == 2
+
+    run(check, FakeRunner())
+
+
+def test_close_cancels_the_animations_that_wait_for_their_encoding() -> None:
+    async def main() -> None:
+        encoder, begun, may_end = AnimationEncoder(), threading.Event(), threading.Event()
+
+        def encode() -> bool:
+            begun.set()
+            return may_end.wait(WAIT_SECONDS)
+
+        request = Request({"type": "http"}, asyncio.Event().wait)
+        calls = [asyncio.ensure_future(encoder.run(request, encode, 1)) for _ in range(2)]
+        await asyncio.to_thread(begun.wait, WAIT_SECONDS)
+        encoder.close()
+        with pytest.raises(asyncio.CancelledError):
+            await calls[1]
+        may_end.set()
+        assert await calls[0]
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a niceness for each thread")
+def test_animations_are_encoded_with_a_lower_priority() -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    async def main() -> None:
+        encoder = AnimationEncoder()
+        request = Request({"type": "http"}, asyncio.Event().wait)
+        assert await encoder.run(request, niceness, 1) == min(19, niceness() + NICENESS)
+        encoder.close()
+
+    asyncio.run(main())
+
+
+def test_retry_after_follows_the_measured_time() -> None:
+    async def main() -> None:
+        encoder, request = AnimationEncoder(), Request({"type": "http"}, asyncio.Event().wait)
+
+        def retry_after() -> int:
+            with encoder.admit(MAX_PENDING_PIXELS), pytest.raises(Overloaded) as refused, encoder.admit(MAX_PIXELS):
+                pass
+            return refused.value.retry_after
+
+        assert retry_after() == math.ceil(MAX_PIXELS * FIRST_SECONDS)
+        await encoder.run(request, lambda: time.sleep(0.01), 1)  # a small animation hardly counts
+        assert retry_after() == math.ceil(MAX_PIXELS * FIRST_SECONDS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("app.api.animations.time", SimpleNamespace(monotonic=iter([0.0, 4.0]).__next__))
+            await encoder.run(request, lambda: None, MAX_PIXELS)
+        assert retry_after() == 4
+        encoder.close()
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("media_type", ANIMATIONS)

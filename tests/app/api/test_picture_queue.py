@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from app import errors
-from app.api import picture_queue
+from app.api import picture_queue, thread_priority
 from app.api.picture_queue import PictureQueue, Step
 
 TIMEOUT = 30.0
@@ -421,6 +421,6 @@ def test_workers_have_a_lower_priority_than_the_other_threads() -> None:
 
     own = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     (of_worker,) = queue.submit([Step(1, niceness)], TIMEOUT).result(WAIT)
-    assert of_worker == min(19, own + picture_queue.NICENESS)
+    assert of_worker == min(19, own + thread_priority.NICENESS)
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
     queue.close()

@@ -90,6 +90,11 @@ def errors_of(body: str | bytes) -> list[dict[str, Any]]:
         ("text/html, image/gif, image/jpeg, */*; q=0.2", JSON),
         ("text/html;q=0.1, image/gif, image/png;q=0.5", PNG),
         ("image/png;q=1.0,text/html", PNG),
+        # but such a header selects an animation if it allows no other format
+        ("text/html, image/webp", WEBP),
+        ("text/html;q=0, image/webp", WEBP),
+        ("text/html, image/webp;q=0.1, image/gif", GIF),
+        ("text/html, image/webp, image/png;q=0.1", PNG),
     ],
 )
 def test_accept_header_selects_the_format(accept: str, chosen: str) -> None:
@@ -117,7 +122,7 @@ def test_several_accept_headers_are_combined() -> None:
         "a/b/c",
         ";",
         "text/html, video/*",
-        "text/html, image/gif",
+        "text/html, image/gif;q=0",
     ],
 )
 def test_accept_header_that_allows_no_format_is_not_acceptable(accept: str) -> None:

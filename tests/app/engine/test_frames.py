@@ -86,7 +86,8 @@ def test_job_with_one_frame_reads_no_x_t() -> None:
 
 def test_search_for_the_digit_has_no_frames() -> None:
     frames: list[Frame] = []
-    job = new_search(2, num_steps=3, seed=3, search_steps=4, frames=FrameRequest(3, frames.append))
+    # The pixels of the search differ from those of the images.
+    job = new_search(2, num_steps=3, seed=3, search_seed=4, search_steps=4, frames=FrameRequest(3, frames.append))
     engine = opened(new_engine(FakeRunner()))
     engine.submit(job)
     while not job.closed:
@@ -127,6 +128,18 @@ def test_cancelled_job_gets_no_further_frames_and_is_freed() -> None:
     assert len(frames) == 2
     assert ended() is None
     assert engine.backlog.with_previews == {}
+
+
+def test_job_that_ends_during_the_read_of_its_frames_gets_none_of_them() -> None:
+    """Other threads may read the frames of a job as soon as its future is done."""
+    ending, other = list[Frame](), list[Frame]()
+    job = new_job(2, num_steps=4, seed=1, frames=FrameRequest(4, ending.append))
+    engine = opened(new_engine(FakeRunner(on_pixels=lambda rows: engine.cancel(job, ValueError()))))
+    engine.submit(job)
+    engine.submit(new_job(num_steps=4, seed=2, frames=FrameRequest(4, other.append)))
+    tick(engine)
+    assert ending == []
+    assert by_place(other) == expected(1, [1], seed=2)
 
 
 def test_frames_of_several_jobs_are_read_together() -> None:
