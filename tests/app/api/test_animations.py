@@ -615,7 +615,7 @@ def test_retry_after_follows_the_measured_time() -> None:
         await encoder.run(request, lambda: time.sleep(0.01), 1)  # a small animation hardly counts
         assert retry_after() == math.ceil(MAX_PIXELS * FIRST_SECONDS)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("app.api.animations.time", SimpleNamespace(monotonic=iter([0.0, 4.0]).__next__))
+            patch.setattr("app.api.animations.time", SimpleNamespace(monotonic=iter([0.0, 3.5]).__next__))
             await encoder.run(request, lambda: None, MAX_PIXELS)
         assert retry_after() == 4
         encoder.close()
