@@ -101,6 +101,7 @@ ACCEPTS = {
     "image/gif": GIF,
     "image/webp": WEBP,
     "image/webp, image/png": PNG,
+    "image/webp, text/html": WEBP,
     "image/webp, image/png;q=0.1": WEBP,
     "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2": JSON,  # Java's HttpURLConnection
     "text/html,image/png;q=0.5": PNG,
@@ -126,7 +127,7 @@ def test_response_without_an_accept_header_is_json(service: Service) -> None:
         "text/html",
         "image/jpeg",
         "image/avif, text/plain",
-        "image/webp, text/html",
+        "image/avif, text/html",
         "application/json;q=0",
         "*/*;q=0",
         "png",

@@ -59,7 +59,7 @@ def test_finished_images_of_other_clients_show_their_last_step(start: Start, ope
 def test_sample_requests_show_waiting_running_and_finished_images_like_those_of_the_api(
     start: Start, open_page: Open
 ) -> None:
-    service = start(UNFOG_MAX_BATCH="8", UNFOG_REQUEST_TIMEOUT="300")
+    service = start(UNFOG_MAX_BATCH="16", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
     bodies: list[dict[str, object]] = []
     page.on("request", lambda request: bodies.append(request.post_data_json) if request.method == "POST" else None)
@@ -79,6 +79,7 @@ def test_sample_requests_show_waiting_running_and_finished_images_like_those_of_
         assert pngs_of(lane.locator("img")) == pngs(service.post(body))
 
 
+@pytest.mark.slow
 def test_comparison_draws_the_times_of_both_measurements(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="64", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")
@@ -104,6 +105,7 @@ def test_comparison_draws_the_times_of_both_measurements(start: Start, open_page
     assert ends == sorted(ends)
 
 
+@pytest.mark.slow
 def test_refused_sample_request_is_sent_again_after_retry_after(
     start: Start, open_page: Open, watched: Watched
 ) -> None:
@@ -117,6 +119,7 @@ def test_refused_sample_request_is_sent_again_after_retry_after(
     expect(page.locator(".cell.done")).to_have_count(24 + 8 + 4 + 1)
 
 
+@pytest.mark.slow
 def test_long_retry_after_ends_the_sample_requests_with_a_reason(
     start: Start, open_page: Open, watched: Watched
 ) -> None:
@@ -163,6 +166,7 @@ def test_failed_sample_request_stops_the_others_and_marks_no_cell(
     expect(page.get_by_text("The comparison was stopped before its end.")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_comparison_without_waits_says_so(start: Start, fast_checkpoint: Path, open_page: Open) -> None:
     page = open_page(start(UNFOG_CHECKPOINT=str(fast_checkpoint), UNFOG_MAX_COUNT="1"), "#/batch")
     page.get_by_role("button", name="Send sample requests").click()
@@ -173,6 +177,7 @@ def test_comparison_without_waits_says_so(start: Start, fast_checkpoint: Path, o
     assert ("no request had to wait" in text) != has_waited
 
 
+@pytest.mark.slow
 def test_leaving_the_view_cancels_the_sample_requests(start: Start, open_page: Open) -> None:
     service = start(UNFOG_MAX_BATCH="1", UNFOG_REQUEST_TIMEOUT="300")
     page = open_page(service, "#/batch")

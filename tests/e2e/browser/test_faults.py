@@ -87,7 +87,7 @@ def test_changed_model_is_announced(
 def test_requests_that_are_refused_for_their_rate_are_repeated(start: Start, open_page: Open, watched: Watched) -> None:
     watched.expected.append("429")
     service = start(UNFOG_RATE_LIMIT="4/6 second")
-    page = open_page(service, "#/understand")
+    page = open_page(service, "#/understand", viewport={"width": 1280, "height": 400})
     expect(page.locator("#guidance-run")).to_be_enabled()
     page.locator("#guidance-run").click()
     expect(page.locator("#guidance-run")).to_contain_text("Busy, waiting")

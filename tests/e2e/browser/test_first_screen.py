@@ -199,6 +199,7 @@ def test_focus_moves_from_cancel_to_the_button_that_replaces_it(slow: Service, o
     expect(page.get_by_role("button", name="Cancel")).to_be_focused()
 
 
+@pytest.mark.slow
 def test_refused_first_run_counts_down_and_leaves_the_form_usable(
     start: Start, open_page: Open, watched: Watched
 ) -> None:
