@@ -65,9 +65,8 @@ class AnimationEncoder:
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, "animations", lower_priority)
         self._pending = 0  # pixels
-        self._seconds = (
-            FIRST_SECONDS  # per pixel: moving average, in which a large animation counts more than a small one
-        )
+        # Seconds per pixel: a moving average, in which a large animation counts more than a small one.
+        self._seconds = FIRST_SECONDS
 
     @contextmanager
     def admit(self, num_pixels: int) -> Iterator[None]:

@@ -41,10 +41,9 @@ from model.png import Provenance
 from tests.app.api.test_events import STREAMED, open_all, progress_in
 from tests.app.application import WORK, client_of, run
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Gate, Rows, image, same, wait_until
+from tests.model.test_png import PROVENANCE
 
-TEXT = Provenance(
-    digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32
-).text("0-3")
+TEXT = PROVENANCE.text("0-3")
 IMAGE_DESCRIPTION, SOFTWARE = 0x010E, 0x0131  # EXIF 2.3, section 4.6.4
 
 

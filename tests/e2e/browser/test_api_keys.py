@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from tests.e2e.browser.clip import stub
@@ -82,6 +83,14 @@ def test_key_is_not_in_copied_commands(locked: Service, open_page: Open, watched
         copied = page.evaluate("navigator.clipboard.readText()")
         assert KEY not in copied
         assert "UNFOG_API_KEY" in copied
+
+
+def test_axe_finds_no_violation_in_the_dialog_for_the_key(locked: Service, open_page: Open, watched: Watched) -> None:
+    watched.expected += ["401"]
+    page = open_page(locked)
+    expect(page.locator("#key-dialog")).to_be_visible()
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
 
 
 def test_page_without_a_key_explains_what_is_missing(locked: Service, open_page: Open, watched: Watched) -> None:

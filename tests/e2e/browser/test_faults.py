@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
 from tests.e2e.browser.conftest import Open, Watched
@@ -41,6 +42,7 @@ def test_banner_is_shown_until_the_service_answers_again(
     assert service.stop() == 0
     expect(page.locator("#banner")).to_contain_text("The service does not answer")
     expect(page.locator("#status-figures")).to_contain_text("no answer")
+    assert Axe().run(page).violations_count == 0
     page.get_by_role("link", name="Generate").click()
     generate(page, digit="1", count="1", num_steps="4", seed="1")
     expect(page.get_by_role("heading", name="The service does not answer")).to_be_visible()
