@@ -36,6 +36,14 @@ from typing import Any, Self
 TITLES = {**responses, 413: "Content Too Large", 422: "Unprocessable Content"}
 
 
+class FieldError(Exception):
+    """The value of a field is not permitted. A protocol converts it to its error, as it knows where its fields are."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field, self.message = field, message
+
+
 class UnfogError(Exception):
     """An error whose response is a problem document (RFC 9457)."""
 

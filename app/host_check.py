@@ -46,7 +46,7 @@ ROUNDS = 5  # a measurement of the engine takes this many times the steps of an 
 
 def new_job(count: int = 1, timeout: float = math.inf, guided_steps: range = GUIDED_STEPS) -> Job:
     """Returns a job with the default number of steps and with guidance."""
-    return Job(JobRequest(Options(3, 1, NUM_STEPS, "ddpm", 3.0), count, timeout, guided_steps=guided_steps))
+    return Job(JobRequest(Options(3, 1, NUM_STEPS, "ddpm", 3.0), count, timeout=timeout, guided_steps=guided_steps))
 
 
 def measure_engine(num_jobs: int, count: int, *, staggered: bool) -> float:

@@ -6,11 +6,14 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
 from app import VERSION, errors
-from app.api.batch_events import BatchViewers
-from app.api.generation import Service
+from app.api import docs, page
+from app.api.http.paths import ExactRoutes, Paths
+from app.api.http.problems import handle_errors
+from app.api.http.uploads import ImageReader
+from app.api.inference import routes as inference
 from app.api.middleware.access_log import AccessLog
 from app.api.middleware.auth import Auth
 from app.api.middleware.cors import CORS, REQUEST_HEADERS, RESPONSE_HEADERS
@@ -19,35 +22,44 @@ from app.api.middleware.request_context import RequestContextMiddleware
 from app.api.middleware.security_headers import SecurityHeaders
 from app.api.middleware.tracing import Traces
 from app.api.middleware.unread_body import UnreadBody
-from app.api.openapi import add_openapi
-from app.api.paths import ExactRoutes, Paths
-from app.api.problems import handle_errors
-from app.api.real_digits import read_real_digits
-from app.api.routes import (
+from app.api.native import (
     batch,
-    docs,
+    denoise,
+    edit,
     generate,
-    inference,
+    inpaint,
     models,
     monitoring,
-    openai,
-    openai_models,
-    page,
-    pictures,
+    recognize,
     reproduce,
     score,
 )
-from app.api.uploads import ImageReader
+from app.api.native.batch import BatchViewers
+from app.api.openai import images as openai
+from app.api.openai import models as openai_models
+from app.api.openapi import add_openapi
+from app.api.service import Service
 from app.engine.engine import Engine, EngineState
 from app.engine.interface import StepRunner
 from app.logs import num_lines_dropped
 from app.metrics import Metrics
 from app.runner.load import load_runner
 from app.settings import Settings
+from app.tasks.score import read_real_digits
 
 # The routes of these routers compute images or recognise digits.
-WORK_ROUTERS = (generate.router, pictures.router, reproduce.router, score.router, openai.router, inference.router)
-READ_ROUTERS = (models.router, openai_models.router, batch.router)
+WORK_ROUTERS = (
+    generate.router,
+    recognize.router,
+    denoise.router,
+    inpaint.router,
+    edit.router,
+    reproduce.router,
+    score.router,
+    openai.router,
+    inference.router,
+)
+READ_ROUTERS = (models.router, batch.router, openai_models.router)
 PROBE_ROUTERS = (monitoring.router, inference.open_router)  # their routes need no API key
 STOP_SECONDS = 5.0  # time limit for the step that is running at shutdown
 
@@ -80,11 +92,12 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
         lifespan=lifespan,
         redirect_slashes=False,
         openapi_url="/openapi.json" if settings.docs == "on" else None,
-        docs_url=None,  # FastAPI's page loads scripts from a CDN. api/routes/docs.py replaces it.
+        docs_url=None,  # FastAPI's page loads scripts from a CDN. api/docs.py replaces it.
         redoc_url=None,
     )
     app.state.service, app.state.viewers = service, BatchViewers(engine)
-    routers, web_pages = [*PROBE_ROUTERS, *WORK_ROUTERS, *READ_ROUTERS], list[str]()
+    routers: list[APIRouter] = [*PROBE_ROUTERS, *WORK_ROUTERS, *READ_ROUTERS]
+    web_pages = list[str]()
     probes = [route for router in PROBE_ROUTERS for route in router.routes]
     open_routes, open_files = [*app.routes, *probes], frozenset[str]()  # app.routes: /openapi.json
     if settings.docs == "on":
@@ -100,7 +113,8 @@ def create_app(settings: Settings, load: Callable[[], StepRunner] | None = None)
     app.router.routes.extend(route for router in routers for route in router.routes)
     app.router.routes.insert(0, ExactRoutes(app.router.routes))
     handle_errors(app, meters)
-    add_openapi(app, service)
+    operations = [each for router in (*WORK_ROUTERS, *READ_ROUTERS, *PROBE_ROUTERS) for each in router.operations]
+    add_openapi(app, service, operations)
     access_log = AccessLog(meters, traces, paths=paths, quiet=Paths(probes))
     _add_middleware(app, settings, meters, access_log, Paths(open_routes, exact=open_files))
     app.add_middleware(SecurityHeaders, pages=web_pages)

@@ -5,12 +5,11 @@ is False, the engine does nothing else. Otherwise it copies only the values that
 all other values from the rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from app.engine.backlog import Backlog
-from app.engine.job import Trajectory
+from app.engine.job import Job, Trajectory
 from app.errors import UnfogError
 
 MAX_ROWS = 256  # rows of a published batch
@@ -27,6 +26,17 @@ class Batch:
     rows: list[tuple[Trajectory, int, int]]
     selected: Sequence[Trajectory]  # the rows of this step
 
+    @classmethod
+    def of(cls, step: int, waiting: int, running: int, jobs: Iterable[Job], selected: Sequence[Trajectory]) -> "Batch":
+        """Returns the batch of these jobs. It copies the values of rows that later steps change."""
+        rows = (
+            (row, row.step, len(row.comparison.remaining) if row.comparison else 0)
+            for job in jobs
+            for row in job.unfinished
+            if row.started
+        )
+        return cls(step, waiting, running, list(islice(rows, MAX_ROWS)), selected)
+
 
 Receiver = Callable[[Batch | UnfogError], None]  # called in any thread; must not block
 
@@ -34,22 +44,14 @@ Receiver = Callable[[Batch | UnfogError], None]  # called in any thread; must no
 class BatchFeed:
     """Passes batches from the engine to one receiver."""
 
-    def __init__(self, backlog: Backlog) -> None:
+    def __init__(self) -> None:
         self.is_wanted = False  # True if the receiver wants the next batch
         self.receiver: Receiver | None = None
-        self._backlog = backlog
 
-    def publish(self, step: int, selected: Sequence[Trajectory]) -> None:
-        """Sends the current batch to the receiver. `is_wanted` must be True. `selected` has the rows of this step."""
+    def publish(self, batch: Batch) -> None:
+        """Sends a batch to the receiver. `is_wanted` must be True."""
         self.is_wanted = False
-        backlog = self._backlog
-        running = (
-            (row, row.step, len(row.comparison.remaining) if row.comparison else 0)
-            for job in backlog.jobs
-            for row in job.unfinished
-            if row.started
-        )
-        self._send(Batch(step, backlog.waiting, backlog.running, list(islice(running, MAX_ROWS)), selected))
+        self._send(batch)
 
     def end(self, error: UnfogError) -> None:
         """Tells the receiver that no further batch is published."""

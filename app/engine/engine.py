@@ -13,8 +13,8 @@ work. Neither of them polls. The shared state is:
     engine        `_abandoned`, `_drained`, `_stopping` and `state`; callers also read `state`, `_num_steps` and
                   `_last_beat` without the condition, because each is a single value
 
-The engine thread alone uses the runner, the readings and the counts of failures. `Mailbox` (app/api/events.py) passes
-events to the event loop.
+The engine thread alone uses the runner, the readings and the counts of failures. `Mailbox` in app/api/http/events.py
+passes events to the event loop.
 
 Failures: if a step raises, it is run again in halves until the failing rows are isolated (see isolation.py). Only their
 jobs fail. After MAX_FAILED_BATCHES batches in which every row failed, the engine generates the probe image of each
@@ -41,7 +41,7 @@ from functools import cached_property
 
 from app import errors
 from app.engine.admission import Admission, Calls
-from app.engine.batch_feed import BatchFeed
+from app.engine.batch_feed import Batch, BatchFeed
 from app.engine.interface import ClipEmbedder, ModelInfo, Reading, RunnerError, StepRunner
 from app.engine.isolation import R, isolate
 from app.engine.job import Frame, Job, Pixels, Result, StepRows, Trajectory
@@ -99,7 +99,7 @@ class Engine:
         self._watchdog_seconds, self._metrics = watchdog_seconds, metrics
         self._admission = Admission(capacity, max_batch)
         self.backlog = self._admission.backlog
-        self.feed = BatchFeed(self.backlog)
+        self.feed = BatchFeed()
         self._condition = threading.Condition()
         self._abandoned: list[Trajectory] = []  # rows of jobs that ended early; the engine thread frees their slots
         self._drained: Future[None] | None = None  # the future that drain() returns
@@ -300,12 +300,17 @@ class Engine:
         self._runner.check()
         self._failed_batches = dict.fromkeys(self._failed_batches, 0)
 
+    def publish(self, step: int, selected: Sequence[Trajectory]) -> None:
+        """Publishes the running rows. `feed.is_wanted` must be True. `selected` has the rows of this step."""
+        backlog = self.backlog
+        self.feed.publish(Batch.of(step, backlog.waiting, backlog.running, backlog.jobs, selected))
+
     def _admit(self) -> tuple[list[Trajectory], list[Trajectory]]:
         """Waits for work. Returns the rows of the next step, and the abandoned rows to release."""
         with self._condition:
             self._last_beat = None
             if self.feed.is_wanted and not self.backlog.jobs:
-                self.feed.publish(self._num_steps, ())
+                self.publish(self._num_steps, ())
         self._wait_for_work()
         with self._condition:
             self._last_beat = time.monotonic()
@@ -315,7 +320,7 @@ class Engine:
                 for job, count in Counter(row.job for row in started).items():
                     self._record_start(job, count)
             if self.feed.is_wanted and rows:
-                self.feed.publish(self._num_steps + 1, rows)
+                self.publish(self._num_steps + 1, rows)
             return rows, abandoned
 
     def _wait_for_work(self) -> None:

@@ -25,7 +25,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -296,6 +296,7 @@ class JobRequest:
 
     options: Options
     count: int
+    _: KW_ONLY
     # Seconds from submission to deadline; an unfinished request is then answered with 504. None: the engine chooses.
     timeout: float | None = math.inf
     num_previews: int = 0  # number of Progress events to send
@@ -364,6 +365,12 @@ class Timings:
     submitted_at_step: int = 0  # number of steps that the engine had finished at this time
     started_at: float | None = None
     finished_at: float | None = None
+
+    @property
+    def phases(self) -> tuple[float, float]:
+        """The seconds that a finished job waited in the queue, and that its steps took."""
+        started, finished = self.started_at or self.submitted_at, self.finished_at or self.submitted_at
+        return started - self.submitted_at, finished - started
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.api.context import CLIENT_GONE, RequestContext, context_of, new_request_id
-from app.api.error_formats import PROBLEM_JSON
+from app.api.http.context import CLIENT_GONE, RequestContext, context_of, new_request_id
+from app.api.http.media_types import PROBLEM_JSON
 from app.api.middleware.security_headers import SECURITY_HEADERS
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
 from app.errors import RequestTimeout, UnfogError

@@ -22,7 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app import errors
-from app.api.generation import Service
+from app.api.service import Service
 from app.engine.engine import RESTART_SECONDS
 from app.engine.interface import ModelInfo, RunnerError
 from app.engine.job import DEFAULT_MODEL

@@ -8,7 +8,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from app.api.requests import MAX_UNKNOWN_FIELDS
+from app.api.http.requests import MAX_UNKNOWN_FIELDS
 from app.engine.interface import DeviceLostError
 from app.engine.job import Pixels
 from app.main import create_app
@@ -159,7 +159,7 @@ def test_stream_ends_with_an_error_event_if_encoding_fails(monkeypatch: pytest.M
     def fail(*args: object) -> bytes:
         raise ValueError("secret")
 
-    monkeypatch.setattr("app.api.events.encode_image", fail)
+    monkeypatch.setattr("app.api.native.events.encode_image", fail)
 
     async def check(client: httpx.AsyncClient) -> None:
         answer = await client.post("/generate", json=WORK, headers={"accept": "text/event-stream"})

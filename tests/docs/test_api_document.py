@@ -21,41 +21,30 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 from app import errors
-from app.api import idempotency, picture_files, picture_tasks, score_schemas, task_examples, upload_memory, uploads
-from app.api.animations import FRAME_MS, LAST_MS, MAX_FRAME_PIXELS, MAX_PENDING_PIXELS, MAX_PIXELS
-from app.api.batch_events import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
-from app.api.events import MAX_WAITING_PREVIEWS
-from app.api.inference.examples import INFER_PATH
-from app.api.inference.examples import REQUESTS as INFERENCE_REQUESTS
+from app.api import docs, page
+from app.api.http import idempotency, upload_memory, uploads
+from app.api.http.animations import FRAME_MS, LAST_MS, MAX_FRAME_PIXELS, MAX_PENDING_PIXELS, MAX_PIXELS
+from app.api.http.events import MAX_WAITING_PREVIEWS
+from app.api.http.media_types import FORMATS
+from app.api.http.problems import error_response
 from app.api.inference.tensors import read_inputs
 from app.api.middleware.unread_body import LINGER_BYTES, LINGER_SECONDS
-from app.api.openapi import BATCH_EVENTS, PICTURE_REQUESTS
-from app.api.openapi import EVENTS as EVENT_MODELS
-from app.api.problems import error_response
-from app.api.routes import (
-    batch,
-    docs,
-    generate,
-    inference,
-    models,
-    monitoring,
-    openai,
-    openai_models,
-    page,
-    pictures,
-    reproduce,
-    score,
-)
+from app.api.native.batch import MAX_VIEWERS, PAUSE, REPEAT_SECONDS
+from app.api.native.batch import STREAM as BATCH_STREAM
+from app.api.native.operations import STREAM
 from app.engine import clip_worker
 from app.engine.batch_feed import MAX_ROWS
 from app.engine.job import SHORTEST_TIMEOUT
-from app.main import create_app
+from app.main import PROBE_ROUTERS, READ_ROUTERS, WORK_ROUTERS, create_app
 from app.server import connection, framing
 from app.settings import Settings
+from app.tasks import picture_files
+from app.tasks import score as score_task
 from model.checkpoint import SHIPPED, SHIPPED_FAST, read_config
 from model.clip_guidance import START, STOP
 from model.inpainting import NUM_LEVELS
 from model.png import Provenance
+from tests.app.api.examples import REQUESTS
 from tests.app.application import client_of, run
 from tests.app.fakes import INFO, FakeRunner
 from tests.docs.document import DOCS, Document, Example, Row, codes, tables_in
@@ -70,8 +59,9 @@ SCHEMAS: dict[str, Any] = OPENAPI["components"]["schemas"]
 KEY = "a-key-for-this-test"
 ORIGIN = "https://example.com"
 BODY = {"digit": 7, "num_steps": 3, "seed": 1}
-PICTURE_TASKS = [path for path in PICTURE_REQUESTS if path not in ("/reproduce", "/score")]
-BINARY_REQUEST = INFERENCE_REQUESTS["binary"]["value"]
+PICTURE_TASKS = ("/recognize", "/denoise", "/inpaint", "/edit")
+INFER_PATH = "/v2/models/{name}/infer"
+BINARY_REQUEST = REQUESTS[INFER_PATH]["binary"]
 CURL = [example for example in API.examples("bash") if "curl" in example.text]
 PYTHON = API.examples("python")
 
@@ -106,13 +96,9 @@ def test_contents_have_the_order_of_the_document() -> None:
 
 def test_route_table_has_exactly_the_routes_of_the_application() -> None:
     app = create_app(Settings())
-    modules = (
-        *(page, docs, generate, pictures, reproduce, score, openai, openai_models, models, batch, monitoring),
-        inference,
-    )
     routes = [
         route
-        for router in (app, *(each.router for each in modules), inference.open_router)
+        for router in (app, page.router, docs.router, *WORK_ROUTERS, *READ_ROUTERS, *PROBE_ROUTERS)
         for route in router.routes
         if isinstance(route, Route)
     ]
@@ -164,7 +150,7 @@ def test_parameter_table_has_every_query_parameter() -> None:
 
 @pytest.mark.parametrize("path", PICTURE_TASKS)
 def test_tables_of_a_route_for_pictures_have_every_field_with_its_type_default_and_limits(path: str) -> None:
-    schema = SCHEMAS[PICTURE_REQUESTS[path].__name__]
+    schema = SCHEMAS[f"{path[1:].title()}Request"]
     shared = by("Field", API.table("Pictures in requests", "Field", "Default"))
     sampled = by("Field", API.table("Request", "Field"))
     sentence = API.section("Pictures in requests").split("The fields ")[1].split(" have the meaning")[0]
@@ -178,7 +164,7 @@ def test_tables_of_a_route_for_pictures_have_every_field_with_its_type_default_a
 
 @pytest.mark.parametrize("path", ["/reproduce", "/score"])
 def test_table_of_a_route_with_other_pictures_has_every_field_with_its_type_default_and_limits(path: str) -> None:
-    schema = SCHEMAS[PICTURE_REQUESTS[path].__name__]
+    schema = SCHEMAS[f"{path[1:].title()}Request"]
     rows = by("Field", API.table(f"POST {path}", "Field", "Default"))
     assert set(rows) == set(schema["properties"])
     for name, field in schema["properties"].items():
@@ -256,7 +242,7 @@ def test_guidance_has_no_effect_with_dpmpp_in_4_steps(service: Service) -> None:
 
 def test_format_table_lists_the_formats_by_preference() -> None:
     rows = API.table("Responses", "Format")
-    assert [codes(row["Format"])[0] for row in rows] == list(generate.FORMATS)
+    assert [codes(row["Format"])[0] for row in rows] == list(FORMATS)
 
     async def check(client: httpx.AsyncClient) -> None:
         for row in rows:
@@ -316,7 +302,7 @@ def test_chunk_table_has_exactly_the_further_text_chunks_of_a_route(path: str) -
     generated = by("Chunk", API.table("PNG", "Chunk"))
     rows = API.table("Common behaviour", "Chunk", "In")
     documented = {codes(row["Chunk"])[0] for row in rows if row["In"].startswith("every route") or path in row["In"]}
-    body = next(iter(task_examples.REQUESTS[path].values()))[1] | {"digit": 7, "seed": 1}
+    body = next(iter(REQUESTS[path].values())) | {"digit": 7, "seed": 1}
 
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.post(path, json=body, headers={"Accept": PNG})
@@ -340,7 +326,7 @@ def test_absent_digit_has_the_documented_effect() -> None:
         asked: list[tuple[str, dict[str, Any], bool]] = [("/inpaint", {}, True), ("/edit", {}, True)]
         asked += [("/denoise", {}, True), ("/denoise", mean, False), ("/denoise", strong, False)]
         for path, changed, is_searched in asked:
-            body = next(iter(task_examples.REQUESTS[path].values()))[1] | {"seed": 1} | changed
+            body = next(iter(REQUESTS[path].values())) | {"seed": 1} | changed
             body.pop("digit", None)
             answer = (await client.post(path, json=body)).json()
             assert (answer["digit"] is not None) == is_searched, path
@@ -350,7 +336,9 @@ def test_absent_digit_has_the_documented_effect() -> None:
     run(check, FakeRunner())
 
 
-@pytest.mark.parametrize(("heading", "models"), [("Event stream", EVENT_MODELS), ("GET /events/batch", BATCH_EVENTS)])
+@pytest.mark.parametrize(
+    ("heading", "models"), [("Event stream", STREAM.events), ("GET /events/batch", BATCH_STREAM.events)]
+)
 def test_event_table_has_exactly_the_fields_of_each_event(heading: str, models: dict[str, type[BaseModel]]) -> None:
     documented: dict[str, dict[str, str]] = {}
     for row in API.table(heading, "Event"):
@@ -508,7 +496,7 @@ def test_error_table_has_exactly_the_codes_of_the_application() -> None:
     assert len(rows) == len(documented)
 
 
-@pytest.mark.parametrize("path", ["/generate", *PICTURE_REQUESTS, INFER_PATH])
+@pytest.mark.parametrize("path", ["/generate", *PICTURE_TASKS, "/reproduce", "/score", INFER_PATH])
 def test_every_status_of_a_post_route_is_in_the_error_table(path: str) -> None:
     statuses = {row["Status"] for row in API.table("Errors", "Status")}
     assert {*OPENAPI["paths"][path]["post"]["responses"]} - {"200"} <= statuses
@@ -574,9 +562,9 @@ def test_documented_limits_of_pictures_are_those_of_the_code() -> None:
     assert values["pixels of a WebP or a progressive CMYK JPEG picture"] == f"{cmyk:,}"
     assert cmyk == picture_files.MAX_PIXELS_WEBP
     assert values["scans of a JPEG picture"] == str(picture_files.MAX_SCANS)
-    parts = uploads.MAX_PARTS + score_schemas.MAX_IMAGES + score_schemas.MAX_PROMPTS
+    parts = uploads.MAX_PARTS + score_task.MAX_IMAGES + score_task.MAX_PROMPTS
     assert values["parts of a multipart body"] == f"{uploads.MAX_PARTS}, in `/score` {parts}"
-    assert values["pixels of all pictures of a request for `/score`"] == f"{picture_tasks.MAX_PIXELS:,}"
+    assert values["pixels of all pictures of a request for `/score`"] == f"{score_task.MAX_PIXELS:,}"
     assert values["pictures that wait for `/score`"] == str(clip_worker.MAX_WAITING_IMAGES)
     text = f"{uploads.MAX_TEXT_BYTES // 1024} KiB"
     assert values["text field of a multipart body"] == text

@@ -5,23 +5,25 @@ from typing import Any
 
 import pytest
 
-from app.api.error_formats import OPENAI_TYPES, openai_error
-from app.api.openai.document import EDITS_PATH, GENERATIONS_PATH, REQUESTS
-from app.api.openai.options import OPENAI_MODELS
+from app.api.http.error_formats import OPENAI_TYPES, openai_error
+from app.api.native.edit import EditRequest
+from app.api.openai.images import EDITS_PATH, GENERATIONS_PATH
+from app.api.openai.plans import OPENAI_MODELS
 from app.api.openai.prompt import NAMES, OTHER_NAMES, digit_of
-from app.api.openai.schemas import GENERATION_EVENTS, UNSUPPORTED
-from app.api.task_schemas import EditRequest
+from app.api.openai.schemas import UNSUPPORTED
+from tests.app.api.examples import OPERATIONS
 from tests.app.test_errors import EVERY_ERROR
 from tests.docs.document import Row, codes
 from tests.docs.test_api_document import API, SCHEMAS, by, fields_of
 
+REQUESTS = {"/v1/images/generations": "ImageGenerationRequest", "/v1/images/edits": "ImageEditRequest"}  # schemas
 OWN = by("Field", API.table(f"POST {GENERATIONS_PATH}", "Field", "Default"))
 EDIT = OWN | by("Field", API.table(f"POST {EDITS_PATH}", "Field", "Default"))
 
 
 @pytest.mark.parametrize(("path", "rows"), [(GENERATIONS_PATH, OWN), (EDITS_PATH, EDIT)])
 def test_tables_have_every_field_with_its_type_default_and_limits(path: str, rows: dict[str, Row]) -> None:
-    schema = SCHEMAS[REQUESTS[path].__name__]
+    schema = SCHEMAS[REQUESTS[path]]
     ignored = {name for name, field in schema["properties"].items() if not {"type", "anyOf"} & set(field)}
     assert set(rows) | ignored == set(schema["properties"])
     for name, row in rows.items():
@@ -46,7 +48,7 @@ def test_ignored_and_refused_fields_are_named() -> None:
         (GENERATIONS_PATH, set(codes(sentence))),
         (EDITS_PATH, set(codes(sentence)) - {"moderation", "style"} | {"input_fidelity"}),
     ):
-        fields = SCHEMAS[REQUESTS[path].__name__]["properties"]
+        fields = SCHEMAS[REQUESTS[path]]["properties"]
         assert {name for name, field in fields.items() if not {"type", "anyOf"} & set(field)} == named
     assert "`moderation` and `style` are unknown, and `input_fidelity` is ignored. `markup` is refused" in edit
     assert "markup" in UNSUPPORTED
@@ -79,7 +81,9 @@ def test_event_table_has_exactly_the_fields_of_each_event() -> None:
     documented: dict[str, dict[str, str]] = {}
     for row in API.table("Image events", "Event"):
         documented.setdefault(row["Event"].strip("`"), {})[row["Field"].strip("`")] = row["Type"]
-    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in GENERATION_EVENTS.items()}
+    stream = OPERATIONS[GENERATIONS_PATH].stream
+    assert stream
+    assert documented == {name: fields_of(SCHEMAS[model.__name__]) for name, model in stream.events.items()}
 
 
 @pytest.mark.parametrize("row", API.table("Prompt", "Prompt"), ids=lambda row: str(row["Prompt"]))

@@ -2,8 +2,7 @@
 
 import pytest
 
-from app.api.animations import MAX_PENDING_PIXELS
-from app.api.picture_files import MAX_TEXT_BYTES
+from app.api.http.animations import MAX_PENDING_PIXELS
 from app.engine.clip_worker import MAX_CACHED_PROMPTS
 from app.log_writer import FLUSH_SECONDS
 from app.server.connection import MAX_AHEAD_BYTES
@@ -17,6 +16,7 @@ from app.server.framing import (
 )
 from app.server.server import MAX_DESCRIPTORS
 from app.settings import Settings
+from app.tasks.picture_files import MAX_TEXT_BYTES
 from tests.docs.markdown import ROOT
 
 KIB = 1024

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from app.api.uploads import MAX_BODIES
+from app.api.http.uploads import MAX_BODIES
 from model.checkpoint import SHIPPED
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.picture_requests import RECOGNIZE, Ask, encode

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.app.api.samples import animation, png, zeros
+from tests.app.picture_samples import animation, png, zeros
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.hostile_requests import BOMBS
 from tests.e2e.picture_requests import (

@@ -14,7 +14,7 @@ from PIL import Image
 
 from model.png import SOFTWARE, encode_png
 from scripts import sample
-from tests.app.api.samples import chunk, zeros
+from tests.app.picture_samples import chunk, zeros
 from tests.e2e.service import JSON, PNG, ZIP, Service, assert_problem, open_png, pngs
 
 BODIES: dict[str, dict[str, Any]] = {

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.schemas import NOT_NULL, WHOLE, GuidanceScale, Number, NumSteps, SamplerName, may_be_absent
+from app.tasks.fields import NOT_NULL, WHOLE, GuidanceScale, NumSteps, SamplerName, Seconds, may_be_absent
 
 NAME = "unfog"  # of the server
 EXTENSIONS = ["binary_tensor_data"]
@@ -37,7 +37,7 @@ class InferenceParameters(_Request):
         description="Scale of classifier-free guidance, 1 = off. If absent, the recommendation of the checkpoint for "
         "the sampler."
     )
-    timeout_seconds: Annotated[Annotated[Number, Field(gt=0)] | None, NOT_NULL] = _may_be_absent(
+    timeout_seconds: Seconds = _may_be_absent(
         description="Deadline in seconds. The default depends on the size of the request."
     )
     binary_data_output: bool = Field(

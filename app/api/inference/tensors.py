@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from app.api.http.requests import parse_json, validate
 from app.api.inference.schemas import ELEMENT_BYTES, InferenceRequest, InputName, InputTensor
-from app.api.requests import parse_json, validate
 from app.errors import InvalidRequest, MalformedJSON
 
 LENGTH_HEADER = "Inference-Header-Content-Length"

@@ -4,8 +4,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from app.api.http.problems import error_response
 from app.api.inference.tensors import LENGTH_HEADER
-from app.api.problems import error_response
 from app.errors import OriginNotAllowed
 
 # The headers that web pages of other origins may send and read. OpenAI's JavaScript client sends the request headers

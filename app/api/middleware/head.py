@@ -2,7 +2,7 @@
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.context import context_of
+from app.api.http.context import context_of
 
 
 class HeadAsGet:

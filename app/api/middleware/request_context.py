@@ -6,9 +6,9 @@ import logging
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.context import context_of
+from app.api.http.context import context_of
+from app.api.http.problems import error_response
 from app.api.middleware.access_log import AccessLog
-from app.api.problems import error_response
 from app.errors import Draining, InternalError, UnfogError
 from app.metrics import Metrics
 

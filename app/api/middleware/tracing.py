@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from app import VERSION
-from app.api.context import OK, RequestContext
+from app.api.http.context import OK, RequestContext
 from app.errors import Forbidden, Unauthorized
 
 try:

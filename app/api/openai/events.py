@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from app.api.error_formats import openai_error
-from app.api.events import event_text
-from app.api.images import encode_base64, encode_image
+from app.api.http.error_formats import openai_error
+from app.api.http.events import event_text
 from app.api.openai.schemas import CompletedImage, PartialImage
 from app.engine.job import ImageDone, Job, Progress
 from app.errors import UnfogError
+from app.tasks.images import encode_base64, encode_image
 from model.png import Provenance
 
 

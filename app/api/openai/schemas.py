@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from app.api.http.uploads import Base64
 from app.api.openai.prompt import digit_of
-from app.api.schemas import WHOLE, Base64, may_be_absent
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
+from app.tasks.fields import WHOLE, may_be_absent
 from model.png import MAX_SEED
 
 MAX_PROMPT = 32_000  # characters, as in OpenAI's API
@@ -229,15 +230,3 @@ class OpenAIModels(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[OpenAIModel]
-
-
-GENERATION_EVENTS: dict[str, type[BaseModel]] = {
-    f"{GENERATION}.partial_image": PartialImage,
-    f"{GENERATION}.completed": CompletedImage,
-    "error": OpenAIError,
-}
-EDIT_EVENTS: dict[str, type[BaseModel]] = {
-    f"{EDIT}.partial_image": PartialImage,
-    f"{EDIT}.completed": CompletedImage,
-    "error": OpenAIError,
-}

@@ -14,8 +14,8 @@ import pytest
 from jsonschema import Draft202012Validator
 from PIL import Image
 
-from app.api.schemas import PROMPT_NEEDS_A_SCALE
-from app.api.task_examples import FILE
+from app.api.native.generate import PROMPT_NEEDS_A_SCALE
+from app.api.operations import FILE
 from app.engine.interface import ModelInfo
 from app.main import create_app
 from app.settings import Settings

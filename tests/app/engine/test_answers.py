@@ -2,7 +2,7 @@
 
 import threading
 
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.job import ImageKey, Job
 from tests.app.fakes import (
     WAIT_SECONDS,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import errors
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.interface import DeviceLostError, OutOfMemoryError, Reading
 from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, StepRows
 from tests.app.fakes import (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from app import errors
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.engine import EngineState
 from app.engine.interface import DeviceLostError, RunnerError
 from tests.app.fakes import (

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from prometheus_client import Counter
 
 from app import errors
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.engine import EngineState
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import ImageDone, Job, Progress

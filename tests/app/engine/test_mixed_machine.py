@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from app import errors
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import Job, Trajectory
 from app.engine.step_times import StepTimes

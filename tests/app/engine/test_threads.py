@@ -13,7 +13,7 @@ from itertools import count
 import pytest
 
 from app import errors
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.engine import Engine, EngineState
 from app.engine.job import Frame, FrameRequest, ImageDone, Job, Progress, Trajectory
 from app.engine.step_times import StepTimes

@@ -54,19 +54,19 @@ class Client:
         if self.clip_evaluations:
             steps = range(round(0.4 * self.num_steps), round(0.95 * self.num_steps))
             clip = ClipTarget(1.0, np.zeros(1, np.float32), steps, self.clip_evaluations)
-        return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps, clip=clip), now)
+        return Job(JobRequest(options, self.count, timeout=self.timeout, guided_steps=guided_steps, clip=clip), now)
 
     def _job_with_input(self, now: float) -> Job:
         """Returns a job that recognises, or that searches for its digit and then generates guided images."""
         compare = Options(None, 0, 20, "forward", 1.0, path=(*timesteps(20), 0))
         if self.task == "recognise":
-            return Job(JobRequest(compare, 1, self.timeout, comparison=Recognition(READOUT, 0.0)), now)
+            return Job(JobRequest(compare, 1, timeout=self.timeout, comparison=Recognition(READOUT, 0.0)), now)
         search = Search(replace(compare, sampler="ddpm", num_steps=17), ClassDistances(10, 17))
         if self.task == "edit":
             search = Search(compare, Recognition(READOUT, 0.0))
         options = Options(None, 0, self.num_steps, "ddpm", 2.0)
         guided_steps = range(self.num_steps // 4, self.num_steps // 2)
-        return Job(JobRequest(options, self.count, self.timeout, guided_steps=guided_steps, search=search), now)
+        return Job(JobRequest(options, self.count, timeout=self.timeout, guided_steps=guided_steps, search=search), now)
 
 
 @dataclass

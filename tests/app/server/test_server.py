@@ -60,7 +60,7 @@ class Drain:
             assert self.may_finish.wait(WAIT_SECONDS)
             return b"encoded"
 
-        monkeypatch.setattr("app.api.generation.encode_sheet", encode)
+        monkeypatch.setattr("app.api.native.answers.encode_sheet", encode)
         monkeypatch.setattr("app.server.server.LAST_ANSWERS_SECONDS", 0)
 
     def run(self, drain_timeout: float, after_sigterm: Callable[[], None]) -> tuple[httpx.Response, Metrics]:
@@ -118,7 +118,7 @@ def test_objects_of_a_ready_service_are_exempt_from_garbage_collections(monkeypa
 def test_viewers_of_the_batch_do_not_delay_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event is larger than the kernel buffers for a client that does not read."""
     event = b"event: batch\ndata: " + b" " * 2**25 + b"\n\n"
-    monkeypatch.setattr("app.api.batch_events.encode_batch", lambda batch: event)
+    monkeypatch.setattr("app.api.native.batch.encode_batch", lambda batch: event)
     monkeypatch.setattr("app.server.server.LAST_ANSWERS_SECONDS", 100 * WAIT_SECONDS)
     settings = Settings()
     app = create_app(settings, FakeRunner)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from app.api.real_digits import read_real_digits
+from app.tasks.score import read_real_digits
 from model.clip import LEAST_SHARE, digit_prompt
 from scripts.evaluation.clip import ClipScorer
 from scripts.evaluation.clip_prompts import as_markdown, measure, read_compared_digits

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from app.api.inference.examples import REQUESTS
+from app.api.inference.routes import REQUESTS
 from app.main import create_app
 from app.settings import Settings
 from tests.app.api.inference.bodies import INFER, LENGTH, PROTOCOL, body_of, tensor
@@ -43,7 +43,7 @@ def test_responses_match_the_schemas_of_the_protocol() -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_service_accepts_the_request_examples_of_its_document(name: str) -> None:
-    body = REQUESTS[name]["value"]
+    body = REQUESTS[name][1]
 
     async def check(client: httpx.AsyncClient) -> None:
         served = (await client.get("/openapi.json")).json()

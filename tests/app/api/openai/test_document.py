@@ -7,8 +7,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from app.api.openai.document import REQUESTS
-from app.api.task_examples import FILE
+from app.api.operations import FILE
 from app.main import create_app
 from app.settings import Settings
 from tests.app.api.openai.samples import EDITS, GENERATIONS, PATHS, body_of, events_of, send
@@ -16,6 +15,7 @@ from tests.app.application import run
 from tests.app.fakes import FakeRunner
 
 MODELS = ("/v1/models", "/v1/models/{model}")
+REQUESTS = {"/v1/images/generations": "ImageGenerationRequest", "/v1/images/edits": "ImageEditRequest"}  # schemas
 
 
 @cache
@@ -28,7 +28,7 @@ def is_valid(document: dict[str, Any], schema: dict[str, Any], instance: Any) ->
 
 
 def request_schema(path: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{REQUESTS[path].__name__}"}
+    return {"$ref": f"#/components/schemas/{REQUESTS[path]}"}
 
 
 @pytest.mark.parametrize("path", [*PATHS, *MODELS])
@@ -142,7 +142,7 @@ def test_service_accepts_exactly_the_requests_that_its_document_permits(path: st
 def test_document_has_the_limits_of_the_settings_and_of_the_models() -> None:
     schemas = document(max_count=4)["components"]["schemas"]
     for path, names in ((GENERATIONS, ["default", "fast"]), (EDITS, ["default"])):
-        fields = schemas[REQUESTS[path].__name__]["properties"]
+        fields = schemas[REQUESTS[path]]["properties"]
         assert fields["n"]["anyOf"][0]["maximum"] == 4
         assert fields["model"]["anyOf"][0]["anyOf"][0]["enum"] == names
 

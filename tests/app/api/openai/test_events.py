@@ -11,9 +11,9 @@ import httpx
 import pytest
 
 from app import errors
-from app.api.images import encode_image
 from app.api.openai.events import OpenAIEvents
 from app.engine.job import ImageDone, Pixels, Progress
+from app.tasks.images import encode_image
 from model.png import Provenance
 from tests.app.api.openai.samples import EDITS, PATHS, error_of, events_of, send
 from tests.app.application import run

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.api.events import event_text
+from app.api.http.events import event_text
 
 WEB = Path(__file__).parents[4] / "app" / "api" / "web"
 # Reads cases from stdin. A case has the parts of a stream, and what happens after the last part: "end" ends the stream,

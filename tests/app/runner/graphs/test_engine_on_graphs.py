@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from app import errors
-from app.api.requests import ClientGoneError
+from app.api.http.requests import ClientGoneError
 from app.engine.engine import Engine
 from app.engine.job import ImageDone, Job, JobRequest, Options, Pixels, Progress
 from app.engine.step_times import StepTimes

@@ -1,0 +1,1 @@
+"""Reads requests and sends answers over HTTP, for every protocol."""

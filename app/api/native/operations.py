@@ -1,0 +1,147 @@
+"""What the operations of this API have in common: their errors, and the limits of their requests."""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+
+from pydantic import BaseModel
+
+from app.api.http.media_types import ANIMATIONS, EVENTS, JSON, MULTIPART, PNG, ZIP
+from app.api.native.events import AcceptedEvent, DoneEvent, ProgressEvent
+from app.api.native.schemas import GeneratedImage
+from app.api.operations import (
+    BINARY,
+    IMAGE_TOO_LARGE,
+    RATE_LIMITED,
+    REF,
+    STATUS,
+    Offer,
+    Operation,
+    Permitted,
+    Problem,
+    Schema,
+    Stream,
+    body_of,
+    default_of,
+    form_schema,
+)
+from app.engine.job import DEFAULT_MODEL
+from app.errors import BodyTooLarge, InvalidImage, InvalidRequest, NotAcceptable, UnsupportedMediaType
+from app.tasks.picture_files import damaged
+from model.checkpoint import MOST_STEPS
+from model.sampler import SAMPLERS
+
+NUM_CLASSES = 10  # digits that requests permit
+READ_STATUSES = {**{status: STATUS[status] for status in (401, 403, 429, 500, 503)}, 429: RATE_LIMITED}
+WORK_STATUSES = {status: text for status, text in STATUS.items() if status != 501}
+CLIP_STATUSES = {501: STATUS[501]}
+PICTURE_STATUSES = {
+    **WORK_STATUSES,
+    413: IMAGE_TOO_LARGE,
+    415: "unsupported_media_type: Content-Type is neither JSON nor multipart/form-data",
+    422: "invalid_request: a field is missing, unknown or invalid. invalid_image: a picture cannot be "
+    "decoded, is animated, or is larger than 4,096 x 4,096 pixels",
+}
+STREAM = Stream(
+    "StreamEvent",
+    "of a stream: accepted, then progress and image events, then done or error.",
+    {
+        "accepted": AcceptedEvent,
+        "progress": ProgressEvent,
+        "image": GeneratedImage,
+        "done": DoneEvent,
+        "error": Problem,
+    },
+)
+
+
+def images_formats(stream: str) -> dict[str, Schema]:
+    """Returns the formats of generated images besides JSON. `stream` is the example of a stream."""
+    return {PNG: BINARY, ZIP: BINARY, EVENTS: STREAM.content(stream), **dict.fromkeys(ANIMATIONS, BINARY)}
+
+
+def picture_operation(  # noqa: PLR0913 # most are optional
+    name: str,
+    summary: str,
+    request: type[BaseModel],
+    answer: type[BaseModel],
+    *,
+    examples: Mapping[str, tuple[str, Schema]],
+    example: Schema,
+    stream: str | None = None,
+    formats: Mapping[str, Schema] | None = None,
+    statuses: Mapping[int, str] = PICTURE_STATUSES,
+    pictures: Collection[str] = ("image",),
+) -> Operation:
+    """Returns the operation of a task with pictures. `stream` is the example of a stream, if it generates images.
+
+    `pictures` are the fields with pictures, and `example` is the answer in JSON.
+    """
+    formats = formats or {}
+    if stream:
+        formats = images_formats(stream)
+    field = next(iter(pictures))
+    index = [0] if "images" in pictures else []
+    return Operation(
+        path=f"/{name}",
+        name=name,
+        group="Pictures",
+        summary=summary,
+        method="POST",
+        answer=answer,
+        example=example,
+        description="the result, in the format that Accept selects",
+        formats=formats,
+        stream=STREAM if stream else None,
+        body=body_of(request, examples, pictures),
+        statuses=statuses,
+        errors=[
+            BodyTooLarge(default_of("max_image_bytes")),
+            NotAcceptable((JSON, *formats)),
+            UnsupportedMediaType(f"Content-Type must be {JSON} or {MULTIPART}"),
+            InvalidRequest.of(field, "Field required"),
+            InvalidImage.of(field, str(damaged("PNG")), *index),
+        ],
+        complete=partial(_picture_schemas, request),
+    )
+
+
+def _picture_schemas(request: type[BaseModel], operation: Schema, offer: Offer) -> dict[str, Schema]:
+    models = {name: each for name, each in offer.models.items() if each.has_pictures}
+    schema = request_schema(request, Offer(offer.settings, models))
+    return {request.__name__: schema, f"{request.__name__}Form": form_schema(schema)}
+
+
+def request_schema(request: type[BaseModel], offer: Offer) -> Schema:
+    """Returns the schema of a request, with the limits of the settings and of the models."""
+    schema = request.model_json_schema(ref_template=REF)
+    fields = schema["properties"]
+    if "count" in fields:
+        fields["count"]["maximum"] = offer.settings.largest_request
+    fields["timeout_seconds"]["maximum"] = offer.settings.longest_timeout
+    if "model" in fields:
+        fields["model"] = {**fields["model"], "enum": offer.names}
+    found = [_condition(name, each, fields) for name, each in offer.models.items()]
+    conditions = [condition for condition in found if condition]
+    return {**schema, "allOf": [*schema.get("allOf", []), *conditions]} if conditions else schema
+
+
+def _condition(model: str, permitted: Permitted, names: Collection[str]) -> Schema | None:
+    """Returns the schema that requests with the fields `names` must also satisfy for a model, or None."""
+    fields: Schema = {}
+    if permitted.num_classes < NUM_CLASSES:
+        fields["digit"] = {"maximum": permitted.num_classes - 1}
+    if permitted.steps:
+        fields["num_steps"] = {"enum": sorted(permitted.steps)}
+    elif permitted.max_steps < MOST_STEPS:
+        fields["num_steps"] = {"maximum": permitted.max_steps}
+    if set(permitted.samplers) != set(SAMPLERS):
+        fields["sampler"] = {"enum": list(permitted.samplers)}
+    if not permitted.guidable:
+        fields["guidance_scale"] = {"const": 1}
+    fields = {name: values for name, values in fields.items() if name in names}
+    if not fields:
+        return None
+    named: Schema = {"properties": {"model": {"const": model}}}
+    if model != DEFAULT_MODEL:  # A request without `model` uses the default model.
+        named["required"] = ["model"]
+    return {"if": named, "then": {"properties": fields}}

@@ -1,0 +1,168 @@
+"""POST /v1/images/generations and POST /v1/images/edits: the OpenAI Images API."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.responses import Response
+
+from app.api.http.direct_route import DirectRoute
+from app.api.http.events import StreamOptions
+from app.api.http.idempotency import IdempotencyKey, with_seed
+from app.api.http.media_types import EVENTS, JSON
+from app.api.http.requests import parse_json, read_body, validate
+from app.api.http.uploads import Reader
+from app.api.openai.events import OpenAIEvents
+from app.api.openai.operations import images_operation
+from app.api.openai.plans import Plan, plan_edit, plan_generation
+from app.api.openai.prompt import description_of
+from app.api.openai.schemas import (
+    EDIT,
+    GENERATION,
+    CreatedImages,
+    ImageData,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    ImagesRequest,
+)
+from app.api.operations import Router, picture
+from app.api.service import Service, ServiceDependency, answer
+from app.engine.interface import ModelInfo
+from app.engine.job import DEFAULT_MODEL, Job, Pixels
+from app.tasks.edit import EditFields, edit
+from app.tasks.from_image import FittingFields, has_picture_tasks, read_drawing
+from app.tasks.generate import GenerateFields, generate
+from app.tasks.images import encode_base64, encode_images
+from app.tasks.inpaint import InpaintFields, MaskedPicture, inpaint
+from app.tasks.task import Task
+from model.digit_image import DigitImage
+from model.png import Provenance
+
+router = Router(route_class=DirectRoute)
+
+GENERATIONS_PATH, EDITS_PATH = "/v1/images/generations", "/v1/images/edits"
+PREVIEW, DIGIT, EDITED = picture("preview"), picture("digit"), picture("edited")
+
+
+@router.operation(
+    images_operation(
+        GENERATIONS_PATH,
+        "create_images",
+        "Generate images of the digit in a prompt",
+        ImageGenerationRequest,
+        GENERATION,
+        examples={
+            "one": ("One digit", {"prompt": "a handwritten seven, please"}),
+            "seed": ("A digit with a fixed seed", {"prompt": "7", "size": "28x28", "seed": 42}),
+            "several": ("Several digits with fewer steps", {"prompt": "seven", "n": 4, "quality": "medium"}),
+        },
+        made=(7, PREVIEW, DIGIT),
+    )
+)
+async def generations(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
+    """Generates images of the digit that the prompt names, as in the OpenAI Images API."""
+    settings = service.settings
+    content = await read_body(request, settings.max_body_bytes, settings.read_timeout)
+    body = validate(parse_json(content), ImageGenerationRequest)
+    plan = plan_generation(body, _models(service), settings.largest_request)
+    fields = GenerateFields(digit=body.digit, count=body.n, scale=plan.scale, **plan.fields)
+    task = generate(plan.info, with_seed(fields, idempotency_key))
+    return await _respond(request, service, body, plan, task, GENERATION)
+
+
+@router.operation(
+    images_operation(
+        EDITS_PATH,
+        "edit_images",
+        "Redraw a picture, or fill in a part of it",
+        ImageEditRequest,
+        EDIT,
+        examples={
+            "edit": (
+                "A 7 becomes a similar 9",
+                {"image": PREVIEW, "prompt": "Make it a nine", "size": "28x28", "seed": 42},
+            ),
+            "mask": (
+                "The transparent half is filled in",
+                {"image": PREVIEW, "mask": picture("transparent_mask"), "prompt": "a nine", "seed": 42},
+            ),
+        },
+        made=(9, PREVIEW, EDITED),
+    )
+)
+async def edits(request: Request, service: ServiceDependency, idempotency_key: IdempotencyKey) -> Response:
+    """Redraws a picture, or fills in the part under the transparent pixels of a mask, as in the OpenAI Images API."""
+    masked = MaskedPicture(marks_by_transparency=True, complete=GENERATIONS_PATH)
+
+    def plan_of(body: ImageEditRequest) -> Plan:
+        return plan_edit(body, _models(service), service.settings.largest_request, has_picture_tasks)
+
+    def read_mask(body: ImageEditRequest, data: bytes) -> None:
+        masked.read_mask(InpaintFields(), data)
+
+    def read_image(body: ImageEditRequest, data: bytes) -> DigitImage:
+        if body.mask is None:
+            return read_drawing(FittingFields(), data)
+        return masked.read_image(InpaintFields(), data)
+
+    readers: dict[str, Reader[ImageEditRequest, DigitImage | None]] = {"mask": read_mask, "image": read_image}
+    body, pictures = await service.pictures.read(request, ImageEditRequest, readers, check=plan_of, lenient=True)
+    (image,) = pictures["image"]
+    assert image is not None, "the conversion of the field `image` returns an image"
+    plan = plan_of(body)
+    fields = {"digit": body.digit, "count": body.n, "scale": plan.scale, **plan.fields}
+    if body.mask is None:
+        task = edit(plan.info, with_seed(EditFields(**fields), idempotency_key), image)
+    else:
+        task = inpaint(plan.info, with_seed(InpaintFields(**fields), idempotency_key), image, masked.redrawn)
+    return await _respond(request, service, body, plan, task, EDIT)
+
+
+async def _respond(
+    request: Request, service: Service, body: ImagesRequest, plan: Plan, task: Task, kind: str
+) -> Response:
+    """Submits a task and returns its response. `kind` is the prefix of the types of its events.
+
+    Raises the errors of `answer`.
+    """
+    # Previews are evenly spread. The last one is the image itself, which is not sent as a partial image.
+    stream = StreamOptions(body.partial_images + 1 if body.partial_images else 0)
+    media_type = EVENTS if body.stream else JSON
+    return await answer(request, service, task, CreatedFormat(body, plan, kind), media_type, stream)
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedFormat:
+    """The formats of the images of a request. `kind` is the prefix of the types of its events."""
+
+    body: ImagesRequest
+    plan: Plan
+    kind: str
+
+    def events(self, task: Task, provenance: Callable[[], Provenance]) -> OpenAIEvents:
+        """Returns the format of the events of a stream."""
+        facts = {"quality": self.plan.quality, "size": self.plan.size, "seed": task.options.seed}
+        return OpenAIEvents(self.kind, facts, self.plan.scale, self.body.partial_images, provenance)
+
+    def encode(self, media_type: str, task: Task, job: Job, images: list[Pixels], provenance: Provenance) -> bytes:
+        """Returns the body of an answer in JSON. The text chunks of the images contain the provenance."""
+        description = description_of(self.body.digit)
+        response = CreatedImages(
+            created=int(time.time()),
+            data=[
+                ImageData(b64_json=encode_base64(png), revised_prompt=description)
+                for png in encode_images(images, provenance, task.scale)
+            ],
+            quality=self.plan.quality,
+            size=self.plan.size,
+            seed=provenance.seed,
+            model=self.plan.info.name,
+        )
+        return response.model_dump_json().encode()
+
+
+def _models(service: Service) -> dict[str, ModelInfo]:
+    """Returns the served models by name. Raises Starting or EngineFailed if no model is loaded."""
+    service.info(DEFAULT_MODEL)
+    return service.engine.models

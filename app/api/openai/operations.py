@@ -1,0 +1,145 @@
+"""What the operations of the OpenAI Images API have in common: their errors, and the limits of their requests."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from app.api.http.events import event_text
+from app.api.http.media_types import EVENTS, MULTIPART
+from app.api.openai.plans import OPENAI_MODELS, size_name
+from app.api.openai.prompt import HOW, description_of
+from app.api.openai.schemas import (
+    AUTO,
+    MAX_IMAGES,
+    UNSUPPORTED,
+    CompletedImage,
+    CreatedImages,
+    ImageData,
+    ImagesRequest,
+    OpenAIError,
+    PartialImage,
+)
+from app.api.operations import (
+    IMAGE_TOO_LARGE,
+    RATE_LIMITED,
+    REF,
+    STATUS,
+    Offer,
+    Operation,
+    Schema,
+    Stream,
+    body_of,
+    default_of,
+    form_schema,
+)
+from app.errors import BodyTooLarge, InvalidImage, InvalidRequest
+from app.tasks.picture_files import damaged
+from model.png import MAX_SCALE
+
+GROUP = "OpenAI Images API"
+_INVALID = "invalid_request: `param` names a field that is missing, unknown, invalid or not permitted by the model"
+_WORK = {status: STATUS[status] for status in (400, 401, 403, 408, 413, 429, 431, 500, 503, 504)}
+GENERATION_STATUSES = {**_WORK, 400: f"malformed_json, malformed_request. {_INVALID}"}
+EDIT_STATUSES = {
+    **_WORK,
+    400: "malformed_json, malformed_request. invalid_image: `param` names a picture that cannot be decoded. "
+    f"{_INVALID}",
+    413: IMAGE_TOO_LARGE,
+}
+READ_STATUSES = {**{status: STATUS[status] for status in (401, 403, 429, 500, 503)}, 429: RATE_LIMITED}
+CREATED_AT = 1_790_000_000
+_FACTS: dict[str, Any] = {"quality": "high", "size": "28x28", "seed": 42}
+_SIDE = 28  # pixels per side of the images of a model that is not known yet
+
+
+def images_operation(
+    path: str,
+    name: str,
+    summary: str,
+    request: type[ImagesRequest],
+    kind: str,
+    *,
+    examples: Mapping[str, tuple[str, Schema]],
+    made: tuple[int, str, str],
+) -> Operation:
+    """Returns the operation that makes images. `kind` is the prefix of the types of its events.
+
+    `made` has the digit, the preview and the image of the example of an answer.
+    """
+    digit, preview, png = made
+    with_pictures = "image" in request.model_fields
+    stream = Stream(
+        "ImageEditStreamEvent" if with_pictures else "ImageGenerationStreamEvent",
+        f"of a stream of {path}.",
+        {f"{kind}.partial_image": PartialImage, f"{kind}.completed": CompletedImage, "error": OpenAIError},
+    )
+    created = CreatedImages(
+        created=CREATED_AT,
+        data=[ImageData(b64_json=png, revised_prompt=description_of(digit))],
+        model="default",
+        **_FACTS,
+    )
+    return Operation(
+        path=path,
+        name=name,
+        group=GROUP,
+        summary=summary,
+        method="POST",
+        answer=CreatedImages,
+        example=created.model_dump(),
+        description="the images, or a stream of events if `stream` is true",
+        formats={EVENTS: stream.content(_stream(kind, preview, png))},
+        stream=stream,
+        body=body_of(request, examples, ("image", "mask") if with_pictures else ()),
+        error=OpenAIError,
+        statuses=EDIT_STATUSES if with_pictures else GENERATION_STATUSES,
+        errors=[
+            BodyTooLarge(default_of("max_image_bytes" if with_pictures else "max_body_bytes")),
+            InvalidRequest.of("prompt", f"The prompt names no digit. {HOW}"),
+            InvalidImage.of("image", str(damaged("PNG"))),
+        ],
+        complete=partial(_schemas, request),
+    )
+
+
+def _stream(kind: str, preview: str, png: str) -> str:
+    common: dict[str, Any] = {"created_at": CREATED_AT, "index": 0, **_FACTS}
+    partial_image = PartialImage(b64_json=preview, partial_image_index=0, **common | {"type": f"{kind}.partial_image"})
+    completed = CompletedImage(b64_json=png, **common | {"type": f"{kind}.completed"})
+    return "".join(event_text(event.type, event.model_dump()) for event in (partial_image, completed))
+
+
+def _schemas(request: type[ImagesRequest], operation: Schema, offer: Offer) -> dict[str, Schema]:
+    has_form = MULTIPART in operation["requestBody"]["content"]
+    models = {name: each for name, each in offer.models.items() if each.has_pictures} if has_form else offer.models
+    schema = _request_schema(request, offer, list(models) or offer.names)
+    schemas = {request.__name__: _permitting_null(schema)}
+    if has_form:
+        schemas[f"{request.__name__}Form"] = form_schema(schema)
+    return schemas
+
+
+def _request_schema(request: type[ImagesRequest], offer: Offer, models: list[str]) -> Schema:
+    """Returns the schema of a request without null, with the limits of the settings and of the models."""
+    schema = request.model_json_schema(ref_template=REF)
+    _, side = next((each.size for each in offer.models.values()), (1, _SIDE))  # All models have the same size.
+    fields = schema["properties"]
+    for name in UNSUPPORTED:
+        fields.pop(name, None)
+    fields["n"]["maximum"] = min(MAX_IMAGES, offer.settings.largest_request)
+    fields["size"]["enum"] = [AUTO, *(size_name(side, scale) for scale in range(1, MAX_SCALE + 1))]
+    fields["model"]["anyOf"] = [{"enum": models}, {"pattern": f"^({'|'.join(OPENAI_MODELS)})"}]
+    return schema
+
+
+def _permitting_null(schema: Schema) -> Schema:
+    """Returns the schema of a JSON body, in which every optional field can be null."""
+    fields = {}
+    for name, field in schema["properties"].items():
+        if name in schema["required"] or "type" not in field:  # A field without a type permits every value.
+            fields[name] = field
+            continue
+        outside = {key: field[key] for key in ("title", "description", "default") if key in field}
+        value = {key: part for key, part in field.items() if key not in outside}
+        fields[name] = {**outside, "anyOf": [value, {"type": "null"}]}
+    return {**schema, "properties": fields}

@@ -1,1 +1,0 @@
-"""The routes. They translate between HTTP and the engine."""

@@ -1,0 +1,51 @@
+"""Redraws a sketch: the trajectories start from it, with noise, at a timestep below T."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Annotated
+
+from pydantic import Field
+
+from app.engine.interface import ModelInfo
+from app.tasks.fields import Number, OptionalDigit, may_be_absent
+from app.tasks.from_image import FittingFields, job_of, kept, starting_at, task_of, unchanged, with_noise
+from app.tasks.recognize import search_by_recognition
+from app.tasks.sampling import SamplingFields, options_of
+from app.tasks.task import Task
+from model.digit_image import DigitImage
+from model.editing import start_timestep
+
+
+class EditFields(SamplingFields, FittingFields):
+    """The fields of a request to redraw a sketch."""
+
+    digit: OptionalDigit = Field(
+        default=None,
+        description="The digit to generate. If absent, the digit that is recognised in the sketch.",
+        json_schema_extra=may_be_absent,
+    )
+    strength: Annotated[
+        Number,
+        Field(
+            ge=0,
+            le=1,
+            description="How much the result may differ from the sketch. 0 returns the sketch, 1 ignores it. It is a "
+            "share of the range of log-SNR, so it has the same meaning for every noise schedule.",
+        ),
+    ] = 0.6
+
+
+def edit(info: ModelInfo, fields: EditFields, image: DigitImage) -> Task:
+    """Returns the task that redraws a sketch. Raises FieldError for a value that the model does not support."""
+    options = options_of(fields, fields.digit, info)
+    t = start_timestep(info.schedule, fields.strength)
+    facts = {"strength": fields.strength}
+    task = partial(task_of, "edit", fields, image, num_steps=options.num_steps, facts=facts)
+    if not t:
+        return task(job_of(info, fields, unchanged(options), kept(image)))
+    options = starting_at(info, options, t)
+    start = with_noise(info, image.x.numpy(), options.path[0])
+    if fields.strength == 1:
+        start = replace(start, signal=0.0, noise=1.0)  # At T, a little of the sketch is left in x_t.
+    search = search_by_recognition(info, image) if fields.digit is None else None
+    return task(job_of(info, fields, options, start, search))

@@ -1,0 +1,133 @@
+"""What the tasks with a picture have in common: the fields for its preparation, and the start of the trajectories."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, Field
+
+from app.engine.interface import ModelInfo
+from app.engine.job import Input, JobRequest, Options, Search
+from app.errors import FieldError
+from app.tasks.pictures import decode
+from app.tasks.sampling import SamplingFields
+from app.tasks.task import Task
+from model.digit_image import DigitImage, Fit, Invert, normalise
+from model.sampler import Sampler, timesteps_from
+
+Image = npt.NDArray[np.float32]  # (1, H, W) in [-1, 1]
+Mask = npt.NDArray[np.bool_]  # (1, H, W)
+
+
+class FittingFields(BaseModel):
+    """The fields that control how pictures become images of 28x28 pixels."""
+
+    fit: Fit = Field(
+        default="auto",
+        description="How the picture becomes 28x28 pixels. resize: the whole picture. digit: the drawing alone, as in "
+        "MNIST (longest side 20 pixels, centred by mass). auto: unchanged if the picture has 28x28 pixels, otherwise "
+        "digit for /recognize, /edit and /score, and resize for /denoise and /inpaint. With auto and resize, a 28x28 "
+        "image that was enlarged by an integer factor is first reduced to its original pixels.",
+    )
+    invert: Invert = Field(
+        default="auto",
+        description="true: the picture has dark strokes on a light background. false: light strokes on a dark "
+        "background. auto: decided from the picture.",
+    )
+
+
+def read_drawing(fields: FittingFields, data: bytes) -> DigitImage:
+    """Converts the picture of a drawing to an image. Raises PictureError."""
+    return normalise(decode(data), fields.fit, fields.invert)
+
+
+def check_model(info: ModelInfo) -> ModelInfo:
+    """Returns the model. Raises FieldError if it supports only generation."""
+    if info.steps:  # The model was trained for the noise levels of a few steps only.
+        raise FieldError("model", f"The model '{info.name}' supports only /generate")
+    if info.image_shape != (1, 28, 28):
+        size = "x".join(map(str, info.image_shape[1:]))
+        raise FieldError("model", f"Only models for grey images of 28x28 pixels are supported, not {size}")
+    return info
+
+
+def has_picture_tasks(info: ModelInfo) -> bool:
+    """Returns True if the model supports the tasks with a picture."""
+    try:
+        check_model(info)
+    except FieldError:
+        return False
+    return True
+
+
+def starting_at(info: ModelInfo, options: Options, t: int) -> Options:
+    """Returns options whose path starts at t. The number of steps is multiplied by t / T."""
+    sampler: Sampler = options.sampler  # type: ignore[assignment] # the options of a request have a sampler
+    path = tuple(timesteps_from(info.schedule, sampler, options.num_steps, t))
+    return replace(options, num_steps=len(path) - 1, path=path)
+
+
+def with_noise(info: ModelInfo, image: Image, t: int, is_known: Mask | None = None) -> Input:
+    """Returns the input of rows that start from the forward process at timestep t (Ho 2020, eq. 4)."""
+    alpha_bar = info.schedule.alpha_bar[t]
+    return Input(image, alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item(), is_known)
+
+
+def unchanged(options: Options) -> Options:
+    """Returns options for one step whose result is the image itself, if all of its pixels are known."""
+    return replace(options, num_steps=1, path=(1, 0), guidance_scale=1.0)
+
+
+def kept(image: DigitImage) -> Input:
+    """Returns the input of rows whose pixels are all known."""
+    pixels = image.x.numpy()
+    return Input(pixels, 1.0, 0.0, np.ones_like(pixels, dtype=np.bool_))
+
+
+def job_of(
+    info: ModelInfo, fields: SamplingFields, options: Options, start: Input, search: Search | None = None
+) -> JobRequest:
+    """Returns what the engine computes for images that start from an image."""
+    return JobRequest(
+        options,
+        fields.count,
+        timeout=fields.timeout_seconds,
+        guided_steps=info.guided_steps_of(options, has_digit=search is not None),
+        input=start,
+        search=search,
+    )
+
+
+def task_of(
+    name: str,
+    fields: SamplingFields,
+    image: DigitImage,
+    job: JobRequest,
+    *,
+    num_steps: int,
+    facts: Mapping[str, Any],
+    chunks: Mapping[str, str] | None = None,
+) -> Task:
+    """Returns the task that generates images from an image. `num_steps` is that of the request."""
+    return Task(
+        job,
+        num_steps=num_steps,
+        scale=fields.scale,
+        facts={**facts, **fitting_facts(image)},
+        chunks={**chunks_of(name, image, facts), **(chunks or {})},
+    )
+
+
+def fitting_facts(image: DigitImage) -> dict[str, Any]:
+    """Returns the facts about the preparation of a picture."""
+    return {"fit": image.fit, "invert": image.inverted}
+
+
+def chunks_of(name: str, image: DigitImage, facts: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the text chunks of a task with a picture."""
+    digest = hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest()
+    named = {name.replace("_", "-").title(): str(value) for name, value in facts.items()}
+    return {"Task": name, "Input-SHA256": digest, "Fit": image.fit, "Invert": str(image.inverted).lower(), **named}

@@ -1,0 +1,81 @@
+"""Generates images of a class: the trajectories start from noise at T."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from app.engine.interface import ClipInfo, Embeddings, ModelInfo
+from app.engine.job import ClipTarget, ImageKey, JobRequest, Options
+from app.errors import FieldError
+from app.tasks.fields import NOT_NULL, WHOLE, Number, Prompt, may_be_absent
+from app.tasks.sampling import SamplingFields, options_of
+from app.tasks.task import Task
+from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
+
+# The facts about CLIP guidance of a task without it.
+NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}
+
+
+class GenerateFields(SamplingFields):
+    """The fields of a request for images of a class."""
+
+    digit: Annotated[int, Field(ge=0, le=9, description="The digit to generate."), WHOLE]
+    clip_guidance_scale: Annotated[Number, Field(ge=0, le=MAX_CLIP_GUIDANCE_SCALE)] = Field(
+        default=0,
+        description="Scale of CLIP guidance: the distance by which a step moves the predicted image towards the "
+        "prompt. 0 turns CLIP guidance off. Without a CLIP model, a value above 0 is answered with 501.",
+    )
+    clip_prompt: Annotated[Prompt | None, NOT_NULL] = Field(
+        default=None,
+        description='The prompt of CLIP guidance. The default for the digit 7 is "a handwritten digit seven". A prompt '
+        "is permitted only with a clip_guidance_scale above 0.",
+        json_schema_extra=may_be_absent,
+    )
+
+
+def generate(info: ModelInfo, fields: GenerateFields, images: Sequence[ImageKey] = ()) -> Task:
+    """Returns the task that generates images. `with_clip` adds its CLIP guidance, if it has any.
+
+    `images` are those of JobRequest. Raises FieldError for a value that the model does not support, and for a prompt of
+    CLIP guidance without a scale.
+    """
+    options = _with_clip_options(options_of(fields, fields.digit, info), fields, info)
+    job = JobRequest(
+        options,
+        fields.count,
+        timeout=fields.timeout_seconds,
+        guided_steps=info.guided_steps_of(options),
+        images=tuple(images),
+    )
+    return Task(job, num_steps=options.num_steps, scale=fields.scale, facts=NO_CLIP)
+
+
+def with_clip(
+    task: Task, info: ModelInfo, clip: ClipInfo, text: Embeddings, evaluations: int, warning: str | None
+) -> Task:
+    """Returns the task with its CLIP guidance.
+
+    `text` is the embedding (E,) of its prompt. `evaluations` and `text` are those of ClipTarget. `warning` is a fact of
+    the answer (see clip_warnings.py).
+    """
+    options = task.options
+    target = ClipTarget(options.clip_guidance_scale, text, info.clip_steps(options), evaluations)
+    facts = {
+        "clip_guidance_scale": options.clip_guidance_scale,
+        "clip_prompt": options.clip_prompt,
+        "clip": {"name": clip.name, "sha256": clip.sha256},
+        "warning": warning,
+    }
+    return replace(task, job=replace(task.job, clip=target), facts={**task.facts, **facts}, clip_sha256=clip.sha256)
+
+
+def _with_clip_options(options: Options, fields: GenerateFields, info: ModelInfo) -> Options:
+    """Returns the options with those of CLIP guidance. Raises FieldError for a prompt without a scale."""
+    if not fields.clip_guidance_scale:
+        if fields.clip_prompt is not None:
+            raise FieldError("clip_prompt", "A prompt needs a clip_guidance_scale above 0")
+        return options
+    prompt = info.prompts[fields.digit] if fields.clip_prompt is None else fields.clip_prompt
+    return replace(options, clip_guidance_scale=fields.clip_guidance_scale, clip_prompt=prompt)

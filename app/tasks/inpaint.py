@@ -1,0 +1,140 @@
+"""Fills in a part of a picture: the trajectories start from noise, and the pixels outside of the mask are known."""
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from app.engine.interface import ModelInfo
+from app.engine.job import Input, Options, Pixels, Search
+from app.errors import FieldError
+from app.tasks.fields import GuidanceScale, NumSteps, OptionalDigit, may_be_absent
+from app.tasks.from_image import FittingFields, Mask, job_of, task_of
+from app.tasks.pictures import decode, decode_mask, decode_transparency
+from app.tasks.sampling import SamplingFields, options_of
+from app.tasks.task import Task
+from model.digit_image import DigitImage, Fit, enlargement_of, normalise, resize_mask
+from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
+from model.sampler import num_steps_of
+
+MASK_LEVEL = 127  # a pixel of a mask is white if its grey level is above this value
+
+
+class InpaintFields(SamplingFields, FittingFields):
+    """The fields of a request to fill in a part of a picture."""
+
+    fit: Fit = Field(
+        default="auto",
+        description="How both pictures become 28x28 pixels. auto and resize: the whole picture. digit is not "
+        "supported, because the mask must fit the image.",
+        json_schema_extra={"enum": ["auto", "resize"]},
+    )
+    digit: OptionalDigit = Field(
+        default=None,
+        description="The digit to generate. If absent, the digit that fits the pixels outside of the mask best.",
+        json_schema_extra=may_be_absent,
+    )
+    num_steps: NumSteps = Field(
+        default=None,
+        description="Number of noise levels, 10 by default. All but the first are repeated, so that the new pixels fit "
+        "the kept pixels.",
+        json_schema_extra=may_be_absent,
+    )
+    guidance_scale: GuidanceScale = Field(
+        default=None,
+        description="Scale of classifier-free guidance, 1.5 by default. A larger scale makes the border of the mask "
+        "visible.",
+        json_schema_extra=may_be_absent,
+    )
+
+
+class MaskedPicture:
+    """Reads the mask of a request, and then its image, which is resized in the same way.
+
+    The background and the value `auto` of `invert` follow from the pixels of a picture. They must not depend on pixels
+    under the mask, so these are replaced before the picture is resized.
+    """
+
+    def __init__(self, *, marks_by_transparency: bool = False, complete: str = "/generate") -> None:
+        """The mask marks pixels by white, or by transparency. `complete` is the route for complete images."""
+        self._decode = decode_transparency if marks_by_transparency else decode_mask
+        self._marked, self._complete = "transparent" if marks_by_transparency else "white", complete
+        self.redrawn: Mask = np.zeros(0, np.bool_)  # (1, H, W): True at the pixels to fill in
+        # The mask in its original size, with 8 pixels in a byte. It is in memory while the image is decoded.
+        self._packed, self._shape = np.zeros(0, np.uint8), (0, 0)
+
+    def read_mask(self, fields: InpaintFields, data: bytes) -> None:
+        """Reads the mask. Raises PictureError, or FieldError for a mask without pixels to fill in or to keep."""
+        if fields.fit == "digit":
+            raise FieldError("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
+        self._set_mask(self._decode(data) > MASK_LEVEL)
+
+    def read_image(self, fields: InpaintFields, data: bytes) -> DigitImage:
+        """Reads the image. Raises PictureError, or FieldError if the mask has another size."""
+        grey = decode(data)
+        if grey.shape != self._shape:
+            (height, width), (own_height, own_width) = grey.shape, self._shape
+            sizes = f"{width}x{height} pixels, but has {own_width}x{own_height}"
+            raise FieldError("mask", f"The mask must have the size of the image, {sizes}")
+        mask = np.unpackbits(self._packed, count=grey.size).reshape(self._shape).view(np.bool_)
+        if (factor := enlargement_of(grey)) > 1:  # Each pixel of the image is a block of equal pixels.
+            grey, mask = grey[::factor, ::factor], _any_in_blocks(mask, factor)
+            self.redrawn = mask[None]
+        return normalise(_without(mask, grey), "resize", fields.invert)
+
+    def _set_mask(self, mask: npt.NDArray[np.bool_]) -> None:
+        marked = self._marked
+        if not mask.any():
+            reason = f"The mask has no {marked} pixels. {marked.title()} pixels mark the part to fill in"
+            raise FieldError("mask", reason)
+        if mask.all():
+            reason = f"The mask is {marked} everywhere. Use {self._complete} for a complete image"
+            raise FieldError("mask", reason)
+        self.redrawn = resize_mask(mask).numpy()
+        if self.redrawn.all():
+            reason = (
+                f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Mark a smaller part"
+            )
+            raise FieldError("mask", reason)
+        self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
+
+
+def inpaint(info: ModelInfo, fields: InpaintFields, image: DigitImage, redrawn: Mask) -> Task:
+    """Returns the task that fills in the pixels `redrawn` and keeps the others.
+
+    Raises FieldError for a value that the model does not support.
+    """
+    steps = fields.num_steps or min(NUM_LEVELS, info.max_steps)
+    scale = INPAINTING_SCALE if info.guidable else 1.0
+    defaults = {"num_steps": steps, "guidance_scale": fields.guidance_scale or scale}
+    options = options_of(fields.model_copy(update=defaults), fields.digit, info)
+    path = tuple(inpainting_path(info.schedule, options.num_steps))
+    following = replace(options, path=path, num_steps=num_steps_of(path))
+    start = Input(image.x.numpy(), 0.0, 1.0, is_known=~redrawn)
+    search = _search_by_known_pixels(info, options) if fields.digit is None else None
+    job = job_of(info, fields, following, start, search)
+    chunks = {"Mask-SHA256": hashlib.sha256(np.packbits(redrawn).tobytes()).hexdigest()}
+    return task_of("inpaint", fields, image, job, num_steps=options.num_steps, facts={}, chunks=chunks)
+
+
+def _search_by_known_pixels(info: ModelInfo, options: Options) -> Search:
+    """Returns the search for the class of an image with missing pixels."""
+    path = tuple(recognition_path(info.schedule))
+    options = replace(options, path=path, num_steps=num_steps_of(path), sampler="ddpm", guidance_scale=1.0)
+    return Search(options, ClassDistances(info.num_classes, options.num_steps))
+
+
+def _any_in_blocks(mask: npt.NDArray[np.bool_], factor: int) -> npt.NDArray[np.bool_]:
+    """Returns for each block of factor x factor pixels of a mask (H, W) whether one of them is True."""
+    height, width = mask.shape
+    blocks = mask.reshape(height // factor, factor, width // factor, factor)
+    return np.logical_or.reduce(blocks, axis=(1, 3))
+
+
+def _without(mask: npt.NDArray[np.bool_], grey: Pixels) -> Pixels:
+    """Returns the picture (H, W) with the masked pixels replaced by the background: the median of the border."""
+    edges = (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1])
+    border = np.concatenate([grey[edge][~mask[edge]] for edge in edges])
+    return np.where(mask, np.median(border if border.size else grey[~mask]).astype(np.uint8), grey)

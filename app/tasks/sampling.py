@@ -1,0 +1,107 @@
+"""The options that the tasks share: their fields with limits and defaults, and what a model permits of them."""
+
+import random
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.engine.interface import ModelInfo
+from app.engine.job import DEFAULT_MODEL, FAST_MODEL, Options
+from app.errors import FieldError
+from app.tasks.fields import WHOLE, GuidanceScale, NumSteps, SamplerName, Seconds, may_be_absent
+from app.tasks.names import either
+from model.png import MAX_SCALE, MAX_SEED
+
+
+def new_seed() -> int:
+    """Returns a random seed for a request without one."""
+    return random.randrange(MAX_SEED + 1)
+
+
+class TimedFields(BaseModel):
+    """The field of every request that takes time. All fields have strict types, and no other fields are permitted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    timeout_seconds: Seconds = Field(
+        default=None,
+        description="Deadline in seconds. A request that is not finished by then is answered with 504. The default "
+        "is 30 s in `/score` and depends on the size of all other requests. If the operator sets "
+        "UNFOG_REQUEST_TIMEOUT, this is the default and the maximum.",
+        json_schema_extra=may_be_absent,
+    )
+
+
+class ModelFields(TimedFields):
+    """The fields of every request that names its model."""
+
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        max_length=128,
+        description=f"The checkpoint to use: `{DEFAULT_MODEL}` or `{FAST_MODEL}`. The shipped `{FAST_MODEL}` supports "
+        "only /generate with num_steps 4, sampler ddim and guidance_scale 1, and answers other values with 422.",
+    )
+
+
+class SamplingFields(ModelFields):
+    """The fields of every request for images."""
+
+    count: Annotated[int, Field(ge=1, description="Number of images, at most UNFOG_MAX_COUNT."), WHOLE] = 1
+    seed: Annotated[
+        int, Field(ge=0, le=MAX_SEED, description="Random seed. If absent, the server chooses and returns one."), WHOLE
+    ] = Field(default_factory=new_seed)
+    num_steps: NumSteps = Field(
+        default=None,
+        description="Number of denoising steps. If absent, the default of the model (shipped checkpoints: 100 for "
+        "`default`, 4 for `fast`).",
+        json_schema_extra=may_be_absent,
+    )
+    sampler: SamplerName = Field(
+        default=None,
+        description="ddpm: ancestral sampling with the posterior variance. ddim: deterministic. dpmpp: "
+        "DPM-Solver++(2M). If absent, the default of the model (shipped checkpoints: ddpm for `default`, ddim for "
+        "`fast`).",
+        json_schema_extra=may_be_absent,
+    )
+    guidance_scale: GuidanceScale = Field(
+        default=None,
+        description="Scale of classifier-free guidance, 1 = off. If absent, the recommendation of the checkpoint for "
+        "the sampler.",
+        json_schema_extra=may_be_absent,
+    )
+    scale: Annotated[
+        int,
+        Field(ge=1, le=MAX_SCALE, description="Enlargement factor: each pixel becomes scale x scale pixels."),
+        WHOLE,
+    ] = 1
+
+
+def options_of(fields: SamplingFields, digit: int | None, info: ModelInfo) -> Options:
+    """Returns the options of a request, with the defaults of its model.
+
+    Raises FieldError for a value that the model does not support. The path of the options is empty.
+    """
+    sampler = fields.sampler or info.samplers[0]
+    if sampler not in info.samplers:
+        raise _unsupported("sampler", either(info.samplers), info)
+    options = Options(
+        digit=digit,
+        seed=fields.seed,
+        num_steps=fields.num_steps or info.default_steps,
+        sampler=sampler,
+        guidance_scale=fields.guidance_scale or info.guidance_scale[sampler],
+        model=info.name,
+    )
+    if digit is not None and digit >= info.num_classes:
+        raise _unsupported("digit", f"less than or equal to {info.num_classes - 1}", info)
+    if options.num_steps > info.max_steps:
+        raise _unsupported("num_steps", f"less than or equal to {info.max_steps}", info)
+    if info.steps and options.num_steps not in info.steps:
+        raise _unsupported("num_steps", " or ".join(map(str, info.steps)), info)
+    if options.guidance_scale != 1 and not info.guidable:
+        raise _unsupported("guidance_scale", "1 (no guidance)", info)
+    return options
+
+
+def _unsupported(field: str, supported: str, info: ModelInfo) -> FieldError:
+    return FieldError(field, f"Input should be {supported} for model '{info.name}'")
