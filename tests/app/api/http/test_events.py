@@ -311,10 +311,10 @@ def open_all(pngs: list[str]) -> list[Pixels]:
 @pytest.mark.parametrize(("path", "body"), STREAMED)
 def test_progress_has_x_t_of_each_image_only_if_it_is_included(path: str, body: dict[str, Any]) -> None:
     async def check(client: httpx.AsyncClient) -> None:
-        body["count"] = 2
-        plain = await client.post(f"{path}?previews=3", json=body, headers=EVENTS)
+        several = {**body, "count": 2}
+        plain = await client.post(f"{path}?previews=3", json=several, headers=EVENTS)
         assert all(set(event) == {"step", "of", "previews"} for event in progress_in(plain))
-        included = progress_in(await client.post(f"{path}?previews=3&include=x_t", json=body, headers=EVENTS))
+        included = progress_in(await client.post(f"{path}?previews=3&include=x_t", json=several, headers=EVENTS))
         assert [event["step"] for event in included] == [event["step"] for event in progress_in(plain)]
         for event in included:
             previews, x_t = open_all(event["previews"]), open_all(event["x_t"])
