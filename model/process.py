@@ -31,8 +31,8 @@ class Start:
     @classmethod
     def at(cls, schedule: Schedule, t: int, image: Tensor, is_known: Tensor | None = None) -> "Start":
         """Starts all rows from the forward process at timestep t: x_t ~ q(x_t | x_0 = image) (Ho 2020, eq. 4)."""
-        alpha_bar = schedule.alpha_bar[t].expand(len(image)).to(image.device)  # (B,)
-        return cls(image, alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), is_known)
+        signal, noise = (image.new_full((len(image),), each) for each in schedule.signal_and_noise(t))  # (B,) each
+        return cls(image, signal, noise, is_known)
 
     def rows(self, rows: Tensor) -> "Start":
         """Returns the images with the indices `rows` (B,), on the device of `rows`."""

@@ -35,8 +35,7 @@ def mask(info: ModelInfo, seed: int) -> np.ndarray:
 
 def noisy_input(info: ModelInfo, image: np.ndarray, t: int, is_known: np.ndarray | None = None) -> Input:
     """Starts from the forward process at timestep t."""
-    alpha_bar = info.schedule.alpha_bar[t]
-    return Input(image, alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item(), is_known)
+    return Input(image, *info.schedule.signal_and_noise(t), is_known)
 
 
 def edit_rows(info: ModelInfo, seed: int, count: int = 1, t: int = 40, scale: float = 1.0) -> list[Trajectory]:
