@@ -25,12 +25,15 @@ from model.files import write_atomically
 from model.json_fields import build
 from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
-from model.sampler import SAMPLERS, Guidance, Sampler, sample
+from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import MOST_STEPS as MOST_STEPS
+from model.spec import SAMPLERS, Guidance, Sampler
+from model.spec import SHIPPED as SHIPPED
+from model.spec import SHIPPED_FAST as SHIPPED_FAST
 from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
-MOST_STEPS = 100  # the limit of num_steps in a request
 MAX_FILE_BYTES = 2**28
 # A small file can describe a network that needs terabytes. These limits are checked before memory is allocated.
 MAX_SIZES = {
@@ -48,8 +51,6 @@ MAX_ACTIVATIONS = 2**22  # limit of values per image in the features of one leve
 MAX_ATTENTION_POSITIONS = 1024
 MAX_TABLE = 2**26  # limit of values in the result of UNet.condition_table()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # permitted types of stored weights
-SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
-SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # distilled from SHIPPED
 METADATA_KEY = "unfog"
 MAX_HEADER_BYTES = 1 << 20
 # The oldest files lack prediction, steps, training and guidance_by_sampler, so those are optional.

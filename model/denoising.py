@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.sampler import Sampler
 from model.schedule import Schedule
+from model.spec import Sampler
 
 DENOISING_SAMPLER: Sampler = "ddim"  # recommended; new noise in each step can turn the result into another digit
 DENOISING_STEPS = 20  # recommended number of steps from T to 0; an image with weak noise needs only a part of them

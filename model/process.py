@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from model.noise import normal
-from model.sampler import Guidance, Plan
+from model.sampler import Plan
 from model.schedule import Schedule
+from model.spec import Guidance
 from model.step import Rows, State, Step
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # called with k, x_t and predicted x_0 of the rows that take step k

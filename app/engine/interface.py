@@ -10,8 +10,8 @@ import numpy.typing as npt
 from app.engine.job import Options, Pixels, StepRows, StepSet, Trajectory
 from app.engine.step_times import StepTimes
 from model.recognition import Readout
-from model.sampler import Sampler
 from model.schedule import Schedule
+from model.spec import Sampler
 
 T = TypeVar("T", covariant=True)
 Embeddings = npt.NDArray[np.float32]  # (N, E), each row of length 1

@@ -11,17 +11,11 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
 from app.runner.training_facts import training_facts
 from model.checkpoint import Checkpoint, CheckpointConfig
-from model.clip import default_prompt
 from model.clip_guidance import ClipGuidance
+from model.paths import timesteps_along, timesteps_of
+from model.prompts import default_prompt
 from model.recognition import Readout
-from model.sampler import (
-    SAMPLERS,
-    Guidance,
-    Process,
-    Sampler,
-    timesteps_along,
-    timesteps_of,
-)
+from model.spec import SAMPLERS, Guidance, Process, Sampler
 from model.step import ReverseStep, Step
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from app.engine.interface import Evaluation, TrainingFacts
 from model.json_fields import MAX_NUMBER
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS
 
 MAX_CHARACTERS = 200  # of a text
 MAX_EVALUATIONS = 16

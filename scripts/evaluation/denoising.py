@@ -21,9 +21,11 @@ from model.denoising import (
     restored_image,
 )
 from model.files import write_json
+from model.paths import timesteps_from
 from model.pixels import to_pixels
 from model.process import Start, draw
-from model.sampler import Guidance, plan_through, timesteps_from
+from model.sampler import plan_through
+from model.spec import Guidance
 from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.progress import Reporter

@@ -9,9 +9,10 @@ from torch.nn.functional import nll_loss
 
 from model.comparison import compare
 from model.denoising import WHITE, NoisyComparison, can_compare, comparison_path, matching_timestep
+from model.paths import noise_above
 from model.process import Start
 from model.recognition import RECOGNITION_SEED
-from model.sampler import noise_above, plan_through
+from model.sampler import plan_through
 from model.schedule import Schedule
 from model.step import Step
 from scripts.common.mnist import NUM_CLASSES

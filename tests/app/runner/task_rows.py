@@ -13,9 +13,10 @@ from app.engine.job import Input, Job, JobRequest, Options, Search, StepRows, Tr
 from app.runner.runner import Runner
 from model.denoising import NoisyComparison, comparison_path, noise_levels
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
+from model.paths import noise_above, num_steps_of, timesteps_of
 from model.recognition import RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
-from model.sampler import SAMPLERS, noise_above, num_steps_of, timesteps_of
+from model.spec import SAMPLERS
 from tests.app.runner.rows import mixed_rows
 
 NUM_PAIRS = 6

@@ -16,8 +16,8 @@ from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
-from model.sampler import SAMPLERS, Guidance
 from model.schedule import ScheduleConfig
+from model.spec import SAMPLERS, Guidance
 from tests.app.runner.rows import CPU, GUIDANCE, new_runner
 from tests.tiny import tiny_unet
 

@@ -15,7 +15,8 @@ from model.inpainting import ClassDistances
 from model.pixels import to_pixels
 from model.process import Start, draw
 from model.recognition import recognise
-from model.sampler import Guidance, plan_through
+from model.sampler import plan_through
+from model.spec import Guidance
 from tests.app.runner.rows import DTYPES, GUIDANCE, new_runner
 from tests.app.runner.task_rows import (
     NUM_PAIRS,
