@@ -55,7 +55,7 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         guidable=config.guidable,
         image_shape=loaded.image_shape,
         schedule=loaded.schedule,
-        readout=Readout.of(loaded),
+        readout=Readout.of(loaded.weights_sha256, loaded.config.unet.num_classes),
         training=training_facts(config.training),
     )
 

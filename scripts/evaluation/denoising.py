@@ -9,18 +9,17 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.denoising import (
+from model.denoising import estimate_noise_std, restored_image
+from model.files import write_json
+from model.noisy_image import (
     DENOISING_SAMPLER,
     DENOISING_STEPS,
     WHITE,
     NoisyComparison,
     can_compare,
-    estimate_noise_std,
     matching_timestep,
     noise_levels,
-    restored_image,
 )
-from model.files import write_json
 from model.paths import timesteps_from
 from model.pixels import to_pixels
 from model.process import Start, draw

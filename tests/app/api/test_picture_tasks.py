@@ -10,7 +10,7 @@ from app.api.pictures import Picture
 from app.api.task_examples import REQUESTS
 from app.api.task_schemas import InpaintRequest
 from app.engine.job import Pixels
-from model.denoising import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
+from model.noisy_image import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
 from tests.app.application import run
 from tests.app.fakes import FakeRunner, recognised_class
 

@@ -11,8 +11,8 @@ import torch
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Job, JobRequest, Options, Search, StepRows, Trajectory
 from app.runner.runner import Runner
-from model.denoising import NoisyComparison, comparison_path, noise_levels
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
+from model.noisy_image import NoisyComparison, comparison_path, noise_levels
 from model.paths import noise_above, num_steps_of, timesteps_of
 from model.recognition import RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
