@@ -28,9 +28,10 @@ from model.prediction import Prediction, PredictionConfig
 from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
 from model.spec import MOST_STEPS as MOST_STEPS
-from model.spec import SAMPLERS, Guidance, Sampler
+from model.spec import SAMPLERS, Guidance, ModelSpec, Sampler
 from model.spec import SHIPPED as SHIPPED
 from model.spec import SHIPPED_FAST as SHIPPED_FAST
+from model.training_facts import training_facts
 from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
@@ -116,9 +117,28 @@ class CheckpointConfig:
             raise ValueError("a guidance scale other than 1 needs training.label_drop above 0")
 
     @property
+    def spec(self) -> ModelSpec:
+        """The description of the model for those who do not compute with it."""
+        return ModelSpec(
+            class_names=self.class_names,
+            image_shape=self.image_shape,
+            schedule=Schedule(self.schedule),
+            steps=self.steps,
+            samplers=self.samplers,
+            guidance={sampler: self.guidance_of(sampler) for sampler in self.samplers},
+            guidable=self.guidable,
+            training=training_facts(self.training),
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.unet.image_channels, self.unet.image_size, self.unet.image_size
+
+    @property
     def recommended_steps(self) -> int:
         """The number of steps of a request without num_steps."""
-        return self.steps[0] if self.steps else min(self.schedule.num_steps, MOST_STEPS)
+        return self.spec.default_steps
 
     def guidance_of(self, sampler: Sampler) -> Guidance:
         """Returns the recommended guidance of this sampler. Requests with another scale use its interval too."""
@@ -145,8 +165,7 @@ class Checkpoint:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        unet = self.config.unet
-        return unet.image_channels, unet.image_size, unet.image_size
+        return self.config.image_shape
 
 
 def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
@@ -158,7 +177,7 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
         torch.tensor([probe.digit], device=device),
         seed=torch.tensor([probe.seed], device=device),
         index=torch.tensor([0], device=device),
-        image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
+        image_shape=config.image_shape,
         sampler=probe.sampler,
         num_steps=probe.num_steps,
         guidance=config.guidance_of(probe.sampler),
@@ -207,16 +226,16 @@ def load(path: Path) -> Checkpoint:
         probe_bytes = _decode(metadata.pop("probe_image", None))
         config = build(CheckpointConfig, metadata, required=REQUIRED)
         _check_shapes(config.unet, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        shape = (config.unet.image_channels, config.unet.image_size, config.unet.image_size)
-        if len(probe_bytes) != math.prod(shape):
-            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network needs {math.prod(shape)}")
+        num_bytes = math.prod(config.image_shape)
+        if len(probe_bytes) != num_bytes:
+            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network needs {num_bytes}")
     except ValueError as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog: {error}") from error
     network, schedule = UNet(config.unet), Schedule(config.schedule)
     network.load_state_dict(tensors)
     network.eval().requires_grad_(False)
     prediction = Prediction(config.prediction, schedule)
-    probe_image = from_pixels(torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape))
+    probe_image = from_pixels(torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(config.image_shape))
     sha256 = hashlib.sha256(content).hexdigest()
     return Checkpoint(network, schedule, prediction, config, sha256, weights_sha256(network), probe_image)
 

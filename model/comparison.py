@@ -1,7 +1,7 @@
 """The protocol of comparisons: they compare the classes of an image over several steps.
 
-`Recognition`, `NoisyComparison` and `ClassDistances` implement it. `compare` in model/process.py
-runs comparisons. This module does not import torch.
+`Recognition`, `NoisyComparison` and `ClassDistances` implement it. `compare` in model/process.py runs comparisons. This
+module does not import torch.
 """
 
 from collections.abc import Sequence

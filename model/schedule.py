@@ -57,6 +57,12 @@ class Schedule:
         if not (self.half_log_snr.diff() < 0).all():
             raise ValueError("the schedule adds too little noise: alpha_bar must decrease in every step")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash(self.config)
+
     @property
     def num_steps(self) -> int:
         """T, the number of steps of the forward process."""

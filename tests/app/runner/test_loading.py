@@ -40,6 +40,11 @@ def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: 
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
 
 
+def test_checkpoint_file_and_loaded_model_have_the_same_specification(path: Path) -> None:
+    info = load_runner(Settings(checkpoint=path, device="cpu", compile="off")).models["default"]
+    assert info.spec == checkpoint.read_config(path).spec
+
+
 def test_number_of_threads_is_limited_if_compilation_fails(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ KEY = "a-key-for-this-test"
 
 
 def test_models_are_listed_with_the_options_that_they_permit() -> None:
-    fast = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+    fast = replace(INFO, name="fast", steps=(4, 2), samplers=("ddim",), guidable=False)
 
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.get("/models")
@@ -51,7 +51,7 @@ def test_alpha_bar_has_every_timestep_and_max_steps_is_the_limit_of_requests() -
         assert model["alpha_bar"] == [round(value, 6) for value in schedule.alpha_bar.tolist()]
         assert (len(model["alpha_bar"]), model["alpha_bar"][0], model["max_steps"]) == (401, 1.0, 100)
 
-    run(check, FakeRunner(models={"default": replace(INFO, max_steps=400, schedule=schedule)}))
+    run(check, FakeRunner(models={"default": replace(INFO, schedule=schedule)}))
 
 
 def test_limits_are_those_of_the_settings() -> None:
