@@ -1,14 +1,12 @@
 """The noise schedule alpha_bar_t, and the timesteps that a sampler visits.
 
-This module does not import torch. Only `Schedule()` does, when it computes alpha_bar: numpy would round some values
-differently, and then an old seed would give other images.
+This module does not import torch. Only `Schedule()` does, when it computes alpha_bar. Another library would round some
+values differently, and then an old seed could give other images.
 """
 
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,9 +93,11 @@ class Schedule:
         ValueError if num_steps is not in 1..start.
         """
         highest = self._check(num_steps, start)
-        half_log_snr = self.half_log_snr.numpy()[1 : highest + 1]  # (start,) t = 1..start
-        grid = np.linspace(max(half_log_snr[-1], MIN_HALF_LOG_SNR), half_log_snr[0], num_steps)  # (num_steps,)
-        nearest = np.abs(grid[:, None] - half_log_snr).argmin(axis=1) + 1  # (num_steps,)
+        half_log_snr = self.half_log_snr[1 : highest + 1]  # (start,) t = 1..start
+        first, last = max(half_log_snr[-1].item(), MIN_HALF_LOG_SNR), half_log_snr[0].item()
+        grid = [first + (last - first) * k / max(num_steps - 1, 1) for k in range(num_steps)]
+        distances = (half_log_snr.new_tensor(grid)[:, None] - half_log_snr).abs()  # (num_steps, start)
+        nearest = distances.argmin(dim=1) + 1  # (num_steps,)
         timesteps: list[int] = []
         for remaining, t in zip(range(num_steps, 0, -1), nearest.tolist(), strict=True):
             timesteps.append(min(max(t, remaining), highest))

@@ -16,7 +16,8 @@ from model import checkpoint
 from model.checkpoint import SHIPPED, Checkpoint, CheckpointConfig
 from model.clip import EMBEDDED_NAME, Clip, ClipError, name_without_folders
 from model.clip_guidance import ClipGuidance, ClipGuidedStep
-from model.compiled.compiler import CompilerError, compiled_step, default_cache
+from model.compiled.compiler import CompilerError, compiled_step
+from model.compiled.private_cache import default_cache
 from model.paths import timesteps_of
 from model.precision import fast_dtype
 from model.process import Start, draw
