@@ -5,7 +5,6 @@ supports, the events of a stream, and examples. groups.py sorts the routes into 
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,11 +24,10 @@ from app.api.schemas import AcceptedEvent, DoneEvent, GeneratedImage, GenerateRe
 from app.api.score_schemas import ScoreRequest
 from app.api.task_schemas import DenoiseRequest, EditRequest, InpaintRequest, RecognizeRequest, ReproduceRequest
 from app.api.uploads import MULTIPART, multipart_schema
-from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 from app.settings import Settings
-from model.checkpoint import MOST_STEPS, CheckpointConfig, CheckpointError, read_config
-from model.sampler import SAMPLERS, Sampler
+from model.checkpoint import CheckpointError, read_config
+from model.spec import MOST_STEPS, SAMPLERS, ModelSpec
 
 SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
 
@@ -71,59 +69,9 @@ PICTURE_REQUESTS: dict[str, type[BaseModel]] = {  # path -> schema of its body
     "/score": ScoreRequest,
 }
 NUM_CLASSES = 10  # digits that requests permit
-PICTURE_SIZE = (1, 28)  # channels and pixels per side of the images of a model that supports requests with pictures
+PICTURE_SHAPE = (1, 28, 28)  # of the images of a model that supports requests with pictures
 
 Schema = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Permitted:
-    """The values of request fields that a served checkpoint supports."""
-
-    num_classes: int
-    max_steps: int
-    steps: tuple[int, ...]
-    samplers: tuple[Sampler, ...]
-    guidable: bool
-    size: tuple[int, int]  # channels and pixels per side of an image
-
-    @classmethod
-    def of_info(cls, info: ModelInfo) -> "Permitted":
-        """Reads the values from a loaded checkpoint."""
-        size = info.image_shape[:2]
-        return cls(info.num_classes, info.max_steps, info.steps, info.samplers, info.guidable, size)
-
-    @classmethod
-    def of_config(cls, config: CheckpointConfig) -> "Permitted":
-        """Reads the values from the metadata of a checkpoint file."""
-        unet, size = config.unet, (config.unet.image_channels, config.unet.image_size)
-        return cls(unet.num_classes, config.schedule.num_steps, config.steps, config.samplers, config.guidable, size)
-
-    @property
-    def has_pictures(self) -> bool:
-        """True if the model supports requests with pictures."""
-        return not self.steps and self.size == PICTURE_SIZE
-
-    def condition(self, model: str, names: Collection[str]) -> Schema | None:
-        """Returns the schema that requests with the fields `names` must also satisfy for this model, or None."""
-        fields: Schema = {}
-        if self.num_classes < NUM_CLASSES:
-            fields["digit"] = {"maximum": self.num_classes - 1}
-        if self.steps:
-            fields["num_steps"] = {"enum": sorted(self.steps)}
-        elif self.max_steps < MOST_STEPS:
-            fields["num_steps"] = {"maximum": self.max_steps}
-        if set(self.samplers) != set(SAMPLERS):
-            fields["sampler"] = {"enum": list(self.samplers)}
-        if not self.guidable:
-            fields["guidance_scale"] = {"const": 1}
-        fields = {name: values for name, values in fields.items() if name in names}
-        if not fields:
-            return None
-        named: Schema = {"properties": {"model": {"const": model}}}
-        if model != DEFAULT_MODEL:  # A request without `model` uses the default model.
-            named["required"] = ["model"]
-        return {"if": named, "then": {"properties": fields}}
 
 
 class Document:
@@ -131,34 +79,34 @@ class Document:
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self._app, self._service = app, service
-        self._built: tuple[dict[str, Permitted], dict[str, Any]] | None = None
+        self._built: tuple[dict[str, ModelSpec], dict[str, Any]] | None = None
 
     def __call__(self) -> dict[str, Any]:
-        permitted = self._permitted()
-        if not self._built or self._built[0] != permitted:
-            self._built = permitted, self._build(permitted)
+        specs = self._specs()
+        if not self._built or self._built[0] != specs:
+            self._built = specs, self._build(specs)
         return self._built[1]
 
-    def _permitted(self) -> dict[str, Permitted]:
-        """Returns the supported values of each model: from the engine, or from the files before they are loaded."""
+    def _specs(self) -> dict[str, ModelSpec]:
+        """Returns the specification of each model: from the engine, or from the files before they are loaded."""
         if models := self._service.engine.models:
-            return {name: Permitted.of_info(info) for name, info in models.items()}
+            return {name: info.spec for name, info in models.items()}
         if self._built:
             return self._built[0]
         settings = self._service.settings
         paths = {DEFAULT_MODEL: settings.checkpoint, FAST_MODEL: settings.fast_path}
         try:
-            return {name: Permitted.of_config(read_config(path)) for name, path in paths.items() if path}
+            return {name: read_config(path).spec for name, path in paths.items() if path}
         except CheckpointError:  # The engine reports the error when it loads the file.
             return {}
 
-    def _build(self, permitted: Mapping[str, Permitted]) -> dict[str, Any]:
+    def _build(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
         app, settings = self._app, self._service.settings
         document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes)
         add_groups(document)
         schemas = document["components"]["schemas"]
-        schemas["GenerateRequest"] = _request_schema(GenerateRequest, settings, permitted)
-        with_pictures = {name: each for name, each in permitted.items() if each.has_pictures}
+        schemas["GenerateRequest"] = _request_schema(GenerateRequest, settings, specs)
+        with_pictures = {name: each for name, each in specs.items() if _has_pictures(each)}
         for request in PICTURE_REQUESTS.values():
             schema = _request_schema(request, settings, with_pictures)
             schemas[request.__name__], schemas[f"{request.__name__}Form"] = schema, _form_schema(schema)
@@ -171,16 +119,17 @@ class Document:
                 answers = operation["responses"]["200"]["content"]
                 if EVENT_STREAM in answers:
                     answers[EVENT_STREAM] = _event_stream(STREAM_OF_PATH.get(path, "StreamEvent"))
-        _complete_inference(document, settings, list(permitted) or settings.model_names)
-        num_classes = {name: each.num_classes for name, each in permitted.items()} or {DEFAULT_MODEL: NUM_CLASSES}
+        _complete_inference(document, settings, list(specs) or settings.model_names)
+        num_classes = {name: each.num_classes for name, each in specs.items()} or {DEFAULT_MODEL: NUM_CLASSES}
         _body_of(document, "/generate")[JSON]["examples"] = examples.requests(settings, num_classes)
         for path in PICTURE_REQUESTS:
             for media_type, body in _body_of(document, path).items():
                 body["examples"] = task_examples.requests(path, as_files=media_type == MULTIPART)
         _add_examples(document, settings)
-        names = list(permitted) or settings.model_names
+        names = list(specs) or settings.model_names
         models = {GENERATIONS_PATH: names, EDITS_PATH: list(with_pictures) or names}
-        _, side = next((each.size for each in permitted.values()), PICTURE_SIZE)  # All models have the same size.
+        # All models have images of the same size.
+        side = next((each.image_shape[1] for each in specs.values()), PICTURE_SHAPE[1])
         edited = task_examples.ANSWERS["/edit", "200", JSON]["images"][0]["png"]
         add_openai(document, settings, models, side, _form_schema, edited)
         for unused in ("HTTPValidationError", "ValidationError"):  # of the responses with 422 that FastAPI added
@@ -193,7 +142,7 @@ def add_openapi(app: FastAPI, service: Service) -> None:
     app.openapi = Document(app, service)  # type: ignore[method-assign] # FastAPI documents this way of extending it
 
 
-def _request_schema(request: type[BaseModel], settings: Settings, permitted: Mapping[str, Permitted]) -> Schema:
+def _request_schema(request: type[BaseModel], settings: Settings, specs: Mapping[str, ModelSpec]) -> Schema:
     """Returns the schema of a request, with the limits of the settings and of the models that support it."""
     schema = request.model_json_schema(ref_template=REF)
     fields = schema["properties"]
@@ -201,9 +150,36 @@ def _request_schema(request: type[BaseModel], settings: Settings, permitted: Map
         fields["count"]["maximum"] = settings.largest_request
     fields["timeout_seconds"]["maximum"] = settings.longest_timeout
     if "model" in fields:
-        fields["model"] = {**fields["model"], "enum": list(permitted) or settings.model_names}
-    conditions = [condition for name, each in permitted.items() if (condition := each.condition(name, fields))]
+        fields["model"] = {**fields["model"], "enum": list(specs) or settings.model_names}
+    conditions = [condition for name, spec in specs.items() if (condition := _condition(name, spec, fields))]
     return {**schema, "allOf": [*schema.get("allOf", []), *conditions]} if conditions else schema
+
+
+def _has_pictures(spec: ModelSpec) -> bool:
+    """Returns True if the model supports requests with pictures."""
+    return not spec.steps and spec.image_shape == PICTURE_SHAPE
+
+
+def _condition(model: str, spec: ModelSpec, names: Collection[str]) -> Schema | None:
+    """Returns the schema that requests with the fields `names` must also satisfy for this model, or None."""
+    fields: Schema = {}
+    if spec.num_classes < NUM_CLASSES:
+        fields["digit"] = {"maximum": spec.num_classes - 1}
+    if spec.steps:
+        fields["num_steps"] = {"enum": sorted(spec.steps)}
+    elif spec.max_steps < MOST_STEPS:
+        fields["num_steps"] = {"maximum": spec.max_steps}
+    if set(spec.samplers) != set(SAMPLERS):
+        fields["sampler"] = {"enum": list(spec.samplers)}
+    if not spec.guidable:
+        fields["guidance_scale"] = {"const": 1}
+    fields = {name: values for name, values in fields.items() if name in names}
+    if not fields:
+        return None
+    named: Schema = {"properties": {"model": {"const": model}}}
+    if model != DEFAULT_MODEL:  # A request without `model` uses the default model.
+        named["required"] = ["model"]
+    return {"if": named, "then": {"properties": fields}}
 
 
 def _form_schema(schema: Schema) -> Schema:
