@@ -1,4 +1,7 @@
-"""The command line: parses the flags, configures the log, and starts the service."""
+"""The command line: parses the flags, configures the log, and starts the service.
+
+The imports of the service take seconds. They are in the functions that start it, so that `--help` does not need them.
+"""
 
 import argparse
 import asyncio
@@ -11,13 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import NoReturn
 
-from app.api.middleware.tracing import TracesError
-from app.engine.interface import RunnerError
 from app.log_writer import LogWriter
-from app.logs import capture_stderr, configure_logging, start_log
-from app.main import create_app
-from app.runner.load import load_runner
-from app.server.server import GivenUpError, StartError, allow_connections, bind, serve
 from app.settings import Settings, SettingsError, flag_of, load_settings, unknown_variables, variable_of
 from model.compiled.memory import keep_freed_memory, limit_primitives
 
@@ -45,8 +42,12 @@ def main() -> None:
     if arguments.openapi:
         if flags or compile_only:
             parser.error("--openapi cannot be combined with other arguments")
+        from app.main import create_app
+
         print(json.dumps(create_app(Settings.model_construct()).openapi(), indent=2))
         return
+    from app.logs import start_log
+
     writer = start_log()
     status = _run(writer, flags, compile_only=compile_only)
     if status or not compile_only:
@@ -55,6 +56,12 @@ def main() -> None:
 
 def _run(writer: LogWriter, flags: Mapping[str, str], *, compile_only: bool) -> int:
     """Runs the service, or only compiles, and returns the exit status."""
+    from app.api.middleware.tracing import TracesError
+    from app.engine.interface import RunnerError
+    from app.logs import capture_stderr, configure_logging
+    from app.runner.load import load_runner
+    from app.server.server import GivenUpError, StartError
+
     try:
         settings = load_settings(flags)
         capture_stderr(configure_logging(settings.log_format, settings.log_level, writer))
@@ -99,6 +106,9 @@ def _name_flags(message: str, flags: Mapping[str, str]) -> str:
 
 
 def _serve(settings: Settings) -> None:
+    from app.main import create_app
+    from app.server.server import allow_connections, bind, serve
+
     if not keep_freed_memory():
         log.info("Freed memory is not kept for the next step", extra={"reason": "unsupported C library"})
     limit_primitives()

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, Validati
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL, LONGEST_TIMEOUT, SHORTEST_TIMEOUT
-from model.checkpoint import SHIPPED, SHIPPED_FAST
-from model.compiled.compiler import default_cache
+from model.compiled.private_cache import default_cache
+from model.spec import SHIPPED, SHIPPED_FAST
 
 PREFIX = "UNFOG_"
 KEYS_VARIABLE = "UNFOG_API_KEYS"

@@ -25,12 +25,15 @@ from model.files import write_atomically
 from model.json_fields import build
 from model.pixels import from_pixels, to_pixels
 from model.prediction import Prediction, PredictionConfig
-from model.sampler import SAMPLERS, Guidance, Sampler, sample
+from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import MOST_STEPS, SAMPLERS, Guidance, ModelSpec, Sampler
+from model.spec import SHIPPED as SHIPPED
+from model.spec import SHIPPED_FAST as SHIPPED_FAST
+from model.training_facts import training_facts
 from model.unet import UNet, UNetConfig
 
 FORMAT_VERSION = 1
-MOST_STEPS = 100  # the limit of num_steps in a request
 MAX_FILE_BYTES = 2**28
 # A small file can describe a network that needs terabytes. These limits are checked before memory is allocated.
 MAX_SIZES = {
@@ -48,8 +51,6 @@ MAX_ACTIVATIONS = 2**22  # limit of values per image in the features of one leve
 MAX_ATTENTION_POSITIONS = 1024
 MAX_TABLE = 2**26  # limit of values in the result of UNet.condition_table()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # permitted types of stored weights
-SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
-SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # distilled from SHIPPED
 METADATA_KEY = "unfog"
 MAX_HEADER_BYTES = 1 << 20
 # The oldest files lack prediction, steps, training and guidance_by_sampler, so those are optional.
@@ -115,9 +116,28 @@ class CheckpointConfig:
             raise ValueError("a guidance scale other than 1 needs training.label_drop above 0")
 
     @property
+    def spec(self) -> ModelSpec:
+        """The description of the model for those who do not compute with it."""
+        return ModelSpec(
+            class_names=self.class_names,
+            image_shape=self.image_shape,
+            schedule=Schedule(self.schedule),
+            steps=self.steps,
+            samplers=self.samplers,
+            guidance={sampler: self.guidance_of(sampler) for sampler in self.samplers},
+            guidable=self.guidable,
+            training=training_facts(self.training),
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        return self.unet.image_channels, self.unet.image_size, self.unet.image_size
+
+    @property
     def recommended_steps(self) -> int:
         """The number of steps of a request without num_steps."""
-        return self.steps[0] if self.steps else min(self.schedule.num_steps, MOST_STEPS)
+        return self.spec.default_steps
 
     def guidance_of(self, sampler: Sampler) -> Guidance:
         """Returns the recommended guidance of this sampler. Requests with another scale use its interval too."""
@@ -144,8 +164,7 @@ class Checkpoint:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
-        unet = self.config.unet
-        return unet.image_channels, unet.image_size, unet.image_size
+        return self.config.image_shape
 
 
 def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
@@ -157,7 +176,7 @@ def draw_probe(network: UNet, config: CheckpointConfig) -> Tensor:
         torch.tensor([probe.digit], device=device),
         seed=torch.tensor([probe.seed], device=device),
         index=torch.tensor([0], device=device),
-        image_shape=(config.unet.image_channels, config.unet.image_size, config.unet.image_size),
+        image_shape=config.image_shape,
         sampler=probe.sampler,
         num_steps=probe.num_steps,
         guidance=config.guidance_of(probe.sampler),
@@ -206,16 +225,16 @@ def load(path: Path) -> Checkpoint:
         probe_bytes = _decode(metadata.pop("probe_image", None))
         config = build(CheckpointConfig, metadata, required=REQUIRED)
         _check_shapes(config.unet, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        shape = (config.unet.image_channels, config.unet.image_size, config.unet.image_size)
-        if len(probe_bytes) != math.prod(shape):
-            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network needs {math.prod(shape)}")
+        num_bytes = math.prod(config.image_shape)
+        if len(probe_bytes) != num_bytes:
+            raise ValueError(f"the probe image has {len(probe_bytes)} bytes, but the network needs {num_bytes}")
     except ValueError as error:
         raise CheckpointError(f"{path} is not a checkpoint of unfog: {error}") from error
     network, schedule = UNet(config.unet), Schedule(config.schedule)
     network.load_state_dict(tensors)
     network.eval().requires_grad_(False)
     prediction = Prediction(config.prediction, schedule)
-    probe_image = from_pixels(torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(shape))
+    probe_image = from_pixels(torch.frombuffer(bytearray(probe_bytes), dtype=torch.uint8).reshape(config.image_shape))
     sha256 = hashlib.sha256(content).hexdigest()
     return Checkpoint(network, schedule, prediction, config, sha256, weights_sha256(network), probe_image)
 

@@ -18,16 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.checkpoint import tensors_sha256
+from model.spec import EMBEDDED
 
-EMBEDDED = Path(__file__).parent / "weights" / "clip"  # in open_clip's format
 EMBEDDED_NAME = "embedded"
 INSTALL = "pip install -e '.[clip]'"
-MAX_PROMPT_LENGTH = 200
-# A similarity below this share of the mean similarity of a real digit and its own prompt is low. docs/evaluation.md has
-# the measurements from which it was chosen.
-LEAST_SHARE = 0.25
 MAX_WORD_LENGTH = 30  # longer words count as unknown, because the time of the tokenizer is quadratic in the length
-DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class ClipError(Exception):
@@ -58,23 +53,6 @@ def import_open_clip() -> ModuleType:
             return open_clip
     except ImportError as error:
         raise ClipNotInstalledError from error
-
-
-def digit_prompt(digit: int) -> str:
-    """Returns the prompt for an image of the digit, such as "a handwritten digit seven"."""
-    return f"a handwritten digit {DIGIT_WORDS[digit]}"
-
-
-def default_prompt(class_name: str) -> str:
-    """Returns the prompt for an image of a class: that of the digit, or "a photo of a" and the name of the class."""
-    return digit_prompt(int(class_name)) if class_name in tuple("0123456789") else f"a photo of a {class_name}"
-
-
-def is_prompt(text: str) -> bool:
-    """Returns True for a text of 1 to MAX_PROMPT_LENGTH characters that is not blank and can be encoded as UTF-8."""
-    return (
-        1 <= len(text) <= MAX_PROMPT_LENGTH and bool(text.strip()) and not any("\ud800" <= c <= "\udfff" for c in text)
-    )
 
 
 def name_without_folders(name: str) -> str:

@@ -18,12 +18,9 @@ from torch.nn import functional as F
 
 from model.clip import Clip
 from model.sampler import COLUMN_OF_B
+from model.spec import CALL_ROWS, MAX_CLIP_GUIDANCE_SCALE
 from model.step import Rows, State, Step, Stepped
 
-MAX_CLIP_GUIDANCE_SCALE = 10
-# Images in one call of CLIP. Every call has this number of rows, because the number of rows changes the order of
-# float32 sums. An image then gets the same gradient in every batch.
-CALL_ROWS = 8
 # The default interval of timesteps: docs/evaluation.md shows how it was chosen.
 START, STOP = 40, 75
 

@@ -20,9 +20,7 @@ from torch import Tensor
 
 from model.pixels import from_pixels
 from model.png import MAX_SCALE
-
-Fit = Literal["auto", "resize", "digit"]
-Invert = bool | Literal["auto"]
+from model.spec import Fit, Invert
 
 SIZE = 28  # pixels per side of an MNIST image
 BOX = 20 / 28  # longest side of the drawing, as a share of the image

@@ -17,9 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from model.clip import MAX_PROMPT_LENGTH, is_prompt
-from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
-from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
+from model.prompts import MAX_PROMPT_LENGTH, is_prompt
+from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, SAMPLERS
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LEVEL = 6  # zlib compression level of enlarged images

@@ -1,15 +1,21 @@
-"""The complete process for a batch of rows, each with its own plan. It uses the step of model/step.py."""
+"""Complete processes for a batch of rows, each with its own plan. They use the step of model/step.py.
+
+`draw` generates images, `compare` compares the classes of images, and `recognise` recognises their digits.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
 
+from model.comparison import Comparison
 from model.noise import normal
-from model.sampler import Guidance, Plan
+from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Readout, Recognition, ink_of, timesteps
+from model.sampler import Plan, plan_through
 from model.schedule import Schedule
+from model.spec import Guidance
 from model.step import Rows, State, Step
 
 OnStep = Callable[[int, Tensor, Tensor], None]  # called with k, x_t and predicted x_0 of the rows that take step k
@@ -31,8 +37,8 @@ class Start:
     @classmethod
     def at(cls, schedule: Schedule, t: int, image: Tensor, is_known: Tensor | None = None) -> "Start":
         """Starts all rows from the forward process at timestep t: x_t ~ q(x_t | x_0 = image) (Ho 2020, eq. 4)."""
-        alpha_bar = schedule.alpha_bar[t].expand(len(image)).to(image.device)  # (B,)
-        return cls(image, alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float(), is_known)
+        signal, noise = (image.new_full((len(image),), each) for each in schedule.signal_and_noise(t))  # (B,) each
+        return cls(image, signal, noise, is_known)
 
     def rows(self, rows: Tensor) -> "Start":
         """Returns the images with the indices `rows` (B,), on the device of `rows`."""
@@ -110,3 +116,78 @@ def draw(  # noqa: PLR0913 # most are optional
         state.x_t.index_copy_(0, slots, stepped.x_prev)
         state.x_0.index_copy_(0, slots, stepped.x_0)
     return state.x_0
+
+
+@torch.inference_mode()
+def compare(
+    step: Step,
+    plans: Sequence[Plan],
+    comparisons: Sequence[Comparison],
+    *,
+    seed: Tensor,
+    index: Tensor,
+    start: Start,
+) -> None:
+    """Runs the comparisons of B images until all results are final. Comparison i follows plans[i].
+
+    `start` has B images with known pixels. seed and index are (B,) int64 on the device of `step`.
+    """
+    num_slots = [each.num_classes if each.has_own_images else 1 for each in comparisons]
+    first_slots = list(accumulate(num_slots, initial=0))
+    image = torch.arange(len(plans)).repeat_interleave(torch.tensor(num_slots)).to(seed.device)  # (S,) of each slot
+    C, H, W = start.image.shape[1:]
+    every_plan = [plans[i] for i in image.tolist()]
+    state, table, first_row = begin(
+        every_plan, (C, H, W), seed=seed[image], index=index[image], start=start.rows(image)
+    )
+    for k in range(max(plan.num_steps for plan in plans)):
+        slots, labels = list[int](), list[int]()  # of the rows
+        further_slots, further_labels = list[int](), list[int]()  # of further evaluations of a row
+        running = [(slot, each) for slot, each in zip(first_slots, comparisons, strict=False) if each.remaining]
+        if not running:
+            break
+        for slot, comparison in running:
+            if comparison.has_own_images:
+                slots += [slot + label for label in comparison.remaining]
+                labels += comparison.remaining
+            else:
+                further_slots += [slot] * (len(comparison.remaining) - 1)
+                further_labels += comparison.remaining[1:]
+                slots.append(slot)
+                labels.append(comparison.remaining[0])
+        every_slot = torch.tensor(slots + further_slots, device=seed.device)  # (N,)
+        label = torch.tensor(labels + further_labels, device=seed.device)  # (N,)
+        row = torch.arange(len(slots), device=seed.device)  # (B,)
+        taken = Rows(every_slot, first_row[every_slot] + k, label, torch.full_like(row, 1 + k), row)
+        stepped = step(state, table, taken)
+        state.x_t.index_copy_(0, taken.slots, stepped.x_prev)
+        state.x_0.index_copy_(0, taken.slots, stepped.x_0)
+        errors = stepped.error.tolist()
+        of_rows, further = iter(errors[: len(slots)]), iter(errors[len(slots) :])
+        for _, comparison in running:
+            num_rows = len(comparison.remaining) if comparison.has_own_images else 1
+            num_further = len(comparison.remaining) - num_rows
+            comparison.add([*islice(of_rows, num_rows), *islice(further, num_further)])
+
+
+def recognise(
+    step: Step,
+    schedule: Schedule,
+    x_0: Tensor,
+    readout: Readout,
+    num_pairs: int = DEFAULT_NUM_PAIRS,
+    *,
+    prune: bool = True,
+) -> list[Recognition]:
+    """Recognises images x_0 (N, C, H, W) in [-1, 1] on the device of `step`.
+
+    With `prune`, improbable classes are dropped after each pair.
+    """
+    path = [*timesteps(num_pairs, schedule.num_steps), 0]
+    T = schedule.num_steps
+    results = [Recognition(readout, ink, num_pairs, num_steps=T, prune=prune) for ink in ink_of(x_0)]
+    seed = torch.full((len(x_0),), RECOGNITION_SEED, device=x_0.device)  # (N,)
+    start = Start.at(schedule, path[0], x_0, torch.ones_like(x_0, dtype=torch.bool))
+    plan = plan_through(schedule, "forward", path)
+    compare(step, [plan] * len(results), results, seed=seed, index=torch.zeros_like(seed), start=start)
+    return results

@@ -8,7 +8,8 @@ distances over several pairs.
 All images use the same pairs, so the result is reproducible. A fixed eps also has the same influence on the distances
 of every image. The offsets of `Readout` remove this influence, so that few pairs are enough.
 
-The decisions after each pair are plain Python, because tensors of ten values are slower.
+The decisions after each pair are plain Python, because tensors of ten values are slower. This module does not import
+torch. `recognise` in model/process.py runs the network.
 """
 
 import json
@@ -17,18 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from model.checkpoint import Checkpoint
-from model.comparison import compare
 from model.json_fields import build
-from model.process import Start
-from model.sampler import plan_through
-from model.schedule import Schedule
-from model.step import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RECOGNITION_SEED = 0  # the noise of pair k is normal(RECOGNITION_SEED, 0, k); other seeds need other offsets
 DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS = 20, 100
@@ -75,12 +70,10 @@ class Readout:
         return len(self.offsets[0])
 
     @classmethod
-    def of(cls, loaded: Checkpoint) -> "Readout":
-        """Returns the constants for a checkpoint. A checkpoint for which none were fitted gets no offsets."""
+    def of(cls, weights_sha256: str, num_classes: int) -> "Readout":
+        """Returns the constants for a network with these weights. Without fitted constants, there are no offsets."""
         shipped = _shipped()
-        if loaded.weights_sha256 == shipped.weights_sha256:
-            return shipped
-        return shipped.without_offsets(loaded.network.null_label)
+        return shipped if weights_sha256 == shipped.weights_sha256 else shipped.without_offsets(num_classes)
 
     def without_offsets(self, num_classes: int) -> "Readout":
         """Returns the same weights without offsets, for any network with this number of classes."""
@@ -175,35 +168,12 @@ class Recognition:
         return self.suspicion <= self._readout.limit
 
 
-def ink_of(x_0: Tensor) -> list[float]:
+def ink_of(x_0: "Tensor") -> list[float]:
     """Returns log(1 + |x_0 - black|) of each image x_0 (N, C, H, W) in [-1, 1], with the Euclidean norm.
 
     The distances of a digit grow with it.
     """
     return (x_0 + 1).flatten(1).norm(dim=1).log1p().tolist()
-
-
-def recognise(
-    step: Step,
-    schedule: Schedule,
-    x_0: Tensor,
-    readout: Readout,
-    num_pairs: int = DEFAULT_NUM_PAIRS,
-    *,
-    prune: bool = True,
-) -> list[Recognition]:
-    """Recognises images x_0 (N, C, H, W) in [-1, 1] on the device of `step`.
-
-    With `prune`, improbable classes are dropped after each pair.
-    """
-    path = [*timesteps(num_pairs, schedule.num_steps), 0]
-    T = schedule.num_steps
-    results = [Recognition(readout, ink, num_pairs, num_steps=T, prune=prune) for ink in ink_of(x_0)]
-    seed = torch.full((len(x_0),), RECOGNITION_SEED, device=x_0.device)  # (N,)
-    start = Start.at(schedule, path[0], x_0, torch.ones_like(x_0, dtype=torch.bool))
-    plan = plan_through(schedule, "forward", path)
-    compare(step, [plan] * len(results), results, seed=seed, index=torch.zeros_like(seed), start=start)
-    return results
 
 
 @cache

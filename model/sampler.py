@@ -12,52 +12,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from model.noise import normal
+from model.paths import decreasing_runs, noise_above, noise_variance, step_timesteps, timesteps_of
 from model.prediction import Prediction, PredictionConfig, predict_x_0
 from model.schedule import Schedule
+from model.spec import SAMPLERS, Guidance, Process, Sampler
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, y) -> eps or another prediction
-Sampler = Literal["ddpm", "ddim", "dpmpp"]
-SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
-Process = Sampler | Literal["forward", "noisy"]
 Coefficients = tuple[float, float, float, float]  # a, b, c and s of one step
-MAX_GUIDANCE_SCALE = 10
 PLAN_COLUMNS, COLUMN_OF_B, COLUMN_OF_S = 7, 2, 4  # of `Plan.table`
-
-
-@dataclass(frozen=True, slots=True)
-class Guidance:
-    """Scale of classifier-free guidance (Ho & Salimans 2022) and the interval of timesteps in which it is applied.
-
-    A scale of 1 turns guidance off. Outside start..stop (inclusive) only the conditional prediction is used
-    (Kynkäänniemi 2024): at low noise levels guidance has no benefit, at high ones it reduces diversity. Raises
-    ValueError for invalid values.
-    """
-
-    scale: float = 1.0
-    start: int = 1
-    stop: int = 100
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.scale <= MAX_GUIDANCE_SCALE:
-            raise ValueError(f"guidance.scale must be 1 to {MAX_GUIDANCE_SCALE}, got {self.scale}")
-        if not 1 <= self.start <= self.stop:
-            raise ValueError(
-                f"guidance.start must be at least 1 and not above guidance.stop, got {self.start} and {self.stop}"
-            )
-
-    def acts_at(self, t: int) -> bool:
-        """Returns True if a step at timestep t needs a second, unconditional evaluation of the network."""
-        return self.scale != 1.0 and self.start <= t <= self.stop
-
-    def steps_within(self, timesteps: Sequence[int]) -> frozenset[int]:
-        """Returns the indices of the timesteps within start..stop."""
-        return frozenset(k for k, t in enumerate(timesteps) if self.start <= t <= self.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,31 +58,6 @@ def make_plan(schedule: Schedule, sampler: Sampler, num_steps: int) -> Plan:
     return plan_through(schedule, sampler, timesteps_of(schedule, sampler, num_steps))
 
 
-def timesteps_of(schedule: Schedule, sampler: Sampler, num_steps: int, start: int | None = None) -> list[int]:
-    """Returns num_steps + 1 decreasing timesteps from `start` (default: T) to 0.
-
-    They are evenly spaced in log-SNR for dpmpp, and evenly spaced in t for the other samplers. Raises ValueError if
-    num_steps is not in 1..start.
-    """
-    if sampler == "dpmpp":
-        return schedule.log_snr_timesteps(num_steps, start)
-    return schedule.even_timesteps(num_steps, start)
-
-
-def timesteps_from(schedule: Schedule, sampler: Sampler, num_steps: int, start: int) -> list[int]:
-    """Returns the timesteps from `start` to 0, with steps as long as those of a process of `num_steps` from T to 0.
-
-    The number of steps is round(num_steps * start / T), limited to 1..start.
-    """
-    count = min(max(round(num_steps * start / schedule.num_steps), 1), start)
-    return timesteps_of(schedule, sampler, count, start)
-
-
-def num_steps_of(path: Sequence[int]) -> int:
-    """Returns the number of steps of a sampler along a path. Going up needs no additional step."""
-    return sum(t_next < t for t, t_next in pairwise(path))
-
-
 def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> Plan:
     """Returns the plan for a path of timesteps. Raises ValueError for an unknown process or an invalid path.
 
@@ -133,7 +75,7 @@ def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> P
     if process not in SAMPLERS:
         raise ValueError(f"unknown sampler {process!r}: must be one of {', '.join(SAMPLERS)}")
     half_log_snr = schedule.half_log_snr.tolist() if process == "dpmpp" else []
-    runs, rows = _decreasing_runs(path), []
+    runs, rows = decreasing_runs(path), []
     for run, next_run in zip_longest(runs, runs[1:]):
         if process == "dpmpp":
             rows += _dpmpp_coefficients(half_log_snr, alpha_bar, run)
@@ -142,28 +84,7 @@ def plan_through(schedule: Schedule, process: Process, path: Sequence[int]) -> P
             rows += [step(alpha_bar[t], alpha_bar[t_prev]) for t, t_prev in pairwise(run)]
         if next_run:
             rows[-1] = _with_noise(rows[-1], alpha_bar[run[-1]], alpha_bar[next_run[0]])
-    return _plan(_step_timesteps(runs), rows)
-
-
-def timesteps_along(path: Sequence[int]) -> list[int]:
-    """Returns the timesteps of a sampler along a path, as in `plan_through`. Raises ValueError for an invalid path."""
-    return _step_timesteps(_decreasing_runs(path))
-
-
-def _step_timesteps(runs: list[list[int]]) -> list[int]:
-    """Returns the timestep of each step, and the last timestep of the path."""
-    return [*(t for run in runs for t in run[:-1]), runs[-1][-1]]
-
-
-def noise_above(schedule: Schedule, t_image: int, t: int) -> tuple[float, float]:
-    """Returns the signal and the noise of x_t = signal u + noise n, for an image u with the noise level of t_image.
-
-    u is x_0 with noise of the variance (1 - alpha_bar) / alpha_bar at t_image, and n is standard normal noise. x_t then
-    has the noise level of t, which must be above t_image.
-    """
-    alpha_bar = schedule.alpha_bar[t].item()
-    gamma = _noise_variance(schedule, t) - _noise_variance(schedule, t_image)
-    return math.sqrt(alpha_bar), math.sqrt(alpha_bar * gamma)
+    return _plan(step_timesteps(runs), rows)
 
 
 def _noisy_plan(schedule: Schedule, path: Sequence[int]) -> Plan:
@@ -179,38 +100,19 @@ def _noisy_plan(schedule: Schedule, path: Sequence[int]) -> Plan:
     where x_0 is the prediction of the class. For s = 0, an image without noise, the target is u.
     """
     t_image, *timesteps = path
-    variance = _noise_variance(schedule, t_image)
+    variance = noise_variance(schedule, t_image)
     levels = [noise_above(schedule, t_image, t) for t in timesteps]
     rows, targets = [], []
     for t, (signal, _), (next_signal, next_noise) in zip(timesteps, levels, [*levels[1:], (1.0, 0.0)], strict=True):
-        ratio = variance / (_noise_variance(schedule, t) - variance)
+        ratio = variance / (noise_variance(schedule, t) - variance)
         rows += [(-1.0, 2 * signal, 0.0, 0.0), (0.0, next_signal, 0.0, next_noise)]
         targets += [(1 + ratio, -ratio / signal)] * 2
     visited = [t for t in timesteps for _ in range(2)]
     return Plan((*visited, 0), torch.tensor(rows), torch.tensor(targets))
 
 
-def _noise_variance(schedule: Schedule, t: int) -> float:
-    """Returns the variance of the noise in x_t / sqrt(alpha_bar_t)."""
-    alpha_bar = schedule.alpha_bar[t].item()
-    return (1 - alpha_bar) / alpha_bar
-
-
 def _plan(timesteps: Sequence[int], rows: list[Coefficients]) -> Plan:
     return Plan(tuple(timesteps), torch.tensor(rows, dtype=torch.float64).float())
-
-
-def _decreasing_runs(path: Sequence[int]) -> list[list[int]]:
-    """Splits a path where it goes up. Raises ValueError if a part has no step, or if two timesteps are equal."""
-    runs = [[path[0]]]
-    for t, t_next in pairwise(path):
-        if t_next < t:
-            runs[-1].append(t_next)
-        else:
-            runs.append([t_next])
-    if any(len(run) < 2 for run in runs):
-        raise ValueError(f"a path must go down at its start, at its end and after each step up, got {list(path)}")
-    return runs
 
 
 def _with_noise(coefficients: Coefficients, alpha_bar_t: float, alpha_bar_next: float) -> Coefficients:

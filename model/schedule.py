@@ -1,10 +1,15 @@
-"""The noise schedule alpha_bar_t, and the timesteps that a sampler visits."""
+"""The noise schedule alpha_bar_t, and the timesteps that a sampler visits.
+
+This module does not import torch. Only `Schedule()` does, when it computes alpha_bar. Another library would round some
+values differently, and then an old seed could give other images.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 COSINE_OFFSET = 0.008  # the offset s of Nichol & Dhariwal 2021, eq. 17
 MAX_BETA = 0.999  # limit of beta, section 3.2 of the same paper; avoids a division by zero at the last step
@@ -50,15 +55,26 @@ class Schedule:
         if not (self.half_log_snr.diff() < 0).all():
             raise ValueError("the schedule adds too little noise: alpha_bar must decrease in every step")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Schedule) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash(self.config)
+
     @property
     def num_steps(self) -> int:
         """T, the number of steps of the forward process."""
         return self.config.num_steps
 
     @property
-    def half_log_snr(self) -> Tensor:
+    def half_log_snr(self) -> "Tensor":
         """lambda_t = log(sqrt(alpha_bar_t) / sqrt(1 - alpha_bar_t)), (T + 1,) float64. It is infinite at t = 0."""
-        return 0.5 * torch.log(self.alpha_bar / (1 - self.alpha_bar))
+        return 0.5 * (self.alpha_bar / (1 - self.alpha_bar)).log()
+
+    def signal_and_noise(self, t: int) -> tuple[float, float]:
+        """Returns sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t): x_t = signal x_0 + noise eps (Ho 2020, eq. 4)."""
+        alpha_bar = self.alpha_bar[t].item()
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
     def even_timesteps(self, num_steps: int, start: int | None = None) -> list[int]:
         """Returns num_steps + 1 decreasing timesteps from `start` (default: T) to 0, evenly spaced in t.
@@ -78,9 +94,10 @@ class Schedule:
         """
         highest = self._check(num_steps, start)
         half_log_snr = self.half_log_snr[1 : highest + 1]  # (start,) t = 1..start
-        lowest = max(half_log_snr[-1].item(), MIN_HALF_LOG_SNR)
-        grid = torch.linspace(lowest, half_log_snr[0].item(), num_steps, dtype=torch.float64)  # (num_steps,)
-        nearest = (grid[:, None] - half_log_snr).abs().argmin(dim=1) + 1  # (num_steps,)
+        first, last = max(half_log_snr[-1].item(), MIN_HALF_LOG_SNR), half_log_snr[0].item()
+        grid = [first + (last - first) * k / max(num_steps - 1, 1) for k in range(num_steps)]
+        distances = (half_log_snr.new_tensor(grid)[:, None] - half_log_snr).abs()  # (num_steps, start)
+        nearest = distances.argmin(dim=1) + 1  # (num_steps,)
         timesteps: list[int] = []
         for remaining, t in zip(range(num_steps, 0, -1), nearest.tolist(), strict=True):
             timesteps.append(min(max(t, remaining), highest))
@@ -97,7 +114,9 @@ class Schedule:
         return highest
 
 
-def _alpha_bar(config: ScheduleConfig) -> Tensor:
+def _alpha_bar(config: ScheduleConfig) -> "Tensor":  # (T + 1,) float64
+    import torch
+
     T = config.num_steps
     if config.kind == "linear":
         beta = torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)  # (T,)

@@ -16,7 +16,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from model.files import write_atomically, write_json
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS
 from scripts.common.arguments import Parser, guidance_scale, integer, num_images
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.common.mnist import NUM_CLASSES

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from model.checkpoint import read_config
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS
 from scripts.common.arguments import (
     CLIP_GUIDANCE,
     Parser,

@@ -6,7 +6,7 @@ resume.
 
 from pathlib import Path
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from scripts.common.arguments import SHIPPED_NAME, Parser, add_training_arguments, from_arguments
 from scripts.common.errors import reports_errors
 from scripts.common.progress import Reporter

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import SHIPPED, read_config
+from model.checkpoint import read_config
 from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, NUM_RESAMPLINGS
 from model.recognition import DEFAULT_NUM_PAIRS, MAX_NUM_PAIRS
+from model.spec import SHIPPED
 from scripts.common.arguments import (
     CLIP_GUIDANCE,
     CLIP_MODEL_HELP,

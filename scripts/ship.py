@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, CheckpointConfig, weights_sha256
+from model.checkpoint import Checkpoint, CheckpointConfig, weights_sha256
+from model.spec import SHIPPED, SHIPPED_FAST
 from scripts.common.arguments import Parser
 from scripts.common.errors import ScriptError, reports_errors
 from scripts.evaluation.tables import Evaluation, read_evaluation

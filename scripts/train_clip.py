@@ -10,9 +10,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from model.clip import EMBEDDED
 from model.files import write_atomically
 from model.png import encode_png
+from model.spec import EMBEDDED
 from scripts.common.arguments import Parser, add_data_argument, integer
 from scripts.common.errors import reports_errors
 from scripts.common.mnist import load_mnist

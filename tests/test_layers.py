@@ -1,6 +1,8 @@
-"""Tests imports: app and scripts import model, layers of app import only lower layers, and no import is circular."""
+"""Tests imports: which packages and layers a module imports, that no import is circular, and which need no torch."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +25,24 @@ LAYERS = {
     "api": {"api", "tasks", "engine", "errors", "metrics", "settings"},
     "server": {"server", "api", "engine", "errors", "logs", "metrics", "settings"},
 }
+# These modules, and packages with all their modules, do not import torch. Its import takes more than a second, which
+# only those who compute with tensors must wait for.
+WITHOUT_TORCH = (
+    "app.engine",
+    "app.settings",
+    "app.tasks",
+    "app.cli",
+    "model.comparison",
+    "model.editing",
+    "model.inpainting",
+    "model.noisy_image",
+    "model.paths",
+    "model.png",
+    "model.prompts",
+    "model.recognition",
+    "model.schedule",
+    "model.spec",
+)
 LONGEST_CHAIN = 11  # modules in the longest permitted import chain of app
 
 
@@ -96,6 +116,14 @@ def test_layer_of_app_imports_only_lower_layers() -> None:
 def test_imports_are_not_circular(package: str) -> None:
     edges = graph(package)
     assert all(chain_from(module, edges) for module in edges)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_module_is_imported_without_torch(name: str) -> None:
+    found = [module for module in modules(name.split(".")[0]) if module == name or module.startswith(f"{name}.")]
+    assert found
+    code = f"import sys, {', '.join(found)}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_longest_import_chain_of_app_is_within_the_limit() -> None:

@@ -7,12 +7,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from app.api.operations import GROUPS, REF, Offer, Operation, Permitted
+from app.api.operations import GROUPS, REF, Offer, Operation
 from app.api.service import Service
-from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
-from app.tasks.from_image import has_picture_tasks
-from model.checkpoint import CheckpointConfig, CheckpointError, read_config
+from model.checkpoint import CheckpointError, read_config
+from model.spec import ModelSpec
 
 SUMMARY = "Handwritten digits from a diffusion model. On a CPU the same seed gives the same bytes under any load."
 KEYS_REQUIRED = "Required if UNFOG_API_KEYS is set."
@@ -20,7 +19,6 @@ KEYS = {
     "bearer": {"type": "http", "scheme": "bearer", "description": KEYS_REQUIRED},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": KEYS_REQUIRED},
 }
-PICTURE_SIZE = (1, 28)  # channels and pixels per side of the images of a model that supports requests with pictures
 
 
 class Document:
@@ -29,29 +27,29 @@ class Document:
     def __init__(self, app: FastAPI, service: Service, operations: Sequence[Operation]) -> None:
         self._app, self._service = app, service
         self._operations = sorted(operations, key=lambda each: list(GROUPS).index(each.group))
-        self._built: tuple[dict[str, Permitted], dict[str, Any]] | None = None
+        self._built: tuple[dict[str, ModelSpec], dict[str, Any]] | None = None
 
     def __call__(self) -> dict[str, Any]:
-        permitted = self._permitted()
-        if not self._built or self._built[0] != permitted:
-            self._built = permitted, self._build(permitted)
+        specs = self._specs()
+        if not self._built or self._built[0] != specs:
+            self._built = specs, self._build(specs)
         return self._built[1]
 
-    def _permitted(self) -> dict[str, Permitted]:
-        """Returns the supported values of each model: from the engine, or from the files before they are loaded."""
+    def _specs(self) -> dict[str, ModelSpec]:
+        """Returns the description of each model: from the engine, or from the files before they are loaded."""
         if models := self._service.engine.models:
-            return {name: _of_info(info) for name, info in models.items()}
+            return {name: info.spec for name, info in models.items()}
         if self._built:
             return self._built[0]
         settings = self._service.settings
         paths = {DEFAULT_MODEL: settings.checkpoint, FAST_MODEL: settings.fast_path}
         try:
-            return {name: _of_config(read_config(path)) for name, path in paths.items() if path}
+            return {name: read_config(path).spec for name, path in paths.items() if path}
         except CheckpointError:  # The engine reports the error when it loads the file.
             return {}
 
-    def _build(self, permitted: Mapping[str, Permitted]) -> dict[str, Any]:
-        app, offer = self._app, Offer(self._service.settings, permitted)
+    def _build(self, specs: Mapping[str, ModelSpec]) -> dict[str, Any]:
+        app, offer = self._app, Offer(self._service.settings, specs)
         tags = [{"name": name, "description": text} for name, text in GROUPS.items()]
         document = get_openapi(title=app.title, version=app.version, summary=SUMMARY, routes=app.routes, tags=tags)
         paths, components = document["paths"], document["components"]
@@ -83,30 +81,3 @@ def add_openapi(app: FastAPI, service: Service, operations: Sequence[Operation])
     """Makes `app.openapi()` return the document."""
     document = Document(app, service, operations)
     app.openapi = document  # type: ignore[method-assign] # FastAPI documents this way of extending it
-
-
-def _of_info(info: ModelInfo) -> Permitted:
-    """Reads the values from a loaded checkpoint."""
-    return Permitted(
-        info.num_classes,
-        info.max_steps,
-        info.steps,
-        info.samplers,
-        info.guidable,
-        info.image_shape[:2],
-        has_picture_tasks(info),
-    )
-
-
-def _of_config(config: CheckpointConfig) -> Permitted:
-    """Reads the values from the metadata of a checkpoint file."""
-    unet, size = config.unet, (config.unet.image_channels, config.unet.image_size)
-    return Permitted(
-        unet.num_classes,
-        config.schedule.num_steps,
-        config.steps,
-        config.samplers,
-        config.guidable,
-        size,
-        not config.steps and size == PICTURE_SIZE,
-    )

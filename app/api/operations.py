@@ -22,7 +22,7 @@ from app.api.http.uploads import multipart_schema
 from app.errors import UnfogError
 from app.settings import Settings
 from model.clip import ClipNotInstalledError
-from model.sampler import Sampler
+from model.spec import ModelSpec
 
 Schema = dict[str, Any]
 BINARY: Schema = {"schema": {"type": "string", "format": "binary"}}
@@ -101,27 +101,14 @@ class Problem(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Permitted:
-    """The values of request fields that a served checkpoint supports."""
-
-    num_classes: int
-    max_steps: int
-    steps: tuple[int, ...]
-    samplers: tuple[Sampler, ...]
-    guidable: bool
-    size: tuple[int, int]  # channels and pixels per side of an image
-    has_pictures: bool  # True if the model supports requests with pictures
-
-
-@dataclass(frozen=True, slots=True)
 class Offer:
-    """What requests may contain: the settings, and the values that each served model supports.
+    """What requests may contain: it follows from the settings and from the served models.
 
     `models` is empty if the checkpoints cannot be read yet.
     """
 
     settings: Settings
-    models: Mapping[str, Permitted]
+    models: Mapping[str, ModelSpec]
 
     @property
     def names(self) -> list[str]:

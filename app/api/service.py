@@ -41,8 +41,9 @@ from app.tasks.images import sheet_text
 from app.tasks.names import either
 from app.tasks.sampling import ModelFields
 from app.tasks.task import Task
-from model.clip import ClipNotInstalledError, digit_prompt
+from model.clip import ClipNotInstalledError
 from model.png import Provenance
+from model.prompts import digit_prompt
 
 CLIP_OFF = "CLIP is turned off (UNFOG_CLIP=off). Start the service with UNFOG_CLIP=auto"
 # Images with at most this number of pixels together, after their enlargement, are encoded in the event loop. This takes

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from app import errors
 from app.engine.interface import ClipEmbedder, Embeddings
 from app.engine.job import Pixels
-from model.clip import digit_prompt
+from model.prompts import digit_prompt
 
 log = logging.getLogger(__name__)
 

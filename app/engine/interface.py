@@ -1,7 +1,7 @@
 """The interface between engine and runner: the protocol, its errors, and the description of a served model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -10,8 +10,7 @@ import numpy.typing as npt
 from app.engine.job import Options, Pixels, StepRows, StepSet, Trajectory
 from app.engine.step_times import StepTimes
 from model.recognition import Readout
-from model.sampler import Sampler
-from model.schedule import Schedule
+from model.spec import ModelSpec
 
 T = TypeVar("T", covariant=True)
 Embeddings = npt.NDArray[np.float32]  # (N, E), each row of length 1
@@ -29,57 +28,25 @@ class DeviceLostError(Exception):
     """The device no longer works. All state on it is lost."""
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """One measurement of the quality of generated images. It is stored in the checkpoint.
-
-    It is not an evaluation of the network (see job.py).
-    """
-
-    sampler: Sampler
-    num_steps: int
-    guidance_scale: float
-    num_images: int
-    accuracy: float  # share of the images that a classifier recognises as the requested digit
-    frechet: float  # Fréchet distance to the test images
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingFacts:
-    """Facts about the training of a model. Facts that the checkpoint lacks are None."""
-
-    preset: str | None = None
-    data: str | None = None
-    epochs: int | None = None
-    evaluations: tuple[Evaluation, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The description of a served model."""
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo(ModelSpec):
+    """A served model: its specification, and what follows from its name, its weights and the device."""
 
     name: str
-    sha256: str
+    sha256: str  # of the checkpoint file
     num_parameters: int
     device: str
     dtype: str
     version: str
     compiled: bool
-    num_classes: int
-    prompts: tuple[str, ...]  # the default prompt of each class, for CLIP guidance
-    max_steps: int
-    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to max_steps
-    default_steps: int  # the recommended value of num_steps
-    samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
-    guidance_scale: dict[Sampler, float]  # the recommended scale of each sampler
-    guidance_interval: dict[Sampler, tuple[int, int]]  # the first and the last timestep in which guidance acts
     guided_steps: Callable[[Options], StepSet]  # the steps in which guidance is applied if its scale is not 1
     clip_steps: Callable[[Options], StepSet]  # the steps in which CLIP guidance is applied if its scale is not 0
-    guidable: bool  # True if guidance is possible: the network was trained with dropped labels
-    image_shape: tuple[int, int, int]  # (C, H, W)
-    schedule: Schedule
     readout: Readout  # the constants with which the model recognises images
-    training: TrainingFacts
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The specification alone. It equals that of the checkpoint file."""
+        return ModelSpec(**{field.name: getattr(self, field.name) for field in fields(ModelSpec)})
 
     def guided_steps_of(self, options: Options, *, has_digit: bool = False) -> StepSet:
         """Returns the steps of an image with these options that need a second evaluation.

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.comparison import Comparison
-from model.sampler import Process
+from model.spec import Process
 
 DEFAULT_MODEL, FAST_MODEL = "default", "fast"  # the model of requests without `model`, and the model for few steps
 IntArray = npt.NDArray[np.int64]

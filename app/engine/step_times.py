@@ -24,7 +24,7 @@ from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 
-from model.clip_guidance import CALL_ROWS
+from model.spec import CALL_ROWS
 
 MEMORY_SECONDS = 0.2
 # The largest ratio of the actual to the predicted time that counts. A larger ratio means that the step was interrupted,

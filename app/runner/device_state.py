@@ -12,8 +12,9 @@ from torch import Tensor
 
 from app.engine.job import GUIDED_EVALUATIONS, Options, Trajectory
 from app.runner.transfers import Transfers
-from model.sampler import COLUMN_OF_S, PLAN_COLUMNS, SAMPLERS, Plan, Process, make_plan, plan_through
+from model.sampler import COLUMN_OF_S, PLAN_COLUMNS, Plan, make_plan, plan_through
 from model.schedule import Schedule
+from model.spec import SAMPLERS, Process
 from model.step import Rows, State
 
 PADDING = 0  # the slot that padding rows use

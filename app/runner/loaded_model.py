@@ -9,19 +9,11 @@ import torch
 from app import VERSION
 from app.engine.interface import ModelInfo
 from app.engine.job import Options, StepSet
-from app.runner.training_facts import training_facts
-from model.checkpoint import Checkpoint, CheckpointConfig
-from model.clip import default_prompt
+from model.checkpoint import Checkpoint
 from model.clip_guidance import ClipGuidance
+from model.paths import timesteps_along, timesteps_of
 from model.recognition import Readout
-from model.sampler import (
-    SAMPLERS,
-    Guidance,
-    Process,
-    Sampler,
-    timesteps_along,
-    timesteps_of,
-)
+from model.spec import SAMPLERS, Guidance, ModelSpec, Process, Sampler
 from model.step import ReverseStep, Step
 
 
@@ -39,8 +31,9 @@ class LoadedModel:
 
 
 def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.dtype) -> ModelInfo:
-    config = loaded.config
+    spec = loaded.config.spec
     return ModelInfo(
+        **vars(spec),
         name=name,
         sha256=loaded.sha256,
         num_parameters=sum(p.numel() for p in loaded.network.parameters()),
@@ -48,32 +41,14 @@ def _describe(name: str, loaded: Checkpoint, device: torch.device, dtype: torch.
         dtype=str(dtype).removeprefix("torch."),
         version=VERSION,
         compiled=False,
-        num_classes=config.unet.num_classes,
-        prompts=tuple(map(default_prompt, config.class_names)),
-        max_steps=config.schedule.num_steps,
-        steps=config.steps,
-        default_steps=config.recommended_steps,
-        samplers=config.samplers,
-        guidance_scale={sampler: config.guidance_of(sampler).scale for sampler in config.samplers},
-        guidance_interval={sampler: _interval(config, sampler) for sampler in config.samplers},
-        guided_steps=_steps_of(loaded, config.guidance_of),
-        clip_steps=_steps_of(loaded, lambda sampler: ClipGuidance(scale=1.0)),
-        guidable=config.guidable,
-        image_shape=loaded.image_shape,
-        schedule=loaded.schedule,
-        readout=Readout.of(loaded),
-        training=training_facts(config.training),
+        guided_steps=_steps_of(spec, loaded.config.guidance_of),
+        clip_steps=_steps_of(spec, lambda sampler: ClipGuidance(scale=1.0)),
+        readout=Readout.of(loaded.weights_sha256, spec.num_classes),
     )
 
 
-def _interval(config: CheckpointConfig, sampler: Sampler) -> tuple[int, int]:
-    """Returns the first and the last timestep in which guidance acts. The last one is at most T."""
-    guidance = config.guidance_of(sampler)
-    return guidance.start, min(guidance.stop, config.schedule.num_steps)
-
-
 def _steps_of(
-    loaded: Checkpoint, guidance_of: Callable[[Sampler], Guidance | ClipGuidance]
+    spec: ModelSpec, guidance_of: Callable[[Sampler], Guidance | ClipGuidance]
 ) -> Callable[[Options], StepSet]:
     """Returns a function that returns the steps in which the guidance of a sampler is applied."""
 
@@ -81,7 +56,7 @@ def _steps_of(
     def steps(process: Process, num_steps: int, path: tuple[int, ...]) -> StepSet:
         if process not in SAMPLERS:
             return range(0)
-        timesteps = timesteps_along(path) if path else timesteps_of(loaded.schedule, process, num_steps)
+        timesteps = timesteps_along(path) if path else timesteps_of(spec.schedule, process, num_steps)
         return guidance_of(process).steps_within(timesteps[:-1])
 
     return lambda options: steps(options.sampler, options.num_steps, options.path)

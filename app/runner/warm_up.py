@@ -19,7 +19,8 @@ from app.engine.interface import ModelInfo, OutOfMemoryError, RunnerError, StepR
 from app.engine.job import Job, JobRequest, Options, StepRows, Trajectory
 from app.runner.loaded_model import LoadedModel
 from model.clip import Clip
-from model.clip_guidance import CALL_ROWS, similarity_gradient
+from model.clip_guidance import similarity_gradient
+from model.spec import CALL_ROWS
 
 # Maximum mean absolute difference of pixels in [-1, 1]. Rounding to bfloat16 gives 0.01. A different digit gives 0.3.
 PROBE_TOLERANCE = 0.1

@@ -7,7 +7,7 @@ real digits, because their similarity to a suitable prompt is known.
 from collections.abc import Sequence
 
 from app.engine.clip_worker import Scores
-from model.clip import LEAST_SHARE
+from model.prompts import LEAST_SHARE
 
 MAX_NAMED = 5  # the largest number of words, and of positions, in a warning
 

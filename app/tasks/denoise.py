@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -12,23 +12,25 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Search
 from app.errors import FieldError
 from app.tasks.fields import NOT_NULL, Number, NumSteps, OptionalDigit, SamplerName, may_be_absent
-from app.tasks.from_image import FittingFields, Image, job_of, kept, starting_at, task_of, unchanged
+from app.tasks.from_image import FittingFields, job_of, kept, starting_at, task_of, unchanged
 from app.tasks.pictures import decode
+from app.tasks.preparation import Image, noise_std_of, prepare, restored
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
-from model.denoising import (
+from model.noisy_image import (
     DENOISING_SAMPLER,
     DENOISING_STEPS,
     NoisyComparison,
     can_compare,
     comparison_path,
-    estimate_noise_std,
     matching_timestep,
-    restored_image,
 )
-from model.digit_image import DigitImage, normalise
+from model.paths import noise_above
 from model.recognition import RECOGNITION_SEED
-from model.sampler import Sampler, noise_above
+from model.spec import Sampler
+
+if TYPE_CHECKING:
+    from model.digit_image import DigitImage
 
 DECIMALS = 4  # of a probability in an answer
 
@@ -65,14 +67,14 @@ class DenoiseFields(SamplingFields, FittingFields):
     )
 
 
-def read_noisy(fields: DenoiseFields, data: bytes) -> tuple[DigitImage, float]:
+def read_noisy(fields: DenoiseFields, data: bytes) -> tuple["DigitImage", float]:
     """Converts a noisy picture to an image. Returns the image and the noise_std in grey levels. Raises PictureError."""
-    image = normalise(decode(data), "resize" if fields.fit == "auto" else fields.fit, fields.invert)
-    noise_std = estimate_noise_std(image.pixels[None]).item() if fields.noise_std is None else fields.noise_std
+    image = prepare(decode(data), "resize" if fields.fit == "auto" else fields.fit, fields.invert)
+    noise_std = noise_std_of(image) if fields.noise_std is None else fields.noise_std
     return image, round(noise_std, 3)  # the answer has the same value, so that a client can repeat the request
 
 
-def denoise(info: ModelInfo, fields: DenoiseFields, image: DigitImage, noise_std: float) -> Task:
+def denoise(info: ModelInfo, fields: DenoiseFields, image: "DigitImage", noise_std: float) -> Task:
     """Returns the task that removes noise of the standard deviation `noise_std`, in grey levels.
 
     Raises FieldError for a value that the mode or the model does not support.
@@ -96,12 +98,12 @@ def denoise(info: ModelInfo, fields: DenoiseFields, image: DigitImage, noise_std
         options = replace(options, num_steps=1, path=(t, 0), guidance_scale=1.0)
     else:
         options = starting_at(info, options, t)
-    restored: Image = restored_image(image.pixels[None], [noise_std])[0].numpy()
+    noisy = restored(image, noise_std)
     signal = info.schedule.alpha_bar[options.path[0]].sqrt().item()
     is_searched = fields.digit is None and fields.mode == "sample" and can_compare(info.schedule, t)
     comparison = NoisyComparison(info.num_classes, noise_std) if is_searched else None
-    search = _search_in_noise(info, restored, t, comparison) if comparison else None
-    job = job_of(info, fields, options, Input(restored, signal, 0.0), search)
+    search = _search_in_noise(info, noisy, t, comparison) if comparison else None
+    job = job_of(info, fields, options, Input(noisy, signal, 0.0), search)
     return replace(task(job), result_facts=partial(_probabilities, comparison))
 
 

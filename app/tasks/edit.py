@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -12,8 +12,10 @@ from app.tasks.from_image import FittingFields, job_of, kept, starting_at, task_
 from app.tasks.recognize import search_by_recognition
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
-from model.digit_image import DigitImage
 from model.editing import start_timestep
+
+if TYPE_CHECKING:
+    from model.digit_image import DigitImage
 
 
 class EditFields(SamplingFields, FittingFields):
@@ -35,7 +37,7 @@ class EditFields(SamplingFields, FittingFields):
     ] = 0.6
 
 
-def edit(info: ModelInfo, fields: EditFields, image: DigitImage) -> Task:
+def edit(info: ModelInfo, fields: EditFields, image: "DigitImage") -> Task:
     """Returns the task that redraws a sketch. Raises FieldError for a value that the model does not support."""
     options = options_of(fields, fields.digit, info)
     t = start_timestep(info.schedule, fields.strength)

@@ -11,8 +11,8 @@ from pydantic import (
     WrapValidator,
 )
 
-from model.clip import MAX_PROMPT_LENGTH, is_prompt
-from model.sampler import MAX_GUIDANCE_SCALE, Sampler
+from model.prompts import MAX_PROMPT_LENGTH, is_prompt
+from model.spec import MAX_GUIDANCE_SCALE, Sampler
 
 OWN_PREFIX = "Value error, "  # pydantic adds it to the messages of our own validators
 

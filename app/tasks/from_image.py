@@ -3,23 +3,23 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, JobRequest, Options, Search
 from app.errors import FieldError
 from app.tasks.pictures import decode
+from app.tasks.preparation import Image, Mask, prepare
 from app.tasks.sampling import SamplingFields
 from app.tasks.task import Task
-from model.digit_image import DigitImage, Fit, Invert, normalise
-from model.sampler import Sampler, timesteps_from
+from model.paths import timesteps_from
+from model.spec import Fit, Invert, ModelSpec, Sampler
 
-Image = npt.NDArray[np.float32]  # (1, H, W) in [-1, 1]
-Mask = npt.NDArray[np.bool_]  # (1, H, W)
+if TYPE_CHECKING:
+    from model.digit_image import DigitImage
 
 
 class FittingFields(BaseModel):
@@ -39,9 +39,9 @@ class FittingFields(BaseModel):
     )
 
 
-def read_drawing(fields: FittingFields, data: bytes) -> DigitImage:
+def read_drawing(fields: FittingFields, data: bytes) -> "DigitImage":
     """Converts the picture of a drawing to an image. Raises PictureError."""
-    return normalise(decode(data), fields.fit, fields.invert)
+    return prepare(decode(data), fields.fit, fields.invert)
 
 
 def check_model(info: ModelInfo) -> ModelInfo:
@@ -54,13 +54,9 @@ def check_model(info: ModelInfo) -> ModelInfo:
     return info
 
 
-def has_picture_tasks(info: ModelInfo) -> bool:
+def has_picture_tasks(spec: ModelSpec) -> bool:
     """Returns True if the model supports the tasks with a picture."""
-    try:
-        check_model(info)
-    except FieldError:
-        return False
-    return True
+    return not spec.steps and spec.image_shape == (1, 28, 28)
 
 
 def starting_at(info: ModelInfo, options: Options, t: int) -> Options:
@@ -81,7 +77,7 @@ def unchanged(options: Options) -> Options:
     return replace(options, num_steps=1, path=(1, 0), guidance_scale=1.0)
 
 
-def kept(image: DigitImage) -> Input:
+def kept(image: "DigitImage") -> Input:
     """Returns the input of rows whose pixels are all known."""
     pixels = image.x.numpy()
     return Input(pixels, 1.0, 0.0, np.ones_like(pixels, dtype=np.bool_))
@@ -104,7 +100,7 @@ def job_of(
 def task_of(
     name: str,
     fields: SamplingFields,
-    image: DigitImage,
+    image: "DigitImage",
     job: JobRequest,
     *,
     num_steps: int,
@@ -121,12 +117,12 @@ def task_of(
     )
 
 
-def fitting_facts(image: DigitImage) -> dict[str, Any]:
+def fitting_facts(image: "DigitImage") -> dict[str, Any]:
     """Returns the facts about the preparation of a picture."""
     return {"fit": image.fit, "invert": image.inverted}
 
 
-def chunks_of(name: str, image: DigitImage, facts: Mapping[str, Any]) -> dict[str, str]:
+def chunks_of(name: str, image: "DigitImage", facts: Mapping[str, Any]) -> dict[str, str]:
     """Returns the text chunks of a task with a picture."""
     digest = hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest()
     named = {name.replace("_", "-").title(): str(value) for name, value in facts.items()}

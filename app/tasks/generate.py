@@ -12,7 +12,7 @@ from app.errors import FieldError
 from app.tasks.fields import NOT_NULL, WHOLE, Number, Prompt, may_be_absent
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
-from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
+from model.spec import MAX_CLIP_GUIDANCE_SCALE
 
 # The facts about CLIP guidance of a task without it.
 NO_CLIP: Mapping[str, Any] = {"clip_guidance_scale": 0.0, "clip_prompt": None, "clip": None, "warning": None}

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,17 @@ from app.engine.interface import ModelInfo
 from app.engine.job import Input, Options, Pixels, Search
 from app.errors import FieldError
 from app.tasks.fields import GuidanceScale, NumSteps, OptionalDigit, may_be_absent
-from app.tasks.from_image import FittingFields, Mask, job_of, task_of
+from app.tasks.from_image import FittingFields, job_of, task_of
 from app.tasks.pictures import decode, decode_mask, decode_transparency
+from app.tasks.preparation import Mask, enlargement_of, prepare, resize_mask
 from app.tasks.sampling import SamplingFields, options_of
 from app.tasks.task import Task
-from model.digit_image import DigitImage, Fit, enlargement_of, normalise, resize_mask
 from model.inpainting import INPAINTING_SCALE, NUM_LEVELS, ClassDistances, inpainting_path, recognition_path
-from model.sampler import num_steps_of
+from model.paths import num_steps_of
+from model.spec import Fit
+
+if TYPE_CHECKING:
+    from model.digit_image import DigitImage
 
 MASK_LEVEL = 127  # a pixel of a mask is white if its grey level is above this value
 
@@ -71,7 +76,7 @@ class MaskedPicture:
             raise FieldError("fit", "Input should be 'auto' or 'resize', because the mask must fit the image")
         self._set_mask(self._decode(data) > MASK_LEVEL)
 
-    def read_image(self, fields: InpaintFields, data: bytes) -> DigitImage:
+    def read_image(self, fields: InpaintFields, data: bytes) -> "DigitImage":
         """Reads the image. Raises PictureError, or FieldError if the mask has another size."""
         grey = decode(data)
         if grey.shape != self._shape:
@@ -82,7 +87,7 @@ class MaskedPicture:
         if (factor := enlargement_of(grey)) > 1:  # Each pixel of the image is a block of equal pixels.
             grey, mask = grey[::factor, ::factor], _any_in_blocks(mask, factor)
             self.redrawn = mask[None]
-        return normalise(_without(mask, grey), "resize", fields.invert)
+        return prepare(_without(mask, grey), "resize", fields.invert)
 
     def _set_mask(self, mask: npt.NDArray[np.bool_]) -> None:
         marked = self._marked
@@ -92,7 +97,7 @@ class MaskedPicture:
         if mask.all():
             reason = f"The mask is {marked} everywhere. Use {self._complete} for a complete image"
             raise FieldError("mask", reason)
-        self.redrawn = resize_mask(mask).numpy()
+        self.redrawn = resize_mask(mask)
         if self.redrawn.all():
             reason = (
                 f"The {marked} pixels of the mask cover every pixel of the image of 28x28 pixels. Mark a smaller part"
@@ -101,7 +106,7 @@ class MaskedPicture:
         self._packed, self._shape = np.packbits(mask), (mask.shape[0], mask.shape[1])
 
 
-def inpaint(info: ModelInfo, fields: InpaintFields, image: DigitImage, redrawn: Mask) -> Task:
+def inpaint(info: ModelInfo, fields: InpaintFields, image: "DigitImage", redrawn: Mask) -> Task:
     """Returns the task that fills in the pixels `redrawn` and keeps the others.
 
     Raises FieldError for a value that the model does not support.

@@ -1,6 +1,6 @@
 """Recognises the class of an image: each step compares the predictions of the classes with its pixels."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
@@ -11,8 +11,10 @@ from app.tasks.fields import WHOLE
 from app.tasks.from_image import FittingFields, chunks_of, fitting_facts, with_noise
 from app.tasks.sampling import ModelFields
 from app.tasks.task import Task
-from model.digit_image import DigitImage
 from model.recognition import DEFAULT_NUM_PAIRS, RECOGNITION_SEED, Recognition, ink_of, timesteps
+
+if TYPE_CHECKING:
+    from model.digit_image import DigitImage
 
 
 class RecognizeFields(ModelFields, FittingFields):
@@ -30,7 +32,7 @@ class RecognizeFields(ModelFields, FittingFields):
     ] = 20
 
 
-def recognize(info: ModelInfo, fields: RecognizeFields, image: DigitImage) -> Task:
+def recognize(info: ModelInfo, fields: RecognizeFields, image: "DigitImage") -> Task:
     """Returns the task that recognises an image. Its result is a Recognition."""
     options, start, recognition = _recognition(info, image, fields.num_pairs)
     job = JobRequest(options, 1, timeout=fields.timeout_seconds, input=start, comparison=recognition)
@@ -38,13 +40,13 @@ def recognize(info: ModelInfo, fields: RecognizeFields, image: DigitImage) -> Ta
     return Task(job, facts={**facts, **fitting_facts(image)}, chunks=chunks_of("recognize", image, facts))
 
 
-def search_by_recognition(info: ModelInfo, image: DigitImage) -> Search:
+def search_by_recognition(info: ModelInfo, image: "DigitImage") -> Search:
     """Returns the search for the class of an image without noise, all of whose pixels are known."""
     options, start, recognition = _recognition(info, image, DEFAULT_NUM_PAIRS)
     return Search(options, recognition, start)
 
 
-def _recognition(info: ModelInfo, image: DigitImage, num_pairs: int) -> tuple[Options, Input, Recognition]:
+def _recognition(info: ModelInfo, image: "DigitImage", num_pairs: int) -> tuple[Options, Input, Recognition]:
     """Returns the options and the input of a row that recognises an image, and the comparison of its classes."""
     path = (*timesteps(num_pairs, info.schedule.num_steps), 0)
     options = Options(None, RECOGNITION_SEED, num_pairs, "forward", 1.0, info.name, path)

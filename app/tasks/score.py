@@ -1,6 +1,6 @@
 """Compares pictures with prompts by CLIP. This task uses no steps of the engine."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import Field
@@ -10,9 +10,12 @@ from app.tasks.fields import Prompt
 from app.tasks.from_image import FittingFields
 from app.tasks.picture_files import MAX_SIDE, PictureError
 from app.tasks.pictures import decode
+from app.tasks.preparation import prepare
 from app.tasks.sampling import TimedFields
-from model.clip import EMBEDDED
-from model.digit_image import DigitImage, normalise
+from model.spec import EMBEDDED
+
+if TYPE_CHECKING:
+    from model.digit_image import DigitImage
 
 MAX_IMAGES, MAX_PROMPTS = 64, 16
 MAX_PIXELS = MAX_SIDE**2  # of all pictures of a request
@@ -40,7 +43,7 @@ class SeveralPictures:
     def __init__(self) -> None:
         self._num_pixels = 0
 
-    def read(self, fields: FittingFields, data: bytes) -> DigitImage:
+    def read(self, fields: FittingFields, data: bytes) -> "DigitImage":
         """Converts the next picture to an image. Raises PictureError, also if all of them together are too large."""
         grey = decode(data)
         self._num_pixels += grey.size
@@ -48,7 +51,7 @@ class SeveralPictures:
             raise PictureError(
                 f"This picture and those before it together exceed {MAX_PIXELS} pixels. Send fewer or smaller pictures"
             )
-        return normalise(grey, fields.fit, fields.invert)
+        return prepare(grey, fields.fit, fields.invert)
 
 
 def read_real_digits() -> list[list[Pixels]]:

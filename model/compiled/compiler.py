@@ -81,18 +81,6 @@ class LibraryError(Exception):
     """A compiled library cannot be used. The message is the reason, in one line."""
 
 
-def default_cache() -> Path:
-    """Returns the default cache folder, `unfog` in $XDG_CACHE_HOME or ~/.cache.
-
-    If the user has no home directory, / is used instead, as in a shell.
-    """
-    try:
-        home = Path.home()
-    except RuntimeError:
-        home = Path("/")
-    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "unfog"
-
-
 def compiled_step(program: ReverseStep, cache: Path) -> Step:
     """Returns the compiled step: loads it from the cache, or compiles it if it is missing or unusable.
 

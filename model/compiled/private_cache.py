@@ -19,6 +19,18 @@ log = logging.getLogger(__name__)
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH  # mode bits of a file
 
 
+def default_cache() -> Path:
+    """Returns the default cache folder, `unfog` in $XDG_CACHE_HOME or ~/.cache.
+
+    If the user has no home directory, / is used instead, as in a shell.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path("/")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "unfog"
+
+
 def private_folder(folder: Path) -> Path:
     """Creates the folder if needed and returns it. If other users can write to it, returns a private subfolder instead.
 

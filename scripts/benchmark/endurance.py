@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from model.files import write_json
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.services import Running, started, this_service
 from scripts.common.errors import ScriptError

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import SHIPPED, load
+from model.checkpoint import load
 from model.compiled.memory import keep_freed_memory
 from model.files import write_atomically, write_json
+from model.spec import SHIPPED
 from scripts.benchmark.alternatives.painter import Painter
 from scripts.benchmark.loads import (
     NUM_STEPS,

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from model.checkpoint import SHIPPED, load
+from model.checkpoint import load
 from model.compiled import compiler
 from model.compiled.memory import keep_freed_memory
 from model.files import write_json
 from model.precision import fast_dtype
+from model.spec import SHIPPED
 from model.step import ReverseStep, Rows, State, Step
 from scripts.benchmark.machine import matrix_rate, this_machine
 from scripts.benchmark.report import Table, with_spread

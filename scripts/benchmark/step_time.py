@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.compiled.compiler import default_cache
-from model.compiled.private_cache import use_private_compile_cache
+from model.compiled.private_cache import default_cache, use_private_compile_cache
 from model.precision import fast_dtype
 from model.unet import UNet
 from scripts.common.progress import Reporter

@@ -8,10 +8,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from model.checkpoint import SHIPPED
-from model.clip import MAX_PROMPT_LENGTH, is_prompt
-from model.clip_guidance import MAX_CLIP_GUIDANCE_SCALE
-from model.sampler import MAX_GUIDANCE_SCALE, SAMPLERS
+from model.prompts import MAX_PROMPT_LENGTH, is_prompt
+from model.spec import MAX_CLIP_GUIDANCE_SCALE, MAX_GUIDANCE_SCALE, SAMPLERS, SHIPPED
 from scripts.common.mnist import NUM_CLASSES
 
 COMPILE_MODES = ("auto", "on", "off")

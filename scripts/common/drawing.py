@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, Checkpoint, CheckpointConfig
-from model.clip import EMBEDDED_NAME, Clip, ClipError, default_prompt, name_without_folders
+from model.checkpoint import Checkpoint, CheckpointConfig
+from model.clip import EMBEDDED_NAME, Clip, ClipError, name_without_folders
 from model.clip_guidance import ClipGuidance, ClipGuidedStep
-from model.compiled.compiler import CompilerError, compiled_step, default_cache
+from model.compiled.compiler import CompilerError, compiled_step
+from model.compiled.private_cache import default_cache
+from model.paths import timesteps_of
 from model.precision import fast_dtype
 from model.process import Start, draw
-from model.sampler import Guidance, Sampler, plan_through, timesteps_of
+from model.prompts import default_prompt
+from model.sampler import plan_through
 from model.schedule import Schedule
+from model.spec import SHIPPED, Guidance, Sampler
 from model.step import ReverseStep, Step
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES

@@ -12,10 +12,9 @@ from einops import reduce
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import SHIPPED, SHIPPED_FAST
 from model.files import write_atomically
 from model.png import MAX_SCALE, SOFTWARE, Provenance, ProvenanceError, encode_pixels, sheet_shape
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS, SHIPPED, SHIPPED_FAST
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import arrange

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.clip import DIGIT_WORDS
 from model.diffusion import Diffusion
 from model.pixels import to_pixels
+from model.prompts import DIGIT_WORDS
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.classifier_training import augment
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.clip import EMBEDDED_NAME, digit_prompt
+from model.clip import EMBEDDED_NAME
 from model.diffusion import Diffusion
 from model.pixels import from_pixels, to_pixels
+from model.prompts import digit_prompt
 from model.schedule import Schedule, ScheduleConfig
 from scripts.common.drawing import load_clip
 from scripts.common.mnist import NUM_CLASSES

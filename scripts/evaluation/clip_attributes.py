@@ -13,9 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.clip import DIGIT_WORDS
 from model.files import write_atomically, write_json
 from model.pixels import to_pixels
+from model.prompts import DIGIT_WORDS
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from model.clip_guidance import ClipGuidance
 from model.files import write_atomically
-from model.sampler import Guidance
+from model.spec import Guidance
 from scripts.common.drawing import ClipOptions, Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import finish_curves, new_figure, save_figure
 from scripts.common.progress import Reporter

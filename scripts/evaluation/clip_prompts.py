@@ -15,9 +15,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from model.clip import DIGIT_WORDS, EMBEDDED, LEAST_SHARE, digit_prompt
 from model.files import write_atomically, write_json
 from model.pixels import to_pixels
+from model.prompts import DIGIT_WORDS, LEAST_SHARE, digit_prompt
+from model.spec import EMBEDDED
 from scripts.common.drawing import DrawingRequest, open_drawer, options_from
 from scripts.common.mnist import NUM_CLASSES
 from scripts.common.progress import Reporter

@@ -9,7 +9,7 @@ import torch
 from model.checkpoint import CheckpointConfig
 from model.files import write_atomically
 from model.precision import can_compile, no_compiler
-from model.sampler import Guidance, Sampler
+from model.spec import Guidance, Sampler
 from model.unet import UNet
 from scripts.benchmark.step_time import COLUMNS, as_row, costs_of
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from

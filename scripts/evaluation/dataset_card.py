@@ -8,9 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint
-from model.clip import default_prompt, name_without_folders
+from model.checkpoint import Checkpoint
+from model.clip import name_without_folders
 from model.png import SOFTWARE
+from model.prompts import default_prompt
+from model.spec import SHIPPED, SHIPPED_FAST
 from scripts.common.drawing import DrawingRequest
 from scripts.common.mnist import NUM_CLASSES
 from scripts.evaluation.dataset_files import IDX

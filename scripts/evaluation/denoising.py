@@ -9,21 +9,22 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.denoising import (
+from model.denoising import estimate_noise_std, restored_image
+from model.files import write_json
+from model.noisy_image import (
     DENOISING_SAMPLER,
     DENOISING_STEPS,
     WHITE,
     NoisyComparison,
     can_compare,
-    estimate_noise_std,
     matching_timestep,
     noise_levels,
-    restored_image,
 )
-from model.files import write_json
+from model.paths import timesteps_from
 from model.pixels import to_pixels
 from model.process import Start, draw
-from model.sampler import Guidance, plan_through, timesteps_from
+from model.sampler import plan_through
+from model.spec import Guidance
 from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.progress import Reporter

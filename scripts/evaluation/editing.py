@@ -11,11 +11,11 @@ from torch import Tensor
 from model.digit_image import normalise
 from model.editing import start_timestep
 from model.files import write_json
+from model.paths import timesteps_from
 from model.pixels import from_pixels, to_pixels
 from model.process import Start
+from model.process import recognise as recognise_by_diffusion
 from model.recognition import Readout
-from model.recognition import recognise as recognise_by_diffusion
-from model.sampler import timesteps_from
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure
 from scripts.common.mnist import NUM_CLASSES
@@ -77,7 +77,7 @@ def evaluate_editing(
         drawer.step,
         drawer.checkpoint.schedule,
         from_pixels(sketches.images).to(drawer.device),
-        Readout.of(drawer.checkpoint),
+        Readout.of(drawer.checkpoint.weights_sha256, len(drawer.class_names)),
     )
     guessed = torch.tensor([result.digit for result in results])  # (N,)
     for class_given in (True, False):

@@ -59,7 +59,7 @@ def evaluate_handwriting(
     The JSON also has the share of letters that are accepted as digits. Raises CheckpointError or ScriptError.
     """
     drawer = open_digit_drawer(drawing, reporter)
-    readout = Readout.of(drawer.checkpoint)
+    readout = Readout.of(drawer.checkpoint.weights_sha256, len(drawer.class_names))
 
     def answers_for(pictures: Sequence[Picture[Any]], name: str) -> tuple[Tensor, list[Recognition]]:
         images = torch.stack([normalise(_grey(picture.data)).pixels for picture in pictures])  # (N, 1, 28, 28)

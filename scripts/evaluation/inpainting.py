@@ -9,11 +9,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.comparison import compare
 from model.files import write_json
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
 from model.pixels import from_pixels, to_pixels
-from model.process import Start
+from model.process import Start, compare
 from model.sampler import plan_through
 from scripts.common.drawing import Drawer, DrawingOptions, DrawingRequest, open_drawer, options_from
 from scripts.common.figures import Panel, draw_panels, save_figure

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from model.files import write_atomically, write_json
 from model.pixels import from_pixels
-from model.recognition import CYCLE, DEFAULT_NUM_PAIRS, Readout, Recognition, ink_of, recognise
+from model.process import recognise
+from model.recognition import CYCLE, DEFAULT_NUM_PAIRS, Readout, Recognition, ink_of
 from scripts.common.drawing import Drawer, DrawingRequest, open_digit_drawer
 from scripts.common.errors import ScriptError
 from scripts.common.figures import finish_curves, new_figure, save_figure
@@ -65,7 +66,7 @@ def evaluate_recognition(request: RecognitionRequest, drawing: DrawingRequest, r
     digits = Digits(*(part[: request.num_images] for part in load_references(request.split, request.data_dir).held_out))
     drawer = open_digit_drawer(drawing, reporter)
     table = ErrorTable(request, drawer, digits)
-    readout, started = Readout.of(drawer.checkpoint), time.monotonic()
+    readout, started = Readout.of(drawer.checkpoint.weights_sha256, len(drawer.class_names)), time.monotonic()
     num_evaluations = table.fill(drawer, readout, reporter)
     minutes = (time.monotonic() - started) / 60
     if request.fit:

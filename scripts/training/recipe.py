@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model.prediction import PredictionConfig
-from model.sampler import Guidance, Sampler
 from model.schedule import ScheduleConfig
+from model.spec import Guidance, Sampler
 from model.unet import UNetConfig
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import NUM_CLASSES

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from model import checkpoint
 from model.files import write_atomically
-from model.sampler import SAMPLERS, sample
+from model.sampler import sample
+from model.spec import SAMPLERS
 from scripts.common.errors import ScriptError
 from scripts.common.pictures import save_grid
 from scripts.training.recipe import STUDENT_SAMPLER, Recipe

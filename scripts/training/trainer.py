@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from model.compiled.compiler import default_cache
-from model.compiled.private_cache import use_private_compile_cache
+from model.compiled.private_cache import default_cache, use_private_compile_cache
 from model.diffusion import ema_decay
 from model.precision import fast_dtype
 from model.unet import UNet

@@ -9,7 +9,8 @@ import numpy.typing as npt
 from app.engine.interface import ClipInfo, Embeddings
 from app.engine.job import Pixels
 from app.runner.clip_process import embed
-from model.clip import Clip, digit_prompt
+from model.clip import Clip
+from model.prompts import digit_prompt
 
 DIGIT_PROMPTS = tuple(map(digit_prompt, range(10)))
 CLIP_INFO = ClipInfo("fake", "c" * 64)

@@ -13,15 +13,14 @@ import numpy as np
 from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits, select_rows
 from app.engine.engine import Engine
-from app.engine.interface import ClipEmbedder, Evaluation, ModelInfo, Reading, Ready, TrainingFacts
+from app.engine.interface import ClipEmbedder, ModelInfo, Reading, Ready
 from app.engine.job import Job, JobRequest, Options, Pixels, Search, StepKind, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.metrics import Metrics
-from model.clip import digit_prompt
 from model.inpainting import ClassDistances
 from model.recognition import CYCLE, MAX_NUM_PAIRS, Readout, Recognition, timesteps
-from model.sampler import SAMPLERS
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import SAMPLERS, Evaluation, Guidance, TrainingFacts
 
 # Distances count equally, and a class is dropped if its log-odds are more than 6 below the best class.
 READOUT = Readout(
@@ -43,14 +42,10 @@ INFO = ModelInfo(
     dtype="float32",
     version="0",
     compiled=False,
-    num_classes=10,
-    prompts=tuple(map(digit_prompt, range(10))),
-    max_steps=100,
+    class_names=tuple("0123456789"),
     steps=(),
-    default_steps=100,
     samplers=("ddpm", "ddim", "dpmpp"),
-    guidance_scale={"ddpm": 1.0, "ddim": 1.0, "dpmpp": 1.0},
-    guidance_interval=dict.fromkeys(SAMPLERS, (51, 100)),
+    guidance=dict.fromkeys(SAMPLERS, Guidance(1.0, 51, 100)),
     guided_steps=lambda options: range(options.num_steps // 2),
     clip_steps=lambda options: range(options.num_steps // 2, options.num_steps),
     guidable=True,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 from typing import Any
 
@@ -33,7 +34,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> list[tuple[dic
         return 0
 
     monkeypatch.setattr(sys, "argv", ["app", *arguments])
-    monkeypatch.setattr(cli, "start_log", lambda: None)
+    monkeypatch.setattr("app.logs.start_log", lambda: None)
     monkeypatch.setattr(cli, "_run", start)
     monkeypatch.setattr(cli, "_leave", lambda status, writer: None)
     cli.main()
@@ -99,6 +100,15 @@ def test_help_contains_the_flag_of_every_setting(
     for field, description in Settings.model_fields.items():
         assert flag_of(field) in shown
         assert description.description
+
+
+def test_help_is_shown_without_the_imports_of_the_service() -> None:
+    """They take seconds."""
+    code = "import atexit, sys, app.cli; atexit.register(lambda: print({'torch', 'fastapi'} & {*sys.modules}))"
+    command = [sys.executable, "-c", f"{code}; app.cli.main()", "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert shown.startswith("usage: python -m app")
+    assert shown.endswith("\nset()\n")
 
 
 @pytest.mark.parametrize(
@@ -170,8 +180,8 @@ def test_start_limits_the_cache_of_convolutions_before_the_application_exists(mo
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1")  # so that pytest restores the variable
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     monkeypatch.setattr(cli, "keep_freed_memory", lambda: True)  # would change malloc in the process of the tests
-    monkeypatch.setattr(cli, "create_app", create_app)
-    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
-    monkeypatch.setattr(cli, "capture_stderr", lambda _: None)
+    monkeypatch.setattr("app.main.create_app", create_app)
+    monkeypatch.setattr("app.logs.configure_logging", lambda *_: None)
+    monkeypatch.setattr("app.logs.capture_stderr", lambda _: None)
     assert cli._run(writer, {}, compile_only=False) == 2
     assert limits == [str(MAX_PRIMITIVES)]

@@ -13,7 +13,7 @@ from app.engine.interface import DeviceLostError
 from app.engine.job import Pixels
 from app.main import create_app
 from app.settings import Settings
-from model.sampler import Sampler
+from model.spec import Guidance, Sampler
 from tests.app.application import WORK, run
 from tests.app.clip_fakes import FakeClip
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Rows
@@ -81,7 +81,7 @@ def test_digit_beyond_the_classes_of_the_checkpoint_is_rejected() -> None:
         assert (answer.status_code, answer.json()["errors"][0]["loc"]) == (422, ["body", "digit"])
         assert (await client.post("/generate", json={**WORK, "digit": 4})).status_code == 200
 
-    run(check, FakeRunner(models={"default": replace(INFO, num_classes=5)}))
+    run(check, FakeRunner(models={"default": replace(INFO, class_names=tuple("01234"))}))
 
 
 def test_guidance_is_rejected_for_a_checkpoint_without_guidance() -> None:
@@ -93,12 +93,12 @@ def test_guidance_is_rejected_for_a_checkpoint_without_guidance() -> None:
     run(check, FakeRunner(models={"default": replace(INFO, guidable=False)}))
 
 
-SCALES: dict[Sampler, float] = {"ddpm": 1.5, "ddim": 3.0, "dpmpp": 2.0}
-FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+GUIDANCE: dict[Sampler, Guidance] = {"ddpm": Guidance(1.5), "ddim": Guidance(3.0), "dpmpp": Guidance(2.0)}
+FAST = replace(INFO, name="fast", sha256="f" * 64, steps=(4, 2), samplers=("ddim",), guidable=False)
 
 
 def test_missing_fields_use_the_defaults_of_the_model() -> None:
-    runner = FakeRunner(models={"default": replace(INFO, guidance_scale=SCALES), "fast": FAST})
+    runner = FakeRunner(models={"default": replace(INFO, guidance=GUIDANCE), "fast": FAST})
 
     async def check(client: httpx.AsyncClient) -> None:
         own = (await client.post("/generate", json={"digit": 3, "seed": 1, "sampler": "dpmpp"})).json()

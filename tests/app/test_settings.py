@@ -8,7 +8,7 @@ from limits import RateLimitItemPerHour, RateLimitItemPerMinute, RateLimitItemPe
 from pydantic import SecretStr
 
 from app.settings import Settings, SettingsError, load_settings, unknown_variables
-from model.checkpoint import SHIPPED, SHIPPED_FAST
+from model.spec import SHIPPED, SHIPPED_FAST
 
 
 @pytest.fixture(autouse=True)

@@ -40,10 +40,11 @@ from app.server import connection, framing
 from app.settings import Settings
 from app.tasks import picture_files
 from app.tasks import score as score_task
-from model.checkpoint import SHIPPED, SHIPPED_FAST, read_config
+from model.checkpoint import read_config
 from model.clip_guidance import START, STOP
 from model.inpainting import NUM_LEVELS
 from model.png import Provenance
+from model.spec import SHIPPED, SHIPPED_FAST
 from tests.app.api.examples import REQUESTS
 from tests.app.application import client_of, run
 from tests.app.fakes import INFO, FakeRunner

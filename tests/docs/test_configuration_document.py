@@ -9,7 +9,7 @@ import pytest
 
 from app.api.middleware.rate_limit import MAX_CALLERS
 from app.settings import Settings, SettingsError, flag_of, load_settings
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.docs.document import Document, Row, codes, tables_in
 from tests.docs.markdown import ROOT
 

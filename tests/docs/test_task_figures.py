@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import SHIPPED, load
+from model.checkpoint import load
 from model.recognition import DEFAULT_NUM_PAIRS, SHIPPED_READOUT
+from model.spec import SHIPPED
 from scripts.evaluation.denoising import as_row
 from scripts.evaluation.noise_search import as_search_row
 from tests.docs.document import tables_in

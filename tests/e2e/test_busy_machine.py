@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.busy_loops import busy_loops
 from tests.e2e.conftest import start_service
 from tests.e2e.picture_requests import IMAGE

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.conftest import start_service
 from tests.e2e.process import TIMEOUT
 from tests.e2e.service import Service

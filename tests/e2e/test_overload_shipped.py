@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.concurrent_clients import send_all
 from tests.e2e.conftest import start_service
 from tests.e2e.process import wait_until

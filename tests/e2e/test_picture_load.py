@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from app.api.http.uploads import MAX_BODIES
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.picture_requests import RECOGNIZE, Ask, encode
 from tests.e2e.process import TIMEOUT

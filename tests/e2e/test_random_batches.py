@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import SHIPPED
 from model.precision import can_compile
+from model.spec import SHIPPED
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.service import Service
 

@@ -20,8 +20,8 @@ import numpy as np
 import psutil
 import pytest
 
-from model.checkpoint import SHIPPED
-from model.clip import digit_prompt
+from model.prompts import digit_prompt
+from model.spec import SHIPPED
 from scripts.common.mnist import load_mnist
 from tests.e2e.conftest import start_service
 from tests.e2e.picture_requests import IMAGE, encode

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.checkpoint import SHIPPED, SHIPPED_FAST, load
+from model.checkpoint import load
 from model.precision import can_compile
+from model.spec import SHIPPED, SHIPPED_FAST
 from scripts.evaluation.classifiers import accuracy, load_classifier
 from tests.e2e.conftest import start_service
 from tests.e2e.service import Service, open_png

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.conftest import Start, start_service
 from tests.e2e.process import TIMEOUT, Process, wait_until
 from tests.e2e.service import Service

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.browser.conftest import arguments, program
 from tests.e2e.conftest import start_service
 from tests.e2e.service import Service, open_png

@@ -31,10 +31,10 @@ from model.checkpoint import (
     tensors_sha256,
     weights_sha256,
 )
-from model.clip import default_prompt, is_prompt
 from model.prediction import PredictionConfig
-from model.sampler import Guidance
+from model.prompts import default_prompt, is_prompt
 from model.schedule import ScheduleConfig
+from model.spec import Guidance
 from model.unet import UNet
 from tests.tiny import tiny_unet
 

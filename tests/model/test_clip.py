@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from model import clip
-from model.clip import EMBEDDED, Clip, ClipError, ClipNotInstalledError, digit_prompt, is_prompt, name_without_folders
+from model.clip import EMBEDDED, Clip, ClipError, ClipNotInstalledError, name_without_folders
 from model.pixels import from_pixels
+from model.prompts import digit_prompt
 from scripts.evaluation.captions import CAPTIONS
 
 open_clip = pytest.importorskip("open_clip")
@@ -127,23 +128,6 @@ def test_damaged_weights_raise_an_error(tmp_path: Path) -> None:
     (tmp_path / "open_clip_model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(ClipError, match=r"^Cannot load CLIP model"):
         Clip(str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a", True),
-        ("a" * 200, True),
-        ("七 \U0001f600", True),
-        ("", False),
-        (" \n", False),
-        ("a" * 201, False),
-        ("\ud800", False),
-        ("a\udfff", False),
-    ],
-)
-def test_prompt_has_1_to_200_characters_and_is_not_blank(text: str, expected: bool) -> None:
-    assert is_prompt(text) == expected
 
 
 @pytest.mark.parametrize(

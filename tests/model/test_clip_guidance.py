@@ -7,17 +7,12 @@ import torch
 from torch import Tensor
 
 from model.checkpoint import load
-from model.clip import Clip, digit_prompt
-from model.clip_guidance import (
-    CALL_ROWS,
-    MAX_CLIP_GUIDANCE_SCALE,
-    ClipGuidance,
-    ClipGuidedStep,
-    guide_with_clip,
-    similarity_gradient,
-)
+from model.clip import Clip
+from model.clip_guidance import ClipGuidance, ClipGuidedStep, guide_with_clip, similarity_gradient
 from model.process import draw
-from model.sampler import SAMPLERS, Guidance, Sampler, make_plan, reverse_step
+from model.prompts import digit_prompt
+from model.sampler import make_plan, reverse_step
+from model.spec import CALL_ROWS, MAX_CLIP_GUIDANCE_SCALE, SAMPLERS, Guidance, Sampler
 from model.step import ReverseStep, Stepped
 from tests.model.tiny_checkpoint import tiny_checkpoint
 

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from model.comparison import compare
 from model.inpainting import MIN_STEPS, ClassDistances, recognition_path, repaint_timesteps
 from model.noise import normal
-from model.process import Start, draw
+from model.process import Start, compare, draw
 from model.sampler import plan_through
 from model.schedule import Schedule, ScheduleConfig
 from model.step import Rows, State, Stepped

@@ -20,7 +20,7 @@ from model.png import (
     encode_png,
     sheet_shape,
 )
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS
 
 PROVENANCE = Provenance(
     digit=7, seed=2**53 - 1, sampler="ddim", num_steps=20, guidance_scale=1.5, model_sha256="ab" * 32

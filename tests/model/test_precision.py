@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.checkpoint import SHIPPED, SHIPPED_FAST, load
+from model.checkpoint import load
 from model.precision import CallRows, fast_dtype
+from model.spec import SHIPPED, SHIPPED_FAST
 from model.unet import UNet, UNetConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

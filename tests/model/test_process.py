@@ -9,7 +9,8 @@ from model.diffusion import Diffusion
 from model.noise import normal
 from model.prediction import unclipped_x_0
 from model.process import Start, begin, draw
-from model.sampler import SAMPLERS, Guidance, Plan, Sampler, make_plan, plan_through, sample
+from model.sampler import Plan, make_plan, plan_through, sample
+from model.spec import SAMPLERS, Guidance, Sampler
 from model.step import ReverseStep, Rows, State, Stepped
 from tests.model.tiny_checkpoint import tiny_checkpoint
 

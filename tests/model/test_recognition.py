@@ -6,18 +6,10 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import SHIPPED
 from model.noise import normal
-from model.recognition import (
-    CYCLE,
-    MAX_NUM_PAIRS,
-    RECOGNITION_SEED,
-    Readout,
-    Recognition,
-    ink_of,
-    recognise,
-    timesteps,
-)
+from model.process import recognise
+from model.recognition import CYCLE, MAX_NUM_PAIRS, RECOGNITION_SEED, Readout, Recognition, ink_of, timesteps
+from model.spec import SHIPPED
 from model.step import ReverseStep
 
 CLASSES = range(10)
@@ -196,7 +188,7 @@ def test_pruned_run_evaluates_only_remaining_classes(step: ReverseStep, images: 
 
 def test_shipped_constants_are_for_the_shipped_weights() -> None:
     loaded = checkpoint.load(SHIPPED)
-    constants = Readout.of(loaded)
+    constants = Readout.of(loaded.weights_sha256, 10)
     assert constants.weights_sha256 == loaded.weights_sha256
     assert (len(constants.weights), len(constants.offsets)) == (len(CYCLE), MAX_NUM_PAIRS)
     assert {len(offsets) for offsets in constants.offsets} == {10}
@@ -204,6 +196,6 @@ def test_shipped_constants_are_for_the_shipped_weights() -> None:
 
 
 def test_other_weights_get_no_offsets(step: ReverseStep) -> None:
-    constants = Readout.of(step.checkpoint)
+    constants = Readout.of(step.checkpoint.weights_sha256, 10)
     assert set(constants.offsets) == {(0.0,) * 10}
-    assert constants.weights == Readout.of(checkpoint.load(SHIPPED)).weights
+    assert constants.weights == Readout.of(checkpoint.load(SHIPPED).weights_sha256, 10).weights

@@ -9,21 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from model.noise import normal
+from model.paths import noise_above
 from model.prediction import KINDS, Prediction, PredictionConfig
-from model.sampler import (
-    SAMPLERS,
-    Guidance,
-    Sampler,
-    guide,
-    make_plan,
-    noise_above,
-    plan_through,
-    reverse_step,
-    sample,
-    timesteps_from,
-    timesteps_of,
-)
+from model.sampler import guide, make_plan, plan_through, reverse_step, sample
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import SAMPLERS, Guidance, Sampler
 from tests.tiny import IdealDenoiser
 
 SHAPE = (1, 4, 4)
@@ -242,14 +232,6 @@ def test_denoiser_and_on_step_are_called_at_the_timesteps_of_the_plan(points: Te
     assert seen == timesteps
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "steps"),
-    [(1, 100, [0, 1, 2, 3, 4]), (40, 80, [1, 2, 3]), (41, 59, []), (100, 100, [0]), (1, 20, [4])],
-)
-def test_steps_within_returns_the_steps_in_the_interval(start: int, stop: int, steps: list[int]) -> None:
-    assert sorted(Guidance(2.0, start, stop).steps_within([100, 80, 60, 40, 20])) == steps
-
-
 def test_guidance_scale_1_is_off(points: Tensor) -> None:
     guided, plain = (IdealDenoiser(points, LABELS, COSINE) for _ in range(2))
     one = draw(guided, COSINE, [0, 1], num_steps=10, guidance=Guidance(scale=1.0))
@@ -367,55 +349,13 @@ def test_invalid_paths_are_rejected(path: list[int]) -> None:
 
 
 @EVERY_SAMPLER
-@pytest.mark.parametrize("start", [1, 7, 64])
-def test_timesteps_can_begin_below_the_last_one(sampler: Sampler, start: int) -> None:
-    for num_steps in {1, start // 2 + 1, start}:
-        timesteps = timesteps_of(COSINE, sampler, num_steps, start)
-        assert timesteps[0] == start
-        assert timesteps[-1] == 0
-        assert len(timesteps) == num_steps + 1
-        assert all(t > t_next for t, t_next in pairwise(timesteps))
-
-
-@EVERY_SAMPLER
-@pytest.mark.parametrize(("num_steps", "start"), [(0, 20), (21, 20), (1, 0), (1, 101)])
-def test_start_or_num_steps_out_of_range_is_rejected(sampler: Sampler, num_steps: int, start: int) -> None:
-    with pytest.raises(ValueError, match=r"must be 1 to"):
-        timesteps_of(COSINE, sampler, num_steps, start)
-
-
-@EVERY_SAMPLER
 @pytest.mark.parametrize("num_steps", [0, 101])
 def test_num_steps_out_of_range_is_rejected(sampler: Sampler, num_steps: int) -> None:
     with pytest.raises(ValueError, match="num_steps must be 1 to 100"):
         make_plan(COSINE, sampler, num_steps)
 
 
-@pytest.mark.parametrize("wrong", [(0.5, 1, 100), (11.0, 1, 100), (2.0, 0, 100), (2.0, 50, 49)])
-def test_invalid_guidance_is_rejected(wrong: tuple[float, int, int]) -> None:
-    with pytest.raises(ValueError, match=r"guidance\.(scale|start)"):
-        Guidance(*wrong)
-
-
-@EVERY_SAMPLER
-def test_process_from_a_lower_timestep_has_steps_of_the_same_length(sampler: Sampler) -> None:
-    assert timesteps_from(COSINE, sampler, 20, 100) == timesteps_of(COSINE, sampler, 20)
-    timesteps = timesteps_from(COSINE, sampler, 20, 50)
-    assert (timesteps[0], timesteps[-1], len(timesteps)) == (50, 0, 11)
-    assert timesteps_from(COSINE, sampler, 100, 3) == [3, 2, 1, 0]
-    assert timesteps_from(COSINE, sampler, 5, 3) == [3, 0]
-
-
 T_IMAGE, T = 65, 85
-
-
-def test_noise_above_an_image_has_the_variance_of_a_higher_timestep() -> None:
-    signal, noise = noise_above(COSINE, T_IMAGE, T)
-    alpha_bar_image, alpha_bar = (COSINE.alpha_bar[t].item() for t in (T_IMAGE, T))
-    variance_of_image = (1 - alpha_bar_image) / alpha_bar_image
-    assert signal == pytest.approx(math.sqrt(alpha_bar))
-    assert signal**2 * variance_of_image + noise**2 == pytest.approx(1 - alpha_bar)
-    assert noise_above(COSINE, 0, T) == pytest.approx((math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)))
 
 
 def test_steps_of_a_noisy_image_use_each_noise_and_its_negative() -> None:

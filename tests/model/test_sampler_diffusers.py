@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from model.noise import normal
-from model.sampler import Sampler, sample
+from model.sampler import sample
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import Sampler
 
 with warnings.catch_warnings():  # the dependencies of diffusers raise warnings
     warnings.simplefilter("ignore")

@@ -66,6 +66,14 @@ def test_schedule_that_no_sampler_could_use_is_refused(config: ScheduleConfig, r
 
 
 @BOTH
+def test_squares_of_signal_and_noise_are_alpha_bar_and_its_complement(config: ScheduleConfig) -> None:
+    schedule = Schedule(config)
+    for t, alpha_bar in enumerate(schedule.alpha_bar.tolist()):
+        signal, noise = schedule.signal_and_noise(t)
+        assert (signal**2, noise**2) == pytest.approx((alpha_bar, 1 - alpha_bar), rel=1e-15)
+
+
+@BOTH
 def test_half_log_snr_inverts_to_alpha_bar(config: ScheduleConfig) -> None:
     schedule = Schedule(config)
     assert schedule.half_log_snr[0] == torch.inf

@@ -5,8 +5,8 @@ from typing import Any
 
 from model import checkpoint
 from model.checkpoint import CheckpointConfig
-from model.sampler import Guidance
 from model.schedule import ScheduleConfig
+from model.spec import Guidance
 from tests.tiny import tiny_unet
 
 

@@ -14,14 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, SHIPPED_FAST, CheckpointConfig, Probe
-from model.clip import EMBEDDED, Clip, digit_prompt
+from model.checkpoint import CheckpointConfig, Probe
+from model.clip import EMBEDDED, Clip
 from model.compiled.compiler import library_of
 from model.files import write_atomically
 from model.png import encode_png
 from model.precision import fast_dtype
+from model.prompts import digit_prompt
 from model.sampler import Guidance
 from model.schedule import ScheduleConfig
+from model.spec import SHIPPED, SHIPPED_FAST
 from model.step import ReverseStep
 from scripts import sample
 from scripts.common import drawing

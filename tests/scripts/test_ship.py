@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.checkpoint import Probe, draw_probe, load, save
-from model.sampler import Guidance
+from model.spec import Guidance
 from scripts import ship
 from scripts.training.recipe import load_recipe
 from tests.scripts.tiny_checkpoint import save_tiny_checkpoint

@@ -11,7 +11,7 @@ from app.engine.job import Job, Pixels
 from app.tasks.images import encode_base64, encode_images, encode_sheet, encode_zip
 from app.tasks.task import Task
 from model.png import Provenance
-from model.sampler import Sampler
+from model.spec import Sampler
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,8 @@ from app.api.service import ServiceDependency
 from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL
 from app.tasks.from_image import has_picture_tasks
-from model.checkpoint import MOST_STEPS
-from model.sampler import Sampler
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import MOST_STEPS, Sampler
 
 router = Router()
 

@@ -16,7 +16,6 @@ from app.api.operations import (
     STATUS,
     Offer,
     Operation,
-    Permitted,
     Problem,
     Schema,
     Stream,
@@ -26,9 +25,9 @@ from app.api.operations import (
 )
 from app.engine.job import DEFAULT_MODEL
 from app.errors import BodyTooLarge, InvalidImage, InvalidRequest, NotAcceptable, UnsupportedMediaType
+from app.tasks.from_image import has_picture_tasks
 from app.tasks.picture_files import damaged
-from model.checkpoint import MOST_STEPS
-from model.sampler import SAMPLERS
+from model.spec import MOST_STEPS, SAMPLERS, ModelSpec
 
 NUM_CLASSES = 10  # digits that requests permit
 READ_STATUSES = {**{status: STATUS[status] for status in (401, 403, 429, 500, 503)}, 429: RATE_LIMITED}
@@ -106,7 +105,7 @@ def picture_operation(  # noqa: PLR0913 # most are optional
 
 
 def _picture_schemas(request: type[BaseModel], operation: Schema, offer: Offer) -> dict[str, Schema]:
-    models = {name: each for name, each in offer.models.items() if each.has_pictures}
+    models = {name: each for name, each in offer.models.items() if has_picture_tasks(each)}
     schema = request_schema(request, Offer(offer.settings, models))
     return {request.__name__: schema, f"{request.__name__}Form": form_schema(schema)}
 
@@ -125,18 +124,18 @@ def request_schema(request: type[BaseModel], offer: Offer) -> Schema:
     return {**schema, "allOf": [*schema.get("allOf", []), *conditions]} if conditions else schema
 
 
-def _condition(model: str, permitted: Permitted, names: Collection[str]) -> Schema | None:
+def _condition(model: str, spec: ModelSpec, names: Collection[str]) -> Schema | None:
     """Returns the schema that requests with the fields `names` must also satisfy for a model, or None."""
     fields: Schema = {}
-    if permitted.num_classes < NUM_CLASSES:
-        fields["digit"] = {"maximum": permitted.num_classes - 1}
-    if permitted.steps:
-        fields["num_steps"] = {"enum": sorted(permitted.steps)}
-    elif permitted.max_steps < MOST_STEPS:
-        fields["num_steps"] = {"maximum": permitted.max_steps}
-    if set(permitted.samplers) != set(SAMPLERS):
-        fields["sampler"] = {"enum": list(permitted.samplers)}
-    if not permitted.guidable:
+    if spec.num_classes < NUM_CLASSES:
+        fields["digit"] = {"maximum": spec.num_classes - 1}
+    if spec.steps:
+        fields["num_steps"] = {"enum": sorted(spec.steps)}
+    elif spec.max_steps < MOST_STEPS:
+        fields["num_steps"] = {"maximum": spec.max_steps}
+    if set(spec.samplers) != set(SAMPLERS):
+        fields["sampler"] = {"enum": list(spec.samplers)}
+    if not spec.guidable:
         fields["guidance_scale"] = {"const": 1}
     fields = {name: values for name, values in fields.items() if name in names}
     if not fields:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field
 
 from app.engine.job import Timings
 from app.tasks.fields import AppliedFit
-from model.sampler import Sampler
+from model.spec import Sampler
 
 
 class ModelName(BaseModel):

@@ -33,6 +33,7 @@ from app.api.operations import (
     form_schema,
 )
 from app.errors import BodyTooLarge, InvalidImage, InvalidRequest
+from app.tasks.from_image import has_picture_tasks
 from app.tasks.picture_files import damaged
 from model.png import MAX_SCALE
 
@@ -111,8 +112,8 @@ def _stream(kind: str, preview: str, png: str) -> str:
 
 def _schemas(request: type[ImagesRequest], operation: Schema, offer: Offer) -> dict[str, Schema]:
     has_form = MULTIPART in operation["requestBody"]["content"]
-    models = {name: each for name, each in offer.models.items() if each.has_pictures} if has_form else offer.models
-    schema = _request_schema(request, offer, list(models) or offer.names)
+    models = [name for name, each in offer.models.items() if has_picture_tasks(each) or not has_form]
+    schema = _request_schema(request, offer, models or offer.names)
     schemas = {request.__name__: _permitting_null(schema)}
     if has_form:
         schemas[f"{request.__name__}Form"] = form_schema(schema)
@@ -122,7 +123,8 @@ def _schemas(request: type[ImagesRequest], operation: Schema, offer: Offer) -> d
 def _request_schema(request: type[ImagesRequest], offer: Offer, models: list[str]) -> Schema:
     """Returns the schema of a request without null, with the limits of the settings and of the models."""
     schema = request.model_json_schema(ref_template=REF)
-    _, side = next((each.size for each in offer.models.values()), (1, _SIDE))  # All models have the same size.
+    # All models have images of the same size.
+    side = next((each.image_shape[1] for each in offer.models.values()), _SIDE)
     fields = schema["properties"]
     for name in UNSUPPORTED:
         fields.pop(name, None)

@@ -11,7 +11,7 @@ from app.engine.interface import ModelInfo
 from app.engine.job import DEFAULT_MODEL, FAST_MODEL
 from app.tasks.names import either
 from model.png import MAX_SCALE
-from model.sampler import Sampler
+from model.spec import Sampler
 
 AUTO_SCALE = 10
 MEDIUM_STEPS = 10

@@ -10,12 +10,13 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from model.checkpoint import SHIPPED, load
+from model.checkpoint import load
 from model.compiled.compiler import compiled_step
 from model.png import encode_pixels
 from model.precision import fast_dtype
 from model.process import begin, draw
-from model.sampler import Sampler, make_plan
+from model.sampler import make_plan
+from model.spec import SHIPPED, Sampler
 from model.step import ReverseStep, Rows, Step
 from scripts.common.drawing import step_cache
 from scripts.common.pictures import grid

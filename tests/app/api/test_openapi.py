@@ -19,6 +19,7 @@ from app.api.operations import FILE
 from app.engine.interface import ModelInfo
 from app.main import create_app
 from app.settings import Settings
+from model.schedule import Schedule, ScheduleConfig
 from tests.app.application import run
 from tests.app.fakes import INFO, FakeRunner
 from tests.app.test_errors import EVERY_ERROR
@@ -377,14 +378,17 @@ def test_document_has_no_limits_of_a_model_without_a_readable_checkpoint(tmp_pat
     assert served["components"]["schemas"]["GenerateRequest"]["allOf"] == [PROMPT_NEEDS_A_SCALE]
 
 
-FAST = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+FAST = replace(INFO, name="fast", steps=(4, 2), samplers=("ddim",), guidable=False)
 MODELS: list[dict[str, ModelInfo]] = [
     {"default": INFO},
     {"default": INFO, "fast": FAST},
-    {"default": replace(INFO, num_classes=5)},
-    {"default": replace(INFO, max_steps=50, default_steps=50)},
-    {"default": replace(INFO, guidable=False, samplers=("dpmpp", "ddim")), "fast": replace(FAST, num_classes=3)},
-    {"default": replace(INFO, steps=(10, 20), default_steps=10)},
+    {"default": replace(INFO, class_names=tuple("01234"))},
+    {"default": replace(INFO, schedule=Schedule(ScheduleConfig(num_steps=50)))},
+    {
+        "default": replace(INFO, guidable=False, samplers=("dpmpp", "ddim")),
+        "fast": replace(FAST, class_names=tuple("012")),
+    },
+    {"default": replace(INFO, steps=(10, 20))},
 ]
 FIELDS: list[dict[str, Any]] = [
     {},

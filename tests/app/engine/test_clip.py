@@ -8,7 +8,7 @@ from app.engine.backlog import Backlog
 from app.engine.batcher import StepLimits
 from app.engine.job import ClipTarget, Job, StepKind
 from app.engine.step_times import StepTimes
-from model.clip_guidance import CALL_ROWS
+from model.spec import CALL_ROWS
 from tests.app.fakes import new_job
 
 CLIP_EVALUATIONS = 3

@@ -18,9 +18,9 @@ from app import errors
 from app.engine.admission import Admission
 from app.engine.job import ClipTarget, Job, JobRequest, Options, Search, Trajectory
 from app.engine.step_times import StepTimes
-from model.clip_guidance import CALL_ROWS
 from model.inpainting import ClassDistances
 from model.recognition import Recognition, timesteps
+from model.spec import CALL_ROWS
 from tests.app.fakes import READOUT, image
 
 # The measured seconds of a step by its number of evaluations: the shipped network on two cores of a Zen 5, and on two

@@ -12,7 +12,7 @@ from torch import Tensor
 from app.engine.job import Job, JobRequest, Options, Pixels, StepRows, Trajectory
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
-from model.sampler import SAMPLERS, Guidance, Sampler
+from model.spec import SAMPLERS, Guidance, Sampler
 
 CPU = torch.device("cpu")
 GUIDANCE = Guidance(scale=2.0, start=20, stop=80)

@@ -11,11 +11,12 @@ import torch
 from app.engine.interface import ModelInfo
 from app.engine.job import Input, Job, JobRequest, Options, Search, StepRows, Trajectory
 from app.runner.runner import Runner
-from model.denoising import NoisyComparison, comparison_path, noise_levels
 from model.inpainting import ClassDistances, inpainting_path, recognition_path
+from model.noisy_image import NoisyComparison, comparison_path, noise_levels
+from model.paths import noise_above, num_steps_of, timesteps_of
 from model.recognition import RECOGNITION_SEED, Recognition, ink_of
 from model.recognition import timesteps as recognition_timesteps
-from model.sampler import SAMPLERS, noise_above, num_steps_of, timesteps_of
+from model.spec import SAMPLERS
 from tests.app.runner.rows import mixed_rows
 
 NUM_PAIRS = 6
@@ -35,8 +36,7 @@ def mask(info: ModelInfo, seed: int) -> np.ndarray:
 
 def noisy_input(info: ModelInfo, image: np.ndarray, t: int, is_known: np.ndarray | None = None) -> Input:
     """Starts from the forward process at timestep t."""
-    alpha_bar = info.schedule.alpha_bar[t]
-    return Input(image, alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item(), is_known)
+    return Input(image, *info.schedule.signal_and_noise(t), is_known)
 
 
 def edit_rows(info: ModelInfo, seed: int, count: int = 1, t: int = 40, scale: float = 1.0) -> list[Trajectory]:

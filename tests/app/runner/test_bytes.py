@@ -11,7 +11,8 @@ from app.engine.job import ImageKey, Job, JobRequest, Options, Trajectory
 from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
-from model.sampler import SAMPLERS, Guidance, Sampler, sample
+from model.sampler import sample
+from model.spec import SAMPLERS, Guidance, Sampler
 from tests.app.runner.rows import (
     CPU,
     DTYPES,

@@ -14,7 +14,8 @@ from app.runner.clip import ClipModel
 from app.runner.clip_process import ClipProcess
 from app.runner.load import load_runner
 from app.settings import Settings
-from model.clip import EMBEDDED, Clip, digit_prompt
+from model.clip import EMBEDDED, Clip
+from model.prompts import digit_prompt
 from tests.app.runner.rows import CPU
 
 PROMPTS = ["a handwritten digit seven", "a cat"]

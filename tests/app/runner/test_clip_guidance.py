@@ -14,10 +14,12 @@ from app.runner.runner import Runner
 from app.runner.warm_up import CLIP_ROUNDS
 from model import process
 from model.checkpoint import Checkpoint
-from model.clip import Clip, digit_prompt
-from model.clip_guidance import CALL_ROWS, ClipGuidance, ClipGuidedStep
+from model.clip import Clip
+from model.clip_guidance import ClipGuidance, ClipGuidedStep
 from model.pixels import to_pixels
-from model.sampler import SAMPLERS, Sampler, make_plan
+from model.prompts import digit_prompt
+from model.sampler import make_plan
+from model.spec import CALL_ROWS, SAMPLERS, Sampler
 from tests.app.runner.late_device import LateDevice
 from tests.app.runner.rows import CPU, DTYPES, GUIDANCE, draw, equal, mixed_rows, rows_of
 

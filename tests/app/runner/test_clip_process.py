@@ -17,7 +17,8 @@ import torch
 from app.engine.job import Pixels
 from app.runner import clip_process
 from app.runner.clip_process import ClipProcess, embed
-from model.clip import Clip, digit_prompt
+from model.clip import Clip
+from model.prompts import digit_prompt
 
 pytest.importorskip("open_clip")
 PROMPTS = [digit_prompt(digit) for digit in range(10)]

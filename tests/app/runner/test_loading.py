@@ -16,8 +16,8 @@ from model import checkpoint
 from model.checkpoint import Checkpoint, CheckpointConfig
 from model.compiled.compiler import CompilerError
 from model.precision import fast_dtype
-from model.sampler import SAMPLERS, Guidance
 from model.schedule import ScheduleConfig
+from model.spec import SAMPLERS, Guidance
 from tests.app.runner.rows import CPU, GUIDANCE, new_runner
 from tests.tiny import tiny_unet
 
@@ -38,6 +38,11 @@ def test_model_info_has_the_served_checkpoint_and_precision(path: Path, loaded: 
     )
     assert info.guidance_interval == dict.fromkeys(SAMPLERS, (GUIDANCE.start, min(GUIDANCE.stop, 100)))
     assert info.num_parameters == sum(parameter.numel() for parameter in loaded.network.parameters())
+
+
+def test_checkpoint_file_and_loaded_model_have_the_same_specification(path: Path) -> None:
+    info = load_runner(Settings(checkpoint=path, device="cpu", compile="off")).models["default"]
+    assert info.spec == checkpoint.read_config(path).spec
 
 
 def test_number_of_threads_is_limited_if_compilation_fails(

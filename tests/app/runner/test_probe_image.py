@@ -10,7 +10,8 @@ import torch
 from app.engine.interface import RunnerError
 from app.runner.runner import Runner
 from app.runner.threads import ComputeThreads
-from model.checkpoint import SHIPPED, SHIPPED_FAST, Checkpoint, load
+from model.checkpoint import Checkpoint, load
+from model.spec import SHIPPED, SHIPPED_FAST
 from tests.app.runner.rows import CPU, DTYPES, CountingNetwork, new_runner
 
 

@@ -10,12 +10,11 @@ import torch
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import StepRows, Trajectory
 from model.checkpoint import Checkpoint
-from model.comparison import compare
 from model.inpainting import ClassDistances
 from model.pixels import to_pixels
-from model.process import Start, draw
-from model.recognition import recognise
-from model.sampler import Guidance, plan_through
+from model.process import Start, compare, draw, recognise
+from model.sampler import plan_through
+from model.spec import Guidance
 from tests.app.runner.rows import DTYPES, GUIDANCE, new_runner
 from tests.app.runner.task_rows import (
     NUM_PAIRS,

@@ -7,7 +7,7 @@ import pytest
 
 from app.engine.job import Pixels
 from app.tasks.inpaint import InpaintFields, MaskedPicture
-from model.denoising import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
+from model.noisy_image import NUM_PAIRS, ODDS_SCALE, PREDICTION_VARIANCE
 from tests.app.api.examples import REQUESTS
 from tests.app.application import run
 from tests.app.fakes import FakeRunner, recognised_class

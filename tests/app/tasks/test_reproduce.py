@@ -14,8 +14,8 @@ from app.engine.job import ImageKey, Pixels
 from app.tasks.images import encode_image, encode_sheet
 from app.tasks.picture_files import PictureError
 from app.tasks.reproduce import Original, read_original
-from model.clip import digit_prompt
 from model.png import SOFTWARE, ClipProvenance, Provenance
+from model.prompts import digit_prompt
 from tests.app.fakes import INFO
 from tests.app.picture_samples import exif, png, zeros
 
@@ -180,7 +180,7 @@ def test_picture_that_cannot_be_generated_again_is_refused(data: bytes, message:
 
 def test_digit_that_the_model_does_not_have_is_refused() -> None:
     with pytest.raises(PictureError, match=r"Digit is not permitted\. Input should be less than or equal to 4"):
-        read_original(having(), {"default": replace(GREY, num_classes=5)}, None, 64)
+        read_original(having(), {"default": replace(GREY, class_names=tuple("01234"))}, None, 64)
 
 
 def test_guidance_that_the_model_does_not_support_is_refused() -> None:

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 from playwright.sync_api import Response, expect
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.browser.conftest import Open
 from tests.e2e.browser.test_draw import draw_seven, verdict
 from tests.e2e.browser.views import generate, wait_until_compared

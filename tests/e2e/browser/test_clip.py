@@ -17,8 +17,8 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Page, Request, Route, expect
 
-from model.clip import MAX_PROMPT_LENGTH, digit_prompt
 from model.png import ClipProvenance, Provenance, encode_png
+from model.prompts import MAX_PROMPT_LENGTH, digit_prompt
 from tests.e2e.browser.clip import CLIP, answer_score, real_similarity, similarity, stub
 from tests.e2e.browser.conftest import DESKTOP, Open, Watched
 from tests.e2e.browser.test_draw import drop

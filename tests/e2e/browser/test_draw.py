@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.browser.conftest import DESKTOP, PHONE, Open
 from tests.e2e.browser.views import predictions, wait_until_finished
 from tests.e2e.conftest import start_service

@@ -5,7 +5,7 @@ import statistics
 import pytest
 from playwright.sync_api import expect
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.e2e.browser.conftest import Open
 from tests.e2e.browser.views import generate, wait_until_finished
 from tests.e2e.conftest import Start

@@ -186,13 +186,6 @@ def test_library_contains_no_weights(loaded: Checkpoint, cache: Path) -> None:
         assert tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()[:64] not in content
 
 
-def test_default_cache_of_a_user_without_home_is_below_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HOME", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # this user id is not in the user database
-    assert compiler.default_cache() == Path("/.cache/unfog")
-
-
 @needs_compiler
 @pytest.mark.parametrize("damage", ["changed byte", "missing end", "other content"])
 def test_damaged_library_is_recompiled(

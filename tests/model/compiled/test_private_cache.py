@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.compiled.private_cache import open_private, private_folder
+from model.compiled.private_cache import default_cache, open_private, private_folder
 from model.precision import can_compile
 from tests.model.compiled.libraries import OTHER_USER, needs_root
 
@@ -21,6 +21,13 @@ def mode(path: Path) -> int:
 def own(tmp_path: Path) -> Path:
     """The private subfolder that is used if others can write to the folder."""
     return tmp_path / f"private-{os.geteuid()}"
+
+
+def test_default_cache_of_a_user_without_home_is_below_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 2)  # this user id is not in the user database
+    assert default_cache() == Path("/.cache/unfog")
 
 
 def test_private_folder_is_created_without_write_permission_for_others(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import SHIPPED
+from model.spec import SHIPPED
 from tests.model.tiny_checkpoint import tiny_checkpoint
 
 ROOT = Path(__file__).parents[3]

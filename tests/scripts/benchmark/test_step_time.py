@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.compiled.compiler import default_cache
+from model.compiled.private_cache import default_cache
 from model.unet import UNet, UNetConfig
 from scripts import compare
 from scripts.benchmark.step_time import costs_of, flop_of

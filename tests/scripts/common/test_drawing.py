@@ -12,7 +12,8 @@ from torch import Tensor
 from model import checkpoint
 from model.clip import Clip
 from model.clip_guidance import START, STOP
-from model.compiled.compiler import CompilerError, default_cache
+from model.compiled.compiler import CompilerError
+from model.compiled.private_cache import default_cache
 from model.pixels import to_pixels
 from model.sampler import Guidance, sample
 from model.step import ReverseStep, Step, Stepped

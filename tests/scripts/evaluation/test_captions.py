@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.clip import digit_prompt
 from model.diffusion import Diffusion
+from model.prompts import digit_prompt
 from model.schedule import Schedule, ScheduleConfig
 from scripts.evaluation.captions import CAPTIONS, CLEAR, NOISY, Scene, boldness, lean, make_scene, truth
 from tests.scripts.evaluation.bars import bars

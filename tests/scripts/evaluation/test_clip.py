@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from model.clip import EMBEDDED, digit_prompt
+from model.clip import EMBEDDED
+from model.prompts import digit_prompt
 from scripts.common.errors import ScriptError
 from scripts.common.mnist import load_mnist
 from scripts.evaluation.captions import CLEAR, NOISY

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from model.clip import EMBEDDED, digit_prompt
+from model.clip import EMBEDDED
 from model.clip_guidance import START, STOP
+from model.prompts import digit_prompt
 from scripts import evaluate
 from scripts.common.drawing import Drawer, DrawingOptions
 from scripts.evaluation import sweep, tables

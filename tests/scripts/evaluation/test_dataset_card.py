@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from model import checkpoint
-from model.checkpoint import SHIPPED, SHIPPED_FAST
-from model.clip import digit_prompt
 from model.clip_guidance import ClipGuidance
+from model.prompts import digit_prompt
 from model.sampler import Guidance
+from model.spec import SHIPPED, SHIPPED_FAST
 from scripts import make_dataset
 from scripts.common.drawing import ClipOptions, DrawingOptions, DrawingRequest
 from scripts.evaluation.dataset_card import card, command_of

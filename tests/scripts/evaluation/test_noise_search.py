@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from model.denoising import NUM_PAIRS, NoisyComparison
+from model.noisy_image import NUM_PAIRS, NoisyComparison
 from scripts.evaluation.noise_search import as_search_row, fit_probabilities, search_figures
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from model import checkpoint
-from model.compiled.compiler import default_cache
+from model.compiled.private_cache import default_cache
 from scripts.common.progress import Reporter
 from scripts.training.loop import train
 from scripts.training.objective import DenoisingObjective

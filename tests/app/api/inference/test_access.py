@@ -17,7 +17,7 @@ from tests.app.api.inference.bodies import INFER, LENGTH, assert_error, body_of
 from tests.app.application import run
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Rows
 
-FAST = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+FAST = replace(INFO, name="fast", steps=(4, 2), samplers=("ddim",), guidable=False)
 TWO_MODELS = {"default": INFO, "fast": FAST}
 
 

@@ -19,7 +19,7 @@ from tests.app.api.inference.bodies import INFER, LENGTH, assert_error, binary_b
 from tests.app.application import run
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Gate, Rows, image, wait_until
 
-FAST = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+FAST = replace(INFO, name="fast", steps=(4, 2), samplers=("ddim",), guidable=False)
 TWO_MODELS = {"default": INFO, "fast": FAST}
 MAX_SEED = 2**53 - 1
 STEPS = {"parameters": {"num_steps": 3}}
@@ -197,7 +197,7 @@ def test_values_that_the_model_does_not_support_are_400() -> None:
             response = await client.post(path, json=body_of([1], parameters=parameters))
             assert_error(response, 400, f"body.parameters.{text}: Input should be")
 
-    run(check, FakeRunner(models={"default": replace(INFO, num_classes=5), "fast": FAST}))
+    run(check, FakeRunner(models={"default": replace(INFO, class_names=tuple("01234")), "fast": FAST}))
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "x"])

@@ -20,7 +20,8 @@ from app.api.service import Service
 from app.engine.job import Trajectory
 from app.main import create_app
 from app.settings import Settings
-from model.clip import ClipNotInstalledError, digit_prompt
+from model.clip import ClipNotInstalledError
+from model.prompts import digit_prompt
 from tests.app.application import client_of, run
 from tests.app.clip_fakes import CLIP_INFO, FakeClip, embedding
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner

@@ -15,8 +15,8 @@ from app.runner.clip import ClipModel
 from app.runner.runner import Runner
 from app.settings import Settings
 from model import checkpoint
-from model.checkpoint import SHIPPED
 from model.schedule import Schedule, ScheduleConfig
+from model.spec import SHIPPED
 from tests.app.application import run
 from tests.app.fakes import INFO, FakeRunner
 
@@ -24,7 +24,7 @@ KEY = "a-key-for-this-test"
 
 
 def test_models_are_listed_with_the_options_that_they_permit() -> None:
-    fast = replace(INFO, name="fast", steps=(4, 2), default_steps=4, samplers=("ddim",), guidable=False)
+    fast = replace(INFO, name="fast", steps=(4, 2), samplers=("ddim",), guidable=False)
 
     async def check(client: httpx.AsyncClient) -> None:
         response = await client.get("/models")
@@ -52,7 +52,7 @@ def test_alpha_bar_has_every_timestep_and_max_steps_is_the_limit_of_requests() -
         assert model["alpha_bar"] == [round(value, 6) for value in schedule.alpha_bar.tolist()]
         assert (len(model["alpha_bar"]), model["alpha_bar"][0], model["max_steps"]) == (401, 1.0, 100)
 
-    run(check, FakeRunner(models={"default": replace(INFO, max_steps=400, schedule=schedule)}))
+    run(check, FakeRunner(models={"default": replace(INFO, schedule=schedule)}))
 
 
 def test_limits_are_those_of_the_settings() -> None:

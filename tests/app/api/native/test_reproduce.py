@@ -23,7 +23,7 @@ from tests.app.application import run
 from tests.app.fakes import INFO, WAIT_SECONDS, FakeRunner, Gate, wait_until
 
 TINY = replace(INFO, image_shape=(1, 1, 4))
-FAST = replace(TINY, name="fast", sha256="f" * 64, steps=(4,), default_steps=4, samplers=("ddim",), guidable=False)
+FAST = replace(TINY, name="fast", sha256="f" * 64, steps=(4,), samplers=("ddim",), guidable=False)
 BODY = {"digit": 3, "num_steps": 3, "seed": 1}
 PNG = {"accept": "image/png"}
 KEY = "a-key-for-this-test"

@@ -23,7 +23,8 @@ from app.main import create_app
 from app.runner.clip import ClipModel
 from app.settings import Settings
 from app.tasks import score as score_task
-from model.clip import EMBEDDED, INSTALL, digit_prompt
+from model.clip import EMBEDDED, INSTALL
+from model.prompts import digit_prompt
 from scripts.common.mnist import load_mnist
 from scripts.train_clip import save_real_digits
 from tests.app.application import client_of, run

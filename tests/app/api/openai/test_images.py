@@ -22,7 +22,7 @@ from tests.app.application import client_of, run
 from tests.app.fakes import INFO, FakeRunner, Gate, image, wait_until
 from tests.e2e.service import open_png
 
-FAST = replace(INFO, name="fast", steps=(4,), default_steps=4, samplers=("ddim",), guidable=False)
+FAST = replace(INFO, name="fast", steps=(4,), samplers=("ddim",), guidable=False)
 KEY, ORIGIN = "a-key-for-this-test", "https://example.com"
 IGNORED = {
     GENERATIONS: ["complexity", "frame_duration_ms", "moderation", "output_compression", "safety_identifier", "style"],

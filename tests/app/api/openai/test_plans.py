@@ -8,9 +8,10 @@ from app.api.openai.schemas import ImageEditRequest, ImageGenerationRequest
 from app.engine.interface import ModelInfo
 from app.errors import InvalidRequest
 from app.tasks.from_image import has_picture_tasks
+from model.schedule import Schedule, ScheduleConfig
 from tests.app.fakes import INFO
 
-FAST = replace(INFO, name="fast", steps=(4,), default_steps=4, samplers=("ddim",), guidable=False)
+FAST = replace(INFO, name="fast", steps=(4,), samplers=("ddim",), guidable=False)
 BOTH = {"default": INFO, "fast": FAST}
 MEDIUM = {"num_steps": 10, "sampler": "dpmpp"}
 Models = dict[str, ModelInfo]
@@ -50,7 +51,9 @@ def test_low_quality_without_the_model_fast_is_medium() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"samplers": ("ddpm",)}, {"max_steps": 9, "default_steps": 9}, {"steps": (5, 20)}], ids=str
+    "changed",
+    [{"samplers": ("ddpm",)}, {"schedule": Schedule(ScheduleConfig(num_steps=9))}, {"steps": (5, 20)}],
+    ids=["another sampler", "fewer timesteps", "other steps"],
 )
 def test_model_that_does_not_permit_ten_steps_of_dpmpp_uses_its_defaults(changed: dict[str, Any]) -> None:
     models: Models = {"default": replace(INFO, **changed)}
@@ -83,7 +86,7 @@ def test_edit_with_a_model_without_picture_tasks_is_refused() -> None:
 
 
 def test_digit_that_the_model_cannot_generate_is_refused() -> None:
-    models: Models = {"default": replace(INFO, num_classes=5)}
+    models: Models = {"default": replace(INFO, class_names=tuple("01234"))}
     assert_refused("prompt", "only the digits 0 to 4", generation, models)
 
 

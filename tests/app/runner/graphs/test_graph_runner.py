@@ -24,7 +24,7 @@ from app.runner.graphs.step_inputs import Call
 from app.runner.runner import Runner
 from model.checkpoint import Checkpoint
 from model.compiled.compiler import CompilerError
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS
 from model.step import Rows, State, Stepped
 from tests.app.runner.late_device import LateDevice, LateGraph
 from tests.app.runner.rows import draw, equal, mixed_rows, new_runner, rows_of, step

@@ -7,9 +7,8 @@ value that is missing or has another type is left out, because the service does 
 from collections.abc import Mapping
 from typing import Any
 
-from app.engine.interface import Evaluation, TrainingFacts
 from model.json_fields import MAX_NUMBER
-from model.sampler import SAMPLERS
+from model.spec import SAMPLERS, Evaluation, TrainingFacts
 
 MAX_CHARACTERS = 200  # of a text
 MAX_EVALUATIONS = 16

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from app.engine.interface import Evaluation, TrainingFacts
-from app.runner.training_facts import MAX_CHARACTERS, training_facts
+from model.spec import Evaluation, TrainingFacts
+from model.training_facts import MAX_CHARACTERS, training_facts
 
 MEASURED: dict[str, Any] = {
     "options": {"sampler": "ddpm", "num_steps": 100, "guidance": {"scale": 3.0, "start": 20}},

@@ -1,0 +1,126 @@
+"""What the service needs to know about models before it computes with them: samplers, limits and `ModelSpec`.
+
+This module does not import torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from model.prompts import default_prompt
+from model.schedule import Schedule
+
+Sampler = Literal["ddpm", "ddim", "dpmpp"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+Process = Sampler | Literal["forward", "noisy"]
+Fit = Literal["auto", "resize", "digit"]  # how a picture becomes an image (see `normalise` in digit_image.py)
+Invert = bool | Literal["auto"]  # True: the picture has dark strokes on a light background
+MOST_STEPS = 100  # the limit of num_steps in a request
+MAX_GUIDANCE_SCALE = 10
+MAX_CLIP_GUIDANCE_SCALE = 10
+# Images in one call of CLIP for guidance. Every call has this number of rows, because the number of rows changes the
+# order of float32 sums. An image then gets the same gradient in every batch.
+CALL_ROWS = 8
+SHIPPED = Path(__file__).parent / "weights" / "default.safetensors"
+SHIPPED_FAST = SHIPPED.with_name("fast.safetensors")  # distilled from SHIPPED
+EMBEDDED = SHIPPED.with_name("clip")  # the CLIP model, in open_clip's format
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """Scale of classifier-free guidance (Ho & Salimans 2022) and the interval of timesteps in which it is applied.
+
+    A scale of 1 turns guidance off. Outside start..stop (inclusive) only the conditional prediction is used
+    (Kynkäänniemi 2024): at low noise levels guidance has no benefit, at high ones it reduces diversity. Raises
+    ValueError for invalid values.
+    """
+
+    scale: float = 1.0
+    start: int = 1
+    stop: int = 100
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scale <= MAX_GUIDANCE_SCALE:
+            raise ValueError(f"guidance.scale must be 1 to {MAX_GUIDANCE_SCALE}, got {self.scale}")
+        if not 1 <= self.start <= self.stop:
+            raise ValueError(
+                f"guidance.start must be at least 1 and not above guidance.stop, got {self.start} and {self.stop}"
+            )
+
+    def acts_at(self, t: int) -> bool:
+        """Returns True if a step at timestep t needs a second, unconditional evaluation of the network."""
+        return self.scale != 1.0 and self.start <= t <= self.stop
+
+    def steps_within(self, timesteps: Sequence[int]) -> frozenset[int]:
+        """Returns the indices of the timesteps within start..stop."""
+        return frozenset(k for k, t in enumerate(timesteps) if self.start <= t <= self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One measurement of the quality of generated images. It is stored in the checkpoint."""
+
+    sampler: Sampler
+    num_steps: int
+    guidance_scale: float
+    num_images: int
+    accuracy: float  # share of the images that a classifier recognises as the requested digit
+    frechet: float  # Fréchet distance to the test images
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """Facts about the training of a model. Facts that the checkpoint lacks are None."""
+
+    preset: str | None = None
+    data: str | None = None
+    epochs: int | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The description of a model: what its checkpoint says about the requests that it can answer.
+
+    `CheckpointConfig.spec` builds it. The label y of a class is its place in `class_names`, from 0.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]  # (C, H, W)
+    schedule: Schedule
+    steps: tuple[int, ...]  # the permitted values of num_steps; an empty tuple permits 1 to max_steps
+    samplers: tuple[Sampler, ...]  # the permitted samplers; the first one is recommended
+    guidance: Mapping[Sampler, Guidance]  # the recommended guidance of each permitted sampler
+    guidable: bool  # True if guidance is possible: the network was trained with dropped labels
+    training: TrainingFacts
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes. Their labels are 0 to num_classes - 1."""
+        return len(self.class_names)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The default prompt of each class, for CLIP guidance."""
+        return tuple(map(default_prompt, self.class_names))
+
+    @property
+    def max_steps(self) -> int:
+        """T, the largest possible num_steps."""
+        return self.schedule.num_steps
+
+    @property
+    def default_steps(self) -> int:
+        """The recommended num_steps."""
+        return self.steps[0] if self.steps else min(self.max_steps, MOST_STEPS)
+
+    @property
+    def guidance_scale(self) -> dict[Sampler, float]:
+        """The recommended guidance scale of each permitted sampler."""
+        return {sampler: guidance.scale for sampler, guidance in self.guidance.items()}
+
+    @property
+    def guidance_interval(self) -> dict[Sampler, tuple[int, int]]:
+        """The first and the last timestep in which guidance acts, for each permitted sampler. The last is at most T."""
+        return {sampler: (each.start, min(each.stop, self.max_steps)) for sampler, each in self.guidance.items()}
