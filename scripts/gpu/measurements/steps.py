@@ -10,10 +10,10 @@ from pathlib import Path
 
 from app.engine.interface import OutOfMemoryError
 from app.engine.job import DEFAULT_MODEL, StepRows
-from app.runner.measured import Operations
 from app.runner.runner import Runner
 from model.compiled.compiler import CompilerError
 from model.compiled.kernel_cache import prepare_kernel_cache
+from scripts.benchmark.operations import Operations
 from scripts.gpu.measurements.figures import Figure, Options, Skipped, guarded
 from scripts.gpu.measurements.machine import Machine, open_gpu, open_machine
 from scripts.gpu.measurements.rows import ROW_KINDS, new_rows

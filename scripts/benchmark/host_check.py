@@ -1,4 +1,6 @@
-"""Measures the host cost of the service with a runner that computes nothing: `python -m app.host_check PART`.
+"""Measures the host cost of this version with a runner that computes nothing.
+
+Run one part with `python -m scripts.benchmark.host_check PART`:
 
 engine      CPU time of the engine thread in a step of 512 rows
 admission   CPU time of the admission of one image, by the number of images in the backlog
@@ -21,19 +23,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from app.engine.admission import Admission
 from app.engine.engine import Engine
-from app.engine.job import Job, JobRequest, Options, Trajectory
+from app.engine.job import Job, JobRequest, Options, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.log_writer import LogWriter
 from app.logs import configure_logging
 from app.main import create_app
 from app.metrics import Metrics
-from app.runner.graphs.graph_runner import BATCHES
-from app.runner.measured import STEP_SECONDS, SleepingRunner, count_operations
+from app.runner.graphs.graph_runner import BATCHES, GraphRunner
 from app.runner.runner import Runner
 from app.server.server import bind, serve
 from app.settings import Settings
+from model import checkpoint
+from scripts.benchmark.operations import Operations
+from scripts.benchmark.sleeping_runner import STEP_SECONDS, EagerDevice, SleepingRunner
 
 ROWS = 512
 NUM_STEPS, GUIDED_STEPS = 100, range(27, 73)
@@ -109,6 +116,25 @@ def measure_admission(backlog: int) -> float:
     return seconds / NUM_ADMISSIONS
 
 
+def count_operations(job: Job) -> Counter[str]:
+    """Returns the number of tensor operations in the second step of a job's first image, by the part of the step."""
+    torch.set_num_threads(1)
+    runner = GraphRunner({"default": checkpoint.load(checkpoint.SHIPPED)}, EagerDevice(), torch.bfloat16)
+    program, operations = runner._models["default"].program, Operations()
+    denoise = program.denoise
+
+    def counted(x_t: Tensor, c: Tensor) -> Tensor:
+        with operations.within("network"):
+            return denoise(x_t, c)
+
+    program.denoise = counted
+    row = job.unfinished[0]
+    runner.step(StepRows.of([row]))
+    with operations:
+        runner.step(StepRows.of([row]))
+    return operations.counts
+
+
 def _new_engine(load: Callable[[], Runner]) -> Engine:
     return Engine(load, capacity=100_000, max_batch=ROWS, watchdog_seconds=60.0, metrics=Metrics())
 
@@ -122,7 +148,9 @@ def _serve(port: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one part and prints its results."""
     parser = argparse.ArgumentParser(
-        prog="python -m app.host_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.benchmark.host_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
     for part in ("engine", "admission", "operations"):

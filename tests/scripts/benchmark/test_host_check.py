@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from app import host_check
 from app.engine.job import StepRows
-from app.host_check import SleepingRunner, measure_admission, measure_engine, new_job
+from scripts.benchmark import host_check
+from scripts.benchmark.host_check import SleepingRunner, measure_admission, measure_engine, new_job
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,15 @@
-"""A runner that computes nothing, and a count of tensor operations, for measurements of the host cost."""
+"""A runner for measurements of the host cost: its steps compute nothing and take as long as steps on a GPU."""
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.engine.interface import Reading
-from app.engine.job import Job, Pixels, StepRows, Trajectory
+from app.engine.job import Pixels, StepRows, Trajectory
 from app.engine.step_times import StepTimes
 from app.runner.graphs.device import Array
 from app.runner.graphs.graph_runner import BATCHES, GraphRunner
@@ -20,8 +17,6 @@ from model import checkpoint
 
 STEP_SECONDS = 3e-4  # the assumed duration of a step on a GPU
 NO_RESULT = torch.zeros(0)
-# Operations that launch no kernel on a GPU, in addition to views.
-NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "resize_", "is_pinned", "_unsafe_view", "lift_fresh"}
 
 
 class SleepingDevice:
@@ -142,56 +137,3 @@ class SleepingRunner(GraphRunner):
     def warm_up(self, should_stop: Callable[[], bool]) -> StepTimes:
         """Returns the same duration for every size."""
         return StepTimes(dict.fromkeys(BATCHES, STEP_SECONDS))
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that launch a kernel, by the part of the step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.part = "other"
-
-    @contextmanager
-    def within(self, part: str) -> Iterator[None]:
-        """Counts the operations within the `with` block as those of `part`."""
-        before, self.part = self.part, part
-        try:
-            yield
-        finally:
-            self.part = before
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if _launches_kernel(func, args, result):
-            self.counts[self.part] += 1
-        return result
-
-
-def _launches_kernel(func: Any, args: Any, result: Any) -> bool:
-    """Returns True unless an operation only allocates memory, or returns a view of its argument."""
-    if func._schema.name.removeprefix("aten::") in NO_KERNEL:
-        return False
-    if not isinstance(result, Tensor):
-        return not func.is_view
-    is_view = func.is_view and result.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
-    return not is_view and result.numel() > 0
-
-
-def count_operations(job: Job) -> Counter[str]:
-    """Returns the number of tensor operations in the second step of a job's first image, by the part of the step."""
-    torch.set_num_threads(1)
-    runner = GraphRunner({"default": checkpoint.load(checkpoint.SHIPPED)}, EagerDevice(), torch.bfloat16)
-    program, operations = runner._models["default"].program, Operations()
-    denoise = program.denoise
-
-    def counted(x_t: Tensor, c: Tensor) -> Tensor:
-        with operations.within("network"):
-            return denoise(x_t, c)
-
-    program.denoise = counted
-    row = job.unfinished[0]
-    runner.step(StepRows.of([row]))
-    with operations:
-        runner.step(StepRows.of([row]))
-    return operations.counts
