@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_json
-from scripts.benchmark.clients import closed_loop, connected
+from scripts.benchmark.clients import check_answers, closed_loop, connected
 from scripts.benchmark.loads import LARGEST_REQUEST, Load, clients_of_one, many
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.report import with_spread
@@ -113,8 +113,7 @@ def _rate(url: str, load: Load, seconds: float) -> float:
     async def run() -> float:
         async with connected(url, "application/json") as send:
             window = await closed_loop(send, load.clients, SETTLE_SECONDS, seconds)
-        if window.failures:
-            raise ScriptError(f"{window.failures} requests of the load {load.name} failed")
+        check_answers(window.answers, load.name)
         return window.images_a_second
 
     return asyncio.run(run())
