@@ -7,13 +7,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from app.runner.device import NVIDIA_DRIVER, granted_cores
-from model.checkpoint import Checkpoint
+from scripts.benchmark.machine import processor
+from scripts.benchmark.step_time import flop_of
 from scripts.gpu.measurements.figures import NO_GPU, Figure, Options, guarded
 from scripts.gpu.measurements.machine import Machine, open_machine
 
@@ -30,7 +29,7 @@ def measure(options: Options) -> Iterator[Figure]:
 
 def measure_on(machine: Machine) -> Iterator[Figure]:
     """Yields the facts about a machine."""
-    yield Figure("processor", _processor())
+    yield Figure("processor", processor())
     yield Figure("cores", f"{os.cpu_count()} of the machine, limit {granted_cores() or 'none'}")
     yield Figure("Python", platform.python_version())
     yield Figure("torch", torch.__version__)
@@ -62,7 +61,7 @@ def _ceilings(machine: Machine) -> Iterator[Figure]:
     rate = _matrix_rate(machine)
     yield Figure("matrix rate", rate / 1e12, "TFLOP/s")
     (loaded,) = machine.load().values()
-    flop, steps = flop_of(loaded), loaded.config.recommended_steps
+    flop, steps = flop_of(loaded.network), loaded.config.recommended_steps
     yield Figure("one evaluation of the network", flop / 1e9, "GFLOP")
     yield Figure(f"highest rate of images with {steps} steps without guidance", rate / (flop * steps), "images/s")
 
@@ -80,15 +79,6 @@ def _matrix_rate(machine: Machine) -> float:
     edge = MATRIX if machine.is_gpu else CPU_MATRIX
     a, b = torch.randn(2, edge, edge, device=machine.device).to(machine.dtype)
     return 2 * edge**3 / _seconds(machine, lambda: a @ b)
-
-
-def flop_of(loaded: Checkpoint) -> int:
-    """Returns the floating-point operations of one evaluation, without those that depend only on t and y."""
-    network = loaded.network
-    c = network.condition_table()[0, :1]  # (1, D)
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        network.denoise(torch.zeros(1, *loaded.image_shape), c)
-    return int(counter.get_total_flops())
 
 
 def launches(machine: Machine) -> Iterator[Figure]:
@@ -133,16 +123,6 @@ def _time(machine: Machine, work: Callable[[], object]) -> float:
     work()
     machine.synchronize()
     return time.perf_counter() - start
-
-
-def _processor() -> str:
-    """Returns the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _driver() -> str:
