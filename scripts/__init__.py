@@ -1,1 +1,1 @@
-"""Command-line programs for training, sampling, evaluation, benchmarks and plots. They import `model`, never `app`."""
+"""Command-line programs for training, sampling, evaluation, plots and measurements. They import `app` and `model`."""

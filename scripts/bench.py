@@ -123,13 +123,11 @@ def _packages_of(args: argparse.Namespace) -> tuple[str, ...]:
     match args.mode:
         case "training" | "profile" | "page":
             return ()
-        case "memory":
-            return ("psutil",)
         case "endurance":
-            return ("aiohttp", "psutil", "scipy")
+            return ("psutil", "scipy")
         case "alternatives":
-            return ("aiohttp", "psutil", "litserve", *(["diffusers"] if args.requests == "large" else []))
-    return ("aiohttp", "psutil")
+            return ("psutil", "litserve", *(["diffusers"] if args.requests == "large" else []))
+    return ("psutil",)
 
 
 def build_parser() -> Parser:

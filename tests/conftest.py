@@ -34,7 +34,7 @@ FIRST = (
     "tests/model/compiled/test_compiler.py",
     "tests/scripts/test_bench.py",
     "tests/e2e/test_engine_faults.py",
-    "tests/app/gpu_check/test_command.py",
+    "tests/scripts/gpu/test_command.py",
     "tests/model/compiled/test_compiled_library.py",
     "tests/model/test_checkpoint.py",
     "tests/e2e/test_random_batches.py",

@@ -10,21 +10,17 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from scripts.benchmark.http_client import HttpClient
 from scripts.common.errors import ScriptError
-from scripts.common.progress import require
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-    from aiohttp import ClientSession
 
 TIMEOUT = 600  # seconds; a slower request counts as failed
+LONGEST_PROBLEM = 200  # bytes
 EVENTS, NUM_PREVIEWS = "text/event-stream", 10
 
 
@@ -37,8 +33,9 @@ class Answer:
     planned: float
     sent: float
     done: float
-    status: int
+    status: int  # 0 if the answer is incomplete
     queue: float | None  # seconds until the first step; None if the service does not report it
+    problem: str = ""  # the error or the beginning of the body, if the status is not 200
 
     @property
     def latency(self) -> float:
@@ -98,11 +95,6 @@ class Window:
         good = (a.images for a in self.due() if a.status == 200 and a.latency <= objective)
         return sum(good) / (self.end - self.start)
 
-    @property
-    def failures(self) -> int:
-        """The number of requests that were not answered with status 200."""
-        return sum(answer.status != 200 for answer in self.answers)
-
     def _share(self, answer: Answer) -> float:
         if self.by_completion:
             return float(self.start <= answer.done < self.end)
@@ -110,59 +102,57 @@ class Window:
         return max(within, 0.0) / (answer.done - answer.sent)
 
 
+def check_answers(answers: Sequence[Answer], name: str) -> None:
+    """Raises ScriptError if a request was not answered with status 200. `name` says what was measured."""
+    if failed := [answer for answer in answers if answer.status != 200]:
+        first = f"{failed[0].status} {failed[0].problem}".strip()
+        raise ScriptError(f"{name}: {len(failed)} requests failed, the first one with status {first}")
+
+
 @asynccontextmanager
-async def connected(url: str, accept: str = "image/png") -> "AsyncIterator[Send]":
+async def connected(url: str, accept: str = "image/png") -> AsyncIterator[Send]:
     """Yields a function that sends a request to POST /generate of the service at `url`."""
-    async with _session() as session:
-        yield partial(_send, session, f"{url}/generate", accept)
+    async with HttpClient(url) as client:
+        yield partial(_send, client, "/generate", accept)
 
 
 @asynccontextmanager
-async def streaming(url: str) -> "AsyncIterator[Send]":
+async def streaming(url: str) -> AsyncIterator[Send]:
     """Does the same as `connected`, but requests an event stream with NUM_PREVIEWS previews."""
-    async with _session() as session:
-        yield partial(_send, session, f"{url}/generate?previews={NUM_PREVIEWS}", EVENTS)
+    async with HttpClient(url) as client:
+        yield partial(_send, client, f"/generate?previews={NUM_PREVIEWS}", EVENTS)
 
 
 @asynccontextmanager
-async def watching(url: str) -> "AsyncIterator[Send]":
+async def watching(url: str) -> AsyncIterator[Send]:
     """Does the same as `connected`, and reads GET /events/batch at the same time, like the view Batch of the page."""
-    async with _session() as session:
-        reader = asyncio.create_task(_read_events(session, f"{url}/events/batch"))
+    async with HttpClient(url) as client:
+        reader = asyncio.create_task(client.request("GET", "/events/batch", accept=EVENTS, take=lambda part: None))
         try:
-            yield partial(_send, session, f"{url}/generate", "image/png")
+            yield partial(_send, client, "/generate", "image/png")
             if reader.done():
-                reader.result()
-                raise ScriptError("The stream of batch events has ended")
+                status = reader.result().status
+                raise ScriptError(f"The stream of batch events, with status {status}, has ended")
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
 
 
-def _session() -> "ClientSession":
-    aiohttp = require("aiohttp", extra="bench")
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(TIMEOUT))
-
-
-async def _read_events(session: "ClientSession", url: str) -> None:
-    async with session.get(url, headers={"Accept": EVENTS}) as stream:
-        stream.raise_for_status()
-        async for _ in stream.content.iter_any():
-            pass
-
-
-async def _send(session: "ClientSession", url: str, accept: str, request: RequestSpec, planned: float) -> Answer:
-    broken = require("aiohttp", extra="bench").ClientError, OSError
-    sent, status, queue = time.perf_counter(), 0, ""
-    with suppress(*broken):  # a broken connection gives status 0
-        async with session.post(url, json=request.body, headers={"Accept": accept}) as answer:
-            content = await answer.read()
-            # A stream that has begun has status 200, also if it ends with an error.
-            is_complete = accept != EVENTS or b"event: done" in content
-            status = answer.status if is_complete else 0
-            queue = answer.headers.get("Server-Timing", "").partition("queue;dur=")[2].partition(",")[0]
+async def _send(client: HttpClient, path: str, accept: str, request: RequestSpec, planned: float) -> Answer:
+    sent, status, queue, problem = time.perf_counter(), 0, "", ""
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            response = await client.request("POST", path, request.body, accept)
+        # A stream that has begun has status 200, also if it ends with an error.
+        is_complete = accept != EVENTS or b"event: done" in response.content
+        status = response.status if is_complete else 0
+        queue = response.headers.get("server-timing", "").partition("queue;dur=")[2].partition(",")[0]
+        if status != 200:
+            problem = response.content[:LONGEST_PROBLEM].decode(errors="replace")
+    except OSError as error:  # also of a request that takes longer than TIMEOUT
+        problem = repr(error)
     done, count = time.perf_counter(), request.body.get("count", 1)
-    return Answer(request.kind, count, planned, sent, done, status, float(queue) / 1000 if queue else None)
+    return Answer(request.kind, count, planned, sent, done, status, float(queue) / 1000 if queue else None, problem)
 
 
 async def closed_loop(send: Send, clients: Sequence[RequestMaker], settle: float, window: float) -> Window:

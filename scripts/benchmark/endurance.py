@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from model.files import write_json
 from model.spec import SAMPLERS
+from scripts.benchmark.clients import TIMEOUT
+from scripts.benchmark.http_client import HttpClient
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.services import Running, started, this_service
 from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter, require
-
-if TYPE_CHECKING:
-    from aiohttp import ClientSession
 
 CLIENTS = 8
 SAMPLE_SECONDS = 15.0  # time between two checks of the resources and of the image
@@ -34,9 +33,6 @@ MOST_GROWTH = {"megabytes": 60.0, "descriptors": 6.0, "threads": 2.0}  # limits 
 # In a run of two hours, the second half begins after an hour. By then, memory must be constant.
 TWO_HOURS, MOST_MEGABYTES_LATER = 120, 5.0
 MOST_LEFT = 4  # permitted number of additional descriptors after the load; libraries keep a few files open
-# How long the clients keep an idle connection: less than the service does (5 s), which could otherwise close it while a
-# request is sent.
-KEPT_SECONDS = 2.0
 STAYS_SECONDS = 12.0  # the longest time that a hostile client keeps a connection open
 
 _BODY = json.dumps({"digit": 7, "count": 16, "num_steps": 20, "scale": 8}).encode()
@@ -163,26 +159,26 @@ async def endure(running: Running, seconds: float, reporter: Reporter, *, seed: 
 
 
 async def _endure(running: Running, seconds: float, reporter: Reporter, seed: int, log: Log) -> None:
-    aiohttp, end = require("aiohttp", extra="bench"), time.monotonic() + seconds
-    kept = aiohttp.TCPConnector(keepalive_timeout=KEPT_SECONDS)
-    async with aiohttp.ClientSession(running.url, timeout=aiohttp.ClientTimeout(600), connector=kept) as session:
+    end = time.monotonic() + seconds
+    async with HttpClient(running.url) as http:
         with reporter.task("under load", round(seconds), "s") as task:
             async with asyncio.TaskGroup() as group:
                 for client in range(CLIENTS):
-                    group.create_task(_client(session, random.Random(f"{seed}-{client}"), end, log))
+                    group.create_task(_client(http, random.Random(f"{seed}-{client}"), end, log))
                 for client in range(HOSTILE_CLIENTS):
                     group.create_task(_hostile(running.url, random.Random(f"{seed}-rude-{client}"), end))
                 start = time.monotonic()
                 while (now := time.monotonic()) < end:
-                    async with session.post("/generate", json=PROBE, headers={"Accept": FORMATS[1]}) as answer:
-                        if answer.status == 200:  # 429 if the other clients fill the queue
-                            log.pictures.add(await answer.read())
+                    async with asyncio.timeout(TIMEOUT):
+                        response = await http.request("POST", "/generate", PROBE, FORMATS[1])
+                    if response.status == 200:  # 429 if the other clients fill the queue
+                        log.pictures.add(response.content)
                     log.samples.append(ResourceSample.of(running, now - start))
                     task.advance(round(min(SAMPLE_SECONDS, end - now)), f"{log.samples[-1].megabytes:.0f} MB")
                     await asyncio.sleep(min(SAMPLE_SECONDS, max(0.0, end - time.monotonic())))
 
 
-async def _client(session: "ClientSession", choose: random.Random, end: float, log: Log) -> None:
+async def _client(http: HttpClient, choose: random.Random, end: float, log: Log) -> None:
     while time.monotonic() < end:
         body: dict[str, Any] = {
             "digit": choose.randrange(10),
@@ -195,13 +191,12 @@ async def _client(session: "ClientSession", choose: random.Random, end: float, l
             body["digit"] = 10
         patience = choose.uniform(0.0, 0.5) if choose.random() < LEAVES_EARLY else None
         try:
-            async with asyncio.timeout(patience):
-                async with session.post("/generate", json=body, headers={"Accept": choose.choice(FORMATS)}) as answer:
-                    await answer.read()
-                    log.count(answer.status)
+            async with asyncio.timeout(TIMEOUT if patience is None else patience):
+                response = await http.request("POST", "/generate", body, choose.choice(FORMATS))
+            log.count(response.status)
         except TimeoutError:
             if patience is None:
-                raise ScriptError("A request was not answered within 600 s") from None
+                raise ScriptError(f"A request was not answered within {TIMEOUT} s") from None
             log.count(0)
 
 

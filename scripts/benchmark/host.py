@@ -1,8 +1,8 @@
 """Measures the host cost of the service: its work on the processor while the device computes.
 
-The parts of `python -m app.host_check` make the measurements. The steps of its service only sleep as long as a step on
-a GPU would take. With `base`, the version in another folder is measured too. The versions are measured in turn, so that
-changes of the machine's speed affect both of them.
+The parts of host_check.py make the measurements. The steps of its service only sleep as long as a step on a GPU would
+take. With `base`, the version in another folder is measured too. The versions are measured in turn, so that changes of
+the machine's speed affect both of them.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.files import write_json
-from scripts.benchmark.clients import closed_loop, connected
+from scripts.benchmark.clients import check_answers, closed_loop, connected
 from scripts.benchmark.loads import LARGEST_REQUEST, Load, clients_of_one, many
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.report import with_spread
@@ -25,7 +25,7 @@ from scripts.common.errors import ScriptError
 from scripts.common.progress import Reporter
 from scripts.evaluation.tables import as_table
 
-MODULE = ("-m", "app.host_check")
+MODULES = ("scripts.benchmark.host_check", "app.host_check")  # the second one in earlier versions
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # one thread of PyTorch; with a GPU, the host computes no large tensors
 ONE, LARGE = "one-image requests per second, 64 clients", "images per second in requests of 64, 16 clients"
 CLIENTS, LARGE_CLIENTS = 64, 16
@@ -41,14 +41,11 @@ Figures = dict[str, dict[str, float]]  # part -> name of the figure -> value in 
 def measure_host(base: Path | None, repeats: int, seconds: float, out: Path, reporter: Reporter) -> None:
     """Measures each figure `repeats` times, writes the results and prints the table of medians.
 
-    Each load over HTTP runs for `seconds`. Raises ScriptError if a version has no `app.host_check` or fails.
+    Each load over HTTP runs for `seconds`. Raises ScriptError if a version has none of MODULES, or fails.
     """
     folders = {NEW: Path.cwd()} if base is None else {BASE: base, NEW: Path.cwd()}
     for folder in folders.values():
-        if not (folder / "app" / "host_check.py").is_file():
-            raise ScriptError(
-                f"{folder} is not a version of the service with app/host_check.py. Name another with --base"
-            )
+        _module_in(folder)
     found: dict[str, list[Figures]] = defaultdict(list)
     for repeat in range(repeats):
         for name, folder in folders.items():
@@ -83,18 +80,28 @@ def _figures(folder: Path, seconds: float) -> Figures:
     }
 
 
+def _module_in(folder: Path) -> str:
+    """Returns the one of MODULES that the version in a folder has. Raises ScriptError if it has none."""
+    for module in MODULES:
+        if (folder / module.replace(".", "/")).with_suffix(".py").is_file():
+            return module
+    raise ScriptError(f"{folder} is not a version of the service with {MODULES[0]}. Name another with --base")
+
+
 def _run(part: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, *MODULE, part]
+    module = _module_in(folder)
+    command = [sys.executable, "-m", module, part]
     done = subprocess.run(command, cwd=folder, env=os.environ | ONE_THREAD, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ScriptError(f"app.host_check {part} in {folder} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise ScriptError(f"{module} {part} in {folder} failed: {done.stderr.strip().splitlines()[-1]}")
     figures: dict[str, Any] = json.loads(done.stdout)
     return figures
 
 
 def _requests(folder: Path, seconds: float) -> dict[str, float]:
     """Returns the rates of both loads over HTTP."""
-    with started(Contestant("host_check", (*MODULE, "serve", "{port}"), ONE_THREAD, folder=folder)) as running:
+    arguments = ("-m", _module_in(folder), "serve", "{port}")
+    with started(Contestant("host_check", arguments, ONE_THREAD, folder=folder)) as running:
         large = Load(f"{LARGE_CLIENTS} x {LARGEST_REQUEST} images", (many,) * LARGE_CLIENTS)
         one, of_many = (_rate(running.url, load, seconds) for load in (clients_of_one(CLIENTS), large))
     return {ONE: one, LARGE: of_many}
@@ -106,8 +113,7 @@ def _rate(url: str, load: Load, seconds: float) -> float:
     async def run() -> float:
         async with connected(url, "application/json") as send:
             window = await closed_loop(send, load.clients, SETTLE_SECONDS, seconds)
-        if window.failures:
-            raise ScriptError(f"{window.failures} requests of the load {load.name} failed")
+        check_answers(window.answers, load.name)
         return window.images_a_second
 
     return asyncio.run(run())

@@ -41,9 +41,7 @@ def this_machine() -> Machine:
     has = torch.cpu.get_capabilities()
     features = tuple(name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if has.get(name))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return Machine(
-        _processor(), len(_usable_cores()), features, gpu, torch.__version__, threads=torch.get_num_threads()
-    )
+    return Machine(processor(), len(_usable_cores()), features, gpu, torch.__version__, threads=torch.get_num_threads())
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype | None = None) -> float:
@@ -69,12 +67,14 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _usable_cores() -> set[int]:

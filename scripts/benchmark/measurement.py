@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from scripts.benchmark.clients import Window, arrivals, closed_loop, connected, open_loop
+from scripts.benchmark.clients import Window, arrivals, check_answers, closed_loop, connected, open_loop
 from scripts.benchmark.loads import Load, disturbed
 from scripts.benchmark.report import percentile, quantile
 from scripts.benchmark.services import Contestant, Metrics, Running, all_started
@@ -40,8 +40,7 @@ def measure(running: Running, contestant: Contestant, load: Load, times: Times, 
         if not is_running():
             raise ScriptError(f"{load.name}: the disturbing process ended during the measurement. Run it again")
     seconds = time.perf_counter() - begin
-    if window.failures:
-        raise ScriptError(f"{contestant.name}, {load.name}: {window.failures} requests failed")
+    check_answers(window.answers, f"{contestant.name}, {load.name}")
     return {
         "contestant": contestant.name,
         "load": load.name,

@@ -144,7 +144,7 @@ def alternative(name: str, *options: str) -> Contestant:
 @contextmanager
 def started(contestant: Contestant) -> Iterator[Running]:
     """Runs the service until the block ends. Raises ScriptError if it is not ready within START_SECONDS."""
-    port = _free_port()
+    port = free_port()
     variables = {name: value.format(port=port) for name, value in contestant.variables.items()}
     command = [sys.executable, *(part.format(port=port) for part in contestant.arguments)]
     start = time.perf_counter()
@@ -231,7 +231,8 @@ def _process_tree(pid: int) -> list[Any]:
         return []
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port of 127.0.0.1 that no process uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

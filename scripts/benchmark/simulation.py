@@ -8,26 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from app.engine.step_times import Curve
 from scripts.benchmark.clients import arrivals
 from scripts.benchmark.loads import NUM_STEPS
 from scripts.benchmark.report import percentile
 from scripts.common.errors import ScriptError
 
 STEP_ROWS = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows for which the step time is measured
-
-
-def step_times(seconds_by_rows: Mapping[int, float]) -> Callable[[float], float]:
-    """Returns a function from the number of rows to the seconds of a step.
-
-    It interpolates linearly. Above the largest measured number of rows, the time is proportional to the rows.
-    """
-    rows = sorted(seconds_by_rows)
-    seconds = [seconds_by_rows[count] for count in rows]
-
-    def step_seconds(count: float) -> float:
-        return float(np.interp(count, rows, seconds)) * max(1.0, count / rows[-1])
-
-    return step_seconds
 
 
 class Moment(NamedTuple):
@@ -139,7 +126,7 @@ def predictions(row: Mapping[str, Any], opens: float, closes: float) -> dict[str
     are missing.
     """
     measured = [around["seconds_by_rows"] for around in row["adjacent"]]
-    bare = step_times({rows: mean(seconds[rows] for seconds in measured) for rows in STEP_ROWS})
+    bare = Curve({rows: mean(seconds[rows] for seconds in measured) for rows in STEP_ROWS}).seconds
     if len(row["moments"]) < 2:
         raise ScriptError("GET /metrics of the service failed under load. Measure again, with a longer --seconds")
     own = slowness(row["moments"], bare)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scripts.benchmark.simulation import step_times
+from app.engine.step_times import Curve
 from scripts.common.errors import ScriptError
 from scripts.common.figures import new_figure, save_figure
 
@@ -118,7 +118,7 @@ def plot_timeline(file: Path, out: Path) -> None:
         measured = {int(count): statistics.median(look[count] for look in looks) for count in looks[0]}
     except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ScriptError(f"{file} has no step times. Use a result of scripts.bench open") from error
-    save_figure(show_timeline(step_times(measured)), out, grey=False)
+    save_figure(show_timeline(Curve(measured).seconds), out, grey=False)
 
 
 def _draw(axes: "Axes", requests: Sequence[Request], spans: Sequence[Span]) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.runner.measured import Operations
 from model import blocks, checkpoint
 from model.unet import UNet
+from scripts.benchmark.operations import Operations
 from tests.model.gpu_operations import gpu_operations
 from tests.tape import tensors
 from tests.tiny import tiny_unet

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-EXTRAS = ("rich", "matplotlib", "torchvision", "torchmetrics", "open_clip", "pyarrow", "aiohttp", "psutil", "scipy")
+EXTRAS = ("rich", "matplotlib", "torchvision", "torchmetrics", "open_clip", "pyarrow", "psutil", "scipy")
 
 
 def hide(package: str, patch: pytest.MonkeyPatch) -> None:

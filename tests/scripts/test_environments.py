@@ -43,7 +43,10 @@ def test_both_ends_are_tested_and_only_lowest_has_constraints(project: Project) 
     )
     assert (folder / "newest.constraints.txt").read_text() == ""
     tests = (project.root / "pytest.log").read_text().splitlines()
-    assert tests == ["-n 2 --dist loadfile tests/app tests/model", "-m slow tests/e2e/test_shipped.py"] * 2
+    assert (
+        tests
+        == ["-n 2 --dist loadfile tests/app tests/model tests/scripts/gpu", "-m slow tests/e2e/test_shipped.py"] * 2
+    )
     assert "numpy==2.4.6" in err
 
 

@@ -1,6 +1,5 @@
 """Generates the images of whole requests in one batch, from x_T to x_0. All alternative servers use it."""
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from model.sampler import make_plan
 from model.spec import SHIPPED, Sampler
 from model.step import ReverseStep, Rows, Step
 from scripts.common.drawing import step_cache
-from scripts.common.pictures import grid
+from scripts.common.pictures import arrange
 
 STEP_REPEATS = 40
 
@@ -82,7 +81,5 @@ class Painter:
 
 
 def sheet_of(x_0: Tensor) -> bytes:
-    """Returns a contact sheet of (B, 1, H, W) in [-1, 1] as a PNG: row-major, with ceil(sqrt(B)) columns."""
-    columns = math.ceil(math.sqrt(len(x_0)))
-    black = x_0.new_full((-len(x_0) % columns, *x_0.shape[1:]), -1)
-    return encode_pixels(grid(torch.cat([x_0, black]).cpu(), columns).numpy())
+    """Returns a contact sheet of (B, 1, H, W) in [-1, 1] as a PNG."""
+    return encode_pixels(arrange(x_0.cpu(), num_digits=1).numpy())

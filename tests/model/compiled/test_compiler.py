@@ -19,7 +19,6 @@ from app.engine.job import StepRows, Trajectory
 from app.runner.device import RunnerError
 from app.runner.graphs.graph_runner import GraphRunner
 from app.runner.graphs.shapes import Shape, shapes_to_compile
-from app.runner.measured import EagerDevice
 from app.runner.runner import Runner
 from model import checkpoint
 from model.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from model.compiled.compiler import CompilerError, FlatStep, library_of
 from model.compiled.compiler import build as build_unshared  # before the fixture shared_builds replaces it
 from model.precision import can_compile
 from model.step import ReverseStep, Rows, State, Step, Stepped
+from scripts.benchmark.sleeping_runner import EagerDevice
 from tests.app.runner.rows import draw, equal, mixed_rows
 from tests.app.runner.task_rows import drawings, finish, task_rows
 from tests.model.compiled.log_fields import logged_field

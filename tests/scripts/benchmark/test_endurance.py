@@ -77,7 +77,7 @@ def test_problem_in_names_unexpected_statuses() -> None:
 
 def test_endure_fails_with_one_error_if_the_service_is_gone() -> None:
     gone = Running("http://127.0.0.1:9", os.getpid(), 0.0)
-    with Reporter() as reporter, pytest.raises(ScriptError, match="under load: ClientConnectorError"):
+    with Reporter() as reporter, pytest.raises(ScriptError, match="under load: ConnectionRefusedError"):
         asyncio.run(endure(gone, 60, reporter))
 
 

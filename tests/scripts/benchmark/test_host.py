@@ -34,10 +34,12 @@ def test_base_without_the_check_is_refused(tmp_path: Path) -> None:
         bench.main(["host", f"--base={tmp_path}", f"--out={tmp_path / 'host.json'}"])
 
 
-def test_failing_check_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app" / "__init__.py").touch()
-    (tmp_path / "app" / "host_check.py").write_text("raise RuntimeError('out of order')")
+@pytest.mark.parametrize("module", host.MODULES)
+def test_failing_check_is_reported(tmp_path: Path, module: str) -> None:
+    file = (tmp_path / module.replace(".", "/")).with_suffix(".py")
+    file.parent.mkdir(parents=True)
+    (tmp_path / module.partition(".")[0] / "__init__.py").touch()
+    file.write_text("raise RuntimeError('out of order')")
     with pytest.raises(ScriptError, match=r"engine in .* failed: RuntimeError: out of order"):
         host._run("engine", tmp_path)
 

@@ -13,7 +13,6 @@ from scripts.benchmark.simulation import (
     simulate,
     simulate_batches,
     slowness,
-    step_times,
 )
 
 NEVER = itertools.repeat(float("inf"))
@@ -77,11 +76,6 @@ def test_batches_of_one_request_take_the_time_of_steps_of_one_row() -> None:
     assert one_by_one == simulate_batches(
         arrivals(0.5, seed=4), 200, 3, most_rows=1, step_seconds=lambda rows: 0.2, slowness=varying
     )
-
-
-@pytest.mark.parametrize(("rows", "seconds"), [(1, 1.0), (3, 2.0), (4, 2.5), (6, 2.75), (8, 3.0), (16, 6.0)])
-def test_step_times_are_interpolated_linearly(rows: int, seconds: float) -> None:
-    assert step_times({1: 1.0, 4: 2.5, 8: 3.0})(rows) == pytest.approx(seconds)
 
 
 def test_step_time_is_multiplied_by_the_slowness_at_its_start() -> None:

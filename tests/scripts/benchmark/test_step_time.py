@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from model.checkpoint import SHIPPED, load
 from model.compiled.private_cache import default_cache
 from model.unet import UNet, UNetConfig
 from scripts import compare
@@ -30,6 +31,10 @@ def convolutions_of(network: UNet) -> int:
 def test_flop_is_that_of_the_convolutions_without_attention() -> None:
     network = UNet(UNetConfig(stem_patch=2, widths=(16, 32), num_pairs=1, residual=True, attention_heads=0))
     assert flop_of(network) == convolutions_of(network)
+
+
+def test_shipped_network_has_the_documented_cost() -> None:
+    assert flop_of(load(SHIPPED).network) == pytest.approx(0.338e9, rel=0.01)
 
 
 def test_flop_includes_attention() -> None:
