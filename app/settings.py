@@ -5,10 +5,9 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from limits import RateLimitItem, parse_many
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -22,7 +21,16 @@ OFF = "off"
 ANY = "*"
 _DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]+)?")
 _TOKEN = re.compile(r"[!-+\--~]+")  # printable ASCII without spaces and without the comma, which separates keys
+_RATE = re.compile(r"\s*([0-9]{1,9})\s*(?:/|per)\s*([0-9]{1,9})?\s*(second|minute|hour|day|month|year)s?\s*")
+_SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400, "month": 30 * 86_400, "year": 360 * 86_400}
 SECRETS = Path("/run/secrets")  # Docker mounts secrets here: the file unfog_api_keys sets UNFOG_API_KEYS
+
+
+class RateLimit(NamedTuple):
+    """The number of requests that a caller may send in a time."""
+
+    amount: int
+    seconds: int
 
 
 class SettingsError(Exception):
@@ -62,13 +70,14 @@ def _rate_limits(value: Any) -> Any:
         return value
     if value.strip().lower() == OFF:
         return ()
-    try:
-        items: list[RateLimitItem] = parse_many(value)
-    except ValueError:
-        raise ValueError("must be off, or limits such as 600/minute, separated by commas") from None
-    if any(item.amount < 1 or item.multiples < 1 for item in items):
+    matches = [_RATE.fullmatch(part) for part in re.split("[,;|]", value.lower())]
+    if not all(matches):
+        raise ValueError("must be off, or limits such as 600/minute, separated by commas")
+    parts = [match.groups() for match in matches if match]
+    limits = [RateLimit(int(amount), int(times or 1) * _SECONDS[unit]) for amount, times, unit in parts]
+    if any(limit.amount < 1 or limit.seconds < 1 for limit in limits):
         raise ValueError("must permit at least 1 request in at least 1 time unit, as in 600/minute")
-    return tuple(items)
+    return tuple(limits)
 
 
 def _origins(value: Any) -> Any:
@@ -126,7 +135,7 @@ def _is_origin(text: str) -> bool:
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Keys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_keys)]
-RateLimits = Annotated[tuple[RateLimitItem, ...], NoDecode, BeforeValidator(_rate_limits)]
+RateLimits = Annotated[tuple[RateLimit, ...], NoDecode, BeforeValidator(_rate_limits)]
 Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
 Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)]
 

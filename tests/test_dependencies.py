@@ -21,7 +21,7 @@ MAY_USE = {
     "scripts/": ["train", "evaluate", "clip", "parquet"],
 }
 # The code uses private or unstable interfaces of these, so only tested minor versions are permitted.
-BOUNDED_BY_MINOR = {"torch", "uvicorn", "limits"}
+BOUNDED_BY_MINOR = {"torch", "uvicorn"}
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 
 

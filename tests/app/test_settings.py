@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from limits import RateLimitItemPerHour, RateLimitItemPerMinute, RateLimitItemPerSecond
 from pydantic import SecretStr
 
-from app.settings import Settings, SettingsError, load_settings, unknown_variables
+from app.settings import RateLimit, Settings, SettingsError, load_settings, unknown_variables
 from model.spec import SHIPPED, SHIPPED_FAST
 
 
@@ -120,8 +119,8 @@ def test_default_cache_folder_follows_the_xdg_variables(monkeypatch: pytest.Monk
         ("UNFOG_API_KEYS", "one", (SecretStr("one"),)),
         ("UNFOG_API_KEYS", " off , a=b+c/d== ", (SecretStr("off"), SecretStr("a=b+c/d=="))),
         ("UNFOG_RATE_LIMIT", "off", ()),
-        ("UNFOG_RATE_LIMIT", "600/minute", (RateLimitItemPerMinute(600),)),
-        ("UNFOG_RATE_LIMIT", "1 per second; 30/2 hours", (RateLimitItemPerSecond(1), RateLimitItemPerHour(30, 2))),
+        ("UNFOG_RATE_LIMIT", "600/minute", (RateLimit(600, 60),)),
+        ("UNFOG_RATE_LIMIT", "1 per second; 30/2 hours", (RateLimit(1, 1), RateLimit(30, 7200))),
         ("UNFOG_CORS_ORIGINS", "*", ("*",)),
         (
             "UNFOG_CORS_ORIGINS",

@@ -7,7 +7,6 @@ import hmac
 from collections.abc import Sequence
 from hashlib import sha256
 
-from limits import RateLimitItem
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,6 +18,7 @@ from app.api.middleware.client_address import address_name, client_name
 from app.api.middleware.rate_limit import RateLimiter
 from app.errors import Forbidden, Unauthorized, UnfogError
 from app.metrics import Metrics
+from app.settings import RateLimit
 
 
 class Keys:
@@ -51,7 +51,7 @@ class Auth:
         self,
         app: ASGIApp,
         keys: Sequence[SecretStr],
-        rates: Sequence[RateLimitItem],
+        rates: Sequence[RateLimit],
         metrics: Metrics,
         open_paths: Paths,
     ) -> None:

@@ -1,8 +1,4 @@
-"""Limits the request rate of each caller, with bounded memory.
-
-The package `limits` only parses the limits. Its storage is not used: it keeps every caller until the window ends, and
-starts a thread.
-"""
+"""Limits the request rate of each caller, with bounded memory."""
 
 import math
 import time
@@ -10,9 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from limits import RateLimitItem
-
 from app.errors import RateLimited
+from app.settings import RateLimit
 
 MAX_CALLERS = 32_768  # limit of callers whose counters are in memory
 
@@ -39,9 +34,9 @@ class RateLimiter:
     callers, the caller with the oldest last request is removed.
     """
 
-    def __init__(self, items: Sequence[RateLimitItem], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, limits: Sequence[RateLimit], clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` returns seconds and must be monotonic."""
-        self._items, self._clock = items, clock
+        self._limits, self._clock = limits, clock
         self._windows: OrderedDict[str, list[Window]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -50,28 +45,28 @@ class RateLimiter:
 
     def hit(self, caller: str) -> None:
         """Counts one request. If it would exceed a limit, raises RateLimited without counting it."""
-        if not self._items:
+        if not self._limits:
             return
         now = self._clock()
-        windows = self._windows.setdefault(caller, [Window() for _ in self._items])
+        windows = self._windows.setdefault(caller, [Window() for _ in self._limits])
         self._windows.move_to_end(caller)
         if len(self._windows) > MAX_CALLERS:
             self._windows.popitem(last=False)
-        wait = max((_wait(item, window, now) for item, window in zip(self._items, windows, strict=True)), default=0.0)
+        wait = max(_wait(limit, window, now) for limit, window in zip(self._limits, windows, strict=True))
         if wait > 0:
             raise RateLimited(math.ceil(wait))
         for window in windows:
             window.current += 1
 
 
-def _wait(item: RateLimitItem, window: Window, now: float) -> float:
+def _wait(limit: RateLimit, window: Window, now: float) -> float:
     """Returns the seconds until the limit permits one more request."""
-    seconds = item.get_expiry()
+    amount, seconds = limit
     window.advance(int(now // seconds))
     left = seconds - now % seconds  # time left in the current window
     # The weight of the previous window decreases from 1 to 0 during the current window.
-    if window.previous * left / seconds + window.current < item.amount:
+    if window.previous * left / seconds + window.current < amount:
         return 0.0
-    if window.current >= item.amount:  # requests of this window count until its end
+    if window.current >= amount:  # requests of this window count until its end
         return left
-    return max(left - (item.amount - window.current) * seconds / window.previous, 1e-3)
+    return max(left - (amount - window.current) * seconds / window.previous, 1e-3)

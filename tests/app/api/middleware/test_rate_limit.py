@@ -5,10 +5,14 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from limits import parse_many
 
 from app import errors
 from app.api.middleware.rate_limit import RateLimiter
+from app.settings import RateLimit, Settings
+
+
+def parsed(text: str) -> tuple[RateLimit, ...]:
+    return Settings.model_validate({"rate_limit": text}).rate_limit
 
 
 class Clock:
@@ -27,7 +31,7 @@ def clock() -> Clock:
 
 
 def test_each_caller_has_its_own_limit(clock: Clock) -> None:
-    limiter = RateLimiter(parse_many("3/minute"), clock)
+    limiter = RateLimiter(parsed("3/minute"), clock)
     for caller in ("a", "b"):
         for _ in range(3):
             limiter.hit(caller)
@@ -38,7 +42,7 @@ def test_each_caller_has_its_own_limit(clock: Clock) -> None:
 
 
 def test_rejected_requests_are_not_counted(clock: Clock) -> None:
-    limiter = RateLimiter(parse_many("2/minute;3/hour"), clock)
+    limiter = RateLimiter(parsed("2/minute;3/hour"), clock)
     for _ in range(2):
         limiter.hit("a")
     for _ in range(50):
@@ -58,7 +62,7 @@ def test_rejected_requests_are_not_counted(clock: Clock) -> None:
 )
 def test_next_request_is_accepted_after_retry_after_and_not_earlier(limits: str, gaps: list[float]) -> None:
     clock = Clock()
-    limiter = RateLimiter(parse_many(limits), clock)
+    limiter = RateLimiter(parsed(limits), clock)
     for gap in gaps:
         clock.now += gap
         try:
@@ -75,7 +79,7 @@ def test_next_request_is_accepted_after_retry_after_and_not_earlier(limits: str,
 
 def test_callers_with_the_oldest_requests_are_removed(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.api.middleware.rate_limit.MAX_CALLERS", 100)
-    limiter = RateLimiter(parse_many("1000/day"), clock)
+    limiter = RateLimiter(parsed("1000/day"), clock)
     for number in range(1000):
         limiter.hit(f"address {number}")
         limiter.hit("a frequent caller")
@@ -86,7 +90,7 @@ def test_callers_with_the_oldest_requests_are_removed(clock: Clock, monkeypatch:
 
 def test_limiter_starts_no_thread(clock: Clock) -> None:
     before = threading.active_count()
-    limiter = RateLimiter(parse_many("600/minute"), clock)
+    limiter = RateLimiter(parsed("600/minute"), clock)
     for number in range(100):
         limiter.hit(f"address {number}")
     assert threading.active_count() == before
@@ -101,9 +105,9 @@ def test_requests_are_unlimited_without_limits() -> None:
 @settings(max_examples=60, deadline=None)
 @given(gaps=st.lists(st.floats(0, 30), min_size=1, max_size=100))
 def test_request_is_accepted_while_the_weighted_sum_is_below_the_limit(gaps: list[float]) -> None:
-    (item,) = parse_many("5/10 seconds")
+    (item,) = parsed("5/10 seconds")
     clock = Clock()
-    limiter, window = RateLimiter([item], clock), item.get_expiry()
+    limiter, window = RateLimiter([item], clock), item.seconds
     accepted: list[float] = []
     for gap in gaps:
         clock.now += gap
