@@ -6,13 +6,13 @@ set size would not count it twice, but it is lower on a machine where other proc
 """
 
 import json
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from model.files import write_json
 from scripts.benchmark import loads
+from scripts.benchmark.http_client import fetch
 from scripts.benchmark.machine import this_machine
 from scripts.benchmark.services import Running, started, this_service
 from scripts.common.progress import Reporter, require
@@ -54,14 +54,8 @@ def _load(running: Running, number: int, *, has_clip: bool) -> None:
     if has_clip:
         body |= {"clip_guidance_scale": 4, "clip_prompt": f"a thick seven, {number}"}
     for _ in range(ROUNDS):
-        images = [image["png"] for image in _post(running, "generate", body)["images"]]
+        answer = json.loads(fetch(f"{running.url}/generate", body, timeout=TIMEOUT))
         if has_clip:
-            _post(running, "score", {"images": images, "prompts": ["a thick seven", "a thin seven"]})
-
-
-def _post(running: Running, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{running.url}/{path}", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        found: dict[str, Any] = json.load(answer)
-    return found
+            images = [image["png"] for image in answer["images"]]
+            prompts = ["a thick seven", "a thin seven"]
+            fetch(f"{running.url}/score", {"images": images, "prompts": prompts}, timeout=TIMEOUT)

@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from model.compiled.memory import keep_freed_memory
 from model.files import write_atomically, write_json
 from model.spec import SHIPPED
 from scripts.benchmark.alternatives.painter import Painter
+from scripts.benchmark.http_client import fetch
 from scripts.benchmark.loads import (
     NUM_STEPS,
     Load,
@@ -124,8 +124,7 @@ def measure_quick(reporter: Reporter) -> None:
 
 
 def _arithmetic_of(running: Running) -> str:
-    with urllib.request.urlopen(f"{running.url}/health", timeout=10) as answer:
-        health = json.load(answer)
+    health = json.loads(fetch(f"{running.url}/health"))
     compiled = "compiled" if health["compiled"] else "not compiled"
     return f"unfog {health['version']} on {health['device']}, {health['dtype']}, {compiled}"
 

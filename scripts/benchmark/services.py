@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import os
 import signal
 import socket
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from scripts.benchmark.http_client import fetch
 from scripts.benchmark.loads import UNGUIDED
 from scripts.common.errors import ScriptError
 from scripts.common.progress import require
@@ -106,8 +105,7 @@ class Running:
         """Scrapes GET /metrics. The result is empty if the service does not have this route."""
         metrics = Metrics()
         try:
-            with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
-                text = answer.read().decode()
+            text = fetch(f"{self.url}/metrics").decode()
         except urllib.error.HTTPError:
             return metrics
         for sample in itertools.chain.from_iterable(family.samples for family in text_string_to_metric_families(text)):
@@ -188,20 +186,17 @@ def _differ(images: Pixels, expected: Pixels) -> bool:
 
 def _probe_sheet(running: Running) -> Pixels:
     """Sends the request PROBE and returns its contact sheet, (H, W)."""
-    body, headers = UNGUIDED | PROBE, {"Content-Type": "application/json", "Accept": "image/png"}
-    request = urllib.request.Request(f"{running.url}/generate", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        return np.asarray(Image.open(io.BytesIO(answer.read())).convert("L"))
+    sheet = fetch(f"{running.url}/generate", UNGUIDED | PROBE, "image/png", timeout=600)
+    return np.asarray(Image.open(io.BytesIO(sheet)).convert("L"))
 
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, name: str) -> None:
     deadline = time.monotonic() + START_SECONDS
-    body, headers = b'{"digit": 1, "num_steps": 1, "guidance_scale": 1}', {"Content-Type": "application/json"}
+    body = {"digit": 1, "num_steps": 1, "guidance_scale": 1}
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            request = urllib.request.Request(f"http://127.0.0.1:{port}/generate", body, headers)
-            with urllib.request.urlopen(request, timeout=START_SECONDS):
-                return
+            fetch(f"http://127.0.0.1:{port}/generate", body, timeout=START_SECONDS)
+            return
         except OSError:  # the service does not listen yet, or it is not ready
             time.sleep(0.05)
     raise ScriptError(f"{name} did not become ready: it exited, or did not answer within {START_SECONDS} s")

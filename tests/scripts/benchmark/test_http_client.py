@@ -7,7 +7,7 @@ from typing import TypeVar
 import pytest
 
 from scripts.benchmark import http_client
-from scripts.benchmark.http_client import HttpClient, Response
+from scripts.benchmark.http_client import HttpClient, Response, fetch
 
 T = TypeVar("T")
 PLAIN = b"HTTP/1.1 201 Created\r\nContent-Length: 4\r\nX-One: a: b\r\n\r\nfour"
@@ -47,6 +47,15 @@ def run(server: Server, use: Callable[[HttpClient], Awaitable[T]]) -> T:
                 await asyncio.gather(*filter(None, server.connections))
 
     return asyncio.run(main())
+
+
+def test_fetch_uses_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server = Server(PLAIN, closes=True)
+    url = "http://127.0.0.1:{}/a?b=1"
+    assert run(server, lambda client: asyncio.to_thread(fetch, url.format(client._port), accept="image/png")) == b"four"
+    assert server.requests[0].startswith(b"GET /a?b=1 ")
+    assert b"Accept: image/png\r\n" in server.requests[0]
 
 
 async def post_twice(client: HttpClient) -> list[Response]:
